@@ -1,0 +1,19 @@
+"""Sparse-Long: long-context fine-tuning of gpt-oss that stays compressed.
+
+`import sparselong` registers the packed checkpoint format with transformers (when transformers is
+there), so that `AutoModelForCausalLM.from_pretrained` opens what stage 02 and stage 03 write.
+Telemetry of the packages underneath is off unless the user turns it on.
+"""
+
+import os
+
+__version__ = "0.1.0"
+
+for _name, _value in {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(_name, _value)

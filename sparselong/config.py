@@ -1,0 +1,376 @@
+"""The one schema: every key a person can set, with its meaning, unit and choices.
+
+A config is a YAML file with the original design's key names. It is read strictly: an unknown key, a
+repeated key or a value of the wrong type is refused with the line it stands on, the nearest known
+key and what to write instead. The docstring under each field is the documentation: the comments in
+the shipped YAML files and `configs/schema.json` (for editors) are generated from it by
+`python -m sparselong.config_docs`, and a test fails when they drift.
+
+Values come, weakest first, from the schema's defaults, the profile, the file and the command line's
+`key.path=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sparselong import yaml12
+from sparselong.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys; what it does not know, it refuses."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+class ModelSection(Section):
+    """Which model is worked on."""
+
+    base: str = "openai/gpt-oss-120b"
+    """Base checkpoint: a hub name, a local directory in openai/gpt-oss's own format (MXFP4 experts,
+    bf16 rest), or `tiny` for a small gpt-oss made and trained on the spot."""
+    revision: str = "main"
+    """Branch, tag or commit of the base checkpoint on the hub."""
+    tiny_layers: Positive = 4
+    """Number of layers of the `tiny` model."""
+    tiny_steps: Annotated[int, Field(ge=0)] = 400
+    """Optimizer steps that the `tiny` model is trained for before it serves as a base."""
+
+
+class SharedDenseSection(Section):
+    """How the dense layers that every token passes (q, k, v, o projections) are stored."""
+
+    weight_bits: Literal[4, 8, 16] = 4
+    """Bits per kept weight: 4 or 8 (integers, symmetric, one bf16 scale per group), 16 (bf16)."""
+    sparsity: Literal["2:4", "none"] = "2:4"
+    """`2:4` keeps two of every four neighbouring input weights; `none` keeps all."""
+    group_size: Literal[32, 64] = 64
+    """Input weights that share one scale. (2880 and 4096 are both divisible by 32 and 64 only.)"""
+
+
+class ExpertsSection(Section):
+    """How the experts (98 % of the weights) are stored."""
+
+    weight_bits: Literal[4] = 4
+    """Bits per expert weight: MXFP4 as published, bit-exact."""
+    sparsity: Literal["none", "2:4"] = "none"
+    """`2:4` drops the two smallest of every four expert weights (3.0 bits per weight instead of
+    4.25); the kept ones stay bit-exact. It costs quality without long tuning."""
+
+
+class CalibrationSection(Section):
+    """The text that stage 02 runs through the model to see which weights matter."""
+
+    samples: Positive = 128
+    """Number of calibration sequences, taken from the training data."""
+    sequence_len: Positive = 2048
+    """Length of a calibration sequence, in tokens."""
+    dampening: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    """Share of the Hessian's mean diagonal that is added to its diagonal before inversion."""
+
+
+class DataSection(Section):
+    """Conversations to fine-tune on."""
+
+    train: str = "HuggingFaceH4/Multilingual-Thinking"
+    """A JSON-lines file of `{"messages": [{"role", "content"}, …]}` rows, a hub dataset with a
+    `messages` column, or `demo` for conversations made from the Python library's documentation."""
+    validation: str | None = None
+    """A JSON-lines file like `train`'s; null sets `validation_fraction` of `train` aside."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of the conversations set aside for validation when `validation` is null."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """`assistant` learns from the assistant's turns only; `all` from every token."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters on the shared dense layers, trained through mask and quantization."""
+
+    r: Positive = 16
+    """Rank of the adapter."""
+    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    """The adapter's product is scaled by alpha / r."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Names of the layers that get an adapter. A name that matches nothing stops the stage."""
+
+
+class MaskUpdateSection(Section):
+    """When and how the 2:4 masks are chosen anew during fine-tuning."""
+
+    update_frequency: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
+    """Masks are recomputed every this fraction of the training steps; 0 keeps them fixed. They are
+    frozen for the last interval."""
+    criterion: Literal["hysteresis", "magnitude"] = "hysteresis"
+    """`hysteresis` lets a pruned weight return only for what it has gained since stage 02, so that
+    an untrained adapter flips nothing; `magnitude` keeps the two largest of four, plainly."""
+
+
+class ModifiersSection(Section):
+    """Named as llmcompressor names its modifiers; carried out by this project's own callback."""
+
+    MagnitudePruningModifier: MaskUpdateSection = MaskUpdateSection()
+    """Upkeep of the 2:4 masks."""
+
+
+class TrainingSection(Section):
+    """The optimizer's run, in Axolotl's names."""
+
+    num_epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    """Passes over the training data."""
+    max_steps: Positive | None = None
+    """Optimizer steps; null follows from `num_epochs`."""
+    gradient_accumulation_steps: Positive = 8
+    """Micro-batches per optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps over which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay of the adapters."""
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch_fused"
+    """Optimizer, by transformers' name; the 8-bit one saves memory and needs a GPU."""
+    sample_packing: bool = True
+    """Fill every sequence with several conversations, kept apart by position ids."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    logging_steps: Positive = 1
+    """Steps between rows of metrics.jsonl. `save_steps` must be a multiple of it."""
+    eval_steps: Positive = 50
+    """Steps between evaluations on the validation conversations."""
+    save_steps: Positive = 50
+    """Steps between checkpoints; a multiple of `eval_steps`, so that the best one is on disk."""
+    save_total_limit: Positive = 3
+    """Checkpoints kept; the best one is always among them."""
+    early_stopping_patience: Positive | None = None
+    """Evaluations without improvement after which training stops; null never stops early."""
+    loss_target: float | None = None
+    """Training loss at which an alert is logged once; null logs none."""
+    use_tensorboard: bool = False
+    """Also write TensorBoard event files."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project; null does not."""
+
+
+class EvaluationSection(Section):
+    """What stage 04 measures, on base, compressed and fine-tuned model alike."""
+
+    tasks: tuple[str, ...] = ("hellaswag",)
+    """lm-eval task names; `demo_hellaswag` is a hellaswag made from the demo's held-out text."""
+    limit: Positive | None = None
+    """Items per task; null takes all."""
+    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    """Solved examples shown before each item."""
+    batch_size: Positive = 8
+    """Requests per forward pass."""
+    perplexity_samples: Positive = 256
+    """Validation conversations whose perplexity is measured."""
+
+
+class Config(Section):
+    """One run: model, compression, data, training, evaluation."""
+
+    profile: Literal["quick_test", "standard", "high_quality", "memory_efficient"] = "standard"
+    """A set of defaults: `quick_test` shows that everything works, `high_quality` takes longer,
+    `memory_efficient` fits smaller cards. A key that is set explicitly wins over the profile."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of everything random."""
+    model: ModelSection = ModelSection()
+    shared_dense: SharedDenseSection = SharedDenseSection()
+    experts: ExpertsSection = ExpertsSection()
+    calibration: CalibrationSection = CalibrationSection()
+    data: DataSection = DataSection()
+    sequence_len: Positive = 16384
+    """Training context, in tokens, over all GPUs together."""
+    sequence_parallel_degree: Positive = 4
+    """GPUs that share one sequence."""
+    flash_attention: bool = True
+    """Attention without a quadratic score matrix (needs a GPU); false uses transformers' eager."""
+    micro_batch_size: Positive = 1
+    """Sequences per forward pass."""
+    heads_k_stride: Positive = 1
+    """Key/value heads gathered at a time when a sequence is split over GPUs."""
+    ring_attn_func: Literal["varlen_llama3"] = "varlen_llama3"
+    """How split sequences attend: `varlen_llama3` gathers keys and values by groups of heads."""
+    lora: LoraSection = LoraSection()
+    finetuning_modifiers: ModifiersSection = ModifiersSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Config:
+        training = self.training
+        if training.save_steps % training.eval_steps:
+            raise ValueError(
+                f"training.save_steps ({training.save_steps}) must be a multiple of "
+                f"training.eval_steps ({training.eval_steps}): the best checkpoint must exist"
+            )
+        if training.save_steps % training.logging_steps:
+            raise ValueError(
+                f"training.save_steps ({training.save_steps}) must be a multiple of "
+                f"training.logging_steps ({training.logging_steps}): resumed curves must continue"
+            )
+        return self
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "quick_test": {
+        "calibration.samples": 16,
+        "training.max_steps": 20,
+        "training.eval_steps": 10,
+        "training.save_steps": 10,
+        "evaluation.limit": 100,
+        "evaluation.perplexity_samples": 32,
+    },
+    "standard": {},
+    "high_quality": {
+        "calibration.samples": 512,
+        "lora.r": 64,
+        "lora.alpha": 128.0,
+        "training.num_epochs": 3.0,
+        "training.learning_rate": 1e-4,
+    },
+    "memory_efficient": {
+        "lora.r": 8,
+        "lora.alpha": 16.0,
+        "sequence_len": 4096,
+        "training.optimizer": "adamw_bnb_8bit",
+    },
+}
+"""Defaults by profile, as dotted keys."""
+
+
+def _set(values: dict, dotted: str, value: Any, *, keep: bool = False) -> None:
+    """Sets a dotted key in nested dicts; with `keep`, only where it is not set yet."""
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            return  # a section given as a scalar: validation names it
+    if not (keep and last in values):
+        values[last] = value
+
+
+def _fill_sections(values: dict, section: type[Section]) -> None:
+    """A section whose keys are all commented out reads as null: it means no key, not no section."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            if name in values and values[name] is None:
+                values[name] = {}
+            if isinstance(values.get(name), dict):
+                _fill_sections(values[name], field.annotation)
+
+
+def known_keys(section: type[Section] = Config, prefix: str = "") -> dict[str, type[Section]]:
+    """All dotted keys, sections included, with the class that declares each."""
+    keys: dict[str, type[Section]] = {}
+    for name, field in section.model_fields.items():
+        keys[prefix + name] = section
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys |= known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _refuse(error: ValidationError, source: str, lines: dict[tuple[str, ...], int]) -> ConfigError:
+    """The first of pydantic's complaints as a four-line error with the key and its line."""
+    first = error.errors()[0]
+    path = tuple(str(part) for part in first["loc"] if not isinstance(part, int))
+    unknown = first["type"] == "extra_forbidden"
+    while path and not unknown and ".".join(path) not in known_keys():
+        path = path[:-1]  # pydantic appends the name of a union's branch
+    dotted = ".".join(path)
+    where = f"{source}, line {lines[path]}" if path in lines and path else source
+    if unknown:
+        close = difflib.get_close_matches(dotted, known_keys(), n=1, cutoff=0.5)
+        if not close:
+            ends = {key.rsplit(".", 1)[-1]: key for key in known_keys()}
+            close = [ends[k] for k in difflib.get_close_matches(path[-1], ends, n=1, cutoff=0.5)]
+        near = f"did you mean {close[0]}?" if close else "see configs/schema.json for all keys"
+        return ConfigError(f"unknown key {dotted} ({where})", "a known key", dotted, near)
+    message = first["msg"].removeprefix("Value error, ")
+    field = known_keys()[dotted].model_fields[path[-1]] if dotted in known_keys() else None
+    fix = f"{dotted}: {' '.join((field.description or '').split())}" if field else "change one"
+    found = f"{first['input']!r}" if dotted else "the values above"
+    return ConfigError(f"{dotted or 'config'} is not valid ({where})", message, found, fix)
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a config file and applies `key.path=value` overrides.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown or stands twice, a value has
+            the wrong type or is out of range, an override is malformed.
+    """
+    return load_with_source(path, overrides)[0]
+
+
+def load_with_source(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = ()
+) -> tuple[Config, dict[str, Any]]:
+    """Like `load`; also returns the nested values that file and overrides set explicitly."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"config file {path} cannot be read",
+            "a YAML file",
+            str(error),
+            "pass --config configs/tiny.yaml, or one of the other files in configs/",
+        ) from error
+    values, lines = yaml12.parse(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path} is not a config", "key: value lines", type(values).__name__, "see configs/"
+        )
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+            raise ConfigError(
+                f"override {override!r} is malformed",
+                "key.path=value, for example training.max_steps=20",
+                override,
+                "quote it if the shell splits it",
+            )
+        _set(values, key, yaml12.parse(value, f"override {key}")[0] if value else "")
+        for depth in range(1, key.count(".") + 2):
+            lines.pop(tuple(key.split(".")[:depth]), None)
+    _fill_sections(values, Config)
+    resolved = json.loads(json.dumps(values))
+    for key, value in PROFILES.get(str(values.get("profile", "standard")), {}).items():
+        _set(resolved, key, value, keep=True)
+    try:
+        return _validate(resolved), values
+    except ValidationError as error:
+        raise _refuse(error, str(path), lines) from error
+
+
+def _validate(values: dict[str, Any]) -> Config:
+    """Validates in JSON mode: lists stand for tuples, and types stay strict."""
+    return Config.model_validate_json(json.dumps(values))
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML text that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def hash_sections(config: Config, keys: tuple[str, ...]) -> str:
+    """A hash (16 hex digits) of the named top-level keys: what a stage reads decides its hash."""
+    picked = {key: config.model_dump(mode="json")[key] for key in sorted(keys)}
+    return hashlib.sha256(json.dumps(picked, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,34 @@
+"""Failures that a person can mend, told in four lines instead of a traceback.
+
+An expected failure says what went wrong, what was expected, what was found and how to fix it.
+Everything else keeps its traceback: a bug must look like a bug.
+"""
+
+
+class ExpectedError(Exception):
+    """A failure with its explanation; `exit_code` is what the script returns.
+
+    Args:
+        what: what could not be done, naming the file, key or step.
+        expected: what would have been right.
+        found: what was there instead.
+        fix: what the reader should do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, expected: str, found: str, fix: str):
+        self.what, self.expected, self.found, self.fix = what, expected, found, fix
+        super().__init__(
+            f"error:    {what}\nexpected: {expected}\nfound:    {found}\nfix:      {fix}"
+        )
+
+
+class ConfigError(ExpectedError):
+    """The command line or the configuration is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class StageError(ExpectedError):
+    """A stage failed, or the machine is not ready for it (exit code 1)."""

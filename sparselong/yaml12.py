@@ -1,0 +1,73 @@
+"""Strict YAML: YAML 1.2's scalars, the line of every key, and no key twice.
+
+PyYAML reads YAML 1.1, where `2:4` is the number 124, `1e-4` is a string and a repeated key silently
+wins. Only the scalar rules and the walk over PyYAML's node tree are ours.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from sparselong.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """Scalars by YAML 1.2's core schema."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
+    )
+
+
+def _read(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> Any:
+    """YAML node → plain values, noting the line of every key and refusing repeated keys."""
+    lines[path] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        values = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            if key in values:
+                raise ConfigError(
+                    f"key {'.'.join((*path, key))} stands twice (line "
+                    f"{key_node.start_mark.line + 1})",
+                    "every key once",
+                    f"also on line {lines[(*path, key)]}",
+                    "remove one of the two",
+                )
+            values[key] = _read(value_node, (*path, key), lines)
+            lines[(*path, key)] = key_node.start_mark.line + 1
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_read(item, path, lines) for item in node.value]
+    return _Loader("").construct_object(node)
+
+
+def parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], int]]:
+    """YAML text → plain values, and the line number of every key path.
+
+    Raises:
+        ConfigError: the text is not YAML or repeats a key.
+    """
+    lines: dict[tuple[str, ...], int] = {}
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{source} is not valid YAML", "key: value lines", str(error), "mend that line"
+        ) from error
+    return ({} if node is None else _read(node, (), lines)), lines
