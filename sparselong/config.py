@@ -338,6 +338,7 @@ def load_with_source(
         raise ConfigError(
             f"{path} is not a config", "key: value lines", type(values).__name__, "see configs/"
         )
+    _fill_sections(values, Config)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
@@ -350,7 +351,6 @@ def load_with_source(
         _set(values, key, yaml12.parse(value, f"override {key}")[0] if value else "")
         for depth in range(1, key.count(".") + 2):
             lines.pop(tuple(key.split(".")[:depth]), None)
-    _fill_sections(values, Config)
     resolved = json.loads(json.dumps(values))
     for key, value in PROFILES.get(str(values.get("profile", "standard")), {}).items():
         _set(resolved, key, value, keep=True)

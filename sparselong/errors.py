@@ -4,6 +4,8 @@ An expected failure says what went wrong, what was expected, what was found and 
 Everything else keeps its traceback: a bug must look like a bug.
 """
 
+from typing import Any
+
 
 class ExpectedError(Exception):
     """A failure with its explanation; `exit_code` is what the script returns.
@@ -13,12 +15,16 @@ class ExpectedError(Exception):
         expected: what would have been right.
         found: what was there instead.
         fix: what the reader should do next.
+        details: more for programs: added to the JSON document that `--json` prints.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, expected: str, found: str, fix: str):
+    def __init__(
+        self, what: str, expected: str, found: str, fix: str, details: dict[str, Any] | None = None
+    ):
         self.what, self.expected, self.found, self.fix = what, expected, found, fix
+        self.details = details or {}
         super().__init__(
             f"error:    {what}\nexpected: {expected}\nfound:    {found}\nfix:      {fix}"
         )
