@@ -1,0 +1,1 @@
+"""Bit-exact pack and unpack of every stored weight format, in plain torch."""
