@@ -1,0 +1,59 @@
+# make demo      install, then all four stages on a small gpt-oss (no GPU needed)
+# make check     install, then formatting, lint and types
+# make test      install, then everything a CPU can test
+# make test-gpu  the tests that need a CUDA device, with $(PYTHON) and no .venv
+# make bench     install, then every benchmark
+# make lock      resolve requirements/requirements.lock anew; versions that still fit stay
+# make clean     remove caches and the demo's run, not .venv
+#
+# 'make test PYTHON=python3.12' also tells install.sh which Python to use.
+
+PYTHON ?= python3
+STAMP := .venv/.sparselong-installed
+LOCK := requirements/requirements.lock
+DEMO := --config configs/tiny.yaml --run-dir runs/demo
+# uv writes this behind every line, as pyproject.toml limits the machines. The lock's head says it once.
+COMMON_MARKER := ; python_full_version < '3\.13' and platform_machine == 'x86_64' and sys_platform == 'linux'
+
+.PHONY: demo check test test-gpu bench lock clean
+
+$(STAMP): install.sh pyproject.toml $(LOCK) requirements/overrides.txt
+	./install.sh
+
+demo: $(STAMP)
+	.venv/bin/python 01_health.py $(DEMO)
+	.venv/bin/python 02_compress.py $(DEMO)
+	.venv/bin/python 03_finetune.py $(DEMO)
+	.venv/bin/python 04_eval.py $(DEMO)
+
+# basedpyright is pyright that needs no download when it runs; it reads [tool.pyright].
+check: $(STAMP)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/basedpyright --level error
+
+# A test that hangs fails after five minutes instead of holding up the whole run.
+test: $(STAMP)
+	.venv/bin/python -m pytest -q --timeout 300 --ignore tests/gpu tests
+
+test-gpu:
+	$(PYTHON) -m pytest -q tests/gpu
+
+bench: $(STAMP)
+	set -e; for benchmark in benchmarks/*.py; do .venv/bin/python "$$benchmark"; done
+
+# --find-links is unset so that torch is resolved as its default build, whose demands are the stricter.
+lock: $(STAMP)
+	cp $(LOCK) $(LOCK).part
+	env -u UV_FIND_LINKS .uv/bin/uv pip compile -q --universal --fork-strategy fewest \
+	    --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+	    --overrides requirements/overrides.txt -o $(LOCK).part requirements/requirements.in > /dev/null
+	{ sed -n '/^#/p' $(LOCK); \
+	  sed -E -e '/^(cuda-|nvidia-)/{/^nvidia-ml-py=/!d}' -e "s/ $(COMMON_MARKER)$$//" $(LOCK).part; \
+	} > $(LOCK).new
+	rm $(LOCK).part
+	mv $(LOCK).new $(LOCK)
+
+clean:
+	rm -rf runs/demo .pytest_cache .ruff_cache build sparselong.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.uv/*' -prune -exec rm -rf {} +
