@@ -1,11 +1,12 @@
 """Sparse-Long: long-context fine-tuning of gpt-oss that stays compressed.
 
-`import sparselong` registers the packed checkpoint format with transformers (when transformers is
-there), so that `AutoModelForCausalLM.from_pretrained` opens what stage 02 and stage 03 write.
+After `import sparselong`, `AutoModelForCausalLM.from_pretrained` opens what stages 02 and 03 write.
 Telemetry of the packages underneath is off unless the user turns it on.
 """
 
 import os
+
+from sparselong.registration import register_when_needed
 
 __version__ = "0.1.0"
 
@@ -17,3 +18,5 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(_name, _value)
+
+register_when_needed()

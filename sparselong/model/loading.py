@@ -1,0 +1,111 @@
+"""Opening models: upstream's checkpoints and ours, always with the experts left packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GptOssForCausalLM, PreTrainedTokenizerBase
+
+from sparselong.config import Config
+from sparselong.errors import StageError
+from sparselong.model.quantizer import METHOD, SparseLongConfig
+from sparselong.model.tiny import TinySpec, build_tiny
+
+
+def default_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is slower and less exact."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_model(
+    directory: Path,
+    *,
+    device: torch.device | None = None,
+    attn_implementation: str = "eager",
+) -> GptOssForCausalLM:
+    """Opens a gpt-oss checkpoint, upstream's (MXFP4) or one of stage 02 and 03, frozen.
+
+    Experts stay in four bits in either case.
+
+    Returns:
+        The model in eval mode on `device`, in `compute_dtype(device)`.
+
+    Raises:
+        StageError: the directory holds another model, or tensors are missing or left over.
+    """
+    device = device or default_device()
+    config = AutoConfig.from_pretrained(directory)
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if config.model_type != "gpt_oss" or method not in ("mxfp4", METHOD):
+        raise StageError(
+            f"{directory} cannot be opened",
+            "a gpt-oss checkpoint with mxfp4 or sparselong weights",
+            f"model_type {config.model_type}, quantization {method}",
+            "check model.base, or redo the stage that wrote it",
+        )
+    if method == "mxfp4":
+        config.quantization_config = SparseLongConfig(16, "none").to_dict()
+    model, info = GptOssForCausalLM.from_pretrained(
+        directory,
+        config=config,
+        dtype=compute_dtype(device),
+        device_map={"": device},
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+    )
+    wrong = {key: sorted(info[key]) for key in info if info[key]}
+    if wrong:
+        raise StageError(
+            f"{directory} does not hold the whole model",
+            "every tensor of the model, and no other",
+            "; ".join(f"{key}: {', '.join(map(str, names[:4]))}" for key, names in wrong.items()),
+            "download the checkpoint again, or redo the stage that wrote it",
+        )
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer with its chat template."""
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def resolve_base(config: Config, run_dir: Path, progress: Callable[[str], None]) -> Path:
+    """The base checkpoint's local directory.
+
+    `tiny` is made (once) under the run directory, a hub name is downloaded (once) into the hub's
+    cache, a local directory is taken as it is.
+
+    Raises:
+        StageError: the hub cannot be reached, or has no such checkpoint.
+    """
+    if config.model.base == "tiny":
+        spec = TinySpec(layers=config.model.tiny_layers, steps=config.model.tiny_steps)
+        return build_tiny(run_dir / "base", spec, config.seed, progress)
+    if Path(config.model.base).is_dir():
+        return Path(config.model.base)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                config.model.base,
+                revision=config.model.revision,
+                allow_patterns=["*.json", "*.jinja", "*.txt", "model*.safetensors", "LICENSE"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
+        raise StageError(
+            f"base model {config.model.base} is not here and could not be downloaded",
+            "a local directory, or a hub name that can be reached",
+            str(error).splitlines()[0],
+            "check the name and the network (HF_HUB_OFFLINE must be unset), or download it "
+            "elsewhere and set model.base to its directory",
+        ) from error

@@ -1,0 +1,165 @@
+"""transformers' door to the packed checkpoint: `from_pretrained` opens it like any other.
+
+Importing `sparselong` registers the quantization method `sparselong`. Before the weights are loaded,
+the quantizer replaces the attention projections by PackedLinear and the experts by PackedExperts;
+the checkpoint's tensors then load by name. Nothing is decoded, and nothing falls back to bf16.
+
+The same door opens an upstream checkpoint with its experts left packed (`weight_bits=16`,
+`sparsity="none"`): see loading.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparselong.model.packed_experts import PackedExperts
+from sparselong.model.packed_linear import PackedLinear
+from sparselong.packing import mxfp4, two_four
+from sparselong.packing.dense import DenseFormat
+
+METHOD = "sparselong"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""The shared dense layers, in attention."""
+
+
+@register_quantization_config(METHOD)
+class SparseLongConfig(QuantizationConfigMixin):
+    """What config.json says about the packed weights.
+
+    Args:
+        weight_bits, sparsity, group_size: storage of the attention projections (DenseFormat).
+        expert_sparsity: `none`: MXFP4 as published; `2:4`: kept codes and patterns, expanded to
+            MXFP4 when loaded.
+    """
+
+    def __init__(
+        self,
+        weight_bits: Literal[4, 8, 16] = 4,
+        sparsity: Literal["2:4", "none"] = "2:4",
+        group_size: int = 64,
+        expert_sparsity: Literal["2:4", "none"] = "none",
+        **_ignored: Any,
+    ):
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.weight_bits, self.sparsity, self.group_size = weight_bits, sparsity, group_size
+        self.expert_sparsity = expert_sparsity
+
+    @property
+    def dense_format(self) -> DenseFormat:
+        """The storage format of the attention projections."""
+        return DenseFormat(self.weight_bits, self.sparsity, self.group_size)
+
+
+def pack_two_four_experts(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drops the two smallest of every four MXFP4 codes; the kept codes stay as they are.
+
+    Args:
+        blocks: uint8 [..., K/32, 16].
+
+    Returns:
+        kept codes uint8 [..., K/32, 8] and packed patterns uint8 [..., K/32, 3]. Of equal
+        magnitudes the earlier weight is kept. The scale is shared by the 32, so codes compare.
+    """
+    codes = mxfp4.unpack_codes(blocks)
+    groups = (codes & 0x7).reshape(*codes.shape[:-1], -1, two_four.GROUP)
+    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., :2]
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
+    mask = mask.reshape(codes.shape)
+    kept = two_four.gather_kept(codes, mask)
+    pairs = kept.reshape(*blocks.shape[:-1], 8, 2)
+    patterns = two_four.pack_mask(mask).reshape(*blocks.shape[:-1], 3)
+    return pairs[..., 0] | (pairs[..., 1] << 4), patterns
+
+
+def unpack_two_four_experts(kept: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
+    """The inverse: kept codes and patterns → uint8 blocks [..., K/32, 16] with code 0 elsewhere."""
+    codes = torch.stack((kept & 0x0F, kept >> 4), dim=-1).flatten(-2)
+    mask = two_four.unpack_mask(patterns)
+    return mxfp4.pack_codes(two_four.scatter_kept(codes, mask)).squeeze(-2)
+
+
+class _ExpandExperts(ConversionOps):
+    """Kept codes and patterns → MXFP4 blocks, while loading."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **_kwargs):
+        kept, patterns = (
+            value[0] if isinstance(value, list) else value
+            for value in (input_dict[pattern] for pattern in source_patterns)
+        )
+        return {target_patterns[0]: unpack_two_four_experts(kept, patterns)}
+
+
+@register_quantizer(METHOD)
+class SparseLongQuantizer(HfQuantizer):
+    """Puts packed modules in place before loading; trainable through, never decoded for good."""
+
+    quantization_config: SparseLongConfig
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"a sparselong checkpoint computes in bfloat16 or float32, not {dtype}: its weights "
+                "are products of bf16 scales, which float16 cannot hold"
+            )
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
+        replace_with_packed(model, self.quantization_config.dense_format)
+        # A shard that is hard-linked from the base still carries the dense weights that the packed
+        # ones replace; the index does not name them.
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            r"self_attn\.[qkvo]_proj\.weight$",
+        }
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if self.quantization_config.expert_sparsity == "none":
+            return []
+        return [
+            WeightConverter(
+                source_patterns=[f"{name}_kept", f"{name}_patterns"],
+                target_patterns=f"{name}_blocks",
+                operations=[_ExpandExperts()],
+            )
+            for name in ("gate_up_proj", "down_proj")
+        ]
+
+    def is_serializable(self) -> bool:
+        return self.quantization_config.expert_sparsity == "none"
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+
+def replace_with_packed(model: nn.Module, fmt: DenseFormat) -> None:
+    """Swaps gpt-oss's experts, and its attention projections where they are packed, in place.
+
+    Raises:
+        ValueError: the model has no gpt-oss experts.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "self_attn")]
+    if not layers or not all(hasattr(layer.mlp, "experts") for layer in layers):
+        raise ValueError("the sparselong format holds gpt-oss models only")
+    for layer in layers:
+        layer.mlp.experts = PackedExperts(layer.self_attn.config)
+        if not (fmt.is_sparse or fmt.is_quantized):
+            continue
+        for name in PROJECTIONS:
+            linear = getattr(layer.self_attn, name)
+            packed = PackedLinear(
+                linear.in_features, linear.out_features, linear.bias is not None, fmt
+            )
+            setattr(layer.self_attn, name, packed)
