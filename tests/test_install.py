@@ -264,6 +264,22 @@ def test_interrupted_run_is_done_again(machine: Machine):
     assert "--reinstall" in machine.uv_installs()[1]
 
 
+def test_interrupted_upgrade_is_done_again(machine: Machine):
+    """The stamp of the version before must not vouch for a half-made upgrade."""
+    machine.add_uv()
+    assert machine.install().returncode == 0
+    lock = machine.project / "requirements/requirements.lock"
+    before = lock.read_text()
+    lock.write_text(before + "another==1.0\n")
+    machine.add_uv(status_of_install=1)
+    assert machine.install().returncode == 1
+    lock.write_text(before)
+    machine.add_uv()
+    result = machine.install()
+    assert result.returncode == 0 and "nothing to do" not in result.stderr
+    assert "--reinstall" in machine.uv_installs()[-2]
+
+
 def test_broken_interpreter_is_replaced(machine: Machine):
     machine.add_uv()
     assert machine.install().returncode == 0
