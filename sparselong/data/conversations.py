@@ -1,0 +1,324 @@
+"""Conversations: from whatever the config names to two checked files, and from rows to tokens.
+
+Every stage that needs text asks `prepare` first. It turns the demo, a JSON-lines file or a hub
+dataset into `runs/NAME/data/train.jsonl` and `validation.jsonl`, one `{"messages": [...]}` row a
+line, each row checked; `source.json` is written last and says what they were made from. Stages that
+run later, or again, find the same rows. A changed config key makes them anew (no finished stage
+survives that: its hash covers these keys), but a source file whose *content* changed is refused:
+no hash would show that the stages of this run saw other rows.
+
+`tokenize` renders a conversation with the model's own chat template and says which tokens are the
+assistant's. Harmony does not render a conversation's beginning as the beginning of the conversation
+(a final `<|return|>` becomes `<|end|>`, earlier `thinking` is dropped), so a turn is found between
+two renderings *with* a generation prompt, both of which must be prefixes of the whole; a template
+that rewrites history in another way is refused rather than masked wrongly.
+
+Left out: tool calls, images, other row layouts (convert them), and any filtering by content.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from sparselong.config import Config
+from sparselong.errors import StageError
+from sparselong.provenance import hash_file
+from sparselong.run import write_atomically
+
+Message = dict[str, str]
+ROLES = ("system", "developer", "user", "assistant")
+_NAMES = ("train.jsonl", "validation.jsonl")
+_SHAPE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+
+
+class DataFiles(NamedTuple):
+    """The two prepared files."""
+
+    train: Path
+    validation: Path
+
+
+def prepare(config: Config, run_dir: Path) -> DataFiles:
+    """Makes `run_dir/data/{train,validation}.jsonl`, or finds them made; same rows every time.
+
+    Raises:
+        StageError: a source is missing, unreachable, empty or changed since, or has a malformed
+            row (the message names file and line).
+    """
+    folder = run_dir / "data"
+    files = DataFiles(*(folder / name for name in _NAMES))
+    record_path = folder / "source.json"
+    wanted = {"seed": config.seed, **config.data.model_dump(mode="json", exclude={"train_on"})}
+    if record_path.exists() and files.train.exists() and files.validation.exists():
+        record = json.loads(record_path.read_text(encoding="utf-8"))
+        if record["config"] == wanted:
+            _refuse_changed(record, folder)
+            return files
+    record_path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [source for source in (config.data.train, config.data.validation) if source]
+    described = [_describe(Path(source)) for source in sources if Path(source).is_file()]
+    train, validation = _split(config, folder)
+    for path, rows in zip(files, (train, validation), strict=True):
+        write_atomically(path, "".join(_dump(row) + "\n" for row in rows))
+    record = {
+        "config": wanted,
+        "sources": described,
+        "files": [_describe(path) for path in files],
+        "conversations": {"train": len(train), "validation": len(validation)},
+    }
+    write_atomically(record_path, json.dumps(record, indent=1) + "\n")
+    return files
+
+
+def read(path: Path) -> list[list[Message]]:
+    """The conversations of a JSON-lines file, checked row by row.
+
+    Raises:
+        StageError: the file cannot be read or is empty, or a row is malformed.
+    """
+    return list(_read_rows(path))
+
+
+def tokenize(
+    messages: list[Message], tokenizer: Any, train_on: Literal["assistant", "all"]
+) -> tuple[list[int], list[bool]]:
+    """Tokens of a conversation in the tokenizer's chat template, and which are learned from.
+
+    An assistant's turn is everything that the model must write itself after the generation prompt:
+    in harmony the channel, the reasoning where it is rendered, the answer and the closing token.
+
+    Args:
+        messages: a row as `read` returns it.
+        tokenizer: a fast transformers tokenizer with a chat template.
+        train_on: `assistant` marks the assistant's turns, `all` every token.
+
+    Returns:
+        (input_ids, supervised), equally long.
+
+    Raises:
+        StageError: the template refuses the conversation, or renders a beginning of it so that it
+            is no prefix of the whole.
+    """
+    messages = _without_dropped_thinking(messages, tokenizer)
+    text = _render(messages, tokenizer, False)
+    spans = [(0, len(text))] if train_on == "all" else _assistant_spans(messages, tokenizer, text)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    supervised, ahead = [], iter([*spans, (len(text), len(text))])
+    start, end = next(ahead)
+    for token_start, _ in encoded["offset_mapping"]:
+        while token_start >= end and end < len(text):
+            start, end = next(ahead)
+        supervised.append(start <= token_start < end)
+    return list(encoded["input_ids"]), supervised
+
+
+def _render(messages: list[Message], tokenizer: Any, add_generation_prompt: bool) -> str:
+    from jinja2 import TemplateError  # with transformers only: this module loads without it
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template
+        raise StageError(
+            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses a row",
+            "a template for system, developer, user and assistant messages with text",
+            str(error),
+            "mend the row, or use a model directory with gpt-oss's chat_template.jinja",
+        ) from error
+
+
+def _without_dropped_thinking(messages: list[Message], tokenizer: Any) -> list[Message]:
+    """Removes the earlier turns' `thinking` when the template does not render it anyway.
+
+    A template that shows the last assistant turn's reasoning only would otherwise show it in a
+    shortened conversation, where an earlier turn is the last one.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not any("thinking" in messages[i] for i in turns[:-1]):
+        return messages
+    stripped = [
+        {key: value for key, value in message.items() if key != "thinking" or i == turns[-1]}
+        for i, message in enumerate(messages)
+    ]
+    same = _render(stripped, tokenizer, False) == _render(messages, tokenizer, False)
+    return stripped if same else messages
+
+
+def _assistant_spans(messages: list[Message], tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """Where the assistant's turns stand in the rendered text, as (start, end) in characters."""
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _render(messages[:i], tokenizer, True)
+        cue_length = len(prompt) - len(_render(messages[:i], tokenizer, False))
+        if i + 1 < len(messages):  # as history: with a cue for the next turn, then without the cue
+            told = _render(messages[: i + 1], tokenizer, True)
+            told = told[: len(told) - cue_length]
+        else:
+            told = text
+        if cue_length < 0 or not told.startswith(prompt) or not text.startswith(told):
+            raise StageError(
+                f"the chat template does not let message {i + 1} of a conversation be found",
+                "every beginning of a conversation renders to a beginning of the whole",
+                f"the template rewrites earlier turns: {messages[i]['content'][:60]!r}",
+                "use data.train_on=all, rows with one assistant turn, or gpt-oss's own template",
+            )
+        spans.append((len(prompt), len(told)))
+    return spans
+
+
+def _split(config: Config, folder: Path) -> tuple[list[list[Message]], list[list[Message]]]:
+    """Training and validation conversations from the sources that the config names."""
+    if config.data.train == "demo":
+        from sparselong.data.demo import write_demo_data
+
+        write_demo_data(folder / "demo", config.seed)
+        train, validation = (read(folder / "demo" / name) for name in _NAMES)
+    else:
+        train, validation = _read_source(config.data.train), []
+    if config.data.validation:
+        return train, _read_source(config.data.validation)
+    if validation:
+        return train, validation
+    if len(train) < 2:
+        raise StageError(
+            f"{config.data.train} is too small to set a validation conversation aside",
+            "at least 2 conversations, or data.validation",
+            f"{len(train)}",
+            "add rows, or name a validation file: data.validation=FILE.jsonl",
+        )
+    count = min(max(1, round(config.data.validation_fraction * len(train))), len(train) - 1)
+    aside = set(random.Random(config.seed).sample(range(len(train)), count))
+    return (
+        [row for i, row in enumerate(train) if i not in aside],
+        [row for i, row in enumerate(train) if i in aside],
+    )
+
+
+def _read_source(source: str) -> list[list[Message]]:
+    path = Path(source)
+    if path.exists() or path.suffix in (".jsonl", ".json") or path.is_absolute():
+        return list(_read_rows(path))
+    return list(_read_hub(source))
+
+
+def _read_rows(path: Path) -> Iterator[list[Message]]:
+    fix = "data.train and data.validation take a JSON-lines file, a hub dataset, or demo"
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                yield _check(_parse(line, path, number), f"{path}, line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        where = f"{path}, after line {number}" if number else f"{path}"
+        raise StageError(f"{where} cannot be read", "a UTF-8 text file", str(error), fix) from error
+    if not number:
+        raise StageError(f"{path} is empty", f"one row a line: {_SHAPE}", "no line", fix)
+
+
+def _parse(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise StageError(
+            f"{path}, line {number} is not JSON",
+            f"one row a line: {_SHAPE}",
+            f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}",
+            "mend or remove the line; a JSON array must become one object a line",
+        ) from error
+
+
+def _read_hub(name: str) -> Iterator[list[Message]]:
+    import datasets
+    import httpx
+
+    try:
+        rows: Iterable[Any] = datasets.load_dataset(name, split="train")
+    except (  # what an unreachable hub raises depends on where the connection breaks
+        OSError,
+        RuntimeError,
+        ValueError,
+        datasets.exceptions.DatasetsError,
+        httpx.HTTPError,
+    ) as error:
+        raise StageError(
+            f"dataset {name} cannot be opened",
+            "a file of that name, or a hub dataset with a train split",
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            "check the name and the network (HF_HUB_OFFLINE, HF_TOKEN), or name a local file: "
+            "data.train=FILE.jsonl",
+        ) from error
+    number = 0
+    for number, row in enumerate(rows, 1):
+        yield _check(row, f"dataset {name}, row {number}")
+    if not number:
+        raise StageError(f"dataset {name} is empty", "rows", "none", "name another dataset")
+
+
+def _check(row: Any, where: str) -> list[Message]:
+    """The row's messages with the keys that are used, or a refusal that says where."""
+    fault = _find_fault(row)
+    if fault:
+        raise StageError(f"{where} is not a conversation", _SHAPE, fault, "mend or remove the row")
+    return [
+        {key: message[key] for key in ("role", "thinking", "content") if message.get(key)}
+        | {"content": message["content"]}
+        for message in row["messages"]
+    ]
+
+
+def _find_fault(row: Any) -> str | None:
+    """What is wrong with a row, or None."""
+    if not isinstance(row, dict):
+        return f"a JSON {type(row).__name__} instead of an object"
+    if not isinstance(messages := row.get("messages"), list):
+        return f"no list under `messages`; its keys are {sorted(row)}"
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            return f"message {i} is a {type(message).__name__} instead of an object"
+        if (role := message.get("role")) not in ROLES:
+            return f"message {i} has the role {role!r}; known are {', '.join(ROLES)}"
+        if not isinstance(content := message.get("content"), str):
+            return f"the content of message {i} is {type(content).__name__}, not text"
+        if role in ("system", "developer") and i > 1:
+            return f"message {i} is a {role} message; there can be one, and it comes first"
+        if role == "assistant" and not content.strip():
+            return f"message {i}, the assistant's, is empty"
+        thinking = message.get("thinking")
+        if thinking and (role != "assistant" or not isinstance(thinking, str)):
+            return f"the thinking of message {i} ({role}) is not an assistant's text"
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        return "no assistant turn"
+    return "it begins with the assistant" if roles[0] == "assistant" else None
+
+
+def _dump(messages: list[Message]) -> str:
+    return json.dumps({"messages": messages}, ensure_ascii=False)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": hash_file(path)}
+
+
+def _refuse_changed(record: dict[str, Any], folder: Path) -> None:
+    """Refuses prepared files, or a source still there, whose content is not what was recorded."""
+    prepared = [
+        {**was, "path": folder / name} for was, name in zip(record["files"], _NAMES, strict=True)
+    ]
+    for was in [*record["sources"], *prepared]:
+        path = Path(was["path"])
+        if path.exists() and _describe(path)["sha256"] != was["sha256"]:
+            raise StageError(
+                f"{path} has changed since this run read it",
+                f"sha256 {was['sha256'][:16]}… ({was['bytes']:,} bytes)",
+                f"sha256 {hash_file(path)[:16]}… ({path.stat().st_size:,} bytes)",
+                f"use another --run-dir for the new rows, or delete {folder} and redo the stages",
+            )

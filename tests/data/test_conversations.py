@@ -1,0 +1,224 @@
+"""Conversations: what is refused and where, what stays the same, and which tokens are learned."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sparselong import config as config_module
+from sparselong.data import conversations
+from sparselong.errors import StageError
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+# As openai/gpt-oss renders text conversations: reasoning and <|return|> for the very last message
+# only, history without reasoning. Shorter than the real one, with the same rules.
+HARMONY = """{% for m in messages %}{% if m.role != 'assistant' %}
+{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}
+{%- elif loop.last and not add_generation_prompt %}
+{%- if 'thinking' in m %}{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking }}
+{{- '<|end|>' }}{% endif %}
+{{- '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|return|>' }}
+{%- else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|end|>' }}
+{%- endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
+
+
+def load_config(**data):
+    overrides = [f"data.{key}={value}" for key, value in data.items()]
+    return config_module.load("configs/tiny.yaml", overrides)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chats(count):
+    return [{"messages": [{"role": "user", "content": f"{i}?"}, ASSISTANT]} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, the harmony tokens whole, as the real one splits at them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ("start", "channel", "message", "end", "return")
+    inner.add_special_tokens([f"<|{name}|>" for name in special])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=HARMONY)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{not json", "not JSON"),
+        ("", "not JSON"),
+        ("[1]", "list instead of an object"),
+        ('{"conversations": []}', "no list under `messages`"),
+        ('{"messages": ["x"]}', "message 1 is a str"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool'"),
+        ('{"messages": [{"role": "user", "content": null}]}', "NoneType, not text"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "begins with the assistant"),
+        (json.dumps({"messages": [USER, {**ASSISTANT, "content": " "}]}), "is empty"),
+        (json.dumps({"messages": [USER, {**ASSISTANT, "thinking": 3}]}), "thinking of message 2"),
+        (json.dumps({"messages": [USER, {**USER, "role": "system"}, ASSISTANT]}), "comes first"),
+    ],
+)
+def test_malformed_row_is_refused_with_file_and_line(tmp_path, line, reason):
+    path = write_rows(tmp_path / "rows.jsonl", chats(1))
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(StageError) as raised:
+        conversations.prepare(load_config(train=path), tmp_path / "run")
+    assert f"{path}, line 2" in raised.value.what
+    assert reason in str(raised.value)
+    assert not (tmp_path / "run/data/source.json").exists()
+
+
+def test_bytes_that_are_not_text_are_refused_with_the_place(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes((json.dumps(chats(1)[0]) + "\n").encode() + b'{"messages": "\xff"}\n')
+    with pytest.raises(StageError, match="rows.jsonl"):
+        conversations.read(path)
+
+
+def test_empty_and_missing_files_are_refused(tmp_path):
+    with pytest.raises(StageError, match="is empty"):
+        conversations.read(write_rows(tmp_path / "empty.jsonl", []))
+    with pytest.raises(StageError, match="cannot be read"):
+        conversations.prepare(load_config(train=tmp_path / "none.jsonl"), tmp_path / "run")
+    with pytest.raises(StageError, match="too small"):
+        one = write_rows(tmp_path / "one.jsonl", chats(1))
+        conversations.prepare(load_config(train=one), tmp_path / "run")
+
+
+def test_unreachable_hub_is_explained(tmp_path, monkeypatch):
+    import datasets
+
+    def fail(*arguments, **keywords):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(StageError, match=r"(?s)someone/chats cannot be opened.*data.train=FILE"):
+        conversations.prepare(load_config(train="someone/chats"), tmp_path)
+
+
+def test_hub_rows_are_checked_and_reduced_to_messages(tmp_path, monkeypatch):
+    import datasets
+
+    rows = [{"lang": "x", "messages": [{**USER, "thinking": None}, {**ASSISTANT, "thinking": "t"}]}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows * 2)
+    files = conversations.prepare(load_config(train="someone/chats"), tmp_path)
+    assert conversations.read(files.train) == [[USER, {**ASSISTANT, "thinking": "t"}]]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [*rows, {"messages": []}])
+    with pytest.raises(StageError, match="someone/chats, row 2"):
+        conversations.prepare(load_config(train="someone/chats"), tmp_path / "other")
+
+
+def test_split_is_seeded_complete_and_kept(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", chats(40))
+    config = load_config(train=path, validation_fraction=0.1)
+    files = conversations.prepare(config, tmp_path / "a")
+    train, validation = conversations.read(files.train), conversations.read(files.validation)
+    assert (len(train), len(validation)) == (36, 4)
+    assert sorted(map(str, train + validation)) == sorted(str(row["messages"]) for row in chats(40))
+    again = conversations.prepare(config, tmp_path / "b")
+    assert files.validation.read_bytes() == again.validation.read_bytes()
+    other_seed = config.model_copy(update={"seed": 1})
+    assert validation != conversations.read(conversations.prepare(other_seed, tmp_path / "c")[1])
+
+
+def test_prepared_files_are_kept_rebuilt_or_refused(tmp_path):
+    path, run_dir = write_rows(tmp_path / "rows.jsonl", chats(20)), tmp_path / "run"
+    config = load_config(train=path, validation_fraction=0.1)
+    files = conversations.prepare(config, run_dir)
+    stamp = files.train.stat().st_mtime_ns
+    assert conversations.prepare(config, run_dir).train.stat().st_mtime_ns == stamp
+    larger = load_config(train=path, validation_fraction=0.5)
+    assert len(conversations.read(conversations.prepare(larger, run_dir).validation)) == 10
+    write_rows(path, chats(21))
+    with pytest.raises(StageError, match="has changed since"):
+        conversations.prepare(larger, run_dir)
+    write_rows(path, chats(20))
+    files.train.write_text("")
+    with pytest.raises(StageError, match="train.jsonl has changed since"):
+        conversations.prepare(larger, run_dir)
+
+
+def test_interrupted_preparation_is_not_taken_for_done(tmp_path):
+    path, run_dir = write_rows(tmp_path / "rows.jsonl", chats(20)), tmp_path / "run"
+    files = conversations.prepare(load_config(train=path), run_dir)
+    whole = files.train.read_text()
+    (run_dir / "data/source.json").unlink()
+    files.train.write_text(whole[:30])
+    assert conversations.prepare(load_config(train=path), run_dir).train.read_text() == whole
+
+
+def supervised_text(messages, tokenizer):
+    ids, supervised = conversations.tokenize(messages, tokenizer, "assistant")
+    assert len(ids) == len(supervised)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(ids) == rendered
+    kept = [token if on else None for token, on in zip(ids, supervised, strict=True)]
+    pieces, piece = [], []
+    for token in [*kept, None]:
+        if token is None and piece:
+            pieces.append(tokenizer.decode(piece))
+        piece = [] if token is None else [*piece, token]
+    return pieces
+
+
+def test_every_assistant_turn_is_learned_and_nothing_else(tokenizer):
+    messages = [
+        USER,
+        ASSISTANT,
+        {"role": "user", "content": "Größe?"},
+        {**ASSISTANT, "thinking": "t"},
+    ]
+    assert supervised_text(messages, tokenizer) == [
+        "<|channel|>final<|message|>Hello<|end|>",
+        "<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>final<|message|>"
+        "Hello<|return|>",
+    ]
+
+
+def test_reasoning_that_the_template_drops_is_not_learned(tokenizer):
+    thoughtful = {**ASSISTANT, "thinking": "t"}
+    assert supervised_text([USER, thoughtful, USER, ASSISTANT, USER], tokenizer) == [
+        "<|channel|>final<|message|>Hello<|end|>",
+        "<|channel|>final<|message|>Hello<|end|>",
+    ]
+
+
+def test_template_that_shows_the_last_assistants_reasoning_wherever_it_stands(tokenizer):
+    """The tiny model's: shortened, the conversation would show what the whole one does not."""
+    template = Path("sparselong/model/harmony.jinja").read_text(encoding="utf-8")
+    tokenizer = type(tokenizer)(tokenizer_object=tokenizer._tokenizer, chat_template=template)
+    thoughtful = {**ASSISTANT, "thinking": "t"}
+    assert supervised_text([USER, thoughtful, USER, thoughtful], tokenizer) == [
+        "<|channel|>final<|message|>Hello<|end|>",
+        "<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>final<|message|>"
+        "Hello<|return|>",
+    ]
+
+
+def test_all_tokens_are_learned_when_asked(tokenizer):
+    ids, supervised = conversations.tokenize([USER, ASSISTANT], tokenizer, "all")
+    assert ids and all(supervised)
+
+
+def test_template_that_rewrites_history_is_refused(tokenizer):
+    rewriting = "{{ messages | length }}" + HARMONY
+    strange = type(tokenizer)(tokenizer_object=tokenizer._tokenizer, chat_template=rewriting)
+    with pytest.raises(StageError, match="rewrites earlier turns"):
+        conversations.tokenize([USER, ASSISTANT], strange, "assistant")
+    refusing = type(tokenizer)(
+        tokenizer_object=tokenizer._tokenizer, chat_template="{{ raise_exception('no roles') }}"
+    )
+    with pytest.raises(StageError, match="no roles"):
+        conversations.tokenize([USER, ASSISTANT], refusing, "assistant")
