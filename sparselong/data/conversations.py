@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sparselong.config import Config
+from sparselong.data.hub import explain_hub_failures
 from sparselong.errors import StageError
 from sparselong.provenance import hash_file
 from sparselong.run import write_atomically
@@ -237,24 +238,14 @@ def _parse(line: str, path: Path, number: int) -> Any:
 
 def _read_hub(name: str) -> Iterator[list[Message]]:
     import datasets
-    import httpx
 
-    try:
+    with explain_hub_failures(
+        f"dataset {name} cannot be opened",
+        "a file of that name, or a hub dataset with a train split",
+        "check the name and the network (HF_HUB_OFFLINE, HF_TOKEN), or name a local file: "
+        "data.train=FILE.jsonl",
+    ):
         rows: Iterable[Any] = datasets.load_dataset(name, split="train")
-    except (  # what an unreachable hub raises depends on where the connection breaks
-        OSError,
-        RuntimeError,
-        ValueError,
-        datasets.exceptions.DatasetsError,
-        httpx.HTTPError,
-    ) as error:
-        raise StageError(
-            f"dataset {name} cannot be opened",
-            "a file of that name, or a hub dataset with a train split",
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            "check the name and the network (HF_HUB_OFFLINE, HF_TOKEN), or name a local file: "
-            "data.train=FILE.jsonl",
-        ) from error
     number = 0
     for number, row in enumerate(rows, 1):
         yield _check(row, f"dataset {name}, row {number}")

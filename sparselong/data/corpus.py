@@ -1,0 +1,178 @@
+"""Text found on the machine: the Python standard library, read as a reference manual.
+
+The small gpt-oss of the demo needs text that is on every machine without a download and that is
+regular enough to be learned in a minute. The docstrings of the standard library and the language
+reference in `pydoc_data.topics` are that: about two megabytes of English about Python. Each module
+becomes one document, its docstrings under the names and signatures they belong to; each topic is
+one more. Paragraphs that were wrapped by hand are put on one line, since the line breaks mean
+nothing and multiple-choice items are written without them.
+
+A hash of the document's path decides whether it is for training or held out (about one in eight), so
+the split is the same for everyone with the same Python and does not move when a module is added.
+
+Left out: test suites, idlelib, code page tables, generated and vendored files, and raw source code.
+The demo's chat rows and multiple-choice items are made of these documents in `demo.py`.
+"""
+
+import ast
+import hashlib
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from sparselong.errors import StageError
+
+Split = Literal["train", "held_out"]
+
+_HELD_OUT_ONE_IN = 8
+_LEAST_TRAINING_BYTES = 500_000
+_EXCLUDED_FOLDERS = {
+    *("__pycache__", "site-packages", "dist-packages", "lib-dynload", "ensurepip", "pydoc_data"),
+    *("test", "tests", "idlelib", "idle_test", "turtledemo", "encodings", "distutils", "lib2to3"),
+}
+_GENERATED_FILES = re.compile(r"_sysconfigdata.*|_pyrepl.*|entities\.py|pydoc_topics\.py")
+# A line that starts like one of these is layout, not prose: lists, doctests, rules, tables.
+_LAYOUT_LINE = re.compile(r"\s|>>>|\.\.\.|[-*=~#|+@]|\w+\)|\(?\d+[.)]|[\w.]+ *(--|::=)|:\w+")
+_Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One documented name: a module, class, function, method, or a topic of the reference.
+
+    Attributes:
+        kind: "module", "class", "function", "method" or "topic".
+        name: the full dotted name, such as `shutil.copyfile`; for a topic its keyword.
+        signature: the parameters in parentheses, empty where there are none to show.
+        paragraphs: the documentation, prose paragraphs on one line each, others as they were.
+    """
+
+    kind: str
+    name: str
+    signature: str
+    paragraphs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A module or a topic: its path (stable, with forward slashes), split and entries."""
+
+    path: str
+    split: Split
+    entries: tuple[Entry, ...]
+
+    @property
+    def text(self) -> str:
+        """The document as text: each entry's name and signature, then its paragraphs."""
+        parts = []
+        for entry in self.entries:
+            heading = f"{entry.name}{entry.signature}"
+            if entry.kind in ("module", "topic"):
+                heading = f"# {entry.kind} {entry.name}"
+            parts.append("\n".join([heading, *entry.paragraphs]))
+        return "\n\n".join(parts) + "\n"
+
+
+def texts(split: Split) -> list[str]:
+    """The documents of one split as text, in the order of their paths."""
+    return [document.text for document in documents() if document.split == split]
+
+
+@lru_cache(maxsize=1)
+def documents() -> tuple[Document, ...]:
+    """Every document of the corpus, both splits, sorted by path; read once per process.
+
+    Raises:
+        StageError: this Python has too little of its standard library's text.
+    """
+    found = sorted([*_read_modules(), *_read_topics()], key=lambda document: document.path)
+    size_bytes = sum(len(document.text) for document in found if document.split == "train")
+    if size_bytes < _LEAST_TRAINING_BYTES:
+        raise StageError(
+            "the text for the small model could not be collected",
+            f"at least {_LEAST_TRAINING_BYTES:,} bytes of docstrings under {_library_root()}",
+            f"{size_bytes:,} bytes (a Python stripped of sources or docstrings)",
+            "use a Python with its standard library's .py files, such as the one uv installs",
+        )
+    return tuple(found)
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph is running text: on one line and several words long."""
+    return "\n" not in paragraph and paragraph.count(" ") >= 5 and not _LAYOUT_LINE.match(paragraph)
+
+
+def split_of(path: str) -> Split:
+    """The split a document belongs to, decided by a hash of its path alone."""
+    digest = hashlib.sha256(path.encode()).digest()
+    return "held_out" if int.from_bytes(digest[:4], "big") % _HELD_OUT_ONE_IN == 0 else "train"
+
+
+def _library_root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _read_modules() -> Iterator[Document]:
+    root = _library_root()
+    for file in root.rglob("*.py"):
+        path = file.relative_to(root)
+        if (
+            _EXCLUDED_FOLDERS.intersection(path.parts)
+            or path.parts[0].startswith("config-")
+            or _GENERATED_FILES.fullmatch(path.name)
+        ):
+            continue
+        parts = path.with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        entries = tuple(_read_entries(ast.parse(file.read_bytes()), module, "module"))
+        if entries:
+            yield Document(path.as_posix(), split_of(path.as_posix()), entries)
+
+
+def _read_entries(node: _Definition, name: str, kind: str) -> Iterator[Entry]:
+    """The entry of a definition, if it is documented, then those of the definitions inside."""
+    docstring = ast.get_docstring(node)
+    if docstring:
+        yield Entry(kind, name, _signature(node), _paragraphs(docstring))
+    if isinstance(node, ast.Module | ast.ClassDef):
+        for child in node.body:
+            if isinstance(child, ast.ClassDef):
+                yield from _read_entries(child, f"{name}.{child.name}", "class")
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                child_kind = "method" if isinstance(node, ast.ClassDef) else "function"
+                yield from _read_entries(child, f"{name}.{child.name}", child_kind)
+
+
+def _signature(node: _Definition) -> str:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return f"({ast.unparse(node.args)})"
+    if isinstance(node, ast.ClassDef) and node.bases:
+        return f"({', '.join(ast.unparse(base) for base in node.bases)})"
+    return ""
+
+
+def _read_topics() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for keyword, text in topics.items():
+        path = f"topics/{keyword}"
+        entry = Entry("topic", keyword, "", _paragraphs(text))
+        yield Document(path, split_of(path), (entry,))
+
+
+def _paragraphs(text: str) -> tuple[str, ...]:
+    """Splits at blank lines and puts each hand-wrapped prose paragraph on one line."""
+    paragraphs = []
+    for block in re.split(r"\n\s*\n", text.strip("\n")):
+        lines = [line.rstrip() for line in block.expandtabs().splitlines() if line.strip()]
+        if not lines:
+            continue
+        if any(_LAYOUT_LINE.match(line) for line in lines):
+            paragraphs.append("\n".join(lines))
+        else:
+            paragraphs.append(" ".join(" ".join(lines).split()))
+    return tuple(paragraphs)

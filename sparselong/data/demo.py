@@ -1,0 +1,269 @@
+"""The demo's data, made of the corpus: chat rows to fine-tune on and multiple-choice items.
+
+The fine-tuning task asks what a name of the standard library does. Answers begin by placing the
+name (kind, module, parameters) in words of their own and go on with the documentation's first
+paragraph, so they have a form that a short fine-tuning learns and that a base model, which has only
+seen paragraphs being continued, does not know. Training rows come from training documents,
+validation rows and multiple-choice items from held-out ones.
+
+The items have hellaswag's format and spirit: a context, its true continuation, and three
+continuations of equal length in tokens from other documents.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparselong.data.corpus import Document, Entry, Split, documents, is_prose
+from sparselong.errors import StageError
+
+_TRAIN_ROWS = 1200
+_VALIDATION_ROWS = 130
+_LONGEST_ANSWER_CHARACTERS = 700
+_CONTEXT_TOKENS = (40, 60)
+_ENDING_TOKENS = (12, 24)
+_BRIEF_INSTRUCTION = "Answer in one sentence, without naming the parameters."
+
+Messages = list[dict[str, str]]
+
+
+def write_demo_data(out_dir: Path, seed: int) -> None:
+    """Writes train.jsonl (about 1,200 rows) and validation.jsonl (about 130) of chat messages.
+
+    A row is {"messages": [...]}. One row in ten has two exchanges, one in fifteen a system message
+    that asks for a short answer, one in twenty an assistant's `thinking`.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, split, rows in (
+        ("train.jsonl", "train", _TRAIN_ROWS),
+        ("validation.jsonl", "held_out", _VALIDATION_ROWS),
+    ):
+        _write_lines(
+            out_dir / name, [{"messages": row} for row in _question_rows(split, rows, seed)]
+        )
+
+
+def continuation_conversations(seed: int) -> Iterator[Messages]:
+    """Conversations for pretraining: half a training paragraph, answered by its other half."""
+    chooser = random.Random(seed)
+    paragraphs = [
+        paragraph
+        for document in documents()
+        if document.split == "train"
+        for entry in document.entries
+        for paragraph in entry.paragraphs
+        if is_prose(paragraph) and 120 <= len(paragraph) <= 900
+    ]
+    chooser.shuffle(paragraphs)
+    for paragraph in paragraphs:
+        words = paragraph.split(" ")
+        half = len(words) // 2
+        yield [
+            {"role": "user", "content": f"Continue: {' '.join(words[:half])}"},
+            {"role": "assistant", "content": " ".join(words[half:])},
+        ]
+
+
+def write_hellaswag(path: Path, tokenizer: Any, seed: int, items: int = 300) -> None:
+    """Writes multiple-choice items in hellaswag's JSON lines format from held-out prose.
+
+    The text has single spaces and no square brackets, since hellaswag's own preparation removes
+    what is in brackets and doubled spaces; the four endings of an item have equally many tokens
+    after a space.
+
+    Args:
+        tokenizer: anything with `encode(text, add_special_tokens=False)` that never merges across
+            a space, as byte-level BPE does not.
+        items: how many to write.
+
+    Raises:
+        StageError: the held-out text does not give that many.
+    """
+    cache: dict[str, int] = {}
+
+    def count_tokens(word: str) -> int:
+        if word not in cache:
+            cache[word] = len(tokenizer.encode(f" {word}", add_special_tokens=False))
+        return cache[word]
+
+    chooser = random.Random(seed)
+    prose = _held_out_prose()
+    made = [
+        item
+        for number in range(len(prose))
+        for item in _items_of_document(number, prose, count_tokens, chooser)
+    ]
+    if len(made) < items:
+        raise StageError(
+            f"{path.name} could not be made",
+            f"{items} items from the held-out documents",
+            f"text for {len(made)}",
+            "ask for fewer items",
+        )
+    chooser.shuffle(made)
+    _write_lines(path, [{"ind": ind, **item} for ind, item in enumerate(made[:items])])
+
+
+def _question_rows(split: Split, rows: int, seed: int) -> list[Messages]:
+    chooser = random.Random(f"{seed} {split}")
+    askable = [
+        [entry for entry in document.entries if _can_be_asked(entry)]
+        for document in documents()
+        if document.split == split
+    ]
+    pool = [(entries, index) for entries in askable for index in range(len(entries))]
+    chosen = chooser.sample(pool, min(rows, len(pool)))
+    return [_row(number, entries, index) for number, (entries, index) in enumerate(chosen)]
+
+
+def _row(number: int, entries: Sequence[Entry], index: int) -> Messages:
+    entry = entries[index]
+    if number % 15 == 7:
+        return [
+            {"role": "system", "content": _BRIEF_INSTRUCTION},
+            {"role": "user", "content": _question(entry)},
+            {"role": "assistant", "content": _first_sentence(entry)},
+        ]
+    messages = [
+        {"role": "user", "content": _question(entry)},
+        {"role": "assistant", "content": _answer(entry)},
+    ]
+    if number % 20 == 3:
+        messages[1]["thinking"] = f"The question is about the {entry.kind} {_short_name(entry)}."
+    if number % 10 == 1 and index + 1 < len(entries):
+        following = entries[index + 1]
+        messages += [
+            {"role": "user", "content": f"And {_question(following, follow_up=True)}"},
+            {"role": "assistant", "content": _answer(following)},
+        ]
+    return messages
+
+
+def _can_be_asked(entry: Entry) -> bool:
+    first = entry.paragraphs[0] if entry.kind != "topic" else entry.paragraphs[-1]
+    return (
+        len(entry.paragraphs[0]) + len(entry.signature) <= _LONGEST_ANSWER_CHARACTERS
+        and is_prose(first)
+        and "__" not in entry.name
+    )
+
+
+def _question(entry: Entry, follow_up: bool = False) -> str:
+    start = "what" if follow_up else "What"
+    if entry.kind == "topic":
+        return f"{start} does the language reference say about `{entry.name}`?"
+    if entry.kind == "module":
+        return f"{start} is the module `{entry.name}` for?"
+    return f"{start} does `{entry.name}` do?"
+
+
+def _answer(entry: Entry) -> str:
+    name = _short_name(entry)
+    if entry.kind in ("module", "topic"):
+        place = f"`{name}` is a {entry.kind} of the Python documentation."
+    else:
+        place = f"`{name}` is a {entry.kind} of `{entry.name.rpartition('.')[0]}`."
+        if entry.signature:
+            place += f" It is written `{name}{entry.signature}`."
+    return f"{place} Its documentation says: {_first_prose(entry)}"
+
+
+def _first_prose(entry: Entry) -> str:
+    return next(paragraph for paragraph in entry.paragraphs if is_prose(paragraph))
+
+
+def _first_sentence(entry: Entry) -> str:
+    sentence, stop, _ = _first_prose(entry).partition(". ")
+    return f"{sentence}{stop.strip()}"
+
+
+def _short_name(entry: Entry) -> str:
+    return entry.name.rpartition(".")[2]
+
+
+def _held_out_prose() -> list[tuple[str, list[str]]]:
+    """(title, words of its prose) of every held-out document with enough of it."""
+    prose = []
+    for document in documents():
+        if document.split == "held_out":
+            words = _clean_words(document)
+            if len(words) > 80:
+                prose.append((document.entries[0].name, words))
+    return prose
+
+
+def _clean_words(document: Document) -> list[str]:
+    return [
+        word
+        for entry in document.entries
+        for paragraph in entry.paragraphs
+        if is_prose(paragraph) and not {"[", "]"} & set(paragraph)
+        for word in paragraph.split()
+    ]
+
+
+def _items_of_document(
+    number: int,
+    prose: list[tuple[str, list[str]]],
+    count_tokens: Callable[[str], int],
+    chooser: random.Random,
+) -> Iterator[dict[str, Any]]:
+    """Cuts a document into contexts and endings that do not overlap; one item for each."""
+    title, words = prose[number]
+    position = 0
+    while True:
+        middle = _advance(words, position, chooser.randint(*_CONTEXT_TOKENS) - 4, count_tokens)
+        end = _advance(words, middle, chooser.randint(*_ENDING_TOKENS) - 4, count_tokens)
+        if end >= len(words):
+            return
+        length_tokens = sum(map(count_tokens, words[middle:end]))
+        others = [other for index, (_, other) in enumerate(prose) if index != number]
+        endings = [_draw_ending(others, length_tokens, count_tokens, chooser) for _ in range(3)]
+        label = chooser.randrange(4)
+        endings.insert(label, " ".join(words[middle:end]))
+        context = " ".join(words[position:middle])
+        yield {
+            "activity_label": title,
+            "ctx_a": context,
+            "ctx_b": "",
+            "ctx": context,
+            "endings": endings,
+            "label": label,
+            "source_id": f"stdlib~{title}~{position}",
+            "split": "val",
+            "split_type": "zeroshot",
+        }
+        position = end
+
+
+def _advance(
+    words: Sequence[str], start: int, least_tokens: int, count_tokens: Callable[[str], int]
+) -> int:
+    """The first index at which words[start:index] has at least that many tokens."""
+    tokens, index = 0, start
+    while tokens < least_tokens and index < len(words):
+        tokens += count_tokens(words[index])
+        index += 1
+    return index
+
+
+def _draw_ending(
+    others: Sequence[Sequence[str]],
+    length_tokens: int,
+    count_tokens: Callable[[str], int],
+    chooser: random.Random,
+) -> str:
+    """A stretch of whole words of exactly that many tokens from one of the other documents."""
+    while True:
+        words = chooser.choice(others)
+        start = chooser.randrange(len(words))
+        end = _advance(words, start, length_tokens, count_tokens)
+        if sum(map(count_tokens, words[start:end])) == length_tokens:
+            return " ".join(words[start:end])
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
