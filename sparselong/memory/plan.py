@@ -1,0 +1,202 @@
+"""The plan of a run: what is read, written, held in memory, and how long it takes.
+
+`plan` answers for a whole config, `plan_stage` for one stage's `--dry-run`. Neither looks at the
+GPU: a plan is for a device kind (by default the one the config asks for), and 01_health.py compares
+it with what the machine has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparselong.config import Config
+from sparselong.memory import storage, timing, training
+from sparselong.memory.shape import ModelShape, find_shape
+from sparselong.memory.training import Device, Memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the planner knows of a config.
+
+    Attributes:
+        disk: bytes on disk by artifact.
+        bits_per_weight: of the compressed model, by group.
+        compressed: bytes of the compressed model, by group.
+        memory: stage 03 in this version, everything on one device.
+        sharded: stage 03 on each of `sequence_parallel_degree` GPUs once they share the work;
+            None where the degree is 1.
+        stages: bytes of the other stages' working memory by component.
+        tokens, tokens_note: what stage 03 trains on, and how it was counted.
+        seconds: estimate by stage.
+    """
+
+    shape: ModelShape
+    device: Device
+    rate: timing.Rate
+    disk: dict[str, int]
+    bits_per_weight: dict[str, float]
+    compressed: dict[str, int]
+    memory: Memory
+    sharded: Memory | None
+    stages: dict[str, dict[str, int]]
+    tokens: int
+    tokens_note: str
+    seconds: dict[str, float]
+
+    def stage_memory(self, name: str) -> tuple[dict[str, int], int]:
+        """Components of a stage's memory and their peak, in bytes."""
+        if name == "03_finetune":
+            return self.memory.components, self.memory.peak_bytes
+        components = self.stages.get(name, {})
+        return components, sum(components.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as a JSON document."""
+        return {
+            "device": self.device,
+            "parameters": self.shape.total,
+            "bytes_on_disk": self.disk,
+            "bits_per_weight": self.bits_per_weight,
+            "compressed_bytes": self.compressed,
+            "bytes_per_gpu": self.memory.components,
+            "peak_bytes_per_gpu": self.memory.peak_bytes,
+            "sharded_bytes_per_gpu": self.sharded.components if self.sharded else None,
+            "sharded_peak_bytes_per_gpu": self.sharded.peak_bytes if self.sharded else None,
+            "stage_bytes": {name: sum(parts.values()) for name, parts in self.stages.items()},
+            "training_tokens": self.tokens,
+            "training_tokens_note": self.tokens_note,
+            "estimated_seconds": {name: round(value) for name, value in self.seconds.items()},
+            "estimated_for": self.rate.name,
+        }
+
+
+def configured_device(config: Config) -> Device:
+    """The device kind a config is made for: the tiny model without flash attention runs on CPU."""
+    return "cpu" if config.model.base == "tiny" and not config.flash_attention else "cuda"
+
+
+def plan(config: Config, device: Device | None = None, gpu_name: str | None = None) -> Plan:
+    """The plan of a config.
+
+    Args:
+        device: what to plan for; None takes `configured_device`.
+        gpu_name: for the time estimate; None takes an RTX 3090.
+
+    Raises:
+        StageError: the base model's shape is not known.
+    """
+    device = device or configured_device(config)
+    shape = find_shape(config.model)
+    rate = timing.find_rate(None if device == "cpu" else gpu_name or "RTX 3090")
+    disk = storage.disk_bytes(shape, config)
+    source = Path(config.data.train)
+    data_bytes = source.stat().st_size if source.is_file() else None
+    tokens, note = timing.training_tokens(config, data_bytes)
+    shared = config.sequence_parallel_degree > 1 and device == "cuda"
+    return Plan(
+        shape=shape,
+        device=device,
+        rate=rate,
+        disk=disk,
+        bits_per_weight=storage.bits_by_group(config),
+        compressed=storage.compressed_groups(shape, config),
+        memory=training.finetune_memory(shape, config, device),
+        sharded=training.finetune_memory(shape, config, sharded=True) if shared else None,
+        stages={
+            "02_compress": training.compress_memory(shape, config, device),
+            "04_eval": training.evaluate_memory(shape, config, device),
+        },
+        tokens=tokens,
+        tokens_note=note,
+        seconds=timing.stage_seconds(shape, config, rate, disk, tokens),
+    )
+
+
+def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
+    """What a stage would do: the document that `--dry-run` prints. Touches nothing.
+
+    Args:
+        name: `01_health`, `02_compress`, `03_finetune` or `04_eval`.
+
+    Raises:
+        StageError: the base model's shape is not known.
+    """
+    made = plan(config)
+    components, peak = made.stage_memory(name)
+    reads, writes = _files(config, run_dir, name, made)
+    return {
+        "stage": name,
+        "status": "plan",
+        "device": made.device,
+        "reads": reads,
+        "writes": writes,
+        "bytes_on_disk": sum(row["bytes"] for row in writes),
+        "bytes_per_gpu": components,
+        "peak_bytes_per_gpu": peak,
+        "sharded_bytes_per_gpu": made.sharded.components
+        if made.sharded and name == "03_finetune"
+        else None,
+        "sharded_peak_bytes_per_gpu": made.sharded.peak_bytes
+        if made.sharded and name == "03_finetune"
+        else None,
+        "estimated_seconds": round(made.seconds[name]),
+        "notes": _notes(config, name, made),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _row(path: Path | str, size: int, what: str) -> dict[str, Any]:
+    return {"path": str(path), "bytes": size, "what": what}
+
+
+def _files(
+    config: Config, run_dir: Path, name: str, made: Plan
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    disk = made.disk
+    tiny = config.model.base == "tiny"
+    base_path = run_dir / "base" if tiny else config.model.base
+    base = _row(base_path, disk["base model"], "base model")
+    source = Path(config.data.train)
+    size = source.stat().st_size if source.is_file() else 0
+    data = _row(run_dir / "data" if config.data.train == "demo" else source, size, "conversations")
+    two, three = run_dir / "02_compress", run_dir / "03_finetune"
+    model2 = _row(two / "model", disk["02_compress/model"], "compressed model")
+    masters = _row(two / "masters", disk["02_compress/masters"], "dense masters for stage 03")
+    model3 = _row(three / "model", disk["03_finetune/model"], "fine-tuned model")
+    rest3 = [
+        _row(three / "checkpoints", disk["03_finetune/checkpoints"], "checkpoints, the last ones"),
+        _row(three / "adapter", disk["03_finetune/adapter"], "adapter"),
+    ]
+    report = [_row(run_dir / name / "report.md", 0, "report")]
+    return {
+        "01_health": ([], report),
+        "02_compress": ([base, data], [*([base] if tiny else []), model2, masters]),
+        "03_finetune": ([model2, masters, data], [model3, *rest3]),
+        "04_eval": ([base, model2, model3, data], report),
+    }[name]
+
+
+def _notes(config: Config, name: str, made: Plan) -> list[str]:
+    notes = [
+        f"Seconds are an estimate for {made.rate.name}; memory figures are weights exactly, "
+        "activations by estimate."
+    ]
+    if name == "03_finetune":
+        notes.append(f"{made.tokens:,} training tokens ({made.tokens_note}).")
+        notes.append(
+            "The loss and a layer's activations are not alive at once: the peak counts the larger."
+        )
+        if config.sequence_parallel_degree > 1:
+            notes.append(
+                "This version keeps the whole model and the whole sequence on one GPU; "
+                f"sharing them among {config.sequence_parallel_degree} is to come."
+            )
+    if name in ("02_compress", "03_finetune"):
+        notes.append(
+            "Expert shards are hard-linked where the filesystem allows: then they take "
+            "no room of their own."
+        )
+    return notes

@@ -1,0 +1,209 @@
+"""The sizes of a gpt-oss model, as integers, without loading it.
+
+Everything the planner says follows from ten numbers of the model's configuration. The two published
+models are built in under their hub names; the `tiny` model is the one that sparselong.model.tiny
+makes; any other base is read from its config.json. Parameter counts are exact: for the published
+models they equal the checkpoints' own to the last parameter.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparselong.config import ModelSection
+from sparselong.errors import StageError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the planner needs to know of a gpt-oss model; field names follow the field's own."""
+
+    layers: int
+    experts: int
+    hidden: int = 2880
+    heads: int = 64
+    kv_heads: int = 8
+    head_dim: int = 64
+    intermediate: int = 2880
+    experts_per_token: int = 4
+    vocab: int = 201_088
+    sliding_window: int = 128
+
+    @property
+    def query_width(self) -> int:
+        """Width of all query heads together: o_proj's input."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key heads (or value heads) together."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(output, input) features of one layer's attention projections."""
+        return {
+            "q_proj": (self.query_width, self.hidden),
+            "k_proj": (self.kv_width, self.hidden),
+            "v_proj": (self.kv_width, self.hidden),
+            "o_proj": (self.hidden, self.query_width),
+        }
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of all experts of all layers, biases not counted."""
+        return self.layers * self.experts * 3 * self.intermediate * self.hidden
+
+    @property
+    def expert_biases(self) -> int:
+        """Biases of all experts of all layers."""
+        return self.layers * self.experts * (2 * self.intermediate + self.hidden)
+
+    @property
+    def attention_weights(self) -> int:
+        """Weights of the q, k, v and o projections of all layers, biases not counted."""
+        return self.layers * sum(rows * columns for rows, columns in self.projections.values())
+
+    @property
+    def attention_biases(self) -> int:
+        """Biases of the q, k, v and o projections of all layers."""
+        return self.layers * sum(rows for rows, _ in self.projections.values())
+
+    @property
+    def sinks(self) -> int:
+        """One learned sink logit per query head and layer."""
+        return self.layers * self.heads
+
+    @property
+    def router(self) -> int:
+        """Router weights and biases of all layers."""
+        return self.layers * self.experts * (self.hidden + 1)
+
+    @property
+    def norms(self) -> int:
+        """Two norms per layer and the last one."""
+        return (2 * self.layers + 1) * self.hidden
+
+    @property
+    def embedding(self) -> int:
+        """Embedding weights; lm_head, which is not tied to it, has as many."""
+        return self.vocab * self.hidden
+
+    @property
+    def small(self) -> int:
+        """Everything that stays bf16 beside embedding and lm_head: router, norms, biases, sinks."""
+        return self.expert_biases + self.attention_biases + self.sinks + self.router + self.norms
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.expert_weights + self.attention_weights + 2 * self.embedding + self.small
+
+    @property
+    def active(self) -> int:
+        """Weights that one token is multiplied with: attention, router, its experts, lm_head."""
+        chosen = self.expert_weights * self.experts_per_token // self.experts
+        return chosen + self.attention_weights + self.router + self.embedding
+
+
+PUBLISHED = {
+    "openai/gpt-oss-120b": ModelShape(layers=36, experts=128),
+    "openai/gpt-oss-20b": ModelShape(layers=24, experts=32),
+}
+
+_FIELDS = {
+    "layers": "num_hidden_layers",
+    "experts": "num_local_experts",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate": "intermediate_size",
+    "experts_per_token": "num_experts_per_tok",
+    "vocab": "vocab_size",
+    "sliding_window": "sliding_window",
+}
+"""Shape field → key of config.json."""
+
+
+def tiny_shape(layers: int) -> ModelShape:
+    """The shape of the small model that sparselong.model.tiny makes; a test holds them equal."""
+    return ModelShape(
+        layers=layers,
+        experts=8,
+        hidden=128,
+        heads=4,
+        kv_heads=2,
+        intermediate=128,
+        vocab=2048,
+        sliding_window=64,
+    )
+
+
+def find_shape(model: ModelSection) -> ModelShape:
+    """The shape of the configured base model.
+
+    Raises:
+        StageError: the base is neither published, nor tiny, nor a directory or a cached hub model
+            with a gpt-oss config.json.
+    """
+    if model.base == "tiny":
+        return tiny_shape(model.tiny_layers)
+    if model.base in PUBLISHED:
+        return PUBLISHED[model.base]
+    path = Path(model.base) / "config.json"
+    if not path.is_file():
+        path = _cached_config(model)
+    return read_shape(path)
+
+
+def _cached_config(model: ModelSection) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
+    except HFValidationError:  # a path, not a hub name
+        cached = None
+    if isinstance(cached, str):
+        return Path(cached)
+    raise StageError(
+        f"the shape of model.base {model.base!r} is not known",
+        f"{' or '.join(PUBLISHED)}, tiny, or a directory with a config.json",
+        "neither such a directory nor a config.json in the hub cache",
+        f"correct model.base, or fetch it first: hf download {model.base} config.json",
+    )
+
+
+def read_shape(path: Path) -> ModelShape:
+    """The shape that a gpt-oss checkpoint's config.json describes.
+
+    Raises:
+        StageError: it cannot be read, is not of a gpt-oss model, or lacks a key.
+    """
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"{path} cannot be read",
+            "the JSON configuration of a gpt-oss checkpoint",
+            str(error),
+            "download the checkpoint again, or correct model.base",
+        ) from error
+    kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+    if kind != "gpt_oss":
+        raise StageError(
+            f"{path} is not of a gpt-oss model", "model_type gpt_oss", f"{kind}", "set model.base"
+        )
+    lacking = [key for key in _FIELDS.values() if not isinstance(values.get(key), int)]
+    if lacking:
+        raise StageError(
+            f"{path} is incomplete",
+            f"whole numbers for {', '.join(_FIELDS.values())}",
+            f"none for {', '.join(lacking)}",
+            "take config.json from the published checkpoint",
+        )
+    return ModelShape(**{field: values[key] for field, key in _FIELDS.items()})

@@ -1,0 +1,108 @@
+"""How many bytes the weights take, on disk and packed in memory: exact arithmetic.
+
+A stored weight costs its kept code bits, its share of a 2:4 pattern and its share of a scale:
+
+    2:4 pattern    3 bits for each group of four (six patterns of two kept)      0.75 bit a weight
+    integer codes  4 or 8 bits a kept weight, one bf16 scale per group           16 / group_size
+    MXFP4          4 bits a kept weight, one 8-bit E8M0 scale per 32             0.25 bit a weight
+
+so that 2:4 int4 in groups of 64 is 2 + 0.75 + 0.25 = 3.0 bits a weight, MXFP4 4.25, MXFP4 2:4 3.0,
+2:4 int8 5.0 and 2:4 bf16 8.75. Headers, tokenizer and config files (about 30 MB with the published
+models) are left out.
+"""
+
+from __future__ import annotations
+
+from sparselong.config import Config
+from sparselong.memory.shape import ModelShape
+
+BF16_BYTES = 2
+BF16_BITS = 16
+_PATTERN_BITS = 0.75
+_LORA_BYTES = 4
+_ADAM_BYTES = 8
+_ADAM_8BIT_BYTES = 2
+
+
+def dense_bits(weight_bits: int, sparsity: str, group_size: int) -> float:
+    """Bits per weight of a shared dense layer in our format."""
+    kept = weight_bits / 2 + _PATTERN_BITS if sparsity == "2:4" else float(weight_bits)
+    return kept + (BF16_BITS / group_size if weight_bits < BF16_BITS else 0.0)
+
+
+def expert_bits(sparsity: str) -> float:
+    """Bits per expert weight: MXFP4 as published, or 2:4 of it."""
+    return (2 + _PATTERN_BITS if sparsity == "2:4" else 4.0) + 8 / 32
+
+
+def base_groups(shape: ModelShape) -> dict[str, int]:
+    """Bytes of the upstream checkpoint by group: MXFP4 experts, bf16 rest."""
+    return _groups(shape, expert_bits("none"), BF16_BITS)
+
+
+def compressed_groups(shape: ModelShape, config: Config) -> dict[str, int]:
+    """Bytes of the compressed model by group."""
+    bits = bits_by_group(config)
+    return _groups(shape, bits["experts"], bits["attention"])
+
+
+def bits_by_group(config: Config) -> dict[str, float]:
+    """Bits per weight of the compressed model's groups."""
+    dense = config.shared_dense
+    return {
+        "experts": expert_bits(config.experts.sparsity),
+        "attention": dense_bits(dense.weight_bits, dense.sparsity, dense.group_size),
+        "embedding and lm_head": float(BF16_BITS),
+        "router, norms, biases, sinks": float(BF16_BITS),
+    }
+
+
+def _groups(shape: ModelShape, expert: float, attention: float) -> dict[str, int]:
+    return {
+        "experts": int(shape.expert_weights * expert / 8),
+        "attention": int(shape.attention_weights * attention / 8),
+        "embedding and lm_head": 2 * shape.embedding * BF16_BYTES,
+        "router, norms, biases, sinks": shape.small * BF16_BYTES,
+    }
+
+
+def masters_bytes(shape: ModelShape, config: Config) -> int:
+    """Bytes of the dense bf16 masters that stage 02 leaves beside the model for stage 03."""
+    dense = config.shared_dense
+    if dense.weight_bits == BF16_BITS and dense.sparsity == "none":
+        return 0
+    return shape.attention_weights * BF16_BYTES
+
+
+def lora_parameters(shape: ModelShape, config: Config) -> int:
+    """Trainable parameters of the adapters on the attention projections that are targeted."""
+    sizes = [
+        shape.projections[name] for name in config.lora.target_modules if name in shape.projections
+    ]
+    return shape.layers * config.lora.r * sum(rows + columns for rows, columns in sizes)
+
+
+def optimizer_bytes(config: Config) -> int:
+    """Bytes of optimizer state per trainable parameter."""
+    return _ADAM_8BIT_BYTES if config.training.optimizer == "adamw_bnb_8bit" else _ADAM_BYTES
+
+
+def checkpoint_bytes(shape: ModelShape, config: Config) -> int:
+    """Bytes of one training checkpoint: adapters, optimizer state, masks; never the base."""
+    masks = int(shape.attention_weights * _PATTERN_BITS / 8)
+    state = lora_parameters(shape, config) * (_LORA_BYTES + optimizer_bytes(config))
+    return state + (masks if config.shared_dense.sparsity == "2:4" else 0)
+
+
+def disk_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
+    """Bytes on disk of everything that the four stages leave behind, by artifact."""
+    model = sum(compressed_groups(shape, config).values())
+    return {
+        "base model": sum(base_groups(shape).values()),
+        "02_compress/model": model,
+        "02_compress/masters": masters_bytes(shape, config),
+        "03_finetune/model": model,
+        "03_finetune/checkpoints": (config.training.save_total_limit + 1)
+        * checkpoint_bytes(shape, config),
+        "03_finetune/adapter": lora_parameters(shape, config) * _LORA_BYTES,
+    }

@@ -1,0 +1,69 @@
+"""Plans as plain text, at most 100 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+WIDTH = 100
+
+
+def format_bytes(count: int | float) -> str:
+    """Bytes in GiB, MiB or KiB with one or two decimals."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def table(title: str, rows: dict[str, str]) -> list[str]:
+    """Lines of a two-column table; values are aligned to the right."""
+    if not rows:
+        return []
+    left = min(max(map(len, rows)), WIDTH - 20)
+    right = max(map(len, rows.values()))
+    return [title, *(f"  {name[:left]:<{left}}  {value:>{right}}" for name, value in rows.items())]
+
+
+def memory_lines(document: dict[str, Any]) -> list[str]:
+    """The memory tables of a plan document (plan_stage's or Plan.to_dict's)."""
+    place = "GPU" if document["device"] == "cuda" else "host"
+    title = "Memory on one GPU" if place == "GPU" else "Host memory"
+    parts = {name: format_bytes(size) for name, size in document["bytes_per_gpu"].items()}
+    lines = []
+    if parts:
+        peak = format_bytes(document["peak_bytes_per_gpu"])
+        lines = table(f"{title} (this version)", {**parts, "peak": peak})
+    sharded = document.get("sharded_bytes_per_gpu")
+    if sharded:
+        parts = {name: format_bytes(size) for name, size in sharded.items()}
+        peak = format_bytes(document["sharded_peak_bytes_per_gpu"])
+        lines += table(
+            "Memory on each GPU once experts, vocabulary and sequence are shared (not yet)",
+            {**parts, "peak": peak},
+        )
+    return lines
+
+
+def show_plan(document: dict[str, Any]) -> str:
+    """A `plan_stage` document for a person: plain text, at most 100 columns."""
+    lines = [f"Plan of {document['stage']} (nothing was touched)"]
+    for title in ("reads", "writes"):
+        rows = {
+            f"{row['path']} ({row['what']})": format_bytes(row["bytes"]) if row["bytes"] else "-"
+            for row in document[title]
+        }
+        lines += table(title.capitalize(), rows)
+    lines.append(f"Bytes on disk: {format_bytes(document['bytes_on_disk'])}")
+    lines += memory_lines(document)
+    lines.append(f"Estimated time: {format_seconds(document['estimated_seconds'])}")
+    for note in document["notes"]:
+        lines += textwrap.wrap(note, WIDTH, initial_indent="- ", subsequent_indent="  ")
+    return "\n".join(lines)

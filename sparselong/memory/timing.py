@@ -1,0 +1,127 @@
+"""How long the stages take: a roofline with an efficiency, so estimates and no promises.
+
+A token costs two operations per active weight and pass. Training with checkpointing passes three
+times (forward, recomputed forward, gradient of the input), attention's backward counts 2.5
+forwards, and the mask-aware LoRA adds the gradient of the attention projections' weights. What a
+device reaches of its peak is set from one measurement: transformers trains gpt-oss-20b at 8,398
+tokens a second on an H200, a quarter of the arithmetic limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparselong.config import Config
+from sparselong.memory.shape import ModelShape
+
+EFFICIENCY = 0.2
+"""Share of the peak that this version's kernels are taken to reach."""
+ASSUMED_TOKENS = 1_500_000
+"""Size of a training set that is not on this machine yet."""
+ASSUMED_ITEMS = 10_042
+"""Items of a task when no limit is set: hellaswag's validation split."""
+ITEM_TOKENS = 400
+"""Tokens of an evaluation item, its four endings together."""
+SAMPLE_TOKENS = 1_000
+"""Tokens of a validation conversation, at most `sequence_len`."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a device computes and how fast the disk is."""
+
+    name: str
+    flops_per_second: float
+    """Dense bf16 peak of a GPU, sustained fp32 of a processor."""
+    efficiency: float
+    disk_bytes_per_second: float
+    startup_seconds: float
+    """Imports and start of a stage; axolotl's are counted twice."""
+
+
+GPU_PEAKS = {
+    "3090": 71e12,
+    "4090": 165e12,
+    "5090": 209e12,
+    "A6000": 155e12,
+    "A100": 312e12,
+    "H100": 990e12,
+    "H200": 990e12,
+}
+"""Dense bf16 operations per second with fp32 accumulation, by a part of the GPU's name."""
+
+CPU = Rate("2 processor cores", 60e9, 0.5, 0.5e9, 15.0)
+
+
+def find_rate(gpu_name: str | None) -> Rate:
+    """The rate of a GPU by its name (an RTX 3090 when unknown), or of a processor for None."""
+    if gpu_name is None:
+        return CPU
+    for part, peak in GPU_PEAKS.items():
+        if part in gpu_name:
+            return Rate(gpu_name, peak, EFFICIENCY, 1e9, 30.0)
+    return Rate("RTX 3090", GPU_PEAKS["3090"], EFFICIENCY, 1e9, 30.0)
+
+
+def forward_flops(shape: ModelShape, sequence_len: int) -> tuple[float, float]:
+    """Operations per token of one forward pass: (matrix products, attention scores)."""
+    keys = sequence_len / 2 + min(shape.sliding_window, sequence_len)
+    return 2.0 * shape.active, shape.layers / 2 * keys * 4 * shape.query_width
+
+
+def training_flops(shape: ModelShape, config: Config, *, masked_lora: bool = True) -> float:
+    """Operations per trained token; `masked_lora` adds the projections' weight gradients."""
+    products, scores = forward_flops(shape, config.sequence_len)
+    passes = 3.0 if config.training.gradient_checkpointing else 2.0
+    extra = 2.0 * shape.attention_weights if masked_lora else 0.0
+    return passes * products + (passes + 1.5) * scores + extra
+
+
+def training_tokens(config: Config, data_bytes: int | None) -> tuple[int, str]:
+    """Tokens of a training run and how they were counted.
+
+    Args:
+        data_bytes: size of the training file, None when it is not on this machine.
+    """
+    training = config.training
+    if training.max_steps:
+        per_step = training.gradient_accumulation_steps * config.micro_batch_size
+        tokens = training.max_steps * per_step * config.sequence_len
+        return tokens, f"{training.max_steps} steps of full sequences"
+    if data_bytes is not None:
+        return int(data_bytes / 4 * training.num_epochs), "4 bytes of data.train a token"
+    return int(ASSUMED_TOKENS * training.num_epochs), "data.train is not here yet: 1.5 M assumed"
+
+
+def stage_seconds(
+    shape: ModelShape, config: Config, rate: Rate, disk: dict[str, int], tokens: int
+) -> dict[str, float]:
+    """Estimated seconds of each stage.
+
+    Args:
+        disk: bytes by artifact, as storage.disk_bytes gives them.
+        tokens: tokens that stage 03 trains on.
+    """
+    speed = rate.flops_per_second * rate.efficiency
+    tiny = config.model.base == "tiny"
+    calibration = config.calibration.samples * config.calibration.sequence_len
+    products, scores = forward_flops(shape, config.calibration.sequence_len)
+    widths = (3 * shape.hidden**2 + shape.query_width**2) * shape.layers
+    solve = 2.0 * widths * calibration + 20.0 * shape.attention_weights * shape.query_width
+    compress = 2 * calibration * (products + scores) + solve
+    made = config.model.tiny_steps * 1024 * 3 * products if tiny else 0.0
+    moved = disk["base model"] + disk["02_compress/model"]
+    items = len(config.evaluation.tasks) * (config.evaluation.limit or ASSUMED_ITEMS)
+    if tiny:
+        items = min(items, 400)
+    judged = items * ITEM_TOKENS
+    judged += config.evaluation.perplexity_samples * min(SAMPLE_TOKENS, config.sequence_len)
+    evaluate = 3 * judged * sum(forward_flops(shape, SAMPLE_TOKENS))
+    load = disk["base model"] / rate.disk_bytes_per_second
+    start = rate.startup_seconds
+    return {
+        "01_health": 10.0,
+        "02_compress": start + (made + compress) / speed + moved / rate.disk_bytes_per_second,
+        "03_finetune": 3 * start + tokens * training_flops(shape, config) / speed + load,
+        "04_eval": 2 * start + evaluate / speed + 3 * load,
+    }

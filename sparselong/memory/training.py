@@ -1,0 +1,211 @@
+"""Peak memory of fine-tuning one device, by component.
+
+Weights are exact; activations are estimates from what each operation must keep. Two estimates are
+tied to measurements of gpt-oss-20b under transformers on one GPU (bf16, checkpointing, batch 1):
+peaks of 48.9, 58.8 and 78.4 GiB at 4,096, 8,192 and 16,384 tokens. They say that the loss, whose
+logits are not cut into chunks, holds 12 bytes per token and vocabulary entry at its peak, and that
+it decides the peak: it is alive together with the checkpoints, but not together with a layer's
+recomputed activations. So the peak counts the larger of the two.
+
+This version keeps the whole model and the whole sequence on one device. What a card needs once
+experts, vocabulary and sequence are shared by `sequence_parallel_degree` ranks (and the loss is cut
+into chunks of 512 rows) is computed beside it: `sharded=True`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sparselong.config import Config
+from sparselong.memory import storage
+from sparselong.memory.shape import ModelShape
+
+Device = Literal["cuda", "cpu"]
+
+GIB = 2**30
+CUDA_OVERHEAD_BYTES = int(1.3 * GIB)
+"""CUDA context, NCCL buffers and allocator fragmentation (estimate)."""
+CPU_OVERHEAD_BYTES = GIB
+"""Python with torch, transformers and axolotl imported (estimate)."""
+LOSS_BYTES = 12
+"""Bytes per logit at the peak of an unchunked cross-entropy (fits the measurements above)."""
+LOSS_CHUNK_ROWS = 512
+LOSS_CHUNK_BYTES = 10
+"""Bytes per logit of a chunk: bf16 and fp32 logits, fp32 gradient (estimate)."""
+EXPERT_WIDTHS = 10
+"""Live activations of a token's copy in an expert, in intermediate widths (estimate)."""
+EAGER_COPIES = 5
+"""Copies of the score matrix in eager attention: scores, sink column, softmax, gradients."""
+ADAPTED_WEIGHT_BYTES = 24
+"""Per weight of the adapted projection at work: sum, codes, rounded weight, gradient (estimate)."""
+
+ALTERNATIVES = ("live layer activations", "attention", "logits and cross-entropy")
+"""Components that are not all alive at once; see `peak_bytes`."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device by component."""
+
+    device: Device
+    devices: int
+    components: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is alive at once: the larger of the loss and one layer, plus the rest."""
+        layer, attention, loss = (self.components[name] for name in ALTERNATIVES)
+        return sum(self.components.values()) - min(layer + attention, loss)
+
+
+def finetune_memory(
+    shape: ModelShape, config: Config, device: Device = "cuda", *, sharded: bool = False
+) -> Memory:
+    """Memory of stage 03 on each device.
+
+    Args:
+        device: `cuda` computes in bf16, `cpu` in fp32.
+        sharded: false is what this version does, everything on one device; true is what each of
+            `sequence_parallel_degree` ranks needs when experts, vocabulary and sequence are shared.
+    """
+    ranks = config.sequence_parallel_degree if sharded else 1
+    width = 2 if device == "cuda" else 4
+    tokens = config.micro_batch_size * -(-config.sequence_len // ranks)
+    return Memory(
+        device,
+        ranks,
+        {
+            **_weights(shape, config, width, ranks),
+            **_trained(shape, config),
+            **_activations(shape, config, tokens, width),
+            "logits and cross-entropy": _loss(shape, tokens, sharded),
+            "decoded weights at work": _decoded(shape, width),
+            **_overhead(device),
+        },
+    )
+
+
+def _overhead(device: Device) -> dict[str, int]:
+    if device == "cuda":
+        return {"CUDA context, NCCL, fragmentation": CUDA_OVERHEAD_BYTES}
+    return {"Python and libraries": CPU_OVERHEAD_BYTES}
+
+
+def _weights(shape: ModelShape, config: Config, width: int, ranks: int) -> dict[str, int]:
+    packed = storage.compressed_groups(shape, config)
+    unpacked = width // storage.BF16_BYTES  # fp32 copies of what the file holds in bf16
+    shared_biases = shape.expert_biases * storage.BF16_BYTES
+    small = packed["router, norms, biases, sinks"] - shared_biases + shared_biases // ranks
+    return {
+        "experts": packed["experts"] // ranks,
+        "attention projections, packed": packed["attention"],
+        "embedding and lm_head": packed["embedding and lm_head"] * unpacked // ranks,
+        "router, norms, biases, sinks": small * unpacked,
+    }
+
+
+def _trained(shape: ModelShape, config: Config) -> dict[str, int]:
+    parameters = storage.lora_parameters(shape, config)
+    return {
+        "masters of the LoRA layers": storage.masters_bytes(shape, config),
+        "LoRA, gradients, optimizer": parameters * (4 + 4 + storage.optimizer_bytes(config)),
+    }
+
+
+def _activations(shape: ModelShape, config: Config, tokens: int, width: int) -> dict[str, int]:
+    copies = tokens * shape.experts_per_token
+    live = copies * EXPERT_WIDTHS * shape.intermediate * width
+    attention = 2 * _attention(shape, config, tokens, width)
+    if config.training.gradient_checkpointing:
+        kept = shape.layers * tokens * shape.hidden * width
+    else:
+        kept = (shape.layers - 1) * (live + attention)
+    return {
+        "activation checkpoints"
+        if config.training.gradient_checkpointing
+        else "activations of the other layers": kept,
+        "live layer activations": live,
+        "attention": attention,
+    }
+
+
+def _attention(shape: ModelShape, config: Config, tokens: int, width: int) -> int:
+    """Queries, output and their log-sum-exp of the rank's tokens; keys and values of all."""
+    gathered = config.micro_batch_size * config.sequence_len
+    widened = 4 * (shape.hidden + shape.query_width) // 2  # the LoRA layer's fp32 rows, once
+    own = tokens * (2 * shape.query_width * width + 4 * shape.heads + widened)
+    kept = own + gathered * 2 * shape.kv_width * width
+    if config.flash_attention:
+        return kept
+    scores = tokens * config.sequence_len * shape.heads * width
+    return kept + scores * EAGER_COPIES // 2  # the caller doubles for the gradients
+
+
+def _loss(shape: ModelShape, tokens: int, chunked: bool) -> int:
+    if chunked:
+        return min(tokens, LOSS_CHUNK_ROWS) * shape.vocab * LOSS_CHUNK_BYTES
+    return tokens * shape.vocab * LOSS_BYTES
+
+
+def _decoded(shape: ModelShape, width: int) -> int:
+    """The larger of one expert's gate_up with its temporaries and one adapted projection."""
+    expert = 3 * 2 * shape.intermediate * shape.hidden * width
+    largest = max(rows * columns for rows, columns in shape.projections.values())
+    return max(expert, largest * ADAPTED_WEIGHT_BYTES)
+
+
+def largest_sequence_len(
+    shape: ModelShape, config: Config, budget_bytes: int, device: Device = "cuda"
+) -> int:
+    """The longest sequence (a multiple of 128 tokens, at most `sequence_len`) whose fine-tuning
+    fits the budget on one device in this version; 0 when none does."""
+
+    def fits(blocks: int) -> bool:
+        shorter = config.model_copy(update={"sequence_len": blocks * 128})
+        return finetune_memory(shape, shorter, device).peak_bytes <= budget_bytes
+
+    low, high = 0, config.sequence_len // 128
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low * 128
+
+
+def compress_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
+    """Bytes of stage 02 by component: one layer and the calibration state.
+
+    The calibration tokens' hidden states are kept before and after the layer; each projection's
+    input has a Hessian, with its inverse and its Cholesky factor, in fp32.
+    """
+    width = 2 if device == "cuda" else 4
+    tokens = config.calibration.samples * config.calibration.sequence_len
+    batch = config.calibration.sequence_len
+    layer = sum(storage.base_groups(shape).values()) - 2 * shape.embedding * storage.BF16_BYTES
+    hessians = 3 * 4 * (3 * shape.hidden**2 + shape.query_width**2)
+    activations = _activations(shape, config, batch, width)
+    return {
+        "one layer's weights": layer // shape.layers,
+        "embedding (first layer only)": shape.embedding * storage.BF16_BYTES,
+        "calibration hidden states": 2 * tokens * shape.hidden * width,
+        "Hessians": hessians,
+        "live layer activations": activations["live layer activations"] + activations["attention"],
+        "decoded weights at work": _decoded(shape, width),
+        **_overhead(device),
+    }
+
+
+def evaluate_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
+    """Bytes of stage 04 by component, for the largest of its three models: the base."""
+    width = 2 if device == "cuda" else 4
+    unpacked = width // storage.BF16_BYTES
+    base = storage.base_groups(shape)
+    tokens = max(config.evaluation.batch_size * 256, min(config.sequence_len, 4096))
+    return {
+        "experts": base["experts"],
+        "the rest of the base model": (sum(base.values()) - base["experts"]) * unpacked,
+        "live layer activations": tokens * shape.experts_per_token * 4 * shape.intermediate * width,
+        "logits": tokens * shape.vocab * 8,
+        "decoded weights at work": _decoded(shape, width),
+        **_overhead(device),
+    }
