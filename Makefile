@@ -1,3 +1,4 @@
+# make           install
 # make demo      install, then all four stages on a small gpt-oss (no GPU needed)
 # make check     install, then formatting, lint and types
 # make test      install, then everything a CPU can test
