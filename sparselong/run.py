@@ -207,7 +207,7 @@ def run_stage(
     argv: list[str] | None,
     execute: Callable[[Stage], None],
     plan: Callable[[Config, Path, str], dict[str, Any]],
-    show: Callable[[dict[str, Any]], str],
+    show_plan: Callable[[dict[str, Any]], str],
     keep_result: bool = True,
 ) -> int:
     """Runs one stage as a command line program.
@@ -215,7 +215,7 @@ def run_stage(
     Args:
         execute: does the work and fills the stage's metrics, inputs and outputs.
         plan: (config, run directory, stage name) → what `--dry-run` prints; touches nothing.
-        show: renders a manifest or a plan for a person.
+        show_plan: renders the plan for a person.
         keep_result: a finished stage is not done again; false for what is only true for now.
 
     Returns:
@@ -227,9 +227,11 @@ def run_stage(
         config = config_module.load(arguments.config, arguments.overrides)
         if arguments.dry_run:
             document = plan(config, arguments.run_dir, name)
+            text = show_plan(document)
         else:
             document = _run_locked(Stage(name, config, arguments.run_dir), redo, execute)
-        print(json.dumps(document, indent=1) if arguments.json else show(document), flush=True)
+            text = show_manifest(document)
+        print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
 
 
@@ -242,6 +244,17 @@ def _run_locked(stage: Stage, redo: bool, execute: Callable[[Stage], None]) -> d
         start = time.monotonic()
         execute(stage)
         return _finish(stage, time.monotonic() - start)
+
+
+def show_manifest(manifest: dict[str, Any]) -> str:
+    """A finished stage in a few lines: its scalar figures, and how long it took."""
+    rows = [f"{manifest['stage']} {manifest['status']} in {manifest['seconds']:.1f} s"]
+    for key, value in manifest["metrics"].items():
+        if isinstance(value, dict) and all(not isinstance(v, (dict, list)) for v in value.values()):
+            value = ", ".join(f"{name} {number}" for name, number in value.items())
+        if not isinstance(value, (dict, list)):
+            rows.append(f"  {key}: {value}")
+    return "\n".join(rows)
 
 
 @dataclass

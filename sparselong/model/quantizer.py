@@ -1,8 +1,8 @@
 """transformers' door to the packed checkpoint: `from_pretrained` opens it like any other.
 
-Importing `sparselong` registers the quantization method `sparselong`. Before the weights are loaded,
-the quantizer replaces the attention projections by PackedLinear and the experts by PackedExperts;
-the checkpoint's tensors then load by name. Nothing is decoded, and nothing falls back to bf16.
+Importing `sparselong` registers the quantization method `sparselong`. Before weights are loaded, the
+quantizer replaces the attention projections by PackedLinear and the experts by PackedExperts; the
+checkpoint's tensors then load by name. Nothing is decoded, and nothing falls back to bf16.
 
 The same door opens an upstream checkpoint with its experts left packed (`weight_bits=16`,
 `sparsity="none"`): see loading.py.
@@ -106,8 +106,8 @@ class SparseLongQuantizer(HfQuantizer):
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(
-                f"a sparselong checkpoint computes in bfloat16 or float32, not {dtype}: its weights "
-                "are products of bf16 scales, which float16 cannot hold"
+                f"a sparselong checkpoint computes in bfloat16 or float32, not {dtype}: its "
+                "weights are products of bf16 scales, which float16 cannot hold"
             )
         return dtype
 

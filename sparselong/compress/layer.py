@@ -1,0 +1,158 @@
+"""One decoder layer: run calibration states through it and compress its attention on the way.
+
+The layer is transformers' own, inside a GptOssModel of one layer without a final norm, so that
+masks and rotary embedding are transformers' too. It sees the states as the compressed layers before
+it made them. q, k and v are compressed first; the inputs of o are then those that the compressed
+q, k and v produce; the states that leave the layer come from what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GptOssConfig, GptOssModel
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+from sparselong.compress.hessian import Hessian
+from sparselong.compress.solver import Compressed, compress_weight
+from sparselong.errors import StageError
+from sparselong.model.packed_experts import PackedExperts
+from sparselong.model.packed_linear import PackedLinear
+from sparselong.packing import dense
+from sparselong.packing.dense import DenseFormat
+
+_TOKENS_PER_FORWARD = 4096
+
+
+class _NoMlp(nn.Module):
+    """Stands in for the experts where only attention is wanted."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+@dataclass
+class CompressedLayer:
+    """What a layer's compression leaves: tensors to store, masters, errors by projection."""
+
+    stored: dict[str, torch.Tensor]
+    masters: dict[str, torch.Tensor]
+    relative_error: dict[str, float]
+
+
+class CalibratedLayer:
+    """A layer on a device, ready to be calibrated, compressed and run.
+
+    Args:
+        config: the model's architecture.
+        index: which layer it is.
+        tensors: the layer's tensors by full name (expert blocks expanded).
+        device, dtype: where and in what the states are computed.
+    """
+
+    def __init__(
+        self,
+        config: GptOssConfig,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.index, self.device = index, device
+        single = GptOssConfig.from_dict(config.to_dict())
+        single.num_hidden_layers = 1
+        single.layer_types = [config.layer_types[index]]
+        single._attn_implementation = "eager"
+        with torch.device("meta"):
+            model = GptOssModel(single)
+            model.layers[0].mlp.experts = PackedExperts(single)
+        prefix = f"model.layers.{index}."
+        state = {
+            name.removeprefix(prefix): tensor.to(
+                device, dtype if tensor.is_floating_point() else tensor.dtype
+            )
+            for name, tensor in tensors.items()
+        }
+        model.layers[0].load_state_dict(state, assign=True)
+        model.embed_tokens = nn.Identity()
+        model.norm = nn.Identity()
+        model.rotary_emb = GptOssRotaryEmbedding(single).to(device)
+        self.model = model.requires_grad_(False).eval()
+        self.layer = model.layers[0]
+
+    def _batches(self, states: torch.Tensor) -> list[torch.Tensor]:
+        return list(states.split(max(1, _TOKENS_PER_FORWARD // states.shape[1])))
+
+    def run(self, states: torch.Tensor) -> torch.Tensor:
+        """States [sequences, length, hidden] → those after the layer, on the CPU.
+
+        Raises:
+            StageError: a state is not finite.
+        """
+        out = torch.cat([self._forward(batch).cpu() for batch in self._batches(states)])
+        if not bool(torch.isfinite(out).all()):
+            raise StageError(
+                f"calibration broke down in layer {self.index}",
+                "finite hidden states",
+                f"{int((~torch.isfinite(out)).sum())} NaN or infinite values",
+                "check the base checkpoint; raise calibration.dampening if it is sound",
+            )
+        return out
+
+    @torch.no_grad()
+    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
+        output = self.model(inputs_embeds=batch.to(self.device), use_cache=False)
+        return output.last_hidden_state
+
+    def _hessian(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        """The Hessian of a projection's inputs over all states; the experts are left out."""
+        module = getattr(self.layer.self_attn, name)
+        hessian = Hessian(module.in_features, f"layer {self.index}'s {name}", self.device)
+        handle = module.register_forward_pre_hook(lambda _module, inputs: hessian.add(inputs[0]))
+        mlp, self.layer.mlp = self.layer.mlp, _NoMlp()
+        try:
+            for batch in self._batches(states):
+                self._forward(batch)
+        finally:
+            handle.remove()
+            self.layer.mlp = mlp
+        return hessian.matrix
+
+    def compress(
+        self,
+        states: torch.Tensor,
+        fmt: DenseFormat,
+        dampening: float,
+        log: Callable[[str], None],
+    ) -> CompressedLayer:
+        """Compresses q, k, v, then o, and leaves the packed layers in place of the dense ones."""
+        result = CompressedLayer({}, {}, {})
+        for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",)):  # each shares its inputs
+            hessian = self._hessian(names[0], states)
+            for name in names:
+                full = f"model.layers.{self.index}.self_attn.{name}"
+                linear = getattr(self.layer.self_attn, name)
+                made = compress_weight(linear.weight, hessian, fmt, dampening, full)
+                packed = self._replace(name, linear, made, fmt)
+                result.stored |= {f"{full}.{key}": value for key, value in packed.items()}
+                result.masters[f"{full}.weight"] = made.master
+                result.relative_error[name] = made.relative_error
+        errors = ", ".join(f"{name} {error:.4f}" for name, error in result.relative_error.items())
+        log(f"layer {self.index}: relative error {errors}")
+        return result
+
+    def _replace(
+        self, name: str, linear: nn.Linear, made: Compressed, fmt: DenseFormat
+    ) -> dict[str, torch.Tensor]:
+        packed = dense.pack(fmt, made.codes, made.mask, made.scale)
+        module = PackedLinear(
+            linear.in_features, linear.out_features, linear.bias is not None, fmt
+        ).to(self.device)
+        module.load_state_dict(
+            {**packed, **({"bias": linear.bias} if linear.bias is not None else {})}, assign=True
+        )
+        setattr(self.layer.self_attn, name, module.requires_grad_(False))
+        return packed

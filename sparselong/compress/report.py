@@ -1,0 +1,121 @@
+"""What came of compression, measured on the files that were written."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from sparselong.model.checkpoint import Checkpoint, same_bytes
+from sparselong.model.quantizer import PROJECTIONS, SparseLongConfig
+from sparselong.packing import dense, integer, two_four
+from sparselong.packing.dense import DenseFormat
+
+_GROUPS = {
+    ".self_attn.": "attention",
+    ".mlp.experts.": "experts",
+    "embed_tokens": "embedding",
+    "lm_head": "lm_head",
+}
+
+
+def _group(name: str) -> str:
+    return next((group for part, group in _GROUPS.items() if part in name), "router_and_norms")
+
+
+def _bytes_by_group(checkpoint: Checkpoint) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for name, record in checkpoint.tensors.items():
+        sizes[_group(name)] = sizes.get(_group(name), 0) + record.end - record.begin
+    return sizes
+
+
+def _weights_by_group(base: Checkpoint) -> dict[str, int]:
+    """Numbers of weights and biases; an MXFP4 block byte holds two, its scales none."""
+    counts: dict[str, int] = {}
+    for name, record in base.tensors.items():
+        count = math.prod(record.shape)
+        count = 2 * count if name.endswith("_blocks") else 0 if name.endswith("_scales") else count
+        counts[_group(name)] = counts.get(_group(name), 0) + count
+    return counts
+
+
+def _linked_bytes(checkpoint: Checkpoint) -> int:
+    stats = [(checkpoint.directory / file).stat() for file in checkpoint.files]
+    return sum(stat.st_size for stat in stats if stat.st_nlink > 1)
+
+
+def experts_bit_exact(base: Checkpoint, model: Checkpoint) -> bool:
+    """Whether every expert tensor of the base stands in the model, byte for byte."""
+    names = [name for name in base.tensors if ".mlp.experts." in name]
+    return all(name in model.tensors and same_bytes(base, model, name) for name in names)
+
+
+def stored_projections(model: Checkpoint, layer: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Projection's full name → its packed tensors, of one layer."""
+    found = {}
+    for projection in PROJECTIONS:
+        full = f"model.layers.{layer}.self_attn.{projection}"
+        names = [name for name in model.tensors if name.startswith(f"{full}.weight_")]
+        found[full] = {n.removeprefix(f"{full}."): t for n, t in model.read(names).items()}
+    return found
+
+
+def two_four_conforming(model: Checkpoint) -> float:
+    """Share of the attention weights' groups of four with at most two nonzero weights.
+
+    Counted on the weights as they are decoded, whatever the format claims.
+    """
+    fmt = SparseLongConfig(**model.config["quantization_config"]).dense_format
+    conforming = total = 0
+    for layer in range(model.config["num_hidden_layers"]):
+        if not (fmt.is_sparse or fmt.is_quantized):
+            prefix = f"model.layers.{layer}.self_attn"
+            weights = list(model.read(f"{prefix}.{p}.weight" for p in PROJECTIONS).values())
+        else:
+            stored = stored_projections(model, layer)
+            weights = [dense.unpack(fmt, tensors) for tensors in stored.values()]
+        for weight in weights:
+            groups = two_four.is_two_four(weight != 0)
+            conforming += int(groups.sum())
+            total += groups.numel()
+    return conforming / total
+
+
+def masters_match(model: Checkpoint, masters: Path, fmt: DenseFormat) -> bool:
+    """Whether rounding the masters under the mask gives the stored codes, bit for bit."""
+    for layer in range(model.config["num_hidden_layers"]):
+        kept = load_file(masters / f"layer-{layer:05d}.safetensors")
+        for full, tensors in stored_projections(model, layer).items():
+            master = kept[f"{full}.weight"]
+            mask = dense.unpack_mask(fmt, tensors)
+            masked = master if mask is None else torch.where(mask, master, 0)
+            if fmt.is_quantized:
+                masked = integer.quantize(masked, tensors["weight_scale"], fmt.weight_bits)
+            if not torch.equal(masked, dense.unpack_values(fmt, tensors)):
+                return False
+    return True
+
+
+def measure(base: Checkpoint, model: Checkpoint, masters: Path) -> dict[str, Any]:
+    """The manifest's figures about sizes and exactness.
+
+    `bytes_on_disk` is the bytes of the tensors that the index names; of these `bytes_linked` are in
+    files shared with the base, which take no room of their own.
+    """
+    fmt = SparseLongConfig(**model.config["quantization_config"]).dense_format
+    sizes, counts = _bytes_by_group(model), _weights_by_group(base)
+    figures = {
+        "bytes_on_disk": sum(sizes.values()),
+        "base_bytes_on_disk": sum(_bytes_by_group(base).values()),
+        "bytes_linked": _linked_bytes(model),
+        "bits_per_weight": {g: round(8 * sizes[g] / counts[g], 4) for g in sorted(sizes)},
+        "experts_bit_exact": experts_bit_exact(base, model),
+        "two_four_conforming": two_four_conforming(model),
+    }
+    if fmt.is_sparse or fmt.is_quantized:
+        figures["masters_match"] = masters_match(model, masters, fmt)
+    return figures

@@ -1,0 +1,180 @@
+"""Stage 02 as a stream: read a layer, calibrate, compress, write, forget; then the next.
+
+At most one layer and the calibration states are in memory. After each layer its packed tensors, its
+masters and the states are on disk, in this order, each file whole or absent: whatever moment the
+process is killed at, the next run goes on behind the last layer whose states were saved, and
+recomputes that layer's successors to the same bytes.
+
+    02_compress/model.partial/     grows; renamed to model/ when complete
+    02_compress/masters/           dense bf16 masters by layer, for stage 03
+    02_compress/work/              states (removed at the end) and per-layer records
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GptOssConfig
+
+from sparselong import provenance
+from sparselong.compress.calibration import HiddenStates, calibration_tokens
+from sparselong.compress.layer import CalibratedLayer
+from sparselong.compress.report import measure
+from sparselong.config import Config
+from sparselong.model.architecture import layer_tensors, open_upstream
+from sparselong.model.checkpoint import Checkpoint, derive, write_tensors
+from sparselong.model.loading import (
+    compute_dtype,
+    default_device,
+    load_tokenizer,
+    resolve_base,
+)
+from sparselong.model.quantizer import (
+    PROJECTIONS,
+    SparseLongConfig,
+    pack_two_four_experts,
+    unpack_two_four_experts,
+)
+from sparselong.run import Stage, write_atomically
+
+DENSE_FILE = "dense-{:05d}.safetensors"
+MASTER_FILE = "layer-{:05d}.safetensors"
+
+
+def checkpoint_name(config: Config) -> str:
+    """The checkpoint's name: the base and what was done to it.
+
+    >>> gpt-oss-120b-w4a16-experts-4bit-2of4
+    """
+    dense, experts = config.shared_dense, config.experts
+    parts = [Path(config.model.base).name, f"w{dense.weight_bits}a16"]
+    parts.append("experts-4bit" if experts.sparsity == "none" else "experts-4bit-2of4-dense")
+    if dense.sparsity == "2:4":
+        parts.append("2of4")
+    return "-".join(parts)
+
+
+def compress(stage: Stage) -> None:
+    """Compresses the configured base checkpoint into `02_compress/model`.
+
+    Raises:
+        StageError: the checkpoint or the calibration data is not usable.
+    """
+    base = Checkpoint(resolve_base(stage.config, stage.run_dir, stage.log))
+    architecture = open_upstream(base)
+    provenance.reset_peak_host_memory()
+    device = default_device()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model = stage.dir / "model"
+    if not model.exists():  # it appears complete or not at all
+        _compress_layers(stage, base, architecture, device)
+        _complete(stage, base, architecture)
+    _publish(stage, base, Checkpoint(model), device)
+
+
+def _compress_layers(
+    stage: Stage, base: Checkpoint, architecture: GptOssConfig, device: torch.device
+) -> None:
+    """Compresses the layers that are not done yet."""
+    for folder in ("model.partial", "masters", "work"):
+        (stage.dir / folder).mkdir(exist_ok=True)
+    tokenizer = load_tokenizer(base.directory)
+    tokens = calibration_tokens(stage.config, stage.run_dir, tokenizer)
+    states = HiddenStates(stage.dir / "work" / "states.safetensors")
+    states.start(base, tokens, compute_dtype(device))
+    stage.log(
+        f"{tokens.shape[0]} calibration sequences of {tokens.shape[1]} tokens on {device}; "
+        f"{states.layers_done} of {architecture.num_hidden_layers} layers done before"
+    )
+    for index in range(states.layers_done, architecture.num_hidden_layers):
+        _compress_layer(stage, base, architecture, index, states, device)
+        states.save(index + 1)
+
+
+def _quantization(config: Config) -> SparseLongConfig:
+    dense = config.shared_dense
+    return SparseLongConfig(
+        dense.weight_bits, dense.sparsity, dense.group_size, config.experts.sparsity
+    )
+
+
+def _compress_layer(
+    stage: Stage,
+    base: Checkpoint,
+    architecture: GptOssConfig,
+    index: int,
+    states: HiddenStates,
+    device: torch.device,
+) -> None:
+    """Compresses one layer, writes its files, and moves the states behind it."""
+    tensors = base.read(layer_tensors(architecture, index))
+    stored: dict[str, torch.Tensor] = {}
+    if stage.config.experts.sparsity == "2:4":
+        stored |= _drop_half_of_experts(tensors)
+    layer = CalibratedLayer(architecture, index, tensors, device, compute_dtype(device))
+    del tensors
+    fmt = _quantization(stage.config).dense_format
+    record: dict[str, Any] = {"calibration_sequences": len(states.states), "relative_error": {}}
+    if fmt.is_sparse or fmt.is_quantized:
+        made = layer.compress(states.states, fmt, stage.config.calibration.dampening, stage.log)
+        stored |= made.stored
+        record["relative_error"] = made.relative_error
+        write_tensors(stage.dir / "masters" / MASTER_FILE.format(index), made.masters)
+    if stored:
+        write_tensors(stage.dir / "model.partial" / DENSE_FILE.format(index), stored)
+    write_atomically(stage.dir / "work" / f"layer-{index:05d}.json", json.dumps(record))
+    states.states = layer.run(states.states)
+
+
+def _drop_half_of_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """2:4 on the experts: returns what is stored, and puts the pruned blocks into `tensors`."""
+    stored = {}
+    for name in [name for name in tensors if name.endswith("_blocks")]:
+        kept, patterns = pack_two_four_experts(tensors[name])
+        stem = name.removesuffix("_blocks")
+        stored |= {f"{stem}_kept": kept, f"{stem}_patterns": patterns}
+        tensors[name] = unpack_two_four_experts(kept, patterns)
+    return stored
+
+
+def _complete(stage: Stage, base: Checkpoint, architecture: GptOssConfig) -> None:
+    """Adds upstream's untouched tensors, index and config, and names the result `model`."""
+    quantization = _quantization(stage.config)
+    fmt = quantization.dense_format
+    dropped: set[str] = set()
+    for index in range(architecture.num_hidden_layers):
+        prefix = f"model.layers.{index}"
+        if fmt.is_sparse or fmt.is_quantized:
+            dropped |= {f"{prefix}.self_attn.{name}.weight" for name in PROJECTIONS}
+        if quantization.expert_sparsity == "2:4":
+            dropped |= {f"{prefix}.mlp.experts.{n}_proj_blocks" for n in ("gate_up", "down")}
+    partial = stage.dir / "model.partial"
+    derive(base, partial, dropped, sorted(partial.glob("dense-*")), quantization.to_dict())
+    name = stage.dir / checkpoint_name(stage.config)
+    name.unlink(missing_ok=True)
+    name.symlink_to("model")
+    partial.rename(stage.dir / "model")
+
+
+def _publish(stage: Stage, base: Checkpoint, model: Checkpoint, device: torch.device) -> None:
+    """Fills the manifest from what is on disk; the states are not needed any more."""
+    paths = sorted((stage.dir / "work").glob("layer-*.json"))
+    records = [json.loads(path.read_text()) for path in paths]
+    stage.peak_bytes["host"] = provenance.peak_host_bytes()
+    if device.type == "cuda":
+        stage.peak_bytes[str(device)] = torch.cuda.max_memory_allocated(device)
+    stage.metrics |= {
+        "name": checkpoint_name(stage.config),
+        **measure(base, model, stage.dir / "masters"),
+        "relative_error": [record["relative_error"] for record in records],
+        "calibration_sequences": records[0]["calibration_sequences"],
+        "peak_host_bytes": stage.peak_bytes["host"],
+        "peak_device_bytes": {k: v for k, v in stage.peak_bytes.items() if k != "host"},
+    }
+    stage.inputs = [base.directory / file for file in base.files]
+    stage.outputs = [model.directory, stage.dir / "masters"]
+    (stage.dir / "work" / "states.safetensors").unlink(missing_ok=True)
