@@ -15,9 +15,9 @@
 #
 # A second run with nothing to do takes a second: .venv/.sparselong-installed, written last, holds
 # the hash of all that decides the result. An interrupted run leaves no such file, and the next one
-# reinstalls from uv's cache, since half a package may look like a whole one. .venv is rebuilt only
-# when the Python, the torch build or the folder is another (.venv/.sparselong-plan says for which
-# it was made).
+# makes .venv anew, since half a package may look like a whole one; what was downloaded comes from
+# uv's cache. .venv is also made anew when the Python, the torch build or the folder is another
+# (.venv/.sparselong-plan says for which it was made), and only brought up to date otherwise.
 #
 # Left out: Python itself, CUDA, drivers, and model weights. The scripts fetch or ask for those.
 set -euo pipefail
@@ -217,18 +217,15 @@ configure_uv() {
     for link in $find_links; do uv_install+=(--find-links "$link"); done
 }
 
-# Make .venv for this plan, or keep the one that is there. Sets reinstall after an interruption.
+# Make .venv for this plan, or keep the one that is there if it was finished for the same plan.
 make_venv() {
     local plan="Python $python_version, torch $torch_build, in $root"
-    reinstall=()
     if [[ -e .venv && ! -e .venv/.sparselong-plan ]]; then
         fail "$root/.venv was not made by install.sh" "no .venv, or our own" "another one" \
             "move it away and run ./install.sh again"
     fi
-    if [[ "$(cat .venv/.sparselong-plan 2>/dev/null)" == "$plan" ]] &&
-        python_version_of .venv/bin/python >/dev/null; then
-        if [[ ! -e .venv/.sparselong-installed ]]; then reinstall=(--reinstall); fi
-    else
+    if [[ ! -e .venv/.sparselong-installed || "$(cat .venv/.sparselong-plan)" != "$plan" ]] ||
+        ! python_version_of .venv/bin/python >/dev/null; then
         rm -rf .venv
         mkdir .venv
         echo "$plan" >.venv/.sparselong-plan
@@ -245,7 +242,7 @@ install_packages() {
         echo "torch!=$torch_version+cpu" >.venv/.sparselong-constraints
         build+=(-c .venv/.sparselong-constraints)
     fi
-    "${uv_install[@]}" "${reinstall[@]}" "${build[@]}" --compile-bytecode \
+    "${uv_install[@]}" "${build[@]}" --compile-bytecode \
         -r requirements/requirements.lock --overrides requirements/overrides.txt >&2 &&
         "${uv_install[@]}" -q --no-deps --no-build-isolation -e . >&2 &&
         if [[ -n "$extras" ]]; then
@@ -286,6 +283,10 @@ main() {
         print_plan
         return
     fi
+
+    # One run at a time in this folder; a second one waits, then finds nothing to do.
+    exec 9<"$root"
+    flock 9
 
     # Installing without --with-flash-attn leaves an installed flash-attn in place.
     local inputs base
