@@ -33,6 +33,10 @@ for _tag, _pattern, _first in (
         f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
     )
 
+_Loader.add_constructor(  # PyYAML's own reads 010 as an octal number
+    "tag:yaml.org,2002:int", lambda _loader, node: int(node.value)
+)
+
 
 def _read(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> Any:
     """YAML node → plain values, noting the line of every key and refusing repeated keys."""

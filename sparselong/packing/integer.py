@@ -27,8 +27,9 @@ def quantize(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tens
         int8 codes [out, in]; 0 where the scale is 0.
     """
     lowest, highest = code_range(bits)
-    ratio = weight.float().reshape(*scale.shape, -1) / scale.float().unsqueeze(-1)
-    codes = torch.round(ratio).nan_to_num(0.0).clamp(lowest, highest)
+    step = scale.float().unsqueeze(-1)
+    ratio = torch.where(step == 0, 0.0, weight.float().reshape(*scale.shape, -1) / step)
+    codes = torch.round(ratio).clamp(lowest, highest)
     return codes.reshape(weight.shape).to(torch.int8)
 
 
