@@ -14,7 +14,13 @@ from typing import Any
 from sparselong.config import Config
 from sparselong.memory import storage, timing, training
 from sparselong.memory.shape import ModelShape, find_shape
+from sparselong.memory.table import format_bytes
 from sparselong.memory.training import Device, Memory
+
+CPU_PARAMETERS = 1_000_000_000
+"""Models of this size and more are not fine-tuned on a processor: a step would take hours."""
+_HOST_BYTES = 2 * training.GIB
+"""Python, libraries and file buffers in host memory while a GPU does the work (estimate)."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class Plan:
         sharded: stage 03 on each of `sequence_parallel_degree` GPUs once they share the work;
             None where the degree is 1.
         stages: bytes of the other stages' working memory by component.
+        compress_host: bytes that stage 02 keeps in host memory whatever its device.
+        linkable: of `disk`, what takes no room where shards can be hard links.
         tokens, tokens_note: what stage 03 trains on, and how it was counted.
         seconds: estimate by stage.
     """
@@ -42,16 +50,25 @@ class Plan:
     memory: Memory
     sharded: Memory | None
     stages: dict[str, dict[str, int]]
+    compress_host: dict[str, int]
+    linkable: dict[str, int]
     tokens: int
     tokens_note: str
     seconds: dict[str, float]
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that the hungriest stage needs; with a GPU, that is stage 02."""
+        if self.device == "cpu":
+            return max(self.stage_memory(name)[1] for name in ("03_finetune", *self.stages))
+        return _total(self.compress_host) + _HOST_BYTES
 
     def stage_memory(self, name: str) -> tuple[dict[str, int], int]:
         """Components of a stage's memory and their peak, in bytes."""
         if name == "03_finetune":
             return self.memory.components, self.memory.peak_bytes
         components = self.stages.get(name, {})
-        return components, sum(components.values())
+        return components, _total(components)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as a JSON document."""
@@ -59,13 +76,15 @@ class Plan:
             "device": self.device,
             "parameters": self.shape.total,
             "bytes_on_disk": self.disk,
+            "linkable_bytes": self.linkable,
             "bits_per_weight": self.bits_per_weight,
             "compressed_bytes": self.compressed,
             "bytes_per_gpu": self.memory.components,
             "peak_bytes_per_gpu": self.memory.peak_bytes,
             "sharded_bytes_per_gpu": self.sharded.components if self.sharded else None,
             "sharded_peak_bytes_per_gpu": self.sharded.peak_bytes if self.sharded else None,
-            "stage_bytes": {name: sum(parts.values()) for name, parts in self.stages.items()},
+            "stage_bytes": {name: _total(parts) for name, parts in self.stages.items()},
+            "host_bytes": self.host_bytes,
             "training_tokens": self.tokens,
             "training_tokens_note": self.tokens_note,
             "estimated_seconds": {name: round(value) for name, value in self.seconds.items()},
@@ -73,9 +92,14 @@ class Plan:
         }
 
 
-def configured_device(config: Config) -> Device:
-    """The device kind a config is made for: the tiny model without flash attention runs on CPU."""
-    return "cpu" if config.model.base == "tiny" and not config.flash_attention else "cuda"
+def _total(components: dict[str, int]) -> int:
+    return sum(components.values())
+
+
+def configured_device(config: Config, shape: ModelShape) -> Device:
+    """The device kind a config is made for: `cpu` for a model of less than a billion parameters
+    without flash attention, which needs a GPU; else `cuda`."""
+    return "cpu" if shape.total < CPU_PARAMETERS and not config.flash_attention else "cuda"
 
 
 def plan(config: Config, device: Device | None = None, gpu_name: str | None = None) -> Plan:
@@ -88,14 +112,22 @@ def plan(config: Config, device: Device | None = None, gpu_name: str | None = No
     Raises:
         StageError: the base model's shape is not known.
     """
-    device = device or configured_device(config)
     shape = find_shape(config.model)
+    device = device or configured_device(config, shape)
     rate = timing.find_rate(None if device == "cpu" else gpu_name or "RTX 3090")
     disk = storage.disk_bytes(shape, config)
+    disk["02_compress/work, until it is done"] = 2 * training.state_bytes(shape, config, device)
     source = Path(config.data.train)
     data_bytes = source.stat().st_size if source.is_file() else None
     tokens, note = timing.training_tokens(config, data_bytes)
     shared = config.sequence_parallel_degree > 1 and device == "cuda"
+    stages = {
+        "02_compress": training.compress_memory(shape, config, device),
+        "04_eval": training.evaluate_memory(shape, config, device),
+    }
+    compress_host = training.compress_host_memory(shape, config, device)
+    if device == "cpu":
+        stages["02_compress"] |= compress_host
     return Plan(
         shape=shape,
         device=device,
@@ -105,10 +137,9 @@ def plan(config: Config, device: Device | None = None, gpu_name: str | None = No
         compressed=storage.compressed_groups(shape, config),
         memory=training.finetune_memory(shape, config, device),
         sharded=training.finetune_memory(shape, config, sharded=True) if shared else None,
-        stages={
-            "02_compress": training.compress_memory(shape, config, device),
-            "04_eval": training.evaluate_memory(shape, config, device),
-        },
+        stages=stages,
+        compress_host=compress_host,
+        linkable=storage.linkable_bytes(shape, config),
         tokens=tokens,
         tokens_note=note,
         seconds=timing.stage_seconds(shape, config, rate, disk, tokens),
@@ -164,6 +195,7 @@ def _files(
     data = _row(run_dir / "data" if config.data.train == "demo" else source, size, "conversations")
     two, three = run_dir / "02_compress", run_dir / "03_finetune"
     model2 = _row(two / "model", disk["02_compress/model"], "compressed model")
+    work = _row(two / "work", disk["02_compress/work, until it is done"], "until it is done")
     masters = _row(two / "masters", disk["02_compress/masters"], "dense masters for stage 03")
     model3 = _row(three / "model", disk["03_finetune/model"], "fine-tuned model")
     rest3 = [
@@ -173,7 +205,7 @@ def _files(
     report = [_row(run_dir / name / "report.md", 0, "report")]
     return {
         "01_health": ([], report),
-        "02_compress": ([base, data], [*([base] if tiny else []), model2, masters]),
+        "02_compress": ([base, data], [*([base] if tiny else []), model2, masters, work]),
         "03_finetune": ([model2, masters, data], [model3, *rest3]),
         "04_eval": ([base, model2, model3, data], report),
     }[name]
@@ -196,7 +228,7 @@ def _notes(config: Config, name: str, made: Plan) -> list[str]:
             )
     if name in ("02_compress", "03_finetune"):
         notes.append(
-            "Expert shards are hard-linked where the filesystem allows: then they take "
-            "no room of their own."
+            f"Of the model, {format_bytes(made.linkable[f'{name}/model'])} take no room of their "
+            "own where the file system can hard-link shards."
         )
     return notes

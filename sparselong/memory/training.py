@@ -40,6 +40,9 @@ EAGER_COPIES = 5
 ADAPTED_WEIGHT_BYTES = 24
 """Per weight of the adapted projection at work: sum, codes, rounded weight, gradient (estimate)."""
 
+COMPRESS_BATCH_TOKENS = 4096
+"""Calibration tokens that stage 02 runs through a layer at once."""
+
 ALTERNATIVES = ("live layer activations", "attention", "logits and cross-entropy")
 """Components that are not all alive at once; see `peak_bytes`."""
 
@@ -173,26 +176,46 @@ def largest_sequence_len(
 
 
 def compress_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
-    """Bytes of stage 02 by component: one layer and the calibration state.
-
-    The calibration tokens' hidden states are kept before and after the layer; each projection's
-    input has a Hessian, with its inverse and its Cholesky factor, in fp32.
-    """
+    """Bytes of stage 02 on its device by component: one layer at work on a batch of calibration
+    tokens, under eager attention, and one Hessian with its inverse and factors."""
     width = 2 if device == "cuda" else 4
-    tokens = config.calibration.samples * config.calibration.sequence_len
-    batch = config.calibration.sequence_len
-    layer = sum(storage.base_groups(shape).values()) - 2 * shape.embedding * storage.BF16_BYTES
-    hessians = 3 * 4 * (3 * shape.hidden**2 + shape.query_width**2)
-    activations = _activations(shape, config, batch, width)
+    length = config.calibration.sequence_len
+    tokens = max(COMPRESS_BATCH_TOKENS, length)
+    scores = tokens * length * shape.heads * width
+    inputs = max(shape.hidden, shape.query_width)
     return {
-        "one layer's weights": layer // shape.layers,
-        "embedding (first layer only)": shape.embedding * storage.BF16_BYTES,
-        "calibration hidden states": 2 * tokens * shape.hidden * width,
-        "Hessians": hessians,
-        "live layer activations": activations["live layer activations"] + activations["attention"],
+        "one layer's weights": layer_bytes(shape),
+        "Hessian, inverse, factors": 4 * 8 * inputs**2,
+        "live layer activations": tokens
+        * shape.experts_per_token
+        * EXPERT_WIDTHS
+        * shape.intermediate
+        * width,
+        "attention": EAGER_COPIES * scores,
         "decoded weights at work": _decoded(shape, width),
         **_overhead(device),
     }
+
+
+def compress_host_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
+    """Bytes of stage 02 in host memory beside the device's work: the layer that is read, and the
+    calibration tokens' hidden states before and after it (and once more while they are saved)."""
+    return {
+        "the layer that is read": layer_bytes(shape),
+        "calibration hidden states": 3 * state_bytes(shape, config, device),
+    }
+
+
+def state_bytes(shape: ModelShape, config: Config, device: Device) -> int:
+    """Bytes of the calibration tokens' hidden states between two layers."""
+    width = 2 if device == "cuda" else 4
+    return config.calibration.samples * config.calibration.sequence_len * shape.hidden * width
+
+
+def layer_bytes(shape: ModelShape) -> int:
+    """Bytes of one layer of the base checkpoint."""
+    whole = sum(storage.base_groups(shape).values())
+    return (whole - 2 * shape.embedding * storage.BF16_BYTES) // shape.layers
 
 
 def evaluate_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:

@@ -1,0 +1,198 @@
+"""The judgement: facts and plan in, rows out. Pure: it asks nothing and changes nothing.
+
+A row is `ok`, `warn` (it will run, but know this) or `fail` (it cannot run), and every warn and
+fail says what to do. The machine can run the config when no row fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sparselong.config import Config
+from sparselong.health import resources
+from sparselong.health.machine import Machine
+from sparselong.health.packages import NEEDED, Package
+from sparselong.health.rows import Row, fail, ok, warn
+from sparselong.health.sources import Source
+from sparselong.memory import Plan
+
+_PYTHONS = ((3, 11), (3, 12))
+_DRIVERS = {12: "530.30", 13: "580"}
+"""Oldest driver by the CUDA version that torch was built with."""
+_OPEN_MODELS = ("openai/gpt-oss-120b", "openai/gpt-oss-20b")
+
+
+def check(config: Config, machine: Machine, plan: Plan) -> list[Row]:
+    """Judges whether the machine can run the config.
+
+    Args:
+        plan: made for the device that the machine would use.
+
+    Returns:
+        Rows in reading order: software, GPUs, kernels, memory, disk, model and data.
+    """
+    return [
+        _python(machine),
+        *_packages(machine),
+        *_driver(machine, plan),
+        *resources.check_gpus(machine, plan),
+        _parallel(config, machine),
+        _collectives(machine),
+        _attention(config, machine),
+        ok("expert kernel", "torch, decoded expert by expert"),
+        *resources.check_memory(config, machine, plan),
+        *resources.check_disk(machine, plan),
+        *_base(machine.base),
+        *(_source(source) for source in machine.data),
+    ]
+
+
+def _python(machine: Machine) -> Row:
+    found = ".".join(map(str, machine.python))
+    if machine.python[:2] in _PYTHONS:
+        return ok("python", found)
+    return fail("python", f"{found}, not 3.11 or 3.12", "PYTHON=/path/to/python3.12 ./install.sh")
+
+
+def _packages(machine: Machine) -> Iterator[Row]:
+    if machine.torch.error:
+        yield fail("torch", f"cannot be imported: {machine.torch.error}", "run ./install.sh")
+    if not machine.packages:
+        yield warn(
+            "packages",
+            "requirements/requirements.lock is not there to compare with",
+            "run from a checkout of the repository",
+        )
+        return
+    missing = [package for package in machine.packages if package.installed is None]
+    needed = [package for package in missing if package.name in NEEDED]
+    different = [p for p in machine.packages if p.installed is not None and not p.matches]
+    if needed or (missing and not machine.own_python):
+        yield fail("packages", f"missing: {_names(needed or missing)}", "run ./install.sh")
+    elif missing:
+        yield warn(
+            "packages",
+            f"of {len(machine.packages)} pinned ones, {len(missing)} are missing: "
+            f"{_names(missing)}",
+            "run ./install.sh where something does not import",
+        )
+    if different:
+        shown = [f"{p.name} {p.installed} (pinned {p.pinned})" for p in different]
+        text = f"other versions than pinned: {_shorten(shown)}"
+        if machine.own_python:
+            yield warn("package versions", text, "./install.sh gives the tested set in .venv")
+        else:
+            yield fail("package versions", text, "run ./install.sh")
+    if not missing and not different:
+        yield ok("packages", f"all {len(machine.packages)} as pinned")
+
+
+def _names(packages: list[Package]) -> str:
+    return _shorten([package.name for package in packages])
+
+
+def _shorten(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _driver(machine: Machine, plan: Plan) -> Iterator[Row]:
+    built = machine.torch.cuda
+    if machine.driver is None:
+        if plan.device == "cpu":
+            yield ok("CUDA driver", "none, and none needed: this config runs on the processor")
+        else:
+            yield fail(
+                "CUDA driver",
+                "none (nvidia-smi does not answer), and this config needs a GPU",
+                "install NVIDIA's driver, 530.30 or newer, on a machine with the GPU named below",
+            )
+    elif built is None:
+        tell = warn if plan.device == "cpu" else fail
+        yield tell(
+            "CUDA driver",
+            f"{machine.driver}, but torch {machine.torch.version} is the CPU build",
+            "run ./install.sh again: it takes the build that fits the driver",
+        )
+    else:
+        least = _DRIVERS.get(int(built.partition(".")[0]), "530.30")
+        if _version(machine.driver) < _version(least):
+            yield fail(
+                "CUDA driver",
+                f"{machine.driver}, but torch built with CUDA {built} needs {least}",
+                "update the driver, or run ./install.sh again for an older CUDA build",
+            )
+        else:
+            yield ok("CUDA driver", f"{machine.driver}, torch built with CUDA {built}")
+    nvcc = f"nvcc {machine.nvcc}" if machine.nvcc else "no nvcc"
+    yield ok("CUDA toolkit", f"{nvcc} (only install.sh --with-flash-attn needs it)")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def _parallel(config: Config, machine: Machine) -> Row:
+    degree, have = config.sequence_parallel_degree, len(machine.usable_gpus)
+    if degree > 1:
+        return fail(
+            "sequence parallel",
+            f"sequence_parallel_degree {degree} is not supported by this version's stage 03, which "
+            f"keeps the whole sequence on one device (this machine has {_count(have)})",
+            "set sequence_parallel_degree=1, with a sequence_len that fits one device",
+        )
+    return ok("sequence parallel", "off: one device holds the whole sequence")
+
+
+def _count(gpus: int) -> str:
+    return f"{gpus} usable GPU{'' if gpus == 1 else 's'}"
+
+
+def _collectives(machine: Machine) -> Row:
+    have = [name for name in ("nccl", "gloo") if getattr(machine.torch, name)]
+    text = f"{' and '.join(have) or 'none'} available; this version uses one device and none"
+    if len(machine.usable_gpus) > 1 and not machine.torch.nccl:
+        return warn("collectives", text, "run ./install.sh for a torch build with NCCL")
+    return ok("collectives", text)
+
+
+def _attention(config: Config, machine: Machine) -> Row:
+    if not machine.usable_gpus and config.flash_attention:
+        return fail(
+            "attention kernel",
+            "flash_attention is on, and this machine has no GPU to run it",
+            "set flash_attention=false",
+        )
+    if config.flash_attention:
+        return ok("attention kernel", "flex_attention of transformers")
+    return ok("attention kernel", "eager of transformers (quadratic in sequence_len)")
+
+
+def _base(base: Source) -> Iterator[Row]:
+    yield _source(base)
+    if base.gated and not base.account:
+        yield fail(
+            "licence",
+            f"{base.name} is gated on the hub, and no valid token is set",
+            "accept its licence on its hub page, then: hf auth login",
+        )
+    elif base.gated:
+        yield ok("licence", f"{base.name} is gated; token of {base.account} is set")
+    elif base.name in _OPEN_MODELS:
+        yield ok("licence", "Apache-2.0, no token needed")
+    elif base.licence:
+        yield ok("licence", f"{base.licence}, no token needed")
+
+
+def _source(source: Source) -> Row:
+    text = f"{source.name}: {source.detail}"
+    if source.state == "missing":
+        key = {"base model": "model.base", "training data": "data.train"}.get(source.role)
+        key = key or ("data.validation" if source.role == "validation data" else "evaluation.tasks")
+        local = "[demo_hellaswag]" if key == "evaluation.tasks" else "a local path"
+        return fail(
+            source.role, text, f"connect to the hub (HF_HUB_OFFLINE unset), or set {key}={local}"
+        )
+    if source.state == "unknown":
+        return warn(source.role, text, "make sure that the hub can be reached in stage 04")
+    return ok(source.role, text)

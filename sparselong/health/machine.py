@@ -1,0 +1,215 @@
+"""What this machine is: facts gathered without judging them.
+
+`probe` asks Python, nvidia-smi, torch, the file system and the hub, and fills one record. The
+judgement (check.py) reads nothing but that record, so tests judge machines that are not here.
+torch is imported once, here, and never makes a CUDA context: memory figures are nvidia-smi's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparselong.config import Config
+from sparselong.health import packages, sources
+from sparselong.health.packages import Package
+from sparselong.health.sources import Source
+
+_MIB = 2**20
+_GPU_FIELDS = (
+    *("index", "name", "compute_cap", "memory.total", "memory.free", "driver_version"),
+    *("pcie.link.gen.max", "pcie.link.width.current"),
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as nvidia-smi describes it."""
+
+    index: int
+    name: str
+    compute_capability: tuple[int, int]
+    total_bytes: int
+    free_bytes: int
+    pcie: str
+    """Link generation and width, such as `4.0 x16`."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What the installed torch can do; `error` says why it could not be imported."""
+
+    version: str = ""
+    cuda: str | None = None
+    """CUDA version it was built with; None for the CPU build."""
+    devices: int = 0
+    """GPUs it can use."""
+    nccl: bool = False
+    gloo: bool = False
+    unconnected: tuple[tuple[int, int], ...] = ()
+    """Pairs of GPUs that cannot read each other's memory."""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The file system that a directory is on, or will be on."""
+
+    path: Path
+    free_bytes: int
+    device: int
+    """st_dev: equal for two paths on one file system."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All that a judgement rests on."""
+
+    python: tuple[int, int, int]
+    own_python: bool
+    """The system's Python (a GPU image brings its packages along), not install.sh's .venv."""
+    packages: tuple[Package, ...]
+    torch: Torch
+    driver: str | None
+    nvcc: str | None
+    gpus: tuple[Gpu, ...]
+    host_total_bytes: int
+    host_available_bytes: int
+    run_disk: Disk
+    hub_disk: Disk
+    run_dir_bytes: int
+    """What stands in the run directory already."""
+    base: Source
+    data: tuple[Source, ...]
+
+    @property
+    def usable_gpus(self) -> tuple[Gpu, ...]:
+        """The GPUs that torch can use."""
+        return self.gpus[: self.torch.devices]
+
+
+def probe(config: Config, run_dir: Path) -> Machine:
+    """Gathers the facts; changes nothing, and asks the hub with a short time limit."""
+    gpus, driver = probe_gpus()
+    total, available = _host_memory()
+    base, data = sources.probe_sources(config, run_dir)
+    return Machine(
+        python=sys.version_info[:3],
+        own_python=sys.prefix == sys.base_prefix,
+        packages=packages.compare_with_lock(),
+        torch=probe_torch(),
+        driver=driver,
+        nvcc=_nvcc_version(),
+        gpus=gpus,
+        host_total_bytes=total,
+        host_available_bytes=available,
+        run_disk=probe_disk(run_dir),
+        hub_disk=probe_disk(sources.hub_cache()),
+        run_dir_bytes=_tree_bytes(run_dir),
+        base=base,
+        data=data,
+    )
+
+
+def _output(*command: str) -> str | None:
+    """The command's output; None where it is missing, refuses or does not answer."""
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def probe_gpus() -> tuple[tuple[Gpu, ...], str | None]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, and the driver's version."""
+    text = _output(
+        "nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"
+    )
+    gpus, driver = [], None
+    for line in (text or "").splitlines():
+        values = [value.strip() for value in line.split(",")]
+        if len(values) != len(_GPU_FIELDS):
+            continue
+        index, name, capability, total, free, driver, generation, width = values
+        major, _, minor = capability.partition(".")
+        pcie = f"{generation}.0 x{width}" if generation.isdigit() and width.isdigit() else "unknown"
+        gpus.append(
+            Gpu(
+                int(index),
+                name,
+                (int(major), int(minor or 0)),
+                int(total) * _MIB,
+                int(free) * _MIB,
+                pcie,
+            )
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        named = [part.strip() for part in visible.split(",") if part.strip()]
+        if all(part.isdigit() for part in named):
+            gpus = [gpu for part in named for gpu in gpus if gpu.index == int(part)]
+    return tuple(gpus), driver
+
+
+def probe_torch() -> Torch:
+    """What torch says of itself; imports it."""
+    try:
+        import torch
+        import torch.distributed as distributed
+    except (ImportError, OSError) as error:  # OSError: a shared library does not load
+        return Torch(error=str(error).splitlines()[0])
+    devices = torch.cuda.device_count()
+    pairs = [(one, two) for one in range(devices) for two in range(devices) if one != two]
+    return Torch(
+        version=torch.__version__,
+        cuda=torch.version.cuda,
+        devices=devices if torch.cuda.is_available() else 0,
+        nccl=distributed.is_available() and distributed.is_nccl_available(),
+        gloo=distributed.is_available() and distributed.is_gloo_available(),
+        unconnected=tuple(pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)),
+    )
+
+
+def _nvcc_version() -> str | None:
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    for line in (_output(nvcc, "--version") or "").splitlines():
+        if "release" in line:
+            return line.partition("release")[2].split(",")[0].strip()
+    return None
+
+
+def _host_memory() -> tuple[int, int]:
+    """Total and available host memory in bytes: /proc/meminfo's, or a container's limit."""
+    values = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0]) * 1024
+    total, available = values["MemTotal"], values["MemAvailable"]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        most = int(limit.read_text())
+        total, available = min(total, most), min(available, most)
+    return total, available
+
+
+def probe_disk(path: Path) -> Disk:
+    """The file system of the path's nearest existing parent, and what this user may still fill."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    stats = os.statvfs(existing)
+    return Disk(existing, stats.f_bavail * stats.f_frsize, existing.stat().st_dev)
+
+
+def _tree_bytes(path: Path) -> int:
+    """Bytes of all files below; hard-linked copies are counted once."""
+    seen: dict[int, int] = {}
+    for file in path.rglob("*") if path.is_dir() else ():
+        if file.is_file() and not file.is_symlink():
+            stat = file.stat()
+            seen[stat.st_ino] = stat.st_size
+    return sum(seen.values())

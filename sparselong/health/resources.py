@@ -1,0 +1,149 @@
+"""GPUs, host memory and disk against what the plan asks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sparselong.config import Config
+from sparselong.health.machine import Gpu, Machine
+from sparselong.health.rows import Row, fail, ok, warn
+from sparselong.memory import Plan, format_bytes, largest_sequence_len
+
+_LEAST_CAPABILITY = (8, 0)
+"""Ampere: the first GPUs with bf16 matrix units."""
+
+
+def check_gpus(machine: Machine, plan: Plan) -> Iterator[Row]:
+    """A row for each GPU, and whether they reach each other's memory."""
+    usable = machine.usable_gpus
+    for gpu in machine.gpus:
+        yield _gpu(gpu, gpu in usable, plan)
+    if not machine.gpus and plan.device == "cpu":
+        yield ok("GPU", "none, and none needed")
+    elif not machine.gpus:
+        yield fail(
+            "GPU",
+            f"none; needed: {_wanted(plan)}",
+            "run on such a machine, or try --config configs/tiny.yaml, which needs no GPU",
+        )
+    if len(usable) > 1:
+        cut = machine.torch.unconnected
+        if cut:
+            pairs = ", ".join(f"{one}-{two}" for one, two in cut if one < two)
+            yield warn(
+                "peer access",
+                f"not between GPUs {pairs}: copies between them go through host memory",
+                "nothing to do for this version, which uses one GPU",
+            )
+        else:
+            yield ok("peer access", "between all GPUs")
+
+
+def _gpu(gpu: Gpu, usable: bool, plan: Plan) -> Row:
+    name = f"GPU {gpu.index}"
+    major, minor = gpu.compute_capability
+    text = (
+        f"{gpu.name}, compute capability {major}.{minor}, {format_bytes(gpu.total_bytes)} "
+        f"({format_bytes(gpu.free_bytes)} free), PCIe {gpu.pcie}"
+    )
+    if gpu.compute_capability < _LEAST_CAPABILITY and plan.device == "cuda":
+        return fail(name, f"{text}: bf16 needs 8.0", "hide it with CUDA_VISIBLE_DEVICES")
+    if not usable:
+        return warn(name, f"{text}: torch does not see it", "run ./install.sh again")
+    return ok(name, text)
+
+
+def _wanted(plan: Plan) -> str:
+    """What the plan needs, in GPUs and bytes."""
+    need = _gpu_need(plan)[1]
+    text = f"1 GPU (compute capability 8.0 or newer) with {format_bytes(need)} free"
+    if plan.sharded is None:
+        return text
+    each = format_bytes(plan.sharded.peak_bytes)
+    return (
+        f"{text} in this version, which keeps the whole model and sequence on one; "
+        f"{plan.sharded.devices} GPUs with {each} each once they share the work"
+    )
+
+
+def _gpu_need(plan: Plan) -> tuple[str, int]:
+    """The stage that needs most GPU memory, and its peak in bytes."""
+    peaks = {name: plan.stage_memory(name)[1] for name in ("03_finetune", *plan.stages)}
+    name = max(peaks, key=lambda name: peaks[name])
+    return name, peaks[name]
+
+
+def check_memory(config: Config, machine: Machine, plan: Plan) -> Iterator[Row]:
+    """GPU memory (with a GPU to hold against) and host memory."""
+    if plan.device == "cuda":
+        usable = machine.usable_gpus
+        if usable:
+            yield _gpu_memory(config, usable[0], plan)
+        elif machine.gpus:
+            yield fail(
+                "GPU memory",
+                f"no GPU that torch can use; needed: {_wanted(plan)}",
+                "run ./install.sh again",
+            )
+    need, have = plan.host_bytes, machine.host_available_bytes
+    text = (
+        f"needs {format_bytes(need)} of {format_bytes(have)} available "
+        f"({format_bytes(machine.host_total_bytes)} in all)"
+    )
+    if need <= have:
+        yield ok("host memory", text)
+    elif plan.device == "cpu":
+        yield fail("host memory", text, "lower micro_batch_size, sequence_len or model.tiny_layers")
+    else:
+        yield fail("host memory", text, "close other programs, or add memory")
+
+
+def _gpu_memory(config: Config, gpu: Gpu, plan: Plan) -> Row:
+    stage, need = _gpu_need(plan)
+    text = f"{stage} needs {format_bytes(need)}, GPU {gpu.index} has {format_bytes(gpu.free_bytes)}"
+    if need <= gpu.free_bytes:
+        return ok("GPU memory", f"{text} free")
+    found = f"{text} free: {format_bytes(need - gpu.free_bytes)} short. Needed: {_wanted(plan)}"
+    if need <= gpu.total_bytes:
+        return fail("GPU memory", found, "end the other programs on this GPU (see nvidia-smi)")
+    longest = largest_sequence_len(plan.shape, config, gpu.total_bytes, plan.device)
+    if stage == "03_finetune" and longest:
+        one = "sequence_parallel_degree=1 " if config.sequence_parallel_degree > 1 else ""
+        return fail("GPU memory", found, f"{one}sequence_len={longest} is the longest that fits")
+    return fail("GPU memory", found, "take a larger GPU, or a smaller model")
+
+
+def check_disk(machine: Machine, plan: Plan) -> Iterator[Row]:
+    """Room for every artifact (shards can be hard links within one file system)."""
+    base = plan.disk["base model"]
+    on_hub_disk = machine.base.state == "reachable"
+    here = machine.base.state == "here" or on_hub_disk
+    run = sum(plan.disk.values()) - (base if here else 0)
+    run = max(0, run - machine.run_dir_bytes)
+    same = machine.run_disk.device == machine.hub_disk.device
+    if on_hub_disk and not same:
+        yield _room("disk for the base", base, 0, machine.hub_disk.free_bytes, "set HF_HOME")
+    elif on_hub_disk:
+        run += base
+    linked = plan.linkable["03_finetune/model"]
+    linked += plan.linkable["02_compress/model"] if same else 0
+    yield _room(
+        "disk",
+        run,
+        min(linked, run),
+        machine.run_disk.free_bytes,
+        "free some, or pass --run-dir on a larger disk",
+    )
+
+
+def _room(check: str, need: int, linkable: int, free: int, fix: str) -> Row:
+    text = f"needs {format_bytes(need)}, {format_bytes(free)} free"
+    if need <= free:
+        return ok(check, text)
+    if need - linkable <= free:
+        return warn(
+            check,
+            f"{text}: enough only where {format_bytes(linkable)} of shards can be hard links",
+            fix,
+        )
+    return fail(check, f"{text}: {format_bytes(need - free)} short", fix)

@@ -1,0 +1,198 @@
+"""Base model and data: are they on this machine, can they be made, can the hub be asked for them?
+
+Answers come from files and from the hub cache first; the hub itself is asked only for what is not
+here, with a few seconds' limit, and never when HF_HUB_OFFLINE says so. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sparselong.config import Config
+from sparselong.health.packages import is_installed
+
+State = Literal["here", "made", "reachable", "missing", "unknown"]
+_TIMEOUT_SECONDS = 4.0
+_TASK_DATASETS = {"hellaswag": "Rowan/hellaswag"}
+"""lm-eval task → the hub dataset it reads."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model or data set that the config names.
+
+    Attributes:
+        role: what it is for, such as `base model`.
+        state: `here`; `made` on the spot; `reachable` on the hub; `missing`; `unknown`.
+        detail: one line for a person: where it is, or why not.
+        gated: the hub hands it out only to accounts that accepted its licence.
+        licence: as the hub states it.
+        account: the hub account whose token is set, None without one.
+    """
+
+    role: str
+    name: str
+    state: State
+    detail: str
+    gated: bool = False
+    licence: str = ""
+    account: str | None = None
+
+
+def _cache_home() -> Path:
+    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+
+
+def hub_cache() -> Path:
+    """Where the hub's downloads are kept (huggingface_hub's rule, without importing it)."""
+    return Path(os.environ.get("HF_HUB_CACHE") or _cache_home() / "hub")
+
+
+def probe_sources(config: Config, run_dir: Path) -> tuple[Source, tuple[Source, ...]]:
+    """The base model, and every data set that the stages read."""
+    hub = _Hub()
+    data = [_data("training data", config.data.train, run_dir, hub)]
+    if config.data.validation:
+        data.append(_data("validation data", config.data.validation, run_dir, hub))
+    data += [_task(name, hub) for name in config.evaluation.tasks]
+    return _base(config, run_dir, hub), tuple(data)
+
+
+def _base(config: Config, run_dir: Path, hub: _Hub) -> Source:
+    role, name = "base model", config.model.base
+    if name == "tiny":
+        made = (run_dir / "base" / "tiny.json").is_file()
+        where = f"in {run_dir / 'base'}" if made else "made and trained on the spot by stage 02"
+        return Source(role, name, "here" if made else "made", where)
+    if Path(name).is_dir():
+        lacking = _missing_files(Path(name))
+        if lacking:
+            return Source(role, name, "missing", f"{name} lacks {', '.join(lacking[:3])}")
+        return Source(role, name, "here", f"directory {name}")
+    cached = _cached_checkpoint(name, config.model.revision)
+    if cached:
+        return Source(role, name, "here", f"in the hub cache, {cached}")
+    return hub.ask(role, name, "model", config.model.revision)
+
+
+def _missing_files(directory: Path) -> list[str]:
+    """Files of a checkpoint that are not in its directory, shards of the index included."""
+    index = directory / "model.safetensors.index.json"
+    names = ["config.json", "tokenizer.json"]
+    if index.is_file():
+        try:
+            names += sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, AttributeError):
+            return [f"a readable {index.name}"]
+    else:
+        names.append("model.safetensors")
+    return [name for name in names if not (directory / name).is_file()]
+
+
+def _cached_checkpoint(name: str, revision: str) -> Path | None:
+    """The snapshot directory when every file of the checkpoint is in the hub cache."""
+    if not is_installed("huggingface_hub"):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    if not isinstance(found, str) or _missing_files(Path(found).parent):
+        return None
+    return Path(found).parent
+
+
+def _data(role: str, name: str, run_dir: Path, hub: _Hub) -> Source:
+    if name == "demo":
+        return Source(role, name, "made", "made from the Python library's documentation")
+    if Path(name).is_file():
+        return Source(role, name, "here", f"file of {Path(name).stat().st_size:,} bytes")
+    if name.endswith((".jsonl", ".json")) or name.startswith((".", "/")):
+        return Source(role, name, "missing", f"there is no file {name}")
+    return _dataset(role, name, hub)
+
+
+def _task(task: str, hub: _Hub) -> Source:
+    role = f"evaluation task {task}"
+    if task.startswith("demo_"):
+        return Source(role, task, "made", "made from the demo's held-out text")
+    if task not in _TASK_DATASETS:
+        return Source(role, task, "unknown", "which data it reads shows only in stage 04")
+    return _dataset(role, _TASK_DATASETS[task], hub)
+
+
+def _dataset(role: str, name: str, hub: _Hub) -> Source:
+    datasets_cache = Path(os.environ.get("HF_DATASETS_CACHE") or _cache_home() / "datasets")
+    prepared = datasets_cache / name.replace("/", "___")
+    for folder in (prepared, hub_cache() / f"datasets--{name.replace('/', '--')}" / "snapshots"):
+        if folder.is_dir() and any(folder.iterdir()):
+            return Source(role, name, "here", f"in the cache, {folder}")
+    return hub.ask(role, name, "dataset", "main")
+
+
+class _Hub:
+    """Asks the hub; after one failure to connect, no more."""
+
+    def __init__(self) -> None:
+        self._unreachable = "" if is_installed("huggingface_hub") else "huggingface_hub is missing"
+        if not self._unreachable and _is_offline():
+            self._unreachable = "HF_HUB_OFFLINE is set"
+
+    def ask(self, role: str, name: str, kind: Literal["model", "dataset"], revision: str) -> Source:
+        """What the hub says of a repository: reachable or missing, gated, licence."""
+        if self._unreachable:
+            return Source(role, name, "missing", f"not here, and {self._unreachable}")
+        import httpx
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        api = HfApi()
+        try:
+            info = api.repo_info(name, repo_type=kind, revision=revision, timeout=_TIMEOUT_SECONDS)
+        except HFValidationError:
+            return Source(role, name, "missing", "neither a file or directory here nor a hub name")
+        except HfHubHTTPError as error:
+            return Source(role, name, "missing", f"the hub refuses: {_first_line(error)}")
+        except (httpx.HTTPError, OSError) as error:
+            self._unreachable = f"the hub cannot be reached ({_first_line(error)})"
+            return Source(role, name, "missing", f"not here, and {self._unreachable}")
+        gated = bool(getattr(info, "gated", False))
+        card = getattr(info, "card_data", None)
+        return Source(
+            role,
+            name,
+            "reachable",
+            "on the hub, downloaded when first needed",
+            gated=gated,
+            licence=str(getattr(card, "license", None) or ""),
+            account=_account() if gated else None,
+        )
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def _account() -> str | None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        return str(HfApi().whoami()["name"])
+    except (HfHubHTTPError, LocalTokenNotFoundError):
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
