@@ -1,0 +1,184 @@
+"""Axolotl's YAML, made from our config; nobody writes it by hand.
+
+What Axolotl decides by itself when a key is missing is set here explicitly, because its defaults
+depend on the machine: precision (`bf16: auto` or none gives float16 on a CPU), its own LoRA kernels
+(they would bypass the masked layer), evaluation packing, number of processes. Keys that would turn
+on what does not hold for gpt-oss stay out: `context_parallel_size` above 1 lets every rank attend
+to its own part only, so `sequence_parallel_degree` above 1 is refused here and not passed on.
+
+`sparselong:` is the plugin's own section: what masked LoRA needs and where results go.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparselong.config import Config
+from sparselong.errors import StageError
+from sparselong.model.loading import compute_dtype, default_device
+
+PLUGIN = "sparselong.finetune.axolotl_plugin.SparseLongPlugin"
+ADAPTER = "sparselong_masked_lora"
+_FEW_ROWS = 5000
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where stage 03 reads and writes; every path absolute, as Axolotl may change directory."""
+
+    compressed: Path
+    """Stage 02's folder, with `model/` and `masters/`."""
+    work: Path
+    """`runs/NAME/03_finetune`."""
+    train: Path
+    validation: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Axolotl's output directory, with `checkpoint-N/` in it."""
+        return self.work / "checkpoints"
+
+
+def refuse_unsupported(config: Config, has_gpu: bool) -> None:
+    """Stops what this version cannot train rightly.
+
+    Raises:
+        StageError: the sequence is to be split over GPUs, or a key needs a GPU and there is none.
+    """
+    if config.sequence_parallel_degree > 1:
+        raise StageError(
+            "fine-tuning with a sequence split over several GPUs is not in this version",
+            "sequence_parallel_degree: 1",
+            f"sequence_parallel_degree: {config.sequence_parallel_degree}",
+            "pass sequence_parallel_degree=1 and a sequence_len that fits one GPU",
+        )
+    needing_gpu = {
+        "flash_attention=false": config.flash_attention,
+        "training.optimizer=adamw_torch": config.training.optimizer == "adamw_bnb_8bit",
+    }
+    for fix, wanted in needing_gpu.items():
+        if wanted and not has_gpu:
+            raise StageError(
+                "this config needs a GPU to fine-tune, and there is none",
+                "a CUDA GPU that torch can use",
+                "no CUDA GPU",
+                f"run on a machine with a GPU, or pass {fix}",
+            )
+
+
+def build(
+    config: Config, folders: Folders, resume_from: Path | None, rows: int, bake_only: bool = False
+) -> dict[str, Any]:
+    """The document that `python -m axolotl.cli.main train` gets.
+
+    Args:
+        config: the run's config; `refuse_unsupported` must have passed.
+        folders: where things are.
+        resume_from: checkpoint to go on from.
+        rows: training conversations; few are tokenized in one process.
+        bake_only: training is over; only write the result.
+    """
+    training, device = config.training, default_device()
+    on_gpu = device.type == "cuda"
+    document: dict[str, Any] = {
+        "base_model": str(folders.compressed / "model"),
+        "plugins": [PLUGIN],
+        "adapter": ADAPTER,
+        "lora_r": config.lora.r,
+        "lora_alpha": config.lora.alpha,
+        "lora_dropout": 0.0,
+        "lora_target_modules": list(config.lora.target_modules),
+        "lora_qkv_kernel": False,
+        "lora_o_kernel": False,
+        "lora_mlp_kernel": False,
+        **_data(config, folders, rows),
+        "bf16": on_gpu,
+        "fp16": False,
+        "tf32": False,
+        "torch_dtype": str(compute_dtype(device)).removeprefix("torch."),
+        "attn_implementation": "flex_attention" if config.flash_attention else "eager",
+        "micro_batch_size": config.micro_batch_size,
+        "eval_batch_size": config.micro_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "num_epochs": training.num_epochs,
+        "max_steps": training.max_steps,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler": training.lr_scheduler,
+        "warmup_ratio": training.warmup_ratio,
+        "weight_decay": training.weight_decay,
+        "optimizer": training.optimizer,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "seed": config.seed,
+        "logging_steps": training.logging_steps,
+        "eval_steps": training.eval_steps,
+        "save_steps": training.save_steps,
+        "save_total_limit": training.save_total_limit,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "early_stopping_patience": training.early_stopping_patience,
+        "resume_from_checkpoint": str(resume_from) if resume_from else None,
+        "output_dir": str(folders.checkpoints),
+        "use_tensorboard": training.use_tensorboard,
+        **_wandb(config),
+        "sparselong": _plugin_section(config, folders, bake_only),
+    }
+    if training.gradient_checkpointing:
+        document["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return {key: value for key, value in document.items() if value is not None}
+
+
+def _data(config: Config, folders: Folders, rows: int) -> dict[str, Any]:
+    roles = ["assistant"]
+    if config.data.train_on == "all":
+        roles = ["system", "developer", "user", "assistant"]
+
+    def source(path: Path) -> dict[str, Any]:
+        return {
+            "path": str(path),
+            "ds_type": "json",
+            "split": "train",
+            "type": "chat_template",
+            "field_messages": "messages",
+            "message_property_mappings": {"role": "role", "content": "content"},
+            "field_thinking": "thinking",
+            "template_thinking_key": "thinking",
+            "roles_to_train": roles,
+            "train_on_eos": "turn",
+        }
+
+    return {
+        "chat_template": "tokenizer_default",
+        "eot_tokens": ["<|end|>", "<|return|>"],
+        "datasets": [source(folders.train)],
+        "test_datasets": [source(folders.validation)],
+        "val_set_size": 0,
+        "dataset_prepared_path": str(folders.work / "prepared"),
+        "dataset_num_proc": 1 if rows < _FEW_ROWS else os.cpu_count(),
+        "sequence_len": config.sequence_len,
+        "sample_packing": config.training.sample_packing,
+        "eval_sample_packing": False,
+        "pad_to_sequence_len": config.training.sample_packing,
+    }
+
+
+def _wandb(config: Config) -> dict[str, Any]:
+    if config.training.wandb_project is None:
+        return {"use_wandb": False}
+    return {"use_wandb": True, "wandb_project": config.training.wandb_project}
+
+
+def _plugin_section(config: Config, folders: Folders, bake_only: bool) -> dict[str, Any]:
+    upkeep = config.finetuning_modifiers.MagnitudePruningModifier
+    return {
+        "masters": str(folders.compressed / "masters"),
+        "work": str(folders.work),
+        "update_frequency": upkeep.update_frequency,
+        "criterion": upkeep.criterion,
+        "train_on": config.data.train_on,
+        "loss_target": config.training.loss_target,
+        "bake_only": bake_only,
+    }

@@ -1,0 +1,79 @@
+"""The end product: the best checkpoint's adapter pressed into the codes, and the adapter beside it.
+
+`03_finetune/model/` has stage 02's format, so that evaluation, export and chat open it the same way.
+Only the dense layers are written anew; every other tensor is taken over from stage 02, hard-linked
+where the file system allows. The codes are those of the last forward: both come from
+`MaskedLoraLinear.codes`, on the device that trained.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from sparselong.finetune.lora import MaskedLoraLinear
+from sparselong.model.checkpoint import Checkpoint, derive, write_tensors
+from sparselong.packing import dense, two_four
+from sparselong.packing.dense import DenseFormat
+
+_README = """# Adapter of {base}
+
+LoRA matrices A and B of a fine-tuning through a 2:4 mask and int4 rounding:
+
+    weight = round(mask * (master + alpha/r * B A))
+
+**Added to the original dense model this adapter gives a different model**, one that was never
+trained nor measured. What was trained is `../model`, which has the adapter in its codes already.
+The adapter is kept to go on training from (with stage 02's masters, `masks.safetensors` beside it).
+"""
+
+
+def bake(compressed: Path, layers: Mapping[str, MaskedLoraLinear], target: Path) -> Checkpoint:
+    """Writes the compressed checkpoint with the trained layers in place of stage 02's.
+
+    Args:
+        compressed: stage 02's `model/`.
+        layers: the model's masked layers, with the state that is to be stored.
+        target: directory that appears complete or not at all; replaced when it is there.
+    """
+    source = Checkpoint(compressed)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    by_file: dict[str, list[MaskedLoraLinear]] = {}
+    for name, layer in layers.items():
+        index = int(name.split(".layers.")[1].split(".")[0])
+        by_file.setdefault(f"tuned-{index:05d}.safetensors", []).append(layer)
+    replaced: set[str] = set()
+    for file, group in by_file.items():
+        tensors = {name: tensor for layer in group for name, tensor in layer.packed().items()}
+        write_tensors(partial / file, tensors)
+        replaced |= set(tensors)
+    quantization = source.config["quantization_config"]
+    derive(source, partial, replaced, [partial / file for file in by_file], quantization)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    return Checkpoint(target)
+
+
+def two_four_conforming(checkpoint: Checkpoint, fmt: DenseFormat) -> float:
+    """The share of groups of four in the stored dense layers with at most two nonzero weights."""
+    groups = conforming = 0
+    for name in sorted(checkpoint.tensors):
+        if not name.endswith(".weight_packed"):
+            continue
+        stem = name.removesuffix("weight_packed")
+        parts = [f"{stem}{p}" for p in ("weight_packed", "weight_mask", "weight_scale")]
+        tensors = checkpoint.read(part for part in parts if part in checkpoint.tensors)
+        values = dense.unpack_values(fmt, {n.removeprefix(stem): t for n, t in tensors.items()})
+        sound = two_four.is_two_four(values != 0)
+        groups, conforming = groups + sound.numel(), conforming + int(torch.sum(sound))
+    return conforming / groups if groups else 0.0
+
+
+def write_adapter_readme(directory: Path, base: str) -> None:
+    """Puts a README beside the saved adapter that says what it is not."""
+    (directory / "README.md").write_text(_README.format(base=base), encoding="utf-8")

@@ -1,0 +1,167 @@
+"""What happens at the steps of training: masks chosen anew, numbers written down, alarms raised.
+
+Everything a person or the stage needs to see is a line that starts with `MARK`; the stage's process
+shows these and puts the rest of Axolotl's output into log.txt.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from sparselong.errors import StageError
+from sparselong.finetune.lora import MaskedLoraLinear
+from sparselong.finetune.masks import Criterion, update_steps
+from sparselong.finetune.state import Progress
+
+MARK = "[sparselong] "
+
+
+def tell(text: str) -> None:
+    """Prints lines for the stage's process to show."""
+    for line in text.splitlines() or [""]:
+        print(f"{MARK}{line}", flush=True)
+
+
+def peak_bytes() -> dict[str, int]:
+    """Peak memory of this process so far: `host` and each GPU."""
+    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    for index in range(torch.cuda.device_count()):
+        peaks[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
+    return peaks
+
+
+class MaskUpkeep(TrainerCallback):
+    """Chooses the 2:4 masks anew every `update_frequency` of the steps, not in the last interval."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, MaskedLoraLinear],
+        progress: Progress,
+        update_frequency: float,
+        criterion: Criterion,
+    ):
+        self.layers, self.progress = layers, progress
+        self.update_frequency, self.criterion = update_frequency, criterion
+        self.steps: set[int] = set()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps = set(update_steps(state.max_steps, self.update_frequency))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step not in self.steps:
+            return
+        flipped, bits = defaultdict(float), defaultdict(int)
+        for name, layer in self.layers.items():
+            kind, size = name.rpartition(".")[2], layer.master.numel()
+            share = layer.update(self.criterion)
+            for key in (kind, "all"):
+                flipped[key] += share * size
+                bits[key] += size
+        fractions = {key: flipped[key] / bits[key] for key in bits}
+        overall = fractions.pop("all")
+        self.progress.mask_updates.append(
+            {"step": state.global_step, "flipped": overall, "flipped_by_kind": fractions}
+        )
+        by_kind = ", ".join(f"{kind} {share:.3%}" for kind, share in fractions.items())
+        tell(f"step {state.global_step}: mask update flipped {overall:.3%} of the bits ({by_kind})")
+
+
+class Metrics(TrainerCallback):
+    """Writes metrics.jsonl, gives the loss target's alert once and stops at a loss that is no number.
+
+    A row holds `step`, `epoch` and what is known then: training rows `tokens` (real tokens so far),
+    `loss`, `learning_rate`, `grad_norm`, `tokens_per_second`, peak memory and, where masks were
+    chosen anew since the row before, `mask_flipped_fraction`; evaluation rows `eval_loss` and
+    `eval_perplexity`.
+    """
+
+    def __init__(self, path: Path, progress: Progress, loss_target: float | None):
+        self.path, self.progress, self.loss_target = path, progress, loss_target
+        self.seconds, self.started, self.tokens = 0.0, 0.0, progress.tokens
+        self.updates = len(progress.mask_updates)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.tokens, self.updates = self.progress.tokens, len(self.progress.mask_updates)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.monotonic() - self.started
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        return control
+
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
+        logs = logs or {}
+        row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        if "loss" in logs:
+            self._check(state.global_step, logs)
+            row |= self._training_row(logs)
+            tell(
+                f"step {state.global_step}/{state.max_steps}: loss {row['loss']:.4f}, "
+                f"{row['tokens_per_second']:,.0f} tokens/s"
+            )
+            self._alert(state.global_step, row["loss"])
+        elif "eval_loss" in logs:
+            row["eval_loss"] = logs["eval_loss"]
+            row["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
+            tell(f"step {state.global_step}: validation perplexity {row['eval_perplexity']:.4f}")
+        else:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_evaluate(self, args, state, control, metrics: dict[str, float] | None = None, **kwargs):
+        # The best checkpoint must exist, also when evaluations come more often than saves.
+        loss = (metrics or {}).get("eval_loss", math.inf)
+        if state.global_step and loss < (
+            math.inf if state.best_metric is None else state.best_metric
+        ):
+            control.should_save = True
+        return control
+
+    def _training_row(self, logs: dict[str, Any]) -> dict[str, Any]:
+        updates = self.progress.mask_updates[self.updates :]
+        row = {
+            "tokens": self.progress.tokens,
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "tokens_per_second": (self.progress.tokens - self.tokens) / max(self.seconds, 1e-9),
+            **{f"peak_bytes_{device}": count for device, count in peak_bytes().items()},
+        }
+        if updates:
+            row["mask_flipped_fraction"] = sum(update["flipped"] for update in updates)
+        self.tokens, self.seconds = self.progress.tokens, 0.0
+        self.updates = len(self.progress.mask_updates)
+        return row
+
+    def _check(self, step: int, logs: dict[str, Any]) -> None:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise StageError(
+                    f"training broke down at step {step}",
+                    f"a finite {name}",
+                    f"{name} {logs[name]}",
+                    "lower training.learning_rate, or look for odd rows in the data; running the "
+                    "same command again goes on from the last checkpoint",
+                )
+
+    def _alert(self, step: int, loss: float) -> None:
+        if self.loss_target is None or self.progress.alerted or loss > self.loss_target:
+            return
+        self.progress.alerted = True
+        tell(f"ALERT step {step}: training loss {loss:.4f} has reached {self.loss_target}")

@@ -1,0 +1,133 @@
+"""Which two of every four weights stay, chosen anew while the adapter learns; and the scales.
+
+Stage 02 removed two weights of every four with SparseGPT: not the two smallest, but the two whose
+loss the survivors could absorb best. The survivors were corrected for it, the removed ones kept
+their old values in the masters. Choosing masks by magnitude right afterwards would undo part of
+that choice although nothing has been learned yet: it flips about 7 % of the bits and brings back
+weights whose work the survivors have already taken over.
+
+So the default criterion, *hysteresis*, asks what has changed since stage 02. In a group of four let
+
+    h = max(0, largest |master| among the removed − smallest |master| among the kept)
+
+which is how far magnitude disagreed with stage 02 in this group. Removed weights score |weight| − h,
+kept ones |weight|, and the two highest scores stay. A removed weight comes back exactly when the
+adapter has moved it past a survivor by more than that old disagreement. With an untrained adapter
+(weight == master) no bit flips, by construction. Where stage 02 agreed with magnitude h is 0 and the
+rule is the plain one. The reference of h stays stage 02's mask for the whole run: a bit that came
+back is held by the same rule, so it also goes again when its gain goes.
+
+*magnitude* is the plain rule: the two largest |weight| of four.
+
+Between updates the scales are fixed, as the codes of a weight must not change because its neighbour
+did. At an update each group's scale follows the group's largest kept weight: the old scale times
+new amax / old amax, which is exactly the old scale where nothing changed, whatever rule stage 02
+used to choose it.
+
+Left out: saliency from activations (SparseGPT's own criterion) at updates. It would need a Hessian
+per layer kept up to date during training.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from sparselong.packing.integer import code_range
+from sparselong.packing.two_four import GROUP
+
+Criterion = Literal["hysteresis", "magnitude"]
+
+
+def score_two_four(
+    weight: torch.Tensor, master: torch.Tensor, stage02_mask: torch.Tensor, criterion: Criterion
+) -> torch.Tensor:
+    """The score by which weights compete within their group of four.
+
+    Args:
+        weight: [out, in] as trained so far (master + adapter), before mask and rounding.
+        master: [out, in] as stage 02 left it.
+        stage02_mask: bool [out, in], exactly two of four.
+
+    Returns:
+        fp32 [out, in].
+    """
+    scores = weight.float().abs()
+    if criterion == "magnitude":
+        return scores
+    before = master.float().abs().reshape(-1, GROUP)
+    kept = stage02_mask.reshape(-1, GROUP)
+    weakest_kept = before.masked_fill(~kept, torch.inf).amin(dim=-1)
+    strongest_removed = before.masked_fill(kept, 0.0).amax(dim=-1)
+    disagreement = strongest_removed - weakest_kept
+    # One ulp more, so that rounding in the two subtractions can never flip an unchanged group.
+    held = torch.nextafter(disagreement, torch.full_like(disagreement, torch.inf))
+    held = torch.where(disagreement > 0, held, 0.0)
+    return scores - torch.where(kept, 0.0, held.unsqueeze(-1)).reshape(scores.shape)
+
+
+def update_mask(
+    weight: torch.Tensor,
+    master: torch.Tensor,
+    stage02_mask: torch.Tensor,
+    current_mask: torch.Tensor,
+    criterion: Criterion,
+) -> torch.Tensor:
+    """The two best of every four by `score_two_four`; ties stay as they are now.
+
+    Args:
+        weight, master, stage02_mask, criterion: as for `score_two_four`.
+        current_mask: bool [out, in], the mask in use.
+
+    Returns:
+        bool [out, in], exactly two of every four.
+    """
+    scores = score_two_four(weight, master, stage02_mask, criterion).reshape(-1, GROUP)
+    current = current_mask.reshape(-1, GROUP)
+    # Sort by (score, in use now, earlier position): a stable sort of a stable sort.
+    by_use = torch.sort(current.to(torch.int8), dim=-1, descending=True, stable=True).indices
+    by_score = torch.sort(scores.gather(-1, by_use), dim=-1, descending=True, stable=True).indices
+    winners = by_use.gather(-1, by_score)[:, : GROUP // 2]
+    mask = torch.zeros_like(current).scatter_(-1, winners, True)
+    return mask.reshape(current_mask.shape)
+
+
+def update_scale(
+    weight: torch.Tensor, master: torch.Tensor, stage02_scale: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Scales that follow the largest kept weight of each group.
+
+    Args:
+        weight: [out, in] as trained so far, zeros where the current mask drops.
+        master: [out, in] as stage 02 left it, zeros where stage 02's mask drops.
+        stage02_scale: bf16 [out, in/group].
+        bits: 4 or 8.
+
+    Returns:
+        bf16 [out, in/group]; the very same scale for a group whose amax has not changed. A group
+        that was all zero takes the plain rule: amax over half the code range.
+    """
+    before = master.float().abs().reshape(*stage02_scale.shape, -1).amax(dim=-1)
+    now = weight.float().abs().reshape(*stage02_scale.shape, -1).amax(dim=-1)
+    lowest, highest = code_range(bits)
+    plain = now / ((highest - lowest) / 2)
+    follow = stage02_scale.float() * (now / before)
+    return torch.where(before > 0, follow, plain).to(torch.bfloat16)
+
+
+def update_steps(total_steps: int, update_frequency: float) -> list[int]:
+    """The steps after which masks are chosen anew: every `update_frequency` of the steps.
+
+    Nothing is updated within the last interval, in which the adapter settles on final masks; a
+    frequency of 0 means never.
+    """
+    if update_frequency == 0:
+        return []
+    interval = max(1, round(total_steps * update_frequency))
+    return list(range(interval, total_steps - interval + 1, interval))
+
+
+def flipped_fraction(before: torch.Tensor, after: torch.Tensor) -> float:
+    """The share of mask bits that differ between two bool masks of the same shape."""
+    return (before != after).float().mean().item()

@@ -1,0 +1,50 @@
+"""loss.png: training loss, validation perplexity, mask updates and the best step in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def draw(
+    rows: Sequence[Mapping[str, Any]],
+    mask_updates: Sequence[Mapping[str, Any]],
+    best_step: int,
+    path: Path,
+) -> None:
+    """Draws metrics.jsonl's rows into a PNG file.
+
+    Args:
+        rows: training and evaluation rows by step.
+        mask_updates: `step` and `flipped` (fraction of bits) of each update.
+        best_step: the step whose checkpoint was kept as the best.
+        path: the file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, below) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(8, 6), height_ratios=(4, 1), layout="constrained"
+    )
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held_out = [(row["step"], row["eval_perplexity"]) for row in rows if "eval_perplexity" in row]
+    left.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, label="training loss")
+    left.set_ylabel("training loss (nats per token)", color="tab:blue")
+    right = left.twinx()
+    right.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="perplexity")
+    right.set_ylabel("validation perplexity", color="tab:orange")
+    left.axvline(best_step, color="tab:green", linestyle="--", label=f"best: step {best_step}")
+    for axis in (left, below):
+        for update in mask_updates:
+            axis.axvline(update["step"], color="0.85", linewidth=0.8, zorder=0)
+    steps = [update["step"] for update in mask_updates]
+    flips = [100 * update["flipped"] for update in mask_updates]
+    below.bar(steps, flips, color="0.4", width=max(0.6, 0.004 * train[-1][0]))
+    below.set_ylabel("bits flipped, %")
+    below.set_xlabel("step (grey lines: mask updates)")
+    left.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
