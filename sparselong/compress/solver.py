@@ -128,7 +128,7 @@ def factorize(
     failed = torch.zeros(1, dtype=torch.bool, device=hessian.device)
     try:
         factorize_hessian(solved, factor, dampening, failed)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         failed.fill_(True)
     if bool(failed) or not bool(torch.isfinite(factor).all()):
         eigenvalues = torch.linalg.eigvalsh(hessian.double())
@@ -184,15 +184,19 @@ def choose_scale(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tens
     Returns:
         bf16 [out, in/group_size], never zero.
     """
-    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationStrategy,
+        QuantizationType,
+    )
     from compressed_tensors.quantization.utils import calculate_qparams
 
     groups = weight.unflatten(-1, (-1, group_size))
     args = QuantizationArgs(
         num_bits=bits,
-        type="int",
+        type=QuantizationType.INT,
         symmetric=True,
-        strategy="group",
+        strategy=QuantizationStrategy.GROUP,
         group_size=group_size,
         scale_dtype=torch.bfloat16,
     )

@@ -140,6 +140,17 @@ def test_dense_quantization_equals_llmcompressor(
     assert (result.codes != rounded).float().mean() > 0.02, "GPTQ did nothing here"
 
 
+@pytest.mark.parametrize(("bits", "half_range"), [(4, 7.5), (8, 127.5)])
+def test_scales_by_hand(bits: int, half_range: float) -> None:
+    """One group as usual, one of zeros, one whose scale is too small for bf16."""
+    weight = torch.zeros(1, 96)
+    weight[0, [3, 7]] = torch.tensor([0.5, -0.75])
+    weight[0, 80] = 1e-41
+    scale = solver.choose_scale(weight, bits, 32)
+    assert scale.dtype == torch.bfloat16 and (scale > 0).all()
+    assert scale[0, 0] == torch.tensor(0.75 / half_range).bfloat16()
+
+
 def test_masked_update_by_hand() -> None:
     """Scale 1, one row 1.4, 0 (dropped), 2.4, 0.8 and a factor with round numbers.
 
