@@ -1,0 +1,1 @@
+"""What compression and fine-tuning did to the model: accuracy and perplexity against the base."""

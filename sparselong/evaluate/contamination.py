@@ -1,0 +1,57 @@
+"""Has the model been fine-tuned on the questions it is asked?
+
+An item whose text stands in the training conversations measures memory. The check is the usual one:
+thirteen consecutive words (letters and digits only, lower case) of the item with its right answer
+found in a training message make the item suspect; an item with fewer words must occur whole. It
+sees `train.jsonl` of this run only: nobody can say here what the base model was trained on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from sparselong.data import conversations
+
+_NGRAM_WORDS = 13
+
+
+def list_warnings(items_by_task: dict[str, list[str]], train_path: Path) -> list[str]:
+    """One sentence for each task that has items in the training conversations."""
+    texts = [message["content"] for row in conversations.read(train_path) for message in row]
+    warnings = []
+    for task, items in items_by_task.items():
+        if found := find_contaminated(items, texts):
+            warnings.append(
+                f"{len(found)} of the {len(items)} items of {task} share {_NGRAM_WORDS} words in a "
+                f"row with the training data: the fine-tuned model may remember them"
+            )
+    return warnings
+
+
+def find_contaminated(items: list[str], training_texts: Iterable[str]) -> list[int]:
+    """Indices of the items that share thirteen consecutive words with a training text."""
+    owners: dict[tuple[str, ...], set[int]] = {}
+    for index, item in enumerate(items):
+        words = _words(item)
+        for ngram in _ngrams(words, min(_NGRAM_WORDS, len(words))):
+            owners.setdefault(ngram, set()).add(index)
+    lengths = {len(ngram) for ngram in owners}
+    found: set[int] = set()
+    for text in training_texts:
+        words = _words(text)
+        for length in lengths:
+            for ngram in _ngrams(words, length):
+                found |= owners.get(ngram, set())
+    return sorted(found)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _ngrams(words: list[str], length: int) -> Iterable[tuple[str, ...]]:
+    if length == 0:
+        return []
+    return zip(*(words[start:] for start in range(length)), strict=False)

@@ -1,0 +1,103 @@
+"""One model after another through the same measurements, each result kept in a file of its own.
+
+Only one model is open at a time: base, compressed and fine-tuned together would need three times
+the memory. A finished model's figures stay in `04_eval/<model>.json` with a fingerprint of the
+model's files, so that after an interruption only what is missing, or what an earlier stage has
+since made anew, is measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparselong import provenance
+from sparselong.evaluate import harness, perplexity
+from sparselong.model.loading import load_model
+from sparselong.run import write_atomically
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What every model goes through."""
+
+    suite: harness.Suite
+    samples: list[perplexity.Sample]
+
+
+def measure(
+    name: str,
+    directory: Path,
+    fingerprint: str,
+    measurements: Measurements,
+    folder: Path,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Accuracy and perplexity of one model, from `folder/<name>.json` if measured before.
+
+    Returns:
+        {fingerprint, tasks (harness.measure), perplexity (perplexity.measure), seconds,
+        peak_bytes by device}.
+
+    Raises:
+        StageError: the checkpoint cannot be opened.
+    """
+    path = folder / f"{name}.json"
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["fingerprint"] == fingerprint:
+            progress(f"{name}: measured before, kept")
+            return kept
+    start = time.monotonic()
+    _reset_peaks()
+    model = load_model(directory)
+    progress(f"{name}: opened from {directory} in {time.monotonic() - start:.1f} s")
+    batch_size = measurements.suite.config.evaluation.batch_size
+    result = {
+        "fingerprint": fingerprint,
+        "perplexity": perplexity.measure(model, measurements.samples, batch_size),
+        "tasks": harness.measure(model, measurements.suite),
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_bytes": _read_peaks(),
+    }
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    write_atomically(path, json.dumps(result) + "\n")
+    progress(f"{name}: {_one_line(result)}")
+    return result
+
+
+def fingerprint(files: list[dict[str, Any]]) -> str:
+    """A hash of a manifest's list of files (their paths and sha256)."""
+    told = json.dumps([[file["path"], file["sha256"]] for file in files])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _one_line(result: dict[str, Any]) -> str:
+    told = [f"perplexity {result['perplexity']['supervised']['perplexity']:.3f}"]
+    told += [f"{name} acc {task['acc']:.3f}" for name, task in result["tasks"].items()]
+    return f"{', '.join(told)} ({result['seconds']:.0f} s)"
+
+
+def _reset_peaks() -> None:
+    provenance.reset_peak_host_memory()
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(index)
+
+
+def _read_peaks() -> dict[str, int]:
+    devices = range(torch.cuda.device_count())
+    return {
+        "host": provenance.peak_host_bytes(),
+        **{f"cuda:{index}": torch.cuda.max_memory_allocated(index) for index in devices},
+    }

@@ -1,0 +1,159 @@
+"""Perplexity on the held-out conversations, whole and by position in the context.
+
+Perplexity is exp of the mean negative log-likelihood over *tokens*, not over batches or
+conversations: sums and counts are kept in double precision for the whole set and divided once, so
+the figure does not depend on the batch size, on the order, or on how many GPUs share the work.
+Two token sets are reported: the supervised ones (what fine-tuning learns, normally the assistant's
+turns) and all tokens. A token's position is the number of tokens before it, in two buckets for
+every doubling (…, 64-95, 96-127, …), because what context is worth grows with its logarithm.
+
+Batches are filled with conversations of similar length and padded on the right, where causal
+attention cannot see; padded places are dropped before the head, so they are neither computed there
+nor counted. Logits exist for a few hundred tokens at a time: 16,384 at once would take 13 GB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sparselong.config import Config
+from sparselong.data import conversations
+from sparselong.errors import StageError
+
+_HEAD_ROWS = 512
+_BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenized conversation; `supervised[i]` says whether token i counts."""
+
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+def load_samples(path: Path, tokenizer: Any, config: Config) -> list[Sample]:
+    """The first `evaluation.perplexity_samples` conversations, cut to `sequence_len` tokens.
+
+    A conversation whose supervised tokens all lie behind the cut is passed over.
+
+    Raises:
+        StageError: no conversation has a supervised token within `sequence_len`.
+    """
+    samples: list[Sample] = []
+    for messages in conversations.read(path):
+        ids, supervised = conversations.tokenize(messages, tokenizer, config.data.train_on)
+        ids, supervised = ids[: config.sequence_len], supervised[: config.sequence_len]
+        if any(supervised[1:]):
+            samples.append(Sample(ids, supervised))
+        if len(samples) == config.evaluation.perplexity_samples:
+            break
+    if not samples:
+        raise StageError(
+            f"no conversation of {path} can be measured",
+            f"a supervised token within the first {config.sequence_len} tokens",
+            "none",
+            "raise sequence_len, or use shorter validation conversations",
+        )
+    return samples
+
+
+@torch.inference_mode()
+def measure(model: Any, samples: list[Sample], batch_size: int) -> dict[str, Any]:
+    """Negative log-likelihood of the samples under a causal model, as JSON-ready sums.
+
+    Args:
+        model: a GptOssForCausalLM (its `model` and `lm_head` are called).
+        batch_size: most conversations in one forward pass; long ones take fewer.
+
+    Returns:
+        `supervised` and `all`: {nll (nats, summed), tokens, perplexity}; `by_position`: the same
+        for supervised tokens by bucket, with `first` and `last` position; `conversations`: for
+        each sample, in order, [nll, tokens] of its supervised tokens.
+    """
+    bounds = _bucket_bounds(max(len(sample.input_ids) for sample in samples))
+    by_position = torch.zeros(len(bounds) - 1, 2, dtype=torch.float64)
+    by_sample = torch.zeros(len(samples), 2, dtype=torch.float64)
+    everything = torch.zeros(2, dtype=torch.float64)
+    for batch in _batches(samples, batch_size):
+        owner, position, losses = _losses(model, [samples[i].input_ids for i in batch])
+        pairs = torch.stack([losses, torch.ones_like(losses)], dim=1)
+        everything += pairs.sum(dim=0)
+        counted = torch.tensor(
+            [
+                samples[batch[row]].supervised[column]
+                for row, column in zip(owner.tolist(), position.tolist(), strict=True)
+            ]
+        )
+        rows = torch.tensor(batch)[owner[counted]]
+        by_sample.index_add_(0, rows, pairs[counted])
+        bucket = torch.bucketize(position[counted], torch.tensor(bounds), right=True) - 1
+        by_position.index_add_(0, bucket, pairs[counted])
+    return {
+        "supervised": _summary(by_sample.sum(dim=0)),
+        "all": _summary(everything),
+        "by_position": [
+            {"first": first, "last": last - 1, **_summary(sums)}
+            for (first, last), sums in zip(pairwise(bounds), by_position, strict=True)
+            if sums[1] > 0
+        ],
+        "conversations": [[nll, int(tokens)] for nll, tokens in by_sample.tolist()],
+    }
+
+
+def _bucket_bounds(most_tokens: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, … to the first bound that no position reaches."""
+    bounds = [1]
+    while bounds[-1] < most_tokens:
+        bounds.append(bounds[-1] + (1 << max(0, bounds[-1].bit_length() - 2)))
+    return bounds
+
+
+def _batches(samples: list[Sample], batch_size: int) -> Iterator[list[int]]:
+    """Indices of samples, longest first, in groups that fit a forward pass."""
+    order = sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids))
+    while order:
+        longest_tokens = len(samples[order[0]].input_ids)
+        count = max(1, min(batch_size, _BATCH_TOKENS // longest_tokens))
+        yield order[:count]
+        order = order[count:]
+
+
+def _losses(model: Any, batch: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(row in the batch, position, loss in nats as float64) of each predicted token, on the CPU."""
+    device = model.lm_head.weight.device
+    ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
+    present = torch.zeros_like(ids, dtype=torch.bool)
+    for row, tokens in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        present[row, : len(tokens)] = True
+    hidden = model.model(ids.to(device), use_cache=False).last_hidden_state
+    owner, before = present[:, 1:].nonzero(as_tuple=True)
+    position = before + 1
+    states, targets = hidden[owner.to(device), before.to(device)], ids[owner, position].to(device)
+    losses = [
+        F.cross_entropy(
+            model.lm_head(states[i : i + _HEAD_ROWS]).float(),
+            targets[i : i + _HEAD_ROWS],
+            reduction="none",
+        )
+        for i in range(0, len(states), _HEAD_ROWS)
+    ]
+    return owner, position, torch.cat(losses).double().cpu()
+
+
+def _summary(pair: torch.Tensor) -> dict[str, float]:
+    nll, tokens = pair.tolist()
+    return {"nll": nll, "tokens": int(tokens), "perplexity": _exp(nll / tokens)}
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,117 @@
+"""Perplexity: against sums made by hand, whatever the batches and the padding."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sparselong import config as config_module
+from sparselong.errors import StageError
+from sparselong.evaluate import perplexity
+from sparselong.evaluate.perplexity import Sample
+
+# P[a][b]: how likely the fake model thinks b after a. Token 0 is also what padding is filled with:
+# it is nearly impossible after anything, so a counted padding would stand out.
+P = torch.tensor(
+    [
+        [0.01, 0.50, 0.25, 0.24],
+        [0.01, 0.09, 0.50, 0.40],
+        [0.01, 0.49, 0.25, 0.25],
+        [0.01, 0.19, 0.30, 0.50],
+    ]
+)
+SAMPLES = [
+    Sample([1, 2, 3], [False, False, True]),
+    Sample([1, 3, 3, 2, 1, 2], [False, True, True, False, True, True]),
+    Sample([2, 1], [True, True]),
+]
+
+
+class Bigram:
+    """A causal model with `model` and `lm_head` as transformers' have them."""
+
+    def __init__(self):
+        self.lm_head = torch.nn.Linear(4, 4, bias=False)
+        self.lm_head.weight.data = torch.eye(4)
+        self.shapes = []
+
+    def model(self, ids, use_cache):
+        self.shapes.append(tuple(ids.shape))
+        return SimpleNamespace(last_hidden_state=P.log()[ids])
+
+
+def test_sums_by_hand():
+    result = perplexity.measure(Bigram(), SAMPLES, 8)
+    supervised = [[0.25], [0.40, 0.50, 0.49, 0.50], [0.49]]
+    rest = [0.50, 0.30]
+    nll = -sum(math.log(p) for row in supervised for p in row)
+    assert result["supervised"]["tokens"] == 6
+    assert result["supervised"]["nll"] == pytest.approx(nll, rel=1e-6)
+    assert result["supervised"]["perplexity"] == pytest.approx(math.exp(nll / 6), rel=1e-6)
+    assert result["all"]["tokens"] == 8
+    assert result["all"]["nll"] == pytest.approx(nll - sum(map(math.log, rest)), rel=1e-6)
+    assert [tokens for _, tokens in result["conversations"]] == [1, 4, 1]
+    for (found, _), row in zip(result["conversations"], supervised, strict=True):
+        assert found == pytest.approx(-sum(map(math.log, row)), rel=1e-6)
+
+
+def test_buckets_by_hand():
+    """Positions 1 | 2 | 3 | 4-5, of which 3 has no supervised token."""
+    rows = perplexity.measure(Bigram(), SAMPLES, 8)["by_position"]
+    expected = {(1, 1): [0.40, 0.49], (2, 2): [0.25, 0.50], (4, 5): [0.49, 0.50]}
+    assert [(row["first"], row["last"]) for row in rows] == list(expected)
+    for row, probabilities in zip(rows, expected.values(), strict=True):
+        assert row["tokens"] == 2
+        assert row["nll"] == pytest.approx(-sum(map(math.log, probabilities)), rel=1e-6)
+
+
+def test_buckets_hold_every_supervised_token():
+    long = Sample([1, 2, 3] * 100, [True] * 300)
+    result = perplexity.measure(Bigram(), [long, *SAMPLES], 2)
+    rows = result["by_position"]
+    assert rows[-1]["first"] == 256 and rows[-1]["tokens"] == 300 - 256
+    assert [row["first"] for row in rows[1:]] == [row["last"] + 1 for row in rows[:-1]]
+    assert sum(row["tokens"] for row in rows) == result["supervised"]["tokens"]
+    assert sum(row["nll"] for row in rows) == pytest.approx(result["supervised"]["nll"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_batches_and_chunks_change_nothing(batch_size, monkeypatch):
+    whole = perplexity.measure(Bigram(), SAMPLES, 8)
+    monkeypatch.setattr(perplexity, "_HEAD_ROWS", 3)
+    model = Bigram()
+    result = perplexity.measure(model, SAMPLES, batch_size)
+    assert len(model.shapes) == math.ceil(3 / batch_size)
+    found, expected = torch.tensor(result["conversations"]), torch.tensor(whole["conversations"])
+    torch.testing.assert_close(found, expected)
+    assert result["all"]["nll"] == pytest.approx(whole["all"]["nll"])
+
+
+def test_long_conversations_take_fewer_at_a_time(monkeypatch):
+    monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 7)
+    model = Bigram()
+    perplexity.measure(model, SAMPLES, 8)
+    assert model.shapes == [(1, 6), (2, 3)]
+
+
+def test_same_samples_for_everyone(monkeypatch, tmp_path):
+    """The first ones of the file, cut, without those that have nothing to learn before the cut."""
+    rows = {
+        "answer behind the cut": ([1] * 9, [False] * 8 + [True]),
+        "only the first token": ([1] * 3, [True, False, False]),
+        "long": ([1] * 9, [False] + [True] * 8),
+        "short": ([1] * 3, [False, False, True]),
+        "beyond the limit": ([1] * 3, [False, False, True]),
+    }
+    monkeypatch.setattr(perplexity.conversations, "read", lambda path: list(rows))
+    monkeypatch.setattr(perplexity.conversations, "tokenize", lambda name, *_: rows[name])
+    config = config_module.load(
+        "configs/tiny.yaml", ["sequence_len=4", "evaluation.perplexity_samples=2"]
+    )
+    samples = perplexity.load_samples(tmp_path, None, config)
+    assert [len(sample.input_ids) for sample in samples] == [4, 3]
+    assert samples[0].supervised == [False, True, True, True]
+    del rows["long"], rows["short"], rows["beyond the limit"]
+    with pytest.raises(StageError, match="within the first 4 tokens"):
+        perplexity.load_samples(tmp_path, None, config)
