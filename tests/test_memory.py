@@ -1,0 +1,253 @@
+"""The planner against published counts, exact storage, measured peaks and files really written."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparselong import config as config_module
+from sparselong import memory
+from sparselong.config import ModelSection
+from sparselong.errors import StageError
+from sparselong.memory import storage, timing, training
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+BIG, SMALL = (memory.PUBLISHED[f"openai/gpt-oss-{size}"] for size in ("120b", "20b"))
+
+
+def load(name: str, *overrides: str):
+    return config_module.load(ROOT / f"configs/{name}.yaml", overrides)
+
+
+CONFIG = load("gpt-oss-120b-4x3090")
+
+
+def test_parameters_equal_the_published_checkpoints():
+    def counts(s):
+        return (
+            *(s.total, s.expert_weights, s.expert_biases, s.attention_weights, s.attention_biases),
+            *(s.sinks, s.router, s.norms, s.embedding),
+        )
+
+    assert counts(BIG) == (
+        *(116_829_156_672, 114_661_785_600, 39_813_120, 955_514_880, 288_000),
+        *(2_304, 13_275_648, 210_240, 579_133_440),
+    )
+    assert counts(SMALL) == (
+        *(20_914_757_184, 19_110_297_600, 6_635_520, 637_009_920, 192_000),
+        *(1_536, 2_212_608, 141_120, 579_133_440),
+    )
+    assert [round(s.active / 1e9, 2) for s in (BIG, SMALL)] == [5.13, 3.61]
+
+
+def test_tiny_shape_is_the_one_that_is_made(untrained_base):
+    from sparselong.model.tiny import TinySpec
+
+    spec, shape = TinySpec(layers=6), memory.tiny_shape(6)
+    assert (shape.vocab, shape.head_dim) == (spec.vocab_size, 64)
+    for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "experts"):
+        assert getattr(shape, name) == getattr(spec, name), name
+    assert shape.sliding_window == spec.sliding_window
+    assert memory.read_shape(untrained_base / "config.json") == memory.tiny_shape(4)
+
+
+def test_base_groups_equal_the_bytes_of_a_real_checkpoint(untrained_base):
+    index = json.loads((untrained_base / "model.safetensors.index.json").read_text())
+    planned = sum(storage.base_groups(memory.tiny_shape(4)).values())
+    assert planned == index["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "sparsity", "group", "wanted"),
+    [
+        (4, "2:4", 64, 3.0),
+        (4, "2:4", 32, 3.25),
+        (4, "none", 64, 4.25),
+        (8, "2:4", 64, 5.0),
+        (8, "none", 32, 8.5),
+        (16, "2:4", 64, 8.75),
+        (16, "none", 64, 16.0),
+    ],
+)
+def test_dense_bits_are_what_packing_stores(bits, sparsity, group, wanted):
+    from sparselong.packing.dense import DenseFormat
+
+    tensors = DenseFormat(bits, sparsity, group).empty(6, 128)
+    stored = sum(t.numel() * t.element_size() for t in tensors.values()) * 8 / (6 * 128)
+    assert storage.dense_bits(bits, sparsity, group) == wanted == stored
+
+
+def test_expert_storage_is_exact():
+    def experts_gb(shape, sparsity):
+        return round(shape.expert_weights * storage.expert_bits(sparsity) / 8 / 1e9, 1)
+
+    assert (storage.expert_bits("none"), storage.expert_bits("2:4")) == (4.25, 3.0)
+    assert [experts_gb(BIG, "none"), experts_gb(SMALL, "none")] == [60.9, 10.2]
+    assert [experts_gb(BIG, "2:4"), experts_gb(SMALL, "2:4")] == [43.0, 7.2]
+
+
+def test_compressed_120b_by_group():
+    groups = storage.compressed_groups(BIG, CONFIG)
+    assert groups == {
+        "experts": 60_914_073_600,
+        "attention": 358_318_080,
+        "embedding and lm_head": 2_316_533_760,
+        "router, norms, biases, sinks": 107_178_624,
+    }
+    assert sum(storage.base_groups(BIG).values()) == 65_248_815_744
+    assert storage.masters_bytes(BIG, CONFIG) == 1_911_029_760
+    plain = load("gpt-oss-120b-4x3090", "shared_dense.weight_bits=16", "shared_dense.sparsity=none")
+    assert storage.masters_bytes(BIG, plain) == 0
+
+
+def test_only_the_120b_base_can_be_linked():
+    assert storage.linkable_bytes(BIG, CONFIG)["02_compress/model"] == 63_337_785_984
+    assert storage.linkable_bytes(SMALL, CONFIG)["02_compress/model"] == 0
+    half = load("gpt-oss-120b-4x3090", "experts.sparsity='2:4'")
+    assert storage.linkable_bytes(BIG, half)["02_compress/model"] == 0
+
+
+@pytest.mark.parametrize(("tokens", "measured_gib"), [(4096, 48.9), (8192, 58.8), (16384, 78.4)])
+def test_activations_and_loss_reproduce_the_measured_20b_peaks(tokens, measured_gib):
+    """transformers with bf16 weights: the plan with its packed weights exchanged for bf16 ones,
+    without masters and without the CUDA context, which torch's peak does not count."""
+    plan = training.finetune_memory(SMALL, load("gpt-oss-20b-1x3090", f"sequence_len={tokens}"))
+    parts = plan.components
+    packed = ("experts", "attention projections, packed", "embedding and lm_head")
+    ours = sum(parts[name] for name in (*packed, "router, norms, biases, sinks"))
+    ours += parts["masters of the LoRA layers"] + parts["CUDA context, NCCL, fragmentation"]
+    peak = plan.peak_bytes - ours + SMALL.total * 2
+    assert peak / GIB == pytest.approx(measured_gib, rel=0.02)
+
+
+def test_sharded_120b_weights_and_checkpoints():
+    """16.55 GiB with bf16 attention, 0.79 GiB of checkpoints, 0.18 of LoRA; it fits 23.6 GiB."""
+    sharded = training.finetune_memory(BIG, CONFIG, sharded=True)
+    parts = sharded.components
+    weights = parts["experts"] + parts["embedding and lm_head"]
+    weights += parts["router, norms, biases, sinks"] + 2 * BIG.attention_weights
+    assert weights / GIB == pytest.approx(16.55, abs=0.01)
+    assert parts["activation checkpoints"] / GIB == pytest.approx(0.79, abs=0.005)
+    assert parts["LoRA, gradients, optimizer"] / GIB == pytest.approx(0.18, abs=0.005)
+    assert sharded.devices == 4 and sharded.peak_bytes < 23.6 * GIB
+
+
+def test_this_version_keeps_everything_on_one_gpu():
+    present = training.finetune_memory(BIG, CONFIG)
+    assert present.devices == 1
+    assert present.components["experts"] == 60_914_073_600
+    assert present.components["logits and cross-entropy"] == 16384 * 201_088 * 12
+
+
+def test_peak_counts_the_larger_of_loss_and_layer():
+    parts = {"live layer activations": 5, "attention": 2, "logits and cross-entropy": 6, "rest": 1}
+    assert training.Memory("cuda", 1, parts).peak_bytes == 8
+    parts["logits and cross-entropy"] = 60
+    assert training.Memory("cuda", 1, parts).peak_bytes == 61
+
+
+def test_longest_sequence_is_the_longest():
+    config, budget = load("gpt-oss-20b-1x3090"), int(23.6 * GIB)
+    longest = memory.largest_sequence_len(SMALL, config, budget)
+
+    def peak(length):
+        shorter = load("gpt-oss-20b-1x3090", f"sequence_len={length}")
+        return training.finetune_memory(SMALL, shorter).peak_bytes
+
+    assert 0 < longest < 16384 and longest % 128 == 0
+    assert peak(longest) <= budget < peak(longest + 128)
+    assert memory.largest_sequence_len(BIG, CONFIG, budget) == 0
+    assert memory.largest_sequence_len(SMALL, config, 200 * GIB) == 16384
+
+
+def test_eager_attention_and_kept_activations_cost_more():
+    base = load("gpt-oss-20b-1x3090")
+    eager = load("gpt-oss-20b-1x3090", "flash_attention=false")
+    kept = load("gpt-oss-20b-1x3090", "training.gradient_checkpointing=false")
+    peaks = [training.finetune_memory(SMALL, c).peak_bytes for c in (base, eager, kept)]
+    assert peaks[1] > peaks[0] + 64 * 16384**2 * 2 * 4 - 40 * GIB
+    assert peaks[2] > peaks[0] + 20 * GIB
+
+
+def test_time_reproduces_the_arithmetic_limits():
+    """4 × 71 and 990 TFLOP/s at 16,384 tokens: 6,820 tok/s for 120b, 34,184 for 20b."""
+    flops = [timing.training_flops(s, CONFIG, masked_lora=False) for s in (BIG, SMALL)]
+    assert 284e12 / flops[0] == pytest.approx(6_820, rel=0.01)
+    assert 990e12 / flops[1] == pytest.approx(34_184, rel=0.01)
+    extra = timing.training_flops(BIG, CONFIG) / flops[0]
+    assert 1.03 < extra < 1.06
+
+
+def test_rates_go_by_the_gpu_s_name():
+    assert timing.find_rate("NVIDIA H200").flops_per_second == 990e12
+    assert timing.find_rate("NVIDIA GeForce RTX 3090").flops_per_second == 71e12
+    assert timing.find_rate(None) is timing.CPU
+
+
+def test_training_tokens():
+    steps = load("tiny", "training.max_steps=10", "micro_batch_size=2", "sequence_len=128")
+    assert timing.training_tokens(steps, None)[0] == 10 * 2 * 128
+    assert timing.training_tokens(CONFIG, 4000)[0] == 1000
+    assert timing.training_tokens(CONFIG, None)[0] == timing.ASSUMED_TOKENS
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt-oss-20b-1x3090", "gpt-oss-120b-4x3090"])
+@pytest.mark.parametrize("stage", ["01_health", "02_compress", "03_finetune", "04_eval"])
+def test_every_stage_of_every_shipped_config_has_a_plan(tmp_path, name, stage):
+    run_dir = tmp_path / "run"
+    document = memory.plan_stage(load(name), run_dir, stage)
+    assert not run_dir.exists()
+    assert json.loads(json.dumps(document)) == document
+    assert document["estimated_seconds"] > 0
+    assert document["device"] == ("cpu" if name == "tiny" else "cuda")
+    assert document["bytes_on_disk"] == sum(row["bytes"] for row in document["writes"])
+    text = memory.show_plan(document)
+    assert max(map(len, text.splitlines())) <= 100
+    if stage != "01_health":
+        assert document["peak_bytes_per_gpu"] > GIB and "peak" in text
+
+
+def test_a_longer_run_directory_does_not_widen_the_table(tmp_path):
+    run_dir = tmp_path / ("long-" * 30)
+    document = memory.plan_stage(load("tiny"), run_dir, "03_finetune")
+    assert max(map(len, memory.show_plan(document).splitlines())) <= 100
+
+
+def test_tiny_with_flash_attention_is_planned_for_a_gpu():
+    assert memory.plan(load("tiny", "flash_attention=true")).device == "cuda"
+
+
+def test_shape_refusals(tmp_path):
+    def refusal(text: str) -> str:
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(StageError) as caught:
+            memory.find_shape(ModelSection(base=str(tmp_path)))
+        return str(caught.value)
+
+    assert "cannot be read" in refusal("{")
+    assert "not of a gpt-oss model" in refusal('{"model_type": "llama"}')
+    assert "not of a gpt-oss model" in refusal("[]")
+    assert "num_local_experts" in refusal('{"model_type": "gpt_oss", "num_hidden_layers": 2}')
+    with pytest.raises(StageError, match="is not known"):
+        memory.find_shape(ModelSection(base="nobody/nothing-here"))
+    with pytest.raises(StageError, match="is not known"):
+        memory.find_shape(ModelSection(base=str(tmp_path / "no/such/folder")))
+
+
+def test_planner_never_imports_torch():
+    code = (
+        "import sys; from sparselong import memory, config; from pathlib import Path;"
+        "c = config.load('configs/tiny.yaml');"
+        "print(memory.show_plan(memory.plan_stage(c, Path('runs/x'), '03_finetune')));"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_shapes_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BIG.layers = 1  # pyright: ignore[reportAttributeAccessIssue]
