@@ -161,7 +161,7 @@ def _attention(config: Config, machine: Machine) -> Row:
         return fail(
             "attention kernel",
             "flash_attention is on, and this machine has no GPU to run it",
-            "set flash_attention=false",
+            "run on a machine with a GPU, or set flash_attention=false (small models only)",
         )
     if config.flash_attention:
         return ok("attention kernel", "flex_attention of transformers")
@@ -189,9 +189,9 @@ def _source(source: Source) -> Row:
     if source.state == "missing":
         key = {"base model": "model.base", "training data": "data.train"}.get(source.role)
         key = key or ("data.validation" if source.role == "validation data" else "evaluation.tasks")
-        local = "[demo_hellaswag]" if key == "evaluation.tasks" else "a local path"
+        local = "[demo_hellaswag]" if key == "evaluation.tasks" else "something local"
         return fail(
-            source.role, text, f"connect to the hub (HF_HUB_OFFLINE unset), or set {key}={local}"
+            source.role, text, f"connect to the hub (HF_HUB_OFFLINE unset), or set {key} to {local}"
         )
     if source.state == "unknown":
         return warn(source.role, text, "make sure that the hub can be reached in stage 04")

@@ -55,11 +55,12 @@ def hub_cache() -> Path:
 def probe_sources(config: Config, run_dir: Path) -> tuple[Source, tuple[Source, ...]]:
     """The base model, and every data set that the stages read."""
     hub = _Hub()
+    base = _base(config, run_dir, hub)
     data = [_data("training data", config.data.train, run_dir, hub)]
     if config.data.validation:
         data.append(_data("validation data", config.data.validation, run_dir, hub))
     data += [_task(name, hub) for name in config.evaluation.tasks]
-    return _base(config, run_dir, hub), tuple(data)
+    return base, tuple(data)
 
 
 def _base(config: Config, run_dir: Path, hub: _Hub) -> Source:

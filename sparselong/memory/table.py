@@ -29,7 +29,11 @@ def table(title: str, rows: dict[str, str]) -> list[str]:
         return []
     left = min(max(map(len, rows)), WIDTH - 20)
     right = max(map(len, rows.values()))
-    return [title, *(f"  {name[:left]:<{left}}  {value:>{right}}" for name, value in rows.items())]
+    short = {name: name if len(name) <= left else f"…{name[1 - left :]}" for name in rows}
+    return [
+        title,
+        *(f"  {short[name]:<{left}}  {value:>{right}}" for name, value in rows.items()),
+    ]
 
 
 def memory_lines(document: dict[str, Any]) -> list[str]:

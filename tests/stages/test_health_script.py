@@ -1,0 +1,89 @@
+"""01_health as a person runs it: exit codes, what it leaves, what it prints."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparselong.health import sources
+from tests.conftest import ROOT, load_script
+
+script = load_script("01_health")
+TINY = ("--config", str(ROOT / "configs/tiny.yaml"))
+BIG = ("--config", str(ROOT / "configs/gpt-oss-120b-4x3090.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_and_no_network(monkeypatch, tmp_path):
+    """The machine as make test finds it anywhere: no driver, no hub, nothing cached."""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sources, "_is_offline", lambda: True)
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+def test_tiny_is_ready(tmp_path, capsys):
+    assert script.main([*TINY, "--run-dir", str(tmp_path / "run")]) == 0
+    captured = capsys.readouterr()
+    assert "ready: True" in captured.out and "ok    python" in captured.err
+    assert "peak" in captured.err and "This machine can run" in captured.err
+    folder = tmp_path / "run/01_health"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["metrics"]["ready"] is True
+    assert {row["path"] for row in manifest["outputs"]} == {
+        "01_health/report.json",
+        "01_health/report.md",
+    }
+    assert json.loads((folder / "report.json").read_text())["ready"] is True
+
+
+def test_120b_without_a_gpu_exits_1_and_json_carries_everything(tmp_path, capsys):
+    assert script.main([*BIG, "--run-dir", str(tmp_path / "run"), "--json"]) == 1
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document["status"] == "failed"
+    failed = {row["check"] for row in document["rows"] if row["status"] == "fail"}
+    assert {"GPU", "sequence parallel", "base model", "training data"} <= failed
+    assert "4 GPUs with" in document["found"]
+    assert document["plan"]["sharded_peak_bytes_per_gpu"] < document["plan"]["peak_bytes_per_gpu"]
+    assert "fix:      " in captured.err and "Traceback" not in captured.err
+    folder = tmp_path / "run/01_health"
+    assert not (folder / "manifest.json").exists()
+    assert "cannot run" in (folder / "report.md").read_text()
+
+
+def test_it_is_asked_anew_every_time(tmp_path):
+    arguments = [*TINY, "--run-dir", str(tmp_path / "run")]
+    manifest = tmp_path / "run/01_health/manifest.json"
+    assert script.main(arguments) == 0 and manifest.exists()
+    assert script.main([*arguments, "flash_attention=true"]) == 1
+    assert not manifest.exists()
+
+
+def test_dry_run_touches_nothing(tmp_path, capsys):
+    assert script.main([*BIG, "--run-dir", str(tmp_path / "run"), "--dry-run"]) == 0
+    assert "Plan of 01_health" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_error_exits_2(tmp_path, capsys):
+    assert script.main([*TINY, "--run-dir", str(tmp_path / "run"), "sequence_length=9"]) == 2
+    assert "did you mean sequence_len" in capsys.readouterr().err
+
+
+def test_as_a_program_it_takes_seconds(tmp_path):
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "01_health.py", *TINY, "--run-dir", str(tmp_path / "run"), "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "done"
+    assert time.monotonic() - start < 60  # a few seconds alone; two cores may be shared by four
