@@ -1,0 +1,84 @@
+"""Opening checkpoints: the same logits as transformers on the decoded weights, nothing silent."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Mxfp4Config
+
+from sparselong.errors import StageError
+from sparselong.model.loading import load_model, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 2000, (2, 150), generator=torch.Generator().manual_seed(0))
+
+
+def test_upstream_form_gives_transformers_logits(untrained_base, tokens):
+    """fp32, relative error ≤ 1e-5, against transformers' eager model on the decoded weights."""
+    ours = load_model(untrained_base)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        untrained_base,
+        quantization_config=Mxfp4Config(dequantize=True),
+        dtype=torch.float32,
+        attn_implementation="eager",
+    ).float()  # dequantized experts arrive in bf16 whatever dtype is asked for
+    with torch.no_grad():
+        got, wanted = ours(tokens).logits, theirs(tokens).logits
+    assert (got - wanted).norm() / wanted.norm() <= 1e-5
+    assert not any(p.requires_grad for p in ours.parameters())
+    expert_bytes = sum(
+        b.nbytes for n, b in ours.named_buffers() if n.endswith(("_blocks", "_scales"))
+    )
+    weights = sum(
+        p.numel() for n, p in theirs.named_parameters() if n.endswith(("gate_up_proj", "down_proj"))
+    )
+    assert expert_bytes * 8 / weights == 4.25
+
+
+def test_missing_tensors_are_refused(untrained_base, tmp_path):
+    broken = shutil.copytree(untrained_base, tmp_path / "broken")
+    path = broken / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    lost = "model.layers.1.mlp.experts.down_proj_scales"
+    shard = index["weight_map"].pop(lost)
+    path.write_text(json.dumps(index))
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(broken / shard)
+    del tensors[lost]
+    save_file(tensors, broken / shard, {"format": "pt"})
+    with pytest.raises(StageError, match="down_proj_scales"):
+        load_model(broken)
+
+
+def test_other_models_are_refused(untrained_base, tmp_path):
+    other = shutil.copytree(untrained_base, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    del config["quantization_config"]
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StageError, match="cannot be opened"):
+        load_model(other)
+
+
+def test_tokenizer_has_the_chat_template(untrained_base):
+    tokenizer = load_tokenizer(untrained_base)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert "<|start|>user<|message|>hi<|end|>" in text
+
+
+def test_importing_sparselong_is_quick_and_still_registers():
+    """torch is not imported by `import sparselong`; the quantizer is there once a model can be."""
+    script = (
+        "import sys, sparselong\n"
+        "assert 'torch' not in sys.modules\n"
+        "import transformers.modeling_utils\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert 'sparselong' in AUTO_QUANTIZER_MAPPING\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env=dict(os.environ))

@@ -1,0 +1,164 @@
+"""The run directory's promises: done means manifest, one process at a time, hashes decide."""
+
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from sparselong.errors import StageError
+from sparselong.run import Stage, read_manifest, run_stage, stage_hash, write_atomically
+
+TINY = ["--config", str(Path(__file__).resolve().parent.parent / "configs/tiny.yaml")]
+
+
+def run(tmp_path, execute, *more, name="02_compress"):
+    arguments = [*TINY, "--run-dir", str(tmp_path / "run"), *more]
+    return run_stage(name, "test", arguments, execute, lambda c, r, n: {"stage": n}, str)
+
+
+def write_output(stage: Stage) -> None:
+    path = stage.dir / "out.bin"
+    path.write_bytes(b"abc")
+    stage.outputs = [path]
+    stage.metrics["figure"] = 3
+
+
+def fail(stage: Stage) -> None:
+    raise StageError("it broke", "whole", "broken", "mend it")
+
+
+def test_a_stage_leaves_config_and_manifest(tmp_path, capsys):
+    assert run(tmp_path, write_output, "seed=7", "--json") == 0
+    manifest = json.loads(capsys.readouterr().out)
+    assert manifest == read_manifest(tmp_path / "run", "02_compress")
+    assert manifest["status"] == "done" and manifest["metrics"] == {"figure": 3}
+    assert manifest["seed"] == 7 and manifest["versions"]["python"]
+    assert manifest["outputs"] == [
+        {
+            "path": "02_compress/out.bin",
+            "bytes": 3,
+            "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        }
+    ]
+    assert "seed: 7" in (tmp_path / "run/config.yaml").read_text()
+
+
+def test_a_rerun_does_nothing_and_force_redoes(tmp_path):
+    assert run(tmp_path, write_output) == 0
+    assert run(tmp_path, fail) == 0
+    assert run(tmp_path, fail, "--force") == 1
+    assert read_manifest(tmp_path / "run", "02_compress") is None
+
+
+def test_another_config_is_refused_and_nothing_is_lost(tmp_path, capsys):
+    assert run(tmp_path, write_output) == 0
+    assert run(tmp_path, write_output, "shared_dense.sparsity=none") == 1
+    assert "of another config" in capsys.readouterr().err
+    assert (tmp_path / "run/02_compress/out.bin").exists()
+    assert run(tmp_path, fail, "training.max_steps=7") == 0  # not a key that stage 02 reads
+    assert run(tmp_path, write_output, "shared_dense.sparsity=none", "--force") == 0
+
+
+def test_unfinished_work_of_another_config_is_refused(tmp_path, capsys):
+    assert run(tmp_path, fail) == 1
+    assert run(tmp_path, write_output, "calibration.samples=5") == 1
+    assert "unfinished work" in capsys.readouterr().err
+    assert run(tmp_path, write_output) == 0
+
+
+def test_expected_failures_take_four_lines_and_no_traceback(tmp_path, capsys):
+    assert run(tmp_path, fail, "--json") == 1
+    captured = capsys.readouterr()
+    assert [line.split()[0] for line in captured.err.splitlines()] == [
+        *("error:", "expected:", "found:", "fix:")
+    ]
+    assert json.loads(captured.out)["status"] == "failed"
+    assert read_manifest(tmp_path / "run", "02_compress") is None
+
+
+def test_unexpected_failures_keep_their_traceback(tmp_path):
+    def bug(stage: Stage) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, bug)
+
+
+def test_a_full_disk_is_explained(tmp_path, capsys):
+    def fill(stage: Stage) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    assert run(tmp_path, fill) == 1
+    assert "could not write model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_is_explained_and_keeps_what_is_there(tmp_path, capsys, number):
+    def interrupted(stage: Stage) -> None:
+        write_output(stage)
+        os.kill(os.getpid(), number)
+
+    assert run(tmp_path, interrupted) == 1
+    assert "was interrupted" in capsys.readouterr().err
+    assert (tmp_path / "run/02_compress/out.bin").exists()
+    assert read_manifest(tmp_path / "run", "02_compress") is None
+
+
+def test_two_runs_in_one_directory(tmp_path, capsys):
+    def second(stage: Stage) -> None:
+        assert run(tmp_path, write_output) == 1
+        assert "is in use" in capsys.readouterr().err
+        write_output(stage)
+
+    assert run(tmp_path, second) == 0
+
+
+def test_a_stage_needs_the_earlier_one_of_the_same_config(tmp_path, capsys):
+    def needy(stage: Stage) -> None:
+        assert stage.require("02_compress")["metrics"] == {"figure": 3}
+
+    assert run(tmp_path, needy, name="03_finetune") == 1
+    assert "needs 02_compress" in capsys.readouterr().err
+    assert run(tmp_path, write_output) == 0
+    assert run(tmp_path, needy, name="03_finetune") == 0
+    assert run(tmp_path, needy, "experts.sparsity=2:4", "--force", name="03_finetune") == 1
+    assert "made with another config" in capsys.readouterr().err
+
+
+def test_dry_run_touches_nothing(tmp_path, capsys):
+    assert run(tmp_path, fail, "--dry-run") == 0
+    assert "02_compress" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_errors_exit_with_two(tmp_path, capsys):
+    assert run(tmp_path, fail, "sed=1") == 2
+    assert "did you mean seed?" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hashes_of_later_stages_cover_earlier_keys():
+    from sparselong.config import load
+
+    plain, compressed_otherwise = load(TINY[1]), load(TINY[1], ["calibration.samples=3"])
+    trained_otherwise = load(TINY[1], ["training.max_steps=3"])
+    for stage in ("02_compress", "03_finetune", "04_eval"):
+        assert stage_hash(plain, stage) != stage_hash(compressed_otherwise, stage)
+    assert stage_hash(plain, "02_compress") == stage_hash(trained_otherwise, "02_compress")
+    assert stage_hash(plain, "04_eval") != stage_hash(trained_otherwise, "04_eval")
+
+
+def test_atomic_writes_leave_the_old_file_when_they_fail(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    write_atomically(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
