@@ -152,6 +152,12 @@ def test_flash_attention_needs_a_gpu():
     assert row.status == "fail" and "flash_attention=false" in row.fix
 
 
+def test_the_8_bit_optimizer_needs_a_gpu():
+    eight = load("tiny", "training.optimizer=adamw_bnb_8bit")
+    assert failures(eight, NONE) == {"optimizer"}
+    assert failures(eight, H200) == set()
+
+
 def test_python_and_packages():
     assert failures(TINY, dataclasses.replace(NONE, python=(3, 10, 1))) == {"python"}
     other = (Package("peft", "0.20.0", "0.21.0"),)
@@ -332,6 +338,16 @@ def test_offline_hub_names_are_missing_and_local_ones_are_not(offline, untrained
         parents=True
     )
     assert states(BIG, offline)["training data"] == "here"
+
+
+def test_data_that_the_run_has_prepared_is_here(offline, chat_file):
+    from sparselong.data import conversations
+
+    config = load("tiny", f"data.train={chat_file}")
+    conversations.prepare(config, offline)
+    _, data = sources.probe_sources(config, offline)
+    assert data[0].state == "here" and "prepared" in data[0].detail
+    assert states(BIG, offline)["training data"] == "missing"
 
 
 def test_a_base_directory_that_lacks_a_shard_is_missing(offline, tmp_path, untrained_base):

@@ -104,6 +104,11 @@ def test_compressed_120b_by_group():
     assert storage.masters_bytes(BIG, plain) == 0
 
 
+def test_compressed_tiny_is_what_stage_02_writes():
+    """2,071,904: the tensors that the index of a real compressed tiny model names."""
+    assert sum(storage.compressed_groups(memory.tiny_shape(4), load("tiny")).values()) == 2_071_904
+
+
 def test_only_the_120b_base_can_be_linked():
     assert storage.linkable_bytes(BIG, CONFIG)["02_compress/model"] == 63_337_785_984
     assert storage.linkable_bytes(SMALL, CONFIG)["02_compress/model"] == 0
@@ -171,6 +176,16 @@ def test_eager_attention_and_kept_activations_cost_more():
     peaks = [training.finetune_memory(SMALL, c).peak_bytes for c in (base, eager, kept)]
     assert peaks[1] > peaks[0] + 64 * 16384**2 * 2 * 4 - 40 * GIB
     assert peaks[2] > peaks[0] + 20 * GIB
+
+
+def test_evaluation_grows_with_the_batch_until_it_is_full():
+    def peak(batch):
+        config = load("gpt-oss-20b-1x3090", f"evaluation.batch_size={batch}")
+        return sum(training.evaluate_memory(SMALL, config, "cuda").values())
+
+    assert 13 * GIB < peak(1) < peak(8) < 24 * GIB
+    parts = training.evaluate_memory(SMALL, load("gpt-oss-20b-1x3090"), "cuda")
+    assert parts["eager attention"] == 3 * 64 * 8 * 1024**2 * 2
 
 
 def test_time_reproduces_the_arithmetic_limits():

@@ -40,6 +40,7 @@ def check(config: Config, machine: Machine, plan: Plan) -> list[Row]:
         _collectives(machine),
         _attention(config, machine),
         ok("expert kernel", "torch, decoded expert by expert"),
+        _optimizer(config, machine),
         *resources.check_memory(config, machine, plan),
         *resources.check_disk(machine, plan),
         *_base(machine.base),
@@ -166,6 +167,17 @@ def _attention(config: Config, machine: Machine) -> Row:
     if config.flash_attention:
         return ok("attention kernel", "flex_attention of transformers")
     return ok("attention kernel", "eager of transformers (quadratic in sequence_len)")
+
+
+def _optimizer(config: Config, machine: Machine) -> Row:
+    name = config.training.optimizer
+    if name == "adamw_bnb_8bit" and not machine.usable_gpus:
+        return fail(
+            "optimizer",
+            f"{name} needs a GPU, and this machine has none",
+            "set training.optimizer=adamw_torch",
+        )
+    return ok("optimizer", name)
 
 
 def _base(base: Source) -> Iterator[Row]:

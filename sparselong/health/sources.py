@@ -115,11 +115,22 @@ def _cached_checkpoint(name: str, revision: str) -> Path | None:
 def _data(role: str, name: str, run_dir: Path, hub: _Hub) -> Source:
     if name == "demo":
         return Source(role, name, "made", "made from the Python library's documentation")
+    if _is_prepared(name, run_dir):
+        return Source(role, name, "here", f"prepared in {run_dir / 'data'}")
     if Path(name).is_file():
         return Source(role, name, "here", f"file of {Path(name).stat().st_size:,} bytes")
     if name.endswith((".jsonl", ".json")) or name.startswith((".", "/")):
         return Source(role, name, "missing", f"there is no file {name}")
     return _dataset(role, name, hub)
+
+
+def _is_prepared(name: str, run_dir: Path) -> bool:
+    """Whether an earlier stage of this run has made its files from this source."""
+    record = run_dir / "data" / "source.json"
+    if not record.is_file():
+        return False
+    config = json.loads(record.read_text(encoding="utf-8"))["config"]
+    return name in (config["train"], config["validation"])
 
 
 def _task(task: str, hub: _Hub) -> Source:

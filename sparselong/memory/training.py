@@ -42,6 +42,10 @@ ADAPTED_WEIGHT_BYTES = 24
 
 COMPRESS_BATCH_TOKENS = 4096
 """Calibration tokens that stage 02 runs through a layer at once."""
+EVALUATED_TOKENS = 1024
+"""Length of the conversations that stage 04 is planned for."""
+EVALUATE_BATCH_TOKENS = 16_384
+"""Most tokens that stage 04 runs through a model at once."""
 
 ALTERNATIVES = ("live layer activations", "attention", "logits and cross-entropy")
 """Components that are not all alive at once; see `peak_bytes`."""
@@ -219,16 +223,22 @@ def layer_bytes(shape: ModelShape) -> int:
 
 
 def evaluate_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
-    """Bytes of stage 04 by component, for the largest of its three models: the base."""
+    """Bytes of stage 04 by component, for the largest of its three models: the base.
+
+    Its attention is eager, so that conversations longer than EVALUATED_TOKENS need more than this.
+    """
     width = 2 if device == "cuda" else 4
     unpacked = width // storage.BF16_BYTES
     base = storage.base_groups(shape)
-    tokens = max(config.evaluation.batch_size * 256, min(config.sequence_len, 4096))
+    length = min(config.sequence_len, EVALUATED_TOKENS)
+    tokens = min(EVALUATE_BATCH_TOKENS, config.evaluation.batch_size * length)
+    answers = config.evaluation.batch_size * min(length, 256)
     return {
         "experts": base["experts"],
         "the rest of the base model": (sum(base.values()) - base["experts"]) * unpacked,
         "live layer activations": tokens * shape.experts_per_token * 4 * shape.intermediate * width,
-        "logits": tokens * shape.vocab * 8,
+        "eager attention": 3 * shape.heads * tokens * length * width,
+        "logits": max(answers * 8, LOSS_CHUNK_ROWS * LOSS_CHUNK_BYTES) * shape.vocab,
         "decoded weights at work": _decoded(shape, width),
         **_overhead(device),
     }
