@@ -1,16 +1,16 @@
 """Our side of Axolotl, through its plugin hooks only; the one file that imports axolotl.
 
-| hook                         | what we do there                                                   |
-|------------------------------|--------------------------------------------------------------------|
-| `register`                   | expected failures are told to the stage's process (failure.json)   |
-| `load_datasets`              | Axolotl's own loader, then count supervised tokens, show a preview |
-| `get_adapter_capabilities`,  | our adapter: masked LoRA layers built through PEFT's registry of   |
-| `load_adapter`               | custom modules over stage 02's packed layers and masters           |
-| `get_trainer_cls`            | Axolotl's trainer, with masks and scales in its checkpoints        |
-| `get_training_args`          | a NaN loss must show; early stopping must survive a restart        |
-| `add_callbacks_post_trainer` | mask upkeep and metrics                                            |
-| `post_trainer_create`        | receipt.json: what was replaced and attached                       |
-| `post_train`                 | bake the best checkpoint, write the adapter and baked.json         |
+| hook                         | what we do there                                                  |
+|------------------------------|-------------------------------------------------------------------|
+| `register`                   | expected failures are told to the stage's process (failure.json)  |
+| `load_datasets`              | Axolotl's own loader; count supervised tokens, show a preview     |
+| `get_adapter_capabilities`,  | our adapter: masked LoRA layers built through PEFT's registry of  |
+| `load_adapter`               | custom modules over stage 02's packed layers and masters          |
+| `get_trainer_cls`            | Axolotl's trainer, with masks and scales in its checkpoints       |
+| `get_training_args`          | a NaN loss must show; early stopping must survive a restart       |
+| `add_callbacks_post_trainer` | mask upkeep and metrics                                           |
+| `post_trainer_create`        | receipt.json: what was replaced and attached                      |
+| `post_train`                 | bake the best checkpoint, write the adapter and baked.json        |
 
 The model itself needs no hook: Axolotl opens `02_compress/model` by AutoModelForCausalLM, and our
 quantizer (registered by `import sparselong`) puts the packed modules in place.
@@ -42,6 +42,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel
 from safetensors import safe_open
 from torch import nn
+from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import sparselong
@@ -50,6 +51,7 @@ from sparselong.finetune import state, supervision
 from sparselong.finetune.axolotl_config import ADAPTER
 from sparselong.finetune.bake import bake, two_four_conforming, write_adapter_readme
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, peak_bytes, tell
+from sparselong.finetune.documents import document_masks
 from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.run import write_atomically
@@ -97,12 +99,27 @@ class MaskedTrainer(AxolotlTrainer):
         return masked_layers(self.model)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if "attention_mask" in inputs:
+        masked, placed = "attention_mask" in inputs, "position_ids" in inputs
+        if self.args.sample_packing and (masked or not placed):
+            raise StageError(
+                "packed conversations would attend to each other",
+                "position ids that start anew with each conversation, and no attention mask",
+                f"a batch of {', '.join(sorted(inputs))}",
+                "pass training.sample_packing=false",
+            )
+        if masked:
             tokens = inputs["attention_mask"].sum()
         else:
             tokens = (inputs["input_ids"] != self.processing_class.pad_token_id).sum()
         self.progress.tokens += int(tokens)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if "position_ids" in inputs and "attention_mask" not in inputs:
+            config, dtype = self.model.config, self.model.get_input_embeddings().weight.dtype
+            inputs["attention_mask"] = document_masks(config, inputs["position_ids"], dtype)
+        return inputs
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         outcome = super().prediction_step(model, inputs, *args, **kwargs)
@@ -172,6 +189,7 @@ class SparseLongPlugin(BasePlugin):
         return {
             "logging_nan_inf_filter": False,
             "restore_callback_states_from_checkpoint": True,
+            "eval_on_start": not cfg.resume_from_checkpoint,  # the curve begins at stage 02's model
             "disable_tqdm": True,
             "dataloader_pin_memory": torch.cuda.is_available(),
         }
@@ -182,7 +200,7 @@ class SparseLongPlugin(BasePlugin):
         except ValueError as error:
             raise StageError(
                 "the conversations cannot be trained on",
-                "training and validation rows that fit into sequence_len and have supervised tokens",
+                "rows that fit into sequence_len and have supervised tokens",
                 str(error),
                 "raise sequence_len, or check the rows' roles and data.train_on",
             ) from error
@@ -235,6 +253,7 @@ class SparseLongPlugin(BasePlugin):
             return MaskedLoraLinear(target, adapter_name, master_of=masters.read, **kwargs)
 
         config._register_custom_module({PackedLinear: build, nn.Linear: build})
+        set_seed(cfg.seed)  # Axolotl seeds when the trainer is made, after A has been drawn
         tuned = get_peft_model(model, config)
         tell(_parameter_table(tuned))
         return tuned, config
@@ -249,7 +268,6 @@ class SparseLongPlugin(BasePlugin):
     def post_trainer_create(self, cfg, trainer):
         self.trainer = trainer
         trainer.bake_only = cfg.sparselong.bake_only
-        trainer.model.config.use_cache = False  # packed documents are told apart only without one
         receipt = {
             "plugin": f"{__name__}.{type(self).__name__}",
             "modules_replaced": sorted(trainer.layers),
@@ -279,6 +297,7 @@ class SparseLongPlugin(BasePlugin):
                 "none",
                 "check the validation conversations and training.eval_steps",
             )
+        write_atomically(work / TRAINED, "{}\n")
         tell(f"baking {Path(best).name} (validation loss {trainer.state.best_metric:.4f})")
         baked = bake(Path(cfg.base_model), trainer.layers, work / "model")
         trainer.model.save_pretrained(work / "adapter")
@@ -326,7 +345,7 @@ def _ends_in(module: str, name: str) -> bool:
 
 
 def _supervise_everything(meta: TrainDatasetMeta) -> TrainDatasetMeta:
-    """Labels every token: Axolotl's chat strategy knows turns only, not what stands between them."""
+    """Labels every token: Axolotl's chat strategy knows the turns, not what stands between."""
     for name in ("train_dataset", "eval_dataset"):
         dataset = getattr(meta, name)
         setattr(meta, name, dataset.map(lambda row: {"labels": row["input_ids"]}))

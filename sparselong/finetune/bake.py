@@ -1,6 +1,6 @@
-"""The end product: the best checkpoint's adapter pressed into the codes, and the adapter beside it.
+"""The end product: the best checkpoint with its adapter in the codes, and the adapter beside it.
 
-`03_finetune/model/` has stage 02's format, so that evaluation, export and chat open it the same way.
+`03_finetune/model/` has stage 02's format: evaluation, export and chat open it the same way.
 Only the dense layers are written anew; every other tensor is taken over from stage 02, hard-linked
 where the file system allows. The codes are those of the last forward: both come from
 `MaskedLoraLinear.codes`, on the device that trained.

@@ -41,7 +41,7 @@ def peak_bytes() -> dict[str, int]:
 
 
 class MaskUpkeep(TrainerCallback):
-    """Chooses the 2:4 masks anew every `update_frequency` of the steps, not in the last interval."""
+    """Chooses the 2:4 masks anew every `update_frequency` of the steps; see masks.update_steps."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class MaskUpkeep(TrainerCallback):
 
 
 class Metrics(TrainerCallback):
-    """Writes metrics.jsonl, gives the loss target's alert once and stops at a loss that is no number.
+    """Writes metrics.jsonl, gives the loss target's alert once, stops at a loss that is no number.
 
     A row holds `step`, `epoch` and what is known then: training rows `tokens` (real tokens so far),
     `loss`, `learning_rate`, `grad_norm`, `tokens_per_second`, peak memory and, where masks were

@@ -1,6 +1,6 @@
 """A LoRA layer whose forward is the stored layer: prune and round the sum, then multiply.
 
-    W  = M + s·B·A              M the masters of stage 02 (bf16), A and B trained (fp32), s = alpha/r
+    W  = M + s·B·A              M: stage 02's masters (bf16); A, B: trained (fp32); s = alpha/r
     Wq = bf16(q · scale)        q = round(mask ∘ W / scale), the canonical dequantization
     y  = x Wqᵀ + bias
 
@@ -23,8 +23,8 @@ transformers save, load and resume its A and B as a plain adapter. Such an adapt
 original dense model is a different model: it was trained through this mask and this rounding.
 
 Source of the method: SQFT's SparsePEFT (Muñoz et al., 2024) prunes the sum W + sBA; the
-straight-through gate at saturation is that of Bengio et al. (2013) and LSQ. Left out: dropout on the
-adapter, merging into the base in memory, several adapters at once.
+straight-through gate at saturation is that of Bengio et al. (2013) and LSQ. Left out: dropout on
+the adapter, merging into the base in memory, several adapters at once.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def update(self, criterion: masks.Criterion) -> float:
-        """Chooses the mask anew and lets the scales follow; returns the fraction of bits flipped."""
+        """Chooses the mask anew, lets the scales follow; returns the fraction of bits flipped."""
         weight, stored, flipped = self.weight(), self.stored(), 0.0
         before = self.master.float()
         if self.patterns is not None:

@@ -10,12 +10,12 @@ So the default criterion, *hysteresis*, asks what has changed since stage 02. In
 
     h = max(0, largest |master| among the removed − smallest |master| among the kept)
 
-which is how far magnitude disagreed with stage 02 in this group. Removed weights score |weight| − h,
-kept ones |weight|, and the two highest scores stay. A removed weight comes back exactly when the
-adapter has moved it past a survivor by more than that old disagreement. With an untrained adapter
-(weight == master) no bit flips, by construction. Where stage 02 agreed with magnitude h is 0 and the
-rule is the plain one. The reference of h stays stage 02's mask for the whole run: a bit that came
-back is held by the same rule, so it also goes again when its gain goes.
+which is how far magnitude disagreed with stage 02 in this group. Removed weights score
+|weight| − h, kept ones |weight|, and the two highest scores stay. A removed weight comes back
+exactly when the adapter has moved it past a survivor by more than that old disagreement. With an
+untrained adapter (weight == master) no bit flips, by construction. Where stage 02 agreed with
+magnitude h is 0 and the rule is the plain one. The reference of h stays stage 02's mask for the
+whole run: a bit that came back is held by the same rule, so it goes again when its gain goes.
 
 *magnitude* is the plain rule: the two largest |weight| of four.
 

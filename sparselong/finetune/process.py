@@ -94,7 +94,7 @@ def _environment(stage: Stage) -> dict[str, str]:
 
 
 def _die_with_parent() -> None:
-    """In the child, before exec: be killed when the parent dies (Linux; elsewhere it has no prctl)."""
+    """In the child, before exec: be killed when the parent dies (only Linux can)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

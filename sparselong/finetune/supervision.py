@@ -1,4 +1,4 @@
-"""Which tokens are learned from: the fraction, and a coloured preview of the first conversations."""
+"""Which tokens are learned from: the fraction, and a coloured preview of some conversations."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from sparselong.finetune.process import run_trainer
 from sparselong.run import Stage, write_atomically
 
 METRICS = "metrics.jsonl"
-RECEIPT, FAILURE, BAKED = "receipt.json", "failure.json", "baked.json"
+RECEIPT, FAILURE, BAKED, TRAINED = "receipt.json", "failure.json", "baked.json", "trained.json"
 _CALLBACKS = ("MaskUpkeep", "Metrics")
 
 
@@ -69,7 +69,7 @@ def _train(stage: Stage, folders: Folders) -> None:
         (stage.dir / name).unlink(missing_ok=True)
     with folders.train.open(encoding="utf-8") as file:
         conversations_count = sum(1 for _ in file)
-    trained = (stage.dir / "trained.json").exists() and resume_from is not None
+    trained = (stage.dir / TRAINED).exists() and resume_from is not None
     document = axolotl_config.build(
         stage.config, folders, resume_from, conversations_count, bake_only=trained
     )

@@ -1,0 +1,137 @@
+"""Stage 03 as a person runs it: trained, killed, gone on with, and opened with transformers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, load_script
+
+TRAINING = [
+    "sequence_len=128",
+    "micro_batch_size=2",
+    "data.validation_fraction=0.2",
+    "training.max_steps=6",
+    "training.eval_steps=2",
+    "training.save_steps=2",
+    "training.save_total_limit=2",
+    "training.gradient_accumulation_steps=2",
+    "training.gradient_checkpointing=true",
+    "finetuning_modifiers.MagnitudePruningModifier.update_frequency=0.2",
+    "training.loss_target=100",
+]
+
+
+def command(arguments: list[str], run_dir: Path) -> list[str]:
+    script = str(ROOT / "03_finetune.py")
+    return [sys.executable, script, *arguments, "--run-dir", str(run_dir), "--json"]
+
+
+def rows_of(run_dir: Path) -> list[dict]:
+    path = run_dir / "03_finetune/metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def curve(rows: list[dict]) -> list[tuple]:
+    keys = ("step", "tokens", "loss", "grad_norm", "eval_loss", "mask_flipped_fraction")
+    return [tuple(row.get(key) for key in keys) for row in rows]
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while not any(row["step"] >= step for row in rows_of(run_dir)):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def trainers_of(run_dir: Path) -> list[str]:
+    found = subprocess.run(["pgrep", "-f", f"train {run_dir}"], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def compressed(small_arguments, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A run directory with stage 02 done, and the arguments that it was done with."""
+    run_dir = tmp_path_factory.mktemp("finetune") / "run"
+    arguments = [*small_arguments, *TRAINING]
+    assert load_script("02_compress").main([*arguments, "--run-dir", str(run_dir)]) == 0
+    return run_dir, arguments
+
+
+@pytest.fixture(scope="module")
+def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
+    """An uninterrupted run, and one killed and gone on with: (run, run, its manifest, stderr)."""
+    straight, arguments = compressed
+    broken = tmp_path_factory.mktemp("killed") / "run"
+    shutil.copytree(straight, broken, symlinks=True)
+    done = subprocess.run(command(arguments, straight), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(command(arguments, broken), stderr=subprocess.DEVNULL)
+    wait_for_step(process, broken, 3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)
+    assert not trainers_of(broken), "the trainer has outlived the stage"
+    # A checkpoint cut off in the middle must not be taken for whole.
+    checkpoints = broken / "03_finetune/checkpoints"
+    shutil.rmtree(checkpoints / "checkpoint-4", ignore_errors=True)
+    shutil.copytree(checkpoints / "checkpoint-2", checkpoints / "checkpoint-4")
+    (checkpoints / "checkpoint-4/trainer_state.json").write_text('{"global_step": 4, "epo')
+    again = subprocess.run(command(arguments, broken), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    return straight, broken, json.loads(done.stdout), again.stderr
+
+
+def test_killed_run_goes_on_with_the_same_curve(runs):
+    straight, broken, _, told = runs
+    assert "removing checkpoint-4" in told
+    assert "going on from checkpoint-2" in told
+    assert curve(rows_of(broken)) == curve(rows_of(straight))
+
+
+def test_killed_run_bakes_the_same_model(runs):
+    straight, broken, _, _ = runs
+    files = sorted((straight / "03_finetune/model").glob("*.safetensors"))
+    assert len(files) == 8
+    for path in files:
+        assert path.read_bytes() == (broken / "03_finetune/model" / path.name).read_bytes()
+
+
+def test_manifest_says_what_was_done(runs):
+    _, _, manifest, _ = runs
+    metrics = manifest["metrics"]
+    assert metrics["steps"] == 6
+    assert list(metrics["eval_perplexity"]) == ["0", "2", "4", "6"]
+    assert metrics["best_step"] in (2, 4, 6)
+    assert metrics["best_eval_perplexity"] < metrics["eval_perplexity"]["0"]
+    assert metrics["two_four_conforming"] == 1.0
+    assert [update["step"] for update in metrics["mask_updates"]] == [1, 2, 3, 4, 5]
+    assert 0.0 < metrics["supervised_token_fraction"] < 1.0
+    assert metrics["trainable_parameters"] == 81920
+    for key in ("train_loss", "tokens_per_second", "peak_device_bytes"):
+        assert key in metrics
+
+
+def test_run_directory_holds_what_it_promises(runs):
+    straight, _, manifest, _ = runs
+    stage = straight / "03_finetune"
+    best = manifest["metrics"]["best_step"]
+    assert (stage / "best").resolve().name == f"checkpoint-{best}"
+    assert "different model" in (stage / "adapter/README.md").read_text()
+    assert (stage / "loss.png").stat().st_size > 10_000
+    assert "\x1b[32m" in (stage / "supervision.txt").read_text()
+    names = {path.name for path in (stage / "best").iterdir()}
+    assert {"masks.safetensors", "adapter_model.safetensors", "optimizer.pt"} <= names
+    assert not {name for name in names if name.startswith("model")}
+    receipt = json.loads((stage / "receipt.json").read_text())
+    assert len(receipt["modules_replaced"]) == 16
+    assert {"MaskUpkeep", "Metrics"} <= set(receipt["callbacks"])
+    assert (stage / "log.txt").read_text().count("ALERT") == 1
