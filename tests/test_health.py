@@ -267,6 +267,13 @@ def test_no_driver_is_no_gpu(programs):
     assert machine_module.probe_gpus() == ((), None)
 
 
+def test_another_environment_is_told_from_ours(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.prefix", str(ROOT / ".venv"))
+    assert machine_module.runs_in_our_environment()
+    monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
+    assert not machine_module.runs_in_our_environment()
+
+
 def test_disk_is_that_of_the_nearest_parent(tmp_path):
     disk = machine_module.probe_disk(tmp_path / "not/there/yet")
     stats = os.statvfs(tmp_path)

@@ -71,7 +71,7 @@ class Machine:
 
     python: tuple[int, int, int]
     own_python: bool
-    """The system's Python (a GPU image brings its packages along), not install.sh's .venv."""
+    """Another Python than install.sh's .venv: a GPU image brings its own, with its packages."""
     packages: tuple[Package, ...]
     torch: Torch
     driver: str | None
@@ -99,7 +99,7 @@ def probe(config: Config, run_dir: Path) -> Machine:
     base, data = sources.probe_sources(config, run_dir)
     return Machine(
         python=sys.version_info[:3],
-        own_python=sys.prefix == sys.base_prefix,
+        own_python=not runs_in_our_environment(),
         packages=packages.compare_with_lock(),
         torch=probe_torch(),
         driver=driver,
@@ -113,6 +113,11 @@ def probe(config: Config, run_dir: Path) -> Machine:
         base=base,
         data=data,
     )
+
+
+def runs_in_our_environment() -> bool:
+    """Whether this Python is the one of the .venv that install.sh makes beside the package."""
+    return Path(sys.prefix).resolve() == Path(__file__).resolve().parents[2] / ".venv"
 
 
 def _output(*command: str) -> str | None:
