@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import GptOssConfig, GptOssModel
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssDecoderLayer,
+    GptOssRotaryEmbedding,
+)
 
 from sparselong.compress.hessian import Hessian
 from sparselong.compress.solver import Compressed, compress_weight
@@ -68,7 +72,8 @@ class CalibratedLayer:
         single._attn_implementation = "eager"
         with torch.device("meta"):
             model = GptOssModel(single)
-            model.layers[0].mlp.experts = PackedExperts(single)
+            layer = cast(GptOssDecoderLayer, model.layers[0])
+            layer.mlp.experts = PackedExperts(single)
         prefix = f"model.layers.{index}."
         state = {
             name.removeprefix(prefix): tensor.to(
@@ -76,12 +81,10 @@ class CalibratedLayer:
             )
             for name, tensor in tensors.items()
         }
-        model.layers[0].load_state_dict(state, assign=True)
-        model.embed_tokens = nn.Identity()
-        model.norm = nn.Identity()
-        model.rotary_emb = GptOssRotaryEmbedding(single).to(device)
-        self.model = model.requires_grad_(False).eval()
-        self.layer = model.layers[0]
+        layer.load_state_dict(state, assign=True)
+        unused = {"embed_tokens": nn.Identity(), "norm": nn.Identity()}
+        model._modules |= {**unused, "rotary_emb": GptOssRotaryEmbedding(single).to(device)}
+        self.model, self.layer = model.requires_grad_(False).eval(), layer
 
     def _batches(self, states: torch.Tensor) -> list[torch.Tensor]:
         return list(states.split(max(1, _TOKENS_PER_FORWARD // states.shape[1])))

@@ -1,8 +1,8 @@
 """transformers' door to the packed checkpoint: `from_pretrained` opens it like any other.
 
-Importing `sparselong` registers the quantization method `sparselong`. Before weights are loaded, the
-quantizer replaces the attention projections by PackedLinear and the experts by PackedExperts; the
-checkpoint's tensors then load by name. Nothing is decoded, and nothing falls back to bf16.
+Importing `sparselong` registers the quantization method `sparselong`. Before weights are loaded,
+the quantizer replaces the attention projections by PackedLinear and the experts by PackedExperts;
+the checkpoint's tensors then load by name. Nothing is decoded, and nothing falls back to bf16.
 
 The same door opens an upstream checkpoint with its experts left packed (`weight_bits=16`,
 `sparsity="none"`): see loading.py.
@@ -10,12 +10,13 @@ The same door opens an upstream checkpoint with its experts left packed (`weight
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -30,7 +31,6 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """The shared dense layers, in attention."""
 
 
-@register_quantization_config(METHOD)
 class SparseLongConfig(QuantizationConfigMixin):
     """What config.json says about the packed weights.
 
@@ -49,8 +49,9 @@ class SparseLongConfig(QuantizationConfigMixin):
         **_ignored: Any,
     ):
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.weight_bits, self.sparsity, self.group_size = weight_bits, sparsity, group_size
-        self.expert_sparsity = expert_sparsity
+        self.weight_bits: Literal[4, 8, 16] = weight_bits
+        self.sparsity: Literal["2:4", "none"] = sparsity
+        self.group_size, self.expert_sparsity = group_size, expert_sparsity
 
     @property
     def dense_format(self) -> DenseFormat:
@@ -97,7 +98,6 @@ class _ExpandExperts(ConversionOps):
         return {target_patterns[0]: unpack_two_four_experts(kept, patterns)}
 
 
-@register_quantizer(METHOD)
 class SparseLongQuantizer(HfQuantizer):
     """Puts packed modules in place before loading; trainable through, never decoded for good."""
 
@@ -154,12 +154,17 @@ def replace_with_packed(model: nn.Module, fmt: DenseFormat) -> None:
     if not layers or not all(hasattr(layer.mlp, "experts") for layer in layers):
         raise ValueError("the sparselong format holds gpt-oss models only")
     for layer in layers:
-        layer.mlp.experts = PackedExperts(layer.self_attn.config)
+        attention = cast(GptOssAttention, layer.self_attn)
+        cast(nn.Module, layer.mlp).experts = PackedExperts(attention.config)
         if not (fmt.is_sparse or fmt.is_quantized):
             continue
         for name in PROJECTIONS:
-            linear = getattr(layer.self_attn, name)
+            linear = getattr(attention, name)
             packed = PackedLinear(
                 linear.in_features, linear.out_features, linear.bias is not None, fmt
             )
-            setattr(layer.self_attn, name, packed)
+            setattr(attention, name, packed)
+
+
+register_quantization_config(METHOD)(SparseLongConfig)
+register_quantizer(METHOD)(SparseLongQuantizer)
