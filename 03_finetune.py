@@ -3,8 +3,8 @@
 
 Reads stage 02's model and masters and the conversations; writes runs/NAME/03_finetune/model (same
 compressed format, the adapter in its codes), the adapter beside it, checkpoints, metrics.jsonl and
-loss.png. Axolotl is the trainer, in a process of its own. Interrupted, the same command goes on from
-the last whole checkpoint. See sparselong/finetune/trainer.py.
+loss.png. Axolotl is the trainer, in a process of its own. Interrupted, the same command goes on
+from the last whole checkpoint. See sparselong/finetune/trainer.py.
 """
 
 import sys
