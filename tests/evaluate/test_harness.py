@@ -1,0 +1,117 @@
+"""lm-eval's figures are this model's: checked against likelihoods taken from its logits here.
+
+lm-eval is imported once for all of these tests; that takes most of their time.
+"""
+
+import json
+
+import pytest
+import torch
+
+from sparselong import config as config_module
+from sparselong.errors import ConfigError, StageError
+
+ITEMS = 5
+
+
+def load_config(*overrides):
+    return config_module.load("configs/tiny.yaml", [f"evaluation.limit={ITEMS}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def harness():
+    from sparselong.evaluate import harness
+
+    return harness
+
+
+@pytest.fixture(scope="module")
+def tokenizer(untrained_base):
+    from sparselong.model.loading import load_tokenizer
+
+    return load_tokenizer(untrained_base)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tasks")
+
+
+@pytest.fixture(scope="module")
+def suite(harness, tokenizer, folder):
+    return harness.load_suite(load_config(), folder, tokenizer)
+
+
+def read_items(folder):
+    return [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(untrained_base):
+    from sparselong.model.loading import load_model
+
+    return load_model(untrained_base)
+
+
+def ending_log_likelihoods(model, tokenizer, context, endings):
+    """The endings have equally many tokens, so that they make a batch without padding."""
+    before = len(tokenizer(context, add_special_tokens=False)["input_ids"])
+    texts = [f"{context} {ending}" for ending in endings]
+    ids = torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    picked = logits.double().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    return picked[:, before - 1 :].sum(dim=1).tolist()
+
+
+def test_choices_are_the_models_own(harness, suite, model, tokenizer, folder):
+    result = harness.measure(model, suite)["demo_hellaswag"]
+    rows = read_items(folder)[:ITEMS]
+    right, right_norm = [], []
+    for row in rows:
+        context = f"{row['activity_label']}: {row['ctx_a']}"
+        scores = ending_log_likelihoods(model, tokenizer, context, row["endings"])
+        right.append(int(max(range(4), key=scores.__getitem__) == row["label"]))
+        per_byte = [s / len(e.encode()) for s, e in zip(scores, row["endings"], strict=True)]
+        right_norm.append(int(max(range(4), key=per_byte.__getitem__) == row["label"]))
+    assert result["right"] == right and result["right_norm"] == right_norm
+    assert result["acc"] == pytest.approx(sum(right) / ITEMS)
+    share = sum(right) / ITEMS
+    assert result["acc_stderr"] == pytest.approx((share * (1 - share) / (ITEMS - 1)) ** 0.5)
+    assert (result["items"], result["chance"]) == (ITEMS, 0.25)
+
+
+def test_second_model_gets_the_same_requests_also_with_examples(
+    harness, model, tokenizer, tmp_path
+):
+    config = load_config("evaluation.num_fewshot=1", "evaluation.limit=2")
+    suite = harness.load_suite(config, tmp_path, tokenizer)
+    first, second = (harness.measure(model, suite)["demo_hellaswag"] for _ in range(2))
+    assert first == second
+
+
+def test_items_carry_their_right_answer(harness, suite, folder):
+    (texts,) = harness.list_items(suite).values()
+    row = read_items(folder)[0]
+    assert len(texts) == ITEMS
+    assert texts[0].endswith(f"{row['ctx_a'][-20:]} {row['endings'][row['label']]}")
+
+
+def test_unknown_task_is_refused_with_a_suggestion(harness, tokenizer, tmp_path):
+    config = load_config("evaluation.tasks=[hellaswagg]")
+    with pytest.raises(ConfigError, match=r"(?s)names hellaswagg.*did you mean hellaswag"):
+        harness.load_suite(config, tmp_path, tokenizer)
+
+
+def test_unreachable_hub_is_explained(harness, tokenizer, tmp_path, monkeypatch):
+    def fail(*arguments, **keywords):
+        raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(StageError, match=r"(?s)Couldn't reach.*evaluation.tasks=\[demo_hellaswag"):
+        harness.load_suite(load_config("evaluation.tasks=[hellaswag]"), tmp_path, tokenizer)
+
+
+def test_single_item_is_refused(harness, tokenizer, tmp_path):
+    with pytest.raises(StageError, match="at least 2 items"):
+        harness.load_suite(load_config("evaluation.limit=1"), tmp_path, tokenizer)

@@ -1,0 +1,114 @@
+"""04_eval as a person runs it: what it leaves, what it keeps after a kill, what it refuses.
+
+Stages 02 and 03 are stood in for by the base itself and by a copy with its attention switched off:
+the first must come out equal to the base in every figure, the second must not.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sparselong import config as config_module
+from sparselong.run import stage_hash
+from tests.conftest import load_script
+
+eval_script = load_script("04_eval")
+
+
+@pytest.fixture(scope="module")
+def arguments(small_arguments) -> list[str]:
+    return [*small_arguments, "evaluation.limit=4", "evaluation.perplexity_samples=2"]
+
+
+def write_manifest(run_dir: Path, stage: str, arguments: list[str], label: str = "") -> None:
+    config = config_module.load(arguments[1], arguments[2:])
+    files = [{"path": "model", "bytes": 1, "sha256": f"{stage}{label}"}]
+    manifest = {"config_hash": stage_hash(config, stage), "inputs": files, "outputs": files}
+    (run_dir / stage).mkdir(parents=True, exist_ok=True)
+    (run_dir / stage / "manifest.json").write_text(json.dumps(manifest))
+
+
+def silence_attention(directory: Path) -> None:
+    for shard in directory.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in tensors:
+            if "o_proj" in name:
+                tensors[name].zero_()
+        shard.unlink()
+        save_file(tensors, shard, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, untrained_base, arguments) -> Path:
+    """A finished stage 04 over stand-ins for stages 02 and 03."""
+    run_dir = tmp_path_factory.mktemp("eval") / "run"
+    for stage in ("02_compress", "03_finetune"):
+        shutil.copytree(untrained_base, run_dir / stage / "model")
+        write_manifest(run_dir, stage, arguments)
+    silence_attention(run_dir / "03_finetune/model")
+    assert eval_script.main([*arguments, "--run-dir", str(run_dir)]) == 0
+    return run_dir
+
+
+def read_metrics(run_dir: Path) -> dict:
+    return json.loads((run_dir / "04_eval/manifest.json").read_text())["metrics"]
+
+
+def test_manifest_publishes_what_the_contract_promises(run_dir):
+    manifest = json.loads((run_dir / "04_eval/manifest.json").read_text())
+    rows = manifest["metrics"]["tasks"]["demo_hellaswag"]
+    assert list(rows) == ["base", "compressed", "finetuned"]
+    for row in rows.values():
+        assert {"acc", "acc_norm", "stderr", "paired_flips"} <= set(row) and row["items"] == 4
+    assert manifest["peak_bytes"]["host"] > 0
+    outputs = {Path(file["path"]).name for file in manifest["outputs"]}
+    assert {"results.json", "report.md", "evaluation.png", "base.json"} <= outputs
+
+
+def test_an_equal_model_is_equal_and_a_damaged_one_is_not(run_dir):
+    metrics = read_metrics(run_dir)
+    rows, perplexity = metrics["tasks"]["demo_hellaswag"], metrics["perplexity"]
+    assert rows["compressed"] == rows["base"]
+    assert perplexity["compressed"] == perplexity["base"]
+    assert abs(perplexity["finetuned"] / perplexity["base"] - 1) > 1e-4
+
+
+def test_finished_models_are_kept_and_changed_ones_measured_again(run_dir, arguments, tmp_path):
+    """As after a kill before the report: no manifest, two of three results, 03 made anew."""
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    folder = copy / "04_eval"
+    (folder / "manifest.json").unlink()
+    (folder / "base.json").unlink()
+    for name in ("compressed", "finetuned"):  # a trace that only a kept file can carry
+        kept = json.loads((folder / f"{name}.json").read_text())
+        kept["perplexity"]["supervised"]["perplexity"] = 12345.0
+        (folder / f"{name}.json").write_text(json.dumps(kept))
+    write_manifest(copy, "03_finetune", arguments, label="made anew")
+    assert eval_script.main([*arguments, "--run-dir", str(copy)]) == 0
+    before, after = read_metrics(run_dir)["perplexity"], read_metrics(copy)["perplexity"]
+    assert after == {**before, "compressed": 12345.0}
+
+
+@pytest.mark.parametrize("missing", ["02_compress", "03_finetune"])
+def test_missing_stage_is_refused(tmp_path, arguments, capsys, missing):
+    for stage in {"02_compress", "03_finetune"} - {missing}:
+        write_manifest(tmp_path, stage, arguments)
+    assert eval_script.main([*arguments, "--run-dir", str(tmp_path)]) == 1
+    shown = capsys.readouterr().err
+    assert f"04_eval needs {missing}" in shown and f"python {missing}.py" in shown
+
+
+def test_stage_of_another_config_is_refused(tmp_path, arguments, capsys):
+    write_manifest(tmp_path, "02_compress", [*arguments, "shared_dense.weight_bits=8"])
+    assert eval_script.main([*arguments, "--run-dir", str(tmp_path)]) == 1
+    assert "02_compress" in capsys.readouterr().err
+
+
+def test_dry_run_touches_nothing(tmp_path, arguments, capsys):
+    run_dir = tmp_path / "run"
+    assert eval_script.main([*arguments, "--run-dir", str(run_dir), "--dry-run"]) == 0
+    assert "04_eval" in capsys.readouterr().out and not run_dir.exists()
