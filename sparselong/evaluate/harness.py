@@ -46,7 +46,8 @@ class _Model(HFLM):
     """lm-eval's model, with a progress bar only where somebody watches."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-        return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+        parent: Any = super()
+        return parent.loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def load_suite(config: Config, folder: Path, tokenizer: Any) -> Suite:
         StageError: a task's data cannot be had, it is not multiple choice, or has too few items.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    names = list(config.evaluation.tasks)
+    names: list[Any] = list(config.evaluation.tasks)
     if DEMO_TASK in names:
         _write_demo_task(folder, tokenizer, config.seed)
     manager = TaskManager(
@@ -92,7 +93,7 @@ def load_suite(config: Config, folder: Path, tokenizer: Any) -> Suite:
         f"without it: 'evaluation.tasks=[{DEMO_TASK}]'",
     ):
         tree = get_task_dict(names, manager)
-    tasks = {output.task_name: output.task for output in get_task_list(tree)}
+    tasks: dict[str, Any] = {str(leaf.task_name): leaf.task for leaf in get_task_list(tree)}
     for name, task in tasks.items():
         _check_task(name, task, config.evaluation.limit)
         task.set_config("num_fewshot", config.evaluation.num_fewshot)
@@ -113,8 +114,10 @@ def measure(model: Any, suite: Suite) -> dict[str, dict[str, Any]]:
     evaluation = suite.config.evaluation
     for task in suite.tasks.values():
         task.set_fewshot_seed(suite.config.seed)
-    results = lm_eval.evaluate(
-        lm=_Model(
+    run_tasks: Any = lm_eval.evaluate  # lm-eval's decorators hide what it and its classes take
+    open_model: Any = _Model
+    results = run_tasks(
+        lm=open_model(
             pretrained=model,
             tokenizer=suite.tokenizer,
             backend="causal",
