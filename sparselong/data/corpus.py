@@ -7,10 +7,11 @@ becomes one document, its docstrings under the names and signatures they belong 
 one more. Paragraphs that were wrapped by hand are put on one line, since the line breaks mean
 nothing and multiple-choice items are written without them.
 
-A hash of the document's path decides whether it is for training or held out (about one in eight), so
-the split is the same for everyone with the same Python and does not move when a module is added.
+A hash of the document's path decides whether it is for training or held out (about one in eight),
+so the split is the same for everyone with the same Python and does not move when a module is added.
 
-Left out: test suites, idlelib, code page tables, generated and vendored files, and raw source code.
+Left out: test suites, idlelib, code page tables, packages that only some Pythons have, generated
+and vendored files, and raw source code.
 The demo's chat rows and multiple-choice items are made of these documents in `demo.py`.
 """
 
@@ -32,7 +33,8 @@ _HELD_OUT_ONE_IN = 8
 _LEAST_TRAINING_BYTES = 500_000
 _EXCLUDED_FOLDERS = {
     *("__pycache__", "site-packages", "dist-packages", "lib-dynload", "ensurepip", "pydoc_data"),
-    *("test", "tests", "idlelib", "idle_test", "turtledemo", "encodings", "distutils", "lib2to3"),
+    *("test", "tests", "idlelib", "idle_test", "turtledemo", "encodings"),
+    *("distutils", "lib2to3", "tkinter"),  # not in every Python
 }
 _GENERATED_FILES = re.compile(r"_sysconfigdata.*|_pyrepl.*|entities\.py|pydoc_topics\.py")
 # A line that starts like one of these is layout, not prose: lists, doctests, rules, tables.

@@ -13,6 +13,7 @@ continuations of equal length in tokens from other documents.
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from sparselong.errors import StageError
 _TRAIN_ROWS = 1200
 _VALIDATION_ROWS = 130
 _LONGEST_ANSWER_CHARACTERS = 700
-_CONTEXT_TOKENS = (40, 60)
-_ENDING_TOKENS = (12, 24)
+_LEAST_CONTEXT_TOKENS = (40, 56)
+_LEAST_ENDING_TOKENS = (12, 20)
 _BRIEF_INSTRUCTION = "Answer in one sentence, without naming the parameters."
 
 Messages = list[dict[str, str]]
@@ -90,11 +91,12 @@ def write_hellaswag(path: Path, tokenizer: Any, seed: int, items: int = 300) -> 
 
     chooser = random.Random(seed)
     prose = _held_out_prose()
-    made = [
-        item
+    by_document = [
+        list(_items_of_document(number, prose, count_tokens, chooser))
         for number in range(len(prose))
-        for item in _items_of_document(number, prose, count_tokens, chooser)
     ]
+    # One from each document in turn, so that long documents do not crowd out the others.
+    made = [item for turn in zip_longest(*by_document) for item in turn if item is not None]
     if len(made) < items:
         raise StageError(
             f"{path.name} could not be made",
@@ -102,7 +104,6 @@ def write_hellaswag(path: Path, tokenizer: Any, seed: int, items: int = 300) -> 
             f"text for {len(made)}",
             "ask for fewer items",
         )
-    chooser.shuffle(made)
     _write_lines(path, [{"ind": ind, **item} for ind, item in enumerate(made[:items])])
 
 
@@ -142,10 +143,10 @@ def _row(number: int, entries: Sequence[Entry], index: int) -> Messages:
 
 
 def _can_be_asked(entry: Entry) -> bool:
-    first = entry.paragraphs[0] if entry.kind != "topic" else entry.paragraphs[-1]
+    prose = next((paragraph for paragraph in entry.paragraphs if is_prose(paragraph)), None)
     return (
-        len(entry.paragraphs[0]) + len(entry.signature) <= _LONGEST_ANSWER_CHARACTERS
-        and is_prose(first)
+        prose is not None
+        and len(prose) + len(entry.signature) <= _LONGEST_ANSWER_CHARACTERS
         and "__" not in entry.name
     )
 
@@ -214,8 +215,8 @@ def _items_of_document(
     title, words = prose[number]
     position = 0
     while True:
-        middle = _advance(words, position, chooser.randint(*_CONTEXT_TOKENS) - 4, count_tokens)
-        end = _advance(words, middle, chooser.randint(*_ENDING_TOKENS) - 4, count_tokens)
+        middle = _advance(words, position, chooser.randint(*_LEAST_CONTEXT_TOKENS), count_tokens)
+        end = _advance(words, middle, chooser.randint(*_LEAST_ENDING_TOKENS), count_tokens)
         if end >= len(words):
             return
         length_tokens = sum(map(count_tokens, words[middle:end]))

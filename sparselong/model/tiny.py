@@ -20,7 +20,8 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ from sparselong.run import write_atomically
 RECORD = "tiny.json"
 _RECIPE = 1  # raised when the same spec and seed would give another model
 _CONVERSATION_SHARE = 0.12
-_WARMUP_SHARE = 0.05
+_WARMUP_SHARE = 0.1
+_WEIGHT_DECAY = 0.1
 _MAX_POSITIONS = 131_072
 
 
@@ -66,10 +68,10 @@ class TinySpec:
     experts: int = 8
     sliding_window: int = 64
     vocab_size: int = 2048
-    steps: int = 400
+    steps: int = 600
     batch_sequences: int = 4
     sequence_len: int = 256
-    learning_rate: float = 4e-3
+    learning_rate: float = 5e-3
 
     def __post_init__(self) -> None:
         for name, value, divisor in (
@@ -142,7 +144,7 @@ def _build(folder: Path, spec: TinySpec, seed: int, say: Callable[[str], None]) 
     """Trains tokenizer and model, writes both; returns what to record about the training."""
     training_texts = corpus.texts("train")
     tokenizer = train_tokenizer(training_texts, spec.vocab_size, _MAX_POSITIONS)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _deterministic_algorithms():
         torch.manual_seed(seed)
         model = _initialise(spec, tokenizer)
         started_wall, started_cpu = time.monotonic(), time.process_time()
@@ -159,6 +161,20 @@ def _build(folder: Path, spec: TinySpec, seed: int, say: Callable[[str], None]) 
         "seconds": round(time.monotonic() - started_wall, 1),
         "cpu_seconds": round(time.process_time() - started_cpu, 1),
     }
+
+
+@contextmanager
+def _deterministic_algorithms() -> Iterator[None]:
+    """Within the context, sums of gradients of gathered rows do not depend on thread timing."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill_before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill_before
 
 
 def _initialise(spec: TinySpec, tokenizer: PreTrainedTokenizerFast) -> GptOssForCausalLM:
@@ -205,9 +221,7 @@ def _initialise_parameter(name: str, value: torch.Tensor, layers: int) -> None:
         std = 0.05
     elif "embed_tokens" in name:
         std = 0.5
-    elif "experts" in name:  # [E, in, out]
-        std = value.shape[1] ** -0.5
-    else:  # [out, in]
+    else:  # experts [E, in, out], others [out, in]
         std = value.shape[1] ** -0.5
     if name.endswith(("o_proj.weight", "experts.down_proj")):
         std /= math.sqrt(2 * layers)
@@ -244,7 +258,11 @@ def _train(
     passes = math.ceil(needed / len(sequences))
     order = torch.cat([torch.randperm(len(sequences)) for _ in range(passes)])
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        model.parameters(),
+        lr=spec.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=_WEIGHT_DECAY,
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _learning_rate_factor(step, spec.steps)

@@ -1,8 +1,8 @@
 """How good the small model is on held-out text, and whether attention matters to it.
 
-A model that ignores attention would let any damage to attention pass, so `measure` publishes, beside
-the perplexity and that of a unigram model of the same text, the perplexity with every attention
-output set to zero and with q, k, v and o under a 2:4 mask drawn at random.
+A model that ignores attention would let any damage to attention pass, so `measure` publishes,
+beside the perplexity and that of a unigram model of the same text, the perplexity with every
+attention output set to zero and with q, k, v and o under a 2:4 mask drawn at random.
 """
 
 import math
@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config, PreTr
 
 from sparselong.data import corpus
 
-_HELD_OUT_TOKENS = 32_768
 _SEQUENCE_TOKENS = 256
 _SEQUENCES_AT_ONCE = 8
 
 
-def measure(checkpoint_dir: Path) -> dict[str, float]:
-    """Perplexities per token on the first 32,768 tokens of the held-out documents.
+def measure(checkpoint_dir: Path, held_out_tokens: int = 32_768) -> dict[str, float]:
+    """Perplexities per token on the beginning of the held-out documents.
 
     Args:
         checkpoint_dir: a checkpoint in openai/gpt-oss's form, small enough to dequantize.
+        held_out_tokens: how many tokens are read, in sequences of 256.
 
     Returns:
         `perplexity`, `unigram_perplexity` (counts of the training text plus one),
@@ -37,13 +37,13 @@ def measure(checkpoint_dir: Path) -> dict[str, float]:
         dtype=torch.bfloat16,
         attn_implementation="eager",
     ).float()
-    held_out = _encode(tokenizer, corpus.texts("held_out"))[:_HELD_OUT_TOKENS]
+    held_out = _encode(tokenizer, corpus.texts("held_out"))[:held_out_tokens]
     sequences = held_out[: len(held_out) // _SEQUENCE_TOKENS * _SEQUENCE_TOKENS]
     sequences = sequences.view(-1, _SEQUENCE_TOKENS)
     figures = {"perplexity": perplexity(model, sequences)}
-    with _no_attention(model):
+    with no_attention(model):
         figures["perplexity_without_attention"] = perplexity(model, sequences)
-    _mask_attention_at_random(model)
+    mask_attention_at_random(model)
     figures["perplexity_random_two_four"] = perplexity(model, sequences)
     counts = torch.bincount(_encode(tokenizer, corpus.texts("train")), minlength=len(tokenizer))
     log_shares = ((counts + 1) / (counts + 1).sum()).log()
@@ -67,7 +67,9 @@ def _encode(tokenizer, texts: list[str]) -> torch.Tensor:
 
 
 @contextmanager
-def _no_attention(model: PreTrainedModel) -> Iterator[None]:
+def no_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context every layer's attention contributes zero to the residual stream."""
+
     def replace_output(module, arguments, output):
         return torch.zeros_like(output[0]), *output[1:]
 
@@ -80,7 +82,7 @@ def _no_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _mask_attention_at_random(model: PreTrainedModel) -> None:
+def mask_attention_at_random(model: PreTrainedModel) -> None:
     """Keeps two random weights of every four neighbouring inputs of q, k, v and o, in place."""
     generator = torch.Generator().manual_seed(0)
     for layer in model.model.layers:
