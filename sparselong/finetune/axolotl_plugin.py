@@ -25,12 +25,8 @@ import importlib.metadata
 import json
 import math
 import os
-import sys
-import traceback
-from collections import Counter
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from axolotl.cli.args import TrainerCliArgs
@@ -38,25 +34,27 @@ from axolotl.common.datasets import TrainDatasetMeta, load_datasets
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders import load_tokenizer
-from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel
-from safetensors import safe_open
-from torch import nn
-from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import sparselong
-from sparselong.errors import ExpectedError, StageError
+from sparselong.errors import StageError
 from sparselong.finetune import state, supervision
+from sparselong.finetune.adapter import (
+    Masters,
+    add_masked_lora,
+    count_trainable,
+    parameter_table,
+)
 from sparselong.finetune.axolotl_config import ADAPTER
 from sparselong.finetune.bake import bake, two_four_conforming, write_adapter_readme
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, peak_bytes, tell
 from sparselong.finetune.documents import document_masks
+from sparselong.finetune.failure import tell_failures
 from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
-from sparselong.model.packed_linear import PackedLinear
 from sparselong.run import write_atomically
 
-RECEIPT, FAILURE, BAKED, TRAINED = "receipt.json", "failure.json", "baked.json", "trained.json"
+RECEIPT, BAKED, TRAINED = "receipt.json", "baked.json", "trained.json"
 _PREVIEW_ROWS = 3
 _PACKAGES = ("axolotl", "transformers", "peft", "torch", "accelerate", "datasets")
 
@@ -67,7 +65,7 @@ class SparseLongSection(BaseModel):
     masters: str
     work: str
     update_frequency: float
-    criterion: str
+    criterion: Literal["hysteresis", "magnitude"]
     train_on: str
     loss_target: float | None = None
     bake_only: bool = False
@@ -85,6 +83,9 @@ class MaskedTrainer(AxolotlTrainer):
     Axolotl averages the micro-batches' mean losses; here, in training and evaluation alike, a
     token weighs the same wherever it stands.
     """
+
+    model: Any
+    processing_class: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -117,14 +118,16 @@ class MaskedTrainer(AxolotlTrainer):
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
         if "position_ids" in inputs and "attention_mask" not in inputs:
-            config, dtype = self.model.config, self.model.get_input_embeddings().weight.dtype
-            inputs["attention_mask"] = document_masks(config, inputs["position_ids"], dtype)
+            base = self.model.get_base_model()
+            dtype = base.get_input_embeddings().weight.dtype
+            masks = document_masks(base.config, inputs["position_ids"], dtype)
+            inputs["attention_mask"] = masks
         return inputs
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         outcome = super().prediction_step(model, inputs, *args, **kwargs)
         predicted = int((inputs["labels"][:, 1:] != supervision.IGNORED).sum())
-        if predicted:
+        if predicted and outcome[0] is not None:
             self._evaluated[0] += float(outcome[0]) * predicted
             self._evaluated[1] += predicted
         return outcome
@@ -145,7 +148,7 @@ class MaskedTrainer(AxolotlTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        directory = Path(output_dir or self.args.output_dir)
+        directory = Path(output_dir or str(self.args.output_dir))
         if directory.name.startswith(PREFIX_CHECKPOINT_DIR):
             state.write(directory, self.layers, self.progress)
 
@@ -156,7 +159,7 @@ class MaskedTrainer(AxolotlTrainer):
     def _load_best_model(self):
         super()._load_best_model()
         counters = vars(self.progress).copy()
-        self._restore(Path(self.state.best_model_checkpoint))
+        self._restore(Path(str(self.state.best_model_checkpoint)))
         vars(self.progress).update(counters)  # the run's history does not go back with the weights
 
     def _restore(self, directory: Path) -> None:
@@ -173,8 +176,7 @@ class SparseLongPlugin(BasePlugin):
         self.done = False
 
     def register(self, cfg):
-        work = Path(cfg["sparselong"]["work"])
-        sys.excepthook = lambda kind, error, trace: _tell_failure(work, kind, error, trace)
+        tell_failures(Path(cfg["sparselong"]["work"]))
 
     def get_input_args(self):
         return f"{__name__}.SparseLongArgs"
@@ -196,7 +198,7 @@ class SparseLongPlugin(BasePlugin):
 
     def load_datasets(self, cfg, preprocess=False):
         try:
-            meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+            meta: Any = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
         except ValueError as error:
             raise StageError(
                 "the conversations cannot be trained on",
@@ -225,37 +227,15 @@ class SparseLongPlugin(BasePlugin):
             tell(f"{name}: {given - len(dataset)} of {given} conversations left out (too long)")
 
     def load_adapter(self, model, cfg, inference=False, config_only=False):
-        names = list(cfg.lora_target_modules)
-        modules = dict(model.named_modules())
-        unmatched = [n for n in names if not any(_ends_in(module, n) for module in modules)]
-        targets = {m: modules[m] for m in modules if any(_ends_in(m, name) for name in names)}
-        foreign = [m for m, t in targets.items() if not isinstance(t, (PackedLinear, nn.Linear))]
-        if unmatched or foreign:
-            linear = {
-                m.rpartition(".")[2] for m, t in modules.items() if isinstance(t, PackedLinear)
-            }
-            raise StageError(
-                f"lora.target_modules: {', '.join(unmatched or foreign)} cannot get an adapter",
-                f"names of shared dense layers: {', '.join(sorted(linear))}",
-                "no such layer" if unmatched else "not a linear layer",
-                "correct lora.target_modules",
-            )
-        config = LoraConfig(
+        tuned, config = add_masked_lora(
+            model,
+            targets=cfg.lora_target_modules,
             r=cfg.lora_r,
-            lora_alpha=cfg.lora_alpha,
-            target_modules=names,
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=cfg.base_model,
+            alpha=cfg.lora_alpha,
+            masters=Masters(Path(cfg.sparselong.masters)),
+            seed=cfg.seed,
         )
-        masters = _Masters(Path(cfg.sparselong.masters))
-
-        def build(target: nn.Module, adapter_name: str, **kwargs: Any) -> MaskedLoraLinear:
-            return MaskedLoraLinear(target, adapter_name, master_of=masters.read, **kwargs)
-
-        config._register_custom_module({PackedLinear: build, nn.Linear: build})
-        set_seed(cfg.seed)  # Axolotl seeds when the trainer is made, after A has been drawn
-        tuned = get_peft_model(model, config)
-        tell(_parameter_table(tuned))
+        tell(parameter_table(tuned))
         return tuned, config
 
     def add_callbacks_post_trainer(self, cfg, trainer):
@@ -265,7 +245,7 @@ class SparseLongPlugin(BasePlugin):
             Metrics(Path(section.work) / "metrics.jsonl", trainer.progress, section.loss_target),
         ]
 
-    def post_trainer_create(self, cfg, trainer):
+    def post_trainer_create(self, cfg, trainer: Any):
         self.trainer = trainer
         trainer.bake_only = cfg.sparselong.bake_only
         receipt = {
@@ -273,7 +253,7 @@ class SparseLongPlugin(BasePlugin):
             "modules_replaced": sorted(trainer.layers),
             "callbacks": [type(c).__name__ for c in trainer.callback_handler.callbacks],
             "trainer": type(trainer).__name__,
-            "trainable_parameters": _trainable(trainer.model),
+            "trainable_parameters": count_trainable(trainer.model),
             "supervised_token_fraction": self.supervised_token_fraction,
             "total_steps": trainer.args.max_steps,
             "versions": {
@@ -300,7 +280,7 @@ class SparseLongPlugin(BasePlugin):
         write_atomically(work / TRAINED, "{}\n")
         tell(f"baking {Path(best).name} (validation loss {trainer.state.best_metric:.4f})")
         baked = bake(Path(cfg.base_model), trainer.layers, work / "model")
-        trainer.model.save_pretrained(work / "adapter")
+        trainer.model.save_pretrained(str(work / "adapter"))
         state.write(work / "adapter", trainer.layers, trainer.progress)
         write_adapter_readme(work / "adapter", baked.config.get("_name_or_path", "gpt-oss"))
         layer = next(iter(trainer.layers.values()))
@@ -316,90 +296,9 @@ class SparseLongPlugin(BasePlugin):
         write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")
 
 
-class _Masters:
-    """Stage 02's dense masters, read one at a time."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.files: dict[str, Path] = {}
-        for path in sorted(directory.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self.files |= dict.fromkeys(file.keys(), path)
-
-    def read(self, module: str) -> torch.Tensor:
-        """The master of a module, bf16 [out, in]."""
-        name = f"{module}.weight"
-        if name not in self.files:
-            raise StageError(
-                f"stage 02 left no master of {module}",
-                f"{name} in {self.directory}",
-                f"{len(self.files)} masters of other layers",
-                "redo it: python 02_compress.py --force",
-            )
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-
-def _ends_in(module: str, name: str) -> bool:
-    return module == name or module.endswith(f".{name}")
-
-
 def _supervise_everything(meta: TrainDatasetMeta) -> TrainDatasetMeta:
     """Labels every token: Axolotl's chat strategy knows the turns, not what stands between."""
     for name in ("train_dataset", "eval_dataset"):
         dataset = getattr(meta, name)
         setattr(meta, name, dataset.map(lambda row: {"labels": row["input_ids"]}))
     return meta
-
-
-def _trainable(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _parameter_table(model: PeftModel) -> str:
-    """Trainable parameters by kind of layer, as text."""
-    counts: Counter[str] = Counter()
-    layers: Counter[str] = Counter()
-    shapes: dict[str, str] = {}
-    for name, layer in masked_layers(model).items():
-        kind = name.rpartition(".")[2]
-        lora_a, lora_b, _ = layer.adapter()
-        counts[kind] += lora_a.numel() + lora_b.numel()
-        layers[kind] += 1
-        shapes[kind] = f"{layer.out_features} x {layer.in_features}"
-    rows = [f"{'layer':10} {'count':>6} {'weight':>14} {'trainable':>14}"]
-    rows += [f"{k:10} {layers[k]:>6} {shapes[k]:>14} {counts[k]:>14,}" for k in counts]
-    rows.append(f"{'sum':10} {sum(layers.values()):>6} {'':>14} {_trainable(model):>14,}")
-    return "\n".join(rows)
-
-
-def _tell_failure(
-    work: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """Python's last resort for an exception: what is expected goes to the stage's process."""
-    traceback.print_exception(kind, error, trace)
-    told = _explain(error, work)
-    if told is not None:
-        keys = ("what", "expected", "found", "fix")
-        document = json.dumps({key: getattr(told, key) for key in keys})
-        (work / FAILURE).write_text(document, encoding="utf-8")
-
-
-def _explain(error: BaseException, work: Path) -> ExpectedError | None:
-    if isinstance(error, ExpectedError):
-        return error
-    if "No space left on device" in str(error) or "file write failed" in str(error):
-        return StageError(
-            f"03_finetune could not write to {work}",
-            "room on the disk",
-            str(error).splitlines()[0],
-            "free some space, then run the same command again: whole checkpoints are kept",
-        )
-    if isinstance(error, torch.OutOfMemoryError):
-        return StageError(
-            "the GPU's memory does not suffice",
-            "the micro-batch to fit beside the model",
-            str(error).splitlines()[0],
-            "lower sequence_len or micro_batch_size, or set training.gradient_checkpointing=true",
-        )
-    return None

@@ -51,7 +51,8 @@ class MaskUpkeep(TrainerCallback):
         criterion: Criterion,
     ):
         self.layers, self.progress = layers, progress
-        self.update_frequency, self.criterion = update_frequency, criterion
+        self.update_frequency = update_frequency
+        self.criterion: Criterion = criterion
         self.steps: set[int] = set()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -91,6 +92,9 @@ class Metrics(TrainerCallback):
         self.updates = len(progress.mask_updates)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if state.best_model_checkpoint:  # the run directory may have been moved since
+            best = Path(state.best_model_checkpoint).name
+            state.best_model_checkpoint = str(Path(args.output_dir) / best)
         self.tokens, self.updates = self.progress.tokens, len(self.progress.mask_updates)
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -129,6 +129,10 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
         ValueError: dropout is asked for, or the masters do not reproduce the stored codes.
     """
 
+    master: torch.Tensor
+    scale: torch.Tensor | None
+    patterns: torch.Tensor | None
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -150,7 +154,8 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
         self.fmt = base_layer.fmt if packed else DenseFormat(16, "none", 64)
         self.name = target_name
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+        alpha: Any = lora_alpha  # PEFT says int, and only divides it by r
+        self.update_layer(adapter_name, r, lora_alpha=alpha, config=config)
         stored = self.stored()
         device = stored["weight_packed"].device
         master = master_of(target_name) if packed else stored["weight_packed"]
@@ -163,7 +168,7 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
         if not torch.equal(self.codes(), dense.unpack_values(self.fmt, stored)):
             raise ValueError(f"{target_name}: rounding the masters does not give the stored codes")
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
     @property
@@ -173,7 +178,7 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The layer as stage 02 stored it, by tensor name."""
-        base = self.base_layer
+        base: Any = self.base_layer
         if not isinstance(base, PackedLinear):
             return {"weight_packed": base.weight.to(torch.bfloat16)}
         floating = {"weight_scale": torch.bfloat16}
@@ -184,7 +189,9 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
     def adapter(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A [r, in], B [out, r] and s of the active adapter."""
         name = self.active_adapters[0]
-        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+        assert isinstance(lora_a, torch.Tensor) and isinstance(lora_b, torch.Tensor)
+        return lora_a, lora_b, self.scaling[name]
 
     def mask(self) -> torch.Tensor | None:
         """The mask in use, bool [out, in]; None without 2:4."""

@@ -9,7 +9,6 @@ stage's process is killed (else two trainers could write one run directory).
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 import sparselong
 from sparselong.errors import StageError
 from sparselong.finetune.callbacks import MARK
+from sparselong.finetune.failure import FAILURE, read_failure
 from sparselong.run import Stage
 
 _PR_SET_PDEATHSIG = 1
@@ -28,18 +28,17 @@ _LAST_LINES = 12
 _GRACE_SECONDS = 20
 
 
-def run_trainer(stage: Stage, command: Sequence[str], failure: Path) -> None:
+def run_trainer(stage: Stage, command: Sequence[str]) -> None:
     """Runs the trainer to its end.
 
     Args:
         stage: whose log.txt takes the output.
         command: the program and its arguments.
-        failure: JSON file in which the trainer leaves an expected failure.
 
     Raises:
         StageError: the trainer failed; with its own explanation where it left one.
     """
-    failure.unlink(missing_ok=True)
+    (stage.dir / FAILURE).unlink(missing_ok=True)
     last: deque[str] = deque(maxlen=_LAST_LINES)
     with (
         (stage.dir / "log.txt").open("a", encoding="utf-8") as log,
@@ -67,8 +66,9 @@ def run_trainer(stage: Stage, command: Sequence[str], failure: Path) -> None:
         except BaseException:
             _stop(process)
             raise
-    if failure.exists():
-        raise StageError(**json.loads(failure.read_text(encoding="utf-8")))
+    failure = read_failure(stage.dir)
+    if failure is not None:
+        raise failure
     if code != 0:
         raise StageError(
             f"the trainer ended with {_name(code)}",

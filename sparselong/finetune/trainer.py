@@ -35,7 +35,7 @@ from sparselong.finetune.process import run_trainer
 from sparselong.run import Stage, write_atomically
 
 METRICS = "metrics.jsonl"
-RECEIPT, FAILURE, BAKED, TRAINED = "receipt.json", "failure.json", "baked.json", "trained.json"
+RECEIPT, BAKED, TRAINED = "receipt.json", "baked.json", "trained.json"
 _CALLBACKS = ("MaskUpkeep", "Metrics")
 
 
@@ -65,8 +65,7 @@ def _train(stage: Stage, folders: Folders) -> None:
     rows = keep_rows(stage.dir / METRICS, state.step_of(resume_from) if resume_from else None)
     if resume_from:
         stage.log(f"going on from {resume_from.name} ({rows} rows of {METRICS} kept)")
-    for name in (RECEIPT, FAILURE):
-        (stage.dir / name).unlink(missing_ok=True)
+    (stage.dir / RECEIPT).unlink(missing_ok=True)
     with folders.train.open(encoding="utf-8") as file:
         conversations_count = sum(1 for _ in file)
     trained = (stage.dir / TRAINED).exists() and resume_from is not None
@@ -77,7 +76,7 @@ def _train(stage: Stage, folders: Folders) -> None:
     write_atomically(path, _HEADER + yaml.safe_dump(document, sort_keys=False))
     command = [sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"]
     stage.log("starting Axolotl (its imports take a while)")
-    run_trainer(stage, command, stage.dir / FAILURE)
+    run_trainer(stage, command)
     check_receipt(stage)
 
 
