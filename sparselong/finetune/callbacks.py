@@ -94,7 +94,7 @@ class Metrics(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.best_model_checkpoint:  # the run directory may have been moved since
             best = Path(state.best_model_checkpoint).name
-            state.best_model_checkpoint = str(Path(args.output_dir) / best)
+            state.best_model_checkpoint = str(Path(args.output_dir or "") / best)
         self.tokens, self.updates = self.progress.tokens, len(self.progress.mask_updates)
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -1,6 +1,7 @@
 """Stage 03 as a person runs it: trained, killed, gone on with, and opened with transformers."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, load_script
+
+# Axolotl is started three times, half a minute each on a quiet machine.
+pytestmark = pytest.mark.timeout(900)
 
 TRAINING = [
     "sequence_len=128",
@@ -135,3 +139,30 @@ def test_run_directory_holds_what_it_promises(runs):
     assert len(receipt["modules_replaced"]) == 16
     assert {"MaskUpkeep", "Metrics"} <= set(receipt["callbacks"])
     assert (stage / "log.txt").read_text().count("ALERT") == 1
+
+
+def test_baked_model_has_the_loss_that_training_reported(runs):
+    """Opened by itself and scored conversation by conversation: packing, padding and the token
+    weighting of training's evaluation change nothing, and the best checkpoint is what was baked."""
+    import torch
+
+    from sparselong.data.conversations import read, tokenize
+    from sparselong.model.loading import load_model, load_tokenizer
+
+    straight, _, manifest, _ = runs
+    model = load_model(straight / "03_finetune/model", device=torch.device("cpu"))
+    tokenizer = load_tokenizer(straight / "03_finetune/model")
+    total = count = 0
+    for messages in read(straight / "data/validation.jsonl"):
+        tokens, supervised = tokenize(messages, tokenizer, "assistant")
+        if len(tokens) > 128:
+            continue
+        # Axolotl learns from a turn's text and end, not from its harmony header of three tokens.
+        first = supervised.index(True) + 3
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokens])).logits[0, first - 1 : -1].double()
+        wanted = torch.tensor(tokens[first:])
+        total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+        count += len(wanted)
+    best = manifest["metrics"]["eval_perplexity"][str(manifest["metrics"]["best_step"])]
+    assert math.exp(total / count) == pytest.approx(best, rel=1e-5)

@@ -1,0 +1,92 @@
+"""The generated YAML: what must be said explicitly, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from sparselong.config import load
+from sparselong.errors import StageError
+from sparselong.finetune.axolotl_config import PLUGIN, Folders, build, refuse_unsupported
+from tests.conftest import ROOT
+
+FOLDERS = Folders(Path("/run/02"), Path("/run/03"), Path("/d/train.jsonl"), Path("/d/val.jsonl"))
+
+
+def document(*overrides: str, **arguments) -> dict:
+    config = load(ROOT / "configs/tiny.yaml", list(overrides))
+    return build(config, FOLDERS, arguments.pop("resume_from", None), 100, **arguments)
+
+
+def test_precision_and_kernels_are_never_left_to_axolotl():
+    made = document()
+    assert made["fp16"] is False and made["tf32"] is False
+    assert isinstance(made["bf16"], bool)
+    assert [made[f"lora_{part}_kernel"] for part in ("qkv", "o", "mlp")] == [False] * 3
+    assert "context_parallel_size" not in made
+    assert made["eval_sample_packing"] is False
+
+
+def test_paths_and_sections():
+    made = document()
+    assert made["base_model"] == "/run/02/model"
+    assert made["plugins"] == [PLUGIN]
+    assert made["output_dir"] == "/run/03/checkpoints"
+    assert made["sparselong"]["masters"] == "/run/02/masters"
+    assert made["sparselong"]["criterion"] == "hysteresis"
+    data = made["datasets"][0]
+    assert (data["path"], data["type"], data["roles_to_train"]) == (
+        "/d/train.jsonl",
+        "chat_template",
+        ["assistant"],
+    )
+    assert made["test_datasets"][0]["path"] == "/d/val.jsonl"
+    assert made["load_best_model_at_end"] and made["metric_for_best_model"] == "eval_loss"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("lora.r=8", "lora_r", 8),
+        ("training.max_steps=7", "max_steps", 7),
+        ("training.optimizer=adamw_torch_fused", "optimizer", "adamw_torch_fused"),
+        ("training.lr_scheduler=constant", "lr_scheduler", "constant"),
+        ("training.early_stopping_patience=2", "early_stopping_patience", 2),
+        ("training.save_total_limit=5", "save_total_limit", 5),
+        ("training.sample_packing=false", "sample_packing", False),
+        ("training.use_tensorboard=true", "use_tensorboard", True),
+        ("training.wandb_project=trial", "wandb_project", "trial"),
+        ("seed=7", "seed", 7),
+        ("sequence_len=512", "sequence_len", 512),
+        ("micro_batch_size=3", "micro_batch_size", 3),
+    ],
+)
+def test_keys_arrive(override, key, value):
+    assert document(override)[key] == value
+
+
+def test_nothing_is_null_and_resume_is_named():
+    assert None not in document("training.early_stopping_patience=null").values()
+    assert "resume_from_checkpoint" not in document()
+    made = document(resume_from=Path("/run/03/checkpoints/checkpoint-4"), bake_only=True)
+    assert made["resume_from_checkpoint"].endswith("checkpoint-4")
+    assert made["sparselong"]["bake_only"] is True
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("sequence_parallel_degree=4", "sequence_parallel_degree=1"),
+        ("flash_attention=true", "flash_attention=false"),
+        ("training.optimizer=adamw_bnb_8bit", "training.optimizer=adamw_torch"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused(override, fix):
+    config = load(ROOT / "configs/tiny.yaml", [override])
+    with pytest.raises(StageError) as refusal:
+        refuse_unsupported(config, has_gpu=False)
+    assert fix in refusal.value.fix
+
+
+def test_a_gpu_takes_what_needs_one():
+    overrides = ["flash_attention=true", "training.optimizer=adamw_bnb_8bit"]
+    refuse_unsupported(load(ROOT / "configs/tiny.yaml", overrides), has_gpu=True)

@@ -1,0 +1,176 @@
+"""Around the trainer's process: resuming, failures told across processes, receipts, supervision."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparselong.config import load
+from sparselong.errors import StageError
+from sparselong.finetune import state, supervision
+from sparselong.finetune.failure import explain, read_failure
+from sparselong.finetune.process import run_trainer
+from sparselong.finetune.trainer import check_receipt, find_checkpoint, keep_rows
+from sparselong.run import Stage
+from tests.conftest import ROOT, load_script
+
+
+@pytest.fixture
+def stage(tmp_path) -> Stage:
+    made = Stage("03_finetune", load(ROOT / "configs/tiny.yaml"), tmp_path)
+    made.dir.mkdir()
+    return made
+
+
+def make_checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in (
+        *("adapter_config.json", "adapter_model.safetensors", state.MASKS, state.PROGRESS),
+        *("optimizer.pt", "scheduler.pt", "rng_state.pth"),
+    ):
+        (path / name).write_bytes(b"x")
+    (path / state.TRAINER_STATE).write_text(json.dumps({"global_step": step}))
+    return path
+
+
+def test_the_last_whole_checkpoint_is_found_and_pieces_are_removed(stage):
+    folder = stage.dir / "checkpoints"
+    assert find_checkpoint(stage, folder) is None
+    for step in (9, 10, 100, 200, 300):
+        make_checkpoint(folder, step)
+    (folder / "checkpoint-200/optimizer.pt").unlink()
+    (folder / "checkpoint-300" / state.TRAINER_STATE).write_text('{"global_step": 30')
+    found = find_checkpoint(stage, folder)
+    assert found and found.name == "checkpoint-100"  # by number, not by name
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["checkpoint-10", "checkpoint-100", "checkpoint-9"]
+
+
+def test_rows_behind_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    assert keep_rows(path, 2) == 2
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert keep_rows(path, None) == 0
+
+
+def run_python(stage: Stage, code: str) -> None:
+    run_trainer(stage, [sys.executable, "-c", code])
+
+
+def test_an_expected_failure_crosses_the_processes(stage):
+    code = (
+        "from pathlib import Path\n"
+        "from sparselong.finetune.failure import tell_failures\n"
+        "from sparselong.errors import StageError\n"
+        f"tell_failures(Path({str(stage.dir)!r}))\n"
+        "raise StageError('it broke', 'a whole one', 'pieces', 'glue')\n"
+    )
+    with pytest.raises(StageError) as failure:
+        run_python(stage, code)
+    assert (failure.value.what, failure.value.fix) == ("it broke", "glue")
+
+
+def test_another_failure_shows_its_last_lines(stage):
+    with pytest.raises(StageError, match="exit code 1") as failure:
+        run_python(stage, "print('all is well'); raise KeyError('a bug')")
+    assert "KeyError: 'a bug'" in failure.value.found
+    assert "all is well" in (stage.dir / "log.txt").read_text()
+
+
+def test_marked_lines_are_shown_and_others_only_logged(stage, capsys):
+    run_python(stage, "print('noise'); print('[sparselong] step 1')")
+    shown = capsys.readouterr()
+    assert shown.err == "step 1\n" and shown.out == ""
+    assert "noise" in (stage.dir / "log.txt").read_text()
+
+
+def test_the_trainer_dies_with_the_stage(stage, tmp_path):
+    """The stage is killed as hard as can be; what it started must not go on writing."""
+    note = tmp_path / "pid"
+    child = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    parent = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from sparselong.config import load\n"
+        "from sparselong.run import Stage\n"
+        "from sparselong.finetune.process import run_trainer\n"
+        f"stage = Stage('03_finetune', load({str(ROOT / 'configs/tiny.yaml')!r}), "
+        f"Path({str(tmp_path)!r}))\n"
+        f"run_trainer(stage, [sys.executable, '-c', {child!r}])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    pid = int(note.read_text())
+    while Path(f"/proc/{pid}/cmdline").exists() and time.monotonic() < deadline:
+        if not Path(f"/proc/{pid}/cmdline").read_bytes():
+            break  # dead, and not yet collected by init
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_full_disk_is_explained(tmp_path):
+    for text in ("[Errno 28] No space left on device", "Error: I/O: No space left on device (28)"):
+        told = explain(RuntimeError(text), tmp_path)
+        assert told and "room on the disk" in told.expected
+    assert explain(RuntimeError("index out of range"), tmp_path) is None
+    (tmp_path / "failure.json").write_text('{"what": "cut o')
+    failure = read_failure(tmp_path)
+    assert failure and "room on the disk" in failure.expected
+
+
+@pytest.mark.parametrize("broken", ["no receipt", "no callback", "no module", "no result"])
+def test_without_a_full_receipt_there_is_no_result(stage, broken):
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    receipt = {
+        "callbacks": ["MaskUpkeep", "Metrics"],
+        "modules_replaced": [f"model.layers.0.self_attn.{name}" for name in names],
+    }
+    (stage.dir / "baked.json").write_text("{}")
+    (stage.dir / "receipt.json").write_text(json.dumps(receipt))
+    check_receipt(stage)
+    if broken == "no receipt":
+        (stage.dir / "receipt.json").unlink()
+    elif broken == "no result":
+        (stage.dir / "baked.json").unlink()
+    else:
+        receipt["callbacks" if broken == "no callback" else "modules_replaced"].pop()
+        (stage.dir / "receipt.json").write_text(json.dumps(receipt))
+    with pytest.raises(StageError, match="without this project's plugin"):
+        check_receipt(stage)
+
+
+def test_supervised_fraction_counts_tokens_and_refuses_none():
+    rows = [{"labels": [-100, -100, 5]}, {"labels": [7]}]
+    assert supervision.supervised_fraction(rows) == 0.5
+    with pytest.raises(StageError, match="0 % of the tokens"):
+        supervision.supervised_fraction([{"labels": [-100, -100]}])
+
+
+def test_preview_colours_what_is_learned():
+    class Words:
+        def decode(self, tokens):
+            return " ".join("abcdef"[t] for t in tokens)
+
+    text = supervision.preview([{"input_ids": [0, 1, 2], "labels": [-100, -100, 2]}], Words())
+    assert "\x1b[90ma b\x1b[0m\x1b[32mc\x1b[0m" in text
+
+
+def test_the_script_refuses_without_stage_02(small_arguments, tmp_path, capsys):
+    arguments = [*small_arguments, "--run-dir", str(tmp_path / "run")]
+    assert load_script("03_finetune").main(arguments) == 1
+    assert "03_finetune needs 02_compress" in capsys.readouterr().err
+    arguments = [*small_arguments, "sequence_parallel_degree=2", "--run-dir", str(tmp_path / "two")]
+    assert load_script("03_finetune").main(arguments) == 1
+    assert "sequence_parallel_degree: 1" in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / "run/03_finetune/axolotl.yaml")
