@@ -1,7 +1,6 @@
 """Conversations: what is refused and where, what stays the same, and which tokens are learned."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -196,11 +195,19 @@ def test_reasoning_that_the_template_drops_is_not_learned(tokenizer):
 
 
 def test_template_that_shows_the_last_assistants_reasoning_wherever_it_stands(tokenizer):
-    """The tiny model's: shortened, the conversation would show what the whole one does not."""
-    template = Path("sparselong/model/harmony.jinja").read_text(encoding="utf-8")
+    """Shortened to its first turns, the conversation would show what the whole one does not."""
+    template = """{% set last = messages | selectattr('role', 'eq', 'assistant') | list | last %}
+    {%- for m in messages %}{% if m.role != 'assistant' %}
+    {{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% else %}
+    {%- if m.thinking and m is sameas last %}
+    {{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}
+    {{- '<|start|>assistant<|channel|>final<|message|>' + m.content }}
+    {{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+    {%- endif %}{% endfor %}
+    {%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer._tokenizer, chat_template=template)
-    thoughtful = {**ASSISTANT, "thinking": "t"}
-    assert supervised_text([USER, thoughtful, USER, thoughtful], tokenizer) == [
+    thoughtful = [USER, {**ASSISTANT, "thinking": "s"}, USER, {**ASSISTANT, "thinking": "t"}]
+    assert supervised_text(thoughtful, tokenizer) == [
         "<|channel|>final<|message|>Hello<|end|>",
         "<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>final<|message|>"
         "Hello<|return|>",
