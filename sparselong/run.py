@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -109,6 +110,20 @@ def stage_hash(config: Config, name: str) -> str:
     return config_module.hash_sections(config, STAGE_KEYS[name])
 
 
+def made_from(run_dir: Path, name: str) -> dict[str, str | None]:
+    """What this stage builds on: a hash of each earlier stage's output files, None where not done.
+
+    Redoing an earlier stage to the same bytes changes nothing.
+    """
+    hashes: dict[str, str | None] = {}
+    for earlier in STAGE_KEYS:
+        if "01_health" < earlier < name:
+            manifest = read_manifest(run_dir, earlier)
+            listed = json.dumps(manifest["outputs"]) if manifest else ""
+            hashes[earlier] = hashlib.sha256(listed.encode()).hexdigest() if manifest else None
+    return hashes
+
+
 def read_manifest(run_dir: Path, name: str) -> dict[str, Any] | None:
     """The stage's manifest, or None when the stage is not done."""
     path = run_dir / name / "manifest.json"
@@ -159,10 +174,19 @@ def _prepare(stage: Stage, redo: bool) -> bool:
             present["config_hash"],
             "pass another --run-dir to keep it, or --force to redo this stage",
         )
+    earlier = made_from(stage.run_dir, stage.name)
+    for name, before in (present or {}).get("made_from", {}).items():
+        if before is not None and before != earlier[name]:
+            raise StageError(
+                f"{stage.dir} builds on a result of {name} that is not there any more",
+                f"the files of {name} as they were",
+                "others" if earlier[name] else "no finished result",
+                f"redo this stage: python {stage.name}.py --force",
+            )
     if manifest:
         return True
     stage.dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(started, json.dumps({"config_hash": wanted}))
+    write_atomically(started, json.dumps({"config_hash": wanted, "made_from": earlier}))
     write_atomically(stage.run_dir / "config.yaml", config_module.dump(stage.config))
     return False
 
@@ -173,6 +197,7 @@ def _finish(stage: Stage, seconds: float) -> dict[str, Any]:
         "stage": stage.name,
         "status": "done",
         "config_hash": stage_hash(stage.config, stage.name),
+        "made_from": made_from(stage.run_dir, stage.name),
         "inputs": provenance.describe_files(stage.inputs, stage.run_dir),
         "outputs": provenance.describe_files(stage.outputs, stage.run_dir),
         **provenance.describe_software(),

@@ -26,6 +26,11 @@ def write_output(stage: Stage) -> None:
     stage.metrics["figure"] = 3
 
 
+def write_other(stage: Stage) -> None:
+    write_output(stage)
+    stage.outputs[0].write_bytes(b"abd")
+
+
 def fail(stage: Stage) -> None:
     raise StageError("it broke", "whole", "broken", "mend it")
 
@@ -126,6 +131,21 @@ def test_a_stage_needs_the_earlier_one_of_the_same_config(tmp_path, capsys):
     assert run(tmp_path, needy, name="03_finetune") == 0
     assert run(tmp_path, needy, "experts.sparsity=2:4", "--force", name="03_finetune") == 1
     assert "made with another config" in capsys.readouterr().err
+
+
+def test_a_result_made_from_an_earlier_result_is_not_taken_for_current(tmp_path, capsys):
+    def tune(stage: Stage) -> None:
+        stage.require("02_compress")
+
+    assert run(tmp_path, fail, name="03_finetune") == 1  # nothing to build on yet
+    assert run(tmp_path, write_output) == 0
+    assert run(tmp_path, tune, name="03_finetune") == 0
+    assert run(tmp_path, write_output, "--force") == 0  # the same bytes
+    assert run(tmp_path, tune, name="03_finetune") == 0
+    assert run(tmp_path, write_other, "--force") == 0
+    assert run(tmp_path, tune, name="03_finetune") == 1
+    assert "is not there any more" in capsys.readouterr().err
+    assert run(tmp_path, tune, "--force", name="03_finetune") == 0
 
 
 def test_dry_run_touches_nothing(tmp_path, capsys):

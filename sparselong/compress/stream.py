@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from transformers import GptOssConfig
 
-from sparselong import provenance
 from sparselong.compress.calibration import HiddenStates, calibration_tokens
 from sparselong.compress.layer import CalibratedLayer
 from sparselong.compress.report import measure
@@ -32,6 +31,7 @@ from sparselong.model.loading import (
     load_tokenizer,
     resolve_base,
 )
+from sparselong.model.peaks import read_peaks, reset_peaks
 from sparselong.model.quantizer import (
     PROJECTIONS,
     SparseLongConfig,
@@ -65,15 +65,13 @@ def compress(stage: Stage) -> None:
     """
     base = Checkpoint(resolve_base(stage.config, stage.run_dir, stage.log))
     architecture = open_upstream(base)
-    provenance.reset_peak_host_memory()
+    reset_peaks()
     device = default_device()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     model = stage.dir / "model"
     if not model.exists():  # it appears complete or not at all
         _compress_layers(stage, base, architecture, device)
         _complete(stage, base, architecture)
-    _publish(stage, base, Checkpoint(model), device)
+    _publish(stage, base, Checkpoint(model))
 
 
 def _compress_layers(
@@ -160,13 +158,11 @@ def _complete(stage: Stage, base: Checkpoint, architecture: GptOssConfig) -> Non
     partial.rename(stage.dir / "model")
 
 
-def _publish(stage: Stage, base: Checkpoint, model: Checkpoint, device: torch.device) -> None:
+def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     """Fills the manifest from what is on disk; the states are not needed any more."""
     paths = sorted((stage.dir / "work").glob("layer-*.json"))
     records = [json.loads(path.read_text()) for path in paths]
-    stage.peak_bytes["host"] = provenance.peak_host_bytes()
-    if device.type == "cuda":
-        stage.peak_bytes[str(device)] = torch.cuda.max_memory_allocated(device)
+    stage.peak_bytes |= read_peaks()
     stage.metrics |= {
         "name": checkpoint_name(stage.config),
         **measure(base, model, stage.dir / "masters"),

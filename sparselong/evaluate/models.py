@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from sparselong import provenance
 from sparselong.evaluate import harness, perplexity
 from sparselong.model.loading import load_model
+from sparselong.model.peaks import read_peaks, reset_peaks
 from sparselong.run import write_atomically
 
 
@@ -57,7 +57,7 @@ def measure(
             progress(f"{name}: measured before, kept")
             return kept
     start = time.monotonic()
-    _reset_peaks()
+    reset_peaks()
     model = load_model(directory)
     progress(f"{name}: opened from {directory} in {time.monotonic() - start:.1f} s")
     batch_size = measurements.suite.config.evaluation.batch_size
@@ -66,7 +66,7 @@ def measure(
         "perplexity": perplexity.measure(model, measurements.samples, batch_size),
         "tasks": harness.measure(model, measurements.suite),
         "seconds": round(time.monotonic() - start, 1),
-        "peak_bytes": _read_peaks(),
+        "peak_bytes": read_peaks(),
     }
     del model
     gc.collect()
@@ -87,17 +87,3 @@ def _one_line(result: dict[str, Any]) -> str:
     told = [f"perplexity {result['perplexity']['supervised']['perplexity']:.3f}"]
     told += [f"{name} acc {task['acc']:.3f}" for name, task in result["tasks"].items()]
     return f"{', '.join(told)} ({result['seconds']:.0f} s)"
-
-
-def _reset_peaks() -> None:
-    provenance.reset_peak_host_memory()
-    for index in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(index)
-
-
-def _read_peaks() -> dict[str, int]:
-    devices = range(torch.cuda.device_count())
-    return {
-        "host": provenance.peak_host_bytes(),
-        **{f"cuda:{index}": torch.cuda.max_memory_allocated(index) for index in devices},
-    }

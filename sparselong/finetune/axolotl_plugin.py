@@ -48,10 +48,11 @@ from sparselong.finetune.adapter import (
 )
 from sparselong.finetune.axolotl_config import ADAPTER
 from sparselong.finetune.bake import bake, two_four_conforming, write_adapter_readme
-from sparselong.finetune.callbacks import MaskUpkeep, Metrics, peak_bytes, tell
+from sparselong.finetune.callbacks import MaskUpkeep, Metrics, tell
 from sparselong.finetune.documents import document_masks
 from sparselong.finetune.failure import tell_failures
 from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
+from sparselong.model.peaks import read_peaks
 from sparselong.run import write_atomically
 
 RECEIPT, BAKED, TRAINED = "receipt.json", "baked.json", "trained.json"
@@ -291,7 +292,7 @@ class SparseLongPlugin(BasePlugin):
             "steps": trainer.state.global_step,
             "two_four_conforming": two_four_conforming(baked, layer.fmt),
             "mask_updates": trainer.progress.mask_updates,
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": read_peaks(),
         }
         write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from sparselong.errors import StageError
 from sparselong.finetune.lora import MaskedLoraLinear
 from sparselong.finetune.masks import Criterion, update_steps
 from sparselong.finetune.state import Progress
+from sparselong.model.peaks import read_peaks
 
 MARK = "[sparselong] "
 
@@ -30,14 +30,6 @@ def tell(text: str) -> None:
     """Prints lines for the stage's process to show."""
     for line in text.splitlines() or [""]:
         print(f"{MARK}{line}", flush=True)
-
-
-def peak_bytes() -> dict[str, int]:
-    """Peak memory of this process so far: `host` and each GPU."""
-    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    for index in range(torch.cuda.device_count()):
-        peaks[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
-    return peaks
 
 
 class MaskUpkeep(TrainerCallback):
@@ -145,7 +137,7 @@ class Metrics(TrainerCallback):
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": (self.progress.tokens - self.tokens) / max(self.seconds, 1e-9),
-            **{f"peak_bytes_{device}": count for device, count in peak_bytes().items()},
+            **{f"peak_bytes_{device}": count for device, count in read_peaks().items()},
         }
         if updates:
             row["mask_flipped_fraction"] = sum(update["flipped"] for update in updates)

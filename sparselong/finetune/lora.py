@@ -93,9 +93,7 @@ class _MaskedLinear(torch.autograd.Function):
                 rounded = decode(encode(weight, mask, scale, ctx.bits), scale).to(grad.dtype)
                 grad_x = grad @ rounded
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                # bf16 inputs are widened first: the sum over tokens must not end in bf16.
-                rows = grad.reshape(-1, grad.shape[-1]).float()
-                passed = rows.T @ x.reshape(-1, x.shape[-1]).float()
+                passed = _sum_outer(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
                 if mask is not None:
                     passed = torch.where(mask, passed, 0.0)
                 if scale is not None:
@@ -103,6 +101,17 @@ class _MaskedLinear(torch.autograd.Function):
                 grad_a = ctx.scaling * (lora_b.float().T @ passed)
                 grad_b = ctx.scaling * (passed @ lora_a.float().T)
         return grad_x, grad_a, grad_b, None, None, None, None, None, None
+
+
+def _sum_outer(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """gradᵀ x in fp32: [tokens, out], [tokens, in] → [out, in].
+
+    The sum over tokens must not be rounded to bf16. A GPU multiplies bf16 into fp32 by itself; a CPU
+    is given fp32.
+    """
+    if x.is_cuda and x.dtype == grad.dtype == torch.bfloat16:
+        return torch.mm(grad.T, x, out_dtype=torch.float32)
+    return grad.float().T @ x.float()
 
 
 def _within(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GptOssForCausalLM, PreTrainedTokenizerBase
@@ -52,7 +53,7 @@ def load_model(
         )
     if method == "mxfp4":
         config.quantization_config = SparseLongConfig(16, "none").to_dict()
-    model, info = GptOssForCausalLM.from_pretrained(
+    opened: Any = GptOssForCausalLM.from_pretrained(
         directory,
         config=config,
         dtype=compute_dtype(device),
@@ -60,6 +61,7 @@ def load_model(
         attn_implementation=attn_implementation,
         output_loading_info=True,
     )
+    model, info = opened
     wrong = {key: sorted(info[key]) for key in info if info[key]}
     if wrong:
         raise StageError(

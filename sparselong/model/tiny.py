@@ -177,7 +177,7 @@ def _deterministic_algorithms() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill_before
 
 
-def _initialise(spec: TinySpec, tokenizer: PreTrainedTokenizerFast) -> GptOssForCausalLM:
+def _initialise(spec: TinySpec, tokenizer: Any) -> GptOssForCausalLM:
     config = GptOssConfig(
         num_hidden_layers=spec.layers,
         hidden_size=spec.hidden,
@@ -202,8 +202,8 @@ def _initialise(spec: TinySpec, tokenizer: PreTrainedTokenizerFast) -> GptOssFor
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     model = GptOssForCausalLM(config)
     with torch.no_grad():
         for name, value in model.named_parameters():

@@ -1,0 +1,45 @@
+"""Writes benchmark results in the one format that tables, plots and checks are made from."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from sparselong import provenance
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def row(case: dict[str, Any], backend: str, metric: str, value: float, unit: str) -> dict[str, Any]:
+    """One figure: what was measured, with what, and the number with its unit."""
+    return {"case": case, "backend": backend, "metric": metric, "value": value, "unit": unit}
+
+
+def write(
+    subject: str,
+    machine: str,
+    command: str,
+    rows: list[dict[str, Any]],
+    folder: Path = RESULTS,
+) -> Path:
+    """Writes `<folder>/<subject>-<machine>-<YYYYMMDD>.json`.
+
+    Args:
+        subject: what was measured, one benchmark file's stem.
+        machine: a short name for file names, for example `h200` or `cpu2`.
+        command: the command that gave these figures.
+        rows: figures as `row` makes them.
+    """
+    document = {
+        "subject": subject,
+        "command": command,
+        "machine": provenance.describe_hardware(),
+        "versions": provenance.describe_software()["versions"],
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": rows,
+    }
+    path = folder / f"{subject}-{machine}-{time.strftime('%Y%m%d')}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return path
