@@ -106,8 +106,8 @@ class _MaskedLinear(torch.autograd.Function):
 def _sum_outer(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """gradᵀ x in fp32: [tokens, out], [tokens, in] → [out, in].
 
-    The sum over tokens must not be rounded to bf16. A GPU multiplies bf16 into fp32 by itself; a CPU
-    is given fp32.
+    The sum over tokens must not be rounded to bf16. A GPU multiplies bf16 into fp32 by itself; a
+    CPU is given fp32.
     """
     if x.is_cuda and x.dtype == grad.dtype == torch.bfloat16:
         return torch.mm(grad.T, x, out_dtype=torch.float32)

@@ -152,13 +152,14 @@ def test_baked_model_has_the_loss_that_training_reported(runs):
     straight, _, manifest, _ = runs
     model = load_model(straight / "03_finetune/model", device=torch.device("cpu"))
     tokenizer = load_tokenizer(straight / "03_finetune/model")
+    message_token = tokenizer.convert_tokens_to_ids("<|message|>")
     total = count = 0
     for messages in read(straight / "data/validation.jsonl"):
         tokens, supervised = tokenize(messages, tokenizer, "assistant")
         if len(tokens) > 128:
             continue
-        # Axolotl learns from a turn's text and end, not from its harmony header of three tokens.
-        first = supervised.index(True) + 3
+        # Axolotl learns from a turn's text and end, not from its harmony header.
+        first = tokens.index(message_token, supervised.index(True)) + 1
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([tokens])).logits[0, first - 1 : -1].double()
         wanted = torch.tensor(tokens[first:])
