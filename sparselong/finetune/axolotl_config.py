@@ -103,6 +103,21 @@ def build(
         "micro_batch_size": config.micro_batch_size,
         "eval_batch_size": config.micro_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        **_schedule(config),
+        "resume_from_checkpoint": str(resume_from) if resume_from else None,
+        "output_dir": str(folders.checkpoints),
+        "use_tensorboard": training.use_tensorboard,
+        **_wandb(config),
+        "sparselong": _plugin_section(config, folders, bake_only),
+    }
+    if training.gradient_checkpointing:
+        document["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return {key: value for key, value in document.items() if value is not None}
+
+
+def _schedule(config: Config) -> dict[str, Any]:
+    training = config.training
+    return {
         "num_epochs": training.num_epochs,
         "max_steps": training.max_steps,
         "learning_rate": training.learning_rate,
@@ -120,15 +135,7 @@ def build(
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "early_stopping_patience": training.early_stopping_patience,
-        "resume_from_checkpoint": str(resume_from) if resume_from else None,
-        "output_dir": str(folders.checkpoints),
-        "use_tensorboard": training.use_tensorboard,
-        **_wandb(config),
-        "sparselong": _plugin_section(config, folders, bake_only),
     }
-    if training.gradient_checkpointing:
-        document["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    return {key: value for key, value in document.items() if value is not None}
 
 
 def _data(config: Config, folders: Folders, rows: int) -> dict[str, Any]:
