@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Times tile sizes of the Triton attention kernels; sparselong/kernels/attention_tiles.py keeps the
+best. Needs a CUDA device. Candidates are compiled in parallel first, then timed one by one."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from triton.testing import do_bench
+
+from sparselong.kernels import attention_tiles, attention_triton
+from sparselong.kernels.attention_mask import Mask
+from sparselong.kernels.attention_tiles import Tile
+
+Job = tuple[str, str, Tile]
+
+
+# (rows, keys, warps, stages) that neither spill heavily nor overflow shared memory on sm_90.
+_SHAPES = {
+    ("forward", "full"): (((128,), (64, 128), (4, 8), (2, 3, 4)), ((64,), (64, 128), (4,), (2, 3))),
+    ("dq", "full"): (((128,), (32, 64, 128), (8,), (1, 2, 3)), ((64,), (64, 128), (4,), (1, 2, 3))),
+    ("dkdv", "full"): (
+        ((64, 128), (64, 128), (8,), (1, 2, 3)),
+        ((32,), (128,), (4, 8), (2, 3)),
+        ((32, 64), (64,), (4,), (2, 3)),
+    ),
+    ("forward", "window"): (
+        ((128,), (32, 64, 128), (4, 8), (2, 3)),
+        ((64,), (32, 64, 128), (4,), (1, 2, 3)),
+        ((256,), (32, 64), (8,), (2, 3)),
+    ),
+    ("dq", "window"): (
+        ((128,), (32, 64, 128), (4, 8), (1, 2, 3)),
+        ((64,), (32, 64, 128), (4,), (1, 2, 3)),
+        ((256,), (32, 64), (8,), (1, 2)),
+    ),
+    ("dkdv", "window"): (
+        ((64, 128), (32, 64, 128), (8,), (1, 2, 3)),
+        ((32, 64), (32, 64, 128), (4,), (1, 2, 3)),
+    ),
+}
+
+
+def list_candidates() -> list[Job]:
+    """(stage, kind, tile) for every tile worth compiling."""
+    jobs = []
+    for (stage, kind), grids in _SHAPES.items():
+        heads = 8 if kind == "window" else 1
+        for grid in grids:
+            jobs += [(stage, kind, Tile(*t, heads=heads)) for t in itertools.product(*grid)]
+    return jobs
+
+
+def prepare(kind: str, tokens: int) -> tuple:
+    """Random inputs in gpt-oss's shape, their forward pass, and the mask."""
+    torch.manual_seed(0)
+    shape = {"device": "cuda", "dtype": torch.bfloat16}
+    q, dout = (torch.randn(1, tokens, 64, 64, **shape).transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(1, tokens, 8, 64, **shape).transpose(1, 2) for _ in range(2))
+    sinks = torch.randn(64, device="cuda")
+    mask = Mask(1, tokens, tokens, 0, 128 if kind == "window" else None, None)
+    return dout, q, k, v, sinks, mask
+
+
+def make_call(stage: str, inputs: tuple, out: torch.Tensor, lse: torch.Tensor):
+    """A function of no arguments that launches one stage."""
+    dout, q, k, v, sinks, mask = inputs
+    if stage == "forward":
+        return lambda: attention_triton.attend(q, k, v, sinks, mask, 0.125, True)
+    if stage == "dq":
+        return lambda: attention_triton.launch_dq(dout, q, k, v, sinks, out, lse, mask, 0.125)
+    delta = torch.zeros_like(lse)
+    return lambda: attention_triton.launch_dkdv(dout, q, k, v, lse, delta, mask, 0.125)
+
+
+def use(stage: str, kind: str, tile: Tile) -> None:
+    """Puts the tile into this process's table."""
+    architecture = attention_tiles.architecture_of(*torch.cuda.get_device_capability())
+    attention_tiles.TILES[architecture][stage, kind] = tile
+
+
+def compile_one(job: Job) -> str | None:
+    """Compiles by running on a short sequence; what went wrong, or None."""
+    stage, kind, tile = job
+    inputs = prepare(kind, 256)
+    out, lse = inputs[1].clone(), torch.zeros(1, 64, 256, device="cuda")
+    use(stage, kind, tile)
+    try:
+        make_call(stage, inputs, out, lse)()
+        torch.cuda.synchronize()
+    except Exception as error:  # a candidate that does not fit is a result
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
+    args = parser.parse_args()
+    jobs = list_candidates()
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        errors = list(pool.map(compile_one, jobs, chunksize=2))
+    rows = []
+    cases = {kind: prepare(kind, args.tokens) for kind in ("full", "window")}
+    made = {k: attention_triton.attend(*c[1:], 0.125, True)[:2] for k, c in cases.items()}
+    for (stage, kind, tile), error in zip(jobs, errors, strict=True):
+        ms = None
+        if error is None:
+            use(stage, kind, tile)
+            call = make_call(stage, cases[kind], *made[kind])
+            ms = do_bench(call, warmup=5, rep=25, return_mode="median")
+        rows.append({"stage": stage, "kind": kind, "tile": vars(tile), "ms": ms, "error": error})
+    args.out.write_text(json.dumps(rows))
+    for stage, kind in itertools.product(("forward", "dq", "dkdv"), ("full", "window")):
+        own = [r for r in rows if (r["stage"], r["kind"]) == (stage, kind) and r["ms"]]
+        for best in sorted(own, key=lambda r: r["ms"])[:6]:
+            print(stage, kind, f"{best['ms']:.3f} ms", best["tile"])
+
+
+if __name__ == "__main__":
+    main()

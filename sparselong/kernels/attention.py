@@ -1,0 +1,264 @@
+"""Attention with sinks, windows, packed documents and grouped queries; forward and backward.
+
+The maths: query i of head h has scores scale * <q_i, k_j> for the keys j that it sees and one more
+logit, the head's sink s_h, that has no value. With lse_i the logarithm of the sum of exponentials
+of all of these, out_i = sum_j exp(score_ij - lse_i) v_j, and
+
+    delta_i = <dO_i, out_i>                    ds_h = -sum_i exp(s_h - lse_i) delta_i
+    dS_ij = P_ij (<dO_i, v_j> - delta_i)       dq = scale dS k,  dk = scale dS^T q,  dv = P^T dO
+
+Which keys query i, of position `query_offset + i`, sees is in `attention_mask.py`. Saved for the
+backward pass: q, k, v, sinks, out and lse; nothing grows with queries * keys.
+
+One function, several backends, all exact: our Triton kernels (`attention_triton.py`), torch's
+FlashAttention-2 and cuDNN operators (`attention_torch.py`), flash-attn where it is installed, and
+plain torch on a CPU (`attention_ref.py`). The choice follows a measured table
+(`attention_choice.py`) or is named by the caller; a backend that is named and cannot take the call
+raises, and nothing else is put in its place. The method is FlashAttention-2's (Dao, 2023,
+arXiv:2307.08691) and online softmax's (Milakov and Gimelshein, 2018); the code is ours, under this
+repository's licence. Left out: dropout, attention biases, head dimensions other than 64 on a GPU,
+and gradients through lse.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from sparselong.kernels.attention_choice import BACKENDS, rank_backends
+from sparselong.kernels.attention_mask import Mask, find_documents
+from sparselong.kernels.attention_ref import attention_reference
+
+HEAD_DIM = 64
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    query_offset: int = 0,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    deterministic: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse). Gradients flow to q, k, v and sinks from out, not from lse.
+
+    Args:
+        q: [batch, heads, queries, 64], bf16, fp16 or fp32 (fp64 by the reference). Read by stride:
+            a transposed view of [batch, queries, heads, 64] costs no copy.
+        k, v: [batch, kv_heads, keys, 64], q's dtype; head h reads KV head h // (heads / kv_heads).
+        sinks: [heads], any floating dtype; its gradient comes back in that dtype, summed in fp32.
+        cu_seqlens: int32 or int64 [n + 1], the boundaries of documents on the flattened [batch,
+            keys] axis, from 0 to batch * keys; the starts of batch rows are boundaries anyway. A
+            padded stretch is a document of its own. None: every batch row is one document.
+        window: keys that a query sees at most, itself included; None: all before it.
+        scale: factor of the scores; None: 1 / 8.
+        query_offset: the position of query 0 on the key axis: 0 in training, keys - queries when
+            decoding with a cache, the shard's start when a shard of queries attends to gathered
+            keys. With documents, query_offset + queries may not pass keys.
+        dropout: must be 0.
+        backend: "triton", "torch_flash", "torch_cudnn", "flash_attn" or "reference"; None: the
+            fastest measured one that can take the call (`choose_backend`).
+        deterministic: torch's and flash-attn's backward passes in their deterministic form, which
+            is slower. "triton" is always deterministic.
+
+    Returns:
+        out: [batch, heads, queries, 64] in q's dtype, laid out as [batch, queries, heads, 64].
+        lse: [batch, heads, queries] fp32, natural logarithm, the sink included.
+
+    The error of out and of every gradient against fp64 is at most twice that of torch's
+    FlashAttention-2 with the sink correction in the same dtype (tests/gpu/test_attention.py).
+
+    Raises:
+        ValueError: an argument is not as above; names it, what was found and what is allowed.
+    """
+    _check_tensors(q, k, v, sinks)
+    _check_numbers(window, scale, query_offset, dropout, backend)
+    mask = _make_mask(q, k, cu_seqlens, window, query_offset)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    name = _require_backend(backend, mask, q) if backend else choose_backend(mask, q)
+    if name == "reference":
+        document = None if mask.documents is None else mask.documents.starts
+        return attention_reference(
+            q, k, v, sinks, document=document, window=mask.window, scale=scale,
+            query_offset=query_offset,
+        )  # fmt: skip
+    return _Attention.apply(q, k, v, sinks, mask, scale, name, deterministic)  # pyright: ignore[reportReturnType]
+
+
+def choose_backend(mask: Mask, q: torch.Tensor) -> str:
+    """The backend that `backend=None` takes: the table's first that can take the call.
+
+    Raises:
+        ValueError: none can.
+    """
+    kind = "full" if mask.window is None else "window"
+    row = rank_backends(_architecture(q.device), kind, mask.documents is not None, mask.keys)
+    refusals = []
+    for name in row.order:
+        refusal = _backend(name).refuse(mask, q)
+        if refusal is None:
+            return name
+        refusals.append(f"{name}: {refusal}")
+    raise ValueError("no backend can take this call: " + "; ".join(refusals))
+
+
+class Backend(NamedTuple):
+    """What a backend offers; `gives_dsinks`: its backward returns the sinks' gradient as well."""
+
+    refuse: Callable[[Mask, torch.Tensor], str | None]
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]]
+    attend_backward: Callable[..., tuple[torch.Tensor, ...]]
+    gives_dsinks: bool
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor,
+        mask: Mask,
+        scale: float,
+        name: str,
+        deterministic: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.cuda.device_of(q):
+            out, lse, saved = _backend(name).attend(q, k, v, sinks, mask, scale, deterministic)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *saved)
+        ctx.call = (mask, scale, deterministic)
+        ctx.backend = name
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, sinks, out, lse, *saved = ctx.saved_tensors
+        backend = _backend(ctx.backend)
+        with torch.cuda.device_of(q):
+            grads = backend.attend_backward(dout, q, k, v, sinks, out, lse, *ctx.call, tuple(saved))
+            dsinks = grads[3] if backend.gives_dsinks else None
+            if dsinks is None and ctx.needs_input_grad[3]:
+                from sparselong.kernels.attention_torch import sink_gradient
+
+                dsinks = sink_gradient(dout, out, lse, sinks)
+        dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
+        return *grads[:3], dsinks, None, None, None, None
+
+
+@functools.cache
+def _backend(name: str) -> Backend:
+    """The backend's functions, imported when first asked for: Triton is not needed on a CPU."""
+    if name == "triton":
+        from sparselong.kernels import attention_triton as ours
+
+        return Backend(ours.refuse, ours.attend, ours.attend_backward, True)
+    if name == "flash_attn":
+        from sparselong.kernels import attention_flash_attn as package
+
+        return Backend(package.refuse, package.attend, package.attend_backward, False)
+    from sparselong.kernels import attention_torch as theirs
+
+    if name == "torch_flash":
+        return Backend(
+            theirs.refuse_flash, theirs.attend_flash, theirs.attend_flash_backward, False
+        )
+    return Backend(theirs.refuse_cudnn, theirs.attend_cudnn, theirs.attend_cudnn_backward, False)
+
+
+def _require_backend(name: str, mask: Mask, q: torch.Tensor) -> str:
+    if name == "reference":
+        return name
+    if q.device.type != "cuda":
+        raise ValueError(f"backend: {name} with {q.device.type} tensors; allowed: reference")
+    if q.shape[-1] != HEAD_DIM:
+        raise ValueError(f"head_dim: {q.shape[-1]}; allowed with {name}: {HEAD_DIM}")
+    refusal = _backend(name).refuse(mask, q)
+    if refusal is not None:
+        raise ValueError(f"{refusal} with backend {name}")
+    return name
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4 or 0 in tensor.shape:
+            raise ValueError(
+                f"{name}: shape {list(tensor.shape)}; "
+                "allowed: [batch, heads, tokens, head_dim], none of them 0"
+            )
+        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
+            raise ValueError(f"{name}: {tensor.dtype}; allowed: one floating type for q, k and v")
+    if v.shape != k.shape:
+        raise ValueError(f"v: shape {list(v.shape)}; allowed: k's, {list(k.shape)}")
+    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
+        raise ValueError(
+            f"k: batch {k.shape[0]} and head_dim {k.shape[3]}; "
+            f"allowed: q's, {q.shape[0]} and {q.shape[3]}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"k: {k.shape[1]} heads; allowed: a divisor of q's {q.shape[1]}")
+    if sinks.shape != q.shape[1:2] or not sinks.is_floating_point():
+        raise ValueError(
+            f"sinks: {sinks.dtype} {list(sinks.shape)}; allowed: floating [{q.shape[1]}]"
+        )
+    for name, tensor in (("k", k), ("v", v), ("sinks", sinks)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: on {tensor.device}; allowed: q's device, {q.device}")
+    if q.device.type == "cuda" and q.shape[-1] != HEAD_DIM:
+        raise ValueError(f"head_dim: {q.shape[-1]}; allowed on a GPU: {HEAD_DIM}")
+
+
+def _check_numbers(
+    window: int | None, scale: float | None, query_offset: int, dropout: float, backend: str | None
+) -> None:
+    if window is not None and (not isinstance(window, int) or window <= 0):
+        raise ValueError(f"window: {window!r}; allowed: a positive integer, or None")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale: {scale!r}; allowed: a positive number, or None")
+    if not isinstance(query_offset, int) or query_offset < 0:
+        raise ValueError(f"query_offset: {query_offset!r}; allowed: an integer of at least 0")
+    if dropout != 0:
+        raise ValueError(f"dropout: {dropout!r}; allowed: 0, there is no attention dropout here")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r}; allowed: None, {', '.join(BACKENDS)}")
+
+
+def _make_mask(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    window: int | None,
+    query_offset: int,
+) -> Mask:
+    batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
+    documents = None
+    if cu_seqlens is not None:
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"cu_seqlens: on {cu_seqlens.device}; allowed: q's device, {q.device}")
+        if query_offset + queries > keys:
+            raise ValueError(
+                f"query_offset: {query_offset} with {queries} queries, {keys} keys and documents; "
+                f"allowed: at most {keys - queries}"
+            )
+        documents = find_documents(cu_seqlens, batch, keys)
+    if window is not None and window >= query_offset + queries:
+        window = None  # it leaves nothing out
+    return Mask(batch, queries, keys, query_offset, window, documents)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -1,0 +1,64 @@
+"""Which attention backend serves which call: a measured table. No torch.
+
+Keys are architecture, layer kind, packed or not, and keys up to a size; values are backends in the
+order of their measured forward + backward time. The first that can take the call does. An
+architecture on which nothing was measured is said to be so, and takes the order that the
+arithmetic suggests: FlashAttention-2 was written for it, and the window kernel reads less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BACKENDS = ("triton", "torch_flash", "torch_cudnn", "flash_attn", "reference")
+NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: calls it serves, backends fastest first, and the evidence."""
+
+    kind: str
+    packed: bool
+    up_to_keys: int
+    order: tuple[str, ...]
+    evidence: str
+
+
+MEASURED: dict[str, tuple[Row, ...]] = {
+    "sm_90": (
+        Row("full", False, NO_LIMIT, ("torch_cudnn", "triton", "torch_flash"), "H200"),
+        Row("full", True, NO_LIMIT, ("triton", "torch_flash"), "H200"),
+        Row("window", False, NO_LIMIT, ("triton", "torch_flash"), "H200"),
+        Row("window", True, NO_LIMIT, ("triton", "torch_flash"), "H200"),
+    ),
+}
+_UNMEASURED = (
+    Row("full", False, NO_LIMIT, ("torch_flash", "triton"), "not measured on this GPU"),
+    Row("full", True, NO_LIMIT, ("torch_flash", "triton"), "not measured on this GPU"),
+    Row("window", False, NO_LIMIT, ("triton", "torch_flash"), "not measured on this GPU"),
+    Row("window", True, NO_LIMIT, ("triton", "torch_flash"), "not measured on this GPU"),
+)
+
+
+def rank_backends(architecture: str, kind: str, packed: bool, keys: int) -> Row:
+    """The table's row for a call.
+
+    Args:
+        architecture: "cpu", or sm_ and the compute capability's digits, as in "sm_86".
+        kind: "full" or "window".
+        packed: whether documents are packed.
+        keys: keys of a batch row.
+    """
+    if architecture == "cpu":
+        return Row(kind, packed, NO_LIMIT, ("reference",), "no CUDA device")
+    for row in MEASURED.get(architecture, _UNMEASURED):
+        if (row.kind, row.packed) == (kind, packed) and keys <= row.up_to_keys:
+            return row
+    raise LookupError(f"no row for {architecture} {kind} packed={packed} {keys}")
+
+
+def describe_choice(architecture: str, packed: bool, keys: int) -> dict[str, str]:
+    """For each layer kind, the backend that `backend=None` takes and why; for the health report."""
+    rows = {kind: rank_backends(architecture, kind, packed, keys) for kind in ("full", "window")}
+    return {kind: f"{row.order[0]} ({row.evidence})" for kind, row in rows.items()}

@@ -1,0 +1,94 @@
+"""Which keys a query sees, in the forms that the backends want.
+
+All positions are counted on the key axis: key j has position j, query i has position
+`offset + i`. A query sees the keys of its own document, up to itself, and of these the last
+`window`. Documents are given by boundaries over the flattened [batch, keys] axis and never cross a
+batch row, so padding is a document of its own, packing is several, and neither needs a matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Packed documents of one [batch, keys] axis, all int32 on the device.
+
+    Attributes:
+        boundaries: [n + 1], strictly increasing positions on the flattened axis, the start of every
+            batch row among them.
+        starts: [batch, keys], where in its row the document of this position begins.
+        ends: [batch, keys], one past where it ends.
+        longest: tokens of the longest document.
+    """
+
+    boundaries: torch.Tensor
+    starts: torch.Tensor
+    ends: torch.Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Causal, from `offset` on, inside documents, inside a window. Sizes in tokens."""
+
+    batch: int
+    queries: int
+    keys: int
+    offset: int
+    window: int | None
+    documents: Documents | None
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def find_documents(cu_seqlens: torch.Tensor, batch: int, keys: int) -> Documents:
+    """The documents of `cu_seqlens`, int32 or int64 [n + 1], from 0 to batch * keys.
+
+    Reading the boundaries waits for the device, so the answer is kept as long as the tensor lives
+    and is not written to: every layer of a model asks for the same one.
+
+    Raises:
+        ValueError: `cu_seqlens` does not start at 0, decreases, or does not end at batch * keys.
+    """
+    asked = (cu_seqlens._version, batch, keys)
+    known = _known.get(cu_seqlens)
+    if known is not None and known[0] == asked:
+        return known[1]
+    _check_boundaries(cu_seqlens, batch * keys)
+    with torch.no_grad():
+        documents = _build(cu_seqlens, batch, keys)
+    _known[cu_seqlens] = (asked, documents)
+    return documents
+
+
+def _check_boundaries(cu_seqlens: torch.Tensor, length: int) -> None:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens: shape {list(cu_seqlens.shape)}; allowed: [documents + 1]")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens: {cu_seqlens.dtype}; allowed: torch.int32, torch.int64")
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != length:
+        raise ValueError(
+            f"cu_seqlens: runs from {values[0]} to {values[-1]}; "
+            f"allowed: from 0 to batch * keys = {length}"
+        )
+    if any(later < earlier for earlier, later in zip(values, values[1:], strict=False)):
+        raise ValueError("cu_seqlens: decreases; allowed: boundaries in rising order")
+
+
+def _build(cu_seqlens: torch.Tensor, batch: int, keys: int) -> Documents:
+    rows = torch.arange(batch + 1, device=cu_seqlens.device) * keys
+    boundaries = torch.unique(torch.cat([cu_seqlens.long(), rows]))
+    position = torch.arange(batch * keys, device=cu_seqlens.device)
+    document = torch.searchsorted(boundaries, position, right=True)
+    row_start = (position // keys) * keys
+    starts = (boundaries[document - 1] - row_start).int().view(batch, keys)
+    ends = (boundaries[document] - row_start).int().view(batch, keys)
+    longest = int((boundaries[1:] - boundaries[:-1]).max())
+    return Documents(boundaries.int(), starts, ends, longest)

@@ -1,0 +1,217 @@
+"""torch's own attention operators, made exact for sinks: FlashAttention-2 and cuDNN.
+
+Neither knows sinks. With plain attention's output o and natural-log lse, and a head's sink s,
+
+    out = o * sigmoid(lse - s)        lse' = logaddexp(lse, s)
+
+is attention with the sink, exactly; and the unmodified backward pass, given out and lse' in place
+of o and lse, returns the exact dq, dk and dv, because all that it takes from them is
+P = exp(scores - lse') and rowsum(dO * out). The sink's own gradient is
+-sum(exp(s - lse') * rowsum(dO * out)).
+
+FlashAttention-2 aligns its causal mask at the last query and last key, so a query offset is served
+by leaving away the keys after the last query. cuDNN's operator has no window, no documents and no
+offset. With `deterministic` both run under torch's deterministic algorithms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sparselong.kernels.attention_mask import Mask
+
+aten = torch.ops.aten
+Saved = tuple[torch.Tensor, ...]
+_DSINK_QUERIES = 2048
+
+
+def refuse_flash(mask: Mask, q: torch.Tensor) -> str | None:
+    """Why FlashAttention-2 cannot take the call, or None."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"q: {q.dtype}; allowed: torch.bfloat16, torch.float16"
+    if mask.offset + mask.queries > mask.keys:
+        return f"query_offset: {mask.offset}; allowed: at most keys - queries"
+    return None
+
+
+def refuse_cudnn(mask: Mask, q: torch.Tensor) -> str | None:
+    """Why cuDNN cannot take the call, or None."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"q: {q.dtype}; allowed: torch.bfloat16, torch.float16"
+    if mask.window is not None:
+        return f"window: {mask.window}; allowed: None"
+    if mask.documents is not None:
+        return "cu_seqlens: given; allowed: None"
+    if mask.offset != 0 or mask.queries != mask.keys:
+        return f"query_offset: {mask.offset}; allowed: 0, with as many queries as keys"
+    return None
+
+
+def attend_flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor,
+    mask: Mask,
+    scale: float,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, Saved]:
+    """(out, lse, what the operator's backward needs). Shapes as in `attention.attention`."""
+    end = mask.offset + mask.queries
+    q, k, v = token_major(mask, q, k[:, :, :end], v[:, :, :end])
+    sizes, window = flash_sizes(mask)
+    out, lse, *rest = aten._flash_attention_forward(
+        q, k, v, *sizes, 0.0, True, False, scale=scale, **window
+    )
+    if mask.documents is not None:
+        lse = lse.view(lse.shape[0], mask.batch, mask.queries).transpose(0, 1)
+    out = out.view(mask.batch, mask.queries, *out.shape[-2:]).transpose(1, 2)
+    return *take_sinks_in(out, lse, sinks), (rest[0], rest[1])
+
+
+def attend_flash_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    mask: Mask,
+    scale: float,
+    deterministic: bool,
+    saved: Saved,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv)."""
+    shape = k.shape
+    end = mask.offset + mask.queries
+    q, k, v = token_major(mask, q, k[:, :, :end], v[:, :, :end])
+    dout, out = token_major(mask, dout, out)
+    sizes, window = flash_sizes(mask)
+    if mask.documents is not None:
+        lse = lse.transpose(0, 1).reshape(lse.shape[1], -1)
+    with _determinism(deterministic):
+        grads = aten._flash_attention_backward(
+            dout, q, k, v, out, lse.contiguous(), *sizes, 0.0, True, *saved, scale=scale, **window
+        )
+    dq, dk, dv = (
+        g.view(mask.batch, -1, *g.shape[-2:]).transpose(1, 2) for g in grads
+    )  # [batch, heads, tokens, head_dim]
+    return dq, with_unseen_keys(dk, shape), with_unseen_keys(dv, shape)
+
+
+def attend_cudnn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor,
+    mask: Mask,
+    scale: float,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, Saved]:
+    """(out, lse, what the operator's backward needs). Shapes as in `attention.attention`."""
+    with _determinism(deterministic):
+        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, True, False, scale=scale
+        )
+    out, lse = take_sinks_in(out, lse.view(q.shape[:3]), sinks)
+    return out, lse, (seed, offset)
+
+
+def attend_cudnn_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    mask: Mask,
+    scale: float,
+    deterministic: bool,
+    saved: Saved,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv)."""
+    sizes = (None, None, None, mask.queries, mask.keys)
+    with _determinism(deterministic):
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse[..., None], *saved, *sizes, 0.0, True, scale=scale
+        )
+
+
+def sink_gradient(
+    dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
+) -> torch.Tensor:
+    """[heads] fp32, summed in a fixed order over chunks of queries, so that no large fp32 copy of
+    dout and out is ever held."""
+    total = torch.zeros(sinks.shape, dtype=torch.float32, device=dout.device)
+    for first in range(0, dout.shape[2], _DSINK_QUERIES):
+        chunk = slice(first, first + _DSINK_QUERIES)
+        delta = (dout[:, :, chunk].float() * out[:, :, chunk].float()).sum(-1)
+        share = torch.exp(sinks.float()[:, None] - lse[:, :, chunk])
+        total -= (share * delta).sum((0, 2))
+    return total
+
+
+def take_sinks_in(
+    out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention's out (changed in place) and lse, with the sinks as one more key."""
+    sinks = sinks.float()[:, None]
+    out.mul_(torch.sigmoid(lse - sinks)[..., None])
+    return out, torch.logaddexp(lse, sinks)
+
+
+def token_major(mask: Mask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[batch, tokens, heads, head_dim], or [batch * tokens, heads, head_dim] with documents."""
+    views = [t.transpose(1, 2) for t in tensors]
+    views = [t if t.stride(-1) == 1 else t.contiguous() for t in views]
+    if mask.documents is None:
+        return tuple(views)
+    return tuple(t.reshape(-1, *t.shape[2:]) for t in views)
+
+
+def flash_sizes(mask: Mask) -> tuple[tuple, dict[str, int]]:
+    """(cum_seq_q, cum_seq_k, max_q, max_k) and the window arguments."""
+    window = {} if mask.window is None else {"window_size_left": mask.window - 1}
+    window |= {"window_size_right": 0} if window else {}
+    end = mask.offset + mask.queries
+    if mask.documents is None:
+        return (None, None, mask.queries, end), window
+    boundaries, longest = varlen_boundaries(mask), mask.documents.longest
+    return (*boundaries, min(mask.queries, longest), min(end, longest)), window
+
+
+def varlen_boundaries(mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Document boundaries over the flattened queries and over the flattened keys up to the last
+    query's; a document that holds no query keeps an empty range of queries."""
+    assert mask.documents is not None
+    end = mask.offset + mask.queries
+    row = torch.div(mask.documents.boundaries, mask.keys, rounding_mode="floor")
+    inside = mask.documents.boundaries - row * mask.keys
+    of_queries = row * mask.queries + (inside - mask.offset).clamp(0, mask.queries)
+    of_keys = row * end + inside.clamp(max=end)
+    return of_queries.int(), of_keys.int()
+
+
+def with_unseen_keys(grad: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """`grad` with zeros for the keys after the last query, up to `shape`."""
+    missing = shape[2] - grad.shape[2]
+    return grad if missing == 0 else torch.nn.functional.pad(grad, (0, 0, 0, missing))
+
+
+@contextmanager
+def _determinism(asked: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if not asked or (before and not warn_only):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
