@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""The demo's own figures, taken from the manifests that `make demo` left in runs/demo."""
+"""A run's own figures, taken from the manifests of its four stages.
+
+benchmarks/demo.py [RUN_DIR [MACHINE [COMMAND]]]      runs/demo, cpuN, make demo
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.record import row, write
 from sparselong.run import read_manifest
 
-RUN = Path(__file__).resolve().parent.parent / "runs/demo"
 STAGES = ("01_health", "02_compress", "03_finetune", "04_eval")
 
 
-def collect(run_dir: Path) -> list[dict[str, Any]]:
-    """One row per scalar metric and stage; SystemExit where a stage is not done."""
-    rows = []
+def read_manifests(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """The stages' manifests; SystemExit where a stage is not done."""
+    manifests = {}
     for stage in STAGES:
         manifest = read_manifest(run_dir, stage)
         if manifest is None:
             sys.exit(f"{stage} is not done in {run_dir}: run make demo first")
+        manifests[stage] = manifest
+    return manifests
+
+
+def collect(manifests: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per stage's seconds, peak bytes and scalar metrics."""
+    rows = []
+    for stage, manifest in manifests.items():
         rows.append(row({"stage": stage}, "pipeline", "seconds", manifest["seconds"], "s"))
         rows += _scalars(stage, manifest["metrics"], ())
     return rows
@@ -39,4 +49,9 @@ def _scalars(stage: str, value: Any, path: tuple[str, ...]) -> list[dict[str, An
 
 
 if __name__ == "__main__":
-    print(write("demo", f"cpu{os.cpu_count()}", "make demo", collect(RUN)))
+    run_dir, machine, command = [
+        *sys.argv[1:],
+        *("runs/demo", f"cpu{os.cpu_count()}", "make demo")[len(sys.argv) - 1 :],
+    ]
+    manifests = read_manifests(Path(run_dir))
+    print(write("demo", machine, command, collect(manifests), made_on=manifests["04_eval"]))

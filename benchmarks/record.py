@@ -23,6 +23,7 @@ def write(
     command: str,
     rows: list[dict[str, Any]],
     folder: Path = RESULTS,
+    made_on: dict[str, Any] | None = None,
 ) -> Path:
     """Writes `<folder>/<subject>-<machine>-<YYYYMMDD>.json`.
 
@@ -31,15 +32,19 @@ def write(
         machine: a short name for file names, for example `h200` or `cpu2`.
         command: the command that gave these figures.
         rows: figures as `row` makes them.
+        made_on: a manifest whose `hardware` and `versions` hold, where it was not this machine.
     """
+    software = made_on or provenance.describe_software()
     document = {
         "subject": subject,
         "command": command,
-        "machine": provenance.describe_hardware(),
-        "versions": provenance.describe_software()["versions"],
+        "machine": made_on["hardware"] if made_on else provenance.describe_hardware(),
+        "versions": software["versions"],
+        "git_commit": software["git_commit"],
         "date": time.strftime("%Y-%m-%d"),
         "rows": rows,
     }
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{subject}-{machine}-{time.strftime('%Y%m%d')}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path
