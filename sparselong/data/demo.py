@@ -7,12 +7,14 @@ seen paragraphs being continued, does not know. Training rows come from training
 validation rows and multiple-choice items from held-out ones.
 
 The items have hellaswag's format and spirit: a context, its true continuation, and three
-continuations of equal length in tokens from other documents.
+continuations of equal length from other documents.
 """
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,22 @@ from sparselong.errors import StageError
 _TRAIN_ROWS = 1200
 _VALIDATION_ROWS = 130
 _LONGEST_ANSWER_CHARACTERS = 700
-_LEAST_CONTEXT_TOKENS = (40, 56)
-_LEAST_ENDING_TOKENS = (12, 20)
+_CONTEXT_TOKENS = (40, 60)
+_ENDING_TOKENS = (12, 20)
 _BRIEF_INSTRUCTION = "Answer in one sentence, without naming the parameters."
 
 Messages = list[dict[str, str]]
+# (tokens, characters) → where such endings are: document, first word, word after the last.
+_Stretches = dict[tuple[int, int], list[tuple[int, int, int]]]
+
+
+@dataclass(frozen=True)
+class _Prose:
+    """A held-out document's prose: its words and how many tokens each has after a space."""
+
+    title: str
+    words: list[str]
+    tokens: list[int]
 
 
 def write_demo_data(out_dir: Path, seed: int) -> None:
@@ -67,12 +80,13 @@ def continuation_conversations(seed: int) -> Iterator[Messages]:
         ]
 
 
-def write_hellaswag(path: Path, tokenizer: Any, seed: int, items: int = 300) -> None:
+def write_hellaswag(path: Path, tokenizer: Any, seed: int, items: int = 400) -> None:
     """Writes multiple-choice items in hellaswag's JSON lines format from held-out prose.
 
     The text has single spaces and no square brackets, since hellaswag's own preparation removes
-    what is in brackets and doubled spaces; the four endings of an item have equally many tokens
-    after a space.
+    what is in brackets and doubled spaces. The four endings of an item have equally many tokens
+    (counted after a space) and equally many characters, so that neither `acc` nor `acc_norm`, which
+    divides by the characters, can be won or lost by length.
 
     Args:
         tokenizer: anything with `encode(text, add_special_tokens=False)` that never merges across
@@ -90,10 +104,13 @@ def write_hellaswag(path: Path, tokenizer: Any, seed: int, items: int = 300) -> 
         return cache[word]
 
     chooser = random.Random(seed)
-    prose = _held_out_prose()
+    prose = [
+        _Prose(title, words, [count_tokens(word) for word in words])
+        for title, words in _held_out_prose()
+    ]
+    stretches = _index_stretches(prose)
     by_document = [
-        list(_items_of_document(number, prose, count_tokens, chooser))
-        for number in range(len(prose))
+        list(_items_of_document(number, prose, stretches, chooser)) for number in range(len(prose))
     ]
     # One from each document in turn, so that long documents do not crowd out the others.
     made = [item for turn in zip_longest(*by_document) for item in turn if item is not None]
@@ -205,64 +222,71 @@ def _clean_words(document: Document) -> list[str]:
     ]
 
 
+def _index_stretches(prose: Sequence[_Prose]) -> _Stretches:
+    """Every run of whole words that could serve as an ending, by its size."""
+    stretches: _Stretches = defaultdict(list)
+    for number, document in enumerate(prose):
+        for start in range(len(document.words)):
+            tokens, characters = 0, -1
+            for end in range(start + 1, len(document.words) + 1):
+                tokens += document.tokens[end - 1]
+                characters += 1 + len(document.words[end - 1])
+                if tokens > _ENDING_TOKENS[1]:
+                    break
+                if tokens >= _ENDING_TOKENS[0]:
+                    stretches[tokens, characters].append((number, start, end))
+    return stretches
+
+
 def _items_of_document(
-    number: int,
-    prose: list[tuple[str, list[str]]],
-    count_tokens: Callable[[str], int],
-    chooser: random.Random,
+    number: int, prose: Sequence[_Prose], stretches: _Stretches, chooser: random.Random
 ) -> Iterator[dict[str, Any]]:
-    """Cuts a document into contexts and endings that do not overlap; one item for each."""
-    title, words = prose[number]
-    position = 0
+    """Cuts a document into contexts and endings that do not overlap; one item for each.
+
+    A place whose ending has fewer than three counterparts of its size elsewhere gives no item.
+    """
+    document = prose[number]
+    end = 0
     while True:
-        middle = _advance(words, position, chooser.randint(*_LEAST_CONTEXT_TOKENS), count_tokens)
-        end = _advance(words, middle, chooser.randint(*_LEAST_ENDING_TOKENS), count_tokens)
-        if end >= len(words):
+        start = end
+        middle = _advance(document.tokens, start, chooser.randint(*_CONTEXT_TOKENS))
+        end = _advance(document.tokens, middle, chooser.randint(*_ENDING_TOKENS))
+        if end >= len(document.words):
             return
-        length_tokens = sum(map(count_tokens, words[middle:end]))
-        others = [other for index, (_, other) in enumerate(prose) if index != number]
-        endings = [_draw_ending(others, length_tokens, count_tokens, chooser) for _ in range(3)]
+        truth = " ".join(document.words[middle:end])
+        size = sum(document.tokens[middle:end]), len(truth)
+        others = {
+            " ".join(prose[other].words[first:last]): None
+            for other, first, last in stretches[size]
+            if other != number
+        }
+        others.pop(truth, None)
+        if len(others) < 3:
+            continue
+        endings = chooser.sample(list(others), 3)
         label = chooser.randrange(4)
-        endings.insert(label, " ".join(words[middle:end]))
-        context = " ".join(words[position:middle])
+        endings.insert(label, truth)
+        context = " ".join(document.words[start:middle])
         yield {
-            "activity_label": title,
+            "activity_label": document.title,
             "ctx_a": context,
             "ctx_b": "",
             "ctx": context,
             "endings": endings,
             "label": label,
-            "source_id": f"stdlib~{title}~{position}",
+            "source_id": f"stdlib~{document.title}~{start}",
             "split": "val",
             "split_type": "zeroshot",
         }
-        position = end
 
 
-def _advance(
-    words: Sequence[str], start: int, least_tokens: int, count_tokens: Callable[[str], int]
-) -> int:
-    """The first index at which words[start:index] has at least that many tokens."""
-    tokens, index = 0, start
-    while tokens < least_tokens and index < len(words):
-        tokens += count_tokens(words[index])
+def _advance(tokens: Sequence[int], start: int, least_tokens: int) -> int:
+    """The first index at which the words from `start` have at least that many tokens."""
+    total, index = 0, start
+    while total < least_tokens and index < len(tokens):
+        total += tokens[index]
         index += 1
     return index
-
-
-def _draw_ending(
-    others: Sequence[Sequence[str]],
-    length_tokens: int,
-    count_tokens: Callable[[str], int],
-    chooser: random.Random,
-) -> str:
-    """A stretch of whole words of exactly that many tokens from one of the other documents."""
-    while True:
-        words = chooser.choice(others)
-        start = chooser.randrange(len(words))
-        end = _advance(words, start, length_tokens, count_tokens)
-        if sum(map(count_tokens, words[start:end])) == length_tokens:
-            return " ".join(words[start:end])
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

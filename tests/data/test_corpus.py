@@ -133,13 +133,14 @@ def test_items_are_well_formed(items):
     assert min(by_label) > 45
 
 
-def test_endings_have_equal_token_lengths(items):
+def test_endings_have_equal_lengths(items):
     for item in items:
         lengths = {
             len(WordPieces().encode(f" {ending}", add_special_tokens=False))
             for ending in item["endings"]
         }
         assert len(lengths) == 1
+        assert len({len(ending) for ending in item["endings"]}) == 1
 
 
 def test_the_true_ending_follows_the_context_in_held_out_text(items):
