@@ -1,10 +1,12 @@
 """Sparse-Long: long-context fine-tuning of gpt-oss that stays compressed.
 
-After `import sparselong`, `AutoModelForCausalLM.from_pretrained` opens what stages 02 and 03 write.
+After `import sparselong`, `AutoModelForCausalLM.from_pretrained` opens what stages 02 and 03 write,
+and takes `attn_implementation="sparselong"` for any gpt-oss.
 Telemetry of the packages underneath is off unless the user turns it on.
 """
 
 import os
+from typing import Any
 
 from sparselong.registration import register_when_needed
 
@@ -20,3 +22,14 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 register_when_needed()
+
+_LAZY = ("attention_forward", "patch_attention")
+
+
+def __getattr__(name: str) -> Any:
+    """The doors that need torch, imported when they are asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'sparselong' has no attribute {name!r}")
+    from sparselong.model import attention
+
+    return getattr(attention, name)

@@ -1,9 +1,9 @@
-"""Registers the packed format with transformers, without making `import sparselong` slow.
+"""Registers packed format and attention with transformers, without making `import sparselong` slow.
 
 Importing torch and transformers takes seconds, and a mistyped config key should not. So where
 transformers' model code is not imported yet, the registration waits for the moment it is: a finder
-on `sys.meta_path` lets the import of `transformers.modeling_utils` run as usual and registers the
-quantizer right after it. No model can be opened before that moment.
+on `sys.meta_path` lets the import of `transformers.modeling_utils` run as usual and registers both
+right after it. No model can be opened before that moment.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _TRIGGER = "transformers.modeling_utils"
 
 def _register() -> None:
     importlib.import_module("sparselong.model.quantizer")
+    importlib.import_module("sparselong.model.attention")
 
 
 class _RegisteringLoader(importlib.abc.Loader):

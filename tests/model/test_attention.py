@@ -1,0 +1,161 @@
+"""The doors: ours against transformers' eager gpt-oss, logits and gradients, in fp32 on the CPU."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Mxfp4Config
+
+from sparselong.finetune.documents import document_masks
+from sparselong.model.attention import find_boundaries
+
+TOKENS = 90  # crosses the small model's window of 64
+
+
+def open_model(base, implementation: str):
+    model = AutoModelForCausalLM.from_pretrained(
+        base,
+        quantization_config=Mxfp4Config(dequantize=True),
+        attn_implementation=implementation,
+    )
+    return model.float().train()
+
+
+@pytest.fixture(scope="module")
+def models(untrained_base):
+    import sparselong  # noqa: F401  registers the implementation
+
+    return open_model(untrained_base, "eager"), open_model(untrained_base, "sparselong")
+
+
+def padded(lengths: list[int], side: str) -> dict:
+    ids = torch.randint(9, 2000, (len(lengths), TOKENS), generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    if side == "left":
+        mask = mask.flip(1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+def compare(models, inputs: list[dict], real: torch.Tensor) -> None:
+    """Same logits on real tokens and same gradient of every parameter, sinks included."""
+    outcomes = []
+    for model, given in zip(models, inputs, strict=True):
+        model.zero_grad()
+        logits = model(**given, use_cache=False).logits[real]
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+        (logits * weights).sum().backward()
+        outcomes.append((logits.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    (wanted, wanted_grads), (got, got_grads) = outcomes
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    for name, gradient in wanted_grads.items():
+        if gradient is not None:
+            assert (got_grads[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+    assert got_grads["model.layers.0.self_attn.sinks"].abs().sum() > 0
+
+
+def test_without_padding(models):
+    given = padded([TOKENS, TOKENS], "right")
+    compare(models, [{"input_ids": given["input_ids"]}] * 2, given["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(models, side):
+    given = padded([TOKENS, 17, 71], side)
+    compare(models, [given] * 2, given["attention_mask"].bool())
+
+
+def test_packing_by_position_ids(models):
+    """Ours from position ids alone; eager needs the prepared masks, and ours takes those too."""
+    eager, ours = models
+    ids = padded([TOKENS], "right")["input_ids"]
+    positions = torch.cat([torch.arange(n) for n in (1, 40, 1, 48)])[None]
+    masks = document_masks(eager.config, positions, torch.float32)
+    plain = {"input_ids": ids, "position_ids": positions}
+    real = torch.ones_like(ids, dtype=torch.bool)
+    compare(models, [{**plain, "attention_mask": masks}, plain], real)
+    compare(models, [{**plain, "attention_mask": masks}] * 2, real)
+    with torch.no_grad():  # and the boundaries matter
+        apart, together = ours(**plain).logits, ours(ids).logits
+    assert (apart - together).norm() > 1e-3 * together.norm()
+
+
+@pytest.mark.parametrize("lengths", [[12], [12, 5]])
+def test_generate_with_a_cache_gives_the_same_tokens(models, lengths):
+    ids = torch.randint(9, 2000, (len(lengths), 12), generator=torch.Generator().manual_seed(3))
+    mask = torch.stack([(torch.arange(12) >= 12 - n).long() for n in lengths])
+    eager, ours = (
+        model.eval().generate(
+            ids, attention_mask=mask, max_new_tokens=80, do_sample=False, eos_token_id=[]
+        )
+        for model in models
+    )
+    assert eager.shape[1] == 92 and torch.equal(eager, ours)
+
+
+def test_boundaries_by_hand():
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    assert find_boundaries(None, None, 2, 6, 6) is None
+    assert find_boundaries(torch.ones(2, 6), None, 2, 6, 6) is None
+    assert find_boundaries(mask, None, 1, 6, 6).tolist() == [0, 2, 6]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
+    assert find_boundaries(None, positions, 1, 6, 6).tolist() == [0, 3, 5, 6]
+    assert find_boundaries(None, torch.arange(6)[None], 1, 6, 6) is None
+    assert find_boundaries(mask, torch.tensor([[1, 1, 0, 1, 0, 1]]), 1, 6, 6).tolist() == [
+        0,
+        2,
+        4,
+        6,
+    ]
+    assert find_boundaries(mask, torch.tensor([[9]]), 1, 1, 6).tolist() == [0, 2, 6]
+    square = torch.tril(torch.ones(4, 4)).bool()
+    square[2:, :2] = False
+    assert find_boundaries(square[None, None], None, 1, 4, 4).tolist() == [0, 2, 4]
+    additive = torch.where(square, 0.0, -1e9)[None, None]
+    assert find_boundaries(additive, None, 1, 4, 4).tolist() == [0, 2, 4]
+    last = torch.tensor([[False, False, True, True]])[None, None]
+    assert find_boundaries(last, None, 1, 1, 4).tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["sparselong.patch_attention()", "m.eager_attention_forward = sparselong.attention_forward"],
+)
+def test_one_line_patches(untrained_base, line):
+    """Eager's own masks arrive, and the same logits come out, by our function."""
+    script = f"""
+import torch, sparselong
+from transformers import AutoModelForCausalLM
+from transformers.models.gpt_oss import modeling_gpt_oss as m
+from sparselong.model.loading import load_model
+from pathlib import Path
+model = load_model(Path({str(untrained_base)!r}))
+ids = torch.arange(10, 100)[None].repeat(2, 1)
+mask = torch.ones_like(ids); mask[1, :30] = 0
+before = model(ids, attention_mask=mask).logits
+calls = []
+original = sparselong.attention_forward
+{line}
+patched = m.eager_attention_forward
+assert patched is original
+m.eager_attention_forward = lambda *a, **k: calls.append(1) or patched(*a, **k)
+after = model(ids, attention_mask=mask).logits
+assert len(calls) == 4
+assert (after - before)[mask.bool()].norm() <= 1e-5 * before[mask.bool()].norm()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_dropout_is_refused(models):
+    model = models[1]
+    model.config.attention_dropout = 0.1
+    layer = model.model.layers[0].self_attn
+    before, layer.attention_dropout = layer.attention_dropout, 0.1
+    try:
+        with pytest.raises(ValueError, match="dropout"):
+            model.train()(torch.tensor([[1, 2, 3]]))
+    finally:
+        layer.attention_dropout = before
