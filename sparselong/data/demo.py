@@ -26,7 +26,7 @@ _TRAIN_ROWS = 1200
 _VALIDATION_ROWS = 130
 _LONGEST_ANSWER_CHARACTERS = 700
 _CONTEXT_TOKENS = (40, 60)
-_ENDING_TOKENS = (12, 20)
+_ENDING_TOKENS = (12, 16)
 _BRIEF_INSTRUCTION = "Answer in one sentence, without naming the parameters."
 
 Messages = list[dict[str, str]]
