@@ -79,10 +79,15 @@ def run_trainer(stage: Stage, command: Sequence[str]) -> None:
 
 
 def _environment(stage: Stage) -> dict[str, str]:
-    """Everything is local by now, so the hub is left alone; caches stay in the run directory."""
+    """Everything is local by now, so the hub is left alone; caches stay in the run directory.
+
+    Threads that wait sleep instead of spinning: where other programs want the processor too, a
+    spinning wait for a thread that is not running costs up to 60 times the work itself.
+    """
     root = str(Path(sparselong.__file__).parents[1])
     paths = [root, os.environ.get("PYTHONPATH", "")]
     environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
