@@ -155,8 +155,8 @@ def measure_errors(runs: dict[str, Run]) -> tuple[list[dict], set[str]]:
                 continue
             out = run(*leaves[:4], window)
             got = [out, *torch.autograd.grad(out, leaves[:4], leaves[4])]
-            pairs = zip(got, expected, strict=True)
-            errors[name] = [float((g.double() - e).norm() / e.norm()) for g, e in pairs]
+            pairs = zip((g.double() for g in got), expected, strict=True)
+            errors[name] = [float((g - e).detach().norm() / e.detach().norm()) for g, e in pairs]
         for name, values in errors.items():
             case = {"kind": kind_of(window), "tokens": 2048, "packed": False}
             for what, value in zip(("out", "dq", "dk", "dv", "dsinks"), values, strict=True):
@@ -223,6 +223,23 @@ def measure_speed(run: Run, name: str, tokens: int, window: int | None, packed: 
     return rows
 
 
+def measure_decode(name: str, keys: int, window: int | None) -> list[dict]:
+    """Rows of one query against a long cache; for what goes through the public function."""
+    q, k, v, sinks, _ = (t.detach() for t in draw(keys))
+    query = q[:, :, -1:]
+
+    def step() -> object:
+        return attention(
+            query, k, v, sinks, window=window, query_offset=keys - 1,
+            backend=None if name == "chosen" else name,
+        )  # fmt: skip
+
+    case = {"kind": kind_of(window), "tokens": keys, "packed": False, "queries": 1}
+    ms = time_ms(step)
+    print(f"{kind_of(window):6} decode {keys:6} {name:12} {ms:8.3f} ms", file=sys.stderr)
+    return [row(case, name, "forward_ms", ms, "ms")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -247,8 +264,14 @@ def main() -> None:
                 for name, run in runs.items():
                     if name not in failed and not skips(name, window, packed, tokens):
                         rows += measure_speed(run, name, tokens, window, packed)
+        for name in runs:
+            if name in (*OURS, "chosen") and name != "torch_cudnn":
+                rows += measure_decode(name, 16384, window)
     machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
-    command = "python3 benchmarks/attention.py " + " ".join(sys.argv[1:])
+    command = (
+        f"python3 benchmarks/attention.py --backends {' '.join(args.backends)} "
+        f"--tokens {' '.join(map(str, args.tokens))}"
+    )
     print(write("attention", machine, command, rows, args.folder))
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,58 +16,50 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from triton.testing import do_bench
 
+from benchmarks.attention import pack
+from benchmarks.record import RESULTS, row, write
 from sparselong.kernels import attention_tiles, attention_triton
-from sparselong.kernels.attention_mask import Mask
+from sparselong.kernels.attention_mask import Mask, find_documents
 from sparselong.kernels.attention_tiles import Tile
 
 Job = tuple[str, str, Tile]
 
 
-# (rows, keys, warps, stages) that neither spill heavily nor overflow shared memory on sm_90.
+# Of (rows, keys, warps, stages): grids that neither spill heavily nor overflow shared memory.
 _SHAPES = {
-    ("forward", "full"): (((128,), (64, 128), (4, 8), (2, 3, 4)), ((64,), (64, 128), (4,), (2, 3))),
-    ("dq", "full"): (((128,), (32, 64, 128), (8,), (1, 2, 3)), ((64,), (64, 128), (4,), (1, 2, 3))),
-    ("dkdv", "full"): (
-        ((64, 128), (64, 128), (8,), (1, 2, 3)),
-        ((32,), (128,), (4, 8), (2, 3)),
-        ((32, 64), (64,), (4,), (2, 3)),
-    ),
-    ("forward", "window"): (
-        ((128,), (32, 64, 128), (4, 8), (2, 3)),
-        ((64,), (32, 64, 128), (4,), (1, 2, 3)),
-        ((256,), (32, 64), (8,), (2, 3)),
-    ),
-    ("dq", "window"): (
-        ((128,), (32, 64, 128), (4, 8), (1, 2, 3)),
-        ((64,), (32, 64, 128), (4,), (1, 2, 3)),
-        ((256,), (32, 64), (8,), (1, 2)),
-    ),
-    ("dkdv", "window"): (
-        ((64, 128), (32, 64, 128), (8,), (1, 2, 3)),
-        ((32, 64), (32, 64, 128), (4,), (1, 2, 3)),
-    ),
+    "forward": (((128,), (32, 64, 128), (4, 8), (2, 3)), ((64,), (32, 64), (4,), (2, 3))),
+    "dq": (((128,), (32, 64), (8,), (2, 3)), ((64,), (32, 64, 128), (4,), (2, 3))),
+    "dkdv": (((64, 128), (64, 128), (8,), (2, 3)), ((32, 64), (64, 128), (4,), (2, 3))),
+}
+_LAYOUTS = {  # (heads a tile, three loops)
+    "full": ((1, True), (8, True), (8, False)),
+    "packed": ((1, True), (1, False), (8, True), (8, False)),
+    "window": ((8, False),),
 }
 
 
-def list_candidates() -> list[Job]:
+def list_candidates(kinds: list[str]) -> list[Job]:
     """(stage, kind, tile) for every tile worth compiling."""
-    jobs = []
-    for (stage, kind), grids in _SHAPES.items():
-        heads = 8 if kind == "window" else 1
-        for grid in grids:
-            jobs += [(stage, kind, Tile(*t, heads=heads)) for t in itertools.product(*grid)]
-    return jobs
+    return [
+        (stage, kind, Tile(*shape, heads=heads, split=split))
+        for stage, grids in _SHAPES.items()
+        for kind in kinds
+        for heads, split in _LAYOUTS[kind]
+        for grid in grids
+        for shape in itertools.product(*grid)
+    ]
 
 
 def prepare(kind: str, tokens: int) -> tuple:
-    """Random inputs in gpt-oss's shape, their forward pass, and the mask."""
+    """Random inputs in gpt-oss's shape, their upstream gradient, and the mask."""
     torch.manual_seed(0)
     shape = {"device": "cuda", "dtype": torch.bfloat16}
     q, dout = (torch.randn(1, tokens, 64, 64, **shape).transpose(1, 2) for _ in range(2))
     k, v = (torch.randn(1, tokens, 8, 64, **shape).transpose(1, 2) for _ in range(2))
     sinks = torch.randn(64, device="cuda")
-    mask = Mask(1, tokens, tokens, 0, 128 if kind == "window" else None, None)
-    return dout, q, k, v, sinks, mask
+    documents = find_documents(pack(tokens), 1, tokens) if kind == "packed" else None
+    window = 128 if kind == "window" else None
+    return dout, q, k, v, sinks, Mask(1, tokens, tokens, 0, window, documents)
 
 
 def make_call(stage: str, inputs: tuple, out: torch.Tensor, lse: torch.Tensor):
@@ -77,7 +68,9 @@ def make_call(stage: str, inputs: tuple, out: torch.Tensor, lse: torch.Tensor):
     if stage == "forward":
         return lambda: attention_triton.attend(q, k, v, sinks, mask, 0.125, True)
     if stage == "dq":
-        return lambda: attention_triton.launch_dq(dout, q, k, v, sinks, out, lse, mask, 0.125)
+        return lambda: attention_triton.launch_dq(
+            dout, q, k, v, sinks, out, lse, mask, 0.125, False
+        )
     delta = torch.zeros_like(lse)
     return lambda: attention_triton.launch_dkdv(dout, q, k, v, lse, delta, mask, 0.125)
 
@@ -105,27 +98,32 @@ def compile_one(job: Job) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--kinds", nargs="+", default=list(_LAYOUTS), choices=list(_LAYOUTS))
     parser.add_argument("--workers", type=int, default=14)
-    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
     args = parser.parse_args()
-    jobs = list_candidates()
+    jobs = list_candidates(args.kinds)
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         errors = list(pool.map(compile_one, jobs, chunksize=2))
     rows = []
-    cases = {kind: prepare(kind, args.tokens) for kind in ("full", "window")}
+    cases = {kind: prepare(kind, args.tokens) for kind in args.kinds}
     made = {k: attention_triton.attend(*c[1:], 0.125, True)[:2] for k, c in cases.items()}
     for (stage, kind, tile), error in zip(jobs, errors, strict=True):
-        ms = None
-        if error is None:
-            use(stage, kind, tile)
-            call = make_call(stage, cases[kind], *made[kind])
-            ms = do_bench(call, warmup=5, rep=25, return_mode="median")
-        rows.append({"stage": stage, "kind": kind, "tile": vars(tile), "ms": ms, "error": error})
-    args.out.write_text(json.dumps(rows))
-    for stage, kind in itertools.product(("forward", "dq", "dkdv"), ("full", "window")):
-        own = [r for r in rows if (r["stage"], r["kind"]) == (stage, kind) and r["ms"]]
-        for best in sorted(own, key=lambda r: r["ms"])[:6]:
-            print(stage, kind, f"{best['ms']:.3f} ms", best["tile"])
+        if error is not None:
+            print(stage, kind, tile, error, file=sys.stderr)
+            continue
+        use(stage, kind, tile)
+        call = make_call(stage, cases[kind], *made[kind])
+        ms = do_bench(call, warmup=5, rep=25, return_mode="median")
+        case = {"stage": stage, "kind": kind, "tokens": args.tokens, "tile": vars(tile)}
+        rows.append(row(case, "triton", "ms", ms, "ms"))
+    machine = torch.cuda.get_device_name().split()[-1].lower()
+    command = f"python3 benchmarks/attention_tiles.py --kinds {' '.join(args.kinds)}"
+    print(write("attention_tiles", machine, command, rows, args.folder))
+    for stage, kind in itertools.product(_SHAPES, args.kinds):
+        own = [r for r in rows if (r["case"]["stage"], r["case"]["kind"]) == (stage, kind)]
+        for best in sorted(own, key=lambda r: r["value"])[:6]:
+            print(stage, kind, f"{best['value']:.3f} ms", best["case"]["tile"])
 
 
 if __name__ == "__main__":

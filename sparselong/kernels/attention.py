@@ -67,8 +67,8 @@ def attention(
         dropout: must be 0.
         backend: "triton", "torch_flash", "torch_cudnn", "flash_attn" or "reference"; None: the
             fastest measured one that can take the call (`choose_backend`).
-        deterministic: torch's and flash-attn's backward passes in their deterministic form, which
-            is slower. "triton" is always deterministic.
+        deterministic: FlashAttention-2's backward pass in its deterministic form, which is slower,
+            and no "torch_cudnn", which has none. "triton" is always deterministic.
 
     Returns:
         out: [batch, heads, queries, 64] in q's dtype, laid out as [batch, queries, heads, 64].
@@ -84,7 +84,10 @@ def attention(
     _check_numbers(window, scale, query_offset, dropout, backend)
     mask = _make_mask(q, k, cu_seqlens, window, query_offset)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = _require_backend(backend, mask, q) if backend else choose_backend(mask, q)
+    if backend is None:
+        name = choose_backend(mask, q, deterministic)
+    else:
+        name = _require_backend(backend, mask, q, deterministic)
     if name == "reference":
         document = None if mask.documents is None else mask.documents.starts
         return attention_reference(
@@ -94,7 +97,7 @@ def attention(
     return _Attention.apply(q, k, v, sinks, mask, scale, name, deterministic)  # pyright: ignore[reportReturnType]
 
 
-def choose_backend(mask: Mask, q: torch.Tensor) -> str:
+def choose_backend(mask: Mask, q: torch.Tensor, deterministic: bool = False) -> str:
     """The backend that `backend=None` takes: the table's first that can take the call.
 
     Raises:
@@ -104,7 +107,7 @@ def choose_backend(mask: Mask, q: torch.Tensor) -> str:
     row = rank_backends(_architecture(q.device), kind, mask.documents is not None, mask.keys)
     refusals = []
     for name in row.order:
-        refusal = None if name == "reference" else _backend(name).refuse(mask, q)
+        refusal = None if name == "reference" else _backend(name).refuse(mask, q, deterministic)
         if refusal is None:
             return name
         refusals.append(f"{name}: {refusal}")
@@ -112,12 +115,11 @@ def choose_backend(mask: Mask, q: torch.Tensor) -> str:
 
 
 class Backend(NamedTuple):
-    """What a backend offers; `gives_dsinks`: its backward returns the sinks' gradient as well."""
+    """What a backend offers."""
 
-    refuse: Callable[[Mask, torch.Tensor], str | None]
+    refuse: Callable[[Mask, torch.Tensor, bool], str | None]
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]]
-    attend_backward: Callable[..., tuple[torch.Tensor, ...]]
-    gives_dsinks: bool
+    attend_backward: Callable[..., tuple[torch.Tensor | None, ...]]
 
 
 class _Attention(torch.autograd.Function):
@@ -144,16 +146,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, sinks, out, lse, *saved = ctx.saved_tensors
-        backend = _backend(ctx.backend)
         with torch.cuda.device_of(q):
-            grads = backend.attend_backward(dout, q, k, v, sinks, out, lse, *ctx.call, tuple(saved))
-            dsinks = grads[3] if backend.gives_dsinks else None
-            if dsinks is None and ctx.needs_input_grad[3]:
-                from sparselong.kernels.attention_torch import sink_gradient
-
-                dsinks = sink_gradient(dout, out, lse, sinks)
+            *grads, dsinks = _backend(ctx.backend).attend_backward(
+                *(dout, q, k, v, sinks, out, lse, *ctx.call, tuple(saved)),
+                needs_dsinks=ctx.needs_input_grad[3],
+            )
         dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
-        return *grads[:3], dsinks, None, None, None, None
+        return *grads, dsinks, None, None, None, None
 
 
 @functools.cache
@@ -162,28 +161,26 @@ def _backend(name: str) -> Backend:
     if name == "triton":
         from sparselong.kernels import attention_triton as ours
 
-        return Backend(ours.refuse, ours.attend, ours.attend_backward, True)
+        return Backend(ours.refuse, ours.attend, ours.attend_backward)
     if name == "flash_attn":
         from sparselong.kernels import attention_flash_attn as package
 
-        return Backend(package.refuse, package.attend, package.attend_backward, False)
+        return Backend(package.refuse, package.attend, package.attend_backward)
     from sparselong.kernels import attention_torch as theirs
 
     if name == "torch_flash":
-        return Backend(
-            theirs.refuse_flash, theirs.attend_flash, theirs.attend_flash_backward, False
-        )
-    return Backend(theirs.refuse_cudnn, theirs.attend_cudnn, theirs.attend_cudnn_backward, False)
+        return Backend(theirs.refuse_flash, theirs.attend_flash, theirs.attend_flash_backward)
+    return Backend(theirs.refuse_cudnn, theirs.attend_cudnn, theirs.attend_cudnn_backward)
 
 
-def _require_backend(name: str, mask: Mask, q: torch.Tensor) -> str:
+def _require_backend(name: str, mask: Mask, q: torch.Tensor, deterministic: bool) -> str:
     if name == "reference":
         return name
     if q.device.type != "cuda":
         raise ValueError(f"backend: {name} with {q.device.type} tensors; allowed: reference")
     if q.shape[-1] != HEAD_DIM:
         raise ValueError(f"head_dim: {q.shape[-1]}; allowed with {name}: {HEAD_DIM}")
-    refusal = _backend(name).refuse(mask, q)
+    refusal = _backend(name).refuse(mask, q, deterministic)
     if refusal is not None:
         raise ValueError(f"{refusal} with backend {name}")
     return name

@@ -25,19 +25,33 @@ class Row:
     evidence: str
 
 
+# Forward + backward, bf16, 64/8 heads, head_dim 64, batch 1: benchmarks/results/attention-h200-*.
 MEASURED: dict[str, tuple[Row, ...]] = {
     "sm_90": (
-        Row("full", False, NO_LIMIT, ("torch_cudnn", "triton", "torch_flash"), "H200"),
-        Row("full", True, NO_LIMIT, ("triton", "torch_flash"), "H200"),
-        Row("window", False, NO_LIMIT, ("triton", "torch_flash"), "H200"),
-        Row("window", True, NO_LIMIT, ("triton", "torch_flash"), "H200"),
+        Row(
+            *("full", False, NO_LIMIT, ("torch_cudnn", "triton", "torch_flash")),
+            "H200, 16,384 tokens: torch_cudnn 17.9 ms, triton 21.4, torch_flash 27.4",
+        ),
+        Row(
+            *("full", True, NO_LIMIT, ("triton", "torch_flash")),
+            "H200, 16,384 tokens, documents of 1,024 on average: triton 3.1 ms, torch_flash 4.0",
+        ),
+        Row(
+            *("window", False, NO_LIMIT, ("triton", "torch_flash")),
+            "H200, 16,384 tokens, window 128: triton 0.99 ms, torch_flash 2.08",
+        ),
+        Row(
+            *("window", True, NO_LIMIT, ("triton", "torch_flash")),
+            "H200, 16,384 tokens, window 128, documents: triton 1.05 ms, torch_flash 2.39",
+        ),
     ),
 }
+_NOT_TIMED = "not timed on this architecture"
 _UNMEASURED = (
-    Row("full", False, NO_LIMIT, ("torch_flash", "triton"), "not measured on this GPU"),
-    Row("full", True, NO_LIMIT, ("torch_flash", "triton"), "not measured on this GPU"),
-    Row("window", False, NO_LIMIT, ("triton", "torch_flash"), "not measured on this GPU"),
-    Row("window", True, NO_LIMIT, ("triton", "torch_flash"), "not measured on this GPU"),
+    Row("full", False, NO_LIMIT, ("torch_flash", "triton"), _NOT_TIMED),
+    Row("full", True, NO_LIMIT, ("torch_flash", "triton"), _NOT_TIMED),
+    Row("window", False, NO_LIMIT, ("triton", "torch_flash"), _NOT_TIMED),
+    Row("window", True, NO_LIMIT, ("triton", "torch_flash"), _NOT_TIMED),
 )
 
 
@@ -59,6 +73,9 @@ def rank_backends(architecture: str, kind: str, packed: bool, keys: int) -> Row:
 
 
 def describe_choice(architecture: str, packed: bool, keys: int) -> dict[str, str]:
-    """For each layer kind, the backend that `backend=None` takes and why; for the health report."""
+    """For each layer kind, the backend that `backend=None` takes in training with bf16, and why.
+
+    For the health report: {"full": "torch_cudnn (H200, ...)", "window": "triton (...)"}.
+    """
     rows = {kind: rank_backends(architecture, kind, packed, keys) for kind in ("full", "window")}
     return {kind: f"{row.order[0]} ({row.evidence})" for kind, row in rows.items()}

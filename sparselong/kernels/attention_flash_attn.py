@@ -15,11 +15,11 @@ from sparselong.kernels import attention_torch as shared
 from sparselong.kernels.attention_mask import Documents, Mask
 
 
-def refuse(mask: Mask, q: torch.Tensor) -> str | None:
+def refuse(mask: Mask, q: torch.Tensor, deterministic: bool) -> str | None:
     """Why flash-attn cannot take the call, or None."""
     if importlib.util.find_spec("flash_attn") is None:
         return "backend: flash_attn is not installed; allowed: an installed one"
-    return shared.refuse_flash(mask, q)
+    return shared.refuse_flash(mask, q, deterministic)
 
 
 def attend(
@@ -63,14 +63,16 @@ def attend_backward(
     scale: float,
     deterministic: bool,
     saved: shared.Saved,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv)."""
+    needs_dsinks: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dq, dk, dv, dsinks in fp32 where needed)."""
     from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
         _flash_attn_varlen_backward,
     )
 
     mask = _as_packed(mask, q.device)
     shape = k.shape
+    dsinks = shared.sink_gradient(dout, out, lse, sinks) if needs_dsinks else None
     end = mask.offset + mask.queries
     q, k, v = shared.token_major(mask, q, k[:, :, :end], v[:, :, :end])
     dout, out = shared.token_major(mask, dout, out)
@@ -86,7 +88,7 @@ def attend_backward(
         rng_state=saved[0],
     )
     dq, dk, dv = (g.view(mask.batch, -1, *g.shape[-2:]).transpose(1, 2) for g in grads)
-    return dq, shared.with_unseen_keys(dk, shape), shared.with_unseen_keys(dv, shape)
+    return dq, shared.with_unseen_keys(dk, shape), shared.with_unseen_keys(dv, shape), dsinks
 
 
 def _as_packed(mask: Mask, device: torch.device) -> Mask:

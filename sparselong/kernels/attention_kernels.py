@@ -8,8 +8,9 @@ of them lie inside the window.
 Which keys query i of position p = offset + i sees: floor(p) <= j <= p, where floor is the start of
 p's document (array `starts`, by position) or p - window + 1, whichever is later. Both ends grow
 with p, so a tile's keys are one range [low, high), and a key block's queries are one range as well.
-A full layer's range splits into a masked head (documents begin in it), a middle that needs no mask,
-and a masked tail (the diagonal). A window's range is short and masked throughout.
+With SPLIT the range is taken in three parts: a masked head (documents begin in it), a middle that
+needs no mask, and a masked tail (the diagonal). Without, it is masked throughout, in one loop: a
+window's range is short, and a loop of few steps spends its time starting.
 
 The forward pass keeps scores in base 2 (exp2 is one instruction), starts its running maximum at a
 finite -1e30 so that a row that has seen no key yet gives no NaN, and takes the sink in at the end:
@@ -42,7 +43,7 @@ def _load_rows(base, row_offsets, real, dim, MASKED: tl.constexpr):
 @triton.jit
 def _key_ranges(
     starts, first, last, offset, keys, window,
-    KEYS: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    KEYS: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The tile's keys as (low, unmasked from, unmasked until, high).
 
@@ -56,6 +57,7 @@ def _key_ranges(
         latest = tl.load(starts + offset + last)
     if HAS_WINDOW:
         low = tl.minimum(tl.maximum(low, offset + first - window + 1), high)
+    if not SPLIT:
         return low, low, low, high
     clear = low + tl.cdiv(latest - low, KEYS) * KEYS
     until = tl.minimum(offset + first + 1, keys)
@@ -99,7 +101,8 @@ def forward_kernel(
     stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
     heads, queries, keys, offset, window, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    D: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one tile. Grid: (query tiles, heads / HEADS, batch), last queries first."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
@@ -128,13 +131,13 @@ def forward_kernel(
         floor = tl.maximum(floor, position - window + 1)
 
     low, clear, until, high = _key_ranges(
-        starts, first, last, offset, keys, window, KEYS, HAS_DOCS, HAS_WINDOW
+        starts, first, last, offset, keys, window, KEYS, HAS_DOCS, HAS_WINDOW, SPLIT
     )
     scale2 = scale * LOG2E
     acc = tl.zeros([HEADS * QUERIES, D], tl.float32)
     top = tl.full([HEADS * QUERIES], NO_KEY_YET, tl.float32)
     total = tl.zeros([HEADS * QUERIES], tl.float32)
-    if not HAS_WINDOW:
+    if SPLIT:
         if HAS_DOCS:
             acc, top, total = _forward_step(
                 acc, top, total, q, k_base, v_base, low, clear, stride_kt, stride_vt,
@@ -164,11 +167,12 @@ def forward_kernel(
 
 @triton.jit
 def _dq_step(
-    dq, q, do, lse2, delta, k_base, v_base, begin, end, stride_kt, stride_vt,
+    dq, inner, q, do, lse2, delta, k_base, v_base, begin, end, stride_kt, stride_vt,
     position, floor, keys, scale2,
-    KEYS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SINK_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, without its last factor `scale`, over keys [begin, end)."""
+    """dq, without its last factor `scale`, and rowsum(P * dP) over keys [begin, end)."""
     dim = tl.arange(0, D)
     column = tl.arange(0, KEYS)
     for start in range(begin, end, KEYS):
@@ -183,9 +187,11 @@ def _dq_step(
         if MASKED:
             seen = (key[None, :] <= position[:, None]) & (key[None, :] >= floor[:, None])
             p = tl.where(seen & real[None, :], p, 0.0)
+        if SINK_GRADIENT:
+            inner += tl.sum(p * dp, 1)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq
+    return dq, inner
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -197,11 +203,14 @@ def dq_kernel(
     stride_gb, stride_gh, stride_gt, stride_db, stride_dh, stride_dt,
     heads, queries, keys, offset, window, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    D: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr,
+    SINK_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile, delta = rowsum(dO * O) for the next kernel, and this tile's share of dsink.
 
     Grid as `forward_kernel`. `dsink_ptr` is [batch, heads, query tiles], summed by the launcher.
+    The sink's gradient takes delta as rowsum(P * dP), all fp32: out was rounded when it was stored,
+    and in a sum over thousands of rows that nearly cancels, the rounding would be what one sees.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     first = tile * QUERIES
@@ -230,11 +239,6 @@ def dq_kernel(
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + statistics, delta, mask=real)
     lse2 = tl.load(lse_ptr + statistics, mask=real, other=float("inf")) * LOG2E
-    sink2 = tl.load(sink_ptr + row_head).to(tl.float32) * LOG2E
-    dsink = tl.reshape(-tl.math.exp2(sink2 - lse2) * delta, [HEADS, QUERIES])
-    tile_heads = batch * heads + head + tl.arange(0, HEADS)
-    tl.store(dsink_ptr + tile_heads * tl.num_programs(0) + tile, tl.sum(dsink, 1))
-
     kv_head = (head // GROUP).to(tl.int64)
     k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
     v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
@@ -247,24 +251,30 @@ def dq_kernel(
         floor = tl.maximum(floor, position - window + 1)
 
     low, clear, until, high = _key_ranges(
-        starts, first, last, offset, keys, window, KEYS, HAS_DOCS, HAS_WINDOW
+        starts, first, last, offset, keys, window, KEYS, HAS_DOCS, HAS_WINDOW, SPLIT
     )
     scale2 = scale * LOG2E
     dq = tl.zeros([HEADS * QUERIES, D], tl.float32)
-    if not HAS_WINDOW:
+    inner = tl.zeros([HEADS * QUERIES], tl.float32)
+    if SPLIT:
         if HAS_DOCS:
-            dq = _dq_step(
-                dq, q, do, lse2, delta, k_base, v_base, low, clear, stride_kt, stride_vt,
-                position, floor, keys, scale2, KEYS, D, True, PRECISION,
+            dq, inner = _dq_step(
+                dq, inner, q, do, lse2, delta, k_base, v_base, low, clear, stride_kt, stride_vt,
+                position, floor, keys, scale2, KEYS, D, True, SINK_GRADIENT, PRECISION,
             )  # fmt: skip
-        dq = _dq_step(
-            dq, q, do, lse2, delta, k_base, v_base, clear, until, stride_kt, stride_vt,
-            position, floor, keys, scale2, KEYS, D, False, PRECISION,
+        dq, inner = _dq_step(
+            dq, inner, q, do, lse2, delta, k_base, v_base, clear, until, stride_kt, stride_vt,
+            position, floor, keys, scale2, KEYS, D, False, SINK_GRADIENT, PRECISION,
         )  # fmt: skip
-    dq = _dq_step(
-        dq, q, do, lse2, delta, k_base, v_base, until, high, stride_kt, stride_vt,
-        position, floor, keys, scale2, KEYS, D, True, PRECISION,
+    dq, inner = _dq_step(
+        dq, inner, q, do, lse2, delta, k_base, v_base, until, high, stride_kt, stride_vt,
+        position, floor, keys, scale2, KEYS, D, True, SINK_GRADIENT, PRECISION,
     )  # fmt: skip
+    if SINK_GRADIENT:
+        sink2 = tl.load(sink_ptr + row_head).to(tl.float32) * LOG2E
+        dsink = tl.reshape(-tl.math.exp2(sink2 - lse2) * inner, [HEADS, QUERIES])
+        tile_heads = batch * heads + head + tl.arange(0, HEADS)
+        tl.store(dsink_ptr + tile_heads * tl.num_programs(0) + tile, tl.sum(dsink, 1))
     d_base = dq_ptr + batch * stride_db + wide_head * stride_dh + at * stride_dt
     d_rows = (row // QUERIES) * stride_dh + (row % QUERIES) * stride_dt
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
@@ -321,7 +331,7 @@ def _dkdv_step(
 @triton.jit
 def _query_ranges(
     ends, first, last, offset, queries, window,
-    QUERIES: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The key block's queries as (low, unmasked from, unmasked until, high).
 
@@ -335,6 +345,7 @@ def _query_ranges(
         sure = tl.minimum(sure, tl.load(ends + first) - offset)
     if HAS_WINDOW:
         high = tl.minimum(high, last + window - offset)
+    if not SPLIT:
         return low, low, low, high
     clear = low + tl.cdiv(tl.maximum(last - offset - low, 0), QUERIES) * QUERIES
     until = clear + tl.maximum(sure - clear, 0) // QUERIES * QUERIES
@@ -350,7 +361,8 @@ def dkdv_kernel(
     stride_ab, stride_ah, stride_at, stride_bb, stride_bh, stride_bt,
     heads, queries, keys, offset, window, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    D: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key block, over all heads of its group. Grid: (key blocks, KV heads, batch).
 
@@ -374,7 +386,7 @@ def dkdv_kernel(
     if HAS_DOCS:
         until_position = tl.load(ends + key, mask=real, other=0)
     low, clear, until, high = _query_ranges(
-        ends, first, last, offset, queries, window, QUERIES, HAS_DOCS, HAS_WINDOW
+        ends, first, last, offset, queries, window, QUERIES, HAS_DOCS, HAS_WINDOW, SPLIT
     )
     scale2 = scale * LOG2E
     dk = tl.zeros([KEYS, D], tl.float32)
@@ -385,7 +397,7 @@ def dkdv_kernel(
         do_base = do_ptr + batch * stride_gb + head * stride_gh
         lse_base = lse_ptr + (batch * heads + head) * queries
         delta_base = delta_ptr + (batch * heads + head) * queries
-        if not HAS_WINDOW:
+        if SPLIT:
             dk, dv = _dkdv_step(
                 dk, dv, k, v, q_base, do_base, lse_base, delta_base, low, clear,
                 stride_qh, stride_qt, stride_gh, stride_gt,

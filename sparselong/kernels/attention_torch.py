@@ -10,8 +10,9 @@ P = exp(scores - lse') and rowsum(dO * out). The sink's own gradient is
 -sum(exp(s - lse') * rowsum(dO * out)).
 
 FlashAttention-2 aligns its causal mask at the last query and last key, so a query offset is served
-by leaving away the keys after the last query. cuDNN's operator has no window, no documents and no
-offset. With `deterministic` both run under torch's deterministic algorithms.
+by leaving away the keys after the last query; with `deterministic` it runs under torch's
+deterministic algorithms. cuDNN's operator has no window, no documents, no offset and no
+deterministic backward.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Saved = tuple[torch.Tensor, ...]
 _DSINK_QUERIES = 2048
 
 
-def refuse_flash(mask: Mask, q: torch.Tensor) -> str | None:
+def refuse_flash(mask: Mask, q: torch.Tensor, deterministic: bool) -> str | None:
     """Why FlashAttention-2 cannot take the call, or None."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"q: {q.dtype}; allowed: torch.bfloat16, torch.float16"
@@ -37,7 +38,7 @@ def refuse_flash(mask: Mask, q: torch.Tensor) -> str | None:
     return None
 
 
-def refuse_cudnn(mask: Mask, q: torch.Tensor) -> str | None:
+def refuse_cudnn(mask: Mask, q: torch.Tensor, deterministic: bool) -> str | None:
     """Why cuDNN cannot take the call, or None."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"q: {q.dtype}; allowed: torch.bfloat16, torch.float16"
@@ -47,6 +48,10 @@ def refuse_cudnn(mask: Mask, q: torch.Tensor) -> str | None:
         return "cu_seqlens: given; allowed: None"
     if mask.offset != 0 or mask.queries != mask.keys:
         return f"query_offset: {mask.offset}; allowed: 0, with as many queries as keys"
+    if mask.queries == 1:
+        return "q: 1 query; allowed: 2 or more"
+    if deterministic:  # seen on an H200, torch 2.11: its backward differs between runs even so
+        return "deterministic: True; allowed: False"
     return None
 
 
@@ -84,8 +89,10 @@ def attend_flash_backward(
     scale: float,
     deterministic: bool,
     saved: Saved,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv)."""
+    needs_dsinks: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dq, dk, dv, dsinks in fp32 where needed)."""
+    dsinks = sink_gradient(dout, out, lse, sinks) if needs_dsinks else None
     shape = k.shape
     end = mask.offset + mask.queries
     q, k, v = token_major(mask, q, k[:, :, :end], v[:, :, :end])
@@ -100,7 +107,7 @@ def attend_flash_backward(
     dq, dk, dv = (
         g.view(mask.batch, -1, *g.shape[-2:]).transpose(1, 2) for g in grads
     )  # [batch, heads, tokens, head_dim]
-    return dq, with_unseen_keys(dk, shape), with_unseen_keys(dv, shape)
+    return dq, with_unseen_keys(dk, shape), with_unseen_keys(dv, shape), dsinks
 
 
 def attend_cudnn(
@@ -113,10 +120,9 @@ def attend_cudnn(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, Saved]:
     """(out, lse, what the operator's backward needs). Shapes as in `attention.attention`."""
-    with _determinism(deterministic):
-        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, True, False, scale=scale
-        )
+    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True, False, scale=scale
+    )
     out, lse = take_sinks_in(out, lse.view(q.shape[:3]), sinks)
     return out, lse, (seed, offset)
 
@@ -133,13 +139,15 @@ def attend_cudnn_backward(
     scale: float,
     deterministic: bool,
     saved: Saved,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv)."""
+    needs_dsinks: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dq, dk, dv, dsinks in fp32 where needed)."""
+    dsinks = sink_gradient(dout, out, lse, sinks) if needs_dsinks else None
     sizes = (None, None, None, mask.queries, mask.keys)
-    with _determinism(deterministic):
-        return aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse[..., None], *saved, *sizes, 0.0, True, scale=scale
-        )
+    grads = aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse[..., None], *saved, *sizes, 0.0, True, scale=scale
+    )
+    return *grads, dsinks
 
 
 def sink_gradient(

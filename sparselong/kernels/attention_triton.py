@@ -22,7 +22,7 @@ HEAD_DIMS = (64,)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def refuse(mask: Mask, q: torch.Tensor) -> str | None:
+def refuse(mask: Mask, q: torch.Tensor, deterministic: bool) -> str | None:
     """Why this backend cannot take the call, or None."""
     if q.dtype not in DTYPES:
         return f"q: {q.dtype}; allowed: {', '.join(map(str, DTYPES))}"
@@ -67,10 +67,11 @@ def attend_backward(
     scale: float,
     deterministic: bool,
     saved: tuple[torch.Tensor, ...],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv, dsinks in fp32)."""
+    needs_dsinks: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dq, dk, dv, dsinks in fp32 where needed)."""
     dout, q, k, v = _rows_contiguous(dout, q, k, v)
-    dq, delta, dsinks = launch_dq(dout, q, k, v, sinks, out, lse, mask, scale)
+    dq, delta, dsinks = launch_dq(dout, q, k, v, sinks, out, lse, mask, scale, needs_dsinks)
     dk, dv = launch_dkdv(dout, q, k, v, lse, delta, mask, scale)
     return dq, dk, dv, dsinks
 
@@ -85,20 +86,24 @@ def launch_dq(
     lse: torch.Tensor,
     mask: Mask,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, delta = rowsum(dout * out) like lse, dsinks in fp32)."""
+    needs_dsinks: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dq, delta = rowsum(dout * out) like lse, dsinks in fp32 where needed)."""
     dq, delta = _empty_token_major(q), torch.empty_like(lse)
     tile, heads = _choose_tile("dq", q, k, mask)
     tiles = _blocks(mask.queries, tile.rows // heads)
-    dsinks = torch.empty((*q.shape[:2], tiles), dtype=torch.float32, device=q.device)
+    dsinks = lse
+    if needs_dsinks:
+        dsinks = torch.empty((*q.shape[:2], tiles), dtype=torch.float32, device=q.device)
     kernels.dq_kernel[(tiles, q.shape[1] // heads, mask.batch)](
         *(q, k, v, sinks, _positions(mask, "starts", lse), out, dout, lse, dq, delta, dsinks),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(*out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3]),
         *_sizes(q, mask, scale),
+        SINK_GRADIENT=needs_dsinks,
         **_constants(tile, heads, q, k, mask),
     )
-    return dq, delta, dsinks.sum((0, 2))
+    return dq, delta, dsinks.sum((0, 2)) if needs_dsinks else None
 
 
 def launch_dkdv(
@@ -149,7 +154,7 @@ def _sizes(q: torch.Tensor, mask: Mask, scale: float) -> tuple[int | float, ...]
 
 def _choose_tile(stage: str, q: torch.Tensor, k: torch.Tensor, mask: Mask) -> tuple[Tile, int]:
     """The tile, and how many heads share it: a power of two that divides the group."""
-    kind = "full" if mask.window is None else "window"
+    kind = "window" if mask.window is not None else "packed" if mask.documents else "full"
     tile = tile_for(_architecture(q.device), stage, kind, q.dtype == torch.float32)
     group = q.shape[1] // k.shape[1]
     heads = min(tile.heads, group & -group)
@@ -174,6 +179,7 @@ def _constants(
         "D": q.shape[-1],
         "HAS_DOCS": mask.documents is not None,
         "HAS_WINDOW": mask.window is not None,
+        "SPLIT": tile.split,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": tile.warps,
         "num_stages": tile.stages,

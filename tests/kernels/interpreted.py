@@ -1,0 +1,142 @@
+"""Runs the attention kernels in Triton's interpreter on small cases; test_attention.py starts it.
+
+A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
+JSON document: for each case and result the relative L2 error against fp64, NaN where a result held
+NaN. The interpreter has no bf16 products, so fp16 stands for the 16-bit types.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import dataclasses
+import json
+
+import numpy
+import torch
+
+from sparselong.kernels import attention_tiles, attention_triton
+from sparselong.kernels.attention_mask import Mask, find_documents
+from sparselong.kernels.attention_ref import attention_reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call; the name says why it is here."""
+
+    name: str
+    queries: int
+    keys: int
+    batch: int = 1
+    heads: int = 4
+    kv_heads: int = 2
+    offset: int = 0
+    window: int | None = None
+    boundaries: tuple[int, ...] | None = None
+    sink: float | None = None
+    logits: float = 1.0
+    half: bool = False
+    layout: str = "token"
+    split: bool | None = None
+
+
+DOCUMENTS = (0, 1, 2, 9, 41, 42, 70)
+CASES = [
+    Case("one_token", 1, 1),
+    *(Case(f"tail_{n}", n, n) for n in (31, 32, 33, 70)),
+    *(Case(f"window_tail_{n}", n, n, window=20, heads=8, kv_heads=1) for n in (31, 33, 70)),
+    Case("window_of_one", 40, 40, window=1),
+    Case("documents", 70, 70, boundaries=DOCUMENTS),
+    Case("documents_in_one_loop", 70, 70, boundaries=DOCUMENTS, split=False),
+    Case("documents_window", 70, 70, window=10, boundaries=DOCUMENTS),
+    Case("documents_across_batch_rows", 40, 40, batch=2, boundaries=(0, 5, 6, 55, 80)),
+    Case("documents_across_batch_rows_window", 40, 40, batch=2, window=7, boundaries=(0, 55, 80)),
+    Case("shard", 20, 70, offset=37),
+    Case("shard_window", 20, 70, offset=37, window=30),
+    Case("shard_documents", 20, 70, offset=37, boundaries=DOCUMENTS),
+    Case("shard_documents_window", 20, 70, offset=37, window=9, boundaries=DOCUMENTS),
+    Case("queries_after_all_keys", 10, 20, offset=30),
+    Case("window_after_all_keys", 10, 20, offset=30, window=5),
+    Case("decode", 1, 70, offset=69),
+    Case("group_of_three", 40, 40, heads=6, kv_heads=2, window=12),
+    Case("no_groups", 40, 40, heads=2, kv_heads=2),
+    Case("sinks_high", 40, 40, sink=40.0),
+    Case("sinks_low", 40, 40, sink=-40.0),
+    Case("large_logits", 40, 40, logits=30.0),
+    Case("half", 70, 70, half=True),
+    Case("half_window", 70, 70, half=True, window=20),
+    Case("head_major", 40, 40, layout="head"),
+    Case("dims_not_contiguous", 40, 40, layout="dims", window=12),
+]
+
+
+def draw(case: Case) -> list[torch.Tensor]:
+    """q, k, v, sinks, dout."""
+    torch.manual_seed(len(case.name))
+    dtype = torch.float16 if case.half else torch.float32
+
+    def tensor(heads: int, tokens: int) -> torch.Tensor:
+        if case.layout == "head":
+            return torch.randn(case.batch, heads, tokens, 64)
+        if case.layout == "dims":
+            return torch.randn(case.batch, heads, 64, tokens).mT
+        return torch.randn(case.batch, tokens, heads, 64, dtype=dtype).transpose(1, 2)
+
+    sinks = torch.randn(case.heads) if case.sink is None else torch.full((case.heads,), case.sink)
+    q = tensor(case.heads, case.queries) * case.logits
+    k, v = tensor(case.kv_heads, case.keys), tensor(case.kv_heads, case.keys)
+    return [q, k, v, sinks, tensor(case.heads, case.queries)]
+
+
+class Poisoned:
+    """torch, but what torch.empty and torch.empty_like return is full of NaN."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *args, **kwargs):
+        return torch.empty(*args, **kwargs).fill_(float("nan"))
+
+    def empty_like(self, *args, **kwargs):
+        return torch.empty_like(*args, **kwargs).fill_(float("nan"))
+
+
+def run(case: Case) -> dict[str, float]:
+    """Relative L2 errors of out, lse and the gradients."""
+    q, k, v, sinks, dout = draw(case)
+    documents = None
+    if case.boundaries is not None:
+        documents = find_documents(torch.tensor(case.boundaries), case.batch, case.keys)
+    mask = Mask(case.batch, case.queries, case.keys, case.offset, case.window, documents)
+    out, lse, saved = attention_triton.attend(q, k, v, sinks, mask, 0.125, False)
+    grads = attention_triton.attend_backward(
+        dout, q, k, v, sinks, out, lse, mask, 0.125, False, saved, True
+    )
+    leaves = [t.double().requires_grad_() for t in (q, k, v, sinks)]
+    exact, exact_lse = attention_reference(
+        *leaves, document=documents and documents.starts, window=case.window, scale=0.125,
+        query_offset=case.offset,
+    )  # fmt: skip
+    wanted = torch.autograd.grad(exact, leaves, dout.double())
+    pairs = zip((out, lse, *grads), (exact, exact_lse, *wanted), strict=True)
+    names = ("out", "lse", "dq", "dk", "dv", "dsinks")
+    return {
+        name: ((got.double() - want).norm() / (want.norm() + 1e-12)).item()
+        for name, (got, want) in zip(names, pairs, strict=True)
+    }
+
+
+def main() -> None:
+    attention_triton.torch = Poisoned()
+    numpy.seterr(all="ignore")  # exp2 of masked scores, which are discarded
+    default = attention_tiles.FLOAT32
+    results = {}
+    for case in CASES:
+        split = default.split if case.split is None else case.split
+        attention_tiles.FLOAT32 = dataclasses.replace(default, split=split)
+        results[case.name] = run(case)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Every attention kernel compiled for an RTX 3090 (sm_86), on a machine without a GPU.
+
+Read from the compiler's own report: shared memory within the 99 KB that a block may have there, and
+no register spills at all, so none in an inner loop. The reports of sm_90's tiles are held to
+sm_90's 227 KB.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparselong.kernels import attention_kernels
+from sparselong.kernels.attention_tiles import FLOAT32, FLOAT32_WINDOW, TILES, Tile
+
+LIMIT_BYTES = {86: 99 * 1024, 90: 227 * 1024}
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+FIXED_TYPES = {"starts": "i32", "ends": "i32", "lse": "fp32", "delta": "fp32", "dsink": "fp32"}
+
+
+def compile_for(arch: int, stage: str, kind: str, tile: Tile, dtype: str, docs: bool, sinks: bool):
+    """(shared memory in bytes, registers, spilled bytes stored and loaded) for gpt-oss's heads."""
+    kernel = getattr(attention_kernels, f"{stage}_kernel")
+    constants = {
+        "GROUP": 8,
+        "HEADS": tile.heads,
+        "QUERIES": tile.rows // tile.heads,
+        "KEYS": tile.keys,
+        "D": 64,
+        "HAS_DOCS": docs,
+        "HAS_WINDOW": kind == "window",
+        "SPLIT": tile.split,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    }
+    if stage == "dq":
+        constants["SINK_GRADIENT"] = sinks
+    signature, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + FIXED_TYPES.get(name.removesuffix("_ptr"), dtype)
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if name.endswith("_ptr") or name.startswith("stride_"):
+            aligned[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return compiled.metadata.shared, *read_report(compiled.asm["ptx"], arch)
+
+
+def read_report(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers a thread, and bytes of spill stores and loads, from the assembler."""
+    command = [PTXAS, "-v", f"--gpu-name=sm_{arch}{'a' if arch == 90 else ''}", "-o", "/dev/null"]
+    shown = subprocess.run([*command, "/dev/stdin"], input=ptx, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    registers = re.search(r"Used (\d+) registers", shown.stderr)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", shown.stderr)
+    assert registers and spills, shown.stderr
+    return int(registers[1]), int(spills[1]) + int(spills[2])
+
+
+def variants(architecture: str):
+    """(stage, kind, tile, documents, sink gradients) of every kernel the launcher can ask for."""
+    for (stage, kind), tile in TILES[architecture].items():
+        for docs in {"full": (False,), "packed": (True,), "window": (False, True)}[kind]:
+            for sinks in (False, True) if stage == "dq" else (False,):
+                yield stage, kind, tile, docs, sinks
+
+
+def name_of(value) -> str:
+    return f"{value.rows}x{value.keys}" if isinstance(value, Tile) else str(value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "tile", "docs", "sinks"), list(variants("sm_80")), ids=name_of
+)
+def test_a_3090_holds_every_kernel(stage, kind, tile, docs, sinks):
+    shared, _, spilled = compile_for(86, stage, kind, tile, "bf16", docs, sinks)
+    assert shared <= LIMIT_BYTES[86]
+    assert spilled == 0
+
+
+@pytest.mark.parametrize("stage", ["forward", "dq", "dkdv"])
+@pytest.mark.parametrize(("kind", "tile"), [("packed", FLOAT32), ("window", FLOAT32_WINDOW)])
+def test_fp32_fits_a_3090(stage, kind, tile):
+    shared, _, spilled = compile_for(86, stage, kind, tile, "fp32", True, True)
+    assert shared <= LIMIT_BYTES[86]
+    assert spilled == 0
+
+
+def test_the_report_shows_a_tile_that_does_not_fit():
+    """The reading itself: a tile far too large must be seen as such."""
+    shared, _, spilled = compile_for(86, "dkdv", "full", Tile(128, 128, 4, 4), "bf16", False, False)
+    assert shared > LIMIT_BYTES[86]
+    assert spilled > 0
