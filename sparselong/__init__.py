@@ -2,7 +2,8 @@
 
 After `import sparselong`, `AutoModelForCausalLM.from_pretrained` opens what stages 02 and 03 write,
 and takes `attn_implementation="sparselong"` for any gpt-oss.
-Telemetry of the packages underneath is off unless the user turns it on.
+Telemetry of the packages underneath is off unless the user turns it on; the environment's own
+values always win.
 """
 
 import os
@@ -18,6 +19,9 @@ for _name, _value in {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
+    # libgomp's threads spin while they wait, for one another and for other processes' sake: on a
+    # busy machine with few cores that made a small model's forward pass 60 times slower.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }.items():
     os.environ.setdefault(_name, _value)
 

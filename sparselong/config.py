@@ -27,13 +27,18 @@ from sparselong.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
     """A frozen group of keys; what it does not know, it refuses."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 
@@ -47,7 +52,7 @@ class ModelSection(Section):
     """Branch, tag or commit of the base checkpoint on the hub."""
     tiny_layers: Positive = 4
     """Number of layers of the `tiny` model."""
-    tiny_steps: Annotated[int, Field(ge=0)] = 400
+    tiny_steps: Annotated[int, Field(ge=0)] = 600
     """Optimizer steps that the `tiny` model is trained for before it serves as a base."""
 
 
@@ -77,7 +82,7 @@ class CalibrationSection(Section):
 
     samples: Positive = 128
     """Number of calibration sequences, taken from the training data."""
-    sequence_len: Positive = 2048
+    sequence_len: Annotated[int, Field(ge=2)] = 2048
     """Length of a calibration sequence, in tokens."""
     dampening: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Share of the Hessian's mean diagonal that is added to its diagonal before inversion."""
@@ -104,7 +109,7 @@ class LoraSection(Section):
     """Rank of the adapter."""
     alpha: Annotated[float, Field(gt=0.0)] = 32.0
     """The adapter's product is scaled by alpha / r."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    target_modules: Names = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Names of the layers that get an adapter. A name that matches nothing stops the stage."""
 
 
@@ -170,7 +175,7 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     """What stage 04 measures, on base, compressed and fine-tuned model alike."""
 
-    tasks: tuple[str, ...] = ("hellaswag",)
+    tasks: Names = ("hellaswag",)
     """lm-eval task names; `demo_hellaswag` is a hellaswag made from the demo's held-out text."""
     limit: Positive | None = None
     """Items per task; null takes all."""
@@ -195,7 +200,7 @@ class Config(Section):
     experts: ExpertsSection = ExpertsSection()
     calibration: CalibrationSection = CalibrationSection()
     data: DataSection = DataSection()
-    sequence_len: Positive = 16384
+    sequence_len: Annotated[int, Field(ge=2)] = 16384
     """Training context, in tokens, over all GPUs together."""
     sequence_parallel_degree: Positive = 4
     """GPUs that share one sequence."""
@@ -204,9 +209,11 @@ class Config(Section):
     micro_batch_size: Positive = 1
     """Sequences per forward pass."""
     heads_k_stride: Positive = 1
-    """Key/value heads gathered at a time when a sequence is split over GPUs."""
+    """Key/value heads gathered at a time when a sequence is split over GPUs. (This version does not
+    split sequences, so it has no effect yet.)"""
     ring_attn_func: Literal["varlen_llama3"] = "varlen_llama3"
-    """How split sequences attend: `varlen_llama3` gathers keys and values by groups of heads."""
+    """How split sequences attend: `varlen_llama3` gathers keys and values by groups of heads. (No
+    effect yet, as `heads_k_stride`.)"""
     lora: LoraSection = LoraSection()
     finetuning_modifiers: ModifiersSection = ModifiersSection()
     training: TrainingSection = TrainingSection()

@@ -24,7 +24,8 @@ def describe_files(paths: Iterable[Path], run_dir: Path) -> list[dict[str, Any]]
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
-                shown = file.relative_to(run_dir) if file.is_relative_to(run_dir) else file
+                whole, root = file.resolve(), run_dir.resolve()
+                shown = whole.relative_to(root) if whole.is_relative_to(root) else file
                 rows.append(
                     {"path": str(shown), "bytes": file.stat().st_size, "sha256": hash_file(file)}
                 )

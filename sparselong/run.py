@@ -6,8 +6,9 @@ manifest's presence means done; everything before it may be interrupted at any m
 
     runs/NAME/config.yaml                 as resolved
     runs/NAME/0N_stage/started.json       the config hash that work in progress belongs to
-    runs/NAME/0N_stage/log.txt            what was printed to stderr
+    runs/NAME/0N_stage/log.txt            progress, and why the stage failed
     runs/NAME/0N_stage/manifest.json      written last, atomically
+    runs/NAME/0N_stage.replaced/          the earlier result, while --force makes a new one
 
 A stage's hash covers the config sections that it and the stages before it read, so that changing a
 training key leaves a compressed model valid and changing a compression key does not.
@@ -25,8 +26,9 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,11 @@ class Stage:
     def dir(self) -> Path:
         """`runs/NAME/0N_stage`."""
         return self.run_dir / self.name
+
+    @property
+    def replaced_dir(self) -> Path:
+        """`runs/NAME/0N_stage.replaced`: the earlier result while `--force` makes a new one."""
+        return self.run_dir / f"{self.name}.replaced"
 
     def log(self, message: str) -> None:
         """One line to stderr and to the stage's log.txt."""
@@ -160,11 +167,20 @@ def _locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def _set_aside(stage: Stage) -> None:
+    """Makes room for redoing the stage; a finished result is kept until there is a new one."""
+    if read_manifest(stage.run_dir, stage.name) is None:
+        shutil.rmtree(stage.dir)
+        return
+    shutil.rmtree(stage.replaced_dir, ignore_errors=True)
+    stage.dir.rename(stage.replaced_dir)
+
+
 def _prepare(stage: Stage, redo: bool) -> bool:
     """Makes the stage's directory ready; True when the stage is done already."""
     wanted, started = stage_hash(stage.config, stage.name), stage.dir / "started.json"
     if redo and stage.dir.exists():
-        shutil.rmtree(stage.dir)
+        _set_aside(stage)
     manifest = read_manifest(stage.run_dir, stage.name)
     present = manifest or (json.loads(started.read_text()) if started.exists() else None)
     if present and present["config_hash"] != wanted:
@@ -208,6 +224,7 @@ def _finish(stage: Stage, seconds: float) -> dict[str, Any]:
         "metrics": stage.metrics,
     }
     write_atomically(stage.dir / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    shutil.rmtree(stage.replaced_dir, ignore_errors=True)
     return manifest
 
 
@@ -287,6 +304,14 @@ class _Outcome:
     exit_code: int = 0
 
 
+def _note_failure(name: str, run_dir: Path, text: str) -> None:
+    """Adds a failure to the log of a stage that had begun; a disk that is full may refuse."""
+    log = run_dir / name / "log.txt"
+    if log.parent.exists():
+        with suppress(OSError), log.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} failed\n{text}\n")
+
+
 @contextmanager
 def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_Outcome]:
     """Turns expected failures into four lines and an exit code; the rest keep their traceback."""
@@ -309,6 +334,7 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
         )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            _note_failure(name, arguments.run_dir, traceback.format_exc())
             raise
         failure = StageError(
             f"{name} could not write {error.filename or f'to {arguments.run_dir}'}",
@@ -316,11 +342,15 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
             error.strerror or "no space left",
             "free some space, then run the same command again: finished parts are kept",
         )
+    except Exception:
+        _note_failure(name, arguments.run_dir, traceback.format_exc())
+        raise
     else:
         return
     finally:
         signal.signal(signal.SIGTERM, previous)
     print(failure, file=sys.stderr, flush=True)
+    _note_failure(name, arguments.run_dir, str(failure))
     if arguments.json:
         told = {key: getattr(failure, key) for key in ("what", "expected", "found", "fix")}
         print(json.dumps({"stage": name, "status": "failed", **told, **failure.details}, indent=1))

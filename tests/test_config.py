@@ -97,6 +97,10 @@ def test_bad_files_are_refused_with_place_and_remedy(tmp_path, text, parts):
         ("training.max_steps=", "training.max_steps"),
         ("training.max_steps=0", "greater than or equal to 1"),
         ("lora.target_modules=q_proj", "lora.target_modules"),
+        ("lora.target_modules=[]", "at least 1 item"),
+        ("evaluation.tasks=[]", "at least 1 item"),
+        ("sequence_len=1", "greater than or equal to 2"),
+        ("training.learning_rate=.inf", "finite"),
     ],
 )
 def test_bad_overrides_are_refused(override, part):

@@ -56,6 +56,10 @@ def test_a_rerun_does_nothing_and_force_redoes(tmp_path):
     assert run(tmp_path, fail) == 0
     assert run(tmp_path, fail, "--force") == 1
     assert read_manifest(tmp_path / "run", "02_compress") is None
+    kept = tmp_path / "run/02_compress.replaced"
+    assert (kept / "out.bin").read_bytes() == b"abc", "kept until there is a new result"
+    assert run(tmp_path, fail, "--force") == 1 and (kept / "out.bin").exists()
+    assert run(tmp_path, write_output) == 0 and not kept.exists()
 
 
 def test_another_config_is_refused_and_nothing_is_lost(tmp_path, capsys):
@@ -81,6 +85,7 @@ def test_expected_failures_take_four_lines_and_no_traceback(tmp_path, capsys):
         *("error:", "expected:", "found:", "fix:")
     ]
     assert json.loads(captured.out)["status"] == "failed"
+    assert "found:    broken" in (tmp_path / "run/02_compress/log.txt").read_text()
     assert read_manifest(tmp_path / "run", "02_compress") is None
 
 
@@ -90,6 +95,7 @@ def test_unexpected_failures_keep_their_traceback(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, bug)
+    assert "ZeroDivisionError" in (tmp_path / "run/02_compress/log.txt").read_text()
 
 
 def test_a_full_disk_is_explained(tmp_path, capsys):

@@ -44,8 +44,9 @@ def _weights_by_group(base: Checkpoint) -> dict[str, int]:
 
 
 def _linked_bytes(checkpoint: Checkpoint) -> int:
-    stats = [(checkpoint.directory / file).stat() for file in checkpoint.files]
-    return sum(stat.st_size for stat in stats if stat.st_nlink > 1)
+    """Bytes of tensors that lie in files shared with another directory."""
+    shared = {f for f in checkpoint.files if (checkpoint.directory / f).stat().st_nlink > 1}
+    return sum(r.end - r.begin for r in checkpoint.tensors.values() if r.file in shared)
 
 
 def experts_bit_exact(base: Checkpoint, model: Checkpoint) -> bool:

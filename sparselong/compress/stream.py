@@ -23,6 +23,7 @@ from sparselong.compress.calibration import HiddenStates, calibration_tokens
 from sparselong.compress.layer import CalibratedLayer
 from sparselong.compress.report import measure
 from sparselong.config import Config
+from sparselong.data import conversations
 from sparselong.model.architecture import layer_tensors, open_upstream
 from sparselong.model.checkpoint import Checkpoint, derive, write_tensors
 from sparselong.model.loading import (
@@ -80,6 +81,9 @@ def _compress_layers(
     """Compresses the layers that are not done yet."""
     for folder in ("model.partial", "masters", "work"):
         (stage.dir / folder).mkdir(exist_ok=True)
+    for name in ("lm_head.weight", "model.norm.weight"):  # all others are read on the way
+        for _ in base.read_slices(name):
+            pass
     tokenizer = load_tokenizer(base.directory)
     tokens = calibration_tokens(stage.config, stage.run_dir, tokenizer)
     states = HiddenStates(stage.dir / "work" / "states.safetensors")
@@ -124,8 +128,9 @@ def _compress_layer(
         write_tensors(stage.dir / "masters" / MASTER_FILE.format(index), made.masters)
     if stored:
         write_tensors(stage.dir / "model.partial" / DENSE_FILE.format(index), stored)
-    write_atomically(stage.dir / "work" / f"layer-{index:05d}.json", json.dumps(record))
     states.states = layer.run(states.states)
+    record["peak_bytes"] = read_peaks()
+    write_atomically(stage.dir / "work" / f"layer-{index:05d}.json", json.dumps(record))
 
 
 def _drop_half_of_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -162,7 +167,9 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     """Fills the manifest from what is on disk; the states are not needed any more."""
     paths = sorted((stage.dir / "work").glob("layer-*.json"))
     records = [json.loads(path.read_text()) for path in paths]
-    stage.peak_bytes |= read_peaks()
+    for peaks in [read_peaks(), *(record["peak_bytes"] for record in records)]:
+        for device, peak in peaks.items():
+            stage.peak_bytes[device] = max(peak, stage.peak_bytes.get(device, 0))
     stage.metrics |= {
         "name": checkpoint_name(stage.config),
         **measure(base, model, stage.dir / "masters"),
@@ -171,6 +178,8 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
         "peak_host_bytes": stage.peak_bytes["host"],
         "peak_device_bytes": {k: v for k, v in stage.peak_bytes.items() if k != "host"},
     }
-    stage.inputs = [base.directory / file for file in base.files]
+    names = [*base.files, "config.json", "tokenizer.json"]
+    stage.inputs = [base.directory / name for name in names]
+    stage.inputs.append(conversations.prepare(stage.config, stage.run_dir).train)
     stage.outputs = [model.directory, stage.dir / "masters"]
     (stage.dir / "work" / "states.safetensors").unlink(missing_ok=True)

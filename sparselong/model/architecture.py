@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GptOssConfig
 
 from sparselong.errors import StageError
@@ -64,7 +65,15 @@ def open_upstream(checkpoint: Checkpoint) -> GptOssConfig:
         raise _refuse(checkpoint, found, "openai/gpt-oss-20b or -120b, or a fine-tune of them")
     if method != "mxfp4":
         raise _refuse(checkpoint, f"quant_method {method!r}", "a checkpoint with MXFP4 experts")
-    config = GptOssConfig(**_architecture(checkpoint.config))
+    try:
+        config = GptOssConfig(**_architecture(checkpoint.config))
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise StageError(
+            f"{checkpoint.directory / 'config.json'} does not describe a gpt-oss",
+            "the keys of openai/gpt-oss's config.json",
+            str(error).splitlines()[0],
+            "download config.json again",
+        ) from error
     checkpoint.check(model_tensors(config))
     return config
 

@@ -7,8 +7,10 @@ first second and not after an hour of work. Tensors are then read a layer at a t
 Writing a derived checkpoint takes over the shards it does not change. A shard is hard-linked where
 the file system allows it, also when up to 5 % of its bytes are tensors that other files replace:
 the published 120b interleaves attention (2.9 % of a shard) with experts, and a link instead of a
-copy saves 61 GB there. The index names what counts; what it does not name is not read. Otherwise
-the shard's remaining tensors are copied byte for byte in a stream.
+copy saves 61 GB there. transformers reads every tensor of a shard, so no shard is linked that still
+carries a tensor of which another file has the new version; what is left over otherwise has names
+that the model does not have, and the quantizer lets them pass. A shard that is not linked is copied
+without its replaced tensors, byte for byte in a stream.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sparselong.errors import StageError
+from sparselong.packing import mxfp4
+from sparselong.run import write_atomically
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _LINKED_STALE_SHARE = 0.05
 _COPY_BYTES = 1 << 24
+_SLICE_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Checkpoint:
         self.directory = directory
         self.config = self._read_json("config.json")
         if (directory / INDEX).exists():
-            weight_map: dict[str, str] = self._read_json(INDEX)["weight_map"]
+            weight_map = self._read_weight_map()
         else:
             weight_map = dict.fromkeys(read_header(directory / _SINGLE), _SINGLE)
         self.tensors = self._locate(weight_map)
@@ -113,11 +118,28 @@ class Checkpoint:
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.directory / name
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(path.read_text(encoding="utf-8"))
+            found = type(document).__name__
         except (OSError, ValueError) as error:
+            document, found = None, str(error)
+        if not isinstance(document, dict):
+            fix = "download the checkpoint again"
+            raise StageError(f"{path} cannot be read", "a JSON object in a file", found, fix)
+        return document
+
+    def _read_weight_map(self) -> dict[str, str]:
+        """Tensor name → file, from the index."""
+        weight_map = self._read_json(INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) for file in weight_map.values()
+        ):
             raise StageError(
-                f"{path} cannot be read", "a JSON file", str(error), "download the checkpoint again"
-            ) from error
+                f"{self.directory / INDEX} is not an index",
+                "weight_map: an object of tensor names and file names",
+                f"weight_map: {type(weight_map).__name__}",
+                "download the index again",
+            )
+        return weight_map
 
     def _locate(self, weight_map: dict[str, str]) -> dict[str, TensorRecord]:
         headers: dict[str, dict[str, TensorRecord]] = {}
@@ -196,18 +218,40 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise _damaged(self.directory / file, str(error)) from error
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise StageError(
-                    f"tensor {name} of {self.directory} is damaged",
-                    "finite numbers",
-                    f"{int((~torch.isfinite(tensor)).sum())} NaN or infinite values",
-                    "download its shard again",
-                )
+            self._check_numbers(name, tensor)
         return tensors
 
-    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [n, …] of a tensor too large to hold; only their pages are read."""
-        return self.read([name])[name][rows]
+    def _check_numbers(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.is_floating_point():
+            bad = int((~torch.isfinite(tensor)).sum())
+        else:  # an E8M0 scale of 255 is NaN
+            bad = int((tensor == mxfp4.NAN_SCALE).sum()) if name.endswith("_scales") else 0
+        if bad:
+            raise StageError(
+                f"tensor {name} of {self.directory} is damaged",
+                "finite numbers",
+                f"{bad} NaN or infinite values",
+                "download its shard again",
+            )
+
+    def read_slices(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor too large to hold, in slices of its first dimension, checked like `read`'s."""
+        record = self.tensors[name]
+        with safe_open(self.directory / record.file, framework="pt") as shard:
+            rows = shard.get_slice(name)
+            for start in range(0, record.shape[0], _SLICE_ROWS):
+                part = rows[start : start + _SLICE_ROWS]
+                self._check_numbers(name, part)
+                yield part
+
+    def read_rows(self, name: str, wanted: torch.Tensor) -> torch.Tensor:
+        """Rows [n, …] of a tensor too large to hold; `wanted` is sorted and without repeats."""
+        parts, start = [], 0
+        for part in self.read_slices(name):
+            here = wanted[(wanted >= start) & (wanted < start + len(part))]
+            parts.append(part[here - start])
+            start += len(part)
+        return torch.cat(parts)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -221,19 +265,21 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     partial.replace(path)
 
 
-def take_over(source: Path, target: Path, kept: set[str]) -> None:
+def take_over(source: Path, target: Path, kept: set[str], renewed: set[str]) -> None:
     """Makes `target` a shard that holds (at least) the kept tensors of `source`; see the module.
 
     Args:
         source: a safetensors file.
         target: where the link or copy goes; replaced when it is there.
         kept: names of the tensors that still count.
+        renewed: names of tensors that stand in another file of the target from now on.
     """
     records = read_header(source)
     stale_bytes = sum(r.end - r.begin for name, r in records.items() if name not in kept)
+    has_namesake = any(name in renewed and name not in kept for name in records)
     partial = target.with_name(target.name + ".partial")
     partial.unlink(missing_ok=True)
-    if stale_bytes <= _LINKED_STALE_SHARE * source.stat().st_size:
+    if not has_namesake and stale_bytes <= _LINKED_STALE_SHARE * source.stat().st_size:
         try:
             os.link(source.resolve(), partial)
         except OSError as error:
@@ -314,14 +360,15 @@ def derive(
         The new checkpoint, opened and checked against its own index.
     """
     weight_map: dict[str, str] = {}
+    headers = {path: read_header(path) for path in added}
+    renewed = {name for header in headers.values() for name in header}
     for file in source.files:
         kept = {n for n, r in source.tensors.items() if r.file == file and n not in dropped}
         if kept:
-            take_over(source.directory / file, target / file, kept)
+            take_over(source.directory / file, target / file, kept, renewed)
             weight_map |= dict.fromkeys(kept, file)
     records = {name: source.tensors[name] for name in weight_map}
-    for path in added:
-        header = read_header(path)
+    for path, header in headers.items():
         records |= header
         weight_map |= dict.fromkeys(header, path.name)
     for path in sorted(source.directory.iterdir()):
@@ -331,5 +378,5 @@ def derive(
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     config = {**source.config, "quantization_config": quantization}
     for name, document in ((INDEX, index), ("config.json", config)):
-        (target / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_atomically(target / name, json.dumps(document, indent=2) + "\n")
     return Checkpoint(target)

@@ -74,8 +74,24 @@ def load_model(
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer with its chat template."""
-    return AutoTokenizer.from_pretrained(directory)
+    """The checkpoint's tokenizer with its chat template.
+
+    Raises:
+        StageError: its files are missing or damaged, or it has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        found = "no chat template" if tokenizer.chat_template is None else None
+    except (OSError, ValueError) as error:
+        tokenizer, found = None, str(error).splitlines()[0]
+    if tokenizer is None or found:
+        raise StageError(
+            f"the tokenizer of {directory} cannot be used",
+            "tokenizer.json, tokenizer_config.json and a chat template",
+            found or "none",
+            "download the checkpoint's tokenizer files again",
+        )
+    return tokenizer
 
 
 def resolve_base(config: Config, run_dir: Path, progress: Callable[[str], None]) -> Path:

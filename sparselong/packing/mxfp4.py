@@ -19,7 +19,8 @@ BLOCK = 32
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The value of each 4-bit code."""
 
-_NAN_SCALE = 255
+NAN_SCALE = 255
+"""The scale byte that means NaN."""
 
 
 def unpack_codes(blocks: torch.Tensor) -> torch.Tensor:
@@ -56,7 +57,7 @@ def decode(
             f"blocks must be [..., K/32, 16] and scales [..., K/32], "
             f"got {tuple(blocks.shape)} and {tuple(scales.shape)}"
         )
-    if bool((scales == _NAN_SCALE).any()):
+    if bool((scales == NAN_SCALE).any()):
         raise ValueError("scales hold 255, which is NaN in E8M0: the checkpoint is damaged")
     table = torch.tensor(VALUES, dtype=torch.float32, device=blocks.device)
     values = table[unpack_codes(blocks).int()]

@@ -243,6 +243,44 @@ def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments):
     assert peaks[2] - peaks[1] < 30_000_000, peaks
 
 
+def test_mixed_shards_are_linked_when_little_of_them_is_replaced(tmp_path, small_arguments):
+    """As on the published 120b: attention is under 5 % of every shard, and nothing is copied."""
+    from transformers import AutoModelForCausalLM
+
+    from sparselong.model.tiny import TinySpec, build_tiny
+
+    spec = TinySpec(layers=1, intermediate=1024, experts=48, steps=0)
+    base = stretch(build_tiny(tmp_path / "one", spec, seed=1), tmp_path / "base", 2)
+    run_dir = tmp_path / "run"
+    assert run(run_dir, [*small_arguments, f"model.base={base}"]) == 0
+    model = run_dir / "02_compress/model"
+    for number in (1, 2):
+        name = f"model-{number:05d}-of-00002.safetensors"
+        assert (model / name).samefile(base / name)
+    metrics = json.loads((run_dir / "02_compress/manifest.json").read_text())["metrics"]
+    assert metrics["bytes_on_disk"] < metrics["base_bytes_on_disk"]
+    assert metrics["bytes_linked"] < metrics["bytes_on_disk"]
+    loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+    assert not any(info.values())
+    packed = load_file(model / "dense-00001.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight_packed"
+    assert torch.equal(loaded.state_dict()[name], packed[name])
+
+
+def test_a_shard_that_carries_an_old_version_is_never_linked(untrained_base, tmp_path):
+    """transformers would read both versions, and the last file name would win."""
+    from sparselong.model.checkpoint import Checkpoint, derive, write_tensors
+
+    base = Checkpoint(untrained_base)
+    name = "model.layers.0.self_attn.sinks"
+    tensors = base.read([name])
+    write_tensors(tmp_path / "aaa.safetensors", {name: tensors[name] + 1})
+    made = derive(base, tmp_path, {name}, [tmp_path / "aaa.safetensors"], {})
+    assert torch.equal(made.read([name])[name], tensors[name] + 1)
+    holders = [p.name for p in tmp_path.glob("*.safetensors") if name in load_file(p)]
+    assert holders == ["aaa.safetensors"]
+
+
 def damage(base: Path, tmp_path: Path) -> Path:
     return shutil.copytree(base, tmp_path / "damaged")
 
@@ -312,6 +350,36 @@ DAMAGES = {
         "not as config.json says",
     ),
     "NaN weights": (lambda f: edit_tensors(f, Q0, nan), "1 NaN or infinite values"),
+    "NaN in lm_head": (lambda f: edit_tensors(f, "lm_head.weight", nan), "1 NaN or infinite"),
+    "NaN in a norm": (
+        lambda f: edit_tensors(f, "model.norm.weight", lambda t: t * float("nan")),
+        "NaN or infinite values",
+    ),
+    "NaN scale of an expert": (
+        lambda f: edit_tensors(
+            f, "model.layers.3.mlp.experts.down_proj_scales", lambda t: t.fill_(255)
+        ),
+        "down_proj_scales",
+    ),
+    "index without weight_map": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        "is not an index",
+    ),
+    "weight_map of numbers": (
+        lambda f: edit_json(
+            f / "model.safetensors.index.json", lambda d: d.update(weight_map={"a": 1})
+        ),
+        "is not an index",
+    ),
+    "config.json a list": (lambda f: (f / "config.json").write_text("[]"), "found:    list"),
+    "config.json nonsense": (
+        lambda f: edit_json(f / "config.json", lambda d: d.update(layer_types=["square"] * 4)),
+        "does not describe a gpt-oss",
+    ),
+    "tokenizer gone": (
+        lambda f: [p.unlink() for p in f.glob("*token*.json")],
+        "the tokenizer of",
+    ),
     "config.json gone": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
 }
 

@@ -82,6 +82,7 @@ def test_finished_models_are_kept_and_changed_ones_measured_again(run_dir, argum
     shutil.copytree(run_dir, copy)
     folder = copy / "04_eval"
     (folder / "manifest.json").unlink()
+    (folder / "started.json").unlink()  # what a copy of an older run would lack
     (folder / "base.json").unlink()
     for name in ("compressed", "finetuned"):  # a trace that only a kept file can carry
         kept = json.loads((folder / f"{name}.json").read_text())

@@ -1,0 +1,62 @@
+"""README's commands run as written, and what it names is there."""
+
+import re
+import shlex
+
+import pytest
+
+from tests.conftest import ROOT, load_script
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split(" #")[0].strip()
+    for language, text in BLOCKS
+    if language == "bash"
+    for line in text.splitlines()
+    if line.strip()
+]
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {c.split()[1] for c in COMMANDS if c.startswith("make ")}
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+SCRIPTS = [c for c in COMMANDS if c.startswith("python 0")]
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_script_commands_are_accepted(command, tmp_path, capsys):
+    """With --dry-run, so that nothing is downloaded or needed."""
+    _, script, *arguments = shlex.split(command)
+    main = load_script(script.removesuffix(".py")).main
+    arguments = [str(ROOT / a) if a.startswith("configs/") else a for a in arguments]
+    run_dir = [] if "--run-dir" in arguments else ["--run-dir", str(tmp_path / "run")]
+    assert main([*arguments, *run_dir, "--dry-run"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_there_are_script_commands():
+    assert len(SCRIPTS) >= 5
+
+
+def test_python_blocks_compile():
+    blocks = [text for language, text in BLOCKS if language == "python"]
+    assert blocks
+    for text in blocks:
+        compile(text, "README.md", "exec")
+
+
+def test_named_files_exist():
+    for name in set(re.findall(r"`((?:sparselong|configs|benchmarks|tests)/[\w./-]+)`", README)):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"[A-Z]+_FIGURES|TODO|TBD|XXX", README)
