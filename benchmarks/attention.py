@@ -254,8 +254,9 @@ def main() -> None:
     parser.add_argument("--machine", help="short name for the result's file, for example h200")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/attention.py needs a CUDA device")
+    if not torch.cuda.is_available():  # make bench goes on with what this machine can measure
+        print("benchmarks/attention.py needs a CUDA device: nothing measured")
+        return
     runs = make_runs(args.backends)
     rows, failed = measure_errors(runs)
     for window in (None, WINDOW):

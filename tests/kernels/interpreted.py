@@ -48,6 +48,8 @@ CASES = [
     Case("window_of_one", 40, 40, window=1),
     Case("documents", 70, 70, boundaries=DOCUMENTS),
     Case("documents_in_one_loop", 70, 70, boundaries=DOCUMENTS, split=False),
+    Case("last_tile_spans_a_long_and_a_short_document", 70, 70, boundaries=(0, 68, 70)),
+    Case("first_block_spans_a_short_and_a_long_document", 70, 70, boundaries=(0, 2, 70)),
     Case("documents_window", 70, 70, window=10, boundaries=DOCUMENTS),
     Case("documents_across_batch_rows", 40, 40, batch=2, boundaries=(0, 5, 6, 55, 80)),
     Case("documents_across_batch_rows_window", 40, 40, batch=2, window=7, boundaries=(0, 55, 80)),
