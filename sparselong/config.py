@@ -120,8 +120,9 @@ class MaskUpdateSection(Section):
     """Masks are recomputed every this fraction of the training steps; 0 keeps them fixed. They are
     frozen for the last interval."""
     criterion: Literal["hysteresis", "magnitude"] = "hysteresis"
-    """`hysteresis` lets a pruned weight return only for what it has gained since stage 02, so that
-    an untrained adapter flips nothing; `magnitude` keeps the two largest of four, plainly."""
+    """`hysteresis` lets a pruned weight return only if it has gained more than half a quantization
+    step on a survivor since stage 02, so that neither an untrained adapter nor noise flips a bit;
+    `magnitude` keeps the two largest of four, plainly."""
 
 
 class ModifiersSection(Section):

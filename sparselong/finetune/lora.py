@@ -237,7 +237,8 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
         if self.patterns is not None:
             first = two_four.unpack_mask(stored["weight_mask"])
             current = two_four.unpack_mask(self.patterns)
-            chosen = masks.update_mask(weight, self.master, first, current, criterion)
+            scale = stored.get("weight_scale")
+            chosen = masks.update_mask(weight, self.master, first, current, scale, criterion)
             flipped = masks.flipped_fraction(current, chosen)
             self.patterns.copy_(two_four.pack_mask(chosen))
             weight = torch.where(chosen, weight, 0.0)

@@ -6,16 +6,24 @@ their old values in the masters. Choosing masks by magnitude right afterwards wo
 that choice although nothing has been learned yet: it flips about 7 % of the bits and brings back
 weights whose work the survivors have already taken over.
 
-So the default criterion, *hysteresis*, asks what has changed since stage 02. In a group of four let
+So the default criterion, *hysteresis*, asks what has changed since stage 02, and by how much. The
+two highest scores of four stay, where a weight's score is |weight| less two handicaps:
 
-    h = max(0, largest |master| among the removed − smallest |master| among the kept)
+    h  if stage 02 removed it:  max(0, largest |master| removed − smallest |master| kept),
+       which is how far magnitude disagreed with stage 02 in this group of four
+    m  if it is not in use now: half a quantization step, stage 02's scale / 2
 
-which is how far magnitude disagreed with stage 02 in this group. Removed weights score
-|weight| − h, kept ones |weight|, and the two highest scores stay. A removed weight comes back
-exactly when the adapter has moved it past a survivor by more than that old disagreement. With an
-untrained adapter (weight == master) no bit flips, by construction. Where stage 02 agreed with
-magnitude h is 0 and the rule is the plain one. The reference of h stays stage 02's mask for the
-whole run: a bit that came back is held by the same rule, so it goes again when its gain goes.
+h makes the untrained adapter (weight == master) change nothing. h alone would leave the strongest
+removed weight level with the weakest survivor wherever stage 02 disagreed with magnitude, and any
+noise would swap them: in the small demo model, noise of a millionth of the weights' spread flips
+5 % of the bits. m asks for a real gain: a weight that cannot be told from its rival after rounding
+has none. m is held against whoever is out of use *now*. So a weight that came back has it in its
+favour, as the survivor had before, and to swap the two again takes a change of two m, a whole step:
+no bit flickers. The reference of h stays stage 02's mask for the whole run.
+
+With 16 bits there is no step; m is then a sixteenth of the mean |master| of the kept weights of
+the row (a row has one unit, and a mean does not depend on how small one weight happens to be).
+In the small demo model that is two fifths of int4's m and seven times int8's.
 
 *magnitude* is the plain rule: the two largest |weight| of four.
 
@@ -40,31 +48,52 @@ from sparselong.packing.two_four import GROUP
 Criterion = Literal["hysteresis", "magnitude"]
 
 
-def score_two_four(
-    weight: torch.Tensor, master: torch.Tensor, stage02_mask: torch.Tensor, criterion: Criterion
+def find_margin(
+    master: torch.Tensor, stage02_mask: torch.Tensor, stage02_scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """The score by which weights compete within their group of four.
+    """What a weight out of use must be ahead by to replace one in use.
+
+    Args:
+        master: [out, in] as stage 02 left it.
+        stage02_mask: bool [out, in].
+        stage02_scale: bf16 [out, in/group] as stage 02 left it; None for 16 bits.
+
+    Returns:
+        fp32 [out, in] (without a scale, [out, 1]).
+    """
+    if stage02_scale is not None:
+        group_size = master.shape[1] // stage02_scale.shape[1]
+        return (stage02_scale.float() / 2).repeat_interleave(group_size, dim=1)
+    kept = torch.where(stage02_mask, master.float().abs(), 0.0)
+    return kept.sum(dim=1, keepdim=True) / stage02_mask.sum(dim=1, keepdim=True) / 16
+
+
+def score_two_four(
+    weight: torch.Tensor,
+    master: torch.Tensor,
+    stage02_mask: torch.Tensor,
+    current_mask: torch.Tensor,
+    margin: torch.Tensor,
+) -> torch.Tensor:
+    """The score by which weights compete within their group of four under *hysteresis*.
 
     Args:
         weight: [out, in] as trained so far (master + adapter), before mask and rounding.
         master: [out, in] as stage 02 left it.
         stage02_mask: bool [out, in], exactly two of four.
+        current_mask: bool [out, in], the mask in use.
+        margin: `find_margin`'s.
 
     Returns:
         fp32 [out, in].
     """
-    scores = weight.float().abs()
-    if criterion == "magnitude":
-        return scores
     before = master.float().abs().reshape(-1, GROUP)
     kept = stage02_mask.reshape(-1, GROUP)
     weakest_kept = before.masked_fill(~kept, torch.inf).amin(dim=-1)
     strongest_removed = before.masked_fill(kept, 0.0).amax(dim=-1)
-    disagreement = strongest_removed - weakest_kept
-    # One ulp more, so that rounding in the two subtractions can never flip an unchanged group.
-    held = torch.nextafter(disagreement, torch.full_like(disagreement, torch.inf))
-    held = torch.where(disagreement > 0, held, 0.0)
-    return scores - torch.where(kept, 0.0, held.unsqueeze(-1)).reshape(scores.shape)
+    disagreement = (strongest_removed - weakest_kept).clamp(min=0.0).unsqueeze(-1)
+    handicap = torch.where(kept, 0.0, disagreement).reshape(weight.shape)
+    return weight.float().abs() - handicap - torch.where(current_mask, 0.0, margin)
 
 
 def update_mask(
@@ -72,18 +101,25 @@ def update_mask(
     master: torch.Tensor,
     stage02_mask: torch.Tensor,
     current_mask: torch.Tensor,
+    stage02_scale: torch.Tensor | None,
     criterion: Criterion,
 ) -> torch.Tensor:
-    """The two best of every four by `score_two_four`; ties stay as they are now.
+    """The two best of every four; ties stay as they are now.
 
     Args:
-        weight, master, stage02_mask, criterion: as for `score_two_four`.
-        current_mask: bool [out, in], the mask in use.
+        weight, master, stage02_mask, current_mask: as for `score_two_four`.
+        stage02_scale: as for `find_margin`.
+        criterion: `hysteresis` takes `score_two_four`, `magnitude` the plain |weight|.
 
     Returns:
         bool [out, in], exactly two of every four.
     """
-    scores = score_two_four(weight, master, stage02_mask, criterion).reshape(-1, GROUP)
+    if criterion == "magnitude":
+        scores = weight.float().abs()
+    else:
+        margin = find_margin(master, stage02_mask, stage02_scale)
+        scores = score_two_four(weight, master, stage02_mask, current_mask, margin)
+    scores = scores.reshape(-1, GROUP)
     current = current_mask.reshape(-1, GROUP)
     # Sort by (score, in use now, earlier position): a stable sort of a stable sort.
     by_use = torch.sort(current.to(torch.int8), dim=-1, descending=True, stable=True).indices

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparselong.finetune.masks import (
+    find_margin,
     flipped_fraction,
     score_two_four,
     update_mask,
@@ -12,81 +13,142 @@ from sparselong.finetune.masks import (
 )
 
 KEPT_02 = torch.tensor([[True, False, True, False]])
+# Stage 02 kept positions 0 and 2 of these: it disagrees with magnitude by h = 5 - 1 = 4.
+MASTER = torch.tensor([[1.0, 5.0, 2.0, 0.5]])
+# Half a step: m = 0.25.
+SCALE = torch.tensor([[0.5]], dtype=torch.bfloat16)
 
 
-def kept(mask: torch.Tensor) -> list[int]:
+def choose(weight: list[float], current: torch.Tensor = KEPT_02, criterion="hysteresis") -> list:
+    mask = update_mask(torch.tensor([weight]), MASTER, KEPT_02, current, SCALE, criterion)
     return torch.where(mask[0])[0].tolist()
 
 
-# Stage 02 kept positions 0 and 2 of [1, 5, 2, 0.5]: it disagrees with magnitude by 5 - 1 = 4.
-MASTER = torch.tensor([[1.0, 5.0, 2.0, 0.5]])
+def mask_of(positions: list[int]) -> torch.Tensor:
+    return torch.tensor([[position in positions for position in range(4)]])
 
 
 @pytest.mark.parametrize(
-    ("weight", "criterion", "expected", "why"),
+    ("weight", "expected", "why"),
     [
-        ([1.0, 5.0, 2.0, 0.5], "hysteresis", [0, 2], "nothing learned, nothing flips"),
-        ([1.0, 5.0, 2.0, 0.5], "magnitude", [1, 2], "the two largest, whatever stage 02 chose"),
-        ([1.0, 5.5, 2.0, 0.5], "hysteresis", [1, 2], "gained 0.5 over its old lead of 4"),
-        ([1.4, 5.3, 2.0, 0.5], "hysteresis", [0, 2], "gained 0.3, the survivor gained 0.4"),
-        ([0.9, 5.0, 2.0, 0.5], "hysteresis", [1, 2], "the survivor shrank by 0.1"),
-        (
-            [1.0, 5.0, 2.0, 5.2],
-            "hysteresis",
-            [2, 3],
-            "5.2 - 4 = 1.2 beats 1.0: another one returns",
-        ),
-        ([-1.0, -5.5, 2.0, 0.5], "hysteresis", [1, 2], "signs do not matter"),
-        ([1.0, 9.0, 2.0, 8.0], "hysteresis", [1, 3], "both can return"),
+        ([1.0, 5.0, 2.0, 0.5], [0, 2], "nothing learned, nothing flips"),
+        ([1.0, 5.2, 2.0, 0.5], [0, 2], "gained 0.2 over its old lead of 4: not half a step"),
+        ([1.0, 5.5, 2.0, 0.5], [1, 2], "gained 0.5"),
+        ([1.4, 5.5, 2.0, 0.5], [0, 2], "gained 0.5, the survivor gained 0.4"),
+        ([0.8, 5.0, 2.0, 0.5], [0, 2], "the survivor shrank by 0.2: not half a step"),
+        ([0.7, 5.0, 2.0, 0.5], [1, 2], "the survivor shrank by 0.3"),
+        ([1.0, 5.0, 2.0, 5.5], [2, 3], "5.5 - 4 - 0.25 beats 1.0: the other one returns"),
+        ([-1.0, -5.5, 2.0, 0.5], [1, 2], "signs do not matter"),
+        ([1.0, 9.0, 2.0, 8.0], [1, 3], "both can return"),
     ],
 )
-def test_which_two_stay(weight, criterion, expected, why):
-    mask = update_mask(torch.tensor([weight]), MASTER, KEPT_02, KEPT_02, criterion)
-    assert kept(mask) == expected, why
+def test_which_two_stay(weight, expected, why):
+    assert choose(weight) == expected, why
 
 
-def test_scores_of_the_removed_are_lowered_by_the_old_disagreement():
-    scores = score_two_four(MASTER, MASTER, KEPT_02, "hysteresis")
-    assert torch.allclose(scores, torch.tensor([[1.0, 1.0, 2.0, -3.5]]))
+def test_magnitude_takes_the_two_largest_whatever_stage_02_chose():
+    assert choose([1.0, 5.0, 2.0, 0.5], criterion="magnitude") == [1, 2]
 
 
-def test_where_stage_02_agreed_the_rule_is_plain():
+def test_scores_by_hand():
+    margin = find_margin(MASTER, KEPT_02, SCALE)
+    assert margin.tolist() == [[0.25] * 4]
+    scores = score_two_four(MASTER, MASTER, KEPT_02, KEPT_02, margin)
+    assert scores.tolist() == [[1.0, 0.75, 2.0, -3.75]]
+    scores = score_two_four(MASTER, MASTER, KEPT_02, mask_of([1, 2]), margin)
+    assert scores.tolist() == [[0.75, 1.0, 2.0, -3.75]]
+
+
+def test_the_margin_is_half_of_each_groups_own_step_or_a_share_of_the_row():
+    master = torch.tensor([[1.0, 5.0, 2.0, 0.5, 3.0, 0.0, 2.0, 0.0]])
+    mask = KEPT_02.repeat(1, 2)
+    scale = torch.tensor([[0.5, 2.0]], dtype=torch.bfloat16)
+    assert find_margin(master, mask, scale).tolist() == [[0.25] * 4 + [1.0] * 4]
+    assert find_margin(master, mask, None).tolist() == [[2.0 / 16]]  # mean of 1, 2, 3, 2
+
+
+def test_where_stage_02_agreed_only_the_margin_is_asked_for():
     master = torch.tensor([[5.0, 1.0, 4.0, 2.0]])
-    weight = torch.tensor([[5.0, 1.0, 4.0, 4.5]])
-    assert torch.equal(score_two_four(weight, master, KEPT_02, "hysteresis"), weight)
-    assert kept(update_mask(weight, master, KEPT_02, KEPT_02, "hysteresis")) == [0, 3]
+    for rival, expected in ((4.2, [0, 2]), (4.3, [0, 3])):
+        weight = torch.tensor([[5.0, 1.0, 4.0, rival]])
+        mask = update_mask(weight, master, KEPT_02, KEPT_02, SCALE, "hysteresis")
+        assert torch.equal(mask, mask_of(expected))
 
 
 def test_ties_stay_as_they_are_now():
     weight = torch.full((1, 4), 3.0)
-    for current in ([0, 1], [1, 3], [2, 3]):
-        mask = torch.zeros(1, 4, dtype=torch.bool)
-        mask[0, current] = True
+    for current in (mask_of([0, 1]), mask_of([1, 3]), mask_of([2, 3])):
         for criterion in ("hysteresis", "magnitude"):
-            chosen = update_mask(weight, weight, mask, mask, criterion)
-            assert torch.equal(chosen, mask)
+            chosen = update_mask(weight, weight, current, current, SCALE, criterion)
+            assert torch.equal(chosen, current)
 
 
-def test_a_returned_weight_goes_again_when_its_gain_goes():
-    returned = update_mask(
-        torch.tensor([[1.0, 5.5, 2.0, 0.5]]), MASTER, KEPT_02, KEPT_02, "hysteresis"
-    )
-    back = update_mask(
-        torch.tensor([[1.0, 4.9, 2.0, 0.5]]), MASTER, KEPT_02, returned, "hysteresis"
-    )
-    assert torch.equal(back, KEPT_02)
+def test_whoever_is_in_use_has_the_margin_in_its_favour():
+    returned = mask_of(choose([1.0, 5.5, 2.0, 0.5]))
+    assert torch.equal(returned, mask_of([1, 2]))
+    # Between one margin above and one below the old lead, both answers stand as they are.
+    for value in (4.8, 5.0, 5.2):
+        assert choose([1.0, value, 2.0, 0.5], returned) == [1, 2]
+        assert choose([1.0, value, 2.0, 0.5], KEPT_02) == [0, 2]
+    assert choose([1.0, 4.7, 2.0, 0.5], returned) == [0, 2], "its gain has gone, and so does it"
 
 
-def test_untrained_flips_nothing_over_the_whole_range_of_bf16():
+def random_mask(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    order = torch.rand(rows * columns // 4, 4, generator=generator).argsort(-1)[:, :2]
+    mask = torch.zeros(rows * columns // 4, 4, dtype=torch.bool).scatter_(1, order, True)
+    return mask.reshape(rows, columns)
+
+
+def scale_of(master: torch.Tensor, mask: torch.Tensor, bits: int) -> torch.Tensor | None:
+    if bits == 16:
+        return None
+    kept = torch.where(mask, master.float(), 0.0).abs().reshape(len(master), -1, 64)
+    return (kept.amax(-1) / (2 ** (bits - 1) - 0.5)).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_untrained_flips_nothing_over_the_whole_range_of_bf16(bits):
     generator = torch.Generator().manual_seed(0)
     exponents = torch.randint(-100, 100, (512, 256), generator=generator).float()
     master = (torch.randn(512, 256, generator=generator) * 2.0**exponents).to(torch.bfloat16)
-    order = torch.rand(512 * 64, 4, generator=generator).argsort(-1)[:, :2]
-    mask = torch.zeros(512 * 64, 4, dtype=torch.bool).scatter_(1, order, True).reshape(512, 256)
-    chosen = update_mask(master.float(), master, mask, mask, "hysteresis")
+    mask = random_mask(512, 256, generator)
+    scale = scale_of(master, mask, bits)
+    chosen = update_mask(master.float(), master, mask, mask, scale, "hysteresis")
     assert flipped_fraction(mask, chosen) == 0.0
-    plain = update_mask(master.float(), master, mask, mask, "magnitude")
+    plain = update_mask(master.float(), master, mask, mask, scale, "magnitude")
     assert flipped_fraction(mask, plain) > 0.2  # a random mask is far from the largest two
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("noise", [1e-6, 1e-3])
+def test_noise_flips_nothing(bits, noise):
+    """A random mask disagrees with magnitude nearly everywhere, so that h alone leaves ties."""
+    generator = torch.Generator().manual_seed(3)
+    master = torch.randn(512, 256, generator=generator).to(torch.bfloat16)
+    mask = random_mask(512, 256, generator)
+    weight = master.float() + noise * torch.randn(512, 256, generator=generator)
+    scale = scale_of(master, mask, bits)
+    chosen = update_mask(weight, master, mask, mask, scale, "hysteresis")
+    assert flipped_fraction(mask, chosen) < 1e-4
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_no_bit_flickers_while_a_trained_weight_trembles(bits):
+    """Noise may push one over the edge, never back: weights that moved far, then noise each time."""
+    generator = torch.Generator().manual_seed(4)
+    master = torch.randn(256, 256, generator=generator).to(torch.bfloat16)
+    first = random_mask(256, 256, generator)
+    scale = scale_of(master, first, bits)
+    trained = master.float() + 0.3 * torch.randn(256, 256, generator=generator)
+    mask = update_mask(trained, master, first, first, scale, "hysteresis")
+    assert flipped_fraction(first, mask) > 0.02, "real gains let weights return"
+    flips = torch.zeros(256, 256)
+    for _ in range(10):
+        weight = trained + 1e-3 * torch.randn(256, 256, generator=generator)
+        chosen = update_mask(weight, master, first, mask, scale, "hysteresis")
+        flips += chosen != mask
+        mask = chosen
+    assert flips.max() <= 1
 
 
 def test_always_exactly_two_of_four():
@@ -95,7 +157,7 @@ def test_always_exactly_two_of_four():
     mask = torch.tensor([True, True, False, False]).repeat(64, 32)
     weight = master.float() + 0.5 * torch.randn(64, 128, generator=generator)
     for criterion in ("hysteresis", "magnitude"):
-        chosen = update_mask(weight, master, mask, mask, criterion)
+        chosen = update_mask(weight, master, mask, mask, scale_of(master, mask, 4), criterion)
         assert (chosen.reshape(-1, 4).sum(-1) == 2).all()
 
 
