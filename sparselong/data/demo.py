@@ -50,10 +50,11 @@ def write_demo_data(out_dir: Path, seed: int) -> None:
     that asks for a short answer, one in twenty an assistant's `thinking`.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name, split, rows in (
+    files: tuple[tuple[str, Split, int], ...] = (
         ("train.jsonl", "train", _TRAIN_ROWS),
         ("validation.jsonl", "held_out", _VALIDATION_ROWS),
-    ):
+    )
+    for name, split, rows in files:
         _write_lines(
             out_dir / name, [{"messages": row} for row in _question_rows(split, rows, seed)]
         )

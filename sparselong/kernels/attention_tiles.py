@@ -27,14 +27,14 @@ class Tile:
 # spills, shared memory within sm_86's 99 KB), not timed.
 TILES: dict[str, dict[tuple[str, str], Tile]] = {
     "sm_90": {
-        ("forward", "full"): Tile(128, 64, 8, 3),
-        ("forward", "packed"): Tile(128, 64, 8, 3),
+        ("forward", "full"): Tile(128, 64, 8, 3, heads=8),
+        ("forward", "packed"): Tile(128, 64, 8, 3, heads=8),
         ("forward", "window"): Tile(128, 32, 4, 3, heads=8, split=False),
-        ("dq", "full"): Tile(64, 64, 4, 3),
-        ("dq", "packed"): Tile(64, 64, 4, 3),
-        ("dq", "window"): Tile(64, 32, 4, 2, heads=8, split=False),
+        ("dq", "full"): Tile(64, 64, 4, 3, heads=8),
+        ("dq", "packed"): Tile(64, 32, 4, 3, heads=8),
+        ("dq", "window"): Tile(64, 32, 4, 3, heads=8, split=False),
         ("dkdv", "full"): Tile(64, 64, 4, 3),
-        ("dkdv", "packed"): Tile(64, 64, 4, 3),
+        ("dkdv", "packed"): Tile(64, 64, 4, 3, heads=8),
         ("dkdv", "window"): Tile(64, 64, 4, 3, heads=8, split=False),
     },
     "sm_80": {

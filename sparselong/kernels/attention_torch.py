@@ -120,6 +120,7 @@ def attend_cudnn(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, Saved]:
     """(out, lse, what the operator's backward needs). Shapes as in `attention.attention`."""
+    q, k, v = _with_unit_stride(q, k, v)
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, True, False, scale=scale
     )
@@ -144,10 +145,16 @@ def attend_cudnn_backward(
     """(dq, dk, dv, dsinks in fp32 where needed)."""
     dsinks = sink_gradient(dout, out, lse, sinks) if needs_dsinks else None
     sizes = (None, None, None, mask.queries, mask.keys)
+    dout, q, k, v = _with_unit_stride(dout, q, k, v)
     grads = aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse[..., None], *saved, *sizes, 0.0, True, scale=scale
     )
     return *grads, dsinks
+
+
+def _with_unit_stride(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """cuDNN reads the last dimension in steps of one; others are copied."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
 def sink_gradient(
