@@ -41,10 +41,12 @@ from sparselong.errors import ConfigError, ExpectedError, StageError
 DEFAULT_CONFIG = "configs/gpt-oss-120b-4x3090.yaml"
 FORMAT_VERSION = 1
 
-_COMPRESS_KEYS = ("seed", "model", "shared_dense", "experts", "calibration", "data")
+_COMPRESS_KEYS = (
+    *("seed", "model", "shared_dense", "experts", "calibration", "data", "flash_attention"),
+)
 _FINETUNE_KEYS = (
     *_COMPRESS_KEYS,
-    *("sequence_len", "sequence_parallel_degree", "flash_attention", "micro_batch_size"),
+    *("sequence_len", "sequence_parallel_degree", "micro_batch_size"),
     *("heads_k_stride", "ring_attn_func", "lora", "finetuning_modifiers", "training"),
 )
 STAGE_KEYS: dict[str, tuple[str, ...]] = {

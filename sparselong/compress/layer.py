@@ -55,6 +55,7 @@ class CalibratedLayer:
         index: which layer it is.
         tensors: the layer's tensors by full name (expert blocks expanded).
         device, dtype: where and in what the states are computed.
+        attn_implementation: how the layer attends, by transformers' name.
     """
 
     def __init__(
@@ -64,12 +65,13 @@ class CalibratedLayer:
         tensors: dict[str, torch.Tensor],
         device: torch.device,
         dtype: torch.dtype,
+        attn_implementation: str,
     ):
         self.index, self.device = index, device
         single = GptOssConfig.from_dict(config.to_dict())
         single.num_hidden_layers = 1
         single.layer_types = [config.layer_types[index]]
-        single._attn_implementation = "eager"
+        single._attn_implementation = attn_implementation
         with torch.device("meta"):
             model = GptOssModel(single)
             layer = cast(GptOssDecoderLayer, model.layers[0])

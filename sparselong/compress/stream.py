@@ -25,6 +25,7 @@ from sparselong.compress.report import measure
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.model.architecture import layer_tensors, open_upstream
+from sparselong.model.attention import implementation
 from sparselong.model.checkpoint import Checkpoint, derive, write_tensors
 from sparselong.model.loading import (
     compute_dtype,
@@ -117,7 +118,8 @@ def _compress_layer(
     stored: dict[str, torch.Tensor] = {}
     if stage.config.experts.sparsity == "2:4":
         stored |= _drop_half_of_experts(tensors)
-    layer = CalibratedLayer(architecture, index, tensors, device, compute_dtype(device))
+    dtype, attention = compute_dtype(device), implementation(stage.config)
+    layer = CalibratedLayer(architecture, index, tensors, device, dtype, attention)
     del tensors
     fmt = _quantization(stage.config).dense_format
     record: dict[str, Any] = {"calibration_sequences": len(states.states), "relative_error": {}}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from sparselong.evaluate import harness, perplexity
+from sparselong.model.attention import implementation
 from sparselong.model.loading import load_model
 from sparselong.model.peaks import read_peaks, reset_peaks
 from sparselong.run import write_atomically
@@ -58,9 +59,10 @@ def measure(
             return kept
     start = time.monotonic()
     reset_peaks()
-    model = load_model(directory)
+    config = measurements.suite.config
+    model = load_model(directory, attn_implementation=implementation(config))
     progress(f"{name}: opened from {directory} in {time.monotonic() - start:.1f} s")
-    batch_size = measurements.suite.config.evaluation.batch_size
+    batch_size = config.evaluation.batch_size
     result = {
         "fingerprint": fingerprint,
         "perplexity": perplexity.measure(model, measurements.samples, batch_size),

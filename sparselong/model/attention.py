@@ -29,9 +29,15 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sparselong.config import Config
 from sparselong.kernels.attention import attention
 
 NAME = "sparselong"
+
+
+def implementation(config: Config) -> str:
+    """The `attn_implementation` that the config asks for: ours, or transformers' eager."""
+    return NAME if config.flash_attention else "eager"
 
 
 def attention_forward(
