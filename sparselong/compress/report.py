@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from sparselong.model.checkpoint import Checkpoint, same_bytes
-from sparselong.model.quantizer import PROJECTIONS, SparseLongConfig
-from sparselong.packing import dense, integer, two_four
+from sparselong.model.projections import stored_projections, two_four_conforming
+from sparselong.model.quantizer import SparseLongConfig
+from sparselong.packing import dense, integer
 from sparselong.packing.dense import DenseFormat
 
 _GROUPS = {
@@ -53,37 +54,6 @@ def experts_bit_exact(base: Checkpoint, model: Checkpoint) -> bool:
     """Whether every expert tensor of the base stands in the model, byte for byte."""
     names = [name for name in base.tensors if ".mlp.experts." in name]
     return all(name in model.tensors and same_bytes(base, model, name) for name in names)
-
-
-def stored_projections(model: Checkpoint, layer: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Projection's full name → its packed tensors, of one layer."""
-    found = {}
-    for projection in PROJECTIONS:
-        full = f"model.layers.{layer}.self_attn.{projection}"
-        names = [name for name in model.tensors if name.startswith(f"{full}.weight_")]
-        found[full] = {n.removeprefix(f"{full}."): t for n, t in model.read(names).items()}
-    return found
-
-
-def two_four_conforming(model: Checkpoint) -> float:
-    """Share of the attention weights' groups of four with at most two nonzero weights.
-
-    Counted on the weights as they are decoded, whatever the format claims.
-    """
-    fmt = SparseLongConfig(**model.config["quantization_config"]).dense_format
-    conforming = total = 0
-    for layer in range(model.config["num_hidden_layers"]):
-        if not (fmt.is_sparse or fmt.is_quantized):
-            prefix = f"model.layers.{layer}.self_attn"
-            weights = list(model.read(f"{prefix}.{p}.weight" for p in PROJECTIONS).values())
-        else:
-            stored = stored_projections(model, layer)
-            weights = [dense.unpack(fmt, tensors) for tensors in stored.values()]
-        for weight in weights:
-            groups = two_four.is_two_four(weight != 0)
-            conforming += int(groups.sum())
-            total += groups.numel()
-    return conforming / total
 
 
 def masters_match(model: Checkpoint, masters: Path, fmt: DenseFormat) -> bool:

@@ -22,6 +22,8 @@ from sparselong.model.loading import compute_dtype, default_device
 
 PLUGIN = "sparselong.finetune.axolotl_plugin.SparseLongPlugin"
 ADAPTER = "sparselong_masked_lora"
+METRICS, SUPERVISION = "metrics.jsonl", "supervision.txt"
+RECEIPT, BAKED, TRAINED = "receipt.json", "baked.json", "trained.json"
 _FEW_ROWS = 5000
 
 
@@ -35,6 +37,8 @@ class Folders:
     """`runs/NAME/03_finetune`."""
     train: Path
     validation: Path
+    name: str
+    """Stage 02's name of its checkpoint."""
 
     @property
     def checkpoints(self) -> Path:
@@ -139,10 +143,6 @@ def _schedule(config: Config) -> dict[str, Any]:
 
 
 def _data(config: Config, folders: Folders, rows: int) -> dict[str, Any]:
-    roles = ["assistant"]
-    if config.data.train_on == "all":
-        roles = ["system", "developer", "user", "assistant"]
-
     def source(path: Path) -> dict[str, Any]:
         return {
             "path": str(path),
@@ -153,7 +153,7 @@ def _data(config: Config, folders: Folders, rows: int) -> dict[str, Any]:
             "message_property_mappings": {"role": "role", "content": "content"},
             "field_thinking": "thinking",
             "template_thinking_key": "thinking",
-            "roles_to_train": roles,
+            "roles_to_train": ["assistant"],
             "train_on_eos": "turn",
         }
 
@@ -183,6 +183,7 @@ def _plugin_section(config: Config, folders: Folders, bake_only: bool) -> dict[s
     return {
         "masters": str(folders.compressed / "masters"),
         "work": str(folders.work),
+        "name": folders.name,
         "update_frequency": upkeep.update_frequency,
         "criterion": upkeep.criterion,
         "train_on": config.data.train_on,

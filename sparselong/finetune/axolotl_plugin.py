@@ -3,7 +3,7 @@
 | hook                         | what we do there                                                  |
 |------------------------------|-------------------------------------------------------------------|
 | `register`                   | expected failures are told to the stage's process (failure.json)  |
-| `load_datasets`              | Axolotl's own loader; count supervised tokens, show a preview     |
+| `load_datasets`              | Axolotl's own loader, our labels; show and count what is learned  |
 | `get_adapter_capabilities`,  | our adapter: masked LoRA layers built through PEFT's registry of  |
 | `load_adapter`               | custom modules over stage 02's packed layers and masters          |
 | `get_trainer_cls`            | Axolotl's trainer, with masks and scales in its checkpoints       |
@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import torch
 from axolotl.cli.args import TrainerCliArgs
-from axolotl.common.datasets import TrainDatasetMeta, load_datasets
+from axolotl.common.datasets import load_datasets
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders import load_tokenizer
@@ -46,16 +46,22 @@ from sparselong.finetune.adapter import (
     count_trainable,
     parameter_table,
 )
-from sparselong.finetune.axolotl_config import ADAPTER
-from sparselong.finetune.bake import bake, two_four_conforming, write_adapter_readme
+from sparselong.finetune.axolotl_config import (
+    ADAPTER,
+    BAKED,
+    METRICS,
+    RECEIPT,
+    SUPERVISION,
+    TRAINED,
+)
+from sparselong.finetune.bake import bake, name_adapter
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, tell
 from sparselong.finetune.documents import document_masks
 from sparselong.finetune.failure import tell_failures
 from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
-from sparselong.model.peaks import read_peaks
+from sparselong.model.projections import two_four_conforming
 from sparselong.run import write_atomically
 
-RECEIPT, BAKED, TRAINED = "receipt.json", "baked.json", "trained.json"
 _PREVIEW_ROWS = 3
 _PACKAGES = ("axolotl", "transformers", "peft", "torch", "accelerate", "datasets")
 
@@ -65,9 +71,10 @@ class SparseLongSection(BaseModel):
 
     masters: str
     work: str
+    name: str
     update_frequency: float
     criterion: Literal["hysteresis", "magnitude"]
-    train_on: str
+    train_on: Literal["assistant", "all"]
     loss_target: float | None = None
     bake_only: bool = False
 
@@ -207,16 +214,17 @@ class SparseLongPlugin(BasePlugin):
                 str(error),
                 "raise sequence_len, or check the rows' roles and data.train_on",
             ) from error
-        for name, path in (("train", cfg.datasets), ("eval", cfg.test_datasets)):
-            self._tell_dropped(name, getattr(meta, f"{name}_dataset"), Path(path[0]["path"]))
-        if cfg.sparselong.train_on == "all":
-            meta = _supervise_everything(meta)
-        self.supervised_token_fraction = supervision.supervised_fraction(
-            meta.train_dataset.select_columns("labels")
-        )
+        tokenizer = load_tokenizer(cfg)
+        for name, rows in (("train", cfg.datasets), ("eval", cfg.test_datasets)):
+            dataset, source = getattr(meta, f"{name}_dataset"), Path(rows[0]["path"])
+            self._tell_dropped(name, dataset, source)
+            labelled = supervision.relabel(dataset, source, tokenizer, cfg.sparselong.train_on)
+            setattr(meta, f"{name}_dataset", labelled)
         first = meta.train_dataset.select(range(min(_PREVIEW_ROWS, len(meta.train_dataset))))
-        text = supervision.preview(first, load_tokenizer(cfg))
-        write_atomically(Path(cfg.sparselong.work) / "supervision.txt", text)
+        text = supervision.preview(first, tokenizer)
+        write_atomically(Path(cfg.sparselong.work) / SUPERVISION, text)
+        labels = meta.train_dataset.select_columns("labels")
+        self.supervised_token_fraction = supervision.supervised_fraction(labels)
         tell(f"{text}{self.supervised_token_fraction:.1%} of the tokens are supervised")
         return meta
 
@@ -243,7 +251,7 @@ class SparseLongPlugin(BasePlugin):
         section, layers = cfg.sparselong, trainer.layers
         return [
             MaskUpkeep(layers, trainer.progress, section.update_frequency, section.criterion),
-            Metrics(Path(section.work) / "metrics.jsonl", trainer.progress, section.loss_target),
+            Metrics(Path(section.work) / METRICS, trainer.progress, section.loss_target),
         ]
 
     def post_trainer_create(self, cfg, trainer: Any):
@@ -283,23 +291,14 @@ class SparseLongPlugin(BasePlugin):
         baked = bake(Path(cfg.base_model), trainer.layers, work / "model")
         trainer.model.save_pretrained(str(work / "adapter"))
         state.write(work / "adapter", trainer.layers, trainer.progress)
-        write_adapter_readme(work / "adapter", baked.config.get("_name_or_path", "gpt-oss"))
-        layer = next(iter(trainer.layers.values()))
+        name_adapter(work / "adapter", cfg.sparselong.name)
         outcome = {
             "best_checkpoint": Path(best).name,
             "best_step": state.step_of(Path(best)),
             "best_eval_loss": trainer.state.best_metric,
             "steps": trainer.state.global_step,
-            "two_four_conforming": two_four_conforming(baked, layer.fmt),
+            "two_four_conforming": two_four_conforming(baked),
             "mask_updates": trainer.progress.mask_updates,
-            "peak_bytes": read_peaks(),
+            "peak_bytes": trainer.progress.note_peaks(),
         }
         write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")
-
-
-def _supervise_everything(meta: TrainDatasetMeta) -> TrainDatasetMeta:
-    """Labels every token: Axolotl's chat strategy knows the turns, not what stands between."""
-    for name in ("train_dataset", "eval_dataset"):
-        dataset = getattr(meta, name)
-        setattr(meta, name, dataset.map(lambda row: {"labels": row["input_ids"]}))
-    return meta

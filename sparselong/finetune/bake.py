@@ -8,16 +8,14 @@ where the file system allows. The codes are those of the last forward: both come
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from sparselong.finetune.lora import MaskedLoraLinear
 from sparselong.model.checkpoint import Checkpoint, derive, write_tensors
-from sparselong.packing import dense, two_four
-from sparselong.packing.dense import DenseFormat
+from sparselong.run import write_atomically
 
 _README = """# Adapter of {base}
 
@@ -59,21 +57,17 @@ def bake(compressed: Path, layers: Mapping[str, MaskedLoraLinear], target: Path)
     return Checkpoint(target)
 
 
-def two_four_conforming(checkpoint: Checkpoint, fmt: DenseFormat) -> float:
-    """The share of groups of four in the stored dense layers with at most two nonzero weights."""
-    groups = conforming = 0
-    for name in sorted(checkpoint.tensors):
-        if not name.endswith(".weight_packed"):
-            continue
-        stem = name.removesuffix("weight_packed")
-        parts = [f"{stem}{p}" for p in ("weight_packed", "weight_mask", "weight_scale")]
-        tensors = checkpoint.read(part for part in parts if part in checkpoint.tensors)
-        values = dense.unpack_values(fmt, {n.removeprefix(stem): t for n, t in tensors.items()})
-        sound = two_four.is_two_four(values != 0)
-        groups, conforming = groups + sound.numel(), conforming + int(torch.sum(sound))
-    return conforming / groups if groups else 0.0
+def name_adapter(directory: Path, base: str) -> None:
+    """Names what the saved adapter belongs to, in its config and a README that says what it is not.
 
+    PEFT has written the path on this machine, which means nothing elsewhere.
 
-def write_adapter_readme(directory: Path, base: str) -> None:
-    """Puts a README beside the saved adapter that says what it is not."""
+    Args:
+        directory: where PEFT has saved the adapter.
+        base: stage 02's name of the checkpoint.
+    """
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     (directory / "README.md").write_text(_README.format(base=base), encoding="utf-8")

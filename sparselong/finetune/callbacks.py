@@ -21,7 +21,6 @@ from sparselong.errors import StageError
 from sparselong.finetune.lora import MaskedLoraLinear
 from sparselong.finetune.masks import Criterion, update_steps
 from sparselong.finetune.state import Progress
-from sparselong.model.peaks import read_peaks
 
 MARK = "[sparselong] "
 
@@ -137,7 +136,10 @@ class Metrics(TrainerCallback):
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": (self.progress.tokens - self.tokens) / max(self.seconds, 1e-9),
-            **{f"peak_bytes_{device}": count for device, count in read_peaks().items()},
+            **{
+                f"peak_bytes_{device}": count
+                for device, count in self.progress.note_peaks().items()
+            },
         }
         if updates:
             row["mask_flipped_fraction"] = sum(update["flipped"] for update in updates)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from sparselong.errors import StageError
 from sparselong.finetune.lora import MaskedLoraLinear
 from sparselong.model.checkpoint import write_tensors
+from sparselong.model.peaks import read_peaks
 from sparselong.run import write_atomically
 
 MASKS = "masks.safetensors"
@@ -47,11 +48,20 @@ class Progress:
     """Whether the loss target's alert has been given."""
     mask_updates: list[dict[str, Any]] = field(default_factory=list)
     """Step and fraction of mask bits flipped, overall and by kind of layer."""
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    """Peak memory by device, of the processes that led here."""
+
+    def note_peaks(self) -> dict[str, int]:
+        """Takes in this process's peaks and returns the highest so far."""
+        for device, count in read_peaks().items():
+            self.peak_bytes[device] = max(count, self.peak_bytes.get(device, 0))
+        return self.peak_bytes
 
 
 def write(directory: Path, layers: Mapping[str, MaskedLoraLinear], progress: Progress) -> None:
     """Writes masks, scales and counters into a checkpoint directory."""
     write_tensors(directory / MASKS, _buffers(layers))
+    progress.note_peaks()
     write_atomically(directory / PROGRESS, json.dumps(asdict(progress)) + "\n")
 
 

@@ -30,12 +30,17 @@ import yaml
 from sparselong.data import conversations
 from sparselong.errors import StageError
 from sparselong.finetune import axolotl_config, plot, state
-from sparselong.finetune.axolotl_config import Folders
+from sparselong.finetune.axolotl_config import (
+    BAKED,
+    METRICS,
+    RECEIPT,
+    SUPERVISION,
+    TRAINED,
+    Folders,
+)
 from sparselong.finetune.process import run_trainer
 from sparselong.run import Stage, write_atomically
 
-METRICS = "metrics.jsonl"
-RECEIPT, BAKED, TRAINED = "receipt.json", "baked.json", "trained.json"
 _CALLBACKS = ("MaskUpkeep", "Metrics")
 
 
@@ -47,17 +52,20 @@ def finetune(stage: Stage) -> None:
             training failed; the message says what to do.
     """
     axolotl_config.refuse_unsupported(stage.config, torch.cuda.is_available())
-    stage.require("02_compress")
+    compressed = stage.require("02_compress")
     data = conversations.prepare(stage.config, stage.run_dir)
     folders = Folders(
         (stage.run_dir / "02_compress").resolve(),
         stage.dir.resolve(),
         data.train.resolve(),
         data.validation.resolve(),
+        compressed["metrics"]["name"],
     )
     if not (stage.dir / BAKED).exists():
         _train(stage, folders)
-    _publish(stage, folders)
+    earlier = stage.run_dir / "02_compress"
+    stage.inputs = [earlier / "model", earlier / "masters", data.train, data.validation]
+    _publish(stage)
 
 
 def _train(stage: Stage, folders: Folders) -> None:
@@ -130,7 +138,7 @@ def check_receipt(stage: Stage) -> dict[str, Any]:
     return receipt
 
 
-def _publish(stage: Stage, folders: Folders) -> None:
+def _publish(stage: Stage) -> None:
     receipt = check_receipt(stage)
     baked = json.loads((stage.dir / BAKED).read_text(encoding="utf-8"))
     rows = read_rows(stage.dir / METRICS)
@@ -156,7 +164,5 @@ def _publish(stage: Stage, folders: Folders) -> None:
         "peak_host_bytes": baked["peak_bytes"]["host"],
         "peak_device_bytes": {k: v for k, v in baked["peak_bytes"].items() if k != "host"},
     }
-    stage.inputs = [folders.compressed / "model", folders.compressed / "masters", folders.train]
-    stage.inputs += [folders.validation]
-    names = ("model", "adapter", "axolotl.yaml", RECEIPT, METRICS, "loss.png", "supervision.txt")
+    names = ("model", "adapter", "axolotl.yaml", RECEIPT, METRICS, "loss.png", SUPERVISION)
     stage.outputs = [stage.dir / name for name in names]

@@ -1,6 +1,7 @@
 """Masked LoRA over a whole model, and what a checkpoint keeps of it."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import torch
 from sparselong.errors import StageError
 from sparselong.finetune import state
 from sparselong.finetune.adapter import Masters, add_masked_lora, count_trainable, parameter_table
-from sparselong.finetune.bake import bake, two_four_conforming
+from sparselong.finetune.bake import bake, name_adapter
 from sparselong.finetune.lora import masked_layers
 from sparselong.model.loading import load_model
+from sparselong.model.projections import two_four_conforming
 from tests.conftest import load_script
 
 
@@ -77,7 +79,7 @@ def test_baked_model_gives_the_trained_logits_to_the_bit(stage02, tmp_path):
     baked = bake(stage02 / "model", layers, tmp_path / "model")
     opened = load_model(tmp_path / "model", device=torch.device("cpu"))
     assert torch.equal(opened(input_ids=TOKENS).logits, trained)
-    assert two_four_conforming(baked, layers["model.layers.0.self_attn.q_proj"].fmt) == 1.0
+    assert two_four_conforming(baked) == 1.0
     before = load_model(stage02 / "model", device=torch.device("cpu"))
     assert not torch.equal(before(input_ids=TOKENS).logits, trained)
 
@@ -98,6 +100,23 @@ def test_checkpoint_extras_come_back(stage02, tmp_path):
     for name, layer in layers.items():
         for part, tensor in layer.packed().items():
             assert torch.equal(tensor, kept[name][part])
+
+
+def test_peaks_of_an_earlier_process_are_kept(stage02, tmp_path):
+    layers = masked_layers(tuned_model(stage02))
+    state.write(tmp_path, layers, state.Progress(peak_bytes={"host": 1 << 60, "cuda:7": 5}))
+    assert state.read(tmp_path, layers).note_peaks() == {"host": 1 << 60, "cuda:7": 5}
+    state.write(tmp_path, layers, state.Progress(peak_bytes={"host": 1}))
+    assert state.read(tmp_path, layers).peak_bytes["host"] > 1 << 20
+
+
+def test_the_adapter_names_its_base_and_no_path(stage02, tmp_path):
+    tuned_model(stage02).save_pretrained(str(tmp_path))
+    assert str(stage02) in (tmp_path / "adapter_config.json").read_text()
+    name_adapter(tmp_path, "tiny-w4a16")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny-w4a16" and config["r"] == 4
+    assert (tmp_path / "README.md").read_text().startswith("# Adapter of tiny-w4a16\n")
 
 
 def test_extras_of_other_layers_are_refused(stage02, tmp_path):

@@ -9,7 +9,9 @@ from sparselong.errors import StageError
 from sparselong.finetune.axolotl_config import PLUGIN, Folders, build, refuse_unsupported
 from tests.conftest import ROOT
 
-FOLDERS = Folders(Path("/run/02"), Path("/run/03"), Path("/d/train.jsonl"), Path("/d/val.jsonl"))
+FOLDERS = Folders(
+    Path("/run/02"), Path("/run/03"), Path("/d/train.jsonl"), Path("/d/val.jsonl"), "tiny-w4a16"
+)
 
 
 def document(*overrides: str, **arguments) -> dict:
@@ -33,6 +35,7 @@ def test_paths_and_sections():
     assert made["output_dir"] == "/run/03/checkpoints"
     assert made["sparselong"]["masters"] == "/run/02/masters"
     assert made["sparselong"]["criterion"] == "hysteresis"
+    assert made["sparselong"]["name"] == "tiny-w4a16"
     data = made["datasets"][0]
     assert (data["path"], data["type"], data["roles_to_train"]) == (
         "/d/train.jsonl",

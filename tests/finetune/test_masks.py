@@ -134,7 +134,7 @@ def test_noise_flips_nothing(bits, noise):
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_no_bit_flickers_while_a_trained_weight_trembles(bits):
-    """Noise may push one over the edge, never back: weights that moved far, then noise each time."""
+    """Weights that moved far, then noise each time: it may push one over the edge, never back."""
     generator = torch.Generator().manual_seed(4)
     master = torch.randn(256, 256, generator=generator).to(torch.bfloat16)
     first = random_mask(256, 256, generator)

@@ -122,6 +122,8 @@ def test_manifest_says_what_was_done(runs):
     assert [update["step"] for update in metrics["mask_updates"]] == [1, 2, 3, 4, 5]
     assert 0.0 < metrics["supervised_token_fraction"] < 1.0
     assert metrics["trainable_parameters"] == 81920
+    paths = [row["path"] for row in manifest["inputs"]]
+    assert paths and all(path.startswith(("02_compress/", "data/")) for path in paths)
     for key in ("train_loss", "tokens_per_second", "peak_device_bytes"):
         assert key in metrics
 
@@ -131,7 +133,11 @@ def test_run_directory_holds_what_it_promises(runs):
     stage = straight / "03_finetune"
     best = manifest["metrics"]["best_step"]
     assert (stage / "best").resolve().name == f"checkpoint-{best}"
-    assert "different model" in (stage / "adapter/README.md").read_text()
+    name = json.loads((straight / "02_compress/manifest.json").read_text())["metrics"]["name"]
+    text = (stage / "adapter/README.md").read_text()
+    assert text.startswith(f"# Adapter of {name}\n") and "different model" in text
+    adapter = json.loads((stage / "adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == name
     assert (stage / "loss.png").stat().st_size > 10_000
     assert "\x1b[32m" in (stage / "supervision.txt").read_text()
     names = {path.name for path in (stage / "best").iterdir()}
@@ -154,18 +160,16 @@ def test_baked_model_has_the_loss_that_training_reported(runs):
     straight, _, manifest, _ = runs
     model = load_model(straight / "03_finetune/model", device=torch.device("cpu"))
     tokenizer = load_tokenizer(straight / "03_finetune/model")
-    message_token = tokenizer.convert_tokens_to_ids("<|message|>")
     total = count = 0
     for messages in read(straight / "data/validation.jsonl"):
         tokens, supervised = tokenize(messages, tokenizer, "assistant")
         if len(tokens) > 128:
             continue
-        # Axolotl learns from a turn's text and end, not from its harmony header.
-        first = tokens.index(message_token, supervised.index(True)) + 1
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([tokens])).logits[0, first - 1 : -1].double()
-        wanted = torch.tensor(tokens[first:])
-        total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+            logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1].double()
+        learned = torch.tensor(supervised[1:])
+        wanted = torch.tensor(tokens[1:])[learned]
+        total += float(torch.nn.functional.cross_entropy(logits[learned], wanted, reduction="sum"))
         count += len(wanted)
     best = manifest["metrics"]["eval_perplexity"][str(manifest["metrics"]["best_step"])]
     assert math.exp(total / count) == pytest.approx(best, rel=1e-5)
