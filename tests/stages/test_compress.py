@@ -128,33 +128,78 @@ def test_masters_keep_what_was_pruned(done, untrained_base):
     assert not torch.equal(master[mask], original[mask])
 
 
-def test_killed_and_restarted_it_ends_in_the_same_bytes(done, small_arguments, tmp_path):
-    run_dir = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "02_compress.py"), *small_arguments]
-    process = subprocess.Popen(
-        [*command, "--run-dir", str(run_dir)], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+def start_and_signal(run_dir: Path, arguments: list[str], number: int) -> tuple[int, str]:
+    """Starts the script, signals it once its second layer is done; exit code and stderr."""
+    command = [sys.executable, str(ROOT / "02_compress.py"), *arguments, "--run-dir", str(run_dir)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     marker = run_dir / "02_compress/work/layer-00001.json"
     deadline = time.monotonic() + 120
     while not marker.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    return process.wait(), process.stderr.read() if process.stderr else ""
+
+
+def assert_same_result(ours: Path, clean: Path) -> None:
+    for folder in ("model", "masters"):
+        left, right = ours / "02_compress" / folder, clean / "02_compress" / folder
+        files = sorted(p.name for p in right.iterdir())
+        assert files == sorted(p.name for p in left.iterdir())
+        _, different, errors = filecmp.cmpfiles(left, right, files, shallow=False)
+        assert different == errors == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+def test_stopped_and_restarted_it_ends_in_the_same_bytes(done, small_arguments, tmp_path, number):
+    run_dir = tmp_path / "run"
+    code, shown = start_and_signal(run_dir, small_arguments, number)
+    if number == signal.SIGINT:
+        assert code == 1 and "error:    02_compress was interrupted" in shown
     assert not (run_dir / "02_compress/manifest.json").exists()
     assert not (run_dir / "02_compress/model").exists()
-    started = [(p, p.stat().st_mtime_ns) for p in run_dir.rglob("dense-00000.safetensors")]
-    assert started
+    first = run_dir / "02_compress/model.partial/dense-00000.safetensors"
+    written = first.stat().st_mtime_ns
     assert run(run_dir, small_arguments) == 0
     first = run_dir / "02_compress/model/dense-00000.safetensors"
-    assert first.stat().st_mtime_ns == started[0][1], "finished layers are not done again"
-    for folder in ("model", "masters"):
-        files = sorted(p.name for p in (done / "02_compress" / folder).iterdir())
-        assert files == sorted(p.name for p in (run_dir / "02_compress" / folder).iterdir())
-        _, different, errors = filecmp.cmpfiles(
-            done / "02_compress" / folder, run_dir / "02_compress" / folder, files, shallow=False
-        )
-        assert different == errors == []
+    assert first.stat().st_mtime_ns == written, "finished layers are not done again"
+    assert_same_result(run_dir, done)
+
+
+@pytest.mark.parametrize("moment", ["take_over", "derive", "measure", "HiddenStates.save"])
+def test_stopped_at_any_moment(done, small_arguments, tmp_path, monkeypatch, moment):
+    """While a layer, the shards, the index or the figures are being written."""
+    from sparselong.compress import stream
+    from sparselong.model import checkpoint
+
+    owner = checkpoint if moment == "take_over" else stream
+    owner, name = (stream.HiddenStates, "save") if "." in moment else (owner, moment)
+    original, calls = getattr(owner, name), []
+
+    def stop(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 2 or moment in ("derive", "measure"):
+            raise KeyboardInterrupt
+        return original(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        assert run(tmp_path / "run", small_arguments) == 1
+    assert not (tmp_path / "run/02_compress/manifest.json").exists()
+    assert run(tmp_path / "run", small_arguments) == 0
+    assert_same_result(tmp_path / "run", done)
+
+
+def test_malformed_rows_are_named_by_line(small_arguments, tmp_path, capsys):
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    for bad, part in (
+        ({"messages": "no"}, "messages"),
+        ({"messages": good["messages"][:1]}, "assistant"),
+    ):
+        data = write_rows(tmp_path / "data.jsonl", [good, good, bad])
+        assert run(tmp_path / f"run-{part}", [*small_arguments, f"data.train={data}"]) == 1
+        shown = capsys.readouterr().err
+        assert "line 3" in shown and part in shown
 
 
 @pytest.mark.parametrize(
