@@ -18,6 +18,7 @@ from typing import Any
 
 from sparselong.config import Config
 from sparselong.errors import StageError
+from sparselong.model.attention import implementation
 from sparselong.model.loading import compute_dtype, default_device
 
 PLUGIN = "sparselong.finetune.axolotl_plugin.SparseLongPlugin"
@@ -103,6 +104,7 @@ def build(
         "fp16": False,
         "tf32": False,
         "torch_dtype": str(compute_dtype(device)).removeprefix("torch."),
+        # The plugin puts its own in place of flex, whose needs (types, packing) are ours too.
         "attn_implementation": "flex_attention" if config.flash_attention else "eager",
         "micro_batch_size": config.micro_batch_size,
         "eval_batch_size": config.micro_batch_size,
@@ -184,6 +186,7 @@ def _plugin_section(config: Config, folders: Folders, bake_only: bool) -> dict[s
         "masters": str(folders.compressed / "masters"),
         "work": str(folders.work),
         "name": folders.name,
+        "attention": implementation(config),
         "update_frequency": upkeep.update_frequency,
         "criterion": upkeep.criterion,
         "train_on": config.data.train_on,

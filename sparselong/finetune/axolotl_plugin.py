@@ -59,6 +59,7 @@ from sparselong.finetune.callbacks import MaskUpkeep, Metrics, tell
 from sparselong.finetune.documents import document_masks
 from sparselong.finetune.failure import tell_failures
 from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
+from sparselong.model.attention import NAME
 from sparselong.model.projections import two_four_conforming
 from sparselong.run import write_atomically
 
@@ -72,6 +73,7 @@ class SparseLongSection(BaseModel):
     masters: str
     work: str
     name: str
+    attention: str
     update_frequency: float
     criterion: Literal["hysteresis", "magnitude"]
     train_on: Literal["assistant", "all"]
@@ -127,9 +129,10 @@ class MaskedTrainer(AxolotlTrainer):
         inputs = super()._prepare_inputs(inputs)
         if "position_ids" in inputs and "attention_mask" not in inputs:
             base = self.model.get_base_model()
-            dtype = base.get_input_embeddings().weight.dtype
-            masks = document_masks(base.config, inputs["position_ids"], dtype)
-            inputs["attention_mask"] = masks
+            if base.config._attn_implementation != NAME:  # ours goes by the position ids
+                dtype = base.get_input_embeddings().weight.dtype
+                masks = document_masks(base.config, inputs["position_ids"], dtype)
+                inputs["attention_mask"] = masks
         return inputs
 
     def prediction_step(self, model, inputs, *args, **kwargs):
@@ -205,6 +208,8 @@ class SparseLongPlugin(BasePlugin):
         }
 
     def load_datasets(self, cfg, preprocess=False):
+        # Axolotl's schema knows its own names only, and this hook is the first after it.
+        cfg.attn_implementation = cfg.sparselong.attention
         try:
             meta: Any = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
         except ValueError as error:
@@ -262,6 +267,7 @@ class SparseLongPlugin(BasePlugin):
             "modules_replaced": sorted(trainer.layers),
             "callbacks": [type(c).__name__ for c in trainer.callback_handler.callbacks],
             "trainer": type(trainer).__name__,
+            "attention": trainer.model.get_base_model().config._attn_implementation,
             "trainable_parameters": count_trainable(trainer.model),
             "supervised_token_fraction": self.supervised_token_fraction,
             "total_steps": trainer.args.max_steps,

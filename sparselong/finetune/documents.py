@@ -3,8 +3,9 @@
 Packed conversations are told apart by position ids that start anew. transformers derives a mask
 from that for most models, but its GptOssModel (5.16) builds its two masks, full and sliding,
 without the position ids: with eager or flex attention every conversation would attend to those
-before it in its sequence. The model accepts prepared masks, so they are made here, by
-transformers' own functions, with the position ids.
+before it in its sequence. The model accepts prepared masks, so for eager attention they are made
+here, by transformers' own functions, with the position ids. (This project's own attention goes by
+the position ids itself and needs none.)
 """
 
 from __future__ import annotations

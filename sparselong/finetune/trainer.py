@@ -39,6 +39,7 @@ from sparselong.finetune.axolotl_config import (
     Folders,
 )
 from sparselong.finetune.process import run_trainer
+from sparselong.model.attention import implementation
 from sparselong.run import Stage, write_atomically
 
 _CALLBACKS = ("MaskUpkeep", "Metrics")
@@ -128,6 +129,8 @@ def check_receipt(stage: Stage) -> dict[str, Any]:
     missing = [name for name in _CALLBACKS if name not in receipt.get("callbacks", ())]
     replaced = {name.rpartition(".")[2] for name in receipt.get("modules_replaced", ())}
     missing += sorted(set(stage.config.lora.target_modules) - replaced)
+    if receipt.get("attention") != implementation(stage.config):
+        missing.append(f"attention {implementation(stage.config)}")
     if missing or not (stage.dir / BAKED).exists():
         raise StageError(
             "Axolotl has run without this project's plugin, or not to its end",

@@ -14,6 +14,7 @@ from sparselong.health.machine import Machine
 from sparselong.health.packages import NEEDED, Package
 from sparselong.health.rows import Row, fail, ok, warn
 from sparselong.health.sources import Source
+from sparselong.kernels.attention_choice import describe_choice
 from sparselong.memory import Plan
 
 _PYTHONS = ((3, 11), (3, 12))
@@ -165,7 +166,10 @@ def _attention(config: Config, machine: Machine) -> Row:
             "run on a machine with a GPU, or set flash_attention=false (small models only)",
         )
     if config.flash_attention:
-        return ok("attention kernel", "flex_attention of transformers")
+        major, minor = machine.usable_gpus[0].compute_capability
+        chosen = describe_choice(f"sm_{major}{minor}", True, config.sequence_len)
+        text = "; ".join(f"{kind} layers: {backend}" for kind, backend in chosen.items())
+        return ok("attention kernel", text)
     return ok("attention kernel", "eager of transformers (quadratic in sequence_len)")
 
 
