@@ -6,6 +6,7 @@ benchmarks/demo.py [RUN_DIR [MACHINE [COMMAND]]]      runs/demo, cpuN, make demo
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -48,10 +49,24 @@ def _scalars(stage: str, value: Any, path: tuple[str, ...]) -> list[dict[str, An
     return []
 
 
+def collect_base(run_dir: Path) -> list[dict[str, Any]]:
+    """What the small model measured of itself when it was made."""
+    record = json.loads((run_dir / "base" / "tiny.json").read_text(encoding="utf-8"))
+    return _scalars("base", record["metrics"], ())
+
+
 if __name__ == "__main__":
     run_dir, machine, command = [
         *sys.argv[1:],
         *("runs/demo", f"cpu{os.cpu_count()}", "make demo")[len(sys.argv) - 1 :],
     ]
     manifests = read_manifests(Path(run_dir))
-    print(write("demo", machine, command, collect(manifests), made_on=manifests["04_eval"]))
+    print(
+        write(
+            "demo",
+            machine,
+            command,
+            [*collect_base(Path(run_dir)), *collect(manifests)],
+            made_on=manifests["04_eval"],
+        )
+    )
