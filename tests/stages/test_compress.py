@@ -150,20 +150,31 @@ def assert_same_result(ours: Path, clean: Path) -> None:
         assert different == errors == []
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory, untrained_base, small_arguments) -> tuple[list[str], Path]:
+    """Thirty layers, which take long enough to be stopped on the way: arguments, finished run."""
+    folder = tmp_path_factory.mktemp("deep")
+    base = stretch(untrained_base, folder / "base", 30)
+    arguments = [*small_arguments, f"model.base={base}"]
+    assert run(folder / "run", arguments) == 0
+    return arguments, folder / "run"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-def test_stopped_and_restarted_it_ends_in_the_same_bytes(done, small_arguments, tmp_path, number):
+def test_stopped_and_restarted_it_ends_in_the_same_bytes(deep, tmp_path, number):
+    arguments, clean = deep
     run_dir = tmp_path / "run"
-    code, shown = start_and_signal(run_dir, small_arguments, number)
+    code, shown = start_and_signal(run_dir, arguments, number)
     if number == signal.SIGINT:
         assert code == 1 and "error:    02_compress was interrupted" in shown
     assert not (run_dir / "02_compress/manifest.json").exists()
     assert not (run_dir / "02_compress/model").exists()
     first = run_dir / "02_compress/model.partial/dense-00000.safetensors"
     written = first.stat().st_mtime_ns
-    assert run(run_dir, small_arguments) == 0
+    assert run(run_dir, arguments) == 0
     first = run_dir / "02_compress/model/dense-00000.safetensors"
     assert first.stat().st_mtime_ns == written, "finished layers are not done again"
-    assert_same_result(run_dir, done)
+    assert_same_result(run_dir, clean)
 
 
 @pytest.mark.parametrize("moment", ["take_over", "derive", "measure", "HiddenStates.save"])
