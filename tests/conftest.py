@@ -2,10 +2,14 @@
 
 import importlib.util
 import json
+import signal
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+# A shell's background jobs ignore Ctrl-C and pass that on; the tests that send it must not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
