@@ -1,4 +1,4 @@
-"""Writes benchmark results in the one format that tables, plots and checks are made from."""
+"""Writes and finds benchmark results, in the one format that tables, plots and checks read."""
 
 from __future__ import annotations
 
@@ -48,3 +48,13 @@ def write(
     path = folder / f"{subject}-{machine}-{time.strftime('%Y%m%d')}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def newest(subject: str) -> dict[str, dict[str, Any]]:
+    """The newest document of a subject by machine, each with its `file` name."""
+    found = {}
+    for path in sorted(RESULTS.glob(f"{subject}-*.json"), key=lambda p: p.stem.rsplit("-", 1)[1]):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["subject"] == subject:
+            found[path.stem.split("-")[1]] = document | {"file": path.name}
+    return found
