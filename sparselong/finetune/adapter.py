@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -55,7 +55,7 @@ def add_masked_lora(
     targets: Sequence[str],
     r: int,
     alpha: float,
-    masters: Masters,
+    master_of: Callable[[str], torch.Tensor],
     seed: int,
 ) -> tuple[PeftModel, LoraConfig]:
     """Replaces the target layers by MaskedLoraLinear and freezes everything else.
@@ -64,7 +64,7 @@ def add_masked_lora(
         model: as stage 02 left it, opened by transformers.
         targets: last parts of module names, for example `q_proj`.
         r, alpha: rank of the adapter and its scale, alpha / r.
-        masters: dense masters of the packed layers.
+        master_of: module name → dense master of the packed layer (`Masters.read`).
         seed: decides A; B starts at zero.
 
     Raises:
@@ -80,7 +80,7 @@ def add_masked_lora(
     )
 
     def build(target: nn.Module, adapter_name: str, **arguments) -> MaskedLoraLinear:
-        return MaskedLoraLinear(target, adapter_name, master_of=masters.read, **arguments)
+        return MaskedLoraLinear(target, adapter_name, master_of=master_of, **arguments)
 
     config._register_custom_module({PackedLinear: build, nn.Linear: build})  # type: ignore[dict-item]
     set_seed(seed)

@@ -246,7 +246,7 @@ class SparseLongPlugin(BasePlugin):
             targets=cfg.lora_target_modules,
             r=cfg.lora_r,
             alpha=cfg.lora_alpha,
-            masters=Masters(Path(cfg.sparselong.masters)),
+            master_of=Masters(Path(cfg.sparselong.masters)).read,
             seed=cfg.seed,
         )
         tell(parameter_table(tuned))

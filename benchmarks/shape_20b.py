@@ -1,0 +1,115 @@
+"""gpt-oss-20b's shape with random weights made on the GPU, as each arm of a benchmark has it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GptOssConfig, GptOssForCausalLM
+from transformers.models.gpt_oss import modeling_gpt_oss
+
+from sparselong.finetune.adapter import add_masked_lora
+from sparselong.finetune.lora import encode
+from sparselong.model.packed_linear import PackedLinear
+from sparselong.model.quantizer import PROJECTIONS, replace_with_packed
+from sparselong.packing import dense
+from sparselong.packing.dense import DenseFormat
+
+BASELINES = ("eager", "flex")
+OURS = ("lora", "masked")
+R, ALPHA = 16, 32
+PUBLISHED = DenseFormat(16, "none", 64)
+COMPRESSED = DenseFormat(4, "2:4", 64)
+
+
+def config_20b(layers: int = 24) -> GptOssConfig:
+    """openai/gpt-oss-20b's published configuration."""
+    kinds = ["sliding_attention", "full_attention"] * (layers // 2)
+    return GptOssConfig(num_hidden_layers=layers, num_local_experts=32, layer_types=kinds)
+
+
+def build(arm: str, keep_attention: str = "auto", layers: int = 24) -> nn.Module:
+    """The arm's model, ready to train on the GPU."""
+    config = config_20b(layers)
+    model = build_baseline(config, arm) if arm in BASELINES else build_packed(config, arm)
+    arguments: dict[str, Any] = {"use_reentrant": False}
+    if arm in OURS:
+        pass
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    model.enable_input_require_grads()
+    if arm == "masked":
+        tuned, _ = add_masked_lora(
+            model, targets=PROJECTIONS, r=R, alpha=ALPHA, master_of=partial(give_up, model), seed=0
+        )
+    else:
+        lora = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(PROJECTIONS))
+        tuned = get_peft_model(model, lora)
+    return tuned.train()
+
+
+def build_baseline(config: GptOssConfig, arm: str) -> GptOssForCausalLM:
+    """transformers' own model in bf16."""
+    attention = {"eager": "eager", "flex": "flex_attention"}[arm]
+    with torch.device("cuda"):
+        return GptOssForCausalLM._from_config(
+            config,
+            dtype=torch.bfloat16,
+            attn_implementation=attention,
+            experts_implementation="grouped_mm",
+        )
+
+
+def build_packed(config: GptOssConfig, arm: str, attention: str = "sparselong"):
+    """This project's model: experts in MXFP4; attention in bf16, or packed where it is masked."""
+    with torch.device("meta"):
+        model = GptOssForCausalLM._from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention
+        )
+        replace_with_packed(model, COMPRESSED if arm == "masked" else PUBLISHED)
+        model.bfloat16()
+    model.to_empty(device="cuda")
+    with torch.no_grad(), torch.device("cuda"):
+        model.model.rotary_emb = modeling_gpt_oss.GptOssRotaryEmbedding(config)
+        fill(model)
+    return model.requires_grad_(False)
+
+
+def fill(model: nn.Module) -> None:
+    """Random values of a trained model's sizes, drawn on the device."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("_blocks"):
+            tensor.random_(0, 256)
+        elif name.endswith("_scales"):
+            tensor.random_(119, 123)  # 2^-8 … 2^-5: weights of about 0.02
+        elif "norm" in name:
+            tensor.fill_(1.0)
+        elif tensor.is_floating_point() and "rotary" not in name:
+            tensor.normal_(0.0, 0.02)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            fill_packed(module)
+
+
+def fill_packed(layer: PackedLinear) -> None:
+    """A random weight of two of four in the layer's format; it is kept as the layer's master."""
+    shape = (layer.out_features, layer.in_features)
+    weight = torch.randn(shape, device="cuda").mul_(0.02).to(torch.bfloat16)
+    groups = weight.float().abs().view(shape[0], -1, 4)
+    mask = groups.argsort(-1).argsort(-1).ge(2).view(shape)
+    kept = torch.where(mask, weight.float(), 0.0).view(shape[0], -1, layer.fmt.group_size)
+    scale = (kept.abs().amax(-1) / 7).to(torch.bfloat16)
+    codes = encode(weight.float(), mask, scale, layer.fmt.weight_bits)
+    for name, tensor in dense.pack(layer.fmt, codes, mask, scale).items():
+        getattr(layer, name).copy_(tensor)
+    layer.drawn = weight  # type: ignore[assignment]
+
+
+def give_up(model: nn.Module, module: str) -> torch.Tensor:
+    """The master that `fill_packed` drew for a module, which is needed once."""
+    layer: Any = model.get_submodule(module)
+    master = layer.drawn
+    del layer.drawn
+    return master

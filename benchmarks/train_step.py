@@ -1,0 +1,188 @@
+#!/usr/bin/env python3
+"""A training step in gpt-oss-20b's shape: forward, backward, optimizer; time, memory, kernels.
+
+The weights are random and made on the GPU; shapes, formats, kernels and the optimizer's step are
+those of training. Every arm runs in a process of its own on the same tokens:
+
+| arm    | attention      | experts          | adapter                                             |
+|--------|----------------|------------------|-----------------------------------------------------|
+| eager  | transformers   | bf16, grouped_mm | PEFT LoRA on bf16 attention: what people run today  |
+| flex   | transformers   | bf16, grouped_mm | the same with flex_attention                        |
+| lora   | this project's | MXFP4, packed    | PEFT LoRA on bf16 attention                         |
+| masked | this project's | MXFP4, packed    | masked LoRA through 2:4 int4 attention, as stage 03 |
+
+`device_bytes` is what the card lends to the process: torch's reserved memory at its peak and the
+CUDA context. With `--cap-gib` torch may reserve no more than the cap leaves after the context. The
+profile sums the kernels of one step by kind. Needs a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.record import RESULTS, row, write
+from benchmarks.shape_20b import BASELINES, OURS, build
+
+WARM_UP, MEASURED = 2, 3
+KINDS = {
+    "attention": ("flash", "fmha", "cudnn_generated", "flex_attention", "forward_kernel",
+                  "dq_kernel", "dkdv_kernel", "sdpa"),
+    "expert products": ("grouped", "expert_gemm", "decode_experts", "GroupProblemShape"),
+    "dense products": ("gemm", "nvjet", "cutlass", "cublas", "splitK", "xmma"),
+}  # fmt: skip
+"""Parts of kernel names by kind, looked for in this order; what matches none is elementwise."""
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel does, by its name."""
+    for kind, parts in KINDS.items():
+        if any(part.lower() in kernel.lower() for part in parts):
+            return kind
+    return "elementwise, copies, reductions"
+
+
+def profile_step(step, case: dict[str, Any], arm: str) -> list[dict[str, Any]]:
+    """Rows of one step's kernel time by kind, and of its longest kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    by_kernel: dict[str, float] = defaultdict(float)
+    for event in trace.key_averages():
+        by_kernel[event.key] += event.self_device_time_total / 1e3
+    by_kind: dict[str, float] = defaultdict(float)
+    for kernel, ms in by_kernel.items():
+        by_kind[kind_of(kernel)] += ms
+    rows = [row(case, arm, f"profile_ms: {kind}", ms, "ms") for kind, ms in by_kind.items()]
+    longest = sorted(by_kernel.items(), key=lambda item: -item[1])[:30]
+    for kernel, ms in longest:
+        print(f"  {ms:9.2f} ms  {kind_of(kernel):32} {kernel[:110]}", file=sys.stderr)
+    return rows + [row(case, arm, f"kernel_ms: {k[:160]}", ms, "ms") for k, ms in longest]
+
+
+def context_bytes() -> int:
+    """Device memory of this process beside torch's own: the CUDA context and libraries."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one arm at one length, in this process."""
+    torch.manual_seed(0)
+    torch.zeros(1, device="cuda")
+    at_rest = context_bytes()  # other processes' memory is in it: the card must be ours alone
+    if args.cap_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((args.cap_gib * 2**30 - args.spare) / total)
+    model = build(args.arm, args.keep_attention)
+    vocab: Any = model.config.vocab_size  # type: ignore[union-attr]
+    tokens = torch.randint(vocab, (args.batch, args.tokens), device="cuda")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step() -> float:
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    case = {"tokens": args.tokens, "batch": args.batch, "cap_gib": args.cap_gib}
+    case["keep_attention"] = args.keep_attention
+    seconds, loss = [], 0.0
+    for n in range(WARM_UP + MEASURED):
+        begin = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+        if n + 1 == WARM_UP:
+            torch.cuda.reset_peak_memory_stats()
+    median, device = statistics.median(seconds[WARM_UP:]), torch.cuda.max_memory_reserved()
+    rate = args.batch * args.tokens / median
+    context = context_bytes()
+    print(
+        f"{args.arm:7} {args.tokens:6} x {args.batch}: {median:7.3f} s, {rate:8.0f} tok/s, "
+        f"{(device + context) / 2**30:6.2f} GiB (allocated "
+        f"{torch.cuda.max_memory_allocated() / 2**30:.2f}, context {context / 2**30:.2f}, at rest "
+        f"{at_rest / 2**30:.2f}); first step {seconds[0]:.1f} s, loss {loss:.3f}",
+        file=sys.stderr,
+    )
+    rows = [
+        row(case, args.arm, "step_seconds", median, "s"),
+        row(case, args.arm, "throughput", rate, "tokens/s"),
+        row(case, args.arm, "first_step_seconds", seconds[0], "s"),
+        row(case, args.arm, "allocated_bytes", torch.cuda.max_memory_allocated(), "bytes"),
+        row(case, args.arm, "device_bytes", device + context, "bytes"),
+        row(case, args.arm, "context_bytes", context, "bytes"),
+        row(case, args.arm, "loss", loss, "nats"),
+    ]
+    return rows + (profile_step(step, case, args.arm) if args.profile else [])
+
+
+def spawn(arm: str, tokens: int, args: argparse.Namespace, profiled: bool) -> list[dict[str, Any]]:
+    """One arm in a fresh process; what does not fit gives a row that says so."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, "--arm", arm, "--tokens", str(tokens), "--out", out]
+        command += ["--batch", str(args.batch), "--spare", str(args.spare)]
+        command += ["--keep-attention", args.keep_attention]
+        command += ["--cap-gib", str(args.cap_gib)] if args.cap_gib else []
+        command += ["--profile"] if profiled else []
+        done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+        print(done.stderr[-6000:], file=sys.stderr, end="", flush=True)
+        if done.returncode == 0:
+            return json.loads(out.read_text(encoding="utf-8"))
+    if "OutOfMemoryError" not in done.stderr:
+        sys.exit(f"{arm} at {tokens} tokens failed")
+    case = {"tokens": tokens, "batch": args.batch, "cap_gib": args.cap_gib}
+    case["keep_attention"] = args.keep_attention
+    return [row(case, arm, "out_of_memory", 1, "1")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    arms = (*BASELINES, *OURS)
+    parser.add_argument("--arms", nargs="+", default=list(arms), choices=arms)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--cap-gib", type=float, help="what the whole process may take")
+    parser.add_argument("--spare", type=int, default=700 << 20, help="the context's bytes")
+    parser.add_argument("--keep-attention", default="auto", choices=("auto", "always", "never"))
+    parser.add_argument("--profiled", type=int, nargs="*", default=[16384], help="lengths")
+    parser.add_argument("--machine", help="short name for the result's file, for example h200")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    for name in ("--arm", "--tokens", "--out"):  # of one measurement's own process
+        parser.add_argument(name, type=int if name == "--tokens" else str, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():  # make bench goes on with what this machine can measure
+        print("benchmarks/train_step.py needs a CUDA device: nothing measured")
+        return
+    if args.arm:
+        Path(args.out).write_text(json.dumps(measure(args)), encoding="utf-8")
+        return
+    rows = []
+    for tokens in args.lengths:
+        for arm in args.arms:
+            rows += spawn(arm, tokens, args, tokens in args.profiled)
+    machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
+    command = f"python3 {' '.join(['benchmarks/train_step.py', *sys.argv[1:]])}"
+    print(write("train_step", machine, command, rows, args.folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What is kept across checkpointing: computed once, handed out in order, the same bits."""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from sparselong.kernels.attention_keep import attend_once, keep_attention
+
+calls = []
+
+
+class Toy(torch.autograd.Function):
+    """exp, as attention stands in the autograd graph: what it saves comes out of `attend_once`."""
+
+    @staticmethod
+    def forward(ctx, x):
+        def attend():
+            calls.append(x.shape)
+            out = x.exp()
+            return out, out.sum(-1), (out + 0,)
+
+        out, lse, saved = attend_once(attend)
+        ctx.save_for_backward(out, *saved)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        out, extra = ctx.saved_tensors
+        assert torch.equal(out, extra)
+        return grad * out
+
+
+def layer(x):
+    first, _ = Toy.apply(x.sin())
+    second, _ = Toy.apply(first[:, :2].cos())
+    return first.sum() * second.sum()
+
+
+def gradient(x, **arguments):
+    calls.clear()
+    x = x.clone().requires_grad_()
+    checkpoint(layer, x, use_reentrant=False, **arguments).backward()
+    return x.grad
+
+
+def test_each_attention_of_a_checkpointed_layer_is_computed_once_and_gradients_are_the_same_bits():
+    x = torch.randn(3, 4)
+    plain = gradient(x)
+    assert len(calls) == 4
+    kept = gradient(x, context_fn=keep_attention)
+    assert [tuple(shape) for shape in calls] == [(3, 4), (3, 2)]
+    assert torch.equal(plain, kept)
+
+
+def test_two_layers_of_one_graph_keep_their_own():
+    """The backward pass comes to the later layer first."""
+    calls.clear()
+    x = torch.randn(3, 4, requires_grad=True)
+    a = checkpoint(layer, x, use_reentrant=False, context_fn=keep_attention)
+    b = checkpoint(layer, 2 * x, use_reentrant=False, context_fn=keep_attention)
+    (a + 3 * b).backward()
+    assert len(calls) == 4
+    expected = x.detach().clone().requires_grad_()
+    (layer(expected) + 3 * layer(2 * expected)).backward()
+    assert torch.allclose(x.grad, expected.grad, rtol=1e-6)
+
+
+def test_a_graph_that_is_kept_can_be_gone_through_again():
+    calls.clear()
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = checkpoint(layer, x, use_reentrant=False, context_fn=keep_attention)
+    loss.backward(retain_graph=True)
+    once = x.grad.clone()
+    loss.backward()
+    assert torch.equal(x.grad, 2 * once) and len(calls) == 2
+
+
+def test_without_checkpointing_nothing_is_kept():
+    calls.clear()
+    x = torch.randn(3, 4, requires_grad=True)
+    layer(x).backward()
+    layer(x).backward()
+    assert len(calls) == 4
