@@ -6,6 +6,7 @@ Telemetry of the packages underneath is off unless the user turns it on; the env
 values always win.
 """
 
+import importlib
 import os
 from typing import Any
 
@@ -27,13 +28,16 @@ for _name, _value in {
 
 register_when_needed()
 
-_LAZY = ("attention_forward", "patch_attention")
+_LAZY = {
+    "attention_forward": "attention",
+    "patch_attention": "attention",
+    "fuse": "fused",
+    "chunk_loss": "fused",
+}
 
 
 def __getattr__(name: str) -> Any:
     """The doors that need torch, imported when they are asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module 'sparselong' has no attribute {name!r}")
-    from sparselong.model import attention
-
-    return getattr(attention, name)
+    return getattr(importlib.import_module(f"sparselong.model.{_LAZY[name]}"), name)

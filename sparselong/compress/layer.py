@@ -23,6 +23,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 from sparselong.compress.hessian import Hessian
 from sparselong.compress.solver import Compressed, compress_weight
 from sparselong.errors import StageError
+from sparselong.model.attention import NAME
+from sparselong.model.fused import fuse
 from sparselong.model.packed_experts import PackedExperts
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import dense
@@ -86,6 +88,8 @@ class CalibratedLayer:
         layer.load_state_dict(state, assign=True)
         unused = {"embed_tokens": nn.Identity(), "norm": nn.Identity()}
         model._modules |= {**unused, "rotary_emb": GptOssRotaryEmbedding(single).to(device)}
+        if attn_implementation == NAME:
+            fuse(model)
         self.model, self.layer = model.requires_grad_(False).eval(), layer
 
     def _batches(self, states: torch.Tensor) -> list[torch.Tensor]:

@@ -60,6 +60,7 @@ from sparselong.finetune.documents import document_masks
 from sparselong.finetune.failure import tell_failures
 from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
 from sparselong.model.attention import NAME
+from sparselong.model.fused import chunk_loss
 from sparselong.model.projections import two_four_conforming
 from sparselong.run import write_atomically
 
@@ -241,6 +242,7 @@ class SparseLongPlugin(BasePlugin):
             tell(f"{name}: {given - len(dataset)} of {given} conversations left out (too long)")
 
     def load_adapter(self, model, cfg, inference=False, config_only=False):
+        chunk_loss(model)
         tuned, config = add_masked_lora(
             model,
             targets=cfg.lora_target_modules,

@@ -2,7 +2,8 @@
 
 Importing `sparselong` registers the quantization method `sparselong`. Before weights are loaded,
 the quantizer replaces the attention projections by PackedLinear and the experts by PackedExperts;
-the checkpoint's tensors then load by name. Nothing is decoded, and nothing falls back to bf16.
+the checkpoint's tensors then load by name. Nothing is decoded, and nothing falls back to bf16. A
+model that attends through `sparselong` has its norms and rotary embeddings fused too (fused.py).
 
 The same door opens an upstream checkpoint with its experts left packed (`weight_bits=16`,
 `sparsity="none"`): see loading.py.
@@ -20,6 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sparselong.model.attention import NAME
 from sparselong.model.packed_experts import PackedExperts
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import mxfp4, two_four
@@ -118,6 +120,13 @@ class SparseLongQuantizer(HfQuantizer):
             *(model._keys_to_ignore_on_load_unexpected or ()),
             r"self_attn\.[qkvo]_proj\.weight$",
         }
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
+        if model.config._attn_implementation == NAME:
+            # Needs transformers' gpt-oss, which may be what is importing this module.
+            from sparselong.model.fused import fuse
+
+            fuse(model)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if self.quantization_config.expert_sparsity == "none":

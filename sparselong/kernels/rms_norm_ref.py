@@ -1,0 +1,28 @@
+"""RMSNorm, and residual + RMSNorm, in plain torch: what a CPU runs and tests trust."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """gpt-oss's RMSNorm: statistics and the product with the weight in fp32, then one rounding.
+
+    Args:
+        x: [..., hidden]; fp64 stays fp64 throughout.
+        weight: [hidden].
+
+    Returns:
+        [..., hidden] in x's dtype.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * normed).to(x.dtype)
+
+
+def add_rms_norm_reference(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm of the sum, the sum): `residual + x`, rounded to its dtype, and its RMSNorm."""
+    total = residual + x
+    return rms_norm_reference(total, weight, eps), total

@@ -1,0 +1,239 @@
+"""The elementwise neighbours of attention and experts, and the loss, put into a gpt-oss model.
+
+`fuse(model)` lets each layer's norms, its residual sum before the experts and its rotary embedding
+run as one kernel each; our quantizer calls it on models that attend through `sparselong`, so stages
+02, 03 and 04 need no flag, and `sparselong.fuse(model)` is the line for any other gpt-oss. Only the
+given model changes: its modules take subclasses of transformers' own (names, parameters, hooks,
+PEFT's layers and gradient checkpointing stay as they are). On a CPU transformers' own code runs.
+
+`chunk_loss(model)` lets the model's forward pass with labels return the loss without logits, on any
+device; stage 03 trains and evaluates that way. Without labels, or where the loss of the router is
+asked for, transformers' forward runs.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import GptOssForCausalLM
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssAttention,
+    GptOssDecoderLayer,
+    GptOssRMSNorm,
+)
+from transformers.utils.generic import can_return_tuple
+
+from sparselong.kernels.cross_entropy import IGNORED, linear_cross_entropy
+from sparselong.kernels.rms_norm import add_rms_norm, rms_norm
+from sparselong.kernels.rotary import rotate
+
+
+class FusedRMSNorm(GptOssRMSNorm):
+    """The norm as one kernel."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] → [..., hidden]."""
+        if not hidden_states.is_cuda:
+            return super().forward(hidden_states)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class FusedAttention(GptOssAttention):
+    """Attention with both rotary embeddings as one kernel."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As transformers' GptOssAttention."""
+        if not hidden_states.is_cuda:
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        shape = hidden_states.shape[:-1]
+        query, key, value = (
+            projection(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            str(self.config._attn_implementation), modeling_gpt_oss.eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            s_aux=self.sinks,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*shape, -1)), weights
+
+
+class FusedDecoderLayer(GptOssDecoderLayer):
+    """A layer whose residual sum after attention and the norm of it are one kernel."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As transformers' GptOssDecoderLayer."""
+        if not hidden_states.is_cuda:
+            return super().forward(hidden_states, *args, **kwargs)
+        return self._forward_fused(hidden_states, *args, **kwargs)
+
+    def _forward_fused(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        norm = self.post_attention_layernorm
+        normed, total = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
+        return total + self.mlp(normed)[0]
+
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    GptOssRMSNorm: FusedRMSNorm,
+    GptOssAttention: FusedAttention,
+    GptOssDecoderLayer: FusedDecoderLayer,
+}
+
+
+def fuse(model: nn.Module) -> None:
+    """Makes a gpt-oss model's norms, residual sums and rotary embeddings one kernel each on a GPU.
+
+    Same outputs and gradients as transformers' own within rounding, which is one where transformers
+    has several. A second call changes nothing.
+
+    Args:
+        model: a gpt-oss model of transformers, bare or with a head, wrapped by PEFT or not.
+
+    Raises:
+        ValueError: it has no gpt-oss layers.
+    """
+    modules = list(model.modules())
+    if not any(isinstance(module, GptOssDecoderLayer) for module in modules):
+        raise ValueError(
+            f"model: {type(model).__name__} without layers of gpt-oss; allowed: gpt-oss"
+        )
+    for module in modules:
+        if type(module) in _FUSED:
+            module.__class__ = _FUSED[type(module)]
+
+
+def chunk_loss(model: GptOssForCausalLM) -> None:
+    """Makes the model's forward pass with labels give the loss in chunks, and no logits.
+
+    The loss is transformers' (labels shifted by one, -100 left out, the sum divided by
+    `num_items_in_batch` or by the number of labels); `logits` is None beside it. `lm_head` must be
+    frozen, else the forward pass raises ValueError.
+    """
+    model.forward = types.MethodType(_forward, model)
+
+
+@can_return_tuple
+def _forward(
+    self: Any,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    use_cache: bool | None = None,
+    output_router_logits: bool | None = None,
+    logits_to_keep: int | torch.Tensor = 0,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs: Any,
+) -> MoeCausalLMOutputWithPast:
+    """GptOssForCausalLM's, with the loss from the hidden states."""
+    given: dict[str, Any] = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache,
+    }
+    if output_router_logits is None:
+        output_router_logits = self.config.output_router_logits
+    if labels is None or output_router_logits:
+        if num_items_in_batch is not None:
+            kwargs["num_items_in_batch"] = num_items_in_batch
+        return GptOssForCausalLM.forward(
+            self,
+            labels=labels,  # pyright: ignore[reportArgumentType]
+            output_router_logits=output_router_logits,
+            logits_to_keep=logits_to_keep,
+            **given,
+            **kwargs,
+        )
+    shifted = kwargs.pop("shift_labels", None)
+    outputs: Any = self.model(**given, output_router_logits=False, **kwargs)
+    loss = causal_loss(
+        outputs.last_hidden_state, self.lm_head.weight, labels, shifted, num_items_in_batch
+    )
+    return MoeCausalLMOutputWithPast(
+        loss=loss,  # pyright: ignore[reportArgumentType]
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+
+
+def causal_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    shifted: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """transformers' ForCausalLMLoss from the last hidden states.
+
+    Args:
+        hidden: [batch, tokens, width]; weight: [vocab, width].
+        labels: int64 [batch, tokens], label t for the token that is at t; -100 does not count.
+        shifted: the same with label t for the token after t, where the caller has it already.
+        num_items_in_batch: divisor of the sum; None: the number of labels here.
+    """
+    if shifted is None:
+        shifted = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    shifted = shifted.reshape(-1).to(hidden.device)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    total = linear_cross_entropy(hidden.flatten(0, 1), weight, shifted)
+    if num_items_in_batch is None:
+        return total / (shifted != IGNORED).sum()
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
