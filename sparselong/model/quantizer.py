@@ -21,7 +21,6 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparselong.model.attention import NAME
 from sparselong.model.packed_experts import PackedExperts
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import mxfp4, two_four
@@ -122,10 +121,11 @@ class SparseLongQuantizer(HfQuantizer):
         }
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
-        if model.config._attn_implementation == NAME:
-            # Needs transformers' gpt-oss, which may be what is importing this module.
-            from sparselong.model.fused import fuse
+        # Imported here: either module may be what is importing this one.
+        from sparselong.model.attention import NAME
+        from sparselong.model.fused import fuse
 
+        if model.config._attn_implementation == NAME:
             fuse(model)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
