@@ -12,10 +12,9 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from sparselong.finetune.adapter import add_masked_lora
-from sparselong.finetune.lora import encode
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.quantizer import PROJECTIONS, replace_with_packed
-from sparselong.packing import dense
+from sparselong.packing import dense, integer
 from sparselong.packing.dense import DenseFormat
 
 BASELINES = ("eager", "flex")
@@ -101,7 +100,7 @@ def fill_packed(layer: PackedLinear) -> None:
     mask = groups.argsort(-1).argsort(-1).ge(2).view(shape)
     kept = torch.where(mask, weight.float(), 0.0).view(shape[0], -1, layer.fmt.group_size)
     scale = (kept.abs().amax(-1) / 7).to(torch.bfloat16)
-    codes = encode(weight.float(), mask, scale, layer.fmt.weight_bits)
+    codes = integer.quantize(kept.view(shape), scale, layer.fmt.weight_bits)
     for name, tensor in dense.pack(layer.fmt, codes, mask, scale).items():
         getattr(layer, name).copy_(tensor)
     layer.drawn = weight  # type: ignore[assignment]

@@ -39,31 +39,11 @@ from torch import nn
 from torch.nn import functional
 
 from sparselong.finetune import masks
+from sparselong.kernels.masked_weight import MaskedWeight
+from sparselong.kernels.masked_weight_ref import sum_weight
 from sparselong.model.packed_linear import PackedLinear
-from sparselong.packing import dense, integer, two_four
+from sparselong.packing import dense, two_four
 from sparselong.packing.dense import DenseFormat
-
-
-def sum_weight(
-    master: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """M + s·B·A in fp32: master [out, in], lora_a [r, in], lora_b [out, r] → [out, in]."""
-    with torch.autocast(master.device.type, enabled=False):
-        return torch.addmm(master.float(), lora_b.float(), lora_a.float(), alpha=scaling)
-
-
-def encode(
-    weight: torch.Tensor, mask: torch.Tensor | None, scale: torch.Tensor | None, bits: int
-) -> torch.Tensor:
-    """fp32 weight [out, in] → int8 codes (bf16 values when 16 bits), zeros where mask drops."""
-    if mask is not None:
-        weight = torch.where(mask, weight, 0.0)
-    return weight.to(torch.bfloat16) if scale is None else integer.quantize(weight, scale, bits)
-
-
-def decode(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """The bf16 weight that codes mean: the canonical dequantization."""
-    return codes if scale is None else integer.dequantize(codes, scale)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -76,28 +56,22 @@ class _MaskedLinear(torch.autograd.Function):
     def forward(ctx, x, lora_a, lora_b, master, patterns, scale, bias, scaling, bits):
         ctx.save_for_backward(x, lora_a, lora_b, master, patterns, scale)
         ctx.scaling, ctx.bits = scaling, bits
-        mask = None if patterns is None else two_four.unpack_mask(patterns)
-        weight = sum_weight(master, lora_a, lora_b, scaling)
-        weight = decode(encode(weight, mask, scale, bits), scale).to(x.dtype)
+        made_from = MaskedWeight(master, lora_a, lora_b, scaling, patterns, scale, bits)
         with torch.autocast(x.device.type, enabled=False):
+            weight = made_from.round().to(x.dtype)
             return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, lora_a, lora_b, master, patterns, scale = ctx.saved_tensors
-        mask = None if patterns is None else two_four.unpack_mask(patterns)
-        weight = sum_weight(master, lora_a, lora_b, ctx.scaling)
+        made_from = MaskedWeight(master, lora_a, lora_b, ctx.scaling, patterns, scale, ctx.bits)
         grad_x = grad_a = grad_b = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                rounded = decode(encode(weight, mask, scale, ctx.bits), scale).to(grad.dtype)
-                grad_x = grad @ rounded
+                grad_x = grad @ made_from.round().to(grad.dtype)
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                passed = _sum_outer(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
-                if mask is not None:
-                    passed = torch.where(mask, passed, 0.0)
-                if scale is not None:
-                    passed = torch.where(_within(weight, scale, ctx.bits), passed, 0.0)
+                outer = _sum_outer(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
+                passed = made_from.gate_(outer)
                 grad_a = ctx.scaling * (lora_b.float().T @ passed)
                 grad_b = ctx.scaling * (passed @ lora_a.float().T)
         return grad_x, grad_a, grad_b, None, None, None, None, None, None
@@ -112,14 +86,6 @@ def _sum_outer(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if x.is_cuda and x.dtype == grad.dtype == torch.bfloat16:
         return torch.mm(grad.T, x, out_dtype=torch.float32)
     return grad.float().T @ x.float()
-
-
-def _within(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """bool [out, in]: the weight rounds to a code of the range without being clamped."""
-    lowest, highest = integer.code_range(bits)
-    ratio = weight.reshape(*scale.shape, -1) / scale.float().unsqueeze(-1)
-    codes = torch.round(ratio)
-    return ((codes >= lowest) & (codes <= highest)).reshape(weight.shape)
 
 
 class MaskedLoraLinear(nn.Module, LoraLayer):
@@ -206,6 +172,9 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
         """The mask in use, bool [out, in]; None without 2:4."""
         return None if self.patterns is None else two_four.unpack_mask(self.patterns)
 
+    def _made_from(self) -> MaskedWeight:
+        return MaskedWeight(self.master, *self.adapter(), self.patterns, self.scale, self.bits)
+
     @torch.no_grad()
     def weight(self) -> torch.Tensor:
         """M + s·B·A, fp32 [out, in], before mask and rounding."""
@@ -214,12 +183,12 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
     @torch.no_grad()
     def codes(self) -> torch.Tensor:
         """The int8 codes (bf16 values when 16 bits) [out, in] that the next forward uses."""
-        return encode(self.weight(), self.mask(), self.scale, self.bits)
+        return self._made_from().codes()
 
     @torch.no_grad()
     def effective_weight(self) -> torch.Tensor:
         """The bf16 weight [out, in] that the next forward multiplies with."""
-        return decode(self.codes(), self.scale)
+        return self._made_from().round()
 
     @torch.no_grad()
     def packed(self) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
-from sparselong.finetune import lora
 from sparselong.finetune.lora import MaskedLoraLinear
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import dense, integer
@@ -40,7 +39,9 @@ def make_layer(fmt: DenseFormat, trained: bool, dtype=torch.float32) -> MaskedLo
         base.weight.data = master.to(dtype)
     else:
         base = PackedLinear(IN, OUT, True, fmt)
-        values = lora.encode(master.float(), mask, scale, fmt.weight_bits)
+        values = kept.to(torch.bfloat16)
+        if scale is not None:
+            values = integer.quantize(kept, scale, fmt.weight_bits)
         for name, tensor in dense.pack(fmt, values, mask, scale).items():
             getattr(base, name).copy_(tensor)
     base.bias.data = torch.randn(OUT, generator=generator).to(dtype)

@@ -1,0 +1,155 @@
+"""The weight of a masked LoRA layer: the sum of master and adapter, pruned and rounded.
+
+    W = M + s·B·A        weight = bf16(q · scale),  q = clamp(round(mask ∘ W / scale))
+
+and the gate of its gradient: a gradient passes where the mask keeps and the code does not saturate.
+Both are made anew in every pass over a layer. In plain torch that is thirty passes over the weight,
+with fp32 copies of it; on a GPU one Triton kernel reads master, patterns and scales once and writes
+the result. The arithmetic is the same: sums and quotient in fp32 (the quotient correctly rounded),
+ties to even, the product with the scale rounded once to bf16. Only the sum over the rank may be
+taken in another order.
+
+The CPU's version, in plain torch, is `masked_weight_ref.py`. Sources: SQFT's SparsePEFT (Muñoz et
+al., 2024) prunes the sum; the gate at saturation is that of LSQ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sparselong.kernels import masked_weight_ref as reference
+from sparselong.packing import integer
+
+ROWS, COLUMNS, WARPS = 32, 128, 8
+RANK = tl.constexpr(16)
+# 4-bit masks of the six patterns (packing/two_four.py), the first in the lowest bits.
+PATTERN_MASKS = tl.constexpr(0xCA6953)
+NEAREST_EVEN = tl.constexpr(12582912.0)
+"""1.5 · 2^23: added and taken away again, it leaves fp32 numbers below 2^22 rounded, ties to even."""
+
+
+@dataclass(frozen=True)
+class MaskedWeight:
+    """What a masked LoRA weight is made from.
+
+    Attributes:
+        master: bf16 [out, in].
+        lora_a, lora_b: fp32 [r, in] and [out, r].
+        scaling: s.
+        patterns: uint8 [out, in/32·3] (packing/two_four.py, checked when they were stored); None
+            keeps everything.
+        scale: bf16 [out, in/group]; None with 16 bits.
+        bits: 4, 8 or 16 (16: rounded to bf16 only).
+    """
+
+    master: torch.Tensor
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float
+    patterns: torch.Tensor | None
+    scale: torch.Tensor | None
+    bits: int
+
+    def round(self) -> torch.Tensor:
+        """The weight that a forward multiplies with, bf16 [out, in]."""
+        if not self.master.is_cuda:
+            return reference.round_weight(**vars(self))
+        weight = torch.empty_like(self.master)
+        self._launch(weight, gate=False)
+        return weight
+
+    def gate_(self, grad: torch.Tensor) -> torch.Tensor:
+        """fp32 gradient [out, in] of the rounded weight → of W, in place."""
+        if not grad.is_cuda:
+            return grad.mul_(reference.passes(**vars(self)))
+        self._launch(grad, gate=True)
+        return grad
+
+    def codes(self) -> torch.Tensor:
+        """The int8 codes of `round()` (its bf16 values with 16 bits).
+
+        They follow from the rounded weight: bf16 keeps a code times its scale to 2^-9, a quarter
+        of a code at most.
+        """
+        weight = self.round()
+        return weight if self.scale is None else integer.quantize(weight, self.scale, self.bits)
+
+    def _launch(self, result: torch.Tensor, gate: bool) -> None:
+        rows, columns = self.master.shape
+        lowest, highest = (0, 0) if self.scale is None else integer.code_range(self.bits)
+        grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS))
+        rank = self.lora_a.shape[0]
+        launch: Any = masked_weight_kernel  # triton's own types know no launch
+        with torch.cuda.device_of(result):
+            launch[grid](
+                *(result, self.master, self.lora_a, self.lora_b),
+                self.master if self.patterns is None else self.patterns,
+                self.master if self.scale is None else self.scale,
+                *(self.scaling, rows, columns, rank, float(lowest), float(highest)),
+                GROUP=1 if self.scale is None else columns // self.scale.shape[1],
+                HAS_MASK=self.patterns is not None,
+                HAS_SCALE=self.scale is not None,
+                GATE=gate,
+                ROWS=ROWS,
+                COLUMNS=COLUMNS,
+                num_warps=WARPS,
+            )
+
+
+@triton.jit
+def _kept(patterns, row, column, inside, columns):
+    """Whether the 2:4 mask keeps a weight: pattern (column / 4), three bits at 3·(column / 4)."""
+    bit = 3 * (column % 32 // 4)
+    at = patterns + row[:, None].to(tl.int64) * (columns // 32 * 3) + (column // 32 * 3 + bit // 8)
+    crosses = inside & (bit % 8 > 5)[None, :]
+    low = tl.load(at, mask=inside, other=0).to(tl.int32)
+    high = tl.load(at + 1, mask=crosses, other=0).to(tl.int32)
+    pattern = ((low | (high << 8)) >> (bit % 8)[None, :]) & 7
+    return ((PATTERN_MASKS >> (4 * pattern + (column % 4)[None, :])) & 1) != 0
+
+
+@triton.jit
+def masked_weight_kernel(
+    result_ptr, master_ptr, a_ptr, b_ptr, patterns_ptr, scale_ptr,
+    scaling, rows, columns, rank, lowest, highest,
+    GROUP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SCALE: tl.constexpr,
+    GATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One tile of the rounded weight, or (GATE) of a gradient that passes or becomes zero."""
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    wide = row.to(tl.int64)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    at = wide[:, None] * columns + column[None, :]
+    change = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, rank, RANK):
+        at_rank = start + tl.arange(0, RANK)
+        b_inside = (row < rows)[:, None] & (at_rank < rank)[None, :]
+        b = tl.load(b_ptr + wide[:, None] * rank + at_rank[None, :], mask=b_inside, other=0.0)
+        a_inside = (at_rank < rank)[:, None] & (column < columns)[None, :]
+        a = tl.load(a_ptr + at_rank[:, None] * columns + column[None, :], mask=a_inside, other=0.0)
+        change = tl.dot(b, a, change, input_precision="ieee")
+    weight = tl.load(master_ptr + at, mask=inside, other=0.0).to(tl.float32) + scaling * change
+    passes = inside
+    if HAS_MASK:
+        passes = passes & _kept(patterns_ptr, row, column, inside, columns)
+    if HAS_SCALE:
+        group = wide[:, None] * (columns // GROUP) + (column // GROUP)[None, :]
+        step = tl.load(scale_ptr + group, mask=inside, other=1.0).to(tl.float32)
+        ratio = tl.where(step == 0.0, 0.0, tl.div_rn(weight, tl.where(step == 0.0, 1.0, step)))
+        ratio = tl.minimum(tl.maximum(ratio, -1e6), 1e6)
+        code = (ratio + NEAREST_EVEN) - NEAREST_EVEN
+        if GATE:
+            passes = passes & (code >= lowest) & (code <= highest)
+        weight = tl.minimum(tl.maximum(code, lowest), highest) * step
+    if GATE:
+        grad = tl.load(result_ptr + at, mask=inside, other=0.0)
+        tl.store(result_ptr + at, tl.where(passes, grad, 0.0), mask=inside)
+    else:
+        weight = tl.where(passes, weight, 0.0)
+        tl.store(result_ptr + at, weight.to(result_ptr.dtype.element_ty), mask=inside)

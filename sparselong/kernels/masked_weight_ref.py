@@ -1,0 +1,56 @@
+"""A masked LoRA layer's weight in plain torch: what the kernel is checked against, and the CPU's."""
+
+from __future__ import annotations
+
+import torch
+
+from sparselong.packing import integer, two_four
+
+
+def sum_weight(
+    master: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """M + s·B·A in fp32: master [out, in], lora_a [r, in], lora_b [out, r] → [out, in]."""
+    with torch.autocast(master.device.type, enabled=False):
+        return torch.addmm(master.float(), lora_b.float(), lora_a.float(), alpha=scaling)
+
+
+def round_weight(
+    master: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    patterns: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    bits: int,
+) -> torch.Tensor:
+    """The pruned and rounded sum, bf16 [out, in]. Arguments as in `masked_weight.MaskedWeight`."""
+    weight = sum_weight(master, lora_a, lora_b, scaling)
+    if patterns is not None:
+        weight = torch.where(two_four.unpack_mask(patterns), weight, 0.0)
+    if scale is None:
+        return weight.to(torch.bfloat16)
+    return integer.dequantize(integer.quantize(weight, scale, bits), scale)
+
+
+def passes(
+    master: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    patterns: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    bits: int,
+) -> torch.Tensor:
+    """bool [out, in]: the mask keeps the weight, and it rounds to a code without being clamped."""
+    inside = torch.ones(master.shape, dtype=torch.bool, device=master.device)
+    if patterns is not None:
+        inside &= two_four.unpack_mask(patterns)
+    if scale is not None:
+        lowest, highest = integer.code_range(bits)
+        weight = sum_weight(master, lora_a, lora_b, scaling)
+        step = scale.float().unsqueeze(-1)
+        ratio = torch.where(step == 0, 0.0, weight.reshape(*scale.shape, -1) / step)
+        codes = torch.round(ratio).reshape(master.shape)
+        inside &= (codes >= lowest) & (codes <= highest)
+    return inside

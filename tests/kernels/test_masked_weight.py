@@ -1,0 +1,47 @@
+"""The masked weight's kernel: in Triton's interpreter against plain torch, and for an RTX 3090."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparselong.kernels import masked_weight
+from tests.kernels.test_sm86 import LIMIT_BYTES, read_report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_kernel_gives_what_plain_torch_gives():
+    """Only the order of the sum over the rank may differ, which moves a code in a thousand."""
+    command = [sys.executable, "-m", "tests.kernels.masked_weight_interpreted"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    rows = json.loads(shown.stdout.splitlines()[-1])
+    assert len(rows) == 9
+    for row in rows:
+        assert row["weight"] <= 2e-3 and row["gate"] <= 2e-3, row
+        assert 0.2 < row["passing"] <= 1.0, row
+    assert any(row["passing"] < 0.45 for row in rows), "no case saturates"
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_3090_holds_the_kernel(gate):
+    types = {"result_ptr": "*fp32" if gate else "*bf16", "master_ptr": "*bf16", "a_ptr": "*fp32"}
+    types |= {"b_ptr": "*fp32", "patterns_ptr": "*u8", "scale_ptr": "*bf16"}
+    types |= dict.fromkeys(("scaling", "lowest", "highest"), "fp32")
+    constants = {"GROUP": 64, "HAS_MASK": True, "HAS_SCALE": True, "GATE": gate}
+    constants |= {"ROWS": masked_weight.ROWS, "COLUMNS": masked_weight.COLUMNS}
+    names = masked_weight.masked_weight_kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    source = ASTSource(masked_weight.masked_weight_kernel, signature, constants)
+    options = {"num_warps": masked_weight.WARPS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 86, 32), options=options)
+    assert compiled.metadata.shared <= LIMIT_BYTES[86]
+    assert read_report(compiled.asm["ptx"], 86)[1] == 0
