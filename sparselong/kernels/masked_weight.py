@@ -30,7 +30,7 @@ RANK = tl.constexpr(16)
 # 4-bit masks of the six patterns (packing/two_four.py), the first in the lowest bits.
 PATTERN_MASKS = tl.constexpr(0xCA6953)
 NEAREST_EVEN = tl.constexpr(12582912.0)
-"""1.5 · 2^23: added and taken away again, it leaves fp32 numbers below 2^22 rounded, ties to even."""
+"""1.5 · 2^23: added and taken away, it leaves numbers below 2^22 rounded, ties to even."""
 
 
 @dataclass(frozen=True)

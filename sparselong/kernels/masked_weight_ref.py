@@ -1,4 +1,4 @@
-"""A masked LoRA layer's weight in plain torch: what the kernel is checked against, and the CPU's."""
+"""A masked LoRA layer's weight in plain torch: the CPU's version, and the kernel's measure."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """The masked weight's kernel as compiled, and the layer that trains through it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sparselong.kernels.masked_weight import MaskedWeight
 from tests.kernels.masked_weight_interpreted import CASES, Case, compare, draw
 
 LARGE = [Case(4, True, 16, 4096, 2880), Case(4, True, 64, 2880, 4096), Case(8, True, 16, 512, 2880)]
@@ -31,7 +32,6 @@ def test_codes_are_those_of_the_rounded_weight(case):
 
 
 def test_an_untrained_adapter_leaves_the_stored_codes():
-    weight = draw(LARGE[0], "cuda")
-    weight = MaskedWeight(**{**vars(weight), "lora_b": torch.zeros_like(weight.lora_b)})
-    cpu = MaskedWeight(**{n: t.cpu() if torch.is_tensor(t) else t for n, t in vars(weight).items()})
-    assert torch.equal(weight.codes().cpu(), cpu.codes())
+    drawn = {device: draw(LARGE[0], device) for device in ("cuda", "cpu")}
+    gpu, cpu = (replace(w, lora_b=torch.zeros_like(w.lora_b)) for w in drawn.values())
+    assert torch.equal(gpu.codes().cpu(), cpu.codes())

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # tests/gpu takes the cases and compiles
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ def draw(case: Case, device: str = "cpu") -> MaskedWeight:
     return MaskedWeight(master.to(device), a, b, 0.5, patterns, scale, case.bits)
 
 
-def compare(case: Case, weight: MaskedWeight) -> dict[str, float]:
+def compare(case: Case, weight: MaskedWeight) -> dict[str, Any]:
     """Shares of elements that differ, from the kernel (launched directly) to plain torch.
 
     The interpreter cuts fp32 down to bf16 where a GPU rounds: here torch does it.
