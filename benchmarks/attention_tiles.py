@@ -19,7 +19,7 @@ from triton.testing import do_bench
 from benchmarks.attention import pack
 from benchmarks.record import RESULTS, row, write
 from sparselong.kernels import attention_tiles, attention_triton
-from sparselong.kernels.attention_mask import Mask, find_documents
+from sparselong.kernels.attention_mask import Call, Done, Mask, find_documents
 from sparselong.kernels.attention_tiles import Tile
 
 Job = tuple[str, str, Tile]
@@ -51,7 +51,7 @@ def list_candidates(kinds: list[str]) -> list[Job]:
 
 
 def prepare(kind: str, tokens: int) -> tuple:
-    """Random inputs in gpt-oss's shape, their upstream gradient, and the mask."""
+    """Random inputs in gpt-oss's shape, their upstream gradient, and the call."""
     torch.manual_seed(0)
     shape = {"device": "cuda", "dtype": torch.bfloat16}
     q, dout = (torch.randn(1, tokens, 64, 64, **shape).transpose(1, 2) for _ in range(2))
@@ -59,20 +59,20 @@ def prepare(kind: str, tokens: int) -> tuple:
     sinks = torch.randn(64, device="cuda")
     documents = find_documents(pack(tokens), 1, tokens) if kind == "packed" else None
     window = 128 if kind == "window" else None
-    return dout, q, k, v, sinks, Mask(1, tokens, tokens, 0, window, documents)
+    call = Call(Mask(1, tokens, tokens, 0, window, documents), 0.125, needs_dsinks=False)
+    return dout, q, k, v, sinks, call
 
 
 def make_call(stage: str, inputs: tuple, out: torch.Tensor, lse: torch.Tensor):
     """A function of no arguments that launches one stage."""
-    dout, q, k, v, sinks, mask = inputs
+    dout, *given, call = inputs
+    done = Done(*given, out, lse)
     if stage == "forward":
-        return lambda: attention_triton.attend(q, k, v, sinks, mask, 0.125, True)
+        return lambda: attention_triton.attend(*given, call)
     if stage == "dq":
-        return lambda: attention_triton.launch_dq(
-            dout, q, k, v, sinks, out, lse, mask, 0.125, False
-        )
+        return lambda: attention_triton.launch_dq(dout, done, call)
     delta = torch.zeros_like(lse)
-    return lambda: attention_triton.launch_dkdv(dout, q, k, v, lse, delta, mask, 0.125)
+    return lambda: attention_triton.launch_dkdv(dout, done, delta, call)
 
 
 def use(stage: str, kind: str, tile: Tile) -> None:
@@ -110,7 +110,7 @@ def main() -> None:
         errors = list(pool.map(compile_one, jobs, chunksize=2))
     rows = []
     cases = {kind: prepare(kind, args.tokens) for kind in args.kinds}
-    made = {k: attention_triton.attend(*c[1:], 0.125, True)[:2] for k, c in cases.items()}
+    made = {k: attention_triton.attend(*c[1:])[:2] for k, c in cases.items()}
     for (stage, kind, tile), error in zip(jobs, errors, strict=True):
         if error is not None:
             print(stage, kind, tile, error, file=sys.stderr)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparselong.kernels.attention_choice import BACKENDS, rank_backends
-from sparselong.kernels.attention_mask import Mask, find_documents
+from sparselong.kernels.attention_mask import Attended, Call, Done, Gradients, Mask, find_documents
 from sparselong.kernels.attention_ref import attention_reference
 
 HEAD_DIM = 64
@@ -84,30 +84,32 @@ def attention(
     _check_numbers(window, scale, query_offset, dropout, backend)
     mask = _make_mask(q, k, cu_seqlens, window, query_offset)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    call = Call(mask, scale, deterministic, needs_dsinks=sinks.requires_grad)
     if backend is None:
-        name = choose_backend(mask, q, deterministic)
+        name = choose_backend(q, call)
     else:
-        name = _require_backend(backend, mask, q, deterministic)
+        name = _require_backend(backend, q, call)
     if name == "reference":
         document = None if mask.documents is None else mask.documents.starts
         return attention_reference(
             q, k, v, sinks, document=document, window=mask.window, scale=scale,
             query_offset=query_offset,
         )  # fmt: skip
-    return _Attention.apply(q, k, v, sinks, mask, scale, name, deterministic)  # pyright: ignore[reportReturnType]
+    return _Attention.apply(q, k, v, sinks, call, name)  # pyright: ignore[reportReturnType]
 
 
-def choose_backend(mask: Mask, q: torch.Tensor, deterministic: bool = False) -> str:
+def choose_backend(q: torch.Tensor, call: Call) -> str:
     """The backend that `backend=None` takes: the table's first that can take the call.
 
     Raises:
         ValueError: none can.
     """
+    mask = call.mask
     kind = "full" if mask.window is None else "window"
     row = rank_backends(_architecture(q.device), kind, mask.documents is not None, mask.keys)
     refusals = []
     for name in row.order:
-        refusal = None if name == "reference" else _backend(name).refuse(mask, q, deterministic)
+        refusal = None if name == "reference" else _backend(name).refuse(q, call)
         if refusal is None:
             return name
         refusals.append(f"{name}: {refusal}")
@@ -117,9 +119,9 @@ def choose_backend(mask: Mask, q: torch.Tensor, deterministic: bool = False) -> 
 class Backend(NamedTuple):
     """What a backend offers."""
 
-    refuse: Callable[[Mask, torch.Tensor, bool], str | None]
-    attend: Callable[..., tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]]
-    attend_backward: Callable[..., tuple[torch.Tensor | None, ...]]
+    refuse: Callable[[torch.Tensor, Call], str | None]
+    attend: Callable[..., Attended]
+    attend_backward: Callable[[torch.Tensor, Done, Call], Gradients]
 
 
 class _Attention(torch.autograd.Function):
@@ -130,29 +132,24 @@ class _Attention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor,
-        mask: Mask,
-        scale: float,
+        call: Call,
         name: str,
-        deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.cuda.device_of(q):
-            out, lse, saved = _backend(name).attend(q, k, v, sinks, mask, scale, deterministic)
-        ctx.save_for_backward(q, k, v, sinks, out, lse, *saved)
-        ctx.call = (mask, scale, deterministic)
-        ctx.backend = name
+            out, lse, kept = _backend(name).attend(q, k, v, sinks, call)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *kept)
+        ctx.call, ctx.backend = call, name
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, sinks, out, lse, *saved = ctx.saved_tensors
+        q, k, v, sinks, out, lse, *kept = ctx.saved_tensors
+        done = Done(q, k, v, sinks, out, lse, tuple(kept))
         with torch.cuda.device_of(q):
-            *grads, dsinks = _backend(ctx.backend).attend_backward(
-                *(dout, q, k, v, sinks, out, lse, *ctx.call, tuple(saved)),
-                needs_dsinks=ctx.needs_input_grad[3],
-            )
+            *grads, dsinks = _backend(ctx.backend).attend_backward(dout, done, ctx.call)
         dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
-        return *grads, dsinks, None, None, None, None
+        return *grads, dsinks, None, None
 
 
 @functools.cache
@@ -173,14 +170,14 @@ def _backend(name: str) -> Backend:
     return Backend(theirs.refuse_cudnn, theirs.attend_cudnn, theirs.attend_cudnn_backward)
 
 
-def _require_backend(name: str, mask: Mask, q: torch.Tensor, deterministic: bool) -> str:
+def _require_backend(name: str, q: torch.Tensor, call: Call) -> str:
     if name == "reference":
         return name
     if q.device.type != "cuda":
         raise ValueError(f"backend: {name} with {q.device.type} tensors; allowed: reference")
     if q.shape[-1] != HEAD_DIM:
         raise ValueError(f"head_dim: {q.shape[-1]}; allowed with {name}: {HEAD_DIM}")
-    refusal = _backend(name).refuse(mask, q, deterministic)
+    refusal = _backend(name).refuse(q, call)
     if refusal is not None:
         raise ValueError(f"{refusal} with backend {name}")
     return name

@@ -12,36 +12,30 @@ import importlib.util
 import torch
 
 from sparselong.kernels import attention_torch as shared
-from sparselong.kernels.attention_mask import Documents, Mask
+from sparselong.kernels.attention_mask import Attended, Call, Documents, Done, Gradients, Mask
 
 
-def refuse(mask: Mask, q: torch.Tensor, deterministic: bool) -> str | None:
+def refuse(q: torch.Tensor, call: Call) -> str | None:
     """Why flash-attn cannot take the call, or None."""
     if importlib.util.find_spec("flash_attn") is None:
         return "backend: flash_attn is not installed; allowed: an installed one"
-    return shared.refuse_flash(mask, q, deterministic)
+    return shared.refuse_flash(q, call)
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor,
-    mask: Mask,
-    scale: float,
-    deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, shared.Saved]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+) -> Attended:
     """(out, lse, what the backward needs). Shapes as in `attention.attention`."""
     from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
         _flash_attn_varlen_forward,
     )
 
-    mask = _as_packed(mask, q.device)
+    mask = _as_packed(call.mask, q.device)
     end = mask.offset + mask.queries
     q, k, v = shared.token_major(mask, q, k[:, :, :end], v[:, :, :end])
     sizes, window = shared.flash_sizes(mask)
     out, lse, _, rng_state = _flash_attn_varlen_forward(
-        q, k, v, *sizes, 0.0, scale, True, **(window or _NO_WINDOW)
+        q, k, v, *sizes, 0.0, call.scale, True, **(window or _NO_WINDOW)
     )
     lse = lse.view(lse.shape[0], mask.batch, mask.queries).transpose(0, 1)
     out = out.view(mask.batch, mask.queries, *out.shape[-2:]).transpose(1, 2)
@@ -51,28 +45,16 @@ def attend(
 _NO_WINDOW = {"window_size_left": -1, "window_size_right": -1}
 
 
-def attend_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    mask: Mask,
-    scale: float,
-    deterministic: bool,
-    saved: shared.Saved,
-    needs_dsinks: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(dq, dk, dv, dsinks in fp32 where needed)."""
+def attend_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
+    """The backward pass, by the package's own."""
     from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
         _flash_attn_varlen_backward,
     )
 
-    mask = _as_packed(mask, q.device)
+    q, k, v, _, out, lse, (rng_state,) = done
+    mask = _as_packed(call.mask, q.device)
     shape = k.shape
-    dsinks = shared.sink_gradient(dout, out, lse, sinks) if needs_dsinks else None
+    dsinks = shared.sink_gradient(dout, done) if call.needs_dsinks else None
     end = mask.offset + mask.queries
     q, k, v = shared.token_major(mask, q, k[:, :, :end], v[:, :, :end])
     dout, out = shared.token_major(mask, dout, out)
@@ -80,12 +62,12 @@ def attend_backward(
     lse = lse.transpose(0, 1).reshape(lse.shape[1], -1).contiguous()
     grads = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     _flash_attn_varlen_backward(
-        *(dout, q, k, v, out, lse, *grads, *sizes, 0.0, scale, True),
+        *(dout, q, k, v, out, lse, *grads, *sizes, 0.0, call.scale, True),
         **(window or _NO_WINDOW),
         softcap=0.0,
         alibi_slopes=None,
-        deterministic=deterministic,
-        rng_state=saved[0],
+        deterministic=call.deterministic,
+        rng_state=rng_state,
     )
     dq, dk, dv = (g.view(mask.batch, -1, *g.shape[-2:]).transpose(1, 2) for g in grads)
     return dq, shared.with_unseen_keys(dk, shape), shared.with_unseen_keys(dv, shape), dsinks

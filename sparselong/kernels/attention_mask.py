@@ -1,4 +1,4 @@
-"""Which keys a query sees, in the forms that the backends want.
+"""Which keys a query sees, in the forms that the backends want; and what they hand each other.
 
 All positions are counted on the key axis: key j has position j, query i has position
 `offset + i`. A query sees the keys of its own document, up to itself, and of these the last
@@ -8,7 +8,8 @@ batch row, so padding is a document of its own, packing is several, and neither 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -30,6 +31,17 @@ class Documents:
     starts: torch.Tensor
     ends: torch.Tensor
     longest: int
+    _orders: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def order_blocks(self, size: int) -> torch.Tensor:
+        """int32 [batch, blocks]: blocks of `size` keys, those that most queries see first."""
+        if size not in self._orders:
+            first = torch.arange(0, self.ends.shape[1], size, device=self.ends.device)
+            last = (first + size - 1).clamp(max=self.ends.shape[1] - 1)
+            seen_by = self.ends[:, last] - first
+            order = seen_by.argsort(dim=1, descending=True, stable=True)
+            self._orders[size] = order.int()
+        return self._orders[size]
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,39 @@ class Mask:
     window: int | None
     documents: Documents | None
 
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend is asked for beside the tensors.
+
+    Attributes:
+        scale: factor of the scores.
+        deterministic: the same bits every time, also in the backward pass.
+        needs_dsinks: whether the backward pass computes the sinks' gradient.
+    """
+
+    mask: Mask
+    scale: float
+    deterministic: bool = False
+    needs_dsinks: bool = True
+
+
+class Done(NamedTuple):
+    """A forward pass as its backward pass finds it: inputs and what was `Attended`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sinks: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    kept: tuple[torch.Tensor, ...] = ()
+
+
+Attended = tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]
+"""out, lse, and what else the backward pass needs."""
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""dq, dk, dv, and dsinks in fp32 where needed."""
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 

@@ -49,6 +49,7 @@ TILES: dict[str, dict[tuple[str, str], Tile]] = {
         ("dkdv", "window"): Tile(32, 64, 4, 2, heads=8, split=False),
     },
 }
+SPLIT = Tile(16, 64, 4, 3, heads=8, split=False)
 FLOAT32 = Tile(32, 32, 8, 1)
 FLOAT32_WINDOW = Tile(32, 32, 8, 1, heads=8, split=False)
 
@@ -67,7 +68,9 @@ def architecture_of(major: int, minor: int) -> str:
 
 
 def tile_for(architecture: str, stage: str, kind: str, float32: bool) -> Tile:
-    """The tile for `stage` (forward, dq, dkdv) of a `kind` (full, packed, window) layer."""
+    """The tile for `stage` (forward, split, dq, dkdv) of a `kind` (full, packed, window) layer."""
+    if stage == "split" and not float32 and architecture != "interpreter":
+        return SPLIT
     if float32 or architecture == "interpreter":
         return FLOAT32_WINDOW if kind == "window" else FLOAT32
     return TILES[architecture][stage, kind]

@@ -22,15 +22,15 @@ from contextlib import contextmanager
 
 import torch
 
-from sparselong.kernels.attention_mask import Mask
+from sparselong.kernels.attention_mask import Attended, Call, Done, Gradients, Mask
 
 aten = torch.ops.aten
-Saved = tuple[torch.Tensor, ...]
 _DSINK_QUERIES = 2048
 
 
-def refuse_flash(mask: Mask, q: torch.Tensor, deterministic: bool) -> str | None:
+def refuse_flash(q: torch.Tensor, call: Call) -> str | None:
     """Why FlashAttention-2 cannot take the call, or None."""
+    mask = call.mask
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"q: {q.dtype}; allowed: torch.bfloat16, torch.float16"
     if mask.offset + mask.queries > mask.keys:
@@ -38,8 +38,9 @@ def refuse_flash(mask: Mask, q: torch.Tensor, deterministic: bool) -> str | None
     return None
 
 
-def refuse_cudnn(mask: Mask, q: torch.Tensor, deterministic: bool) -> str | None:
+def refuse_cudnn(q: torch.Tensor, call: Call) -> str | None:
     """Why cuDNN cannot take the call, or None."""
+    mask = call.mask
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"q: {q.dtype}; allowed: torch.bfloat16, torch.float16"
     if mask.window is not None:
@@ -50,26 +51,21 @@ def refuse_cudnn(mask: Mask, q: torch.Tensor, deterministic: bool) -> str | None
         return f"query_offset: {mask.offset}; allowed: 0, with as many queries as keys"
     if mask.queries == 1:
         return "q: 1 query; allowed: 2 or more"
-    if deterministic:  # seen on an H200, torch 2.11: its backward differs between runs even so
+    if call.deterministic:  # seen on an H200, torch 2.11: its backward differs between runs even so
         return "deterministic: True; allowed: False"
     return None
 
 
 def attend_flash(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor,
-    mask: Mask,
-    scale: float,
-    deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, Saved]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+) -> Attended:
     """(out, lse, what the operator's backward needs). Shapes as in `attention.attention`."""
+    mask = call.mask
     end = mask.offset + mask.queries
     q, k, v = token_major(mask, q, k[:, :, :end], v[:, :, :end])
     sizes, window = flash_sizes(mask)
     out, lse, *rest = aten._flash_attention_forward(
-        q, k, v, *sizes, 0.0, True, False, scale=scale, **window
+        q, k, v, *sizes, 0.0, True, False, scale=call.scale, **window
     )
     if mask.documents is not None:
         lse = lse.view(lse.shape[0], mask.batch, mask.queries).transpose(0, 1)
@@ -77,22 +73,11 @@ def attend_flash(
     return *take_sinks_in(out, lse, sinks), (rest[0], rest[1])
 
 
-def attend_flash_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    mask: Mask,
-    scale: float,
-    deterministic: bool,
-    saved: Saved,
-    needs_dsinks: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(dq, dk, dv, dsinks in fp32 where needed)."""
-    dsinks = sink_gradient(dout, out, lse, sinks) if needs_dsinks else None
+def attend_flash_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
+    """The backward pass, by the operator's own."""
+    q, k, v, _, out, lse, kept = done
+    mask = call.mask
+    dsinks = sink_gradient(dout, done) if call.needs_dsinks else None
     shape = k.shape
     end = mask.offset + mask.queries
     q, k, v = token_major(mask, q, k[:, :, :end], v[:, :, :end])
@@ -100,9 +85,20 @@ def attend_flash_backward(
     sizes, window = flash_sizes(mask)
     if mask.documents is not None:
         lse = lse.transpose(0, 1).reshape(lse.shape[1], -1)
-    with _determinism(deterministic):
+    with _determinism(call.deterministic):
         grads = aten._flash_attention_backward(
-            dout, q, k, v, out, lse.contiguous(), *sizes, 0.0, True, *saved, scale=scale, **window
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            *sizes,
+            0.0,
+            True,
+            *kept,
+            scale=call.scale,
+            **window,
         )
     dq, dk, dv = (
         g.view(mask.batch, -1, *g.shape[-2:]).transpose(1, 2) for g in grads
@@ -111,43 +107,26 @@ def attend_flash_backward(
 
 
 def attend_cudnn(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor,
-    mask: Mask,
-    scale: float,
-    deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, Saved]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+) -> Attended:
     """(out, lse, what the operator's backward needs). Shapes as in `attention.attention`."""
     q, k, v = _with_unit_stride(q, k, v)
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, True, False, scale=scale
+        q, k, v, None, True, 0.0, True, False, scale=call.scale
     )
     out, lse = take_sinks_in(out, lse.view(q.shape[:3]), sinks)
     return out, lse, (seed, offset)
 
 
-def attend_cudnn_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    mask: Mask,
-    scale: float,
-    deterministic: bool,
-    saved: Saved,
-    needs_dsinks: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(dq, dk, dv, dsinks in fp32 where needed)."""
-    dsinks = sink_gradient(dout, out, lse, sinks) if needs_dsinks else None
+def attend_cudnn_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
+    """The backward pass, by the operator's own."""
+    q, k, v, _, out, lse, kept = done
+    mask = call.mask
+    dsinks = sink_gradient(dout, done) if call.needs_dsinks else None
     sizes = (None, None, None, mask.queries, mask.keys)
     dout, q, k, v = _with_unit_stride(dout, q, k, v)
     grads = aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse[..., None], *saved, *sizes, 0.0, True, scale=scale
+        dout, q, k, v, out, lse[..., None], *kept, *sizes, 0.0, True, scale=call.scale
     )
     return *grads, dsinks
 
@@ -157,11 +136,10 @@ def _with_unit_stride(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
-def sink_gradient(
-    dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
-) -> torch.Tensor:
+def sink_gradient(dout: torch.Tensor, done: Done) -> torch.Tensor:
     """[heads] fp32, summed in a fixed order over chunks of queries, so that no large fp32 copy of
     dout and out is ever held."""
+    out, lse, sinks = done.out, done.lse, done.sinks
     total = torch.zeros(sinks.shape, dtype=torch.float32, device=dout.device)
     for first in range(0, dout.shape[2], _DSINK_QUERIES):
         chunk = slice(first, first + _DSINK_QUERIES)

@@ -1,4 +1,4 @@
-"""Launches the kernels of `attention_kernels.py`: sizes, strides, tiles, outputs.
+"""Launches the Triton attention kernels: sizes, strides, tiles, outputs.
 
 Deterministic: dq comes from a kernel over query tiles, dk and dv from one over key blocks, and
 dsink from a sum over tiles in a fixed order. Inputs are read by stride; only the last axis must be
@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 
-from sparselong.kernels import attention_kernels
-from sparselong.kernels.attention_mask import Mask
+from sparselong.kernels import attention_backward, attention_kernels, attention_split
+from sparselong.kernels.attention_mask import Attended, Call, Done, Gradients, Mask
 from sparselong.kernels.attention_tiles import Tile, architecture_of, tile_for
 
-kernels: Any = attention_kernels  # triton's own types know no launch
+forward: Any = attention_kernels  # triton's own types know no launch
+backward: Any = attention_backward
+split: Any = attention_split
 HEAD_DIMS = (64,)
+FEW_QUERIES, SPLIT_KEYS = 16, 512  # up to so many queries, from so many keys on: split the keys
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def refuse(mask: Mask, q: torch.Tensor, deterministic: bool) -> str | None:
+def refuse(q: torch.Tensor, call: Call) -> str | None:
     """Why this backend cannot take the call, or None."""
     if q.dtype not in DTYPES:
         return f"q: {q.dtype}; allowed: {', '.join(map(str, DTYPES))}"
@@ -32,98 +35,105 @@ def refuse(mask: Mask, q: torch.Tensor, deterministic: bool) -> str | None:
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor,
-    mask: Mask,
-    scale: float,
-    deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """(out, lse, nothing more to save). Shapes as in `attention.attention`."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+) -> Attended:
+    """(out, lse, nothing more to keep). Shapes as in `attention.attention`."""
+    mask = call.mask
     q, k, v = _rows_contiguous(q, k, v)
     out = _empty_token_major(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if mask.queries <= FEW_QUERIES and min(mask.keys, mask.window or mask.keys) >= SPLIT_KEYS:
+        _launch_split(q, k, v, sinks, out, lse, call)
+        return out, lse, ()
     tile, heads = _choose_tile("forward", q, k, mask)
     grid = (_blocks(mask.queries, tile.rows // heads), q.shape[1] // heads, mask.batch)
-    kernels.forward_kernel[grid](
+    forward.forward_kernel[grid](
         *(q, k, v, sinks, _positions(mask, "starts", lse), out, lse),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
-        *_sizes(q, mask, scale),
+        *_sizes(q, call),
         **_constants(tile, heads, q, k, mask),
     )
     return out, lse, ()
 
 
-def attend_backward(
-    dout: torch.Tensor,
+def _launch_split(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     sinks: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    mask: Mask,
-    scale: float,
-    deterministic: bool,
-    saved: tuple[torch.Tensor, ...],
-    needs_dsinks: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(dq, dk, dv, dsinks in fp32 where needed)."""
-    dout, q, k, v = _rows_contiguous(dout, q, k, v)
-    dq, delta, dsinks = launch_dq(dout, q, k, v, sinks, out, lse, mask, scale, needs_dsinks)
-    dk, dv = launch_dkdv(dout, q, k, v, lse, delta, mask, scale)
+    call: Call,
+) -> None:
+    """Few queries and many keys: the keys are split over programs, and the parts combined."""
+    mask, (batch, heads, queries) = call.mask, lse.shape
+    tile, heads_a_tile = _choose_tile("split", q, k, mask)
+    programs = heads // heads_a_tile * batch * _blocks(queries, tile.rows // heads_a_tile)
+    wanted = min(_blocks(2 * _processors(q.device), programs), split.MOST_PARTS)
+    span = max(_blocks(_blocks(mask.keys, wanted), tile.keys), 2) * tile.keys
+    parts = _blocks(mask.keys, span)
+    part_out = torch.empty((parts, *q.shape), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty((parts, *lse.shape), dtype=torch.float32, device=q.device)
+    split.part_kernel[(parts, heads // heads_a_tile, programs * heads_a_tile // heads)](
+        *(q, k, v, _positions(mask, "starts", lse), part_out, part_lse),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        *(*_sizes(q, call), batch, span),
+        **_constants(tile, heads_a_tile, q, k, mask, "SPLIT"),
+    )
+    split.combine_kernel[(queries, heads, batch)](
+        *(part_out, part_lse, sinks, out, lse, *out.stride()[:3], batch, parts),
+        **{"PARTS": split.MOST_PARTS, "D": q.shape[-1], "num_warps": 4},
+    )
+
+
+def attend_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
+    """The backward pass: delta first, on the way to dq, then dk and dv."""
+    dout, q, k, v = _rows_contiguous(dout, done.q, done.k, done.v)
+    done = done._replace(q=q, k=k, v=v)
+    dq, delta, dsinks = launch_dq(dout, done, call)
+    dk, dv = launch_dkdv(dout, done, delta, call)
     return dq, dk, dv, dsinks
 
 
 def launch_dq(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    mask: Mask,
-    scale: float,
-    needs_dsinks: bool,
+    dout: torch.Tensor, done: Done, call: Call
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dq, delta = rowsum(dout * out) like lse, dsinks in fp32 where needed)."""
+    q, k, v, sinks, out, lse, _ = done
+    mask = call.mask
     dq, delta = _empty_token_major(q), torch.empty_like(lse)
     tile, heads = _choose_tile("dq", q, k, mask)
     tiles = _blocks(mask.queries, tile.rows // heads)
     dsinks = lse
-    if needs_dsinks:
+    if call.needs_dsinks:
         dsinks = torch.empty((*q.shape[:2], tiles), dtype=torch.float32, device=q.device)
-    kernels.dq_kernel[(tiles, q.shape[1] // heads, mask.batch)](
+    backward.dq_kernel[(tiles, q.shape[1] // heads, mask.batch)](
         *(q, k, v, sinks, _positions(mask, "starts", lse), out, dout, lse, dq, delta, dsinks),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(*out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3]),
-        *_sizes(q, mask, scale),
-        SINK_GRADIENT=needs_dsinks,
+        *_sizes(q, call),
+        SINK_GRADIENT=call.needs_dsinks,
         **_constants(tile, heads, q, k, mask),
     )
-    return dq, delta, dsinks.sum((0, 2)) if needs_dsinks else None
+    return dq, delta, dsinks.sum((0, 2)) if call.needs_dsinks else None
 
 
 def launch_dkdv(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    mask: Mask,
-    scale: float,
+    dout: torch.Tensor, done: Done, delta: torch.Tensor, call: Call
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dk, dv); `delta` is `launch_dq`'s."""
+    q, k, v, _, _, lse, _ = done
+    mask = call.mask
     dk, dv = _empty_token_major(k), _empty_token_major(v)
     tile, heads = _choose_tile("dkdv", q, k, mask)
-    kernels.dkdv_kernel[(_blocks(mask.keys, tile.keys), k.shape[1], mask.batch)](
-        *(q, k, v, _positions(mask, "ends", lse), dout, lse, delta, dk, dv),
+    grid, order = (_blocks(mask.keys, tile.keys), k.shape[1], mask.batch), lse
+    if mask.documents is not None and mask.window is None:
+        grid, order = (grid[1], grid[0], grid[2]), mask.documents.order_blocks(tile.keys)
+    backward.dkdv_kernel[grid](
+        *(q, k, v, _positions(mask, "ends", lse), order, dout, lse, delta, dk, dv),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(*dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3]),
-        *_sizes(q, mask, scale),
+        *_sizes(q, call),
         **_constants(tile, heads, q, k, mask),
     )
     return dk, dv
@@ -148,8 +158,9 @@ def _positions(mask: Mask, name: str, unused: torch.Tensor) -> torch.Tensor:
     return unused if mask.documents is None else getattr(mask.documents, name)
 
 
-def _sizes(q: torch.Tensor, mask: Mask, scale: float) -> tuple[int | float, ...]:
-    return (q.shape[1], mask.queries, mask.keys, mask.offset, mask.window or 0, scale)
+def _sizes(q: torch.Tensor, call: Call) -> tuple[int | float, ...]:
+    mask = call.mask
+    return (q.shape[1], mask.queries, mask.keys, mask.offset, mask.window or 0, call.scale)
 
 
 def _choose_tile(stage: str, q: torch.Tensor, k: torch.Tensor, mask: Mask) -> tuple[Tile, int]:
@@ -168,10 +179,17 @@ def _architecture(device: torch.device) -> str:
     return architecture_of(*torch.cuda.get_device_capability(device))
 
 
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _constants(
-    tile: Tile, heads: int, q: torch.Tensor, k: torch.Tensor, mask: Mask
+    tile: Tile, heads: int, q: torch.Tensor, k: torch.Tensor, mask: Mask, *without: str
 ) -> dict[str, Any]:
-    return {
+    constants = {
         "GROUP": q.shape[1] // k.shape[1],
         "HEADS": heads,
         "QUERIES": tile.rows // heads,
@@ -184,3 +202,4 @@ def _constants(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+    return {name: value for name, value in constants.items() if name not in without}

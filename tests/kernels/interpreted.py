@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from sparselong.kernels import attention_tiles, attention_triton
-from sparselong.kernels.attention_mask import Mask, find_documents
+from sparselong.kernels.attention_mask import Call, Done, Mask, find_documents
 from sparselong.kernels.attention_ref import attention_reference
 
 
@@ -60,6 +60,15 @@ CASES = [
     Case("queries_after_all_keys", 10, 20, offset=30),
     Case("window_after_all_keys", 10, 20, offset=30, window=5),
     Case("decode", 1, 70, offset=69),
+    Case("split_keys", 1, 600, offset=599),
+    Case("split_keys_sinks_high", 1, 530, offset=529, sink=40.0),
+    Case("split_keys_sinks_low", 1, 530, offset=529, sink=-40.0),
+    Case("split_keys_before_the_last", 3, 600, offset=100, batch=2),
+    Case("split_keys_many_queries", 9, 600, offset=591, heads=8, kv_heads=1),
+    Case("split_keys_window", 2, 600, offset=598, window=520),
+    Case("split_keys_padding", 1, 520, offset=519, batch=2, boundaries=(0, 300, 520, 540, 1040)),
+    Case("split_keys_documents_window", 3, 600, offset=597, window=550,
+         boundaries=(0, 598, 600)),
     Case("group_of_three", 40, 40, heads=6, kv_heads=2, window=12),
     Case("no_groups", 40, 40, heads=2, kv_heads=2),
     Case("sinks_high", 40, 40, sink=40.0),
@@ -69,7 +78,7 @@ CASES = [
     Case("half_window", 70, 70, half=True, window=20),
     Case("head_major", 40, 40, layout="head"),
     Case("dims_not_contiguous", 40, 40, layout="dims", window=12),
-]
+]  # fmt: skip
 
 
 def draw(case: Case) -> list[torch.Tensor]:
@@ -110,10 +119,9 @@ def run(case: Case) -> dict[str, float]:
     if case.boundaries is not None:
         documents = find_documents(torch.tensor(case.boundaries), case.batch, case.keys)
     mask = Mask(case.batch, case.queries, case.keys, case.offset, case.window, documents)
-    out, lse, saved = attention_triton.attend(q, k, v, sinks, mask, 0.125, False)
-    grads = attention_triton.attend_backward(
-        dout, q, k, v, sinks, out, lse, mask, 0.125, False, saved, True
-    )
+    call = Call(mask, 0.125)
+    out, lse, _ = attention_triton.attend(q, k, v, sinks, call)
+    grads = attention_triton.attend_backward(dout, Done(q, k, v, sinks, out, lse), call)
     leaves = [t.double().requires_grad_() for t in (q, k, v, sinks)]
     exact, exact_lse = attention_reference(
         *leaves, document=documents and documents.starts, window=case.window, scale=0.125,

@@ -1,6 +1,7 @@
 """Attention on a CPU: the reference against the definition, the kernels in Triton's interpreter,
 what is refused, and who is chosen. The kernels as compiled are tested in tests/gpu."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import torch
 
 from sparselong.kernels.attention import attention, choose_backend
 from sparselong.kernels.attention_choice import MEASURED, describe_choice, rank_backends
-from sparselong.kernels.attention_mask import Mask, find_documents
+from sparselong.kernels.attention_mask import Call, Mask, find_documents
 from sparselong.kernels.attention_ref import attention_reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +124,16 @@ def test_documents_are_found_once_and_anew_after_a_write():
         find_documents(boundaries, 1, 11)
 
 
+def test_blocks_that_most_queries_see_come_first():
+    documents = find_documents(torch.tensor([0, 3, 10, 24]), 2, 12)
+    # Row 0: blocks from 0, 4, 8 end in documents that end at 10, 10, 12; row 1 is one document.
+    assert documents.order_blocks(4).tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert find_documents(torch.tensor([0, 2, 12]), 1, 12).order_blocks(2).tolist() == [
+        [1, 2, 3, 4, 0, 5]
+    ]
+    assert documents.order_blocks(4) is documents.order_blocks(4)
+
+
 def test_documents_stop_at_batch_rows():
     documents = find_documents(torch.tensor([0, 4, 8]), 2, 4)
     across = find_documents(torch.tensor([0, 8]), 2, 4)
@@ -178,7 +189,7 @@ def test_bad_tensors_are_named():
 def test_the_choice_by_table():
     """On paper: a tensor that says it is on a GPU is not needed to rank backends."""
     q = torch.zeros(1, 8, 300, 64, dtype=torch.bfloat16)
-    assert choose_backend(Mask(1, 300, 300, 0, None, None), q) == "reference"
+    assert choose_backend(q, Call(Mask(1, 300, 300, 0, None, None), 0.125)) == "reference"
     assert rank_backends("sm_90", "full", False, 16384).order[0] == "torch_cudnn"
     assert rank_backends("sm_90", "window", True, 16384).order[0] == "triton"
     assert "not timed" in describe_choice("sm_86", False, 4096)["full"]
@@ -193,18 +204,22 @@ def test_what_each_backend_cannot_take():
     from sparselong.kernels import attention_torch, attention_triton
 
     q = torch.zeros(1, 8, 300, 64, dtype=torch.bfloat16)
-    plain = Mask(1, 300, 300, 0, None, None)
+    plain = Call(Mask(1, 300, 300, 0, None, None), 0.125)
+
+    def shaped(*sizes) -> Call:
+        return dataclasses.replace(plain, mask=Mask(1, *sizes))
+
     documents = find_documents(torch.tensor([0, 300]), 1, 300)
     refuse = attention_torch.refuse_cudnn
-    assert refuse(plain, q, False) is None
-    assert "window: 9" in str(refuse(Mask(1, 300, 300, 0, 9, None), q, False))
-    assert "cu_seqlens" in str(refuse(Mask(1, 300, 300, 0, None, documents), q, False))
-    assert "query_offset: 5" in str(refuse(Mask(1, 300, 305, 5, None, None), q, False))
-    assert "1 query" in str(refuse(Mask(1, 1, 1, 0, None, None), q, False))
-    assert "deterministic" in str(refuse(plain, q, True))
-    assert "float32" in str(refuse(plain, q.float(), False))
-    past = Mask(1, 300, 300, 5, None, None)
-    assert "query_offset: 5" in str(attention_torch.refuse_flash(past, q, False))
-    assert attention_triton.refuse(past, q, True) is None
-    assert "head_dim: 32" in str(attention_triton.refuse(plain, q[..., :32], False))
-    assert "float64" in str(attention_triton.refuse(plain, q.double(), False))
+    assert refuse(q, plain) is None
+    assert "window: 9" in str(refuse(q, shaped(300, 300, 0, 9, None)))
+    assert "cu_seqlens" in str(refuse(q, shaped(300, 300, 0, None, documents)))
+    assert "query_offset: 5" in str(refuse(q, shaped(300, 305, 5, None, None)))
+    assert "1 query" in str(refuse(q, shaped(1, 1, 0, None, None)))
+    assert "deterministic" in str(refuse(q, dataclasses.replace(plain, deterministic=True)))
+    assert "float32" in str(refuse(q.float(), plain))
+    past = shaped(300, 300, 5, None, None)
+    assert "query_offset: 5" in str(attention_torch.refuse_flash(q, past))
+    assert attention_triton.refuse(q, dataclasses.replace(past, deterministic=True)) is None
+    assert "head_dim: 32" in str(attention_triton.refuse(q[..., :32], plain))
+    assert "float64" in str(attention_triton.refuse(q.double(), plain))

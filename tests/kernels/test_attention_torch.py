@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparselong.kernels import attention_torch as backend
-from sparselong.kernels.attention_mask import Mask, find_documents
+from sparselong.kernels.attention_mask import Call, Done, Mask, find_documents
 from sparselong.kernels.attention_ref import attention_reference
 
 
@@ -102,10 +102,9 @@ def test_output_and_gradients_with_sinks(batch, queries, keys, offset, window, b
     )
     grads = torch.autograd.grad(expected, leaves, dout)
 
-    out, lse, saved = backend.attend_flash(q, k, v, sinks, mask, 8**-0.5, False)
-    got = backend.attend_flash_backward(
-        dout, q, k, v, sinks, out, lse, mask, 8**-0.5, False, saved, True
-    )
+    call = Call(mask, 8**-0.5)
+    out, lse, kept = backend.attend_flash(q, k, v, sinks, call)
+    got = backend.attend_flash_backward(dout, Done(q, k, v, sinks, out, lse, kept), call)
     close = {"rtol": 1e-4, "atol": 1e-5}  # sinks and lse are taken in fp32
     torch.testing.assert_close(out, expected.detach(), **close)
     torch.testing.assert_close(lse.double(), expected_lse.detach(), **close)

@@ -14,17 +14,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparselong.kernels import attention_kernels
-from sparselong.kernels.attention_tiles import FLOAT32, FLOAT32_WINDOW, TILES, Tile
+from sparselong.kernels import attention_backward, attention_kernels, attention_split
+from sparselong.kernels.attention_tiles import FLOAT32, FLOAT32_WINDOW, SPLIT, TILES, Tile
 
 LIMIT_BYTES = {86: 99 * 1024, 90: 227 * 1024}
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-FIXED_TYPES = {"starts": "i32", "ends": "i32", "lse": "fp32", "delta": "fp32", "dsink": "fp32"}
+FIXED_TYPES = {
+    **dict.fromkeys(("starts", "ends", "order"), "i32"),
+    **dict.fromkeys(("lse", "delta", "dsink"), "fp32"),
+}
+KERNELS = {
+    "forward": attention_kernels.forward_kernel,
+    "split": attention_split.part_kernel,
+    "dq": attention_backward.dq_kernel,
+    "dkdv": attention_backward.dkdv_kernel,
+}
 
 
 def compile_for(arch: int, stage: str, kind: str, tile: Tile, dtype: str, docs: bool, sinks: bool):
     """(shared memory in bytes, registers, spilled bytes stored and loaded) for gpt-oss's heads."""
-    kernel = getattr(attention_kernels, f"{stage}_kernel")
+    kernel = KERNELS[stage]
     constants = {
         "GROUP": 8,
         "HEADS": tile.heads,
@@ -33,9 +42,10 @@ def compile_for(arch: int, stage: str, kind: str, tile: Tile, dtype: str, docs: 
         "D": 64,
         "HAS_DOCS": docs,
         "HAS_WINDOW": kind == "window",
-        "SPLIT": tile.split,
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
     }
+    if stage != "split":
+        constants["SPLIT"] = tile.split
     if stage == "dq":
         constants["SINK_GRADIENT"] = sinks
     signature, aligned = {}, {}
@@ -71,6 +81,7 @@ def variants(architecture: str):
         for docs in {"full": (False,), "packed": (True,), "window": (False, True)}[kind]:
             for sinks in (False, True) if stage == "dq" else (False,):
                 yield stage, kind, tile, docs, sinks
+    yield from (("split", kind, SPLIT, True, False) for kind in ("packed", "window"))
 
 
 def name_of(value) -> str:
@@ -86,7 +97,7 @@ def test_a_3090_holds_every_kernel(stage, kind, tile, docs, sinks):
     assert spilled == 0
 
 
-@pytest.mark.parametrize("stage", ["forward", "dq", "dkdv"])
+@pytest.mark.parametrize("stage", ["forward", "split", "dq", "dkdv"])
 @pytest.mark.parametrize(("kind", "tile"), [("packed", FLOAT32), ("window", FLOAT32_WINDOW)])
 def test_fp32_fits_a_3090(stage, kind, tile):
     shared, _, spilled = compile_for(86, stage, kind, tile, "fp32", True, True)
