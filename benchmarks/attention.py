@@ -3,145 +3,79 @@
 
 For each case the time of the forward pass and of forward and backward, TFLOP/s on the FLOPs that
 the mask leaves (5 / 2 of the forward's again for the backward), GB/s on the bytes that must move
-(each input read once, each output written once), and peak memory. Each backend's error against
+(each input read once, each output written once), and peak memory. The backends of a case are timed
+in turn, round by round, so that a GPU that grows warm slows all of them. Each one's error against
 fp64 is measured first, and one that errs more than twice as much as torch's FlashAttention-2 with
-the sink correction is left out of the speed table. Needs a CUDA device.
+the sink correction is left out of the speed table.
+
+Besides: one query against a long cache, what deterministic=True costs, and how long first calls
+take (`attention_first_call.py`). flex comes last, since it compiles anew for every length; what was
+measured before it is written first. Needs a CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.attention_cases import (
+    HEAD_DIM,
+    HEADS,
+    OURS,
+    WINDOW,
+    Run,
+    count_bytes,
+    count_pairs,
+    draw,
+    kind_of,
+    make_runs,
+    pack,
+    skips,
+)
+from benchmarks.attention_first_call import measure_first_calls
 from benchmarks.record import RESULTS, row, write
 from sparselong.kernels.attention import attention
 from sparselong.kernels.attention_ref import attention_reference
 
-HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
-MEAN_DOCUMENT = 1024
-OURS = ("triton", "torch_flash", "torch_cudnn", "flash_attn")
-Run = Callable[..., torch.Tensor]
+Rows = list[dict]
 
 
-def eager(q, k, v, sinks, window=None, cu_seqlens=None) -> torch.Tensor:
-    """What transformers' eager gpt-oss computes, in the inputs' dtype."""
-    tokens, group = q.shape[2], q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-    at = torch.arange(tokens, device=q.device)
-    seen = at <= at[:, None]
-    if window is not None:
-        seen &= at > at[:, None] - window
-    scores = scores.masked_fill(~seen, torch.finfo(q.dtype).min)
-    logits = torch.cat([scores, sinks.to(q.dtype).view(1, -1, 1, 1).expand(*q.shape[:3], 1)], -1)
-    logits = logits - logits.max(-1, keepdim=True).values
-    return torch.softmax(logits, -1, dtype=logits.dtype)[..., :-1] @ v
+def time_in_turn(
+    calls: Mapping[str, Callable[[], object]], lead_bytes: int = 1 << 28
+) -> dict[str, float]:
+    """Median ms of each call by device events, one of each a round, after a first round.
 
-
-def make_flex() -> Run:
-    """torch's flex_attention, compiled, with the sinks taken in through its lse."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False)
-    masks = {}
-
-    def run(q, k, v, sinks, window=None, cu_seqlens=None) -> torch.Tensor:
-        tokens = q.shape[2]
-        if (tokens, window) not in masks:
-
-            def seen(batch, head, query, key):
-                causal = query >= key
-                return causal if window is None else causal & (query - key < window)
-
-            masks[tokens, window] = create_block_mask(seen, None, None, tokens, tokens, q.device)
-        mask = masks[tokens, window]
-        out, lse = compiled(q, k, v, block_mask=mask, enable_gqa=True, return_lse=True)
-        return (out * torch.sigmoid(lse - sinks[:, None])[..., None]).to(q.dtype)
-
-    return run
-
-
-def make_runs(names: list[str]) -> dict[str, Run]:
-    """The named backends as functions (q, k, v, sinks, window, cu_seqlens) → out."""
-
-    def ours(name: str) -> Run:
-        return lambda q, k, v, sinks, window=None, cu_seqlens=None: attention(
-            q, k, v, sinks, window=window, cu_seqlens=cu_seqlens, backend=name
-        )[0]
-
-    known = {name: ours(name) for name in OURS} | {"chosen": ours(None)}
-    known["eager"] = eager
-    if "flex" in names:
-        known["flex"] = make_flex()
-    return {name: known[name] for name in names}
-
-
-def draw(tokens: int) -> list[torch.Tensor]:
-    """q, k, v, sinks with gradients, and dout, as a model's projections lay them out."""
-    torch.manual_seed(tokens)
-
-    def tensor(heads: int) -> torch.Tensor:
-        wide = torch.randn(1, tokens, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        return wide.transpose(1, 2)
-
-    leaves = [tensor(HEADS), tensor(KV_HEADS), tensor(KV_HEADS), torch.randn(HEADS, device="cuda")]
-    return [t.requires_grad_() for t in leaves] + [tensor(HEADS)]
-
-
-def pack(tokens: int) -> torch.Tensor:
-    """Boundaries of documents whose lengths are uniform around MEAN_DOCUMENT."""
-    generator = torch.Generator().manual_seed(0)
-    bounds = [0]
-    while bounds[-1] < tokens:
-        length = int(torch.randint(1, 2 * MEAN_DOCUMENT, (), generator=generator))
-        bounds.append(min(tokens, bounds[-1] + length))
-    return torch.tensor(bounds, dtype=torch.int32, device="cuda")
-
-
-def count_pairs(tokens: int, window: int | None, cu_seqlens: torch.Tensor | None) -> int:
-    """(query, key) pairs that the mask leaves, per head."""
-    bounds = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
-    total = 0
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        length, reach = end - start, min(window or end, end - start)
-        total += reach * (reach + 1) // 2 + (length - reach) * reach
-    return total
-
-
-def count_bytes(tokens: int, backward: bool) -> int:
-    """Bytes that must move: q, k, v, out, and for the backward these again, dout, dq, dk, dv."""
-    q, kv = tokens * HEADS * HEAD_DIM * 2, tokens * KV_HEADS * HEAD_DIM * 2
-    forward = 2 * q + 2 * kv
-    return forward + (4 * q + 4 * kv if backward else 0)
-
-
-def time_ms(call: Callable[[], object]) -> float:
-    """Median of at least three runs after two, by device events; a fresh L2 for each."""
-    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
-    call()
-    times: list[float] = []
-    for n in range(40):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        if n:
-            times.append(begin.elapsed_time(end))
-        if n >= 3 and sum(times) > 250:
+    Before each the L2 cache is flushed by writing `lead_bytes`, which also gives the host time to
+    be ahead of the device; so this is the device's time where that time suffices.
+    """
+    flush = torch.empty(lead_bytes, dtype=torch.int8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    started = time.monotonic()
+    for n in range(41):
+        for name, call in calls.items():
+            flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end))
+        if n >= 3 and time.monotonic() - started > 0.3 * len(calls):
             break
-    return statistics.median(times)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def measure_errors(runs: dict[str, Run]) -> tuple[list[dict], set[str]]:
+def measure_errors(runs: dict[str, Run]) -> tuple[Rows, set[str]]:
     """Rows of relative L2 errors against fp64 at 2,048 tokens, and the backends that fail."""
     rows, failed = [], set()
     for window in (None, WINDOW):
@@ -150,94 +84,137 @@ def measure_errors(runs: dict[str, Run]) -> tuple[list[dict], set[str]]:
         out = attention_reference(*exact, window=window)[0]
         expected = [out, *torch.autograd.grad(out, exact, leaves[4].double())]
         errors = {}
-        for name, run in {"torch_flash": make_runs(["torch_flash"])["torch_flash"], **runs}.items():
+        for name, run in {**make_runs(["torch_flash"]), **runs}.items():
             if skips(name, window, False, 2048):
                 continue
             out = run(*leaves[:4], window)
             got = [out, *torch.autograd.grad(out, leaves[:4], leaves[4])]
             pairs = zip((g.double() for g in got), expected, strict=True)
             errors[name] = [float((g - e).detach().norm() / e.detach().norm()) for g, e in pairs]
+        limits = [2 * value for value in errors["torch_flash"]]
+        case = {"kind": kind_of(window), "tokens": 2048, "packed": False}
         for name, values in errors.items():
-            case = {"kind": kind_of(window), "tokens": 2048, "packed": False}
             for what, value in zip(("out", "dq", "dk", "dv", "dsinks"), values, strict=True):
                 rows.append(row(case, name, f"relative_error_{what}", value, "1"))
-            limits = [2 * value for value in errors["torch_flash"]]
             if any(v > limit for v, limit in zip(values, limits, strict=True)):
                 failed.add(name)
-                print(
-                    f"{name} {kind_of(window)}: errors {values}, allowed {limits}", file=sys.stderr
-                )
+                tell(f"{name} {kind_of(window)}: errors {values}, allowed {limits}: no speed shown")
     return rows, failed
 
 
-def kind_of(window: int | None) -> str:
-    return "full" if window is None else "window"
-
-
-def skips(name: str, window: int | None, packed: bool, tokens: int) -> bool:
-    """Whether a backend cannot take a case: what it does not offer, or memory."""
-    if name == "torch_cudnn":
-        return window is not None or packed
-    if name == "eager":
-        return packed or tokens > 8192
-    return name == "flex" and packed
-
-
-def measure_speed(run: Run, name: str, tokens: int, window: int | None, packed: bool) -> list[dict]:
-    """Rows of one backend on one case."""
+def measure_speed(runs: dict[str, Run], tokens: int, window: int | None, packed: bool) -> Rows:
+    """Rows of one case, for every backend that can take it."""
     leaves = draw(tokens)
+    leaves[3].requires_grad_(False)  # as under LoRA: sinks are frozen
     cu_seqlens = pack(tokens) if packed else None
     flops = 4 * HEAD_DIM * HEADS * count_pairs(tokens, window, cu_seqlens)
     case = {"kind": kind_of(window), "tokens": tokens, "packed": packed}
 
-    def forward() -> object:
-        with torch.no_grad():
-            return run(*leaves[:4], window, cu_seqlens)
+    def forward(run: Run) -> torch.Tensor:
+        return run(*leaves[:4], window, cu_seqlens)
 
-    def both() -> object:
-        out = run(*leaves[:4], window, cu_seqlens)
-        return torch.autograd.grad(out, leaves[:3], leaves[4])  # as under LoRA: sinks are frozen
+    def forward_backward(run: Run) -> object:
+        return torch.autograd.grad(forward(run), leaves[:3], leaves[4])
 
-    leaves[3].requires_grad_(False)
-    rows = []
-    for what, call, factor in (("forward", forward, 1.0), ("forward_backward", both, 3.5)):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        peak = torch.cuda.max_memory_allocated() - before
-        ms = time_ms(call)
-        moved = count_bytes(tokens, what != "forward")
-        rows += [
-            row(case, name, f"{what}_ms", ms, "ms"),
-            row(case, name, f"{what}_rate", flops * factor / ms / 1e9, "TFLOP/s"),
-            row(case, name, f"{what}_bandwidth", moved / ms / 1e6, "GB/s"),
-            row(case, name, f"{what}_peak_bytes", peak, "bytes"),
-        ]
-    print(
-        f"{kind_of(window):6} {'packed' if packed else 'one':6} {tokens:6} {name:12} "
-        f"forward {rows[0]['value']:8.3f} ms  both {rows[4]['value']:8.3f} ms "
-        f"{rows[5]['value']:6.1f} TFLOP/s",
-        file=sys.stderr,
-        flush=True,
-    )
+    rows: Rows = []
+    for function, factor in ((forward, 1.0), (forward_backward, 3.5)):
+        calls = {name: functools.partial(function, run) for name, run in runs.items()}
+        what = function.__name__
+        peaks = {name: measure_peak(call) for name, call in calls.items()}
+        taken = time_in_turn(calls)
+        moved = count_bytes(tokens, function is forward_backward)
+        for name, ms in taken.items():
+            rows += [
+                row(case, name, f"{what}_ms", ms, "ms"),
+                row(case, name, f"{what}_rate", flops * factor / ms / 1e9, "TFLOP/s"),
+                row(case, name, f"{what}_bandwidth", moved / ms / 1e6, "GB/s"),
+                row(case, name, f"{what}_peak_bytes", peaks[name], "bytes"),
+            ]
+        label = f"{kind_of(window):6} {'packed' if packed else 'one':6} {tokens:6} {what:16}"
+        tell(label + "  ".join(f"{name} {ms:.3f}" for name, ms in taken.items()))
     return rows
 
 
-def measure_decode(name: str, keys: int, window: int | None) -> list[dict]:
-    """Rows of one query against a long cache; for what goes through the public function."""
+def measure_peak(call: Callable[[], object]) -> int:
+    """Bytes allocated at most during the call, above what was there before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure_decode(names: list[str], keys: int, window: int | None) -> Rows:
+    """Rows of few queries against a long cache: the device's time, and a call's from outside."""
+    rows: Rows = []
     q, k, v, sinks, _ = (t.detach() for t in draw(keys))
-    query = q[:, :, -1:]
+    for queries in (1, 8):
+        case = {"kind": kind_of(window), "tokens": keys, "packed": False, "queries": queries}
 
-    def step() -> object:
-        return attention(
-            query, k, v, sinks, window=window, query_offset=keys - 1,
-            backend=None if name == "chosen" else name,
-        )  # fmt: skip
+        step = functools.partial(
+            attention, q[:, :, -queries:], k, v, sinks, window=window, query_offset=keys - queries
+        )
+        calls = {
+            name: functools.partial(step, backend=None if name == "chosen" else name)
+            for name in names
+        }
+        for name, ms in time_in_turn(calls, lead_bytes=1 << 30).items():
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(50):
+                calls[name]()
+            torch.cuda.synchronize()
+            wall_ms = (time.perf_counter() - started) * 20
+            rows.append(row(case, name, "forward_ms", ms, "ms"))
+            rows.append(row(case, name, "forward_wall_ms", wall_ms, "ms"))
+            tell(f"{case['kind']:6} {keys:6} {queries} queries {name:12} {ms:.4f} ms, "
+                 f"back to back {wall_ms:.4f}")  # fmt: skip
+    return rows
 
-    case = {"kind": kind_of(window), "tokens": keys, "packed": False, "queries": 1}
-    ms = time_ms(step)
-    print(f"{kind_of(window):6} decode {keys:6} {name:12} {ms:8.3f} ms", file=sys.stderr)
-    return [row(case, name, "forward_ms", ms, "ms")]
+
+def measure_determinism(tokens: int) -> Rows:
+    """Rows of FlashAttention-2 forward + backward with and without deterministic=True."""
+    *leaves, dout = draw(tokens)
+    leaves[3].requires_grad_(False)
+
+    def both(window: int | None, asked: bool) -> object:
+        out, _ = attention(*leaves, window=window, backend="torch_flash", deterministic=asked)
+        return torch.autograd.grad(out, leaves[:3], dout)
+
+    rows: Rows = []
+    for window in (None, WINDOW):
+        calls = {str(asked): functools.partial(both, window, asked) for asked in (False, True)}
+        for asked, ms in time_in_turn(calls).items():
+            case = {"kind": kind_of(window), "tokens": tokens, "deterministic": asked == "True"}
+            rows.append(row(case, "torch_flash", "forward_backward_ms", ms, "ms"))
+            tell(f"deterministic={asked} {kind_of(window)}: {ms:.3f} ms")
+    return rows
+
+
+def measure_cases(runs: dict[str, Run], lengths: list[int]) -> Rows:
+    """Errors, then the speed of every case, of the backends whose errors allow it."""
+    rows, failed = measure_errors(runs)
+    rows = [r for r in rows if r["backend"] in runs]
+    for window, packed, tokens in itertools.product((None, WINDOW), (False, True), lengths):
+        able = {
+            name: run
+            for name, run in runs.items()
+            if name not in failed and not skips(name, window, packed, tokens)
+        }
+        if able:
+            rows += measure_speed(able, tokens, window, packed)
+    return rows
+
+
+def measure_beside(names: list[str]) -> Rows:
+    """Decoding, determinism and first calls."""
+    few = [name for name in names if name in ("triton", "torch_flash", "flash_attn", "chosen")]
+    few = [name for name in few if not skips(name, None, False, 1)]
+    rows = measure_decode(few, 16384, None) + measure_decode(few, 16384, WINDOW)
+    return rows + measure_determinism(16384) + measure_first_calls()
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -245,7 +222,7 @@ def main() -> None:
     parser.add_argument(
         "--backends",
         nargs="+",
-        default=["triton", "torch_flash", "torch_cudnn", "chosen", "eager"],
+        default=["triton", "torch_flash", "torch_cudnn", "flash_attn", "chosen", "eager"],
         choices=(*OURS, "chosen", "eager", "flex"),
     )
     parser.add_argument(
@@ -257,23 +234,19 @@ def main() -> None:
     if not torch.cuda.is_available():  # make bench goes on with what this machine can measure
         print("benchmarks/attention.py needs a CUDA device: nothing measured")
         return
-    runs = make_runs(args.backends)
-    rows, failed = measure_errors(runs)
-    for window in (None, WINDOW):
-        for packed in (False, True):
-            for tokens in args.tokens:
-                for name, run in runs.items():
-                    if name not in failed and not skips(name, window, packed, tokens):
-                        rows += measure_speed(run, name, tokens, window, packed)
-        for name in runs:
-            if name in (*OURS, "chosen") and name != "torch_cudnn":
-                rows += measure_decode(name, 16384, window)
     machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
     command = (
         f"python3 benchmarks/attention.py --backends {' '.join(args.backends)} "
         f"--tokens {' '.join(map(str, args.tokens))}"
     )
-    print(write("attention", machine, command, rows, args.folder))
+    rows: Rows = []
+    for names in ([n for n in args.backends if n != "flex"], ["flex"]):
+        runs = make_runs([n for n in names if n in args.backends])
+        if runs:
+            rows += measure_cases(runs, args.tokens)
+        if runs and names != ["flex"]:
+            rows += measure_beside(list(runs))
+        print(write("attention", machine, command, rows, args.folder))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from triton.testing import do_bench
 
-from benchmarks.attention import pack
+from benchmarks.attention_cases import pack
 from benchmarks.record import RESULTS, row, write
 from sparselong.kernels import attention_tiles, attention_triton
 from sparselong.kernels.attention_mask import Call, Done, Mask, find_documents

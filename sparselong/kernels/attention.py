@@ -83,7 +83,7 @@ def attention(
     _check_tensors(q, k, v, sinks)
     _check_numbers(window, scale, query_offset, dropout, backend)
     mask = _make_mask(q, k, cu_seqlens, window, query_offset)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     call = Call(mask, scale, deterministic, needs_dsinks=sinks.requires_grad)
     if backend is None:
         name = choose_backend(q, call)

@@ -77,7 +77,7 @@ def dq_kernel(
     batch = tl.program_id(2).to(tl.int64)
     row_head = head + tl.arange(0, HEADS * QUERIES) // QUERIES
     starts = starts_ptr + batch * keys
-    first, last, query, real, position, floor = place_tile(
+    first, last, query, real, position, floor = place_tile(  # pyright: ignore[reportGeneralTypeIssues]
         tile, starts, queries, offset, window, HEADS, QUERIES, HAS_DOCS, HAS_WINDOW
     )
     q_pointers = tile_pointers(
@@ -216,7 +216,7 @@ def dkdv_kernel(
     these are the first, and the grid is (key blocks, KV heads, batch). With documents `order_ptr`
     [batch, key blocks] says which, and the grid is (KV heads, key blocks, batch).
     """
-    ORDERED: tl.constexpr = HAS_DOCS and not HAS_WINDOW
+    ORDERED: tl.constexpr = HAS_DOCS and not HAS_WINDOW  # pyright: ignore[reportAssignmentType]
     block = tl.program_id(1 if ORDERED else 0)
     kv_head = tl.program_id(0 if ORDERED else 1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)

@@ -142,7 +142,7 @@ def forward_kernel(
     batch = tl.program_id(2).to(tl.int64)
     row_head = head + tl.arange(0, HEADS * QUERIES) // QUERIES
     starts = starts_ptr + batch * keys
-    first, last, query, real, position, floor = place_tile(
+    first, last, query, real, position, floor = place_tile(  # pyright: ignore[reportGeneralTypeIssues]
         tile, starts, queries, offset, window, HEADS, QUERIES, HAS_DOCS, HAS_WINDOW
     )
     q_pointers = tile_pointers(

@@ -51,7 +51,7 @@ def part_kernel(
     batch = (tl.program_id(2) % batches).to(tl.int64)
     row_head = head + tl.arange(0, HEADS * QUERIES) // QUERIES
     starts = starts_ptr + batch * keys
-    first, last, query, real, position, floor = place_tile(
+    first, last, query, real, position, floor = place_tile(  # pyright: ignore[reportGeneralTypeIssues]
         tl.program_id(2) // batches, starts, queries, offset, window,
         HEADS, QUERIES, HAS_DOCS, HAS_WINDOW,
     )  # fmt: skip

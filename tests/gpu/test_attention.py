@@ -73,6 +73,17 @@ CASES = [
     Case("halo", 256, keys=383, offset=127, window=128),
     Case("decode", 1, keys=1000, offset=999),
     Case("decode_window", 1, batch=2, keys=1000, offset=999, window=128),
+    Case("decode_long_cache", 1, heads=64, kv_heads=8, keys=5000, offset=4999),
+    Case("decode_sinks_high", 1, keys=3000, offset=2999, sink=40.0),
+    Case("decode_sinks_low", 1, keys=3000, offset=2999, sink=-40.0),
+    Case("decode_large_logits", 1, keys=3000, offset=2999, logits=30.0),
+    Case("decode_padded_batch", 1, batch=3, keys=1200, offset=1199,
+         boundaries=(0, 700, 1200, 1201, 2400, 3590, 3600)),
+    Case("decode_wide_window", 1, batch=2, keys=3000, offset=2999, window=1500),
+    Case("decode_five_queries", 5, batch=2, keys=2000, offset=1995),
+    Case("decode_five_queries_packed", 5, keys=2000, offset=1995, boundaries=pack(900, 1098, 2)),
+    Case("decode_before_the_cache_ends", 2, keys=3000, offset=700),
+    Case("decode_group_of_six", 3, heads=12, kv_heads=2, keys=1000, offset=997),
     Case("one_head_a_group", 257, heads=4, kv_heads=4),
     Case("one_head_a_group_window", 257, heads=4, kv_heads=4, window=128),
     Case("group_of_six", 257, heads=12, kv_heads=2, window=128),
@@ -189,7 +200,9 @@ def test_our_kernels_err_no_more_than_twice_flash_attention(case, dtype, poison)
     check(case, run(case, inputs, "triton"), run(case, inputs, "torch_flash"), exact, dtype)
 
 
-@pytest.mark.parametrize("name", ["length_1000", "window_length_1000", "shard_packed"])
+@pytest.mark.parametrize(
+    "name", ["length_1000", "window_length_1000", "shard_packed", "decode_five_queries_packed"]
+)
 def test_fp32_is_exact_to_fp32(name, poison):
     case = next(c for c in CASES if c.name == name)
     inputs = draw(case, torch.float32)
@@ -220,8 +233,16 @@ def test_flash_attention_with_sinks_is_exact(case):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch_flash", None])
-def test_deterministic_runs_repeat_to_the_bit(backend):
-    case = Case("repeat", 2000, heads=64, kv_heads=8)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("repeat", 2000, heads=64, kv_heads=8),
+        Case("repeat_packed", 2000, heads=64, kv_heads=8, boundaries=pack(300, 1500, 1, 199)),
+        Case("repeat_decode", 1, heads=64, kv_heads=8, keys=9000, offset=8999),
+    ],
+    ids=lambda case: case.name,
+)
+def test_deterministic_runs_repeat_to_the_bit(case, backend):
     inputs = draw(case, torch.bfloat16)
     first = run(case, inputs, backend, deterministic=True)
     for _ in range(3):
@@ -234,6 +255,19 @@ def test_the_choice_takes_every_case():
         inputs = draw(case, torch.bfloat16)
         exact, yardstick = run_exactly(case, inputs), run(case, inputs, "torch_flash")
         check(case, run(case, inputs, None), yardstick, exact, torch.bfloat16)
+
+
+def test_decoding_takes_the_split_kernel(monkeypatch):
+    """One query over a long cache, and the tests above of it are worth nothing without."""
+    parts = []
+    launch = attention_triton._launch_split
+    monkeypatch.setattr(
+        attention_triton, "_launch_split", lambda *a: parts.append(a[0].shape) or launch(*a)
+    )
+    case = next(c for c in CASES if c.name == "decode_long_cache")
+    run(case, draw(case, torch.bfloat16), "triton")
+    run(case, draw(case, torch.bfloat16), None)
+    assert len(parts) == 2
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length():
