@@ -12,6 +12,8 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from sparselong.finetune.adapter import add_masked_lora
+from sparselong.kernels.recompute import checkpoint_contexts
+from sparselong.model.fused import chunk_loss, fuse
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.quantizer import PROJECTIONS, replace_with_packed
 from sparselong.packing import dense, integer
@@ -30,13 +32,15 @@ def config_20b(layers: int = 24) -> GptOssConfig:
     return GptOssConfig(num_hidden_layers=layers, num_local_experts=32, layer_types=kinds)
 
 
-def build(arm: str, keep_attention: str = "auto", layers: int = 24) -> nn.Module:
+def build(arm: str, keep_attention: bool = True, layers: int = 24) -> nn.Module:
     """The arm's model, ready to train on the GPU."""
     config = config_20b(layers)
     model = build_baseline(config, arm) if arm in BASELINES else build_packed(config, arm)
     arguments: dict[str, Any] = {"use_reentrant": False}
     if arm in OURS:
-        pass
+        fuse(model)
+        chunk_loss(model)  # type: ignore[arg-type]
+        arguments["context_fn"] = partial(checkpoint_contexts, keep_attention)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     model.enable_input_require_grads()
     if arm == "masked":

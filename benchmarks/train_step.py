@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((args.cap_gib * 2**30 - args.spare) / total)
-    model = build(args.arm, args.keep_attention)
+    model = build(args.arm, args.keep_attention == "always")
     vocab: Any = model.config.vocab_size  # type: ignore[union-attr]
     tokens = torch.randint(vocab, (args.batch, args.tokens), device="cuda")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--cap-gib", type=float, help="what the whole process may take")
     parser.add_argument("--spare", type=int, default=700 << 20, help="the context's bytes")
-    parser.add_argument("--keep-attention", default="auto", choices=("auto", "always", "never"))
+    parser.add_argument("--keep-attention", default="always", choices=("always", "never"))
     parser.add_argument("--profiled", type=int, nargs="*", default=[16384], help="lengths")
     parser.add_argument("--machine", help="short name for the result's file, for example h200")
     parser.add_argument("--folder", type=Path, default=RESULTS)

@@ -155,6 +155,11 @@ class TrainingSection(Section):
     """Fill every sequence with several conversations, kept apart by position ids."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    keep_attention: Literal["auto", "always", "never"] = "auto"
+    """Whether checkpointed layers with full attention keep what it computed, so that the backward
+    pass does not attend twice; `auto` does where the plan says that it fits."""
+    offload_checkpoints: bool = False
+    """Keep checkpointed layers' inputs in pinned host memory, for contexts that do not fit else."""
     logging_steps: Positive = 1
     """Steps between rows of metrics.jsonl. `save_steps` must be a multiple of it."""
     eval_steps: Positive = 50
@@ -228,6 +233,8 @@ class Config(Section):
                 f"training.save_steps ({training.save_steps}) must be a multiple of "
                 f"training.eval_steps ({training.eval_steps}): the best checkpoint must exist"
             )
+        if training.offload_checkpoints and not training.gradient_checkpointing:
+            raise ValueError("training.offload_checkpoints needs training.gradient_checkpointing")
         if training.save_steps % training.logging_steps:
             raise ValueError(
                 f"training.save_steps ({training.save_steps}) must be a multiple of "

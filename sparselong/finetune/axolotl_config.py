@@ -118,6 +118,9 @@ def build(
     }
     if training.gradient_checkpointing:
         document["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+        document["activation_offloading"] = (
+            "hidden_states" if training.offload_checkpoints else None
+        )
     return {key: value for key, value in document.items() if value is not None}
 
 
@@ -189,6 +192,7 @@ def _plugin_section(config: Config, folders: Folders, bake_only: bool) -> dict[s
         "attention": implementation(config),
         "update_frequency": upkeep.update_frequency,
         "criterion": upkeep.criterion,
+        "keep_attention": config.training.keep_attention != "never",
         "train_on": config.data.train_on,
         "loss_target": config.training.loss_target,
         "bake_only": bake_only,

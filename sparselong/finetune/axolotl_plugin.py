@@ -55,7 +55,7 @@ from sparselong.finetune.axolotl_config import (
     TRAINED,
 )
 from sparselong.finetune.bake import bake, name_adapter
-from sparselong.finetune.callbacks import MaskUpkeep, Metrics, tell
+from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses, tell
 from sparselong.finetune.documents import document_masks
 from sparselong.finetune.failure import tell_failures
 from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
@@ -77,6 +77,7 @@ class SparseLongSection(BaseModel):
     attention: str
     update_frequency: float
     criterion: Literal["hysteresis", "magnitude"]
+    keep_attention: bool
     train_on: Literal["assistant", "all"]
     loss_target: float | None = None
     bake_only: bool = False
@@ -258,6 +259,7 @@ class SparseLongPlugin(BasePlugin):
         section, layers = cfg.sparselong, trainer.layers
         return [
             MaskUpkeep(layers, trainer.progress, section.update_frequency, section.criterion),
+            SecondPasses(section.keep_attention),
             Metrics(Path(section.work) / METRICS, trainer.progress, section.loss_target),
         ]
 

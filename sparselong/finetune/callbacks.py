@@ -11,6 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sparselong.errors import StageError
 from sparselong.finetune.lora import MaskedLoraLinear
 from sparselong.finetune.masks import Criterion, update_steps
 from sparselong.finetune.state import Progress
+from sparselong.kernels.recompute import checkpoint_contexts
 
 MARK = "[sparselong] "
 
@@ -66,6 +68,18 @@ class MaskUpkeep(TrainerCallback):
         )
         by_kind = ", ".join(f"{kind} {share:.3%}" for kind, share in fractions.items())
         tell(f"step {state.global_step}: mask update flipped {overall:.3%} of the bits ({by_kind})")
+
+
+class SecondPasses(TrainerCallback):
+    """Lets checkpointed layers leave out of their second pass what they can; see recompute.py."""
+
+    def __init__(self, keep_attention: bool):
+        self.contexts = partial(checkpoint_contexts, keep_attention)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.gradient_checkpointing:  # the trainer has just switched plain checkpointing on
+            arguments = {"use_reentrant": False, "context_fn": self.contexts}
+            kwargs["model"].gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
 
 
 class Metrics(TrainerCallback):

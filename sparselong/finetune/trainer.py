@@ -42,7 +42,7 @@ from sparselong.finetune.process import run_trainer
 from sparselong.model.attention import implementation
 from sparselong.run import Stage, write_atomically
 
-_CALLBACKS = ("MaskUpkeep", "Metrics")
+_CALLBACKS = ("MaskUpkeep", "SecondPasses", "Metrics")
 
 
 def finetune(stage: Stage) -> None:

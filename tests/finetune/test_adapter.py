@@ -26,7 +26,9 @@ def stage02(small_arguments, tmp_path_factory):
 def tuned_model(stage02, targets=("q_proj", "o_proj")):
     model = load_model(stage02 / "model", device=torch.device("cpu"))
     masters = Masters(stage02 / "masters")
-    return add_masked_lora(model, targets=targets, r=4, alpha=8.0, master_of=masters.read, seed=5)[0]
+    return add_masked_lora(model, targets=targets, r=4, alpha=8.0, master_of=masters.read, seed=5)[
+        0
+    ]
 
 
 TOKENS = torch.arange(3, 40)[None]

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from sparselong.errors import StageError
-from sparselong.finetune.callbacks import MaskUpkeep, Metrics
+from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses
 from sparselong.finetune.state import Progress
+from sparselong.kernels.recompute import is_checkpointed, is_second_pass
 
 
 def at(step: int, **more) -> SimpleNamespace:
@@ -93,3 +94,23 @@ def test_masks_are_updated_on_schedule_and_frozen_at_the_end(capsys):
     assert progress.mask_updates[0]["flipped"] == 0.25
     assert set(progress.mask_updates[0]["flipped_by_kind"]) == {"q_proj", "k_proj"}
     assert all(layer.updates == 3 for layer in layers.values())
+
+
+def test_checkpointed_layers_get_contexts_for_their_second_pass():
+    seen = {}
+
+    class Model:
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
+            seen.update(gradient_checkpointing_kwargs)
+
+    for on in (True, False):
+        args = SimpleNamespace(gradient_checkpointing=on)
+        SecondPasses(True).on_train_begin(args, at(0), control(), model=Model())
+        if on:
+            assert seen.pop("use_reentrant") is False
+            first, second = seen.pop("context_fn")()
+            with first:
+                assert is_checkpointed() and not is_second_pass()
+            with second:
+                assert is_second_pass()
+    assert not seen and not is_checkpointed()

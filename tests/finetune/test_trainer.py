@@ -133,7 +133,7 @@ def test_a_full_disk_is_explained(tmp_path):
 def test_without_a_full_receipt_there_is_no_result(stage, broken):
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     receipt = {
-        "callbacks": ["MaskUpkeep", "Metrics"],
+        "callbacks": ["MaskUpkeep", "SecondPasses", "Metrics"],
         "attention": "eager",
         "modules_replaced": [f"model.layers.0.self_attn.{name}" for name in names],
     }

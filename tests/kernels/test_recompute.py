@@ -1,9 +1,18 @@
-"""What is kept across checkpointing: computed once, handed out in order, the same bits."""
+"""What a second pass need not compute: kept once, handed out in order, the same bits."""
+
+from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sparselong.kernels.attention_keep import attend_once, keep_attention
+from sparselong.kernels.recompute import (
+    attend_once,
+    checkpoint_contexts,
+    is_checkpointed,
+    is_second_pass,
+)
+
+keep = partial(checkpoint_contexts, True)
 
 calls = []
 
@@ -18,7 +27,7 @@ class Toy(torch.autograd.Function):
             out = x.exp()
             return out, out.sum(-1), (out + 0,)
 
-        out, lse, saved = attend_once(attend)
+        out, lse, saved = attend_once(attend, x.shape[-1] != 3)
         ctx.save_for_backward(out, *saved)
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -47,17 +56,38 @@ def test_each_attention_of_a_checkpointed_layer_is_computed_once_and_gradients_a
     x = torch.randn(3, 4)
     plain = gradient(x)
     assert len(calls) == 4
-    kept = gradient(x, context_fn=keep_attention)
+    kept = gradient(x, context_fn=keep)
     assert [tuple(shape) for shape in calls] == [(3, 4), (3, 2)]
     assert torch.equal(plain, kept)
+
+
+def test_windows_and_layers_that_are_not_to_keep_attend_twice():
+    gradient(torch.randn(2, 3), context_fn=keep)  # [2, 3] stands for a window layer, [2, 2] not
+    assert [tuple(shape) for shape in calls] == [(2, 3), (2, 2), (2, 3)]
+    gradient(torch.randn(3, 4), context_fn=partial(checkpoint_contexts, False))
+    assert len(calls) == 4
+
+
+def test_a_layer_knows_in_which_pass_it_is():
+    seen = []
+
+    def look(x):
+        seen.append((is_checkpointed(), is_second_pass()))
+        return x.exp()
+
+    x = torch.randn(3, requires_grad=True)
+    look(x)
+    checkpoint(look, x, use_reentrant=False, context_fn=keep).sum().backward()
+    look(x)
+    assert seen == [(False, False), (True, False), (True, True), (False, False)]
 
 
 def test_two_layers_of_one_graph_keep_their_own():
     """The backward pass comes to the later layer first."""
     calls.clear()
     x = torch.randn(3, 4, requires_grad=True)
-    a = checkpoint(layer, x, use_reentrant=False, context_fn=keep_attention)
-    b = checkpoint(layer, 2 * x, use_reentrant=False, context_fn=keep_attention)
+    a = checkpoint(layer, x, use_reentrant=False, context_fn=keep)
+    b = checkpoint(layer, 2 * x, use_reentrant=False, context_fn=keep)
     (a + 3 * b).backward()
     assert len(calls) == 4
     expected = x.detach().clone().requires_grad_()
@@ -68,7 +98,7 @@ def test_two_layers_of_one_graph_keep_their_own():
 def test_a_graph_that_is_kept_can_be_gone_through_again():
     calls.clear()
     x = torch.randn(3, 4, requires_grad=True)
-    loss = checkpoint(layer, x, use_reentrant=False, context_fn=keep_attention)
+    loss = checkpoint(layer, x, use_reentrant=False, context_fn=keep)
     loss.backward(retain_graph=True)
     once = x.grad.clone()
     loss.backward()
