@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 IGNORED = -100
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 512
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

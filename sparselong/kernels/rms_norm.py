@@ -160,7 +160,7 @@ def _launch_backward(
                 WEIGHT_GRADIENT=needs_dweight,
                 **_blocks(rows.shape[1]),
             )
-    return dx, partial.sum(0).to(weight.dtype) if needs_dweight else None
+    return dx, partial.double().sum(0).to(weight.dtype) if needs_dweight else None
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparselong.kernels import attention_backward, attention_kernels, attention_split
+from sparselong.kernels import (
+    attention_backward,
+    attention_kernels,
+    attention_split,
+    cross_entropy_kernels,
+    rms_norm_kernels,
+    rotary_kernels,
+)
 from sparselong.kernels.attention_tiles import FLOAT32, FLOAT32_WINDOW, SPLIT, TILES, Tile
 
 LIMIT_BYTES = {86: 99 * 1024, 90: 227 * 1024}
@@ -110,3 +117,39 @@ def test_the_report_shows_a_tile_that_does_not_fit():
     shared, _, spilled = compile_for(86, "dkdv", "full", Tile(128, 128, 4, 4), "bf16", False, False)
     assert shared > LIMIT_BYTES[86]
     assert spilled > 0
+
+
+NEIGHBOURS = [
+    (rms_norm_kernels.forward_kernel, {"HAS_RESIDUAL": True, "BLOCK": 4096}, 8),
+    (
+        rms_norm_kernels.backward_kernel,
+        {"HAS_TOTAL": True, "WEIGHT_GRADIENT": True, "BLOCK": 4096},
+        8,
+    ),
+    (rotary_kernels.rotate_kernel, {"BACK": True, "TOKENS": 4, "HEADS": 8, "BLOCK": 32}, 4),
+    (cross_entropy_kernels.softmax_kernel, {"NEEDS_GRADIENT": True, "BLOCK": 4096}, 8),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("kernel", "constants", "warps"), NEIGHBOURS, ids=lambda v: str(v)[:40])
+def test_a_3090_holds_the_neighbours_kernels(kernel, constants, warps, dtype):
+    """Norm, rotary and the loss as they are launched in gpt-oss's shape."""
+    fixed = {"inverse_ptr": "fp32", "dweight_ptr": "fp32", "target_ptr": "i64", "loss_ptr": "fp32"}
+    signature, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + fixed.get(name, dtype)
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+        if name.endswith("_ptr") or name.startswith("stride_") or name == "hidden":
+            aligned[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 86, 32), options={"num_warps": warps}
+    )
+    _, spilled = read_report(compiled.asm["ptx"], 86)
+    assert compiled.metadata.shared <= LIMIT_BYTES[86]
+    assert spilled == 0

@@ -1,0 +1,151 @@
+"""Runs norm, rotary and loss kernels in Triton's interpreter; test_neighbours.py starts it.
+
+A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
+JSON document: for each case the relative L2 errors of results and gradients against fp64, NaN where
+a result held NaN.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import contextlib
+import json
+
+import numpy
+import torch
+
+from sparselong.kernels import cross_entropy, cross_entropy_kernels, rms_norm, rotary
+from sparselong.kernels.cross_entropy_ref import linear_cross_entropy_reference
+from sparselong.kernels.rms_norm_ref import add_rms_norm_reference, rms_norm_reference
+from sparselong.kernels.rotary_ref import rotate_reference
+
+EPS = 1e-5
+
+
+class Cuda:
+    """torch.cuda without a device."""
+
+    @staticmethod
+    def device_of(_):
+        return contextlib.nullcontext()
+
+
+class Poisoned:
+    """torch, but what torch.empty and torch.empty_like return is full of NaN."""
+
+    cuda = Cuda()
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *args, **kwargs):
+        return torch.empty(*args, **kwargs).fill_(float("nan"))
+
+    def empty_like(self, *args, **kwargs):
+        return torch.empty_like(*args, **kwargs).fill_(float("nan"))
+
+
+def errors(function, exact, inputs) -> list[float]:
+    """Relative L2 errors of outputs and gradients, with random upstream gradients."""
+    results = []
+    upstream = None
+    for call, kind in ((function, None), (exact, torch.float64)):
+        leaves = [t.detach().to(kind or t.dtype).requires_grad_() for t in inputs]
+        outputs = [out for out in call(*leaves) if out is not None]
+        upstream = upstream or [torch.randn(out.shape).to(out.dtype) for out in outputs]
+        grads = torch.autograd.grad(outputs, leaves, [u.to(outputs[0].dtype) for u in upstream])
+        results.append([*outputs, *grads])
+    pairs = zip(*results, strict=True)
+    return [((a.double() - b).norm() / (b.norm() + 1e-12)).item() for a, b in pairs]
+
+
+def norm_cases() -> dict[str, list[float]]:
+    found = {}
+    for name, shape, dtype in (
+        ("one_row", (1, 96), torch.float32),
+        ("rows_not_a_block", (3, 43, 100), torch.float32),
+        ("gpt_oss_width", (2, 2880), torch.float32),
+        ("half", (5, 96), torch.float16),
+        ("strided", (9, 64), torch.float32),
+    ):
+        x, residual = (torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype) for _ in "12")
+        x, residual = (t[..., : shape[-1]] for t in (x, residual))
+        if name != "strided":
+            x, residual = x.contiguous(), residual.contiguous()
+        weight = torch.randn(shape[-1]) + 1
+        found[f"norm_{name}"] = errors(
+            lambda x, w: rms_norm.RMSNormFunction.apply(x, None, w, EPS),
+            lambda x, w: (rms_norm_reference(x, w, EPS),),
+            (x, weight),
+        )
+        if dtype == torch.float32:  # the sum's rounding is not the reference's in fp64
+            found[f"add_norm_{name}"] = errors(
+                lambda x, r, w: rms_norm.RMSNormFunction.apply(x, r, w, EPS),
+                lambda x, r, w: add_rms_norm_reference(x, r, w, EPS),
+                (x, residual, weight),
+            )
+    return found
+
+
+def rotary_cases() -> dict[str, list[float]]:
+    found = {}
+    for name, (batch, tokens, heads, kv_heads, dim), rows in (
+        ("tail", (1, 5, 9, 2, 64), 1),
+        ("positions_of_their_own", (2, 3, 4, 1, 16), 2),
+        ("shared_positions", (2, 6, 3, 3, 12), 1),
+    ):
+        q, k = (torch.randn(batch, tokens, n, dim).transpose(1, 2) for n in (heads, kv_heads))
+        cos, sin = torch.randn(2, rows, tokens, dim // 2)
+        found[f"rotary_{name}"] = errors(
+            lambda q, k, c=cos, s=sin: rotary.RotateFunction.apply(q, k, c, s),
+            lambda q, k, c=cos, s=sin: rotate_reference(q, k, c.double(), s.double()),
+            (q, k),
+        )
+        mirrored = (q.mT.contiguous().mT, k.mT.contiguous().mT)  # last axis not contiguous
+        found[f"rotary_{name}_dims"] = errors(
+            lambda q, k, c=cos, s=sin: rotary.RotateFunction.apply(q, k, c, s),
+            lambda q, k, c=cos, s=sin: rotate_reference(q, k, c.double(), s.double()),
+            mirrored,
+        )
+    return found
+
+
+def softmax_cases() -> dict[str, list[float]]:
+    found = {}
+    for name, rows, vocab, scale in (
+        ("one_tile", 3, 100, 1.0),
+        ("tail", 5, 4097, 3.0),
+        ("large", 2, 5000, 100.0),
+    ):
+        logits = torch.randn(rows, vocab) * scale
+        targets = torch.randint(0, vocab, (rows,))
+        targets[0] = vocab - 1
+        leaf = logits.double().requires_grad_()
+        identity = torch.eye(vocab, dtype=torch.float64)
+        loss = linear_cross_entropy_reference(leaf, identity, targets)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        losses = torch.full((rows,), float("nan"))
+        for needs_gradient in (False, True):
+            cross_entropy_kernels.softmax_kernel[(rows,)](
+                logits, targets, losses, vocab, NEEDS_GRADIENT=needs_gradient, BLOCK=4096
+            )
+            found[f"softmax_{name}_{needs_gradient}"] = [
+                (losses.double().sum() - loss).abs().item() / loss.item()
+            ]
+        found[f"softmax_{name}_True"].append(
+            ((logits.double() - gradient).norm() / gradient.norm()).item()
+        )
+    return found
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for module in (rms_norm, rotary, cross_entropy):
+        module.torch = Poisoned()
+    numpy.seterr(all="ignore")
+    print(json.dumps(norm_cases() | rotary_cases() | softmax_cases()))
+
+
+if __name__ == "__main__":
+    main()

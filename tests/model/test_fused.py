@@ -1,0 +1,101 @@
+"""Which modules are fused, and the loss in chunks against transformers' (a GPU: tests/gpu)."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import GptOssForCausalLM
+
+from sparselong.model.fused import (
+    FusedAttention,
+    FusedDecoderLayer,
+    FusedRMSNorm,
+    chunk_loss,
+    fuse,
+)
+from sparselong.model.loading import load_model
+
+IDS = torch.randint(9, 2000, (3, 50), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def model(untrained_base) -> GptOssForCausalLM:
+    return load_model(untrained_base, device=torch.device("cpu"))
+
+
+def classes(model: nn.Module) -> set[type]:
+    return {type(module) for module in model.modules()}
+
+
+def test_a_model_that_attends_through_sparselong_is_fused(untrained_base, model):
+    fused = {FusedAttention, FusedDecoderLayer, FusedRMSNorm}
+    assert not fused & classes(model)
+    ours = load_model(untrained_base, device=torch.device("cpu"), attn_implementation="sparselong")
+    assert fused <= classes(ours)
+    assert not any(type(m).__name__.startswith("GptOssRMSNorm") for m in ours.modules())
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+        got = ours(IDS, use_cache=False).logits
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_fusing_touches_the_given_model_only(model):
+    ours = copy.deepcopy(model)
+    fuse(ours)
+    fuse(ours)
+    assert FusedRMSNorm in classes(ours) and FusedRMSNorm not in classes(model)
+    assert ours.state_dict().keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="model: Linear without layers of gpt-oss"):
+        fuse(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("count", [None, 41, torch.tensor(41)])
+@pytest.mark.parametrize("given", ["labels", "shift_labels"])
+def test_the_loss_is_transformers(model, count, given):
+    ours = copy.deepcopy(model)
+    chunk_loss(ours)
+    labels = IDS.masked_fill(IDS % 3 == 0, -100)
+    extra = {} if count is None else {"num_items_in_batch": count}
+    if given == "shift_labels":
+        extra["shift_labels"] = IDS.masked_fill(IDS % 5 == 0, -100)
+    outcomes = []
+    for each in (model, ours):
+        weight = each.model.layers[0].self_attn.sinks.requires_grad_()
+        output = each(IDS, labels=labels, use_cache=False, **extra)
+        outcomes.append((output, *torch.autograd.grad(output.loss, weight)))
+    (theirs, gradient), (chunked, our_gradient) = outcomes
+    assert abs(chunked.loss - theirs.loss) <= 1e-5 * theirs.loss
+    assert (our_gradient - gradient).norm() <= 1e-4 * gradient.norm()
+    assert chunked.logits is None and theirs.logits is not None
+
+
+def test_without_labels_there_are_logits(model):
+    ours = copy.deepcopy(model)
+    chunk_loss(ours)
+    with torch.no_grad():
+        assert torch.equal(ours(IDS).logits, model(IDS).logits)
+        assert torch.equal(ours(IDS, logits_to_keep=1).logits, model(IDS, logits_to_keep=1).logits)
+        output = ours(IDS, labels=IDS, output_router_logits=True)
+        assert output.logits is not None and output.aux_loss is not None
+        loss = ours(IDS, labels=IDS, return_dict=False)[0]
+    assert abs(loss - model(IDS, labels=IDS).loss) < 1e-4
+
+
+def test_under_autocast_the_products_are_bf16s(model):
+    ours = copy.deepcopy(model)
+    chunk_loss(ours)
+    losses = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for each in (model, ours):
+            losses.append(each(IDS, labels=IDS, use_cache=False).loss)
+    assert losses[1].dtype == torch.float32
+    assert abs(losses[0] - losses[1]) < 1e-3 * losses[0]
+
+
+def test_a_trained_lm_head_is_refused(model):
+    ours = copy.deepcopy(model)
+    chunk_loss(ours)
+    ours.lm_head.requires_grad_(True)
+    with pytest.raises(ValueError, match="weight: requires a gradient; allowed: a frozen lm_head"):
+        ours(IDS, labels=IDS)
