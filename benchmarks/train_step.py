@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((args.cap_gib * 2**30 - args.spare) / total)
-    model = build(args.arm, args.keep_attention == "always")
+    model = build(args.arm, args.keep_attention == "always", args.layers)
     vocab: Any = model.config.vocab_size  # type: ignore[union-attr]
     tokens = torch.randint(vocab, (args.batch, args.tokens), device="cuda")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -101,8 +101,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    case = {"tokens": args.tokens, "batch": args.batch, "cap_gib": args.cap_gib}
-    case["keep_attention"] = args.keep_attention
+    case = describe(args, args.tokens)
     seconds, loss = [], 0.0
     for n in range(WARM_UP + MEASURED):
         begin = time.perf_counter()
@@ -133,14 +132,20 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows + (profile_step(step, case, args.arm) if args.profile else [])
 
 
+def describe(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
+    """The case of a row."""
+    names = ("batch", "layers", "cap_gib", "keep_attention")
+    return {"tokens": tokens} | {name: getattr(args, name) for name in names}
+
+
 def spawn(arm: str, tokens: int, args: argparse.Namespace, profiled: bool) -> list[dict[str, Any]]:
     """One arm in a fresh process; what does not fit gives a row that says so."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, __file__, "--arm", arm, "--tokens", str(tokens), "--out", out]
-        command += ["--batch", str(args.batch), "--spare", str(args.spare)]
+        command += ["--batch", args.batch, "--layers", args.layers, "--spare", args.spare]
         command += ["--keep-attention", args.keep_attention]
-        command += ["--cap-gib", str(args.cap_gib)] if args.cap_gib else []
+        command += ["--cap-gib", args.cap_gib] if args.cap_gib else []
         command += ["--profile"] if profiled else []
         done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True)
         print(done.stderr[-6000:], file=sys.stderr, end="", flush=True)
@@ -148,9 +153,7 @@ def spawn(arm: str, tokens: int, args: argparse.Namespace, profiled: bool) -> li
             return json.loads(out.read_text(encoding="utf-8"))
     if "OutOfMemoryError" not in done.stderr:
         sys.exit(f"{arm} at {tokens} tokens failed")
-    case = {"tokens": tokens, "batch": args.batch, "cap_gib": args.cap_gib}
-    case["keep_attention"] = args.keep_attention
-    return [row(case, arm, "out_of_memory", 1, "1")]
+    return [row(describe(args, tokens), arm, "out_of_memory", 1, "1")]
 
 
 def main() -> None:
@@ -159,6 +162,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(arms), choices=arms)
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384])
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
     parser.add_argument("--cap-gib", type=float, help="what the whole process may take")
     parser.add_argument("--spare", type=int, default=700 << 20, help="the context's bytes")
     parser.add_argument("--keep-attention", default="always", choices=("always", "never"))
