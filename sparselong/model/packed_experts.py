@@ -1,17 +1,21 @@
-"""gpt-oss's experts with their weights left in MXFP4, one expert decoded at a time.
+"""gpt-oss's experts with their weights left in MXFP4.
 
 Drop-in for transformers' GptOssExperts: same call, same result on the decoded weights, trainable
 through (input and routing weights get gradients, the frozen weights none). Tensors keep the
-checkpoint's names, shapes and layout, so loading copies bytes and nothing else.
+checkpoint's names, shapes and layout, so loading copies bytes and nothing else. The arithmetic is
+`kernels/expert_gemm.py`'s: on a GPU weights are decoded as they are multiplied, on a CPU one expert
+at a time.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 
-from sparselong.model.packed_linear import decoded_linear
+from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
 from sparselong.packing import mxfp4
 
 
@@ -38,25 +42,31 @@ class PackedExperts(nn.Module):
     def __init__(self, config: GptOssConfig):
         super().__init__()
         self.num_experts = config.num_local_experts
-        self.alpha, self.limit = 1.702, 7.0
-        for name, shape in expert_shapes(config).items():
+        self.alpha, self.limit = ALPHA, LIMIT
+        self._sound_scales: tuple[tuple[int, int], ...] | None = None
+        shapes = expert_shapes(config)
+        self._tensors = tuple(shapes)  # in expert_mlp's order
+        for name, shape in shapes.items():
             if name.endswith("_bias"):
                 parameter = nn.Parameter(torch.empty(shape), requires_grad=False)
                 self.register_parameter(name, parameter)
             else:
                 self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
 
-    def _project(self, x: torch.Tensor, projection: str, expert: int) -> torch.Tensor:
-        blocks = getattr(self, f"{projection}_blocks")[expert]
-        scales = getattr(self, f"{projection}_scales")[expert]
-        bias = getattr(self, f"{projection}_bias")[expert]
-        return decoded_linear(x, lambda dtype: mxfp4.decode(blocks, scales, dtype), bias)
-
-    def _gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Clamped SwiGLU over interleaved columns: (up + 1) · gate · σ(α · gate)."""
-        gate = gate_up[..., ::2].clamp(max=self.limit)
-        up = gate_up[..., 1::2].clamp(min=-self.limit, max=self.limit)
-        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+    def _check_scales(self) -> None:
+        """Looks for NaN scales once for every set of loaded scales; looking costs a host sync."""
+        names = ("gate_up_proj_scales", "down_proj_scales")
+        scales: list[torch.Tensor] = [getattr(self, name) for name in names]
+        found = tuple((tensor.data_ptr(), tensor._version) for tensor in scales)
+        if found == self._sound_scales:
+            return
+        for name, tensor in zip(names, scales, strict=True):
+            if bool((tensor == mxfp4.NAN_SCALE).any()):
+                raise ValueError(
+                    f"{name}: holds 255, which is NaN in E8M0; allowed: 0 to 254. "
+                    "The checkpoint is damaged: download its shard again"
+                )
+        self._sound_scales = found
 
     def forward(
         self,
@@ -73,12 +83,17 @@ class PackedExperts(nn.Module):
 
         Returns:
             [tokens, hidden].
+
+        Raises:
+            ValueError: a scale is NaN, or an argument's shape or dtype does not fit.
         """
-        result = torch.zeros_like(hidden_states)
-        for expert in torch.unique(router_indices).tolist():
-            token, choice = torch.where(router_indices == expert)
-            gate_up = self._project(hidden_states[token], "gate_up_proj", expert)
-            output = self._project(self._gate(gate_up), "down_proj", expert)
-            weighted = output * routing_weights[token, choice, None]
-            result = result.index_add(0, token, weighted.to(result.dtype))
-        return result
+        self._check_scales()
+        weights: list[Any] = [getattr(self, name) for name in self._tensors]
+        return expert_mlp(
+            hidden_states,
+            router_indices,
+            routing_weights,
+            *weights,
+            alpha=self.alpha,
+            limit=self.limit,
+        )

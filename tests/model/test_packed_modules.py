@@ -8,6 +8,8 @@ from torch import nn
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from sparselong.kernels.expert_gemm import ALPHA, LIMIT
+from sparselong.kernels.expert_torch import apply_gate
 from sparselong.model.packed_experts import PackedExperts
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.quantizer import pack_two_four_experts, unpack_two_four_experts
@@ -112,10 +114,19 @@ def test_two_four_experts_keep_the_largest_codes_exactly():
     assert torch.equal(magnitudes[:, :2], kept_magnitudes[:, :2])
 
 
+def test_a_nan_scale_is_found_whenever_scales_are_loaded(experts):
+    packed, _ = experts
+    call = (torch.randn(3, 64).double(), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+    packed(*call)
+    packed.down_proj_scales[4, 1, 0] = 255
+    with pytest.raises(ValueError, match="down_proj_scales: holds 255"):
+        packed(*call)
+
+
 def test_gate_formula():
     """(up + 1) · gate · σ(1.702 · gate), interleaved columns, gate ≤ 7, |up| ≤ 7, by hand."""
-    layer = PackedExperts(CONFIG)
-    gated = layer._gate(torch.tensor([2.0, 3.0, 9.0, -9.0, -9.0, 9.0], dtype=torch.float64))
+    gate_up = torch.tensor([2.0, 3.0, 9.0, -9.0, -9.0, 9.0], dtype=torch.float64)
+    gated = apply_gate(gate_up, ALPHA, LIMIT)
     sigmoid = lambda z: 1 / (1 + torch.exp(torch.tensor(-1.702 * z, dtype=torch.float64)))  # noqa: E731
     expected = [4 * 2 * sigmoid(2), -6 * 7 * sigmoid(7), 8 * -9 * sigmoid(-9)]
     assert torch.allclose(gated, torch.stack([torch.as_tensor(e) for e in expected]))

@@ -1,0 +1,45 @@
+"""Which backend of the experts' pass serves how many rows: a measured table. No torch.
+
+`packed` decodes weights in the products, `small` does so with tiles for a few rows, `decode`
+expands a bounded chunk of experts first, which pays when many rows share it. An architecture on
+which nothing was measured takes the thresholds that the arithmetic suggests, and is said to.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+BACKENDS = ("small", "packed", "decode", "torch")
+NO_LIMIT = 1 << 62
+
+
+class Row(NamedTuple):
+    """One line of the table: mean rows an expert up to which the backend is taken, and why."""
+
+    up_to_rows: int
+    backend: str
+    evidence: str
+
+
+MEASURED: dict[str, tuple[Row, ...]] = {}
+_UNMEASURED = (
+    Row(8, "small", "not timed on this architecture"),
+    Row(256, "packed", "not timed on this architecture"),
+    Row(NO_LIMIT, "decode", "not timed on this architecture"),
+)
+
+
+def choose_backend(architecture: str, entries: int, experts: int) -> Row:
+    """The table's row for a call.
+
+    Args:
+        architecture: "cpu", or sm_ and the compute capability's digits, as in "sm_86".
+        entries: tokens * top_k.
+        experts: experts of the layer.
+    """
+    if architecture == "cpu":
+        return Row(NO_LIMIT, "torch", "no CUDA device")
+    for row in MEASURED.get(architecture, _UNMEASURED):
+        if entries <= row.up_to_rows * experts:
+            return row
+    raise LookupError(f"no row for {architecture} with {entries} entries")

@@ -1,0 +1,213 @@
+"""gpt-oss's experts over packed MXFP4 weights, forward and backward; no bf16 copy of a layer.
+
+The maths, for a token x with experts e_1 ... e_k of weights w_1 ... w_k:
+
+    [gate, up] = x W_gate_up[e]^T + b_gate_up[e]          gate and up in alternating columns
+    h = (clip(up, -limit, limit) + 1) * g * sigmoid(alpha * g),      g = min(gate, limit)
+    out = sum_j w_j (h_j W_down[e_j]^T + b_down[e_j])
+
+The weights are frozen; gradients flow to x, the routing weights and the biases. Saved for the
+backward pass: the output of gate_up, [tokens * k, 2 * inner], and the routing. h is computed again.
+
+One function, several backends, all exact to bf16 products with fp32 sums: `packed` decodes weights
+in the products, `small` does so with tiles for a few rows, `decode` expands a chunk of experts of
+at most 0.25 GiB before multiplying (`expert_triton.py`, `expert_kernels.py`); `torch` goes expert
+by expert, for CPUs (`expert_torch.py`). The choice follows a measured table by rows an expert
+(`expert_choice.py`) or is named by the caller; a named backend that cannot take the call raises.
+The Triton backends do not synchronize with the host and give the same bits every time.
+
+MXFP4 is the Open Compute Project's (Microscaling Formats v1.0), the gate gpt-oss's; sorting rows by
+expert and one grouped product is what MegaBlocks does (Gale et al., 2022, arXiv:2211.15841). The
+code is ours, under this repository's licence. Left out: gradients of the packed weights, fp16.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from sparselong.kernels import expert_choice
+from sparselong.kernels.expert_choice import BACKENDS
+from sparselong.kernels.expert_torch import expert_mlp_torch
+
+ALPHA, LIMIT = 1.702, 7.0
+
+
+def expert_mlp(
+    x: torch.Tensor,
+    expert_indices: torch.Tensor,
+    routing_weights: torch.Tensor,
+    gate_up_blocks: torch.Tensor,
+    gate_up_scales: torch.Tensor,
+    gate_up_bias: torch.Tensor,
+    down_blocks: torch.Tensor,
+    down_scales: torch.Tensor,
+    down_bias: torch.Tensor,
+    *,
+    alpha: float = ALPHA,
+    limit: float = LIMIT,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Weighted sum of the chosen experts' outputs. Gradients flow to x, weights and biases.
+
+    Args:
+        x: [tokens, hidden], bf16 or fp32 on a GPU, any floating dtype by "torch".
+        expert_indices: int32 or int64 [tokens, top_k], each one of [0, experts).
+        routing_weights: [tokens, top_k], any floating dtype; its gradient comes back in it.
+        gate_up_blocks: uint8 [experts, 2 * inner, hidden / 32, 16], as the checkpoint has them;
+            row 2j is gate j, row 2j + 1 is up j.
+        gate_up_scales: uint8 [experts, 2 * inner, hidden / 32]; byte 255, NaN, is not looked for.
+        gate_up_bias: [experts, 2 * inner].
+        down_blocks, down_scales, down_bias: [experts, hidden, inner / 32, 16],
+            [experts, hidden, inner / 32], [experts, hidden].
+        alpha, limit: of the gate.
+        backend: "small", "packed", "decode" or "torch"; None: the measured table's.
+
+    Returns:
+        [tokens, hidden] in x's dtype.
+
+    The error of the output and of every gradient against fp64 is at most twice that of plain torch
+    in the same dtype (tests/gpu/test_expert_gemm.py).
+
+    Raises:
+        ValueError: an argument is not as above; names it, what was found and what is allowed. An
+            index out of range is a device-side assertion on a GPU.
+    """
+    gate_up = (gate_up_blocks, gate_up_scales, gate_up_bias)
+    down = (down_blocks, down_scales, down_bias)
+    _check_calls(x, expert_indices, routing_weights, gate_up)
+    _check_weights(x, gate_up, down)
+    name = _choose(x, expert_indices, gate_up_blocks.shape[0], backend)
+    if x.shape[0] == 0:
+        return x.clone()
+    if name == "torch":
+        return expert_mlp_torch(x, expert_indices, routing_weights, gate_up, down, alpha, limit)
+    return _ExpertMlp.apply(  # pyright: ignore[reportReturnType]
+        x.contiguous(), expert_indices, routing_weights.contiguous(), *gate_up, *down,
+        (float(alpha), float(limit)), name,
+    )  # fmt: skip
+
+
+class _ExpertMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: torch.Tensor,
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up_blocks: torch.Tensor,
+        gate_up_scales: torch.Tensor,
+        gate_up_bias: torch.Tensor,
+        down_blocks: torch.Tensor,
+        down_scales: torch.Tensor,
+        down_bias: torch.Tensor,
+        gate: tuple[float, float],
+        backend: str,
+    ) -> torch.Tensor:
+        from sparselong.kernels import expert_triton
+
+        gate_up = expert_triton.Projection(gate_up_blocks, gate_up_scales, gate_up_bias)
+        down = expert_triton.Projection(down_blocks, down_scales, down_bias)
+        with torch.cuda.device_of(x):
+            out, wide, routing = expert_triton.run_forward(
+                x, indices, weights, gate_up, down, gate, backend
+            )
+        ctx.save_for_backward(wide, indices, weights, *routing, *gate_up, *down)
+        ctx.call = (gate, backend)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from sparselong.kernels import expert_routing, expert_triton
+
+        wide, indices, weights, *rest = ctx.saved_tensors
+        routing = expert_routing.Routing(*rest[:4])
+        gate_up, down = expert_triton.Projection(*rest[4:7]), expert_triton.Projection(*rest[7:])
+        needs = tuple(ctx.needs_input_grad[n] for n in (0, 2, 5, 8))
+        with torch.cuda.device_of(dout):
+            dx, dweights, dgate_up_bias, ddown_bias = expert_triton.run_backward(
+                dout, wide, routing, indices, weights, gate_up, down, *ctx.call, needs=needs
+            )
+        return dx, None, dweights, None, None, dgate_up_bias, None, None, ddown_bias, None, None
+
+
+def _choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | None) -> str:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r}; allowed: None, {', '.join(BACKENDS)}")
+    if backend is None:
+        architecture = _architecture(x.device)
+        backend = expert_choice.choose_backend(architecture, indices.numel(), experts).backend
+    if backend == "torch":
+        return backend
+    if x.device.type != "cuda":
+        raise ValueError(f"backend: {backend} with {x.device.type} tensors; allowed: torch")
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"x: {x.dtype}; allowed with {backend}: torch.bfloat16, torch.float32")
+    return backend
+
+
+def _check_calls(
+    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: tuple
+) -> None:
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x: {x.dtype} {list(x.shape)}; allowed: floating [tokens, hidden]")
+    if indices.dim() != 2 or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"expert_indices: {indices.dtype} {list(indices.shape)}; "
+            "allowed: int32 or int64 [tokens, top_k]"
+        )
+    tokens, top_k = indices.shape
+    experts = gate_up[0].shape[0]
+    if tokens != x.shape[0]:
+        raise ValueError(f"expert_indices: {tokens} tokens; allowed: x's {x.shape[0]}")
+    if not 0 < top_k <= experts:
+        raise ValueError(
+            f"expert_indices: {top_k} experts a token; allowed: 1 to the layer's {experts}"
+        )
+    if weights.shape != indices.shape or not weights.is_floating_point():
+        raise ValueError(
+            f"routing_weights: {weights.dtype} {list(weights.shape)}; "
+            f"allowed: floating {list(indices.shape)}"
+        )
+    for name, tensor in (("expert_indices", indices), ("routing_weights", weights)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}; allowed: x's device, {x.device}")
+
+
+def _check_weights(x: torch.Tensor, gate_up: tuple, down: tuple) -> None:
+    hidden, (experts, wide) = x.shape[1], gate_up[0].shape[:2]
+    inner = wide // 2
+    shapes = {
+        "gate_up_blocks": (gate_up[0], (experts, wide, hidden // 32, 16)),
+        "gate_up_scales": (gate_up[1], (experts, wide, hidden // 32)),
+        "gate_up_bias": (gate_up[2], (experts, wide)),
+        "down_blocks": (down[0], (experts, hidden, inner // 32, 16)),
+        "down_scales": (down[1], (experts, hidden, inner // 32)),
+        "down_bias": (down[2], (experts, hidden)),
+    }
+    if hidden % 32:
+        raise ValueError(f"x: hidden size {hidden}; allowed: a multiple of 32")
+    if wide % 64:
+        raise ValueError(f"gate_up_blocks: {wide} rows; allowed: a multiple of 64")
+    for name, (tensor, shape) in shapes.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: shape {list(tensor.shape)}; allowed: {list(shape)}")
+        packed = not name.endswith("_bias")
+        if (tensor.dtype != torch.uint8) if packed else not tensor.is_floating_point():
+            raise ValueError(
+                f"{name}: {tensor.dtype}; allowed: {'torch.uint8' if packed else 'floating'}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}; allowed: x's device, {x.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: strides {list(tensor.stride())}; allowed: contiguous")
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

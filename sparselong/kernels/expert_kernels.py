@@ -1,0 +1,254 @@
+"""The Triton kernels under `expert_triton.py` that touch weights: decoding, and the two products.
+
+Rows (one for each token and choice) are sorted by expert. A product is cut into tiles of ROWS by
+COLUMNS, no tile spans two experts, and a fixed number of programs walks through them: all row
+tiles of a column of an expert's weight one after another, so that the weight is read from memory
+once. Where an expert's rows begin and how many row tiles it has is read from arrays that
+`expert_routing.py` leaves on the device; the host knows only an upper bound.
+
+`dense_kernel` multiplies by weights that `decode_kernel` expanded into a buffer, which holds the
+experts from `first_expert` on. `packed_kernel` decodes the tile it needs by itself. Both run
+forward (out[r, n] = sum_k a[r, k] W[n, k] + bias[n]) and, with BACKWARD, to the input
+(out[r, k] = sum_n a[r, n] W[n, k]). Products are summed in fp32, in one order: the same bits every
+time. Offsets into tensors that grow with tokens or experts are int64.
+
+Decoding (`packing/mxfp4.py` says why it is exact): a code's sign goes to bit 15 and its magnitude
+to bits 6-8 of a bfloat16, which is the value times 2^-126; one factor 2^126 and one of the scale.
+On a GPU these are packed bf16 instructions, about three a weight, written in PTX because the
+compiler would do every code by itself in fp32. They do not flush subnormals; -0 is what they add,
+so that a negative zero stays one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Four bytes to eight codes. $0, $1: values of the low nibbles, $2, $3: of the high; $4: the bytes,
+# $5, $6: the scales of bytes 0, 1 and 2, 3. 0x7E80 is 2^126.
+DECODE_PTX = tl.constexpr("""{
+.reg .b32 near, far, sign, top, minus;
+mov.b32 top, 0x7E807E80;
+mov.b32 minus, 0x80008000;
+prmt.b32 near, $4, 0, 0x4140;
+prmt.b32 far, $4, 0, 0x4342;
+shl.b32 sign, near, 12;
+shl.b32 $0, near, 6;
+and.b32 $0, $0, 0x01C001C0;
+lop3.b32 $0, sign, minus, $0, 0xEA;
+shl.b32 sign, far, 12;
+shl.b32 $1, far, 6;
+and.b32 $1, $1, 0x01C001C0;
+lop3.b32 $1, sign, minus, $1, 0xEA;
+shl.b32 sign, near, 8;
+shl.b32 $2, near, 2;
+and.b32 $2, $2, 0x01C001C0;
+lop3.b32 $2, sign, minus, $2, 0xEA;
+shl.b32 sign, far, 8;
+shl.b32 $3, far, 2;
+and.b32 $3, $3, 0x01C001C0;
+lop3.b32 $3, sign, minus, $3, 0xEA;
+fma.rn.bf16x2 $0, $0, top, minus;
+fma.rn.bf16x2 $1, $1, top, minus;
+fma.rn.bf16x2 $2, $2, top, minus;
+fma.rn.bf16x2 $3, $3, top, minus;
+fma.rn.bf16x2 $0, $0, $5, minus;
+fma.rn.bf16x2 $1, $1, $6, minus;
+fma.rn.bf16x2 $2, $2, $5, minus;
+fma.rn.bf16x2 $3, $3, $6, minus;
+}""")
+UNSPECIALIZED = ["first_expert", "last_expert"]
+
+
+@triton.jit
+def _decode(blocks, scales, PTX: tl.constexpr):
+    """uint8 [A, 16 G] and scales [A, G] to values [A, 32 G], bf16 with PTX, fp32 without."""
+    A: tl.constexpr = scales.shape[0]
+    G: tl.constexpr = scales.shape[1]
+    blocks = tl.reshape(blocks, [A, G, 16])
+    exponent = scales.to(tl.int32)
+    if PTX:
+        bits = tl.where(exponent == 0, 0x40, exponent << 7)
+        factor = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        factor = tl.broadcast_to(tl.reshape(factor, [A, G, 1]), [A, G, 16])
+        low, high = tl.inline_asm_elementwise(
+            DECODE_PTX, "=&r,=&r,=&r,=&r,r,r,r", [blocks, factor],  # pyright: ignore[reportArgumentType]
+            dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        bits = tl.where(exponent == 0, 0x400000, exponent << 23)
+        factor = tl.reshape(bits.to(tl.float32, bitcast=True), [A, G, 1])
+        code = blocks.to(tl.int32)
+        low = ((code & 7) << 22) | ((code & 8) << 28)
+        high = ((code & 0x70) << 18) | ((code & 0x80) << 24)
+        low = low.to(tl.float32, bitcast=True) * 8.507059173023462e37 * factor
+        high = high.to(tl.float32, bitcast=True) * 8.507059173023462e37 * factor
+    return tl.reshape(tl.join(low, high), [A, 32 * G])
+
+
+@triton.jit
+def decode_kernel(
+    blocks_ptr, scales_ptr, out_ptr, groups,
+    GROUPS: tl.constexpr, TURNS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Groups of 32 weights, expanded one after another. Grid: groups / (GROUPS * TURNS)."""
+    first = tl.program_id(0).to(tl.int64) * (GROUPS * TURNS)
+    byte = tl.arange(0, 16)
+    value = tl.arange(0, 32)
+    for turn in tl.static_range(TURNS):  # pyright: ignore[reportGeneralTypeIssues]
+        group = first + turn * GROUPS + tl.arange(0, GROUPS)
+        real = group < groups
+        blocks = tl.load(blocks_ptr + group[:, None] * 16 + byte[None, :], mask=real[:, None])
+        scales = tl.load(scales_ptr + group, mask=real, other=127)
+        values = _decode(blocks, scales[:, None], PTX).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + group[:, None] * 32 + value[None, :], values, mask=real[:, None])
+
+
+@triton.jit
+def _locate(
+    tile, columns, starts_ptr, tile_expert_ptr, tile_starts_ptr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile's expert, first row, the end of its expert's rows, and first column."""
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    expert = tl.load(tile_expert_ptr + tile // column_tiles)
+    first = tl.load(tile_starts_ptr + expert)
+    row_tiles = tl.load(tile_starts_ptr + expert + 1) - first
+    local = tile - first * column_tiles
+    row = tl.load(starts_ptr + expert) + local % row_tiles * ROWS
+    return expert, row, tl.load(starts_ptr + expert + 1), local // row_tiles * COLUMNS
+
+
+@triton.jit
+def _load_a(a, row, end, k, depth, ROWS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
+    """a[row : row + ROWS, k : k + DEPTH]; with TMA rows from `end` on are the next expert's."""
+    if TMA:
+        tile = a.load([row, k])
+    else:
+        rows = row + tl.arange(0, ROWS)
+        at = k + tl.arange(0, DEPTH)
+        pointers = a + rows.to(tl.int64)[:, None] * depth + at[None, :]
+        tile = tl.load(pointers, mask=(rows < end)[:, None] & (at < depth)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _store(
+    acc, out_ptr, bias_ptr, expert, row, end, column, columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    rows = row + tl.arange(0, ROWS)
+    at = column + tl.arange(0, COLUMNS)
+    if BIAS:
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * columns + at, mask=at < columns, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    pointers = out_ptr + rows.to(tl.int64)[:, None] * columns + at[None, :]
+    keep = (rows < end)[:, None] & (at < columns)[None, :]
+    tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def dense_kernel(
+    a, w, bias_ptr, out_ptr, starts_ptr, tile_expert_ptr, tile_starts_ptr,
+    first_expert, last_expert, columns, depth,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BACKWARD: tl.constexpr,
+    BIAS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The product for experts [first_expert, last_expert), whose weights `w` holds from its start.
+
+    a: [rows, depth]; out: [rows, columns]; w: [experts, columns, depth], with BACKWARD
+    [experts, depth, columns]. With TMA, a and w are tensor descriptors. Any grid.
+    """
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    begin = tl.load(tile_starts_ptr + first_expert) * column_tiles
+    finish = tl.load(tile_starts_ptr + last_expert) * column_tiles
+    for tile in tl.range(begin + tl.program_id(0), finish, tl.num_programs(0)):
+        expert, row, end, column = _locate(
+            tile, columns, starts_ptr, tile_expert_ptr, tile_starts_ptr, ROWS, COLUMNS
+        )
+        local = expert - first_expert
+        at = column + tl.arange(0, COLUMNS)
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in range(0, depth, DEPTH):
+            a_tile = _load_a(a, row, end, k, depth, ROWS, DEPTH, TMA)
+            if TMA and BACKWARD:
+                w_tile = tl.reshape(w.load([local, k, column]), [DEPTH, COLUMNS])
+            elif TMA:
+                w_tile = tl.trans(tl.reshape(w.load([local, column, k]), [COLUMNS, DEPTH]))
+            else:
+                inner = k + tl.arange(0, DEPTH)
+                base = w + local.to(tl.int64) * columns * depth
+                if BACKWARD:
+                    pointers = base + inner[:, None] * columns + at[None, :]
+                else:
+                    pointers = base + at[None, :] * depth + inner[:, None]
+                real = (inner < depth)[:, None] & (at < columns)[None, :]
+                w_tile = tl.load(pointers, mask=real, other=0.0)
+            acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
+        _store(
+            acc, out_ptr, bias_ptr, expert, row, end, column, columns, ROWS, COLUMNS, BIAS
+        )  # fmt: skip
+
+
+@triton.jit
+def _load_packed(
+    blocks, scales, row, rows, group, groups, A: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """Blocks [A, 16 G] and scales [A, G] from one expert's, zeros past its ends."""
+    at = row + tl.arange(0, A)
+    byte = group * 16 + tl.arange(0, 16 * G)
+    real = (at < rows)[:, None] & (byte < groups * 16)[None, :]
+    packed = tl.load(blocks + at[:, None] * (groups * 16) + byte[None, :], mask=real, other=0)
+    unit = group + tl.arange(0, G)
+    real = (at < rows)[:, None] & (unit < groups)[None, :]
+    return packed, tl.load(scales + at[:, None] * groups + unit[None, :], mask=real, other=0)
+
+
+@triton.jit
+def packed_kernel(
+    a, blocks_ptr, scales_ptr, bias_ptr, out_ptr, starts_ptr, tile_expert_ptr, tile_starts_ptr,
+    experts, columns, depth,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BACKWARD: tl.constexpr,
+    BIAS: tl.constexpr, TMA: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The product for all experts, weights decoded here.
+
+    The blocks and scales of the next step are on their way while this one's are decoded and
+    multiplied. Shapes as in `dense_kernel`, with blocks [experts, columns, depth / 32, 16], with
+    BACKWARD [experts, depth, columns / 32, 16].
+    """
+    finish = tl.load(tile_starts_ptr + experts) * tl.cdiv(columns, COLUMNS)
+    for tile in tl.range(tl.program_id(0), finish, tl.num_programs(0)):
+        expert, row, end, column = _locate(
+            tile, columns, starts_ptr, tile_expert_ptr, tile_starts_ptr, ROWS, COLUMNS
+        )
+        offset = expert.to(tl.int64) * columns * depth
+        blocks, scales = blocks_ptr + offset // 2, scales_ptr + offset // 32
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        if BACKWARD:
+            packed, unit = _load_packed(
+                *(blocks, scales, 0, depth, column // 32, columns // 32, DEPTH, COLUMNS // 32)
+            )
+        else:
+            packed, unit = _load_packed(
+                *(blocks, scales, column, columns, 0, depth // 32, COLUMNS, DEPTH // 32)
+            )
+        for k in range(0, depth, DEPTH):
+            a_tile = _load_a(a, row, end, k, depth, ROWS, DEPTH, TMA)
+            after = k + DEPTH
+            if BACKWARD:
+                next_packed, next_unit = _load_packed(
+                    blocks, scales, after, depth, column // 32, columns // 32, DEPTH, COLUMNS // 32
+                )
+            else:
+                next_packed, next_unit = _load_packed(
+                    blocks, scales, column, columns, after // 32, depth // 32, COLUMNS, DEPTH // 32
+                )
+            w_tile = _decode(packed, unit, PTX).to(a_tile.dtype)
+            if not BACKWARD:
+                w_tile = tl.trans(w_tile)
+            acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
+            packed, unit = next_packed, next_unit
+        _store(
+            acc, out_ptr, bias_ptr, expert, row, end, column, columns, ROWS, COLUMNS, BIAS
+        )  # fmt: skip

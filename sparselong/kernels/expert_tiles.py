@@ -1,0 +1,64 @@
+"""Tile sizes of the experts' products, by architecture, backend and direction. No torch.
+
+Fixed here and not searched for at run time, so that a first call compiles what it needs and no
+more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, output columns and inner elements of one step, warps and pipeline stages of a program,
+    and how many programs a multiprocessor gets."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int = 1
+
+
+# One backend's two directions share their rows, because they share the list of row tiles.
+TILES: dict[str, dict[tuple[str, str], Tile]] = {
+    "sm_90": {
+        ("decode", "forward"): Tile(128, 256, 64, 8, 4),
+        ("decode", "backward"): Tile(128, 256, 64, 8, 4),
+        ("packed", "forward"): Tile(128, 128, 64, 4, 3, programs=2),
+        ("packed", "backward"): Tile(128, 128, 64, 4, 3, programs=2),
+        ("small", "forward"): Tile(16, 64, 128, 4, 3, programs=4),
+        ("small", "backward"): Tile(16, 64, 128, 4, 3, programs=4),
+    },
+    "sm_80": {
+        ("decode", "forward"): Tile(128, 128, 32, 8, 3),
+        ("decode", "backward"): Tile(128, 128, 32, 8, 3),
+        ("packed", "forward"): Tile(64, 128, 64, 8, 2),
+        ("packed", "backward"): Tile(64, 128, 64, 8, 2),
+        ("small", "forward"): Tile(16, 64, 128, 4, 2, programs=4),
+        ("small", "backward"): Tile(16, 64, 128, 4, 2, programs=4),
+    },
+}
+FLOAT32 = Tile(32, 32, 32, 4, 1)
+
+
+def architecture_of(major: int, minor: int) -> str:
+    """The table's name for a compute capability.
+
+    sm_80, sm_86 and sm_89 share tiles: these fit sm_86's 99 KB. Newer ones than sm_90 take sm_90's.
+
+    Raises:
+        ValueError: a GPU before sm_80, for which nothing here was built.
+    """
+    if (major, minor) < (8, 0):
+        raise ValueError(f"device: sm_{major}{minor}; allowed: sm_80 and newer")
+    return "sm_90" if major >= 9 else "sm_80"
+
+
+def tile_for(architecture: str, backend: str, direction: str, float32: bool) -> Tile:
+    """The tile for a `backend` ("small", "packed", "decode") and a direction."""
+    if float32 or architecture == "interpreter":
+        return FLOAT32
+    return TILES[architecture][backend, direction]

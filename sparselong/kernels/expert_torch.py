@@ -1,0 +1,70 @@
+"""The experts' pass in torch, one expert decoded at a time: the CPU's backend.
+
+An expert's weight is decoded when it is needed and dropped, in the forward and again in the
+backward pass. Works in any floating dtype. It asks the host which experts have rows, so on a GPU it
+is slow, and only taken by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparselong.packing import mxfp4
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x Wᵀ + bias with W decoded from (blocks, scales), again in the backward pass."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(blocks, scales)
+        return torch.nn.functional.linear(x, mxfp4.decode(blocks, scales, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        blocks, scales = ctx.saved_tensors
+        needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        dx = dout @ mxfp4.decode(blocks, scales, dout.dtype) if needs_x else None
+        return dx, None, None, dout.sum(0) if needs_bias else None
+
+
+def apply_gate(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """Clamped SwiGLU over interleaved columns: (up + 1) · gate · σ(alpha · gate).
+
+    [..., 2 * inner] → [..., inner].
+    """
+    gate = gate_up[..., ::2].clamp(max=limit)
+    up = gate_up[..., 1::2].clamp(min=-limit, max=limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)
+
+
+def expert_mlp_torch(
+    x: torch.Tensor,
+    expert_indices: torch.Tensor,
+    routing_weights: torch.Tensor,
+    gate_up: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    down: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    alpha: float,
+    limit: float,
+) -> torch.Tensor:
+    """[tokens, hidden] in x's dtype. `gate_up` and `down` are (blocks, scales, bias).
+
+    Raises:
+        ValueError: an index is none of the experts.
+    """
+    experts = gate_up[0].shape[0]
+    result = torch.zeros_like(x)
+    for expert in torch.unique(expert_indices).tolist():
+        if not 0 <= expert < experts:
+            raise ValueError(f"expert_indices: holds {expert}; allowed: 0 to {experts - 1}")
+        token, choice = torch.where(expert_indices == expert)
+        wide = _FrozenProduct.apply(x[token], *(tensor[expert] for tensor in gate_up))
+        h = apply_gate(wide, alpha, limit)  # pyright: ignore[reportArgumentType]
+        y: Any = _FrozenProduct.apply(h, *(tensor[expert] for tensor in down))
+        weighted = y * routing_weights[token, choice, None]
+        result = result.index_add(0, token, weighted.to(result.dtype))
+    return result

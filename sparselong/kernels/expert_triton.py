@@ -1,0 +1,183 @@
+"""Launches the kernels of the experts' pass: tiles, buffers, chunks of experts, descriptors.
+
+Forward: sort, gather, gate_up product with bias, gate, down product with bias, weighted sum.
+Backward, with the routing weight w taken in as late as possible, so that its gradient comes from
+what is at hand: rows of dout through down give dh / w; h is computed again from the saved gate_up,
+dw = <dh / w, h> + <dout, bias>; d gate_up = w times the gate's derivative; through gate_up and
+summed over the choices that is dx. Saved: gate_up's output and the routing, nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sparselong.kernels import expert_kernels, expert_routing
+from sparselong.kernels.expert_routing import Routing
+from sparselong.kernels.expert_tiles import Tile, architecture_of, tile_for
+
+kernels: Any = expert_kernels  # triton's own types know no launch
+glue = expert_routing.kernels
+BUFFER_BYTES = 1 << 28
+"""The most that decoded weights may take."""
+DTYPES = (torch.bfloat16, torch.float32)
+_DECODE_GROUPS, _DECODE_TURNS = 64, 8
+
+
+class Projection(NamedTuple):
+    """A stack of weights: blocks [E, out, in / 32, 16], scales [E, out, in / 32], bias [E, out]."""
+
+    blocks: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor
+
+
+def run_forward(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: Projection,
+    down: Projection,
+    gate: tuple[float, float],
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+    """(out [tokens, hidden], gate_up's output [entries, 2 * inner], routing).
+
+    `gate` is alpha and limit; `backend` one of "small", "packed" and "decode".
+    """
+    tile = _choose_tile(x, backend, "forward")
+    routing = expert_routing.sort_by_expert(indices, gate_up.blocks.shape[0], tile.rows)
+    rows, _ = expert_routing.gather(x, routing, indices)
+    wide = multiply(rows, gate_up, routing, backend, backward=False)
+    del rows
+    inner = wide.shape[1] // 2
+    h = torch.empty((wide.shape[0], inner), dtype=x.dtype, device=x.device)
+    glue.gate_kernel[(wide.shape[0],)](wide, h, inner, *gate, BLOCK=_power_of_two(inner))
+    rows = multiply(h, down, routing, backend, backward=False)
+    del h
+    return expert_routing.combine(rows, routing, weights), wide, routing
+
+
+def run_backward(
+    dout: torch.Tensor,
+    wide: torch.Tensor,
+    routing: Routing,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: Projection,
+    down: Projection,
+    gate: tuple[float, float],
+    backend: str,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of x, the routing weights and the two biases, those that `needs` names."""
+    needs_x, needs_weights, needs_gate_up_bias, needs_down_bias = needs
+    dout = dout.contiguous()
+    bias = down.bias if needs_weights else None
+    rows, inner_products = expert_routing.gather(dout, routing, indices, bias)
+    ddown_bias = None
+    if needs_down_bias:
+        ddown_bias = expert_routing.sum_by_expert(rows, routing, down.bias, weights)
+    dh = multiply(rows, down, routing, backend, backward=True)
+    del rows
+    dwide, dweights = torch.empty_like(wide), torch.empty_like(weights)
+    inner = dh.shape[1]
+    glue.gate_backward_kernel[(wide.shape[0],)](
+        *(wide, dh, routing.positions, weights, inner_products, dwide, dweights),
+        *(inner, *gate),
+        BLOCK=_power_of_two(inner), WEIGHT_GRADIENT=needs_weights,
+    )  # fmt: skip
+    del dh
+    dgate_up_bias = None
+    if needs_gate_up_bias:
+        dgate_up_bias = expert_routing.sum_by_expert(dwide, routing, gate_up.bias)
+    dx = None
+    if needs_x:
+        rows = multiply(dwide, gate_up, routing, backend, backward=True)
+        del dwide
+        dx = expert_routing.combine(rows, routing)
+    return dx, dweights if needs_weights else None, dgate_up_bias, ddown_bias
+
+
+def multiply(
+    a: torch.Tensor, weight: Projection, routing: Routing, backend: str, backward: bool
+) -> torch.Tensor:
+    """Sorted rows a [entries, in] times each expert's weight, plus bias: [entries, out].
+
+    Backward: a [entries, out] to [entries, in], without bias.
+    """
+    experts, wide, groups, _ = weight.blocks.shape
+    columns, depth = (groups * 32, wide) if backward else (wide, groups * 32)
+    out = torch.empty((a.shape[0], columns), dtype=a.dtype, device=a.device)
+    tile = _choose_tile(a, backend, "backward" if backward else "forward")
+    tma = _architecture(a.device) == "sm_90" and a.dtype == torch.bfloat16 and tile.rows >= 64
+    tiles = routing.tile_expert.numel() * -(-columns // tile.columns)
+    grid = (min(tiles, _multiprocessors(a.device) * tile.programs),)
+    a_tiles = TensorDescriptor.from_tensor(a, [tile.rows, tile.depth]) if tma else a
+    lists = (routing.starts, routing.tile_expert, routing.tile_starts)
+    constants = {
+        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "BACKWARD": backward,
+        "BIAS": not backward, "TMA": tma,
+        "PRECISION": "ieee" if a.dtype == torch.float32 else "tf32",
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    if backend != "decode":
+        kernels.packed_kernel[grid](
+            *(a_tiles, weight.blocks, weight.scales, weight.bias, out, *lists),
+            *(experts, columns, depth),
+            PTX=_has_ptx(a),
+            **constants,
+        )
+        return out
+    each = wide * groups * 32
+    chunk = max(1, min(experts, BUFFER_BYTES // (each * a.element_size())))
+    shape = (chunk, wide, groups * 32)
+    buffer = torch.empty(shape, dtype=a.dtype, device=a.device)
+    block = [1, tile.depth, tile.columns] if backward else [1, tile.columns, tile.depth]
+    w_tiles = TensorDescriptor.from_tensor(buffer, block) if tma else buffer
+    for first in range(0, experts, chunk):
+        last = min(experts, first + chunk)
+        decode_into(buffer, weight, first, last)
+        kernels.dense_kernel[grid](
+            *(a_tiles, w_tiles, weight.bias, out, *lists, first, last, columns, depth), **constants
+        )
+    return out
+
+
+def decode_into(buffer: torch.Tensor, weight: Projection, first: int, last: int) -> None:
+    """Values of experts [first, last) to the start of buffer [experts, out, in]."""
+    blocks, scales = weight.blocks[first:last], weight.scales[first:last]
+    grid = (-(-scales.numel() // (_DECODE_GROUPS * _DECODE_TURNS)),)
+    kernels.decode_kernel[grid](
+        *(blocks, scales, buffer, scales.numel()),
+        GROUPS=_DECODE_GROUPS, TURNS=_DECODE_TURNS, PTX=_has_ptx(buffer), num_warps=8,
+    )  # fmt: skip
+
+
+def _choose_tile(x: torch.Tensor, backend: str, direction: str) -> Tile:
+    return tile_for(_architecture(x.device), backend, direction, x.dtype == torch.float32)
+
+
+def _has_ptx(values: torch.Tensor) -> bool:
+    return values.dtype == torch.bfloat16 and values.device.type == "cuda"
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":  # Triton's interpreter
+        return "interpreter"
+    return architecture_of(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # the interpreter's programs run one after another; a few show the loop over tiles
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,161 @@
+"""The experts' pass on a CPU: the reference by hand, torch's backend against it, the kernels in
+Triton's interpreter, what is refused, who is chosen. tests/gpu has the kernels as compiled."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparselong.kernels.expert_choice import BACKENDS, MEASURED, NO_LIMIT, choose_backend
+from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
+from sparselong.kernels.expert_gemm_ref import decode_reference, expert_mlp_reference
+from sparselong.packing import mxfp4
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERTS, HIDDEN, INNER = 5, 64, 96
+
+
+def draw(tokens: int = 37, top_k: int = 4) -> dict[str, torch.Tensor]:
+    """expert_mlp's arguments by name; x in fp64 and large enough for the clamps to bite."""
+    torch.manual_seed(0)
+    picks = [torch.randperm(EXPERTS)[:top_k] for _ in range(tokens)]
+    found = {
+        "x": torch.randn(tokens, HIDDEN, dtype=torch.float64) * 3,
+        "expert_indices": torch.stack(picks),
+        "routing_weights": torch.rand(tokens, top_k, dtype=torch.float64),
+    }
+    for name, out, width in (("gate_up", 2 * INNER, HIDDEN), ("down", HIDDEN, INNER)):
+        shape = (EXPERTS, out, width // 32)
+        found[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        found[f"{name}_scales"] = torch.randint(120, 126, shape, dtype=torch.uint8)
+        found[f"{name}_bias"] = torch.randn(EXPERTS, out, dtype=torch.float64)
+    return found
+
+
+def refer(call: dict[str, torch.Tensor]) -> torch.Tensor:
+    return expert_mlp_reference(
+        call["x"], call["expert_indices"], call["routing_weights"],
+        (call["gate_up_blocks"], call["gate_up_scales"]), call["gate_up_bias"],
+        (call["down_blocks"], call["down_scales"]), call["down_bias"], ALPHA, LIMIT,
+    )  # fmt: skip
+
+
+def test_the_reference_by_hand():
+    """One token, one expert, weights that pick single inputs."""
+    codes = torch.zeros(64, 32, dtype=torch.uint8)
+    codes[0, 3], codes[1, 4] = 2, 4  # gate 0 is x_3, up 0 is 2 x_4
+    gate_up = mxfp4.pack_codes(codes)[None], torch.full((1, 64, 1), 127, dtype=torch.uint8)
+    codes = torch.zeros(32, 32, dtype=torch.uint8)
+    codes[5, 0] = 15  # output 5 is -6 h_0
+    down = mxfp4.pack_codes(codes)[None], torch.full((1, 32, 1), 126, dtype=torch.uint8)
+    x = torch.zeros(1, 32, dtype=torch.float64)
+    x[0, 3], x[0, 4] = 9.0, -1.5
+    out = expert_mlp_reference(
+        x, torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), 0.25), gate_up,
+        torch.zeros(1, 64), down, torch.zeros(1, 32), ALPHA, LIMIT,
+    )  # fmt: skip
+    h = (-3 + 1) * 7 / (1 + torch.exp(torch.tensor(-1.702 * 7, dtype=torch.float64)))
+    expected = torch.zeros(1, 32, dtype=torch.float64)
+    expected[0, 5] = 0.25 * -6 * 0.5 * h
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=0)
+
+
+def test_the_references_decoding_is_the_packings():
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(255, 1, 1)
+    scales = torch.arange(255, dtype=torch.uint8).view(255, 1).repeat(1, 16)
+    expected = mxfp4.decode(blocks, scales, torch.float32)
+    assert torch.equal(decode_reference(blocks, scales).float(), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 37])
+def test_torchs_backend_is_the_reference(tokens):
+    call = draw(tokens)
+    names = ("x", "routing_weights", "gate_up_bias", "down_bias")
+    upstream = torch.randn_like(call["x"])
+    results = []
+    for function in (lambda c: expert_mlp(**c), refer):
+        leaves = {name: call[name].clone().requires_grad_() for name in names}
+        out = function(call | leaves)
+        results.append((out, *torch.autograd.grad(out, list(leaves.values()), upstream)))
+    for got, wanted in zip(*results, strict=True):
+        assert (got - wanted).norm() <= 1e-12 * wanted.norm()
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    """Errors of the kernels in Triton's interpreter, by case and backend."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/kernels/interpreted_experts.py"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_kernels_agree_with_fp64_in_the_interpreter(interpreted):
+    cases = {name: errors for name, errors in interpreted.items() if name != "decoding"}
+    assert len(cases) >= 18
+    for name, errors in cases.items():
+        for result, error in errors.items():
+            assert error < 1e-6, f"{name}: {result} is off by {error:.1e}"
+
+
+def test_every_byte_at_every_scale_decodes_to_the_bit_in_the_interpreter(interpreted):
+    assert interpreted["decoding"] == {"inexact": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(37, 64, 1)}, r"x: torch.float32 \[37, 64, 1\]; allowed: floating"),
+        ({"x": torch.zeros(36, 64)}, "expert_indices: 37 tokens; allowed: x's 36"),
+        ({"x": torch.zeros(37, 40)}, "x: hidden size 40; allowed: a multiple of 32"),
+        ({"expert_indices": torch.zeros(37, 4)}, "expert_indices: torch.float32"),
+        (
+            {"expert_indices": torch.zeros(37, 6, dtype=torch.int64)},
+            "expert_indices: 6 experts a token; allowed: 1 to the layer's 5",
+        ),
+        ({"expert_indices": torch.full((37, 4), 5)}, "expert_indices: holds 5; allowed: 0 to 4"),
+        ({"routing_weights": torch.zeros(37, 3)}, "routing_weights: torch.float32"),
+        (
+            {"gate_up_blocks": torch.zeros(5, 192, 1, 16, dtype=torch.uint8)},
+            r"gate_up_blocks: shape \[5, 192, 1, 16\]; allowed: \[5, 192, 2, 16\]",
+        ),
+        (
+            {"down_scales": torch.zeros(4, 64, 3, dtype=torch.uint8)},
+            r"down_scales: shape \[4, 64, 3\]; allowed: \[5, 64, 3\]",
+        ),
+        ({"down_blocks": torch.zeros(5, 64, 3, 16)}, "down_blocks: torch.float32; allowed: torch"),
+        ({"down_bias": torch.zeros(5, 64, device="meta")}, "down_bias: on meta; allowed: x's"),
+        ({"backend": "fast"}, "backend: 'fast'; allowed: None, small, packed, decode, torch"),
+        ({"backend": "packed"}, "backend: packed with cpu tensors; allowed: torch"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        expert_mlp(**(draw() | change))
+
+
+def test_no_tokens_give_no_output():
+    call = draw()
+    empty = {name: call[name][:0] for name in ("x", "expert_indices", "routing_weights")}
+    assert expert_mlp(**(call | empty)).shape == (0, HIDDEN)
+
+
+def test_every_call_finds_a_row_of_the_table():
+    assert choose_backend("cpu", 1, 32).backend == "torch"
+    for architecture in (*MEASURED, "sm_80", "sm_86", "sm_89"):
+        rows = [
+            choose_backend(architecture, 32 * n, 32) for n in (0.125, 8, 100, 128, 512, 1 << 40)
+        ]
+        assert all(row.backend in BACKENDS and row.evidence for row in rows)
+        assert rows[-1].up_to_rows == NO_LIMIT
+        limits = [row.up_to_rows for row in rows]
+        assert limits == sorted(limits)
