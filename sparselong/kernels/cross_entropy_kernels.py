@@ -28,12 +28,15 @@ def softmax_kernel(
         higher = tl.maximum(highest, tl.max(logits, 0))
         total = total * tl.exp(highest - higher) + tl.exp(logits - higher)
         highest = higher
-    lse = highest + tl.log(tl.sum(total, 0))
-    tl.store(loss_ptr + row, lse - chosen)
+    normalizer = tl.sum(total, 0)
+    tl.store(loss_ptr + row, highest - chosen + tl.log(normalizer))
     if NEEDS_GRADIENT:
+        scale = tl.div_rn(1.0, normalizer)
         for start in range(0, vocab, BLOCK):
             column = start + lane
             real = column < vocab
             logits = tl.load(base + column, mask=real, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp(logits - lse) - tl.where(column == target, 1.0, 0.0)
+            # Not exp(logits - lse): rounding lse alone would cost a unit in the last place or two.
+            probability = tl.exp(logits - highest) * scale
+            gradient = probability - tl.where(column == target, 1.0, 0.0)
             tl.store(base + column, gradient.to(logits_ptr.dtype.element_ty), mask=real)

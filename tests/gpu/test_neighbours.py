@@ -58,9 +58,12 @@ def differentiate(function, inputs, upstream) -> list[torch.Tensor]:
 
 
 def compare(got, plain, exact) -> None:
-    """Each result: at most twice plain torch's error, or one rounding."""
+    """Each result: at most twice plain torch's error, or one rounding.
+
+    In fp32 two roundings: all of a single row hangs on one number, which torch may get exactly.
+    """
     for place, (ours, theirs, true) in enumerate(zip(got, plain, exact, strict=True)):
-        rounding = torch.finfo(ours.dtype).eps / 2
+        rounding = torch.finfo(ours.dtype).eps / (1 if ours.dtype == torch.float32 else 2)
         assert ours.dtype == theirs.dtype and torch.isfinite(ours).all(), place
         error, yardstick = ((t.double() - true) for t in (ours, theirs))
         largest = max(2 * yardstick.abs().max().item(), rounding * true.abs().max().item())
