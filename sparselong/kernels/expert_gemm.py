@@ -8,6 +8,7 @@ The maths, for a token x with experts e_1 ... e_k of weights w_1 ... w_k:
 
 The weights are frozen; gradients flow to x, the routing weights and the biases. Saved for the
 backward pass: the output of gate_up, [tokens * k, 2 * inner], and the routing. h is computed again.
+Inside a checkpointed layer (`recompute.py`) x alone is saved, and gate_up's output made again.
 
 One function, several backends, all exact to bf16 products with fp32 sums: `packed` decodes weights
 in the products, `small` does so with tiles for a few rows, `decode` expands a chunk of experts of
@@ -24,6 +25,8 @@ code is ours, under this repository's licence. Left out: gradients of the packed
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from typing import Any
 
 import torch
@@ -31,8 +34,11 @@ import torch
 from sparselong.kernels import expert_choice
 from sparselong.kernels.expert_choice import BACKENDS
 from sparselong.kernels.expert_torch import expert_mlp_torch
+from sparselong.kernels.recompute import is_checkpointed, is_second_pass
 
 ALPHA, LIMIT = 1.702, 7.0
+SLICE_TOKENS = 16_384
+"""Tokens that go through at once inside a checkpointed layer."""
 
 
 def expert_mlp(
@@ -84,7 +90,8 @@ def expert_mlp(
         return x.clone()
     if name == "torch":
         return expert_mlp_torch(x, expert_indices, routing_weights, gate_up, down, alpha, limit)
-    return _ExpertMlp.apply(  # pyright: ignore[reportReturnType]
+    function = _CheckpointedExpertMlp if is_checkpointed() else _ExpertMlp
+    return function.apply(  # pyright: ignore[reportReturnType]
         x.contiguous(), expert_indices, routing_weights.contiguous(), *gate_up, *down,
         (float(alpha), float(limit)), name,
     )  # fmt: skip
@@ -131,6 +138,67 @@ class _ExpertMlp(torch.autograd.Function):
                 dout, wide, routing, indices, weights, gate_up, down, *ctx.call, needs=needs
             )
         return dx, None, dweights, None, None, dgate_up_bias, None, None, ddown_bias, None, None
+
+
+class _CheckpointedExpertMlp(torch.autograd.Function):
+    """The pass inside a checkpointed layer: saves x, makes gate_up's output in the backward pass.
+
+    The layer's second pass then has nothing to compute here, and tokens go through in slices, so
+    that what is alive at once does not grow with the length.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, *rest: Any
+    ) -> torch.Tensor:
+        from sparselong.kernels import expert_triton
+
+        *stacks, gate, backend = rest
+        ctx.save_for_backward(x, indices, weights, *stacks)
+        ctx.call = (gate, backend)
+        if is_second_pass():
+            return torch.full_like(x, math.nan)  # a use of it must show
+        gate_up, down = (expert_triton.Projection(*stacks[n : n + 3]) for n in (0, 3))
+        out = torch.empty_like(x)
+        with torch.cuda.device_of(x):
+            for part in _slices(len(x), SLICE_TOKENS):
+                call = (x[part], indices[part], weights[part], gate_up, down, gate, backend)
+                out[part] = expert_triton.run_forward(*call)[0]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from sparselong.kernels import expert_triton
+
+        x, indices, weights, *stacks = ctx.saved_tensors
+        gate_up, down = (expert_triton.Projection(*stacks[n : n + 3]) for n in (0, 3))
+        needs = tuple(ctx.needs_input_grad[n] for n in (0, 2, 5, 8))
+        dx, dweights = torch.empty_like(x), torch.empty_like(weights)
+        biases = (None, None)
+        # A bias's gradient is one sum over all tokens.
+        size = len(x) if needs[2] or needs[3] else SLICE_TOKENS
+        with torch.cuda.device_of(x):
+            for part in _slices(len(x), size):
+                wide, routing = expert_triton.run_gate_up(
+                    x[part], indices[part], gate_up, ctx.call[1]
+                )
+                call = (dout[part], wide, routing, indices[part], weights[part], gate_up, down)
+                part_dx, part_dweights, *biases = expert_triton.run_backward(
+                    *call, *ctx.call, needs=needs
+                )
+                if part_dx is not None:
+                    dx[part] = part_dx
+                if part_dweights is not None:
+                    dweights[part] = part_dweights
+        dx, dweights = (dx if needs[0] else None), (dweights if needs[1] else None)
+        return dx, None, dweights, None, None, biases[0], None, None, biases[1], None, None
+
+
+def _slices(tokens: int, size: int) -> list[slice]:
+    """[0, tokens) in slices of nearly equal length, none longer than `size`."""
+    count = -(-tokens // size)
+    ends = [tokens * n // count for n in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 def _choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | None) -> str:

@@ -35,6 +35,19 @@ class Projection(NamedTuple):
     bias: torch.Tensor
 
 
+def run_gate_up(
+    x: torch.Tensor, indices: torch.Tensor, gate_up: Projection, backend: str
+) -> tuple[torch.Tensor, Routing]:
+    """(gate_up's output [entries, 2 * inner], routing): what the backward pass goes from.
+
+    `backend` is one of "small", "packed" and "decode".
+    """
+    tile = _choose_tile(x, backend, "forward")
+    routing = expert_routing.sort_by_expert(indices, gate_up.blocks.shape[0], tile.rows)
+    rows, _ = expert_routing.gather(x, routing, indices)
+    return multiply(rows, gate_up, routing, backend, backward=False), routing
+
+
 def run_forward(
     x: torch.Tensor,
     indices: torch.Tensor,
@@ -44,17 +57,10 @@ def run_forward(
     gate: tuple[float, float],
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-    """(out [tokens, hidden], gate_up's output [entries, 2 * inner], routing).
-
-    `gate` is alpha and limit; `backend` one of "small", "packed" and "decode".
-    """
-    tile = _choose_tile(x, backend, "forward")
-    routing = expert_routing.sort_by_expert(indices, gate_up.blocks.shape[0], tile.rows)
-    rows, _ = expert_routing.gather(x, routing, indices)
-    wide = multiply(rows, gate_up, routing, backend, backward=False)
-    del rows
+    """(out [tokens, hidden], gate_up's output, routing). `gate` is alpha and limit."""
+    wide, routing = run_gate_up(x, indices, gate_up, backend)
     inner = wide.shape[1] // 2
-    h = torch.empty((wide.shape[0], inner), dtype=x.dtype, device=x.device)
+    h = torch.empty((wide.shape[0], inner), dtype=wide.dtype, device=wide.device)
     glue.gate_kernel[(wide.shape[0],)](wide, h, inner, *gate, BLOCK=_power_of_two(inner))
     rows = multiply(h, down, routing, backend, backward=False)
     del h

@@ -1,0 +1,109 @@
+"""Checkpointed layers whose second pass leaves things out: the same gradients, less work."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from sparselong.kernels import attention_triton, expert_gemm, expert_triton
+from sparselong.kernels.attention import attention
+from sparselong.kernels.expert_gemm import expert_mlp
+from sparselong.kernels.recompute import checkpoint_contexts
+from tests.gpu.test_expert_gemm import Case, draw
+
+CASE = Case("checkpointed", 300, hidden=288, inner=224)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often the launchers are called."""
+    calls = {}
+
+    def count(module, name):
+        function = getattr(module, name)
+
+        def counting(*args, **kwargs):
+            calls[name] = calls.get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(expert_triton, "run_forward")
+    count(expert_triton, "run_gate_up")
+    count(attention_triton, "attend")
+    return calls
+
+
+def experts(call):
+    """(function of x and routing weights, leaves, dout) with the stacks bound."""
+    rest = {name: t for name, t in call.items() if name not in ("x", "routing_weights", "dout")}
+    leaves = [call[name].detach().requires_grad_() for name in ("x", "routing_weights")]
+
+    def layer(x, weights):
+        return expert_mlp(x, routing_weights=weights, backend="packed", **rest)
+
+    return layer, leaves, call["dout"]
+
+
+def gradients(layer, leaves, dout, **arguments):
+    out = checkpoint(layer, *leaves, use_reentrant=False, **arguments) if arguments else None
+    out = layer(*leaves) if out is None else out
+    return [out, *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.mark.parametrize("slice_tokens", [1000, 300, 77])
+def test_experts_are_not_run_again_and_gradients_are_the_same(slice_tokens, counted, monkeypatch):
+    monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", slice_tokens)
+    run = experts(draw(CASE))
+    plain = gradients(*run)
+    counted.clear()
+    kept = gradients(*run, context_fn=partial(checkpoint_contexts, False))
+    slices = -(-300 // slice_tokens)
+    assert counted == {"run_forward": slices, "run_gate_up": 2 * slices}
+    for got, expected in zip(kept, plain, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_biases_that_are_trained_get_one_sum_over_all_slices(monkeypatch):
+    monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", 77)
+    call = draw(CASE)
+    names = ("x", "routing_weights", "gate_up_bias", "down_bias")
+    rest = {name: t for name, t in call.items() if name not in (*names, "dout")}
+    leaves = [call[name].detach().requires_grad_() for name in names]
+
+    def layer(*values):
+        return expert_mlp(**dict(zip(names, values, strict=True)), backend="packed", **rest)
+
+    plain = gradients(layer, leaves, call["dout"])
+    kept = gradients(layer, leaves, call["dout"], context_fn=partial(checkpoint_contexts, False))
+    for got, expected in zip(kept, plain, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_use_of_what_the_second_pass_leaves_out_shows():
+    """Two layers under one checkpoint: the second one's input would be missing."""
+    layer, leaves, dout = experts(draw(CASE))
+    twice = gradients(
+        lambda x, w: layer(layer(x, w).tanh(), w), leaves, dout,
+        context_fn=partial(checkpoint_contexts, False),
+    )  # fmt: skip
+    assert torch.isfinite(twice[0]).all() and torch.isnan(twice[1]).all()
+
+
+@pytest.mark.parametrize(("window", "calls"), [(None, 1), (64, 2)])
+def test_full_attention_is_not_run_again_and_gradients_are_the_same(window, calls, counted):
+    torch.manual_seed(0)
+    shapes = ((1, 16, 300, 64), (1, 2, 300, 64), (1, 2, 300, 64), (16,))
+    leaves = [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes]
+    dout = torch.randn(shapes[0], device="cuda").bfloat16()
+
+    def layer(q, k, v, sinks):
+        return attention(q * 2, k, v, sinks, window=window, backend="triton")[0].sin()
+
+    plain = gradients(layer, leaves, dout)
+    counted.clear()
+    kept = gradients(layer, leaves, dout, context_fn=partial(checkpoint_contexts, True))
+    assert counted == {"attend": calls}
+    for got, expected in zip(kept, plain, strict=True):
+        assert torch.equal(got, expected)
