@@ -212,6 +212,16 @@ class Config(Section):
     """GPUs that share one sequence."""
     flash_attention: bool = True
     """Attention without a quadratic score matrix (needs a GPU); false uses transformers' eager."""
+    attention_backend: Literal["auto", "triton", "torch_flash", "torch_cudnn", "flash_attn"] = (
+        "auto"
+    )
+    """Kernels that attend with `flash_attention`: `auto` takes for each kind of layer the fastest
+    that was measured on this GPU (01_health says which); a named one serves every layer or stops
+    the stage. `flash_attn` must be installed; `torch_cudnn` takes no sliding windows, which every
+    second layer of gpt-oss has, so that only `auto` can use it."""
+    deterministic: bool = False
+    """Attention's gradients come out the same to the bit in every run. The Triton kernels always do
+    so; torch_flash's backward pass is slower for it, and torch_cudnn's is not used."""
     micro_batch_size: Positive = 1
     """Sequences per forward pass."""
     heads_k_stride: Positive = 1
@@ -224,6 +234,19 @@ class Config(Section):
     finetuning_modifiers: ModifiersSection = ModifiersSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _check_attention(self) -> Config:
+        if self.attention_backend == "torch_cudnn":
+            raise ValueError(
+                "attention_backend: torch_cudnn takes no sliding windows and no packed documents, "
+                "and every second layer of gpt-oss has a window; `auto` uses it where it can serve"
+            )
+        if self.attention_backend != "auto" and not self.flash_attention:
+            raise ValueError(
+                f"attention_backend: {self.attention_backend} needs flash_attention: true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_steps(self) -> Config:

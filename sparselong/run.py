@@ -43,6 +43,7 @@ FORMAT_VERSION = 1
 
 _COMPRESS_KEYS = (
     *("seed", "model", "shared_dense", "experts", "calibration", "data", "flash_attention"),
+    *("attention_backend", "deterministic"),
 )
 _FINETUNE_KEYS = (
     *_COMPRESS_KEYS,

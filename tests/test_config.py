@@ -69,6 +69,12 @@ def test_yaml_reads_what_people_mean(tmp_path):
         ("seed: 1\nmicro_batch_size: two\n", ["micro_batch_size", "line 2", "integer", "'two'"]),
         ("seed: 1.5\n", ["seed", "integer"]),
         ("flash_attention: 1\n", ["flash_attention", "boolean"]),
+        ("attention_backend: fa2\n", ["attention_backend", "line 1", "torch_flash"]),
+        ("attention_backend: torch_cudnn\n", ["attention_backend", "windows", "auto"]),
+        (
+            "flash_attention: false\nattention_backend: triton\n",
+            ["attention_backend: triton needs flash_attention: true"],
+        ),
         ("shared_dense:\n  weight_bits: 5\n", ["weight_bits", "4, 8 or 16", "5"]),
         ("shared_dense: 4\n", ["shared_dense", "object"]),
         ("seed: 1\nseed: 2\n", ["seed stands twice", "line 2", "line 1"]),

@@ -148,6 +148,21 @@ def test_missing_peer_access_and_nccl_are_warnings():
     assert "0-1" in rows["peer access"].found
 
 
+def test_a_named_attention_backend_is_shown_or_refused():
+    def row(*overrides: str, **facts) -> health.Row:
+        alone = load("gpt-oss-120b-4x3090", ALONE, *overrides)
+        return judge(alone, dataclasses.replace(H200, **facts))["attention kernel"]
+
+    assert row("attention_backend=torch_flash").found.startswith("full and window layers: torch_f")
+    unpacked = row("training.sample_packing=false")
+    assert "full layers: torch_cudnn" in unpacked.found and "determin" not in unpacked.found
+    repeats = row("training.sample_packing=false", "deterministic=true")
+    assert "full layers: triton" in repeats.found and repeats.found.endswith("; deterministic")
+    missing = row("attention_backend=flash_attn")
+    assert missing.status == "fail" and "flash_attn, and that package is not" in missing.found
+    assert row("attention_backend=flash_attn", flash_attn=True).status == "ok"
+
+
 def test_flash_attention_needs_a_gpu():
     row = judge(load("tiny", "flash_attention=true"), NONE)["attention kernel"]
     assert row.status == "fail" and "flash_attention=false" in row.fix

@@ -25,7 +25,7 @@ from sparselong.compress.report import measure
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.model.architecture import layer_tensors, open_upstream
-from sparselong.model.attention import implementation
+from sparselong.model.attention import choose_attention, implementation
 from sparselong.model.checkpoint import Checkpoint, derive, write_tensors
 from sparselong.model.loading import (
     compute_dtype,
@@ -119,6 +119,7 @@ def _compress_layer(
     if stage.config.experts.sparsity == "2:4":
         stored |= _drop_half_of_experts(tensors)
     dtype, attention = compute_dtype(device), implementation(stage.config)
+    choose_attention(stage.config.attention_backend, stage.config.deterministic)
     layer = CalibratedLayer(architecture, index, tensors, device, dtype, attention)
     del tensors
     fmt = _quantization(stage.config).dense_format

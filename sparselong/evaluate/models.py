@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from sparselong.evaluate import harness, perplexity
-from sparselong.model.attention import implementation
+from sparselong.model.attention import choose_attention, implementation
 from sparselong.model.loading import load_model
 from sparselong.model.peaks import read_peaks, reset_peaks
 from sparselong.run import write_atomically
@@ -60,6 +60,7 @@ def measure(
     start = time.monotonic()
     reset_peaks()
     config = measurements.suite.config
+    choose_attention(config.attention_backend, config.deterministic)
     model = load_model(directory, attn_implementation=implementation(config))
     progress(f"{name}: opened from {directory} in {time.monotonic() - start:.1f} s")
     batch_size = config.evaluation.batch_size

@@ -190,6 +190,8 @@ def _plugin_section(config: Config, folders: Folders, bake_only: bool) -> dict[s
         "work": str(folders.work),
         "name": folders.name,
         "attention": implementation(config),
+        "attention_backend": config.attention_backend,
+        "deterministic": config.deterministic,
         "update_frequency": upkeep.update_frequency,
         "criterion": upkeep.criterion,
         "keep_attention": config.training.keep_attention != "never",

@@ -59,7 +59,7 @@ from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses, tel
 from sparselong.finetune.documents import document_masks
 from sparselong.finetune.failure import tell_failures
 from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
-from sparselong.model.attention import NAME
+from sparselong.model.attention import NAME, choose_attention, chosen_attention
 from sparselong.model.fused import chunk_loss
 from sparselong.model.projections import two_four_conforming
 from sparselong.run import write_atomically
@@ -75,6 +75,8 @@ class SparseLongSection(BaseModel):
     work: str
     name: str
     attention: str
+    attention_backend: str
+    deterministic: bool
     update_frequency: float
     criterion: Literal["hysteresis", "magnitude"]
     keep_attention: bool
@@ -212,6 +214,7 @@ class SparseLongPlugin(BasePlugin):
     def load_datasets(self, cfg, preprocess=False):
         # Axolotl's schema knows its own names only, and this hook is the first after it.
         cfg.attn_implementation = cfg.sparselong.attention
+        choose_attention(cfg.sparselong.attention_backend, cfg.sparselong.deterministic)
         try:
             meta: Any = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
         except ValueError as error:
@@ -272,6 +275,8 @@ class SparseLongPlugin(BasePlugin):
             "callbacks": [type(c).__name__ for c in trainer.callback_handler.callbacks],
             "trainer": type(trainer).__name__,
             "attention": trainer.model.get_base_model().config._attn_implementation,
+            "attention_backend": chosen_attention().backend,
+            "deterministic": chosen_attention().deterministic,
             "trainable_parameters": count_trainable(trainer.model),
             "supervised_token_fraction": self.supervised_token_fraction,
             "total_steps": trainer.args.max_steps,

@@ -129,8 +129,12 @@ def check_receipt(stage: Stage) -> dict[str, Any]:
     missing = [name for name in _CALLBACKS if name not in receipt.get("callbacks", ())]
     replaced = {name.rpartition(".")[2] for name in receipt.get("modules_replaced", ())}
     missing += sorted(set(stage.config.lora.target_modules) - replaced)
-    if receipt.get("attention") != implementation(stage.config):
-        missing.append(f"attention {implementation(stage.config)}")
+    attends = {
+        "attention": implementation(stage.config),
+        "attention_backend": stage.config.attention_backend,
+        "deterministic": stage.config.deterministic,
+    }
+    missing += [f"{key} {asked}" for key, asked in attends.items() if receipt.get(key) != asked]
     if missing or not (stage.dir / BAKED).exists():
         raise StageError(
             "Axolotl has run without this project's plugin, or not to its end",

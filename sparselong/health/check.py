@@ -165,12 +165,23 @@ def _attention(config: Config, machine: Machine) -> Row:
             "flash_attention is on, and this machine has no GPU to run it",
             "run on a machine with a GPU, or set flash_attention=false (small models only)",
         )
-    if config.flash_attention:
+    if not config.flash_attention:
+        return ok("attention kernel", "eager of transformers (quadratic in sequence_len)")
+    named, repeats = config.attention_backend, config.deterministic
+    if named == "flash_attn" and not machine.flash_attn:
+        return fail(
+            "attention kernel",
+            "attention_backend is flash_attn, and that package is not installed",
+            "pip install flash-attn (it needs nvcc), or set attention_backend=auto",
+        )
+    if named == "auto":
         major, minor = machine.usable_gpus[0].compute_capability
-        chosen = describe_choice(f"sm_{major}{minor}", True, config.sequence_len)
+        packed = config.training.sample_packing
+        chosen = describe_choice(f"sm_{major}{minor}", packed, config.sequence_len, repeats)
         text = "; ".join(f"{kind} layers: {backend}" for kind, backend in chosen.items())
-        return ok("attention kernel", text)
-    return ok("attention kernel", "eager of transformers (quadratic in sequence_len)")
+    else:
+        text = f"full and window layers: {named} (attention_backend)"
+    return ok("attention kernel", text + ("; deterministic" if repeats else ""))
 
 
 def _optimizer(config: Config, machine: Machine) -> Row:

@@ -85,6 +85,8 @@ class Machine:
     """What stands in the run directory already."""
     base: Source
     data: tuple[Source, ...]
+    flash_attn: bool = False
+    """Whether the optional flash-attn package is installed."""
 
     @property
     def usable_gpus(self) -> tuple[Gpu, ...]:
@@ -112,6 +114,7 @@ def probe(config: Config, run_dir: Path) -> Machine:
         run_dir_bytes=_tree_bytes(run_dir),
         base=base,
         data=data,
+        flash_attn=packages.is_installed("flash_attn"),
     )
 
 

@@ -72,10 +72,16 @@ def rank_backends(architecture: str, kind: str, packed: bool, keys: int) -> Row:
     raise LookupError(f"no row for {architecture} {kind} packed={packed} {keys}")
 
 
-def describe_choice(architecture: str, packed: bool, keys: int) -> dict[str, str]:
+def describe_choice(
+    architecture: str, packed: bool, keys: int, deterministic: bool = False
+) -> dict[str, str]:
     """For each layer kind, the backend that `backend=None` takes in training with bf16, and why.
 
     For the health report: {"full": "torch_cudnn (H200, ...)", "window": "triton (...)"}.
     """
-    rows = {kind: rank_backends(architecture, kind, packed, keys) for kind in ("full", "window")}
-    return {kind: f"{row.order[0]} ({row.evidence})" for kind, row in rows.items()}
+    told = {}
+    for kind in ("full", "window"):
+        row = rank_backends(architecture, kind, packed, keys)
+        able = [name for name in row.order if not (deterministic and name == "torch_cudnn")]
+        told[kind] = f"{able[0]} ({row.evidence})"
+    return told

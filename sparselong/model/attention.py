@@ -22,6 +22,7 @@ a document of its own: its outputs mean nothing, as with every implementation.
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,13 +32,47 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparselong.config import Config
 from sparselong.kernels.attention import attention
+from sparselong.kernels.attention_choice import BACKENDS
 
 NAME = "sparselong"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend attends ("auto": the fastest measured one for each kind of layer), and whether
+    its gradients must be the same to the bit in every run."""
+
+    backend: str = "auto"
+    deterministic: bool = False
+
+
+_choice = Choice()
 
 
 def implementation(config: Config) -> str:
     """The `attn_implementation` that the config asks for: ours, or transformers' eager."""
     return NAME if config.flash_attention else "eager"
+
+
+def choose_attention(backend: str, deterministic: bool) -> None:
+    """Makes every model of this process attend by this backend from now on.
+
+    For the process, as `torch.use_deterministic_algorithms` is: transformers hands no options
+    through to an attention function. A call that the backend cannot take raises there; nothing else
+    is put in its place.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    global _choice
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: {backend!r}; allowed: auto, {', '.join(BACKENDS)}")
+    _choice = Choice(backend, deterministic)
+
+
+def chosen_attention() -> Choice:
+    """What `choose_attention` was last told."""
+    return _choice
 
 
 def attention_forward(
@@ -79,6 +114,8 @@ def attention_forward(
         scale=scaling,
         query_offset=keys - queries,
         dropout=dropout,
+        backend=None if _choice.backend == "auto" else _choice.backend,
+        deterministic=_choice.deterministic,
     )
     return output.transpose(1, 2), None
 

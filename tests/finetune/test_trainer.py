@@ -129,12 +129,16 @@ def test_a_full_disk_is_explained(tmp_path):
     assert failure and "room on the disk" in failure.expected
 
 
-@pytest.mark.parametrize("broken", ["no receipt", "no callback", "no module", "no result"])
+@pytest.mark.parametrize(
+    "broken", ["no receipt", "no callback", "no module", "no result", "backend"]
+)
 def test_without_a_full_receipt_there_is_no_result(stage, broken):
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     receipt = {
         "callbacks": ["MaskUpkeep", "SecondPasses", "Metrics"],
         "attention": "eager",
+        "attention_backend": "auto",
+        "deterministic": False,
         "modules_replaced": [f"model.layers.0.self_attn.{name}" for name in names],
     }
     (stage.dir / "baked.json").write_text("{}")
@@ -144,6 +148,9 @@ def test_without_a_full_receipt_there_is_no_result(stage, broken):
         (stage.dir / "receipt.json").unlink()
     elif broken == "no result":
         (stage.dir / "baked.json").unlink()
+    elif broken == "backend":
+        other = receipt | {"attention_backend": "torch_flash"}
+        (stage.dir / "receipt.json").write_text(json.dumps(other))
     else:
         receipt["callbacks" if broken == "no callback" else "modules_replaced"].pop()
         (stage.dir / "receipt.json").write_text(json.dumps(receipt))

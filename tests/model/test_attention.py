@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from sparselong.finetune.documents import document_masks
-from sparselong.model.attention import find_boundaries
+from sparselong.model import attention as door
+from sparselong.model.attention import choose_attention, chosen_attention, find_boundaries
 
 TOKENS = 90  # crosses the small model's window of 64
 
@@ -147,6 +148,35 @@ assert len(calls) == 4
 assert (after - before)[mask.bool()].norm() <= 1e-5 * before[mask.bool()].norm()
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.fixture
+def auto_again():
+    yield
+    choose_attention("auto", False)
+
+
+def test_the_chosen_backend_is_what_attends(models, auto_again, monkeypatch):
+    """Through the door as the stages use it; and one that cannot take the call stops it."""
+    asked = []
+    original = door.attention
+
+    def watched(*tensors, **arguments):
+        asked.append((arguments["backend"], arguments["deterministic"]))
+        return original(*tensors, **arguments)
+
+    monkeypatch.setattr(door, "attention", watched)
+    ids = torch.tensor([[1, 2, 3]])
+    models[1](ids)
+    choose_attention("reference", True)
+    models[1](ids)
+    assert set(asked[:4]) == {(None, False)} and set(asked[4:]) == {("reference", True)}
+    choose_attention("torch_flash", False)
+    assert chosen_attention().backend == "torch_flash"
+    with pytest.raises(ValueError, match="backend: torch_flash with cpu tensors"):
+        models[1](ids)
+    with pytest.raises(ValueError, match="backend: 'flash'; allowed: auto, triton"):
+        choose_attention("flash", False)
 
 
 def test_dropout_is_refused(models):
