@@ -175,7 +175,8 @@ def flash_sizes(mask: Mask) -> tuple[tuple, dict[str, int]]:
     if mask.documents is None:
         return (None, None, mask.queries, end), window
     boundaries, longest = varlen_boundaries(mask), mask.documents.longest
-    return (*boundaries, min(mask.queries, longest), min(end, longest)), window
+    # Told of one query at most, the operator takes every document to have one.
+    return (*boundaries, max(2, min(mask.queries, longest)), min(end, longest)), window
 
 
 def varlen_boundaries(mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
