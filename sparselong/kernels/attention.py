@@ -31,6 +31,7 @@ import torch
 from sparselong.kernels.attention_choice import BACKENDS, rank_backends
 from sparselong.kernels.attention_mask import Attended, Call, Done, Gradients, Mask, find_documents
 from sparselong.kernels.attention_ref import attention_reference
+from sparselong.kernels.recompute import attend_once
 
 HEAD_DIM = 64
 
@@ -136,7 +137,10 @@ class _Attention(torch.autograd.Function):
         name: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.cuda.device_of(q):
-            out, lse, kept = _backend(name).attend(q, k, v, sinks, call)
+            out, lse, kept = attend_once(
+                lambda: _backend(name).attend(q, k, v, sinks, call),
+                is_full=call.mask.window is None,
+            )
         ctx.save_for_backward(q, k, v, sinks, out, lse, *kept)
         ctx.call, ctx.backend = call, name
         ctx.mark_non_differentiable(lse)
