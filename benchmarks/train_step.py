@@ -40,7 +40,7 @@ WARM_UP, MEASURED = 2, 3
 KINDS = {
     "attention": ("flash", "fmha", "cudnn_generated", "flex_attention", "forward_kernel",
                   "dq_kernel", "dkdv_kernel", "sdpa"),
-    "expert products": ("grouped", "expert_gemm", "decode_experts", "GroupProblemShape"),
+    "expert products": ("grouped", "packed_kernel", "dense_kernel", "decode_kernel", "16Gr"),
     "dense products": ("gemm", "nvjet", "cutlass", "cublas", "splitK", "xmma"),
 }  # fmt: skip
 """Parts of kernel names by kind, looked for in this order; what matches none is elementwise."""

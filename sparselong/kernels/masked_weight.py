@@ -6,8 +6,8 @@ and the gate of its gradient: a gradient passes where the mask keeps and the cod
 Both are made anew in every pass over a layer. In plain torch that is thirty passes over the weight,
 with fp32 copies of it; on a GPU one Triton kernel reads master, patterns and scales once and writes
 the result. The arithmetic is the same: sums and quotient in fp32 (the quotient correctly rounded),
-ties to even, the product with the scale rounded once to bf16. Only the sum over the rank may be
-taken in another order.
+ties to even, the product with the scale rounded once to bf16. Only the sum over the rank is taken
+in another order, of three tf32 products each, which keep fp32's accuracy.
 
 The CPU's version, in plain torch, is `masked_weight_ref.py`. Sources: SQFT's SparsePEFT (Muñoz et
 al., 2024) prunes the sum; the gate at saturation is that of LSQ.
@@ -133,7 +133,7 @@ def masked_weight_kernel(
         b = tl.load(b_ptr + wide[:, None] * rank + at_rank[None, :], mask=b_inside, other=0.0)
         a_inside = (at_rank < rank)[:, None] & (column < columns)[None, :]
         a = tl.load(a_ptr + at_rank[:, None] * columns + column[None, :], mask=a_inside, other=0.0)
-        change = tl.dot(b, a, change, input_precision="ieee")
+        change = tl.dot(b, a, change, input_precision="tf32x3")
     weight = tl.load(master_ptr + at, mask=inside, other=0.0).to(tl.float32) + scaling * change
     passes = inside
     if HAS_MASK:
