@@ -15,7 +15,7 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 matplotlib.use("Agg")
 
-from benchmarks import report_attention, report_neighbours
+from benchmarks import report_attention, report_neighbours, report_train_step
 from benchmarks.record import RESULTS
 
 PAGE = RESULTS.parent.parent / "BENCHMARKS.md"
@@ -24,7 +24,11 @@ HEAD = """# Benchmarks
 Made by `benchmarks/report.py` from `benchmarks/results/*.json`, which hold the command, the machine
 and the versions of every figure. Edit neither by hand.
 """
-SECTIONS = (report_attention.write_section, report_neighbours.write_section)
+SECTIONS = (
+    report_train_step.write_section,
+    report_attention.write_section,
+    report_neighbours.write_section,
+)
 
 
 def main() -> None:

@@ -1,0 +1,95 @@
+"""The training step's section of BENCHMARKS.md, from benchmarks/results/train_step*-*.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from benchmarks.record import RESULTS, newest
+
+TEXT = """
+## A training step in gpt-oss-20b's shape
+
+Random weights in the published shapes, batch 1, rank 16 on q, k, v and o, gradient checkpointing,
+AdamW: forward, backward and optimizer, median of three steps after two. `eager` and `flex` are
+transformers with PEFT, experts in bf16 (grouped_mm); `lora` is the same adapter on this project's
+model (experts packed, its kernels), `masked` what stage 03 trains: LoRA through 2:4 int4 attention.
+GiB are what the card lends to the whole process, CUDA context included.
+"""
+ARMS = ("eager", "flex", "lora", "masked")
+
+
+def write_section() -> str:
+    """The section's text, machine by machine; the plot is written beside the results."""
+    documents = newest("train_step").items()
+    return TEXT + "".join(write_machine(machine, found) for machine, found in documents)
+
+
+def write_machine(machine: str, document: dict[str, Any]) -> str:
+    """Speed and memory by length, and the profiles."""
+    values = {}
+    for entry in document["rows"]:
+        case = entry["case"]
+        key = (case["tokens"], case["cap_gib"], entry["backend"])
+        values.setdefault(key, {})[entry["metric"]] = entry["value"]
+    versions = document["versions"]
+    lines = [
+        f"\n### {machine} (torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{document['date']}, `{document['file']}`)\n",
+        "| tokens | " + " | ".join(ARMS) + " |",
+        "|---" * (1 + len(ARMS)) + "|",
+    ]
+    for tokens, cap in sorted({key[:2] for key in values}, key=lambda k: (k[0], k[1] or 0)):
+        capped = f", card capped at {cap} GiB" if cap else ""
+        cells = [show(values.get((tokens, cap, arm))) for arm in ARMS]
+        lines.append(f"| {tokens:,}{capped} | " + " | ".join(cells) + " |")
+    lines += profile_lines(values)
+    plot = plot_throughput(machine, values)
+    text = f"![training throughput on {machine}](benchmarks/results/{plot})"
+    return "\n".join([*lines, "", text, ""])
+
+
+def show(found: dict[str, float] | None) -> str:
+    """A cell: tokens/s and GiB."""
+    if found is None:
+        return ""
+    if "out_of_memory" in found:
+        return "does not fit"
+    return f"{found['throughput']:,.0f} tokens/s, {found['device_bytes'] / 2**30:.1f} GiB"
+
+
+def profile_lines(values: dict[tuple, dict[str, float]]) -> list[str]:
+    """Kernel time of a step by kind, for the cases that were profiled."""
+    lines = []
+    for (tokens, _, arm), found in sorted(values.items(), key=lambda item: str(item[0])):
+        kinds = {k[12:]: v for k, v in found.items() if k.startswith("profile_ms: ")}
+        if not kinds:
+            continue
+        if not lines:
+            lines = ["", "Kernel time of one step, ms (share):\n", "| tokens | arm | kernels |"]
+            lines += ["|---|---|---|"]
+        total = sum(kinds.values())
+        parts = [f"{k} {v:,.0f} ({v / total:.0%})" for k, v in sorted(kinds.items())]
+        lines.append(f"| {tokens:,} | {arm} | {'; '.join(parts)}; all {total:,.0f} |")
+    return lines
+
+
+def plot_throughput(machine: str, values: dict[tuple, dict[str, float]]) -> str:
+    """Tokens a second by length; the picture's file name."""
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for arm in ARMS:
+        points = sorted(
+            (tokens, found["throughput"])
+            for (tokens, cap, name), found in values.items()
+            if name == arm and cap is None and "throughput" in found
+        )
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", label=arm)
+    axis.set(xscale="log", ylim=(0, None), xlabel="tokens", ylabel="tokens/s on one GPU")
+    axis.set_title(f"training step, gpt-oss-20b's shape, {machine}", fontsize=10)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    name = f"train_step-{machine}.png"
+    figure.savefig(RESULTS / name, dpi=80)
+    return name
