@@ -138,9 +138,9 @@ def combine_kernel(
 
 
 @triton.jit
-def _load_gate_up(gate_up_ptr, row, width, BLOCK: tl.constexpr):
-    """gate and up of one row in fp32, from interleaved columns."""
-    at = tl.arange(0, 2 * BLOCK)
+def _load_gate_up(gate_up_ptr, row, first, width, BLOCK: tl.constexpr):
+    """gate and up of one row's columns [first, first + BLOCK) in fp32, from alternating columns."""
+    at = 2 * first + tl.arange(0, 2 * BLOCK)
     both = tl.load(gate_up_ptr + row * (2 * width) + at, mask=at < 2 * width, other=0.0)
     return tl.split(tl.reshape(both.to(tl.float32), [BLOCK, 2]))
 
@@ -149,12 +149,13 @@ def _load_gate_up(gate_up_ptr, row, width, BLOCK: tl.constexpr):
 def gate_kernel(gate_up_ptr, out_ptr, width, alpha, limit, BLOCK: tl.constexpr):
     """(up + 1) * gate * sigmoid(alpha * gate), gate and up clamped. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
-    gate, up = _load_gate_up(gate_up_ptr, row, width, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
-    gate = tl.minimum(gate, limit)
-    up = tl.minimum(tl.maximum(up, -limit), limit)
-    out = (up + 1.0) * gate / (1.0 + tl.exp(-alpha * gate))
-    at = tl.arange(0, BLOCK)
-    tl.store(out_ptr + row * width + at, out.to(out_ptr.dtype.element_ty), mask=at < width)
+    for first in range(0, width, BLOCK):
+        gate, up = _load_gate_up(gate_up_ptr, row, first, width, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        out = (up + 1.0) * gate / (1.0 + tl.exp(-alpha * gate))
+        at = first + tl.arange(0, BLOCK)
+        tl.store(out_ptr + row * width + at, out.to(out_ptr.dtype.element_ty), mask=at < width)
 
 
 @triton.jit
@@ -169,24 +170,27 @@ def gate_backward_kernel(
     entry = tl.program_id(0).to(tl.int64)
     row = tl.load(positions_ptr + entry).to(tl.int64)
     weight = tl.load(weights_ptr + entry).to(tl.float32)
-    gate, up = _load_gate_up(gate_up_ptr, row, width, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
-    at = tl.arange(0, BLOCK)
-    dh = tl.load(dh_ptr + row * width + at, mask=at < width, other=0.0).to(tl.float32)
-    free_gate = gate <= limit
-    free_up = (up >= -limit) & (up <= limit)
-    gate = tl.minimum(gate, limit)
-    up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
-    sigmoid = 1.0 / (1.0 + tl.exp(-alpha * gate))
+    products = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        gate, up = _load_gate_up(gate_up_ptr, row, first, width, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
+        at = first + tl.arange(0, BLOCK)
+        dh = tl.load(dh_ptr + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+        free_gate = gate <= limit
+        free_up = (up >= -limit) & (up <= limit)
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
+        sigmoid = 1.0 / (1.0 + tl.exp(-alpha * gate))
+        dup = dh * gate * sigmoid
+        products += dup * up
+        dgate = dh * up * sigmoid * (1.0 + alpha * gate * (1.0 - sigmoid))
+        dgate = tl.where(free_gate, dgate, 0.0) * weight
+        dup = tl.where(free_up, dup, 0.0) * weight
+        both = tl.reshape(tl.join(dgate, dup), [2 * BLOCK]).to(dgate_up_ptr.dtype.element_ty)
+        wide = 2 * first + tl.arange(0, 2 * BLOCK)
+        tl.store(dgate_up_ptr + row * (2 * width) + wide, both, mask=wide < 2 * width)
     if WEIGHT_GRADIENT:
-        inner = tl.load(inner_ptr + entry) + tl.sum(dh * up * gate * sigmoid, 0)
+        inner = tl.load(inner_ptr + entry) + tl.sum(products, 0)
         tl.store(dweights_ptr + entry, inner.to(dweights_ptr.dtype.element_ty))
-    dh = dh * weight
-    dup = tl.where(free_up, dh * gate * sigmoid, 0.0)
-    dgate = dh * up * sigmoid * (1.0 + alpha * gate * (1.0 - sigmoid))
-    dgate = tl.where(free_gate, dgate, 0.0)
-    both = tl.reshape(tl.join(dgate, dup), [2 * BLOCK]).to(dgate_up_ptr.dtype.element_ty)
-    wide = tl.arange(0, 2 * BLOCK)
-    tl.store(dgate_up_ptr + row * (2 * width) + wide, both, mask=wide < 2 * width)
 
 
 @triton.jit

@@ -12,11 +12,10 @@ forward (out[r, n] = sum_k a[r, k] W[n, k] + bias[n]) and, with BACKWARD, to the
 (out[r, k] = sum_n a[r, n] W[n, k]). Products are summed in fp32, in one order: the same bits every
 time. Offsets into tensors that grow with tokens or experts are int64.
 
-Decoding (`packing/mxfp4.py` says why it is exact): a code's sign goes to bit 15 and its magnitude
-to bits 6-8 of a bfloat16, which is the value times 2^-126; one factor 2^126 and one of the scale.
-On a GPU these are packed bf16 instructions, about three a weight, written in PTX because the
-compiler would do every code by itself in fp32. They do not flush subnormals; -0 is what they add,
-so that a negative zero stays one.
+Decoding is exact: a value times a power of two in bf16, whose instructions keep subnormals. On a
+GPU it is written in PTX, under three instructions a weight, because the compiler would take every
+code by itself and need ten. In fp32, and in Triton's interpreter, a code's sign goes to bit 31 and
+its magnitude to bits 22-24, which is the value times 2^-126 (`packing/mxfp4.py`).
 """
 
 from __future__ import annotations
@@ -24,83 +23,83 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Four bytes to eight codes. $0, $1: values of the low nibbles, $2, $3: of the high; $4: the bytes,
-# $5, $6: the scales of bytes 0, 1 and 2, 3. 0x7E80 is 2^126.
+# A word of eight codes to four words of two values each. $4: the codes; $5: their scale, twice.
+# prmt picks bytes by nibbles, so the codes themselves look up the high and low bytes of their
+# magnitudes; with a nibble's top bit set it repeats the found byte's top bit instead, which tells
+# a negative code (0xFF) from a positive one (0x80).
 DECODE_PTX = tl.constexpr("""{
-.reg .b32 near, far, sign, top, minus;
-mov.b32 top, 0x7E807E80;
-mov.b32 minus, 0x80008000;
-prmt.b32 near, $4, 0, 0x4140;
-prmt.b32 far, $4, 0, 0x4342;
-shl.b32 sign, near, 12;
-shl.b32 $0, near, 6;
-and.b32 $0, $0, 0x01C001C0;
-lop3.b32 $0, sign, minus, $0, 0xEA;
-shl.b32 sign, far, 12;
-shl.b32 $1, far, 6;
-and.b32 $1, $1, 0x01C001C0;
-lop3.b32 $1, sign, minus, $1, 0xEA;
-shl.b32 sign, near, 8;
-shl.b32 $2, near, 2;
-and.b32 $2, $2, 0x01C001C0;
-lop3.b32 $2, sign, minus, $2, 0xEA;
-shl.b32 sign, far, 8;
-shl.b32 $3, far, 2;
-and.b32 $3, $3, 0x01C001C0;
-lop3.b32 $3, sign, minus, $3, 0xEA;
-fma.rn.bf16x2 $0, $0, top, minus;
-fma.rn.bf16x2 $1, $1, top, minus;
-fma.rn.bf16x2 $2, $2, top, minus;
-fma.rn.bf16x2 $3, $3, top, minus;
-fma.rn.bf16x2 $0, $0, $5, minus;
-fma.rn.bf16x2 $1, $1, $6, minus;
-fma.rn.bf16x2 $2, $2, $5, minus;
-fma.rn.bf16x2 $3, $3, $6, minus;
+.reg .b32 code, upper, high, low, sign, top, zero;
+mov.b32 top, 0x80808080;
+mov.b32 zero, 0x80008000;
+and.b32 code, $4, 0x77777777;
+prmt.b32 high, 0x3F3F3F00, 0x40404040, code;
+prmt.b32 low, 0xC0800000, 0xC0804000, code;
+prmt.b32 sign, top, top, $4;
+shl.b32 sign, sign, 7;
+lop3.b32 high, sign, top, high, 0xEA;
+prmt.b32 $0, low, high, 0x5140;
+prmt.b32 $1, low, high, 0x7362;
+shr.u32 code, code, 16;
+shr.u32 upper, $4, 16;
+prmt.b32 high, 0x3F3F3F00, 0x40404040, code;
+prmt.b32 low, 0xC0800000, 0xC0804000, code;
+prmt.b32 sign, top, top, upper;
+shl.b32 sign, sign, 7;
+lop3.b32 high, sign, top, high, 0xEA;
+prmt.b32 $2, low, high, 0x5140;
+prmt.b32 $3, low, high, 0x7362;
+fma.rn.bf16x2 $0, $0, $5, zero;
+fma.rn.bf16x2 $1, $1, $5, zero;
+fma.rn.bf16x2 $2, $2, $5, zero;
+fma.rn.bf16x2 $3, $3, $5, zero;
 }""")
 UNSPECIALIZED = ["first_expert", "last_expert"]
 
 
 @triton.jit
-def _decode(blocks, scales, PTX: tl.constexpr):
-    """uint8 [A, 16 G] and scales [A, G] to values [A, 32 G], bf16 with PTX, fp32 without."""
+def _decode(words, scales, PTX: tl.constexpr):
+    """Words [A, 4 G] of eight codes and scales [A, G] to values [A, 32 G]; fp32 without PTX."""
     A: tl.constexpr = scales.shape[0]
     G: tl.constexpr = scales.shape[1]
-    blocks = tl.reshape(blocks, [A, G, 16])
+    words = tl.reshape(words, [A, G, 4])
     exponent = scales.to(tl.int32)
     if PTX:
         bits = tl.where(exponent == 0, 0x40, exponent << 7)
-        factor = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        factor = tl.broadcast_to(tl.reshape(factor, [A, G, 1]), [A, G, 16])
-        low, high = tl.inline_asm_elementwise(
-            DECODE_PTX, "=&r,=&r,=&r,=&r,r,r,r", [blocks, factor],  # pyright: ignore[reportArgumentType]
-            dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        factor = tl.reshape(bits | (bits << 16), [A, G, 1])
+        first, second, third, fourth = tl.inline_asm_elementwise(
+            DECODE_PTX, "=&r,=&r,=&r,=&r,r,r",  # pyright: ignore[reportArgumentType]
+            [words, tl.broadcast_to(factor, [A, G, 4])],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
+        pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
+        low = pairs.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        high = (pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        values = tl.join(low, high)
     else:
         bits = tl.where(exponent == 0, 0x400000, exponent << 23)
-        factor = tl.reshape(bits.to(tl.float32, bitcast=True), [A, G, 1])
-        code = blocks.to(tl.int32)
-        low = ((code & 7) << 22) | ((code & 8) << 28)
-        high = ((code & 0x70) << 18) | ((code & 0x80) << 24)
-        low = low.to(tl.float32, bitcast=True) * 8.507059173023462e37 * factor
-        high = high.to(tl.float32, bitcast=True) * 8.507059173023462e37 * factor
-    return tl.reshape(tl.join(low, high), [A, 32 * G])
+        factor = tl.reshape(bits.to(tl.float32, bitcast=True), [A, G, 1, 1])
+        shift = tl.reshape(tl.arange(0, 8) * 4, [1, 1, 1, 8])
+        code = tl.reshape(words, [A, G, 4, 1]) >> shift
+        bits = ((code & 7) << 22) | ((code & 8) << 28)
+        values = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37 * factor
+    return tl.reshape(values, [A, 32 * G])
 
 
 @triton.jit
 def decode_kernel(
-    blocks_ptr, scales_ptr, out_ptr, groups,
+    words_ptr, scales_ptr, out_ptr, groups,
     GROUPS: tl.constexpr, TURNS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Groups of 32 weights, expanded one after another. Grid: groups / (GROUPS * TURNS)."""
     first = tl.program_id(0).to(tl.int64) * (GROUPS * TURNS)
-    byte = tl.arange(0, 16)
+    word = tl.arange(0, 4)
     value = tl.arange(0, 32)
     for turn in tl.static_range(TURNS):  # pyright: ignore[reportGeneralTypeIssues]
         group = first + turn * GROUPS + tl.arange(0, GROUPS)
         real = group < groups
-        blocks = tl.load(blocks_ptr + group[:, None] * 16 + byte[None, :], mask=real[:, None])
+        words = tl.load(words_ptr + group[:, None] * 4 + word[None, :], mask=real[:, None])
         scales = tl.load(scales_ptr + group, mask=real, other=127)
-        values = _decode(blocks, scales[:, None], PTX).to(out_ptr.dtype.element_ty)
+        values = _decode(words, scales[:, None], PTX).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + group[:, None] * 32 + value[None, :], values, mask=real[:, None])
 
 
@@ -192,13 +191,13 @@ def dense_kernel(
 
 @triton.jit
 def _load_packed(
-    blocks, scales, row, rows, group, groups, A: tl.constexpr, G: tl.constexpr
+    words, scales, row, rows, group, groups, A: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
-    """Blocks [A, 16 G] and scales [A, G] from one expert's, zeros past its ends."""
+    """Words [A, 4 G] and scales [A, G] from one expert's, zeros past its ends."""
     at = row + tl.arange(0, A)
-    byte = group * 16 + tl.arange(0, 16 * G)
-    real = (at < rows)[:, None] & (byte < groups * 16)[None, :]
-    packed = tl.load(blocks + at[:, None] * (groups * 16) + byte[None, :], mask=real, other=0)
+    word = group * 4 + tl.arange(0, 4 * G)
+    real = (at < rows)[:, None] & (word < groups * 4)[None, :]
+    packed = tl.load(words + at[:, None] * (groups * 4) + word[None, :], mask=real, other=0)
     unit = group + tl.arange(0, G)
     real = (at < rows)[:, None] & (unit < groups)[None, :]
     return packed, tl.load(scales + at[:, None] * groups + unit[None, :], mask=real, other=0)
@@ -206,7 +205,7 @@ def _load_packed(
 
 @triton.jit
 def packed_kernel(
-    a, blocks_ptr, scales_ptr, bias_ptr, out_ptr, starts_ptr, tile_expert_ptr, tile_starts_ptr,
+    a, words_ptr, scales_ptr, bias_ptr, out_ptr, starts_ptr, tile_expert_ptr, tile_starts_ptr,
     experts, columns, depth,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BACKWARD: tl.constexpr,
     BIAS: tl.constexpr, TMA: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
@@ -214,8 +213,8 @@ def packed_kernel(
     """The product for all experts, weights decoded here.
 
     The blocks and scales of the next step are on their way while this one's are decoded and
-    multiplied. Shapes as in `dense_kernel`, with blocks [experts, columns, depth / 32, 16], with
-    BACKWARD [experts, depth, columns / 32, 16].
+    multiplied. Shapes as in `dense_kernel`, with words [experts, columns, depth / 8] of eight codes,
+    with BACKWARD [experts, depth, columns / 8].
     """
     finish = tl.load(tile_starts_ptr + experts) * tl.cdiv(columns, COLUMNS)
     for tile in tl.range(tl.program_id(0), finish, tl.num_programs(0)):
@@ -223,26 +222,26 @@ def packed_kernel(
             tile, columns, starts_ptr, tile_expert_ptr, tile_starts_ptr, ROWS, COLUMNS
         )
         offset = expert.to(tl.int64) * columns * depth
-        blocks, scales = blocks_ptr + offset // 2, scales_ptr + offset // 32
+        words, scales = words_ptr + offset // 8, scales_ptr + offset // 32
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
         if BACKWARD:
             packed, unit = _load_packed(
-                *(blocks, scales, 0, depth, column // 32, columns // 32, DEPTH, COLUMNS // 32)
+                *(words, scales, 0, depth, column // 32, columns // 32, DEPTH, COLUMNS // 32)
             )
         else:
             packed, unit = _load_packed(
-                *(blocks, scales, column, columns, 0, depth // 32, COLUMNS, DEPTH // 32)
+                *(words, scales, column, columns, 0, depth // 32, COLUMNS, DEPTH // 32)
             )
         for k in range(0, depth, DEPTH):
             a_tile = _load_a(a, row, end, k, depth, ROWS, DEPTH, TMA)
             after = k + DEPTH
             if BACKWARD:
                 next_packed, next_unit = _load_packed(
-                    blocks, scales, after, depth, column // 32, columns // 32, DEPTH, COLUMNS // 32
+                    words, scales, after, depth, column // 32, columns // 32, DEPTH, COLUMNS // 32
                 )
             else:
                 next_packed, next_unit = _load_packed(
-                    blocks, scales, column, columns, after // 32, depth // 32, COLUMNS, DEPTH // 32
+                    words, scales, column, columns, after // 32, depth // 32, COLUMNS, DEPTH // 32
                 )
             w_tile = _decode(packed, unit, PTX).to(a_tile.dtype)
             if not BACKWARD:

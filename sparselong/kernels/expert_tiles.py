@@ -27,8 +27,8 @@ TILES: dict[str, dict[tuple[str, str], Tile]] = {
     "sm_90": {
         ("decode", "forward"): Tile(128, 256, 64, 8, 4),
         ("decode", "backward"): Tile(128, 256, 64, 8, 4),
-        ("packed", "forward"): Tile(128, 128, 64, 4, 3, programs=2),
-        ("packed", "backward"): Tile(128, 128, 64, 4, 3, programs=2),
+        ("packed", "forward"): Tile(128, 128, 128, 4, 2, programs=2),
+        ("packed", "backward"): Tile(128, 128, 64, 4, 4, programs=2),
         ("small", "forward"): Tile(16, 64, 128, 4, 3, programs=4),
         ("small", "backward"): Tile(16, 64, 128, 4, 3, programs=4),
     },

@@ -25,6 +25,7 @@ BUFFER_BYTES = 1 << 28
 """The most that decoded weights may take."""
 DTYPES = (torch.bfloat16, torch.float32)
 _DECODE_GROUPS, _DECODE_TURNS = 64, 8
+_GATE_BLOCK = 1024
 
 
 class Projection(NamedTuple):
@@ -61,7 +62,7 @@ def run_forward(
     wide, routing = run_gate_up(x, indices, gate_up, backend)
     inner = wide.shape[1] // 2
     h = torch.empty((wide.shape[0], inner), dtype=wide.dtype, device=wide.device)
-    glue.gate_kernel[(wide.shape[0],)](wide, h, inner, *gate, BLOCK=_power_of_two(inner))
+    glue.gate_kernel[(wide.shape[0],)](wide, h, inner, *gate, BLOCK=_GATE_BLOCK)
     rows = multiply(h, down, routing, backend, backward=False)
     del h
     return expert_routing.combine(rows, routing, weights), wide, routing
@@ -94,7 +95,7 @@ def run_backward(
     glue.gate_backward_kernel[(wide.shape[0],)](
         *(wide, dh, routing.positions, weights, inner_products, dwide, dweights),
         *(inner, *gate),
-        BLOCK=_power_of_two(inner), WEIGHT_GRADIENT=needs_weights,
+        BLOCK=_GATE_BLOCK, WEIGHT_GRADIENT=needs_weights,
     )  # fmt: skip
     del dh
     dgate_up_bias = None
@@ -132,7 +133,7 @@ def multiply(
     }  # fmt: skip
     if backend != "decode":
         kernels.packed_kernel[grid](
-            *(a_tiles, weight.blocks, weight.scales, weight.bias, out, *lists),
+            *(a_tiles, weight.blocks.view(torch.int32), weight.scales, weight.bias, out, *lists),
             *(experts, columns, depth),
             PTX=_has_ptx(a),
             **constants,
@@ -155,10 +156,10 @@ def multiply(
 
 def decode_into(buffer: torch.Tensor, weight: Projection, first: int, last: int) -> None:
     """Values of experts [first, last) to the start of buffer [experts, out, in]."""
-    blocks, scales = weight.blocks[first:last], weight.scales[first:last]
+    words, scales = weight.blocks[first:last].view(torch.int32), weight.scales[first:last]
     grid = (-(-scales.numel() // (_DECODE_GROUPS * _DECODE_TURNS)),)
     kernels.decode_kernel[grid](
-        *(blocks, scales, buffer, scales.numel()),
+        *(words, scales, buffer, scales.numel()),
         GROUPS=_DECODE_GROUPS, TURNS=_DECODE_TURNS, PTX=_has_ptx(buffer), num_warps=8,
     )  # fmt: skip
 
@@ -169,10 +170,6 @@ def _choose_tile(x: torch.Tensor, backend: str, direction: str) -> Tile:
 
 def _has_ptx(values: torch.Tensor) -> bool:
     return values.dtype == torch.bfloat16 and values.device.type == "cuda"
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 @functools.cache
