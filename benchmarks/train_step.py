@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,16 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
+    offload = nullcontext()
+    if args.offload:  # what stage 03 asks Axolotl for
+        from axolotl.monkeypatch import checkpoint_activation_offload as axolotl_offload
+
+        offload = axolotl_offload.get_checkpoint_hidden_states_offloading_ctx_manager()
+
     def step() -> float:
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
+        with offload:
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
@@ -134,7 +142,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def describe(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
     """The case of a row."""
-    names = ("batch", "layers", "cap_gib", "keep_attention")
+    names = ("batch", "layers", "cap_gib", "keep_attention", "offload")
     return {"tokens": tokens} | {name: getattr(args, name) for name in names}
 
 
@@ -147,6 +155,7 @@ def spawn(arm: str, tokens: int, args: argparse.Namespace, profiled: bool) -> li
         command += ["--keep-attention", args.keep_attention]
         command += ["--cap-gib", args.cap_gib] if args.cap_gib else []
         command += ["--profile"] if profiled else []
+        command += ["--offload"] if args.offload else []
         done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True)
         print(done.stderr[-6000:], file=sys.stderr, end="", flush=True)
         if done.returncode == 0:
@@ -166,6 +175,7 @@ def main() -> None:
     parser.add_argument("--cap-gib", type=float, help="what the whole process may take")
     parser.add_argument("--spare", type=int, default=700 << 20, help="the context's bytes")
     parser.add_argument("--keep-attention", default="always", choices=("always", "never"))
+    parser.add_argument("--offload", action="store_true", help="checkpoints to host memory")
     parser.add_argument("--profiled", type=int, nargs="*", default=[16384], help="lengths")
     parser.add_argument("--machine", help="short name for the result's file, for example h200")
     parser.add_argument("--folder", type=Path, default=RESULTS)
