@@ -173,6 +173,8 @@ def _data(config: Config, folders: Folders, rows: int) -> dict[str, Any]:
         "sequence_len": config.sequence_len,
         "sample_packing": config.training.sample_packing,
         "eval_sample_packing": False,
+        # Axolotl's own choice beside packing would leave the last conversations out of evaluations.
+        "dataloader_drop_last": False,
         "pad_to_sequence_len": config.training.sample_packing,
     }
 

@@ -26,6 +26,8 @@ def test_precision_and_kernels_are_never_left_to_axolotl():
     assert [made[f"lora_{part}_kernel"] for part in ("qkv", "o", "mlp")] == [False] * 3
     assert "context_parallel_size" not in made
     assert made["eval_sample_packing"] is False
+    # Beside packing Axolotl would drop the last, incomplete batch of every evaluation.
+    assert made["dataloader_drop_last"] is False
 
 
 def test_paths_and_sections():
