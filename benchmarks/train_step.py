@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
-    offload = nullcontext()
+    offload: Any = nullcontext()
     if args.offload:  # what stage 03 asks Axolotl for
         from axolotl.monkeypatch import checkpoint_activation_offload as axolotl_offload
 
