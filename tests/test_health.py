@@ -112,14 +112,18 @@ def test_120b_on_an_h200_runs_alone():
     assert health.plan_for(alone, H200).rate.flops_per_second == 990e12
 
 
-def test_20b_on_one_3090_names_the_longest_sequence_that_fits():
-    row = judge(SMALL, machine([gpu()]))["GPU memory"]
+def test_20b_fits_one_3090_at_its_own_length():
+    assert failures(SMALL, machine([gpu()])) == set()
+
+
+def test_a_smaller_card_is_told_the_longest_sequence_that_fits():
+    card = gpu(gib=21.2, free=21.2)
+    row = judge(SMALL, machine([card]))["GPU memory"]
     assert row.status == "fail" and "short" in row.found
     longest = int(row.fix.split("sequence_len=")[1].split()[0])
-    short = load("gpt-oss-20b-1x3090", f"sequence_len={longest}")
-    assert failures(short, machine([gpu(free=24.0)])) == set()
+    assert failures(load("gpt-oss-20b-1x3090", f"sequence_len={longest}"), machine([card])) == set()
     longer = load("gpt-oss-20b-1x3090", f"sequence_len={longest + 128}")
-    assert failures(longer, machine([gpu(free=24.0)])) == {"GPU memory"}
+    assert failures(longer, machine([card])) == {"GPU memory"}
 
 
 def test_a_busy_gpu_is_told_from_a_small_one():

@@ -9,7 +9,8 @@ every doubling (…, 64-95, 96-127, …), because what context is worth grows wi
 
 Batches are filled with conversations of similar length and padded on the right, where causal
 attention cannot see; padded places are dropped before the head, so they are neither computed there
-nor counted. Logits exist for a few hundred tokens at a time: 16,384 at once would take 13 GB.
+nor counted. The loss is stage 03's (kernels/cross_entropy.py): logits exist for 512 tokens at a
+time, where 16,384 at once would take 13 GB.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.errors import StageError
+from sparselong.kernels.cross_entropy import token_losses
 
-_HEAD_ROWS = 512
 _BATCH_TOKENS = 16384
 
 
@@ -139,15 +139,8 @@ def _losses(model: Any, batch: list[list[int]]) -> tuple[torch.Tensor, torch.Ten
     owner, before = present[:, 1:].nonzero(as_tuple=True)
     position = before + 1
     states, targets = hidden[owner.to(device), before.to(device)], ids[owner, position].to(device)
-    losses = [
-        F.cross_entropy(
-            model.lm_head(states[i : i + _HEAD_ROWS]).float(),
-            targets[i : i + _HEAD_ROWS],
-            reduction="none",
-        )
-        for i in range(0, len(states), _HEAD_ROWS)
-    ]
-    return owner, position, torch.cat(losses).double().cpu()
+    losses = token_losses(states, model.lm_head.weight, targets)
+    return owner, position, losses.double().cpu()
 
 
 def _summary(pair: torch.Tensor) -> dict[str, float]:

@@ -56,14 +56,23 @@ def linear_cross_entropy(
     _check(hidden, weight, labels, chunk_rows)
     kept = (labels != IGNORED).nonzero().flatten()
     targets = labels[kept]
-    if len(kept) and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
-        raise ValueError(
-            f"labels: between {int(targets.min())} and {int(targets.max())}; "
-            f"allowed: {IGNORED}, or 0 to {len(weight) - 1}"
-        )
+    _check_labels(targets, len(weight))
     if len(kept) < len(hidden):
         hidden = hidden.index_select(0, kept)
     return _LinearCrossEntropy.apply(hidden, weight, targets, chunk_rows)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def token_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int = CHUNK_ROWS
+) -> torch.Tensor:
+    """Each row's cross-entropy, fp32 [rows] (fp64 from fp64); without gradients.
+
+    Arguments and errors as for `linear_cross_entropy`; every row needs a label.
+    """
+    _check(hidden, weight, labels, chunk_rows)
+    _check_labels(labels, len(weight))
+    return _go_through(hidden, weight, labels, chunk_rows, needs_gradient=False)[0]
 
 
 def _check(
@@ -93,25 +102,21 @@ def _check(
         raise ValueError(f"chunk_rows: {chunk_rows}; allowed: at least 1")
 
 
+def _check_labels(targets: torch.Tensor, vocab: int) -> None:
+    """Those that count."""
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+        raise ValueError(
+            f"labels: between {int(targets.min())} and {int(targets.max())}; "
+            f"allowed: {IGNORED} in training, or 0 to {vocab - 1}"
+        )
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_rows: int
     ) -> torch.Tensor:
-        needs_gradient = ctx.needs_input_grad[0]
-        rows, vocab = len(hidden), len(weight)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        losses = torch.empty(rows, dtype=wide, device=hidden.device)
-        dhidden = torch.empty_like(hidden) if needs_gradient else None
-        with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
-            buffer = hidden.new_empty(min(rows, chunk_rows), vocab)
-            for start in range(0, rows, chunk_rows):
-                chunk = slice(start, min(start + chunk_rows, rows))
-                logits = buffer[: chunk.stop - chunk.start]
-                torch.mm(hidden[chunk], weight.T, out=logits)
-                turn_into_gradients(logits, targets[chunk], losses[chunk], needs_gradient)
-                if dhidden is not None:
-                    torch.mm(logits, weight, out=dhidden[chunk])
+        losses, dhidden = _go_through(hidden, weight, targets, chunk_rows, ctx.needs_input_grad[0])
         ctx.save_for_backward(dhidden)
         return losses.sum()
 
@@ -121,6 +126,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Not in bf16, where the number itself would be rounded by up to 0.2 %.
         scaled = dhidden.to(dloss.dtype, copy=True).mul_(dloss)
         return scaled.to(dhidden.dtype), None, None, None
+
+
+def _go_through(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    chunk_rows: int,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Each row's loss, and the gradient of their sum with respect to hidden where needed."""
+    rows, vocab = len(hidden), len(weight)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    losses = torch.empty(rows, dtype=wide, device=hidden.device)
+    dhidden = torch.empty_like(hidden) if needs_gradient else None
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+        buffer = hidden.new_empty(min(rows, chunk_rows), vocab)
+        for start in range(0, rows, chunk_rows):
+            chunk = slice(start, min(start + chunk_rows, rows))
+            logits = buffer[: chunk.stop - chunk.start]
+            torch.mm(hidden[chunk], weight.T, out=logits)
+            turn_into_gradients(logits, targets[chunk], losses[chunk], needs_gradient)
+            if dhidden is not None:
+                torch.mm(logits, weight, out=dhidden[chunk])
+    return losses, dhidden
 
 
 def turn_into_gradients(

@@ -1,15 +1,18 @@
 """Peak memory of fine-tuning one device, by component.
 
-Weights are exact; activations are estimates from what each operation must keep. Two estimates are
-tied to measurements of gpt-oss-20b under transformers on one GPU (bf16, checkpointing, batch 1):
-peaks of 48.9, 58.8 and 78.4 GiB at 4,096, 8,192 and 16,384 tokens. They say that the loss, whose
-logits are not cut into chunks, holds 12 bytes per token and vocabulary entry at its peak, and that
-it decides the peak: it is alive together with the checkpoints, but not together with a layer's
-recomputed activations. So the peak counts the larger of the two.
+Weights are exact; activations are estimates from what each operation must keep. The loss is what
+kernels/cross_entropy.py allocates: the logits of one chunk of rows, then the gradient of the hidden
+states in fp32 for a moment, and never a sequence's logits; on an H200 it took 0.35 GiB at 16,384
+supervised tokens. It is alive together with the checkpoints, but not together with a layer's
+recomputed activations, so the peak counts the larger of the two.
+
+That whole-model peaks add up is tied to measurements of gpt-oss-20b under transformers on one GPU
+(bf16, checkpointing, batch 1): 48.9, 58.8 and 78.4 GiB at 4,096, 8,192 and 16,384 tokens, where the
+loss holds 12 bytes per token and vocabulary entry (tests/test_memory.py).
 
 This version keeps the whole model and the whole sequence on one device. What a card needs once
-experts, vocabulary and sequence are shared by `sequence_parallel_degree` ranks (and the loss is cut
-into chunks of 512 rows) is computed beside it: `sharded=True`.
+experts, vocabulary and sequence are shared by `sequence_parallel_degree` ranks is computed beside
+it: `sharded=True`.
 """
 
 from __future__ import annotations
@@ -28,11 +31,12 @@ CUDA_OVERHEAD_BYTES = int(1.3 * GIB)
 """CUDA context, NCCL buffers and allocator fragmentation (estimate)."""
 CPU_OVERHEAD_BYTES = GIB
 """Python with torch, transformers and axolotl imported (estimate)."""
-LOSS_BYTES = 12
-"""Bytes per logit at the peak of an unchunked cross-entropy (fits the measurements above)."""
 LOSS_CHUNK_ROWS = 512
-LOSS_CHUNK_BYTES = 10
-"""Bytes per logit of a chunk: bf16 and fp32 logits, fp32 gradient (estimate)."""
+"""Rows whose logits exist at once: kernels.cross_entropy's CHUNK_ROWS."""
+LOSS_CHUNK_WIDTHS = {"cuda": 1, "cpu": 3}
+"""Copies of a chunk's logits: a GPU's kernel works in place, torch takes two temporaries."""
+LOSS_ROW_BYTES = 8
+"""Per hidden value of a supervised token: its gradient in bf16, in fp32, and scaled (measured)."""
 EXPERT_WIDTHS = 10
 """Live activations of a token's copy in an expert, in intermediate widths (estimate)."""
 EAGER_COPIES = 5
@@ -86,7 +90,7 @@ def finetune_memory(
             **_weights(shape, config, width, ranks),
             **_trained(shape, config),
             **_activations(shape, config, tokens, width),
-            "logits and cross-entropy": _loss(shape, tokens, sharded),
+            "logits and cross-entropy": _loss(shape, tokens, device),
             "decoded weights at work": _decoded(shape, width),
             **_overhead(device),
         },
@@ -149,10 +153,13 @@ def _attention(shape: ModelShape, config: Config, tokens: int, width: int) -> in
     return kept + scores * EAGER_COPIES // 2  # the caller doubles for the gradients
 
 
-def _loss(shape: ModelShape, tokens: int, chunked: bool) -> int:
-    if chunked:
-        return min(tokens, LOSS_CHUNK_ROWS) * shape.vocab * LOSS_CHUNK_BYTES
-    return tokens * shape.vocab * LOSS_BYTES
+def _loss(shape: ModelShape, tokens: int, device: Device) -> int:
+    """The forward pass holds a chunk's logits beside the supervised rows and their gradient; the
+    backward pass the gradient three times. Every token counts as supervised."""
+    width = 2 if device == "cuda" else 4
+    chunk = min(tokens, LOSS_CHUNK_ROWS) * shape.vocab * width * LOSS_CHUNK_WIDTHS[device]
+    rows = tokens * shape.hidden
+    return max(chunk + 2 * rows * width, rows * (LOSS_ROW_BYTES if device == "cuda" else 3 * width))
 
 
 def _decoded(shape: ModelShape, width: int) -> int:
@@ -238,7 +245,8 @@ def evaluate_memory(shape: ModelShape, config: Config, device: Device) -> dict[s
         "the rest of the base model": (sum(base.values()) - base["experts"]) * unpacked,
         "live layer activations": tokens * shape.experts_per_token * 4 * shape.intermediate * width,
         "eager attention": 3 * shape.heads * tokens * length * width,
-        "logits": max(answers * 8, LOSS_CHUNK_ROWS * LOSS_CHUNK_BYTES) * shape.vocab,
+        "logits": max(answers * 8, LOSS_CHUNK_ROWS * width * LOSS_CHUNK_WIDTHS[device])
+        * shape.vocab,
         "decoded weights at work": _decoded(shape, width),
         **_overhead(device),
     }
