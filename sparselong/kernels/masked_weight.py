@@ -6,8 +6,8 @@ and the gate of its gradient: a gradient passes where the mask keeps and the cod
 Both are made anew in every pass over a layer. In plain torch that is thirty passes over the weight,
 with fp32 copies of it; on a GPU one Triton kernel reads master, patterns and scales once and writes
 the result. The arithmetic is the same: sums and quotient in fp32 (the quotient correctly rounded),
-ties to even, the product with the scale rounded once to bf16. Only the sum over the rank is taken
-in another order, of three tf32 products each, which keep fp32's accuracy.
+ties to even, the product with the scale rounded once to bf16. Only the sum over the rank may be
+taken in another order.
 
 The CPU's version, in plain torch, is `masked_weight_ref.py`. Sources: SQFT's SparsePEFT (Muñoz et
 al., 2024) prunes the sum; the gate at saturation is that of LSQ.
@@ -25,8 +25,7 @@ import triton.language as tl
 from sparselong.kernels import masked_weight_ref as reference
 from sparselong.packing import integer
 
-ROWS, COLUMNS, WARPS = 32, 128, 8
-RANK = tl.constexpr(16)
+ROWS, BLOCKS, WARPS = 8, 8, 4
 # 4-bit masks of the six patterns (packing/two_four.py), the first in the lowest bits.
 PATTERN_MASKS = tl.constexpr(0xCA6953)
 NEAREST_EVEN = tl.constexpr(12582912.0)
@@ -45,6 +44,8 @@ class MaskedWeight:
             keeps everything.
         scale: bf16 [out, in/group]; None with 16 bits.
         bits: 4, 8 or 16 (16: rounded to bf16 only).
+
+    Weights of less than 2^31 elements; groups of 32, 64, ... inputs.
     """
 
     master: torch.Tensor
@@ -82,7 +83,7 @@ class MaskedWeight:
     def _launch(self, result: torch.Tensor, gate: bool) -> None:
         rows, columns = self.master.shape
         lowest, highest = (0, 0) if self.scale is None else integer.code_range(self.bits)
-        grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS))
+        grid = (triton.cdiv(columns, 32 * BLOCKS), triton.cdiv(rows, ROWS))
         rank = self.lora_a.shape[0]
         launch: Any = masked_weight_kernel  # triton's own types know no launch
         with torch.cuda.device_of(result):
@@ -96,51 +97,49 @@ class MaskedWeight:
                 HAS_SCALE=self.scale is not None,
                 GATE=gate,
                 ROWS=ROWS,
-                COLUMNS=COLUMNS,
+                BLOCKS=BLOCKS,
                 num_warps=WARPS,
             )
-
-
-@triton.jit
-def _kept(patterns, row, column, inside, columns):
-    """Whether the 2:4 mask keeps a weight: pattern (column / 4), three bits at 3·(column / 4)."""
-    bit = 3 * (column % 32 // 4)
-    at = patterns + row[:, None].to(tl.int64) * (columns // 32 * 3) + (column // 32 * 3 + bit // 8)
-    crosses = inside & (bit % 8 > 5)[None, :]
-    low = tl.load(at, mask=inside, other=0).to(tl.int32)
-    high = tl.load(at + 1, mask=crosses, other=0).to(tl.int32)
-    pattern = ((low | (high << 8)) >> (bit % 8)[None, :]) & 7
-    return ((PATTERN_MASKS >> (4 * pattern + (column % 4)[None, :])) & 1) != 0
 
 
 @triton.jit
 def masked_weight_kernel(
     result_ptr, master_ptr, a_ptr, b_ptr, patterns_ptr, scale_ptr,
     scaling, rows, columns, rank, lowest, highest,
-    GROUP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SCALE: tl.constexpr,
-    GATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SCALE: tl.constexpr, GATE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the rounded weight, or (GATE) of a gradient that passes or becomes zero."""
+    """One tile of the rounded weight, or (GATE) of a gradient that passes or becomes zero.
+
+    Columns are blocks of 32: a block has one scale, and three bytes of eight patterns, the first
+    in the lowest bits.
+    """
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    wide = row.to(tl.int64)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = wide[:, None] * columns + column[None, :]
-    change = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, rank, RANK):
-        at_rank = start + tl.arange(0, RANK)
-        b_inside = (row < rows)[:, None] & (at_rank < rank)[None, :]
-        b = tl.load(b_ptr + wide[:, None] * rank + at_rank[None, :], mask=b_inside, other=0.0)
-        a_inside = (at_rank < rank)[:, None] & (column < columns)[None, :]
-        a = tl.load(a_ptr + at_rank[:, None] * columns + column[None, :], mask=a_inside, other=0.0)
-        change = tl.dot(b, a, change, input_precision="tf32x3")
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    lane = tl.arange(0, 32)
+    column = block[:, None] * 32 + lane[None, :]
+    row_inside, inside_row = row < rows, (column < columns)[None, :, :]
+    inside = row_inside[:, None, None] & inside_row
+    at = row[:, None, None] * columns + column[None, :, :]
+    change = tl.zeros([ROWS, BLOCKS, 32], tl.float32)
+    for r in range(rank):
+        b = tl.load(b_ptr + row * rank + r, mask=row_inside, other=0.0)
+        a = tl.load(a_ptr + r * columns + column, mask=column < columns, other=0.0)
+        change += b[:, None, None] * a[None, :, :]
     weight = tl.load(master_ptr + at, mask=inside, other=0.0).to(tl.float32) + scaling * change
     passes = inside
+    by_block = row_inside[:, None] & (block * 32 < columns)[None, :]
     if HAS_MASK:
-        passes = passes & _kept(patterns_ptr, row, column, inside, columns)
+        bytes_at = patterns_ptr + (row[:, None] * (columns // 32) + block[None, :]) * 3
+        word = tl.load(bytes_at, mask=by_block, other=0).to(tl.int32)
+        word |= tl.load(bytes_at + 1, mask=by_block, other=0).to(tl.int32) << 8
+        word |= tl.load(bytes_at + 2, mask=by_block, other=0).to(tl.int32) << 16
+        pattern = (word[:, :, None] >> (lane // 4 * 3)[None, None, :]) & 7
+        kept = (PATTERN_MASKS >> (4 * pattern + (lane % 4)[None, None, :])) & 1
+        passes = passes & (kept != 0)
     if HAS_SCALE:
-        group = wide[:, None] * (columns // GROUP) + (column // GROUP)[None, :]
-        step = tl.load(scale_ptr + group, mask=inside, other=1.0).to(tl.float32)
+        group = row[:, None] * (columns // GROUP) + (block * 32 // GROUP)[None, :]
+        step = tl.load(scale_ptr + group, mask=by_block, other=1.0).to(tl.float32)[:, :, None]
         ratio = tl.where(step == 0.0, 0.0, tl.div_rn(weight, tl.where(step == 0.0, 1.0, step)))
         ratio = tl.minimum(tl.maximum(ratio, -1e6), 1e6)
         code = (ratio + NEAREST_EVEN) - NEAREST_EVEN

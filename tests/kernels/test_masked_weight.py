@@ -37,7 +37,7 @@ def test_a_3090_holds_the_kernel(gate):
     types |= {"b_ptr": "*fp32", "patterns_ptr": "*u8", "scale_ptr": "*bf16"}
     types |= dict.fromkeys(("scaling", "lowest", "highest"), "fp32")
     constants = {"GROUP": 64, "HAS_MASK": True, "HAS_SCALE": True, "GATE": gate}
-    constants |= {"ROWS": masked_weight.ROWS, "COLUMNS": masked_weight.COLUMNS}
+    constants |= {"ROWS": masked_weight.ROWS, "BLOCKS": masked_weight.BLOCKS}
     names = masked_weight.masked_weight_kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     source = ASTSource(masked_weight.masked_weight_kernel, signature, constants)
