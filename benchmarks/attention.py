@@ -56,22 +56,24 @@ def time_in_turn(
 ) -> dict[str, float]:
     """Median ms of each call by device events, one of each a round, after a first round.
 
-    Before each, writing a GiB flushes the L2 cache and lets the host run ahead of the device, as it
-    does in the midst of a model. So this is the device's time, whatever the host takes to ask.
+    Before each, a GiB is written four times, which flushes the L2 cache and lets the host run a
+    millisecond ahead of the device, as it does in the midst of a model. So this is the device's
+    time, whatever the host takes to ask.
     """
     flush = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in calls}
     started = time.monotonic()
     for n in range(41):
         for name, call in calls.items():
-            flush.zero_()
+            for _ in range(4):
+                flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             call()
             end.record()
             end.synchronize()
             times[name].append(begin.elapsed_time(end))
-        if n >= 3 and time.monotonic() - started > 0.3 * len(calls):
+        if n >= 5 and time.monotonic() - started > 0.3 * len(calls):
             break
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -12,10 +13,14 @@ ATTENTION = """
 ## Attention with sinks
 
 gpt-oss's shape (64 query heads, 8 KV heads, head_dim 64), bf16, batch 1, sinks frozen as under
-LoRA; medians in ms, TFLOP/s on the FLOPs that the mask leaves. Packed: documents of 1,024 tokens on
-average. A backend that errs more than twice as much as torch's FlashAttention-2 with the sink
-correction has no speed here. `chosen` is what `attention(...)` takes by itself.
+LoRA; medians in ms of the device's time, backends timed in turn; TFLOP/s on the FLOPs that the mask
+leaves. Packed: documents of 1,024 tokens on average. `chosen` is what `attention(...)` takes by
+itself. A backend of ours that errs more than twice as much as torch's FlashAttention-2 with the
+sink correction (`torch_flash`) has no speed here; `eager` (transformers' definition, in bf16) and
+`flex` (torch's, with the sinks taken in through its log-sum-exp) are held to twice eager's error.
 """
+NAMES = ("out", "dq", "dk", "dv", "dsinks")
+Values = dict[tuple, float]
 
 
 def write_section() -> str:
@@ -24,63 +29,165 @@ def write_section() -> str:
     return ATTENTION + "".join(write_attention(machine, found) for machine, found in documents)
 
 
-def lookup(document: dict[str, Any]) -> dict[tuple, float]:
-    """Values by (kind, packed, tokens, backend, metric), training cases only."""
-    values = {}
-    for entry in document["rows"]:
-        case = entry["case"]
-        if "queries" not in case:
-            key = (case["kind"], case["packed"], case["tokens"], entry["backend"], entry["metric"])
-            values[key] = entry["value"]
-    return values
+def lookup(document: dict[str, Any], *beside: str) -> Values:
+    """Values by (kind, packed, tokens, *beside, backend, metric), of cases with these keys."""
+    keys = ("kind", "packed", "tokens", *beside)
+    return {
+        (*(row["case"][key] for key in keys), row["backend"], row["metric"]): row["value"]
+        for row in document["rows"]
+        if set(row["case"]) == set(keys)
+    }
 
 
 def write_attention(machine: str, document: dict[str, Any]) -> str:
     """The section's tables for one machine, and the plot beside them."""
     values = lookup(document)
-    cases = sorted({key[:3] for key in values if key[4] == "forward_backward_ms"})
-    backends = sorted({key[3] for key in values if key[4] == "forward_backward_ms"})
-    lines = [
+    head = (
         f"\n### {machine} (torch {document['versions']['torch']}, triton "
-        f"{document['versions']['triton']}, {document['date']}, `{document['file']}`)\n",
-        "Forward + backward, ms (TFLOP/s); forward alone, ms; peak memory of forward + backward:\n",
-        "| layer | tokens | " + " | ".join(backends) + " |",
-        "|---" * (2 + len(backends)) + "|",
+        f"{document['versions']['triton']}, {document['date']}, `{document['file']}`)\n"
+    )
+    plot = plot_attention(machine, values)
+    lines = [
+        head,
+        f"![attention on {machine}](benchmarks/results/{plot})\n",
+        *tabulate_speed(values),
+        *tabulate_ratios(values),
+        *tabulate_errors(values),
+        *tabulate_decoding(lookup(document, "queries")),
+        *tabulate_determinism(document),
+        *tabulate_first_calls(lookup(document, "process")),
     ]
-    for kind, packed, tokens in cases:
-        cells = [f"{kind}{', packed' if packed else ''}", f"{tokens:,}"]
+    return "\n".join(lines) + "\n"
+
+
+def table(*head: str) -> list[str]:
+    """A table's first two lines."""
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+
+
+def name_layer(kind: str, packed: bool) -> str:
+    return f"{kind}{', packed' if packed else ''}"
+
+
+def list_backends(values: Values) -> list[str]:
+    return sorted({key[-2] for key in values if key[-1] == "forward_backward_ms"})
+
+
+def tabulate_speed(values: Values) -> Iterator[str]:
+    backends = list_backends(values)
+    yield "Forward + backward, ms (TFLOP/s); forward, ms; peak memory of forward + backward:\n"
+    yield from table("layer", "tokens", *backends)
+    for kind, packed, tokens in sorted({k[:3] for k in values if k[-1] == "forward_backward_ms"}):
+        cells = []
         for backend in backends:
             at = (kind, packed, tokens, backend)
             if (*at, "forward_backward_ms") not in values:
                 cells.append("")
                 continue
-            both, rate, forward, peak = (
-                values[*at, metric]
-                for metric in (
-                    "forward_backward_ms",
-                    "forward_backward_rate",
-                    "forward_ms",
-                    "forward_backward_peak_bytes",
-                )
-            )
+            both, rate = values[*at, "forward_backward_ms"], values[*at, "forward_backward_rate"]
+            forward, peak = values[*at, "forward_ms"], values[*at, "forward_backward_peak_bytes"]
             cells.append(f"{both:.2f} ({rate:.0f}); {forward:.2f}; {peak / 2**20:,.0f} MiB")
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Relative L2 error against fp64 at 2,048 tokens:\n"]
-    names = ("out", "dq", "dk", "dv", "dsinks")
-    lines += ["| layer | backend | " + " | ".join(names) + " |", "|---" * 7 + "|"]
-    for key in sorted(key for key in values if key[4] == "relative_error_out"):
-        errors = (values[*key[:4], f"relative_error_{name}"] for name in names)
-        lines.append(f"| {key[0]} | {key[3]} | " + " | ".join(f"{e:.1e}" for e in errors) + " |")
-    plot = plot_attention(machine, values, backends)
-    return "\n".join([*lines, "", f"![attention on {machine}](benchmarks/results/{plot})", ""])
+        yield "| " + " | ".join([name_layer(kind, packed), f"{tokens:,}", *cells]) + " |"
 
 
-def plot_attention(machine: str, values: dict[tuple, float], backends: list[str]) -> str:
+def tabulate_ratios(values: Values) -> Iterator[str]:
+    """What the project promises of the same figures, at each length where both sides are there."""
+    both = "forward_backward_ms"
+    promises = [
+        (f"{label}, {kind} layer", (kind, False, other), (kind, False, backend), both)
+        for label, kind, other, backend in (
+            ("chosen against torch_cudnn", "full", "torch_cudnn", "chosen"),
+            ("triton against torch_flash", "full", "torch_flash", "triton"),
+            ("triton against torch_flash", "window", "torch_flash", "triton"),
+            ("triton against flex", "window", "flex", "triton"),
+            ("chosen against eager", "full", "eager", "chosen"),
+            ("chosen against eager", "window", "eager", "chosen"),
+        )
+    ]
+    rate = "forward_backward_rate"
+    promises += [
+        ("useful FLOP/s packed against one document, both triton",
+         ("full", True, "triton"), ("full", False, "triton"), rate),
+        ("useful FLOP/s packed against one document, both chosen",
+         ("full", True, "chosen"), ("full", False, "chosen"), rate),
+    ]  # fmt: skip
+    lengths = sorted({key[2] for key in values if key[-1] == both})
+    yield "\nHow many times as fast, forward + backward:\n"
+    yield from table("", *(f"{tokens:,}" for tokens in lengths))
+    for label, above, below, metric in promises:
+        cells = []
+        for tokens in lengths:
+            pair = [(k, p, tokens, b, metric) for k, p, b in (above, below)]
+            known = all(key in values for key in pair)
+            cells.append(f"{values[pair[0]] / values[pair[1]]:.2f}" if known else "")
+        if any(cells):
+            yield "| " + " | ".join([label, *cells]) + " |"
+
+
+def tabulate_errors(values: Values) -> Iterator[str]:
+    yield "\nRelative L2 error against fp64 at 2,048 tokens:\n"
+    yield from table("layer", "backend", *NAMES)
+    for key in sorted(key for key in values if key[-1] == "relative_error_out"):
+        errors = (values[*key[:4], f"relative_error_{name}"] for name in NAMES)
+        yield f"| {key[0]} | {key[3]} | " + " | ".join(f"{e:.1e}" for e in errors) + " |"
+
+
+def tabulate_decoding(values: Values) -> Iterator[str]:
+    cases = sorted({key[:4] for key in values})
+    if not cases:
+        return
+    backends = sorted({key[4] for key in values})
+    yield "\nDecoding, a few queries over a cache: µs of the device (µs a call, back to back):\n"
+    yield from table("layer", "keys", "queries", *backends)
+    for case in cases:
+        cells = [
+            f"{values[*case, name, 'forward_ms'] * 1e3:.0f} "
+            f"({values[*case, name, 'forward_wall_ms'] * 1e3:.0f})"
+            if (*case, name, "forward_wall_ms") in values
+            else ""
+            for name in backends
+        ]
+        yield "| " + " | ".join([case[0], f"{case[2]:,}", str(case[3]), *cells]) + " |"
+
+
+def tabulate_determinism(document: dict[str, Any]) -> Iterator[str]:
+    rows = [row for row in document["rows"] if "deterministic" in row["case"]]
+    if not rows:
+        return
+    yield "\nWhat `deterministic: true` costs torch_flash (the Triton kernels always are), ms:\n"
+    yield from table("layer", "tokens", "without", "with")
+    for kind in ("full", "window"):
+        own = {r["case"]["deterministic"]: r for r in rows if r["case"]["kind"] == kind}
+        tokens = own[True]["case"]["tokens"]
+        yield f"| {kind} | {tokens:,} | {own[False]['value']:.2f} | {own[True]['value']:.2f} |"
+
+
+def tabulate_first_calls(values: Values) -> Iterator[str]:
+    if not values:
+        return
+    what = (("first", True), ("first", False), ("later", True))
+    lengths = sorted({key[2] for key in values})
+    yield (
+        "\nSeconds of a first forward + backward (Triton kernels compiled): with an empty cache, "
+        "then at another length, then in a later process:\n"
+    )
+    yield from table("layer", "backend", "first call", "another length", "later process")
+    for kind, packed, backend in sorted({(k[0], k[1], k[4]) for k in values}):
+        cells = []
+        for process, first in what:
+            at = (kind, packed, lengths[0 if first else -1], process, backend)
+            seconds = values[*at, "first_call_seconds"]
+            compiled = values[*at, "first_call_compiled_kernels"]
+            cells.append(f"{seconds:.2f} ({compiled:.0f})")
+        yield "| " + " | ".join([name_layer(kind, packed), backend, *cells]) + " |"
+
+
+def plot_attention(machine: str, values: Values) -> str:
     """Rate by length, one panel a layer kind and packing; the picture's file name."""
     panels = [("full", False), ("full", True), ("window", False), ("window", True)]
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.4))
     for axis, (kind, packed) in zip(axes, panels, strict=True):
-        for backend in backends:
+        for backend in list_backends(values):
             wanted = (kind, packed, backend, "forward_backward_rate")
             points = sorted((k[2], v) for k, v in values.items() if (*k[:2], *k[3:]) == wanted)
             if points and backend != "chosen":

@@ -20,6 +20,7 @@ from sparselong.kernels.attention_kernels import (
     SIZES,
     key_ranges,
     load_rows,
+    place_program,
     place_tile,
     tile_pointers,
 )
@@ -68,13 +69,13 @@ def dq_kernel(
 ):  # fmt: skip
     """dq of one tile, delta = rowsum(dO * O) for the next kernel, and this tile's share of dsink.
 
-    Grid as `forward_kernel`. `dsink_ptr` is [batch, heads, query tiles], summed by the launcher.
+    Grid as of `forward_kernel`. `dsink_ptr` is [batch, heads, query tiles], summed by the launcher.
     The sink's gradient takes delta as rowsum(P * dP), all fp32: out was rounded when it was stored,
     and in a sum over thousands of rows that nearly cancels, the rounding would be what one sees.
     """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1) * HEADS
-    batch = tl.program_id(2).to(tl.int64)
+    block, tiles, heads_before, batch = place_program(HAS_DOCS, HAS_WINDOW)  # pyright: ignore[reportGeneralTypeIssues]
+    tile = tiles - 1 - block
+    head = heads_before * HEADS
     row_head = head + tl.arange(0, HEADS * QUERIES) // QUERIES
     starts = starts_ptr + batch * keys
     first, last, query, real, position, floor = place_tile(  # pyright: ignore[reportGeneralTypeIssues]
@@ -119,7 +120,7 @@ def dq_kernel(
         sink2 = tl.load(sink_ptr + row_head).to(tl.float32) * LOG2E
         dsink = tl.reshape(-tl.math.exp2(sink2 - lse2) * inner, [HEADS, QUERIES])
         tile_heads = batch * heads + head + tl.arange(0, HEADS)
-        tl.store(dsink_ptr + tile_heads * tl.num_programs(0) + tile, tl.sum(dsink, 1))
+        tl.store(dsink_ptr + tile_heads * tiles + tile, tl.sum(dsink, 1))
     pointers = tile_pointers(
         dq_ptr, stride_db, stride_dh, stride_dt, batch, head, first, HEADS, QUERIES, D
     )
@@ -212,16 +213,13 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dk and dv of one key block, over all heads of its group. dk has strides a, dv strides b.
 
-    The blocks that most queries see start first, so that the last to end are short. In a full layer
-    these are the first, and the grid is (key blocks, KV heads, batch). With documents `order_ptr`
-    [batch, key blocks] says which, and the grid is (KV heads, key blocks, batch).
+    Blocks of the grid are key blocks. Those that most queries see start first, so that the last to
+    end are short: the first ones, or where documents are packed `order_ptr` [batch, key blocks].
     """
-    ORDERED: tl.constexpr = HAS_DOCS and not HAS_WINDOW  # pyright: ignore[reportAssignmentType]
-    block = tl.program_id(1 if ORDERED else 0)
-    kv_head = tl.program_id(0 if ORDERED else 1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    if ORDERED:
-        block = tl.load(order_ptr + batch * tl.num_programs(1) + block)
+    block, blocks, kv_head, batch = place_program(HAS_DOCS, HAS_WINDOW)  # pyright: ignore[reportGeneralTypeIssues]
+    kv_head = kv_head.to(tl.int64)
+    if HAS_DOCS and not HAS_WINDOW:
+        block = tl.load(order_ptr + batch * blocks + block)
     first = block * KEYS
     column = tl.arange(0, KEYS)
     key = first + column

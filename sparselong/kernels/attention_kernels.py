@@ -42,6 +42,20 @@ def load_rows(base, row_offsets, real, dim, MASKED: tl.constexpr):
 
 
 @triton.jit
+def place_program(HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """(block, blocks, head or group of heads, batch) of the launcher's `_grid`.
+
+    Blocks of one head stand next to each other, so that they share its keys in the cache. Where
+    documents are packed the heads do: blocks that take long are then spread over the whole grid
+    for one head, and at its end for all of them.
+    """
+    PACKED: tl.constexpr = HAS_DOCS and not HAS_WINDOW  # pyright: ignore[reportAssignmentType]
+    block = tl.program_id(1 if PACKED else 0)
+    blocks = tl.num_programs(1 if PACKED else 0)
+    return block, blocks, tl.program_id(0 if PACKED else 1), tl.program_id(2).to(tl.int64)
+
+
+@triton.jit
 def place_tile(
     tile, starts, queries, offset, window,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -136,10 +150,10 @@ def forward_kernel(
     D: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of one tile. Grid: (query tiles, heads / HEADS, batch), last queries first."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1) * HEADS
-    batch = tl.program_id(2).to(tl.int64)
+    """out and lse of one tile. Blocks of the grid are query tiles, last queries first."""
+    block, tiles, heads_before, batch = place_program(HAS_DOCS, HAS_WINDOW)  # pyright: ignore[reportGeneralTypeIssues]
+    tile = tiles - 1 - block
+    head = heads_before * HEADS
     row_head = head + tl.arange(0, HEADS * QUERIES) // QUERIES
     starts = starts_ptr + batch * keys
     first, last, query, real, position, floor = place_tile(  # pyright: ignore[reportGeneralTypeIssues]

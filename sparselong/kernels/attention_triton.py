@@ -46,7 +46,7 @@ def attend(
         _launch_split(q, k, v, sinks, out, lse, call)
         return out, lse, ()
     tile, heads = _choose_tile("forward", q, k, mask)
-    grid = (_blocks(mask.queries, tile.rows // heads), q.shape[1] // heads, mask.batch)
+    grid = _grid(_blocks(mask.queries, tile.rows // heads), q.shape[1] // heads, mask)
     forward.forward_kernel[grid](
         *(q, k, v, sinks, _positions(mask, "starts", lse), out, lse),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
@@ -107,7 +107,7 @@ def launch_dq(
     dsinks = lse
     if call.needs_dsinks:
         dsinks = torch.empty((*q.shape[:2], tiles), dtype=torch.float32, device=q.device)
-    backward.dq_kernel[(tiles, q.shape[1] // heads, mask.batch)](
+    backward.dq_kernel[_grid(tiles, q.shape[1] // heads, mask)](
         *(q, k, v, sinks, _positions(mask, "starts", lse), out, dout, lse, dq, delta, dsinks),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(*out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3]),
@@ -126,9 +126,9 @@ def launch_dkdv(
     mask = call.mask
     dk, dv = _empty_token_major(k), _empty_token_major(v)
     tile, heads = _choose_tile("dkdv", q, k, mask)
-    grid, order = (_blocks(mask.keys, tile.keys), k.shape[1], mask.batch), lse
-    if mask.documents is not None and mask.window is None:
-        grid, order = (grid[1], grid[0], grid[2]), mask.documents.order_blocks(tile.keys)
+    grid = _grid(_blocks(mask.keys, tile.keys), k.shape[1], mask)
+    packed = mask.documents is not None and mask.window is None
+    order = mask.documents.order_blocks(tile.keys) if packed else lse
     backward.dkdv_kernel[grid](
         *(q, k, v, _positions(mask, "ends", lse), order, dout, lse, delta, dk, dv),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
@@ -151,6 +151,12 @@ def _empty_token_major(like: torch.Tensor) -> torch.Tensor:
 
 def _blocks(total: int, size: int) -> int:
     return -(-total // size)
+
+
+def _grid(blocks: int, heads: int, mask: Mask) -> tuple[int, int, int]:
+    """What `attention_kernels.place_program` reads."""
+    packed = mask.documents is not None and mask.window is None
+    return (heads, blocks, mask.batch) if packed else (blocks, heads, mask.batch)
 
 
 def _positions(mask: Mask, name: str, unused: torch.Tensor) -> torch.Tensor:
