@@ -60,7 +60,7 @@ from sparselong.finetune.documents import document_masks
 from sparselong.finetune.failure import tell_failures
 from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
 from sparselong.model.attention import NAME, choose_attention, chosen_attention
-from sparselong.model.fused import chunk_loss
+from sparselong.model.fused import FusedDecoderLayer, chunk_loss
 from sparselong.model.projections import two_four_conforming
 from sparselong.run import write_atomically
 
@@ -138,6 +138,17 @@ class MaskedTrainer(AxolotlTrainer):
                 masks = document_masks(base.config, inputs["position_ids"], dtype)
                 inputs["attention_mask"] = masks
         return inputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if outputs.logits is not None:
+            raise StageError(
+                "the loss was computed from the logits of whole sequences",
+                "the loss in chunks, which the plugin puts into the model",
+                f"logits {list(outputs.logits.shape)}",
+                "use the package versions that install.sh installs; another one has replaced it",
+            )
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         outcome = super().prediction_step(model, inputs, *args, **kwargs)
@@ -275,6 +286,7 @@ class SparseLongPlugin(BasePlugin):
             "callbacks": [type(c).__name__ for c in trainer.callback_handler.callbacks],
             "trainer": type(trainer).__name__,
             "attention": trainer.model.get_base_model().config._attn_implementation,
+            "fused_layers": sum(isinstance(m, FusedDecoderLayer) for m in trainer.model.modules()),
             "attention_backend": chosen_attention().backend,
             "deterministic": chosen_attention().deterministic,
             "trainable_parameters": count_trainable(trainer.model),

@@ -150,13 +150,18 @@ def fuse(model: nn.Module) -> None:
             module.__class__ = _FUSED[type(module)]
 
 
-def chunk_loss(model: GptOssForCausalLM) -> None:
+def chunk_loss(model: nn.Module) -> None:
     """Makes the model's forward pass with labels give the loss in chunks, and no logits.
 
     The loss is transformers' (labels shifted by one, -100 left out, the sum divided by
     `num_items_in_batch` or by the number of labels); `logits` is None beside it. `lm_head` must be
     frozen, else the forward pass raises ValueError.
+
+    Raises:
+        ValueError: the model is not a GptOssForCausalLM (PEFT's wrappers hold one).
     """
+    if not isinstance(model, GptOssForCausalLM):
+        raise ValueError(f"model: {type(model).__name__}; allowed: GptOssForCausalLM")
     model.forward = types.MethodType(_forward, model)
 
 

@@ -59,6 +59,8 @@ def test_the_four_stages(tmp_path):
         print(stage, manifest["seconds"], manifest["peak_bytes"])
         if stage != "01_health":
             assert manifest["peak_bytes"]["cuda:0"] > 0
+    receipt = json.loads((tmp_path / "run/03_finetune/receipt.json").read_text())
+    assert receipt["attention"] == "sparselong" and receipt["fused_layers"] == 4
     compressed, tuned = metrics["02_compress"], metrics["03_finetune"]
     assert compressed["experts_bit_exact"] and compressed["two_four_conforming"] == 1.0
     assert tuned["two_four_conforming"] == 1.0

@@ -99,3 +99,5 @@ def test_a_trained_lm_head_is_refused(model):
     ours.lm_head.requires_grad_(True)
     with pytest.raises(ValueError, match="weight: requires a gradient; allowed: a frozen lm_head"):
         ours(IDS, labels=IDS)
+    with pytest.raises(ValueError, match="model: GptOssModel; allowed: GptOssForCausalLM"):
+        chunk_loss(ours.model)
