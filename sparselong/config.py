@@ -103,8 +103,7 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
-    """Low-rank adapters: on the shared dense layers, trained through mask and quantization; if asked
-    for, also on experts and router, beside their weights."""
+    """Low-rank adapters on the shared dense layers, trained through mask and quantization."""
 
     r: Positive = 16
     """Rank of the adapter."""
@@ -112,14 +111,6 @@ class LoraSection(Section):
     """The adapter's product is scaled by alpha / r."""
     target_modules: Names = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Names of the layers that get an adapter. A name that matches nothing stops the stage."""
-    expert_targets: tuple[Literal["gate_up_proj", "down_proj"], ...] = ()
-    """Expert weights that get an adapter for each expert: `gate_up_proj`, `down_proj`, both or none.
-    They are not trained through MXFP4: the final model has their sum rounded to it again, and the
-    stage reports what that loses."""
-    expert_r: Annotated[int, Field(ge=1, le=64)] = 8
-    """Rank of each expert's adapter; its product is scaled by alpha / r, as everywhere."""
-    router: bool = False
-    """An adapter of rank r on the router of each layer, too."""
 
 
 class MaskUpdateSection(Section):
@@ -254,18 +245,6 @@ class Config(Section):
         if self.attention_backend != "auto" and not self.flash_attention:
             raise ValueError(
                 f"attention_backend: {self.attention_backend} needs flash_attention: true"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_expert_adapters(self) -> Config:
-        targets = self.lora.expert_targets
-        if len(set(targets)) < len(targets):
-            raise ValueError(f"lora.expert_targets: {', '.join(targets)} names a weight twice")
-        if targets and self.experts.sparsity != "none":
-            raise ValueError(
-                f"lora.expert_targets need experts.sparsity: none, not {self.experts.sparsity}: "
-                "an expert's adapter would fill the weights that 2:4 has dropped"
             )
         return self
 

@@ -76,17 +76,11 @@ def masters_bytes(shape: ModelShape, config: Config) -> int:
 
 
 def lora_parameters(shape: ModelShape, config: Config) -> int:
-    """Trainable parameters of the adapters: attention projections, experts, router, as targeted."""
-    lora = config.lora
-    sizes = [shape.projections[name] for name in lora.target_modules if name in shape.projections]
-    if lora.router:
-        sizes.append((shape.experts, shape.hidden))
-    widths = {
-        "gate_up_proj": 2 * shape.intermediate + shape.hidden,
-        "down_proj": shape.hidden + shape.intermediate,
-    }
-    expert = shape.experts * lora.expert_r * sum(widths[name] for name in lora.expert_targets)
-    return shape.layers * (lora.r * sum(rows + columns for rows, columns in sizes) + expert)
+    """Trainable parameters of the adapters on the attention projections that are targeted."""
+    sizes = [
+        shape.projections[name] for name in config.lora.target_modules if name in shape.projections
+    ]
+    return shape.layers * config.lora.r * sum(rows + columns for rows, columns in sizes)
 
 
 def optimizer_bytes(config: Config) -> int:
@@ -119,12 +113,10 @@ def linkable_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
     """Bytes of the models that take no room of their own where shards can be hard links.
 
     Stage 02 links an upstream shard when at most 5 % of it is attention that is stored anew: true
-    of gpt-oss-120b (2.9 %), not of gpt-oss-20b (9.3 %). Stage 03 links what stage 02 did not write,
-    if no expert or router has an adapter, whose new weight would be in the same shards.
+    of gpt-oss-120b (2.9 %), not of gpt-oss-20b (9.3 %). Stage 03 links what stage 02 did not write.
     """
     packed = compressed_groups(shape, config)
     untouched = sum(packed.values()) - packed["attention"]
-    beside = bool(config.lora.expert_targets) or config.lora.router
     base = base_groups(shape)
     stale = base["attention"] if packed["attention"] != base["attention"] else 0
     if config.experts.sparsity != "none":
@@ -132,5 +124,5 @@ def linkable_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
     links = stale <= LINKED_STALE_SHARE * sum(base.values())
     return {
         "02_compress/model": untouched if links else 0,
-        "03_finetune/model": 0 if beside else untouched,
+        "03_finetune/model": untouched,
     }
