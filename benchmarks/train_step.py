@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--offload", action="store_true", help="checkpoints to host memory")
     parser.add_argument("--profiled", type=int, nargs="*", default=[16384], help="lengths")
     parser.add_argument("--machine", help="short name for the result's file, for example h200")
+    parser.add_argument("--subject", default="train_step", help="first part of the result's name")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     for name in ("--arm", "--tokens", "--out"):  # of one measurement's own process
         parser.add_argument(name, type=int if name == "--tokens" else str, help=argparse.SUPPRESS)
@@ -190,12 +191,13 @@ def main() -> None:
         Path(args.out).write_text(json.dumps(measure(args)), encoding="utf-8")
         return
     rows = []
+    machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
+    command = f"python3 {' '.join(['benchmarks/train_step.py', *sys.argv[1:]])}"
     for tokens in args.lengths:
         for arm in args.arms:
             rows += spawn(arm, tokens, args, tokens in args.profiled)
-    machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
-    command = f"python3 {' '.join(['benchmarks/train_step.py', *sys.argv[1:]])}"
-    print(write("train_step", machine, command, rows, args.folder))
+            path = write(args.subject, machine, command, rows, args.folder)  # what is there counts
+            print(path, file=sys.stderr)
 
 
 if __name__ == "__main__":

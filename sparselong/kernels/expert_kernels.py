@@ -213,7 +213,7 @@ def packed_kernel(
     """The product for all experts, weights decoded here.
 
     The blocks and scales of the next step are on their way while this one's are decoded and
-    multiplied. Shapes as in `dense_kernel`, with words [experts, columns, depth / 8] of eight codes,
+    multiplied. Shapes as in `dense_kernel`, with words [experts, columns, depth / 8] of 8 codes,
     with BACKWARD [experts, depth, columns / 8].
     """
     finish = tl.load(tile_starts_ptr + experts) * tl.cdiv(columns, COLUMNS)
