@@ -49,6 +49,8 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
         cells = [show(values.get((tokens, cap, arm))) for arm in ARMS]
         lines.append(f"| {tokens:,}{capped} | " + " | ".join(cells) + " |")
     lines += profile_lines(values)
+    if not any(cap is None and "throughput" in found for (_, cap, _), found in values.items()):
+        return "\n".join([*lines, ""])
     plot = plot_throughput(machine, values)
     text = f"![training throughput on {machine}](benchmarks/results/{plot})"
     return "\n".join([*lines, "", text, ""])
