@@ -15,7 +15,12 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 matplotlib.use("Agg")
 
-from benchmarks import report_attention, report_neighbours, report_train_step
+from benchmarks import (
+    report_attention,
+    report_expert_gemm,
+    report_neighbours,
+    report_train_step,
+)
 from benchmarks.record import RESULTS
 
 PAGE = RESULTS.parent.parent / "BENCHMARKS.md"
@@ -27,6 +32,7 @@ and the versions of every figure. Edit neither by hand.
 SECTIONS = (
     report_train_step.write_section,
     report_attention.write_section,
+    report_expert_gemm.write_section,
     report_neighbours.write_section,
 )
 

@@ -12,10 +12,11 @@ Inside a checkpointed layer (`recompute.py`) x alone is saved, and gate_up's out
 
 One function, several backends, all exact to bf16 products with fp32 sums: `packed` decodes weights
 in the products, `small` does so with tiles for a few rows, `decode` expands a chunk of experts of
-at most 0.25 GiB before multiplying (`expert_triton.py`, `expert_kernels.py`); `torch` goes expert
-by expert, for CPUs (`expert_torch.py`). The choice follows a measured table by rows an expert
-(`expert_choice.py`) or is named by the caller; a named backend that cannot take the call raises.
-The Triton backends do not synchronize with the host and give the same bits every time.
+at most 0.25 GiB before multiplying (`expert_triton.py`, `expert_kernels.py`); `generation` is
+forward only, for a few tokens (`expert_generation.py`); `torch` goes expert by expert, for CPUs
+(`expert_torch.py`). The choice follows a measured table by rows an expert (`expert_choice.py`) or
+is named by the caller; a named backend that cannot take the call raises. The Triton backends do
+not synchronize with the host and give the same bits every time.
 
 MXFP4 is the Open Compute Project's (Microscaling Formats v1.0), the gate gpt-oss's; sorting rows by
 expert and one grouped product is what MegaBlocks does (Gale et al., 2022, arXiv:2211.15841). The
@@ -69,7 +70,8 @@ def expert_mlp(
         down_blocks, down_scales, down_bias: [experts, hidden, inner / 32, 16],
             [experts, hidden, inner / 32], [experts, hidden].
         alpha, limit: of the gate.
-        backend: "small", "packed", "decode" or "torch"; None: the measured table's.
+        backend: "generation" (at most 64 choices, no gradients), "small", "packed", "decode" or
+            "torch"; None: the measured table's.
 
     Returns:
         [tokens, hidden] in x's dtype.
@@ -79,7 +81,8 @@ def expert_mlp(
 
     Raises:
         ValueError: an argument is not as above; names it, what was found and what is allowed. An
-            index out of range is a device-side assertion on a GPU.
+            index out of range is a device-side assertion on a GPU; by "generation", NaN for its
+            token.
     """
     gate_up = (gate_up_blocks, gate_up_scales, gate_up_bias)
     down = (down_blocks, down_scales, down_bias)
@@ -90,11 +93,16 @@ def expert_mlp(
         return x.clone()
     if name == "torch":
         return expert_mlp_torch(x, expert_indices, routing_weights, gate_up, down, alpha, limit)
+    call = (x.contiguous(), expert_indices, routing_weights.contiguous())
+    gate = (float(alpha), float(limit))
+    if name == "generation":
+        from sparselong.kernels import expert_generation
+
+        _check_generation(expert_indices, expert_generation.ENTRIES, (*call, *gate_up, *down))
+        with torch.cuda.device_of(x):
+            return expert_generation.run_generation(*call, gate_up, down, gate)
     function = _CheckpointedExpertMlp if is_checkpointed() else _ExpertMlp
-    return function.apply(  # pyright: ignore[reportReturnType]
-        x.contiguous(), expert_indices, routing_weights.contiguous(), *gate_up, *down,
-        (float(alpha), float(limit)), name,
-    )  # fmt: skip
+    return function.apply(*call, *gate_up, *down, gate, name)  # pyright: ignore[reportReturnType]
 
 
 class _ExpertMlp(torch.autograd.Function):
@@ -214,6 +222,15 @@ def _choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str |
     if x.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"x: {x.dtype}; allowed with {backend}: torch.bfloat16, torch.float32")
     return backend
+
+
+def _check_generation(indices: torch.Tensor, most: int, inputs: tuple[torch.Tensor, ...]) -> None:
+    if indices.numel() > most:
+        raise ValueError(
+            f"expert_indices: {indices.numel()} choices; allowed with generation: {most}"
+        )
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        raise ValueError("backend: generation with gradients; allowed: under torch.no_grad()")
 
 
 def _check_calls(

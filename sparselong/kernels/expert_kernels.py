@@ -23,14 +23,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A word of eight codes to four words of two values each. $4: the codes; $5: their scale, twice.
-# prmt picks bytes by nibbles, so the codes themselves look up the high and low bytes of their
-# magnitudes; with a nibble's top bit set it repeats the found byte's top bit instead, which tells
-# a negative code (0xFF) from a positive one (0x80).
-DECODE_PTX = tl.constexpr("""{
-.reg .b32 code, upper, high, low, sign, top, zero;
+# A word of eight codes to four words of two bf16 values each; $4 holds the codes. prmt picks bytes
+# by nibbles, so the codes themselves look up the high and low bytes of their magnitudes; with a
+# nibble's top bit set it repeats the found byte's top bit instead, which tells a negative code
+# (0xFF) from a positive one (0x80).
+_LOOK_UP = """
+.reg .b32 code, upper, high, low, sign, top;
 mov.b32 top, 0x80808080;
-mov.b32 zero, 0x80008000;
 and.b32 code, $4, 0x77777777;
 prmt.b32 high, 0x3F3F3F00, 0x40404040, code;
 prmt.b32 low, 0xC0800000, 0xC0804000, code;
@@ -48,11 +47,18 @@ shl.b32 sign, sign, 7;
 lop3.b32 high, sign, top, high, 0xEA;
 prmt.b32 $2, low, high, 0x5140;
 prmt.b32 $3, low, high, 0x7362;
+"""
+# $5: the scale, twice. What is added is -0, so that a negative zero stays one.
+_SCALE = """
+.reg .b32 zero;
+mov.b32 zero, 0x80008000;
 fma.rn.bf16x2 $0, $0, $5, zero;
 fma.rn.bf16x2 $1, $1, $5, zero;
 fma.rn.bf16x2 $2, $2, $5, zero;
 fma.rn.bf16x2 $3, $3, $5, zero;
-}""")
+"""
+LOOK_UP_PTX = tl.constexpr("{" + _LOOK_UP + "}")
+DECODE_PTX = tl.constexpr("{" + _LOOK_UP + _SCALE + "}")
 UNSPECIALIZED = ["first_expert", "last_expert"]
 
 

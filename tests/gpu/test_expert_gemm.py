@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from sparselong.kernels import expert_routing, expert_triton
+from sparselong.kernels import expert_generation, expert_routing, expert_triton
 from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
 from sparselong.kernels.expert_gemm_ref import expert_mlp_reference
 from sparselong.packing import mxfp4
@@ -123,7 +123,7 @@ def poison(monkeypatch):
         def _fill(self, tensor):
             return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
 
-    for module in (expert_triton, expert_routing):
+    for module in (expert_triton, expert_routing, expert_generation):
         monkeypatch.setattr(module, "torch", Poisoned())
 
 
@@ -146,6 +146,29 @@ def test_kernels_err_no_more_than_twice_plain_torch(case, backend, poison, monke
         assert rms <= max(2 * rms_allowed, rounding), (
             f"{case.name}: {name}'s relative RMS error is {rms:.2e}, torch's {rms_allowed:.2e}"
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", [c for c in CASES if c.tokens <= 8], ids=lambda case: case.name)
+def test_generation_errs_no_more_than_twice_plain_torch(case, dtype, poison):
+    call = draw(case, dtype)
+    exact, yardstick = run_exactly(call)["out"], run(call, "torch")["out"]
+    rest = {name: tensor for name, tensor in call.items() if name != "dout"}
+    got = expert_mlp(**rest, backend="generation")
+    assert torch.equal(got, expert_mlp(**rest, backend="generation"))
+    rounding = torch.finfo(dtype).eps / 2
+    largest, rms = deviations(got, exact)
+    largest_allowed, rms_allowed = deviations(yardstick, exact)
+    assert largest <= max(2 * largest_allowed, rounding * exact.abs().max().item())
+    assert rms <= max(2 * rms_allowed, rounding)
+
+
+def test_a_wrong_index_in_generation_gives_nan_to_its_token_alone():
+    call = draw(Case("wrong_index", 3))
+    rest = {name: tensor for name, tensor in call.items() if name != "dout"}
+    rest["expert_indices"][1, 2] = 8
+    out = expert_mlp(**rest, backend="generation")
+    assert torch.isnan(out[1]).all() and torch.isfinite(out[[0, 2]]).all()
 
 
 @pytest.mark.parametrize("backend", OURS)
@@ -176,7 +199,9 @@ def test_decoding_in_the_product_is_exact(backend, backward):
     stack = expert_triton.Projection(blocks.cuda(), scales.cuda(), bias)
     unit = torch.eye(512, device="cuda", dtype=torch.bfloat16)
     indices = torch.zeros(512, 1, dtype=torch.int64, device="cuda")
-    rows = expert_triton.tile_for("sm_90", backend, "forward", False).rows
+    rows = expert_triton.tile_for(
+        expert_triton._architecture(unit.device), backend, "forward", False
+    ).rows
     routing = expert_routing.sort_by_expert(indices, 1, rows)
     got = expert_triton.multiply(unit, stack, routing, backend, backward)
     exact = mxfp4.decode(blocks, scales, torch.bfloat16)[0]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from sparselong.kernels.expert_choice import BACKENDS, MEASURED, NO_LIMIT, choos
 from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
 from sparselong.kernels.expert_gemm_ref import decode_reference, expert_mlp_reference
 from sparselong.packing import mxfp4
+from tests.kernels.emulated_ptx import run_ptx
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERTS, HIDDEN, INNER = 5, 64, 96
@@ -71,6 +73,20 @@ def test_the_references_decoding_is_the_packings():
     assert torch.equal(decode_reference(blocks, scales).float(), expected)
 
 
+def test_the_ptx_looks_up_every_pair_of_codes_in_every_place():
+    """The text itself, emulated: eight codes a word, two bf16 values in each of four words."""
+    expert_kernels = pytest.importorskip("sparselong.kernels.expert_kernels")
+    generator = np.random.default_rng(0)
+    words = generator.integers(0, 1 << 32, 4096, dtype=np.uint32)
+    words[:512:2] = np.arange(256, dtype=np.uint32) * 0x01010101  # every byte in every place
+    found = run_ptx(expert_kernels.LOOK_UP_PTX.value, 4, [words])
+    halves = [half for word in found for half in (word & 0xFFFF, word >> 16)]
+    bits = torch.from_numpy(np.stack(halves, 1).astype(np.uint16).view(np.int16))
+    blocks = torch.from_numpy(words.view(np.uint8)).view(-1, 1, 16)
+    expected = mxfp4.decode(blocks, torch.full(blocks.shape[:2], 127, dtype=torch.uint8))
+    assert torch.equal(bits.flatten(), expected.flatten().view(torch.int16))
+
+
 @pytest.mark.parametrize("tokens", [1, 37])
 def test_torchs_backend_is_the_reference(tokens):
     call = draw(tokens)
@@ -101,8 +117,9 @@ def interpreted() -> dict[str, dict[str, float]]:
 
 def test_the_kernels_agree_with_fp64_in_the_interpreter(interpreted):
     cases = {name: errors for name, errors in interpreted.items() if name != "decoding"}
-    assert len(cases) >= 18
+    assert len(cases) >= 21
     for name, errors in cases.items():
+        assert errors.pop("numbers_for_a_wrong_index", 0) == 0
         for result, error in errors.items():
             assert error < 1e-6, f"{name}: {result} is off by {error:.1e}"
 
@@ -134,7 +151,7 @@ def test_every_byte_at_every_scale_decodes_to_the_bit_in_the_interpreter(interpr
         ),
         ({"down_blocks": torch.zeros(5, 64, 3, 16)}, "down_blocks: torch.float32; allowed: torch"),
         ({"down_bias": torch.zeros(5, 64, device="meta")}, "down_bias: on meta; allowed: x's"),
-        ({"backend": "fast"}, "backend: 'fast'; allowed: None, small, packed, decode, torch"),
+        ({"backend": "fast"}, "backend: 'fast'; allowed: None, generation, small, packed"),
         ({"backend": "packed"}, "backend: packed with cpu tensors; allowed: torch"),
     ],
 )

@@ -1,0 +1,257 @@
+#!/usr/bin/env python3
+"""One layer's experts in gpt-oss's shape: 32 experts of 2,880 / 2,880, top-4, weights in MXFP4.
+
+The whole pass is timed: sorting, gathering, products, biases, gate, weighted sum; forward without
+gradients, and forward with the gradients of the input and the routing weights. `balanced` routing
+gives every expert the same rows, `random` draws each token's experts. Beside our backends:
+transformers' grouped_mm experts over bf16 weights (four times the memory), and two floors that are
+products and nothing else: torch's grouped product on bf16, and a dense matmul of equal FLOPs.
+
+Each backend's error against fp64 comes first, and one that errs more than twice as much as plain
+torch in bf16 has no speed. TFLOP/s count 2 FLOPs a weight and row, twice that with gradients;
+GB/s are the packed bytes of the experts that were chosen, each read once. Needs a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.attention import measure_peak, tell, time_in_turn
+from benchmarks.record import RESULTS, row, write
+from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
+from sparselong.kernels.expert_gemm_ref import expert_mlp_reference
+from sparselong.kernels.expert_generation import ENTRIES
+from sparselong.packing import mxfp4
+
+EXPERTS, TOP_K, WIDTH = 32, 4, 2880
+WEIGHTS = 3 * WIDTH * WIDTH
+"""Weights of one expert: gate and up, and down."""
+PACKED_BYTES = WEIGHTS * 17 // 32
+OURS = ("generation", "small", "packed", "decode", "chosen")
+LEAVES = ("x", "routing_weights")
+Call = dict[str, torch.Tensor]
+Run = Callable[[Call], torch.Tensor]
+
+
+def draw_stacks() -> Call:
+    """The layer's tensors by expert_mlp's names."""
+    torch.manual_seed(0)
+    stacks = {}
+    for name, out in (("gate_up", 2 * WIDTH), ("down", WIDTH)):
+        shape = (EXPERTS, out, WIDTH // 32)
+        blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, device="cuda")
+        stacks[f"{name}_blocks"] = blocks
+        scales = torch.randint(116, 121, shape, dtype=torch.uint8, device="cuda")
+        stacks[f"{name}_scales"] = scales
+        stacks[f"{name}_bias"] = torch.randn(EXPERTS, out, device="cuda").bfloat16()
+    return stacks
+
+
+def draw(tokens: int, routing: str) -> Call:
+    """x, indices, weights and dout for so many tokens."""
+    torch.manual_seed(tokens)
+    if routing == "balanced":  # neighbours in one permutation, over and over: all different
+        turn = torch.randperm(EXPERTS, device="cuda")
+        indices = turn[torch.arange(tokens * TOP_K, device="cuda") % EXPERTS].view(tokens, TOP_K)
+        indices = indices[torch.randperm(tokens, device="cuda")]
+    else:
+        indices = torch.rand(tokens, EXPERTS, device="cuda").topk(TOP_K).indices
+    weights = torch.rand(tokens, TOP_K, device="cuda").softmax(1).bfloat16()
+    x, dout = (torch.randn(tokens, WIDTH, device="cuda").bfloat16() for _ in range(2))
+    return {
+        "x": x.requires_grad_(),
+        "expert_indices": indices,
+        "routing_weights": weights.requires_grad_(),
+        "dout": dout,
+    }
+
+
+def make_ours(name: str, stacks: Call) -> Run:
+    backend = None if name == "chosen" else name
+
+    def run(call: Call) -> torch.Tensor:
+        inputs = {key: tensor for key, tensor in call.items() if key != "dout"}
+        return expert_mlp(**inputs, **stacks, backend=backend)
+
+    return run
+
+
+def make_transformers(stacks: Call) -> Run:
+    """transformers' own experts on the decoded weights, by its grouped_mm."""
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    config = GptOssConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+    )  # fmt: skip
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        module = GptOssExperts(config)
+    for name in ("gate_up", "down"):
+        parts = [
+            mxfp4.decode(stacks[f"{name}_blocks"][e], stacks[f"{name}_scales"][e]).T
+            for e in range(EXPERTS)
+        ]
+        weight = torch.stack([part.contiguous() for part in parts])
+        for suffix, tensor in (("", weight), ("_bias", stacks[f"{name}_bias"])):
+            parameter = torch.nn.Parameter(tensor, requires_grad=False)
+            setattr(module, f"{name}_proj{suffix}", parameter)
+    return lambda call: module(call["x"], call["expert_indices"], call["routing_weights"])
+
+
+def list_floors(entries: int) -> dict[str, dict[str, Callable[[], object]]]:
+    """Products alone: {backend: {pass: call}} for balanced rows."""
+    rows, wide = (torch.randn(entries, n, device="cuda").bfloat16() for n in (WIDTH, 2 * WIDTH))
+    gate_up = torch.randn(EXPERTS, 2 * WIDTH, WIDTH, device="cuda", dtype=torch.bfloat16)
+    down = gate_up[:, :WIDTH]
+    ends = torch.arange(1, EXPERTS + 1, device="cuda", dtype=torch.int32) * (entries // EXPERTS)
+
+    def grouped(backward: bool) -> None:
+        torch._grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)
+        torch._grouped_mm(rows, down.transpose(1, 2), offs=ends)
+        if backward:
+            torch._grouped_mm(rows, down, offs=ends)
+            torch._grouped_mm(wide, gate_up, offs=ends)
+
+    def dense(backward: bool) -> None:
+        torch.mm(rows, gate_up[0].T)
+        torch.mm(rows, down[0].T)
+        if backward:
+            torch.mm(rows, down[0])
+            torch.mm(wide, gate_up[0])
+
+    return {
+        name: {
+            "forward": functools.partial(function, False),
+            "forward_backward": functools.partial(function, True),
+        }
+        for name, function in (("torch_grouped_mm", grouped), ("dense_matmul", dense))
+    }
+
+
+def forward(run: Run, call: Call) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        return (run(call),)
+
+
+def forward_backward(run: Run, call: Call) -> tuple[torch.Tensor, ...]:
+    out = run(call)
+    return (out, *torch.autograd.grad(out, [call[name] for name in LEAVES], call["dout"]))
+
+
+def refer(stacks: Call, call: Call) -> torch.Tensor:
+    """The pass in fp64."""
+    return expert_mlp_reference(
+        call["x"], call["expert_indices"], call["routing_weights"],
+        (stacks["gate_up_blocks"], stacks["gate_up_scales"]), stacks["gate_up_bias"],
+        (stacks["down_blocks"], stacks["down_scales"]), stacks["down_bias"], ALPHA, LIMIT,
+    )  # fmt: skip
+
+
+def measure_errors(runs: dict[str, Run], stacks: Call) -> tuple[list[dict], set[str]]:
+    """Rows of relative L2 errors against fp64, and the backends that fail."""
+    rows, failed = [], set()
+    parts = {name: {name: run} for name, run in runs.items() if name == "generation"}
+    parts["trained"] = {name: run for name, run in runs.items() if name != "generation"}
+    for part, members in parts.items():
+        call = draw(128 if part == "trained" else ENTRIES // TOP_K, "random")
+        exact_call = call | {name: call[name].detach().double().requires_grad_() for name in LEAVES}
+        exact_call["dout"] = call["dout"].double()
+        function = forward_backward if part == "trained" else forward
+        exact = function(functools.partial(refer, stacks), exact_call)
+        limits: list[float] = []
+        for name, run in {"torch": make_ours("torch", stacks), **members}.items():
+            pairs = zip(function(run, call), exact, strict=True)
+            errors = [float(((g - e).norm() / e.norm()).detach()) for g, e in pairs]
+            tokens = call["x"].shape[0]
+            case = {"rows_per_expert": tokens * TOP_K / EXPERTS, "tokens": tokens}
+            for what, value in zip(("out", "dx", "dweights"), errors, strict=False):
+                rows.append(row(case | {"routing": "random"}, name, f"error_{what}", value, "1"))
+            limits = limits or [2 * error for error in errors]
+            if any(not error <= limit for error, limit in zip(errors, limits, strict=True)):
+                failed.add(name)
+                tell(f"{name}: errors {errors}, allowed {limits}: no speed shown")
+    return rows, failed
+
+
+def measure_case(runs: dict[str, Run], tokens: int, routing: str, floors: bool) -> list[dict]:
+    """Rows of one case for every backend, timed in turn."""
+    call = draw(tokens, routing)
+    entries = tokens * TOP_K
+    active = int(call["expert_indices"].unique().numel())
+    case: dict[str, Any] = {"rows_per_expert": entries / EXPERTS, "tokens": tokens}
+    case |= {"routing": routing}
+    others = list_floors(entries) if floors else {}
+    rows = []
+    for function, factor in ((forward, 1), (forward_backward, 2)):
+        what = function.__name__
+        calls = {
+            name: functools.partial(function, run, call)
+            for name, run in runs.items()
+            if function is forward or name != "generation"
+        }
+        peaks = {name: measure_peak(each) for name, each in calls.items()}
+        taken = time_in_turn(calls | {name: passes[what] for name, passes in others.items()})
+        for name, ms in taken.items():
+            rate = factor * 2 * entries * WEIGHTS / ms / 1e9
+            rows.append(row(case, name, f"{what}_ms", ms, "ms"))
+            rows.append(row(case, name, f"{what}_rate", rate, "TFLOP/s"))
+            if function is forward and name in OURS:
+                bandwidth = active * PACKED_BYTES / ms / 1e6
+                rows.append(row(case, name, f"{what}_bandwidth", bandwidth, "GB/s"))
+            if name in peaks:
+                rows.append(row(case, name, f"{what}_peak_bytes", peaks[name], "bytes"))
+        shown = "  ".join(f"{name} {ms:.3f}" for name, ms in taken.items())
+        tell(f"{tokens:6} tokens {routing:8} {what:16} {shown}")
+    return rows
+
+
+def select(runs: dict[str, Run], tokens: int) -> dict[str, Run]:
+    """What is worth timing: each of ours where it might be chosen."""
+    rows = tokens * TOP_K / EXPERTS
+    skipped = {"small"} if rows > 64 else {"decode"} if rows < 64 else set()
+    skipped |= {"generation"} if tokens * TOP_K > ENTRIES else set()
+    return {name: run for name, run in runs.items() if name not in skipped}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--rows", nargs="+", type=int, default=[32, 64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--machine", help="short name for the result's file, for example h200")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():  # make bench goes on with what this machine can measure
+        print("benchmarks/expert_gemm.py needs a CUDA device: nothing measured")
+        return
+    stacks = draw_stacks()
+    runs = {name: make_ours(name, stacks) for name in OURS}
+    runs["transformers"] = make_transformers(stacks)
+    rows, failed = measure_errors(runs, stacks)
+    runs = {name: run for name, run in runs.items() if name not in failed}
+    for tokens in args.tokens:
+        rows += measure_case(select(runs, tokens), tokens, "random", False)
+    for number in args.rows:
+        for routing in ("balanced", "random"):
+            tokens = number * EXPERTS // TOP_K
+            rows += measure_case(select(runs, tokens), tokens, routing, routing == "balanced")
+    machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
+    command = (
+        f"python3 benchmarks/expert_gemm.py --tokens {' '.join(map(str, args.tokens))} "
+        f"--rows {' '.join(map(str, args.rows))}"
+    )
+    print(write("expert_gemm", machine, command, rows, args.folder))
+
+
+if __name__ == "__main__":
+    main()

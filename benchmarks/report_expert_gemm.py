@@ -1,0 +1,62 @@
+"""The section on the experts' pass, from benchmarks/results/expert_gemm-*.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.record import newest
+
+EXPERTS = """
+## Experts over packed MXFP4
+
+One layer of gpt-oss-20b's experts (32 experts of 2,880 / 2,880, top-4), bf16, the whole pass with
+sorting, biases, gate and weighted sum; medians in ms. `transformers` is its grouped_mm over bf16
+weights, four times the memory; `torch_grouped_mm` and `dense_matmul` are products and nothing else.
+Balanced routing gives every expert the same rows. A backend that errs more than twice as much as
+plain torch in bf16 has no speed here. `chosen` is what `expert_mlp(...)` takes by itself.
+"""
+PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
+
+
+def write_section() -> str:
+    """The section's tables, machine by machine; nothing where nothing was measured."""
+    found = newest("expert_gemm").items()
+    tables = "".join(write_experts(machine, document) for machine, document in found)
+    return EXPERTS + tables if tables else ""
+
+
+def write_experts(machine: str, document: dict[str, Any]) -> str:
+    """The tables for one machine, one a pass."""
+    values = {
+        (tuple(entry["case"].values()), entry["backend"], entry["metric"]): entry["value"]
+        for entry in document["rows"]
+    }
+    versions = document["versions"]
+    lines = [
+        f"\n### {machine} (torch {versions['torch']}, triton {versions['triton']}, "
+        f"{document['date']}, `{document['file']}`)"
+    ]
+    for key, name in PASSES.items():
+        timed = {(case, backend) for case, backend, metric in values if metric == f"{key}_ms"}
+        backends = list(dict.fromkeys(b for c, b, _ in values if (c, b) in timed))
+        cases = list(dict.fromkeys(c for c, b, _ in values if (c, b) in timed))
+        lines += [
+            f"\n{name.capitalize()}, ms (TFLOP/s; MiB beside the inputs, at the peak):\n",
+            "| rows an expert | tokens | routing | " + " | ".join(backends) + " |",
+            "|---" * (3 + len(backends)) + "|",
+        ]
+        for case in cases:
+            cells = [f"{case[0]:g}", f"{case[1]:,}", case[2]]
+            cells += [show(values, case, backend, key) for backend in backends]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def show(values: dict, case: tuple, backend: str, key: str) -> str:
+    """One cell: ms, and in brackets the rate and the peak where there is one."""
+    ms = values.get((case, backend, f"{key}_ms"))
+    if ms is None:
+        return "–"
+    peak = values.get((case, backend, f"{key}_peak_bytes"))
+    beside = "" if peak is None else f"; {peak / 2**20:,.0f}"
+    return f"{ms:.3f} ({values[case, backend, f'{key}_rate']:.0f}{beside})"

@@ -1,0 +1,64 @@
+"""A few PTX instructions in numpy, so that the experts' decoding runs where no GPU is.
+
+Only what `expert_kernels.LOOK_UP_PTX` uses, on whole arrays of 32-bit words; anything else raises.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+Words = np.ndarray
+
+
+def permute_bytes(a: Words, b: Words, selector: Words) -> Words:
+    """prmt.b32: a nibble's low three bits name one of eight bytes; its top bit asks for that byte's
+    top bit, eight times."""
+    found = np.zeros_like(selector)
+    for n in range(4):
+        nibble = (selector >> np.uint32(4 * n)) & np.uint32(15)
+        place = (nibble & np.uint32(3)) * np.uint32(8)
+        byte = (np.where(nibble & np.uint32(4), b, a) >> place) & np.uint32(255)
+        repeated = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
+        byte = np.where(nibble & np.uint32(8), repeated, byte)
+        found |= byte.astype(np.uint32) << np.uint32(8 * n)
+    return found
+
+
+def combine_bits(a: Words, b: Words, c: Words, table: Words) -> Words:
+    """lop3.b32: bit by bit, the entry of `table` that the three bits a b c name."""
+    found = np.zeros_like(a)
+    for entry in range(8):
+        if int(table.flat[0]) >> entry & 1:
+            terms = [w if entry >> (2 - n) & 1 else ~w for n, w in enumerate((a, b, c))]
+            found |= terms[0] & terms[1] & terms[2]
+    return found
+
+
+OPERATIONS = {
+    "mov.b32": lambda a: a,
+    "and.b32": lambda a, b: a & b,
+    "shl.b32": lambda a, b: a << b,
+    "shr.u32": lambda a, b: a >> b,
+    "prmt.b32": permute_bytes,
+    "lop3.b32": combine_bits,
+}
+
+
+def run_ptx(text: str, outputs: int, inputs: list[Words]) -> list[Words]:
+    """The outputs $0 ... of a block of PTX whose inputs follow them, uint32 arrays of one shape."""
+    values = {f"${outputs + n}": array for n, array in enumerate(inputs)}
+
+    def read(operand: str) -> Words:
+        if operand in values:
+            return values[operand]
+        return np.full_like(inputs[0], int(operand, 0))
+
+    for line in text.strip("{} \n").splitlines():
+        if not line.strip() or line.startswith(".reg"):
+            continue
+        operation, operands = re.fullmatch(r"(\S+) (.*);", line.strip()).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        target, *sources = operands.split(", ")
+        values[target] = OPERATIONS[operation](*map(read, sources))
+    return [values[f"${n}"] for n in range(outputs)]
