@@ -192,7 +192,9 @@ def main() -> None:
         return
     rows = []
     machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
-    command = f"python3 {' '.join(['benchmarks/train_step.py', *sys.argv[1:]])}"
+    # Where the figures were put is one machine's path, and no part of what gave them.
+    given = " ".join(sys.argv[1:]).replace(f"--folder {args.folder}", "").split()
+    command = f"python3 {' '.join(['benchmarks/train_step.py', *given])}"
     for tokens in args.lengths:
         for arm in args.arms:
             rows += spawn(arm, tokens, args, tokens in args.profiled)
