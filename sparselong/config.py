@@ -12,7 +12,6 @@ Values come, weakest first, from the schema's defaults, the profile, the file an
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -20,26 +19,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from sparselong import yaml12
+from sparselong.config_keys import Section, fill_sections, refuse, set_key
+from sparselong.config_profiles import PROFILES
 from sparselong.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A frozen group of keys; what it does not know, it refuses."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-    )
 
 
 class ModelSection(Section):
@@ -267,87 +256,6 @@ class Config(Section):
         return self
 
 
-PROFILES: dict[str, dict[str, Any]] = {
-    "quick_test": {
-        "calibration.samples": 16,
-        "training.max_steps": 20,
-        "training.eval_steps": 10,
-        "training.save_steps": 10,
-        "evaluation.limit": 100,
-        "evaluation.perplexity_samples": 32,
-    },
-    "standard": {},
-    "high_quality": {
-        "calibration.samples": 512,
-        "lora.r": 64,
-        "lora.alpha": 128.0,
-        "training.num_epochs": 3.0,
-        "training.learning_rate": 1e-4,
-    },
-    "memory_efficient": {
-        "lora.r": 8,
-        "lora.alpha": 16.0,
-        "sequence_len": 4096,
-        "training.optimizer": "adamw_bnb_8bit",
-    },
-}
-"""Defaults by profile, as dotted keys."""
-
-
-def _set(values: dict, dotted: str, value: Any, *, keep: bool = False) -> None:
-    """Sets a dotted key in nested dicts; with `keep`, only where it is not set yet."""
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            return  # a section given as a scalar: validation names it
-    if not (keep and last in values):
-        values[last] = value
-
-
-def _fill_sections(values: dict, section: type[Section]) -> None:
-    """A section whose keys are all commented out reads as null: it means no key, not no section."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            if name in values and values[name] is None:
-                values[name] = {}
-            if isinstance(values.get(name), dict):
-                _fill_sections(values[name], field.annotation)
-
-
-def known_keys(section: type[Section] = Config, prefix: str = "") -> dict[str, type[Section]]:
-    """All dotted keys, sections included, with the class that declares each."""
-    keys: dict[str, type[Section]] = {}
-    for name, field in section.model_fields.items():
-        keys[prefix + name] = section
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys |= known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _refuse(error: ValidationError, source: str, lines: dict[tuple[str, ...], int]) -> ConfigError:
-    """The first of pydantic's complaints as a four-line error with the key and its line."""
-    first = error.errors()[0]
-    path = tuple(str(part) for part in first["loc"] if not isinstance(part, int))
-    unknown = first["type"] == "extra_forbidden"
-    while path and not unknown and ".".join(path) not in known_keys():
-        path = path[:-1]  # pydantic appends the name of a union's branch
-    dotted = ".".join(path)
-    where = f"{source}, line {lines[path]}" if path in lines and path else source
-    if unknown:
-        close = difflib.get_close_matches(dotted, known_keys(), n=1, cutoff=0.5)
-        if not close:
-            ends = {key.rsplit(".", 1)[-1]: key for key in known_keys()}
-            close = [ends[k] for k in difflib.get_close_matches(path[-1], ends, n=1, cutoff=0.5)]
-        near = f"did you mean {close[0]}?" if close else "see configs/schema.json for all keys"
-        return ConfigError(f"unknown key {dotted} ({where})", "a known key", dotted, near)
-    message = first["msg"].removeprefix("Value error, ")
-    field = known_keys()[dotted].model_fields[path[-1]] if dotted in known_keys() else None
-    fix = f"{dotted}: {' '.join((field.description or '').split())}" if field else "change one"
-    found = f"{first['input']!r}" if dotted else "the values above"
-    return ConfigError(f"{dotted or 'config'} is not valid ({where})", message, found, fix)
-
-
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a config file and applies `key.path=value` overrides.
 
@@ -377,7 +285,7 @@ def load_with_source(
         raise ConfigError(
             f"{path} is not a config", "key: value lines", type(values).__name__, "see configs/"
         )
-    _fill_sections(values, Config)
+    fill_sections(values, Config)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
@@ -387,16 +295,16 @@ def load_with_source(
                 override,
                 "quote it if the shell splits it",
             )
-        _set(values, key, yaml12.parse(value, f"override {key}")[0] if value else "")
+        set_key(values, key, yaml12.parse(value, f"override {key}")[0] if value else "")
         for depth in range(1, key.count(".") + 2):
             lines.pop(tuple(key.split(".")[:depth]), None)
     resolved = json.loads(json.dumps(values))
     for key, value in PROFILES.get(str(values.get("profile", "standard")), {}).items():
-        _set(resolved, key, value, keep=True)
+        set_key(resolved, key, value, keep=True)
     try:
         return _validate(resolved), values
     except ValidationError as error:
-        raise _refuse(error, str(path), lines) from error
+        raise refuse(error, Config, str(path), lines) from error
 
 
 def _validate(values: dict[str, Any]) -> Config:

@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 import yaml
 
-from sparselong.config import Config, Section, load_with_source
+from sparselong.config import Config, load_with_source
+from sparselong.config_keys import Section
 
 
 def _scalar(value: Any) -> str:

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from sparselong import config_docs
-from sparselong.config import PROFILES, Config, dump, hash_sections, known_keys, load
+from sparselong.config import Config, dump, hash_sections, load
+from sparselong.config_keys import known_keys
+from sparselong.config_profiles import PROFILES
 from sparselong.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -43,7 +45,7 @@ def test_editor_schema_is_generated():
 
 
 def test_every_key_is_documented():
-    for key, section in known_keys().items():
+    for key, section in known_keys(Config).items():
         name = key.rsplit(".", 1)[-1]
         field = section.model_fields[name]
         is_section = isinstance(field.annotation, type) and hasattr(

@@ -5,7 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    {"errors", "registration", "yaml12", "provenance", "config", "config_docs", "run"},
+    {"errors", "registration", "yaml12", "provenance", "run"}
+    | {"config", "config_docs", "config_keys", "config_profiles"},
     {"memory", "data", "packing"},
     {"kernels"},
     {"parallel"},
