@@ -86,9 +86,9 @@ def expert_mlp(
     """
     gate_up = (gate_up_blocks, gate_up_scales, gate_up_bias)
     down = (down_blocks, down_scales, down_bias)
-    _check_calls(x, expert_indices, routing_weights, gate_up)
-    _check_weights(x, gate_up, down)
-    name = _choose(x, expert_indices, gate_up_blocks.shape[0], backend)
+    check_calls(x, expert_indices, routing_weights, gate_up)
+    check_weights(x, gate_up, down)
+    name = choose(x, expert_indices, gate_up_blocks.shape[0], backend)
     if x.shape[0] == 0:
         return x.clone()
     if name == "torch":
@@ -169,7 +169,7 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
         gate_up, down = (expert_triton.Projection(*stacks[n : n + 3]) for n in (0, 3))
         out = torch.empty_like(x)
         with torch.cuda.device_of(x):
-            for part in _slices(len(x), SLICE_TOKENS):
+            for part in slices(len(x), SLICE_TOKENS):
                 call = (x[part], indices[part], weights[part], gate_up, down, gate, backend)
                 out[part] = expert_triton.run_forward(*call)[0]
         return out
@@ -186,7 +186,7 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
         # A bias's gradient is one sum over all tokens.
         size = len(x) if needs[2] or needs[3] else SLICE_TOKENS
         with torch.cuda.device_of(x):
-            for part in _slices(len(x), size):
+            for part in slices(len(x), size):
                 wide, routing = expert_triton.run_gate_up(
                     x[part], indices[part], gate_up, ctx.call[1]
                 )
@@ -202,14 +202,19 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
         return dx, None, dweights, None, None, biases[0], None, None, biases[1], None, None
 
 
-def _slices(tokens: int, size: int) -> list[slice]:
+def slices(tokens: int, size: int) -> list[slice]:
     """[0, tokens) in slices of nearly equal length, none longer than `size`."""
     count = -(-tokens // size)
     ends = [tokens * n // count for n in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
-def _choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | None) -> str:
+def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | None) -> str:
+    """The backend of a call: the named one, or the measured table's.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot take the call.
+    """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r}; allowed: None, {', '.join(BACKENDS)}")
     if backend is None:
@@ -233,9 +238,10 @@ def _check_generation(indices: torch.Tensor, most: int, inputs: tuple[torch.Tens
         raise ValueError("backend: generation with gradients; allowed: under torch.no_grad()")
 
 
-def _check_calls(
+def check_calls(
     x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: tuple
 ) -> None:
+    """Raises ValueError for rows, choices or routing weights that are not as `expert_mlp` says."""
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x: {x.dtype} {list(x.shape)}; allowed: floating [tokens, hidden]")
     if indices.dim() != 2 or indices.dtype not in (torch.int32, torch.int64):
@@ -261,7 +267,8 @@ def _check_calls(
             raise ValueError(f"{name}: on {tensor.device}; allowed: x's device, {x.device}")
 
 
-def _check_weights(x: torch.Tensor, gate_up: tuple, down: tuple) -> None:
+def check_weights(x: torch.Tensor, gate_up: tuple, down: tuple) -> None:
+    """Raises ValueError for stacks that are not as `expert_mlp` says."""
     hidden, (experts, wide) = x.shape[1], gate_up[0].shape[:2]
     inner = wide // 2
     shapes = {

@@ -2,11 +2,12 @@
 
 An expert's weight is decoded when it is needed and dropped, in the forward and again in the
 backward pass. Works in any floating dtype. It asks the host which experts have rows, so on a GPU it
-is slow, and only taken by name.
+is slow, and only taken by name. An expert's adapter, where there is one, is multiplied beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,24 @@ def apply_gate(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tenso
     return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
+def _split(adapter: Any, dtype: torch.dtype) -> Any:
+    """An adapter with its factors by expert, in `dtype`."""
+    if adapter is None:
+        return None
+    a, b, scaling = adapter
+    return a.to(dtype).unbind(), b.to(dtype).unbind(), scaling
+
+
+def _multiply(
+    rows: torch.Tensor, stack: tuple[torch.Tensor, ...], adapter: Any, expert: int
+) -> torch.Tensor:
+    out: Any = _FrozenProduct.apply(rows, *(tensor[expert] for tensor in stack))
+    if adapter is None:
+        return out
+    a, b, scaling = adapter
+    return out + scaling * ((rows @ a[expert].T) @ b[expert].T)
+
+
 def expert_mlp_torch(
     x: torch.Tensor,
     expert_indices: torch.Tensor,
@@ -50,21 +69,24 @@ def expert_mlp_torch(
     down: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     alpha: float,
     limit: float,
+    adapters: Sequence[Any] = (None, None),
 ) -> torch.Tensor:
     """[tokens, hidden] in x's dtype. `gate_up` and `down` are (blocks, scales, bias).
+
+    `adapters`: (A [experts, r, in], B [experts, out, r], scale) of either, or None.
 
     Raises:
         ValueError: an index is none of the experts.
     """
     experts = gate_up[0].shape[0]
     result = torch.zeros_like(x)
+    gate_up_adapter, down_adapter = (_split(adapter, x.dtype) for adapter in adapters)
     for expert in torch.unique(expert_indices).tolist():
         if not 0 <= expert < experts:
             raise ValueError(f"expert_indices: holds {expert}; allowed: 0 to {experts - 1}")
         token, choice = torch.where(expert_indices == expert)
-        wide = _FrozenProduct.apply(x[token], *(tensor[expert] for tensor in gate_up))
-        h = apply_gate(wide, alpha, limit)  # pyright: ignore[reportArgumentType]
-        y: Any = _FrozenProduct.apply(h, *(tensor[expert] for tensor in down))
+        wide = _multiply(x[token], gate_up, gate_up_adapter, expert)
+        y = _multiply(apply_gate(wide, alpha, limit), down, down_adapter, expert)
         weighted = y * routing_weights[token, choice, None]
         result = result.index_add(0, token, weighted.to(result.dtype))
     return result

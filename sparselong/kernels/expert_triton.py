@@ -25,7 +25,7 @@ BUFFER_BYTES = 1 << 28
 """The most that decoded weights may take."""
 DTYPES = (torch.bfloat16, torch.float32)
 _DECODE_GROUPS, _DECODE_TURNS = 64, 8
-_GATE_BLOCK = 1024
+GATE_BLOCK = 1024
 
 
 class Projection(NamedTuple):
@@ -43,7 +43,7 @@ def run_gate_up(
 
     `backend` is one of "small", "packed" and "decode".
     """
-    tile = _choose_tile(x, backend, "forward")
+    tile = choose_tile(x, backend, "forward")
     routing = expert_routing.sort_by_expert(indices, gate_up.blocks.shape[0], tile.rows)
     rows, _ = expert_routing.gather(x, routing, indices)
     return multiply(rows, gate_up, routing, backend, backward=False), routing
@@ -60,9 +60,7 @@ def run_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
     """(out [tokens, hidden], gate_up's output, routing). `gate` is alpha and limit."""
     wide, routing = run_gate_up(x, indices, gate_up, backend)
-    inner = wide.shape[1] // 2
-    h = torch.empty((wide.shape[0], inner), dtype=wide.dtype, device=wide.device)
-    glue.gate_kernel[(wide.shape[0],)](wide, h, inner, *gate, BLOCK=_GATE_BLOCK)
+    h = apply_gate(wide, gate)
     rows = multiply(h, down, routing, backend, backward=False)
     del h
     return expert_routing.combine(rows, routing, weights), wide, routing
@@ -95,7 +93,7 @@ def run_backward(
     glue.gate_backward_kernel[(wide.shape[0],)](
         *(wide, dh, routing.positions, weights, inner_products, dwide, dweights),
         *(inner, *gate),
-        BLOCK=_GATE_BLOCK, WEIGHT_GRADIENT=needs_weights,
+        BLOCK=GATE_BLOCK, WEIGHT_GRADIENT=needs_weights,
     )  # fmt: skip
     del dh
     dgate_up_bias = None
@@ -109,6 +107,14 @@ def run_backward(
     return dx, dweights if needs_weights else None, dgate_up_bias, ddown_bias
 
 
+def apply_gate(wide: torch.Tensor, gate: tuple[float, float]) -> torch.Tensor:
+    """gate_up's output [entries, 2 * inner] through the gate: [entries, inner]."""
+    inner = wide.shape[1] // 2
+    h = torch.empty((wide.shape[0], inner), dtype=wide.dtype, device=wide.device)
+    glue.gate_kernel[(wide.shape[0],)](wide, h, inner, *gate, BLOCK=GATE_BLOCK)
+    return h
+
+
 def multiply(
     a: torch.Tensor, weight: Projection, routing: Routing, backend: str, backward: bool
 ) -> torch.Tensor:
@@ -119,7 +125,7 @@ def multiply(
     experts, wide, groups, _ = weight.blocks.shape
     columns, depth = (groups * 32, wide) if backward else (wide, groups * 32)
     out = torch.empty((a.shape[0], columns), dtype=a.dtype, device=a.device)
-    tile = _choose_tile(a, backend, "backward" if backward else "forward")
+    tile = choose_tile(a, backend, "backward" if backward else "forward")
     tma = _architecture(a.device) == "sm_90" and a.dtype == torch.bfloat16 and tile.rows >= 64
     tiles = routing.tile_expert.numel() * -(-columns // tile.columns)
     grid = (min(tiles, _multiprocessors(a.device) * tile.programs),)
@@ -164,7 +170,8 @@ def decode_into(buffer: torch.Tensor, weight: Projection, first: int, last: int)
     )  # fmt: skip
 
 
-def _choose_tile(x: torch.Tensor, backend: str, direction: str) -> Tile:
+def choose_tile(x: torch.Tensor, backend: str, direction: str) -> Tile:
+    """The tile of a product of x's rows on x's device."""
     return tile_for(_architecture(x.device), backend, direction, x.dtype == torch.float32)
 
 

@@ -9,7 +9,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparselong.kernels import expert_generation, expert_glue_kernels, expert_kernels
+from sparselong.kernels import (
+    expert_generation,
+    expert_glue_kernels,
+    expert_kernels,
+    expert_lora_kernels,
+)
 from sparselong.kernels.expert_tiles import FLOAT32, TILES, Tile
 from tests.kernels.test_sm86 import LIMIT_BYTES, read_report
 
@@ -21,7 +26,7 @@ TYPES = {
     **dict.fromkeys(INTEGERS, "*i32"),
     **dict.fromkeys(("indices", "experts"), "*i64"),
     "scales": "*u8",
-    "inner": "*fp32",
+    **dict.fromkeys(("inner", "narrow", "grad"), "*fp32"),
 }
 SINGLE = [
     (expert_glue_kernels.count_kernel, {"BLOCK": 128, "EXPERTS": 128}, 4),
@@ -40,6 +45,12 @@ SINGLE += [
     (expert_generation.gate_up_kernel, {"ROWS": TILE.gate_up_rows, **GENERATION}, TILE.warps),
     (expert_generation.down_kernel, {"ROWS": TILE.down_rows, **GENERATION}, TILE.warps),
 ]
+ADAPTER = {"RANK": 64, "PRECISION": "tf32"}  # the largest rank that the config takes
+SINGLE += [
+    (expert_lora_kernels.shrink_kernel, {"ROWS": 128, "DEPTH": 64, **ADAPTER}, 4),
+    (expert_lora_kernels.expand_kernel, {"ROWS": 128, "COLUMNS": 64, **ADAPTER}, 4),
+    (expert_lora_kernels.gradient_kernel, {"BLOCK": 64, "COLUMNS": 64, **ADAPTER}, 4),
+]
 
 
 def compile_kernel(kernel, constants: dict, arch: int, warps: int, stages: int, **operands: str):
@@ -53,7 +64,7 @@ def compile_kernel(kernel, constants: dict, arch: int, warps: int, stages: int, 
         elif name.endswith("_ptr"):
             signature[name] = TYPES.get(name.removesuffix("_ptr"), operands.get("others", "*bf16"))
         else:
-            signature[name] = "fp32" if name in ("alpha", "limit") else "i32"
+            signature[name] = "fp32" if name in ("alpha", "limit", "scaling") else "i32"
         if signature[name].startswith("*") or name in ("columns", "depth", "width"):
             aligned[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)

@@ -1,0 +1,194 @@
+"""The experts' pass with adapters on a GPU: every backend against fp64, output and all gradients.
+
+The bound and the odd shapes are those of test_expert_gemm.py: at most twice the error of plain
+torch in bf16 on the same inputs. Memory that kernels are to fill is filled with NaN first.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from sparselong.kernels import (
+    expert_gemm,
+    expert_lora,
+    expert_lora_kernels,
+    expert_lora_triton,
+    expert_routing,
+    expert_triton,
+)
+from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
+from sparselong.kernels.expert_lora import Adapter, expert_lora_mlp
+from sparselong.kernels.expert_lora_ref import expert_lora_reference
+from sparselong.kernels.recompute import checkpoint_contexts
+from tests.gpu.test_expert_gemm import CASES, OURS, Case, deviations, draw
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SCALINGS = {"gate_up": 4.0, "down": 0.5}
+BOTH = ("gate_up", "down")
+
+
+def draw_adapted(case: Case, rank: int = 8, which=BOTH, dtype=torch.bfloat16) -> dict:
+    """test_expert_gemm's call, and fp32 factors near A's first values, B as PEFT lays it out."""
+    call = draw(case, dtype)
+    sizes = {"gate_up": (2 * case.inner, case.hidden), "down": (case.hidden, case.inner)}
+    for name in which:
+        out, width = sizes[name]
+        a = torch.randn(case.experts * rank, width, device="cuda") / width**0.5
+        b = torch.randn(out, rank * case.experts, device="cuda") / rank**0.5
+        call[f"{name}_a"] = a.view(case.experts, rank, width)
+        call[f"{name}_b"] = b.view(out, rank, case.experts).permute(2, 0, 1)
+    return call
+
+
+def names_of(call: dict) -> list[str]:
+    factors = [f"{name}_{part}" for name in BOTH for part in "ab" if f"{name}_a" in call]
+    return ["x", "routing_weights", *factors]
+
+
+def adapters_of(leaves: dict) -> list:
+    return [
+        Adapter(leaves[f"{name}_a"], leaves[f"{name}_b"], SCALINGS[name])
+        if f"{name}_a" in leaves
+        else None
+        for name in BOTH
+    ]
+
+
+def stacks_of(call: dict) -> list:
+    return [tuple(call[f"{name}_{part}"] for part in ("blocks", "scales", "bias")) for name in BOTH]
+
+
+def run(call: dict, backend: str | None, keep=lambda f, *x: f(*x)) -> dict[str, torch.Tensor]:
+    """Output and gradients through the public function; `keep` may checkpoint it."""
+    leaves = {name: call[name].detach().requires_grad_() for name in names_of(call)}
+
+    def apply(x):
+        return expert_lora_mlp(
+            x, call["expert_indices"], leaves["routing_weights"], *stacks_of(call),
+            *adapters_of(leaves), backend=backend,
+        )  # fmt: skip
+
+    out = keep(apply, leaves["x"])
+    grads = torch.autograd.grad(out, list(leaves.values()), call["dout"])
+    return dict(zip(("out", *leaves), (out, *grads), strict=True))
+
+
+def run_exactly(call: dict) -> dict[str, torch.Tensor]:
+    """The same in fp64 by the reference."""
+    leaves = {name: call[name].detach().double().requires_grad_() for name in names_of(call)}
+    out = expert_lora_reference(
+        leaves["x"], call["expert_indices"], leaves["routing_weights"], *stacks_of(call),
+        *adapters_of(leaves), ALPHA, LIMIT,
+    )  # fmt: skip
+    grads = torch.autograd.grad(out, list(leaves.values()), call["dout"].double())
+    return dict(zip(("out", *leaves), (out, *grads), strict=True))
+
+
+def checkpointed(function, *inputs):
+    contexts = partial(checkpoint_contexts, True)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def assert_close(name: str, got: dict, yardstick: dict, exact: dict) -> None:
+    rounding = torch.finfo(torch.bfloat16).eps / 2
+    for result, want in exact.items():
+        assert torch.isfinite(got[result]).all(), f"{name}: {result} is not finite"
+        largest, rms = deviations(got[result], want)
+        largest_allowed, rms_allowed = deviations(yardstick[result], want)
+        scale = want.abs().max().item()
+        assert largest <= max(2 * largest_allowed, rounding * scale), (
+            f"{name}: {result} is off by {largest:.2e}, plain torch {largest_allowed:.2e}"
+        )
+        assert rms <= max(2 * rms_allowed, rounding), (
+            f"{name}: {result}'s relative RMS error is {rms:.2e}, torch's {rms_allowed:.2e}"
+        )
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """torch.empty and torch.empty_like, as the launchers see them, give NaN, or 77."""
+
+    class Poisoned:
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        def empty(self, *args, **kwargs):
+            return self._fill(torch.empty(*args, **kwargs))
+
+        def empty_like(self, *args, **kwargs):
+            return self._fill(torch.empty_like(*args, **kwargs))
+
+        def _fill(self, tensor):
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+
+    modules = (expert_triton, expert_routing, expert_lora, expert_lora_kernels, expert_lora_triton)
+    for module in modules:
+        monkeypatch.setattr(module, "torch", Poisoned())
+
+
+@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernels_err_no_more_than_twice_plain_torch(case, backend, poison, monkeypatch):
+    if case.buffer_bytes is not None:
+        monkeypatch.setattr(expert_triton, "BUFFER_BYTES", case.buffer_bytes)
+    call = draw_adapted(case)
+    assert_close(case.name, run(call, backend), run(call, "torch"), run_exactly(call))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16, 64])
+@pytest.mark.parametrize("which", [("gate_up",), ("down",), BOTH], ids="+".join)
+def test_every_rank_and_target(rank, which, poison):
+    call = draw_adapted(Case("ranks", 700), rank, which)
+    assert_close(f"r{rank}", run(call, "packed"), run(call, "torch"), run_exactly(call))
+
+
+@pytest.mark.parametrize("backend", ["packed", "decode"])
+def test_a_checkpointed_layer_in_slices_has_the_same_gradients(backend, poison, monkeypatch):
+    """Slices sum A's and B's gradients one after another; the last slice is shorter."""
+    monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", 300)
+    call = draw_adapted(Case("slices", 1000))
+    got = run(call, backend, checkpointed)
+    assert_close("slices", got, run(call, "torch"), run_exactly(call))
+    again = run(call, backend, checkpointed)
+    assert all(torch.equal(got[name], again[name]) for name in got)
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_fp32_is_exact_to_fp32(backend, poison):
+    call = draw_adapted(Case("fp32", 100, hidden=96, inner=160), 5, dtype=torch.float32)
+    exact, got = run_exactly(call), run(call, backend)
+    for name, want in exact.items():
+        assert deviations(got[name], want)[1] < 2e-6, name
+
+
+@pytest.mark.parametrize("backend", [*OURS, None])
+def test_runs_repeat_to_the_bit(backend):
+    call = draw_adapted(Case("repeat", 700, experts=16))
+    first = run(call, backend)
+    for _ in range(3):
+        again = run(call, backend)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_an_untrained_adapter_changes_no_bit():
+    call = draw_adapted(Case("untrained", 500))
+    for name in BOTH:
+        call[f"{name}_b"].zero_()
+    plain = [tensor for stack in stacks_of(call) for tensor in stack]
+    inputs = [call[name] for name in ("x", "expert_indices", "routing_weights")]
+    assert torch.equal(run(call, "packed")["out"], expert_mlp(*inputs, *plain, backend="packed"))
+
+
+def test_no_delta_of_a_weights_size_is_made():
+    """With 32 experts of gpt-oss's widths one delta of gate_up would take 1 GiB in bf16."""
+    case = Case("memory", 64, experts=32, top_k=4, hidden=2880, inner=2880)
+    call = draw_adapted(case)
+    factors = sum(call[name].numel() for name in names_of(call)[2:])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(call, "packed")
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < (2 + 4 + 4) * factors + 32 * 64 * 4 * 2880 * 2
