@@ -137,3 +137,24 @@ def _build(cu_seqlens: torch.Tensor, batch: int, keys: int) -> Documents:
     ends = (boundaries[document] - row_start).int().view(batch, keys)
     longest = int((boundaries[1:] - boundaries[:-1]).max())
     return Documents(boundaries.int(), starts, ends, longest)
+
+
+def mark_starts(
+    starts: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
+) -> None:
+    """Marks in `starts`, bool [batch, keys], the tokens at which a document starts.
+
+    Args:
+        mask: [batch, keys], non-zero where a token is: padding begins and ends documents.
+        positions: [batch or 1, keys]; a token whose position is not its predecessor's plus one
+            starts one. Padding's positions follow no rule and count for nothing.
+    """
+    real: torch.Tensor | None = None
+    if mask is not None:
+        padding = mask.bool()
+        starts[:, 1:] |= padding[:, 1:] != padding[:, :-1]
+        real = padding[:, 1:]
+    if positions is not None:
+        breaks = positions[:, 1:] != positions[:, :-1] + 1
+        starts[:, 1:] |= breaks if real is None else breaks & real
+    starts[:, 0] = True

@@ -33,6 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sparselong.config import Config
 from sparselong.kernels.attention import attention
 from sparselong.kernels.attention_choice import BACKENDS
+from sparselong.kernels.attention_mask import mark_starts
 
 NAME = "sparselong"
 
@@ -165,17 +166,12 @@ def find_boundaries(
     if tensor is None:
         return None
     starts = torch.zeros(batch, keys, dtype=torch.bool, device=tensor.device)
+    known = positions if queries == keys else None
     if mask is not None and mask.ndim == 4:
         starts |= _starts_of_mask(mask, batch, queries, keys)
-    elif mask is not None:
-        padding = mask[:, -keys:].bool()
-        starts[:, 1:] |= padding[:, 1:] != padding[:, :-1]
-    if positions is not None and queries == keys and (mask is None or mask.ndim == 2):
-        breaks = positions[:, 1:] != positions[:, :-1] + 1
-        # Padding's positions follow no rule, and its own boundaries are found above.
-        real = mask[:, 1:].bool() if mask is not None else True
-        starts[:, 1:] |= breaks & real
-    starts[:, 0] = True
+        mark_starts(starts, None, None)
+    else:
+        mark_starts(starts, None if mask is None else mask[:, -keys:], known)
     flat = starts.flatten().nonzero().flatten()
     if len(flat) == batch:
         return None

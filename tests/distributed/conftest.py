@@ -1,0 +1,16 @@
+"""One pool of two and one of four processes for all cases."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.distributed.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[dict[int, Pool]]:
+    """Pools by their number of processes."""
+    made = {size: Pool(size) for size in (2, 4)}
+    yield made
+    for pool in made.values():
+        pool.close()
