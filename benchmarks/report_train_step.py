@@ -15,7 +15,10 @@ Random weights in the published shapes, batch 1, rank 16 on q, k, v and o, gradi
 AdamW: forward, backward and optimizer, median of three steps after two. `eager` and `flex` are
 transformers with PEFT, experts in bf16 (grouped_mm); `lora` is the same adapter on this project's
 model (experts packed, its kernels), `masked` what stage 03 trains: LoRA through 2:4 int4 attention.
-GiB are what the card lends to the whole process, CUDA context included.
+GiB are what the card lends to the whole process, CUDA context included. 65,536 tokens ran with the
+checkpoints in host memory and attention computed again in the backward pass. In the profiles the
+gathering, gate and weighting around the experts' products counts as elementwise in every arm, and
+transformers' grouped products count as dense ones: they carry the name of a plain matrix product.
 """
 ARMS = ("eager", "flex", "lora", "masked")
 
@@ -23,9 +26,9 @@ ARMS = ("eager", "flex", "lora", "masked")
 def write_section() -> str:
     """The section's text, machine by machine; the plot is written beside the results."""
     text = TEXT
-    capped = newest("train_step_capped")
+    others = [newest(subject) for subject in ("train_step_capped", "train_step_long")]
     for machine, found in newest("train_step").items():
-        more = capped[machine]["rows"] if machine in capped else []
+        more = [entry for other in others if machine in other for entry in other[machine]["rows"]]
         text += write_machine(machine, found | {"rows": found["rows"] + more})
     return text
 
@@ -93,6 +96,9 @@ def plot_throughput(machine: str, values: dict[tuple, dict[str, float]]) -> str:
         if points:
             axis.plot(*zip(*points, strict=True), marker="o", label=arm)
     axis.set(xscale="log", ylim=(0, None), xlabel="tokens", ylabel="tokens/s on one GPU")
+    lengths = sorted({tokens for tokens, cap, _ in values if cap is None})
+    axis.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
+    axis.minorticks_off()
     axis.set_title(f"training step, gpt-oss-20b's shape, {machine}", fontsize=10)
     axis.legend(fontsize=8)
     figure.tight_layout()
