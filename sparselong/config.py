@@ -92,7 +92,9 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
-    """Low-rank adapters on the shared dense layers, trained through mask and quantization."""
+    """Low-rank adapters on shared dense layers and, if asked for, on experts and router.
+
+    Those of the dense layers and the router are trained through mask and rounding."""
 
     r: Positive = 16
     """Rank of the adapter."""
@@ -100,6 +102,15 @@ class LoraSection(Section):
     """The adapter's product is scaled by alpha / r."""
     target_modules: Names = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Names of the layers that get an adapter. A name that matches nothing stops the stage."""
+    expert_targets: tuple[Literal["gate_up_proj", "down_proj"], ...] = ()
+    """Expert weights of which every expert gets an adapter: `gate_up_proj`, `down_proj`, both or
+    none. They are trained beside the MXFP4 weights, not through them: the final model has the sum
+    rounded to MXFP4 again, and the stage reports what that loses."""
+    expert_r: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Rank of each expert's adapter, set together with `expert_targets`; the product is scaled by
+    alpha / expert_r."""
+    router: bool = False
+    """Whether each layer's router gets an adapter of rank r, too."""
 
 
 class MaskUpdateSection(Section):
@@ -235,6 +246,24 @@ class Config(Section):
         if self.attention_backend != "auto" and not self.flash_attention:
             raise ValueError(
                 f"attention_backend: {self.attention_backend} needs flash_attention: true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_expert_adapters(self) -> Config:
+        targets, rank = self.lora.expert_targets, self.lora.expert_r
+        if len(set(targets)) < len(targets):
+            raise ValueError(f"lora.expert_targets: {', '.join(targets)} names a weight twice")
+        if targets and rank is None:
+            raise ValueError("lora.expert_targets need lora.expert_r, the rank of their adapters")
+        if rank is not None and not targets:
+            raise ValueError(
+                f"lora.expert_r: {rank} is the rank of nothing while lora.expert_targets is empty"
+            )
+        if targets and self.experts.sparsity != "none":
+            raise ValueError(
+                f"lora.expert_targets need experts.sparsity: none, not {self.experts.sparsity}: "
+                "an expert's adapter would fill the weights that 2:4 has dropped"
             )
         return self
 

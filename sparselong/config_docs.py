@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
@@ -34,7 +34,7 @@ def _render(section: type[Section], config: Section, explicit: dict, indent: str
         if name == "sequence_len" and not indent:
             rows.append("")
         words = " ".join((field.description or "").split())
-        choices = get_args(field.annotation) if "Literal" in str(field.annotation) else ()
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         if choices:
             words += f" Choices: {', '.join(map(str, choices))}."
         rows += [f"{indent}# {line}" for line in _wrap(words, 98 - len(indent))]

@@ -83,6 +83,17 @@ def test_yaml_reads_what_people_mean(tmp_path):
         ("seed: [\n", ["not valid YAML"]),
         ("- 1\n", ["not a config"]),
         ("training:\n  save_steps: 30\n  eval_steps: 20\n", ["multiple"]),
+        ("lora:\n  expert_targets: [up_proj]\n", ["expert_targets", "line 2", "gate_up_proj"]),
+        ("lora:\n  expert_targets: [down_proj]\n", ["need lora.expert_r"]),
+        ("lora:\n  expert_r: 8\n", ["lora.expert_r: 8 is the rank of nothing"]),
+        (
+            "lora:\n  expert_targets: [down_proj, down_proj]\n  expert_r: 8\n",
+            ["names a weight twice"],
+        ),
+        (
+            "experts:\n  sparsity: '2:4'\nlora:\n  expert_targets: [down_proj]\n  expert_r: 8\n",
+            ["experts.sparsity: none", "dropped"],
+        ),
         ("training:\n  logging_steps: 7\n", ["multiple", "logging_steps"]),
         ("profile: fast\n", ["profile", "quick_test"]),
     ],

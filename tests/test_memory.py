@@ -109,11 +109,25 @@ def test_compressed_tiny_is_what_stage_02_writes():
     assert sum(storage.compressed_groups(memory.tiny_shape(4), load("tiny")).values()) == 2_071_904
 
 
+def test_adapters_of_experts_and_router_are_counted():
+    def count(*overrides: str) -> int:
+        return storage.lora_parameters(BIG, load("gpt-oss-120b-4x3090", *overrides))
+
+    plain = count()
+    targets = "lora.expert_targets=[gate_up_proj, down_proj]"
+    assert count(targets, "lora.expert_r=8") - plain == 530_841_600
+    down = count("lora.expert_targets=[down_proj]", "lora.expert_r=8") - plain
+    assert down == 36 * 128 * 8 * (2880 + 2880)
+    assert count("lora.router=true") - plain == 36 * 16 * (2880 + 128)
+
+
 def test_only_the_120b_base_can_be_linked():
     assert storage.linkable_bytes(BIG, CONFIG)["02_compress/model"] == 63_337_785_984
     assert storage.linkable_bytes(SMALL, CONFIG)["02_compress/model"] == 0
     half = load("gpt-oss-120b-4x3090", "experts.sparsity='2:4'")
     assert storage.linkable_bytes(BIG, half)["02_compress/model"] == 0
+    routed = load("gpt-oss-120b-4x3090", "lora.router=true")
+    assert storage.linkable_bytes(BIG, routed)["03_finetune/model"] == 0
 
 
 @pytest.mark.parametrize(("tokens", "measured_gib"), [(4096, 48.9), (8192, 58.8), (16384, 78.4)])

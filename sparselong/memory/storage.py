@@ -76,11 +76,18 @@ def masters_bytes(shape: ModelShape, config: Config) -> int:
 
 
 def lora_parameters(shape: ModelShape, config: Config) -> int:
-    """Trainable parameters of the adapters on the attention projections that are targeted."""
-    sizes = [
-        shape.projections[name] for name in config.lora.target_modules if name in shape.projections
-    ]
-    return shape.layers * config.lora.r * sum(rows + columns for rows, columns in sizes)
+    """Trainable parameters of the adapters: attention projections, experts, router, as targeted."""
+    lora = config.lora
+    sizes = [shape.projections[name] for name in lora.target_modules if name in shape.projections]
+    if lora.router:
+        sizes.append((shape.experts, shape.hidden))
+    widths = {
+        "gate_up_proj": 2 * shape.intermediate + shape.hidden,
+        "down_proj": shape.hidden + shape.intermediate,
+    }
+    expert = (lora.expert_r or 0) * sum(widths[name] for name in lora.expert_targets)
+    dense = lora.r * sum(rows + columns for rows, columns in sizes)
+    return shape.layers * (dense + shape.experts * expert)
 
 
 def optimizer_bytes(config: Config) -> int:
@@ -113,7 +120,8 @@ def linkable_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
     """Bytes of the models that take no room of their own where shards can be hard links.
 
     Stage 02 links an upstream shard when at most 5 % of it is attention that is stored anew: true
-    of gpt-oss-120b (2.9 %), not of gpt-oss-20b (9.3 %). Stage 03 links what stage 02 did not write.
+    of gpt-oss-120b (2.9 %), not of gpt-oss-20b (9.3 %). Stage 03 links what stage 02 did not write,
+    but nothing when experts or routers have adapters: their new weights were in the same shards.
     """
     packed = compressed_groups(shape, config)
     untouched = sum(packed.values()) - packed["attention"]
@@ -124,5 +132,5 @@ def linkable_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
     links = stale <= LINKED_STALE_SHARE * sum(base.values())
     return {
         "02_compress/model": untouched if links else 0,
-        "03_finetune/model": untouched,
+        "03_finetune/model": 0 if config.lora.expert_targets or config.lora.router else untouched,
     }
