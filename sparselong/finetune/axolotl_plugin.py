@@ -6,8 +6,8 @@
 | `load_datasets`              | Axolotl's own loader, our labels; show and count what is learned  |
 | `get_adapter_capabilities`,  | our adapter: masked LoRA layers built through PEFT's registry of  |
 | `load_adapter`               | custom modules over stage 02's packed layers and masters          |
-| `get_trainer_cls`            | Axolotl's trainer, with masks and scales in its checkpoints       |
-| `get_training_args`          | a NaN loss must show; early stopping must survive a restart       |
+| `get_trainer_cls`            | Axolotl's trainer with our data order, loss, checkpoints          |
+| `get_training_args`          | a NaN loss must show; early stopping survives a restart; steps    |
 | `add_callbacks_post_trainer` | mask upkeep and metrics                                           |
 | `post_trainer_create`        | receipt.json: what was replaced and attached                      |
 | `post_train`                 | bake the best checkpoint, write the adapter and baked.json        |
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +34,6 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders import load_tokenizer
 from pydantic import BaseModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import sparselong
 from sparselong.errors import StageError
@@ -56,10 +54,9 @@ from sparselong.finetune.axolotl_config import (
 )
 from sparselong.finetune.bake import bake, name_adapter
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses, tell
-from sparselong.finetune.documents import document_masks
 from sparselong.finetune.failure import tell_failures
-from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
-from sparselong.model.attention import NAME, choose_attention, chosen_attention
+from sparselong.finetune.masked_trainer import MaskedTraining
+from sparselong.model.attention import choose_attention, chosen_attention
 from sparselong.model.fused import FusedDecoderLayer, chunk_loss
 from sparselong.model.projections import two_four_conforming
 from sparselong.run import write_atomically
@@ -91,105 +88,8 @@ class SparseLongArgs(BaseModel):
     sparselong: SparseLongSection
 
 
-class MaskedTrainer(AxolotlTrainer):
-    """Axolotl's trainer whose checkpoints hold masks and scales, and whose losses are per token.
-
-    Axolotl averages the micro-batches' mean losses; here, in training and evaluation alike, a
-    token weighs the same wherever it stands.
-    """
-
-    model: Any
-    processing_class: Any
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # the loss divides by num_items_in_batch itself
-        self.progress = state.Progress()
-        self.bake_only = False
-        self._evaluated = [0.0, 0.0]
-
-    @property
-    def layers(self) -> dict[str, MaskedLoraLinear]:
-        """The masked layers by name."""
-        return masked_layers(self.model)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        masked, placed = "attention_mask" in inputs, "position_ids" in inputs
-        if self.args.sample_packing and (masked or not placed):
-            raise StageError(
-                "packed conversations would attend to each other",
-                "position ids that start anew with each conversation, and no attention mask",
-                f"a batch of {', '.join(sorted(inputs))}",
-                "pass training.sample_packing=false",
-            )
-        if masked:
-            tokens = inputs["attention_mask"].sum()
-        else:
-            tokens = (inputs["input_ids"] != self.processing_class.pad_token_id).sum()
-        self.progress.tokens += int(tokens)
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def _prepare_inputs(self, inputs):
-        inputs = super()._prepare_inputs(inputs)
-        if "position_ids" in inputs and "attention_mask" not in inputs:
-            base = self.model.get_base_model()
-            if base.config._attn_implementation != NAME:  # ours goes by the position ids
-                dtype = base.get_input_embeddings().weight.dtype
-                masks = document_masks(base.config, inputs["position_ids"], dtype)
-                inputs["attention_mask"] = masks
-        return inputs
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if outputs.logits is not None:
-            raise StageError(
-                "the loss was computed from the logits of whole sequences",
-                "the loss in chunks, which the plugin puts into the model",
-                f"logits {list(outputs.logits.shape)}",
-                "use the package versions that install.sh installs; another one has replaced it",
-            )
-        return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        outcome = super().prediction_step(model, inputs, *args, **kwargs)
-        predicted = int((inputs["labels"][:, 1:] != supervision.IGNORED).sum())
-        if predicted and outcome[0] is not None:
-            self._evaluated[0] += float(outcome[0]) * predicted
-            self._evaluated[1] += predicted
-        return outcome
-
-    def evaluation_loop(self, *args, **kwargs):
-        self._evaluated = [0.0, 0.0]
-        output = super().evaluation_loop(*args, **kwargs)
-        total, predicted = self._evaluated
-        output.metrics["eval_loss"] = total / predicted if predicted else math.nan
-        return output
-
-    def _run_epoch(self, *args, **kwargs):
-        # Resumed behind its last step, the loop would take one step more.
-        if self.bake_only or self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        directory = Path(output_dir or str(self.args.output_dir))
-        if directory.name.startswith(PREFIX_CHECKPOINT_DIR):
-            state.write(directory, self.layers, self.progress)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._restore(Path(resume_from_checkpoint))
-
-    def _load_best_model(self):
-        super()._load_best_model()
-        counters = vars(self.progress).copy()
-        self._restore(Path(str(self.state.best_model_checkpoint)))
-        vars(self.progress).update(counters)  # the run's history does not go back with the weights
-
-    def _restore(self, directory: Path) -> None:
-        vars(self.progress).update(vars(state.read(directory, self.layers)))
+class MaskedTrainer(MaskedTraining, AxolotlTrainer):
+    """Axolotl's trainer with our order of the data, loss and checkpoints (masked_trainer.py)."""
 
 
 class SparseLongPlugin(BasePlugin):
@@ -220,6 +120,9 @@ class SparseLongPlugin(BasePlugin):
             "eval_on_start": not cfg.resume_from_checkpoint,  # the curve begins at stage 02's model
             "disable_tqdm": True,
             "dataloader_pin_memory": torch.cuda.is_available(),
+            # Axolotl estimates the number of steps from its own sampler, which is not in use.
+            "max_steps": cfg.max_steps or -1,
+            "warmup_steps": cfg.warmup_ratio,
         }
 
     def load_datasets(self, cfg, preprocess=False):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(900)
 TRAINING = [
     "sequence_len=128",
     "micro_batch_size=2",
-    "data.validation_fraction=0.275",  # seven fit: the last batch of an evaluation is not full
+    "data.validation_fraction=0.175",  # three steps an epoch; five to evaluate on: not full batches
     "training.max_steps=6",
     "training.eval_steps=2",
     "training.save_steps=2",
@@ -79,7 +79,7 @@ def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
     done = subprocess.run(command(arguments, straight), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     process = subprocess.Popen(command(arguments, broken), stderr=subprocess.DEVNULL)
-    wait_for_step(process, broken, 3)
+    wait_for_step(process, broken, 5)  # inside the second epoch, as is the checkpoint before it
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 20
@@ -88,9 +88,9 @@ def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
         time.sleep(0.1)
     # A checkpoint cut off in the middle must not be taken for whole.
     checkpoints = broken / "03_finetune/checkpoints"
-    shutil.rmtree(checkpoints / "checkpoint-4", ignore_errors=True)
-    shutil.copytree(checkpoints / "checkpoint-2", checkpoints / "checkpoint-4")
-    (checkpoints / "checkpoint-4/trainer_state.json").write_text('{"global_step": 4, "epo')
+    shutil.rmtree(checkpoints / "checkpoint-6", ignore_errors=True)
+    shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-6")
+    (checkpoints / "checkpoint-6/trainer_state.json").write_text('{"global_step": 6, "epo')
     again = subprocess.run(command(arguments, broken), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     return straight, broken, json.loads(done.stdout), again.stderr
@@ -98,8 +98,10 @@ def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
 
 def test_killed_run_goes_on_with_the_same_curve(runs):
     straight, broken, _, told = runs
-    assert "removing checkpoint-4" in told
-    assert "going on from checkpoint-2" in told
+    assert "removing checkpoint-6" in told
+    assert "going on from checkpoint-4" in told
+    epochs = {row["step"]: row["epoch"] for row in rows_of(straight)}
+    assert 1 < epochs[4] < epochs[5] < 2
     assert curve(rows_of(broken)) == curve(rows_of(straight))
 
 

@@ -1,0 +1,165 @@
+"""Training as transformers' Trainer does it, but for the data's order, the loss and checkpoints.
+
+`MaskedTraining` goes before a Trainer in a class's bases (the plugin joins it to Axolotl's). Ours:
+
+- the order of the data (batches.py), so that a run that goes on inside an epoch goes on exactly;
+- the loss, in training and evaluation alike: a token weighs the same wherever it stands. Axolotl
+  averages the micro-batches' mean losses;
+- checkpoints hold masks, scales and counters (state.py).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from sparselong.errors import StageError
+from sparselong.finetune import state
+from sparselong.finetune.batches import IGNORED, Batches, EpochOrder, make_batches, only
+from sparselong.finetune.documents import document_masks
+from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
+from sparselong.model.attention import NAME
+
+
+class MaskedTraining(Trainer):
+    """See the module's text."""
+
+    args: Any
+    model: Any
+    processing_class: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss divides by num_items_in_batch itself
+        self.progress = state.Progress()
+        self.bake_only = False
+
+    @property
+    def layers(self) -> dict[str, MaskedLoraLinear]:
+        """The masked layers by name."""
+        return masked_layers(self.model)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Packed or single conversations in an order that seed and epoch decide."""
+        packed, rows = self.args.sample_packing, self.train_dataset
+        lengths = [len(tokens) for tokens in rows["input_ids"]]  # type: ignore[index]
+        capacity, packs = self.args.max_seq_length, self._train_batch_size
+        if packed and not self.args.multipack_real_batches:
+            capacity, packs = packs * capacity, 1
+        seed = self.args.seed
+        batches = make_batches(lengths, capacity if packed else None, packs, seed)
+        return self._load(rows, batches, self.data_collator, packed, seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Conversations one by one and in order, none left out."""
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        size = self.args.per_device_eval_batch_size
+        numbers = range(len(rows))
+        batches = [[[row] for row in numbers[at : at + size]] for at in range(0, len(rows), size)]
+        return self._load(rows, batches, self.eval_data_collator, False, None)  # type: ignore[attr-defined]
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        # A share of the steps, as Axolotl knows only an estimate of their number.
+        self.args.warmup_steps = int(self.args.warmup_steps * num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load(
+        self, rows: Any, batches: list, collate: Any, packed: bool, seed: int | None
+    ) -> DataLoader:
+        columns = ["input_ids", "labels", "position_ids" if packed else "attention_mask"]
+        made = Batches(
+            rows.select_columns(columns),
+            batches,
+            collate,
+            packed,
+            self.processing_class.pad_token_id,
+        )
+        return DataLoader(
+            made,
+            batch_sampler=EpochOrder(len(batches), seed),
+            collate_fn=only,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        masked, placed = "attention_mask" in inputs, "position_ids" in inputs
+        if self.args.sample_packing and (masked or not placed):
+            raise StageError(
+                "packed conversations would attend to each other",
+                "position ids that start anew with each conversation, and no attention mask",
+                f"a batch of {', '.join(sorted(inputs))}",
+                "pass training.sample_packing=false",
+            )
+        if masked:
+            tokens = inputs["attention_mask"].sum()
+        else:
+            tokens = (inputs["input_ids"] != self.processing_class.pad_token_id).sum()
+        self.progress.tokens += int(tokens)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if "position_ids" in inputs and "attention_mask" not in inputs:
+            base = self.model.get_base_model()
+            if base.config._attn_implementation != NAME:  # ours goes by the position ids
+                dtype = base.get_input_embeddings().weight.dtype
+                masks = document_masks(base.config, inputs["position_ids"], dtype)
+                inputs["attention_mask"] = masks
+        return inputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if outputs.logits is not None:
+            raise StageError(
+                "the loss was computed from the logits of whole sequences",
+                "the loss in chunks, which the plugin puts into the model",
+                f"logits {list(outputs.logits.shape)}",
+                "use the package versions that install.sh installs; another one has replaced it",
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        self.model.eval()
+        total, predicted, rows = 0.0, 0, 0
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            loss: Any = self.compute_loss(self.model, inputs, num_items_in_batch=1)
+            total += float(loss)
+            predicted += int((inputs["labels"][:, 1:] != IGNORED).sum())
+            rows += len(inputs["labels"])
+        mean = total / predicted if predicted else math.nan
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, rows)  # type: ignore[arg-type]
+
+    def _run_epoch(self, **kwargs):
+        # Resumed behind its last step, the loop would take one step more.
+        if self.bake_only or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        kwargs["train_dataloader"].batch_sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(**kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        directory = Path(output_dir or str(self.args.output_dir))
+        if directory.name.startswith(PREFIX_CHECKPOINT_DIR):
+            state.write(directory, self.layers, self.progress)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore(Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        counters = vars(self.progress).copy()
+        self._restore(Path(str(self.state.best_model_checkpoint)))
+        vars(self.progress).update(counters)  # the run's history does not go back with the weights
+
+    def _restore(self, directory: Path) -> None:
+        vars(self.progress).update(vars(state.read(directory, self.layers)))
