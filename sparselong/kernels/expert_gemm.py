@@ -192,7 +192,7 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
                 )
                 call = (dout[part], wide, routing, indices[part], weights[part], gate_up, down)
                 part_dx, part_dweights, *biases = expert_triton.run_backward(
-                    *call, *ctx.call, needs=needs
+                    *call, *ctx.call, needs=needs, overwrite=True
                 )
                 if part_dx is not None:
                     dx[part] = part_dx

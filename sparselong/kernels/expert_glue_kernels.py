@@ -165,7 +165,8 @@ def gate_backward_kernel(
 ):  # fmt: skip
     """d gate_up of one row from dh, the gradient of h before the routing weight. Grid: entries.
 
-    d weight = <dh, h> + inner, h computed again.
+    d weight = <dh, h> + inner, h computed again. dgate_up may be gate_up itself: a row is one
+    program's own, and a barrier lets all its threads have read a piece before any writes it.
     """
     entry = tl.program_id(0).to(tl.int64)
     row = tl.load(positions_ptr + entry).to(tl.int64)
@@ -187,6 +188,7 @@ def gate_backward_kernel(
         dup = tl.where(free_up, dup, 0.0) * weight
         both = tl.reshape(tl.join(dgate, dup), [2 * BLOCK]).to(dgate_up_ptr.dtype.element_ty)
         wide = 2 * first + tl.arange(0, 2 * BLOCK)
+        tl.debug_barrier()
         tl.store(dgate_up_ptr + row * (2 * width) + wide, both, mask=wide < 2 * width)
     if WEIGHT_GRADIENT:
         inner = tl.load(inner_ptr + entry) + tl.sum(products, 0)

@@ -89,6 +89,8 @@ def run_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x and the routing weights; those of A and B are added to `grads`.
 
+    `wide` is written over by its gradient.
+
     `grads`: fp32, [E, r, in] and [E, out, r] of gate_up, then of down; None without an adapter.
     """
     tile_rows = _tile_rows(x, stacks.backend)
@@ -110,7 +112,7 @@ def run_backward(
         add_gradient_(down_b.transpose(1, 2), narrow * sorted_weights, rows, routing)
         del h
     del rows
-    dwide, dweights = torch.empty_like(wide), torch.empty_like(weights)
+    dwide, dweights = wide, torch.empty_like(weights)
     expert_triton.glue.gate_backward_kernel[(wide.shape[0],)](
         *(wide, dh, routing.positions, weights, inner_products, dwide, dweights),
         *(dh.shape[1], *stacks.gate),

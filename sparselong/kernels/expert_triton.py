@@ -77,8 +77,12 @@ def run_backward(
     gate: tuple[float, float],
     backend: str,
     needs: tuple[bool, bool, bool, bool],
+    overwrite: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of x, the routing weights and the two biases, those that `needs` names."""
+    """Gradients of x, the routing weights and the two biases, those that `needs` names.
+
+    With `overwrite`, `wide` is written over by its gradient: 2 * inner values less for each entry.
+    """
     needs_x, needs_weights, needs_gate_up_bias, needs_down_bias = needs
     dout = dout.contiguous()
     bias = down.bias if needs_weights else None
@@ -88,7 +92,8 @@ def run_backward(
         ddown_bias = expert_routing.sum_by_expert(rows, routing, down.bias, weights)
     dh = multiply(rows, down, routing, backend, backward=True)
     del rows
-    dwide, dweights = torch.empty_like(wide), torch.empty_like(weights)
+    dwide = wide if overwrite else torch.empty_like(wide)
+    dweights = torch.empty_like(weights)
     inner = dh.shape[1]
     glue.gate_backward_kernel[(wide.shape[0],)](
         *(wide, dh, routing.positions, weights, inner_products, dwide, dweights),
