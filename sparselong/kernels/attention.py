@@ -17,7 +17,7 @@ plain torch on a CPU (`attention_ref.py`). The choice follows a measured table
 raises, and nothing else is put in its place. The method is FlashAttention-2's (Dao, 2023,
 arXiv:2307.08691) and online softmax's (Milakov and Gimelshein, 2018); the code is ours, under this
 repository's licence. Left out: dropout, attention biases, head dimensions other than 64 on a GPU,
-and gradients through lse.
+gradients through lse, and second derivatives (refused).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from sparselong.kernels.attention_choice import BACKENDS, rank_backends
 from sparselong.kernels.attention_mask import Attended, Call, Done, Gradients, Mask, find_documents
@@ -86,10 +87,7 @@ def attention(
     mask = _make_mask(q, k, cu_seqlens, window, query_offset)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     call = Call(mask, scale, deterministic, needs_dsinks=sinks.requires_grad)
-    if backend is None:
-        name = choose_backend(q, call)
-    else:
-        name = _require_backend(backend, q, call)
+    name = pick_backend(backend, q, call)
     if name == "reference":
         document = None if mask.documents is None else mask.documents.starts
         return attention_reference(
@@ -97,6 +95,15 @@ def attention(
             query_offset=query_offset,
         )  # fmt: skip
     return _Attention.apply(q, k, v, sinks, call, name)  # pyright: ignore[reportReturnType]
+
+
+def pick_backend(backend: str | None, q: torch.Tensor, call: Call) -> str:
+    """The backend that was named, or for None the one of `choose_backend`.
+
+    Raises:
+        ValueError: it cannot take the call, or none can.
+    """
+    return choose_backend(q, call) if backend is None else _require_backend(backend, q, call)
 
 
 def choose_backend(q: torch.Tensor, call: Call) -> str:
@@ -110,7 +117,7 @@ def choose_backend(q: torch.Tensor, call: Call) -> str:
     row = rank_backends(_architecture(q.device), kind, mask.documents is not None, mask.keys)
     refusals = []
     for name in row.order:
-        refusal = None if name == "reference" else _backend(name).refuse(q, call)
+        refusal = None if name == "reference" else load_backend(name).refuse(q, call)
         if refusal is None:
             return name
         refusals.append(f"{name}: {refusal}")
@@ -138,7 +145,7 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.cuda.device_of(q):
             out, lse, kept = attend_once(
-                lambda: _backend(name).attend(q, k, v, sinks, call),
+                lambda: load_backend(name).attend(q, k, v, sinks, call),
                 is_full=call.mask.window is None,
             )
         ctx.save_for_backward(q, k, v, sinks, out, lse, *kept)
@@ -147,18 +154,23 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, sinks, out, lse, *kept = ctx.saved_tensors
         done = Done(q, k, v, sinks, out, lse, tuple(kept))
         with torch.cuda.device_of(q):
-            *grads, dsinks = _backend(ctx.backend).attend_backward(dout, done, ctx.call)
+            *grads, dsinks = load_backend(ctx.backend).attend_backward(dout, done, ctx.call)
         dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
         return *grads, dsinks, None, None
 
 
 @functools.cache
-def _backend(name: str) -> Backend:
+def load_backend(name: str) -> Backend:
     """The backend's functions, imported when first asked for: Triton is not needed on a CPU."""
+    if name == "reference":
+        from sparselong.kernels import attention_ref as plain
+
+        return Backend(lambda *_: None, plain.attend, plain.attend_backward)
     if name == "triton":
         from sparselong.kernels import attention_triton as ours
 
@@ -181,7 +193,7 @@ def _require_backend(name: str, q: torch.Tensor, call: Call) -> str:
         raise ValueError(f"backend: {name} with {q.device.type} tensors; allowed: reference")
     if q.shape[-1] != HEAD_DIM:
         raise ValueError(f"head_dim: {q.shape[-1]}; allowed with {name}: {HEAD_DIM}")
-    refusal = _backend(name).refuse(q, call)
+    refusal = load_backend(name).refuse(q, call)
     if refusal is not None:
         raise ValueError(f"{refusal} with backend {name}")
     return name

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from sparselong.kernels.attention_mask import Attended, Call, Done, Gradients
+
 
 def attention_reference(
     q: torch.Tensor,
@@ -85,3 +87,33 @@ def _attend_chunk(
     lse = torch.cat([scores, sink], -1).logsumexp(-1, keepdim=True)
     out = torch.einsum("bhgqk,bhkd->bhgqd", torch.exp(scores - lse), v.to(dtype))
     return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, heads, queries)
+
+
+@torch.no_grad()
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+) -> Attended:
+    """The forward pass alone, for a caller with an autograd function of its own."""
+    return *_attend_call(q, k, v, sinks, call), ()
+
+
+def attend_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
+    """Its backward pass, which goes through the forward pass again."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in done[:4]]
+        out, _ = _attend_call(*leaves, call)  # pyright: ignore[reportCallIssue]
+        dq, dk, dv, dsinks = torch.autograd.grad(out, leaves, dout)
+    return dq, dk, dv, dsinks if call.needs_dsinks else None
+
+
+def _attend_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = call.mask
+    return attention_reference(
+        *(q, k, v, sinks),
+        document=None if mask.documents is None else mask.documents.starts,
+        window=mask.window,
+        scale=call.scale,
+        query_offset=mask.offset,
+    )

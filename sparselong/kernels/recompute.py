@@ -2,11 +2,13 @@
 
 Activation checkpointing runs a layer once in the forward pass, drops what it saved, and runs it
 again in the backward pass to have that back. Plain checkpointing does all of it again. Of a gpt-oss
-layer two things need not be:
+layer these need not be:
 
 - Full attention, whose cost grows with the square of the length, while what it leaves (out and
   lse) is as small as a checkpoint and a half. `attend_once` keeps these in the first pass and hands
   them out in the second: the same bits. Window layers, which cost next to nothing, attend again.
+- Keys that a window layer has from other processes (`parallel/attention.py`): exchanged once, kept
+  by `exchange_once`, which costs next to nothing.
 - The experts' output. They come last in a layer, so nothing in the second pass needs it; and their
   backward pass makes what it needs from their input (`expert_gemm.py`).
 
@@ -22,6 +24,8 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+import torch
+
 from sparselong.kernels.attention_mask import Attended
 
 _active = threading.local()  # the second pass runs in autograd's own thread
@@ -33,8 +37,10 @@ class _Layer:
     def __init__(self, keep_attention: bool):
         self.keep_attention = keep_attention
         self.results: list[Attended] = []
+        self.exchanged: list[torch.Tensor] = []
         self.position: int | None = None
         """The next result to hand out; None in the first pass."""
+        self.exchange_position = 0
 
 
 class _Pass:
@@ -46,6 +52,7 @@ class _Pass:
     def __enter__(self) -> None:
         self.outer = _layer()
         self.layer.position, _active.layer = self.position, self.layer
+        self.layer.exchange_position = 0
 
     def __exit__(self, *_: object) -> None:
         _active.layer = self.outer
@@ -97,6 +104,18 @@ def attend_once(attend: Callable[[], Attended], is_full: bool) -> Attended:
         return result
     layer.position += 1
     return _view(layer.results[layer.position - 1])
+
+
+def exchange_once(exchange: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`exchange()`'s tensor: kept in a first pass, handed out in a second."""
+    layer = _layer()
+    if layer is None:
+        return exchange()
+    if layer.position is None:
+        layer.exchanged.append(exchange())
+        return layer.exchanged[-1]
+    layer.exchange_position += 1
+    return layer.exchanged[layer.exchange_position - 1]
 
 
 def _view(result: Attended) -> Attended:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -61,9 +62,9 @@ def build_mesh(context_size: int, timeout: timedelta | None = None) -> Mesh:
     contexts = [range(d * context_size, (d + 1) * context_size) for d in range(data_size)]
     datas = [range(c, world, context_size) for c in range(context_size)]
     # Every process takes part in making every group, its own or not.
-    context_groups = [dist.new_group(list(ranks), timeout=timeout) for ranks in contexts]
-    data_groups = [dist.new_group(list(ranks), timeout=timeout) for ranks in datas]
-    world_group = dist.new_group(list(range(world)), timeout=timeout)
+    context_groups = [_make_group(ranks, timeout) for ranks in contexts]
+    data_groups = [_make_group(ranks, timeout) for ranks in datas]
+    world_group = _make_group(range(world), timeout)
     data_rank, context_rank = divmod(rank, context_size)
     return Mesh(
         context_rank,
@@ -74,3 +75,8 @@ def build_mesh(context_size: int, timeout: timedelta | None = None) -> Mesh:
         data_groups[context_rank],
         world_group,
     )
+
+
+def _make_group(ranks: range, timeout: timedelta | None) -> dist.ProcessGroup:
+    group: Any = dist.new_group(list(ranks), timeout=timeout)
+    return group

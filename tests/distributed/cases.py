@@ -1,4 +1,4 @@
-"""What the processes of a pool run. Every function here returns plain data or CPU tensors."""
+"""What the processes of a pool run: the parts, each for itself."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ PRELOADED = [
     "torch.distributed",
     "transformers.models.gpt_oss.modeling_gpt_oss",
     "tests.distributed.cases",
+    "tests.distributed.training",
 ]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOADED)

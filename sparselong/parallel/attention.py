@@ -1,0 +1,255 @@
+"""Attention of one shard's queries to the whole sequence's keys; forward and backward.
+
+Full layers take `heads_k_stride` KV heads at a time. Their keys and values come in by one
+all-to-all (`plan.py` says which), and while these are attended to the next ones are on their way.
+In the backward pass the same again, and each head's dK and dV for other ranks' keys go back while
+the next heads are worked on: in the inputs' type, which is one rounding, and added at home in fp32
+in rank order, so the gradients are the same bits in every run. This is llama3-style context
+parallelism (Llama 3, arXiv:2407.21783) with fewer bytes: no rank is sent keys that it cannot see.
+
+Sliding-window layers exchange all heads at once, and only the window - 1 keys before each run of
+queries. These are kept for the backward pass, across activation checkpointing too; a full layer's
+out and lse are kept by `kernels.recompute.attend_once`, and its keys gathered again.
+
+The softmax of a query is never split: each call of `kernels.attention`'s backends sees all of its
+keys and its head's sink, so the sink's gradient is that of one GPU, query by query, and the sum
+over ranks counts each query once. The code is ours, under this repository's licence.
+
+Shapes: B rows, T tokens of the shard, K assembled keys, G groups of S KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sparselong.kernels.attention import load_backend
+from sparselong.kernels.attention_mask import Done
+from sparselong.kernels.recompute import attend_once, exchange_once
+from sparselong.parallel.collectives import Pending, start_all_to_all
+from sparselong.parallel.plan import Plan, Range
+
+KEYS, KEY_GRADIENTS = "keys", "key gradients"
+HALO, HALO_GRADIENTS = "halo", "halo gradients"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layer's attention on one rank.
+
+    Attributes:
+        stride: KV heads that are exchanged at a time.
+        backends: which backend attends for each of the plan's two runs.
+        is_full: whether the layer has no window.
+    """
+
+    plan: Plan
+    group: dist.ProcessGroup
+    stride: int
+    backends: tuple[str, ...]
+    is_full: bool
+
+
+def attend_to_all(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, job: Job
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out like q, lse [B, heads, T] fp32); gradients flow from out to q, k, v and sinks.
+
+    Args:
+        q: [B, heads, T, D]; k, v: [B, kv_heads, T, D]: the shard's own, its two runs in order.
+        sinks: [heads].
+
+    Raises:
+        StageError: another rank has gone, or did not take part in time.
+    """
+    return _ShardedAttention.apply(q, k, v, sinks, job)  # pyright: ignore[reportReturnType]
+
+
+class _ShardedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor,
+        job: Job,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.cuda.device_of(q):
+            own = pack(k, v, job.stride)
+            halo = None
+            if not job.is_full:
+                halo = exchange_once(lambda: start_exchange(own[0], job, HALO).wait())
+            # What backends keep is a tuple for each call; recompute hands it on as it is.
+            out, lse, kept = attend_once(lambda: _attend(q, sinks, own, halo, job), job.is_full)
+        flat = [tensor for tensors in kept for tensor in tensors]
+        ctx.save_for_backward(q, sinks, own, halo, out, lse, *flat)
+        ctx.job, ctx.counts = job, [len(tensors) for tensors in kept]
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, sinks, own, halo, out, lse, *flat = ctx.saved_tensors
+        kept = []
+        for count in ctx.counts:
+            kept.append(tuple(flat[:count]))
+            del flat[:count]
+        done = Done(q, q, q, sinks, out, lse)  # its keys come in group by group
+        with torch.cuda.device_of(q):
+            dq, dk, dv, dsinks = _attend_backward(dout, done, kept, own, halo, ctx.job)
+        return dq, dk, dv, None if dsinks is None else dsinks.to(sinks.dtype), None
+
+
+def pack(k: torch.Tensor, v: torch.Tensor, stride: int) -> torch.Tensor:
+    """[G, T, 2, B, S, D]: a token's keys and values of a group side by side, tokens first."""
+    rows, heads, tokens, dim = k.shape
+    packed = k.new_empty(heads // stride, tokens, 2, rows, stride, dim)
+    for n, tensor in enumerate((k, v)):
+        groups = tensor.unflatten(1, (-1, stride))
+        packed[:, :, n] = groups.permute(1, 3, 0, 2, 4)
+    return packed
+
+
+def start_exchange(own: torch.Tensor, job: Job, tag: str) -> Pending:
+    """Sends a group's own [T, 2, B, S, D] to whom it concerns; receives others' alike."""
+    plan = job.plan
+    rows = _take(own, [part for parts in plan.sent for part in parts])
+    return start_all_to_all(rows, plan.sent_rows, list(plan.received_rows), job.group, tag)
+
+
+def assemble(own: torch.Tensor, received: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """[K, 2, B, S, D]: own and received keys and values of a group, by rising position."""
+    pieces = [(own if mine else received)[slice(*part)] for mine, part in plan.assembly]
+    return torch.cat(pieces)
+
+
+def gather(own: torch.Tensor, halo: torch.Tensor | None, job: Job) -> Iterator[torch.Tensor]:
+    """Each group's assembled keys and values; the next group's are under way meanwhile."""
+    if halo is not None:
+        yield assemble(own[0], halo, job.plan)
+        return
+    pending = start_exchange(own[0], job, KEYS)
+    for group in range(len(own)):
+        received = pending.wait()
+        if group + 1 < len(own):
+            pending = start_exchange(own[group + 1], job, KEYS)
+        yield assemble(own[group], received, job.plan)
+
+
+def _attend(
+    q: torch.Tensor, sinks: torch.Tensor, own: torch.Tensor, halo: torch.Tensor | None, job: Job
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """(out, lse, what each call's backend needs in its backward pass)."""
+    out = _empty_token_major(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if q.dtype == torch.float64:
+        lse = lse.double()
+    kept = []
+    share = q.shape[1] // len(own)
+    for group, keys in enumerate(gather(own, halo, job)):
+        heads = slice(group * share, (group + 1) * share)
+        for run, backend in zip(job.plan.runs, job.backends, strict=True):
+            at = (slice(None), heads, run.queries)
+            k, v = _keys_and_values(keys[run.keys])
+            out[at], lse[at], more = load_backend(backend).attend(
+                q[at], k, v, sinks[heads], run.call
+            )
+            kept.append(more)
+    return out, lse, tuple(kept)
+
+
+def _attend_backward(
+    dout: torch.Tensor,
+    done: Done,
+    kept: list[tuple[torch.Tensor, ...]],
+    own: torch.Tensor,
+    halo: torch.Tensor | None,
+    job: Job,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """dq, dk, dv and, where needed, dsinks in fp32."""
+    q = done.q
+    dq = _empty_token_major(q)
+    dk, dv = (_empty_token_major(q, own.shape[0] * own.shape[4]) for _ in range(2))
+    dsinks: list[torch.Tensor] = []
+    share = q.shape[1] // len(own)
+    returning: _Return | None = None
+    for group, keys in enumerate(gather(own, halo, job)):
+        heads = slice(group * share, (group + 1) * share)
+        partial = _zeros_wide(keys)
+        of_sinks = []
+        for n, (run, backend) in enumerate(zip(job.plan.runs, job.backends, strict=True)):
+            at = (slice(None), heads, run.queries)
+            k, v = _keys_and_values(keys[run.keys])
+            call = Done(
+                *(q[at], k, v, done.sinks[heads], done.out[at], done.lse[at].contiguous()),
+                kept[group * len(job.plan.runs) + n],
+            )
+            dq[at], dk_run, dv_run, of_run = load_backend(backend).attend_backward(
+                dout[at], call, run.call
+            )
+            partial[run.keys, 0] += dk_run.permute(2, 0, 1, 3)
+            partial[run.keys, 1] += dv_run.permute(2, 0, 1, 3)
+            of_sinks.append(of_run)
+        if of_sinks[0] is not None:
+            dsinks.append(of_sinks[0] + of_sinks[1])
+        if returning is not None:
+            returning.finish(dk, dv)
+        returning = _Return(group, partial, own.dtype, job)
+    assert returning is not None
+    returning.finish(dk, dv)
+    return dq, dk, dv, torch.cat(dsinks) if dsinks else None
+
+
+class _Return:
+    """A group's dK and dV on their way to the ranks whose keys they belong to."""
+
+    def __init__(self, group: int, partial: torch.Tensor, dtype: torch.dtype, job: Job):
+        plan = job.plan
+        self.group, self.plan = group, plan
+        rows = _take(partial, [part for parts in plan.received for part in parts]).to(dtype)
+        tag = KEY_GRADIENTS if job.is_full else HALO_GRADIENTS
+        self.pending = start_all_to_all(
+            rows, list(plan.received_rows), plan.sent_rows, job.group, tag
+        )
+        self.own = _take(partial, [there for _, there in plan.own])
+
+    def finish(self, dk: torch.Tensor, dv: torch.Tensor) -> None:
+        """Adds what came in to the own part, and writes both into their heads of dk and dv."""
+        received, first = self.pending.wait(), 0
+        for parts in self.plan.sent:
+            for begin, end in parts:
+                last = first + end - begin
+                self.own[begin:end] += received[first:last]
+                first = last
+        stride = self.own.shape[3]
+        heads = slice(self.group * stride, (self.group + 1) * stride)
+        dk[:, heads] = self.own[:, 0].permute(1, 2, 0, 3)
+        dv[:, heads] = self.own[:, 1].permute(1, 2, 0, 3)
+
+
+def _take(rows: torch.Tensor, ranges: list[Range]) -> torch.Tensor:
+    """Those rows, one range after another."""
+    if not ranges:
+        return rows[:0]
+    return torch.cat([rows[first:last] for first, last in ranges])
+
+
+def _keys_and_values(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[K, 2, B, S, D] as k and v [B, S, K, D], views."""
+    both = keys.permute(1, 2, 3, 0, 4)
+    return both[0], both[1]
+
+
+def _zeros_wide(like: torch.Tensor) -> torch.Tensor:
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros(like.shape, dtype=wide, device=like.device)
+
+
+def _empty_token_major(like: torch.Tensor, heads: int | None = None) -> torch.Tensor:
+    rows, own_heads, tokens, dim = like.shape
+    return like.new_empty(rows, tokens, heads or own_heads, dim).transpose(1, 2)

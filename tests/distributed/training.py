@@ -1,0 +1,227 @@
+"""A small gpt-oss with LoRA trained for some steps, in one process or in shards; and pieces of it
+turned off, which tests must notice."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GptOssConfig, GptOssForCausalLM
+
+from sparselong.kernels.recompute import checkpoint_contexts
+from sparselong.model import attention as _registers  # noqa: F401
+from sparselong.model.fused import chunk_loss
+from sparselong.parallel import attention as sharded
+from sparselong.parallel.collectives import count_bytes
+from sparselong.parallel.context import context_parallel, take_layout
+from sparselong.parallel.loss import add_losses, count_supervised, mean_loss, reduce_gradients
+from sparselong.parallel.mesh import Mesh, build_mesh
+from sparselong.parallel.shard import IGNORED, shard_batch, shift_labels
+
+Batch = dict[str, torch.Tensor]
+mesh_of = functools.cache(build_mesh)  # groups are made once a process
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained.
+
+    Attributes:
+        steps: micro-batches by step, accumulation and data rank.
+        window: of the sliding layers.
+        keep: whether full attention is kept across checkpointing; None: no checkpointing.
+        heads_k_stride: KV heads that are gathered at a time, of two.
+        broken: a piece to turn off, one of `PIECES`.
+    """
+
+    steps: list[list[list[Batch]]]
+    window: int = 8
+    keep: bool | None = None
+    heads_k_stride: int = 1
+    broken: str | None = None
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+
+@dataclass
+class Result:
+    """Losses by step, of the evaluation after them, the first step's gradients, the weights at the
+    end, and the bytes sent by tag."""
+
+    losses: list[float] = field(default_factory=list)
+    eval_loss: float = 0.0
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    sent_bytes: dict[str, int] = field(default_factory=dict)
+
+
+def make_model(run: Run) -> nn.Module:
+    """Four layers, both kinds twice; LoRA on q, k, v and o, and the sinks, are trained."""
+    torch.manual_seed(0)
+    on_gpu = run.device == "cuda"
+    config = GptOssConfig(
+        num_hidden_layers=4, hidden_size=64, intermediate_size=64, vocab_size=96,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64 if on_gpu else 16,
+        num_local_experts=4, num_experts_per_tok=2, sliding_window=run.window,
+    )  # fmt: skip
+    model = GptOssForCausalLM._from_config(
+        config, attn_implementation="sparselong", experts_implementation="eager"
+    )
+    model = get_peft_model(
+        model,
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "sinks" in name:  # so that no gradient is zero
+            nn.init.normal_(parameter, std=1.0 if "sinks" in name else 0.1)
+            parameter.requires_grad_(True)
+        elif parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+    if run.keep is not None:
+        contexts = partial(checkpoint_contexts, run.keep)
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        model.enable_input_require_grads()
+    return model.to(run.device).train()
+
+
+def train_alone(run: Run) -> Result:
+    """One process, whole sequences, transformers' own loss: what shards must agree with."""
+    model = make_model(run)
+
+    def loss_of(batch: Batch, count: Any) -> torch.Tensor:
+        return model(**batch, num_items_in_batch=count, use_cache=False).loss
+
+    def go(step: list[list[Batch]]) -> float:
+        batches = [batch for micro in step for batch in micro]
+        count = sum(int((shift_labels(b["labels"]) != IGNORED).sum()) for b in batches)
+        losses = [loss_of(to(batch, run.device), max(count, 1)) for batch in batches]
+        sum(losses).backward()  # type: ignore[union-attr]
+        return float(sum(losses).detach())  # type: ignore[union-attr]
+
+    result = _train(run, model, go)
+    with torch.no_grad(), _precision(run):
+        last = to(run.steps[-1][0][0], run.device)
+        count = max(1, int((shift_labels(last["labels"]) != IGNORED).sum()))
+        result.eval_loss = float(loss_of(last, count))
+    return result
+
+
+def train_sharded(run: Run, context_size: int) -> Result:
+    """One rank's part of the same."""
+    mesh = mesh_of(context_size)
+    model = make_model(run)
+    chunk_loss(model.get_base_model())  # type: ignore[operator]
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def loss_of(local: Batch, count: Any) -> torch.Tensor:
+        return model(**local, num_items_in_batch=count, use_cache=False).loss
+
+    def go(step: list[list[Batch]]) -> float:
+        shards = [_shard(micro[mesh.data_rank], mesh, run) for micro in step]
+        count = count_supervised([local["shift_labels"] for local, _ in shards], mesh)
+        total = torch.zeros((), device=run.device)
+        for local, layout in shards:
+            with context_parallel(mesh, layout):
+                loss = loss_of(local, count)
+                loss.backward()
+            total += loss.detach()
+        reduce_gradients(trained, mesh)
+        return float(add_losses(total, mesh))
+
+    with _piece_off(run.broken), count_bytes() as sent:
+        result = _train(run, model, go)
+    result.sent_bytes = dict(sent)
+    with _piece_off(run.broken), torch.no_grad(), _precision(run):
+        # The last batch of an evaluation is one sequence: the other data ranks have nothing.
+        local, layout = _shard(run.steps[-1][0][0], mesh, run)
+        if mesh.data_rank > 0:
+            local["shift_labels"].fill_(IGNORED)
+        with context_parallel(mesh, layout):
+            sums = [loss_of(local, 1)]
+        result.eval_loss = float(mean_loss(sums, [local["shift_labels"]], mesh))
+    return result
+
+
+def to(batch: Batch, device: str) -> Batch:
+    return {key: tensor.to(device) for key, tensor in batch.items()}
+
+
+def _shard(batch: Batch, mesh: Mesh, run: Run) -> tuple[Batch, Any]:
+    local = shard_batch(to(batch, run.device), mesh)
+    if run.broken == "label pre-shift":
+        local["shift_labels"] = shift_labels(local["labels"])
+    if run.broken == "position ids":
+        positions = torch.arange(local["input_ids"].shape[1], device=run.device)
+        local["position_ids"] = positions.expand_as(local["input_ids"])
+    return local, take_layout(local, run.heads_k_stride)
+
+
+def _train(run: Run, model: nn.Module, go: Any) -> Result:
+    result = Result()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, eps=1e-3)
+    with _precision(run):
+        for step in run.steps:
+            result.losses.append(go(step))
+            if not result.gradients:
+                result.gradients = {n: p.grad.cpu().clone() for n, p in trained.items()}  # type: ignore
+            optimizer.step()
+            optimizer.zero_grad()
+    result.weights = {n: p.detach().cpu().clone() for n, p in trained.items()}
+    return result
+
+
+def _precision(run: Run) -> Any:
+    if run.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(run.device, run.dtype)
+
+
+PIECES = ("halo", "label pre-shift", "position ids", "sink", "sink twice", "returned gradients")
+
+
+@contextmanager
+def _piece_off(piece: str | None) -> Iterator[None]:
+    if piece == "halo":
+        start = sharded.start_exchange
+
+        def without_halo(own, job, tag):
+            pending = start(own, job, tag)
+            if tag == sharded.HALO:
+                pending.wait().zero_()
+            return pending
+
+        patch: Any = mock.patch.object(sharded, "start_exchange", without_halo)
+    elif piece in ("sink", "sink twice"):
+        load, factor = sharded.load_backend, 0 if piece == "sink" else 2
+
+        def with_other_dsinks(name):
+            backend = load(name)
+
+            def attend_backward(dout, done, call):
+                *grads, dsinks = backend.attend_backward(dout, done, call)
+                return *grads, dsinks * factor
+
+            return backend._replace(attend_backward=attend_backward)
+
+        patch = mock.patch.object(sharded, "load_backend", with_other_dsinks)
+    elif piece == "returned gradients":
+
+        class Lost(sharded._Return):
+            def finish(self, dk, dv):
+                self.pending.wait().zero_()
+                super().finish(dk, dv)
+
+        patch = mock.patch.object(sharded, "_Return", Lost)
+    else:
+        patch = nullcontext()
+    with patch:
+        yield
