@@ -96,19 +96,21 @@ def find_documents(cu_seqlens: torch.Tensor, batch: int, keys: int) -> Documents
     """The documents of `cu_seqlens`, int32 or int64 [n + 1], from 0 to batch * keys.
 
     Reading the boundaries waits for the device, so the answer is kept as long as the tensor lives
-    and is not written to: every layer of a model asks for the same one.
+    and is not written to: every layer of a model asks for the same one. (Tensors made under
+    `torch.inference_mode` do not say whether they were written to; theirs is found every time.)
 
     Raises:
         ValueError: `cu_seqlens` does not start at 0, decreases, or does not end at batch * keys.
     """
-    asked = (cu_seqlens._version, batch, keys)
+    asked = None if cu_seqlens.is_inference() else (cu_seqlens._version, batch, keys)
     known = _known.get(cu_seqlens)
-    if known is not None and known[0] == asked:
+    if asked is not None and known is not None and known[0] == asked:
         return known[1]
     _check_boundaries(cu_seqlens, batch * keys)
     with torch.no_grad():
         documents = _build(cu_seqlens, batch, keys)
-    _known[cu_seqlens] = (asked, documents)
+    if asked is not None:
+        _known[cu_seqlens] = (asked, documents)
     return documents
 
 

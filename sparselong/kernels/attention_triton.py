@@ -3,7 +3,8 @@
 Deterministic: dq comes from a kernel over query tiles, dk and dv from one over key blocks, and
 dsink from a sum over tiles in a fixed order. Inputs are read by stride; only the last axis must be
 contiguous, and is made so by a copy where it is not. Outputs are laid out as [batch, tokens, heads,
-head_dim] underneath, which is how the model's next projection reads them.
+head_dim] underneath, which is how the model's next projection reads them. The sinks, which kernels
+read one after the other, are copied where they are strided.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
 ) -> Attended:
     """(out, lse, nothing more to keep). Shapes as in `attention.attention`."""
-    mask = call.mask
+    mask, sinks = call.mask, sinks.contiguous()
     q, k, v = _rows_contiguous(q, k, v)
     out = _empty_token_major(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -89,7 +90,7 @@ def _launch_split(
 def attend_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
     """The backward pass: delta first, on the way to dq, then dk and dv."""
     dout, q, k, v = _rows_contiguous(dout, done.q, done.k, done.v)
-    done = done._replace(q=q, k=k, v=v)
+    done = done._replace(q=q, k=k, v=v, sinks=done.sinks.contiguous())
     dq, delta, dsinks = launch_dq(dout, done, call)
     dk, dv = launch_dkdv(dout, done, delta, call)
     return dq, dk, dv, dsinks

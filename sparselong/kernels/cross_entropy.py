@@ -72,7 +72,7 @@ def token_losses(
     """
     _check(hidden, weight, labels, chunk_rows)
     _check_labels(labels, len(weight))
-    return _go_through(hidden, weight, labels, chunk_rows, needs_gradient=False)[0]
+    return _go_through(hidden, weight, labels.contiguous(), chunk_rows, needs_gradient=False)[0]
 
 
 def _check(

@@ -108,7 +108,7 @@ class RMSNormFunction(torch.autograd.Function):
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.set_materialize_grads(False)
-        rows = _rows(x)
+        rows, weight = _rows(x), weight.contiguous()
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         total = None if residual is None else torch.empty_like(out)
         inverse = torch.empty(len(rows), dtype=torch.float32, device=x.device)

@@ -17,6 +17,13 @@ boundaries between *documents*, neighbouring tokens that may see each other:
 With a cache, the keys before the first query have no position ids; the padding mask alone decides
 there. Boundaries are found once per forward pass and kept for its other layers. A padded stretch is
 a document of its own: its outputs mean nothing, as with every implementation.
+
+What documents cannot express is refused: 4-d masks that are not causal within documents or add
+anything but minus infinity, tokens that go on behind padding, and caches whose keys go beyond the
+last query (transformers' static ones).
+
+Inside `parallel.context.context_parallel` the tokens are a shard of a longer sequence, whose layout
+says all this; then the same function attends to the other shards' keys too.
 """
 
 from __future__ import annotations
@@ -34,8 +41,10 @@ from sparselong.config import Config
 from sparselong.kernels.attention import attention
 from sparselong.kernels.attention_choice import BACKENDS
 from sparselong.kernels.attention_mask import mark_starts
+from sparselong.parallel.context import active_context
 
 NAME = "sparselong"
+_ROWS_CHECKED = 1024
 
 
 @dataclass(frozen=True)
@@ -101,50 +110,75 @@ def attention_forward(
         [batch, queries, heads, head_dim], and no attention weights.
 
     Raises:
-        ValueError: from `kernels.attention.attention`, for what it cannot take (dropout, …).
+        ValueError: the module has no sinks, the mask is none of documents (`find_boundaries`), or
+            from `kernels.attention.attention`, for what it cannot take (dropout, …).
     """
-    queries, keys = query.shape[2], key.shape[2]
-    boundaries = _boundaries(attention_mask, position_ids, query.shape[0], queries, keys)
+    sinks = getattr(module, "sinks", None)
+    if sinks is None:
+        raise ValueError(f"module: {type(module).__name__} without sinks; allowed: gpt-oss's")
+    if torch.is_autocast_enabled(query.device.type):  # queries and keys leave rotary in fp32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    backend = None if _choice.backend == "auto" else _choice.backend
+    context = active_context()
+    if context is not None:
+        if dropout != 0 or attention_mask is not None:
+            raise ValueError(
+                f"dropout {dropout} and attention_mask {type(attention_mask).__name__} in a shard "
+                "of a sequence; allowed: 0 and None, the layout says where documents begin"
+            )
+        output = context.attend(
+            *(query, key, value, sinks),
+            window=sliding_window,
+            scale=scaling,
+            backend=backend,
+            deterministic=_choice.deterministic,
+        )
+        return output.transpose(1, 2), None
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    boundaries = _boundaries(attention_mask, position_ids, batch, queries, keys, sliding_window)
     output, _ = attention(
         query,
         key,
         value,
-        module.sinks,  # type: ignore[arg-type]
+        sinks,
         cu_seqlens=boundaries,
         window=sliding_window,
         scale=scaling,
         query_offset=keys - queries,
         dropout=dropout,
-        backend=None if _choice.backend == "auto" else _choice.backend,
+        backend=backend,
         deterministic=_choice.deterministic,
     )
     return output.transpose(1, 2), None
 
 
 class _LastBoundaries:
-    """The boundaries of the tensors seen last: every layer of a forward pass asks for the same."""
+    """The boundaries of the masks seen last, one for each kind of layer: all layers of a forward
+    pass ask for the same. A tensor that was written to since is another one."""
 
     def __init__(self) -> None:
-        self.key: tuple[Any, ...] = ()
-        self.value: torch.Tensor | None = None
+        self.known: list[tuple[tuple[Any, ...], torch.Tensor | None]] = []
 
     def find(
         self,
         mask: torch.Tensor | None,
         positions: torch.Tensor | None,
-        batch: int,
-        queries: int,
-        keys: int,
+        *sizes: int | None,
     ) -> torch.Tensor | None:
-        tensors = (mask, positions)
-        known = len(self.key) == 5 and self.key[2:] == (batch, queries, keys)
-        for reference, tensor in zip(self.key[:2], tensors, strict=False):
-            known = known and (reference() if reference else None) is tensor
-        if not known:
-            self.value = find_boundaries(mask, positions, batch, queries, keys)
-            references = [None if t is None else weakref.ref(t) for t in tensors]
-            self.key = (*references, batch, queries, keys)
-        return self.value
+        """`find_boundaries`, which see for the arguments."""
+        given = [t for t in (mask, positions) if t is not None]
+        if any(t.is_inference() for t in given):  # these do not say whether they were written to
+            return find_boundaries(mask, positions, *sizes)  # type: ignore[arg-type]
+        asked = (mask is None, positions is None, *(t._version for t in given), *sizes)
+        for (references, *rest), value in self.known:
+            same = len(references) == len(given) and tuple(rest) == asked
+            if same and all(ref() is t for ref, t in zip(references, given, strict=True)):
+                return value
+        value = find_boundaries(mask, positions, *sizes)  # type: ignore[arg-type]
+        references = [weakref.ref(t) for t in given]
+        self.known = [((references, *asked), value), *self.known[:1]]
+        return value
 
 
 _boundaries = _LastBoundaries().find
@@ -156,11 +190,19 @@ def find_boundaries(
     batch: int,
     queries: int,
     keys: int,
+    window: int | None = None,
 ) -> torch.Tensor | None:
     """Where documents begin on the flattened [batch, keys] axis; see the module's table.
 
+    Args:
+        mask, positions: `attention_forward`'s attention_mask and position_ids.
+        window: the layer's; a 4-d mask has it in it.
+
     Returns:
         int32 [n + 1], ending in batch · keys; None where every row is one document.
+
+    Raises:
+        ValueError: the mask shows other keys than documents can; names it.
     """
     tensor = mask if mask is not None else positions
     if tensor is None:
@@ -168,21 +210,82 @@ def find_boundaries(
     starts = torch.zeros(batch, keys, dtype=torch.bool, device=tensor.device)
     known = positions if queries == keys else None
     if mask is not None and mask.ndim == 4:
-        starts |= _starts_of_mask(mask, batch, queries, keys)
+        visible = _visible(mask, batch, queries, keys)
+        starts |= _starts_of_mask(visible)
         mark_starts(starts, None, None)
+        _require_documents(visible, starts, window)
     else:
-        mark_starts(starts, None if mask is None else mask[:, -keys:], known)
+        if mask is not None:
+            mask = _real_tokens(mask, known, keys)
+        mark_starts(starts, mask, known)
     flat = starts.flatten().nonzero().flatten()
     if len(flat) == batch:
         return None
     return torch.cat([flat, flat.new_tensor([batch * keys])]).to(torch.int32)
 
 
-def _starts_of_mask(mask: torch.Tensor, batch: int, queries: int, keys: int) -> torch.Tensor:
-    """bool [batch, keys] from a 4-d mask: tokens that do not see the one before them."""
+def _visible(mask: torch.Tensor, batch: int, queries: int, keys: int) -> torch.Tensor:
+    """bool [batch, queries, keys] from a 4-d mask."""
+    if mask.shape[1] != 1:
+        raise ValueError(
+            f"attention_mask: shape {list(mask.shape)}; allowed: [batch, 1, queries, keys]"
+        )
+    if mask.dtype != torch.bool and ((mask != 0) & (mask > -1e4)).any():
+        raise ValueError(
+            "attention_mask: adds numbers between 0 and -10,000, or above 0; "
+            "allowed: 0 where a query sees a key, the dtype's lowest or -inf elsewhere"
+        )
     visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-    visible = visible[..., :keys].expand(batch, queries, keys)
-    starts = torch.zeros(batch, keys, dtype=torch.bool, device=mask.device)
+    return visible[..., :keys].expand(batch, queries, keys)
+
+
+def _require_documents(visible: torch.Tensor, starts: torch.Tensor, window: int | None) -> None:
+    """That the mask is what attention makes of `starts`; rows of padding may hold anything."""
+    batch, queries, keys = visible.shape
+    key = torch.arange(keys, device=visible.device)
+    floor = torch.where(starts, key, 0).cummax(1).values[:, keys - queries :]
+    position = key[keys - queries :]
+    if window is not None:
+        floor = torch.maximum(floor, position - window + 1)
+    padding = ~visible[:, :, keys - queries :].any(1)  # tokens that nobody sees
+    # If these were all of a row's tokens and they see some, they stand elsewhere: a static cache.
+    padding &= ~padding.all(1, keepdim=True) | ~visible.any(2)
+    differs = torch.zeros((), dtype=torch.bool, device=visible.device)
+    for first in range(0, queries, _ROWS_CHECKED):
+        rows = slice(first, first + _ROWS_CHECKED)
+        expected = (key >= floor[:, rows, None]) & (key <= position[rows, None])
+        differs |= ((visible[:, rows] != expected) & ~padding[:, rows, None]).any()
+    if differs:
+        raise ValueError(
+            "attention_mask: a 4-d mask of another pattern; allowed: causal within documents or "
+            f"padding, window {window}, and keys that end with the last query (no static cache)"
+        )
+
+
+def _real_tokens(mask: torch.Tensor, positions: torch.Tensor | None, keys: int) -> torch.Tensor:
+    """bool [batch, keys] from a padding mask. Behind padding no tokens go on: their positions, if
+    known, start anew."""
+    if mask.ndim != 2 or mask.shape[1] < keys:
+        raise ValueError(
+            f"attention_mask: shape {list(mask.shape)} for {keys} keys; "
+            "allowed: [batch, keys] or [batch, 1, queries, keys]"
+        )
+    real = mask[:, -keys:].bool()
+    again = real[:, 1:] & ~real[:, :-1] & real[:, :-1].cummax(1).values
+    if positions is not None:
+        again &= positions[:, 1:] != 0
+    if again.any():
+        raise ValueError(
+            "attention_mask: tokens on both sides of padding in one row; allowed: padding at the "
+            "left or right, or between documents whose position ids start at 0"
+        )
+    return real
+
+
+def _starts_of_mask(visible: torch.Tensor) -> torch.Tensor:
+    """bool [batch, keys]: tokens that do not see the one before them."""
+    batch, queries, keys = visible.shape
+    starts = torch.zeros(batch, keys, dtype=torch.bool, device=visible.device)
     offset = keys - queries
     if offset:  # keys from a cache: what the first query sees tells padding from tokens
         seen = visible[:, 0, : offset + 1]
@@ -193,6 +296,24 @@ def _starts_of_mask(mask: torch.Tensor, batch: int, queries: int, keys: int) -> 
     else:
         starts[:, offset:] = ~before
     return starts
+
+
+def padding_mask(
+    q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0, **arguments: Any
+) -> torch.Tensor | None:
+    """What our attention wants of a mask, by transformers' convention: FlashAttention's 2-d one.
+
+    Raises:
+        ValueError: the cache has keys after the last query.
+    """
+    if kv_offset + kv_length > q_offset + q_length:
+        raise ValueError(
+            f"past_key_values: {kv_offset + kv_length} keys, and the last query is number "
+            f"{int(q_offset) + q_length}; allowed: a cache that ends there (dynamic, not static)"
+        )
+    return flash_attention_mask(
+        q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **arguments
+    )
 
 
 def patch_attention() -> None:
@@ -206,4 +327,4 @@ def patch_attention() -> None:
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, flash_attention_mask)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, padding_mask)

@@ -37,6 +37,7 @@ class Case:
     logits: float = 1.0
     half: bool = False
     layout: str = "token"
+    sinks_stride: int = 1
     split: bool | None = None
 
 
@@ -73,6 +74,9 @@ CASES = [
     Case("no_groups", 40, 40, heads=2, kv_heads=2),
     Case("sinks_high", 40, 40, sink=40.0),
     Case("sinks_low", 40, 40, sink=-40.0),
+    Case("sinks_strided", 40, 40, sinks_stride=2),
+    Case("sinks_expanded", 40, 40, sink=0.7, sinks_stride=0, window=12),
+    Case("split_keys_sinks_strided", 1, 530, offset=529, sinks_stride=2),
     Case("large_logits", 40, 40, logits=30.0),
     Case("half", 70, 70, half=True),
     Case("half_window", 70, 70, half=True, window=20),
@@ -93,7 +97,10 @@ def draw(case: Case) -> list[torch.Tensor]:
             return torch.randn(case.batch, heads, 64, tokens).mT
         return torch.randn(case.batch, tokens, heads, 64, dtype=dtype).transpose(1, 2)
 
-    sinks = torch.randn(case.heads) if case.sink is None else torch.full((case.heads,), case.sink)
+    sinks = torch.randn(2 * case.heads)
+    if case.sink is not None:
+        sinks.fill_(case.sink)
+    sinks = sinks.as_strided((case.heads,), (case.sinks_stride,))
     q = tensor(case.heads, case.queries) * case.logits
     k, v = tensor(case.kv_heads, case.keys), tensor(case.kv_heads, case.keys)
     return [q, k, v, sinks, tensor(case.heads, case.queries)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparselong.kernels import attention as kernels
 from sparselong.kernels.attention import attention, choose_backend
 from sparselong.kernels.attention_choice import MEASURED, describe_choice, rank_backends
 from sparselong.kernels.attention_mask import Call, Mask, find_documents
@@ -122,6 +123,25 @@ def test_documents_are_found_once_and_anew_after_a_write():
     assert find_documents(boundaries, 1, 10).ends[0, 0] == 5
     with pytest.raises(ValueError, match="cu_seqlens: runs from 0 to 10"):
         find_documents(boundaries, 1, 11)
+
+
+def test_documents_of_inference_tensors_are_found_every_time():
+    with torch.inference_mode():
+        boundaries = torch.tensor([0, 3, 10])
+        first = find_documents(boundaries, 1, 10)
+        boundaries[1] = 5
+    assert first.ends[0, 0] == 3 and find_documents(boundaries, 1, 10).ends[0, 0] == 5
+
+
+def test_second_derivatives_are_refused(monkeypatch):
+    """Kernels have none; the gradients of gradients would be silently incomplete."""
+    plain = kernels.load_backend("reference")
+    monkeypatch.setattr(kernels, "load_backend", lambda _: plain)
+    tensors = [t.requires_grad_() for t in draw()]
+    out, _ = kernels._Attention.apply(*tensors, Call(Mask(1, 12, 12, 0, None, None), 0.3), "any")
+    (dq,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
 
 
 def test_blocks_that_most_queries_see_come_first():

@@ -97,6 +97,56 @@ def test_generate_with_a_cache_gives_the_same_tokens(models, lengths):
     assert eager.shape[1] == 92 and torch.equal(eager, ours)
 
 
+def test_generate_with_beams_and_in_chunks(models):
+    ids = torch.randint(9, 2000, (2, 12), generator=torch.Generator().manual_seed(3))
+    mask = torch.stack([(torch.arange(12) >= n).long() for n in (0, 7)])
+    for more in ({"num_beams": 2}, {"prefill_chunk_size": 5}):
+        eager, ours = (
+            model.eval().generate(
+                ids, attention_mask=mask, max_new_tokens=10, do_sample=False, **more
+            )
+            for model in models
+        )
+        assert torch.equal(eager, ours), more
+
+
+def test_static_caches_are_refused(models):
+    """Their keys go on behind the last query, and a 2-d mask does not say how far."""
+    ids = torch.randint(9, 2000, (2, 12), generator=torch.Generator().manual_seed(3))
+    settings = {"max_new_tokens": 2, "cache_implementation": "static", "disable_compile": True}
+    with pytest.raises(ValueError, match="past_key_values: 13 keys, and the last query is number"):
+        models[1].eval().generate(ids, **settings)
+
+
+def test_a_mask_or_positions_that_were_written_to_are_read_again(models):
+    ids = padded([TOKENS], "right")["input_ids"]
+    positions = torch.arange(TOKENS)[None]
+    with torch.no_grad():
+        together = models[1](ids, position_ids=positions, use_cache=False).logits
+        positions[:, 40:] -= 40
+        apart = models[1](ids, position_ids=positions, use_cache=False).logits
+        anew = models[1](ids, position_ids=positions.clone(), use_cache=False).logits
+    assert torch.equal(apart, anew) and not torch.equal(apart, together)
+
+
+def test_inference_mode(models):
+    given = padded([TOKENS, 17], "left")
+    real = given["attention_mask"].bool()
+    with torch.inference_mode():
+        wanted, got = (
+            model(**{k: t.clone() for k, t in given.items()}).logits[real] for model in models
+        )
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_autocast(models):
+    """Rotary leaves queries and keys in fp32 there, and values are bf16."""
+    ids = padded([TOKENS], "right")["input_ids"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted, got = (model(ids, use_cache=False).logits.float() for model in models)
+    assert (got - wanted).norm() <= 2e-2 * wanted.norm()
+
+
 def test_boundaries_by_hand():
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
     assert find_boundaries(None, None, 2, 6, 6) is None
@@ -119,6 +169,62 @@ def test_boundaries_by_hand():
     assert find_boundaries(additive, None, 1, 4, 4).tolist() == [0, 2, 4]
     last = torch.tensor([[False, False, True, True]])[None, None]
     assert find_boundaries(last, None, 1, 1, 4).tolist() == [0, 2, 4]
+
+
+def refused_masks():
+    causal = torch.tril(torch.ones(6, 6)).bool()
+    prefix = causal.clone()
+    prefix[:3, :3] = True
+    hole = causal.clone()
+    hole[5, 2] = False
+    itself = causal.clone()
+    itself[3, 3] = False
+    distance = (torch.arange(6)[:, None] - torch.arange(6)).clamp(min=0).float()
+    slopes = torch.where(causal, -0.5 * distance, -1e9)
+    static = torch.tensor([[True, True, True, False, False, False]])
+    return {
+        "bidirectional": (torch.ones(6, 6).bool(), "another pattern"),
+        "prefix": (prefix, "another pattern"),
+        "hole": (hole, "another pattern"),
+        "itself": (itself, "another pattern"),
+        "slopes": (slopes, "adds numbers"),
+        "static": (static, "another pattern"),
+        "heads": (causal.expand(2, 6, 6), r"shape \[1, 2, 6, 6\]"),
+    }
+
+
+@pytest.mark.parametrize("name", refused_masks())
+def test_masks_that_are_not_of_documents_are_refused(name):
+    mask, message = refused_masks()[name]
+    mask = mask[None] if mask.ndim == 3 else mask[None, None]
+    with pytest.raises(ValueError, match=f"attention_mask: .*{message}"):
+        find_boundaries(mask, None, 1, mask.shape[2], 6)
+
+
+def test_a_4d_mask_has_the_layers_window_in_it():
+    distance = torch.arange(6)[:, None] - torch.arange(6)
+    near = (distance >= 0) & (distance < 3)
+    assert find_boundaries(near[None, None], None, 1, 6, 6, 3) is None
+    for window in (None, 2, 4):
+        with pytest.raises(ValueError, match=f"attention_mask: .* window {window}"):
+            find_boundaries(near[None, None], None, 1, 6, 6, window)
+
+
+def test_tokens_behind_padding_are_a_document_or_refused():
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
+    anew = torch.tensor([[0, 1, 0, 0, 0, 1]])
+    assert find_boundaries(mask, anew, 1, 6, 6).tolist() == [0, 2, 4, 6]
+    for positions, queries in ((None, 6), (torch.tensor([[0, 1, 1, 1, 2, 3]]), 6), (anew, 1)):
+        with pytest.raises(ValueError, match="attention_mask: tokens on both sides of padding"):
+            find_boundaries(mask, positions, 1, queries, 6)
+    with pytest.raises(ValueError, match=r"attention_mask: shape \[1, 6\] for 7 keys"):
+        find_boundaries(mask, None, 1, 7, 7)
+
+
+def test_a_model_without_sinks_is_refused():
+    q = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="module: Identity without sinks; allowed: gpt-oss's"):
+        door.attention_forward(torch.nn.Identity(), q, q, q, None)
 
 
 @pytest.mark.parametrize(
