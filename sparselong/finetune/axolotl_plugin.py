@@ -39,10 +39,12 @@ import sparselong
 from sparselong.errors import StageError
 from sparselong.finetune import state, supervision
 from sparselong.finetune.adapter import (
+    Beside,
     Masters,
     add_masked_lora,
     count_trainable,
     parameter_table,
+    tuned_layers,
 )
 from sparselong.finetune.axolotl_config import (
     ADAPTER,
@@ -52,7 +54,7 @@ from sparselong.finetune.axolotl_config import (
     SUPERVISION,
     TRAINED,
 )
-from sparselong.finetune.bake import bake, name_adapter
+from sparselong.finetune.bake import bake, name_adapter, put_baked_experts
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses, tell
 from sparselong.finetune.failure import tell_failures
 from sparselong.finetune.masked_trainer import MaskedTraining
@@ -74,6 +76,9 @@ class SparseLongSection(BaseModel):
     attention: str
     attention_backend: str
     deterministic: bool
+    expert_targets: tuple[str, ...] = ()
+    expert_r: int | None = None
+    router: bool = False
     update_frequency: float
     criterion: Literal["hysteresis", "magnitude"]
     keep_attention: bool
@@ -161,6 +166,7 @@ class SparseLongPlugin(BasePlugin):
 
     def load_adapter(self, model, cfg, inference=False, config_only=False):
         chunk_loss(model)
+        section = cfg.sparselong
         tuned, config = add_masked_lora(
             model,
             targets=cfg.lora_target_modules,
@@ -168,6 +174,7 @@ class SparseLongPlugin(BasePlugin):
             alpha=cfg.lora_alpha,
             master_of=Masters(Path(cfg.sparselong.masters)).read,
             seed=cfg.seed,
+            beside=Beside(tuple(section.expert_targets), section.expert_r, section.router),
         )
         tell(parameter_table(tuned))
         return tuned, config
@@ -185,7 +192,7 @@ class SparseLongPlugin(BasePlugin):
         trainer.bake_only = cfg.sparselong.bake_only
         receipt = {
             "plugin": f"{__name__}.{type(self).__name__}",
-            "modules_replaced": sorted(trainer.layers),
+            "modules_replaced": sorted(tuned_layers(trainer.model)),
             "callbacks": [type(c).__name__ for c in trainer.callback_handler.callbacks],
             "trainer": type(trainer).__name__,
             "attention": trainer.model.get_base_model().config._attn_implementation,
@@ -218,7 +225,8 @@ class SparseLongPlugin(BasePlugin):
             )
         write_atomically(work / TRAINED, "{}\n")
         tell(f"baking {Path(best).name} (validation loss {trainer.state.best_metric:.4f})")
-        baked = bake(Path(cfg.base_model), trainer.layers, work / "model")
+        layers = tuned_layers(trainer.model)
+        baked, expert_rounding = bake(Path(cfg.base_model), layers, work / "model")
         trainer.model.save_pretrained(str(work / "adapter"))
         state.write(work / "adapter", trainer.layers, trainer.progress)
         name_adapter(work / "adapter", cfg.sparselong.name)
@@ -231,4 +239,10 @@ class SparseLongPlugin(BasePlugin):
             "mask_updates": trainer.progress.mask_updates,
             "peak_bytes": trainer.progress.note_peaks(),
         }
+        if expert_rounding:  # the best loss is that of the sum before it was rounded
+            put_baked_experts(baked, layers)
+            loader = trainer.get_eval_dataloader()
+            evaluated = trainer.evaluation_loop(loader, "baked experts")
+            outcome["expert_rounding"] = expert_rounding
+            outcome["baked_eval_loss"] = evaluated.metrics["eval_loss"]
         write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")

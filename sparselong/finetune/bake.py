@@ -3,7 +3,9 @@
 `03_finetune/model/` has stage 02's format: evaluation, export and chat open it the same way.
 Only the dense layers are written anew; every other tensor is taken over from stage 02, hard-linked
 where the file system allows. The codes are those of the last forward: both come from
-`MaskedLoraLinear.codes`, on the device that trained.
+`MaskedLoraLinear.codes`, on the device that trained. So is a router's weight, where it has an
+adapter. Experts with adapters are the exception: their sum is rounded to MXFP4 here, and `Baked`
+says what that lost.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from sparselong.finetune.lora import MaskedLoraLinear
+from sparselong.finetune.adapter import TunedLayer
+from sparselong.finetune.expert_lora import ExpertLora
 from sparselong.model.checkpoint import Checkpoint, derive, write_tensors
 from sparselong.run import write_atomically
 
@@ -26,35 +30,68 @@ LoRA matrices A and B of a fine-tuning through a 2:4 mask and int4 rounding:
 **Added to the original dense model this adapter gives a different model**, one that was never
 trained nor measured. What was trained is `../model`, which has the adapter in its codes already.
 The adapter is kept to go on training from (with stage 02's masters, `masks.safetensors` beside it).
+Adapters of experts and routers, where there are any, are plain LoRA in PEFT's own layout; the
+experts of `../model` are their sum rounded to MXFP4, and the stage's manifest says what that lost.
 """
 
 
-def bake(compressed: Path, layers: Mapping[str, MaskedLoraLinear], target: Path) -> Checkpoint:
+class Baked(NamedTuple):
+    """What was written."""
+
+    checkpoint: Checkpoint
+    expert_rounding: dict[str, dict[str, dict[str, float]]]
+    """What rounding lost, by experts and weight (`expert_merge.Rounding.summarize`)."""
+
+
+def bake(compressed: Path, layers: Mapping[str, TunedLayer], target: Path) -> Baked:
     """Writes the compressed checkpoint with the trained layers in place of stage 02's.
 
     Args:
         compressed: stage 02's `model/`.
-        layers: the model's masked layers, with the state that is to be stored.
+        layers: the model's layers with adapters, with the state that is to be stored.
         target: directory that appears complete or not at all; replaced when it is there.
     """
     source = Checkpoint(compressed)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    by_file: dict[str, list[MaskedLoraLinear]] = {}
+    by_file: dict[str, list[TunedLayer]] = {}
     for name, layer in layers.items():
         index = int(name.split(".layers.")[1].split(".")[0])
         by_file.setdefault(f"tuned-{index:05d}.safetensors", []).append(layer)
     replaced: set[str] = set()
+    rounding: dict[str, dict[str, dict[str, float]]] = {}
     for file, group in by_file.items():
-        tensors = {name: tensor for layer in group for name, tensor in layer.packed().items()}
+        tensors = {}
+        for layer in group:
+            if isinstance(layer, ExpertLora):
+                merged, lost = layer.merge_packed()
+                rounding[layer.name] = {weight: one.summarize() for weight, one in lost.items()}
+                tensors |= merged
+            else:
+                tensors |= layer.packed()
         write_tensors(partial / file, tensors)
         replaced |= set(tensors)
     quantization = source.config["quantization_config"]
     derive(source, partial, replaced, [partial / file for file in by_file], quantization)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    return Checkpoint(target)
+    return Baked(Checkpoint(target), rounding)
+
+
+def put_baked_experts(baked: Checkpoint, layers: Mapping[str, TunedLayer]) -> None:
+    """Lets a trained model compute with its baked experts and without their adapters.
+
+    Its losses are those of the baked model from then on.
+    """
+    for layer in layers.values():
+        if not isinstance(layer, ExpertLora):
+            continue
+        names = [n for w in layer.adapters() for n in (f"{w}_blocks", f"{w}_scales")]
+        stored = baked.read(f"{layer.name}.{name}" for name in names)
+        for name in names:
+            getattr(layer.packed_experts, name).copy_(stored[f"{layer.name}.{name}"])
+        layer.enable_adapters(False)
 
 
 def name_adapter(directory: Path, base: str) -> None:

@@ -128,7 +128,10 @@ def check_receipt(stage: Stage) -> dict[str, Any]:
     receipt = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     missing = [name for name in _CALLBACKS if name not in receipt.get("callbacks", ())]
     replaced = {name.rpartition(".")[2] for name in receipt.get("modules_replaced", ())}
-    missing += sorted(set(stage.config.lora.target_modules) - replaced)
+    lora = stage.config.lora
+    beside = {"experts": bool(lora.expert_targets), "router": lora.router}
+    targets = {*lora.target_modules, *(name for name, asked in beside.items() if asked)}
+    missing += sorted(targets - replaced)
     attends = {
         "attention": implementation(stage.config),
         "attention_backend": stage.config.attention_backend,
@@ -171,5 +174,10 @@ def _publish(stage: Stage) -> None:
         "peak_host_bytes": baked["peak_bytes"]["host"],
         "peak_device_bytes": {k: v for k, v in baked["peak_bytes"].items() if k != "host"},
     }
+    if "expert_rounding" in baked:
+        stage.metrics |= {
+            "expert_rounding": baked["expert_rounding"],
+            "baked_eval_perplexity": math.exp(baked["baked_eval_loss"]),
+        }
     names = ("model", "adapter", "axolotl.yaml", RECEIPT, METRICS, "loss.png", SUPERVISION)
     stage.outputs = [stage.dir / name for name in names]

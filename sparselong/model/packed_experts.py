@@ -16,6 +16,7 @@ from torch import nn
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 
 from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
+from sparselong.kernels.expert_lora import Adapter, expert_lora_mlp
 from sparselong.packing import mxfp4
 
 
@@ -73,6 +74,7 @@ class PackedExperts(nn.Module):
         hidden_states: torch.Tensor,
         router_indices: torch.Tensor,
         routing_weights: torch.Tensor,
+        adapters: tuple[Adapter | None, Adapter | None] = (None, None),
     ) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs.
 
@@ -80,6 +82,7 @@ class PackedExperts(nn.Module):
             hidden_states: [tokens, hidden].
             router_indices: int64 [tokens, top_k], the experts of each token.
             routing_weights: [tokens, top_k].
+            adapters: low-rank changes of gate_up and of down, multiplied beside the weights.
 
         Returns:
             [tokens, hidden].
@@ -89,11 +92,8 @@ class PackedExperts(nn.Module):
         """
         self._check_scales()
         weights: list[Any] = [getattr(self, name) for name in self._tensors]
-        return expert_mlp(
-            hidden_states,
-            router_indices,
-            routing_weights,
-            *weights,
-            alpha=self.alpha,
-            limit=self.limit,
-        )
+        call = (hidden_states, router_indices, routing_weights)
+        gate: dict[str, Any] = {"alpha": self.alpha, "limit": self.limit}
+        if adapters == (None, None):
+            return expert_mlp(*call, *weights, **gate)
+        return expert_lora_mlp(*call, tuple(weights[:3]), tuple(weights[3:]), *adapters, **gate)

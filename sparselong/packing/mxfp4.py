@@ -89,6 +89,22 @@ def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = grouped.abs().amax(dim=-1)
     exponent = torch.frexp(largest).exponent - 1 - 2  # frexp's mantissa lies in [½, 1)
     exponent = torch.where(largest == 0, -127, exponent).clamp(-127, 127)
+    scales = (exponent + 127).to(torch.uint8)
+    return encode_at(weight, scales), scales
+
+
+def encode_at(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Values → the nearest codes under given scales, ties to the even code; saturates at 6.
+
+    Args:
+        weight: finite [..., K] of any float dtype.
+        scales: uint8 [..., K/32], none of them 255.
+
+    Returns:
+        blocks uint8 [..., K/32, 16].
+    """
+    grouped = weight.float().reshape(*scales.shape, BLOCK)
+    exponent = scales.to(torch.int32) - 127
     scaled = torch.ldexp(grouped, -exponent.unsqueeze(-1)).clamp(-6.0, 6.0)
     # The step between neighbouring codes is ½ below 2, 1 up to 4, 2 up to 6; torch.round ties to
     # even, and in each range an even multiple of the step is an even code.
@@ -98,4 +114,4 @@ def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     table = torch.tensor(VALUES[:8], dtype=torch.float32, device=weight.device)
     codes = torch.bucketize(rounded, table).to(torch.uint8)
     codes = codes | (torch.signbit(scaled).to(torch.uint8) << 3)
-    return pack_codes(codes.reshape(weight.shape)), (exponent + 127).to(torch.uint8)
+    return pack_codes(codes.reshape(weight.shape))
