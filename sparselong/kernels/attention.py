@@ -23,6 +23,7 @@ gradients through lse, and second derivatives (refused).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -231,11 +232,11 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: tor
 def _check_numbers(
     window: int | None, scale: float | None, query_offset: int, dropout: float, backend: str | None
 ) -> None:
-    if window is not None and (not isinstance(window, int) or window <= 0):
+    if window is not None and (type(window) is not int or window <= 0):
         raise ValueError(f"window: {window!r}; allowed: a positive integer, or None")
-    if scale is not None and not 0 < scale < float("inf"):
+    if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
         raise ValueError(f"scale: {scale!r}; allowed: a positive number, or None")
-    if not isinstance(query_offset, int) or query_offset < 0:
+    if type(query_offset) is not int or query_offset < 0:
         raise ValueError(f"query_offset: {query_offset!r}; allowed: an integer of at least 0")
     if dropout != 0:
         raise ValueError(f"dropout: {dropout!r}; allowed: 0, there is no attention dropout here")
@@ -253,6 +254,8 @@ def _make_mask(
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     documents = None
     if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, torch.Tensor):
+            raise ValueError(f"cu_seqlens: {type(cu_seqlens).__name__}; allowed: a tensor, or None")
         if cu_seqlens.device != q.device:
             raise ValueError(f"cu_seqlens: on {cu_seqlens.device}; allowed: q's device, {q.device}")
         if query_offset + queries > keys:

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import torch
 
 from sparselong.kernels.attention_mask import Attended, Call, Done, Gradients, Mask
+from sparselong.kernels.layout import with_unit_stride
 
 aten = torch.ops.aten
 _DSINK_QUERIES = 2048
@@ -110,7 +111,7 @@ def attend_cudnn(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
 ) -> Attended:
     """(out, lse, what the operator's backward needs). Shapes as in `attention.attention`."""
-    q, k, v = _with_unit_stride(q, k, v)
+    q, k, v = with_unit_stride(q, k, v)
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, True, False, scale=call.scale
     )
@@ -124,16 +125,11 @@ def attend_cudnn_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradien
     mask = call.mask
     dsinks = sink_gradient(dout, done) if call.needs_dsinks else None
     sizes = (None, None, None, mask.queries, mask.keys)
-    dout, q, k, v = _with_unit_stride(dout, q, k, v)
+    dout, q, k, v = with_unit_stride(dout, q, k, v)
     grads = aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse[..., None], *kept, *sizes, 0.0, True, scale=call.scale
     )
     return *grads, dsinks
-
-
-def _with_unit_stride(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """cuDNN reads the last dimension in steps of one; others are copied."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
 def sink_gradient(dout: torch.Tensor, done: Done) -> torch.Tensor:
@@ -160,10 +156,9 @@ def take_sinks_in(
 
 def token_major(mask: Mask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """[batch, tokens, heads, head_dim], or [batch * tokens, heads, head_dim] with documents."""
-    views = [t.transpose(1, 2) for t in tensors]
-    views = [t if t.stride(-1) == 1 else t.contiguous() for t in views]
+    views = with_unit_stride(*(t.transpose(1, 2) for t in tensors))
     if mask.documents is None:
-        return tuple(views)
+        return views
     return tuple(t.reshape(-1, *t.shape[2:]) for t in views)
 
 

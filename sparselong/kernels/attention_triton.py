@@ -17,6 +17,7 @@ import torch
 from sparselong.kernels import attention_backward, attention_kernels, attention_split
 from sparselong.kernels.attention_mask import Attended, Call, Done, Gradients, Mask
 from sparselong.kernels.attention_tiles import Tile, architecture_of, tile_for
+from sparselong.kernels.layout import with_unit_stride
 
 forward: Any = attention_kernels  # triton's own types know no launch
 backward: Any = attention_backward
@@ -40,7 +41,7 @@ def attend(
 ) -> Attended:
     """(out, lse, nothing more to keep). Shapes as in `attention.attention`."""
     mask, sinks = call.mask, sinks.contiguous()
-    q, k, v = _rows_contiguous(q, k, v)
+    q, k, v = with_unit_stride(q, k, v)
     out = _empty_token_major(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if mask.queries <= FEW_QUERIES and min(mask.keys, mask.window or mask.keys) >= SPLIT_KEYS:
@@ -89,7 +90,7 @@ def _launch_split(
 
 def attend_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
     """The backward pass: delta first, on the way to dq, then dk and dv."""
-    dout, q, k, v = _rows_contiguous(dout, done.q, done.k, done.v)
+    dout, q, k, v = with_unit_stride(dout, done.q, done.k, done.v)
     done = done._replace(q=q, k=k, v=v, sinks=done.sinks.contiguous())
     dq, delta, dsinks = launch_dq(dout, done, call)
     dk, dv = launch_dkdv(dout, done, delta, call)
@@ -138,10 +139,6 @@ def launch_dkdv(
         **_constants(tile, heads, q, k, mask),
     )
     return dk, dv
-
-
-def _rows_contiguous(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
 def _empty_token_major(like: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from sparselong.kernels.layout import with_unit_stride
 from sparselong.kernels.rotary_ref import rotate_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -98,7 +99,7 @@ class RotateFunction(torch.autograd.Function):
 def _launch(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    q, k = with_unit_stride(q, k)
     batch, heads, tokens, dim = q.shape
     # One row of angles for a whole batch is read with a stride of 0.
     cos, sin = (

@@ -1,8 +1,8 @@
 """Every attention kernel compiled for an RTX 3090 (sm_86), on a machine without a GPU.
 
 Read from the compiler's own report: shared memory within the 99 KB that a block may have there, and
-no register spills at all, so none in an inner loop. The reports of sm_90's tiles are held to
-sm_90's 227 KB.
+no register spills at all, so none in an inner loop. sm_90's tiles are held to sm_90's 227 KB; there
+a full layer's dk and dv spill a few bytes, and are the fastest measured even so.
 """
 
 import re
@@ -102,6 +102,34 @@ def test_a_3090_holds_every_kernel(stage, kind, tile, docs, sinks):
     shared, _, spilled = compile_for(86, stage, kind, tile, "bf16", docs, sinks)
     assert shared <= LIMIT_BYTES[86]
     assert spilled == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "tile", "docs", "sinks"),
+    [each for each in variants("sm_90") if not each[-1]],
+    ids=name_of,
+)
+def test_an_h200_holds_its_tiles(stage, kind, tile, docs, sinks):
+    shared, _, spilled = compile_for(90, stage, kind, tile, "bf16", docs, sinks)
+    assert shared <= LIMIT_BYTES[90]
+    assert spilled <= (64 if stage == "dkdv" else 0)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_3090_holds_the_kernel_that_puts_parts_together(dtype):
+    kernel = attention_split.combine_kernel
+    constants = {"PARTS": attention_split.MOST_PARTS, "D": 64}
+    types = {"part_out_ptr": "*fp32", "part_lse_ptr": "*fp32", "lse_ptr": "*fp32"}
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else types.get(name, "*" + dtype if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(kernel, signature, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 86, 32), options={"num_warps": 4})
+    assert compiled.metadata.shared <= LIMIT_BYTES[86]
+    assert read_report(compiled.asm["ptx"], 86)[1] == 0
 
 
 @pytest.mark.parametrize("stage", ["forward", "split", "dq", "dkdv"])
