@@ -72,7 +72,7 @@ def start_all_to_all(
         StageError: a rank has gone, or did not take part in time.
     """
     others = sum(sent_rows) - sent_rows[dist.get_rank(group)]
-    _count(others * math.prod(rows.shape[1:]) * rows.element_size(), tag)
+    record_bytes(others * math.prod(rows.shape[1:]) * rows.element_size(), tag)
     received = rows.new_empty(sum(received_rows), *rows.shape[1:])
 
     def start() -> Any:
@@ -95,7 +95,7 @@ def all_gather(tensor: torch.Tensor, group: Group, tag: str) -> list[torch.Tenso
     if tensor.device.type == "cpu" and dist.get_backend(group) == "nccl":
         tensor = tensor.cuda()
     size = dist.get_world_size(group)
-    _count(tensor.numel() * tensor.element_size() * (size - 1), tag)
+    record_bytes(tensor.numel() * tensor.element_size() * (size - 1), tag)
     gathered = [torch.empty_like(tensor) for _ in range(size)]
     _explain(tag, lambda: dist.all_gather(gathered, tensor, group=group))
     return gathered
@@ -127,7 +127,8 @@ def sum_in_slices(tensor: torch.Tensor, group: Group, tag: str) -> torch.Tensor:
     return torch.cat(all_gather(total, group, tag))[: len(tensor)]
 
 
-def _count(size_bytes: int, tag: str) -> None:
+def record_bytes(size_bytes: int, tag: str) -> None:
+    """Counts bytes that are being handed over for other ranks."""
     for counter in _counters:
         counter[tag] += size_bytes
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
+from sparselong.kernels.attention import Backend
+from sparselong.kernels.recompute import checkpoint_contexts
+from sparselong.parallel import attention as sharded
 from sparselong.parallel.collectives import count_bytes
+from sparselong.parallel.context import Layout, context_parallel
 from sparselong.parallel.loss import add_losses, count_supervised, mean_loss, reduce_gradients
 from sparselong.parallel.mesh import build_mesh
 from sparselong.parallel.shard import shard_batch
@@ -71,3 +77,41 @@ def reduced(dtype: torch.dtype, context_size: int) -> tuple[list[torch.Tensor], 
         reduce_gradients([*parameters, frozen], mesh)
     assert frozen.grad is None
     return [p.grad for p in parameters], sent["gradients"]  # type: ignore[misc]
+
+
+def traffic(tokens: int, windows: tuple[int | None, ...], keep: bool | None) -> dict[str, int]:
+    """Bytes sent by tag in one forward and backward pass of gpt-oss's attention over four ranks.
+
+    The exchange is all real, in bf16 and in gpt-oss's shapes; what is attended is not computed.
+    """
+    mesh = mesh_of(4)
+    layout = Layout((0, tokens), 1, heads_k_stride=4)
+    shape = (1, 8, tokens // 4, 64)
+    q = torch.zeros(1, 64, tokens // 4, 64, dtype=torch.bfloat16).requires_grad_()
+    k, v = (torch.zeros(shape, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    sinks = torch.zeros(64)
+
+    def attend(q, k, v, sinks, call):
+        return torch.zeros_like(q), torch.zeros(q.shape[:3]), ()
+
+    def attend_backward(dout, done, call):
+        return torch.zeros_like(done.q), torch.zeros_like(done.k), torch.zeros_like(done.v), None
+
+    def layer(k, v, window):
+        extra = {"scale": None, "backend": None, "deterministic": False}
+        return context.attend(q, k, v, sinks, window=window, **extra).mean() + k.mean()
+
+    idle = Backend(lambda *_: None, attend, attend_backward)
+    with (
+        mock.patch.object(sharded, "load_backend", lambda _: idle),
+        context_parallel(mesh, layout) as context,
+        count_bytes() as sent,
+    ):
+        for window in windows:
+            if keep is None:
+                out = layer(k, v, window)
+            else:
+                contexts = functools.partial(checkpoint_contexts, keep)
+                out = checkpoint(layer, k, v, window, use_reentrant=False, context_fn=contexts)
+            out.backward()
+    return dict(sent)

@@ -36,16 +36,16 @@ def free_port() -> int:
 
 
 class Pool:
-    """`size` processes with torch.distributed up between them, over gloo."""
+    """`size` processes with torch.distributed up between them; with NCCL each has a GPU."""
 
-    def __init__(self, size: int, timeout_seconds: float = 60.0):
+    def __init__(self, size: int, timeout_seconds: float = 60.0, backend: str = "gloo"):
         self.size, self.timeout_seconds = size, timeout_seconds
         port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            arguments = (rank, size, port, timeout_seconds, theirs)
+            arguments = (rank, size, port, timeout_seconds, backend, theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -93,14 +93,18 @@ class Pool:
             process.join()
 
 
-def _serve(rank: int, size: int, port: int, timeout_seconds: float, pipe: Connection) -> None:
+def _serve(
+    rank: int, size: int, port: int, timeout_seconds: float, backend: str, pipe: Connection
+) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     while True:
         try:
             function, arguments = pipe.recv()

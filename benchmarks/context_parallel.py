@@ -1,0 +1,370 @@
+#!/usr/bin/env python3
+"""One sequence over several GPUs: attention by itself, and whole steps of gpt-oss-20b's shape.
+
+Attention of one full and one sliding-window layer, forward and backward, 16,384 tokens, against
+the arms of `context_parallel_arms.py`; every arm's output and gradients are first compared with one
+GPU's at 2,048 tokens, and one that is off has no time. Steps: 20b's shape with all experts on every
+GPU, sharding, loss, backward pass, gradients summed over the ranks and optimizer, by degree and
+length; what does not fit gives a row that says so.
+
+Times are the slowest rank's, medians of rounds; bytes are counted where collectives are called, on
+the busiest rank; balance is the slowest rank's compute over the mean one's. Parts run in processes
+of their own, one for each GPU, with a time-out; `--no-peer` repeats four GPUs with
+NCCL_P2P_DISABLE=1, which stands for cards without NVLink. Needs CUDA devices, up to four.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.record import RESULTS, row, write
+
+HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
+KINDS = {"full": None, "window": WINDOW}
+ROUNDS = 9
+Rows = list[dict[str, Any]]
+
+
+def measure_attention(args: argparse.Namespace, mesh: Any) -> Rows:
+    """Rows of every arm: correctness, then times in turn, bytes and balance."""
+    from benchmarks.context_parallel_arms import make_arms
+
+    rows: Rows = []
+    wrong = check_arms(make_arms(mesh, 2048, args.strides, args.stride), mesh)
+    arms = make_arms(mesh, args.attention_tokens, args.strides, args.stride)
+    for kind, window in KINDS.items():
+        case = {"part": "attention", "kind": kind, "tokens": args.attention_tokens}
+        case |= {"degree": mesh.context_size, "peer": args.peer}
+        rows += [row(case, name, "wrong", 1, "1") for name in wrong]
+        calls = {}
+        for name, arm in arms.items():
+            if name not in wrong:
+                calls[name] = make_call(arm, args.attention_tokens, window)
+        for name, times in time_in_turn(calls, mesh).items():
+            rows += describe_arm(case, name, times, calls[name], mesh)
+    return rows
+
+
+def draw(tokens: int) -> list[torch.Tensor]:
+    """q, k, v, sinks and dout of the whole sequence, the same on every rank."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+    shapes = [(1, heads, tokens, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    q, k, v = (normal(*shape) for shape in shapes)
+    return [q, k, v, normal(HEADS).float(), normal(*shapes[0])]
+
+
+def check_arms(arms: dict[str, Any], mesh: Any) -> set[str]:
+    """The arms whose out, dq, dk or dv is not one GPU's, on any rank."""
+    from sparselong.kernels.attention import attention
+    from sparselong.parallel.collectives import all_gather
+
+    q, k, v, sinks, dout = draw(2048)
+    wrong = set()
+    for window in KINDS.values():
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = attention(*leaves, sinks, window=window, backend="triton")[0]
+        expected = [out, *torch.autograd.grad(out, leaves, dout)]
+        for name, arm in arms.items():
+            local = [arm.take(t).clone().requires_grad_() for t in (q, k, v)]
+            mine = arm.attend(*local, sinks, window)
+            got = [mine, *torch.autograd.grad(mine, local, arm.take(dout).contiguous())]
+            pairs = zip(got, map(arm.take, expected), strict=True)
+            error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+            worst = max(map(float, all_gather(torch.tensor([error]), mesh.context_group, "")))
+            if not worst < 1e-2:
+                tell(f"{name}, window {window}: off by {worst:.2e}, no time shown")
+                wrong.add(name)
+    return wrong
+
+
+def make_call(arm: Any, tokens: int, window: int | None) -> Any:
+    """Forward and backward of one layer on this rank's shard."""
+    q, k, v, sinks, dout = draw(tokens)
+    leaves = [arm.take(t).clone().requires_grad_() for t in (q, k, v)]
+    dout = arm.take(dout).contiguous()
+
+    def call() -> None:
+        out = arm.attend(*leaves, sinks, window)
+        torch.autograd.grad(out, leaves, dout)
+
+    return call
+
+
+def time_in_turn(calls: dict[str, Any], mesh: Any) -> dict[str, list[float]]:
+    """Each call's ms in every round on the slowest rank, by device events.
+
+    Before each, the device sleeps, so that the host runs ahead as in the midst of a model, and
+    meets the others.
+    """
+    from sparselong.parallel.collectives import all_gather
+
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    one = torch.ones(1, device="cuda")
+    for n in range(ROUNDS + 2):
+        for name, call in calls.items():
+            torch.cuda._sleep(12_000_000)
+            dist.all_reduce(one, group=mesh.context_group)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            mine = torch.tensor([begin.elapsed_time(end)])
+            if n >= 2:
+                times[name].append(max(map(float, all_gather(mine, mesh.context_group, ""))))
+    return times
+
+
+def describe_arm(case: dict, name: str, times: list[float], call: Any, mesh: Any) -> Rows:
+    """Rows of one arm: median ms, MB on the busiest rank, balance, ms of compute."""
+    from sparselong.parallel.collectives import all_gather, count_bytes
+
+    with count_bytes() as sent:
+        call()
+    compute = kernel_ms(call)
+    mine = torch.tensor([float(sum(sent.values())), compute])
+    everyone = torch.stack([t.cpu() for t in all_gather(mine, mesh.context_group, "")])
+    busiest = float(everyone[:, 0].max())
+    balance = float(everyone[:, 1].max() / everyone[:, 1].mean())
+    tell(
+        f"P={case['degree']} peer={case['peer']} {case['kind']:6} {name:32} "
+        f"{statistics.median(times):8.3f} ms (compute {float(everyone[:, 1].max()):.3f}), "
+        f"{busiest / 1e6:7.2f} MB, balance {balance:.3f}"
+    )
+    return [
+        row(case, name, "forward_backward_ms", statistics.median(times), "ms"),
+        row(case, name, "compute_ms", float(everyone[:, 1].max()), "ms"),
+        row(case, name, "sent_bytes", busiest, "bytes"),
+        row(case, name, "balance", balance, "1"),
+    ]
+
+
+def kernel_ms(call: Any) -> float:
+    """This rank's kernel time of a call, its collectives left out."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        call()
+        torch.cuda.synchronize()
+    events = [e for e in trace.key_averages() if "nccl" not in e.key.lower()]
+    return sum(event.self_device_time_total for event in events) / 1e3
+
+
+def measure_steps(args: argparse.Namespace, mesh: Any) -> Rows:
+    """Rows of whole steps by length, until one does not fit."""
+    from benchmarks.shape_20b import build
+
+    rows: Rows = []
+    model = build(args.arm, layers=args.layers)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    for tokens in args.lengths:
+        case = {"part": "step", "arm": args.arm, "tokens": tokens, "layers": args.layers}
+        case |= {"degree": mesh.context_size, "peer": args.peer, "heads_k_stride": args.stride}
+        try:
+            rows += measure_length(model, trained, optimizer, tokens, case, args, mesh)
+        except torch.OutOfMemoryError:
+            if mesh.context_size > 1:  # the others wait in a collective: end, and say so
+                raise
+            rows.append(row(case, "sparselong", "out_of_memory", 1, "1"))
+            break
+    return rows
+
+
+def measure_length(
+    model: Any, trained: list, optimizer: Any, tokens: int, case: dict, args: Any, mesh: Any
+) -> Rows:
+    """Rows of one length."""
+    from benchmarks.train_step import profile_step
+    from sparselong.parallel.collectives import all_gather, count_bytes
+    from sparselong.parallel.context import context_parallel, take_layout
+    from sparselong.parallel.loss import add_losses, count_supervised, reduce_gradients
+    from sparselong.parallel.shard import shard_batch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(200_000, (1, tokens), generator=generator).cuda()
+
+    def step() -> torch.Tensor:
+        local = shard_batch({"input_ids": ids, "labels": ids}, mesh)
+        layout = take_layout(local, args.stride)
+        count = count_supervised([local["shift_labels"]], mesh)
+        with context_parallel(mesh, layout):
+            loss = model(**local, num_items_in_batch=count, use_cache=False).loss
+            loss.backward()
+        reduce_gradients(trained, mesh)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return add_losses(loss, mesh)
+
+    seconds, loss = [], 0.0
+    for n in range(2 + args.rounds):
+        begin = time.perf_counter()
+        loss = float(step())
+        torch.cuda.synchronize()
+        if n == 1:
+            torch.cuda.reset_peak_memory_stats()
+        seconds.append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_reserved()
+    with count_bytes() as sent:
+        step()
+    attention = sum(n for tag, n in sent.items() if tag.startswith(("key", "halo")))
+    mine = torch.tensor([statistics.median(seconds[2:]), attention, peak], dtype=torch.float64)
+    everyone = torch.stack([t.cpu() for t in all_gather(mine, mesh.context_group, "")])
+    second, attention, peak = (float(x) for x in everyone.amax(0))
+    tell(
+        f"P={mesh.context_size} peer={args.peer} {args.arm} {tokens} tokens: {second:.3f} s, "
+        f"{tokens / second:,.0f} tokens/s, {peak / 2**30:.1f} GiB, attention sends "
+        f"{attention / 1e6:.0f} MB, all {sum(sent.values()) / 1e6:.0f}; loss {loss:.4f}"
+    )
+    rows = [
+        row(case, "sparselong", "step_seconds", second, "s"),
+        row(case, "sparselong", "throughput", tokens / second, "tokens/s"),
+        row(case, "sparselong", "attention_sent_bytes", attention, "bytes"),
+        row(case, "sparselong", "reserved_bytes", peak, "bytes"),
+        row(case, "sparselong", "loss", loss, "nats"),
+    ]
+    if tokens in args.profiled:
+        profiled = profile_step(step, case, "sparselong")  # every rank: the step is everyone's
+        rows += [r for r in profiled if r["metric"].startswith("profile_ms")]
+        for r in rows[5:]:
+            tell(f"    {r['metric']}: {r['value']:.1f} ms")
+    return rows
+
+
+def tell(text: str) -> None:
+    """Rank 0 speaks."""
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def work(args: argparse.Namespace) -> None:
+    """One rank of one part."""
+    from sparselong.parallel.mesh import build_mesh
+
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(seconds=args.timeout_seconds)
+    dist.init_process_group("nccl", timeout=timeout)
+    mesh = build_mesh(dist.get_world_size(), timeout)
+    rows: Rows = []
+    if "attention" in args.parts and mesh.context_size > 1:
+        rows += measure_attention(args, mesh)
+    if "steps" in args.parts:
+        rows += measure_steps(args, mesh)
+    if dist.get_rank() == 0:
+        Path(args.out).write_text(json.dumps(rows), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def start(degree: int, first_gpu: int, args: argparse.Namespace, out: Path, **more: Any) -> list:
+    """The processes of one part, one for each GPU from `first_gpu` on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    settings = vars(args) | more | {"out": str(out), "worker": True}
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(degree),
+        "CUDA_VISIBLE_DEVICES": ",".join(str(first_gpu + n) for n in range(degree)),
+    }
+    if not settings["peer"]:
+        environment["NCCL_P2P_DISABLE"] = "1"
+    command = [sys.executable, __file__, "--settings", json.dumps(settings, default=str)]
+    return [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(n), "LOCAL_RANK": str(n)},
+            start_new_session=True,
+        )
+        for n in range(degree)
+    ]
+
+
+def finish(processes: list, deadline: float) -> bool:
+    """Whether all ended well by then; otherwise they are ended."""
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if all(code == 0 for code in codes):
+            return True
+        if any(code not in (None, 0) for code in codes):
+            break
+        time.sleep(0.2)
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    print(f"exit codes {[process.wait() for process in processes]}", file=sys.stderr)
+    return False
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--degrees", nargs="+", type=int, default=[4, 2, 1])
+    parser.add_argument("--parts", nargs="+", default=["attention", "steps"])
+    parser.add_argument("--no-peer", action="store_true", help="four GPUs again, without P2P")
+    parser.add_argument("--attention-tokens", type=int, default=16_384)
+    parser.add_argument("--strides", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--stride", type=int, default=4, help="heads_k_stride of steps")
+    parser.add_argument("--arm", default="masked", choices=("lora", "masked"))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 16_384])
+    parser.add_argument("--profiled", nargs="*", type=int, default=[16_384])
+    parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps")
+    parser.add_argument("--timeout-seconds", type=int, default=300, help="of each part")
+    parser.add_argument("--machine", help="short name for the result's file, for example h200x4")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    args.peer = True
+    if args.settings:
+        work(argparse.Namespace(**json.loads(args.settings)))
+        return
+    gpus = torch.cuda.device_count()
+    if gpus < 2:
+        print("benchmarks/context_parallel.py needs two CUDA devices or more: nothing measured")
+        return
+    given = " ".join(sys.argv[1:]).replace(f"--folder {args.folder}", "").split()
+    command = " ".join(["python3 benchmarks/context_parallel.py", *given])
+    name = torch.cuda.get_device_name().split()[-1].lower()
+    machine = args.machine or f"{name}x{gpus}"
+    turns = [(degree, True) for degree in args.degrees if degree <= gpus]
+    turns += [(max(args.degrees), False)] if args.no_peer else []
+    rows: Rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for n, (degree, peer) in enumerate(turns):
+            out = Path(folder) / f"{n}.json"
+            processes = start(degree, 0, args, out, peer=peer)
+            ended = finish(processes, time.monotonic() + args.timeout_seconds)
+            if not ended:
+                sys.exit(f"degree {degree}, peer access {peer}: failed")
+            rows += json.loads(out.read_text(encoding="utf-8"))
+            path = write("context_parallel", machine, command, rows, args.folder)
+            print(path, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""What attention sends at 16,384 tokens over four ranks, counted where it is handed over."""
+
+import pytest
+
+from tests.distributed import cases
+
+TOKENS = 16_384
+
+
+def busiest(counts: list[dict[str, int]]) -> int:
+    return max(sum(count.values()) for count in counts)
+
+
+@pytest.mark.parametrize("keep", [None, True, False])
+def test_a_window_layer_sends_its_halos_once_and_their_gradients(pools, keep):
+    counts = pools[4].run(cases.traffic, TOKENS, (128,), keep)
+    assert 0 < busiest(counts) <= 1.1e6
+    assert all(set(count) == {"halo", "halo gradients"} for count in counts)
+    # One halo crosses every border between chunks, but that of chunks 3 and 4, which one rank has.
+    halo_bytes = 127 * 2 * 8 * 64 * 2
+    assert sum(count["halo"] for count in counts) == 6 * halo_bytes
+    assert sum(count["halo gradients"] for count in counts) == 6 * halo_bytes
+
+
+def test_a_full_layer_sends_only_keys_that_are_seen(pools):
+    chunk_bytes = TOKENS // 8 * 2 * 8 * 64 * 2
+    counts = pools[4].run(cases.traffic, TOKENS, (None,), True)
+    assert [count["keys"] for count in counts] == [2 * n * chunk_bytes for n in (3, 4, 5, 6)]
+    assert [count["key gradients"] for count in counts] == [n * chunk_bytes for n in (6, 5, 4, 3)]
+    again = pools[4].run(cases.traffic, TOKENS, (None,), False)
+    assert [count["keys"] for count in again] == [3 * n * chunk_bytes for n in (3, 4, 5, 6)]
+
+
+def test_the_attention_of_36_layers_kept_across_checkpointing(pools):
+    counts = pools[4].run(cases.traffic, TOKENS, (128, None) * 18, True)
+    assert 1e9 < busiest(counts) <= 1.45e9
