@@ -38,6 +38,7 @@ test: $(STAMP)
 	.venv/bin/python -m pytest -q --timeout 300 --ignore tests/gpu tests
 
 test-gpu:
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu: no CUDA device, nothing tested')"
 	$(PYTHON) -m pytest -q tests/gpu
 
 bench: $(STAMP)
