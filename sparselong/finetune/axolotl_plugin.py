@@ -244,5 +244,6 @@ class SparseLongPlugin(BasePlugin):
             loader = trainer.get_eval_dataloader()
             evaluated = trainer.evaluation_loop(loader, "baked experts")
             outcome["expert_rounding"] = expert_rounding
-            outcome["baked_eval_loss"] = evaluated.metrics["eval_loss"]
+            loss = outcome["baked_eval_loss"] = evaluated.metrics["eval_loss"]
+            tell(f"experts rounded to MXFP4 again: validation loss {loss:.4f} in place of the best")
         write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")

@@ -29,6 +29,9 @@ TRAINING = [
     "training.gradient_checkpointing=true",
     "finetuning_modifiers.MagnitudePruningModifier.update_frequency=0.2",
     "training.loss_target=100",
+    "lora.expert_targets=[gate_up_proj, down_proj]",
+    "lora.expert_r=2",
+    "lora.router=true",
 ]
 
 
@@ -123,7 +126,12 @@ def test_manifest_says_what_was_done(runs):
     assert metrics["two_four_conforming"] == 1.0
     assert [update["step"] for update in metrics["mask_updates"]] == [1, 2, 3, 4, 5]
     assert 0.0 < metrics["supervised_token_fraction"] < 1.0
-    assert metrics["trainable_parameters"] == 81920
+    experts, router = 8 * 2 * (128 + 2 * 128 + 128 + 128), 16 * (128 + 8)
+    assert metrics["trainable_parameters"] == 81920 + 4 * (experts + router)
+    assert len(metrics["expert_rounding"]) == 4
+    told = metrics["expert_rounding"]["model.layers.0.mlp.experts"]
+    assert set(told) == {"gate_up_proj", "down_proj"}
+    assert all(one["relative_change"] > 0 and one["lost"] > 0 for one in told.values())
     paths = [row["path"] for row in manifest["inputs"]]
     assert paths and all(path.startswith(("02_compress/", "data/")) for path in paths)
     for key in ("train_loss", "tokens_per_second", "peak_device_bytes"):
@@ -146,14 +154,15 @@ def test_run_directory_holds_what_it_promises(runs):
     assert {"masks.safetensors", "adapter_model.safetensors", "optimizer.pt"} <= names
     assert not {name for name in names if name.startswith("model")}
     receipt = json.loads((stage / "receipt.json").read_text())
-    assert len(receipt["modules_replaced"]) == 16
+    assert len(receipt["modules_replaced"]) == 16 + 4 + 4
     assert {"MaskUpkeep", "SecondPasses", "Metrics"} <= set(receipt["callbacks"])
     assert (stage / "log.txt").read_text().count("ALERT") == 1
 
 
 def test_baked_model_has_the_loss_that_training_reported(runs):
     """Opened by itself and scored conversation by conversation: packing, padding and the token
-    weighting of training's evaluation change nothing, and the best checkpoint is what was baked."""
+    weighting of training's evaluation change nothing, and the best checkpoint is what was baked.
+    Its experts are rounded, so that the loss is the one reported for after that."""
     import torch
 
     from sparselong.data.conversations import read, tokenize
@@ -173,5 +182,12 @@ def test_baked_model_has_the_loss_that_training_reported(runs):
         wanted = torch.tensor(tokens[1:])[learned]
         total += float(torch.nn.functional.cross_entropy(logits[learned], wanted, reduction="sum"))
         count += len(wanted)
-    best = manifest["metrics"]["eval_perplexity"][str(manifest["metrics"]["best_step"])]
-    assert math.exp(total / count) == pytest.approx(best, rel=1e-5)
+    metrics = manifest["metrics"]
+    assert math.exp(total / count) == pytest.approx(metrics["baked_eval_perplexity"], rel=1e-5)
+    best = metrics["eval_perplexity"][str(metrics["best_step"])]
+    assert best < metrics["baked_eval_perplexity"] < metrics["eval_perplexity"]["0"]
+    best_adapter, adapter = (
+        (straight / "03_finetune" / name / "adapter_model.safetensors").read_bytes()
+        for name in ("best", "adapter")
+    )
+    assert adapter == best_adapter
