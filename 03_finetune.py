@@ -3,14 +3,18 @@
 
 Reads stage 02's model and masters and the conversations; writes runs/NAME/03_finetune/model (same
 compressed format, the adapter in its codes), the adapter beside it, checkpoints, metrics.jsonl and
-loss.png. Axolotl is the trainer, in a process of its own. Interrupted, the same command goes on
-from the last whole checkpoint. See sparselong/finetune/trainer.py.
+loss.png. Axolotl is the trainer, in processes of its own: as many as `sequence_parallel_degree`
+says, or those that torchrun has started this script in (sparselong/finetune/launch.py).
+Interrupted, the same command goes on from the last whole checkpoint.
 """
 
 import sys
 
+from sparselong.finetune.launch import joined_rank
 from sparselong.memory import plan_stage, show_plan
 from sparselong.run import Stage, run_stage
+
+NAME = "03_finetune"
 
 
 def execute(stage: Stage) -> None:
@@ -21,14 +25,16 @@ def execute(stage: Stage) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_stage(
-        "03_finetune",
-        "Fine-tune the compressed model, masks and rounding included.",
-        argv,
-        execute,
-        plan_stage,
-        show_plan,
-    )
+    if joined_rank() is not None:
+        from sparselong.finetune.follow import follow_or_lead
+
+        return follow_or_lead(NAME, argv, run)
+    return run(argv)
+
+
+def run(argv: list[str] | None) -> int:
+    text = "Fine-tune the compressed model, masks and rounding included."
+    return run_stage(NAME, text, argv, execute, plan_stage, show_plan)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ What Axolotl decides by itself when a key is missing is set here explicitly, bec
 depend on the machine: precision (`bf16: auto` or none gives float16 on a CPU), its own LoRA kernels
 (they would bypass the masked layer), evaluation packing, number of processes. Keys that would turn
 on what does not hold for gpt-oss stay out: `context_parallel_size` above 1 lets every rank attend
-to its own part only, so `sequence_parallel_degree` above 1 is refused here and not passed on.
+to its own part only, so `sequence_parallel_degree` goes to our plugin alone.
 
 `sparselong:` is the plugin's own section: what masked LoRA needs and where results go.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from typing import Any
 
 from sparselong.config import Config
 from sparselong.errors import StageError
-from sparselong.model.attention import implementation
+from sparselong.model.attention import NAME, implementation
 from sparselong.model.loading import compute_dtype, default_device
 
 PLUGIN = "sparselong.finetune.axolotl_plugin.SparseLongPlugin"
 ADAPTER = "sparselong_masked_lora"
 METRICS, SUPERVISION = "metrics.jsonl", "supervision.txt"
+CHECKPOINTS = "checkpoints"
 RECEIPT, BAKED, TRAINED = "receipt.json", "baked.json", "trained.json"
 _FEW_ROWS = 5000
 
@@ -44,34 +46,60 @@ class Folders:
     @property
     def checkpoints(self) -> Path:
         """Axolotl's output directory, with `checkpoint-N/` in it."""
-        return self.work / "checkpoints"
+        return self.work / CHECKPOINTS
 
 
-def refuse_unsupported(config: Config, has_gpu: bool) -> None:
-    """Stops what this version cannot train rightly.
+def attention_of(config: Config) -> str:
+    """The attention that stage 03 trains with; a split sequence has ours only, on any device."""
+    return NAME if config.sequence_parallel_degree > 1 else implementation(config)
+
+
+def refuse_unsupported(config: Config, gpus: int, processes: int = 1) -> None:
+    """Stops what this machine cannot train.
+
+    Args:
+        gpus: that can be used here.
+        processes: that will train on this machine.
 
     Raises:
-        StageError: the sequence is to be split over GPUs, or a key needs a GPU and there is none.
+        StageError: a key needs a GPU and there is none, or there are fewer GPUs than processes.
     """
-    if config.sequence_parallel_degree > 1:
+    if 0 < gpus < processes:
         raise StageError(
-            "fine-tuning with a sequence split over several GPUs is not in this version",
-            "sequence_parallel_degree: 1",
-            f"sequence_parallel_degree: {config.sequence_parallel_degree}",
-            "pass sequence_parallel_degree=1 and a sequence_len that fits one GPU",
+            f"{processes} processes are to train on this machine, each on a GPU of its own",
+            f"{processes} visible GPUs (sequence_parallel_degree: "
+            f"{config.sequence_parallel_degree})",
+            f"{gpus}",
+            f"pass sequence_parallel_degree={gpus}, or run on a machine with more GPUs",
         )
     needing_gpu = {
         "flash_attention=false": config.flash_attention,
         "training.optimizer=adamw_torch": config.training.optimizer == "adamw_bnb_8bit",
     }
     for fix, wanted in needing_gpu.items():
-        if wanted and not has_gpu:
+        if wanted and not gpus:
             raise StageError(
                 "this config needs a GPU to fine-tune, and there is none",
                 "a CUDA GPU that torch can use",
                 "no CUDA GPU",
                 f"run on a machine with a GPU, or pass {fix}",
             )
+
+
+def check_heads(config: Config, model: Path) -> None:
+    """Stops a `heads_k_stride` that does not divide the model's key/value heads.
+
+    Args:
+        model: stage 02's `model/`.
+    """
+    heads = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_key_value_heads"]
+    if config.sequence_parallel_degree > 1 and heads % config.heads_k_stride:
+        raise StageError(
+            "the key/value heads cannot be gathered by groups of heads_k_stride",
+            f"a divisor of the model's {heads} key/value heads",
+            f"heads_k_stride: {config.heads_k_stride}",
+            "pass heads_k_stride=1, or another divisor",
+        )
 
 
 def build(
@@ -191,9 +219,10 @@ def _plugin_section(config: Config, folders: Folders, bake_only: bool) -> dict[s
         "masters": str(folders.compressed / "masters"),
         "work": str(folders.work),
         "name": folders.name,
-        "attention": implementation(config),
+        "attention": attention_of(config),
         "attention_backend": config.attention_backend,
         "deterministic": config.deterministic,
+        "heads_k_stride": config.heads_k_stride,
         "expert_targets": list(config.lora.expert_targets),
         "expert_r": config.lora.expert_r,
         "router": config.lora.router,

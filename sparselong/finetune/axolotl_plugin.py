@@ -37,7 +37,7 @@ from pydantic import BaseModel
 
 import sparselong
 from sparselong.errors import StageError
-from sparselong.finetune import state, supervision
+from sparselong.finetune import ranks, state, supervision
 from sparselong.finetune.adapter import (
     Beside,
     Masters,
@@ -49,6 +49,7 @@ from sparselong.finetune.adapter import (
 from sparselong.finetune.axolotl_config import (
     ADAPTER,
     BAKED,
+    CHECKPOINTS,
     METRICS,
     RECEIPT,
     SUPERVISION,
@@ -57,8 +58,10 @@ from sparselong.finetune.axolotl_config import (
 from sparselong.finetune.bake import bake, name_adapter, put_baked_experts
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses, tell
 from sparselong.finetune.failure import tell_failures
+from sparselong.finetune.launch import joined_rank
 from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.model.attention import choose_attention, chosen_attention
+from sparselong.model.checkpoint import Checkpoint
 from sparselong.model.fused import FusedDecoderLayer, chunk_loss
 from sparselong.model.projections import two_four_conforming
 from sparselong.run import write_atomically
@@ -76,6 +79,7 @@ class SparseLongSection(BaseModel):
     attention: str
     attention_backend: str
     deterministic: bool
+    heads_k_stride: int
     expert_targets: tuple[str, ...] = ()
     expert_r: int | None = None
     router: bool = False
@@ -107,6 +111,15 @@ class SparseLongPlugin(BasePlugin):
         self.done = False
 
     def register(self, cfg):
+        if ranks.mesh() is not None:
+            return  # rank.py has seen to it
+        if joined_rank() is not None:
+            raise StageError(
+                "several processes train without knowing of each other",
+                "torchrun starting 03_finetune.py, which splits sequences as this project does",
+                "Axolotl started directly by torchrun or accelerate",
+                "torchrun --nproc_per_node=N 03_finetune.py ...",
+            )
         tell_failures(Path(cfg["sparselong"]["work"]))
 
     def get_input_args(self):
@@ -120,6 +133,8 @@ class SparseLongPlugin(BasePlugin):
 
     def get_training_args(self, cfg):
         return {
+            # Where checkpoints are, also for a rank whose Axolotl has a folder of its own.
+            "output_dir": str(Path(cfg.sparselong.work) / CHECKPOINTS),
             "logging_nan_inf_filter": False,
             "restore_callback_states_from_checkpoint": True,
             "eval_on_start": not cfg.resume_from_checkpoint,  # the curve begins at stage 02's model
@@ -131,6 +146,10 @@ class SparseLongPlugin(BasePlugin):
         }
 
     def load_datasets(self, cfg, preprocess=False):
+        with ranks.first_alone():  # the others find what it has prepared
+            return self._load_datasets(cfg)
+
+    def _load_datasets(self, cfg):
         # Axolotl's schema knows its own names only, and this hook is the first after it.
         cfg.attn_implementation = cfg.sparselong.attention
         choose_attention(cfg.sparselong.attention_backend, cfg.sparselong.deterministic)
@@ -151,7 +170,8 @@ class SparseLongPlugin(BasePlugin):
             setattr(meta, f"{name}_dataset", labelled)
         first = meta.train_dataset.select(range(min(_PREVIEW_ROWS, len(meta.train_dataset))))
         text = supervision.preview(first, tokenizer)
-        write_atomically(Path(cfg.sparselong.work) / SUPERVISION, text)
+        if ranks.is_first():
+            write_atomically(Path(cfg.sparselong.work) / SUPERVISION, text)
         labels = meta.train_dataset.select_columns("labels")
         self.supervised_token_fraction = supervision.supervised_fraction(labels)
         tell(f"{text}{self.supervised_token_fraction:.1%} of the tokens are supervised")
@@ -184,12 +204,19 @@ class SparseLongPlugin(BasePlugin):
         return [
             MaskUpkeep(layers, trainer.progress, section.update_frequency, section.criterion),
             SecondPasses(section.keep_attention),
-            Metrics(Path(section.work) / METRICS, trainer.progress, section.loss_target),
+            Metrics(
+                Path(section.work) / METRICS if ranks.is_first() else None,
+                trainer.progress,
+                section.loss_target,
+            ),
         ]
 
     def post_trainer_create(self, cfg, trainer: Any):
         self.trainer = trainer
         trainer.bake_only = cfg.sparselong.bake_only
+        trainer.heads_k_stride = cfg.sparselong.heads_k_stride
+        if not ranks.is_first():
+            return
         receipt = {
             "plugin": f"{__name__}.{type(self).__name__}",
             "modules_replaced": sorted(tuned_layers(trainer.model)),
@@ -199,6 +226,7 @@ class SparseLongPlugin(BasePlugin):
             "fused_layers": sum(isinstance(m, FusedDecoderLayer) for m in trainer.model.modules()),
             "attention_backend": chosen_attention().backend,
             "deterministic": chosen_attention().deterministic,
+            "processes": ranks.count(),
             "trainable_parameters": count_trainable(trainer.model),
             "supervised_token_fraction": self.supervised_token_fraction,
             "total_steps": trainer.args.max_steps,
@@ -223,27 +251,32 @@ class SparseLongPlugin(BasePlugin):
                 "none",
                 "check the validation conversations and training.eval_steps",
             )
-        write_atomically(work / TRAINED, "{}\n")
-        tell(f"baking {Path(best).name} (validation loss {trainer.state.best_metric:.4f})")
-        layers = tuned_layers(trainer.model)
-        baked, expert_rounding = bake(Path(cfg.base_model), layers, work / "model")
-        trainer.model.save_pretrained(str(work / "adapter"))
-        state.write(work / "adapter", trainer.layers, trainer.progress)
-        name_adapter(work / "adapter", cfg.sparselong.name)
+        layers, rounding = tuned_layers(trainer.model), {}
         outcome = {
             "best_checkpoint": Path(best).name,
             "best_step": state.step_of(Path(best)),
             "best_eval_loss": trainer.state.best_metric,
             "steps": trainer.state.global_step,
-            "two_four_conforming": two_four_conforming(baked),
             "mask_updates": trainer.progress.mask_updates,
-            "peak_bytes": trainer.progress.note_peaks(),
+            "peak_bytes": ranks.merge_peaks(trainer.progress.note_peaks()),
         }
-        if expert_rounding:  # the best loss is that of the sum before it was rounded
-            put_baked_experts(baked, layers)
-            loader = trainer.get_eval_dataloader()
-            evaluated = trainer.evaluation_loop(loader, "baked experts")
-            outcome["expert_rounding"] = expert_rounding
+        if ranks.is_first():
+            write_atomically(work / TRAINED, "{}\n")
+            tell(f"baking {Path(best).name} (validation loss {trainer.state.best_metric:.4f})")
+            baked, rounding = bake(Path(cfg.base_model), layers, work / "model")
+            trainer.model.save_pretrained(str(work / "adapter"))
+            state.write(work / "adapter", trainer.layers, trainer.progress)
+            name_adapter(work / "adapter", cfg.sparselong.name)
+            outcome["two_four_conforming"] = two_four_conforming(baked)
+        (rounding, *_) = ranks.collect(rounding)  # here the others wait for the files
+        if rounding:  # the best loss is that of the sum before it was rounded
+            put_baked_experts(Checkpoint(work / "model"), layers)
+            with torch.no_grad():
+                loader = trainer.get_eval_dataloader()
+                evaluated = trainer.evaluation_loop(loader, "baked experts")
+            outcome["expert_rounding"] = rounding
             loss = outcome["baked_eval_loss"] = evaluated.metrics["eval_loss"]
             tell(f"experts rounded to MXFP4 again: validation loss {loss:.4f} in place of the best")
-        write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")
+        if ranks.is_first():
+            write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")
+        ranks.leave()

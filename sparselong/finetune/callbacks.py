@@ -21,7 +21,8 @@ from transformers import TrainerCallback
 from sparselong.errors import StageError
 from sparselong.finetune.lora import MaskedLoraLinear
 from sparselong.finetune.masks import Criterion, update_steps
-from sparselong.finetune.state import Progress
+from sparselong.finetune.ranks import check_replicas
+from sparselong.finetune.state import Progress, buffers
 from sparselong.kernels.recompute import checkpoint_contexts
 
 MARK = "[sparselong] "
@@ -66,6 +67,7 @@ class MaskUpkeep(TrainerCallback):
         self.progress.mask_updates.append(
             {"step": state.global_step, "flipped": overall, "flipped_by_kind": fractions}
         )
+        check_replicas(buffers(self.layers), state.global_step)
         by_kind = ", ".join(f"{kind} {share:.3%}" for kind, share in fractions.items())
         tell(f"step {state.global_step}: mask update flipped {overall:.3%} of the bits ({by_kind})")
 
@@ -89,9 +91,12 @@ class Metrics(TrainerCallback):
     `loss`, `learning_rate`, `grad_norm`, `tokens_per_second`, peak memory and, where masks were
     chosen anew since the row before, `mask_flipped_fraction`; evaluation rows `eval_loss` and
     `eval_perplexity`.
+
+    Args:
+        path: of metrics.jsonl; None on a rank that writes nothing.
     """
 
-    def __init__(self, path: Path, progress: Progress, loss_target: float | None):
+    def __init__(self, path: Path | None, progress: Progress, loss_target: float | None):
         self.path, self.progress, self.loss_target = path, progress, loss_target
         self.seconds, self.started, self.tokens = 0.0, 0.0, progress.tokens
         self.updates = len(progress.mask_updates)
@@ -130,8 +135,9 @@ class Metrics(TrainerCallback):
             tell(f"step {state.global_step}: validation perplexity {row['eval_perplexity']:.4f}")
         else:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def on_evaluate(self, args, state, control, metrics: dict[str, float] | None = None, **kwargs):
         # The best checkpoint must exist, also when evaluations come more often than saves.

@@ -3,6 +3,9 @@
 An expected failure, wherever in Axolotl's call tree it is raised, ends as an uncaught exception:
 Python's own last resort, `sys.excepthook`, writes what / expected / found / fix into failure.json,
 and the stage raises the same failure. Everything else keeps its traceback, which is in log.txt.
+
+Of several ranks each has a file of its own. When one ends, the others fail at their next exchange
+with it; `lost_others` tells these failures from the one that has to be told.
 """
 
 from __future__ import annotations
@@ -22,28 +25,38 @@ _FULL = ("No space left on device", "Disk quota exceeded", "file write failed", 
 """How OSError, safetensors and torch's zip writer say that the disk is full."""
 
 
-def tell_failures(work: Path) -> None:
-    """From now on, an expected failure that ends this process is written to `work/failure.json`."""
+def failure_path(work: Path, rank: int) -> Path:
+    """Where a rank's failure is written."""
+    return work / (FAILURE if rank == 0 else f"failure.rank{rank}.json")
+
+
+def tell_failures(work: Path, rank: int = 0) -> None:
+    """From now on, an expected failure that ends this process is written to `failure_path`."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         traceback.print_exception(kind, error, trace)
         told = explain(error, work)
         if told is not None:
             document = {key: getattr(told, key) for key in ("what", "expected", "found", "fix")}
-            (work / FAILURE).write_text(json.dumps(document), encoding="utf-8")
+            failure_path(work, rank).write_text(json.dumps(document), encoding="utf-8")
 
     sys.excepthook = hook
 
 
-def read_failure(work: Path) -> StageError | None:
-    """The failure that the trainer left, if it left one."""
-    path = work / FAILURE
+def read_failure(work: Path, rank: int = 0) -> StageError | None:
+    """The failure that a rank's trainer left, if it left one."""
+    path = failure_path(work, rank)
     if not path.exists():
         return None
     try:
         return StageError(**json.loads(path.read_text(encoding="utf-8")))
     except ValueError:  # a full disk cut it off
-        return _disk_is_full(work, "an unfinished failure.json")
+        return _disk_is_full(work, f"an unfinished {path.name}")
+
+
+def lost_others(failure: StageError) -> bool:
+    """Whether a failure only says that another rank did not take part in an exchange."""
+    return "could not finish the exchange" in failure.what
 
 
 def explain(error: BaseException, work: Path) -> ExpectedError | None:

@@ -6,11 +6,19 @@
 - the loss, in training and evaluation alike: a token weighs the same wherever it stands. Axolotl
   averages the micro-batches' mean losses;
 - checkpoints hold masks, scales and counters (state.py).
+
+With several ranks (ranks.py) each takes the batches of its data rank and, of each batch, its shard
+of the sequence. The base class knows nothing of the others, so what crosses ranks is here: the
+divisor of the loss and the counters are those of all ranks, gradients are added over them once a
+step, logged losses are the sums of all shares, and only rank 0 writes checkpoints.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +28,15 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from sparselong.errors import StageError
-from sparselong.finetune import state
+from sparselong.finetune import ranks, state
 from sparselong.finetune.batches import IGNORED, Batches, EpochOrder, make_batches, only
 from sparselong.finetune.documents import document_masks
 from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
 from sparselong.model.attention import NAME
+from sparselong.parallel.collectives import sum_over_ranks
+from sparselong.parallel.context import context_parallel, take_layout
+from sparselong.parallel.loss import add_losses, reduce_gradients
+from sparselong.parallel.shard import shard_batch
 
 
 class MaskedTraining(Trainer):
@@ -39,6 +51,8 @@ class MaskedTraining(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss divides by num_items_in_batch itself
         self.progress = state.Progress()
         self.bake_only = False
+        self.heads_k_stride = 1  # the plugin sets this and the one above
+        self.mesh = ranks.mesh()
 
     @property
     def layers(self) -> dict[str, MaskedLoraLinear]:
@@ -80,12 +94,27 @@ class MaskedTraining(Trainer):
             packed,
             self.processing_class.pad_token_id,
         )
+        place = (self.mesh.data_rank, self.mesh.data_size) if self.mesh else (0, 1)
         return DataLoader(
             made,
-            batch_sampler=EpochOrder(len(batches), seed),
+            batch_sampler=EpochOrder(len(batches), seed, *place),
             collate_fn=only,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """A step's micro-batches, and how many tokens all ranks learn from in it."""
+        batches = list(islice(epoch_iterator, num_batches))
+        counts = torch.tensor([[self._count_tokens(b), _count_labels(b)] for b in batches]).sum(0)
+        if self.mesh is not None:
+            counts = sum_over_ranks(counts, self.mesh.data_group, "token count")
+        self.progress.tokens += int(counts[0])
+        return batches, max(int(counts[1]), 1)
+
+    def _count_tokens(self, batch: Any) -> int:
+        if "attention_mask" in batch:
+            return int(batch["attention_mask"].sum())
+        return int((batch["input_ids"] != self.processing_class.pad_token_id).sum())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         masked, placed = "attention_mask" in inputs, "position_ids" in inputs
@@ -96,12 +125,27 @@ class MaskedTraining(Trainer):
                 f"a batch of {', '.join(sorted(inputs))}",
                 "pass training.sample_packing=false",
             )
-        if masked:
-            tokens = inputs["attention_mask"].sum()
-        else:
-            tokens = (inputs["input_ids"] != self.processing_class.pad_token_id).sum()
-        self.progress.tokens += int(tokens)
-        return super().training_step(model, inputs, num_items_in_batch)
+        with self._sharded(inputs) as shard:
+            loss = super().training_step(model, shard, num_items_in_batch)
+        if self.mesh is not None and self.accelerator.sync_gradients:
+            reduce_gradients(self.model.parameters(), self.mesh)
+        return loss
+
+    @contextmanager
+    def _sharded(self, inputs: Any) -> Iterator[dict[str, torch.Tensor]]:
+        """This rank's share of a batch, and inside the block attention to the others' shares."""
+        if self.mesh is None or self.mesh.context_size == 1:
+            yield inputs
+            return
+        shard = shard_batch(dict(inputs), self.mesh)
+        layout = take_layout(shard, self.heads_k_stride)
+        with context_parallel(self.mesh, layout):
+            yield shard
+
+    def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
+        if self.mesh is not None and self.control.should_log:
+            tr_loss.copy_(add_losses(tr_loss, self.mesh))
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
@@ -127,15 +171,17 @@ class MaskedTraining(Trainer):
     @torch.no_grad()
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self.model.eval()
-        total, predicted, rows = 0.0, 0, 0
+        sums = torch.zeros(3, dtype=torch.float64)
         for batch in dataloader:
-            inputs = self._prepare_inputs(batch)
-            loss: Any = self.compute_loss(self.model, inputs, num_items_in_batch=1)
-            total += float(loss)
-            predicted += int((inputs["labels"][:, 1:] != IGNORED).sum())
-            rows += len(inputs["labels"])
+            with self._sharded(batch) as shard:
+                inputs = self._prepare_inputs(shard)
+                loss: Any = self.compute_loss(self.model, inputs, num_items_in_batch=1)
+            sums += torch.tensor([float(loss), _count_labels(inputs), len(inputs["labels"])])
+        if self.mesh is not None:
+            sums = sum_over_ranks(sums, self.mesh.world_group, "evaluation")
+        total, predicted, rows = sums.tolist()
         mean = total / predicted if predicted else math.nan
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, rows)  # type: ignore[arg-type]
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, int(rows))  # type: ignore[arg-type]
 
     def _run_epoch(self, **kwargs):
         # Resumed behind its last step, the loop would take one step more.
@@ -144,6 +190,18 @@ class MaskedTraining(Trainer):
             return
         kwargs["train_dataloader"].batch_sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        ranks.check_replicas(self.replicated(), self.state.global_step)
+        if ranks.is_first():
+            super()._save_checkpoint(model, trial)
+        (best, *_) = ranks.collect(self.state.best_model_checkpoint)
+        self.state.best_model_checkpoint = best
+
+    def replicated(self) -> dict[str, torch.Tensor]:
+        """What every rank must hold alike: trained parameters, masks and scales, by name."""
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return trained | state.buffers(self.layers)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -163,3 +221,9 @@ class MaskedTraining(Trainer):
 
     def _restore(self, directory: Path) -> None:
         vars(self.progress).update(vars(state.read(directory, self.layers)))
+
+
+def _count_labels(batch: Any) -> int:
+    """Tokens that are learned or measured in a batch, or in a shard of one."""
+    labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
+    return int((labels != IGNORED).sum())

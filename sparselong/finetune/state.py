@@ -60,7 +60,7 @@ class Progress:
 
 def write(directory: Path, layers: Mapping[str, MaskedLoraLinear], progress: Progress) -> None:
     """Writes masks, scales and counters into a checkpoint directory."""
-    write_tensors(directory / MASKS, _buffers(layers))
+    write_tensors(directory / MASKS, buffers(layers))
     progress.note_peaks()
     write_atomically(directory / PROGRESS, json.dumps(asdict(progress)) + "\n")
 
@@ -71,16 +71,16 @@ def read(directory: Path, layers: Mapping[str, MaskedLoraLinear]) -> Progress:
     Raises:
         StageError: a file is damaged or belongs to other layers.
     """
-    buffers = _buffers(layers)
+    here = buffers(layers)
     try:
         stored = load_file(directory / MASKS)
         progress = Progress(**json.loads((directory / PROGRESS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise _unusable(directory, str(error)) from error
-    wanted = {name: tensor.shape for name, tensor in buffers.items()}
+    wanted = {name: tensor.shape for name, tensor in here.items()}
     if {name: tensor.shape for name, tensor in stored.items()} != wanted:
         raise _unusable(directory, f"masks of {len(stored)} tensors where {len(wanted)} are due")
-    for name, tensor in buffers.items():
+    for name, tensor in here.items():
         tensor.copy_(stored[name])
     return progress
 
@@ -101,13 +101,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _buffers(layers: Mapping[str, MaskedLoraLinear]) -> dict[str, torch.Tensor]:
-    buffers = {}
+def buffers(layers: Mapping[str, MaskedLoraLinear]) -> dict[str, torch.Tensor]:
+    """Masks and scales in use, by name."""
+    found = {}
     for name, layer in layers.items():
         for part, tensor in (("weight_mask", layer.patterns), ("weight_scale", layer.scale)):
             if tensor is not None:
-                buffers[f"{name}.{part}"] = tensor
-    return buffers
+                found[f"{name}.{part}"] = tensor
+    return found
 
 
 def _unusable(directory: Path, found: str) -> StageError:

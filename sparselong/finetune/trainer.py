@@ -20,7 +20,6 @@ import json
 import math
 import shutil
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,9 @@ from sparselong.finetune.axolotl_config import (
     TRAINED,
     Folders,
 )
-from sparselong.finetune.process import run_trainer
-from sparselong.model.attention import implementation
+from sparselong.finetune.follow import announce_training
+from sparselong.finetune.launch import find_world
+from sparselong.finetune.process import train_ranks
 from sparselong.run import Stage, write_atomically
 
 _CALLBACKS = ("MaskUpkeep", "SecondPasses", "Metrics")
@@ -52,8 +52,10 @@ def finetune(stage: Stage) -> None:
         StageError: an earlier stage is missing, the machine or the data does not fit the config, or
             training failed; the message says what to do.
     """
-    axolotl_config.refuse_unsupported(stage.config, torch.cuda.is_available())
+    here = find_world(stage.config).here
+    axolotl_config.refuse_unsupported(stage.config, torch.cuda.device_count(), here)
     compressed = stage.require("02_compress")
+    axolotl_config.check_heads(stage.config, stage.run_dir / "02_compress/model")
     data = conversations.prepare(stage.config, stage.run_dir)
     folders = Folders(
         (stage.run_dir / "02_compress").resolve(),
@@ -83,9 +85,11 @@ def _train(stage: Stage, folders: Folders) -> None:
     )
     path = stage.dir / "axolotl.yaml"
     write_atomically(path, _HEADER + yaml.safe_dump(document, sort_keys=False))
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"]
-    stage.log("starting Axolotl (its imports take a while)")
-    run_trainer(stage, command)
+    world = find_world(stage.config)
+    processes = f" in {world.size} processes" if world.size > 1 else ""
+    stage.log(f"starting Axolotl{processes} (its imports take a while)")
+    announce_training()
+    train_ranks(stage)
     check_receipt(stage)
 
 
@@ -133,7 +137,8 @@ def check_receipt(stage: Stage) -> dict[str, Any]:
     targets = {*lora.target_modules, *(name for name, asked in beside.items() if asked)}
     missing += sorted(targets - replaced)
     attends = {
-        "attention": implementation(stage.config),
+        "processes": find_world(stage.config).size,
+        "attention": axolotl_config.attention_of(stage.config),
         "attention_backend": stage.config.attention_backend,
         "deterministic": stage.config.deterministic,
     }

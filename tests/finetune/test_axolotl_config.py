@@ -6,7 +6,13 @@ import pytest
 
 from sparselong.config import load
 from sparselong.errors import StageError
-from sparselong.finetune.axolotl_config import PLUGIN, Folders, build, refuse_unsupported
+from sparselong.finetune.axolotl_config import (
+    PLUGIN,
+    Folders,
+    build,
+    check_heads,
+    refuse_unsupported,
+)
 from tests.conftest import ROOT
 
 FOLDERS = Folders(
@@ -80,7 +86,6 @@ def test_nothing_is_null_and_resume_is_named():
 @pytest.mark.parametrize(
     ("override", "fix"),
     [
-        ("sequence_parallel_degree=4", "sequence_parallel_degree=1"),
         ("flash_attention=true", "flash_attention=false"),
         ("training.optimizer=adamw_bnb_8bit", "training.optimizer=adamw_torch"),
     ],
@@ -88,10 +93,36 @@ def test_nothing_is_null_and_resume_is_named():
 def test_what_this_machine_cannot_do_is_refused(override, fix):
     config = load(ROOT / "configs/tiny.yaml", [override])
     with pytest.raises(StageError) as refusal:
-        refuse_unsupported(config, has_gpu=False)
+        refuse_unsupported(config, gpus=0)
     assert fix in refusal.value.fix
 
 
 def test_a_gpu_takes_what_needs_one():
     overrides = ["flash_attention=true", "training.optimizer=adamw_bnb_8bit"]
-    refuse_unsupported(load(ROOT / "configs/tiny.yaml", overrides), has_gpu=True)
+    refuse_unsupported(load(ROOT / "configs/tiny.yaml", overrides), gpus=1)
+
+
+def test_each_process_needs_a_gpu_of_its_own_where_there_are_any():
+    config = load(ROOT / "configs/tiny.yaml", ["sequence_parallel_degree=4"])
+    refuse_unsupported(config, gpus=0, processes=4)
+    refuse_unsupported(config, gpus=4, processes=4)
+    with pytest.raises(StageError, match="4 visible GPUs") as refusal:
+        refuse_unsupported(config, gpus=3, processes=4)
+    assert "sequence_parallel_degree=3" in refusal.value.fix
+
+
+def test_a_split_sequence_attends_through_our_function_and_axolotl_splits_nothing():
+    made = document("sequence_parallel_degree=4", "heads_k_stride=2")
+    assert made["sparselong"]["attention"] == "sparselong"
+    assert made["sparselong"]["heads_k_stride"] == 2
+    assert document()["sparselong"]["attention"] == "eager"
+    assert not {"context_parallel_size", "sequence_parallel_degree"} & set(made)
+
+
+def test_a_stride_that_does_not_divide_the_heads_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_key_value_heads": 2}')
+    split = ["sequence_parallel_degree=2", "heads_k_stride=4"]
+    check_heads(load(ROOT / "configs/tiny.yaml", [split[0]]), tmp_path)
+    check_heads(load(ROOT / "configs/tiny.yaml", [split[1]]), tmp_path)  # nothing is gathered
+    with pytest.raises(StageError, match="2 key/value heads"):
+        check_heads(load(ROOT / "configs/tiny.yaml", split), tmp_path)

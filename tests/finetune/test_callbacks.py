@@ -24,6 +24,8 @@ def control() -> SimpleNamespace:
 class FakeLayer:
     """Flips a quarter of its bits at every update."""
 
+    patterns = scale = None
+
     def __init__(self, weights: int):
         self.master = SimpleNamespace(numel=lambda: weights)
         self.updates = 0

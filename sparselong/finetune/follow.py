@@ -1,0 +1,94 @@
+"""What the other processes do that torchrun has started with the stage's own, rank 0.
+
+Rank 0 runs the stage. The others know neither when training begins nor whether it begins at all
+(the stage may be done already, or refuse the config), so it tells them through the store by which
+torchrun's processes meet: `train`, and at its end `ended` with its exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from sparselong import config as config_module
+from sparselong.errors import ExpectedError, StageError
+from sparselong.finetune.launch import joined_rank
+from sparselong.finetune.process import train_ranks
+from sparselong.run import Stage, parse_arguments
+
+_PATIENCE = timedelta(days=2)
+_TRAIN = "train"
+
+
+def follow_or_lead(
+    name: str, argv: list[str] | None, run: Callable[[list[str] | None], int]
+) -> int:
+    """What this process does of a stage that torchrun has started in several.
+
+    Args:
+        name: the stage's.
+        argv: the command line, the same in all of them.
+        run: the stage itself, for rank 0.
+
+    Returns:
+        the exit code.
+    """
+    try:
+        _store()
+        return _lead(argv, run) if joined_rank() == 0 else _follow(name, argv)
+    except ExpectedError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _lead(argv: list[str] | None, run: Callable[[list[str] | None], int]) -> int:
+    code = 1
+    try:
+        code = run(argv)
+    finally:
+        _tell(f"ended {code}")
+    return code
+
+
+def announce_training() -> None:
+    """Lets the other processes start their ranks' trainers; does nothing where there are none."""
+    if joined_rank() is not None:
+        _tell(_TRAIN)
+
+
+def _follow(name: str, argv: list[str] | None) -> int:
+    arguments = parse_arguments(name, "", argv)
+    store, key = _store()
+    store.wait([key], _PATIENCE)
+    word, _, code = store.get(key).decode().partition(" ")
+    if word == _TRAIN:
+        config = config_module.load(arguments.config, arguments.overrides)
+        train_ranks(Stage(name, config, arguments.run_dir))
+        return 0
+    if code != "0":
+        print(f"rank {joined_rank()}: rank 0 failed, see its message", file=sys.stderr)
+    return int(code)
+
+
+def _tell(word: str) -> None:
+    """The first word stays."""
+    store, key = _store()
+    if word == _TRAIN or not store.check([key]):
+        store.set(key, word)
+
+
+def _store() -> tuple[TCPStore, str]:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise StageError(
+            f"several processes were started together, but not by torchrun (rank {joined_rank()})",
+            "torchrun or accelerate launch, or plain python 03_finetune.py on one machine",
+            "WORLD_SIZE without torchrun's own variables",
+            "torchrun --nproc_per_node=N 03_finetune.py ...",
+        )
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return TCPStore(host, port, is_master=False), f"sparselong/03_finetune/{attempt}"

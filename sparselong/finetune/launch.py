@@ -1,0 +1,104 @@
+"""Which processes train together, and which of them this one starts. No torch.
+
+    python 03_finetune.py              one process, or `sequence_parallel_degree` on this machine
+    torchrun ... 03_finetune.py        those that torchrun (or accelerate) started, on one machine
+                                       or several; a multiple of the degree, the rest data parallel
+
+Either way each rank trains in a process of its own beside the stage's (process.py, rank.py). Under
+torchrun only the first process runs the stage: locks, prepares, writes, publishes. The others wait
+for its word and start their rank's trainer then (follow.py). The run directory must be on a file
+system that all machines share.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from sparselong.config import Config
+from sparselong.errors import ConfigError
+
+WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together.
+
+    Attributes:
+        size: how many.
+        local: for each rank that this process starts, its number on this machine.
+        here: how many of them on this machine.
+        joined: whether torchrun has started this process and the others.
+    """
+
+    size: int
+    local: dict[int, int]
+    here: int
+    joined: bool
+
+
+def joined_rank() -> int | None:
+    """This process's rank among those that torchrun started together; None: it is alone."""
+    return int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+def find_world(config: Config) -> World:
+    """The processes that the config and the environment ask for.
+
+    Raises:
+        ConfigError: torchrun has started another number of processes than a multiple of the degree.
+    """
+    degree, rank = config.sequence_parallel_degree, joined_rank()
+    if rank is None:
+        return World(degree, {rank: rank for rank in range(degree)}, degree, joined=False)
+    size = int(os.environ["WORLD_SIZE"])
+    if size % degree:
+        raise ConfigError(
+            f"{size} processes cannot share sequences by {degree} (this is rank {rank})",
+            f"a multiple of sequence_parallel_degree: {degree} processes",
+            f"WORLD_SIZE={size}",
+            f"torchrun --nproc_per_node={degree}, or another sequence_parallel_degree",
+        )
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    return World(size, {rank: int(os.environ["LOCAL_RANK"])}, here, joined=True)
+
+
+def rank_environments(world: World, gpus: int) -> dict[int, dict[str, str]]:
+    """What each started rank's environment has beside this process's; nothing for a single one.
+
+    Each rank sees one GPU, its own: transformers' trainer would spread a model over all it sees.
+
+    Args:
+        gpus: that this process can use; 0 for a CPU machine.
+    """
+    if world.size == 1:
+        return dict.fromkeys(world.local, {})
+    made = {rank: _share_of_machine(local, world, gpus) for rank, local in world.local.items()}
+    if not world.joined:
+        port = str(_free_port())
+        for rank, local in world.local.items():
+            made[rank] |= {
+                **{"RANK": str(rank), "WORLD_SIZE": str(world.size)},
+                **{"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(world.size)},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            }
+    return made
+
+
+def _share_of_machine(local: int, world: World, gpus: int) -> dict[str, str]:
+    share = {}
+    if not world.joined and "OMP_NUM_THREADS" not in os.environ:
+        share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world.size))
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else [str(number) for number in range(gpus)]
+        share["CUDA_VISIBLE_DEVICES"] = names[local]
+    return share
+
+
+def _free_port() -> int:
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return made.getsockname()[1]

@@ -1,0 +1,66 @@
+"""One rank's trainer: joins the others, then runs Axolotl as if it were alone.
+
+    RANK=r WORLD_SIZE=n ... python -m sparselong.finetune.rank AXOLOTL_YAML DEGREE
+
+A rank other than 0 writes nothing that stays: what Axolotl saves by itself goes into a folder of
+its own that is removed at the end, and its loggers are off. See ranks.py and launch.py.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import yaml
+
+from sparselong.finetune import ranks
+from sparselong.finetune.failure import tell_failures
+
+_RUN = "axolotl.cli.main"
+
+
+def main(path: Path, degree: int) -> None:
+    """Trains what the YAML says, as one of the ranks that the environment names."""
+    rank = int(os.environ["RANK"])
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tell_failures(Path(document["sparselong"]["work"]), rank)
+    _end_at_once()
+    ranks.join(degree)
+    if rank == 0:
+        _train(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="sparselong-rank-") as own:
+        document |= {"output_dir": own, "use_tensorboard": False, "use_wandb": False}
+        private = Path(own) / "axolotl.yaml"
+        private.write_text(yaml.safe_dump(document), encoding="utf-8")
+        _train(private)
+
+
+def _end_at_once() -> None:
+    """A rank that fails must be seen to have ended; its backend's threads could keep it long."""
+    tell = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        tell(kind, error, trace)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    sys.excepthook = hook
+
+
+def _train(path: Path) -> None:
+    sys.argv = ["axolotl", "train", str(path), "--launcher", "python"]
+    try:
+        runpy.run_module(_RUN, run_name="__main__")
+    except SystemExit as end:  # how a command line program of click's returns
+        if end.code:
+            raise
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
