@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sparselong.kernels import attention_triton, expert_gemm, expert_triton
-from sparselong.kernels.attention import attention
+from sparselong.kernels.attention import attention, load_backend
 from sparselong.kernels.expert_gemm import expert_mlp
 from sparselong.kernels.recompute import checkpoint_contexts
 from tests.gpu.test_expert_gemm import Case, draw
@@ -18,6 +18,7 @@ CASE = Case("checkpointed", 300, hidden=288, inner=224)
 @pytest.fixture
 def counted(monkeypatch):
     """How often the launchers are called."""
+    load_backend.cache_clear()  # it holds the functions themselves
     calls = {}
 
     def count(module, name):
@@ -32,7 +33,8 @@ def counted(monkeypatch):
     count(expert_triton, "run_forward")
     count(expert_triton, "run_gate_up")
     count(attention_triton, "attend")
-    return calls
+    yield calls
+    load_backend.cache_clear()
 
 
 def experts(call):
