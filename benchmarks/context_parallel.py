@@ -16,6 +16,7 @@ NCCL_P2P_DISABLE=1, which stands for cards without NVLink. Needs CUDA devices, u
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -102,7 +103,7 @@ def make_call(arm: Any, tokens: int, window: int | None) -> Any:
     """Forward and backward of one layer on this rank's shard."""
     q, k, v, sinks, dout = draw(tokens)
     leaves = [arm.take(t).clone().requires_grad_() for t in (q, k, v)]
-    dout = arm.take(dout).contiguous()
+    dout = arm.take(dout).transpose(1, 2).contiguous().transpose(1, 2)  # as the model has it
 
     def call() -> None:
         out = arm.attend(*leaves, sinks, window)
@@ -171,16 +172,19 @@ def kernel_ms(call: Any) -> float:
     return sum(event.self_device_time_total for event in events) / 1e3
 
 
-def measure_steps(args: argparse.Namespace, mesh: Any) -> Rows:
-    """Rows of whole steps by length, until one does not fit."""
+def measure_steps(arm: str, args: argparse.Namespace, mesh: Any) -> Rows:
+    """Rows of whole steps of one arm of `shape_20b.py` by length, until one does not fit."""
     from benchmarks.shape_20b import build
 
     rows: Rows = []
-    model = build(args.arm, layers=args.layers)
+    torch.manual_seed(0)  # the same weights on every rank
+    model = build(arm, layers=args.layers)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     for tokens in args.lengths:
-        case = {"part": "step", "arm": args.arm, "tokens": tokens, "layers": args.layers}
+        if tokens < args.least * mesh.context_size:
+            continue
+        case = {"part": "step", "arm": arm, "tokens": tokens, "layers": args.layers}
         case |= {"degree": mesh.context_size, "peer": args.peer, "heads_k_stride": args.stride}
         try:
             rows += measure_length(model, trained, optimizer, tokens, case, args, mesh)
@@ -233,7 +237,7 @@ def measure_length(
     everyone = torch.stack([t.cpu() for t in all_gather(mine, mesh.context_group, "")])
     second, attention, peak = (float(x) for x in everyone.amax(0))
     tell(
-        f"P={mesh.context_size} peer={args.peer} {args.arm} {tokens} tokens: {second:.3f} s, "
+        f"P={mesh.context_size} peer={args.peer} {case['arm']} {tokens} tokens: {second:.3f} s, "
         f"{tokens / second:,.0f} tokens/s, {peak / 2**30:.1f} GiB, attention sends "
         f"{attention / 1e6:.0f} MB, all {sum(sent.values()) / 1e6:.0f}; loss {loss:.4f}"
     )
@@ -245,7 +249,10 @@ def measure_length(
         row(case, "sparselong", "loss", loss, "nats"),
     ]
     if tokens in args.profiled:
-        profiled = profile_step(step, case, "sparselong")  # every rank: the step is everyone's
+        if dist.get_rank() > 0:  # the step is everyone's, the profile rank 0's
+            step()
+            return rows
+        profiled = profile_step(step, case, "sparselong")
         rows += [r for r in profiled if r["metric"].startswith("profile_ms")]
         for r in rows[5:]:
             tell(f"    {r['metric']}: {r['value']:.1f} ms")
@@ -270,7 +277,10 @@ def work(args: argparse.Namespace) -> None:
     if "attention" in args.parts and mesh.context_size > 1:
         rows += measure_attention(args, mesh)
     if "steps" in args.parts:
-        rows += measure_steps(args, mesh)
+        for arm in args.arms:
+            rows += measure_steps(arm, args, mesh)
+            gc.collect()
+            torch.cuda.empty_cache()
     if dist.get_rank() == 0:
         Path(args.out).write_text(json.dumps(rows), encoding="utf-8")
     dist.destroy_process_group()
@@ -325,8 +335,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention-tokens", type=int, default=16_384)
     parser.add_argument("--strides", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--stride", type=int, default=4, help="heads_k_stride of steps")
-    parser.add_argument("--arm", default="masked", choices=("lora", "masked"))
+    parser.add_argument("--arms", nargs="+", default=["lora", "masked"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 16_384])
+    parser.add_argument("--least", type=int, default=4096, help="tokens a GPU, from which on")
     parser.add_argument("--profiled", nargs="*", type=int, default=[16_384])
     parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
     parser.add_argument("--rounds", type=int, default=3, help="measured steps")
@@ -354,16 +365,40 @@ def main() -> None:
     turns = [(degree, True) for degree in args.degrees if degree <= gpus]
     turns += [(max(args.degrees), False)] if args.no_peer else []
     rows: Rows = []
+    failed = []
+    for wave in make_waves(turns, gpus):
+        for turn, found in run_wave(wave, args):
+            rows += found
+            failed += [] if found else [turn]
+        path = write("context_parallel", machine, command, rows, args.folder)
+        print(path, file=sys.stderr)
+    if failed:
+        sys.exit(f"(GPUs, peer access) that failed: {failed}")
+
+
+def make_waves(turns: list[tuple[int, bool]], gpus: int) -> list[list[tuple[int, bool]]]:
+    """Parts that fit beside each other on the machine run at the same time, on other GPUs."""
+    waves: list[list[tuple[int, bool]]] = []
+    for turn in turns:
+        if not waves or sum(degree for degree, _ in waves[-1]) + turn[0] > gpus:
+            waves.append([])
+        waves[-1].append(turn)
+    return waves
+
+
+def run_wave(wave: list[tuple[int, bool]], args: argparse.Namespace) -> list:
+    """Each turn with its rows, of which there are none where it failed."""
+    found, first_gpu, deadline = [], 0, time.monotonic() + args.timeout_seconds
     with tempfile.TemporaryDirectory() as folder:
-        for n, (degree, peer) in enumerate(turns):
-            out = Path(folder) / f"{n}.json"
-            processes = start(degree, 0, args, out, peer=peer)
-            ended = finish(processes, time.monotonic() + args.timeout_seconds)
-            if not ended:
-                sys.exit(f"degree {degree}, peer access {peer}: failed")
-            rows += json.loads(out.read_text(encoding="utf-8"))
-            path = write("context_parallel", machine, command, rows, args.folder)
-            print(path, file=sys.stderr)
+        outs = [Path(folder) / f"{n}.json" for n in range(len(wave))]
+        parts = []
+        for (degree, peer), out in zip(wave, outs, strict=True):
+            parts.append(start(degree, first_gpu, args, out, peer=peer))
+            first_gpu += degree
+        for turn, processes, out in zip(wave, parts, outs, strict=True):
+            ended = finish(processes, deadline)
+            found.append((turn, json.loads(out.read_text(encoding="utf-8")) if ended else []))
+    return found
 
 
 if __name__ == "__main__":

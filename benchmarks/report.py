@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 
 from benchmarks import (
     report_attention,
+    report_context_parallel,
     report_expert_gemm,
     report_neighbours,
     report_train_step,
@@ -31,6 +32,7 @@ and the versions of every figure. Edit neither by hand.
 """
 SECTIONS = (
     report_train_step.write_section,
+    report_context_parallel.write_section,
     report_attention.write_section,
     report_expert_gemm.write_section,
     report_neighbours.write_section,

@@ -7,8 +7,8 @@ same bits on every rank and in every run.
 `count_bytes` counts what this process hands over for *other* ranks, at the call that hands it over,
 by tag: no figure about traffic in tests or benchmarks comes from a formula.
 
-A collective that fails raises StageError in place of the backend's own error, which names addresses
-and no ranks.
+A collective that fails raises ExchangeError in place of the backend's own error, which names
+addresses and no ranks; `watch.py` finds out which rank it was, by how far each has come.
 """
 
 from __future__ import annotations
@@ -25,6 +25,23 @@ import torch.distributed as dist
 from sparselong.errors import StageError
 
 Group = dist.ProcessGroup
+
+
+class ExchangeError(StageError):
+    """An exchange with other ranks did not come to its end."""
+
+
+class _Progress:
+    """How many exchanges this process has begun, and what the last one was."""
+
+    begun, tag = 0, "none"
+
+
+def progress() -> tuple[int, str]:
+    """Exchanges begun by this process since it started, and the last one's tag."""
+    return _Progress.begun, _Progress.tag
+
+
 _counters: list[Counter[str]] = []
 
 
@@ -49,7 +66,7 @@ class Pending:
         """What was received.
 
         Raises:
-            StageError: a rank has gone, or did not take part in time.
+            ExchangeError: a rank has gone, or did not take part in time.
         """
         _explain(self._tag, self._work.wait)
         return self._received
@@ -69,8 +86,9 @@ def start_all_to_all(
         Pending of [sum(received_rows), ...], by rank of the group.
 
     Raises:
-        StageError: a rank has gone, or did not take part in time.
+        ExchangeError: a rank has gone, or did not take part in time.
     """
+    _begin(tag)
     others = sum(sent_rows) - sent_rows[dist.get_rank(group)]
     record_bytes(others * math.prod(rows.shape[1:]) * rows.element_size(), tag)
     received = rows.new_empty(sum(received_rows), *rows.shape[1:])
@@ -89,8 +107,9 @@ def all_gather(tensor: torch.Tensor, group: Group, tag: str) -> list[torch.Tenso
     A tensor of the CPU travels through the GPU where the group has NCCL only.
 
     Raises:
-        StageError: a rank has gone, or did not take part in time.
+        ExchangeError: a rank has gone, or did not take part in time.
     """
+    _begin(tag)
     tensor = tensor.contiguous()
     if tensor.device.type == "cpu" and dist.get_backend(group) == "nccl":
         tensor = tensor.cuda()
@@ -133,12 +152,16 @@ def record_bytes(size_bytes: int, tag: str) -> None:
         counter[tag] += size_bytes
 
 
+def _begin(tag: str) -> None:
+    _Progress.begun, _Progress.tag = _Progress.begun + 1, tag
+
+
 def _explain(tag: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except RuntimeError as error:  # what torch.distributed raises for every failure of a backend
         first = str(error).strip().split("\n")[0]
-        raise StageError(
+        raise ExchangeError(
             f"rank {dist.get_rank()} could not finish the exchange '{tag}' with the other ranks",
             "every rank alive and at the same exchange within the time-out",
             f"{type(error).__name__}: {first[:300]}",

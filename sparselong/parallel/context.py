@@ -13,6 +13,7 @@ the context is the process's and not the thread's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,10 +79,9 @@ class Context:
         self._check(q, k)
         scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
         if self.mesh.context_size == 1:
-            boundaries = torch.tensor(self.layout.boundaries, dtype=torch.int32, device=q.device)
             out, _ = attention(
                 *(q, k, v, sinks),
-                cu_seqlens=boundaries if len(boundaries) > len(q) + 1 else None,
+                cu_seqlens=_boundaries_on(q.device, self.layout),
                 window=window, scale=scale, backend=backend, deterministic=deterministic,
             )  # fmt: skip
             return out
@@ -114,6 +114,14 @@ class Context:
                 f"heads_k_stride: {self.layout.heads_k_stride} with {k.shape[1]} KV heads; "
                 "allowed: a divisor of their number"
             )
+
+
+@functools.lru_cache(maxsize=16)
+def _boundaries_on(device: torch.device, layout: Layout) -> torch.Tensor | None:
+    """One tensor for all layers, as `find_documents` wants it; None where rows are documents."""
+    if len(layout.boundaries) == layout.rows + 1:
+        return None
+    return torch.tensor(layout.boundaries, dtype=torch.int32, device=device)
 
 
 _active: Context | None = None

@@ -62,7 +62,7 @@ def build_mesh(context_size: int, timeout: timedelta | None = None) -> Mesh:
     contexts = [range(d * context_size, (d + 1) * context_size) for d in range(data_size)]
     datas = [range(c, world, context_size) for c in range(context_size)]
     # Every process takes part in making every group, its own or not.
-    context_groups = [_make_group(ranks, timeout) for ranks in contexts]
+    context_groups = [_make_group(ranks, timeout, urgent=True) for ranks in contexts]
     data_groups = [_make_group(ranks, timeout) for ranks in datas]
     world_group = _make_group(range(world), timeout)
     data_rank, context_rank = divmod(rank, context_size)
@@ -77,6 +77,12 @@ def build_mesh(context_size: int, timeout: timedelta | None = None) -> Mesh:
     )
 
 
-def _make_group(ranks: range, timeout: timedelta | None) -> dist.ProcessGroup:
-    group: Any = dist.new_group(list(ranks), timeout=timeout)
+def _make_group(ranks: range, timeout: timedelta | None, urgent: bool = False) -> dist.ProcessGroup:
+    """`urgent`: with NCCL its kernels go before those that they are to overlap with."""
+    options: Any = None
+    if urgent and dist.get_backend() == "nccl":
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        if timeout is not None:
+            options._timeout = timeout
+    group: Any = dist.new_group(list(ranks), timeout=timeout, pg_options=options)
     return group

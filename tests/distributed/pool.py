@@ -41,12 +41,14 @@ class Pool:
     def __init__(self, size: int, timeout_seconds: float = 60.0, backend: str = "gloo"):
         self.size, self.timeout_seconds = size, timeout_seconds
         port = free_port()
+        # What is imported may have touched the GPU, and CUDA does not survive a fork.
+        started_from = multiprocessing.get_context("spawn") if backend == "nccl" else context
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
+            ours, theirs = started_from.Pipe()
             arguments = (rank, size, port, timeout_seconds, backend, theirs)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = started_from.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)

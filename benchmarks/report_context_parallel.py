@@ -1,0 +1,98 @@
+"""The section on one sequence over several GPUs, from results/context_parallel-*.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.record import newest
+
+TEXT = """
+## One sequence over several GPUs
+
+Attention: forward and backward of one layer in gpt-oss's shape, one document, bf16, sinks frozen;
+the slowest rank's median on the device. MB are what the busiest rank hands to collectives. Balance
+is the slowest rank's compute over the mean one's. `contiguous` gathers all keys for contiguous
+shards (llama3-style), `ulysses` exchanges tokens for heads; both attend with this project's kernels
+unless a backend is named. Steps: gpt-oss-20b's shape with all experts on every GPU, sharding,
+forward, backward, gradients' sum and optimizer. Peer access off is `NCCL_P2P_DISABLE=1`.
+"""
+
+
+def write_section() -> str:
+    """The section's text, machine by machine; nothing where nothing was measured."""
+    found = newest("context_parallel")
+    parts = [write_machine(machine, document) for machine, document in found.items()]
+    return TEXT + "".join(parts) if parts else ""
+
+
+def write_machine(machine: str, document: dict[str, Any]) -> str:
+    """Steps, then attention."""
+    steps: dict[tuple, dict[str, float]] = {}
+    attention: dict[tuple, dict[str, float]] = {}
+    for entry in document["rows"]:
+        case, name = entry["case"], entry["backend"]
+        if case["part"] == "step":
+            key = (case["arm"], case["tokens"], case["degree"], case["peer"])
+            steps.setdefault(key, {})[entry["metric"]] = entry["value"]
+        else:
+            key = (case["kind"], case["degree"], case["peer"], name)
+            attention.setdefault(key, {})[entry["metric"]] = entry["value"]
+    versions = document["versions"]
+    head = (
+        f"\n### {machine} (torch {versions['torch']}, {document['date']}, `{document['file']}`)\n"
+    )
+    return "\n".join([head, *step_lines(steps), *attention_lines(attention), ""])
+
+
+def step_lines(steps: dict[tuple, dict[str, float]]) -> list[str]:
+    """Tokens a second by degree and length, and how they grow."""
+    lines = [
+        "| arm | tokens | GPUs | peer access | tokens/s | GiB a GPU | attention, MB | growth |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key, found in sorted(steps.items()):
+        arm, tokens, degree, peer = key
+        if "out_of_memory" in found:
+            lines.append(f"| {arm} | {tokens:,} | {degree} | | does not fit | | | |")
+            continue
+        lines.append(
+            f"| {arm} | {tokens:,} | {degree} | {'on' if peer else 'off'} | "
+            f"{found['throughput']:,.0f} | {found['reserved_bytes'] / 2**30:.1f} | "
+            f"{found['attention_sent_bytes'] / 1e6:,.0f} | {growth(key, steps)} |"
+        )
+    return [*lines, ""]
+
+
+def growth(key: tuple, steps: dict[tuple, dict[str, float]]) -> str:
+    """Against one GPU with the same tokens on it, and with the same length."""
+    arm, tokens, degree, _ = key
+    if degree == 1:
+        return ""
+    parts, rate = [], steps[key]["throughput"]
+    each = steps.get((arm, tokens // degree, 1, True), {}).get("throughput")
+    same = steps.get((arm, tokens, 1, True), {}).get("throughput")
+    if each:
+        parts.append(f"{rate / each:.2f}× of one GPU at {tokens // degree:,}")
+    if same:
+        parts.append(f"efficiency {rate / same / degree:.2f} at equal length")
+    return "; ".join(parts)
+
+
+def attention_lines(attention: dict[tuple, dict[str, float]]) -> list[str]:
+    """Every arm's time, bytes and balance, and its speed against contiguous gathers."""
+    lines = [
+        "| attention | GPUs | peer access | ms | MB sent | balance | against contiguous |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (kind, degree, peer, name), found in sorted(attention.items()):
+        if "wrong" in found:
+            lines.append(f"| {kind}, {name} | {degree} | | wrong result, not timed | | | |")
+            continue
+        base = attention.get((kind, degree, peer, "contiguous"), {}).get("forward_backward_ms")
+        against = f"{base / found['forward_backward_ms']:.2f}×" if base else ""
+        lines.append(
+            f"| {kind}, {name} | {degree} | {'on' if peer else 'off'} | "
+            f"{found['forward_backward_ms']:.3f} | {found['sent_bytes'] / 1e6:.2f} | "
+            f"{found['balance']:.2f} | {against} |"
+        )
+    return lines

@@ -1,0 +1,43 @@
+"""A rank fails: every rank ends soon, and its one message names the rank and the cause."""
+
+import time
+
+import pytest
+
+from tests.distributed import faults
+from tests.distributed.pool import Pool
+
+
+@pytest.mark.parametrize(
+    "how, which, cause",
+    [
+        ("raises", 1, "rank 1: ValueError: boom"),
+        ("is killed", 2, "rank 2: has not been heard of for"),
+        ("is killed", 0, "rank 0: "),  # with the rendezvous
+        ("hangs", 3, "rank 3: time-out: 4 s after exchange 11 ('test')"),
+    ],
+)
+def test_every_rank_ends_and_says_which_one_failed(tmp_path, how, which, cause):
+    pool = Pool(4, timeout_seconds=60)
+    started = time.monotonic()
+    outcomes = pool.try_run(faults.fail, how, which, tmp_path)
+    assert time.monotonic() - started < 20  # the exchanges' own time-out is a minute
+    pool.close()
+    for rank, (outcome, result) in enumerate(outcomes):
+        if rank == which and how == "is killed":
+            assert (outcome, result) == ("died", -9)
+            continue
+        if outcome == "died":
+            assert result == 1
+            result = (tmp_path / f"{rank}.txt").read_text()
+        if rank == which and how == "raises":
+            assert result == "ValueError: boom"
+            continue
+        assert result.count("error: ") == 1 and cause in result, result
+        assert f"rank {rank} ends, since rank {which} of 4 has failed" in result
+
+
+def test_ranks_that_come_to_their_end_are_not_missed(tmp_path):
+    pool = Pool(2, timeout_seconds=60)
+    assert [o[1] for o in pool.try_run(faults.fail, "never", 9, tmp_path)] == ["none"] * 2
+    pool.close()
