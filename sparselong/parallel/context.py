@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sparselong.kernels.attention import attention, pick_backend
+from sparselong.kernels.attention import attention, load_backend, pick_backend
 from sparselong.parallel.attention import Job, attend_to_all
 from sparselong.parallel.mesh import Mesh
-from sparselong.parallel.plan import plan_exchange
+from sparselong.parallel.plan import Plan, plan_exchange
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Context:
             q.device,
         )
         stride = self.layout.heads_k_stride if window is None else k.shape[1]
-        backends = tuple(pick_backend(backend, q, run.call) for run in plan.runs)
+        backends = _pick_backends(backend, q, plan)
         job = Job(plan, self.mesh.context_group, stride, backends, is_full=window is None)
         return attend_to_all(q, k, v, sinks, job)[0]
 
@@ -114,6 +114,15 @@ class Context:
                 f"heads_k_stride: {self.layout.heads_k_stride} with {k.shape[1]} KV heads; "
                 "allowed: a divisor of their number"
             )
+
+
+def _pick_backends(backend: str | None, q: torch.Tensor, plan: Plan) -> tuple[str, str]:
+    """For both runs the later one's where it can take both: the early run of rank 0 has no keys
+    before it, and alone on all ranks would go to a backend for whole sequences."""
+    early, late = (pick_backend(backend, q, run.call) for run in plan.runs)
+    if load_backend(late).refuse(q, plan.runs[0].call) is None:
+        early = late
+    return early, late
 
 
 @functools.lru_cache(maxsize=16)

@@ -14,7 +14,7 @@ from sparselong.kernels.attention import Backend
 from sparselong.kernels.recompute import checkpoint_contexts
 from sparselong.parallel import attention as sharded
 from sparselong.parallel.collectives import count_bytes
-from sparselong.parallel.context import Layout, context_parallel
+from sparselong.parallel.context import Context, Layout, context_parallel
 from sparselong.parallel.loss import add_losses, count_supervised, mean_loss, reduce_gradients
 from sparselong.parallel.mesh import build_mesh
 from sparselong.parallel.shard import shard_batch
@@ -115,3 +115,16 @@ def traffic(tokens: int, windows: tuple[int | None, ...], keep: bool | None) -> 
                 out = checkpoint(layer, k, v, window, use_reentrant=False, context_fn=contexts)
             out.backward()
     return dict(sent)
+
+
+def attend_wrongly(heads_k_stride: int, tokens: int) -> str:
+    """The message of a call that does not fit a layout of 16 tokens."""
+    mesh = mesh_of(dist.get_world_size())
+    context = Context(mesh, Layout((0, 16), 1, heads_k_stride))
+    q, k = torch.zeros(1, 4, tokens, 8), torch.zeros(1, 2, tokens, 8)
+    extra = {"window": None, "scale": None, "backend": None, "deterministic": False}
+    try:
+        context.attend(q, k, k, torch.zeros(4), **extra)
+    except ValueError as error:
+        return str(error)
+    return ""

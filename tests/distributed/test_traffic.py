@@ -34,3 +34,13 @@ def test_a_full_layer_sends_only_keys_that_are_seen(pools):
 def test_the_attention_of_36_layers_kept_across_checkpointing(pools):
     counts = pools[4].run(cases.traffic, TOKENS, (128, None) * 18, True)
     assert 1e9 < busiest(counts) <= 1.45e9
+
+
+def test_what_does_not_fit_the_layout_is_refused(pools):
+    assert pools[2].run(cases.attend_wrongly, 3, 8)[1] == (
+        "heads_k_stride: 3 with 2 KV heads; allowed: a divisor of their number"
+    )
+    message = pools[2].run(cases.attend_wrongly, 1, 16)[0]
+    assert message.startswith(
+        "q: 1 rows of 16 queries and 16 keys; allowed in this shard: 1 rows of 8"
+    )
