@@ -32,7 +32,7 @@ def config_20b(layers: int = 24) -> GptOssConfig:
     return GptOssConfig(num_hidden_layers=layers, num_local_experts=32, layer_types=kinds)
 
 
-def build(arm: str, keep_attention: bool = True, layers: int = 24) -> nn.Module:
+def build(arm: str, keep_attention: bool = True, layers: int = 24, r: int = R) -> nn.Module:
     """The arm's model, ready to train on the GPU."""
     config = config_20b(layers)
     model = build_baseline(config, arm) if arm in BASELINES else build_packed(config, arm)
@@ -45,10 +45,10 @@ def build(arm: str, keep_attention: bool = True, layers: int = 24) -> nn.Module:
     model.enable_input_require_grads()
     if arm == "masked":
         tuned, _ = add_masked_lora(
-            model, targets=PROJECTIONS, r=R, alpha=ALPHA, master_of=partial(give_up, model), seed=0
+            model, targets=PROJECTIONS, r=r, alpha=ALPHA, master_of=partial(give_up, model), seed=0
         )
     else:
-        lora = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(PROJECTIONS))
+        lora = LoraConfig(r=r, lora_alpha=ALPHA, target_modules=list(PROJECTIONS))
         tuned = get_peft_model(model, lora)
     return tuned.train()
 

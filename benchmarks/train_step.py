@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,13 +33,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sparselong.memory import ALLOCATOR
+
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # as stage 03; read when torch first allocates
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
+
 import torch
 
 from benchmarks.record import RESULTS, row, write
-from benchmarks.shape_20b import BASELINES, OURS, build
+from benchmarks.shape_20b import BASELINES, OURS, R, build
 
 WARM_UP, MEASURED = 2, 3
 KINDS = {
+    "communication": ("nccl",),
     "attention": ("flash", "fmha", "cudnn_generated", "flex_attention", "forward_kernel",
                   "dq_kernel", "dkdv_kernel", "sdpa"),
     "expert products": ("grouped", "packed_kernel", "dense_kernel", "decode_kernel", "16Gr"),
@@ -89,7 +96,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((args.cap_gib * 2**30 - args.spare) / total)
-    model = build(args.arm, args.keep_attention == "always", args.layers)
+    model = build(args.arm, args.keep_attention == "always", args.layers, args.rank)
     vocab: Any = model.config.vocab_size  # type: ignore[union-attr]
     tokens = torch.randint(vocab, (args.batch, args.tokens), device="cuda")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -142,7 +149,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def describe(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
     """The case of a row."""
-    names = ("batch", "layers", "cap_gib", "keep_attention", "offload")
+    names = ("batch", "layers", "rank", "cap_gib", "keep_attention", "offload")
     return {"tokens": tokens} | {name: getattr(args, name) for name in names}
 
 
@@ -151,7 +158,8 @@ def spawn(arm: str, tokens: int, args: argparse.Namespace, profiled: bool) -> li
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, __file__, "--arm", arm, "--tokens", str(tokens), "--out", out]
-        command += ["--batch", args.batch, "--layers", args.layers, "--spare", args.spare]
+        command += ["--batch", args.batch, "--layers", args.layers, "--rank", args.rank]
+        command += ["--spare", args.spare]
         command += ["--keep-attention", args.keep_attention]
         command += ["--cap-gib", args.cap_gib] if args.cap_gib else []
         command += ["--profile"] if profiled else []
@@ -172,6 +180,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
+    parser.add_argument("--rank", type=int, default=R, help="of the adapters")
     parser.add_argument("--cap-gib", type=float, help="what the whole process may take")
     parser.add_argument("--spare", type=int, default=700 << 20, help="the context's bytes")
     parser.add_argument("--keep-attention", default="always", choices=("always", "never"))

@@ -155,10 +155,10 @@ class TrainingSection(Section):
     """Fill every sequence with several conversations, kept apart by position ids."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
-    keep_attention: Literal["always", "never"] = "always"
+    keep_attention: Literal["auto", "always", "never"] = "auto"
     """Whether checkpointed layers with full attention keep what it computed, so that the backward
-    pass does not attend twice. It takes 8.25 KiB a token and such layer (20b at 16,384: 1.5 GiB),
-    which the plan does not count yet."""
+    pass does not attend twice: 8.25 KiB a token and such layer (20b at 16,384: 1.5 GiB). `auto`
+    keeps it where the predicted peak fits what the GPU has free; the log and manifest say which."""
     offload_checkpoints: bool = False
     """Keep checkpointed layers' inputs in pinned host memory, for contexts that do not fit else."""
     logging_steps: Positive = 1

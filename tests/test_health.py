@@ -93,14 +93,27 @@ def test_20b_without_a_gpu_fails_even_with_eager_attention():
     assert {"CUDA driver", "GPU"} <= failures(eager, NONE)
 
 
-def test_120b_on_four_3090_fails_for_this_version():
+def test_120b_on_four_3090_shares_the_sequence_but_not_yet_the_weights():
     rows = judge(BIG, FOUR_3090)
-    assert failures(BIG, FOUR_3090) == {"sequence parallel", "GPU memory"}
-    words = "sequence_parallel_degree 4 is not supported by this version's stage 03"
-    assert words in rows["sequence parallel"].found
+    assert failures(BIG, FOUR_3090) == {"GPU memory"}
+    assert "4 GPUs share each sequence" in rows["sequence parallel"].found
+    assert rows["collectives"].found.endswith("nccl in use")
     assert "4 GPUs with" in rows["GPU memory"].found
     assert rows["peer access"].status == "ok"
     assert {f"GPU {index}" for index in range(4)} <= set(rows)
+
+
+def test_a_split_sequence_is_checked_against_gpus_heads_and_collectives():
+    three = judge(BIG, machine(gpu(index) for index in range(3)))["sequence parallel"]
+    assert three.status == "fail" and "here: 3 usable GPUs" in three.found
+    assert "sequence_parallel_degree=3" in three.fix and "torchrun" in three.fix
+    stride = judge(load("gpt-oss-120b-4x3090", "heads_k_stride=3"), FOUR_3090)["sequence parallel"]
+    assert stride.status == "fail" and "8 key/value heads" in stride.found
+    split = load("tiny", "sequence_parallel_degree=4")
+    assert judge(split, NONE)["sequence parallel"].status == "ok"
+    assert judge(split, NONE)["collectives"].found.endswith("gloo in use")
+    bare = dataclasses.replace(FOUR_3090, torch=Torch("2.13.0", "13.0", 4, False, True))
+    assert judge(BIG, bare)["collectives"].status == "fail"
 
 
 def test_120b_on_an_h200_runs_alone():
@@ -117,12 +130,14 @@ def test_20b_fits_one_3090_at_its_own_length():
 
 
 def test_a_smaller_card_is_told_the_longest_sequence_that_fits():
-    card = gpu(gib=21.2, free=21.2)
-    row = judge(SMALL, machine([card]))["GPU memory"]
+    card, batch = gpu(gib=17.5, free=17.5), "evaluation.batch_size=2"
+    row = judge(load("gpt-oss-20b-1x3090", batch), machine([card]))["GPU memory"]
     assert row.status == "fail" and "short" in row.found
+    assert "training.offload_checkpoints=true saves" in row.fix
     longest = int(row.fix.split("sequence_len=")[1].split()[0])
-    assert failures(load("gpt-oss-20b-1x3090", f"sequence_len={longest}"), machine([card])) == set()
-    longer = load("gpt-oss-20b-1x3090", f"sequence_len={longest + 128}")
+    fitting = load("gpt-oss-20b-1x3090", batch, f"sequence_len={longest}")
+    assert failures(fitting, machine([card])) == set()
+    longer = load("gpt-oss-20b-1x3090", batch, f"sequence_len={longest + 128}")
     assert failures(longer, machine([card])) == {"GPU memory"}
 
 

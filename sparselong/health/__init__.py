@@ -23,7 +23,9 @@ from sparselong.run import Stage, write_atomically
 def plan_for(config: Config, machine: Machine) -> Plan:
     """The plan for the device that the stages would take here: a GPU where torch can use one."""
     gpus = machine.usable_gpus
-    return memory.plan(config, "cuda", gpus[0].name) if gpus else memory.plan(config)
+    if not gpus:
+        return memory.plan(config)
+    return memory.plan(config, "cuda", gpus[0].name, gpus[0].total_bytes)
 
 
 def examine(stage: Stage) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sparselong.config import Config
 from sparselong.health.machine import Gpu, Machine
 from sparselong.health.rows import Row, fail, ok, warn
-from sparselong.memory import Plan, format_bytes, largest_sequence_len
+from sparselong.memory import Plan, format_bytes, suggest_changes
 
 _LEAST_CAPABILITY = (8, 0)
 """Ampere: the first GPUs with bf16 matrix units."""
@@ -106,10 +106,12 @@ def _gpu_memory(config: Config, gpu: Gpu, plan: Plan) -> Row:
     found = f"{text} free: {format_bytes(need - gpu.free_bytes)} short. Needed: {_wanted(plan)}"
     if need <= gpu.total_bytes:
         return fail("GPU memory", found, "end the other programs on this GPU (see nvidia-smi)")
-    longest = largest_sequence_len(plan.shape, config, gpu.total_bytes, plan.device)
-    if stage == "03_finetune" and longest:
-        one = "sequence_parallel_degree=1 " if config.sequence_parallel_degree > 1 else ""
-        return fail("GPU memory", found, f"{one}sequence_len={longest} is the longest that fits")
+    if stage == "03_finetune":
+        changes = suggest_changes(plan.shape, config, gpu.total_bytes, plan.device)
+        if config.sequence_parallel_degree > 1:
+            changes = [f"sequence_parallel_degree=1 {text}" for text in changes]
+        if any(text.endswith(" fits") for text in changes):
+            return fail("GPU memory", found, "; ".join(changes))
     return fail("GPU memory", found, "take a larger GPU, or a smaller model")
 
 

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from sparselong.config import Config
-from sparselong.memory import storage, timing, training
+from sparselong.memory import fit, stages, storage, timing, training
 from sparselong.memory.shape import ModelShape, find_shape
 from sparselong.memory.table import format_bytes
 from sparselong.memory.training import Device, Memory
 
 CPU_PARAMETERS = 1_000_000_000
 """Models of this size and more are not fine-tuned on a processor: a step would take hours."""
+_SHOWS_TRAINING = ("01_health", "03_finetune")
+"""Stages whose plan has stage 03's memory."""
 _HOST_BYTES = 2 * training.GIB
 """Python, libraries and file buffers in host memory while a GPU does the work (estimate)."""
 
@@ -31,10 +33,13 @@ class Plan:
         disk: bytes on disk by artifact.
         bits_per_weight: of the compressed model, by group.
         compressed: bytes of the compressed model, by group.
+        card_bytes: what the device that is planned for can lend.
         memory: stage 03 in this version, everything on one device.
+        changes: what to change so that stage 03 fits it, the least costly first; empty if it fits.
         sharded: stage 03 on each of `sequence_parallel_degree` GPUs once they share the work;
             None where the degree is 1.
         stages: bytes of the other stages' working memory by component.
+        offloaded_bytes: of host memory, what stage 03 moves its checkpoints to.
         compress_host: bytes that stage 02 keeps in host memory whatever its device.
         linkable: of `disk`, what takes no room where shards can be hard links.
         tokens, tokens_note: what stage 03 trains on, and how it was counted.
@@ -47,9 +52,12 @@ class Plan:
     disk: dict[str, int]
     bits_per_weight: dict[str, float]
     compressed: dict[str, int]
+    card_bytes: int
     memory: Memory
+    changes: list[str]
     sharded: Memory | None
     stages: dict[str, dict[str, int]]
+    offloaded_bytes: int
     compress_host: dict[str, int]
     linkable: dict[str, int]
     tokens: int
@@ -61,7 +69,7 @@ class Plan:
         """Host memory that the hungriest stage needs; with a GPU, that is stage 02."""
         if self.device == "cpu":
             return max(self.stage_memory(name)[1] for name in ("03_finetune", *self.stages))
-        return _total(self.compress_host) + _HOST_BYTES
+        return max(_total(self.compress_host), self.offloaded_bytes) + _HOST_BYTES
 
     def stage_memory(self, name: str) -> tuple[dict[str, int], int]:
         """Components of a stage's memory and their peak, in bytes."""
@@ -81,6 +89,8 @@ class Plan:
             "compressed_bytes": self.compressed,
             "bytes_per_gpu": self.memory.components,
             "peak_bytes_per_gpu": self.memory.peak_bytes,
+            "card_bytes": self.card_bytes,
+            "changes_to_fit": self.changes,
             "sharded_bytes_per_gpu": self.sharded.components if self.sharded else None,
             "sharded_peak_bytes_per_gpu": self.sharded.peak_bytes if self.sharded else None,
             "stage_bytes": {name: _total(parts) for name, parts in self.stages.items()},
@@ -102,12 +112,18 @@ def configured_device(config: Config, shape: ModelShape) -> Device:
     return "cpu" if shape.total < CPU_PARAMETERS and not config.flash_attention else "cuda"
 
 
-def plan(config: Config, device: Device | None = None, gpu_name: str | None = None) -> Plan:
+def plan(
+    config: Config,
+    device: Device | None = None,
+    gpu_name: str | None = None,
+    gpu_bytes: int | None = None,
+) -> Plan:
     """The plan of a config.
 
     Args:
         device: what to plan for; None takes `configured_device`.
         gpu_name: for the time estimate; None takes an RTX 3090.
+        gpu_bytes: what the GPU can lend; None takes what a card of 24 GB does.
 
     Raises:
         StageError: the base model's shape is not known.
@@ -116,18 +132,20 @@ def plan(config: Config, device: Device | None = None, gpu_name: str | None = No
     device = device or configured_device(config, shape)
     rate = timing.find_rate(None if device == "cpu" else gpu_name or "RTX 3090")
     disk = storage.disk_bytes(shape, config)
-    disk["02_compress/work, until it is done"] = 2 * training.state_bytes(shape, config, device)
+    disk["02_compress/work, until it is done"] = 2 * stages.state_bytes(shape, config, device)
     source = Path(config.data.train)
     data_bytes = source.stat().st_size if source.is_file() else None
     tokens, note = timing.training_tokens(config, data_bytes)
     shared = config.sequence_parallel_degree > 1 and device == "cuda"
-    stages = {
-        "02_compress": training.compress_memory(shape, config, device),
-        "04_eval": training.evaluate_memory(shape, config, device),
+    working = {
+        "02_compress": stages.compress_memory(shape, config, device),
+        "04_eval": stages.evaluate_memory(shape, config, device),
     }
-    compress_host = training.compress_host_memory(shape, config, device)
+    compress_host = stages.compress_host_memory(shape, config, device)
+    card_bytes = fit.CARD_BYTES if gpu_bytes is None else gpu_bytes
+    keep = fit.keeps_attention(shape, config, card_bytes, device)
     if device == "cpu":
-        stages["02_compress"] |= compress_host
+        working["02_compress"] |= compress_host
     return Plan(
         shape=shape,
         device=device,
@@ -135,9 +153,12 @@ def plan(config: Config, device: Device | None = None, gpu_name: str | None = No
         disk=disk,
         bits_per_weight=storage.bits_by_group(config),
         compressed=storage.compressed_groups(shape, config),
-        memory=training.finetune_memory(shape, config, device),
+        card_bytes=card_bytes,
+        memory=training.finetune_memory(shape, config, device, keep_attention=keep),
+        changes=fit.suggest_changes(shape, config, card_bytes) if device == "cuda" else [],
         sharded=training.finetune_memory(shape, config, sharded=True) if shared else None,
-        stages=stages,
+        stages=working,
+        offloaded_bytes=training.offloaded_bytes(shape, config),
         compress_host=compress_host,
         linkable=storage.linkable_bytes(shape, config),
         tokens=tokens,
@@ -156,7 +177,7 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
         StageError: the base model's shape is not known.
     """
     made = plan(config)
-    components, peak = made.stage_memory(name)
+    components, peak = made.stage_memory("03_finetune" if name == "01_health" else name)
     reads, writes = _files(config, run_dir, name, made)
     return {
         "stage": name,
@@ -167,6 +188,7 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
         "bytes_on_disk": sum(row["bytes"] for row in writes),
         "bytes_per_gpu": components,
         "peak_bytes_per_gpu": peak,
+        "changes_to_fit": made.changes if name in _SHOWS_TRAINING else [],
         "sharded_bytes_per_gpu": made.sharded.components
         if made.sharded and name == "03_finetune"
         else None,
@@ -211,16 +233,31 @@ def _files(
     }[name]
 
 
+def _memory_notes(made: Plan) -> list[str]:
+    """What the components of stage 03's memory mean, and what to do where they do not fit."""
+    notes = [
+        "Memory is stage 03's. The loss, a layer's experts and its attention take turns: the peak "
+        "counts the largest."
+    ]
+    if made.memory.components.get("kept attention outputs"):
+        notes.append("Full attention's outputs are kept, so that it is computed once a step.")
+    if made.changes:
+        have = format_bytes(made.card_bytes)
+        notes.append(f"It does not fit a card that lends {have}: {'; '.join(made.changes)}.")
+    elif made.device == "cuda" and made.memory.peak_bytes > made.card_bytes:
+        notes.append(f"It fits no card that lends {format_bytes(made.card_bytes)}.")
+    return notes
+
+
 def _notes(config: Config, name: str, made: Plan) -> list[str]:
     notes = [
         f"Seconds are an estimate for {made.rate.name}; memory figures are weights exactly, "
         "activations by estimate."
     ]
+    if name in _SHOWS_TRAINING:
+        notes += _memory_notes(made)
     if name == "03_finetune":
         notes.append(f"{made.tokens:,} training tokens ({made.tokens_note}).")
-        notes.append(
-            "The loss and a layer's activations are not alive at once: the peak counts the larger."
-        )
         if config.sequence_parallel_degree > 1:
             notes.append(
                 "This version keeps the whole model and the whole sequence on one GPU; "

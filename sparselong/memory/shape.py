@@ -43,6 +43,11 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     @property
+    def full_layers(self) -> int:
+        """Layers with full attention: every second one, beginning with the second."""
+        return self.layers // 2
+
+    @property
     def projections(self) -> dict[str, tuple[int, int]]:
         """(output, input) features of one layer's attention projections."""
         return {

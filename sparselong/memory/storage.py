@@ -75,6 +75,22 @@ def masters_bytes(shape: ModelShape, config: Config) -> int:
     return shape.attention_weights * BF16_BYTES
 
 
+def adapted_bytes(shape: ModelShape, config: Config) -> int:
+    """Bytes that the targeted layers hold in memory beside their packed weight: the bf16 master and
+    copies of masks and scales, which change in training. A plain bf16 layer is its own master."""
+    dense = config.shared_dense
+    if dense.weight_bits == BF16_BITS and dense.sparsity == "none":
+        return 0
+    bits = BF16_BITS + (_PATTERN_BITS if dense.sparsity == "2:4" else 0.0)
+    bits += BF16_BITS / dense.group_size if dense.weight_bits < BF16_BITS else 0.0
+    sizes = [
+        rows * columns
+        for name, (rows, columns) in shape.projections.items()
+        if name in config.lora.target_modules
+    ]
+    return int(shape.layers * sum(sizes) * bits / 8)
+
+
 def lora_parameters(shape: ModelShape, config: Config) -> int:
     """Trainable parameters of the adapters: attention projections, experts, router, as targeted."""
     lora = config.lora

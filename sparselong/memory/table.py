@@ -40,7 +40,7 @@ def memory_lines(document: dict[str, Any]) -> list[str]:
     """The memory tables of a plan document (plan_stage's or Plan.to_dict's)."""
     place = "GPU" if document["device"] == "cuda" else "host"
     title = "Memory on one GPU" if place == "GPU" else "Host memory"
-    parts = {name: format_bytes(size) for name, size in document["bytes_per_gpu"].items()}
+    parts = {name: format_bytes(size) for name, size in document["bytes_per_gpu"].items() if size}
     lines = []
     if parts:
         peak = format_bytes(document["peak_bytes_per_gpu"])

@@ -1,18 +1,25 @@
-"""Peak memory of fine-tuning one device, by component.
+"""Peak memory of fine-tuning on one device, by component: what the card lends to stage 03.
 
-Weights are exact; activations are estimates from what each operation must keep. The loss is what
-kernels/cross_entropy.py allocates: the logits of one chunk of rows, then the gradient of the hidden
-states in fp32 for a moment, and never a sequence's logits; on an H200 it took 0.35 GiB at 16,384
-supervised tokens. It is alive together with the checkpoints, but not together with a layer's
-recomputed activations, so the peak counts the larger of the two.
+Weights are exact. Activations are counted from what the kernels allocate, moment by moment; three
+moments can be the peak, all while every layer's checkpoint is still there:
 
-That whole-model peaks add up is tied to measurements of gpt-oss-20b under transformers on one GPU
-(bf16, checkpointing, batch 1): 48.9, 58.8 and 78.4 GiB at 4,096, 8,192 and 16,384 tokens, where the
-loss holds 12 bytes per token and vocabulary entry (tests/test_memory.py).
+    experts     the last layer's backward pass, between gate_up's output and its gradient
+    attention   the same layer, in attention's own backward pass (very long sequences)
+    loss        the chunked cross-entropy after the last layer (very short ones)
 
-This version keeps the whole model and the whole sequence on one device. What a card needs once
-experts, vocabulary and sequence are shared by `sequence_parallel_degree` ranks is computed beside
-it: `sharded=True`.
+What a layer has made again by then, in hidden (H), query (Q) and key (K) widths a token: the two
+norms' outputs and the residual sum 3 H, queries and attention's output 2 Q, keys and values 2 K,
+and two gradients of H. The experts' pass goes through slices of at most 16,384 tokens; each choice
+holds gate_up's output, 2 inner widths, a row of H and one of dh (or the next slice's gate_up); the
+decoded weights take 0.25 GiB beside them. tests/memory runs the real step without a device, counts
+every tensor and holds these sums to it; benchmarks/memory.py holds the whole to a GPU's figures.
+
+What the sums do not see are cuBLAS's workspaces and the CUDA context, constants here, and what the
+allocator cannot lend again: gaps between kept attention outputs, and, beside offloading, copies
+whose layer the GPU has not gone through yet. Both are set from measurements. Without gradient
+checkpointing, without our attention or on a processor the figures are estimates; activations of
+adapters on experts are not counted. `sharded=True` computes what a card needs once experts,
+vocabulary and sequence are shared by `sequence_parallel_degree` ranks.
 """
 
 from __future__ import annotations
@@ -27,32 +34,41 @@ from sparselong.memory.shape import ModelShape
 Device = Literal["cuda", "cpu"]
 
 GIB = 2**30
-CUDA_OVERHEAD_BYTES = int(1.3 * GIB)
-"""CUDA context, NCCL buffers and allocator fragmentation (estimate)."""
+ALLOCATOR = "expandable_segments:True"
+"""PYTORCH_ALLOC_CONF of stage 03: without it a fifteenth of the memory was lost to gaps (H200)."""
+CONTEXT_BYTES = 806_000_000
+"""CUDA context with the kernels loaded (H200, driver 580; smaller GPUs take less)."""
+WORKSPACE_BYTES = 122_000_000
+"""cuBLAS's workspaces, forward and backward thread (H200; constant from 4,096 to 65,536 tokens)."""
 CPU_OVERHEAD_BYTES = GIB
 """Python with torch, transformers and axolotl imported (estimate)."""
 LOSS_CHUNK_ROWS = 512
 """Rows whose logits exist at once: kernels.cross_entropy's CHUNK_ROWS."""
 LOSS_CHUNK_WIDTHS = {"cuda": 1, "cpu": 3}
 """Copies of a chunk's logits: a GPU's kernel works in place, torch takes two temporaries."""
-LOSS_ROW_BYTES = 8
-"""Per hidden value of a supervised token: its gradient in bf16, in fp32, and scaled (measured)."""
+SLICE_TOKENS = 16_384
+"""Tokens that go through a checkpointed layer's experts at once: kernels.expert_gemm's."""
+BUFFER_BYTES = 1 << 28
+"""Most that decoded expert weights take: kernels.expert_triton's BUFFER_BYTES."""
+DECODED_FROM_ROWS = 256
+"""Rows an expert above which weights are decoded into that buffer: kernels.expert_choice."""
+RESIDENT_CHECKPOINTS = 3
+"""Checkpoints that stay on the device when they are offloaded: the embedding's output, which a
+gradient is asked of, and the two that were copied last."""
+PENDING_CHECKPOINTS = 9
+"""Offloaded checkpoints that were copied back, are done with, and cannot be lent again yet: the
+host runs ahead of the GPU (H200, 32,768 and 65,536 tokens: 8.6 to 9.1)."""
+GAP_SHARE = 1 / 3
+"""Gaps by the bytes of kept attention outputs between which they lie (H200: 0.1 to 0.6)."""
 EXPERT_WIDTHS = 10
-"""Live activations of a token's copy in an expert, in intermediate widths (estimate)."""
+"""Live activations of a token's copy in an expert on a processor, in inner widths (estimate)."""
 EAGER_COPIES = 5
 """Copies of the score matrix in eager attention: scores, sink column, softmax, gradients."""
 ADAPTED_WEIGHT_BYTES = 24
-"""Per weight of the adapted projection at work: sum, codes, rounded weight, gradient (estimate)."""
+"""Per weight of the projection at work, in plain torch (estimate)."""
 
-COMPRESS_BATCH_TOKENS = 4096
-"""Calibration tokens that stage 02 runs through a layer at once."""
-EVALUATED_TOKENS = 1024
-"""Length of the conversations that stage 04 is planned for."""
-EVALUATE_BATCH_TOKENS = 16_384
-"""Most tokens that stage 04 runs through a model at once."""
-
-ALTERNATIVES = ("live layer activations", "attention", "logits and cross-entropy")
-"""Components that are not all alive at once; see `peak_bytes`."""
+LOSS, LAYER = "logits and cross-entropy", "one layer, made again"
+EXPERTS, ATTENTION = "experts at work", "attention at work"
 
 
 @dataclass(frozen=True)
@@ -65,13 +81,22 @@ class Memory:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is alive at once: the larger of the loss and one layer, plus the rest."""
-        layer, attention, loss = (self.components[name] for name in ALTERNATIVES)
-        return sum(self.components.values()) - min(layer + attention, loss)
+        """The most that is alive at once. The loss, a layer's experts and its attention take turns;
+        all other components are there throughout."""
+        loss, layer, experts, attention = (
+            self.components[name] for name in (LOSS, LAYER, EXPERTS, ATTENTION)
+        )
+        rest = sum(self.components.values()) - loss - layer - experts - attention
+        return rest + max(loss, layer + max(experts, attention))
 
 
 def finetune_memory(
-    shape: ModelShape, config: Config, device: Device = "cuda", *, sharded: bool = False
+    shape: ModelShape,
+    config: Config,
+    device: Device = "cuda",
+    *,
+    sharded: bool = False,
+    keep_attention: bool | None = None,
 ) -> Memory:
     """Memory of stage 03 on each device.
 
@@ -79,37 +104,47 @@ def finetune_memory(
         device: `cuda` computes in bf16, `cpu` in fp32.
         sharded: false is what this version does, everything on one device; true is what each of
             `sequence_parallel_degree` ranks needs when experts, vocabulary and sequence are shared.
+        keep_attention: whether full attention's outputs are kept; None: unless the config says
+            `never`.
     """
     ranks = config.sequence_parallel_degree if sharded else 1
     width = 2 if device == "cuda" else 4
     tokens = config.micro_batch_size * -(-config.sequence_len // ranks)
+    if keep_attention is None:
+        keep_attention = config.training.keep_attention != "never"
+    by_kernels = device == "cuda" and config.flash_attention
+    keep_attention = keep_attention and by_kernels and config.training.gradient_checkpointing
     return Memory(
         device,
         ranks,
         {
             **_weights(shape, config, width, ranks),
             **_trained(shape, config),
-            **_activations(shape, config, tokens, width),
-            "logits and cross-entropy": _loss(shape, tokens, device),
-            "decoded weights at work": _decoded(shape, width),
-            **_overhead(device),
+            **_kept(shape, config, tokens, width, keep_attention),
+            LAYER: _layer(shape, config, tokens, width, keep_attention),
+            EXPERTS: _experts(shape, config, tokens, device),
+            ATTENTION: _attention(shape, config, tokens, width),
+            LOSS: _loss(shape, tokens, device),
+            **_overhead(shape, device),
         },
     )
 
 
-def _overhead(device: Device) -> dict[str, int]:
+def _overhead(shape: ModelShape, device: Device) -> dict[str, int]:
     if device == "cuda":
-        return {"CUDA context, NCCL, fragmentation": CUDA_OVERHEAD_BYTES}
-    return {"Python and libraries": CPU_OVERHEAD_BYTES}
+        return {"cuBLAS workspaces": WORKSPACE_BYTES, "CUDA context": CONTEXT_BYTES}
+    return {"Python and libraries": CPU_OVERHEAD_BYTES, "decoded weights": decoded(shape, 4)}
 
 
 def _weights(shape: ModelShape, config: Config, width: int, ranks: int) -> dict[str, int]:
+    """As loaded: 2:4 experts are expanded to plain MXFP4, a processor's dense rest is fp32."""
     packed = storage.compressed_groups(shape, config)
+    experts = int(shape.expert_weights * storage.expert_bits("none") / 8)
     unpacked = width // storage.BF16_BYTES  # fp32 copies of what the file holds in bf16
     shared_biases = shape.expert_biases * storage.BF16_BYTES
     small = packed["router, norms, biases, sinks"] - shared_biases + shared_biases // ranks
     return {
-        "experts": packed["experts"] // ranks,
+        "experts": experts // ranks,
         "attention projections, packed": packed["attention"],
         "embedding and lm_head": packed["embedding and lm_head"] * unpacked // ranks,
         "router, norms, biases, sinks": small * unpacked,
@@ -119,134 +154,111 @@ def _weights(shape: ModelShape, config: Config, width: int, ranks: int) -> dict[
 def _trained(shape: ModelShape, config: Config) -> dict[str, int]:
     parameters = storage.lora_parameters(shape, config)
     return {
-        "masters of the LoRA layers": storage.masters_bytes(shape, config),
+        "masters, masks, scales of LoRA layers": storage.adapted_bytes(shape, config),
         "LoRA, gradients, optimizer": parameters * (4 + 4 + storage.optimizer_bytes(config)),
     }
 
 
-def _activations(shape: ModelShape, config: Config, tokens: int, width: int) -> dict[str, int]:
-    copies = tokens * shape.experts_per_token
-    live = copies * EXPERT_WIDTHS * shape.intermediate * width
-    attention = 2 * _attention(shape, config, tokens, width)
-    if config.training.gradient_checkpointing:
-        kept = shape.layers * tokens * shape.hidden * width
-    else:
-        kept = (shape.layers - 1) * (live + attention)
+def _kept(
+    shape: ModelShape, config: Config, tokens: int, width: int, keep_attention: bool
+) -> dict[str, int]:
+    """What the forward pass leaves of all layers."""
+    training = config.training
+    if not training.gradient_checkpointing:
+        saved = 3 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width
+        saved += shape.experts_per_token * 2 * shape.intermediate
+        layer = tokens * saved * width + _scores(shape, config, tokens, width)
+        return {"activations of the other layers": (shape.layers - 1) * layer}
+    offloaded = training.offload_checkpoints
+    resident = min(shape.layers, RESIDENT_CHECKPOINTS) if offloaded else shape.layers
+    checkpoint = tokens * shape.hidden * width
+    pending = min(shape.layers - resident, PENDING_CHECKPOINTS) * checkpoint
+    kept = shape.full_layers * kept_layer_bytes(shape, tokens) if keep_attention else 0
     return {
-        "activation checkpoints"
-        if config.training.gradient_checkpointing
-        else "activations of the other layers": kept,
-        "live layer activations": live,
-        "attention": attention,
+        "activation checkpoints": resident * checkpoint,
+        "kept attention outputs": kept,
+        "allocator's gaps": pending + int(GAP_SHARE * kept),
     }
+
+
+def offloaded_bytes(shape: ModelShape, config: Config) -> int:
+    """Bytes of pinned host memory that checkpoints are moved to."""
+    if not config.training.offload_checkpoints:
+        return 0
+    moved = max(0, shape.layers - RESIDENT_CHECKPOINTS)
+    return moved * config.micro_batch_size * config.sequence_len * shape.hidden * 2
+
+
+def kept_layer_bytes(shape: ModelShape, tokens: int) -> int:
+    """Bytes of a layer's kept attention: out in bf16 and its log-sum-exp in fp32."""
+    return tokens * (2 * shape.query_width + 4 * shape.heads)
+
+
+def _layer(shape: ModelShape, config: Config, tokens: int, width: int, keep_attention: bool) -> int:
+    """What the last layer's second pass has saved, and two gradients of hidden size."""
+    saved = 5 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width
+    routing = shape.experts_per_token * (8 + 2 * width) + 3 * 4 + shape.head_dim * width
+    both = tokens * (saved * width + 4 * shape.heads + routing)
+    # A last layer with full attention is handed what was kept, which is counted there.
+    shared = keep_attention and shape.layers % 2 == 0
+    return both - (kept_layer_bytes(shape, tokens) if shared else 0)
+
+
+def _experts(shape: ModelShape, config: Config, tokens: int, device: Device) -> int:
+    """The largest moment of the experts' backward pass."""
+    top_k, hidden, inner = shape.experts_per_token, shape.hidden, shape.intermediate
+    if device == "cpu":
+        return tokens * top_k * EXPERT_WIDTHS * inner * 4
+    checkpointed = config.training.gradient_checkpointing
+    slices = -(-tokens // SLICE_TOKENS) if checkpointed else 1
+    rows = -(-tokens // slices)
+    decodes = tokens * top_k > DECODED_FROM_ROWS * shape.experts
+    choice = rows * top_k * 2
+    wide = 2 * inner * choice  # gate_up's output; a checkpointed layer writes its gradient over it
+    before, after = _buffer(shape, 2 * inner * hidden), _buffer(shape, inner * hidden)
+    moments = [wide + (hidden + inner) * choice + (after if decodes else 0)]  # dh from rows of dout
+    if not checkpointed:
+        moments += [2 * wide + inner * choice]  # d gate_up from dh
+        moments += [2 * wide + hidden * choice + (before if decodes else 0)]  # rows of dx
+    elif slices > 1:  # the slice before's gate_up and dx are there until the next one's are
+        moments += [2 * wide + hidden * choice + (before if decodes else 0)]
+        moments = [moment + rows * hidden * 2 for moment in moments]
+    return max(moments) + rows * top_k * 12
+
+
+def _buffer(shape: ModelShape, weights: int) -> int:
+    """Decoded bf16 weights of as many experts of `weights` each as the limit lets in."""
+    return max(1, min(shape.experts, BUFFER_BYTES // (2 * weights))) * 2 * weights
 
 
 def _attention(shape: ModelShape, config: Config, tokens: int, width: int) -> int:
-    """Queries, output and their log-sum-exp of the rank's tokens; keys and values of all."""
-    gathered = config.micro_batch_size * config.sequence_len
-    widened = 4 * (shape.hidden + shape.query_width) // 2  # the LoRA layer's fp32 rows, once
-    own = tokens * (2 * shape.query_width * width + 4 * shape.heads + widened)
-    kept = own + gathered * 2 * shape.kv_width * width
-    if config.flash_attention:
-        return kept
-    scores = tokens * config.sequence_len * shape.heads * width
-    return kept + scores * EAGER_COPIES // 2  # the caller doubles for the gradients
+    """Attention's backward pass beyond what the layer has saved: gradients of out, queries, keys
+    and values, and FlashAttention-2's fp32 sums and gradients of all query heads' keys and values.
+    The second norm's output and a gradient of hidden size are gone by then."""
+    gradients = 2 * shape.query_width + 2 * shape.kv_width - 2 * shape.hidden
+    sums = tokens * shape.query_width * (4 + 2 * width)
+    scores = EAGER_COPIES * _scores(shape, config, tokens, width)
+    return max(0, tokens * gradients * width + (sums if config.flash_attention else scores))
+
+
+def _scores(shape: ModelShape, config: Config, tokens: int, width: int) -> int:
+    """One score matrix of all heads, where attention is eager."""
+    return 0 if config.flash_attention else tokens * config.sequence_len * shape.heads * width
 
 
 def _loss(shape: ModelShape, tokens: int, device: Device) -> int:
-    """The forward pass holds a chunk's logits beside the supervised rows and their gradient; the
-    backward pass the gradient three times. Every token counts as supervised."""
+    """The forward pass holds a chunk's logits beside the last layer's output, its norm, the
+    supervised rows of it and their gradient; the backward pass the first, and the gradient in bf16,
+    in fp32 and scaled. Every token counts as supervised."""
     width = 2 if device == "cuda" else 4
     chunk = min(tokens, LOSS_CHUNK_ROWS) * shape.vocab * width * LOSS_CHUNK_WIDTHS[device]
     rows = tokens * shape.hidden
-    return max(chunk + 2 * rows * width, rows * (LOSS_ROW_BYTES if device == "cuda" else 3 * width))
+    return max(chunk + 4 * rows * width, rows * (10 if device == "cuda" else 3 * width))
 
 
-def _decoded(shape: ModelShape, width: int) -> int:
-    """The larger of one expert's gate_up with its temporaries and one adapted projection."""
+def decoded(shape: ModelShape, width: int) -> int:
+    """The larger of one expert's gate_up with its temporaries and one adapted projection, where
+    plain torch decodes them."""
     expert = 3 * 2 * shape.intermediate * shape.hidden * width
     largest = max(rows * columns for rows, columns in shape.projections.values())
     return max(expert, largest * ADAPTED_WEIGHT_BYTES)
-
-
-def largest_sequence_len(
-    shape: ModelShape, config: Config, budget_bytes: int, device: Device = "cuda"
-) -> int:
-    """The longest sequence (a multiple of 128 tokens, at most `sequence_len`) whose fine-tuning
-    fits the budget on one device in this version; 0 when none does."""
-
-    def fits(blocks: int) -> bool:
-        shorter = config.model_copy(update={"sequence_len": blocks * 128})
-        return finetune_memory(shape, shorter, device).peak_bytes <= budget_bytes
-
-    low, high = 0, config.sequence_len // 128
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low * 128
-
-
-def compress_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
-    """Bytes of stage 02 on its device by component: one layer at work on a batch of calibration
-    tokens, under eager attention, and one Hessian with its inverse and factors."""
-    width = 2 if device == "cuda" else 4
-    length = config.calibration.sequence_len
-    tokens = max(COMPRESS_BATCH_TOKENS, length)
-    scores = tokens * length * shape.heads * width
-    inputs = max(shape.hidden, shape.query_width)
-    return {
-        "one layer's weights": layer_bytes(shape),
-        "Hessian, inverse, factors": 4 * 8 * inputs**2,
-        "live layer activations": tokens
-        * shape.experts_per_token
-        * EXPERT_WIDTHS
-        * shape.intermediate
-        * width,
-        "attention": EAGER_COPIES * scores,
-        "decoded weights at work": _decoded(shape, width),
-        **_overhead(device),
-    }
-
-
-def compress_host_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
-    """Bytes of stage 02 in host memory beside the device's work: the layer that is read, and the
-    calibration tokens' hidden states before and after it (and once more while they are saved)."""
-    return {
-        "the layer that is read": layer_bytes(shape),
-        "calibration hidden states": 3 * state_bytes(shape, config, device),
-    }
-
-
-def state_bytes(shape: ModelShape, config: Config, device: Device) -> int:
-    """Bytes of the calibration tokens' hidden states between two layers."""
-    width = 2 if device == "cuda" else 4
-    return config.calibration.samples * config.calibration.sequence_len * shape.hidden * width
-
-
-def layer_bytes(shape: ModelShape) -> int:
-    """Bytes of one layer of the base checkpoint."""
-    whole = sum(storage.base_groups(shape).values())
-    return (whole - 2 * shape.embedding * storage.BF16_BYTES) // shape.layers
-
-
-def evaluate_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
-    """Bytes of stage 04 by component, for the largest of its three models: the base.
-
-    Its attention is eager, so that conversations longer than EVALUATED_TOKENS need more than this.
-    """
-    width = 2 if device == "cuda" else 4
-    unpacked = width // storage.BF16_BYTES
-    base = storage.base_groups(shape)
-    length = min(config.sequence_len, EVALUATED_TOKENS)
-    tokens = min(EVALUATE_BATCH_TOKENS, config.evaluation.batch_size * length)
-    answers = config.evaluation.batch_size * min(length, 256)
-    return {
-        "experts": base["experts"],
-        "the rest of the base model": (sum(base.values()) - base["experts"]) * unpacked,
-        "live layer activations": tokens * shape.experts_per_token * 4 * shape.intermediate * width,
-        "eager attention": 3 * shape.heads * tokens * length * width,
-        "logits": max(answers * 8, LOSS_CHUNK_ROWS * width * LOSS_CHUNK_WIDTHS[device])
-        * shape.vocab,
-        "decoded weights at work": _decoded(shape, width),
-        **_overhead(device),
-    }

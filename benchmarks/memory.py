@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Predicted against measured peak memory of stage 03's training step, in gpt-oss-20b's shape.
+
+Each case is `train_step.py`'s `masked` arm in a fresh process: random packed weights, a few real
+steps, the peak of what the card lends (torch's reserved memory and the CUDA context). Beside it
+stands what the planner says for the same length, batch, layers, rank and checkpointing. Cases run
+one after another, as the context is read from the whole card's memory, which must be ours alone;
+the next process imports meanwhile. Needs a CUDA device; offloading needs Axolotl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.record import RESULTS, row, write
+from sparselong import config, memory
+
+CASES: tuple[dict[str, Any], ...] = (
+    {"tokens": 1024, "batch": 2},
+    {"tokens": 4096},
+    {"tokens": 8192, "rank": 64},
+    {"tokens": 16384},
+    {"tokens": 16384, "keep_attention": "never"},
+    {"tokens": 16384, "layers": 12},
+    {"tokens": 8192, "batch": 2, "layers": 6, "keep_attention": "never"},
+    {"tokens": 32768, "offload": True, "keep_attention": "never"},
+    {"tokens": 32768, "offload": True},
+)
+DEFAULTS = {
+    "batch": 1,
+    "layers": 24,
+    "rank": 16,
+    "cap_gib": None,
+    "keep_attention": "always",
+    "offload": False,
+}
+FILE = Path(__file__).resolve().parent.parent / "configs" / "gpt-oss-20b-1x3090.yaml"
+
+
+def predict(case: dict[str, Any]) -> memory.Memory:
+    """The planner's memory of a case, by component."""
+    overrides = {
+        "sequence_len": case["tokens"],
+        "micro_batch_size": case["batch"],
+        "lora.r": case["rank"],
+        "training.keep_attention": case["keep_attention"],
+        "training.offload_checkpoints": str(case["offload"]).lower(),
+    }
+    asked = config.load(FILE, [f"{key}={value}" for key, value in overrides.items()])
+    shape = dataclasses.replace(memory.PUBLISHED["openai/gpt-oss-20b"], layers=case["layers"])
+    return memory.finetune_memory(shape, asked)
+
+
+def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of one case, in this process, once the parent says that the card is free."""
+    from benchmarks import train_step
+
+    train_step.MEASURED = 1
+    sys.stdin.readline()
+    args = argparse.Namespace(**case, arm="masked", spare=0, profile=False)
+    rows = train_step.measure(args)
+    kept = ("allocated_bytes", "context_bytes", "device_bytes")
+    found = {r["metric"]: r["value"] for r in rows if r["metric"] in kept}
+    predicted = predict(case).peak_bytes
+    error = predicted / found["device_bytes"] - 1
+    name = "masked"
+    told = [row(case, name, metric, value, "bytes") for metric, value in found.items()]
+    told.append(row(case, name, "predicted_bytes", predicted, "bytes"))
+    told.append(row(case, name, "relative_error", error, "1"))
+    print(f"  predicted {predicted / 2**30:.2f} GiB: {error:+.1%}", file=sys.stderr, flush=True)
+    return told
+
+
+def start(number: int, folder: Path) -> subprocess.Popen[str]:
+    """The process of one case, which waits for a line before it touches the card."""
+    command = [sys.executable, __file__, "--case", str(number), "--out", folder / f"{number}.json"]
+    return subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, text=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--machine", help="short name for the result's file, for example h200")
+    parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    for name in ("--case", "--out"):  # of one measurement's own process
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        rows = measure(DEFAULTS | CASES[int(args.case)])
+        Path(args.out).write_text(json.dumps(rows), encoding="utf-8")
+        return
+    rows: list[dict[str, Any]] = []
+    numbers = " ".join(map(str, args.cases))
+    command = f"python3 benchmarks/memory.py --machine {args.machine} --cases {numbers}"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ahead = start(args.cases[0], folder)
+        for place, number in enumerate(args.cases):
+            process, following = ahead, args.cases[place + 1 : place + 2]
+            if following:
+                ahead = start(following[0], folder)
+            process.communicate("go\n")
+            if process.returncode != 0:
+                ahead.kill()
+                sys.exit(f"case {number} failed: {CASES[number]}")
+            rows += json.loads((folder / f"{number}.json").read_text(encoding="utf-8"))
+            write("memory", args.machine, command, rows, args.folder)  # what is there counts
+
+
+if __name__ == "__main__":
+    main()

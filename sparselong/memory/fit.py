@@ -1,0 +1,121 @@
+"""What fits a card: the longest sequence, what to change when a config does not fit, and by how
+much, and whether full attention's outputs can be kept.
+
+A prediction may be wrong by 5 %, so a decision that nobody has to answer for leaves that margin;
+what a person is told is the prediction itself.
+"""
+
+from __future__ import annotations
+
+from sparselong.config import Config
+from sparselong.memory.shape import ModelShape
+from sparselong.memory.table import format_bytes
+from sparselong.memory.training import GIB, Device, finetune_memory
+
+CARD_BYTES = int(23.6 * GIB)
+"""What a 24 GB card lends: plans are for one where no GPU is named."""
+MARGIN = 1.05
+"""How far a measured peak may lie above the predicted one."""
+STEP_TOKENS = 128
+"""Sequence lengths are looked for in steps of this many tokens."""
+
+
+def keeps_attention(shape: ModelShape, config: Config, budget_bytes: int, device: Device) -> bool:
+    """Whether full attention's outputs are kept between a layer's two passes.
+
+    `training.keep_attention` says so, or `auto`: where the peak with them, and the margin, fits.
+    """
+    setting = config.training.keep_attention
+    if setting != "auto" or device == "cpu":
+        return setting == "always"
+    peak = finetune_memory(shape, config, device, keep_attention=True).peak_bytes
+    return peak * MARGIN <= budget_bytes
+
+
+def least_peak_bytes(
+    shape: ModelShape, config: Config, budget_bytes: int, device: Device = "cuda"
+) -> int:
+    """Predicted peak of stage 03 on a device that lends `budget_bytes`."""
+    keep = keeps_attention(shape, config, budget_bytes, device)
+    return finetune_memory(shape, config, device, keep_attention=keep).peak_bytes
+
+
+def largest_sequence_len(
+    shape: ModelShape, config: Config, budget_bytes: int, device: Device = "cuda"
+) -> int:
+    """The longest sequence (a multiple of 128 tokens, at most `sequence_len`) whose fine-tuning
+    fits the budget on one device in this version; 0 when none does."""
+
+    def fits(blocks: int) -> bool:
+        shorter = config.model_copy(update={"sequence_len": blocks * STEP_TOKENS})
+        return least_peak_bytes(shape, shorter, budget_bytes, device) <= budget_bytes
+
+    low, high = 0, config.sequence_len // STEP_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low * STEP_TOKENS
+
+
+def suggest_changes(
+    shape: ModelShape, config: Config, budget_bytes: int, device: Device = "cuda"
+) -> list[str]:
+    """What to change so that stage 03 fits, each with what it saves; the least costly first.
+
+    Returns:
+        `key=value` texts, each alone: how much it saves and whether that is enough; then the
+        sequence that fits without and with them. Empty where the config fits as it is, or where
+        nothing helps.
+    """
+    peak = least_peak_bytes(shape, config, budget_bytes, device)
+    if peak <= budget_bytes:
+        return []
+    told, together = [], config
+    for text, changed in _alternatives(config):
+        less = least_peak_bytes(shape, changed, budget_bytes, device)
+        if less < peak:
+            outcome = "fits" if less <= budget_bytes else "is not enough alone"
+            told.append(f"{text} saves {format_bytes(peak - less)} and {outcome}")
+            together = _merge(together, config, changed)
+    longest = largest_sequence_len(shape, config, budget_bytes, device)
+    if longest:
+        told.append(f"sequence_len={longest} instead of {config.sequence_len} fits")
+    longer = largest_sequence_len(shape, together, budget_bytes, device)
+    if longer > longest and len(told) > (longest > 0):
+        told.append(f"with all of the changes before, sequence_len={longer} fits")
+    return told
+
+
+def _merge(config: Config, before: Config, changed: Config) -> Config:
+    """`config` with what distinguishes `changed` from `before`."""
+    training = {
+        name: value for name, value in changed.training if value != getattr(before.training, name)
+    }
+    return config.model_copy(
+        update={
+            "training": config.training.model_copy(update=training),
+            "micro_batch_size": min(config.micro_batch_size, changed.micro_batch_size),
+        }
+    )
+
+
+def _alternatives(config: Config) -> list[tuple[str, Config]]:
+    """Single changes that save memory, as override and config."""
+    training = config.training
+    found = []
+
+    def change(text: str, **values: object) -> None:
+        section = training.model_copy(update=values)
+        found.append((text, config.model_copy(update={"training": section})))
+
+    if not training.gradient_checkpointing:
+        change("training.gradient_checkpointing=true", gradient_checkpointing=True)
+    else:
+        if training.keep_attention == "always":
+            change("training.keep_attention=auto", keep_attention="auto")
+        if not training.offload_checkpoints:
+            change("training.offload_checkpoints=true", offload_checkpoints=True)
+    if config.micro_batch_size > 1:
+        text = "micro_batch_size=1 with more gradient_accumulation_steps"
+        found.append((text, config.model_copy(update={"micro_batch_size": 1})))
+    return found

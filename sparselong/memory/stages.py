@@ -1,0 +1,116 @@
+"""Working memory of stages 02 and 04, by component: one layer at work, and a whole model read.
+
+Weights are exact, the rest is an estimate. Both stages attend as stage 03 does: by kernels without
+a score matrix under `flash_attention`, else by transformers' eager attention.
+"""
+
+from __future__ import annotations
+
+from sparselong.config import Config
+from sparselong.memory import storage
+from sparselong.memory.shape import ModelShape
+from sparselong.memory.training import (
+    BUFFER_BYTES,
+    CONTEXT_BYTES,
+    CPU_OVERHEAD_BYTES,
+    EAGER_COPIES,
+    EXPERT_WIDTHS,
+    LOSS_CHUNK_ROWS,
+    LOSS_CHUNK_WIDTHS,
+    WORKSPACE_BYTES,
+    Device,
+    decoded,
+)
+
+COMPRESS_BATCH_TOKENS = 4096
+"""Calibration tokens that stage 02 runs through a layer at once."""
+EVALUATED_TOKENS = 1024
+"""Length of the conversations that stage 04 is planned for."""
+EVALUATE_BATCH_TOKENS = 16_384
+"""Most tokens that stage 04 runs through a model at once."""
+
+
+def compress_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
+    """Bytes of stage 02 on its device by component: one layer at work on a batch of calibration
+    tokens, and one Hessian with its inverse and factors."""
+    length = config.calibration.sequence_len
+    tokens = max(COMPRESS_BATCH_TOKENS, length)
+    inputs = max(shape.hidden, shape.query_width)
+    return {
+        "one layer's weights": layer_bytes(shape),
+        "Hessian, inverse, factors": 4 * 8 * inputs**2,
+        "live layer activations": _live(shape, tokens, device, EXPERT_WIDTHS),
+        "attention": _attention(shape, config, tokens, length, device),
+        **_at_work(shape, device),
+    }
+
+
+def compress_host_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
+    """Bytes of stage 02 in host memory beside the device's work: the layer that is read, and the
+    calibration tokens' hidden states before and after it (and once more while they are saved)."""
+    return {
+        "the layer that is read": layer_bytes(shape),
+        "calibration hidden states": 3 * state_bytes(shape, config, device),
+    }
+
+
+def state_bytes(shape: ModelShape, config: Config, device: Device) -> int:
+    """Bytes of the calibration tokens' hidden states between two layers."""
+    samples = config.calibration.samples * config.calibration.sequence_len
+    return samples * shape.hidden * _width(device)
+
+
+def layer_bytes(shape: ModelShape) -> int:
+    """Bytes of one layer of the base checkpoint."""
+    whole = sum(storage.base_groups(shape).values())
+    return (whole - 2 * shape.embedding * storage.BF16_BYTES) // shape.layers
+
+
+def evaluate_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
+    """Bytes of stage 04 by component, for the largest of its three models: the base.
+
+    Conversations longer than EVALUATED_TOKENS under eager attention need more than this.
+    """
+    width = _width(device)
+    base = storage.base_groups(shape)
+    length = min(config.sequence_len, EVALUATED_TOKENS)
+    tokens = min(EVALUATE_BATCH_TOKENS, config.evaluation.batch_size * length)
+    answers = config.evaluation.batch_size * min(length, 256)
+    logits = max(answers * 8, LOSS_CHUNK_ROWS * width * LOSS_CHUNK_WIDTHS[device])
+    return {
+        "experts": base["experts"],
+        "the rest of the base model": (sum(base.values()) - base["experts"])
+        * (width // storage.BF16_BYTES),
+        "live layer activations": _live(shape, tokens, device, 4),
+        "attention": _attention(shape, config, tokens, length, device),
+        "logits": logits * shape.vocab,
+        **_at_work(shape, device),
+    }
+
+
+def _width(device: Device) -> int:
+    return 2 if device == "cuda" else 4
+
+
+def _live(shape: ModelShape, tokens: int, device: Device, inner_widths: int) -> int:
+    """A batch's choices in the experts, each of so many inner widths."""
+    copies = tokens * shape.experts_per_token
+    return copies * inner_widths * shape.intermediate * _width(device)
+
+
+def _attention(shape: ModelShape, config: Config, tokens: int, length: int, device: Device) -> int:
+    """Queries, keys, values and output; scores in the copies that eager attention makes."""
+    own = tokens * 2 * (shape.query_width + shape.kv_width) * _width(device)
+    if config.flash_attention:
+        return own
+    return own + EAGER_COPIES * shape.heads * tokens * length * _width(device)
+
+
+def _at_work(shape: ModelShape, device: Device) -> dict[str, int]:
+    if device == "cuda":
+        return {
+            "decoded weights": BUFFER_BYTES,
+            "cuBLAS workspaces": WORKSPACE_BYTES,
+            "CUDA context": CONTEXT_BYTES,
+        }
+    return {"decoded weights": decoded(shape, 4), "Python and libraries": CPU_OVERHEAD_BYTES}

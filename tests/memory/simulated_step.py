@@ -1,0 +1,166 @@
+"""A training step of gpt-oss-20b's shape on no device: what it allocates, counted.
+
+Run as a script, in a process of its own, because it puts other things in place of torch's and
+Triton's. Tensors are on the meta device, so they have sizes and no contents; kernels are launched
+into the void; every tensor's storage is counted from its making to its end. What runs is the code
+that trains on a GPU: checkpointing, its second pass, autograd, the launchers with their buffers.
+
+    python tests/memory/simulated_step.py '[{"tokens": 4096, "layers": 4, "kept": true}]'
+
+prints, for each case, [bytes of the weights, most bytes at once after they were there].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import sys
+import weakref
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import triton
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GptOssForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+from benchmarks import shape_20b
+from sparselong.finetune.lora import MaskedLoraLinear
+from sparselong.kernels import (
+    attention,
+    attention_triton,
+    cross_entropy,
+    expert_choice,
+    expert_gemm,
+    expert_triton,
+)
+from sparselong.kernels.recompute import checkpoint_contexts
+from sparselong.model import attention as door
+from sparselong.model import fused
+from sparselong.model.packed_experts import PackedExperts
+from sparselong.model.quantizer import PROJECTIONS, replace_with_packed
+from sparselong.packing import dense
+
+ROUNDED_TO = 512
+
+
+class Counter(TorchDispatchMode):
+    """Counts the bytes of live storages; answers what has no answer on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.bytes, self.peak_bytes = 0, 0
+
+    def note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.live:
+            self.live[key] = -(-storage.nbytes() // ROUNDED_TO) * ROUNDED_TO
+            self.bytes += self.live[key]
+            self.peak_bytes = max(self.peak_bytes, self.bytes)
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        self.bytes -= self.live.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if name.startswith("aten::_assert_async"):
+            return None
+        if name == "aten::nonzero":  # of labels: the last token has none
+            out = torch.empty(args[0].numel() - 1, 1, dtype=torch.int64, device="meta")
+        elif name.startswith("aten::mm.dtype"):
+            out = args[0].new_empty(args[0].shape[0], args[1].shape[1], dtype=args[2])
+        else:
+            out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.note(leaf)
+        return out
+
+
+def pretend() -> None:
+    """Puts in place what makes the GPU's code run without one."""
+    parts: list[tuple[Any, str, Any]] = [
+        (torch.Tensor, "is_cuda", property(lambda _: True)),
+        (torch, "is_autocast_enabled", lambda *_: False),
+        (torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
+        (torch, "equal", lambda *_: True),
+        (torch.cuda, "device_of", lambda _: contextlib.nullcontext()),
+        (triton.runtime.JITFunction, "__getitem__", lambda *_: lambda *__, **___: None),
+        (expert_gemm, "choose", choose),
+        (expert_triton, "_architecture", lambda _: "sm_80"),
+        (expert_triton, "_multiprocessors", lambda _: 132),
+        (attention, "_require_backend", lambda name, *_: name),
+        (attention_triton, "_architecture", lambda _: "sm_80"),
+        (door, "_boundaries", lambda *_: None),
+        (PackedExperts, "_check_scales", lambda _: None),
+        (cross_entropy, "_check_labels", lambda *_: None),
+        (MaskedLoraLinear, "codes", lambda _: None),
+        (dense, "unpack_values", lambda *_: None),
+    ]
+    for owner, name, value in parts:
+        if not hasattr(owner, name):
+            sys.exit(f"{owner} has no {name} any more: mend this simulation")
+        setattr(owner, name, value)
+    door.choose_attention("triton", deterministic=False)
+
+
+def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | None) -> str:
+    return expert_choice.choose_backend("sm_90", indices.numel(), experts).backend
+
+
+def build(layers: int, kept: bool, r: int) -> nn.Module:
+    """`shape_20b.build("masked", ...)` on the meta device."""
+    config = shape_20b.config_20b(layers)
+    model: Any = GptOssForCausalLM._from_config(
+        config, dtype=torch.bfloat16, attn_implementation=door.NAME
+    )
+    replace_with_packed(model, shape_20b.COMPRESSED)
+    model.bfloat16()
+    model.model.rotary_emb = GptOssRotaryEmbedding(config)
+    model.requires_grad_(False)
+    fused.fuse(model)
+    fused.chunk_loss(model)
+    contexts = partial(checkpoint_contexts, kept)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    model.enable_input_require_grads()
+
+    def master_of(name: str) -> torch.Tensor:
+        layer = model.get_submodule(name)
+        return torch.empty(layer.out_features, layer.in_features, dtype=torch.bfloat16)
+
+    tuned, _ = shape_20b.add_masked_lora(
+        model, targets=PROJECTIONS, r=r, alpha=32, master_of=master_of, seed=0
+    )
+    return tuned.train()
+
+
+def count_step(
+    tokens: int, layers: int, kept: bool, batch: int = 1, r: int = 16
+) -> tuple[int, int]:
+    """(bytes of the weights, most bytes at once in forward and backward pass)."""
+    counter = Counter()
+    with torch.device("meta"):
+        model = build(layers, kept, r)
+        for tensor in (*model.parameters(), *model.buffers()):
+            counter.note(tensor.detach())
+        gc.collect()
+        weights = counter.bytes
+        with counter:
+            ids = torch.empty(batch, tokens, dtype=torch.int64)
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return weights, counter.peak_bytes
+
+
+if __name__ == "__main__":
+    pretend()
+    print(json.dumps([count_step(**case) for case in json.loads(sys.argv[1])]))

@@ -1,0 +1,99 @@
+"""What fits a card, what to change where it does not, and what is kept where there is room."""
+
+from pathlib import Path
+
+import pytest
+
+from sparselong import config as config_module
+from sparselong import memory
+from sparselong.memory import fit, training
+
+GIB = 2**30
+ROOT = Path(__file__).resolve().parents[2]
+BIG, SMALL = (memory.PUBLISHED[f"openai/gpt-oss-{size}"] for size in ("120b", "20b"))
+
+
+def load(*overrides: str):
+    return config_module.load(ROOT / "configs/gpt-oss-20b-1x3090.yaml", overrides)
+
+
+def peak(*overrides: str, kept: bool = False) -> int:
+    return training.finetune_memory(SMALL, load(*overrides), keep_attention=kept).peak_bytes
+
+
+def test_20b_at_16384_tokens_fits_a_24_gb_card_with_attention_kept():
+    assert memory.keeps_attention(SMALL, load(), memory.CARD_BYTES, "cuda")
+    assert peak(kept=True) * memory.MARGIN < memory.CARD_BYTES
+    assert not memory.suggest_changes(SMALL, load(), memory.CARD_BYTES)
+
+
+def test_auto_keeps_attention_only_where_it_fits_with_a_margin():
+    needed = int(peak(kept=True) * memory.MARGIN)
+    assert memory.keeps_attention(SMALL, load(), needed + 1, "cuda")
+    assert not memory.keeps_attention(SMALL, load(), needed - 2, "cuda")
+    always, never = (load(f"training.keep_attention={word}") for word in ("always", "never"))
+    assert memory.keeps_attention(SMALL, always, 0, "cuda")
+    assert not memory.keeps_attention(SMALL, never, 100 * GIB, "cuda")
+
+
+def test_keeping_attention_costs_its_outputs_in_every_second_layer():
+    parts = training.finetune_memory(SMALL, load(), keep_attention=True).components
+    assert parts["kept attention outputs"] == 12 * 16384 * (2 * 4096 + 4 * 64)
+
+
+def test_longest_sequence_is_the_longest():
+    budget = 17 * GIB
+    longest = memory.largest_sequence_len(SMALL, load(), budget)
+    assert 0 < longest < 16384 and longest % fit.STEP_TOKENS == 0
+    assert peak(f"sequence_len={longest}") <= budget
+    assert peak(f"sequence_len={longest + fit.STEP_TOKENS}") > budget
+    assert memory.largest_sequence_len(BIG, load("model.base=openai/gpt-oss-120b"), budget) == 0
+
+
+def test_65536_tokens_fit_with_checkpoints_in_host_memory_and_not_without():
+    """It ran on a card capped at 23.6 GiB (benchmarks/results/train_step_long-h200-*.json)."""
+    long, budget = "sequence_len=65536", memory.CARD_BYTES
+    assert peak(long, "training.offload_checkpoints=true") < budget * memory.MARGIN
+    told = memory.suggest_changes(SMALL, load(long), budget)
+    saved = peak(long) - peak(long, "training.offload_checkpoints=true")
+    assert told[0].startswith("training.offload_checkpoints=true saves")
+    assert memory.format_bytes(saved) in told[0]
+    both = "with all of the changes before, sequence_len="
+    length = int(told[-1].removeprefix(both).split()[0])
+    assert told[-1].startswith(both) and length > 50_000
+    assert peak(f"sequence_len={length}", "training.offload_checkpoints=true") <= budget
+
+
+@pytest.mark.parametrize(
+    ("overrides", "first"),
+    [
+        (["training.gradient_checkpointing=false"], "training.gradient_checkpointing=true"),
+        (["micro_batch_size=4"], "training.offload_checkpoints=true"),
+        (["sequence_len=32768", "training.keep_attention=always"], "training.keep_attention=auto"),
+    ],
+)
+def test_what_to_change_is_true(overrides, first):
+    """Every suggestion that says it fits, fits; and every one saves what it says."""
+    budget = int(20.5 * GIB)
+    config = load(*overrides)
+    told = memory.suggest_changes(SMALL, config, budget)
+    assert told[0].startswith(first)
+    before = fit.least_peak_bytes(SMALL, config, budget)
+    for text in told:
+        if text.startswith("with all"):
+            continue
+        override = text.split()[0]
+        changed = load(
+            *[o for o in overrides if o.split("=")[0] != override.split("=")[0]], override
+        )
+        after = fit.least_peak_bytes(SMALL, changed, budget)
+        assert text.endswith("fits") == (after <= budget), text
+        if "saves" in text:
+            assert memory.format_bytes(before - after) in text
+    assert any("sequence_len=" in text for text in told)
+
+
+def test_nothing_helps_a_model_that_is_too_large():
+    config = load("model.base=openai/gpt-oss-120b")
+    told = memory.suggest_changes(BIG, config, memory.CARD_BYTES)
+    assert told and not any(text.endswith(" fits") for text in told)

@@ -1,0 +1,99 @@
+"""Stage 03's predicted peak against the real step counted without a device, and against a GPU's."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.memory import DEFAULTS, predict
+from sparselong import config as config_module
+from sparselong import memory
+from sparselong.memory import storage, training
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = memory.PUBLISHED["openai/gpt-oss-20b"]
+CASES = (
+    {"tokens": 256, "layers": 4, "kept": True},  # few rows: nothing is decoded ahead
+    {"tokens": 1024, "layers": 4, "kept": False, "batch": 2},
+    {"tokens": 4096, "layers": 4, "kept": True, "r": 64},
+    {"tokens": 16384, "layers": 6, "kept": True},
+    {"tokens": 20000, "layers": 4, "kept": True},  # two slices
+    {"tokens": 40000, "layers": 2, "kept": False},  # three slices
+)
+
+
+def planned(case: dict) -> memory.Memory:
+    named = {"keep_attention": "always" if case["kept"] else "never", "rank": case.get("r", 16)}
+    named |= {name: case[name] for name in ("tokens", "layers", "batch") if name in case}
+    return predict(DEFAULTS | named)
+
+
+@pytest.fixture(scope="module")
+def counted() -> list[list[int]]:
+    command = [sys.executable, "tests/memory/simulated_step.py", json.dumps(CASES)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_the_plan_is_what_a_step_allocates(counted, number):
+    weights, peak = counted[number]
+    case = CASES[number]
+    parts = planned(case).components
+    optimizer = 12 * storage.lora_parameters(
+        dataclasses.replace(SMALL, layers=case["layers"]),
+        config_module.load(
+            ROOT / "configs/gpt-oss-20b-1x3090.yaml", [f"lora.r={case.get('r', 16)}"]
+        ),
+    )
+    unseen = ("cuBLAS workspaces", "CUDA context", "allocator's gaps")
+    fixed = list(parts)[: list(parts).index("LoRA, gradients, optimizer") + 1]
+    assert sum(parts[name] for name in fixed) - optimizer == pytest.approx(weights, rel=1e-4)
+    expected = planned(case).peak_bytes - sum(parts[name] for name in unseen) - optimizer
+    # A gradient of the adapters may come before or after the peak.
+    assert expected - weights == pytest.approx(peak - weights, rel=0.04)
+    assert expected == pytest.approx(peak, rel=0.02)
+
+
+def measured() -> list[tuple[dict, dict[str, float]]]:
+    """Each case of every file with what was measured."""
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted((ROOT / "benchmarks/results").glob("memory-*.json")):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            key = json.dumps([path.name, row["case"]])
+            found.setdefault(key, {})[row["metric"]] = row["value"]
+    return [(json.loads(key)[1], figures) for key, figures in found.items()]
+
+
+def test_at_least_six_configurations_were_measured():
+    assert len(measured()) >= 6
+
+
+@pytest.mark.parametrize(("case", "figures"), measured(), ids=str)
+def test_the_peak_is_predicted_within_five_percent(case, figures):
+    assert predict(case).peak_bytes == pytest.approx(figures["device_bytes"], rel=0.05)
+
+
+@pytest.mark.parametrize(("case", "figures"), measured(), ids=str)
+def test_what_is_allocated_is_predicted_within_two_percent(case, figures):
+    plan = predict(case)
+    unseen = plan.components["CUDA context"] + plan.components["allocator's gaps"]
+    assert plan.peak_bytes - unseen == pytest.approx(figures["allocated_bytes"], rel=0.02)
+
+
+def test_the_planner_knows_the_kernels_sizes():
+    from sparselong.kernels import cross_entropy, expert_choice, expert_gemm, expert_triton
+
+    assert cross_entropy.CHUNK_ROWS == training.LOSS_CHUNK_ROWS
+    assert expert_gemm.SLICE_TOKENS == training.SLICE_TOKENS
+    assert expert_triton.BUFFER_BYTES == training.BUFFER_BYTES
+    rows = training.DECODED_FROM_ROWS
+    for architecture in ("sm_90", "sm_86"):
+        assert expert_choice.choose_backend(architecture, 32 * rows, 32).backend == "packed"
+        assert expert_choice.choose_backend(architecture, 32 * rows + 1, 32).backend == "decode"
