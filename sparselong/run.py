@@ -47,8 +47,7 @@ _COMPRESS_KEYS = (
 )
 _FINETUNE_KEYS = (
     *_COMPRESS_KEYS,
-    *("sequence_len", "sequence_parallel_degree", "micro_batch_size"),
-    *("heads_k_stride", "ring_attn_func", "lora", "finetuning_modifiers", "training"),
+    *("sequence_len", "micro_batch_size", "lora", "finetuning_modifiers", "training"),
 )
 STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "01_health": tuple(Config.model_fields),
@@ -56,7 +55,10 @@ STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "03_finetune": _FINETUNE_KEYS,
     "04_eval": (*_FINETUNE_KEYS, "evaluation"),
 }
-"""Config keys whose values decide each stage's result, those of earlier stages included."""
+"""Config keys whose values decide each stage's result, those of earlier stages included.
+
+Over how many GPUs a sequence is split, and how they exchange keys, decides nothing: a run may go on
+with another number of them."""
 
 
 @dataclass

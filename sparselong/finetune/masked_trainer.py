@@ -53,6 +53,8 @@ class MaskedTraining(Trainer):
         self.bake_only = False
         self.heads_k_stride = 1  # the plugin sets this and the one above
         self.mesh = ranks.mesh()
+        if self.mesh is not None:
+            self.progress.data_ranks = self.mesh.data_size
 
     @property
     def layers(self) -> dict[str, MaskedLoraLinear]:
@@ -220,7 +222,8 @@ class MaskedTraining(Trainer):
         vars(self.progress).update(counters)  # the run's history does not go back with the weights
 
     def _restore(self, directory: Path) -> None:
-        vars(self.progress).update(vars(state.read(directory, self.layers)))
+        stored = state.read(directory, self.layers, self.progress.data_ranks)
+        vars(self.progress).update(vars(stored))
 
 
 def _count_labels(batch: Any) -> int:

@@ -50,6 +50,8 @@ class Progress:
     """Step and fraction of mask bits flipped, overall and by kind of layer."""
     peak_bytes: dict[str, int] = field(default_factory=dict)
     """Peak memory by device, of the processes that led here."""
+    data_ranks: int = 1
+    """Sequences that were trained on side by side: they decide what is in a step."""
 
     def note_peaks(self) -> dict[str, int]:
         """Takes in this process's peaks and returns the highest so far."""
@@ -65,11 +67,12 @@ def write(directory: Path, layers: Mapping[str, MaskedLoraLinear], progress: Pro
     write_atomically(directory / PROGRESS, json.dumps(asdict(progress)) + "\n")
 
 
-def read(directory: Path, layers: Mapping[str, MaskedLoraLinear]) -> Progress:
+def read(directory: Path, layers: Mapping[str, MaskedLoraLinear], data_ranks: int = 1) -> Progress:
     """Restores masks and scales from a checkpoint directory and returns its counters.
 
     Raises:
-        StageError: a file is damaged or belongs to other layers.
+        StageError: a file is damaged, belongs to other layers or to a run with another number of
+            sequences in a step.
     """
     here = buffers(layers)
     try:
@@ -80,6 +83,13 @@ def read(directory: Path, layers: Mapping[str, MaskedLoraLinear]) -> Progress:
     wanted = {name: tensor.shape for name, tensor in here.items()}
     if {name: tensor.shape for name, tensor in stored.items()} != wanted:
         raise _unusable(directory, f"masks of {len(stored)} tensors where {len(wanted)} are due")
+    if progress.data_ranks != data_ranks:
+        raise StageError(
+            f"checkpoint {directory} was trained with another number of sequences side by side",
+            f"{progress.data_ranks} times sequence_parallel_degree processes",
+            f"{data_ranks} times as many",
+            "go on with that number; each sequence may be split over more or fewer processes",
+        )
     for name, tensor in here.items():
         tensor.copy_(stored[name])
     return progress

@@ -37,8 +37,8 @@ def check(config: Config, machine: Machine, plan: Plan) -> list[Row]:
         *_packages(machine),
         *_driver(machine, plan),
         *resources.check_gpus(machine, plan),
-        _parallel(config, machine),
-        _collectives(machine),
+        _parallel(config, machine, plan),
+        _collectives(config, machine),
         _attention(config, machine),
         ok("expert kernel", "torch, decoded expert by expert"),
         _optimizer(config, machine),
@@ -134,28 +134,52 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
-def _parallel(config: Config, machine: Machine) -> Row:
+def _parallel(config: Config, machine: Machine, plan: Plan) -> Row:
     degree, have = config.sequence_parallel_degree, len(machine.usable_gpus)
-    if degree > 1:
+    heads, stride = plan.shape.kv_heads, config.heads_k_stride
+    if degree == 1:
+        return ok("sequence parallel", "off: one device holds the whole sequence")
+    if heads % stride:
         return fail(
             "sequence parallel",
-            f"sequence_parallel_degree {degree} is not supported by this version's stage 03, which "
-            f"keeps the whole sequence on one device (this machine has {_count(have)})",
-            "set sequence_parallel_degree=1, with a sequence_len that fits one device",
+            f"heads_k_stride {stride} does not divide the model's {heads} key/value heads",
+            "set heads_k_stride=1",
         )
-    return ok("sequence parallel", "off: one device holds the whole sequence")
+    if plan.device == "cpu" and not have:
+        return ok("sequence parallel", f"{degree} processes of this machine share each sequence")
+    if have < degree:
+        return fail(
+            "sequence parallel",
+            f"sequence_parallel_degree {degree} needs as many GPUs; here: {_count(have)}",
+            f"set sequence_parallel_degree={max(1, have)}, or start 03_finetune.py with torchrun "
+            "on several machines",
+        )
+    return ok(
+        "sequence parallel",
+        f"{degree} GPUs share each sequence; each holds the whole model",
+    )
 
 
 def _count(gpus: int) -> str:
     return f"{gpus} usable GPU{'' if gpus == 1 else 's'}"
 
 
-def _collectives(machine: Machine) -> Row:
+def _collectives(config: Config, machine: Machine) -> Row:
     have = [name for name in ("nccl", "gloo") if getattr(machine.torch, name)]
-    text = f"{' and '.join(have) or 'none'} available; this version uses one device and none"
-    if len(machine.usable_gpus) > 1 and not machine.torch.nccl:
-        return warn("collectives", text, "run ./install.sh for a torch build with NCCL")
-    return ok("collectives", text)
+    wanted = "nccl" if machine.usable_gpus else "gloo"
+    text = f"{' and '.join(have) or 'none'} available"
+    if config.sequence_parallel_degree == 1:
+        text = f"{text}; one process needs none"
+        if len(machine.usable_gpus) > 1 and wanted not in have:
+            return warn("collectives", text, "run ./install.sh for a torch build with NCCL")
+        return ok("collectives", text)
+    if wanted not in have:
+        return fail(
+            "collectives",
+            f"{text}; processes that share a sequence need {wanted}",
+            "run ./install.sh for a torch build that has it",
+        )
+    return ok("collectives", f"{text}; {wanted} in use")
 
 
 def _attention(config: Config, machine: Machine) -> Row:
