@@ -25,7 +25,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,10 @@ _blocks = 0
 
 @contextmanager
 def watch_ranks(
-    timeout_seconds: float, silence_seconds: float = 30.0, beat_seconds: float = 1.0
+    timeout_seconds: float,
+    silence_seconds: float = 30.0,
+    beat_seconds: float = 1.0,
+    tell: Callable[[StageError], None] | None = None,
 ) -> Iterator[None]:
     """Ends this rank, with a message that names the cause, when another one fails.
 
@@ -51,13 +54,15 @@ def watch_ranks(
         timeout_seconds: how long ranks may be apart in the exchanges that they have begun.
         silence_seconds: how long a rank may write nothing before it counts as gone.
         beat_seconds: between two looks.
+        tell: is given the failure, too, before a stuck rank is ended.
 
     Raises:
         StageError: another rank failed; names it and its cause.
     """
     global _blocks
     _blocks += 1
-    watch = _Watch(f"sparselong/{_blocks}", timeout_seconds, silence_seconds, beat_seconds)
+    name = f"sparselong/{_blocks}"
+    watch = _Watch(name, timeout_seconds, silence_seconds, beat_seconds, tell)
     watch.thread.start()
     try:
         yield
@@ -73,9 +78,16 @@ def watch_ranks(
 class _Watch:
     """One rank's view of all ranks."""
 
-    def __init__(self, prefix: str, timeout: float, silence: float, beat: float):
+    def __init__(
+        self,
+        prefix: str,
+        timeout: float,
+        silence: float,
+        beat: float,
+        tell: Callable[[StageError], None] | None,
+    ):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.timeout, self.silence, self.beat = timeout, silence, beat
+        self.timeout, self.silence, self.beat, self.tell = timeout, silence, beat, tell
         # A connection of its own: the main thread may wait in the other one.
         store = dist.distributed_c10d._get_default_store().clone()
         self.store = dist.distributed_c10d.PrefixStore(prefix, store)
@@ -136,7 +148,10 @@ class _Watch:
             # A rank that raised ends by itself, in the time that it needs.
             raised = self.failure.get("by") == self.failure["rank"] == self.rank
             if not raised and time.monotonic() - noticed > 2 * self.beat:
-                print(self.explain(self.failure), file=sys.stderr, flush=True)
+                told = self.explain(self.failure)
+                print(told, file=sys.stderr, flush=True)
+                if self.tell is not None:
+                    self.tell(told)
                 os._exit(1)
 
     def _look(self, beats: int) -> None:
