@@ -19,6 +19,7 @@ from typing import Any
 
 from sparselong.config import Config
 from sparselong.errors import StageError
+from sparselong.memory import find_shape, finetune_memory
 from sparselong.model.attention import NAME, implementation
 from sparselong.model.loading import compute_dtype, default_device
 
@@ -213,6 +214,13 @@ def _wandb(config: Config) -> dict[str, Any]:
     return {"use_wandb": True, "wandb_project": config.training.wandb_project}
 
 
+def _kept_peak_bytes(config: Config) -> int:
+    """The planner's peak where full attention's outputs are kept."""
+    device = "cuda" if default_device().type == "cuda" else "cpu"
+    shape = find_shape(config.model)
+    return finetune_memory(shape, config, device, keep_attention=True).peak_bytes
+
+
 def _plugin_section(config: Config, folders: Folders, bake_only: bool) -> dict[str, Any]:
     upkeep = config.finetuning_modifiers.MagnitudePruningModifier
     return {
@@ -228,7 +236,8 @@ def _plugin_section(config: Config, folders: Folders, bake_only: bool) -> dict[s
         "router": config.lora.router,
         "update_frequency": upkeep.update_frequency,
         "criterion": upkeep.criterion,
-        "keep_attention": config.training.keep_attention != "never",
+        "keep_attention": config.training.keep_attention,
+        "kept_peak_bytes": _kept_peak_bytes(config),
         "train_on": config.data.train_on,
         "loss_target": config.training.loss_target,
         "bake_only": bake_only,

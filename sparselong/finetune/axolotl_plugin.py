@@ -24,6 +24,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +59,7 @@ from sparselong.finetune.axolotl_config import (
 from sparselong.finetune.bake import bake, name_adapter, put_baked_experts
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses, tell
 from sparselong.finetune.failure import tell_failures
+from sparselong.finetune.keeping import Keeping, decide_keeping
 from sparselong.finetune.launch import joined_rank
 from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.model.attention import choose_attention, chosen_attention
@@ -85,7 +87,8 @@ class SparseLongSection(BaseModel):
     router: bool = False
     update_frequency: float
     criterion: Literal["hysteresis", "magnitude"]
-    keep_attention: bool
+    keep_attention: Literal["auto", "always", "never"]
+    kept_peak_bytes: int
     train_on: Literal["assistant", "all"]
     loss_target: float | None = None
     bake_only: bool = False
@@ -107,6 +110,7 @@ class SparseLongPlugin(BasePlugin):
     def __init__(self):
         super().__init__()
         self.trainer: MaskedTrainer | None = None
+        self.keeping: Keeping | None = None
         self.supervised_token_fraction = 0.0
         self.done = False
 
@@ -201,9 +205,11 @@ class SparseLongPlugin(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg, trainer):
         section, layers = cfg.sparselong, trainer.layers
+        self.keeping = decide_keeping(section.keep_attention, section.kept_peak_bytes)
+        tell(str(self.keeping))
         return [
             MaskUpkeep(layers, trainer.progress, section.update_frequency, section.criterion),
-            SecondPasses(section.keep_attention),
+            SecondPasses(self.keeping.kept),
             Metrics(
                 Path(section.work) / METRICS if ranks.is_first() else None,
                 trainer.progress,
@@ -226,6 +232,7 @@ class SparseLongPlugin(BasePlugin):
             "fused_layers": sum(isinstance(m, FusedDecoderLayer) for m in trainer.model.modules()),
             "attention_backend": chosen_attention().backend,
             "deterministic": chosen_attention().deterministic,
+            "keep_attention": None if self.keeping is None else asdict(self.keeping),
             "processes": ranks.count(),
             "trainable_parameters": count_trainable(trainer.model),
             "supervised_token_fraction": self.supervised_token_fraction,

@@ -31,6 +31,7 @@ from sparselong.errors import StageError
 from sparselong.finetune.callbacks import MARK
 from sparselong.finetune.failure import failure_path, lost_others, read_failure
 from sparselong.finetune.launch import find_world, rank_environments
+from sparselong.memory import ALLOCATOR
 from sparselong.run import Stage
 
 _PR_SET_PDEATHSIG = 1
@@ -190,12 +191,15 @@ def _environment(stage: Stage) -> dict[str, str]:
     """Everything is local by now, so the hub is left alone; caches stay in the run directory.
 
     Threads that wait sleep instead of spinning: where other programs want the processor too, a
-    spinning wait for a thread that is not running costs up to 60 times the work itself.
+    spinning wait for a thread that is not running costs up to 60 times the work itself. A user's
+    settings of torch's allocator, by the new name or the old, win over ours.
     """
     root = str(Path(sparselong.__file__).parents[1])
     paths = [root, os.environ.get("PYTHONPATH", "")]
     environment = {
         "OMP_WAIT_POLICY": "PASSIVE",
+        # Axolotl would set this one, and look at no other, where it is missing.
+        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",

@@ -174,6 +174,7 @@ def _publish(stage: Stage) -> None:
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in train),
         "mask_updates": baked["mask_updates"],
         "two_four_conforming": baked["two_four_conforming"],
+        "keep_attention": receipt["keep_attention"],
         "trainable_parameters": receipt["trainable_parameters"],
         "supervised_token_fraction": receipt["supervised_token_fraction"],
         "peak_host_bytes": baked["peak_bytes"]["host"],

@@ -1,0 +1,40 @@
+"""keep_attention is settled by what the GPU can lend; all ranks do the same."""
+
+import pytest
+
+from sparselong import memory
+from sparselong.finetune import keeping
+
+GIB = 2**30
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU of 24 GiB of which 10 are free and 13 are this process's."""
+    monkeypatch.setattr(keeping.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(keeping.torch.cuda, "mem_get_info", lambda: (10 * GIB, 24 * GIB))
+    monkeypatch.setattr(keeping.torch.cuda, "memory_reserved", lambda: 13 * GIB)
+    return 23 * GIB + memory.CONTEXT_BYTES
+
+
+def test_auto_keeps_what_fits_with_the_margin(card):
+    fits = keeping.decide_keeping("auto", int(card / memory.MARGIN) - 1)
+    assert fits.kept and fits.available_bytes == card and "kept; predicted" in str(fits)
+    tight = keeping.decide_keeping("auto", int(card / memory.MARGIN) + 1)
+    assert not tight.kept and "computed twice; predicted" in str(tight)
+
+
+@pytest.mark.parametrize(("asked", "kept"), [("always", True), ("never", False)])
+def test_a_plain_word_is_followed(card, asked, kept):
+    assert all(keeping.decide_keeping(asked, size).kept is kept for size in (1, 100 * GIB))
+
+
+def test_the_rank_with_the_least_memory_decides(card, monkeypatch):
+    monkeypatch.setattr(keeping.ranks, "collect", lambda own: [own, 8 * GIB, own])
+    made = keeping.decide_keeping("auto", 9 * GIB)
+    assert not made.kept and made.available_bytes == 8 * GIB
+
+
+def test_without_a_gpu_nothing_can_be_kept():
+    made = keeping.decide_keeping("auto", 1)
+    assert not made.kept and made.available_bytes is None and "no GPU" in str(made)
