@@ -80,7 +80,7 @@ def build_mesh(context_size: int, timeout: timedelta | None = None) -> Mesh:
 def _make_group(ranks: range, timeout: timedelta | None, urgent: bool = False) -> dist.ProcessGroup:
     """`urgent`: with NCCL its kernels go before those that they are to overlap with."""
     options: Any = None
-    if urgent and dist.get_backend() == "nccl":
+    if urgent and "nccl" in dist.get_backend():  # also beside gloo for the CPU
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         if timeout is not None:
             options._timeout = timeout
