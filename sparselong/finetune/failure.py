@@ -37,10 +37,15 @@ def tell_failures(work: Path, rank: int = 0) -> None:
         traceback.print_exception(kind, error, trace)
         told = explain(error, work)
         if told is not None:
-            document = {key: getattr(told, key) for key in ("what", "expected", "found", "fix")}
-            failure_path(work, rank).write_text(json.dumps(document), encoding="utf-8")
+            write_failure(work, rank, told)
 
     sys.excepthook = hook
+
+
+def write_failure(work: Path, rank: int, failure: ExpectedError) -> None:
+    """Leaves a failure for the stage's process to tell."""
+    document = {key: getattr(failure, key) for key in ("what", "expected", "found", "fix")}
+    failure_path(work, rank).write_text(json.dumps(document), encoding="utf-8")
 
 
 def read_failure(work: Path, rank: int = 0) -> StageError | None:
@@ -55,8 +60,11 @@ def read_failure(work: Path, rank: int = 0) -> StageError | None:
 
 
 def lost_others(failure: StageError) -> bool:
-    """Whether a failure only says that another rank did not take part in an exchange."""
-    return "could not finish the exchange" in failure.what
+    """Whether a failure only says that another rank has failed, or took no part in an exchange.
+
+    These are the words of parallel.collectives and parallel.watch.
+    """
+    return any(text in failure.what for text in ("could not finish the exchange", " ends, since "))
 
 
 def explain(error: BaseException, work: Path) -> ExpectedError | None:

@@ -12,13 +12,15 @@ import os
 import runpy
 import sys
 import tempfile
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import yaml
 
 from sparselong.finetune import ranks
-from sparselong.finetune.failure import tell_failures
+from sparselong.finetune.failure import tell_failures, write_failure
 
 _RUN = "axolotl.cli.main"
 
@@ -27,17 +29,18 @@ def main(path: Path, degree: int) -> None:
     """Trains what the YAML says, as one of the ranks that the environment names."""
     rank = int(os.environ["RANK"])
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    tell_failures(Path(document["sparselong"]["work"]), rank)
+    work = Path(document["sparselong"]["work"])
+    tell_failures(work, rank)
     _end_at_once()
     ranks.join(degree)
-    if rank == 0:
+    with ExitStack() as stack:
+        if rank > 0:
+            own = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparselong-rank-"))
+            document |= {"output_dir": own, "use_tensorboard": False, "use_wandb": False}
+            path = Path(own) / "axolotl.yaml"
+            path.write_text(yaml.safe_dump(document), encoding="utf-8")
+        stack.enter_context(ranks.watched(partial(write_failure, work, rank)))
         _train(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="sparselong-rank-") as own:
-        document |= {"output_dir": own, "use_tensorboard": False, "use_wandb": False}
-        private = Path(own) / "axolotl.yaml"
-        private.write_text(yaml.safe_dump(document), encoding="utf-8")
-        _train(private)
 
 
 def _end_at_once() -> None:

@@ -7,15 +7,16 @@ accelerate then train as if alone: they wrap no model in DDP, hand out no other 
 process, rescale no loss and gather nothing. What crosses ranks is ours, in masked_trainer.py, and
 only rank 0 writes.
 
-The mesh's exchanges have a time-out: within it every rank is at the same step. What only rank 0
-does meanwhile (tokenize, write a checkpoint) may take long and is waited for in a group of its own.
+Every rank is at the same exchange within a time-out, and parallel.watch ends and names those that
+are not. What only rank 0 does meanwhile (tokenize, write a checkpoint) may take long and is waited
+for in a group of its own, which the watch does not count.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 import torch
@@ -23,14 +24,18 @@ import torch.distributed as dist
 
 from sparselong.errors import StageError
 from sparselong.finetune.launch import WORLD_VARIABLES
-from sparselong.parallel.collectives import all_gather
+from sparselong.parallel.collectives import ExchangeError, all_gather
 from sparselong.parallel.mesh import Mesh, build_mesh
+from sparselong.parallel.watch import watch_ranks
 
 EXCHANGE_SECONDS = 600
 """How long a rank waits for the others in a step."""
+_SILENCE_SECONDS = 120.0
+"""How long a rank may be so busy that it writes no sign of life."""
 _PATIENCE = timedelta(days=2)
 _HIDDEN = (*WORLD_VARIABLES, "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
 _mesh: Mesh | None = None
+_watch = ExitStack()
 
 
 def join(context_size: int, exchange_seconds: float = EXCHANGE_SECONDS) -> Mesh:
@@ -38,17 +43,31 @@ def join(context_size: int, exchange_seconds: float = EXCHANGE_SECONDS) -> Mesh:
 
     Args:
         context_size: ranks that share a sequence.
-        exchange_seconds: time-out of the mesh's exchanges.
+        exchange_seconds: how long ranks may be apart. The backend's own time-out is twice as long,
+            as it could name none.
     """
     global _mesh
     # Small tensors of the CPU travel over gloo even where there are GPUs.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
-    _mesh = build_mesh(context_size, timedelta(seconds=exchange_seconds))
+    _mesh = build_mesh(context_size, timedelta(seconds=2 * exchange_seconds))
     for name in list(os.environ):
         if name in _HIDDEN or name.startswith("TORCHELASTIC_"):
             del os.environ[name]
     return _mesh
+
+
+def watched(
+    tell: Callable[[StageError], None], exchange_seconds: float = EXCHANGE_SECONDS
+) -> ExitStack:
+    """A block that ends with a message when another rank fails; `leave` ends the watch before.
+
+    Args:
+        tell: is given the failure when this rank is stuck and has to be ended.
+        exchange_seconds: as for `join`.
+    """
+    _watch.enter_context(watch_ranks(exchange_seconds, _SILENCE_SECONDS, tell=tell))
+    return _watch
 
 
 def mesh() -> Mesh | None:
@@ -57,9 +76,11 @@ def mesh() -> Mesh | None:
 
 
 def leave() -> None:
-    """Ends all exchanges; every rank must be past its last one."""
+    """Ends all exchanges, once every rank is past its last one."""
     global _mesh
     if _mesh is not None:
+        wait_for_all()
+        _watch.close()
         dist.destroy_process_group()
         _mesh = None
 
@@ -80,7 +101,7 @@ def wait_for_all() -> None:
         try:
             dist.all_reduce(torch.zeros(1))
         except RuntimeError as error:
-            raise StageError(
+            raise ExchangeError(
                 f"rank {dist.get_rank()} could not finish the exchange 'waiting' with the others",
                 "every rank alive",
                 str(error).splitlines()[0],

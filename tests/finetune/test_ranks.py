@@ -122,10 +122,12 @@ PROLOGUE = """
 import sys, torch
 from pathlib import Path
 from sparselong.finetune import ranks
-from sparselong.finetune.failure import tell_failures
+from functools import partial
+from sparselong.finetune.failure import tell_failures, write_failure
 rank = int(os.environ["RANK"])
-tell_failures(Path({work!r}), rank)
-mesh = ranks.join(2, exchange_seconds=5)
+WORK = Path({work!r})
+tell_failures(WORK, rank)
+mesh = ranks.join(2, exchange_seconds=4)
 assert "RANK" not in os.environ and ranks.count() == 2 and ranks.is_first() == (rank == 0)
 """
 
@@ -146,8 +148,8 @@ assert "RANK" not in os.environ and ranks.count() == 2 and ranks.is_first() == (
         ),
         (
             "if rank == 1: time.sleep(60)\nranks.check_replicas({'a': torch.ones(3)}, step=1)\n",
-            "rank 0 could not finish the exchange 'replica check' with the other ranks",
-            "rank 1 was busy elsewhere",
+            "rank {rank} ends, since rank 1 of 2 has failed",
+            "rank 1: time-out: 4 s after exchange",
         ),
     ],
     ids=["apart", "time-out"],
@@ -155,8 +157,11 @@ assert "RANK" not in os.environ and ranks.count() == 2 and ranks.is_first() == (
 def test_over_gloo(stage, code, what, found):
     world = World(2, {0: 0, 1: 1}, 2, joined=False)
     prologue = PROLOGUE.format(work=str(stage.dir))
-    failure = run_ranks(stage, prologue + code, rank_environments(world, gpus=0))
-    assert failure.what == what and found in failure.found
+    block = "\n ".join(
+        ("with ranks.watched(partial(write_failure, WORK, rank), 4):", *code.split("\n"))
+    )
+    failure = run_ranks(stage, prologue + block, rank_environments(world, gpus=0))
+    assert failure.what in (what.format(rank=0), what.format(rank=1)) and found in failure.found
 
 
 @pytest.mark.timeout(180)
