@@ -29,7 +29,7 @@ def fail(how: str, which: int, folder: Path) -> str:
     try:
         with watch_ranks(TIMEOUT_SECONDS, silence_seconds=2.0, beat_seconds=0.2):
             for n in range(200):
-                sum_over_ranks(torch.ones(1), mesh.world_group, "test")
+                float(sum_over_ranks(torch.ones(1), mesh.world_group, "test"))
                 if rank == which and n == 10:
                     break_down(how)
     except Exception as error:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.distributed import faults
 from tests.distributed.pool import Pool
 from tests.distributed.test_parity import CASES, differences, far, five_steps
 from tests.distributed.training import Result, Run, train_alone, train_sharded
@@ -74,3 +75,18 @@ def test_five_steps_end_in_the_same_weights(gpus, degree):
         assert differences(result, expected) == {}
         for name, weight in result.weights.items():
             assert torch.equal(weight, results[0].weights[name]), name
+
+
+@pytest.mark.parametrize(
+    "how, cause",
+    [
+        ("is killed", "rank 1: has not been heard of for"),
+        ("hangs", "rank 1: time-out: 4 s after exchange 11 ('test')"),
+    ],
+)
+def test_the_rank_that_others_wait_for_is_named_before_nccl_gives_up(tmp_path, how, cause):
+    pool = Pool(2, 60.0, "nccl")
+    outcome, result = pool.try_run(faults.fail, how, 1, tmp_path)[0]
+    pool.close()
+    message = (tmp_path / "0.txt").read_text() if outcome == "died" else result
+    assert message.count("error: ") == 1 and cause in message, message
