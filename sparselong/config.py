@@ -210,9 +210,12 @@ class Config(Section):
     sequence_len: Annotated[int, Field(ge=2)] = 16384
     """Training context, in tokens, over all GPUs together."""
     sequence_parallel_degree: Positive = 4
-    """GPUs that share one sequence."""
+    """Processes, each with a GPU, that share one sequence. `python 03_finetune.py` starts them on
+    this machine; `torchrun` may start a multiple of them, on several machines too, which then train
+    on several sequences side by side. A run may go on with another degree."""
     flash_attention: bool = True
-    """Attention without a quadratic score matrix (needs a GPU); false uses transformers' eager."""
+    """Attention without a quadratic score matrix (needs a GPU); false uses transformers' eager,
+    unless a sequence is split: then this project's attention serves on any device."""
     attention_backend: Literal["auto", "triton", "torch_flash", "torch_cudnn", "flash_attn"] = (
         "auto"
     )
@@ -226,11 +229,11 @@ class Config(Section):
     micro_batch_size: Positive = 1
     """Sequences per forward pass."""
     heads_k_stride: Positive = 1
-    """Key/value heads gathered at a time when a sequence is split over GPUs. (This version does not
-    split sequences, so it has no effect yet.)"""
+    """Key/value heads gathered at a time when a sequence is split over GPUs; a divisor of their
+    number. More take fewer exchanges and more memory."""
     ring_attn_func: Literal["varlen_llama3"] = "varlen_llama3"
-    """How split sequences attend: `varlen_llama3` gathers keys and values by groups of heads. (No
-    effect yet, as `heads_k_stride`.)"""
+    """How split sequences attend: `varlen_llama3` gathers the keys and values of full layers by
+    groups of heads; sliding-window layers take only the keys just before their shard."""
     lora: LoraSection = LoraSection()
     finetuning_modifiers: ModifiersSection = ModifiersSection()
     training: TrainingSection = TrainingSection()
