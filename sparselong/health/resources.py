@@ -56,13 +56,15 @@ def _gpu(gpu: Gpu, usable: bool, plan: Plan) -> Row:
 def _wanted(plan: Plan) -> str:
     """What the plan needs, in GPUs and bytes."""
     need = _gpu_need(plan)[1]
-    text = f"1 GPU (compute capability 8.0 or newer) with {format_bytes(need)} free"
+    count = plan.memory.devices
+    gpus, each = ("1 GPU", "") if count == 1 else (f"{count} GPUs", " on each")
+    text = f"{gpus} (compute capability 8.0 or newer) with {format_bytes(need)} free{each}"
     if plan.sharded is None:
         return text
-    each = format_bytes(plan.sharded.peak_bytes)
+    shared = format_bytes(plan.sharded.peak_bytes)
     return (
-        f"{text} in this version, which keeps the whole model and sequence on one; "
-        f"{plan.sharded.devices} GPUs with {each} each once they share the work"
+        f"{text} in this version, which keeps the whole model on each; "
+        f"{shared} on each once they share experts and vocabulary"
     )
 
 
@@ -108,8 +110,6 @@ def _gpu_memory(config: Config, gpu: Gpu, plan: Plan) -> Row:
         return fail("GPU memory", found, "end the other programs on this GPU (see nvidia-smi)")
     if stage == "03_finetune":
         changes = suggest_changes(plan.shape, config, gpu.total_bytes, plan.device)
-        if config.sequence_parallel_degree > 1:
-            changes = [f"sequence_parallel_degree=1 {text}" for text in changes]
         if any(text.endswith(" fits") for text in changes):
             return fail("GPU memory", found, "; ".join(changes))
     return fail("GPU memory", found, "take a larger GPU, or a smaller model")

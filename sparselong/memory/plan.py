@@ -260,8 +260,8 @@ def _notes(config: Config, name: str, made: Plan) -> list[str]:
         notes.append(f"{made.tokens:,} training tokens ({made.tokens_note}).")
         if config.sequence_parallel_degree > 1:
             notes.append(
-                "This version keeps the whole model and the whole sequence on one GPU; "
-                f"sharing them among {config.sequence_parallel_degree} is to come."
+                f"{config.sequence_parallel_degree} GPUs share each sequence; each holds the whole "
+                "model. Sharing that is to come."
             )
     if name in ("02_compress", "03_finetune"):
         notes.append(

@@ -39,7 +39,7 @@ def table(title: str, rows: dict[str, str]) -> list[str]:
 def memory_lines(document: dict[str, Any]) -> list[str]:
     """The memory tables of a plan document (plan_stage's or Plan.to_dict's)."""
     place = "GPU" if document["device"] == "cuda" else "host"
-    title = "Memory on one GPU" if place == "GPU" else "Host memory"
+    title = "Memory on each GPU" if place == "GPU" else "Host memory"
     parts = {name: format_bytes(size) for name, size in document["bytes_per_gpu"].items() if size}
     lines = []
     if parts:
@@ -50,7 +50,7 @@ def memory_lines(document: dict[str, Any]) -> list[str]:
         parts = {name: format_bytes(size) for name, size in sharded.items()}
         peak = format_bytes(document["sharded_peak_bytes_per_gpu"])
         lines += table(
-            "Memory on each GPU once experts, vocabulary and sequence are shared (not yet)",
+            "Memory on each GPU once experts and vocabulary are shared, too (not yet)",
             {**parts, "peak": peak},
         )
     return lines

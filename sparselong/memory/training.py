@@ -18,8 +18,10 @@ What the sums do not see are cuBLAS's workspaces and the CUDA context, constants
 allocator cannot lend again: gaps between kept attention outputs, and, beside offloading, copies
 whose layer the GPU has not gone through yet. Both are set from measurements. Without gradient
 checkpointing, without our attention or on a processor the figures are estimates; activations of
-adapters on experts are not counted. `sharded=True` computes what a card needs once experts,
-vocabulary and sequence are shared by `sequence_parallel_degree` ranks.
+adapters on experts are not counted. With `sequence_parallel_degree` ranks each holds the whole
+model and its share of the sequence (other ranks' keys and values, one group of heads at a time, are
+some megabytes and left out); `sharded=True` computes what a card needs once experts and vocabulary
+are shared, too.
 """
 
 from __future__ import annotations
@@ -102,21 +104,22 @@ def finetune_memory(
 
     Args:
         device: `cuda` computes in bf16, `cpu` in fp32.
-        sharded: false is what this version does, everything on one device; true is what each of
-            `sequence_parallel_degree` ranks needs when experts, vocabulary and sequence are shared.
+        sharded: false is what this version does: ranks share the sequence and nothing else; true
+            is what each needs when they share experts and vocabulary, too.
         keep_attention: whether full attention's outputs are kept; None: unless the config says
             `never`.
     """
-    ranks = config.sequence_parallel_degree if sharded else 1
+    degree = config.sequence_parallel_degree
+    ranks = degree if sharded else 1
     width = 2 if device == "cuda" else 4
-    tokens = config.micro_batch_size * -(-config.sequence_len // ranks)
+    tokens = config.micro_batch_size * -(-config.sequence_len // degree)
     if keep_attention is None:
         keep_attention = config.training.keep_attention != "never"
     by_kernels = device == "cuda" and config.flash_attention
     keep_attention = keep_attention and by_kernels and config.training.gradient_checkpointing
     return Memory(
         device,
-        ranks,
+        degree,
         {
             **_weights(shape, config, width, ranks),
             **_trained(shape, config),

@@ -47,7 +47,7 @@ def test_120b_without_a_gpu_exits_1_and_json_carries_everything(tmp_path, capsys
     assert document["status"] == "failed"
     failed = {row["check"] for row in document["rows"] if row["status"] == "fail"}
     assert {"GPU", "sequence parallel", "base model", "training data"} <= failed
-    assert "4 GPUs with" in document["found"]
+    assert "4 GPUs (compute capability 8.0 or newer)" in document["found"]
     assert document["plan"]["sharded_peak_bytes_per_gpu"] < document["plan"]["peak_bytes_per_gpu"]
     assert "fix:      " in captured.err and "Traceback" not in captured.err
     folder = tmp_path / "run/01_health"
