@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from sparselong.kernels.attention import Backend
+from sparselong.kernels.attention import Backend, attention
 from sparselong.kernels.recompute import checkpoint_contexts
 from sparselong.parallel import attention as sharded
-from sparselong.parallel.collectives import count_bytes
+from sparselong.parallel import context as context_module
+from sparselong.parallel.collectives import count_bytes, sum_over_ranks
 from sparselong.parallel.context import Context, Layout, context_parallel
 from sparselong.parallel.loss import add_losses, count_supervised, mean_loss, reduce_gradients
 from sparselong.parallel.mesh import build_mesh
-from sparselong.parallel.shard import shard_batch
+from sparselong.parallel.shard import chunks_of, shard_batch
 
 mesh_of = functools.cache(build_mesh)  # groups are made once a process
 
@@ -128,3 +129,31 @@ def attend_wrongly(heads_k_stride: int, tokens: int) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def attend_by_triton(window: int | None, boundaries: tuple[int, ...], stride: int) -> list[float]:
+    """How far out, dq, dk, dv and dsinks of this project's kernels are from one process's plain
+    ones: over this rank's keys and queries, by Triton's interpreter."""
+    mesh, tokens = mesh_of(dist.get_world_size()), boundaries[-1]
+    generator = torch.Generator().manual_seed(0)
+    q, dout = (torch.randn(1, 4, tokens, 64, generator=generator) for _ in range(2))
+    k, v = (torch.randn(1, 2, tokens, 64, generator=generator) for _ in range(2))
+    sinks = torch.randn(4, generator=generator)
+    whole = [t.clone().requires_grad_() for t in (q, k, v, sinks)]
+    cu_seqlens = torch.tensor(boundaries)
+    out = attention(*whole, cu_seqlens=cu_seqlens, window=window)[0]
+    expected = [out, *torch.autograd.grad(out, whole, dout)]
+
+    def take(tensor: torch.Tensor) -> torch.Tensor:
+        chunks = tensor.chunk(2 * mesh.context_size, 2)
+        return torch.cat([chunks[n] for n in chunks_of(mesh.context_rank, mesh.context_size)], 2)
+
+    local = [take(t).clone().requires_grad_() for t in (q, k, v)] + [sinks.requires_grad_()]
+    extra = {"scale": None, "backend": None, "deterministic": False}
+    with mock.patch.object(context_module, "pick_backend", lambda *_: "triton"):
+        context = Context(mesh, Layout(boundaries, 1, stride))
+        mine = context.attend(*local, window=window, **extra)
+        got = [mine, *torch.autograd.grad(mine, local, take(dout))]
+    got[4] = sum_over_ranks(got[4], mesh.context_group, "test")
+    wanted = [*map(take, expected[:4]), expected[4]]
+    return [float((a - b).norm() / b.norm()) for a, b in zip(got, wanted, strict=True)]

@@ -36,13 +36,23 @@ def free_port() -> int:
 
 
 class Pool:
-    """`size` processes with torch.distributed up between them; with NCCL each has a GPU."""
+    """`size` processes with torch.distributed up between them; with NCCL each has a GPU.
 
-    def __init__(self, size: int, timeout_seconds: float = 60.0, backend: str = "gloo"):
+    `fresh` ones import everything anew, under the environment of this moment.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        timeout_seconds: float = 60.0,
+        backend: str = "gloo",
+        fresh: bool = False,
+    ):
         self.size, self.timeout_seconds = size, timeout_seconds
         port = free_port()
         # What is imported may have touched the GPU, and CUDA does not survive a fork.
-        started_from = multiprocessing.get_context("spawn") if backend == "nccl" else context
+        fresh = fresh or backend == "nccl"
+        started_from = multiprocessing.get_context("spawn") if fresh else context
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
