@@ -62,8 +62,10 @@ from sparselong.finetune.failure import tell_failures
 from sparselong.finetune.keeping import Keeping, decide_keeping
 from sparselong.finetune.launch import joined_rank
 from sparselong.finetune.masked_trainer import MaskedTraining
+from sparselong.finetune.routers import RouterWatch
 from sparselong.model.attention import choose_attention, chosen_attention
 from sparselong.model.checkpoint import Checkpoint
+from sparselong.model.description import describe_weights
 from sparselong.model.fused import FusedDecoderLayer, chunk_loss
 from sparselong.model.projections import two_four_conforming
 from sparselong.run import write_atomically
@@ -189,6 +191,7 @@ class SparseLongPlugin(BasePlugin):
             tell(f"{name}: {given - len(dataset)} of {given} conversations left out (too long)")
 
     def load_adapter(self, model, cfg, inference=False, config_only=False):
+        tell(describe_weights(model))
         chunk_loss(model)
         section = cfg.sparselong
         tuned, config = add_masked_lora(
@@ -203,13 +206,14 @@ class SparseLongPlugin(BasePlugin):
         tell(parameter_table(tuned))
         return tuned, config
 
-    def add_callbacks_post_trainer(self, cfg, trainer):
+    def add_callbacks_post_trainer(self, cfg, trainer: Any):
         section, layers = cfg.sparselong, trainer.layers
         self.keeping = decide_keeping(section.keep_attention, section.kept_peak_bytes)
         tell(str(self.keeping))
         return [
             MaskUpkeep(layers, trainer.progress, section.update_frequency, section.criterion),
             SecondPasses(self.keeping.kept),
+            RouterWatch(trainer.model),
             Metrics(
                 Path(section.work) / METRICS if ranks.is_first() else None,
                 trainer.progress,

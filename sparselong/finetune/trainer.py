@@ -42,7 +42,7 @@ from sparselong.finetune.launch import find_world
 from sparselong.finetune.process import train_ranks
 from sparselong.run import Stage, write_atomically
 
-_CALLBACKS = ("MaskUpkeep", "SecondPasses", "Metrics")
+_CALLBACKS = ("MaskUpkeep", "SecondPasses", "RouterWatch", "Metrics")
 
 
 def finetune(stage: Stage) -> None:

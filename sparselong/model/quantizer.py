@@ -2,7 +2,8 @@
 
 Importing `sparselong` registers the quantization method `sparselong`. Before weights are loaded,
 the quantizer replaces the attention projections by PackedLinear and the experts by PackedExperts;
-the checkpoint's tensors then load by name. Nothing is decoded, and nothing falls back to bf16. A
+the checkpoint's tensors then load by name. Nothing is decoded, and nothing falls back to bf16: what
+each group of weights takes, and as what, is told on stderr. A
 model that attends through `sparselong` has its norms and rotary embeddings fused too (fused.py).
 
 The same door opens an upstream checkpoint with its experts left packed (`weight_bits=16`,
@@ -11,6 +12,7 @@ The same door opens an upstream checkpoint with its experts left packed (`weight
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal, cast
 
 import torch
@@ -21,6 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sparselong.model.description import describe_weights
 from sparselong.model.packed_experts import PackedExperts
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import mxfp4, two_four
@@ -127,6 +130,7 @@ class SparseLongQuantizer(HfQuantizer):
 
         if model.config._attn_implementation == NAME:
             fuse(model)
+        print(describe_weights(model), file=sys.stderr, flush=True)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if self.quantization_config.expert_sparsity == "none":

@@ -1,0 +1,63 @@
+"""Watches the routers: logits that are no numbers stop training, named by layer and step.
+
+A NaN anywhere before a router makes its choice of experts meaningless, and from then on every
+layer's; the loss shows it a pass later and says nothing of where it came from. So each router's
+logits set a flag of their layer on the device, which costs no wait, and the flags are read once a
+step, before the optimizer takes gradients that are worth nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+
+from sparselong.errors import StageError
+
+
+class RouterWatch(TrainerCallback):
+    """Stops at router logits that are NaN or infinite.
+
+    Args:
+        model: a gpt-oss model, wrapped by PEFT or not; its routers get a hook.
+
+    Raises:
+        StageError: from the hooks' flags, before an optimizer step and after an evaluation.
+    """
+
+    def __init__(self, model: nn.Module):
+        routers = {n: m for n, m in model.named_modules() if isinstance(m, GptOssTopKRouter)}
+        self.names = list(routers)
+        self.flags: torch.Tensor | None = None
+        for number, router in enumerate(routers.values()):
+            router.register_forward_hook(self._make_hook(number))
+
+    def _make_hook(self, number: int):
+        @torch.no_grad()
+        def hook(_module: nn.Module, _inputs: tuple, outputs: tuple) -> None:
+            logits = outputs[0].detach()
+            if self.flags is None:
+                self.flags = torch.zeros(len(self.names), dtype=torch.bool, device=logits.device)
+            self.flags[number].logical_or_(torch.isfinite(logits).all().logical_not())
+
+        return hook
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._check(f"step {state.global_step + 1}")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._check(f"the evaluation after step {state.global_step}")
+
+    def _check(self, when: str) -> None:
+        flags = [] if self.flags is None else self.flags.tolist()
+        broken = [name for name, flag in zip(self.names, flags, strict=False) if flag]
+        if broken:
+            first = broken[0].removeprefix("base_model.model.").removesuffix(".base_layer")
+            raise StageError(
+                f"the router {first} gave logits that are no numbers in {when}",
+                "finite router logits in every layer",
+                f"NaN or infinity in {len(broken)} of {len(self.names)} layers, this one first",
+                "lower training.learning_rate; if it is the first step, the checkpoint is damaged: "
+                "redo stage 02. Running the same command again goes on from the last checkpoint",
+            )
