@@ -19,6 +19,8 @@ from benchmarks import (
     report_attention,
     report_context_parallel,
     report_expert_gemm,
+    report_generation,
+    report_memory,
     report_neighbours,
     report_train_step,
 )
@@ -32,9 +34,11 @@ and the versions of every figure. Edit neither by hand.
 """
 SECTIONS = (
     report_train_step.write_section,
+    report_memory.write_section,
     report_context_parallel.write_section,
     report_attention.write_section,
     report_expert_gemm.write_section,
+    report_generation.write_section,
     report_neighbours.write_section,
 )
 

@@ -1,0 +1,54 @@
+"""The memory section of BENCHMARKS.md, from benchmarks/results/memory-*.json."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from benchmarks.memory import predict
+from benchmarks.record import newest
+
+TEXT = """
+## Predicted and measured memory of a training step
+
+gpt-oss-20b's shape, stage 03's masked LoRA, each case in a process of its own: what the card lends
+(torch's reserved memory at its peak and the CUDA context) beside what the planner of this version
+predicts. `allocated` is what tensors took; between it and the card lie the context and the gaps
+that the allocator cannot lend again. Kept: full attention's outputs, between a layer's two passes.
+"""
+COLUMNS = ("layers", "tokens", "rank", "kept", "offloaded", "allocated", "card", "predicted", "off")
+
+
+def write_section() -> str:
+    """The section's text, machine by machine; empty where nothing was measured."""
+    found = newest("memory")
+    if not found:
+        return ""
+    return TEXT + "".join(write_machine(machine, found[machine]) for machine in found)
+
+
+def write_machine(machine: str, document: dict[str, Any]) -> str:
+    """A row for each case."""
+    cases: dict[str, dict[str, float]] = {}
+    for entry in document["rows"]:
+        cases.setdefault(json.dumps(entry["case"]), {})[entry["metric"]] = entry["value"]
+    lines = [
+        f"\n### {machine} (torch {document['versions']['torch']}, {document['date']}, "
+        f"`{document['file']}`)\n",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
+    ]
+    for text, figures in cases.items():
+        case = json.loads(text)
+        predicted, measured = predict(case).peak_bytes, figures["device_bytes"]
+        cells = [
+            f"{case['layers']}",
+            f"{case['tokens']:,} × {case['batch']}",
+            f"{case['rank']}",
+            "yes" if case["keep_attention"] == "always" else "no",
+            "yes" if case["offload"] else "no",
+            *(f"{n / 2**30:.2f} GiB" for n in (figures["allocated_bytes"], measured, predicted)),
+            f"{predicted / measured - 1:+.1%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
