@@ -19,12 +19,8 @@ import argparse
 import gc
 import json
 import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
+from benchmarks.context_parallel_launch import make_waves, run_wave
 from benchmarks.record import RESULTS, row, write
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
@@ -286,47 +283,6 @@ def work(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def start(degree: int, first_gpu: int, args: argparse.Namespace, out: Path, **more: Any) -> list:
-    """The processes of one part, one for each GPU from `first_gpu` on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    settings = vars(args) | more | {"out": str(out), "worker": True}
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(degree),
-        "CUDA_VISIBLE_DEVICES": ",".join(str(first_gpu + n) for n in range(degree)),
-    }
-    if not settings["peer"]:
-        environment["NCCL_P2P_DISABLE"] = "1"
-    command = [sys.executable, __file__, "--settings", json.dumps(settings, default=str)]
-    return [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(n), "LOCAL_RANK": str(n)},
-            start_new_session=True,
-        )
-        for n in range(degree)
-    ]
-
-
-def finish(processes: list, deadline: float) -> bool:
-    """Whether all ended well by then; otherwise they are ended."""
-    while time.monotonic() < deadline:
-        codes = [process.poll() for process in processes]
-        if all(code == 0 for code in codes):
-            return True
-        if any(code not in (None, 0) for code in codes):
-            break
-        time.sleep(0.2)
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    print(f"exit codes {[process.wait() for process in processes]}", file=sys.stderr)
-    return False
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--degrees", nargs="+", type=int, default=[4, 2, 1])
@@ -367,38 +323,13 @@ def main() -> None:
     rows: Rows = []
     failed = []
     for wave in make_waves(turns, gpus):
-        for turn, found in run_wave(wave, args):
+        for turn, found in run_wave(wave, args, __file__):
             rows += found
             failed += [] if found else [turn]
         path = write("context_parallel", machine, command, rows, args.folder)
         print(path, file=sys.stderr)
     if failed:
         sys.exit(f"(GPUs, peer access) that failed: {failed}")
-
-
-def make_waves(turns: list[tuple[int, bool]], gpus: int) -> list[list[tuple[int, bool]]]:
-    """Parts that fit beside each other on the machine run at the same time, on other GPUs."""
-    waves: list[list[tuple[int, bool]]] = []
-    for turn in turns:
-        if not waves or sum(degree for degree, _ in waves[-1]) + turn[0] > gpus:
-            waves.append([])
-        waves[-1].append(turn)
-    return waves
-
-
-def run_wave(wave: list[tuple[int, bool]], args: argparse.Namespace) -> list:
-    """Each turn with its rows, of which there are none where it failed."""
-    found, first_gpu, deadline = [], 0, time.monotonic() + args.timeout_seconds
-    with tempfile.TemporaryDirectory() as folder:
-        outs = [Path(folder) / f"{n}.json" for n in range(len(wave))]
-        parts = []
-        for (degree, peer), out in zip(wave, outs, strict=True):
-            parts.append(start(degree, first_gpu, args, out, peer=peer))
-            first_gpu += degree
-        for turn, processes, out in zip(wave, parts, outs, strict=True):
-            ended = finish(processes, deadline)
-            found.append((turn, json.loads(out.read_text(encoding="utf-8")) if ended else []))
-    return found
 
 
 if __name__ == "__main__":
