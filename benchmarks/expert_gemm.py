@@ -27,9 +27,8 @@ import torch
 
 from benchmarks.attention import measure_peak, tell, time_in_turn
 from benchmarks.record import RESULTS, row, write
-from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
+from sparselong.kernels.expert_gemm import ALPHA, LIMIT, MOST_CHOICES, expert_mlp
 from sparselong.kernels.expert_gemm_ref import expert_mlp_reference
-from sparselong.kernels.expert_generation import ENTRIES
 from sparselong.packing import mxfp4
 
 EXPERTS, TOP_K, WIDTH = 32, 4, 2880
@@ -164,7 +163,7 @@ def measure_errors(runs: dict[str, Run], stacks: Call) -> tuple[list[dict], set[
     parts = {name: {name: run} for name, run in runs.items() if name == "generation"}
     parts["trained"] = {name: run for name, run in runs.items() if name != "generation"}
     for part, members in parts.items():
-        call = draw(128 if part == "trained" else ENTRIES // TOP_K, "random")
+        call = draw(128 if part == "trained" else MOST_CHOICES // TOP_K, "random")
         exact_call = call | {name: call[name].detach().double().requires_grad_() for name in LEAVES}
         exact_call["dout"] = call["dout"].double()
         function = forward_backward if part == "trained" else forward
@@ -220,7 +219,7 @@ def select(runs: dict[str, Run], tokens: int) -> dict[str, Run]:
     """What is worth timing: each of ours where it might be chosen."""
     rows = tokens * TOP_K / EXPERTS
     skipped = {"small"} if rows > 64 else {"decode"} if rows < 64 else set()
-    skipped |= {"generation"} if tokens * TOP_K > ENTRIES else set()
+    skipped |= {"generation"} if tokens * TOP_K > MOST_CHOICES else set()
     return {name: run for name, run in runs.items() if name not in skipped}
 
 

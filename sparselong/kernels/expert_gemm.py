@@ -40,6 +40,8 @@ from sparselong.kernels.recompute import is_checkpointed, is_second_pass
 ALPHA, LIMIT = 1.702, 7.0
 SLICE_TOKENS = 16_384
 """Tokens that go through at once inside a checkpointed layer."""
+MOST_CHOICES = 64
+"""By "generation" every choice of a token goes through its expert's weight by itself."""
 
 
 def expert_mlp(
@@ -89,6 +91,9 @@ def expert_mlp(
     check_calls(x, expert_indices, routing_weights, gate_up)
     check_weights(x, gate_up, down)
     name = choose(x, expert_indices, gate_up_blocks.shape[0], backend)
+    tensors = (x, routing_weights, *gate_up, *down)
+    if backend is None and name == "generation" and not _generates(expert_indices, tensors):
+        name = "small"
     if x.shape[0] == 0:
         return x.clone()
     if name == "torch":
@@ -98,7 +103,12 @@ def expert_mlp(
     if name == "generation":
         from sparselong.kernels import expert_generation
 
-        _check_generation(expert_indices, expert_generation.ENTRIES, (*call, *gate_up, *down))
+        if not _generates(expert_indices, tensors):
+            raise ValueError(
+                f"backend: generation with {expert_indices.numel()} choices, {x.dtype}, gradients "
+                f"{'asked for' if _needs_gradient(tensors) else 'off'}; allowed: at most "
+                f"{MOST_CHOICES} choices, torch.bfloat16, under torch.no_grad()"
+            )
         with torch.cuda.device_of(x):
             return expert_generation.run_generation(*call, gate_up, down, gate)
     function = _CheckpointedExpertMlp if is_checkpointed() else _ExpertMlp
@@ -229,13 +239,14 @@ def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | 
     return backend
 
 
-def _check_generation(indices: torch.Tensor, most: int, inputs: tuple[torch.Tensor, ...]) -> None:
-    if indices.numel() > most:
-        raise ValueError(
-            f"expert_indices: {indices.numel()} choices; allowed with generation: {most}"
-        )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        raise ValueError("backend: generation with gradients; allowed: under torch.no_grad()")
+def _generates(indices: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether the forward-only pass for a few tokens takes the call."""
+    few = indices.numel() <= MOST_CHOICES
+    return few and tensors[0].dtype == torch.bfloat16 and not _needs_gradient(tensors)
+
+
+def _needs_gradient(inputs: tuple[torch.Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
 def check_calls(

@@ -2,6 +2,7 @@
 
 The weight is decoded on every forward and backward, and never kept: the dense layers of gpt-oss are
 under 1 % of its weights, so decoding costs little and holding bf16 copies would undo the saving.
+Few rows on a GPU, as in generation, multiply the packed weight itself, where it has 4 bits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from torch import nn
 
 from sparselong.packing import dense
 from sparselong.packing.dense import DenseFormat
+
+MOST_TOKENS = 8
+"""Rows up to which the packed weight itself is multiplied."""
 
 
 class _DecodedLinear(torch.autograd.Function):
@@ -60,6 +64,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.fmt = in_features, out_features, fmt
         for name, tensor in fmt.empty(out_features, in_features).items():
             self.register_buffer(name, tensor)
+        self.weight_packed: torch.Tensor
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def packed(self) -> dict[str, torch.Tensor]:
@@ -68,11 +73,29 @@ class PackedLinear(nn.Module):
 
     def dequantize(self) -> torch.Tensor:
         """The bf16 weight [out, in] that the stored tensors mean."""
+        if self.weight_packed.is_cuda and self.fmt.weight_bits == 4:
+            from sparselong.kernels.packed_gemv import unpack_weight
+
+            return unpack_weight(self.fmt, self.packed())
         return dense.unpack(self.fmt, self.packed())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out] in x's dtype."""
+        if self._is_small(x):
+            from sparselong.kernels.packed_gemv import packed_gemv
+
+            rows = x.reshape(-1, self.in_features)
+            return packed_gemv(rows, self.fmt, self.packed(), self.bias).view(*x.shape[:-1], -1)
         return decoded_linear(x, lambda dtype: self.dequantize().to(dtype), self.bias)
+
+    def _is_small(self, x: torch.Tensor) -> bool:
+        """Whether `packed_gemv` takes the call."""
+        trains = torch.is_grad_enabled() and (
+            x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        )
+        few = 0 < x.numel() <= MOST_TOKENS * self.in_features
+        on_gpu = x.is_cuda and x.dtype == torch.bfloat16
+        return on_gpu and few and not trains and self.fmt.weight_bits == 4
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.fmt}"

@@ -1,6 +1,6 @@
-"""A few PTX instructions in numpy, so that the experts' decoding runs where no GPU is.
+"""A few PTX instructions in numpy, so that the decoding of weights runs where no GPU is.
 
-Only what `expert_kernels.LOOK_UP_PTX` uses, on whole arrays of 32-bit words; anything else raises.
+Only what the kernels' PTX uses, on whole arrays of 32-bit words; anything else raises.
 """
 
 from __future__ import annotations
@@ -36,6 +36,38 @@ def combine_bits(a: Words, b: Words, c: Words, table: Words) -> Words:
     return found
 
 
+def round_to_bf16(values: np.ndarray) -> Words:
+    """The upper halves of fp32 words of fp64 numbers that fp32 holds exactly; ties to even."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+
+
+def fuse_bf16_pairs(a: Words, b: Words, c: Words) -> Words:
+    """fma.rn.bf16x2; the products that occur fit fp32."""
+    found = np.zeros_like(a)
+    for shift in (np.uint32(0), np.uint32(16)):
+        halves = [((w >> shift) << np.uint32(16)).view(np.float32).astype(np.float64)
+                  for w in (a, b, c)]  # fmt: skip
+        found |= (round_to_bf16(halves[0] * halves[1] + halves[2]) & np.uint32(0xFFFF)) << shift
+    return found
+
+
+def fuse_fp16_pairs(a: Words, b: Words, c: Words) -> Words:
+    """fma.rn.f16x2: fp64 holds product and sum exactly, so there is one rounding."""
+    found = np.zeros_like(a)
+    for shift in (np.uint32(0), np.uint32(16)):
+        halves = [(w >> shift).astype(np.uint16).view(np.float16).astype(np.float64)
+                  for w in (a, b, c)]  # fmt: skip
+        result = (halves[0] * halves[1] + halves[2]).astype(np.float16)
+        found |= result.view(np.uint16).astype(np.uint32) << shift
+    return found
+
+
+def fuse_fp32(a: Words, b: Words, c: Words) -> Words:
+    """fma.rn.f32 of bf16 factors, whose product fp32 holds."""
+    return (a.view(np.float32) * b.view(np.float32) + c.view(np.float32)).view(np.uint32)
+
+
 OPERATIONS = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
@@ -43,6 +75,10 @@ OPERATIONS = {
     "shr.u32": lambda a, b: a >> b,
     "prmt.b32": permute_bytes,
     "lop3.b32": combine_bits,
+    "fma.rn.bf16x2": fuse_bf16_pairs,
+    "mul.rn.f16x2": lambda a, b: fuse_fp16_pairs(a, b, np.zeros_like(a)),
+    "fma.rn.f16x2": fuse_fp16_pairs,
+    "fma.rn.f32": fuse_fp32,
 }
 
 

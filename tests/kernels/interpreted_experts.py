@@ -12,14 +12,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 import dataclasses
 import json
 
-import numpy as np
 import torch
-import triton
-from triton.runtime.interpreter import TensorHandle
 
-from sparselong.kernels import expert_generation, expert_routing, expert_triton
+from sparselong.kernels import expert_routing, expert_triton
 from sparselong.kernels.expert_gemm_ref import decode_reference, expert_mlp_reference
-from tests.kernels.emulated_ptx import run_ptx
 
 GATE = (1.702, 7.0)
 
@@ -38,11 +34,6 @@ class Case:
     buffer_bytes: int | None = None
 
 
-GENERATION = [
-    Case("generation_one_token", 1),
-    Case("generation_four_tokens", 4, top_k=1, inner=96),
-    Case("generation_more_than_a_step", 1, experts=2, top_k=1, hidden=1056),
-]
 CASES = [
     Case("one_token", 1),
     Case("ragged", 37),
@@ -110,35 +101,6 @@ def run(case: Case, backend: str) -> dict[str, float]:
     }
 
 
-def run_generation(case: Case) -> dict[str, float]:
-    """Relative L2 error of the pass for a few tokens, and the numbers that a wrong index gives."""
-    torch.manual_seed(len(case.name))
-    x = torch.randn(case.tokens, case.hidden)
-    picks = [torch.randperm(case.experts)[: case.top_k] for _ in range(case.tokens)]
-    indices = torch.stack(picks)
-    weights = torch.rand(indices.shape)
-    gate_up = draw_stack(case.experts, 2 * case.inner, case.hidden)
-    down = draw_stack(case.experts, case.hidden, case.inner)
-    out = expert_generation.run_generation(x, indices, weights, gate_up, down, GATE)
-    exact = expert_mlp_reference(
-        x, indices, weights, gate_up[:2], gate_up.bias, down[:2], down.bias, *GATE
-    )
-    indices[-1, 0] = case.experts
-    wrong = expert_generation.run_generation(x, indices, weights, gate_up, down, GATE)
-    return {
-        "out": ((out.double() - exact).norm() / exact.norm()).item(),
-        "numbers_for_a_wrong_index": float(torch.isfinite(wrong[-1]).sum()),
-    }
-
-
-def emulate_asm(text, constraints, args, dtype, is_pure, pack, _semantic=None):
-    """tl.inline_asm_elementwise in the interpreter, by tests/kernels/emulated_ptx.py."""
-    words = args[0].handle.data.view(np.uint32)
-    found = run_ptx(text.value, len(dtype), [words])
-    handles = [TensorHandle(array.view(np.int32), triton.language.int32) for array in found]
-    return tuple(triton.language.tensor(handle, args[0].type) for handle in handles)
-
-
 def count_inexact_decodings() -> int:
     """Of all bytes times all scales, how many values are not bit-exact in fp32."""
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 255, 1, 1)
@@ -151,18 +113,13 @@ def count_inexact_decodings() -> int:
 
 
 def main() -> None:
-    expert_triton.torch = expert_routing.torch = expert_generation.torch = Poisoned()  # pyright: ignore[reportAttributeAccessIssue]
+    expert_triton.torch = expert_routing.torch = Poisoned()  # pyright: ignore[reportAttributeAccessIssue]
     results: dict[str, dict[str, float]] = {}
     default = expert_triton.BUFFER_BYTES
     for case in CASES:
         expert_triton.BUFFER_BYTES = case.buffer_bytes or default
         for backend in ("decode",) if case.buffer_bytes else ("decode", "packed"):
             results[f"{case.name} {backend}"] = run(case, backend)
-    for case in GENERATION:
-        results[case.name] = run_generation(case)
-    triton.language.inline_asm_elementwise = emulate_asm  # pyright: ignore[reportAttributeAccessIssue]
-    expert_generation.has_ptx = lambda _: True
-    results["generation_by_ptx"] = run_generation(GENERATION[0])
     results["decoding"] = {"inexact": count_inexact_decodings()}
     print(json.dumps(results))
 

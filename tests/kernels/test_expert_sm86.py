@@ -10,7 +10,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparselong.kernels import (
-    expert_generation,
     expert_glue_kernels,
     expert_kernels,
     expert_lora_kernels,
@@ -38,12 +37,6 @@ SINGLE = [
     (expert_glue_kernels.gate_backward_kernel, {"BLOCK": 1024, "WEIGHT_GRADIENT": True}, 4),
     (expert_glue_kernels.sum_rows_kernel, {"BLOCK": 32, "COLUMNS": 128, "WEIGHTED": True}, 4),
     (expert_kernels.decode_kernel, {"GROUPS": 64, "TURNS": 8, "PTX": True}, 8),
-]
-GENERATION = {"TOP_K": 4, "STEPS": 3, "PTX": True}
-TILE = expert_generation.TILE
-SINGLE += [
-    (expert_generation.gate_up_kernel, {"ROWS": TILE.gate_up_rows, **GENERATION}, TILE.warps),
-    (expert_generation.down_kernel, {"ROWS": TILE.down_rows, **GENERATION}, TILE.warps),
 ]
 ADAPTER = {"RANK": 64, "PRECISION": "tf32"}  # the largest rank that the config takes
 SINGLE += [

@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""Generation in gpt-oss-20b's shape at batch 1: first token, tokens a second, bytes on the card.
+
+Weights are random and made on the GPU, in the formats of stage 02's output: experts in MXFP4,
+attention in int4 2:4. Every arm runs in a process of its own on the same prompt:
+
+| arm      | what                                                                             |
+|----------|----------------------------------------------------------------------------------|
+| graph    | this project's `generate`: one captured step a token                             |
+| kernels  | the same step, its kernels launched one by one                                   |
+| packed   | transformers' `generate` over this project's packed model                        |
+| eager    | transformers' `generate` over bf16 weights and its own attention                 |
+
+The bound is the time in which the card's memory, at the bandwidth on its data sheet, delivers every
+byte of the weights that one token needs, once: packed attention, top-4 of 32 experts, routers,
+norms, biases and lm_head; neither cache nor activations. `load_seconds` is building the model and
+capturing the step; `device_bytes` what the process takes of the card, CUDA context included. Needs
+a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import GptOssForCausalLM
+
+from benchmarks.record import RESULTS, row, write
+from benchmarks.shape_20b import build_baseline, build_packed, config_20b
+from sparselong.model.fused import fuse
+from sparselong.model.generation import Decoder, generate
+from sparselong.model.packed_linear import PackedLinear
+
+ARMS = ("graph", "kernels", "packed", "eager")
+SHEET_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12}
+"""Bytes a second by the vendor's data sheets, SXM parts."""
+REPEATS = 3
+
+
+def sheet_bandwidth() -> float:
+    """Of this card; one that is not listed has no bound here."""
+    name = torch.cuda.get_device_name()
+    for part, bandwidth in SHEET_BANDWIDTH.items():
+        if part in name:
+            return bandwidth
+    sys.exit(f"no data sheet bandwidth for {name}: add it to SHEET_BANDWIDTH")
+
+
+def active_bytes(model: GptOssForCausalLM) -> int:
+    """Bytes of the weights that one token reads, the embedding's one row included."""
+    config: Any = model.config
+    share = config.num_experts_per_tok / config.num_local_experts
+    total = 0.0
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "rotary" in name:
+            continue
+        size = tensor.numel() * tensor.element_size()
+        if ".experts." in name:
+            size *= share
+        elif "embed_tokens" in name:
+            size /= config.vocab_size
+        total += size
+    return round(total)
+
+
+def context_bytes() -> int:
+    """Device memory of this process beside torch's own: the CUDA context and libraries."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def make_model(arm: str, layers: int) -> GptOssForCausalLM:
+    """The arm's model, in eval mode."""
+    config = config_20b(layers)
+    if arm == "eager":
+        return build_baseline(config, "eager").eval()
+    model = build_packed(config, "masked")
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            del module.drawn  # the masters, which training alone needs
+    fuse(model)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return model.eval()
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one arm, in this process."""
+    torch.manual_seed(0)
+    begin = time.perf_counter()
+    model = make_model(args.arm, args.layers)
+    decoder = None
+    if args.arm in ("graph", "kernels"):
+        decoder = Decoder(model, args.prompt + args.tokens, use_graph=args.arm == "graph")
+    torch.cuda.synchronize()
+    load_seconds = time.perf_counter() - begin
+    prompt = torch.randint(model.config.vocab_size, (1, args.prompt), device="cuda")
+
+    def follow(count: int) -> list[int]:
+        if decoder is None:
+            out: Any = model.generate(
+                prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False
+            )
+            return out[0, args.prompt :].tolist()
+        return list(generate(model, prompt, count, decoder=decoder))
+
+    follow(3)  # compiles what prompts need
+    firsts, rates = [], []
+    for _ in range(REPEATS):
+        firsts.append(time_call(lambda: follow(1)))
+        seconds = time_call(lambda: follow(args.tokens))
+        rates.append((args.tokens - 1) / (seconds - statistics.median(firsts)))
+    case = {"prompt": args.prompt, "tokens": args.tokens, "layers": args.layers}
+    reserved, context = torch.cuda.max_memory_reserved(), context_bytes()
+    rows = [
+        row(case, args.arm, "load_seconds", load_seconds, "s"),
+        row(case, args.arm, "first_token_seconds", statistics.median(firsts), "s"),
+        row(case, args.arm, "throughput", statistics.median(rates), "tokens/s"),
+        row(case, args.arm, "device_bytes", reserved + context, "bytes"),
+        row(case, args.arm, "context_bytes", context, "bytes"),
+        row(case, args.arm, "allocated_bytes", torch.cuda.max_memory_allocated(), "bytes"),
+    ]
+    if args.arm != "eager":
+        needed, bandwidth = active_bytes(model), sheet_bandwidth()
+        rows += [
+            row(case, args.arm, "active_bytes", needed, "bytes"),
+            row(case, args.arm, "bound", bandwidth / needed, "tokens/s"),
+            row(
+                case, args.arm, "share_of_bound",
+                statistics.median(rates) * needed / bandwidth, "1",
+            ),
+        ]  # fmt: skip
+    if args.arm == "graph" and decoder is not None:
+        rows += time_steps(decoder, case)
+    for entry in rows:
+        print(f"{args.arm:8} {entry['metric']:22} {entry['value']:16.6g}", file=sys.stderr)
+    return rows
+
+
+def time_call(call: Any) -> float:
+    """Seconds of one call, the device's work included."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def time_steps(decoder: Decoder, case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a replayed step by the device's clock, and of its kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    position = int(decoder.step.position)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    marks[0].record()
+    for _ in range(50):
+        decoder.step.position.fill_(position - 1)
+        decoder.advance()
+    marks[1].record()
+    torch.cuda.synchronize()
+    rows = [row(case, "graph", "step_ms", marks[0].elapsed_time(marks[1]) / 50, "ms")]
+    decoder.step.position.fill_(position - 1)
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        decoder.advance()
+        torch.cuda.synchronize()
+    spent: dict[str, list[float]] = defaultdict(list)
+    events: Any = trace.events()
+    for event in events:
+        if event.device_time > 0:
+            spent[event.name].append(event.device_time)
+    for kernel, times in sorted(spent.items(), key=lambda item: -sum(item[1])):
+        print(f"  {sum(times):9.1f} us  {len(times):4} x  {kernel[:90]}", file=sys.stderr)
+        rows.append(row(case, "graph", f"kernel_us: {kernel[:120]}", sum(times), "us"))
+    return rows
+
+
+def spawn(arm: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One arm in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        options = {"arm": arm, "out": out, "prompt": args.prompt, "tokens": args.tokens}
+        options["layers"] = args.layers
+        words = itertools.chain.from_iterable((f"--{k}", str(v)) for k, v in options.items())
+        subprocess.run([sys.executable, __file__, *words], check=True)
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens to generate")
+    parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
+    parser.add_argument("--machine", help="short name for the result's file, for example h200")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    for name in ("--arm", "--out"):  # of one measurement's own process
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():  # make bench goes on with what this machine can measure
+        print("benchmarks/generation.py needs a CUDA device: nothing measured")
+        return
+    if args.arm:
+        Path(args.out).write_text(json.dumps(measure(args)), encoding="utf-8")
+        return
+    rows = []
+    machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
+    # Where the figures were put is one machine's path, and no part of what gave them.
+    given = " ".join(sys.argv[1:]).replace(f"--folder {args.folder}", "").split()
+    command = f"python3 {' '.join(['benchmarks/generation.py', *given])}"
+    for arm in args.arms:
+        rows += spawn(arm, args)
+        path = write("generation", machine, command, rows, args.folder)  # what is there counts
+        print(path, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

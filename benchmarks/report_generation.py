@@ -1,0 +1,61 @@
+"""The section on generation, from benchmarks/results/generation-*.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.record import newest
+
+HEAD = """
+## Generation at batch 1
+
+gpt-oss-20b's shape with random weights in stage 02's formats (experts MXFP4, attention int4 2:4).
+The bound is what the card's memory delivers by its data sheet: every packed weight that a token
+needs, once. `graph` is this project's `generate`, `kernels` the same step launched kernel by
+kernel, `packed` transformers' `generate` over the packed model, `eager` transformers' over bf16
+weights. Device memory includes the CUDA context; loading is building random weights here.
+"""
+
+
+def write_section() -> str:
+    """The section's tables, machine by machine; nothing where nothing was measured."""
+    found = newest("generation").items()
+    tables = "".join(write_machine(machine, document) for machine, document in found)
+    return HEAD + tables if tables else ""
+
+
+def write_machine(machine: str, document: dict[str, Any]) -> str:
+    """One machine's table, and where a step's time goes."""
+    values = {(row["backend"], row["metric"]): row["value"] for row in document["rows"]}
+    arms = list(dict.fromkeys(row["backend"] for row in document["rows"]))
+    case, versions = document["rows"][0]["case"], document["versions"]
+    lines = [
+        f"\n### {machine} (torch {versions['torch']}, triton {versions['triton']}, "
+        f"{document['date']}, `{document['file']}`)\n",
+        f"A prompt of {case['prompt']:,} tokens, {case['tokens']} generated.\n",
+        "| arm | tokens/s | share of the bound | first token, ms | load, s | device memory, GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        share = values.get((arm, "share_of_bound"))
+        cells = [
+            arm,
+            f"{values[arm, 'throughput']:,.0f}",
+            "–" if share is None else f"{share:.1%}",
+            f"{values[arm, 'first_token_seconds'] * 1e3:.0f}",
+            f"{values[arm, 'load_seconds']:.1f}",
+            f"{values[arm, 'device_bytes'] / 2**30:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    kernels = {
+        metric.removeprefix("kernel_us: "): value
+        for (arm, metric), value in values.items()
+        if arm == "graph" and metric.startswith("kernel_us: ")
+    }
+    if kernels:
+        spent = ", ".join(f"{name} {us:,.0f}" for name, us in kernels.items())
+        lines.append(
+            f"\nA replayed step takes {values['graph', 'step_ms']:.3f} ms on the device; its "
+            f"kernels, which overlap where a launch waits for the one before it, in us: {spent}."
+        )
+    return "\n".join([*lines, ""])

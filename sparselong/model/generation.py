@@ -1,0 +1,226 @@
+"""Generation at batch 1: a prompt through the model, then one token after another.
+
+`model.generate(...)` works on packed models and is the general way. This one is for speed: the
+cache has a fixed size, sliding layers keep their window alone, and one step (`decode_step.py`) is
+captured in a CUDA graph once and replayed for every token, its position and its token on the
+device. A greedy token goes into the next step without passing the host, which reads it while the
+next step runs. On a CPU the same loop runs the step in plain torch.
+
+Sampling goes through transformers' own logits processors. Left out: batches, beams, adapters that
+are not merged, models whose cache does not fit the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import (
+    DynamicCache,
+    GptOssForCausalLM,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from sparselong.errors import StageError
+from sparselong.model.decode_step import KernelStep, TorchStep, make_caches
+
+WARM_UP_STEPS = 2
+
+
+class Decoder:
+    """A model with a cache for `most_tokens` positions, and its step, captured on a GPU.
+
+    Args:
+        model: gpt-oss in eval mode, on one device.
+        most_tokens: prompt and generated tokens together.
+        use_graph: on a GPU, replay a captured step; False launches its kernels one by one.
+
+    Raises:
+        ValueError: see `KernelStep`.
+    """
+
+    def __init__(self, model: GptOssForCausalLM, most_tokens: int, use_graph: bool = True):
+        self.model, self.most_tokens = model, most_tokens
+        self.is_cuda = model.device.type == "cuda"
+        self.caches = make_caches(model, most_tokens)
+        kind = KernelStep if self.is_cuda else TorchStep
+        with torch.no_grad():
+            self.step = kind(model, self.caches, most_tokens)
+            self._graph = self._capture() if self.is_cuda and use_graph else None
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Compiles the kernels, then captures a step. What it writes, `start` overwrites."""
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                self.step.position.zero_()
+                self.step.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            self.step.run()
+        return graph
+
+    @torch.no_grad()
+    def start(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Runs a prompt [1, tokens] through the model, into the cache.
+
+        Returns:
+            The last token's logits, [vocab].
+
+        Raises:
+            ValueError: no tokens, several rows, or more than the cache holds.
+        """
+        if input_ids.dim() != 2 or len(input_ids) != 1:
+            raise ValueError(f"input_ids: {list(input_ids.shape)}; allowed: [1, tokens]")
+        tokens = input_ids.shape[1]
+        if not 0 < tokens < self.most_tokens:
+            raise ValueError(
+                f"input_ids: {tokens} tokens; allowed: 1 to {self.most_tokens - 1}, one less than "
+                "the cache holds"
+            )
+        past = DynamicCache(config=self.model.config)
+        outputs: Any = self.model(
+            input_ids=input_ids.to(self.model.device),
+            past_key_values=past,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        for layer, cache in zip(past.layers, self.caches, strict=True):
+            known: Any = layer
+            cache.fill(known.keys[0], known.values[0], tokens)
+        self.step.position.fill_(tokens - 1)
+        return outputs.logits[0, -1]
+
+    def put(self, token: int) -> None:
+        """The token that the next `advance` takes in."""
+        self.step.word.fill_(0x7FFFFFFF - token)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """One step: takes the token in `step.word`, leaves `step.logits` and the largest's word."""
+        if self._graph is None:
+            self.step.run()
+        else:
+            self._graph.replay()
+
+
+@torch.no_grad()
+def generate(
+    model: GptOssForCausalLM,
+    input_ids: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: tuple[int, ...] = (),
+    decoder: Decoder | None = None,
+) -> Iterator[int]:
+    """Yields the tokens that follow a prompt, one by one, as they are made.
+
+    Args:
+        model: gpt-oss in eval mode, packed or on a CPU as transformers has it.
+        input_ids: int64 [1, tokens].
+        max_new_tokens: how many at most.
+        temperature: 0: the token of the largest logit, the first of equals; above: sampled.
+        top_p: share of probability that is sampled from.
+        seed: of sampling.
+        stop: tokens after which nothing follows; the stopping token is yielded.
+        decoder: one with enough room, to be used again; None: made here.
+
+    Raises:
+        ValueError: an argument is not as above, or the model is not one that `KernelStep` takes.
+        StageError: a logit is NaN; names the token.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"max_new_tokens, temperature, top_p: {max_new_tokens}, {temperature}, {top_p}; "
+            "allowed: at least 1, at least 0, above 0 and at most 1"
+        )
+    needed = input_ids.shape[-1] + max_new_tokens
+    decoder = decoder or Decoder(model, needed)
+    if decoder.most_tokens < needed:
+        raise ValueError(f"decoder: room for {decoder.most_tokens} tokens; needed: {needed}")
+    logits = decoder.start(input_ids)
+    if temperature == 0:
+        tokens = _pick_greedily(decoder, logits, max_new_tokens)
+    else:
+        tokens = _sample(decoder, logits, max_new_tokens, temperature, top_p, seed)
+    for token in tokens:
+        yield token
+        if token in stop:
+            return
+
+
+def _pick_greedily(decoder: Decoder, logits: torch.Tensor, count: int) -> Iterator[int]:
+    """Tokens of the largest logits; a step is always under way while the host reads the last."""
+    _check(logits, 0)
+    token = int(logits.argmax())
+    decoder.put(token)
+    pinned = torch.zeros(2, dtype=torch.int64, pin_memory=decoder.is_cuda)
+    events = [torch.cuda.Event() for _ in range(2)] if decoder.is_cuda else []
+
+    def launch(n: int) -> None:
+        decoder.advance()
+        pinned[n % 2 : n % 2 + 1].copy_(decoder.step.word, non_blocking=True)
+        if events:
+            events[n % 2].record()
+
+    for n in range(count):
+        if n == 0 and count > 1:
+            launch(0)
+        yield token
+        if n + 1 == count:
+            return
+        if n + 2 < count:
+            launch(n + 1)
+        if events:
+            events[n % 2].synchronize()
+        word = int(pinned[n % 2])
+        if word >> 32 > 0x7F800000:
+            raise _nan(n + 1)
+        token = 0x7FFFFFFF - (word & 0x7FFFFFFF)
+
+
+def _sample(
+    decoder: Decoder,
+    logits: torch.Tensor,
+    count: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> Iterator[int]:
+    """Tokens drawn from the processed distribution; every one passes the host."""
+    generator = torch.Generator(decoder.model.device).manual_seed(seed)
+    processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    nothing: Any = torch.empty((1, 0), dtype=torch.int64, device=decoder.model.device)
+    for n in range(count):
+        _check(logits, n)
+        scores = processors(nothing, logits[None].float())  # pyright: ignore[reportArgumentType]
+        token = int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+        yield token
+        if n + 1 < count:
+            decoder.put(token)
+            decoder.advance()
+            logits = decoder.step.logits
+
+
+def _check(logits: torch.Tensor, token: int) -> None:
+    if bool(logits.isnan().any()):
+        raise _nan(token)
+
+
+def _nan(token: int) -> StageError:
+    return StageError(
+        f"generated token {token} has no probability",
+        "numbers as logits",
+        "NaN",
+        "the checkpoint is damaged, or its activations leave bfloat16's range: evaluate it",
+    )

@@ -1,0 +1,137 @@
+"""Generation's kernels as compiled: accuracy against fp64, and the graph's tokens."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import GptOssForCausalLM
+
+from sparselong.kernels.packed_gemv import packed_gemv, unpack_weight
+from sparselong.kernels.packed_gemv_ref import packed_gemv_reference
+from sparselong.model.decode_step import KernelStep, TorchStep
+from sparselong.model.generation import Decoder, generate
+from sparselong.model.packed_linear import PackedLinear
+from sparselong.model.quantizer import replace_with_packed
+from sparselong.packing import dense, integer
+from sparselong.packing.dense import DenseFormat
+from tests.model.test_generation import CONFIG, WINDOW
+
+FORMATS = [DenseFormat(4, "2:4", 64), DenseFormat(4, "2:4", 32), DenseFormat(4, "none", 64)]
+
+
+def draw(fmt: DenseFormat, rows: int, width: int) -> dict[str, torch.Tensor]:
+    """A random weight in a format, on the GPU."""
+    mask = (torch.rand(rows, width // 4, 4).argsort(-1) < 2).view(rows, width)
+    scale = (0.01 + 0.01 * torch.rand(rows, width // fmt.group_size)).bfloat16()
+    codes = integer.quantize(0.05 * torch.randn(rows, width), scale, 4)
+    packed = dense.pack(fmt, codes, mask if fmt.is_sparse else None, scale)
+    return {name: tensor.cuda() for name, tensor in packed.items()}
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 4096, 2880), (1, 2880, 4096), (3, 77, 128), (8, 512, 2880)])
+def test_a_product_is_rounded_once(fmt, shape):
+    torch.manual_seed(0)
+    tokens, rows, width = shape
+    tensors, bias = draw(fmt, rows, width), torch.randn(rows, device="cuda").bfloat16()
+    x = torch.randn(tokens, width, device="cuda").bfloat16()
+    exact = packed_gemv_reference(x, fmt, tensors, bias)
+    got = packed_gemv(x, fmt, tensors, bias)
+    assert torch.equal(got, packed_gemv(x, fmt, tensors, bias))
+    plain = torch.nn.functional.linear(x, dense.unpack(fmt, tensors), bias)
+    assert ((got - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5 * exact.abs().max()).all()
+    assert (got - exact).norm() <= 1.05 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_an_unpacked_weight_is_that_of_plain_torch(fmt):
+    tensors = draw(fmt, 517, 2880 if fmt.group_size == 64 else 2848)
+    assert torch.equal(unpack_weight(fmt, tensors), dense.unpack(fmt, tensors))
+
+
+def make_model(packed: bool) -> GptOssForCausalLM:
+    """Random and small, in bf16, as generation finds it on a GPU."""
+    torch.manual_seed(0)
+    fmt = DenseFormat(4, "2:4", 32) if packed else DenseFormat(16, "none", 64)
+    with torch.device("cuda"):
+        model = GptOssForCausalLM._from_config(
+            CONFIG, dtype=torch.bfloat16, attn_implementation="eager"
+        )
+        replace_with_packed(model, fmt)
+    model.bfloat16()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("_blocks"):
+            tensor.random_(0, 256)
+        elif name.endswith("_scales"):
+            tensor.random_(122, 125)
+        elif "norm" in name:
+            tensor.data.uniform_(0.5, 1.5)
+        elif tensor.is_floating_point() and "rotary" not in name:
+            tensor.data.normal_(0.0, 0.2)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            for name, tensor in draw(fmt, module.out_features, module.in_features).items():
+                getattr(module, name).copy_(tensor)
+            module.get_buffer("weight_scale").mul_(8)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["packed", "bf16"])
+def model(request) -> GptOssForCausalLM:
+    return make_model(request.param)
+
+
+PROMPT = torch.tensor([[5, 6, 7, 50, 8, 21, 13, 44, 2, 3, 9]])
+
+
+def test_the_graph_gives_the_tokens_of_its_kernels(model):
+    count = 3 * WINDOW
+    graph, kernels = Decoder(model, 64), Decoder(model, 64, use_graph=False)
+    tokens = list(generate(model, PROMPT, count, decoder=graph))
+    assert tokens == list(generate(model, PROMPT, count, decoder=kernels))
+    assert tokens == list(generate(model, PROMPT, count, decoder=graph)), "a second time"
+    assert len(set(tokens)) > 4, "too plain to tell"
+    for ours, theirs in zip(graph.caches, kernels.caches, strict=True):
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_logits_are_as_near_to_fp64_as_plain_torch_in_bf16(model):
+    """Step by step on the same tokens, past the window's border."""
+    tokens = [*PROMPT[0].tolist(), *range(20, 20 + 2 * WINDOW)]
+    exact_model = decode_to_double(model)
+    steps: dict[str, Any] = {"ours": Decoder(model, 64), "torch": Decoder(model, 64)}
+    steps["torch"].step = TorchStep(model, steps["torch"].caches, 64)
+    steps["torch"]._graph = None
+    errors: dict[str, list[float]] = {"ours": [], "torch": []}
+    for name in errors:
+        steps[name].start(PROMPT.cuda())
+    for n in range(PROMPT.shape[1], len(tokens)):
+        ids = torch.tensor([tokens[: n + 1]])
+        exact = exact_model(ids, use_cache=False).logits[0, -1].cuda()
+        for name, found in errors.items():
+            steps[name].put(tokens[n])
+            steps[name].advance()
+            found.append(((steps[name].step.logits.double() - exact).norm() / exact.norm()).item())
+    ours, theirs = (sorted(found)[len(found) // 2] for found in errors.values())
+    print(f"median relative error of logits: ours {ours:.2e}, torch {theirs:.2e}")
+    assert ours <= 2 * theirs and ours < 0.1
+
+
+def decode_to_double(model: GptOssForCausalLM) -> GptOssForCausalLM:
+    """The same weights in fp64; on a CPU, which has every product in fp64."""
+    return copy.deepcopy(model).cpu().double().requires_grad_(False)
+
+
+def test_other_modules_are_refused(model):
+    layer: Any = model.model.layers[0]
+    kept, layer.mlp.experts = layer.mlp.experts, torch.nn.Identity()
+    try:
+        with pytest.raises(ValueError, match="allowed: PackedExperts"):
+            Decoder(model, 64)
+    finally:
+        layer.mlp.experts = kept
+
+
+def test_the_step_is_made_of_kernels(model):
+    assert isinstance(Decoder(model, 64, use_graph=False).step, KernelStep)

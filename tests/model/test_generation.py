@@ -1,0 +1,127 @@
+"""Generation over a static cache on a CPU: the tokens of transformers' generate, every one."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GptOssConfig, GptOssForCausalLM
+
+from sparselong.errors import StageError
+from sparselong.model.generation import Decoder, generate
+from sparselong.model.packed_linear import PackedLinear
+from sparselong.model.quantizer import replace_with_packed
+from sparselong.packing import dense, integer
+from sparselong.packing.dense import DenseFormat
+
+WINDOW = 8
+CONFIG = GptOssConfig(
+    num_hidden_layers=4,
+    hidden_size=64,
+    intermediate_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    sliding_window=WINDOW,
+    vocab_size=96,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    eos_token_id=None,
+    pad_token_id=0,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> GptOssForCausalLM:
+    """Random, with weights large enough that a wrong key changes tokens."""
+    torch.manual_seed(0)
+    model = GptOssForCausalLM._from_config(CONFIG, dtype=torch.float32, attn_implementation="eager")
+    fmt = DenseFormat(4, "2:4", 32)
+    replace_with_packed(model, fmt)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("_blocks"):
+            tensor.random_(0, 256)
+        elif name.endswith("_scales"):
+            tensor.random_(123, 127)
+        elif tensor.is_floating_point() and "rotary" not in name and "norm" not in name:
+            tensor.data.normal_(0.0, 0.5)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            shape = (module.out_features, module.in_features)
+            mask = (torch.rand(*shape).view(shape[0], -1, 4).argsort(-1) < 2).view(shape)
+            scale = (0.1 + 0.1 * torch.rand(shape[0], shape[1] // 32)).bfloat16()
+            codes = integer.quantize(torch.randn(shape) * 0.5, scale, 4)
+            for name, tensor in dense.pack(fmt, codes, mask, scale).items():
+                getattr(module, name).copy_(tensor)
+    return model.requires_grad_(False).eval()
+
+
+def generate_with_transformers(model: Any, prompt: torch.Tensor, count: int) -> list[int]:
+    out = model.generate(
+        prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, use_cache=True
+    )
+    return out[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, WINDOW - 1, WINDOW, 3 * WINDOW + 1])
+def test_tokens_are_those_of_transformers_past_the_window(model, prompt_tokens):
+    prompt = torch.randint(1, 96, (1, prompt_tokens), generator=torch.Generator().manual_seed(3))
+    expected = generate_with_transformers(model, prompt, 3 * WINDOW)
+    assert list(generate(model, prompt, 3 * WINDOW)) == expected
+    assert len(set(expected)) > 6, "too plain to tell"
+
+
+def test_a_window_without_its_ring_gives_other_tokens(model):
+    """The test above can fail: with room for every key in sliding layers, tokens differ."""
+    prompt = torch.randint(1, 96, (1, 3 * WINDOW), generator=torch.Generator().manual_seed(3))
+    expected = generate_with_transformers(model, prompt, 2 * WINDOW)
+    decoder = Decoder(model, 64)
+    longer = Decoder(model, 64)
+    model.config.sliding_window = 32
+    try:
+        longer = Decoder(model, 64)
+    finally:
+        model.config.sliding_window = WINDOW
+    assert list(generate(model, prompt, 2 * WINDOW, decoder=decoder)) == expected
+    assert list(generate(model, prompt, 2 * WINDOW, decoder=longer)) != expected
+
+
+def test_a_decoder_serves_several_prompts(model):
+    decoder = Decoder(model, 48)
+    for seed in range(3):
+        prompt = torch.randint(1, 96, (1, 9), generator=torch.Generator().manual_seed(seed))
+        expected = generate_with_transformers(model, prompt, 12)
+        assert list(generate(model, prompt, 12, decoder=decoder)) == expected
+
+
+def test_sampling_follows_seed_and_temperature(model):
+    prompt = torch.tensor([[5, 6, 7]])
+    draw = lambda **options: list(generate(model, prompt, 16, **options))  # noqa: E731
+    assert draw(temperature=1.0, seed=1) == draw(temperature=1.0, seed=1)
+    assert draw(temperature=5.0, seed=1) != draw(temperature=5.0, seed=2)
+    assert draw(temperature=5.0, top_p=1e-6, seed=1) == draw()
+
+
+def test_generation_ends_after_a_stop_token(model):
+    prompt = torch.tensor([[5, 6, 7]])
+    tokens = list(generate(model, prompt, 16))
+    stop = tokens[5]
+    assert list(generate(model, prompt, 16, stop=(stop,))) == tokens[: tokens.index(stop) + 1]
+
+
+def test_nan_logits_name_the_token(model):
+    decoder = Decoder(model, 32)
+    tokens = generate(model, torch.tensor([[5, 6]]), 8, decoder=decoder)
+    next(tokens)
+    decoder.caches[1].values[:, 0] = float("nan")
+    with pytest.raises(StageError, match="generated token"):
+        list(tokens)
+
+
+def test_what_does_not_fit_is_refused(model):
+    with pytest.raises(ValueError, match="input_ids"):
+        list(generate(model, torch.ones(2, 3, dtype=torch.int64), 4))
+    with pytest.raises(ValueError, match="room for 6"):
+        list(generate(model, torch.ones(1, 3, dtype=torch.int64), 4, decoder=Decoder(model, 6)))
+    with pytest.raises(ValueError, match="temperature"):
+        list(generate(model, torch.ones(1, 3, dtype=torch.int64), 4, temperature=-1.0))
