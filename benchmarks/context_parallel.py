@@ -177,7 +177,8 @@ def measure_steps(arm: str, args: argparse.Namespace, mesh: Any) -> Rows:
     torch.manual_seed(0)  # the same weights on every rank
     model = build(arm, layers=args.layers)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    # The same work at any rate; at 0 the weights stay, and losses of all degrees can be compared.
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
     for tokens in args.lengths:
         if tokens < args.least * mesh.context_size:
             continue
