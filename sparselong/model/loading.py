@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GptOssForCausalLM, PreTrainedTokenizerBase
 
 from sparselong.config import Config
@@ -39,7 +40,8 @@ def load_model(
         The model in eval mode on `device`, in `compute_dtype(device)`.
 
     Raises:
-        StageError: the directory holds another model, or tensors are missing or left over.
+        StageError: the directory holds another model, or tensors are missing, left over, cut off or
+            of another shape, or a token is to have more experts than there are.
     """
     device = device or default_device()
     config = AutoConfig.from_pretrained(directory)
@@ -51,16 +53,34 @@ def load_model(
             f"model_type {config.model_type}, quantization {method}",
             "check model.base, or redo the stage that wrote it",
         )
+    top_k, experts = config.num_experts_per_tok, config.num_local_experts
+    if not 1 <= top_k <= experts:
+        raise StageError(
+            f"{directory}/config.json asks for more experts than the model has",
+            f"num_experts_per_tok from 1 to num_local_experts, {experts}",
+            f"num_experts_per_tok {top_k}",
+            "take config.json from the published checkpoint",
+        )
     if method == "mxfp4":
         config.quantization_config = SparseLongConfig(16, "none").to_dict()
-    opened: Any = GptOssForCausalLM.from_pretrained(
-        directory,
-        config=config,
-        dtype=compute_dtype(device),
-        device_map={"": device},
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
-    )
+    try:
+        opened: Any = GptOssForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=compute_dtype(device),
+            device_map={"": device},
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    except (SafetensorError, RuntimeError) as error:  # a file cut off; a tensor of another shape
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise StageError(
+            f"{directory} holds a damaged shard or a tensor of another shape",
+            "whole safetensors files with tensors as config.json says",
+            " ".join(str(error).split())[:600],
+            "download the checkpoint again, or redo the stage that wrote it",
+        ) from error
     model, info = opened
     wrong = {key: sorted(info[key]) for key in info if info[key]}
     if wrong:

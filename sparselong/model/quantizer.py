@@ -23,8 +23,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sparselong.errors import StageError
 from sparselong.model.description import describe_weights
-from sparselong.model.packed_experts import PackedExperts
+from sparselong.model.packed_experts import PackedExperts, expert_shapes
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import mxfp4, two_four
 from sparselong.packing.dense import DenseFormat
@@ -130,6 +131,7 @@ class SparseLongQuantizer(HfQuantizer):
 
         if model.config._attn_implementation == NAME:
             fuse(model)
+        check_shapes(model)
         print(describe_weights(model), file=sys.stderr, flush=True)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -154,6 +156,32 @@ class SparseLongQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True
+
+
+def check_shapes(model: PreTrainedModel) -> None:
+    """That packed tensors came in the shapes that the configuration asks for; transformers takes a
+    buffer as the file has it.
+
+    Raises:
+        StageError: one did not; names it.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, PackedExperts):
+            wanted = expert_shapes(cast(Any, model.config))
+        elif isinstance(module, PackedLinear):
+            empty = module.fmt.empty(module.out_features, module.in_features)
+            wanted = {name: tuple(tensor.shape) for name, tensor in empty.items()}
+        else:
+            continue
+        for name, shape in wanted.items():
+            found = tuple(getattr(module, name).shape)
+            if found != shape:
+                raise StageError(
+                    f"{path}.{name} has another shape than config.json says",
+                    f"{list(shape)}",
+                    f"{list(found)}",
+                    "download the checkpoint again, or redo the stage that wrote it",
+                )
 
 
 def replace_with_packed(model: nn.Module, fmt: DenseFormat) -> None:

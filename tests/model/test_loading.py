@@ -57,6 +57,40 @@ def test_missing_tensors_are_refused(untrained_base, tmp_path):
         load_model(broken)
 
 
+BLOCKS = "model.layers.1.mlp.experts.gate_up_proj_blocks"
+
+
+def test_misshaped_experts_are_refused_by_name(untrained_base, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(untrained_base, tmp_path / "broken")
+    index = json.loads((broken / "model.safetensors.index.json").read_text())
+    shard = broken / index["weight_map"][BLOCKS]
+    tensors = load_file(shard)
+    tensors[BLOCKS] = tensors[BLOCKS][:, :-2].contiguous()
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(StageError, match="layers.*gate_up_proj_blocks"):
+        load_model(broken)
+
+
+def test_a_shard_that_was_cut_off_is_refused(untrained_base, tmp_path):
+    broken = shutil.copytree(untrained_base, tmp_path / "broken")
+    index = json.loads((broken / "model.safetensors.index.json").read_text())
+    shard = broken / index["weight_map"][BLOCKS]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(StageError, match="damaged shard"):
+        load_model(broken)
+
+
+def test_more_experts_a_token_than_there_are_is_refused(untrained_base, tmp_path):
+    broken = shutil.copytree(untrained_base, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 9}))
+    with pytest.raises(StageError, match="more experts than the model has") as caught:
+        load_model(broken)
+    assert "num_experts_per_tok 9" in caught.value.found
+
+
 def test_other_models_are_refused(untrained_base, tmp_path):
     other = shutil.copytree(untrained_base, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
