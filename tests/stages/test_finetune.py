@@ -1,4 +1,5 @@
-"""Stage 03 as a person runs it: trained, killed, gone on with, and opened with transformers."""
+"""Stage 03 as a person runs it: trained, killed, gone on with, split over four processes and two,
+and opened with transformers."""
 
 import json
 import math
@@ -14,7 +15,8 @@ import pytest
 
 from tests.conftest import ROOT, load_script
 
-# Axolotl is started three times, half a minute each on a quiet machine.
+# Axolotl is started five times: three times half a minute on a quiet machine, and in four and two
+# processes at once a minute each.
 pytestmark = pytest.mark.timeout(900)
 
 TRAINING = [
@@ -51,17 +53,18 @@ def curve(rows: list[dict]) -> list[tuple]:
     return [tuple(row.get(key) for key in keys) for row in rows]
 
 
-def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 200
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, seconds=200) -> None:
+    deadline = time.monotonic() + seconds
     while not any(row["step"] >= step for row in rows_of(run_dir)):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def trainers_of(run_dir: Path) -> list[str]:
-    found = subprocess.run(["pgrep", "-f", f"train {run_dir}"], capture_output=True, text=True)
-    return found.stdout.split()
+def trainers_of(run_dir: Path) -> list[int]:
+    pattern = f"(train|finetune.rank) {run_dir}"
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
+    return [int(number) for number in found.stdout.split()]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,53 @@ def test_killed_run_bakes_the_same_model(runs):
     assert len(files) == 8
     for path in files:
         assert path.read_bytes() == (broken / "03_finetune/model" / path.name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def split(runs, compressed, tmp_path_factory) -> tuple[Path, str, str]:
+    """A run in four processes of which one is killed, gone on with in two: (run, what was told at
+    its end, what was told then)."""
+    (straight, *_), (_, arguments) = runs, compressed
+    run_dir = tmp_path_factory.mktemp("split") / "run"
+    shutil.copytree(straight, run_dir, symlinks=True, ignore=shutil.ignore_patterns("03_finetune"))
+    four = command([*arguments, "sequence_parallel_degree=4"], run_dir)
+    process = subprocess.Popen(four, stderr=subprocess.PIPE, text=True)
+    wait_for_step(process, run_dir, 5, seconds=400)
+    victim = [p for p in trainers_of(run_dir) if b"RANK=2" in environment_of(p)]
+    os.kill(victim[0], signal.SIGKILL)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and not trainers_of(run_dir)
+    two = command([*arguments, "sequence_parallel_degree=2"], run_dir)
+    again = subprocess.run(two, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    return run_dir, told, again.stderr
+
+
+def environment_of(process: int) -> list[bytes]:
+    return Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+
+
+def test_four_processes_that_share_sequences_train_as_one_does(runs, split):
+    """Rows to the checkpoint are of four processes, those behind it of two."""
+    straight, (run_dir, _, _) = rows_of(runs[0]), split
+    for mine, alone in zip(rows_of(run_dir), straight, strict=True):
+        assert mine == pytest.approx({**mine, **numbers_of(alone)}, rel=1e-5)
+
+
+def numbers_of(row: dict) -> dict:
+    """What must not depend on how many processes share a sequence."""
+    keys = ("step", "epoch", "tokens", "loss", "grad_norm", "learning_rate", "eval_loss")
+    return {key: row[key] for key in (*keys, "mask_flipped_fraction") if key in row}
+
+
+def test_a_rank_that_dies_is_named_and_another_number_of_them_goes_on(split):
+    run_dir, told, again = split
+    assert "error:    rank 2 of the trainer ended with signal SIGKILL" in told
+    assert "going on from checkpoint-4" in again
+    receipt = json.loads((run_dir / "03_finetune/receipt.json").read_text())
+    assert (receipt["processes"], receipt["attention"]) == (2, "sparselong")
+    left = sorted(path.name for path in (run_dir / "03_finetune/checkpoints").glob("checkpoint-*"))
+    assert left == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_manifest_says_what_was_done(runs):
