@@ -193,17 +193,18 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
         needs = tuple(ctx.needs_input_grad[n] for n in (0, 2, 5, 8))
         dx, dweights = torch.empty_like(x), torch.empty_like(weights)
         biases = (None, None)
+
+        def differentiate(part: slice) -> tuple:
+            """One slice's gradients; gate_up's output is gone before the next slice's is made."""
+            wide, routing = expert_triton.run_gate_up(x[part], indices[part], gate_up, ctx.call[1])
+            call = (dout[part], wide, routing, indices[part], weights[part], gate_up, down)
+            return expert_triton.run_backward(*call, *ctx.call, needs=needs, overwrite=True)
+
         # A bias's gradient is one sum over all tokens.
         size = len(x) if needs[2] or needs[3] else SLICE_TOKENS
         with torch.cuda.device_of(x):
             for part in slices(len(x), size):
-                wide, routing = expert_triton.run_gate_up(
-                    x[part], indices[part], gate_up, ctx.call[1]
-                )
-                call = (dout[part], wide, routing, indices[part], weights[part], gate_up, down)
-                part_dx, part_dweights, *biases = expert_triton.run_backward(
-                    *call, *ctx.call, needs=needs, overwrite=True
-                )
+                part_dx, part_dweights, *biases = differentiate(part)
                 if part_dx is not None:
                     dx[part] = part_dx
                 if part_dweights is not None:

@@ -10,7 +10,7 @@ moments can be the peak, all while every layer's checkpoint is still there:
 What a layer has made again by then, in hidden (H), query (Q) and key (K) widths a token: the two
 norms' outputs and the residual sum 3 H, queries and attention's output 2 Q, keys and values 2 K,
 and two gradients of H. The experts' pass goes through slices of at most 16,384 tokens; each choice
-holds gate_up's output, 2 inner widths, a row of H and one of dh (or the next slice's gate_up); the
+holds gate_up's output, 2 inner widths, a row of H and one of dh; the
 decoded weights take 0.25 GiB beside them. tests/memory runs the real step without a device, counts
 every tensor and holds these sums to it; benchmarks/memory.py holds the whole to a GPU's figures.
 
@@ -223,10 +223,8 @@ def _experts(shape: ModelShape, config: Config, tokens: int, device: Device) -> 
     if not checkpointed:
         moments += [2 * wide + inner * choice]  # d gate_up from dh
         moments += [2 * wide + hidden * choice + (before if decodes else 0)]  # rows of dx
-    elif slices > 1:  # the slice before's gate_up and dx are there until the next one's are
-        moments += [2 * wide + hidden * choice + (before if decodes else 0)]
-        moments = [moment + rows * hidden * 2 for moment in moments]
-    return max(moments) + rows * top_k * 12
+    before_this = rows * hidden * 2 if slices > 1 else 0  # the slice before's dx
+    return max(moments) + before_this + rows * top_k * 12
 
 
 def _buffer(shape: ModelShape, weights: int) -> int:
