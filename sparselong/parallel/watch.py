@@ -68,6 +68,7 @@ def watch_ranks(
         yield
     except BaseException as error:
         if not _is_consequence(error):
+            watch.raised = True
             watch.report(watch.rank, f"{type(error).__name__}: {_first_line(error)}")
             raise
         raise watch.explain(watch.await_failure(error)) from error
@@ -92,6 +93,7 @@ class _Watch:
         store = dist.distributed_c10d._get_default_store().clone()
         self.store = dist.distributed_c10d.PrefixStore(prefix, store)
         self.stopped = threading.Event()
+        self.raised = False  # this rank's own failure: it ends by itself, in the time it needs
         self.failure: dict[str, Any] | None = None
         self.seen: dict[int, tuple[str, float]] = {}
         self.counts: tuple[tuple[int, ...], float] = ((), time.monotonic())
@@ -108,7 +110,7 @@ class _Watch:
 
     def report(self, rank: int, cause: str) -> None:
         """Writes down a failure, unless there is one already, and keeps the one that counts."""
-        mine = json.dumps({"rank": rank, "cause": cause, "by": self.rank})
+        mine = json.dumps({"rank": rank, "cause": cause})
         try:
             self.failure = json.loads(self.store.compare_set(_FAILURE, "", mine))
         except dist.DistError as error:
@@ -145,9 +147,7 @@ class _Watch:
             if self.failure is None:
                 continue
             noticed = noticed or time.monotonic()
-            # A rank that raised ends by itself, in the time that it needs.
-            raised = self.failure.get("by") == self.failure["rank"] == self.rank
-            if not raised and time.monotonic() - noticed > 2 * self.beat:
+            if not self.raised and time.monotonic() - noticed > 2 * self.beat:
                 told = self.explain(self.failure)
                 print(told, file=sys.stderr, flush=True)
                 if self.tell is not None:

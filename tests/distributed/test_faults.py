@@ -15,6 +15,7 @@ from tests.distributed.pool import Pool
         ("is killed", 2, "rank 2: has not been heard of for"),
         ("is killed", 0, "rank 0: "),  # with the rendezvous
         ("hangs", 3, "rank 3: time-out: 4 s after exchange 11 ('test')"),
+        ("hangs, seen by itself", 3, "rank 3: time-out: 4 s after exchange 11 ('test')"),
     ],
 )
 def test_every_rank_ends_and_says_which_one_failed(tmp_path, how, which, cause):
