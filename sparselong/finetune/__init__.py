@@ -1,6 +1,9 @@
 """Stage 03: LoRA trained through the 2:4 mask and the quantizer, with Axolotl as the trainer.
 
 masks.py and schedule of updates are pure maths, lora.py the layer, callbacks.py what happens at
-steps, axolotl_plugin.py the only file that imports axolotl, axolotl_config.py its generated YAML,
-trainer.py the stage itself.
+steps, axolotl_plugin.py the only file that imports axolotl, masked_trainer.py what is ours in its
+trainer, batches.py the data's order, axolotl_config.py its generated YAML, trainer.py the stage.
+
+Of several processes, launch.py says which there are, process.py starts and listens to them, rank.py
+is one of them, ranks.py what they tell each other, follow.py what torchrun's others do.
 """

@@ -22,6 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,7 +45,10 @@ _ALONE: Mapping[int, Mapping[str, str]] = {0: {}}
 
 
 class _Trainer:
-    """A rank's process, and a thread that reads its output and notes when it ended."""
+    """A rank's process, a thread that reads its output and one that notes when it ended.
+
+    Not one for both: workers that outlive it would keep its output open.
+    """
 
     def __init__(self, stage: Stage, command: Sequence[str], rank: int, extra: Mapping[str, str]):
         self.rank, self.last = rank, deque[str](maxlen=_LAST_LINES)
@@ -63,8 +67,9 @@ class _Trainer:
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
-        self.thread = threading.Thread(target=self._listen, daemon=True)
-        self.thread.start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
+        threading.Thread(target=self._wait, daemon=True).start()
 
     def _listen(self) -> None:
         with self.log.open("a", encoding="utf-8") as log:
@@ -77,6 +82,8 @@ class _Trainer:
                         self.last.append(line.rstrip())
                 elif self.rank == 0:
                     print(line.removeprefix(MARK), end="", file=sys.stderr, flush=True)
+
+    def _wait(self) -> None:
         self.process.wait()
         self.ended = time.monotonic()
 
@@ -89,12 +96,15 @@ class _Trainer:
             self.process.terminate()
 
     def finish(self) -> None:
-        """Waits for a process that was told to stop, and takes in the rest of its output."""
+        """Waits for a process that was told to stop, ends what it leaves behind, and takes in the
+        rest of its output."""
         try:
             self.process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
-        self.thread.join()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.listener.join(_SETTLE_SECONDS)
 
 
 def train_ranks(stage: Stage) -> None:

@@ -96,6 +96,12 @@ def test_a_rank_that_is_killed_is_named_and_the_others_are_stopped(stage):
     assert "log.rank1.txt" in failure.fix
 
 
+def test_workers_that_a_rank_leaves_behind_keep_nobody_waiting(stage):
+    worker = f"sleep 120 # {stage.dir}"
+    code = f"import subprocess; subprocess.Popen([{worker!r}], shell=True); os.kill(os.getpid(), 9)"
+    assert "SIGKILL" in run_ranks(stage, code).what
+
+
 def test_the_cause_is_told_and_not_what_followed_from_it(stage):
     lost = "\n ".join(("time.sleep(0.3)", *told(stage, LOST).splitlines()))
     broke = "\n ".join(told(stage, "it broke").splitlines())
