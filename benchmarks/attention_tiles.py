@@ -18,7 +18,7 @@ from triton.testing import do_bench
 
 from benchmarks.attention_cases import pack
 from benchmarks.record import RESULTS, row, write
-from sparselong.kernels import attention_tiles, attention_triton
+from sparselong.kernels import architecture, attention_tiles, attention_triton
 from sparselong.kernels.attention_mask import Call, Done, Mask, find_documents
 from sparselong.kernels.attention_tiles import Tile
 
@@ -77,8 +77,8 @@ def make_call(stage: str, inputs: tuple, out: torch.Tensor, lse: torch.Tensor):
 
 def use(stage: str, kind: str, tile: Tile) -> None:
     """Puts the tile into this process's table."""
-    architecture = attention_tiles.architecture_of(*torch.cuda.get_device_capability())
-    attention_tiles.TILES[architecture][stage, kind] = tile
+    name = architecture.tiles_of(torch.device("cuda"))
+    attention_tiles.TILES[name][stage, kind] = tile
 
 
 def compile_one(job: Job) -> str | None:

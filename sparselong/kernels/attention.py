@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from sparselong.kernels.architecture import architecture_of
 from sparselong.kernels.attention_choice import BACKENDS, rank_backends
 from sparselong.kernels.attention_mask import Attended, Call, Done, Gradients, Mask, find_documents
 from sparselong.kernels.attention_ref import attention_reference
@@ -115,7 +116,7 @@ def choose_backend(q: torch.Tensor, call: Call) -> str:
     """
     mask = call.mask
     kind = "full" if mask.window is None else "window"
-    row = rank_backends(_architecture(q.device), kind, mask.documents is not None, mask.keys)
+    row = rank_backends(architecture_of(q.device), kind, mask.documents is not None, mask.keys)
     refusals = []
     for name in row.order:
         refusal = None if name == "reference" else load_backend(name).refuse(q, call)
@@ -267,11 +268,3 @@ def _make_mask(
     if window is not None and window >= query_offset + queries:
         window = None  # it leaves nothing out
     return Mask(batch, queries, keys, query_offset, window, documents)
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "cpu"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"

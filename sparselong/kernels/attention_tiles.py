@@ -54,19 +54,6 @@ FLOAT32 = Tile(32, 32, 8, 1)
 FLOAT32_WINDOW = Tile(32, 32, 8, 1, heads=8, split=False)
 
 
-def architecture_of(major: int, minor: int) -> str:
-    """The table's name for a compute capability.
-
-    sm_80, sm_86 and sm_89 share tiles: these fit sm_86's 99 KB. Newer ones than sm_90 take sm_90's.
-
-    Raises:
-        ValueError: a GPU before sm_80, for which nothing here was built.
-    """
-    if (major, minor) < (8, 0):
-        raise ValueError(f"device: sm_{major}{minor}; allowed: sm_80 and newer")
-    return "sm_90" if major >= 9 else "sm_80"
-
-
 def tile_for(architecture: str, stage: str, kind: str, float32: bool) -> Tile:
     """The tile for `stage` (forward, split, dq, dkdv) of a `kind` (full, packed, window) layer."""
     if stage == "split" and not float32 and architecture != "interpreter":

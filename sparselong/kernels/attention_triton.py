@@ -9,14 +9,13 @@ read one after the other, are copied where they are strided.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
-from sparselong.kernels import attention_backward, attention_kernels, attention_split
+from sparselong.kernels import architecture, attention_backward, attention_kernels, attention_split
 from sparselong.kernels.attention_mask import Attended, Call, Done, Gradients, Mask
-from sparselong.kernels.attention_tiles import Tile, architecture_of, tile_for
+from sparselong.kernels.attention_tiles import Tile, tile_for
 from sparselong.kernels.layout import with_unit_stride
 
 forward: Any = attention_kernels  # triton's own types know no launch
@@ -71,7 +70,7 @@ def _launch_split(
     mask, (batch, heads, queries) = call.mask, lse.shape
     tile, heads_a_tile = _choose_tile("split", q, k, mask)
     programs = heads // heads_a_tile * batch * _blocks(queries, tile.rows // heads_a_tile)
-    wanted = min(_blocks(2 * _processors(q.device), programs), split.MOST_PARTS)
+    wanted = min(_blocks(2 * architecture.multiprocessors_of(q.device), programs), split.MOST_PARTS)
     span = max(_blocks(_blocks(mask.keys, wanted), tile.keys), 2) * tile.keys
     parts = _blocks(mask.keys, span)
     part_out = torch.empty((parts, *q.shape), dtype=torch.float32, device=q.device)
@@ -170,24 +169,10 @@ def _sizes(q: torch.Tensor, call: Call) -> tuple[int | float, ...]:
 def _choose_tile(stage: str, q: torch.Tensor, k: torch.Tensor, mask: Mask) -> tuple[Tile, int]:
     """The tile, and how many heads share it: a power of two that divides the group."""
     kind = "window" if mask.window is not None else "packed" if mask.documents else "full"
-    tile = tile_for(_architecture(q.device), stage, kind, q.dtype == torch.float32)
+    tile = tile_for(architecture.tiles_of(q.device), stage, kind, q.dtype == torch.float32)
     group = q.shape[1] // k.shape[1]
     heads = min(tile.heads, group & -group)
     return tile, heads
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    if device.type != "cuda":  # Triton's interpreter
-        return "interpreter"
-    return architecture_of(*torch.cuda.get_device_capability(device))
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _constants(

@@ -25,7 +25,6 @@ code is ours, under this repository's licence. Left out: gradients of the packed
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import Any
@@ -33,6 +32,7 @@ from typing import Any
 import torch
 
 from sparselong.kernels import expert_choice
+from sparselong.kernels.architecture import architecture_of
 from sparselong.kernels.expert_choice import BACKENDS
 from sparselong.kernels.expert_torch import expert_mlp_torch
 from sparselong.kernels.recompute import is_checkpointed, is_second_pass
@@ -229,7 +229,7 @@ def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | 
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r}; allowed: None, {', '.join(BACKENDS)}")
     if backend is None:
-        architecture = _architecture(x.device)
+        architecture = architecture_of(x.device)
         backend = expert_choice.choose_backend(architecture, indices.numel(), experts).backend
     if backend == "torch":
         return backend
@@ -307,11 +307,3 @@ def check_weights(x: torch.Tensor, gate_up: tuple, down: tuple) -> None:
             raise ValueError(f"{name}: on {tensor.device}; allowed: x's device, {x.device}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: strides {list(tensor.stride())}; allowed: contiguous")
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "cpu"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"

@@ -44,19 +44,6 @@ TILES: dict[str, dict[tuple[str, str], Tile]] = {
 FLOAT32 = Tile(32, 32, 32, 4, 1)
 
 
-def architecture_of(major: int, minor: int) -> str:
-    """The table's name for a compute capability.
-
-    sm_80, sm_86 and sm_89 share tiles: these fit sm_86's 99 KB. Newer ones than sm_90 take sm_90's.
-
-    Raises:
-        ValueError: a GPU before sm_80, for which nothing here was built.
-    """
-    if (major, minor) < (8, 0):
-        raise ValueError(f"device: sm_{major}{minor}; allowed: sm_80 and newer")
-    return "sm_90" if major >= 9 else "sm_80"
-
-
 def tile_for(architecture: str, backend: str, direction: str, float32: bool) -> Tile:
     """The tile for a `backend` ("small", "packed", "decode") and a direction."""
     if float32 or architecture == "interpreter":

@@ -9,15 +9,14 @@ summed over the choices that is dx. Saved: gate_up's output and the routing, not
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparselong.kernels import expert_kernels, expert_routing
+from sparselong.kernels import architecture, expert_kernels, expert_routing
 from sparselong.kernels.expert_routing import Routing
-from sparselong.kernels.expert_tiles import Tile, architecture_of, tile_for
+from sparselong.kernels.expert_tiles import Tile, tile_for
 
 kernels: Any = expert_kernels  # triton's own types know no launch
 glue = expert_routing.kernels
@@ -131,9 +130,11 @@ def multiply(
     columns, depth = (groups * 32, wide) if backward else (wide, groups * 32)
     out = torch.empty((a.shape[0], columns), dtype=a.dtype, device=a.device)
     tile = choose_tile(a, backend, "backward" if backward else "forward")
-    tma = _architecture(a.device) == "sm_90" and a.dtype == torch.bfloat16 and tile.rows >= 64
+    tma = (
+        architecture.tiles_of(a.device) == "sm_90" and a.dtype == torch.bfloat16 and tile.rows >= 64
+    )
     tiles = routing.tile_expert.numel() * -(-columns // tile.columns)
-    grid = (min(tiles, _multiprocessors(a.device) * tile.programs),)
+    grid = (min(tiles, architecture.multiprocessors_of(a.device) * tile.programs),)
     a_tiles = TensorDescriptor.from_tensor(a, [tile.rows, tile.depth]) if tma else a
     lists = (routing.starts, routing.tile_expert, routing.tile_starts)
     constants = {
@@ -177,22 +178,8 @@ def decode_into(buffer: torch.Tensor, weight: Projection, first: int, last: int)
 
 def choose_tile(x: torch.Tensor, backend: str, direction: str) -> Tile:
     """The tile of a product of x's rows on x's device."""
-    return tile_for(_architecture(x.device), backend, direction, x.dtype == torch.float32)
+    return tile_for(architecture.tiles_of(x.device), backend, direction, x.dtype == torch.float32)
 
 
 def _has_ptx(values: torch.Tensor) -> bool:
     return values.dtype == torch.bfloat16 and values.device.type == "cuda"
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    if device.type != "cuda":  # Triton's interpreter
-        return "interpreter"
-    return architecture_of(*torch.cuda.get_device_capability(device))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 3  # the interpreter's programs run one after another; a few show the loop over tiles
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -198,9 +198,7 @@ def test_decoding_in_the_product_is_exact(backend, backward):
     stack = expert_triton.Projection(blocks.cuda(), scales.cuda(), bias)
     unit = torch.eye(512, device="cuda", dtype=torch.bfloat16)
     indices = torch.zeros(512, 1, dtype=torch.int64, device="cuda")
-    rows = expert_triton.tile_for(
-        expert_triton._architecture(unit.device), backend, "forward", False
-    ).rows
+    rows = expert_triton.choose_tile(unit, backend, "forward").rows
     routing = expert_routing.sort_by_expert(indices, 1, rows)
     got = expert_triton.multiply(unit, stack, routing, backend, backward)
     exact = mxfp4.decode(blocks, scales, torch.bfloat16)[0]

@@ -34,12 +34,11 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 from benchmarks import shape_20b
 from sparselong.finetune.lora import MaskedLoraLinear
 from sparselong.kernels import (
+    architecture,
     attention,
-    attention_triton,
     cross_entropy,
     expert_choice,
     expert_gemm,
-    expert_triton,
 )
 from sparselong.kernels.recompute import checkpoint_contexts
 from sparselong.model import attention as door
@@ -97,10 +96,9 @@ def pretend() -> None:
         (torch.cuda, "device_of", lambda _: contextlib.nullcontext()),
         (triton.runtime.JITFunction, "__getitem__", lambda *_: lambda *__, **___: None),
         (expert_gemm, "choose", choose),
-        (expert_triton, "_architecture", lambda _: "sm_80"),
-        (expert_triton, "_multiprocessors", lambda _: 132),
+        (architecture, "tiles_of", lambda _: "sm_80"),
+        (architecture, "multiprocessors_of", lambda _: 132),
         (attention, "_require_backend", lambda name, *_: name),
-        (attention_triton, "_architecture", lambda _: "sm_80"),
         (door, "_boundaries", lambda *_: None),
         (PackedExperts, "_check_scales", lambda _: None),
         (cross_entropy, "_check_labels", lambda *_: None),
