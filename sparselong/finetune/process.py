@@ -179,9 +179,9 @@ def _explain(
     everywhere = len({each.what if each else None for _, each in told}) == 1 < len(told)
     if own and several and not everywhere:
         failure.what = f"rank {trainer.rank}: {failure.what}"
-    elif unfinished:
+    elif unfinished and f"rank {unfinished[0]}" not in failure.found:
         names = ", ".join(map(str, unfinished))
-        failure.found += f"; rank {names} was busy elsewhere, see {stage.dir / 'log.rankN.txt'}"
+        failure.found += f"; rank {names} was busy elsewhere, see its log.rankN.txt"
     return StageError(failure.what, failure.expected, failure.found, failure.fix)
 
 
