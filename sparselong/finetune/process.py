@@ -31,7 +31,7 @@ import sparselong
 from sparselong.errors import StageError
 from sparselong.finetune.callbacks import MARK
 from sparselong.finetune.failure import failure_path, lost_others, read_failure
-from sparselong.finetune.launch import find_world, rank_environments
+from sparselong.finetune.launch import find_world, joined_rank, rank_environments
 from sparselong.memory import ALLOCATOR
 from sparselong.run import Stage
 
@@ -158,7 +158,8 @@ def run_trainer(
     failed = [t for t in trainers if t.failed and t.rank not in unfinished]
     if failed:
         failed.sort(key=lambda trainer: trainer.ended or 0.0)
-        raise _explain(stage, failed, unfinished, len(ranks) > 1)
+        several = len(ranks) > 1 or joined_rank() is not None
+        raise _explain(stage, failed, unfinished, several)
 
 
 def _explain(
