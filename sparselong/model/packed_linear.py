@@ -74,7 +74,7 @@ class PackedLinear(nn.Module):
     def dequantize(self) -> torch.Tensor:
         """The bf16 weight [out, in] that the stored tensors mean."""
         if self.weight_packed.is_cuda and self.fmt.weight_bits == 4:
-            from sparselong.kernels.packed_gemv import unpack_weight
+            from sparselong.kernels.packed_unpack import unpack_weight
 
             return unpack_weight(self.fmt, self.packed())
         return dense.unpack(self.fmt, self.packed())

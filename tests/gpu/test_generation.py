@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import GptOssForCausalLM
 
-from sparselong.kernels.packed_gemv import packed_gemv, unpack_weight
+from sparselong.kernels.packed_gemv import packed_gemv
 from sparselong.kernels.packed_gemv_ref import packed_gemv_reference
+from sparselong.kernels.packed_unpack import unpack_weight
 from sparselong.model.decode_step import KernelStep, TorchStep
 from sparselong.model.generation import Decoder, generate
 from sparselong.model.packed_linear import PackedLinear

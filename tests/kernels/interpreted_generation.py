@@ -16,7 +16,13 @@ import torch
 import triton
 from triton.runtime.interpreter import TensorHandle
 
-from sparselong.kernels import expert_generation, generation_attention, generation_glue, packed_gemv
+from sparselong.kernels import (
+    expert_generation,
+    generation_attention,
+    generation_glue,
+    packed_gemv,
+    packed_unpack,
+)
 from sparselong.kernels.expert_gemm_ref import expert_mlp_reference
 from sparselong.kernels.packed_gemv_ref import packed_gemv_reference
 from sparselong.packing import dense
@@ -85,7 +91,7 @@ def count_wrong_weights(fmt: DenseFormat, rows: int, width: int) -> int:
     here, and torch rounds."""
     tensors = draw_packed(fmt, rows, width)
     out = torch.full((rows, width), float("nan"))
-    packed_gemv.launch_unpack(packed_gemv.as_matrix(fmt, tensors, None), out)
+    packed_unpack.launch_unpack(packed_gemv.as_matrix(fmt, tensors, None), out)
     return int((out.bfloat16() != dense.unpack(fmt, tensors)).sum())
 
 

@@ -11,7 +11,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparselong.kernels import expert_generation, generation_attention, generation_glue, packed_gemv
+from sparselong.kernels import (
+    expert_generation,
+    generation_attention,
+    generation_glue,
+    packed_gemv,
+    packed_unpack,
+)
 from tests.kernels.test_sm86 import LIMIT_BYTES, read_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,8 +82,8 @@ TYPES = {
     "planes": "*i16",
 }  # fmt: skip
 GEMV = {"ROWS": packed_gemv.ROWS, "BLOCKS": 90, "GROUP": 2, "RESIDUAL": False, "PDL": False}
-UNPACK = {"BLOCKS": 90, "GROUP": 2, "ROWS": packed_gemv.UNPACK_ROWS,
-          "TILE": packed_gemv.UNPACK_BLOCKS}  # fmt: skip
+UNPACK = {"BLOCKS": 90, "GROUP": 2, "ROWS": packed_unpack.UNPACK_ROWS,
+          "TILE": packed_unpack.UNPACK_BLOCKS}  # fmt: skip
 EXPERTS = {"TOP_K": 4, "GROUPS": 90, "PDL": False}
 PACK = {"BLOCKS": 90, "TILE": 128, "NORM": True, "TOP": 13, "CODES": 14, "PDL": False}
 ROUTE = {"BLOCKS": 90, "TILE": 128, "EXPERTS": 128, "TOP_K": 4, "TOP": 13, "CODES": 14}
@@ -89,7 +95,7 @@ KERNELS = [
     (packed_gemv.gemv_kernel, GEMV | {"SPARSE": True, "BLOCKS": 128, "RESIDUAL": True}, 1,
      {"x": "*i32"}),
     (packed_gemv.gemv_kernel, GEMV | {"SPARSE": False}, 1, {"x": "*i32"}),
-    (packed_gemv.unpack_kernel, UNPACK | {"SPARSE": True}, 4,
+    (packed_unpack.unpack_kernel, UNPACK | {"SPARSE": True}, 4,
      {"codes": "*u8", "patterns": "*u8", "scales": "*i16"}),
     (generation_glue.pack_kernel, PACK | {"KIND": "pairs"}, 8, {"out": "*i16"}),
     (generation_glue.pack_kernel, PACK | {"KIND": "plain"}, 8, {}),
