@@ -12,6 +12,7 @@ are not merged, models whose cache does not fit the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,10 +40,15 @@ class Decoder:
         use_graph: on a GPU, replay a captured step; False launches its kernels one by one.
 
     Raises:
-        ValueError: see `KernelStep`.
+        ValueError: more positions than the model has; or see `KernelStep`.
     """
 
     def __init__(self, model: GptOssForCausalLM, most_tokens: int, use_graph: bool = True):
+        positions = model.config.max_position_embeddings
+        if most_tokens > positions:
+            raise ValueError(
+                f"prompt and generated tokens: {most_tokens}; allowed: the model's {positions}"
+            )
         self.model, self.most_tokens = model, most_tokens
         self.is_cuda = model.device.type == "cuda"
         self.caches = make_caches(model, most_tokens)
@@ -137,10 +143,10 @@ def generate(
         ValueError: an argument is not as above, or the model is not one that `KernelStep` takes.
         StageError: a logit is NaN; names the token.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(
             f"max_new_tokens, temperature, top_p: {max_new_tokens}, {temperature}, {top_p}; "
-            "allowed: at least 1, at least 0, above 0 and at most 1"
+            "allowed: at least 1, at least 0 and finite, above 0 and at most 1"
         )
     needed = input_ids.shape[-1] + max_new_tokens
     decoder = decoder or Decoder(model, needed)

@@ -26,6 +26,42 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def packed_config(name: Path | str) -> Any:
+    """A checkpoint's configuration, by which any `from_pretrained` keeps its experts packed.
+
+    transformers opens an upstream checkpoint's MXFP4 its own way, which on most machines is an
+    expansion to bf16, and takes no other quantizer than the one that config.json names:
+
+        AutoModelForCausalLM.from_pretrained(name, config=packed_config(name))
+
+    Args:
+        name: a directory, or a hub name such as openai/gpt-oss-20b.
+
+    Raises:
+        StageError: it holds another model, or a token is to have more experts than there are.
+    """
+    config = AutoConfig.from_pretrained(name)
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if config.model_type != "gpt_oss" or method not in ("mxfp4", METHOD):
+        raise StageError(
+            f"{name} cannot be opened",
+            "a gpt-oss checkpoint with mxfp4 or sparselong weights",
+            f"model_type {config.model_type}, quantization {method}",
+            "check model.base, or redo the stage that wrote it",
+        )
+    top_k, experts = config.num_experts_per_tok, config.num_local_experts
+    if not 1 <= top_k <= experts:
+        raise StageError(
+            f"{name}: config.json asks for more experts than the model has",
+            f"num_experts_per_tok from 1 to num_local_experts, {experts}",
+            f"num_experts_per_tok {top_k}",
+            "take config.json from the published checkpoint",
+        )
+    if method == "mxfp4":
+        config.quantization_config = SparseLongConfig(16, "none").to_dict()
+    return config
+
+
 def load_model(
     directory: Path,
     *,
@@ -40,29 +76,11 @@ def load_model(
         The model in eval mode on `device`, in `compute_dtype(device)`.
 
     Raises:
-        StageError: the directory holds another model, or tensors are missing, left over, cut off or
-            of another shape, or a token is to have more experts than there are.
+        StageError: see `packed_config`; or tensors are missing, left over, cut off or of another
+            shape.
     """
     device = device or default_device()
-    config = AutoConfig.from_pretrained(directory)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if config.model_type != "gpt_oss" or method not in ("mxfp4", METHOD):
-        raise StageError(
-            f"{directory} cannot be opened",
-            "a gpt-oss checkpoint with mxfp4 or sparselong weights",
-            f"model_type {config.model_type}, quantization {method}",
-            "check model.base, or redo the stage that wrote it",
-        )
-    top_k, experts = config.num_experts_per_tok, config.num_local_experts
-    if not 1 <= top_k <= experts:
-        raise StageError(
-            f"{directory}/config.json asks for more experts than the model has",
-            f"num_experts_per_tok from 1 to num_local_experts, {experts}",
-            f"num_experts_per_tok {top_k}",
-            "take config.json from the published checkpoint",
-        )
-    if method == "mxfp4":
-        config.quantization_config = SparseLongConfig(16, "none").to_dict()
+    config = packed_config(directory)
     try:
         opened: Any = GptOssForCausalLM.from_pretrained(
             directory,

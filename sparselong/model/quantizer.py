@@ -33,6 +33,13 @@ from sparselong.packing.dense import DenseFormat
 METHOD = "sparselong"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """The shared dense layers, in attention."""
+_FIELDS: dict[str, tuple[int | str, ...]] = {
+    "weight_bits": (4, 8, 16),
+    "sparsity": ("2:4", "none"),
+    "group_size": (32, 64),
+    "expert_sparsity": ("2:4", "none"),
+}
+"""What the quantization_config of a config.json may say."""
 
 
 class SparseLongConfig(QuantizationConfigMixin):
@@ -42,6 +49,9 @@ class SparseLongConfig(QuantizationConfigMixin):
         weight_bits, sparsity, group_size: storage of the attention projections (DenseFormat).
         expert_sparsity: `none`: MXFP4 as published; `2:4`: kept codes and patterns, expanded to
             MXFP4 when loaded.
+
+    Raises:
+        ValueError: a value is none of these.
     """
 
     def __init__(
@@ -52,6 +62,14 @@ class SparseLongConfig(QuantizationConfigMixin):
         expert_sparsity: Literal["2:4", "none"] = "none",
         **_ignored: Any,
     ):
+        found = (weight_bits, sparsity, group_size, expert_sparsity)
+        for name, value, allowed in zip(_FIELDS, found, _FIELDS.values(), strict=True):
+            if value not in allowed:
+                raise ValueError(
+                    f"quantization_config.{name}: {value!r}; allowed: "
+                    f"{', '.join(map(str, allowed))}. Its config.json is damaged, or was written "
+                    "by a later version"
+                )
         self.quant_method = METHOD  # type: ignore[assignment]
         self.weight_bits: Literal[4, 8, 16] = weight_bits
         self.sparsity: Literal["2:4", "none"] = sparsity

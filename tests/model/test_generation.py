@@ -125,3 +125,9 @@ def test_what_does_not_fit_is_refused(model):
         list(generate(model, torch.ones(1, 3, dtype=torch.int64), 4, decoder=Decoder(model, 6)))
     with pytest.raises(ValueError, match="temperature"):
         list(generate(model, torch.ones(1, 3, dtype=torch.int64), 4, temperature=-1.0))
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature"):
+            list(generate(model, torch.ones(1, 3, dtype=torch.int64), 4, temperature=wrong))
+    most = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"{most + 1}; allowed: the model's {most}"):
+        next(generate(model, torch.ones(1, 3, dtype=torch.int64), most - 2))

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM, Mxfp4Config, Trainer, TrainingArguments
 
 from sparselong.errors import StageError
-from sparselong.model.loading import load_model, load_tokenizer
+from sparselong.model.loading import load_model, load_tokenizer, packed_config
+from sparselong.model.packed_experts import PackedExperts
+from sparselong.model.quantizer import SparseLongConfig
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,41 @@ def test_upstream_form_gives_transformers_logits(untrained_base, tokens):
         p.numel() for n, p in theirs.named_parameters() if n.endswith(("gate_up_proj", "down_proj"))
     )
     assert expert_bytes * 8 / weights == 4.25
+
+
+def test_from_pretrained_itself_keeps_upstreams_experts_packed(untrained_base, tokens):
+    """transformers alone would expand them to bf16 on this machine."""
+    config = packed_config(untrained_base)
+    model = AutoModelForCausalLM.from_pretrained(
+        untrained_base, config=config, dtype=torch.float32, attn_implementation="eager"
+    )
+    assert all(isinstance(layer.mlp.experts, PackedExperts) for layer in model.model.layers)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, load_model(untrained_base)(tokens).logits)
+    with pytest.raises(ValueError, match="float16 cannot hold"):
+        AutoModelForCausalLM.from_pretrained(untrained_base, config=config, dtype=torch.float16)
+
+
+def test_transformers_trainer_trains_it_without_peft_too(untrained_base, tmp_path):
+    """is_trainable and is_qat_trainable: without the one or the other it refuses the model."""
+    model = load_model(untrained_base)
+    model.model.norm.weight.requires_grad_(True)
+    before = model.model.norm.weight.detach().clone()
+    packed = model.model.layers[0].mlp.experts.down_proj_blocks.clone()
+    rows = [{"input_ids": torch.arange(20), "labels": torch.arange(20)}] * 2
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[])
+    Trainer(model=model, args=arguments, train_dataset=rows).train()  # pyright: ignore[reportArgumentType]
+    assert not torch.equal(model.model.norm.weight, before)
+    assert torch.equal(model.model.layers[0].mlp.experts.down_proj_blocks, packed)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("weight_bits", 5), ("sparsity", "1:4"), ("group_size", 48), ("expert_sparsity", "1:8")],
+)
+def test_a_storage_that_there_is_not_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"quantization_config.{field}: '?{value}'?; allowed: "):
+        SparseLongConfig(**{field: value})
 
 
 def test_missing_tensors_are_refused(untrained_base, tmp_path):
