@@ -44,7 +44,8 @@ from benchmarks.attention_cases import (
     skips,
 )
 from benchmarks.attention_first_call import measure_first_calls
-from benchmarks.record import RESULTS, row, write
+from benchmarks.command_line import add_result, has_device, machine_of
+from benchmarks.record import row, write
 from sparselong.kernels.attention import attention
 from sparselong.kernels.attention_ref import attention_reference
 
@@ -232,13 +233,11 @@ def main() -> None:
     parser.add_argument(
         "--tokens", nargs="+", type=int, default=[4096, 8192, 16384, 32768, 65536, 131072]
     )
-    parser.add_argument("--machine", help="short name for the result's file, for example h200")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    add_result(parser)
     args = parser.parse_args()
-    if not torch.cuda.is_available():  # make bench goes on with what this machine can measure
-        print("benchmarks/attention.py needs a CUDA device: nothing measured")
+    if not has_device(__file__):
         return
-    machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
+    machine = machine_of(args)
     command = (
         f"python3 benchmarks/attention.py --backends {' '.join(args.backends)} "
         f"--tokens {' '.join(map(str, args.tokens))}"

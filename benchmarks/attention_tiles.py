@@ -17,7 +17,8 @@ import torch
 from triton.testing import do_bench
 
 from benchmarks.attention_cases import pack
-from benchmarks.record import RESULTS, row, write
+from benchmarks.command_line import add_result, has_device, machine_of
+from benchmarks.record import row, write
 from sparselong.kernels import architecture, attention_tiles, attention_triton
 from sparselong.kernels.attention_mask import Call, Done, Mask, find_documents
 from sparselong.kernels.attention_tiles import Tile
@@ -100,10 +101,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--kinds", nargs="+", default=list(_LAYOUTS), choices=list(_LAYOUTS))
     parser.add_argument("--workers", type=int, default=14)
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    add_result(parser)
     args = parser.parse_args()
-    if not torch.cuda.is_available():  # make bench goes on with what this machine can measure
-        print("benchmarks/attention_tiles.py needs a CUDA device: nothing measured")
+    if not has_device(__file__):
         return
     jobs = list_candidates(args.kinds)
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
@@ -120,7 +120,7 @@ def main() -> None:
         ms = do_bench(call, warmup=5, rep=25, return_mode="median")
         case = {"stage": stage, "kind": kind, "tokens": args.tokens, "tile": vars(tile)}
         rows.append(row(case, "triton", "ms", ms, "ms"))
-    machine = torch.cuda.get_device_name().split()[-1].lower()
+    machine = machine_of(args)
     command = f"python3 benchmarks/attention_tiles.py --kinds {' '.join(args.kinds)}"
     print(write("attention_tiles", machine, command, rows, args.folder))
     for stage, kind in itertools.product(_SHAPES, args.kinds):

@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
+from benchmarks.command_line import add_result, command_of, machine_of
 from benchmarks.context_parallel_launch import make_waves, run_wave
-from benchmarks.record import RESULTS, row, write
+from benchmarks.record import row, write
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
 KINDS = {"full": None, "window": WINDOW}
@@ -299,8 +300,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
     parser.add_argument("--rounds", type=int, default=3, help="measured steps")
     parser.add_argument("--timeout-seconds", type=int, default=300, help="of each part")
-    parser.add_argument("--machine", help="short name for the result's file, for example h200x4")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    add_result(parser)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -315,10 +315,8 @@ def main() -> None:
     if gpus < 2:
         print("benchmarks/context_parallel.py needs two CUDA devices or more: nothing measured")
         return
-    given = " ".join(sys.argv[1:]).replace(f"--folder {args.folder}", "").split()
-    command = " ".join(["python3 benchmarks/context_parallel.py", *given])
-    name = torch.cuda.get_device_name().split()[-1].lower()
-    machine = args.machine or f"{name}x{gpus}"
+    command = command_of(__file__, args)
+    machine = args.machine or f"{machine_of(args)}x{gpus}"
     turns = [(degree, True) for degree in args.degrees if degree <= gpus]
     turns += [(max(args.degrees), False)] if args.no_peer else []
     rows: Rows = []

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.attention import measure_peak, tell, time_in_turn
-from benchmarks.record import RESULTS, row, write
+from benchmarks.command_line import add_result, has_device, machine_of
+from benchmarks.record import row, write
 from sparselong.kernels.expert_gemm import ALPHA, LIMIT, MOST_CHOICES, expert_mlp
 from sparselong.kernels.expert_gemm_ref import expert_mlp_reference
 from sparselong.packing import mxfp4
@@ -227,11 +228,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--rows", nargs="+", type=int, default=[32, 64, 128, 256, 512, 1024, 2048])
-    parser.add_argument("--machine", help="short name for the result's file, for example h200")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    add_result(parser)
     args = parser.parse_args()
-    if not torch.cuda.is_available():  # make bench goes on with what this machine can measure
-        print("benchmarks/expert_gemm.py needs a CUDA device: nothing measured")
+    if not has_device(__file__):
         return
     stacks = draw_stacks()
     runs = {name: make_ours(name, stacks) for name in OURS}
@@ -244,7 +243,7 @@ def main() -> None:
         for routing in ("balanced", "random"):
             tokens = number * EXPERTS // TOP_K
             rows += measure_case(select(runs, tokens), tokens, routing, routing == "balanced")
-    machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
+    machine = machine_of(args)
     command = (
         f"python3 benchmarks/expert_gemm.py --tokens {' '.join(map(str, args.tokens))} "
         f"--rows {' '.join(map(str, args.rows))}"

@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import GptOssForCausalLM
 
-from benchmarks.record import RESULTS, row, write
+from benchmarks.command_line import add_result, command_of, has_device, machine_of
+from benchmarks.record import row, write
 from benchmarks.shape_20b import build_baseline, build_packed, config_20b
 from sparselong.model.fused import fuse
 from sparselong.model.generation import Decoder, generate
@@ -203,22 +204,18 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to generate")
     parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
-    parser.add_argument("--machine", help="short name for the result's file, for example h200")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    add_result(parser)
     for name in ("--arm", "--out"):  # of one measurement's own process
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not torch.cuda.is_available():  # make bench goes on with what this machine can measure
-        print("benchmarks/generation.py needs a CUDA device: nothing measured")
+    if not has_device(__file__):
         return
     if args.arm:
         Path(args.out).write_text(json.dumps(measure(args)), encoding="utf-8")
         return
     rows = []
-    machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
-    # Where the figures were put is one machine's path, and no part of what gave them.
-    given = " ".join(sys.argv[1:]).replace(f"--folder {args.folder}", "").split()
-    command = f"python3 {' '.join(['benchmarks/generation.py', *given])}"
+    machine = machine_of(args)
+    command = command_of(__file__, args)
     for arm in args.arms:
         rows += spawn(arm, args)
         path = write("generation", machine, command, rows, args.folder)  # what is there counts

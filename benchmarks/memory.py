@@ -21,7 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.record import RESULTS, row, write
+from benchmarks.command_line import add_result, has_device, machine_of
+from benchmarks.record import row, write
 from sparselong import config, memory
 
 CASES: tuple[dict[str, Any], ...] = (
@@ -88,9 +89,8 @@ def start(number: int, folder: Path) -> subprocess.Popen[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--machine", help="short name for the result's file, for example h200")
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    add_result(parser)
     for name in ("--case", "--out"):  # of one measurement's own process
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -98,9 +98,12 @@ def main() -> None:
         rows = measure(DEFAULTS | CASES[int(args.case)])
         Path(args.out).write_text(json.dumps(rows), encoding="utf-8")
         return
+    if not has_device(__file__):
+        return
+    machine = machine_of(args)
     rows: list[dict[str, Any]] = []
     numbers = " ".join(map(str, args.cases))
-    command = f"python3 benchmarks/memory.py --machine {args.machine} --cases {numbers}"
+    command = f"python3 benchmarks/memory.py --machine {machine} --cases {numbers}"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ahead = start(args.cases[0], folder)
@@ -113,7 +116,7 @@ def main() -> None:
                 ahead.kill()
                 sys.exit(f"case {number} failed: {CASES[number]}")
             rows += json.loads((folder / f"{number}.json").read_text(encoding="utf-8"))
-            write("memory", args.machine, command, rows, args.folder)  # what is there counts
+            write("memory", machine, command, rows, args.folder)  # what is there counts
 
 
 if __name__ == "__main__":

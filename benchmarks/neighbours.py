@@ -26,7 +26,8 @@ import torch
 from torch.nn import functional
 from torch.utils import checkpoint
 
-from benchmarks.record import RESULTS, row, write
+from benchmarks.command_line import add_result, has_device, machine_of
+from benchmarks.record import row, write
 from sparselong.kernels.cross_entropy import CHUNK_ROWS, linear_cross_entropy
 from sparselong.kernels.rms_norm import add_rms_norm, rms_norm
 from sparselong.kernels.rms_norm_ref import add_rms_norm_reference, rms_norm_reference
@@ -219,16 +220,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--chunks", nargs="+", type=int, default=[CHUNK_ROWS])
-    parser.add_argument("--machine", help="short name for the result's file, for example h200")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    add_result(parser)
     args = parser.parse_args()
-    if not torch.cuda.is_available():  # make bench goes on with what this machine can measure
-        print("benchmarks/neighbours.py needs a CUDA device: nothing measured")
+    if not has_device(__file__):
         return
     rows = measure_elementwise(args.tokens)
     for supervised in (1.0, 0.25):
         rows += measure_loss(args.tokens, supervised, args.chunks)
-    machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
+    machine = machine_of(args)
     command = (
         f"python3 benchmarks/neighbours.py --tokens {args.tokens} "
         f"--chunks {' '.join(map(str, args.chunks))}"

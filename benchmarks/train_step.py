@@ -40,7 +40,8 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # as stage 03; read when torch 
 
 import torch
 
-from benchmarks.record import RESULTS, row, write
+from benchmarks.command_line import add_result, command_of, has_device, machine_of
+from benchmarks.record import row, write
 from benchmarks.shape_20b import BASELINES, OURS, R, build
 
 WARM_UP, MEASURED = 2, 3
@@ -186,24 +187,20 @@ def main() -> None:
     parser.add_argument("--keep-attention", default="always", choices=("always", "never"))
     parser.add_argument("--offload", action="store_true", help="checkpoints to host memory")
     parser.add_argument("--profiled", type=int, nargs="*", default=[16384], help="lengths")
-    parser.add_argument("--machine", help="short name for the result's file, for example h200")
     parser.add_argument("--subject", default="train_step", help="first part of the result's name")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    add_result(parser)
     for name in ("--arm", "--tokens", "--out"):  # of one measurement's own process
         parser.add_argument(name, type=int if name == "--tokens" else str, help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not torch.cuda.is_available():  # make bench goes on with what this machine can measure
-        print("benchmarks/train_step.py needs a CUDA device: nothing measured")
+    if not has_device(__file__):
         return
     if args.arm:
         Path(args.out).write_text(json.dumps(measure(args)), encoding="utf-8")
         return
     rows = []
-    machine = args.machine or torch.cuda.get_device_name().split()[-1].lower()
-    # Where the figures were put is one machine's path, and no part of what gave them.
-    given = " ".join(sys.argv[1:]).replace(f"--folder {args.folder}", "").split()
-    command = f"python3 {' '.join(['benchmarks/train_step.py', *given])}"
+    machine = machine_of(args)
+    command = command_of(__file__, args)
     for tokens in args.lengths:
         for arm in args.arms:
             rows += spawn(arm, tokens, args, tokens in args.profiled)

@@ -1,0 +1,43 @@
+"""What the benchmarks' command lines have in common; no figure is measured here."""
+
+import argparse
+import importlib
+import sys
+
+import pytest
+import torch
+
+from benchmarks import command_line
+from sparselong import provenance
+
+
+@pytest.mark.parametrize("name", ["attention", "expert_gemm", "memory", "neighbours"])
+def test_without_a_gpu_make_bench_goes_on(name, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    importlib.import_module(f"benchmarks.{name}").main()
+    assert f"benchmarks/{name}.py needs a CUDA device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked, gpus, found", [
+    (None, ["NVIDIA H200, 143771 MiB, 580.1"], "h200"),
+    ("mine", ["NVIDIA H200, 143771 MiB, 580.1"], "mine"),
+    ("mine", [], "mine"),
+])  # fmt: skip
+def test_a_result_is_named_after_the_gpu(asked, gpus, found, monkeypatch):
+    monkeypatch.setattr(provenance, "describe_hardware", lambda: {"gpus": gpus})
+    assert command_line.machine_of(argparse.Namespace(machine=asked)) == found
+
+
+def test_a_gpu_without_a_name_is_no_file_called_none(monkeypatch):
+    monkeypatch.setattr(provenance, "describe_hardware", lambda: {"gpus": []})
+    with pytest.raises(SystemExit, match="pass --machine"):
+        command_line.machine_of(argparse.Namespace(machine=None))
+
+
+def test_the_command_is_the_one_given_but_for_this_machines_folder(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--lengths", "4096", "--folder", "/tmp/a", "--rank", "8"]
+    )
+    command = command_line.command_of("/else/where/x.py", argparse.Namespace(folder="/tmp/a"))
+    assert command == "python3 benchmarks/x.py --lengths 4096 --rank 8"
