@@ -13,6 +13,7 @@ import torch
 from sparselong.kernels import attention_triton
 from sparselong.kernels.attention import attention
 from sparselong.kernels.attention_ref import attention_reference
+from tests.poisoned import PoisonedTorch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NAMES = ("out", "dq", "dk", "dv", "dsinks")
@@ -178,18 +179,7 @@ def check(case: Case, got: dict, yardstick: dict, exact: dict, dtype: torch.dtyp
 @pytest.fixture
 def poison(monkeypatch):
     """torch.empty and torch.empty_like, as the launcher sees them, give NaN."""
-
-    class Poisoned:
-        def __getattr__(self, name):
-            return getattr(torch, name)
-
-        def empty(self, *args, **kwargs):
-            return torch.empty(*args, **kwargs).fill_(float("nan"))
-
-        def empty_like(self, *args, **kwargs):
-            return torch.empty_like(*args, **kwargs).fill_(float("nan"))
-
-    monkeypatch.setattr(attention_triton, "torch", Poisoned())
+    monkeypatch.setattr(attention_triton, "torch", PoisonedTorch())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

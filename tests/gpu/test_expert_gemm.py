@@ -16,6 +16,7 @@ from sparselong.kernels import expert_generation, expert_routing, expert_triton
 from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
 from sparselong.kernels.expert_gemm_ref import expert_mlp_reference
 from sparselong.packing import mxfp4
+from tests.poisoned import PoisonedTorch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 OURS = ("small", "packed", "decode")
@@ -109,22 +110,8 @@ def deviations(got: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
 @pytest.fixture
 def poison(monkeypatch):
     """torch.empty and torch.empty_like, as the launchers see them, give NaN, or 77."""
-
-    class Poisoned:
-        def __getattr__(self, name):
-            return getattr(torch, name)
-
-        def empty(self, *args, **kwargs):
-            return self._fill(torch.empty(*args, **kwargs))
-
-        def empty_like(self, *args, **kwargs):
-            return self._fill(torch.empty_like(*args, **kwargs))
-
-        def _fill(self, tensor):
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
-
     for module in (expert_triton, expert_routing, expert_generation):
-        monkeypatch.setattr(module, "torch", Poisoned())
+        monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
 @pytest.mark.parametrize("backend", OURS)

@@ -23,6 +23,7 @@ from sparselong.kernels.expert_lora import Adapter, expert_lora_mlp
 from sparselong.kernels.expert_lora_ref import expert_lora_reference
 from sparselong.kernels.recompute import checkpoint_contexts
 from tests.gpu.test_expert_gemm import CASES, OURS, Case, deviations, draw
+from tests.poisoned import PoisonedTorch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SCALINGS = {"gate_up": 4.0, "down": 0.5}
@@ -109,23 +110,9 @@ def assert_close(name: str, got: dict, yardstick: dict, exact: dict) -> None:
 @pytest.fixture
 def poison(monkeypatch):
     """torch.empty and torch.empty_like, as the launchers see them, give NaN, or 77."""
-
-    class Poisoned:
-        def __getattr__(self, name):
-            return getattr(torch, name)
-
-        def empty(self, *args, **kwargs):
-            return self._fill(torch.empty(*args, **kwargs))
-
-        def empty_like(self, *args, **kwargs):
-            return self._fill(torch.empty_like(*args, **kwargs))
-
-        def _fill(self, tensor):
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
-
     modules = (expert_triton, expert_routing, expert_lora, expert_lora_kernels, expert_lora_triton)
     for module in modules:
-        monkeypatch.setattr(module, "torch", Poisoned())
+        monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
 @pytest.mark.parametrize("backend", OURS)

@@ -15,6 +15,7 @@ from sparselong.kernels import cross_entropy, rms_norm, rotary
 from sparselong.kernels.cross_entropy_ref import linear_cross_entropy_reference
 from sparselong.kernels.rms_norm_ref import add_rms_norm_reference, rms_norm_reference
 from sparselong.kernels.rotary_ref import rotate_reference
+from tests.poisoned import PoisonedTorch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 HALVES = [torch.bfloat16, torch.float16]
@@ -25,23 +26,10 @@ needs_model = pytest.mark.skipif(
 )
 
 
-class Poisoned:
-    """torch, but what torch.empty and torch.empty_like return is full of NaN."""
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    def empty(self, *args, **kwargs):
-        return torch.empty(*args, **kwargs).fill_(float("nan"))
-
-    def empty_like(self, *args, **kwargs):
-        return torch.empty_like(*args, **kwargs).fill_(float("nan"))
-
-
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     for module in (rms_norm, rotary, cross_entropy):
-        monkeypatch.setattr(module, "torch", Poisoned())
+        monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
 def draw(*size: int, dtype=torch.float32, scale=1.0) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from sparselong.kernels import attention_tiles, attention_triton
 from sparselong.kernels.attention_mask import Call, Done, Mask, find_documents
 from sparselong.kernels.attention_ref import attention_reference
+from tests.poisoned import PoisonedTorch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,19 +107,6 @@ def draw(case: Case) -> list[torch.Tensor]:
     return [q, k, v, sinks, tensor(case.heads, case.queries)]
 
 
-class Poisoned:
-    """torch, but what torch.empty and torch.empty_like return is full of NaN."""
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    def empty(self, *args, **kwargs):
-        return torch.empty(*args, **kwargs).fill_(float("nan"))
-
-    def empty_like(self, *args, **kwargs):
-        return torch.empty_like(*args, **kwargs).fill_(float("nan"))
-
-
 def run(case: Case) -> dict[str, float]:
     """Relative L2 errors of out, lse and the gradients."""
     q, k, v, sinks, dout = draw(case)
@@ -144,7 +132,7 @@ def run(case: Case) -> dict[str, float]:
 
 
 def main() -> None:
-    attention_triton.torch = Poisoned()
+    attention_triton.torch = PoisonedTorch()
     numpy.seterr(all="ignore")  # exp2 of masked scores, which are discarded
     default = attention_tiles.FLOAT32
     results = {}

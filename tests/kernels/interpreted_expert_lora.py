@@ -19,7 +19,8 @@ from sparselong.kernels import (
     expert_triton,
 )
 from sparselong.kernels.expert_lora_ref import expert_lora_reference
-from tests.kernels.interpreted_experts import GATE, Case, Poisoned, draw_stack
+from tests.kernels.interpreted_experts import GATE, Case, draw_stack
+from tests.poisoned import PoisonedTorch
 
 RANK = 3  # no multiple of anything
 CASES = [
@@ -73,7 +74,7 @@ def run(case: Case, scalings: tuple, backend: str) -> dict[str, float]:
 
 def main() -> None:
     for module in (expert_triton, expert_routing, expert_lora_kernels, expert_lora_triton):
-        module.torch = Poisoned()  # pyright: ignore[reportAttributeAccessIssue]
+        module.torch = PoisonedTorch()  # pyright: ignore[reportAttributeAccessIssue]
     results = {}
     for case, scalings in CASES:
         for backend in ("packed", "decode")[: 2 if case.name == "ragged" else 1]:

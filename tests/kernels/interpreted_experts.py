@@ -16,6 +16,7 @@ import torch
 
 from sparselong.kernels import expert_routing, expert_triton
 from sparselong.kernels.expert_gemm_ref import decode_reference, expert_mlp_reference
+from tests.poisoned import PoisonedTorch
 
 GATE = (1.702, 7.0)
 
@@ -47,22 +48,6 @@ CASES = [
     Case("chunks_of_one_expert", 37, buffer_bytes=1),
     Case("a_last_chunk_that_is_short", 37, buffer_bytes=2 * 4 * 64 * 64),
 ]
-
-
-class Poisoned:
-    """torch, but what torch.empty and torch.empty_like return is full of NaN, or of 77s."""
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    def empty(self, *args, **kwargs):
-        return self._fill(torch.empty(*args, **kwargs))
-
-    def empty_like(self, *args, **kwargs):
-        return self._fill(torch.empty_like(*args, **kwargs))
-
-    def _fill(self, tensor):
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
 
 
 def draw_stack(experts: int, out: int, width: int) -> expert_triton.Projection:
@@ -113,7 +98,7 @@ def count_inexact_decodings() -> int:
 
 
 def main() -> None:
-    expert_triton.torch = expert_routing.torch = Poisoned()  # pyright: ignore[reportAttributeAccessIssue]
+    expert_triton.torch = expert_routing.torch = PoisonedTorch()  # pyright: ignore[reportAttributeAccessIssue]
     results: dict[str, dict[str, float]] = {}
     default = expert_triton.BUFFER_BYTES
     for case in CASES:
