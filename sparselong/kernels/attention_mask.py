@@ -160,3 +160,23 @@ def mark_starts(
         breaks = positions[:, 1:] != positions[:, :-1] + 1
         starts[:, 1:] |= breaks if real is None else breaks & real
     starts[:, 0] = True
+
+
+def refuse_gaps(real: torch.Tensor, positions: torch.Tensor | None) -> None:
+    """That no tokens go on behind padding: their positions, if known, start anew there.
+
+    Args:
+        real: bool [batch, keys], True where a token is.
+        positions: [batch or 1, keys].
+
+    Raises:
+        ValueError: some do.
+    """
+    again = real[:, 1:] & ~real[:, :-1] & real[:, :-1].cummax(1).values
+    if positions is not None:
+        again &= positions[:, 1:] != 0
+    if again.any():
+        raise ValueError(
+            "attention_mask: tokens on both sides of padding in one row; allowed: padding at the "
+            "left or right, or between documents whose position ids start at 0"
+        )

@@ -40,7 +40,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sparselong.config import Config
 from sparselong.kernels.attention import attention
 from sparselong.kernels.attention_choice import BACKENDS
-from sparselong.kernels.attention_mask import mark_starts
+from sparselong.kernels.attention_mask import mark_starts, refuse_gaps
 from sparselong.parallel.context import active_context
 
 NAME = "sparselong"
@@ -263,22 +263,14 @@ def _require_documents(visible: torch.Tensor, starts: torch.Tensor, window: int 
 
 
 def _real_tokens(mask: torch.Tensor, positions: torch.Tensor | None, keys: int) -> torch.Tensor:
-    """bool [batch, keys] from a padding mask. Behind padding no tokens go on: their positions, if
-    known, start anew."""
+    """bool [batch, keys] from a padding mask."""
     if mask.ndim != 2 or mask.shape[1] < keys:
         raise ValueError(
             f"attention_mask: shape {list(mask.shape)} for {keys} keys; "
             "allowed: [batch, keys] or [batch, 1, queries, keys]"
         )
     real = mask[:, -keys:].bool()
-    again = real[:, 1:] & ~real[:, :-1] & real[:, :-1].cummax(1).values
-    if positions is not None:
-        again &= positions[:, 1:] != 0
-    if again.any():
-        raise ValueError(
-            "attention_mask: tokens on both sides of padding in one row; allowed: padding at the "
-            "left or right, or between documents whose position ids start at 0"
-        )
+    refuse_gaps(real, positions)
     return real
 
 

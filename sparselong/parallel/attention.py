@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from sparselong.kernels.attention import load_backend
 from sparselong.kernels.attention_mask import Done
@@ -93,6 +94,7 @@ class _ShardedAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, sinks, own, halo, out, lse, *flat = ctx.saved_tensors
         kept = []

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparselong.kernels.attention_mask import Call, Mask, find_documents
+from sparselong.kernels.attention_mask import Call, Documents, Mask, find_documents
 from sparselong.parallel.shard import chunks_of
 
 Range = tuple[int, int]
@@ -169,10 +169,19 @@ def _make_call(
     inside |= {row * count for row in range(rows)}
     documents = None
     if len(inside) > rows + 1:
-        documents = find_documents(torch.tensor(sorted(inside), device=device), rows, count)
+        documents = _place(find_documents(torch.tensor(sorted(inside)), rows, count), device)
     if window is not None and window >= count:
         window = None  # it leaves nothing out
     return Mask(rows, end - start, count, start - low, window, documents)
+
+
+def _place(found: Documents, device: torch.device) -> Documents:
+    """On the device. They are found on the CPU, as finding them there would wait for the GPU."""
+    boundaries, starts, ends = (
+        tensor.to(device, non_blocking=True)
+        for tensor in (found.boundaries, found.starts, found.ends)
+    )
+    return Documents(boundaries, starts, ends, found.longest)
 
 
 class _Places:

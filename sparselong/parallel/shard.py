@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from sparselong.errors import StageError
-from sparselong.kernels.attention_mask import mark_starts
+from sparselong.kernels.attention_mask import mark_starts, refuse_gaps
 from sparselong.kernels.cross_entropy import IGNORED
 from sparselong.parallel.collectives import all_gather
 from sparselong.parallel.mesh import Mesh
@@ -44,7 +44,8 @@ def shard_batch(batch: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, torch.T
         the padding is a document of its own.
 
     Raises:
-        ValueError: an entry is missing, unknown or of another shape.
+        ValueError: an entry is missing, unknown or of another shape, or tokens go on behind
+            padding.
         StageError: the ranks of the group do not hold the same batch.
     """
     _check(batch)
@@ -53,6 +54,8 @@ def shard_batch(batch: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, torch.T
     rows, tokens = ids.shape
     missing = -tokens % (2 * mesh.context_size)
     positions = batch.get("position_ids")
+    if mask is not None:
+        refuse_gaps(mask.bool(), positions)
     if positions is None:
         positions = torch.arange(tokens, device=ids.device)[None]
     starts = torch.zeros(rows, tokens + missing, dtype=torch.bool, device=ids.device)

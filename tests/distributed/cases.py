@@ -131,6 +131,21 @@ def attend_wrongly(heads_k_stride: int, tokens: int) -> str:
     return ""
 
 
+def differentiate_twice() -> str:
+    """The message where a gradient's own gradient is asked for."""
+    mesh = mesh_of(dist.get_world_size())
+    context = Context(mesh, Layout((0, 16), 1))
+    q, k, v = (torch.randn(1, heads, 8, 8).requires_grad_() for heads in (4, 2, 2))
+    extra = {"window": None, "scale": None, "backend": None, "deterministic": False}
+    out = context.attend(q, k, v, torch.zeros(4), **extra)
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    try:
+        dq.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def attend_by_triton(window: int | None, boundaries: tuple[int, ...], stride: int) -> list[float]:
     """How far out, dq, dk, dv and dsinks of this project's kernels are from one process's plain
     ones: over this rank's keys and queries, by Triton's interpreter."""

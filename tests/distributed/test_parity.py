@@ -59,6 +59,7 @@ CASES: dict[str, Run] = {
     "shards without a label": Run([[[labelled(9, 15, 64)]]]),
     "a label at a shard's border only": Run([[[labelled(16, 17, 64)]]]),
     "no label at all": Run([[[labelled(0, 0, 64)]]]),
+    "documents of one token": Run([[[packed(*[1] * 20)]]]),
     "two rows": Run([[[two_rows()]]]),
     "all heads at a time": Run([[[packed(64)]]], heads_k_stride=2),
     "checkpointed, attention kept": Run([[[packed(30, 34)]]], keep=True),

@@ -88,6 +88,16 @@ def test_an_unknown_entry_is_refused(pools):
         assert message.startswith("ValueError: batch: ") and "allowed: input_ids and lab" in message
 
 
+def test_tokens_behind_padding_are_refused_as_on_one_gpu(pools):
+    batch = packed(12, 4)
+    batch["attention_mask"] = torch.tensor([[1] * 5 + [0] * 2 + [1] * 9])
+    for message in pools[2].run(cases.shard_own, [batch, batch], 2):
+        assert message.startswith("ValueError: attention_mask: tokens on both sides of padding")
+    batch["attention_mask"] = torch.tensor([[1] * 10 + [0] * 2 + [1] * 4])  # another document
+    for local in pools[2].run(cases.shard, batch, 2):
+        assert local["cu_seqlens"].tolist() == [0, 10, 12, 16]
+
+
 def test_tokens_are_counted_over_all_ranks_and_micro_batches(pools):
     some, none = torch.tensor([[3, IGNORED, 4]]), torch.full((1, 3), IGNORED)
     labels = [[some, some], [none, some], [none, none], [none, some]]

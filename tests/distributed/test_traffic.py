@@ -44,3 +44,7 @@ def test_what_does_not_fit_the_layout_is_refused(pools):
     assert message.startswith(
         "q: 1 rows of 16 queries and 16 keys; allowed in this shard: 1 rows of 8"
     )
+
+
+def test_second_derivatives_are_refused(pools):
+    assert all("once_differentiable" in m for m in pools[2].run(cases.differentiate_twice))

@@ -14,8 +14,11 @@ from unittest import mock
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GptOssConfig, GptOssForCausalLM
 
+from sparselong.kernels import attention_ref
 from sparselong.kernels.recompute import checkpoint_contexts
 from sparselong.model import attention as _registers  # noqa: F401
 from sparselong.model.fused import chunk_loss
@@ -39,7 +42,7 @@ class Run:
         window: of the sliding layers.
         keep: whether full attention is kept across checkpointing; None: no checkpointing.
         heads_k_stride: KV heads that are gathered at a time, of two.
-        broken: a piece to turn off, one of `PIECES`.
+        broken: a piece to turn off, one of `PIECES` or `CHUNKS`.
     """
 
     steps: list[list[list[Batch]]]
@@ -49,6 +52,7 @@ class Run:
     broken: str | None = None
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    vocabulary: int = 96
 
 
 @dataclass
@@ -68,7 +72,7 @@ def make_model(run: Run) -> nn.Module:
     torch.manual_seed(0)
     on_gpu = run.device == "cuda"
     config = GptOssConfig(
-        num_hidden_layers=4, hidden_size=64, intermediate_size=64, vocab_size=96,
+        num_hidden_layers=4, hidden_size=64, intermediate_size=64, vocab_size=run.vocabulary,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64 if on_gpu else 16,
         num_local_experts=4, num_experts_per_tok=2, sliding_window=run.window,
     )  # fmt: skip
@@ -118,7 +122,8 @@ def train_sharded(run: Run, context_size: int) -> Result:
     """One rank's part of the same."""
     mesh = mesh_of(context_size)
     model = make_model(run)
-    chunk_loss(model.get_base_model())  # type: ignore[operator]
+    if run.broken != "loss in chunks":
+        chunk_loss(model.get_base_model())  # type: ignore[operator]
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def loss_of(local: Batch, count: Any) -> torch.Tensor:
@@ -185,6 +190,34 @@ def _precision(run: Run) -> Any:
     return torch.autocast(run.device, run.dtype)
 
 
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor has had that torch made meanwhile, in all and among those
+    with an axis over the vocabulary. Of a view, those of what it is a view of."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.of_all, self.of_vocabulary = vocabulary, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                elements = tensor.untyped_storage().nbytes() // tensor.itemsize
+                self.of_all = max(self.of_all, elements)
+                if self.vocabulary in tensor.shape:
+                    self.of_vocabulary = max(self.of_vocabulary, elements)
+        return made
+
+
+def largest_tensors(run: Run, context_size: int) -> tuple[int, int]:
+    """Elements of the largest tensor and of the largest over the vocabulary on this rank, in
+    training and evaluation."""
+    with Largest(run.vocabulary) as seen:
+        train_sharded(run, context_size)
+    return seen.of_all, seen.of_vocabulary
+
+
+CHUNKS = ("loss in chunks", "queries in chunks")
 PIECES = ("halo", "label pre-shift", "position ids", "sink", "sink twice", "returned gradients")
 
 
@@ -221,6 +254,8 @@ def _piece_off(piece: str | None) -> Iterator[None]:
                 super().finish(dk, dv)
 
         patch = mock.patch.object(sharded, "_Return", Lost)
+    elif piece == "queries in chunks":
+        patch = mock.patch.dict(attention_ref.attention_reference.__kwdefaults__, rows=1 << 30)
     else:
         patch = nullcontext()
     with patch:

@@ -1,0 +1,35 @@
+"""What no rank may hold: anything of sequence², or of the sequence times the vocabulary."""
+
+from dataclasses import replace
+
+import pytest
+
+from sparselong.kernels.cross_entropy import CHUNK_ROWS
+from tests.distributed import training
+from tests.distributed.test_parity import packed
+from tests.distributed.training import Run, largest_tensors
+
+TOKENS, VOCABULARY, RANKS = 4096, 1031, 4
+RUN = Run([[[packed(TOKENS)]]], keep=True, vocabulary=VOCABULARY)
+# Plain attention, the CPU's, takes 256 queries of two heads at a time: an eighth of sequence².
+MOST_ELEMENTS = TOKENS**2 // 7
+MOST_LOGITS = CHUNK_ROWS * VOCABULARY  # half of what a shard's rows have
+
+
+def test_no_rank_holds_anything_of_sequence_squared_or_all_logits(pools):
+    assert TOKENS // RANKS > CHUNK_ROWS
+    for of_all, of_vocabulary in pools[RANKS].run(largest_tensors, RUN, RANKS):
+        assert TOKENS**2 // 16 < of_all < MOST_ELEMENTS
+        assert of_vocabulary == MOST_LOGITS
+
+
+@pytest.mark.parametrize("piece", training.CHUNKS)
+def test_what_is_not_in_chunks_is_seen(pools, piece):
+    found = pools[RANKS].run(largest_tensors, replace(RUN, broken=piece), RANKS)
+    for of_all, of_vocabulary in found:
+        assert of_all > MOST_ELEMENTS or of_vocabulary > MOST_LOGITS
+
+
+def test_a_sequence_that_is_not_shared_is_seen(pools):
+    whole = Run([[[packed(TOKENS)] * 2]], keep=True, vocabulary=VOCABULARY)
+    assert all(of_all > MOST_ELEMENTS for of_all, _ in pools[2].run(largest_tensors, whole, 1))
