@@ -13,7 +13,7 @@ The same door opens an upstream checkpoint with its experts left packed (`weight
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import nn
@@ -149,7 +149,7 @@ class SparseLongQuantizer(HfQuantizer):
 
         if model.config._attn_implementation == NAME:
             fuse(model)
-        check_shapes(model)
+        check_packed(model)
         print(describe_weights(model), file=sys.stderr, flush=True)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -176,9 +176,9 @@ class SparseLongQuantizer(HfQuantizer):
         return True
 
 
-def check_shapes(model: PreTrainedModel) -> None:
-    """That packed tensors came in the shapes that the configuration asks for; transformers takes a
-    buffer as the file has it.
+def check_packed(model: PreTrainedModel) -> None:
+    """That packed tensors came in the shapes and types that the configuration asks for and hold no
+    code that there is not; transformers takes a buffer as the file has it.
 
     Raises:
         StageError: one did not; names it.
@@ -186,20 +186,44 @@ def check_shapes(model: PreTrainedModel) -> None:
     for path, module in model.named_modules():
         if isinstance(module, PackedExperts):
             wanted = expert_shapes(cast(Any, model.config))
+            kinds = {name: torch.uint8 for name in wanted if not name.endswith("_bias")}
         elif isinstance(module, PackedLinear):
             empty = module.fmt.empty(module.out_features, module.in_features)
             wanted = {name: tuple(tensor.shape) for name, tensor in empty.items()}
+            kinds = {n: t.dtype for n, t in empty.items() if not t.is_floating_point()}
         else:
             continue
         for name, shape in wanted.items():
-            found = tuple(getattr(module, name).shape)
-            if found != shape:
-                raise StageError(
-                    f"{path}.{name} has another shape than config.json says",
-                    f"{list(shape)}",
-                    f"{list(found)}",
-                    "download the checkpoint again, or redo the stage that wrote it",
+            tensor: torch.Tensor = getattr(module, name)
+            kind = kinds.get(name, tensor.dtype)
+            if (tuple(tensor.shape), tensor.dtype) != (shape, kind):
+                _refuse(
+                    f"{path}.{name} has another shape or type than config.json says",
+                    f"{kind} {list(shape)}",
+                    f"{tensor.dtype} {list(tensor.shape)}",
                 )
+        _check_codes(path, module)
+
+
+def _check_codes(path: str, module: PackedExperts | PackedLinear) -> None:
+    """Kernels take scales and patterns as they are: a pattern that there is not means zeros."""
+    if isinstance(module, PackedExperts):
+        for name in ("gate_up_proj_scales", "down_proj_scales"):
+            scales: torch.Tensor = getattr(module, name)
+            if not scales.is_meta and bool((scales == mxfp4.NAN_SCALE).any()):
+                _refuse(f"{path}.{name} is damaged", "E8M0 bytes from 0 to 254", "255, NaN")
+    elif module.fmt.is_sparse:
+        mask = module.packed()["weight_mask"]
+        try:
+            if not mask.is_meta:
+                two_four.unpack_mask(mask)
+        except ValueError as error:
+            _refuse(f"{path}.weight_mask is damaged", "2:4 patterns from 0 to 5", str(error))
+
+
+def _refuse(what: str, expected: str, found: str) -> NoReturn:
+    fix = "download the checkpoint again, or redo the stage that wrote it"
+    raise StageError(what, expected, found, fix)
 
 
 def replace_with_packed(model: nn.Module, fmt: DenseFormat) -> None:

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, Mxfp4Config, Trainer, TrainingArg
 from sparselong.errors import StageError
 from sparselong.model.loading import load_model, load_tokenizer, packed_config
 from sparselong.model.packed_experts import PackedExperts
-from sparselong.model.quantizer import SparseLongConfig
+from sparselong.model.packed_linear import PackedLinear
+from sparselong.model.quantizer import SparseLongConfig, check_packed
+from sparselong.packing.dense import DenseFormat
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +99,53 @@ def test_missing_tensors_are_refused(untrained_base, tmp_path):
 BLOCKS = "model.layers.1.mlp.experts.gate_up_proj_blocks"
 
 
-def test_misshaped_experts_are_refused_by_name(untrained_base, tmp_path):
+def change(base, folder, name, function):
+    """A copy of a checkpoint with another tensor in one's place."""
     from safetensors.torch import load_file, save_file
 
-    broken = shutil.copytree(untrained_base, tmp_path / "broken")
+    broken = shutil.copytree(base, folder / "broken")
     index = json.loads((broken / "model.safetensors.index.json").read_text())
-    shard = broken / index["weight_map"][BLOCKS]
+    shard = broken / index["weight_map"][name]
     tensors = load_file(shard)
-    tensors[BLOCKS] = tensors[BLOCKS][:, :-2].contiguous()
+    tensors[name] = function(tensors[name]).contiguous()
     save_file(tensors, shard, {"format": "pt"})
+    return broken
+
+
+def test_misshaped_experts_are_refused_by_name(untrained_base, tmp_path):
+    broken = change(untrained_base, tmp_path, BLOCKS, lambda blocks: blocks[:, :-2])
     with pytest.raises(StageError, match="layers.*gate_up_proj_blocks"):
         load_model(broken)
+
+
+def test_experts_of_another_type_are_refused_by_name(untrained_base, tmp_path):
+    broken = change(untrained_base, tmp_path, BLOCKS, lambda blocks: blocks.view(torch.int8))
+    with pytest.raises(
+        StageError, match=r"(?s)gate_up_proj_blocks has another .*found: *torch.int8"
+    ):
+        load_model(broken)
+
+
+def test_a_nan_scale_is_refused_by_name_before_anything_is_computed(untrained_base, tmp_path):
+    scales = BLOCKS.replace("_blocks", "_scales")
+    broken = change(
+        untrained_base, tmp_path, scales, lambda t: t.index_fill(0, torch.tensor(3), 255)
+    )
+    with pytest.raises(StageError, match="layers.1.mlp.experts.gate_up_proj_scales is damaged"):
+        load_model(broken)
+
+
+def test_a_mask_pattern_that_there_is_not_is_refused_by_name(untrained_base):
+    """Triton's kernels would read it as four zeros."""
+    model = load_model(untrained_base)
+    packed = PackedLinear(128, 256, True, DenseFormat(4, "2:4", 64))
+    for tensor in packed.packed().values():
+        tensor.zero_()
+    model.model.layers[2].self_attn.q_proj = packed
+    check_packed(model)
+    packed.packed()["weight_mask"][7, 4] = 0xFF
+    with pytest.raises(StageError, match="layers.2.self_attn.q_proj.weight_mask is damaged"):
+        check_packed(model)
 
 
 def test_a_shard_that_was_cut_off_is_refused(untrained_base, tmp_path):
