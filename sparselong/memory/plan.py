@@ -241,11 +241,17 @@ def _memory_notes(made: Plan) -> list[str]:
     ]
     if made.memory.components.get("kept attention outputs"):
         notes.append("Full attention's outputs are kept, so that it is computed once a step.")
-    if made.changes:
-        have = format_bytes(made.card_bytes)
-        notes.append(f"It does not fit a card that lends {have}: {'; '.join(made.changes)}.")
-    elif made.device == "cuda" and made.memory.peak_bytes > made.card_bytes:
-        notes.append(f"It fits no card that lends {format_bytes(made.card_bytes)}.")
+    short = made.memory.peak_bytes - made.card_bytes
+    if made.device == "cuda" and short > 0:
+        remedies = list(made.changes)
+        if not any(text.endswith(" fits") for text in remedies):
+            remedies.append(
+                "no change of the config is enough: take a larger GPU or a smaller model"
+            )
+        notes.append(
+            f"It does not fit a card that lends {format_bytes(made.card_bytes)}: "
+            f"{format_bytes(short)} short; {'; '.join(remedies)}."
+        )
     return notes
 
 

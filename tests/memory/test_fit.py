@@ -97,3 +97,26 @@ def test_nothing_helps_a_model_that_is_too_large():
     config = load("model.base=openai/gpt-oss-120b")
     told = memory.suggest_changes(BIG, config, memory.CARD_BYTES)
     assert told and not any(text.endswith(" fits") for text in told)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["sequence_len=131072"], ["18.03 GiB short", "sequence_len=45184 instead of 131072 fits"]),
+        (["model.base=openai/gpt-oss-120b"], ["short", "no change of the config is enough"]),
+        (
+            ["model.base=openai/gpt-oss-120b", "training.offload_checkpoints=true"],
+            ["short; no change of the config is enough"],
+        ),
+    ],
+)
+def test_a_dry_run_says_how_much_is_missing_and_what_to_do(overrides, parts, tmp_path):
+    notes = " ".join(memory.plan_stage(load(*overrides), tmp_path, "03_finetune")["notes"])
+    for part in parts:
+        assert part in notes
+    assert "no change" not in notes or "instead of" not in notes
+
+
+def test_a_dry_run_of_what_fits_says_nothing_of_it(tmp_path):
+    notes = " ".join(memory.plan_stage(load(), tmp_path, "03_finetune")["notes"])
+    assert "does not fit" not in notes
