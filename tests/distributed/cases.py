@@ -19,6 +19,7 @@ from sparselong.parallel.context import Context, Layout, context_parallel
 from sparselong.parallel.loss import add_losses, count_supervised, mean_loss, reduce_gradients
 from sparselong.parallel.mesh import build_mesh
 from sparselong.parallel.shard import chunks_of, shard_batch
+from tests.distributed import flash_attn_stand_in
 
 mesh_of = functools.cache(build_mesh)  # groups are made once a process
 
@@ -146,9 +147,11 @@ def differentiate_twice() -> str:
     return ""
 
 
-def attend_by_triton(window: int | None, boundaries: tuple[int, ...], stride: int) -> list[float]:
-    """How far out, dq, dk, dv and dsinks of this project's kernels are from one process's plain
-    ones: over this rank's keys and queries, by Triton's interpreter."""
+def attend_by(
+    backend: str, window: int | None, boundaries: tuple[int, ...], stride: int
+) -> list[float]:
+    """How far out, dq, dk, dv and dsinks of a backend for GPUs are from one process's plain ones:
+    over this rank's keys and queries, by Triton's interpreter or a stand-in for flash-attn."""
     mesh, tokens = mesh_of(dist.get_world_size()), boundaries[-1]
     generator = torch.Generator().manual_seed(0)
     q, dout = (torch.randn(1, 4, tokens, 64, generator=generator) for _ in range(2))
@@ -165,7 +168,8 @@ def attend_by_triton(window: int | None, boundaries: tuple[int, ...], stride: in
 
     local = [take(t).clone().requires_grad_() for t in (q, k, v)] + [sinks.requires_grad_()]
     extra = {"scale": None, "backend": None, "deterministic": False}
-    with mock.patch.object(context_module, "pick_backend", lambda *_: "triton"):
+    named = mock.patch.object(context_module, "pick_backend", lambda *_: backend)
+    with flash_attn_stand_in.installed(), named:
         context = Context(mesh, Layout(boundaries, 1, stride))
         mine = context.attend(*local, window=window, **extra)
         got = [mine, *torch.autograd.grad(mine, local, take(dout))]

@@ -1,4 +1,5 @@
-"""The Triton kernels on assembled keys, which they read by stride, in Triton's interpreter."""
+"""The kernels for GPUs on assembled keys, which they read by stride: Triton's in its interpreter,
+flash-attn's by a stand-in for the package."""
 
 import pytest
 
@@ -15,17 +16,26 @@ def interpreting():
     pool.close()
 
 
-@pytest.mark.parametrize(
-    "window, boundaries, stride",
-    [
-        (None, (0, 128), 1),
-        (None, (0, 50, 77, 128), 2),
-        (20, (0, 128), 1),
-        (20, (0, 50, 77, 128), 1),
-    ],
-)
+LAYOUTS = [
+    (None, (0, 128), 1),
+    (None, (0, 50, 77, 128), 2),
+    (20, (0, 128), 1),
+    (20, (0, 50, 77, 128), 1),
+]
+
+
+@pytest.mark.parametrize("window, boundaries, stride", LAYOUTS)
 def test_kernels_on_a_shard_agree_with_plain_attention_on_the_whole(
     interpreting, window, boundaries, stride
 ):
-    for errors in interpreting.run(cases.attend_by_triton, window, boundaries, stride):
+    for errors in interpreting.run(cases.attend_by, "triton", window, boundaries, stride):
+        assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("window, boundaries, stride", [*LAYOUTS, (50, (0, 128), 2)])
+def test_flash_attn_on_a_shard_with_the_sinks_taken_in_is_exact(
+    pools, size, window, boundaries, stride
+):
+    for errors in pools[size].run(cases.attend_by, "flash_attn", window, boundaries, stride):
         assert max(errors) < 1e-5
