@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ import torch.distributed as dist
 from benchmarks.command_line import add_result, command_of, machine_of
 from benchmarks.context_parallel_launch import make_waves, run_wave
 from benchmarks.record import row, write
+from sparselong.run import write_atomically
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
 KINDS = {"full": None, "window": WINDOW}
@@ -170,11 +172,10 @@ def kernel_ms(call: Any) -> float:
     return sum(event.self_device_time_total for event in events) / 1e3
 
 
-def measure_steps(arm: str, args: argparse.Namespace, mesh: Any) -> Rows:
+def measure_steps(arm: str, args: argparse.Namespace, mesh: Any) -> Iterator[Rows]:
     """Rows of whole steps of one arm of `shape_20b.py` by length, until one does not fit."""
     from benchmarks.shape_20b import build
 
-    rows: Rows = []
     torch.manual_seed(0)  # the same weights on every rank
     model = build(arm, layers=args.layers)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -186,13 +187,12 @@ def measure_steps(arm: str, args: argparse.Namespace, mesh: Any) -> Rows:
         case = {"part": "step", "arm": arm, "tokens": tokens, "layers": args.layers}
         case |= {"degree": mesh.context_size, "peer": args.peer, "heads_k_stride": args.stride}
         try:
-            rows += measure_length(model, trained, optimizer, tokens, case, args, mesh)
+            yield measure_length(model, trained, optimizer, tokens, case, args, mesh)
         except torch.OutOfMemoryError:
+            yield [row(case, "sparselong", "out_of_memory", 1, "1")]
             if mesh.context_size > 1:  # the others wait in a collective: end, and say so
                 raise
-            rows.append(row(case, "sparselong", "out_of_memory", 1, "1"))
             break
-    return rows
 
 
 def measure_length(
@@ -274,15 +274,21 @@ def work(args: argparse.Namespace) -> None:
     mesh = build_mesh(dist.get_world_size(), timeout)
     rows: Rows = []
     if "attention" in args.parts and mesh.context_size > 1:
-        rows += measure_attention(args, mesh)
+        keep(measure_attention(args, mesh), rows, args)
     if "steps" in args.parts:
         for arm in args.arms:
-            rows += measure_steps(arm, args, mesh)
+            for found in measure_steps(arm, args, mesh):
+                keep(found, rows, args)
             gc.collect()
             torch.cuda.empty_cache()
-    if dist.get_rank() == 0:
-        Path(args.out).write_text(json.dumps(rows), encoding="utf-8")
     dist.destroy_process_group()
+
+
+def keep(found: Rows, rows: Rows, args: argparse.Namespace) -> None:
+    """Adds to a part's rows; written at once, so that a length that fails costs only itself."""
+    rows += found
+    if dist.get_rank() == 0:
+        write_atomically(Path(args.out), json.dumps(rows))
 
 
 def parse() -> argparse.Namespace:
@@ -322,9 +328,9 @@ def main() -> None:
     rows: Rows = []
     failed = []
     for wave in make_waves(turns, gpus):
-        for turn, found in run_wave(wave, args, __file__):
+        for turn, found, ended in run_wave(wave, args, __file__):
             rows += found
-            failed += [] if found else [turn]
+            failed += [] if ended else [turn]
         path = write("context_parallel", machine, command, rows, args.folder)
         print(path, file=sys.stderr)
     if failed:

@@ -1,7 +1,8 @@
 """Starts the parts of a benchmark over several GPUs: one process for each, with a time-out.
 
-A part that fails or hangs is ended with all its processes, and the others go on. A process finds
-rank and peers in the environment, as under torchrun, and its settings in `--settings`.
+A part that fails or hangs is ended with all its processes, and the others go on; what it has
+written until then counts. A process finds rank and peers in the environment, as under torchrun, and
+its settings in `--settings`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def make_waves(turns: list[tuple[int, bool]], gpus: int) -> list[list[tuple[int,
 
 
 def run_wave(wave: list[tuple[int, bool]], args: argparse.Namespace, script: str) -> list:
-    """Each turn with its rows, of which there are none where it failed."""
+    """Each turn with its rows, and whether it came to its end."""
     found, first_gpu, deadline = [], 0, time.monotonic() + args.timeout_seconds
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / f"{n}.json" for n in range(len(wave))]
@@ -40,7 +41,8 @@ def run_wave(wave: list[tuple[int, bool]], args: argparse.Namespace, script: str
             first_gpu += degree
         for turn, processes, out in zip(wave, parts, outs, strict=True):
             ended = finish(processes, deadline)
-            found.append((turn, json.loads(out.read_text(encoding="utf-8")) if ended else []))
+            rows = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
+            found.append((turn, rows, ended))
     return found
 
 
