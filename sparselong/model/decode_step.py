@@ -120,7 +120,7 @@ class KernelStep:
 
     Raises:
         ValueError: a module is not one that the kernels read: experts other than PackedExperts,
-            projections packed in other than 4 bits, adapters.
+            projections packed in other than 4 bits, adapters; or a KV head has more than 16 heads.
     """
 
     def __init__(self, model: GptOssForCausalLM, caches: list[LayerCache], most_tokens: int):
@@ -136,6 +136,7 @@ class KernelStep:
             config.num_key_value_heads,
             config.head_dim,
         )
+        _check_group(heads, kv_heads)
         self.word = torch.full((1,), FIRST_WORD, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.logits = torch.empty(config.vocab_size, **empty)
@@ -219,6 +220,16 @@ class KernelStep:
             self.words, self.factors, self.indices, self.weights, layer.gate_up, layer.down,
             layer.gate, self.hidden[None], residual=self.hidden[None], h=self.h, pdl=self.pdl,
         )  # fmt: skip
+
+
+def _check_group(heads: int, kv_heads: int) -> None:
+    from sparselong.kernels.generation_attention import QUERIES
+
+    if heads > QUERIES * kv_heads:  # the kernel would leave the others' output as it was
+        raise ValueError(
+            f"num_attention_heads: {heads} of {kv_heads} KV heads; allowed: at most {QUERIES} for "
+            "each. model.generate(...) takes the others"
+        )
 
 
 def _attention_scratch(

@@ -7,6 +7,7 @@ import torch
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from sparselong.errors import StageError
+from sparselong.model.decode_step import KernelStep
 from sparselong.model.generation import Decoder, generate
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.quantizer import replace_with_packed
@@ -131,3 +132,13 @@ def test_what_does_not_fit_is_refused(model):
     most = model.config.max_position_embeddings
     with pytest.raises(ValueError, match=f"{most + 1}; allowed: the model's {most}"):
         next(generate(model, torch.ones(1, 3, dtype=torch.int64), most - 2))
+
+
+def test_a_step_refuses_more_heads_than_its_kernel_takes(model):
+    assert KernelStep(model, [], 8).layers
+    model.config.num_attention_heads = 34
+    try:
+        with pytest.raises(ValueError, match="num_attention_heads: 34 of 2 KV heads"):
+            KernelStep(model, [], 8)
+    finally:
+        model.config.num_attention_heads = 4
