@@ -107,6 +107,22 @@ def deviations(got: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
     return difference.abs().max().item(), (difference.norm() / (exact.norm() + 1e-300)).item()
 
 
+def assert_close(name: str, got: dict, yardstick: dict, exact: dict) -> None:
+    """That `got` is as near to `exact` as twice what plain torch gave, result by result."""
+    rounding = torch.finfo(torch.bfloat16).eps / 2  # for what plain torch happens to get exactly
+    for result, want in exact.items():
+        assert torch.isfinite(got[result]).all(), f"{name}: {result} is not finite"
+        largest, rms = deviations(got[result], want)
+        largest_allowed, rms_allowed = deviations(yardstick[result], want)
+        scale = want.abs().max().item()
+        assert largest <= max(2 * largest_allowed, rounding * scale), (
+            f"{name}: {result} is off by {largest:.2e}, plain torch {largest_allowed:.2e}"
+        )
+        assert rms <= max(2 * rms_allowed, rounding), (
+            f"{name}: {result}'s relative RMS error is {rms:.2e}, torch's {rms_allowed:.2e}"
+        )
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """torch.empty and torch.empty_like, as the launchers see them, give NaN, or 77."""
@@ -120,19 +136,7 @@ def test_kernels_err_no_more_than_twice_plain_torch(case, backend, poison, monke
     if case.buffer_bytes is not None:
         monkeypatch.setattr(expert_triton, "BUFFER_BYTES", case.buffer_bytes)
     call = draw(case)
-    exact, yardstick, got = run_exactly(call), run(call, "torch"), run(call, backend)
-    rounding = torch.finfo(torch.bfloat16).eps / 2  # for what plain torch happens to get exactly
-    for name, want in exact.items():
-        assert torch.isfinite(got[name]).all(), f"{case.name}: {name} is not finite"
-        largest, rms = deviations(got[name], want)
-        largest_allowed, rms_allowed = deviations(yardstick[name], want)
-        scale = want.abs().max().item()
-        assert largest <= max(2 * largest_allowed, rounding * scale), (
-            f"{case.name}: {name} is off by {largest:.2e}, plain torch {largest_allowed:.2e}"
-        )
-        assert rms <= max(2 * rms_allowed, rounding), (
-            f"{case.name}: {name}'s relative RMS error is {rms:.2e}, torch's {rms_allowed:.2e}"
-        )
+    assert_close(case.name, run(call, backend), run(call, "torch"), run_exactly(call))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens <= 8], ids=lambda case: case.name)
@@ -142,11 +146,7 @@ def test_generation_errs_no_more_than_twice_plain_torch(case, poison):
     rest = {name: tensor for name, tensor in call.items() if name != "dout"}
     got = expert_mlp(**rest, backend="generation")
     assert torch.equal(got, expert_mlp(**rest, backend="generation"))
-    rounding = torch.finfo(torch.bfloat16).eps / 2
-    largest, rms = deviations(got, exact)
-    largest_allowed, rms_allowed = deviations(yardstick, exact)
-    assert largest <= max(2 * largest_allowed, rounding * exact.abs().max().item())
-    assert rms <= max(2 * rms_allowed, rounding)
+    assert_close(case.name, {"out": got}, {"out": yardstick}, {"out": exact})
 
 
 def test_a_wrong_index_in_generation_gives_nan_to_its_token_alone():

@@ -22,7 +22,7 @@ from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
 from sparselong.kernels.expert_lora import Adapter, expert_lora_mlp
 from sparselong.kernels.expert_lora_ref import expert_lora_reference
 from sparselong.kernels.recompute import checkpoint_contexts
-from tests.gpu.test_expert_gemm import CASES, OURS, Case, deviations, draw
+from tests.gpu.test_expert_gemm import CASES, OURS, Case, assert_close, deviations, draw
 from tests.poisoned import PoisonedTorch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -90,21 +90,6 @@ def run_exactly(call: dict) -> dict[str, torch.Tensor]:
 def checkpointed(function, *inputs):
     contexts = partial(checkpoint_contexts, True)
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-def assert_close(name: str, got: dict, yardstick: dict, exact: dict) -> None:
-    rounding = torch.finfo(torch.bfloat16).eps / 2
-    for result, want in exact.items():
-        assert torch.isfinite(got[result]).all(), f"{name}: {result} is not finite"
-        largest, rms = deviations(got[result], want)
-        largest_allowed, rms_allowed = deviations(yardstick[result], want)
-        scale = want.abs().max().item()
-        assert largest <= max(2 * largest_allowed, rounding * scale), (
-            f"{name}: {result} is off by {largest:.2e}, plain torch {largest_allowed:.2e}"
-        )
-        assert rms <= max(2 * rms_allowed, rounding), (
-            f"{name}: {result}'s relative RMS error is {rms:.2e}, torch's {rms_allowed:.2e}"
-        )
 
 
 @pytest.fixture
