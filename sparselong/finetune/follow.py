@@ -3,11 +3,16 @@
 Rank 0 runs the stage. The others know neither when training begins nor whether it begins at all
 (the stage may be done already, or refuse the config), so it tells them through the store by which
 torchrun's processes meet: `train`, and at its end `ended` with its exit code.
+
+A process whose trainer fails tells the others there, too: torchrun then ends them by a signal,
+which says nothing about the cause.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -54,10 +59,41 @@ def _lead(argv: list[str] | None, run: Callable[[list[str] | None], int]) -> int
     return code
 
 
-def announce_training() -> None:
-    """Lets the other processes start their ranks' trainers; does nothing where there are none."""
-    if joined_rank() is not None:
+def train_together(stage: Stage) -> None:
+    """`train_ranks`, with the processes that torchrun has started beside this one, if there are.
+
+    Raises:
+        StageError: training failed here, or on another rank, which is named.
+    """
+    rank = joined_rank()
+    if rank is None:
+        train_ranks(stage)
+        return
+    if rank == 0:
         _tell(_TRAIN)
+    store, key = _store()
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        train_ranks(stage)
+    except ExpectedError as error:
+        store.compare_set(f"{key}/failure", "", json.dumps([error.what, error.found, error.fix]))
+        raise
+    except KeyboardInterrupt:
+        if not store.check([f"{key}/failure"]):
+            raise
+        what, found, fix = json.loads(store.get(f"{key}/failure"))
+        raise StageError(
+            f"rank {rank} was ended, since another rank has failed",
+            "every rank to go on to the end",
+            f"{what}: {found}",
+            fix,
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(signum: int, _frame: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(signum).name)
 
 
 def _follow(name: str, argv: list[str] | None) -> int:
@@ -67,7 +103,11 @@ def _follow(name: str, argv: list[str] | None) -> int:
     word, _, code = store.get(key).decode().partition(" ")
     if word == _TRAIN:
         config = config_module.load(arguments.config, arguments.overrides)
-        train_ranks(Stage(name, config, arguments.run_dir))
+        try:
+            train_together(Stage(name, config, arguments.run_dir))
+        except KeyboardInterrupt as signalled:
+            print(f"rank {joined_rank()} was interrupted: {signalled}", file=sys.stderr, flush=True)
+            return 1
         return 0
     if code != "0":
         print(f"rank {joined_rank()}: rank 0 failed, see its message", file=sys.stderr)

@@ -37,9 +37,8 @@ from sparselong.finetune.axolotl_config import (
     TRAINED,
     Folders,
 )
-from sparselong.finetune.follow import announce_training
+from sparselong.finetune.follow import train_together
 from sparselong.finetune.launch import find_world
-from sparselong.finetune.process import train_ranks
 from sparselong.run import Stage, write_atomically
 
 _CALLBACKS = ("MaskUpkeep", "SecondPasses", "RouterWatch", "Metrics")
@@ -88,8 +87,7 @@ def _train(stage: Stage, folders: Folders) -> None:
     world = find_world(stage.config)
     processes = f" in {world.size} processes" if world.size > 1 else ""
     stage.log(f"starting Axolotl{processes} (its imports take a while)")
-    announce_training()
-    train_ranks(stage)
+    train_together(stage)
     check_receipt(stage)
 
 

@@ -1,15 +1,18 @@
 """Several trainers: who is started where, what is told when one fails, exchanges over gloo."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from sparselong.config import Config, load
 from sparselong.errors import ConfigError, StageError
+from sparselong.finetune import follow
 from sparselong.finetune.failure import failure_path
 from sparselong.finetune.launch import World, find_world, joined_rank, rank_environments
 from sparselong.finetune.process import run_trainer
@@ -129,6 +132,7 @@ import sys, torch
 from pathlib import Path
 from sparselong.finetune import ranks
 from functools import partial
+from sparselong.finetune import follow
 from sparselong.finetune.failure import tell_failures, write_failure
 rank = int(os.environ["RANK"])
 WORK = Path({work!r})
@@ -168,6 +172,34 @@ def test_over_gloo(stage, code, what, found):
     )
     failure = run_ranks(stage, prologue + block, rank_environments(world, gpus=0))
     assert failure.what in (what.format(rank=0), what.format(rank=1)) and found in failure.found
+
+
+def test_a_rank_that_torchrun_ends_names_the_one_that_failed(stage, monkeypatch):
+    port = rank_environments(World(2, {0: 0}, 2, joined=False), gpus=0)[0]["MASTER_PORT"]
+    _meeting = TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+
+    def train_as(rank: int, train) -> str:
+        join_torchrun(monkeypatch, rank=rank, size=2, local=rank, here=2)
+        monkeypatch.setattr(follow, "train_ranks", train)
+        with pytest.raises((StageError, KeyboardInterrupt)) as ended:
+            follow.train_together(stage)
+        return str(ended.value)
+
+    def be_ended(_: Stage) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    def fail(_: Stage) -> None:
+        raise StageError("rank 1: it broke", "e", "a loss of NaN", "x")
+
+    assert train_as(0, be_ended) == "SIGTERM"  # the stage explains that
+    assert "rank 1: it broke" in train_as(1, fail)
+    told = train_as(0, be_ended)
+    assert "rank 0 was ended, since another rank has failed" in told
+    assert "rank 1: it broke: a loss of NaN" in told
 
 
 @pytest.mark.timeout(180)
