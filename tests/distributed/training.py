@@ -217,6 +217,14 @@ def largest_tensors(run: Run, context_size: int) -> tuple[int, int]:
     return seen.of_all, seen.of_vocabulary
 
 
+def peak_bytes(run: Run, context_size: int) -> int:
+    """The most that this rank's GPU has lent to tensors in training and evaluation."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train_sharded(run, context_size)
+    return torch.cuda.max_memory_allocated() - before
+
+
 CHUNKS = ("loss in chunks", "queries in chunks")
 PIECES = ("halo", "label pre-shift", "position ids", "sink", "sink twice", "returned gradients")
 

@@ -12,8 +12,8 @@ import torch
 
 from tests.distributed import faults
 from tests.distributed.pool import Pool
-from tests.distributed.test_parity import CASES, differences, far, five_steps
-from tests.distributed.training import Result, Run, train_alone, train_sharded
+from tests.distributed.test_parity import CASES, differences, far, five_steps, packed
+from tests.distributed.training import Result, Run, peak_bytes, train_alone, train_sharded
 
 SIZES = [size for size in (2, 4) if size <= torch.cuda.device_count()]
 BF16_CASES = (
@@ -75,6 +75,13 @@ def test_five_steps_end_in_the_same_weights(gpus, degree):
         assert differences(result, expected) == {}
         for name, weight in result.weights.items():
             assert torch.equal(weight, results[0].weights[name]), name
+
+
+def test_no_gpu_holds_anything_of_sequence_squared(gpus):
+    tokens = 65_536
+    run = on_gpu(Run([[[packed(tokens)]]], keep=True))
+    for size, pool in gpus.items():
+        assert max(pool.run(peak_bytes, run, size)) < tokens**2 // 4  # a quarter of it, as bool
 
 
 @pytest.mark.parametrize(
