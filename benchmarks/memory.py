@@ -47,8 +47,8 @@ DEFAULTS = {
 FILE = Path(__file__).resolve().parent.parent / "configs" / "gpt-oss-20b-1x3090.yaml"
 
 
-def predict(case: dict[str, Any]) -> memory.Memory:
-    """The planner's memory of a case, by component."""
+def predict(case: dict[str, Any], *further: str) -> memory.Memory:
+    """The planner's memory of a case, by component; `further` are overrides beside it."""
     overrides = {
         "sequence_len": case["tokens"],
         "micro_batch_size": case["batch"],
@@ -56,7 +56,7 @@ def predict(case: dict[str, Any]) -> memory.Memory:
         "training.keep_attention": case["keep_attention"],
         "training.offload_checkpoints": str(case["offload"]).lower(),
     }
-    asked = config.load(FILE, [f"{key}={value}" for key, value in overrides.items()])
+    asked = config.load(FILE, [f"{key}={value}" for key, value in overrides.items()] + [*further])
     shape = dataclasses.replace(memory.PUBLISHED["openai/gpt-oss-20b"], layers=case["layers"])
     return memory.finetune_memory(shape, asked)
 

@@ -94,6 +94,9 @@ def _merge(config: Config, before: Config, changed: Config) -> Config:
     return config.model_copy(
         update={
             "training": config.training.model_copy(update=training),
+            "attention_backend": changed.attention_backend
+            if changed.attention_backend != before.attention_backend
+            else config.attention_backend,
             "micro_batch_size": min(config.micro_batch_size, changed.micro_batch_size),
         }
     )
@@ -115,6 +118,9 @@ def _alternatives(config: Config) -> list[tuple[str, Config]]:
             change("training.keep_attention=auto", keep_attention="auto")
         if not training.offload_checkpoints:
             change("training.offload_checkpoints=true", offload_checkpoints=True)
+    if config.flash_attention and config.attention_backend != "triton":
+        other = config.model_copy(update={"attention_backend": "triton"})
+        found.append(("attention_backend=triton", other))
     if config.micro_batch_size > 1:
         text = "micro_batch_size=1 with more gradient_accumulation_steps"
         found.append((text, config.model_copy(update={"micro_batch_size": 1})))

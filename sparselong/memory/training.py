@@ -234,10 +234,12 @@ def _buffer(shape: ModelShape, weights: int) -> int:
 
 def _attention(shape: ModelShape, config: Config, tokens: int, width: int) -> int:
     """Attention's backward pass beyond what the layer has saved: gradients of out, queries, keys
-    and values, and FlashAttention-2's fp32 sums and gradients of all query heads' keys and values.
-    The second norm's output and a gradient of hidden size are gone by then."""
+    and values, and FlashAttention-2's fp32 sums and gradients of all query heads' keys and values,
+    of which Triton's kernels have none. The second norm's output and a gradient of hidden size are
+    gone by then."""
     gradients = 2 * shape.query_width + 2 * shape.kv_width - 2 * shape.hidden
     sums = tokens * shape.query_width * (4 + 2 * width)
+    sums = 0 if config.attention_backend == "triton" else sums
     scores = EAGER_COPIES * _scores(shape, config, tokens, width)
     return max(0, tokens * gradients * width + (sums if config.flash_attention else scores))
 
