@@ -10,7 +10,7 @@ from tests.distributed.test_parity import packed
 from tests.distributed.training import Run, largest_tensors
 
 TOKENS, VOCABULARY, RANKS = 4096, 1031, 4
-RUN = Run([[[packed(TOKENS)]]], keep=True, vocabulary=VOCABULARY)
+RUN = Run([[[packed(TOKENS)]]], keep=True, vocabulary=VOCABULARY, layers=2)
 # Plain attention, the CPU's, takes 256 queries of two heads at a time: an eighth of sequence².
 MOST_ELEMENTS = TOKENS**2 // 7
 MOST_LOGITS = CHUNK_ROWS * VOCABULARY  # half of what a shard's rows have
@@ -31,5 +31,5 @@ def test_what_is_not_in_chunks_is_seen(pools, piece):
 
 
 def test_a_sequence_that_is_not_shared_is_seen(pools):
-    whole = Run([[[packed(TOKENS)] * 2]], keep=True, vocabulary=VOCABULARY)
+    whole = replace(RUN, steps=[[[packed(TOKENS)] * 2]])
     assert all(of_all > MOST_ELEMENTS for of_all, _ in pools[2].run(largest_tensors, whole, 1))

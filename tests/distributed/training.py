@@ -53,6 +53,7 @@ class Run:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     vocabulary: int = 96
+    layers: int = 4
 
 
 @dataclass
@@ -68,12 +69,13 @@ class Result:
 
 
 def make_model(run: Run) -> nn.Module:
-    """Four layers, both kinds twice; LoRA on q, k, v and o, and the sinks, are trained."""
+    """Both kinds of layers in turn; LoRA on q, k, v and o, and the sinks, are trained."""
     torch.manual_seed(0)
     on_gpu = run.device == "cuda"
     config = GptOssConfig(
-        num_hidden_layers=4, hidden_size=64, intermediate_size=64, vocab_size=run.vocabulary,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64 if on_gpu else 16,
+        num_hidden_layers=run.layers, vocab_size=run.vocabulary,
+        hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64 if on_gpu else 16,
         num_local_experts=4, num_experts_per_tok=2, sliding_window=run.window,
     )  # fmt: skip
     model = GptOssForCausalLM._from_config(
