@@ -15,13 +15,16 @@ of its own queries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from sparselong.kernels.cross_entropy import IGNORED
 from sparselong.parallel.collectives import sum_in_slices, sum_over_ranks
 from sparselong.parallel.mesh import Mesh
+
+PART_ELEMENTS = 1 << 24
+"""Gradients that are summed at once: what is alive meanwhile is five times their fp32 size."""
 
 
 def count_supervised(shift_labels: Iterable[torch.Tensor], mesh: Mesh) -> torch.Tensor:
@@ -69,15 +72,35 @@ def reduce_gradients(parameters: Iterable[torch.nn.Parameter], mesh: Mesh) -> No
     counts as zero. Same bits on every rank and in every run.
     """
     trained = [p for p in parameters if p.requires_grad]
-    if mesh.context_size * mesh.data_size == 1 or not trained:
+    if mesh.context_size * mesh.data_size == 1:
         return
-    parts = [
+    for some in _in_parts(trained):
+        _reduce_at_once(some, mesh)
+
+
+def _in_parts(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Neighbours of PART_ELEMENTS together, or a single larger one."""
+    part: list[torch.nn.Parameter] = []
+    elements = 0
+    for parameter in parameters:
+        if part and elements + parameter.numel() > PART_ELEMENTS:
+            yield part
+            part, elements = [], 0
+        part.append(parameter)
+        elements += parameter.numel()
+    if part:
+        yield part
+
+
+def _reduce_at_once(parameters: list[torch.nn.Parameter], mesh: Mesh) -> None:
+    grads = [
         p.new_zeros(p.numel()).float() if p.grad is None else p.grad.flatten().float()
-        for p in trained
+        for p in parameters
     ]
-    total = sum_in_slices(torch.cat(parts), mesh.world_group, "gradients")
-    for parameter, part in zip(trained, total.split([p.numel() for p in trained]), strict=True):
-        summed = part.view_as(parameter).to(parameter.dtype)
+    total = sum_in_slices(torch.cat(grads), mesh.world_group, "gradients")
+    sizes = [p.numel() for p in parameters]
+    for parameter, summed in zip(parameters, total.split(sizes), strict=True):
+        summed = summed.view_as(parameter).to(parameter.dtype)
         if parameter.grad is None:
             parameter.grad = summed
         else:

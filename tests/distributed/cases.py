@@ -14,7 +14,8 @@ from sparselong.kernels.attention import Backend, attention
 from sparselong.kernels.recompute import checkpoint_contexts
 from sparselong.parallel import attention as sharded
 from sparselong.parallel import context as context_module
-from sparselong.parallel.collectives import count_bytes, sum_over_ranks
+from sparselong.parallel import loss as loss_module
+from sparselong.parallel.collectives import count_bytes, progress, sum_over_ranks
 from sparselong.parallel.context import Context, Layout, context_parallel
 from sparselong.parallel.loss import add_losses, count_supervised, mean_loss, reduce_gradients
 from sparselong.parallel.mesh import build_mesh
@@ -66,8 +67,11 @@ def losses(context_size: int) -> tuple[float, float]:
     )
 
 
-def reduced(dtype: torch.dtype, context_size: int) -> tuple[list[torch.Tensor], int]:
-    """Gradients after their reduction, and the bytes that this took."""
+def reduced(
+    dtype: torch.dtype, context_size: int, part: int
+) -> tuple[list[torch.Tensor], int, int]:
+    """Gradients after their reduction, at most `part` numbers at once; and the bytes and exchanges
+    that this took."""
     mesh, rank = mesh_of(context_size), dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     parameters = [torch.nn.Parameter(torch.zeros(n, 3, dtype=dtype)) for n in (1, 5, 2)]
@@ -75,10 +79,12 @@ def reduced(dtype: torch.dtype, context_size: int) -> tuple[list[torch.Tensor], 
         if n != 1 or rank != 1:  # rank 1 has no gradient for the second
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
     frozen = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
-    with count_bytes() as sent:
+    before = progress()[0]
+    with count_bytes() as sent, mock.patch.object(loss_module, "PART_ELEMENTS", part):
         reduce_gradients([*parameters, frozen], mesh)
     assert frozen.grad is None
-    return [p.grad for p in parameters], sent["gradients"]  # type: ignore[misc]
+    exchanges = progress()[0] - before
+    return [p.grad for p in parameters], sent["gradients"], exchanges  # type: ignore[misc]
 
 
 def traffic(tokens: int, windows: tuple[int | None, ...], keep: bool | None) -> dict[str, int]:

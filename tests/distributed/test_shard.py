@@ -110,15 +110,18 @@ def test_losses_are_sums_over_all_ranks(pools):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_summed_once_and_equal_to_the_bit(pools, dtype):
-    results = pools[4].run(cases.reduced, dtype, 2)
+@pytest.mark.parametrize("part, parts", [(100, 1), (18, 2), (10, 3)])  # of 3, 15 and 6 numbers
+def test_gradients_are_summed_once_and_equal_to_the_bit(pools, dtype, part, parts):
+    results = pools[4].run(cases.reduced, dtype, 2, part)
     generators = [torch.Generator().manual_seed(rank) for rank in range(4)]
     expected = [torch.zeros(n, 3) for n in (1, 5, 2)]
     for rank, generator in enumerate(generators):
         for n, total in enumerate(expected):
             if n != 1 or rank != 1:
                 total += torch.randn(total.shape, generator=generator).to(dtype)
-    for gradients, sent_bytes in results:
-        assert sent_bytes == 6 * 6 * 4  # 24 numbers in 4 slices: 3 out, and 3 sums out, in fp32
+    for gradients, sent_bytes, exchanges in results:
+        assert exchanges == 2 * parts
+        if parts == 1:  # 24 numbers in 4 slices: thrice 6 out, and thrice 6 sums out, in fp32
+            assert sent_bytes == 6 * 6 * 4
         for got, total in zip(gradients, expected, strict=True):
             assert torch.equal(got, total.to(dtype))
