@@ -33,6 +33,8 @@ _LAZY = {
     "patch_attention": "attention",
     "fuse": "fused",
     "chunk_loss": "fused",
+    "generate": "generation",
+    "packed_config": "loading",
 }
 
 

@@ -60,3 +60,12 @@ def test_named_files_exist():
 
 def test_nothing_is_left_to_fill_in():
     assert not re.search(r"[A-Z]+_FIGURES|TODO|TBD|XXX", README)
+
+
+def test_the_doors_that_the_readme_names_are_there():
+    import sparselong
+
+    named = set(re.findall(r"sparselong\.(\w+)\(", README))
+    assert {"patch_attention", "fuse", "packed_config", "generate"} <= named
+    for name in named:
+        assert callable(getattr(sparselong, name)), name
