@@ -285,21 +285,22 @@ def stretch(base: Path, folder: Path, layers: int) -> Path:
 def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments):
     """Twelve more layers are 80 MB more of experts; the peak may not follow.
 
-    What the allocator keeps from tests before moves the figure by some 30 MB.
+    Each run is a process of its own: what an allocator keeps of runs before would count, too.
     """
     from sparselong.model.tiny import TinySpec, build_tiny
 
     spec = TinySpec(layers=2, hidden=256, intermediate=1024, experts=16, steps=0)
     base, peaks = build_tiny(tmp_path / "base", spec, seed=1), []
-    for layers in (2, 2, 14):  # the first run fills the allocator's caches
+    for layers in (2, 14):
         deep = stretch(base, tmp_path / f"deep{len(peaks)}", layers)
         run_dir = tmp_path / f"run{len(peaks)}"
         arguments = [*small_arguments, f"model.base={deep}", "calibration.samples=4"]
-        assert run(run_dir, arguments) == 0
+        command = [sys.executable, "02_compress.py", *arguments, "--run-dir", str(run_dir)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         metrics = json.loads((run_dir / "02_compress/manifest.json").read_text())["metrics"]
         assert metrics["base_bytes_on_disk"] > layers * 6_500_000
         peaks.append(metrics["peak_host_bytes"])
-    assert peaks[2] - peaks[1] < 60_000_000, peaks
+    assert peaks[1] - peaks[0] < 30_000_000, peaks
 
 
 def test_mixed_shards_are_linked_when_little_of_them_is_replaced(tmp_path, small_arguments):
