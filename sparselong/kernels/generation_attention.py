@@ -35,6 +35,36 @@ def _turn(low, high, cos, sin, dtype: tl.constexpr):
     return (low * cos - high * sin).to(dtype), (high * cos + low * sin).to(dtype)
 
 
+@triton.jit
+def _combine_parts(
+    part_ptr, lse_ptr, sinks_ptr, out_ptr, head, row, dim,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
+    PAIRS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """One KV head's output from all its parts and the sinks, in the order of the parts."""
+    real = (row < GROUP)[:, None]
+    sink = tl.load(sinks_ptr + head, mask=row < GROUP, other=0.0).to(tl.float32) * LOG2E
+    highest = sink
+    for n in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        lse = tl.load(lse_ptr + n * HEADS + head, mask=row < GROUP, cache_modifier=".cg")
+        highest = tl.maximum(highest, lse)
+    total = tl.math.exp2(sink - highest)
+    acc = tl.zeros([16, D], tl.float32)
+    for n in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        lse = tl.load(lse_ptr + n * HEADS + head, mask=row < GROUP, cache_modifier=".cg")
+        weight = tl.math.exp2(lse - highest)
+        cell = (n * HEADS + head)[:, None] * D + dim[None, :]
+        partial = tl.load(part_ptr + cell, mask=real, other=0.0, cache_modifier=".cg")
+        total += weight
+        acc += weight[:, None] * partial
+    out = (acc / total[:, None]).to(dtype)
+    column = head[:, None] * D + dim[None, :]
+    if PAIRS:
+        lane, block = column % 32, column // 32
+        column = ((lane // 2) * (HEADS * D // 32) + block) * 2 + lane % 2
+    tl.store(out_ptr + column, out, mask=real)
+
+
 @triton.jit(do_not_specialize=["capacity"])
 def attend_kernel(
     qkv_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, sinks_ptr, part_ptr, lse_ptr, counter_ptr,
@@ -112,26 +142,10 @@ def attend_kernel(
     tl.debug_barrier()  # the part is written before it is counted
     if tl.atomic_add(counter_ptr + kv_head, 1, sem="acq_rel") == PARTS - 1:
         tl.store(counter_ptr + kv_head, 0)
-        sink = tl.load(sinks_ptr + head, mask=row < GROUP, other=0.0).to(tl.float32) * LOG2E
-        highest = sink
-        for n in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
-            lse = tl.load(lse_ptr + n * HEADS + head, mask=row < GROUP, cache_modifier=".cg")
-            highest = tl.maximum(highest, lse)
-        total = tl.math.exp2(sink - highest)
-        acc = tl.zeros([16, D], tl.float32)
-        for n in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
-            lse = tl.load(lse_ptr + n * HEADS + head, mask=row < GROUP, cache_modifier=".cg")
-            weight = tl.math.exp2(lse - highest)
-            cell = (n * HEADS + head)[:, None] * D + dim[None, :]
-            partial = tl.load(part_ptr + cell, mask=real, other=0.0, cache_modifier=".cg")
-            total += weight
-            acc += weight[:, None] * partial
-        out = (acc / total[:, None]).to(dtype)
-        column = head[:, None] * D + dim[None, :]
-        if PAIRS:
-            lane, block = column % 32, column // 32
-            column = ((lane // 2) * (HEADS * D // 32) + block) * 2 + lane % 2
-        tl.store(out_ptr + column, out, mask=real)
+        _combine_parts(
+            part_ptr, lse_ptr, sinks_ptr, out_ptr, head, row, dim,
+            HEADS, GROUP, D, PARTS, PAIRS, dtype,
+        )  # fmt: skip
 
 
 def launch_attend(
