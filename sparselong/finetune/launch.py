@@ -66,17 +66,16 @@ def find_world(config: Config) -> World:
 
 
 def rank_environments(world: World, gpus: int) -> dict[int, dict[str, str]]:
-    """What each started rank's environment has beside this process's; nothing for a single one.
+    """What each started rank's environment has beside this process's.
 
-    Each rank sees one GPU, its own: transformers' trainer would spread a model over all it sees.
+    Each rank sees one GPU, its own, and so does a single process: transformers' trainer would
+    spread a model over all it sees.
 
     Args:
         gpus: that this process can use; 0 for a CPU machine.
     """
-    if world.size == 1:
-        return dict.fromkeys(world.local, {})
     made = {rank: _share_of_machine(local, world, gpus) for rank, local in world.local.items()}
-    if not world.joined:
+    if world.size > 1 and not world.joined:
         port = str(_free_port())
         for rank, local in world.local.items():
             made[rank] |= {
@@ -89,7 +88,7 @@ def rank_environments(world: World, gpus: int) -> dict[int, dict[str, str]]:
 
 def _share_of_machine(local: int, world: World, gpus: int) -> dict[str, str]:
     share = {}
-    if not world.joined and "OMP_NUM_THREADS" not in os.environ:
+    if world.size > 1 and not world.joined and "OMP_NUM_THREADS" not in os.environ:
         share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world.size))
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

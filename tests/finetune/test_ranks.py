@@ -48,7 +48,9 @@ def join_torchrun(monkeypatch, rank: int, size: int, local: int, here: int) -> N
 
 def test_plain_python_starts_as_many_as_share_a_sequence(monkeypatch):
     assert find_world(config()) == World(1, {0: 0}, 1, joined=False)
-    assert rank_environments(find_world(config()), gpus=1) == {0: {}}
+    assert rank_environments(find_world(config()), gpus=0) == {0: {}}
+    # On a machine with two GPUs as well: a single process's model is not spread over both.
+    assert rank_environments(find_world(config()), gpus=2) == {0: {"CUDA_VISIBLE_DEVICES": "0"}}
     world = find_world(config("sequence_parallel_degree=4"))
     assert (world.size, list(world.local), joined_rank()) == (4, [0, 1, 2, 3], None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
