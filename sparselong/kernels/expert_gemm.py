@@ -8,7 +8,8 @@ The maths, for a token x with experts e_1 ... e_k of weights w_1 ... w_k:
 
 The weights are frozen; gradients flow to x, the routing weights and the biases. Saved for the
 backward pass: the output of gate_up, [tokens * k, 2 * inner], and the routing. h is computed again.
-Inside a checkpointed layer (`recompute.py`) x alone is saved, and gate_up's output made again.
+Inside a checkpointed layer (`recompute.py`) x alone is saved, and gate_up's output made again,
+unless the layer keeps it.
 
 One function, several backends, all exact to bf16 products with fp32 sums: `packed` decodes weights
 in the products, `small` does so with tiles for a few rows, `decode` expands a chunk of experts of
@@ -35,7 +36,7 @@ from sparselong.kernels import expert_choice
 from sparselong.kernels.architecture import architecture_of
 from sparselong.kernels.expert_choice import BACKENDS
 from sparselong.kernels.expert_torch import expert_mlp_torch
-from sparselong.kernels.recompute import is_checkpointed, is_second_pass
+from sparselong.kernels.recompute import is_checkpointed, is_second_pass, keeps_experts
 
 ALPHA, LIMIT = 1.702, 7.0
 SLICE_TOKENS = 16_384
@@ -159,7 +160,8 @@ class _ExpertMlp(torch.autograd.Function):
 
 
 class _CheckpointedExpertMlp(torch.autograd.Function):
-    """The pass inside a checkpointed layer: saves x, makes gate_up's output in the backward pass.
+    """The pass inside a checkpointed layer: saves x, makes gate_up's output in the backward pass,
+    or leaves it for a first backward pass.
 
     The layer's second pass then has nothing to compute here, and tokens go through in slices, so
     that what is alive at once does not grow with the length.
@@ -173,15 +175,20 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
 
         *stacks, gate, backend = rest
         ctx.save_for_backward(x, indices, weights, *stacks)
-        ctx.call = (gate, backend)
+        ctx.call, ctx.kept = (gate, backend), []
+        needs = ctx.needs = tuple(ctx.needs_input_grad[n] for n in (0, 2, 5, 8))
+        # A bias's gradient is one sum over all tokens.
+        ctx.slice_tokens = len(x) if needs[2] or needs[3] else SLICE_TOKENS
         if is_second_pass():
             return torch.full_like(x, math.nan)  # a use of it must show
         gate_up, down = (expert_triton.Projection(*stacks[n : n + 3]) for n in (0, 3))
-        out = torch.empty_like(x)
+        out, keeps = torch.empty_like(x), keeps_experts() and any(needs)
         with torch.cuda.device_of(x):
-            for part in slices(len(x), SLICE_TOKENS):
+            for part in slices(len(x), ctx.slice_tokens):
                 call = (x[part], indices[part], weights[part], gate_up, down, gate, backend)
-                out[part] = expert_triton.run_forward(*call)[0]
+                out[part], *made = expert_triton.run_forward(*call)
+                if keeps:
+                    ctx.kept.append(made)
         return out
 
     @staticmethod
@@ -190,26 +197,27 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
 
         x, indices, weights, *stacks = ctx.saved_tensors
         gate_up, down = (expert_triton.Projection(*stacks[n : n + 3]) for n in (0, 3))
-        needs = tuple(ctx.needs_input_grad[n] for n in (0, 2, 5, 8))
         dx, dweights = torch.empty_like(x), torch.empty_like(weights)
         biases = (None, None)
 
         def differentiate(part: slice) -> tuple:
             """One slice's gradients; gate_up's output is gone before the next slice's is made."""
-            wide, routing = expert_triton.run_gate_up(x[part], indices[part], gate_up, ctx.call[1])
+            wide, routing = (
+                ctx.kept.pop(0)
+                if ctx.kept
+                else expert_triton.run_gate_up(x[part], indices[part], gate_up, ctx.call[1])
+            )
             call = (dout[part], wide, routing, indices[part], weights[part], gate_up, down)
-            return expert_triton.run_backward(*call, *ctx.call, needs=needs, overwrite=True)
+            return expert_triton.run_backward(*call, *ctx.call, needs=ctx.needs, overwrite=True)
 
-        # A bias's gradient is one sum over all tokens.
-        size = len(x) if needs[2] or needs[3] else SLICE_TOKENS
         with torch.cuda.device_of(x):
-            for part in slices(len(x), size):
+            for part in slices(len(x), ctx.slice_tokens):
                 part_dx, part_dweights, *biases = differentiate(part)
                 if part_dx is not None:
                     dx[part] = part_dx
                 if part_dweights is not None:
                     dweights[part] = part_dweights
-        dx, dweights = (dx if needs[0] else None), (dweights if needs[1] else None)
+        dx, dweights = (dx if ctx.needs[0] else None), (dweights if ctx.needs[1] else None)
         return dx, None, dweights, None, None, biases[0], None, None, biases[1], None, None
 
 

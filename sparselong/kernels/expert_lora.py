@@ -13,9 +13,10 @@ The routing weight w comes in as late as in the plain pass: down's dy is the gra
 that dw = <dh, h> + <dout, bias> already holds the adapter's share, and w goes into g and u.
 
 Saved for the backward pass: x, gate_up's output and the routing; h, u and g are made again. Inside
-a checkpointed layer x alone is saved, and the layer's second pass computes nothing here, as without
-adapters. On a CPU the pass goes expert by expert in plain torch. Left out: trained biases, dropout,
-adapters of several users at once, the pass for a few tokens (`generation`; `small` serves them).
+a checkpointed layer x alone is saved, unless the layer keeps its experts, and the layer's second
+pass computes nothing here, as without adapters. On a CPU the pass goes expert by expert in plain
+torch. Left out: trained biases, dropout, adapters of several users at once, the pass for a few
+tokens (`generation`; `small` serves them).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from sparselong.kernels import expert_gemm
 from sparselong.kernels.expert_gemm import ALPHA, LIMIT
 from sparselong.kernels.expert_torch import expert_mlp_torch
-from sparselong.kernels.recompute import is_checkpointed, is_second_pass
+from sparselong.kernels.recompute import is_checkpointed, is_second_pass, keeps_experts
 
 
 class Adapter(NamedTuple):
@@ -94,7 +95,8 @@ def expert_lora_mlp(
 
 
 class _ExpertLora(torch.autograd.Function):
-    """Inside a checkpointed layer x alone is saved, and tokens go through in slices."""
+    """Inside a checkpointed layer tokens go through in slices, and gate_up's output is made again
+    in the backward pass unless the layer keeps it."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -103,20 +105,21 @@ class _ExpertLora(torch.autograd.Function):
         from sparselong.kernels import expert_lora_triton as triton_pass
 
         tensors, call = rest[:10], rest[10:]
-        ctx.call, ctx.checkpointed, ctx.saved = call, is_checkpointed(), None
+        ctx.call, ctx.kept = call, []
+        ctx.slice_tokens = expert_gemm.SLICE_TOKENS if is_checkpointed() else len(x)
         ctx.save_for_backward(x, indices, weights, *tensors)
-        if ctx.checkpointed and is_second_pass():
+        if is_second_pass():
             return torch.full_like(x, math.nan)  # a use of it must show
         stacks = triton_pass.Stacks.of(tensors, call, x.dtype)
         out = torch.empty_like(x)
-        size = expert_gemm.SLICE_TOKENS if ctx.checkpointed else len(x)
+        keeps = any(ctx.needs_input_grad) and (keeps_experts() or not is_checkpointed())
         with torch.cuda.device_of(x):
-            for part in expert_gemm.slices(len(x), size):
-                out[part], *kept = triton_pass.run_forward(
+            for part in expert_gemm.slices(len(x), ctx.slice_tokens):
+                out[part], *made = triton_pass.run_forward(
                     x[part], indices[part], weights[part], stacks
                 )
-        if not ctx.checkpointed and any(ctx.needs_input_grad):
-            ctx.saved = kept
+                if keeps:
+                    ctx.kept.append(made)
         return out
 
     @staticmethod
@@ -129,12 +132,12 @@ class _ExpertLora(torch.autograd.Function):
         factors = [
             None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in tensors[:4]
         ]
-        size = expert_gemm.SLICE_TOKENS if ctx.checkpointed else len(x)
         with torch.cuda.device_of(x):
-            for part in expert_gemm.slices(len(x), size):
+            for part in expert_gemm.slices(len(x), ctx.slice_tokens):
                 call = (x[part], indices[part], weights[part])
-                wide, routing = ctx.saved or triton_pass.run_gate_up(*call[:2], stacks)
-                ctx.saved = None
+                wide, routing = (
+                    ctx.kept.pop(0) if ctx.kept else triton_pass.run_gate_up(*call[:2], stacks)
+                )
                 dx[part], dweights[part] = triton_pass.run_backward(
                     dout[part], *call, wide, routing, stacks, factors
                 )

@@ -9,10 +9,13 @@ layer these need not be:
   them out in the second: the same bits. Window layers, which cost next to nothing, attend again.
 - Keys that a window layer has from other processes (`parallel/attention.py`): exchanged once, kept
   by `exchange_once`, which costs next to nothing.
-- The experts' output. They come last in a layer, so nothing in the second pass needs it; and their
-  backward pass makes what it needs from their input (`expert_gemm.py`).
+- The experts' output. They come last in a layer, so nothing in the second pass needs it. Their
+  backward pass goes from gate_up's output, several checkpoints' worth: it makes that again from
+  their input, or finds it where the layer keeps its experts (`expert_gemm.py`). That needs no list
+  here: autograd goes backward through the first pass's nodes, so the node itself holds it, and lets
+  go of it slice by slice. A graph gone through again makes it again.
 
-    checkpoint(layer, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, True))
+    checkpoint(layer, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, True, False))
 
 One decoder layer per checkpoint, as transformers has it. Only torch's non-reentrant checkpointing
 has `context_fn`.
@@ -34,8 +37,8 @@ _active = threading.local()  # the second pass runs in autograd's own thread
 class _Layer:
     """One checkpointed layer: what it keeps, in the order in which it was computed."""
 
-    def __init__(self, keep_attention: bool):
-        self.keep_attention = keep_attention
+    def __init__(self, keep_attention: bool, keep_experts: bool):
+        self.keep_attention, self.keep_experts = keep_attention, keep_experts
         self.results: list[Attended] = []
         self.exchanged: list[torch.Tensor] = []
         self.position: int | None = None
@@ -59,15 +62,17 @@ class _Pass:
 
 
 def checkpoint_contexts(
-    keep_attention: bool,
+    keep_attention: bool, keep_experts: bool = False
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`context_fn` for torch.utils.checkpoint: contexts of the first and of the second pass.
 
     Args:
         keep_attention: whether full attention's out and lse are kept between the two:
             tokens * (2 * heads * head_dim + 4 * heads) bytes a layer in bf16.
+        keep_experts: whether the experts' gate_up output and routing are kept until the backward
+            pass: tokens * top_k * (4 * inner + 4) bytes a layer in bf16.
     """
-    layer = _Layer(keep_attention)
+    layer = _Layer(keep_attention, keep_experts)
     return _Pass(layer, None), _Pass(layer, 0)
 
 
@@ -84,6 +89,12 @@ def is_second_pass() -> bool:
     """Whether it is run for the second time, by the backward pass."""
     layer = _layer()
     return layer is not None and layer.position is not None
+
+
+def keeps_experts() -> bool:
+    """Whether the experts' pass is to leave gate_up's output for its backward pass."""
+    layer = _layer()
+    return layer is not None and layer.keep_experts and layer.position is None
 
 
 def attend_once(attend: Callable[[], Attended], is_full: bool) -> Attended:

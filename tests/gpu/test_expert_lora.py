@@ -87,8 +87,8 @@ def run_exactly(call: dict) -> dict[str, torch.Tensor]:
     return dict(zip(("out", *leaves), (out, *grads), strict=True))
 
 
-def checkpointed(function, *inputs):
-    contexts = partial(checkpoint_contexts, True)
+def checkpointed(function, *inputs, keep_experts=False):
+    contexts = partial(checkpoint_contexts, True, keep_experts)
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
 
 
@@ -124,7 +124,9 @@ def test_a_checkpointed_layer_in_slices_has_the_same_gradients(backend, poison, 
     got = run(call, backend, checkpointed)
     assert_close("slices", got, run(call, "torch"), run_exactly(call))
     again = run(call, backend, checkpointed)
+    kept = run(call, backend, partial(checkpointed, keep_experts=True))
     assert all(torch.equal(got[name], again[name]) for name in got)
+    assert all(torch.equal(got[name], kept[name]) for name in got)
 
 
 @pytest.mark.parametrize("backend", OURS)

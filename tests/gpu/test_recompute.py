@@ -37,13 +37,13 @@ def counted(monkeypatch):
     load_backend.cache_clear()
 
 
-def experts(call):
+def experts(call, backend="packed"):
     """(function of x and routing weights, leaves, dout) with the stacks bound."""
     rest = {name: t for name, t in call.items() if name not in ("x", "routing_weights", "dout")}
     leaves = [call[name].detach().requires_grad_() for name in ("x", "routing_weights")]
 
     def layer(x, weights):
-        return expert_mlp(x, routing_weights=weights, backend="packed", **rest)
+        return expert_mlp(x, routing_weights=weights, backend=backend, **rest)
 
     return layer, leaves, call["dout"]
 
@@ -67,6 +67,48 @@ def test_experts_are_not_run_again_and_gradients_are_the_same(slice_tokens, coun
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("backend", ["small", "packed", "decode"])
+@pytest.mark.parametrize("slice_tokens", [1000, 77])
+def test_kept_experts_have_the_same_gradients_and_no_second_product(
+    slice_tokens, backend, counted, monkeypatch
+):
+    """Also where a graph is gone through again, which makes again what was used up."""
+    monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", slice_tokens)
+    layer, leaves, dout = experts(draw(CASE), backend)
+    made = gradients(layer, leaves, dout, context_fn=partial(checkpoint_contexts, False))
+    counted.clear()
+    contexts = partial(checkpoint_contexts, False, True)
+    out = checkpoint(layer, *leaves, use_reentrant=False, context_fn=contexts)
+    once = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    slices = -(-300 // slice_tokens)
+    assert counted == {"run_forward": slices, "run_gate_up": slices}
+    again = torch.autograd.grad(out, leaves, dout)
+    assert counted["run_gate_up"] == 2 * slices
+    for got in ([out, *once], [out, *again]):
+        assert all(map(torch.equal, got, made))
+
+
+def test_kept_experts_go_as_soon_as_their_layer_has_used_them():
+    """Three layers, gone through backward one by one: each lets go of its own, graph or not."""
+    layer, leaves, dout = experts(draw(CASE))
+    contexts = partial(checkpoint_contexts, False, True)
+    x, weights = leaves
+    with torch.no_grad():
+        layer(x, weights)  # whatever is made once
+    wide = 300 * CASE.top_k * 2 * CASE.inner * 2
+    hidden, before = [x], torch.cuda.memory_allocated()
+    for _ in range(3):
+        own = hidden[-1].detach().requires_grad_()
+        hidden += [own, checkpoint(layer, own, weights, use_reentrant=False, context_fn=contexts)]
+    held = torch.cuda.memory_allocated() - before
+    assert held > 3 * wide
+    for left in (2, 1, 0):
+        own, out = hidden[2 * left + 1 : 2 * left + 3]
+        torch.autograd.grad(out, (own, weights), dout, retain_graph=True)
+        held_now = torch.cuda.memory_allocated() - before
+        assert held - held_now > (2.5 - left) * wide
+
+
 def test_biases_that_are_trained_get_one_sum_over_all_slices(monkeypatch):
     monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", 77)
     call = draw(CASE)
@@ -78,9 +120,11 @@ def test_biases_that_are_trained_get_one_sum_over_all_slices(monkeypatch):
         return expert_mlp(**dict(zip(names, values, strict=True)), backend="packed", **rest)
 
     plain = gradients(layer, leaves, call["dout"])
-    kept = gradients(layer, leaves, call["dout"], context_fn=partial(checkpoint_contexts, False))
-    for got, expected in zip(kept, plain, strict=True):
-        assert torch.equal(got, expected)
+    for keep_experts in (False, True):
+        contexts = partial(checkpoint_contexts, False, keep_experts)
+        kept = gradients(layer, leaves, call["dout"], context_fn=contexts)
+        for got, expected in zip(kept, plain, strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_a_use_of_what_the_second_pass_leaves_out_shows():

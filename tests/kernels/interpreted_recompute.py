@@ -1,0 +1,111 @@
+"""Checkpointed experts in Triton's interpreter, kept and made again; test_recompute.py starts it.
+
+A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
+JSON document: for each pass what distinguishes the two ways.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import gc
+import json
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from sparselong.kernels import expert_gemm, expert_lora, expert_lora_triton, expert_triton
+from sparselong.kernels.recompute import checkpoint_contexts
+from tests.kernels.interpreted_experts import GATE, draw_stack
+
+TOKENS, EXPERTS, TOP_K, HIDDEN, INNER, RANK = 7, 3, 2, 32, 32, 3
+CALLS, SLICES = 2, 2
+"""Of the experts in a layer, and of each call."""
+
+
+class Watch:
+    """Counts gate_up's products and holds on to none of their outputs."""
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref] = []
+        for module in (expert_triton, expert_lora_triton):
+            setattr(module, "run_gate_up", partial(self.run, module.run_gate_up))  # noqa: B010
+
+    def run(self, function: Callable, *args: object) -> tuple:
+        made = function(*args)
+        self.made.append(weakref.ref(made[0].untyped_storage()))
+        return made
+
+    def living(self) -> int:
+        """How many outputs are still held."""
+        gc.collect()  # the interpreter's own cycles hold what a kernel was given last
+        return sum(ref() is not None for ref in self.made)
+
+
+def draw_call(kind: str) -> tuple[Callable, list[torch.Tensor]]:
+    """(the experts' function of its leaves, leaves) of `plain`, `biases` or `adapters`."""
+    torch.manual_seed(0)
+    indices = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(TOKENS)])
+    leaves = [torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K)]
+    gate_up = draw_stack(EXPERTS, 2 * INNER, HIDDEN)
+    down = draw_stack(EXPERTS, HIDDEN, INNER)
+    if kind == "adapters":
+        for out, width in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
+            leaves += [torch.randn(EXPERTS, RANK, width), torch.randn(EXPERTS, out, RANK)]
+        function = expert_lora._ExpertLora.apply
+        tail: tuple = (*gate_up, *down, GATE, (0.5, 2.0), "packed")
+    else:
+        function, tail = expert_gemm._CheckpointedExpertMlp.apply, (GATE, "packed")
+        leaves += [gate_up.bias, down.bias] if kind == "biases" else []
+
+    def run(x: torch.Tensor, weights: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        if kind == "adapters":
+            return function(x, indices, weights, *rest, *tail)
+        biases = rest or (gate_up.bias, down.bias)
+        stacks = (*gate_up[:2], biases[0], *down[:2], biases[1])
+        return function(x, indices, weights, *stacks, *tail)
+
+    return run, [leaf.requires_grad_() for leaf in leaves]
+
+
+def differentiate(kind: str, watch: Watch, keep_experts: bool) -> tuple[list, dict]:
+    """(outputs and gradients, twice over the same graph; counts of gate_up's outputs)."""
+    run, leaves = draw_call(kind)
+    watch.made.clear()
+
+    def layer(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return torch.stack([run(x * (n + 1), *rest) for n in range(CALLS)]).sum(0)
+
+    contexts = partial(checkpoint_contexts, False, keep_experts)
+    out = checkpoint(layer, *leaves, use_reentrant=False, context_fn=contexts)
+    dout = torch.linspace(-1, 1, out.numel()).view_as(out)
+    counts = {"forward": len(watch.made), "held": watch.living()}
+    first = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    counts |= {"once": len(watch.made), "left": watch.living()}
+    again = torch.autograd.grad(out, leaves, dout)
+    counts |= {"twice": len(watch.made), "left again": watch.living()}
+    return [out, *first, *again], counts
+
+
+def main() -> None:
+    expert_gemm.SLICE_TOKENS = -(-TOKENS // SLICES)
+    watch, results = Watch(), {}
+    for kind in ("plain", "biases", "adapters"):
+        made, made_counts = differentiate(kind, watch, keep_experts=False)
+        kept, kept_counts = differentiate(kind, watch, keep_experts=True)
+        gradients = len(kept) // 2
+        results[kind] = {
+            "equal": all(map(torch.equal, kept, made)),
+            "equal_again": all(map(torch.equal, kept[1:], kept[1 + gradients :])),
+            "finite": all(bool(t.isfinite().all()) and bool(t.any()) for t in kept),
+            "made": made_counts,
+            "kept": kept_counts,
+        }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
