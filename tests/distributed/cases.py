@@ -158,27 +158,88 @@ def attend_by(
 ) -> list[float]:
     """How far out, dq, dk, dv and dsinks of a backend for GPUs are from one process's plain ones:
     over this rank's keys and queries, by Triton's interpreter or a stand-in for flash-attn."""
-    mesh, tokens = mesh_of(dist.get_world_size()), boundaries[-1]
-    generator = torch.Generator().manual_seed(0)
+    inputs = _inputs(boundaries[-1], 0)
+    expected = _attend_alone(inputs, window, boundaries, None)
+    with flash_attn_stand_in.installed():
+        got = _attend_in_shards(inputs, window, boundaries, backend, stride)
+    return _distances(got, _take_own(expected))
+
+
+def rounding_errors(
+    backend: str,
+    window: int | None,
+    boundaries: tuple[int, ...],
+    stride: int,
+    device: str,
+    seed: int,
+) -> tuple[list[float], list[float]]:
+    """How far out, dq, dk, dv and dsinks are from fp64's with inputs in bf16, for this rank's
+    tokens: of the shards, and where one process attends to all."""
+    inputs = _inputs(boundaries[-1], seed)
+    inputs = [*(t.bfloat16() for t in inputs[:3]), inputs[3], inputs[4].bfloat16()]
+    exact = _attend_alone([t.double() for t in inputs], window, boundaries, None)
+    inputs = [t.to(device) for t in inputs]
+    got = _attend_in_shards(inputs, window, boundaries, backend, stride)
+    alone = _attend_alone(inputs, window, boundaries, backend)
+    wanted = _take_own(exact)
+    return _distances(got, wanted), _distances(_take_own(alone), wanted)
+
+
+def _inputs(tokens: int, seed: int) -> list[torch.Tensor]:
+    """q, k, v, sinks and the gradient of out; two KV heads for four."""
+    generator = torch.Generator().manual_seed(seed)
     q, dout = (torch.randn(1, 4, tokens, 64, generator=generator) for _ in range(2))
     k, v = (torch.randn(1, 2, tokens, 64, generator=generator) for _ in range(2))
-    sinks = torch.randn(4, generator=generator)
-    whole = [t.clone().requires_grad_() for t in (q, k, v, sinks)]
-    cu_seqlens = torch.tensor(boundaries)
-    out = attention(*whole, cu_seqlens=cu_seqlens, window=window)[0]
-    expected = [out, *torch.autograd.grad(out, whole, dout)]
+    return [q, k, v, torch.randn(4, generator=generator), dout]
 
-    def take(tensor: torch.Tensor) -> torch.Tensor:
-        chunks = tensor.chunk(2 * mesh.context_size, 2)
-        return torch.cat([chunks[n] for n in chunks_of(mesh.context_rank, mesh.context_size)], 2)
 
-    local = [take(t).clone().requires_grad_() for t in (q, k, v)] + [sinks.requires_grad_()]
+def _attend_alone(
+    inputs: list[torch.Tensor],
+    window: int | None,
+    boundaries: tuple[int, ...],
+    backend: str | None,
+) -> list[torch.Tensor]:
+    """out, dq, dk, dv and dsinks of the whole sequence."""
+    *whole, dout = inputs
+    whole = [t.clone().requires_grad_() for t in whole]
+    cu_seqlens = torch.tensor(boundaries, device=dout.device)
+    out = attention(*whole, cu_seqlens=cu_seqlens, window=window, backend=backend)[0]
+    return [out, *torch.autograd.grad(out, whole, dout)]
+
+
+def _attend_in_shards(
+    inputs: list[torch.Tensor],
+    window: int | None,
+    boundaries: tuple[int, ...],
+    backend: str,
+    stride: int,
+) -> list[torch.Tensor]:
+    """The same of this rank's tokens; dsinks of all."""
+    mesh = mesh_of(dist.get_world_size())
+    q, k, v, sinks, dout = inputs
+    local = [_take(t).clone().requires_grad_() for t in (q, k, v)]
+    local.append(sinks.clone().requires_grad_())
     extra = {"scale": None, "backend": None, "deterministic": False}
     named = mock.patch.object(context_module, "pick_backend", lambda *_: backend)
-    with flash_attn_stand_in.installed(), named:
+    with named:
         context = Context(mesh, Layout(boundaries, 1, stride))
-        mine = context.attend(*local, window=window, **extra)
-        got = [mine, *torch.autograd.grad(mine, local, take(dout))]
+        out = context.attend(*local, window=window, **extra)
+        got = [out, *torch.autograd.grad(out, local, _take(dout))]
     got[4] = sum_over_ranks(got[4], mesh.context_group, "test")
-    wanted = [*map(take, expected[:4]), expected[4]]
-    return [float((a - b).norm() / b.norm()) for a, b in zip(got, wanted, strict=True)]
+    return got
+
+
+def _take(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's tokens of [1, heads, tokens, 64]."""
+    mesh = mesh_of(dist.get_world_size())
+    chunks = tensor.chunk(2 * mesh.context_size, 2)
+    return torch.cat([chunks[n] for n in chunks_of(mesh.context_rank, mesh.context_size)], 2)
+
+
+def _take_own(whole: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [*map(_take, whole[:4]), whole[4]]
+
+
+def _distances(got: list[torch.Tensor], expected: list[torch.Tensor]) -> list[float]:
+    ours, theirs = ([t.detach().double().cpu() for t in each] for each in (got, expected))
+    return [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]

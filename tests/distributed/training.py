@@ -43,6 +43,7 @@ class Run:
         keep: whether full attention is kept across checkpointing; None: no checkpointing.
         heads_k_stride: KV heads that are gathered at a time, of two.
         broken: a piece to turn off, one of `PIECES` or `CHUNKS`.
+        experts_per_token: of four. Where it is four, no rounding makes a token go to others.
     """
 
     steps: list[list[list[Batch]]]
@@ -54,6 +55,7 @@ class Run:
     device: str = "cpu"
     vocabulary: int = 96
     layers: int = 4
+    experts_per_token: int = 2
 
 
 @dataclass
@@ -76,7 +78,8 @@ def make_model(run: Run) -> nn.Module:
         num_hidden_layers=run.layers, vocab_size=run.vocabulary,
         hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
         head_dim=64 if on_gpu else 16,
-        num_local_experts=4, num_experts_per_tok=2, sliding_window=run.window,
+        num_local_experts=4, num_experts_per_tok=run.experts_per_token,
+        sliding_window=run.window,
     )  # fmt: skip
     model = GptOssForCausalLM._from_config(
         config, attn_implementation="sparselong", experts_implementation="eager"

@@ -1,27 +1,40 @@
 """A sequence over two and four GPUs, through NCCL, trains as on one (two GPUs or more).
 
-The cases are those of the gloo tests, on the Triton kernels. In fp32 they must agree as there. In
-bf16 (autocast) shards may differ from one GPU by twice of what bf16 itself does to one GPU.
+The cases are those of the gloo tests, on the Triton kernels. In fp32 they must agree as there.
+
+In bf16 both differ from fp32, and shards may do so no more than one GPU: of the whole model under
+autocast by 1.4 times as much, over six batches and for each kind of parameter. There every token
+goes to all experts. With two of four, rounding sends a token to another expert now and then, in the
+shards or on one GPU, which moves that one's gradients by several times of what all rounding does.
+
+Of attention alone a single rounding shows. The gradients of keys are rounded by the kernel, to be
+sent, and when they have been added, where one GPU does so once: by the root of three. Everything
+else is rounded as often as there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.distributed import faults
+from tests.distributed import cases, faults
 from tests.distributed.pool import Pool
-from tests.distributed.test_parity import CASES, differences, far, five_steps, packed
+from tests.distributed.test_parity import CASES, differences, far, five_steps, packed, two_rows
 from tests.distributed.training import Result, Run, peak_bytes, train_alone, train_sharded
 
 SIZES = [size for size in (2, 4) if size <= torch.cuda.device_count()]
-BF16_CASES = (
-    "one long document",
-    "many short documents",
-    "two rows",
-    "checkpointed, attention kept",
-)
+SEEDS = 6
+BF16_CASES: dict[str, Callable[[int], Run]] = {
+    "one long document": lambda seed: Run([[[packed(64, seed=seed)]]]),
+    "many short documents": lambda seed: Run([[[packed(5, 9, 3, 20, 1, 2, 11, 6, 7, seed=seed)]]]),
+    "two rows": lambda seed: Run([[[two_rows(2 * seed)]]]),
+    "checkpointed, attention kept": lambda seed: Run([[[packed(30, 34, seed=seed)]]], keep=True),
+}
+MODEL_LIMIT = 1.4
+ATTENTION = [(None, (0, 256), 1), (None, (0, 102, 153, 256), 2), (20, (0, 256), 1)]
+ATTENTION_LIMITS = {"out": 1.2, "dq": 1.2, "dk": 3**0.5, "dv": 3**0.5, "dsinks": 1.5}
+SUMS_ERROR = 1e-6  # of sums in fp32, which dsinks are where out is not rounded
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +45,8 @@ def gpus() -> Iterator[dict[int, Pool]]:
         pool.close()
 
 
-def on_gpu(run: Run, dtype: torch.dtype = torch.float32) -> Run:
-    return replace(run, device="cuda", dtype=dtype)
+def on_gpu(run: Run) -> Run:
+    return replace(run, device="cuda")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -46,23 +59,57 @@ def test_in_fp32_losses_and_gradients_are_those_of_one_gpu(gpus, case):
 
 
 @pytest.mark.parametrize("case", BF16_CASES)
-def test_in_bf16_shards_err_no_more_than_bf16_does(gpus, case):
-    exact = train_alone(on_gpu(CASES[case]))
-    run = on_gpu(CASES[case], torch.bfloat16)
-    error = distance(train_alone(run), exact)
-    for size, pool in gpus.items():
-        for result in pool.run(train_sharded, run, size):
-            assert distance(result, exact) <= 2 * error
+def test_in_bf16_shards_err_no_more_than_one_gpu(gpus, case):
+    alone, shards = [], {size: [] for size in gpus}
+    for seed in range(SEEDS):
+        run = on_gpu(replace(BF16_CASES[case](seed), experts_per_token=4))
+        exact = train_alone(run)
+        run = replace(run, dtype=torch.bfloat16)
+        alone.append(errors(train_alone(run), exact))
+        for size, pool in gpus.items():
+            shards[size].append(errors(pool.run(train_sharded, run, size)[0], exact))
+    expected = {kind: MODEL_LIMIT * value for kind, value in over_seeds(alone).items()}
+    for size, found in shards.items():
+        too_far = {k: (v, expected[k]) for k, v in over_seeds(found).items() if v > expected[k]}
+        assert too_far == {}, f"{size} GPUs"
 
 
-def distance(got: Result, expected: Result) -> float:
-    """Of all gradients together."""
-    names = sorted(expected.gradients)
+def errors(got: Result, exact: Result) -> dict[str, float]:
+    """Distance of the gradients by kind of parameter, over layers."""
+    names: dict[str, list[str]] = {}
+    for name in exact.gradients:
+        names.setdefault(name.split("self_attn.")[1], []).append(name)
     ours, theirs = (
-        torch.cat([result.gradients[name].flatten() for name in names])
-        for result in (got, expected)
+        {kind: torch.cat([each.gradients[n].flatten() for n in names[kind]]) for kind in names}
+        for each in (got, exact)
     )
-    return far(ours, theirs)
+    return {kind: far(ours[kind], theirs[kind]) for kind in names}
+
+
+def over_seeds(found: list[dict[str, float]]) -> dict[str, float]:
+    """Root of the mean square."""
+    return {
+        kind: sum(each[kind] ** 2 for each in found) ** 0.5 / len(found) ** 0.5 for kind in found[0]
+    }
+
+
+@pytest.mark.parametrize("window, boundaries, stride", ATTENTION)
+def test_in_bf16_gradients_of_keys_are_rounded_thrice_and_no_more(gpus, window, boundaries, stride):
+    for size, pool in gpus.items():
+        found = [
+            pool.run(cases.rounding_errors, "triton", window, boundaries, stride, "cuda", seed)
+            for seed in range(SEEDS)
+        ]
+        for rank in range(size):
+            shards, alone = (
+                over_seeds(
+                    [dict(zip(ATTENTION_LIMITS, each[rank][n], strict=True)) for each in found]
+                )
+                for n in range(2)
+            )
+            ratios = {name: shards[name] / max(alone[name], SUMS_ERROR) for name in alone}
+            too_far = {n: r for n, r in ratios.items() if r > ATTENTION_LIMITS[n]}
+            assert too_far == {}, f"rank {rank} of {size}"
 
 
 @pytest.mark.parametrize("degree", [1, *SIZES])
