@@ -177,7 +177,7 @@ def measure_steps(arm: str, args: argparse.Namespace, mesh: Any) -> Iterator[Row
     from benchmarks.shape_20b import build
 
     torch.manual_seed(0)  # the same weights on every rank
-    model = build(arm, layers=args.layers)
+    model = build(arm, layers=args.layers, keep_experts=args.keep_experts == "always")
     trained = [p for p in model.parameters() if p.requires_grad]
     # The same work at any rate; at 0 the weights stay, and losses of all degrees can be compared.
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
@@ -186,6 +186,7 @@ def measure_steps(arm: str, args: argparse.Namespace, mesh: Any) -> Iterator[Row
             continue
         case = {"part": "step", "arm": arm, "tokens": tokens, "layers": args.layers}
         case |= {"degree": mesh.context_size, "peer": args.peer, "heads_k_stride": args.stride}
+        case |= {"keep_experts": args.keep_experts}
         try:
             yield measure_length(model, trained, optimizer, tokens, case, args, mesh)
         except torch.OutOfMemoryError:
@@ -304,6 +305,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--least", type=int, default=4096, help="tokens a GPU, from which on")
     parser.add_argument("--profiled", nargs="*", type=int, default=[16_384])
     parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
+    parser.add_argument("--keep-experts", default="never", choices=("always", "never"))
     parser.add_argument("--rounds", type=int, default=3, help="measured steps")
     parser.add_argument("--timeout-seconds", type=int, default=300, help="of each part")
     add_result(parser)

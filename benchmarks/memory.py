@@ -35,6 +35,7 @@ CASES: tuple[dict[str, Any], ...] = (
     {"tokens": 8192, "batch": 2, "layers": 6, "keep_attention": "never"},
     {"tokens": 32768, "offload": True, "keep_attention": "never"},
     {"tokens": 32768, "offload": True},
+    {"tokens": 4096, "keep_experts": "always"},
 )
 DEFAULTS = {
     "batch": 1,
@@ -42,23 +43,27 @@ DEFAULTS = {
     "rank": 16,
     "cap_gib": None,
     "keep_attention": "always",
+    "keep_experts": "never",
     "offload": False,
 }
 FILE = Path(__file__).resolve().parent.parent / "configs" / "gpt-oss-20b-1x3090.yaml"
 
 
 def predict(case: dict[str, Any], *further: str) -> memory.Memory:
-    """The planner's memory of a case, by component; `further` are overrides beside it."""
+    """The planner's memory of a case, by component; `further` are overrides beside it.
+
+    Cases of older files have no `keep_experts`: there was nothing but `never`.
+    """
     overrides = {
         "sequence_len": case["tokens"],
         "micro_batch_size": case["batch"],
         "lora.r": case["rank"],
-        "training.keep_attention": case["keep_attention"],
         "training.offload_checkpoints": str(case["offload"]).lower(),
     }
     asked = config.load(FILE, [f"{key}={value}" for key, value in overrides.items()] + [*further])
     shape = dataclasses.replace(memory.PUBLISHED["openai/gpt-oss-20b"], layers=case["layers"])
-    return memory.finetune_memory(shape, asked)
+    kept = memory.Kept(*(case.get(key) == "always" for key in ("keep_attention", "keep_experts")))
+    return memory.finetune_memory(shape, asked, kept=kept)
 
 
 def measure(case: dict[str, Any]) -> list[dict[str, Any]]:

@@ -32,7 +32,8 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
     for entry in document["rows"]:
         case, name = entry["case"], entry["backend"]
         if case["part"] == "step":
-            key = (case["arm"], case["tokens"], case["degree"], case["peer"])
+            kept = ", experts kept" if case.get("keep_experts") == "always" else ""
+            key = (case["arm"] + kept, case["tokens"], case["degree"], case["peer"])
             steps.setdefault(key, {})[entry["metric"]] = entry["value"]
         else:
             key = (case["kind"], case["degree"], case["peer"], name)

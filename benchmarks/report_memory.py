@@ -14,7 +14,8 @@ TEXT = """
 gpt-oss-20b's shape, stage 03's masked LoRA, each case in a process of its own: what the card lends
 (torch's reserved memory at its peak and the CUDA context) beside what the planner of this version
 predicts. `allocated` is what tensors took; between it and the card lie the context and the gaps
-that the allocator cannot lend again. Kept: full attention's outputs, between a layer's two passes.
+that the allocator cannot lend again. Kept between a layer's two passes: full attention's outputs,
+the experts' first product.
 """
 COLUMNS = ("layers", "tokens", "rank", "kept", "offloaded", "allocated", "card", "predicted", "off")
 
@@ -40,12 +41,13 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
     ]
     for text, figures in cases.items():
         case = json.loads(text)
+        kept = [n for n in ("attention", "experts") if case.get(f"keep_{n}") == "always"]
         predicted, measured = predict(case).peak_bytes, figures["device_bytes"]
         cells = [
             f"{case['layers']}",
             f"{case['tokens']:,} × {case['batch']}",
             f"{case['rank']}",
-            "yes" if case["keep_attention"] == "always" else "no",
+            ", ".join(kept) or "nothing",
             "yes" if case["offload"] else "no",
             *(f"{n / 2**30:.2f} GiB" for n in (figures["allocated_bytes"], measured, predicted)),
             f"{predicted / measured - 1:+.1%}",

@@ -32,7 +32,14 @@ def config_20b(layers: int = 24) -> GptOssConfig:
     return GptOssConfig(num_hidden_layers=layers, num_local_experts=32, layer_types=kinds)
 
 
-def build(arm: str, keep_attention: bool = True, layers: int = 24, r: int = R) -> nn.Module:
+def build(
+    arm: str,
+    keep_attention: bool = True,
+    layers: int = 24,
+    r: int = R,
+    *,
+    keep_experts: bool = False,
+) -> nn.Module:
     """The arm's model, ready to train on the GPU."""
     config = config_20b(layers)
     model = build_baseline(config, arm) if arm in BASELINES else build_packed(config, arm)
@@ -40,7 +47,7 @@ def build(arm: str, keep_attention: bool = True, layers: int = 24, r: int = R) -
     if arm in OURS:
         fuse(model)
         chunk_loss(model)  # type: ignore[arg-type]
-        arguments["context_fn"] = partial(checkpoint_contexts, keep_attention)
+        arguments["context_fn"] = partial(checkpoint_contexts, keep_attention, keep_experts)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     model.enable_input_require_grads()
     if arm == "masked":

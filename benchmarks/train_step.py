@@ -97,7 +97,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((args.cap_gib * 2**30 - args.spare) / total)
-    model = build(args.arm, args.keep_attention == "always", args.layers, args.rank)
+    model = build(
+        args.arm,
+        args.keep_attention == "always",
+        args.layers,
+        args.rank,
+        keep_experts=args.keep_experts == "always",
+    )
     vocab: Any = model.config.vocab_size  # type: ignore[union-attr]
     tokens = torch.randint(vocab, (args.batch, args.tokens), device="cuda")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -150,7 +156,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def describe(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
     """The case of a row."""
-    names = ("batch", "layers", "rank", "cap_gib", "keep_attention", "offload")
+    names = ("batch", "layers", "rank", "cap_gib", "keep_attention", "keep_experts", "offload")
     return {"tokens": tokens} | {name: getattr(args, name) for name in names}
 
 
@@ -162,6 +168,7 @@ def spawn(arm: str, tokens: int, args: argparse.Namespace, profiled: bool) -> li
         command += ["--batch", args.batch, "--layers", args.layers, "--rank", args.rank]
         command += ["--spare", args.spare]
         command += ["--keep-attention", args.keep_attention]
+        command += ["--keep-experts", args.keep_experts]
         command += ["--cap-gib", args.cap_gib] if args.cap_gib else []
         command += ["--profile"] if profiled else []
         command += ["--offload"] if args.offload else []
@@ -185,6 +192,7 @@ def main() -> None:
     parser.add_argument("--cap-gib", type=float, help="what the whole process may take")
     parser.add_argument("--spare", type=int, default=700 << 20, help="the context's bytes")
     parser.add_argument("--keep-attention", default="always", choices=("always", "never"))
+    parser.add_argument("--keep-experts", default="never", choices=("always", "never"))
     parser.add_argument("--offload", action="store_true", help="checkpoints to host memory")
     parser.add_argument("--profiled", type=int, nargs="*", default=[16384], help="lengths")
     parser.add_argument("--subject", default="train_step", help="first part of the result's name")

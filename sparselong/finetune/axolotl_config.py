@@ -19,7 +19,7 @@ from typing import Any
 
 from sparselong.config import Config
 from sparselong.errors import StageError
-from sparselong.memory import find_shape, finetune_memory
+from sparselong.memory import find_shape, kept_peaks
 from sparselong.model.attention import NAME, implementation
 from sparselong.model.loading import compute_dtype, default_device
 
@@ -214,15 +214,9 @@ def _wandb(config: Config) -> dict[str, Any]:
     return {"use_wandb": True, "wandb_project": config.training.wandb_project}
 
 
-def _kept_peak_bytes(config: Config) -> int:
-    """The planner's peak where full attention's outputs are kept."""
-    device = "cuda" if default_device().type == "cuda" else "cpu"
-    shape = find_shape(config.model)
-    return finetune_memory(shape, config, device, keep_attention=True).peak_bytes
-
-
 def _plugin_section(config: Config, folders: Folders, bake_only: bool) -> dict[str, Any]:
     upkeep = config.finetuning_modifiers.MagnitudePruningModifier
+    device = "cuda" if default_device().type == "cuda" else "cpu"
     return {
         "masters": str(folders.compressed / "masters"),
         "work": str(folders.work),
@@ -237,7 +231,8 @@ def _plugin_section(config: Config, folders: Folders, bake_only: bool) -> dict[s
         "update_frequency": upkeep.update_frequency,
         "criterion": upkeep.criterion,
         "keep_attention": config.training.keep_attention,
-        "kept_peak_bytes": _kept_peak_bytes(config),
+        "keep_experts": config.training.keep_experts,
+        "kept_peak_bytes": kept_peaks(find_shape(config.model), config, device),
         "train_on": config.data.train_on,
         "loss_target": config.training.loss_target,
         "bake_only": bake_only,

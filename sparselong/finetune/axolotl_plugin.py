@@ -90,7 +90,8 @@ class SparseLongSection(BaseModel):
     update_frequency: float
     criterion: Literal["hysteresis", "magnitude"]
     keep_attention: Literal["auto", "always", "never"]
-    kept_peak_bytes: int
+    keep_experts: Literal["auto", "always", "never"]
+    kept_peak_bytes: dict[str, int]
     train_on: Literal["assistant", "all"]
     loss_target: float | None = None
     bake_only: bool = False
@@ -112,7 +113,7 @@ class SparseLongPlugin(BasePlugin):
     def __init__(self):
         super().__init__()
         self.trainer: MaskedTrainer | None = None
-        self.keeping: Keeping | None = None
+        self.keeping: dict[str, Keeping] = {}
         self.supervised_token_fraction = 0.0
         self.done = False
 
@@ -208,11 +209,13 @@ class SparseLongPlugin(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg, trainer: Any):
         section, layers = cfg.sparselong, trainer.layers
-        self.keeping = decide_keeping(section.keep_attention, section.kept_peak_bytes)
-        tell(str(self.keeping))
+        asked = {key: section[key] for key in section.kept_peak_bytes}
+        self.keeping = decide_keeping(asked, section.kept_peak_bytes)
+        for key, decision in self.keeping.items():
+            tell(f"{key} {decision}")
         return [
             MaskUpkeep(layers, trainer.progress, section.update_frequency, section.criterion),
-            SecondPasses(self.keeping.kept),
+            SecondPasses(**{key: decision.kept for key, decision in self.keeping.items()}),
             RouterWatch(trainer.model),
             Metrics(
                 Path(section.work) / METRICS if ranks.is_first() else None,
@@ -236,7 +239,7 @@ class SparseLongPlugin(BasePlugin):
             "fused_layers": sum(isinstance(m, FusedDecoderLayer) for m in trainer.model.modules()),
             "attention_backend": chosen_attention().backend,
             "deterministic": chosen_attention().deterministic,
-            "keep_attention": None if self.keeping is None else asdict(self.keeping),
+            **{key: asdict(decision) for key, decision in self.keeping.items()},
             "processes": ranks.count(),
             "trainable_parameters": count_trainable(trainer.model),
             "supervised_token_fraction": self.supervised_token_fraction,

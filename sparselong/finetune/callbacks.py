@@ -75,8 +75,8 @@ class MaskUpkeep(TrainerCallback):
 class SecondPasses(TrainerCallback):
     """Lets checkpointed layers leave out of their second pass what they can; see recompute.py."""
 
-    def __init__(self, keep_attention: bool):
-        self.contexts = partial(checkpoint_contexts, keep_attention)
+    def __init__(self, keep_attention: bool, keep_experts: bool):
+        self.contexts = partial(checkpoint_contexts, keep_attention, keep_experts)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.gradient_checkpointing:  # the trainer has just switched plain checkpointing on

@@ -173,6 +173,7 @@ def _publish(stage: Stage) -> None:
         "mask_updates": baked["mask_updates"],
         "two_four_conforming": baked["two_four_conforming"],
         "keep_attention": receipt["keep_attention"],
+        "keep_experts": receipt["keep_experts"],
         "trainable_parameters": receipt["trainable_parameters"],
         "supervised_token_fraction": receipt["supervised_token_fraction"],
         "peak_host_bytes": baked["peak_bytes"]["host"],

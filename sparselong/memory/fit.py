@@ -1,5 +1,5 @@
 """What fits a card: the longest sequence, what to change when a config does not fit, and by how
-much, and whether full attention's outputs can be kept.
+much, and what layers can keep between their two passes.
 
 A prediction may be wrong by 5 %, so a decision that nobody has to answer for leaves that margin;
 what a person is told is the prediction itself.
@@ -10,7 +10,7 @@ from __future__ import annotations
 from sparselong.config import Config
 from sparselong.memory.shape import ModelShape
 from sparselong.memory.table import format_bytes
-from sparselong.memory.training import GIB, Device, finetune_memory
+from sparselong.memory.training import GIB, Device, Kept, finetune_memory
 
 CARD_BYTES = int(23.6 * GIB)
 """What a 24 GB card lends: plans are for one where no GPU is named."""
@@ -20,24 +20,50 @@ STEP_TOKENS = 128
 """Sequence lengths are looked for in steps of this many tokens."""
 
 
-def keeps_attention(shape: ModelShape, config: Config, budget_bytes: int, device: Device) -> bool:
-    """Whether full attention's outputs are kept between a layer's two passes.
+def is_kept(asked: str, peak_bytes: int, budget_bytes: int) -> bool:
+    """Whether a thing is kept: `always`, or `auto` where the peak with it, and the margin, fits."""
+    return asked == "always" or (asked == "auto" and peak_bytes * MARGIN <= budget_bytes)
 
-    `training.keep_attention` says so, or `auto`: where the peak with them, and the margin, fits.
+
+def kept_peaks(
+    shape: ModelShape, config: Config, device: Device = "cuda", *, sharded: bool = False
+) -> dict[str, int]:
+    """Predicted peak with each thing that layers can keep, by its key in `training`.
+
+    Attention's outputs save more time for their bytes and come first: the experts' peak has them,
+    too, unless they are `never` kept; theirs has the experts' only if these are `always`.
     """
-    setting = config.training.keep_attention
-    if setting != "auto" or device == "cpu":
-        return setting == "always"
-    peak = finetune_memory(shape, config, device, keep_attention=True).peak_bytes
-    return peak * MARGIN <= budget_bytes
+    training = config.training
+    kept = {
+        "keep_attention": Kept(True, training.keep_experts == "always"),
+        "keep_experts": Kept(training.keep_attention != "never", True),
+    }
+    return {
+        key: finetune_memory(shape, config, device, sharded=sharded, kept=both).peak_bytes
+        for key, both in kept.items()
+    }
+
+
+def decide_kept(
+    shape: ModelShape,
+    config: Config,
+    budget_bytes: int,
+    device: Device = "cuda",
+    *,
+    sharded: bool = False,
+) -> Kept:
+    """What layers keep on a device that lends `budget_bytes`."""
+    peaks = kept_peaks(shape, config, device, sharded=sharded)
+    asked = (getattr(config.training, key) for key in peaks)
+    return Kept(*(is_kept(*each, budget_bytes) for each in zip(asked, peaks.values(), strict=True)))
 
 
 def least_peak_bytes(
     shape: ModelShape, config: Config, budget_bytes: int, device: Device = "cuda"
 ) -> int:
     """Predicted peak of stage 03 on a device that lends `budget_bytes`."""
-    keep = keeps_attention(shape, config, budget_bytes, device)
-    return finetune_memory(shape, config, device, keep_attention=keep).peak_bytes
+    kept = decide_kept(shape, config, budget_bytes, device)
+    return finetune_memory(shape, config, device, kept=kept).peak_bytes
 
 
 def largest_sequence_len(
@@ -114,8 +140,9 @@ def _alternatives(config: Config) -> list[tuple[str, Config]]:
     if not training.gradient_checkpointing:
         change("training.gradient_checkpointing=true", gradient_checkpointing=True)
     else:
-        if training.keep_attention == "always":
-            change("training.keep_attention=auto", keep_attention="auto")
+        for key in ("keep_experts", "keep_attention"):
+            if getattr(training, key) == "always":
+                change(f"training.{key}=auto", **{key: "auto"})
         if not training.offload_checkpoints:
             change("training.offload_checkpoints=true", offload_checkpoints=True)
     if config.flash_attention and config.attention_backend != "triton":

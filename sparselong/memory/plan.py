@@ -143,9 +143,13 @@ def plan(
     }
     compress_host = stages.compress_host_memory(shape, config, device)
     card_bytes = fit.CARD_BYTES if gpu_bytes is None else gpu_bytes
-    keep = fit.keeps_attention(shape, config, card_bytes, device)
     if device == "cpu":
         working["02_compress"] |= compress_host
+
+    def finetuning(sharded: bool) -> Memory:
+        kept = fit.decide_kept(shape, config, card_bytes, device, sharded=sharded)
+        return training.finetune_memory(shape, config, device, sharded=sharded, kept=kept)
+
     return Plan(
         shape=shape,
         device=device,
@@ -154,9 +158,9 @@ def plan(
         bits_per_weight=storage.bits_by_group(config),
         compressed=storage.compressed_groups(shape, config),
         card_bytes=card_bytes,
-        memory=training.finetune_memory(shape, config, device, keep_attention=keep),
+        memory=finetuning(sharded=False),
         changes=fit.suggest_changes(shape, config, card_bytes) if device == "cuda" else [],
-        sharded=training.finetune_memory(shape, config, sharded=True) if shared else None,
+        sharded=finetuning(sharded=True) if shared else None,
         stages=working,
         offloaded_bytes=training.offloaded_bytes(shape, config),
         compress_host=compress_host,
@@ -241,6 +245,8 @@ def _memory_notes(made: Plan) -> list[str]:
     ]
     if made.memory.components.get("kept attention outputs"):
         notes.append("Full attention's outputs are kept, so that it is computed once a step.")
+    if made.memory.components.get("kept expert outputs"):
+        notes.append("The experts' first product is kept, so that it is made once a step.")
     short = made.memory.peak_bytes - made.card_bytes
     if made.device == "cuda" and short > 0:
         remedies = list(made.changes)

@@ -14,20 +14,24 @@ holds gate_up's output, 2 inner widths, a row of H and one of dh; the
 decoded weights take 0.25 GiB beside them. tests/memory runs the real step without a device, counts
 every tensor and holds these sums to it; benchmarks/memory.py holds the whole to a GPU's figures.
 
+Where layers keep their experts' gate_up output, that of all layers is there from the forward pass
+on; a slice's goes as soon as its gradients are there, and the layer's before its attention's turn.
+
 What the sums do not see are cuBLAS's workspaces and the CUDA context, constants here, and what the
 allocator cannot lend again: gaps between kept attention outputs, and, beside offloading, copies
-whose layer the GPU has not gone through yet. Both are set from measurements. Without gradient
-checkpointing, without our attention or on a processor the figures are estimates; activations of
-adapters on experts are not counted. With `sequence_parallel_degree` ranks each holds the whole
-model and its share of the sequence (other ranks' keys and values, one group of heads at a time, are
-some megabytes and left out); `sharded=True` computes what a card needs once experts and vocabulary
-are shared, too.
+whose layer the GPU has not gone through yet. Both are set from measurements; gaps between kept
+outputs of experts have not been measured and are not counted. Without gradient checkpointing,
+without our attention or on a processor the figures are estimates; activations of adapters on
+experts are not counted. With `sequence_parallel_degree` ranks each holds the whole model and its
+share of the sequence (other ranks' keys and values, one group of heads at a time, are some
+megabytes and left out); `sharded=True` computes what a card needs once experts and vocabulary are
+shared, too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sparselong.config import Config
 from sparselong.memory import storage
@@ -73,6 +77,15 @@ LOSS, LAYER = "logits and cross-entropy", "one layer, made again"
 EXPERTS, ATTENTION = "experts at work", "attention at work"
 
 
+class Kept(NamedTuple):
+    """What checkpointed layers keep between their two passes; the GPU's kernels can."""
+
+    attention: bool = False
+    """Full attention's outputs."""
+    experts: bool = False
+    """The experts' gate_up output and routing."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one device by component."""
@@ -98,7 +111,7 @@ def finetune_memory(
     device: Device = "cuda",
     *,
     sharded: bool = False,
-    keep_attention: bool | None = None,
+    kept: Kept = Kept(),  # noqa: B008
 ) -> Memory:
     """Memory of stage 03 on each device.
 
@@ -106,27 +119,25 @@ def finetune_memory(
         device: `cuda` computes in bf16, `cpu` in fp32.
         sharded: false is what this version does: ranks share the sequence and nothing else; true
             is what each needs when they share experts and vocabulary, too.
-        keep_attention: whether full attention's outputs are kept; None: unless the config says
-            `never`.
+        kept: what layers keep, where device and config let them; `fit.decide_kept` settles what
+            the config asks for.
     """
     degree = config.sequence_parallel_degree
     ranks = degree if sharded else 1
     width = 2 if device == "cuda" else 4
     tokens = config.micro_batch_size * -(-config.sequence_len // degree)
-    if keep_attention is None:
-        keep_attention = config.training.keep_attention != "never"
-    by_kernels = device == "cuda" and config.flash_attention
-    keep_attention = keep_attention and by_kernels and config.training.gradient_checkpointing
+    keeps = device == "cuda" and config.training.gradient_checkpointing
+    kept = Kept(keeps and config.flash_attention and kept.attention, keeps and kept.experts)
     return Memory(
         device,
         degree,
         {
             **_weights(shape, config, width, ranks),
             **_trained(shape, config),
-            **_kept(shape, config, tokens, width, keep_attention),
-            LAYER: _layer(shape, config, tokens, width, keep_attention),
-            EXPERTS: _experts(shape, config, tokens, device),
-            ATTENTION: _attention(shape, config, tokens, width),
+            **_left(shape, config, tokens, width, kept),
+            LAYER: _layer(shape, config, tokens, width, kept),
+            EXPERTS: _experts(shape, config, tokens, device, kept),
+            ATTENTION: _attention(shape, config, tokens, width, kept),
             LOSS: _loss(shape, tokens, device),
             **_overhead(shape, device),
         },
@@ -162,9 +173,7 @@ def _trained(shape: ModelShape, config: Config) -> dict[str, int]:
     }
 
 
-def _kept(
-    shape: ModelShape, config: Config, tokens: int, width: int, keep_attention: bool
-) -> dict[str, int]:
+def _left(shape: ModelShape, config: Config, tokens: int, width: int, kept: Kept) -> dict[str, int]:
     """What the forward pass leaves of all layers."""
     training = config.training
     if not training.gradient_checkpointing:
@@ -176,11 +185,12 @@ def _kept(
     resident = min(shape.layers, RESIDENT_CHECKPOINTS) if offloaded else shape.layers
     checkpoint = tokens * shape.hidden * width
     pending = min(shape.layers - resident, PENDING_CHECKPOINTS) * checkpoint
-    kept = shape.full_layers * kept_layer_bytes(shape, tokens) if keep_attention else 0
+    attention = shape.full_layers * _kept_attention(shape, tokens) if kept.attention else 0
     return {
         "activation checkpoints": resident * checkpoint,
-        "kept attention outputs": kept,
-        "allocator's gaps": pending + int(GAP_SHARE * kept),
+        "kept attention outputs": attention,
+        "kept expert outputs": shape.layers * _kept_experts(shape, tokens) if kept.experts else 0,
+        "allocator's gaps": pending + int(GAP_SHARE * attention),
     }
 
 
@@ -192,22 +202,27 @@ def offloaded_bytes(shape: ModelShape, config: Config) -> int:
     return moved * config.micro_batch_size * config.sequence_len * shape.hidden * 2
 
 
-def kept_layer_bytes(shape: ModelShape, tokens: int) -> int:
-    """Bytes of a layer's kept attention: out in bf16 and its log-sum-exp in fp32."""
+def _kept_attention(shape: ModelShape, tokens: int) -> int:
+    """Of one layer: out in bf16 and its log-sum-exp in fp32."""
     return tokens * (2 * shape.query_width + 4 * shape.heads)
 
 
-def _layer(shape: ModelShape, config: Config, tokens: int, width: int, keep_attention: bool) -> int:
+def _kept_experts(shape: ModelShape, tokens: int) -> int:
+    """Of one layer: gate_up's output in bf16 and the row of each choice."""
+    return tokens * shape.experts_per_token * (2 * 2 * shape.intermediate + 4)
+
+
+def _layer(shape: ModelShape, config: Config, tokens: int, width: int, kept: Kept) -> int:
     """What the last layer's second pass has saved, and two gradients of hidden size."""
     saved = 5 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width
     routing = shape.experts_per_token * (8 + 2 * width) + 3 * 4 + shape.head_dim * width
     both = tokens * (saved * width + 4 * shape.heads + routing)
     # A last layer with full attention is handed what was kept, which is counted there.
-    shared = keep_attention and shape.layers % 2 == 0
-    return both - (kept_layer_bytes(shape, tokens) if shared else 0)
+    shared = kept.attention and shape.layers % 2 == 0
+    return both - (_kept_attention(shape, tokens) if shared else 0)
 
 
-def _experts(shape: ModelShape, config: Config, tokens: int, device: Device) -> int:
+def _experts(shape: ModelShape, config: Config, tokens: int, device: Device, kept: Kept) -> int:
     """The largest moment of the experts' backward pass."""
     top_k, hidden, inner = shape.experts_per_token, shape.hidden, shape.intermediate
     if device == "cpu":
@@ -223,6 +238,8 @@ def _experts(shape: ModelShape, config: Config, tokens: int, device: Device) -> 
     if not checkpointed:
         moments += [2 * wide + inner * choice]  # d gate_up from dh
         moments += [2 * wide + hidden * choice + (before if decodes else 0)]  # rows of dx
+    if kept.experts:  # the first slice's, while all slices' gate_up outputs are there
+        return max(moments) + rows * top_k * 12 - _kept_experts(shape, rows)
     before_this = rows * hidden * 2 if slices > 1 else 0  # the slice before's dx
     return max(moments) + before_this + rows * top_k * 12
 
@@ -232,16 +249,18 @@ def _buffer(shape: ModelShape, weights: int) -> int:
     return max(1, min(shape.experts, BUFFER_BYTES // (2 * weights))) * 2 * weights
 
 
-def _attention(shape: ModelShape, config: Config, tokens: int, width: int) -> int:
+def _attention(shape: ModelShape, config: Config, tokens: int, width: int, kept: Kept) -> int:
     """Attention's backward pass beyond what the layer has saved: gradients of out, queries, keys
     and values, and FlashAttention-2's fp32 sums and gradients of all query heads' keys and values,
     of which Triton's kernels have none. The second norm's output and a gradient of hidden size are
-    gone by then."""
+    gone by then, as is what the layer's experts kept."""
+    gone = _kept_experts(shape, tokens) if kept.experts else 0
     gradients = 2 * shape.query_width + 2 * shape.kv_width - 2 * shape.hidden
     sums = tokens * shape.query_width * (4 + 2 * width)
     sums = 0 if config.attention_backend == "triton" else sums
     scores = EAGER_COPIES * _scores(shape, config, tokens, width)
-    return max(0, tokens * gradients * width + (sums if config.flash_attention else scores))
+    work = tokens * gradients * width + (sums if config.flash_attention else scores)
+    return max(0, work - gone)
 
 
 def _scores(shape: ModelShape, config: Config, tokens: int, width: int) -> int:

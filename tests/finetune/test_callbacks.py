@@ -9,7 +9,7 @@ import pytest
 from sparselong.errors import StageError
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses
 from sparselong.finetune.state import Progress
-from sparselong.kernels.recompute import is_checkpointed, is_second_pass
+from sparselong.kernels.recompute import is_checkpointed, is_second_pass, keeps_experts
 
 
 def at(step: int, **more) -> SimpleNamespace:
@@ -107,12 +107,12 @@ def test_checkpointed_layers_get_contexts_for_their_second_pass():
 
     for on in (True, False):
         args = SimpleNamespace(gradient_checkpointing=on)
-        SecondPasses(True).on_train_begin(args, at(0), control(), model=Model())
+        SecondPasses(True, True).on_train_begin(args, at(0), control(), model=Model())
         if on:
             assert seen.pop("use_reentrant") is False
             first, second = seen.pop("context_fn")()
             with first:
-                assert is_checkpointed() and not is_second_pass()
+                assert is_checkpointed() and not is_second_pass() and keeps_experts()
             with second:
                 assert is_second_pass()
     assert not seen and not is_checkpointed()

@@ -1,4 +1,4 @@
-"""keep_attention is settled by what the GPU can lend; all ranks do the same."""
+"""What layers keep is settled by what the GPU can lend; all ranks do the same."""
 
 import pytest
 
@@ -6,6 +6,13 @@ from sparselong import memory
 from sparselong.finetune import keeping
 
 GIB = 2**30
+
+
+KEYS = ("keep_attention", "keep_experts")
+
+
+def decide(asked: str, size: int) -> keeping.Keeping:
+    return keeping.decide_keeping({KEYS[0]: asked}, {KEYS[0]: size})[KEYS[0]]
 
 
 @pytest.fixture
@@ -18,23 +25,34 @@ def card(monkeypatch):
 
 
 def test_auto_keeps_what_fits_with_the_margin(card):
-    fits = keeping.decide_keeping("auto", int(card / memory.MARGIN) - 1)
+    fits = decide("auto", int(card / memory.MARGIN) - 1)
     assert fits.kept and fits.available_bytes == card and "kept; predicted" in str(fits)
-    tight = keeping.decide_keeping("auto", int(card / memory.MARGIN) + 1)
+    tight = decide("auto", int(card / memory.MARGIN) + 1)
     assert not tight.kept and "computed twice; predicted" in str(tight)
 
 
 @pytest.mark.parametrize(("asked", "kept"), [("always", True), ("never", False)])
 def test_a_plain_word_is_followed(card, asked, kept):
-    assert all(keeping.decide_keeping(asked, size).kept is kept for size in (1, 100 * GIB))
+    assert all(decide(asked, size).kept is kept for size in (1, 100 * GIB))
 
 
 def test_the_rank_with_the_least_memory_decides(card, monkeypatch):
     monkeypatch.setattr(keeping.ranks, "collect", lambda own: [own, 8 * GIB, own])
-    made = keeping.decide_keeping("auto", 9 * GIB)
+    made = decide("auto", 9 * GIB)
     assert not made.kept and made.available_bytes == 8 * GIB
 
 
-def test_without_a_gpu_nothing_can_be_kept():
-    made = keeping.decide_keeping("auto", 1)
+def test_each_key_has_its_own_peak_and_memory_is_asked_for_once(card, monkeypatch):
+    asked = []
+    monkeypatch.setattr(keeping.ranks, "collect", lambda own: asked.append(own) or [own])
+    peaks = dict(zip(KEYS, (20 * GIB, 24 * GIB), strict=True))
+    made = keeping.decide_keeping(dict.fromkeys(KEYS, "auto"), peaks)
+    assert [made[key].kept for key in KEYS] == [True, False]
+    assert [made[key].predicted_peak_bytes for key in KEYS] == list(peaks.values())
+    assert asked == [card]
+
+
+@pytest.mark.parametrize("asked", ["auto", "always"])
+def test_without_a_gpu_nothing_can_be_kept(asked):
+    made = decide(asked, 1)
     assert not made.kept and made.available_bytes is None and "no GPU" in str(made)

@@ -116,7 +116,7 @@ def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | 
     return expert_choice.choose_backend("sm_90", indices.numel(), experts).backend
 
 
-def build(layers: int, kept: bool, r: int) -> nn.Module:
+def build(layers: int, kept: bool, r: int, experts: bool) -> nn.Module:
     """`shape_20b.build("masked", ...)` on the meta device."""
     config = shape_20b.config_20b(layers)
     model: Any = GptOssForCausalLM._from_config(
@@ -128,7 +128,7 @@ def build(layers: int, kept: bool, r: int) -> nn.Module:
     model.requires_grad_(False)
     fused.fuse(model)
     fused.chunk_loss(model)
-    contexts = partial(checkpoint_contexts, kept)
+    contexts = partial(checkpoint_contexts, kept, experts)
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
     model.enable_input_require_grads()
 
@@ -143,12 +143,12 @@ def build(layers: int, kept: bool, r: int) -> nn.Module:
 
 
 def count_step(
-    tokens: int, layers: int, kept: bool, batch: int = 1, r: int = 16
+    tokens: int, layers: int, kept: bool, batch: int = 1, r: int = 16, experts: bool = False
 ) -> tuple[int, int]:
     """(bytes of the weights, most bytes at once in forward and backward pass)."""
     counter = Counter()
     with torch.device("meta"):
-        model = build(layers, kept, r)
+        model = build(layers, kept, r, experts)
         for tensor in (*model.parameters(), *model.buffers()):
             counter.note(tensor.detach())
         gc.collect()

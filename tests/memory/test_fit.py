@@ -6,39 +6,79 @@ import pytest
 
 from sparselong import config as config_module
 from sparselong import memory
-from sparselong.memory import fit, training
+from sparselong.memory import Kept, fit, training
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
 BIG, SMALL = (memory.PUBLISHED[f"openai/gpt-oss-{size}"] for size in ("120b", "20b"))
+NOTHING, ATTENTION, BOTH = Kept(), Kept(attention=True), Kept(attention=True, experts=True)
 
 
 def load(*overrides: str):
     return config_module.load(ROOT / "configs/gpt-oss-20b-1x3090.yaml", overrides)
 
 
-def peak(*overrides: str, kept: bool = False) -> int:
-    return training.finetune_memory(SMALL, load(*overrides), keep_attention=kept).peak_bytes
+def peak(*overrides: str, kept: Kept = NOTHING) -> int:
+    return training.finetune_memory(SMALL, load(*overrides), kept=kept).peak_bytes
+
+
+def decide(budget_bytes: int, *overrides: str) -> Kept:
+    return memory.decide_kept(SMALL, load(*overrides), budget_bytes)
 
 
 def test_20b_at_16384_tokens_fits_a_24_gb_card_with_attention_kept():
-    assert memory.keeps_attention(SMALL, load(), memory.CARD_BYTES, "cuda")
-    assert peak(kept=True) * memory.MARGIN < memory.CARD_BYTES
+    assert decide(memory.CARD_BYTES) == ATTENTION
+    assert peak(kept=ATTENTION) * memory.MARGIN < memory.CARD_BYTES
     assert not memory.suggest_changes(SMALL, load(), memory.CARD_BYTES)
 
 
-def test_auto_keeps_attention_only_where_it_fits_with_a_margin():
-    needed = int(peak(kept=True) * memory.MARGIN)
-    assert memory.keeps_attention(SMALL, load(), needed + 1, "cuda")
-    assert not memory.keeps_attention(SMALL, load(), needed - 2, "cuda")
-    always, never = (load(f"training.keep_attention={word}") for word in ("always", "never"))
-    assert memory.keeps_attention(SMALL, always, 0, "cuda")
-    assert not memory.keeps_attention(SMALL, never, 100 * GIB, "cuda")
+def test_four_24_gb_cards_that_share_20b_at_16384_tokens_keep_experts_too():
+    assert decide(memory.CARD_BYTES, "sequence_parallel_degree=4") == BOTH
+
+
+@pytest.mark.parametrize(("kept", "before"), [(ATTENTION, NOTHING), (BOTH, ATTENTION)])
+def test_auto_keeps_attention_and_then_experts_where_they_fit_with_a_margin(kept, before):
+    needed = int(peak(kept=kept) * memory.MARGIN)
+    assert decide(needed + 1) == kept
+    assert decide(needed - 2) == before
+
+
+@pytest.mark.parametrize("key", ["keep_attention", "keep_experts"])
+def test_a_plain_word_is_followed_and_the_other_key_decided_beside_it(key):
+    always, never = (f"training.{key}={word}" for word in ("always", "never"))
+    own = Kept(**{key.removeprefix("keep_"): True})
+    other = Kept(*(not word for word in own))
+    assert decide(0, always) == own
+    assert decide(100 * GIB, never) == other
+    needed = int(peak(kept=BOTH) * memory.MARGIN)
+    assert decide(needed + 1, always) == BOTH
+    assert decide(needed - 2, always) == own  # what is always kept takes its room
+    needed = int(peak(kept=other) * memory.MARGIN)
+    assert decide(needed + 1, never) == other
+    assert decide(needed - 2, never) == NOTHING
 
 
 def test_keeping_attention_costs_its_outputs_in_every_second_layer():
-    parts = training.finetune_memory(SMALL, load(), keep_attention=True).components
+    parts = training.finetune_memory(SMALL, load(), kept=ATTENTION).components
     assert parts["kept attention outputs"] == 12 * 16384 * (2 * 4096 + 4 * 64)
+
+
+def test_keeping_experts_costs_their_gate_up_outputs_but_one_that_was_there_already():
+    parts, before = (
+        training.finetune_memory(SMALL, load(), kept=kept).components for kept in (BOTH, ATTENTION)
+    )
+    layer = 16384 * 4 * (2 * 2 * 2880 + 4)
+    assert parts["kept expert outputs"] == 24 * layer
+    assert before[training.EXPERTS] - parts[training.EXPERTS] == layer
+    assert peak(kept=BOTH) - peak(kept=ATTENTION) == 23 * layer
+
+
+def test_without_checkpoints_or_a_gpu_nothing_is_kept():
+    whole = "training.gradient_checkpointing=false"
+    assert peak(whole, kept=BOTH) == peak(whole)
+    assert training.finetune_memory(SMALL, load(), "cpu", kept=BOTH) == training.finetune_memory(
+        SMALL, load(), "cpu"
+    )
 
 
 def test_longest_sequence_is_the_longest():
@@ -75,6 +115,7 @@ def test_65536_tokens_fit_with_checkpoints_in_host_memory_and_not_without():
         (["training.gradient_checkpointing=false"], "training.gradient_checkpointing=true"),
         (["micro_batch_size=4"], "training.offload_checkpoints=true"),
         (["sequence_len=32768", "training.keep_attention=always"], "training.keep_attention=auto"),
+        (["training.keep_experts=always"], "training.keep_experts=auto"),
     ],
 )
 def test_what_to_change_is_true(overrides, first):

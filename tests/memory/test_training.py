@@ -24,11 +24,15 @@ CASES = (
     {"tokens": 20000, "layers": 4, "kept": True},  # two slices
     {"tokens": 40000, "layers": 2, "kept": False},  # three slices
     {"tokens": 65536, "layers": 2, "kept": False},  # FlashAttention-2 would be the peak
+    {"tokens": 256, "layers": 4, "kept": True, "experts": True},
+    {"tokens": 4096, "layers": 6, "kept": True, "experts": True},
+    {"tokens": 20000, "layers": 4, "kept": False, "experts": True},  # two slices
 )
 
 
 def planned(case: dict) -> memory.Memory:
     named = {"keep_attention": "always" if case["kept"] else "never", "rank": case.get("r", 16)}
+    named |= {"keep_experts": "always" if case.get("experts") else "never"}
     named |= {name: case[name] for name in ("tokens", "layers", "batch") if name in case}
     return predict(DEFAULTS | named, "attention_backend=triton")  # which is what is counted
 

@@ -196,6 +196,8 @@ def test_manifest_says_what_was_done(runs):
     assert paths and all(path.startswith(("02_compress/", "data/")) for path in paths)
     for key in ("train_loss", "tokens_per_second", "peak_device_bytes"):
         assert key in metrics
+    for key in ("keep_attention", "keep_experts"):
+        assert (metrics[key]["asked"], metrics[key]["kept"]) == ("auto", False)  # no GPU
 
 
 def test_run_directory_holds_what_it_promises(runs):
