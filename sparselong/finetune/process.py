@@ -35,6 +35,9 @@ from sparselong.finetune.launch import find_world, joined_rank, rank_environment
 from sparselong.memory import ALLOCATOR
 from sparselong.run import Stage
 
+# Not `-m axolotl.cli.main`: to save conversations, datasets starts four processes anew, each of which
+# imports the main module where there is one, and this one takes seconds.
+_AXOLOTL = "from axolotl.cli.main import main; main()"
 _PR_SET_PDEATHSIG = 1
 _LAST_LINES = 12
 _GRACE_SECONDS = 20
@@ -117,12 +120,12 @@ def train_ranks(stage: Stage) -> None:
     world = find_world(stage.config)
     path = str(stage.dir / "axolotl.yaml")
     if world.size == 1:
-        command = ["axolotl.cli.main", "train", path, "--launcher", "python"]
+        command = ["-c", _AXOLOTL, "train", path, "--launcher", "python"]
     else:
         degree = str(stage.config.sequence_parallel_degree)
-        command = ["sparselong.finetune.rank", path, degree]
+        command = ["-m", "sparselong.finetune.rank", path, degree]
     environments = rank_environments(world, torch.cuda.device_count())
-    run_trainer(stage, [sys.executable, "-m", *command], environments)
+    run_trainer(stage, [sys.executable, *command], environments)
 
 
 def run_trainer(
