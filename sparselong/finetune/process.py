@@ -35,8 +35,8 @@ from sparselong.finetune.launch import find_world, joined_rank, rank_environment
 from sparselong.memory import ALLOCATOR
 from sparselong.run import Stage
 
-# Not `-m axolotl.cli.main`: to save conversations, datasets starts four processes anew, each of which
-# imports the main module where there is one, and this one takes seconds.
+# Not `-m axolotl.cli.main`: to save conversations, datasets starts four processes, which import the
+# main module anew where there is one, and this one takes seconds.
 _AXOLOTL = "from axolotl.cli.main import main; main()"
 _PR_SET_PDEATHSIG = 1
 _LAST_LINES = 12
