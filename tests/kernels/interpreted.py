@@ -18,6 +18,7 @@ import torch
 from sparselong.kernels import attention_tiles, attention_triton
 from sparselong.kernels.attention_mask import Call, Done, Mask, find_documents
 from sparselong.kernels.attention_ref import attention_reference
+from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
 
 
@@ -132,6 +133,7 @@ def run(case: Case) -> dict[str, float]:
 
 
 def main() -> None:
+    patch_once()
     attention_triton.torch = PoisonedTorch()
     numpy.seterr(all="ignore")  # exp2 of masked scores, which are discarded
     default = attention_tiles.FLOAT32

@@ -20,6 +20,7 @@ from sparselong.kernels import (
 )
 from sparselong.kernels.expert_lora_ref import expert_lora_reference
 from tests.kernels.interpreted_experts import GATE, Case, draw_stack
+from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
 
 RANK = 3  # no multiple of anything
@@ -73,6 +74,7 @@ def run(case: Case, scalings: tuple, backend: str) -> dict[str, float]:
 
 
 def main() -> None:
+    patch_once()
     for module in (expert_triton, expert_routing, expert_lora_kernels, expert_lora_triton):
         module.torch = PoisonedTorch()  # pyright: ignore[reportAttributeAccessIssue]
     results = {}

@@ -16,6 +16,7 @@ import torch
 
 from sparselong.kernels import expert_routing, expert_triton
 from sparselong.kernels.expert_gemm_ref import decode_reference, expert_mlp_reference
+from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
 
 GATE = (1.702, 7.0)
@@ -98,6 +99,7 @@ def count_inexact_decodings() -> int:
 
 
 def main() -> None:
+    patch_once()
     expert_triton.torch = expert_routing.torch = PoisonedTorch()  # pyright: ignore[reportAttributeAccessIssue]
     results: dict[str, dict[str, float]] = {}
     default = expert_triton.BUFFER_BYTES

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from sparselong.kernels import expert_gemm, expert_lora, expert_lora_triton, expert_triton
 from sparselong.kernels.recompute import checkpoint_contexts
 from tests.kernels.interpreted_experts import GATE, draw_stack
+from tests.kernels.interpreter import patch_once
 
 TOKENS, EXPERTS, TOP_K, HIDDEN, INNER, RANK = 7, 3, 2, 32, 32, 3
 CALLS, SLICES = 2, 2
@@ -91,6 +92,7 @@ def differentiate(kind: str, watch: Watch, keep_experts: bool) -> tuple[list, di
 
 
 def main() -> None:
+    patch_once()
     expert_gemm.SLICE_TOKENS = -(-TOKENS // SLICES)
     watch, results = Watch(), {}
     for kind in ("plain", "biases", "adapters"):
