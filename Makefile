@@ -16,7 +16,13 @@ DEMO := --config configs/tiny.yaml --run-dir runs/demo
 # uv writes this behind every line, as pyproject.toml limits the machines. The lock's head says it once.
 COMMON_MARKER := ; python_full_version < '3\.13' and platform_machine == 'x86_64' and sys_platform == 'linux'
 
-.PHONY: demo check test test-gpu bench lock clean
+# These take as long as all others together.
+LONG := tests/stages/test_trained.py tests/stages/test_finetune.py tests/stages/test_eval.py \
+        tests/stages/test_health_script.py
+# A test that hangs fails after five minutes instead of holding up the whole run.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
+
+.PHONY: demo check test test-long test-short test-gpu bench lock clean
 
 $(STAMP): install.sh pyproject.toml $(LOCK) requirements/overrides.txt
 	./install.sh
@@ -33,9 +39,16 @@ check: $(STAMP)
 	.venv/bin/ruff check .
 	.venv/bin/basedpyright --level error
 
-# A test that hangs fails after five minutes instead of holding up the whole run.
+# Two runs of pytest with one thread each: on two cores that takes little more than half the time.
 test: $(STAMP)
-	.venv/bin/python -m pytest -q --timeout 300 --ignore tests/gpu tests
+	@echo "two runs of pytest at once, each of which reports when it is done"
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-long test-short
+
+test-long: $(STAMP)
+	$(PYTEST) $(LONG)
+
+test-short: $(STAMP)
+	$(PYTEST) --ignore tests/gpu $(LONG:%=--ignore %) tests
 
 test-gpu:
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu: no CUDA device, nothing tested')"

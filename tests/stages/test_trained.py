@@ -17,6 +17,9 @@ from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import dense, integer
 from tests.conftest import ROOT, load_script
 
+# Three minutes of training on one core that nobody else uses.
+pytestmark = pytest.mark.timeout(900)
+
 CONFIG = ROOT / "configs/tiny.yaml"
 
 
