@@ -227,11 +227,7 @@ def test_a_model_without_sinks_is_refused():
         door.attention_forward(torch.nn.Identity(), q, q, q, None)
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["sparselong.patch_attention()", "m.eager_attention_forward = sparselong.attention_forward"],
-)
-def test_one_line_patches(untrained_base, line):
+def test_one_line_patches(untrained_base):
     """Eager's own masks arrive, and the same logits come out, by our function."""
     script = f"""
 import torch, sparselong
@@ -243,15 +239,19 @@ model = load_model(Path({str(untrained_base)!r}))
 ids = torch.arange(10, 100)[None].repeat(2, 1)
 mask = torch.ones_like(ids); mask[1, :30] = 0
 before = model(ids, attention_mask=mask).logits
-calls = []
-original = sparselong.attention_forward
-{line}
-patched = m.eager_attention_forward
-assert patched is original
-m.eager_attention_forward = lambda *a, **k: calls.append(1) or patched(*a, **k)
-after = model(ids, attention_mask=mask).logits
-assert len(calls) == 4
-assert (after - before)[mask.bool()].norm() <= 1e-5 * before[mask.bool()].norm()
+original, theirs = sparselong.attention_forward, m.eager_attention_forward
+for line in (
+    "sparselong.patch_attention()", "m.eager_attention_forward = sparselong.attention_forward"
+):
+    calls = []
+    m.eager_attention_forward = theirs
+    exec(line)
+    patched = m.eager_attention_forward
+    assert patched is original, line
+    m.eager_attention_forward = lambda *a, **k: calls.append(1) or patched(*a, **k)
+    after = model(ids, attention_mask=mask).logits
+    assert len(calls) == 4, line
+    assert (after - before)[mask.bool()].norm() <= 1e-5 * before[mask.bool()].norm(), line
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 
