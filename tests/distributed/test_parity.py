@@ -47,23 +47,24 @@ def two_rows(seed: int = 0) -> dict[str, torch.Tensor]:
     return {key: torch.cat([one[key], other[key]]) for key in one}
 
 
+# Two layers, one of each kind: what the cases are about is within a layer. `five_steps` has four.
 CASES: dict[str, Run] = {
-    "one long document": Run([[[packed(64)]]]),
-    "many short documents": Run([[[packed(5, 9, 3, 20, 1, 2, 11, 6, 7)]]]),
-    "a document that spans all ranks": Run([[[packed(3, 58, 3)]]]),
-    "a window that crosses several borders": Run([[[packed(64)]]], window=21),
-    "a window longer than the sequence": Run([[[packed(64)]]], window=100),
-    "a length that does not divide": Run([[[packed(61)]]]),
-    "fewer tokens than chunks": Run([[[packed(5)]]]),
-    "shards that are all padding": Run([[[padded(7, 64)]]]),
-    "shards without a label": Run([[[labelled(9, 15, 64)]]]),
-    "a label at a shard's border only": Run([[[labelled(16, 17, 64)]]]),
-    "no label at all": Run([[[labelled(0, 0, 64)]]]),
-    "documents of one token": Run([[[packed(*[1] * 20)]]]),
-    "two rows": Run([[[two_rows()]]]),
-    "all heads at a time": Run([[[packed(64)]]], heads_k_stride=2),
-    "checkpointed, attention kept": Run([[[packed(30, 34)]]], keep=True),
-    "checkpointed, attention again": Run([[[packed(30, 34)]]], keep=False),
+    "one long document": Run([[[packed(64)]]], layers=2),
+    "many short documents": Run([[[packed(5, 9, 3, 20, 1, 2, 11, 6, 7)]]], layers=2),
+    "a document that spans all ranks": Run([[[packed(3, 58, 3)]]], layers=2),
+    "a window that crosses several borders": Run([[[packed(64)]]], window=21, layers=2),
+    "a window longer than the sequence": Run([[[packed(64)]]], window=100, layers=2),
+    "a length that does not divide": Run([[[packed(61)]]], layers=2),
+    "fewer tokens than chunks": Run([[[packed(5)]]], layers=2),
+    "shards that are all padding": Run([[[padded(7, 64)]]], layers=2),
+    "shards without a label": Run([[[labelled(9, 15, 64)]]], layers=2),
+    "a label at a shard's border only": Run([[[labelled(16, 17, 64)]]], layers=2),
+    "no label at all": Run([[[labelled(0, 0, 64)]]], layers=2),
+    "documents of one token": Run([[[packed(*[1] * 20)]]], layers=2),
+    "two rows": Run([[[two_rows()]]], layers=2),
+    "all heads at a time": Run([[[packed(64)]]], heads_k_stride=2, layers=2),
+    "checkpointed, attention kept": Run([[[packed(30, 34)]]], keep=True, layers=2),
+    "checkpointed, attention again": Run([[[packed(30, 34)]]], keep=False, layers=2),
 }  # fmt: skip
 
 
