@@ -5,6 +5,9 @@ many slots as there can be positions, a sliding one as many as its window, so th
 the one that leaves the window. The softmax does not ask for an order, and the slots in use are the
 first min(p + 1, capacity): nothing else is masked, and one kernel serves both kinds of layer.
 
+What is cached does not depend on the kernel before this one, nor does the position, which the
+first kernel of a step moves: with `PDL` the first keys are asked for before the wait.
+
 The kernel turns the new query and key by the position's angles, stores the new key and value, and
 attends. The keys are split over PARTS programs a KV head; each leaves its softmax's output and
 logarithm of the sum (base 2, fp32), and the one that finishes last puts the parts together, with
@@ -65,6 +68,19 @@ def _combine_parts(
     tl.store(out_ptr + column, out, mask=real)
 
 
+@triton.jit
+def _load_keys(keys_ptr, values_ptr, start, last, KEYS: tl.constexpr, D: tl.constexpr):
+    """Both halves of the keys and the values of the slots [start, last), KEYS at most."""
+    key = start + tl.arange(0, KEYS)
+    inside = (key < last)[:, None]
+    half, dim = tl.arange(0, D // 2), tl.arange(0, D)
+    place = keys_ptr + key.to(tl.int64)[:, None] * D + half[None, :]
+    low = tl.load(place, mask=inside, other=0.0, cache_modifier=".cg")
+    high = tl.load(place + D // 2, mask=inside, other=0.0, cache_modifier=".cg")
+    place = values_ptr + key.to(tl.int64)[:, None] * D + dim[None, :]
+    return low, high, tl.load(place, mask=inside, other=0.0, cache_modifier=".cg")
+
+
 @triton.jit(do_not_specialize=["capacity"])
 def attend_kernel(
     qkv_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, sinks_ptr, part_ptr, lse_ptr, counter_ptr,
@@ -77,19 +93,22 @@ def attend_kernel(
     qkv: [HEADS + 2 KV heads, D]. cos, sin: [positions, D / 2]. keys, values: [KV heads, capacity,
     D]. part: fp32 [PARTS, HEADS, D]; lse: fp32 [PARTS, HEADS]; counter: int32 [KV heads], zeros.
     """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     kv_head, part = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(0)
     dtype: tl.constexpr = keys_ptr.dtype.element_ty
     HALF: tl.constexpr = D // 2
-    position = tl.load(position_ptr)
+    position = tl.load(position_ptr, cache_modifier=".cg")
     slot = (position % capacity).to(tl.int32)
     seen = tl.minimum(position + 1, capacity).to(tl.int32)
     span = tl.cdiv(tl.cdiv(seen, PARTS), KEYS) * KEYS
     first = part * span
     last = tl.minimum(first + span, seen)
+    keys_ptr += kv_head.to(tl.int64) * capacity * D
+    values_ptr += kv_head.to(tl.int64) * capacity * D
+    k_low, k_high, v = _load_keys(keys_ptr, values_ptr, first, last, KEYS, D)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row, half, dim = tl.arange(0, 16), tl.arange(0, HALF), tl.arange(0, D)
     cos = tl.load(cos_ptr + position * HALF + half).to(tl.float32)
     sin = tl.load(sin_ptr + position * HALF + half).to(tl.float32)
@@ -102,8 +121,6 @@ def attend_kernel(
     low, high = tl.load(place).to(tl.float32), tl.load(place + HALF).to(tl.float32)
     new_low, new_high = _turn(low, high, cos, sin, dtype)
     new_value = tl.load(qkv_ptr + (HEADS + kv_heads + kv_head) * D + dim)
-    keys_ptr += kv_head.to(tl.int64) * capacity * D
-    values_ptr += kv_head.to(tl.int64) * capacity * D
     if (slot >= first) & (slot < last):
         tl.store(keys_ptr + slot.to(tl.int64) * D + half, new_low)
         tl.store(keys_ptr + slot.to(tl.int64) * D + HALF + half, new_high)
@@ -114,14 +131,9 @@ def attend_kernel(
     for start in range(first, last, KEYS):
         key = start + tl.arange(0, KEYS)
         inside = key < last
-        fresh = (key == slot)[:, None]  # what a load finds there may be old or new
-        k_place = keys_ptr + key.to(tl.int64)[:, None] * D + half[None, :]
-        k_low = tl.load(k_place, mask=inside[:, None], other=0.0)
+        fresh = (key == slot)[:, None]  # what a load found there may be old or new
         k_low = tl.where(fresh, new_low[None, :], k_low)
-        k_high = tl.load(k_place + HALF, mask=inside[:, None], other=0.0)
         k_high = tl.where(fresh, new_high[None, :], k_high)
-        v_place = values_ptr + key.to(tl.int64)[:, None] * D + dim[None, :]
-        v = tl.load(v_place, mask=inside[:, None], other=0.0)
         v = tl.where(fresh, new_value[None, :], v)
         s = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
         s += tl.dot(q_high, tl.trans(k_high), input_precision=PRECISION)
@@ -132,6 +144,7 @@ def attend_kernel(
         total = total * kept + tl.sum(p, 1)
         acc = acc * kept[:, None] + tl.dot(p.to(dtype), v, input_precision=PRECISION)
         top = new_top
+        k_low, k_high, v = _load_keys(keys_ptr, values_ptr, start + KEYS, last, KEYS, D)
     any_key = total > 0
     acc = acc / tl.where(any_key, total, 1.0)[:, None]
     lse = tl.where(any_key, top + tl.math.log2(total), float("-inf"))

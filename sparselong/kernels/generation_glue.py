@@ -81,8 +81,8 @@ def pack_kernel(
     if NORM:
         weight = tl.load(weight_ptr + column, mask=real, other=0.0).to(tl.float32)
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(x_ptr + token * BLOCKS * 32 + column, mask=real, other=0.0).to(tl.float32)
     if NORM:
         x = _norm(x, weight, real, eps, BLOCKS * 32, x_ptr.dtype.element_ty)
@@ -113,8 +113,8 @@ def route_kernel(
     router = tl.load(router_ptr + expert * BLOCKS * 32 + column, mask=real, other=0.0)
     weight = tl.load(norm_ptr + column, mask=real, other=0.0).to(tl.float32)
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(x_ptr + column, mask=real, other=0.0).to(tl.float32)
     x = _norm(x, weight, real, eps, BLOCKS * 32, dtype)
     logit = tl.sum(x * router.to(tl.float32)) + tl.load(bias_ptr + expert).to(tl.float32)
@@ -153,8 +153,8 @@ def head_kernel(
     lane = tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     for step in tl.static_range((WIDTH + COLUMNS - 1) // COLUMNS):  # pyright: ignore[reportGeneralTypeIssues]
         column = step * COLUMNS + lane
         real = column < WIDTH
@@ -187,8 +187,8 @@ def embed_kernel(
 ):  # fmt: skip
     """hidden = the row of the token in `best_ptr`; one position further. Grid: (1,)."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     column = tl.arange(0, TILE)
     token = 0x7FFFFFFF - (tl.load(best_ptr) & 0x7FFFFFFF)
     row = tl.load(table_ptr + token * WIDTH + column, mask=column < WIDTH, other=0.0)

@@ -15,7 +15,8 @@ warp read neighbouring words. Whoever makes x stores it so (`generation_glue.py`
 x, `packed_unpack.py` decodes the whole weight in one pass instead.
 
 With `PDL` (programmatic dependent launch, sm_90) a program loads its weights before it waits for
-the kernel that makes x. Several matrices that multiply the same x (q, k and v) are one launch.
+the kernel that makes x, and lets the next kernel do so too. Several matrices that multiply the same
+x (q, k and v) are one launch.
 The reference is `packed_gemv_ref.py`; source and licence: ours.
 """
 
@@ -30,8 +31,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparselong.packing.dense import DenseFormat
 
-ROWS = 2
-"""Rows of the weight that one warp multiplies."""
+ROWS, WARPS = 2, 2
+"""Rows of the weight that a program multiplies, and the warps that share them."""
 
 
 class Matrix(NamedTuple):
@@ -177,7 +178,7 @@ def _load_row(
 
 @triton.jit
 def _multiply_row(loaded, x, SPARSE: tl.constexpr):
-    """fp32 [32], each lane's products of one block of a row."""
+    """fp32 [lanes], each lane's products of one block of a row."""
     codes, patterns, scale = loaded
     low, high = codes.to(tl.int32), (codes >> 32).to(tl.int32)
     if SPARSE:
@@ -196,25 +197,28 @@ def _multiply_row(loaded, x, SPARSE: tl.constexpr):
 @triton.jit
 def _multiply_rows(
     x_ptr, codes_ptr, patterns_ptr, scales_ptr, row, rows,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, SPARSE: tl.constexpr,
-    PDL: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    SPARSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS fp32 numbers: x [BLOCKS * 32] times rows `row`... of the weight. One warp."""
-    STEPS: tl.constexpr = (BLOCKS + 31) // 32
-    lane = tl.arange(0, 32)
+    """ROWS tensors fp32 [LANES], to be summed: x [BLOCKS * 32] times rows `row`... of the weight.
+
+    A lane takes every LANES-th block; LANES / 32 warps share a row.
+    """
+    STEPS: tl.constexpr = (BLOCKS + LANES - 1) // LANES
+    lane = tl.arange(0, LANES)
     loaded = ()
     for step in tl.static_range(STEPS):  # pyright: ignore[reportGeneralTypeIssues]
         for n in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
             at = tl.minimum(row + n, rows - 1)
             loaded += (_load_row(
-                codes_ptr, patterns_ptr, scales_ptr, at, step * 32 + lane, BLOCKS, GROUP, SPARSE
+                codes_ptr, patterns_ptr, scales_ptr, at, step * LANES + lane, BLOCKS, GROUP, SPARSE
             ),)  # fmt: skip
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
-    totals = (tl.zeros([32], tl.float32),) * ROWS
+        gdc_wait()
+    totals = (tl.zeros([LANES], tl.float32),) * ROWS
     for step in tl.static_range(STEPS):  # pyright: ignore[reportGeneralTypeIssues]
-        block = step * 32 + lane
+        block = step * LANES + lane
         x = ()
         for pair in tl.static_range(16):  # pyright: ignore[reportGeneralTypeIssues]
             x += (tl.load(x_ptr + pair * BLOCKS + block, mask=block < BLOCKS, other=0),)
@@ -232,8 +236,8 @@ def gemv_kernel(
     codes_2_ptr, patterns_2_ptr, scales_2_ptr, bias_2_ptr,
     codes_3_ptr, patterns_3_ptr, scales_3_ptr, bias_3_ptr,
     rows_1, rows_2, rows_3,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, SPARSE: tl.constexpr,
-    RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    SPARSE: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, rows of all three], plus the residual. Grid: (tiles of all three, tokens)."""
     tile, token = tl.program_id(0), tl.program_id(1)
@@ -254,7 +258,7 @@ def gemv_kernel(
         rows, before, row = rows_3, rows_1 + rows_2, (tile - tiles_1 - tiles_2) * ROWS
     totals = _multiply_rows(
         x_ptr + token * BLOCKS * 16, codes_ptr, patterns_ptr, scales_ptr, row, rows,
-        ROWS, BLOCKS, GROUP, SPARSE, PDL,
+        ROWS, LANES, BLOCKS, GROUP, SPARSE, PDL,
     )  # fmt: skip
     for n in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
         if row + n < rows:
@@ -293,12 +297,13 @@ def launch_gemv(
         *(tensor for matrix in arguments for tensor in matrix),
         *rows[:3],
         ROWS=ROWS,
+        LANES=32 * WARPS,
         BLOCKS=blocks,
         GROUP=blocks // matrices[0].scales.shape[1],
         SPARSE=sparse,
         RESIDUAL=residual is not None,
         PDL=pdl,
-        num_warps=1,
+        num_warps=WARPS,
         **({"launch_pdl": True} if pdl else {}),
     )
 

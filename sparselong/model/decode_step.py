@@ -164,18 +164,19 @@ class KernelStep:
         """See the module's text."""
         from sparselong.kernels.generation_glue import launch_embed, launch_head, launch_pack
 
-        # The first launch follows what is no kernel of ours: nothing to overlap with.
+        # The first launch follows what is no kernel of ours: nothing to overlap with. Nor does the
+        # second overlap with it: attention reads the position before it waits.
         launch_embed(self.word, self.position, self.model.embed_tokens.weight, self.hidden)
-        for layer, cache in zip(self.layers, self.caches, strict=True):
-            self._attend(layer, cache)
+        for number, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
+            self._attend(layer, cache, self.pdl and number > 0)
             self._think(layer)
         norm = (self.model.norm.weight, self.model.norm.variance_epsilon)
         blocks = self.hidden.numel() // 32
         launch_pack(self.hidden, norm, self.normed, self.normed, "plain", blocks, self.pdl)
         launch_head(self.normed, self.head, None, self.logits, best=self.word, pdl=self.pdl)
 
-    def _attend(self, layer: _Layer, cache: LayerCache) -> None:
-        """Norm, projections, attention, and the residual sum."""
+    def _attend(self, layer: _Layer, cache: LayerCache, pdl: bool) -> None:
+        """Norm, projections, attention, and the residual sum; `pdl` of the first kernel."""
         from sparselong.kernels.generation_attention import launch_attend
         from sparselong.kernels.generation_glue import launch_head, launch_pack
         from sparselong.kernels.packed_gemv import launch_gemv
@@ -183,7 +184,7 @@ class KernelStep:
         blocks = self.hidden.numel() // 32
         kind = "pairs" if layer.is_packed else "plain"
         out: Any = self.normed.view(torch.int16) if layer.is_packed else self.normed
-        launch_pack(self.hidden, layer.input_norm, out, self.factors, kind, blocks, self.pdl)
+        launch_pack(self.hidden, layer.input_norm, out, self.factors, kind, blocks, pdl)
         if layer.is_packed:
             planes = self.normed.view(torch.int32).view(1, 16, -1)
             launch_gemv(planes, layer.qkv, self.qkv, pdl=self.pdl)

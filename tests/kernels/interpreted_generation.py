@@ -24,6 +24,7 @@ from sparselong.kernels import (
     packed_unpack,
 )
 from sparselong.kernels.expert_gemm_ref import expert_mlp_reference
+from sparselong.kernels.expert_torch import expert_mlp_torch
 from sparselong.kernels.packed_gemv_ref import packed_gemv_reference
 from sparselong.packing import dense
 from sparselong.packing.dense import DenseFormat
@@ -101,6 +102,10 @@ def draw_stack(experts: int, out: int, width: int) -> tuple[torch.Tensor, ...]:
     return blocks, scales, bf16(experts, out)
 
 
+def in_bf16(stack: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(t.bfloat16() if t.is_floating_point() else t for t in stack)
+
+
 def run_experts(tokens: int, hidden: int, inner: int, experts: int, top_k: int) -> dict[str, float]:
     """The pass for a few tokens, inputs of very different sizes, and what a wrong index gives."""
     x = bf16(tokens, hidden) * torch.exp2(torch.randint(-20, 1, (tokens, 1)).float())
@@ -112,10 +117,14 @@ def run_experts(tokens: int, hidden: int, inner: int, experts: int, top_k: int) 
     out = expert_generation.run_generation(x, indices, *call)
     exact = expert_mlp_reference(x, indices, weights, gate_up[:2], gate_up[2], down[:2], down[2],
                                  *GATE)  # fmt: skip
+    plain = expert_mlp_torch(
+        x.bfloat16(), indices, weights.bfloat16(), in_bf16(gate_up), in_bf16(down), *GATE
+    )
     indices[-1, 0] = experts
     wrong = expert_generation.run_generation(x, indices, *call)
     return {
         "out": error(out, exact),
+        "plain_bf16": error(plain, exact),
         "numbers_for_a_wrong_index": float(torch.isfinite(wrong[-1]).sum()),
     }
 
@@ -221,6 +230,7 @@ def main() -> None:
     results["experts one token"] = run_experts(1, 64, 32, 5, 4)
     results["experts four tokens"] = run_experts(4, 64, 96, 5, 1)
     results["experts more than a step"] = run_experts(1, 1056, 32, 2, 1)
+    results["experts more choices than warps"] = run_experts(2, 64, 96, 8, 6)
     results["attention full"] = run_attention(300, False, [0, 1, 63, 64, 150])
     results["attention window"] = run_attention(128, True, [0, 33, 127, 128, 200])
     results["route"] = run_route(6, 96)
