@@ -25,7 +25,7 @@ import triton.language as tl
 from sparselong.kernels import masked_weight_ref as reference
 from sparselong.packing import integer
 
-ROWS, BLOCKS, WARPS = 8, 8, 4
+ROWS, BLOCKS, WARPS = 32, 4, 4
 # 4-bit masks of the six patterns (packing/two_four.py), the first in the lowest bits.
 PATTERN_MASKS = tl.constexpr(0xCA6953)
 NEAREST_EVEN = tl.constexpr(12582912.0)
@@ -121,11 +121,16 @@ def masked_weight_kernel(
     row_inside, inside_row = row < rows, (column < columns)[None, :, :]
     inside = row_inside[:, None, None] & inside_row
     at = row[:, None, None] * columns + column[None, :, :]
-    change = tl.zeros([ROWS, BLOCKS, 32], tl.float32)
-    for r in range(rank):
-        b = tl.load(b_ptr + row * rank + r, mask=row_inside, other=0.0)
-        a = tl.load(a_ptr + r * columns + column, mask=column < columns, other=0.0)
-        change += b[:, None, None] * a[None, :, :]
+    change = tl.zeros([ROWS, BLOCKS * 32], tl.float32)
+    flat = tl.program_id(0) * BLOCKS * 32 + tl.arange(0, BLOCKS * 32)
+    for first in range(0, rank, 16):
+        r = first + tl.arange(0, 16)
+        by_row = row_inside[:, None] & (r < rank)[None, :]
+        b = tl.load(b_ptr + row[:, None] * rank + r[None, :], mask=by_row, other=0.0)
+        by_column = (r < rank)[:, None] & (flat < columns)[None, :]
+        a = tl.load(a_ptr + r[:, None] * columns + flat[None, :], mask=by_column, other=0.0)
+        change = tl.dot(b, a, change, input_precision="ieee")
+    change = tl.reshape(change, [ROWS, BLOCKS, 32])
     weight = tl.load(master_ptr + at, mask=inside, other=0.0).to(tl.float32) + scaling * change
     passes = inside
     by_block = row_inside[:, None] & (block * 32 < columns)[None, :]
@@ -139,9 +144,13 @@ def masked_weight_kernel(
         passes = passes & (kept != 0)
     if HAS_SCALE:
         group = row[:, None] * (columns // GROUP) + (block * 32 // GROUP)[None, :]
-        step = tl.load(scale_ptr + group, mask=by_block, other=1.0).to(tl.float32)[:, :, None]
-        ratio = tl.where(step == 0.0, 0.0, tl.div_rn(weight, tl.where(step == 0.0, 1.0, step)))
-        ratio = tl.minimum(tl.maximum(ratio, -1e6), 1e6)
+        step = tl.load(scale_ptr + group, mask=by_block, other=1.0).to(tl.float32)
+        inverse = tl.where(step == 0.0, 0.0, tl.div_rn(1.0, tl.where(step == 0.0, 1.0, step)))
+        step, inverse = step[:, :, None], inverse[:, :, None]
+        # One division a block: with its remainder's share the product is the rounded quotient
+        # (Markstein, 1990). What is beyond 2^22 saturates, rounded or not.
+        ratio = weight * inverse
+        ratio = tl.fma(tl.fma(-ratio, step, weight), inverse, ratio)
         code = (ratio + NEAREST_EVEN) - NEAREST_EVEN
         if GATE:
             passes = passes & (code >= lowest) & (code <= highest)
