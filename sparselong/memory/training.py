@@ -56,7 +56,7 @@ SLICE_TOKENS = 16_384
 """Tokens that go through a checkpointed layer's experts at once: kernels.expert_gemm's."""
 BUFFER_BYTES = 1 << 28
 """Most that decoded expert weights take: kernels.expert_triton's BUFFER_BYTES."""
-DECODED_FROM_ROWS = 256
+DECODED_FROM_ROWS = 512
 """Rows an expert above which weights are decoded into that buffer: kernels.expert_choice."""
 RESIDENT_CHECKPOINTS = 3
 """Checkpoints that stay on the device when they are offloaded: the embedding's output, which a
