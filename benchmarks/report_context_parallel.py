@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from benchmarks.record import newest
@@ -14,7 +15,16 @@ the slowest rank's median on the device. MB are what the busiest rank hands to c
 is the slowest rank's compute over the mean one's. `contiguous` gathers all keys for contiguous
 shards (llama3-style), `ulysses` exchanges tokens for heads; both attend with this project's kernels
 unless a backend is named. Steps: gpt-oss-20b's shape with all experts on every GPU, sharding,
-forward, backward, gradients' sum and optimizer. Peer access off is `NCCL_P2P_DISABLE=1`.
+forward, backward, gradients' sum and optimizer. Peer access off is `NCCL_P2P_DISABLE=1`. `experts
+kept` keeps the first product of every layer's experts for the backward pass, which stage 03 does
+where memory allows (`training.keep_experts: auto`).
+"""
+CARD_GIB, CONTEXT_GIB = 23.6, 0.8
+WITHIN = """
+### Steps within {card} GiB a GPU, CUDA context included
+
+Of the runs above, by arm and GPUs the fastest that a 24 GB card would hold: what stage 03 chooses.
+A single GPU cannot keep the experts' products of 16,384 tokens, four can.
 """
 
 
@@ -22,27 +32,49 @@ def write_section() -> str:
     """The section's text, machine by machine; nothing where nothing was measured."""
     found = newest("context_parallel")
     parts = [write_machine(machine, document) for machine, document in found.items()]
-    return TEXT + "".join(parts) if parts else ""
+    return TEXT + "".join(parts) + write_within(found) if parts else ""
 
 
-def write_machine(machine: str, document: dict[str, Any]) -> str:
-    """Steps, then attention."""
+def write_within(documents: dict[str, dict[str, Any]]) -> str:
+    """The fastest runs of all documents together that fit a 24 GB card, by arm and GPUs."""
+    fastest: dict[tuple, dict[str, float]] = {}
+    for document in documents.values():
+        for (arm, *key), found in collect_steps(document).items():
+            at = (arm.split(",")[0], *key)
+            gib = found.get("reserved_bytes", math.inf) / 2**30 + CONTEXT_GIB
+            best = fastest.get(at, {}).get("throughput", 0.0)
+            if gib <= CARD_GIB and found["throughput"] > best:
+                fastest[at] = found
+    return "\n".join([WITHIN.format(card=CARD_GIB), *step_lines(fastest), ""])
+
+
+def collect_steps(document: dict[str, Any]) -> dict[tuple, dict[str, float]]:
+    """By (arm, tokens, GPUs, peer access), each metric's value."""
     steps: dict[tuple, dict[str, float]] = {}
-    attention: dict[tuple, dict[str, float]] = {}
     for entry in document["rows"]:
-        case, name = entry["case"], entry["backend"]
+        case = entry["case"]
         if case["part"] == "step":
             kept = ", experts kept" if case.get("keep_experts") == "always" else ""
             key = (case["arm"] + kept, case["tokens"], case["degree"], case["peer"])
             steps.setdefault(key, {})[entry["metric"]] = entry["value"]
-        else:
+    return steps
+
+
+def write_machine(machine: str, document: dict[str, Any]) -> str:
+    """Steps, then attention."""
+    steps = collect_steps(document)
+    attention: dict[tuple, dict[str, float]] = {}
+    for entry in document["rows"]:
+        case, name = entry["case"], entry["backend"]
+        if case["part"] == "attention":
             key = (case["kind"], case["degree"], case["peer"], name)
             attention.setdefault(key, {})[entry["metric"]] = entry["value"]
     versions = document["versions"]
     head = (
         f"\n### {machine} (torch {versions['torch']}, {document['date']}, `{document['file']}`)\n"
     )
-    return "\n".join([head, *step_lines(steps), *attention_lines(attention), ""])
+    of_attention = attention_lines(attention) if attention else []
+    return "\n".join([head, *step_lines(steps), *of_attention, ""])
 
 
 def step_lines(steps: dict[tuple, dict[str, float]]) -> list[str]:
