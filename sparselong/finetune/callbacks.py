@@ -21,11 +21,10 @@ from transformers import TrainerCallback
 from sparselong.errors import StageError
 from sparselong.finetune.lora import MaskedLoraLinear
 from sparselong.finetune.masks import Criterion, update_steps
+from sparselong.finetune.process import MARK
 from sparselong.finetune.ranks import check_replicas
 from sparselong.finetune.state import Progress, buffers
 from sparselong.kernels.recompute import checkpoint_contexts
-
-MARK = "[sparselong] "
 
 
 def tell(text: str) -> None:

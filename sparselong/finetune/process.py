@@ -29,12 +29,13 @@ import torch
 
 import sparselong
 from sparselong.errors import StageError
-from sparselong.finetune.callbacks import MARK
 from sparselong.finetune.failure import failure_path, lost_others, read_failure
 from sparselong.finetune.launch import find_world, joined_rank, rank_environments
 from sparselong.memory import ALLOCATOR
 from sparselong.run import Stage
 
+MARK = "[sparselong] "
+"""How a line of a trainer's output begins that is shown; `callbacks.tell` writes these."""
 # Not `-m axolotl.cli.main`: to save conversations, datasets starts four processes, which import the
 # main module anew where there is one, and this one takes seconds.
 _AXOLOTL = "from axolotl.cli.main import main; main()"

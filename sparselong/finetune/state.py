@@ -12,17 +12,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sparselong.errors import StageError
-from sparselong.finetune.lora import MaskedLoraLinear
 from sparselong.model.checkpoint import write_tensors
 from sparselong.model.peaks import read_peaks
 from sparselong.run import write_atomically
+
+if TYPE_CHECKING:  # the stage's own process needs no PEFT, whose import takes seconds
+    from sparselong.finetune.lora import MaskedLoraLinear
 
 MASKS = "masks.safetensors"
 PROGRESS = "progress.json"
