@@ -29,7 +29,7 @@ MEASURED: dict[str, tuple[Row, ...]] = {
     "sm_90": (
         Row(1, "generation", "H200, forward: 1 token 0.032 ms, small 0.090; 8 tokens 0.136, 0.263"),
         Row(16, "small", "H200, 1 row an expert: 0.52 ms, packed 0.97"),
-        Row(512, "packed", "H200, 128 rows an expert: packed 1.04 ms, decode 2.32; 512: 3.70, 3.72"),
+        Row(512, "packed", "H200, 128 rows an expert: 1.04 ms, decode 2.32; 512: 3.70, 3.72"),
         Row(NO_LIMIT, "decode", "not timed above 512 rows, where decoding is shared by more rows"),
     ),
 }
