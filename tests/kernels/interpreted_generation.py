@@ -29,6 +29,7 @@ from sparselong.kernels.packed_gemv_ref import packed_gemv_reference
 from sparselong.packing import dense
 from sparselong.packing.dense import DenseFormat
 from tests.kernels.emulated_ptx import run_ptx
+from tests.kernels.interpreter import patch_once
 
 GATE = (1.702, 7.0)
 FORMATS = {
@@ -219,6 +220,7 @@ def run_head(rows: int, width: int) -> dict[str, float]:
 
 
 def main() -> None:
+    patch_once()
     triton.language.inline_asm_elementwise = emulate_asm  # pyright: ignore[reportAttributeAccessIssue]
     torch.manual_seed(0)
     results: dict[str, dict[str, float]] = {}
