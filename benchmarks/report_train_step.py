@@ -11,22 +11,24 @@ from benchmarks.record import RESULTS, newest
 TEXT = """
 ## A training step in gpt-oss-20b's shape
 
-Random weights in the published shapes, batch 1, rank 16 on q, k, v and o, gradient checkpointing,
-AdamW: forward, backward and optimizer, median of three steps after two. `eager` and `flex` are
+Random weights in the published shapes, batch 1 but where two sequences are named, rank 16 on q, k,
+v and o, gradient checkpointing, AdamW: forward, backward and optimizer, median of three steps after two. `eager` and `flex` are
 transformers with PEFT, experts in bf16 (grouped_mm); `lora` is the same adapter on this project's
 model (experts packed, its kernels), `masked` what stage 03 trains: LoRA through 2:4 int4 attention.
 GiB are what the card lends to the whole process, CUDA context included. 65,536 tokens ran with the
-checkpoints in host memory and attention computed again in the backward pass. In the profiles the
+checkpoints in host memory, they and 1,024 × 2 with attention computed again in the backward pass.
+In the profiles the
 gathering, gate and weighting around the experts' products counts as elementwise in every arm, and
 transformers' grouped products count as dense ones: they carry the name of a plain matrix product.
 """
 ARMS = ("eager", "flex", "lora", "masked")
+SUBJECTS = ("train_step_short", "train_step_capped", "train_step_long")
 
 
 def write_section() -> str:
     """The section's text, machine by machine; the plot is written beside the results."""
     text = TEXT
-    others = [newest(subject) for subject in ("train_step_capped", "train_step_long")]
+    others = [newest(subject) for subject in SUBJECTS]
     for machine, found in newest("train_step").items():
         more = [entry for other in others if machine in other for entry in other[machine]["rows"]]
         text += write_machine(machine, found | {"rows": found["rows"] + more})
@@ -38,7 +40,7 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
     values = {}
     for entry in document["rows"]:
         case = entry["case"]
-        key = (case["tokens"], case["cap_gib"], entry["backend"])
+        key = (case["tokens"], case["batch"], case["cap_gib"], entry["backend"])
         values.setdefault(key, {})[entry["metric"]] = entry["value"]
     versions = document["versions"]
     lines = [
@@ -47,12 +49,13 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
         "| tokens | " + " | ".join(ARMS) + " |",
         "|---" * (1 + len(ARMS)) + "|",
     ]
-    for tokens, cap in sorted({key[:2] for key in values}, key=lambda k: (k[0], k[1] or 0)):
+    for tokens, batch, cap in sorted({k[:3] for k in values}, key=lambda k: (*k[:2], k[2] or 0)):
+        rows = f" × {batch}" if batch > 1 else ""
         capped = f", card capped at {cap} GiB" if cap else ""
-        cells = [show(values.get((tokens, cap, arm))) for arm in ARMS]
-        lines.append(f"| {tokens:,}{capped} | " + " | ".join(cells) + " |")
+        cells = [show(values.get((tokens, batch, cap, arm))) for arm in ARMS]
+        lines.append(f"| {tokens:,}{rows}{capped} | " + " | ".join(cells) + " |")
     lines += profile_lines(values)
-    if not any(cap is None and "throughput" in found for (_, cap, _), found in values.items()):
+    if not any(k[1:3] == (1, None) and "throughput" in found for k, found in values.items()):
         return "\n".join([*lines, ""])
     plot = plot_throughput(machine, values)
     text = f"![training throughput on {machine}](benchmarks/results/{plot})"
@@ -71,7 +74,7 @@ def show(found: dict[str, float] | None) -> str:
 def profile_lines(values: dict[tuple, dict[str, float]]) -> list[str]:
     """Kernel time of a step by kind, for the cases that were profiled."""
     lines = []
-    for (tokens, _, arm), found in sorted(values.items(), key=lambda item: str(item[0])):
+    for (tokens, *_, arm), found in sorted(values.items(), key=lambda item: str(item[0])):
         kinds = {k[12:]: v for k, v in found.items() if k.startswith("profile_ms: ")}
         if not kinds:
             continue
@@ -90,13 +93,13 @@ def plot_throughput(machine: str, values: dict[tuple, dict[str, float]]) -> str:
     for arm in ARMS:
         points = sorted(
             (tokens, found["throughput"])
-            for (tokens, cap, name), found in values.items()
-            if name == arm and cap is None and "throughput" in found
+            for (tokens, *rest, name), found in values.items()
+            if name == arm and rest == [1, None] and "throughput" in found
         )
         if points:
             axis.plot(*zip(*points, strict=True), marker="o", label=arm)
     axis.set(xscale="log", ylim=(0, None), xlabel="tokens", ylabel="tokens/s on one GPU")
-    lengths = sorted({tokens for tokens, cap, _ in values if cap is None})
+    lengths = sorted({tokens for tokens, *rest, _ in values if rest == [1, None]})
     axis.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
     axis.minorticks_off()
     axis.set_title(f"training step, gpt-oss-20b's shape, {machine}", fontsize=10)
