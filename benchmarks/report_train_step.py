@@ -12,14 +12,14 @@ TEXT = """
 ## A training step in gpt-oss-20b's shape
 
 Random weights in the published shapes, batch 1 but where two sequences are named, rank 16 on q, k,
-v and o, gradient checkpointing, AdamW: forward, backward and optimizer, median of three steps after two. `eager` and `flex` are
-transformers with PEFT, experts in bf16 (grouped_mm); `lora` is the same adapter on this project's
-model (experts packed, its kernels), `masked` what stage 03 trains: LoRA through 2:4 int4 attention.
-GiB are what the card lends to the whole process, CUDA context included. 65,536 tokens ran with the
-checkpoints in host memory, they and 1,024 × 2 with attention computed again in the backward pass.
-In the profiles the
-gathering, gate and weighting around the experts' products counts as elementwise in every arm, and
-transformers' grouped products count as dense ones: they carry the name of a plain matrix product.
+v and o, gradient checkpointing, AdamW: forward, backward and optimizer, median of three steps after
+two. `eager` and `flex` are transformers with PEFT, experts in bf16 (grouped_mm); `lora` is the same
+adapter on this project's model (experts packed, its kernels), `masked` what stage 03 trains: LoRA
+through 2:4 int4 attention. GiB are what the card lends to the whole process, CUDA context included.
+65,536 tokens ran with the checkpoints in host memory, they and 1,024 × 2 with attention computed
+again in the backward pass. In the profiles the gathering, gate and weighting around the experts'
+products counts as elementwise in every arm, and transformers' grouped products count as dense ones:
+they carry the name of a plain matrix product.
 """
 ARMS = ("eager", "flex", "lora", "masked")
 SUBJECTS = ("train_step_short", "train_step_capped", "train_step_long")
