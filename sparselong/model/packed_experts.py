@@ -5,19 +5,25 @@ through (input and routing weights get gradients, the frozen weights none). Tens
 checkpoint's names, shapes and layout, so loading copies bytes and nothing else. The arithmetic is
 `kernels/expert_gemm.py`'s: on a GPU weights are decoded as they are multiplied, on a CPU one expert
 at a time.
+
+transformers knows them as the experts implementation `sparselong`, which a packed model's
+configuration names. A model that names it and has other experts says what to do instead.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 
 from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
 from sparselong.kernels.expert_lora import Adapter, expert_lora_mlp
 from sparselong.packing import mxfp4
+
+IMPLEMENTATION = "sparselong"
 
 
 def expert_shapes(config: GptOssConfig) -> dict[str, tuple[int, ...]]:
@@ -97,3 +103,19 @@ class PackedExperts(nn.Module):
         if adapters == (None, None):
             return expert_mlp(*call, *weights, **gate)
         return expert_lora_mlp(*call, tuple(weights[:3]), tuple(weights[3:]), *adapters, **gate)
+
+
+def refuse_unpacked(experts: nn.Module, *_: Any, **__: Any) -> NoReturn:
+    """What the implementation does for experts that are not packed.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"experts_implementation: {IMPLEMENTATION} with {type(experts).__name__}, which are not "
+        "packed; allowed: PackedExperts. Open the checkpoint with "
+        "from_pretrained(name, config=sparselong.packed_config(name))"
+    )
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, refuse_unpacked)

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparselong.errors import StageError
 from sparselong.model.description import describe_weights
-from sparselong.model.packed_experts import PackedExperts, expert_shapes
+from sparselong.model.packed_experts import IMPLEMENTATION, PackedExperts, expert_shapes
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import mxfp4, two_four
 from sparselong.packing.dense import DenseFormat
@@ -238,6 +238,7 @@ def replace_with_packed(model: nn.Module, fmt: DenseFormat) -> None:
     for layer in layers:
         attention = cast(Any, layer.self_attn)
         cast(nn.Module, layer.mlp).experts = PackedExperts(attention.config)
+        attention.config._experts_implementation = IMPLEMENTATION
         if not (fmt.is_sparse or fmt.is_quantized):
             continue
         for name in PROJECTIONS:

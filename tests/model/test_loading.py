@@ -58,6 +58,20 @@ def test_from_pretrained_itself_keeps_upstreams_experts_packed(untrained_base, t
         AutoModelForCausalLM.from_pretrained(untrained_base, config=config, dtype=torch.float16)
 
 
+def test_the_experts_implementation_is_named_and_refuses_unpacked_experts(untrained_base, tokens):
+    packed = AutoModelForCausalLM.from_pretrained(
+        untrained_base, config=packed_config(untrained_base)
+    )
+    assert packed.config._experts_implementation == "sparselong"
+    expanded = AutoModelForCausalLM.from_pretrained(
+        untrained_base,
+        quantization_config=Mxfp4Config(dequantize=True),
+        experts_implementation="sparselong",
+    )
+    with pytest.raises(ValueError, match=r"GptOssExperts.*sparselong.packed_config"):
+        expanded(tokens)
+
+
 def test_transformers_trainer_trains_it_without_peft_too(untrained_base, tmp_path):
     """is_trainable and is_qat_trainable: without the one or the other it refuses the model."""
     model = load_model(untrained_base)
