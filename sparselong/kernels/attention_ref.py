@@ -81,11 +81,12 @@ def _attend_chunk(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, queries, head_dim = q.shape
     grouped = q.to(dtype).view(batch, k.shape[1], -1, queries, head_dim)
-    scores = torch.einsum("bhgqd,bhkd->bhgqk", grouped, k.to(dtype)) * scale
-    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
-    sink = sinks.to(dtype).view(1, k.shape[1], -1, 1, 1).expand(batch, -1, -1, queries, 1)
-    lse = torch.cat([scores, sink], -1).logsumexp(-1, keepdim=True)
-    out = torch.einsum("bhgqk,bhkd->bhgqd", torch.exp(scores - lse), v.to(dtype))
+    with torch.autocast(q.device.type, enabled=False):  # which would take products in bf16
+        scores = torch.einsum("bhgqd,bhkd->bhgqk", grouped, k.to(dtype)) * scale
+        scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+        sink = sinks.to(dtype).view(1, k.shape[1], -1, 1, 1).expand(batch, -1, -1, queries, 1)
+        lse = torch.cat([scores, sink], -1).logsumexp(-1, keepdim=True)
+        out = torch.einsum("bhgqk,bhkd->bhgqd", torch.exp(scores - lse), v.to(dtype))
     return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, heads, queries)
 
 

@@ -247,3 +247,17 @@ def test_what_each_backend_cannot_take():
     assert attention_triton.refuse(q, dataclasses.replace(past, deterministic=True)) is None
     assert "head_dim: 32" in str(attention_triton.refuse(q[..., :32], plain))
     assert "float64" in str(attention_triton.refuse(q.double(), plain))
+
+
+def test_the_reference_computes_in_fp32_under_autocast_too():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 40, 16, requires_grad=True) for heads in (4, 2, 2))
+    sinks = torch.randn(4, requires_grad=True)
+
+    def run(autocast: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out, lse = attention_reference(q, k, v, sinks, window=9)
+        return [out, lse, *torch.autograd.grad(out.square().sum(), (q, k, v, sinks))]
+
+    for mine, exact in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-6, atol=1e-6)
