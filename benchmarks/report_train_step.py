@@ -15,13 +15,14 @@ Random weights in the published shapes, batch 1 but where two sequences are name
 v and o, gradient checkpointing, AdamW: forward, backward and optimizer, median of three steps after
 two. `eager` and `flex` are transformers with PEFT, experts in bf16 (grouped_mm); `lora` is the same
 adapter on this project's model (experts packed, its kernels), `masked` what stage 03 trains: LoRA
-through 2:4 int4 attention. GiB are what the card lends to the whole process, CUDA context included.
-65,536 tokens ran with the checkpoints in host memory, they and 1,024 × 2 with attention computed
-again in the backward pass. In the profiles the gathering, gate and weighting around the experts'
-products counts as elementwise in every arm, and transformers' grouped products count as dense ones:
-they carry the name of a plain matrix product.
+through 2:4 int4 attention; `experts` the same with adapters of rank 8 on every expert's two weights
+and on the routers. GiB are what the card lends to the whole process, CUDA context included. 65,536
+tokens ran with the checkpoints in host memory, they and 1,024 × 2 with attention computed again in
+the backward pass. In the profiles the gathering, gate and weighting around the experts' products
+counts as elementwise in every arm, and transformers' grouped products count as dense ones: they
+carry the name of a plain matrix product.
 """
-ARMS = ("eager", "flex", "lora", "masked")
+ARMS = ("eager", "flex", "lora", "masked", "experts")
 SUBJECTS = ("train_step_short", "train_step_capped", "train_step_long")
 
 
@@ -43,16 +44,17 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
         key = (case["tokens"], case["batch"], case["cap_gib"], entry["backend"])
         values.setdefault(key, {})[entry["metric"]] = entry["value"]
     versions = document["versions"]
+    arms = [arm for arm in ARMS if any(key[-1] == arm for key in values)]
     lines = [
         f"\n### {machine} (torch {versions['torch']}, transformers {versions['transformers']}, "
         f"{document['date']}, `{document['file']}`)\n",
-        "| tokens | " + " | ".join(ARMS) + " |",
-        "|---" * (1 + len(ARMS)) + "|",
+        "| tokens | " + " | ".join(arms) + " |",
+        "|---" * (1 + len(arms)) + "|",
     ]
     for tokens, batch, cap in sorted({k[:3] for k in values}, key=lambda k: (*k[:2], k[2] or 0)):
         rows = f" × {batch}" if batch > 1 else ""
         capped = f", card capped at {cap} GiB" if cap else ""
-        cells = [show(values.get((tokens, batch, cap, arm))) for arm in ARMS]
+        cells = [show(values.get((tokens, batch, cap, arm))) for arm in arms]
         lines.append(f"| {tokens:,}{rows}{capped} | " + " | ".join(cells) + " |")
     lines += profile_lines(values)
     if not any(k[1:3] == (1, None) and "throughput" in found for k, found in values.items()):

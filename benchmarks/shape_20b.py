@@ -11,7 +11,8 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss import modeling_gpt_oss
 
-from sparselong.finetune.adapter import add_masked_lora
+from sparselong.finetune.adapter import Beside, add_masked_lora
+from sparselong.finetune.expert_lora import EXPERT_WEIGHTS
 from sparselong.kernels.recompute import checkpoint_contexts
 from sparselong.model.fused import chunk_loss, fuse
 from sparselong.model.packed_linear import PackedLinear
@@ -20,8 +21,10 @@ from sparselong.packing import dense, integer
 from sparselong.packing.dense import DenseFormat
 
 BASELINES = ("eager", "flex")
-OURS = ("lora", "masked")
-R, ALPHA = 16, 32
+OURS = ("lora", "masked", "experts")
+SPARSE = ("masked", "experts")
+"""Arms whose attention is 2:4 int4 with a mask; `experts` adapts experts and routers as well."""
+R, ALPHA, EXPERT_R = 16, 32, 8
 PUBLISHED = DenseFormat(16, "none", 64)
 COMPRESSED = DenseFormat(4, "2:4", 64)
 
@@ -50,9 +53,17 @@ def build(
         arguments["context_fn"] = partial(checkpoint_contexts, keep_attention, keep_experts)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     model.enable_input_require_grads()
-    if arm == "masked":
+    if arm in SPARSE:
+        beside = Beside(EXPERT_WEIGHTS, EXPERT_R, router=True) if arm == "experts" else Beside()
+        masters = partial(give_up, model)
         tuned, _ = add_masked_lora(
-            model, targets=PROJECTIONS, r=r, alpha=ALPHA, master_of=partial(give_up, model), seed=0
+            model,
+            targets=PROJECTIONS,
+            r=r,
+            alpha=ALPHA,
+            master_of=masters,
+            seed=0,
+            beside=beside,
         )
     else:
         lora = LoraConfig(r=r, lora_alpha=ALPHA, target_modules=list(PROJECTIONS))
@@ -78,7 +89,7 @@ def build_packed(config: GptOssConfig, arm: str, attention: str = "sparselong"):
         model = GptOssForCausalLM._from_config(
             config, dtype=torch.bfloat16, attn_implementation=attention
         )
-        replace_with_packed(model, COMPRESSED if arm == "masked" else PUBLISHED)
+        replace_with_packed(model, COMPRESSED if arm in SPARSE else PUBLISHED)
         model.bfloat16()
     model.to_empty(device="cuda")
     with torch.no_grad(), torch.device("cuda"):
