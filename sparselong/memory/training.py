@@ -20,7 +20,7 @@ on; a slice's goes as soon as its gradients are there, and the layer's before it
 What the sums do not see are cuBLAS's workspaces and the CUDA context, constants here, and what the
 allocator cannot lend again: gaps between kept attention outputs, and, beside offloading, copies
 whose layer the GPU has not gone through yet. Both are set from measurements; gaps between kept
-outputs of experts have not been measured and are not counted. Without gradient checkpointing,
+outputs of experts are not counted (0.1 GiB at 4,096 tokens on an H200). Without checkpointing,
 without our attention or on a processor the figures are estimates; activations of adapters on
 experts are not counted. With `sequence_parallel_degree` ranks each holds the whole model and its
 share of the sequence (other ranks' keys and values, one group of heads at a time, are some
