@@ -207,6 +207,8 @@ def down_kernel(
     for first in tl.static_range(0, TOP_K, WARPS):  # pyright: ignore[reportGeneralTypeIssues]
         choice = first + tl.arange(0, WARPS)
         entry = token * TOP_K + choice
+        # Read before the wait: gate_up let this kernel begin after its own, when the choices were
+        # there. Past L1, which may hold another layer's.
         expert = tl.load(
             indices_ptr + entry, mask=choice < TOP_K, other=0, cache_modifier=".cg"
         ).to(tl.int64)
