@@ -198,13 +198,15 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
         x, indices, weights, *stacks = ctx.saved_tensors
         gate_up, down = (expert_triton.Projection(*stacks[n : n + 3]) for n in (0, 3))
         dx, dweights = torch.empty_like(x), torch.empty_like(weights)
+        # A pass that breaks off must leave no slice's output for another slice of the next.
+        kept, ctx.kept = ctx.kept, []
         biases = (None, None)
 
         def differentiate(part: slice) -> tuple:
             """One slice's gradients; gate_up's output is gone before the next slice's is made."""
             wide, routing = (
-                ctx.kept.pop(0)
-                if ctx.kept
+                kept.pop(0)
+                if kept
                 else expert_triton.run_gate_up(x[part], indices[part], gate_up, ctx.call[1])
             )
             call = (dout[part], wide, routing, indices[part], weights[part], gate_up, down)

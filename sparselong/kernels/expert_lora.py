@@ -129,15 +129,15 @@ class _ExpertLora(torch.autograd.Function):
         x, indices, weights, *tensors = ctx.saved_tensors
         stacks = triton_pass.Stacks.of(tensors, ctx.call, x.dtype)
         dx, dweights = torch.empty_like(x), torch.empty_like(weights)
+        # A pass that breaks off must leave no slice's output for another slice of the next.
+        kept, ctx.kept = ctx.kept, []
         factors = [
             None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in tensors[:4]
         ]
         with torch.cuda.device_of(x):
             for part in expert_gemm.slices(len(x), ctx.slice_tokens):
                 call = (x[part], indices[part], weights[part])
-                wide, routing = (
-                    ctx.kept.pop(0) if ctx.kept else triton_pass.run_gate_up(*call[:2], stacks)
-                )
+                wide, routing = kept.pop(0) if kept else triton_pass.run_gate_up(*call[:2], stacks)
                 dx[part], dweights[part] = triton_pass.run_backward(
                     dout[part], *call, wide, routing, stacks, factors
                 )

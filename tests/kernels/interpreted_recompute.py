@@ -8,11 +8,13 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import contextlib
 import gc
 import json
 import weakref
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -46,11 +48,11 @@ class Watch:
         return sum(ref() is not None for ref in self.made)
 
 
-def draw_call(kind: str) -> tuple[Callable, list[torch.Tensor]]:
+def draw_call(kind: str, tokens: int = TOKENS) -> tuple[Callable, list[torch.Tensor]]:
     """(the experts' function of its leaves, leaves) of `plain`, `biases` or `adapters`."""
     torch.manual_seed(0)
-    indices = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(TOKENS)])
-    leaves = [torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K)]
+    indices = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
+    leaves = [torch.randn(tokens, HIDDEN), torch.rand(tokens, TOP_K)]
     gate_up = draw_stack(EXPERTS, 2 * INNER, HIDDEN)
     down = draw_stack(EXPERTS, HIDDEN, INNER)
     if kind == "adapters":
@@ -91,6 +93,25 @@ def differentiate(kind: str, watch: Watch, keep_experts: bool) -> tuple[list, di
     return [out, *first, *again], counts
 
 
+def differentiate_again(kind: str, breaks_off: bool) -> list[torch.Tensor]:
+    """Gradients over a graph that has kept its experts and was gone through once: to the end, or
+    until memory ran out in the first slice. Its slices have the same number of tokens."""
+    run, leaves = draw_call(kind, TOKENS - 1)
+    contexts = partial(checkpoint_contexts, False, True)
+    out = checkpoint(run, *leaves, use_reentrant=False, context_fn=contexts)
+    dout = torch.linspace(-1, 1, out.numel()).view_as(out)
+    module = expert_lora_triton if kind == "adapters" else expert_triton
+    broken = mock.patch.object(module, "run_backward", side_effect=torch.OutOfMemoryError)
+    with broken if breaks_off else contextlib.nullcontext():
+        try:
+            torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        except torch.OutOfMemoryError:
+            assert breaks_off
+        else:
+            assert not breaks_off
+    return list(torch.autograd.grad(out, leaves, dout))
+
+
 def main() -> None:
     patch_once()
     expert_gemm.SLICE_TOKENS = -(-TOKENS // SLICES)
@@ -102,6 +123,9 @@ def main() -> None:
         results[kind] = {
             "equal": all(map(torch.equal, kept, made)),
             "equal_again": all(map(torch.equal, kept[1:], kept[1 + gradients :])),
+            "equal_after_failure": all(
+                map(torch.equal, *(differentiate_again(kind, broke) for broke in (True, False)))
+            ),
             "finite": all(bool(t.isfinite().all()) and bool(t.any()) for t in kept),
             "made": made_counts,
             "kept": kept_counts,

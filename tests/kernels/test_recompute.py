@@ -147,3 +147,9 @@ def test_kept_experts_have_the_same_gradients_and_no_second_product(experts, kin
     assert found["kept"] == {
         "forward": n, "held": n, "once": n, "left": 0, "twice": 2 * n, "left again": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
+def test_a_backward_pass_that_broke_off_leaves_nothing_to_the_next(experts, kind):
+    """Out of memory in one slice: what later slices kept must not stand for the first one's."""
+    assert experts[kind]["equal_after_failure"]
