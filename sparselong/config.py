@@ -275,6 +275,24 @@ class Config(Section):
             )
         return self
 
+    def nothing_to_keep(self, device: Literal["cuda", "cpu"]) -> dict[str, str]:
+        """Which of training.keep_attention and keep_experts can keep nothing on a device: why."""
+        keys = ("keep_attention", "keep_experts")
+        if not self.training.gradient_checkpointing:
+            return dict.fromkeys(keys, "training.gradient_checkpointing is false")
+        if device == "cpu":
+            return dict.fromkeys(keys, "no GPU: only what a GPU computes can be kept")
+        if not self.flash_attention and self.sequence_parallel_degree == 1:
+            return {"keep_attention": "flash_attention is false: eager attention keeps nothing"}
+        return {}
+
+    @model_validator(mode="after")
+    def _check_kept(self) -> Config:
+        for key, why in self.nothing_to_keep("cuda").items():
+            if getattr(self.training, key) == "always":
+                raise ValueError(f"training.{key}: auto or never; there is nothing to keep: {why}")
+        return self
+
     @model_validator(mode="after")
     def _check_steps(self) -> Config:
         training = self.training

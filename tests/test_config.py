@@ -128,6 +128,39 @@ def test_bad_overrides_are_refused(override, part):
         load(CONFIGS / "tiny.yaml", [override])
 
 
+def keep(key: str, *overrides: str) -> Config:
+    """The 20b config where layers are to keep `key` always."""
+    asked = [f"training.{key}=always", "sequence_parallel_degree=1", *overrides]
+    return load(CONFIGS / "gpt-oss-20b-1x3090.yaml", asked)
+
+
+@pytest.mark.parametrize(
+    ("key", "override", "why"),
+    [
+        ("keep_attention", "training.gradient_checkpointing=false", "gradient_checkpointing"),
+        ("keep_experts", "training.gradient_checkpointing=false", "gradient_checkpointing"),
+        ("keep_attention", "flash_attention=false", "flash_attention"),
+    ],
+)
+def test_what_cannot_be_kept_is_not_to_be_kept_always(key, override, why):
+    with pytest.raises(ConfigError, match=rf"(?s)training.{key}: auto or never.*{why}"):
+        keep(key, override)
+    assert key in load(CONFIGS / "gpt-oss-20b-1x3090.yaml", [override]).nothing_to_keep("cuda")
+
+
+def test_what_can_be_kept_may_be_kept_always():
+    """Experts whatever attends; attention where it is ours, as that of a split sequence is."""
+    for config in (
+        keep("keep_attention"),
+        keep("keep_experts", "flash_attention=false", "training.keep_attention=never"),
+        keep("keep_attention", "flash_attention=false", "sequence_parallel_degree=2"),
+    ):
+        asked = ("keep_attention", "keep_experts")
+        always = {key for key in asked if getattr(config.training, key) == "always"}
+        assert always and not always & set(config.nothing_to_keep("cuda"))
+        assert set(config.nothing_to_keep("cpu")) == set(asked)
+
+
 def test_missing_file():
     with pytest.raises(ConfigError, match="cannot be read"):
         load("configs/absent.yaml")

@@ -233,6 +233,7 @@ def _plugin_section(config: Config, folders: Folders, bake_only: bool) -> dict[s
         "keep_attention": config.training.keep_attention,
         "keep_experts": config.training.keep_experts,
         "kept_peak_bytes": kept_peaks(find_shape(config.model), config, device),
+        "nothing_to_keep": config.nothing_to_keep(device),
         "train_on": config.data.train_on,
         "loss_target": config.training.loss_target,
         "bake_only": bake_only,

@@ -92,6 +92,7 @@ class SparseLongSection(BaseModel):
     keep_attention: Literal["auto", "always", "never"]
     keep_experts: Literal["auto", "always", "never"]
     kept_peak_bytes: dict[str, int]
+    nothing_to_keep: dict[str, str]
     train_on: Literal["assistant", "all"]
     loss_target: float | None = None
     bake_only: bool = False
@@ -210,7 +211,7 @@ class SparseLongPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg, trainer: Any):
         section, layers = cfg.sparselong, trainer.layers
         asked = {key: section[key] for key in section.kept_peak_bytes}
-        self.keeping = decide_keeping(asked, section.kept_peak_bytes)
+        self.keeping = decide_keeping(asked, section.kept_peak_bytes, section.nothing_to_keep)
         for key, decision in self.keeping.items():
             tell(f"{key} {decision}")
         return [

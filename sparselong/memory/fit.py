@@ -21,7 +21,8 @@ STEP_TOKENS = 128
 
 
 def is_kept(asked: str, peak_bytes: int, budget_bytes: int) -> bool:
-    """Whether a thing is kept: `always`, or `auto` where the peak with it, and the margin, fits."""
+    """Whether a thing that can be kept is: `always`, or by `auto` where the peak with it, and the
+    margin, fits."""
     return asked == "always" or (asked == "auto" and peak_bytes * MARGIN <= budget_bytes)
 
 
@@ -53,9 +54,13 @@ def decide_kept(
     sharded: bool = False,
 ) -> Kept:
     """What layers keep on a device that lends `budget_bytes`."""
-    peaks = kept_peaks(shape, config, device, sharded=sharded)
-    asked = (getattr(config.training, key) for key in peaks)
-    return Kept(*(is_kept(*each, budget_bytes) for each in zip(asked, peaks.values(), strict=True)))
+    nothing = config.nothing_to_keep(device)
+    return Kept(
+        *(
+            key not in nothing and is_kept(getattr(config.training, key), peak, budget_bytes)
+            for key, peak in kept_peaks(shape, config, device, sharded=sharded).items()
+        )
+    )
 
 
 def least_peak_bytes(

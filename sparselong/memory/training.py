@@ -126,8 +126,11 @@ def finetune_memory(
     ranks = degree if sharded else 1
     width = 2 if device == "cuda" else 4
     tokens = config.micro_batch_size * -(-config.sequence_len // degree)
-    keeps = device == "cuda" and config.training.gradient_checkpointing
-    kept = Kept(keeps and config.flash_attention and kept.attention, keeps and kept.experts)
+    nothing = config.nothing_to_keep(device)
+    kept = Kept(
+        kept.attention and "keep_attention" not in nothing,
+        kept.experts and "keep_experts" not in nothing,
+    )
     return Memory(
         device,
         degree,

@@ -75,6 +75,13 @@ def test_keys_arrive(override, key, value):
     assert document(override)[key] == value
 
 
+def test_the_plugin_is_told_what_cannot_be_kept():
+    """The tiny config has no checkpointing, on a GPU as on a CPU."""
+    told = document()["sparselong"]["nothing_to_keep"]
+    assert set(told) == {"keep_attention", "keep_experts"}
+    assert all("gradient_checkpointing" in why for why in told.values())
+
+
 def test_nothing_is_null_and_resume_is_named():
     assert None not in document("training.early_stopping_patience=null").values()
     assert "resume_from_checkpoint" not in document()

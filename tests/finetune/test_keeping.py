@@ -3,7 +3,9 @@
 import pytest
 
 from sparselong import memory
+from sparselong.config import load
 from sparselong.finetune import keeping
+from tests.conftest import ROOT
 
 GIB = 2**30
 
@@ -12,7 +14,7 @@ KEYS = ("keep_attention", "keep_experts")
 
 
 def decide(asked: str, size: int) -> keeping.Keeping:
-    return keeping.decide_keeping({KEYS[0]: asked}, {KEYS[0]: size})[KEYS[0]]
+    return keeping.decide_keeping({KEYS[0]: asked}, {KEYS[0]: size}, {})[KEYS[0]]
 
 
 @pytest.fixture
@@ -46,13 +48,43 @@ def test_each_key_has_its_own_peak_and_memory_is_asked_for_once(card, monkeypatc
     asked = []
     monkeypatch.setattr(keeping.ranks, "collect", lambda own: asked.append(own) or [own])
     peaks = dict(zip(KEYS, (20 * GIB, 24 * GIB), strict=True))
-    made = keeping.decide_keeping(dict.fromkeys(KEYS, "auto"), peaks)
+    made = keeping.decide_keeping(dict.fromkeys(KEYS, "auto"), peaks, {})
     assert [made[key].kept for key in KEYS] == [True, False]
     assert [made[key].predicted_peak_bytes for key in KEYS] == list(peaks.values())
     assert asked == [card]
 
 
-@pytest.mark.parametrize("asked", ["auto", "always"])
-def test_without_a_gpu_nothing_can_be_kept(asked):
-    made = decide(asked, 1)
-    assert not made.kept and made.available_bytes is None and "no GPU" in str(made)
+@pytest.mark.parametrize(
+    ("device", "override", "why"),
+    [
+        ("cpu", "training.gradient_checkpointing=true", "no GPU"),
+        ("cuda", "training.gradient_checkpointing=false", "gradient_checkpointing is false"),
+    ],
+)
+def test_where_nothing_can_be_kept_the_decision_says_so_and_why(card, device, override, why):
+    """Room there is, and checkpointed layers are told nothing that is not so."""
+    config = load(ROOT / "configs/tiny.yaml", [override, "flash_attention=true"])
+    shape = memory.find_shape(config.model)
+    made = keeping.decide_keeping(
+        dict.fromkeys(KEYS, "auto"),
+        memory.kept_peaks(shape, config, device),
+        config.nothing_to_keep(device),
+    )
+    for decision in made.values():
+        assert not decision.kept and decision.available_bytes is None
+        assert str(decision) == f"auto: not kept ({decision.nothing_to_keep})"
+        assert why in str(decision)
+    assert memory.decide_kept(shape, config, 2**50, device) == memory.Kept()
+
+
+def test_eager_attention_leaves_nothing_to_keep_and_experts_keep_theirs(card):
+    overrides = ["training.gradient_checkpointing=true", "flash_attention=false"]
+    config = load(ROOT / "configs/tiny.yaml", overrides)
+    shape = memory.find_shape(config.model)
+    peaks = memory.kept_peaks(shape, config, "cuda")
+    made = keeping.decide_keeping(
+        dict.fromkeys(KEYS, "auto"), peaks, config.nothing_to_keep("cuda")
+    )
+    assert [made[key].kept for key in KEYS] == [False, True]
+    assert "flash_attention" in str(made["keep_attention"])
+    assert memory.decide_kept(shape, config, card) == memory.Kept(experts=True)

@@ -197,7 +197,8 @@ def test_manifest_says_what_was_done(runs):
     for key in ("train_loss", "tokens_per_second", "peak_device_bytes"):
         assert key in metrics
     for key in ("keep_attention", "keep_experts"):
-        assert (metrics[key]["asked"], metrics[key]["kept"]) == ("auto", False)  # no GPU
+        assert (metrics[key]["asked"], metrics[key]["kept"]) == ("auto", False)
+        assert "no GPU" in metrics[key]["nothing_to_keep"]
 
 
 def test_run_directory_holds_what_it_promises(runs):
