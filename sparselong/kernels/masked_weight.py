@@ -30,6 +30,9 @@ ROWS, BLOCKS, WARPS = 32, 4, 4
 PATTERN_MASKS = tl.constexpr(0xCA6953)
 NEAREST_EVEN = tl.constexpr(12582912.0)
 """1.5 · 2^23: added and taken away, it leaves numbers below 2^22 rounded, ties to even."""
+SMALL_SCALE, ENLARGED = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
+"""A scale below the first, and its weights, are enlarged so much before they are divided: scale,
+reciprocal and remainders then have all of their bits."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class MaskedWeight:
         scaling: s.
         patterns: uint8 [out, in/32·3] (packing/two_four.py, checked when they were stored); None
             keeps everything.
-        scale: bf16 [out, in/group]; None with 16 bits.
+        scale: bf16 [out, in/group], none negative; None with 16 bits.
         bits: 4, 8 or 16 (16: rounded to bf16 only).
 
     Weights of less than 2^31 elements; groups of 32, 64, ... inputs.
@@ -145,19 +148,36 @@ def masked_weight_kernel(
     if HAS_SCALE:
         group = row[:, None] * (columns // GROUP) + (block * 32 // GROUP)[None, :]
         step = tl.load(scale_ptr + group, mask=by_block, other=1.0).to(tl.float32)
-        inverse = tl.where(step == 0.0, 0.0, tl.div_rn(1.0, tl.where(step == 0.0, 1.0, step)))
-        step, inverse = step[:, :, None], inverse[:, :, None]
-        # One division a block: with its remainder's share the product is the rounded quotient
-        # (Markstein, 1990). What is beyond 2^22 saturates, rounded or not.
-        ratio = weight * inverse
-        ratio = tl.fma(tl.fma(-ratio, step, weight), inverse, ratio)
-        code = (ratio + NEAREST_EVEN) - NEAREST_EVEN
         if GATE:
-            passes = passes & (code >= lowest) & (code <= highest)
-        weight = tl.minimum(tl.maximum(code, lowest), highest) * step
+            # A tie goes to the even code: to the lowest one, and from the highest one away. The
+            # weights next to such a bound are so far from it that their quotients are no ties.
+            least = tl.where(step == 0.0, float("-inf"), (lowest - 0.5) * step)
+            most = tl.where(step == 0.0, float("inf"), (highest + 0.5) * step)
+            passes = passes & (weight >= least[:, :, None]) & (weight < most[:, :, None])
+        else:
+            weight = _round(weight, step, lowest, highest)
     if GATE:
         grad = tl.load(result_ptr + at, mask=inside, other=0.0)
         tl.store(result_ptr + at, tl.where(passes, grad, 0.0), mask=inside)
     else:
         weight = tl.where(passes, weight, 0.0)
         tl.store(result_ptr + at, weight.to(result_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _round(weight, step, lowest, highest):
+    """Weights [ROWS, BLOCKS, 32] → code · step of [ROWS, BLOCKS].
+
+    One division a block: with its remainder's share the product is the rounded quotient (Markstein,
+    1990). Weights saturate first, so that no quotient is beyond fp32.
+    """
+    enlarge = tl.where(step < SMALL_SCALE, ENLARGED, 1.0)
+    divisor = step * enlarge
+    inverse = tl.where(step == 0.0, 0.0, tl.div_rn(1.0, tl.where(step == 0.0, 1.0, divisor)))
+    least, most = (lowest * divisor)[:, :, None], (highest * divisor)[:, :, None]
+    divisor, inverse = divisor[:, :, None], inverse[:, :, None]
+    weight = tl.minimum(tl.maximum(weight * enlarge[:, :, None], least), most)
+    ratio = weight * inverse
+    ratio = tl.fma(tl.fma(-ratio, divisor, weight), inverse, ratio)
+    code = (ratio + NEAREST_EVEN) - NEAREST_EVEN
+    return code * step[:, :, None]

@@ -11,7 +11,7 @@ if __name__ == "__main__":  # tests/gpu takes the cases and compiles
     os.environ["TRITON_INTERPRET"] = "1"
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,21 +22,33 @@ from sparselong.kernels.masked_weight import MaskedWeight
 
 @dataclass(frozen=True)
 class Case:
-    """One weight; shapes do not fill the kernel's tiles, ranks are powers of two and not."""
+    """One weight; shapes do not fill the kernel's tiles, ranks are powers of two and not.
+
+    Attributes:
+        even_scale: every second row's scale, where it is not drawn.
+        exponent: weights and scales are 2^exponent times as large.
+    """
 
     bits: int
     sparse: bool
     rank: int = 4
     rows: int = 40
     columns: int = 192
-    zero_scale: bool = False
+    even_scale: float | None = None
+    exponent: int = 0
 
 
 CASES = [
     *(Case(bits, sparse) for bits in (4, 8, 16) for sparse in (True, False)),
     Case(4, True, rank=20),
     Case(4, True, rows=1, columns=32),
-    Case(4, True, zero_scale=True),
+    Case(4, True, even_scale=0.0),
+    # 1 / scale is beyond fp32, then quotients are.
+    Case(4, False, even_scale=2.0**-130),
+    Case(8, False, even_scale=2.0**-127),
+    Case(4, True, exponent=-128),  # scales without all of their bits
+    Case(8, True, exponent=-124),
+    Case(4, True, exponent=120),
 ]
 
 
@@ -44,7 +56,7 @@ def draw(case: Case, device: str = "cpu") -> MaskedWeight:
     """Weights of which some saturate, in random patterns."""
     generator = torch.Generator().manual_seed(case.bits + case.rank)
     shape = (case.rows, case.columns)
-    master = torch.randn(shape, generator=generator).to(torch.bfloat16)
+    master = torch.randn(shape, generator=generator).to(torch.bfloat16) * 2.0**case.exponent
     patterns = None
     if case.sparse:
         numbers = torch.randint(6, (case.rows, case.columns // 32, 8), generator=generator)
@@ -55,11 +67,12 @@ def draw(case: Case, device: str = "cpu") -> MaskedWeight:
     if case.bits < 16:
         scale = 0.1 + torch.rand(case.rows, case.columns // 32, generator=generator) * 0.3
         scale = (scale / (1 if case.bits == 4 else 16)).to(torch.bfloat16).to(device)
-        if case.zero_scale:
-            scale[::2] = 0.0
+        scale *= 2.0**case.exponent
+        if case.even_scale is not None:
+            scale[::2] = case.even_scale
     a = torch.randn(case.rank, case.columns, generator=generator).to(device)
-    b = 0.2 * torch.randn(case.rows, case.rank, generator=generator).to(device)
-    return MaskedWeight(master.to(device), a, b, 0.5, patterns, scale, case.bits)
+    b = 0.2 * 2.0**case.exponent * torch.randn(case.rows, case.rank, generator=generator)
+    return MaskedWeight(master.to(device), a, b.to(device), 0.5, patterns, scale, case.bits)
 
 
 def compare(case: Case, weight: MaskedWeight) -> dict[str, Any]:
@@ -83,5 +96,11 @@ def compare(case: Case, weight: MaskedWeight) -> dict[str, Any]:
     }
 
 
+def widen(weight: MaskedWeight) -> MaskedWeight:
+    """The same numbers in fp32: the interpreter reads subnormal bf16 as zero, a GPU does not."""
+    scale = None if weight.scale is None else weight.scale.float()
+    return replace(weight, master=weight.master.float(), scale=scale)
+
+
 if __name__ == "__main__":
-    print(json.dumps([compare(case, draw(case)) for case in CASES]))
+    print(json.dumps([compare(case, widen(draw(case))) for case in CASES]))

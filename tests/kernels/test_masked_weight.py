@@ -24,7 +24,7 @@ def test_the_kernel_gives_what_plain_torch_gives():
     shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     rows = json.loads(shown.stdout.splitlines()[-1])
-    assert len(rows) == 9
+    assert len(rows) == 14
     for row in rows:
         assert row["weight"] <= 2e-3 and row["gate"] <= 2e-3, row
         assert 0.2 < row["passing"] <= 1.0, row
