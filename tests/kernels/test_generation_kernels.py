@@ -21,6 +21,9 @@ from sparselong.kernels import (
 from tests.kernels.test_sm86 import LIMIT_BYTES, read_report
 
 ROOT = Path(__file__).resolve().parents[2]
+FP16_SUMS = 2e-3
+"""Experts sum eight products in fp16 and round the gate's output to fp16, at most 1.2e-3 in these
+cases. Sums of all that a lane has in fp16, twice as many, make 2.8e-3."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_experts_of_a_few_tokens(results):
     cases = [row for name, row in results.items() if name.startswith("experts")]
     assert len(cases) == 4
     for row in cases:
-        assert row["out"] <= 2 * row["plain_bf16"], row
+        assert row["out"] <= min(FP16_SUMS, 2 * row["plain_bf16"]), row
         assert row["numbers_for_a_wrong_index"] == 0, row
 
 
