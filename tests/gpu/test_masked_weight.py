@@ -1,10 +1,14 @@
 """The masked weight's kernel as compiled, and the layer that trains through it."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from sparselong.kernels import masked_weight_ref as reference
+from sparselong.kernels.masked_weight import MaskedWeight
+from sparselong.packing import integer
 from tests.kernels.masked_weight_interpreted import CASES, Case, compare, draw
 
 LARGE = [Case(4, True, 16, 4096, 2880), Case(4, True, 64, 2880, 4096), Case(8, True, 16, 512, 2880)]
@@ -35,3 +39,34 @@ def test_an_untrained_adapter_leaves_the_stored_codes():
     drawn = {device: draw(LARGE[0], device) for device in ("cuda", "cpu")}
     gpu, cpu = (replace(w, lora_b=torch.zeros_like(w.lora_b)) for w in drawn.values())
     assert torch.equal(gpu.codes().cpu(), cpu.codes())
+
+
+def draw_ties(bits: int, towards: float, device: str) -> MaskedWeight:
+    """Every weight halfway between two codes, of which the outer ones do not exist; fp32 holds it
+    exactly. Or the number next to it, on one side. B is all of the weight: A is the unit matrix."""
+    generator = torch.Generator().manual_seed(bits)
+    rows, columns = 4096, 64
+    lowest, highest = integer.code_range(bits)
+    halves = torch.randint(lowest - 1, highest + 1, (rows, columns), generator=generator) + 0.5
+    scale = torch.exp2(14.0 * torch.rand(rows, 1, generator=generator) - 12.0).to(torch.bfloat16)
+    weight = halves * scale.float()
+    assert torch.equal(weight.double(), halves.double() * scale.double())
+    if towards:
+        weight = torch.nextafter(weight, torch.full_like(weight, towards))
+    master = torch.zeros(rows, columns, dtype=torch.bfloat16, device=device)
+    unit = torch.eye(columns, device=device)
+    return MaskedWeight(master, unit, weight.to(device), 1.0, None, scale.to(device), bits)
+
+
+@pytest.mark.parametrize("towards", [0.0, math.inf, -math.inf])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_ties_and_their_neighbours_are_rounded_as_a_true_division_rounds_them(bits, towards):
+    """A product with the reciprocal, its remainder left out, misses many of the ties."""
+    gpu, cpu = (draw_ties(bits, towards, device) for device in ("cuda", "cpu"))
+    assert cpu.scale is not None
+    expected = integer.quantize(cpu.lora_b, cpu.scale, bits)
+    assert torch.equal(gpu.codes().cpu(), expected)
+    assert torch.equal(gpu.round().cpu(), integer.dequantize(expected, cpu.scale))
+    passing = gpu.gate_(torch.ones_like(gpu.lora_b)).cpu() != 0
+    assert torch.equal(passing, reference.passes(**vars(cpu)))
+    assert 0 < passing.float().mean() < 1
