@@ -19,7 +19,8 @@ COMMON_MARKER := ; python_full_version < '3\.13' and platform_machine == 'x86_64
 # These take as long as all others together.
 LONG := tests/stages/test_trained.py tests/stages/test_finetune.py tests/stages/test_eval.py \
         tests/stages/test_health_script.py
-# A test that hangs fails after five minutes instead of holding up the whole run.
+# A test that hangs fails after five minutes instead of holding up the whole run; after a quarter of
+# an hour where a fixture trains first, which test_trained.py and test_finetune.py say themselves.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
 
 .PHONY: demo check test test-long test-short test-gpu bench lock clean
