@@ -2,11 +2,6 @@
 what is refused, and who is chosen. The kernels as compiled are tested in tests/gpu."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +11,8 @@ from sparselong.kernels.attention import attention, choose_backend
 from sparselong.kernels.attention_choice import MEASURED, describe_choice, rank_backends
 from sparselong.kernels.attention_mask import Call, Mask, find_documents
 from sparselong.kernels.attention_ref import attention_reference
+from tests.kernels.run_interpreted import run_interpreted
 
-ROOT = Path(__file__).resolve().parents[2]
 EXACT_LIMITS = {"half": 1e-3, "half_window": 1e-3, "large_logits": 1e-5}
 
 
@@ -88,16 +83,7 @@ def test_the_reference_is_the_definition(queries, offset, window, boundaries):
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
     """Errors of the kernels in Triton's interpreter, by case and result."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/kernels/interpreted.py"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_interpreted("interpreted")
 
 
 def test_the_kernels_agree_with_fp64_in_the_interpreter(interpreted):

@@ -1,12 +1,6 @@
 """The experts' pass on a CPU: the reference by hand, torch's backend against it, the kernels in
 Triton's interpreter, what is refused, who is chosen. tests/gpu has the kernels as compiled."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,8 +10,8 @@ from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
 from sparselong.kernels.expert_gemm_ref import decode_reference, expert_mlp_reference
 from sparselong.packing import mxfp4
 from tests.kernels.emulated_ptx import run_ptx
+from tests.kernels.run_interpreted import run_interpreted
 
-ROOT = Path(__file__).resolve().parents[2]
 EXPERTS, HIDDEN, INNER = 5, 64, 96
 
 
@@ -105,15 +99,7 @@ def test_torchs_backend_is_the_reference(tokens):
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
     """Errors of the kernels in Triton's interpreter, by case and backend."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/kernels/interpreted_experts.py"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_interpreted("interpreted_experts")
 
 
 def test_the_kernels_agree_with_fp64_in_the_interpreter(interpreted):

@@ -1,13 +1,8 @@
 """The experts' pass with adapters on a CPU: torch's backend against fp64, plain and checkpointed,
 the kernels in Triton's interpreter, what is refused. tests/gpu has the kernels as compiled."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +12,8 @@ from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
 from sparselong.kernels.expert_lora import Adapter, expert_lora_mlp
 from sparselong.kernels.expert_lora_ref import expert_lora_reference
 from sparselong.kernels.recompute import checkpoint_contexts
+from tests.kernels.run_interpreted import run_interpreted
 
-ROOT = Path(__file__).resolve().parents[2]
 EXPERTS, HIDDEN, INNER, RANK, TOKENS, TOP_K = 5, 64, 96, 3, 37, 3
 SCALINGS = (0.5, 2.0)
 
@@ -96,15 +91,7 @@ def test_an_untrained_adapter_changes_no_bit():
 
 
 def test_the_kernels_agree_with_fp64_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/kernels/interpreted_expert_lora.py"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    results = run_interpreted("interpreted_expert_lora")
     assert len(results) == 6
     for name, errors in results.items():
         for result, error in errors.items():

@@ -1,11 +1,5 @@
 """The kernels of generation: in Triton's interpreter against fp64, and compiled for an RTX 3090."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
@@ -18,9 +12,9 @@ from sparselong.kernels import (
     packed_gemv,
     packed_unpack,
 )
+from tests.kernels.run_interpreted import run_interpreted
 from tests.kernels.test_sm86 import LIMIT_BYTES, read_report
 
-ROOT = Path(__file__).resolve().parents[2]
 FP16_SUMS = 2e-3
 """Experts sum eight products in fp16 and round the gate's output to fp16, at most 1.2e-3 in these
 cases. Sums of all that a lane has in fp16, twice as many, make 2.8e-3."""
@@ -28,11 +22,7 @@ cases. Sums of all that a lane has in fp16, twice as many, make 2.8e-3."""
 
 @pytest.fixture(scope="module")
 def results():
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted_generation"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    return json.loads(shown.stdout.splitlines()[-1])
+    return run_interpreted("interpreted_generation")
 
 
 def test_products_with_packed_weights_are_exact_up_to_fp32_sums(results):

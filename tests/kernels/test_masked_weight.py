@@ -1,29 +1,18 @@
 """The masked weight's kernel: in Triton's interpreter against plain torch, and for an RTX 3090."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparselong.kernels import masked_weight
+from tests.kernels.run_interpreted import run_interpreted
 from tests.kernels.test_sm86 import LIMIT_BYTES, read_report
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_kernel_gives_what_plain_torch_gives():
     """Only the order of the sum over the rank may differ, which moves a code in a thousand."""
-    command = [sys.executable, "-m", "tests.kernels.masked_weight_interpreted"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    rows = json.loads(shown.stdout.splitlines()[-1])
+    rows = run_interpreted("masked_weight_interpreted")
     assert len(rows) == 14
     for row in rows:
         assert row["weight"] <= 2e-3 and row["gate"] <= 2e-3, row

@@ -1,12 +1,6 @@
 """Norms, rotary embedding and the loss on a CPU: the references against transformers' and torch's
 own, the kernels in Triton's interpreter, and what is refused. Compiled kernels: tests/gpu."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers.models.gpt_oss import modeling_gpt_oss
@@ -15,23 +9,15 @@ from sparselong.kernels.cross_entropy import linear_cross_entropy
 from sparselong.kernels.cross_entropy_ref import linear_cross_entropy_reference
 from sparselong.kernels.rms_norm import add_rms_norm, rms_norm
 from sparselong.kernels.rotary import rotate
+from tests.kernels.run_interpreted import run_interpreted
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"norm_half": 3e-4, "softmax_large_True": 2e-5}
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, list[float]]:
     """Errors of the kernels in Triton's interpreter by case."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/kernels/neighbours_interpreted.py"],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_interpreted("neighbours_interpreted")
 
 
 def test_the_kernels_agree_with_fp64_in_the_interpreter(interpreted):

@@ -1,11 +1,6 @@
 """What a second pass need not compute: kept once, handed out in order, the same bits."""
 
-import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +12,7 @@ from sparselong.kernels.recompute import (
     is_checkpointed,
     is_second_pass,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kernels.run_interpreted import run_interpreted
 
 keep = partial(checkpoint_contexts, True)
 
@@ -124,15 +118,7 @@ def test_without_checkpointing_nothing_is_kept():
 @pytest.fixture(scope="module")
 def experts() -> dict[str, dict]:
     """What the two ways differ in, by pass; a layer calls its experts twice, in two slices each."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/kernels/interpreted_recompute.py"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_interpreted("interpreted_recompute")
 
 
 @pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
