@@ -53,7 +53,7 @@ test-short: $(STAMP)
 
 test-gpu:
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu: no CUDA device, nothing tested')"
-	$(PYTHON) -m pytest -q tests/gpu
+	$(PYTHON) -m pytest -q -rs tests/gpu
 
 bench: $(STAMP)
 	set -e; for benchmark in benchmarks/*.py; do .venv/bin/python "$$benchmark"; done
