@@ -15,8 +15,16 @@ from sparselong import provenance
 
 def add_result(parser: argparse.ArgumentParser) -> None:
     """Arguments `machine` and `folder`, for `record.write`."""
-    parser.add_argument("--machine", help="short name for the result's file, for example h200")
+    text = "short name for the result's file, for example h200"
+    parser.add_argument("--machine", type=short_name, help=text)
     parser.add_argument("--folder", type=Path, default=RESULTS)
+
+
+def short_name(text: str) -> str:
+    """A machine's name; refused before anything is measured where it would part a file's name."""
+    if not text.isalnum():
+        raise argparse.ArgumentTypeError(f"{text}: allowed are letters and digits, as in h200x4")
+    return text
 
 
 def has_device(file: str) -> bool:

@@ -33,12 +33,7 @@ def write(
         command: the command that gave these figures.
         rows: figures as `row` makes them.
         made_on: a manifest whose `hardware` and `versions` hold, where it was not this machine.
-
-    Raises:
-        ValueError: the machine's name holds a "-", which parts a file's name.
     """
-    if "-" in machine:
-        raise ValueError(f"machine: {machine}; allowed: a name without '-'")
     software = made_on or provenance.describe_software()
     document = {
         "subject": subject,

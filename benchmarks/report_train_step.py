@@ -15,12 +15,14 @@ Random weights in the published shapes, batch 1 but where two sequences are name
 v and o, gradient checkpointing, AdamW: forward, backward and optimizer, median of three steps after
 two. `eager` and `flex` are transformers with PEFT, experts in bf16 (grouped_mm); `lora` is the same
 adapter on this project's model (experts packed, its kernels), `masked` what stage 03 trains: LoRA
-through 2:4 int4 attention; `experts` the same with adapters of rank 8 on every expert's two weights
-and on the routers. GiB are what the card lends to the whole process, CUDA context included. 65,536
-tokens ran with the checkpoints in host memory, they and 1,024 × 2 with attention computed again in
-the backward pass. In the profiles the gathering, gate and weighting around the experts' products
-counts as elementwise in every arm, and transformers' grouped products count as dense ones: they
-carry the name of a plain matrix product.
+through 2:4 int4 attention. GiB are what the card lends to the whole process, CUDA context included.
+65,536 tokens ran with the checkpoints in host memory, they and 1,024 × 2 with attention computed
+again in the backward pass. In the profiles the gathering, gate and weighting around the experts'
+products counts as elementwise in every arm, and transformers' grouped products count as dense ones:
+they carry the name of a plain matrix product.
+"""
+EXPERTS = """
+`experts` is `masked` with adapters of rank 8 on every expert's two weights and on the routers.
 """
 ARMS = ("eager", "flex", "lora", "masked", "experts")
 SUBJECTS = ("train_step_short", "train_step_capped", "train_step_long")
@@ -58,6 +60,7 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
         capped = f", card capped at {cap} GiB" if cap else ""
         cells = [show(values.get((tokens, batch, cap, arm))) for arm in arms]
         lines.append(f"| {tokens:,}{rows}{capped} | " + " | ".join(cells) + " |")
+    lines += [EXPERTS] if "experts" in arms else []
     lines += profile_lines(values)
     if not any(k[1:3] == (1, None) and "throughput" in found for k, found in values.items()):
         return "\n".join([*lines, ""])

@@ -41,3 +41,12 @@ def test_the_command_is_the_one_given_but_for_this_machines_folder(monkeypatch):
     )
     command = command_line.command_of("/else/where/x.py", argparse.Namespace(folder="/tmp/a"))
     assert command == "python3 benchmarks/x.py --lengths 4096 --rank 8"
+
+
+def test_a_machines_name_that_would_part_a_files_name_is_refused_before_measuring(capsys):
+    parser = argparse.ArgumentParser()
+    command_line.add_result(parser)
+    assert parser.parse_args(["--machine", "h200x4"]).machine == "h200x4"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--machine", "h200-x4"])
+    assert "letters and digits" in capsys.readouterr().err
