@@ -148,12 +148,13 @@ def masked_weight_kernel(
     if HAS_SCALE:
         group = row[:, None] * (columns // GROUP) + (block * 32 // GROUP)[None, :]
         step = tl.load(scale_ptr + group, mask=by_block, other=1.0).to(tl.float32)
+        step = step[:, :, None]
         if GATE:
             # A tie goes to the even code: to the lowest one, and from the highest one away. The
             # weights next to such a bound are so far from it that their quotients are no ties.
             least = tl.where(step == 0.0, float("-inf"), (lowest - 0.5) * step)
             most = tl.where(step == 0.0, float("inf"), (highest + 0.5) * step)
-            passes = passes & (weight >= least[:, :, None]) & (weight < most[:, :, None])
+            passes = passes & (weight >= least) & (weight < most)
         else:
             weight = _round(weight, step, lowest, highest)
     if GATE:
@@ -166,7 +167,7 @@ def masked_weight_kernel(
 
 @triton.jit
 def _round(weight, step, lowest, highest):
-    """Weights [ROWS, BLOCKS, 32] → code · step of [ROWS, BLOCKS].
+    """Weights [ROWS, BLOCKS, 32] → code · step of [ROWS, BLOCKS, 1].
 
     One division a block: with its remainder's share the product is the rounded quotient (Markstein,
     1990). Weights saturate first, so that no quotient is beyond fp32.
@@ -174,10 +175,8 @@ def _round(weight, step, lowest, highest):
     enlarge = tl.where(step < SMALL_SCALE, ENLARGED, 1.0)
     divisor = step * enlarge
     inverse = tl.where(step == 0.0, 0.0, tl.div_rn(1.0, tl.where(step == 0.0, 1.0, divisor)))
-    least, most = (lowest * divisor)[:, :, None], (highest * divisor)[:, :, None]
-    divisor, inverse = divisor[:, :, None], inverse[:, :, None]
-    weight = tl.minimum(tl.maximum(weight * enlarge[:, :, None], least), most)
+    weight = tl.minimum(tl.maximum(weight * enlarge, lowest * divisor), highest * divisor)
     ratio = weight * inverse
     ratio = tl.fma(tl.fma(-ratio, divisor, weight), inverse, ratio)
     code = (ratio + NEAREST_EVEN) - NEAREST_EVEN
-    return code * step[:, :, None]
+    return code * step
