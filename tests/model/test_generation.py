@@ -7,9 +7,11 @@ import torch
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from sparselong.errors import StageError
+from sparselong.model import generation
 from sparselong.model.decode_step import KernelStep
 from sparselong.model.generation import Decoder, generate
 from sparselong.model.packed_linear import PackedLinear
+from sparselong.model.prompt_cache import make_prompt_cache
 from sparselong.model.quantizer import replace_with_packed
 from sparselong.packing import dense, integer
 from sparselong.packing.dense import DenseFormat
@@ -85,6 +87,40 @@ def test_a_window_without_its_ring_gives_other_tokens(model):
         model.config.sliding_window = WINDOW
     assert list(generate(model, prompt, 2 * WINDOW, decoder=decoder)) == expected
     assert list(generate(model, prompt, 2 * WINDOW, decoder=longer)) != expected
+
+
+@pytest.mark.parametrize("attention", ["eager", "sparselong"])
+@pytest.mark.parametrize("chunk", [1, WINDOW - 1, WINDOW, WINDOW + 3])
+def test_a_prompt_in_chunks_leaves_what_a_whole_one_leaves(model, chunk, attention, monkeypatch):
+    monkeypatch.setattr(model.config, "_attn_implementation", attention)
+    prompt = torch.randint(1, 96, (1, 3 * WINDOW + 1), generator=torch.Generator().manual_seed(3))
+    whole, parts = Decoder(model, 40), Decoder(model, 40)
+    expected = whole.start(prompt)
+    monkeypatch.setattr(generation, "PROMPT_TOKENS", chunk)
+    torch.testing.assert_close(parts.start(prompt), expected, rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(parts.caches, whole.caches, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=1e-3, atol=1e-3)
+    assert parts.step.position == whole.step.position
+
+
+def test_a_prompt_s_keys_are_held_once(model, monkeypatch):
+    """No layer of what transformers is handed keeps a tensor beside the decoder's cache."""
+    made = []
+
+    def make(caches):
+        made.append(make_prompt_cache(caches))
+        return made[-1]
+
+    monkeypatch.setattr(generation, "make_prompt_cache", make)
+    monkeypatch.setattr(generation, "PROMPT_TOKENS", 2 * WINDOW)
+    decoder = Decoder(model, 64)
+    decoder.start(torch.ones(1, 5 * WINDOW, dtype=torch.int64))
+    assert [layer.get_seq_length() for layer in made[0].layers] == [5 * WINDOW] * 4
+    ours = {id(tensor) for cache in decoder.caches for tensor in (cache.keys, cache.values)}
+    for layer in made[0].layers:
+        held = [v for v in vars(layer).values() if isinstance(v, torch.Tensor) and v.numel() > 1]
+        assert all(id(tensor) in ours for tensor in held)
 
 
 def test_a_decoder_serves_several_prompts(model):
