@@ -8,6 +8,7 @@ The maths, for a token x with experts e_1 ... e_k of weights w_1 ... w_k:
 
 The weights are frozen; gradients flow to x, the routing weights and the biases. Saved for the
 backward pass: the output of gate_up, [tokens * k, 2 * inner], and the routing. h is computed again.
+Where no gradient is asked for nothing is saved, and gate_up's output goes as soon as h is there.
 Inside a checkpointed layer (`recompute.py`) x alone is saved, and gate_up's output made again,
 unless the layer keeps it.
 
@@ -112,6 +113,12 @@ def expert_mlp(
             )
         with torch.cuda.device_of(x):
             return expert_generation.run_generation(*call, gate_up, down, gate)
+    if not is_checkpointed() and not _needs_gradient(tensors):
+        from sparselong.kernels import expert_triton
+
+        stacks = expert_triton.Projection(*gate_up), expert_triton.Projection(*down)
+        with torch.cuda.device_of(x):
+            return expert_triton.run_inference(*call, *stacks, gate, name)
     function = _CheckpointedExpertMlp if is_checkpointed() else _ExpertMlp
     return function.apply(*call, *gate_up, *down, gate, name)  # pyright: ignore[reportReturnType]
 

@@ -65,6 +65,24 @@ def run_forward(
     return expert_routing.combine(rows, routing, weights), wide, routing
 
 
+def run_inference(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: Projection,
+    down: Projection,
+    gate: tuple[float, float],
+    backend: str,
+) -> torch.Tensor:
+    """`run_forward`'s out alone, to the bit; gate_up's output is gone before down's is made."""
+    wide, routing = run_gate_up(x, indices, gate_up, backend)
+    h = apply_gate(wide, gate)
+    del wide
+    rows = multiply(h, down, routing, backend, backward=False)
+    del h
+    return expert_routing.combine(rows, routing, weights)
+
+
 def run_backward(
     dout: torch.Tensor,
     wide: torch.Tensor,

@@ -118,6 +118,7 @@ class FusedDecoderLayer(GptOssDecoderLayer):
         )
         norm = self.post_attention_layernorm
         normed, total = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
+        del attended  # not held beside the experts' pass
         return total + self.mlp(normed)[0]
 
 

@@ -11,6 +11,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import dataclasses
 import json
+import weakref
+from typing import Any
 
 import torch
 
@@ -71,6 +73,8 @@ def run(case: Case, backend: str) -> dict[str, float]:
     out, wide, routing = expert_triton.run_forward(
         x, indices, weights, gate_up, down, GATE, backend
     )
+    call = (x, indices, weights, gate_up, down, GATE, backend)
+    assert torch.equal(expert_triton.run_inference(*call), out)
     grads = expert_triton.run_backward(
         dout, wide, routing, indices, weights, gate_up, down, GATE, backend, (True,) * 4
     )
@@ -98,6 +102,29 @@ def count_inexact_decodings() -> int:
     return int((buffer.view(torch.int32) != exact.view(torch.int32)).sum())
 
 
+def count_held() -> dict[str, int]:
+    """By function, whether gate_up's output is there while down's is made."""
+    stack = draw_stack(2, 64, 32), draw_stack(2, 32, 32)
+    call = (torch.randn(3, 32), torch.tensor([[0], [1], [1]]), torch.rand(3, 1), *stack)
+    multiply, found = expert_triton.multiply, []
+
+    def watch(*args: Any, **kwargs: Any) -> torch.Tensor:
+        alive = [ref() is not None for ref in made]
+        out = multiply(*args, **kwargs)
+        made.append(weakref.ref(out))
+        found.append(sum(alive))
+        return out
+
+    held = {}
+    expert_triton.multiply = watch
+    for function in (expert_triton.run_forward, expert_triton.run_inference):
+        made: list[weakref.ref[torch.Tensor]] = []
+        function(*call, GATE, "packed")
+        held[function.__name__] = found[-1]
+    expert_triton.multiply = multiply
+    return held
+
+
 def main() -> None:
     patch_once()
     expert_triton.torch = expert_routing.torch = PoisonedTorch()  # pyright: ignore[reportAttributeAccessIssue]
@@ -108,7 +135,7 @@ def main() -> None:
         for backend in ("decode",) if case.buffer_bytes else ("decode", "packed"):
             results[f"{case.name} {backend}"] = run(case, backend)
     results["decoding"] = {"inexact": count_inexact_decodings()}
-    print(json.dumps(results))
+    print(json.dumps(results | {"held": count_held()}))
 
 
 if __name__ == "__main__":
