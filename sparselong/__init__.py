@@ -2,8 +2,8 @@
 
 After `import sparselong`, `AutoModelForCausalLM.from_pretrained` opens what stages 02 and 03 write,
 and takes `attn_implementation="sparselong"` for any gpt-oss.
-Telemetry of the packages underneath is off unless the user turns it on; the environment's own
-values always win.
+Telemetry of the packages underneath is off unless the user turns it on, and torch's allocator takes
+segments that grow; the environment's own values always win.
 """
 
 import importlib
@@ -25,6 +25,10 @@ for _name, _value in {
     "OMP_WAIT_POLICY": "PASSIVE",
 }.items():
     os.environ.setdefault(_name, _value)
+# memory.ALLOCATOR, whose module is slow to import: torch reads it when it first allocates. Without
+# it the blocks of 20b's weights alone take 59 MB more than the weights.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 register_when_needed()
 
