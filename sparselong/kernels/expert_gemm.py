@@ -29,6 +29,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -44,6 +47,7 @@ SLICE_TOKENS = 16_384
 """Tokens that go through at once inside a checkpointed layer."""
 MOST_CHOICES = 64
 """By "generation" every choice of a token goes through its expert's weight by itself."""
+_inference_tokens: ContextVar[int] = ContextVar("inference_tokens", default=expert_choice.NO_LIMIT)
 
 
 def expert_mlp(
@@ -114,13 +118,29 @@ def expert_mlp(
         with torch.cuda.device_of(x):
             return expert_generation.run_generation(*call, gate_up, down, gate)
     if not is_checkpointed() and not _needs_gradient(tensors):
-        from sparselong.kernels import expert_triton
-
-        stacks = expert_triton.Projection(*gate_up), expert_triton.Projection(*down)
-        with torch.cuda.device_of(x):
-            return expert_triton.run_inference(*call, *stacks, gate, name)
+        return _infer(*call, gate_up, down, gate, name)
     function = _CheckpointedExpertMlp if is_checkpointed() else _ExpertMlp
     return function.apply(*call, *gate_up, *down, gate, name)  # pyright: ignore[reportReturnType]
+
+
+def _infer(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    down: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    gate: tuple[float, float],
+    backend: str,
+) -> torch.Tensor:
+    from sparselong.kernels import expert_triton
+
+    rest = (expert_triton.Projection(*gate_up), expert_triton.Projection(*down), gate, backend)
+    with torch.cuda.device_of(x):
+        done = [
+            expert_triton.run_inference(x[part], indices[part], weights[part], *rest)
+            for part in slices(len(x), _inference_tokens.get())
+        ]
+    return done[0] if len(done) == 1 else torch.cat(done)
 
 
 class _ExpertMlp(torch.autograd.Function):
@@ -228,6 +248,20 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
                     dweights[part] = part_dweights
         dx, dweights = (dx if ctx.needs[0] else None), (dweights if ctx.needs[1] else None)
         return dx, None, dweights, None, None, biases[0], None, None, biases[1], None, None
+
+
+@contextmanager
+def slice_inference(tokens: int) -> Iterator[None]:
+    """Inside, at most so many tokens go through at once where no gradient is asked for.
+
+    A pass without gradients holds tokens * top_k * (hidden + 2 * inner) values beside its input and
+    output; fewer rows an expert make its products slower.
+    """
+    before = _inference_tokens.set(tokens)
+    try:
+        yield
+    finally:
+        _inference_tokens.reset(before)
 
 
 def slices(tokens: int, size: int) -> list[slice]:

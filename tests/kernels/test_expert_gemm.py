@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparselong.kernels import expert_gemm, expert_triton
 from sparselong.kernels.expert_choice import BACKENDS, MEASURED, NO_LIMIT, choose_backend
 from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
 from sparselong.kernels.expert_gemm_ref import decode_reference, expert_mlp_reference
@@ -155,6 +156,23 @@ def test_no_tokens_give_no_output():
     call = draw()
     empty = {name: call[name][:0] for name in ("x", "expert_indices", "routing_weights")}
     assert expert_mlp(**(call | empty)).shape == (0, HIDDEN)
+
+
+def test_inference_goes_in_slices_where_it_is_told_to(monkeypatch):
+    call, sizes = draw(), []
+
+    def run(x, indices, weights, *rest):
+        sizes.append((len(x), len(indices), len(weights)))
+        return 2 * x
+
+    monkeypatch.setattr(expert_gemm, "choose", lambda *_: "packed")
+    monkeypatch.setattr(expert_triton, "run_inference", run)
+    with expert_gemm.slice_inference(16):
+        out = expert_mlp(**call)
+    assert sizes == [(12,) * 3, (12,) * 3, (13,) * 3]
+    assert torch.equal(out, 2 * call["x"])
+    expert_mlp(**call)
+    assert sizes[3:] == [(37,) * 3]
 
 
 def test_every_call_finds_a_row_of_the_table():
