@@ -15,6 +15,8 @@ are not merged, models whose cache does not fit the device.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -29,13 +31,16 @@ from transformers import (
 )
 
 from sparselong.errors import StageError
+from sparselong.kernels.expert_gemm import slice_inference
 from sparselong.model.decode_step import KernelStep, TorchStep, make_caches
 from sparselong.model.prompt_cache import make_prompt_cache
 
 WARM_UP_STEPS = 2
 PROMPT_TOKENS = 1024
-"""Tokens of a prompt that go through the model at once. Of 20b their pass holds 0.1 GiB, three
-quarters of it in the experts; with fewer tokens a GPU would wait for launches."""
+"""Tokens of a prompt that go through the model at once; with fewer a GPU waits for launches."""
+EXPERT_TOKENS = 512
+"""Of these, tokens that go through a layer's experts at once: 35 MB of 20b, which its attention
+takes as well; 1,024 would hold 71."""
 
 
 class Decoder:
@@ -67,15 +72,20 @@ class Decoder:
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Compiles the kernels, then captures a step. What it writes, `start` overwrites."""
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
+        stream = _make_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
                 self.step.position.zero_()
                 self.step.run()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            self.step.run()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            try:
+                self.step.run()
+            finally:
+                graph.capture_end()
         return graph
 
     @torch.no_grad()
@@ -104,7 +114,8 @@ class Decoder:
 
     def _read(self, chunk: torch.Tensor, past: Cache) -> torch.Tensor:
         """A chunk [1, tokens] into the cache; its last token's hidden state [1, 1, width]."""
-        outputs: Any = self.model.model(input_ids=chunk, past_key_values=past, use_cache=True)
+        with slice_inference(EXPERT_TOKENS):
+            outputs: Any = self.model.model(input_ids=chunk, past_key_values=past, use_cache=True)
         return outputs.last_hidden_state[:, -1:].clone()  # a view would hold the others
 
     def put(self, token: int) -> None:
@@ -118,6 +129,20 @@ class Decoder:
             self.step.run()
         else:
             self._graph.replay()
+
+
+@functools.cache
+def _make_stream(device: int) -> torch.cuda.Stream:
+    """A stream of a GPU to capture on, one for the process.
+
+    Made by itself because torch's first stream comes with its whole pool of 128. With the pool a
+    process that captured took 73 MB more of an H200, beside torch's memory, than one that did not;
+    what of that is the pool's was not measured.
+    """
+    handle = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.check_error(torch.cuda.cudart().cudaStreamCreate(ctypes.addressof(handle)))
+    return torch.cuda.ExternalStream(handle.value, device=device)
 
 
 @torch.no_grad()
