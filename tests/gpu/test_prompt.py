@@ -1,0 +1,78 @@
+"""A decoder's prompt on a GPU: in chunks as whole, through this project's attention and experts."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GptOssForCausalLM
+
+from sparselong.model import generation
+from sparselong.model.fused import fuse
+from sparselong.model.generation import Decoder
+from sparselong.model.quantizer import replace_with_packed
+from sparselong.packing.dense import DenseFormat
+from tests.model.test_generation import CONFIG
+
+WINDOW, DEVICE = 128, "cuda"
+
+
+@pytest.fixture(scope="module")
+def model() -> GptOssForCausalLM:
+    """Random and small, with the head size that the attention kernels take."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIG)
+    config.head_dim, config.sliding_window = 64, WINDOW
+    with torch.device(DEVICE):
+        model = GptOssForCausalLM._from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sparselong"
+        )
+        replace_with_packed(model, DenseFormat(16, "none", 64))
+    model.bfloat16()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("_blocks"):
+            tensor.random_(0, 256)
+        elif name.endswith("_scales"):
+            tensor.random_(120, 123)
+        elif tensor.is_floating_point() and "rotary" not in name and "norm" not in name:
+            tensor.data.normal_(0.0, 0.2)
+    fuse(model)
+    return model.requires_grad_(False).eval()
+
+
+def start(model: GptOssForCausalLM, prompt: torch.Tensor) -> Decoder:
+    decoder = Decoder(model, prompt.shape[1] + 8, use_graph=False)
+    assert not decoder.start(prompt).isnan().any()
+    return decoder
+
+
+@pytest.mark.parametrize("chunk", [1, 100, WINDOW, 300])
+def test_a_prompt_in_chunks_leaves_what_a_whole_one_leaves(model, chunk, monkeypatch):
+    """A token whose routing a rounding turns over may differ: of each layer, most must not."""
+    tokens = 64 if chunk == 1 else 700
+    prompt = torch.randint(1, 96, (1, tokens), generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(generation, "EXPERT_TOKENS", tokens)
+    whole = start(model, prompt)
+    monkeypatch.setattr(generation, "PROMPT_TOKENS", chunk)
+    monkeypatch.setattr(generation, "EXPERT_TOKENS", 70)
+    parts = start(model, prompt)
+    for ours, theirs in zip(parts.caches, whole.caches, strict=True):
+        for got, wanted in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            filled = min(tokens, got.shape[1])
+            got, wanted = got[:, :filled].float(), wanted[:, :filled].float()
+            errors = (got - wanted).norm(dim=(0, 2)) / wanted.norm(dim=(0, 2))
+            assert errors.median() < 0.03
+
+
+def test_a_prompt_s_pass_does_not_grow_with_the_prompt(model, monkeypatch):
+    prompt = torch.randint(1, 96, (1, 8192), generator=torch.Generator().manual_seed(3))
+    peaks = []
+    for chunk in (8192, 512):
+        monkeypatch.setattr(generation, "PROMPT_TOKENS", chunk)
+        decoder = Decoder(model, 8200, use_graph=False)
+        decoder.start(prompt)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        decoder.start(prompt)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del decoder
+    assert peaks[1] < peaks[0] / 3
