@@ -14,8 +14,15 @@ attention in int4 2:4. Every arm runs in a process of its own on the same prompt
 The bound is the time in which the card's memory, at the bandwidth on its data sheet, delivers every
 byte of the weights that one token needs, once: packed attention, top-4 of 32 experts, routers,
 norms, biases and lm_head; neither cache nor activations. `load_seconds` is building the model and
-capturing the step; `device_bytes` what the process takes of the card, CUDA context included. Needs
-a CUDA device.
+capturing the step.
+
+`device_bytes` is what the process takes of the card at its peak after the weights are there, random
+ones and what drawing them took given back: the most that torch's allocator has reserved from then
+on (caches, capture, prompts, steps, blocks that lie unused) and `context_bytes`, all else that the
+card has lent when generation ends (CUDA context, loaded kernels, streams, the graph). The latter is
+read from the card as a whole, which must be ours alone. `weights_bytes` is what tensors take before
+the first prompt and without the decoder, `allocated_bytes` the most that they take together.
+Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -92,8 +99,6 @@ def make_model(arm: str, layers: int) -> GptOssForCausalLM:
         if isinstance(module, PackedLinear):
             del module.drawn  # the masters, which training alone needs
     fuse(model)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     return model.eval()
 
 
@@ -102,6 +107,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     begin = time.perf_counter()
     model = make_model(args.arm, args.layers)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    weights = torch.cuda.memory_allocated()
     decoder = None
     if args.arm in ("graph", "kernels"):
         decoder = Decoder(model, args.prompt + args.tokens, use_graph=args.arm == "graph")
@@ -132,6 +140,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         row(case, args.arm, "device_bytes", reserved + context, "bytes"),
         row(case, args.arm, "context_bytes", context, "bytes"),
         row(case, args.arm, "allocated_bytes", torch.cuda.max_memory_allocated(), "bytes"),
+        row(case, args.arm, "weights_bytes", weights, "bytes"),
     ]
     if args.arm != "eager":
         needed, bandwidth = active_bytes(model), sheet_bandwidth()

@@ -13,7 +13,8 @@ gpt-oss-20b's shape with random weights in stage 02's formats (experts MXFP4, at
 The bound is what the card's memory delivers by its data sheet: every packed weight that a token
 needs, once. `graph` is this project's `generate`, `kernels` the same step launched kernel by
 kernel, `packed` transformers' `generate` over the packed model, `eager` transformers' over bf16
-weights. Device memory includes the CUDA context; loading is building random weights here.
+weights. Device memory is the peak after loading: what torch's allocator reserves, and the CUDA
+context with kernels, streams and the graph. Loading is building random weights here.
 """
 
 
