@@ -25,7 +25,7 @@ EXPERTS = """
 `experts` is `masked` with adapters of rank 8 on every expert's two weights and on the routers.
 """
 ARMS = ("eager", "flex", "lora", "masked", "experts")
-SUBJECTS = ("train_step_short", "train_step_capped", "train_step_long")
+SUBJECTS = ("train_step_short", "train_step_capped", "train_step_long", "train_step_experts")
 
 
 def write_section() -> str:
