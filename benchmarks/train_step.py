@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -32,11 +31,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from sparselong.memory import ALLOCATOR
-
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # as stage 03; read when torch first allocates
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
 
 import torch
 
