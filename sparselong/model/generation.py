@@ -46,6 +46,8 @@ takes as well; 1,024 would hold 71."""
 class Decoder:
     """A model with a cache for `most_tokens` positions, and its step, captured on a GPU.
 
+    To be made while no other thread uses the GPU: a capture does not bear it.
+
     Args:
         model: gpt-oss in eval mode, on one device.
         most_tokens: prompt and generated tokens together.
@@ -133,11 +135,13 @@ class Decoder:
 
 @functools.cache
 def _make_stream(device: int) -> torch.cuda.Stream:
-    """A stream of a GPU to capture on, one for the process.
+    """A stream of a GPU to capture on, one for the process and as long as it.
 
-    Made by itself because torch's first stream comes with its whole pool of 128. With the pool a
-    process that captured took 73 MB more of an H200, beside torch's memory, than one that did not;
-    what of that is the pool's was not measured.
+    Made by itself because torch's first stream comes with its whole pool of 128, and older
+    `torch.cuda.graph` makes one even where it is given another. With the pool a process that
+    captured took 73 MB more of an H200, beside torch's memory, than one that did not; what of that
+    is the pool's was not measured. Unlike torch's, the stream waits for the default stream, so that
+    work which another thread puts there breaks a capture off.
     """
     handle = ctypes.c_void_p()
     with torch.cuda.device(device):

@@ -7,6 +7,8 @@ import torch
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from sparselong.errors import StageError
+from sparselong.kernels import expert_gemm
+from sparselong.kernels.expert_choice import NO_LIMIT
 from sparselong.model import generation
 from sparselong.model.decode_step import KernelStep
 from sparselong.model.generation import Decoder, generate
@@ -121,6 +123,36 @@ def test_a_prompt_s_keys_are_held_once(model, monkeypatch):
     for layer in made[0].layers:
         held = [v for v in vars(layer).values() if isinstance(v, torch.Tensor) and v.numel() > 1]
         assert all(id(tensor) in ours for tensor in held)
+
+
+def test_a_prompt_that_breaks_off_leaves_nothing_behind(model, monkeypatch):
+    """Experts are sliced for the prompt's pass alone, and the next prompt finds no trace of it."""
+    monkeypatch.setattr(generation, "PROMPT_TOKENS", WINDOW + 3)
+    limits = []
+
+    def break_off(*_):
+        limits.append(expert_gemm._inference_tokens.get())
+        if len(limits) == 2:
+            raise InterruptedError
+
+    decoder = Decoder(model, 40)
+    hook = model.model.layers[2].register_forward_hook(break_off)
+    with hook, pytest.raises(InterruptedError):
+        decoder.start(torch.full((1, 39), 7))
+    assert limits == [generation.EXPERT_TOKENS] * 2
+    assert expert_gemm._inference_tokens.get() == NO_LIMIT
+    prompt = torch.randint(1, 96, (1, WINDOW + 4), generator=torch.Generator().manual_seed(3))
+    assert torch.equal(decoder.start(prompt), Decoder(model, 40).start(prompt))
+
+
+@pytest.mark.parametrize("chunk", [WINDOW, 3 * WINDOW, 1024])
+def test_a_prompt_may_take_all_places_but_one(model, chunk, monkeypatch):
+    monkeypatch.setattr(generation, "PROMPT_TOKENS", chunk)
+    prompt = torch.randint(1, 96, (1, 39), generator=torch.Generator().manual_seed(3))
+    decoder = Decoder(model, 40)
+    list(generate(model, torch.full((1, 30), 7), 10, decoder=decoder))
+    expected = generate_with_transformers(model, prompt, 1)
+    assert list(generate(model, prompt, 1, decoder=decoder)) == expected
 
 
 def test_a_decoder_serves_several_prompts(model):
