@@ -145,6 +145,15 @@ def test_a_prompt_that_breaks_off_leaves_nothing_behind(model, monkeypatch):
     assert torch.equal(decoder.start(prompt), Decoder(model, 40).start(prompt))
 
 
+def test_of_a_chunk_only_the_last_token_s_state_is_kept(model):
+    sizes, decoder = [], Decoder(model, 40)
+    with model.lm_head.register_forward_pre_hook(
+        lambda _, args: sizes.append(args[0].untyped_storage().nbytes())
+    ):
+        decoder.start(torch.full((1, 3 * WINDOW), 7))
+    assert sizes == [CONFIG.hidden_size * 4]
+
+
 @pytest.mark.parametrize("chunk", [WINDOW, 3 * WINDOW, 1024])
 def test_a_prompt_may_take_all_places_but_one(model, chunk, monkeypatch):
     monkeypatch.setattr(generation, "PROMPT_TOKENS", chunk)
