@@ -54,7 +54,8 @@ class Decoder:
         use_graph: on a GPU, replay a captured step; False launches its kernels one by one.
 
     Raises:
-        ValueError: more positions than the model has; or see `KernelStep`.
+        ValueError: more positions than the model has; a GPU that is not the current device; or see
+            `KernelStep`.
     """
 
     def __init__(self, model: GptOssForCausalLM, most_tokens: int, use_graph: bool = True):
@@ -65,6 +66,8 @@ class Decoder:
             )
         self.model, self.most_tokens = model, most_tokens
         self.is_cuda = model.device.type == "cuda"
+        if self.is_cuda:
+            _check_current(model.device.index, torch.cuda.current_device())
         self.caches = make_caches(model, most_tokens)
         kind = KernelStep if self.is_cuda else TorchStep
         with torch.no_grad():
@@ -250,6 +253,14 @@ def _sample(
             decoder.put(token)
             decoder.advance()
             logits = decoder.step.logits
+
+
+def _check_current(index: int, current: int) -> None:
+    if index != current:  # launches, events and the graph would be the other GPU's
+        raise ValueError(
+            f"model: on cuda:{index}, the current device is cuda:{current}; allowed: the same. "
+            f"Call this under `with torch.cuda.device({index})`"
+        )
 
 
 def _check(logits: torch.Tensor, token: int) -> None:

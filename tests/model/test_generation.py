@@ -219,3 +219,9 @@ def test_a_step_refuses_more_heads_than_its_kernel_takes(model):
             KernelStep(model, [], 8)
     finally:
         model.config.num_attention_heads = 4
+
+
+def test_a_model_on_another_gpu_is_refused():
+    generation._check_current(1, 1)
+    with pytest.raises(ValueError, match="on cuda:1, the current device is cuda:0"):
+        generation._check_current(1, 0)
