@@ -12,10 +12,11 @@ HEAD = """
 gpt-oss-20b's shape with random weights in stage 02's formats (experts MXFP4, attention int4 2:4).
 The bound is what the card's memory delivers by its data sheet: every packed weight that a token
 needs, once. `graph` is this project's `generate`, `kernels` the same step launched kernel by
-kernel, `packed` transformers' `generate` over the packed model, `eager` transformers' over bf16
-weights. Device memory is the peak after loading: what torch's allocator reserves, and the CUDA
-context with kernels, streams and the graph. Loading is building random weights here.
+kernel, `packed` transformers' `generate` over the packed model. Device memory is the peak after
+loading: what torch's allocator reserves, and the CUDA context with kernels, streams and the graph.
+Loading is building random weights here.
 """
+EAGER = "\n`eager` is transformers' `generate` over bf16 weights.\n"
 
 
 def write_section() -> str:
@@ -48,6 +49,7 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
             f"{values[arm, 'device_bytes'] / 2**30:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [EAGER] if "eager" in arms else []
     kernels = {
         metric.removeprefix("kernel_us: "): value
         for (arm, metric), value in values.items()
