@@ -1,5 +1,11 @@
-"""Which tests of this folder a machine can run, by its number of GPUs."""
+"""Without a GPU nothing of this folder runs; files that take more than one say so themselves."""
 
+import pytest
 import torch
 
-collect_ignore = [] if torch.cuda.device_count() >= 2 else ["test_context_parallel.py"]
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before the first fixture makes something on a GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

@@ -15,7 +15,6 @@ from sparselong.kernels.attention import attention
 from sparselong.kernels.attention_ref import attention_reference
 from tests.poisoned import PoisonedTorch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 NAMES = ("out", "dq", "dk", "dv", "dsinks")
 
 

@@ -23,6 +23,7 @@ from tests.distributed.pool import Pool
 from tests.distributed.test_parity import CASES, differences, far, five_steps, packed, two_rows
 from tests.distributed.training import Result, Run, peak_bytes, train_alone, train_sharded
 
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 SIZES = [size for size in (2, 4) if size <= torch.cuda.device_count()]
 SEEDS = 6
 BF16_CASES: dict[str, Callable[[int], Run]] = {

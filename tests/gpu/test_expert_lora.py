@@ -25,7 +25,6 @@ from sparselong.kernels.recompute import checkpoint_contexts
 from tests.gpu.test_expert_gemm import CASES, OURS, Case, assert_close, deviations, draw
 from tests.poisoned import PoisonedTorch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SCALINGS = {"gate_up": 4.0, "down": 0.5}
 BOTH = ("gate_up", "down")
 

@@ -17,7 +17,6 @@ from sparselong.kernels.rms_norm_ref import add_rms_norm_reference, rms_norm_ref
 from sparselong.kernels.rotary_ref import rotate_reference
 from tests.poisoned import PoisonedTorch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32]
 EPS = 1e-5
