@@ -143,20 +143,25 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         row(case, args.arm, "weights_bytes", weights, "bytes"),
     ]
     if args.arm != "eager":
-        needed, bandwidth = active_bytes(model), sheet_bandwidth()
-        rows += [
-            row(case, args.arm, "active_bytes", needed, "bytes"),
-            row(case, args.arm, "bound", bandwidth / needed, "tokens/s"),
-            row(
-                case, args.arm, "share_of_bound",
-                statistics.median(rates) * needed / bandwidth, "1",
-            ),
-        ]  # fmt: skip
+        rows += compare_with_bound(model, args.arm, case, statistics.median(rates))
     if args.arm == "graph" and decoder is not None:
         rows += time_steps(decoder, case)
     for entry in rows:
         print(f"{args.arm:8} {entry['metric']:22} {entry['value']:16.6g}", file=sys.stderr)
     return rows
+
+
+def compare_with_bound(
+    model: GptOssForCausalLM, arm: str, case: dict[str, Any], rate: float
+) -> list[dict[str, Any]]:
+    """Rows of what a token reads, the tokens a second that this allows, and `rate`'s share."""
+    needed = active_bytes(model)
+    bound = sheet_bandwidth() / needed
+    return [
+        row(case, arm, "active_bytes", needed, "bytes"),
+        row(case, arm, "bound", bound, "tokens/s"),
+        row(case, arm, "share_of_bound", rate / bound, "1"),
+    ]
 
 
 def time_call(call: Any) -> float:

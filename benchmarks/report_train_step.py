@@ -22,8 +22,8 @@ products counts as elementwise in every arm, and transformers' grouped products 
 they carry the name of a plain matrix product.
 """
 EXPERTS = """
-`experts` is `masked` with adapters of rank 8 on every expert's two weights and on the routers.
-"""
+`experts`, measured later, is `masked` with adapters of rank 8 on every expert's two weights and on
+the routers."""
 ARMS = ("eager", "flex", "lora", "masked", "experts")
 SUBJECTS = ("train_step_short", "train_step_capped", "train_step_long", "train_step_experts")
 
@@ -33,25 +33,26 @@ def write_section() -> str:
     text = TEXT
     others = [newest(subject) for subject in SUBJECTS]
     for machine, found in newest("train_step").items():
-        more = [entry for other in others if machine in other for entry in other[machine]["rows"]]
-        text += write_machine(machine, found | {"rows": found["rows"] + more})
+        documents = [found, *(other[machine] for other in others if machine in other)]
+        text += write_machine(machine, documents)
     return text
 
 
-def write_machine(machine: str, document: dict[str, Any]) -> str:
-    """Speed and memory by length, and the profiles."""
+def write_machine(machine: str, documents: list[dict[str, Any]]) -> str:
+    """Speed and memory by length, and the profiles; of a case in two documents the first's."""
     values = {}
-    for entry in document["rows"]:
+    for entry in (entry for document in documents for entry in document["rows"]):
         case = entry["case"]
         if case.get("keep_experts") == "always":
             continue  # the memory section and that on several GPUs show these
         key = (case["tokens"], case["batch"], case["cap_gib"], entry["backend"])
-        values.setdefault(key, {})[entry["metric"]] = entry["value"]
-    versions = document["versions"]
+        values.setdefault(key, {}).setdefault(entry["metric"], entry["value"])
+    versions = documents[0]["versions"]
+    files = ", ".join(f"`{document['file']}`" for document in documents)
     arms = [arm for arm in ARMS if any(key[-1] == arm for key in values)]
     lines = [
         f"\n### {machine} (torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"{document['date']}, `{document['file']}`)\n",
+        f"{documents[0]['date']}, {files})\n",
         "| tokens | " + " | ".join(arms) + " |",
         "|---" * (1 + len(arms)) + "|",
     ]
