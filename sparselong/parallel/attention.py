@@ -126,8 +126,7 @@ def start_exchange(own: torch.Tensor, job: Job, tag: str) -> Pending:
 
 def assemble(own: torch.Tensor, received: torch.Tensor, plan: Plan) -> torch.Tensor:
     """[K, 2, B, S, D]: own and received keys and values of a group, by rising position."""
-    pieces = [(own if mine else received)[slice(*part)] for mine, part in plan.assembly]
-    return torch.cat(pieces)
+    return _join([(own if mine else received)[slice(*part)] for mine, part in plan.assembly])
 
 
 def gather(own: torch.Tensor, halo: torch.Tensor | None, job: Job) -> Iterator[torch.Tensor]:
@@ -236,9 +235,15 @@ class _Return:
 
 def _take(rows: torch.Tensor, ranges: list[Range]) -> torch.Tensor:
     """Those rows, one range after another."""
-    if not ranges:
-        return rows[:0]
-    return torch.cat([rows[first:last] for first, last in ranges])
+    return _join([rows[first:last] for first, last in ranges]) if ranges else rows[:0]
+
+
+def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """Along the first axis; a single piece is not copied."""
+    if len(pieces) == 1:
+        return pieces[0]
+    # As rows: beyond four axes torch.cat launches a copy for each piece.
+    return torch.cat([piece.flatten(1) for piece in pieces]).view(-1, *pieces[0].shape[1:])
 
 
 def _keys_and_values(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
