@@ -16,6 +16,7 @@ of its own queries.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -93,15 +94,11 @@ def _in_parts(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Pa
 
 
 def _reduce_at_once(parameters: list[torch.nn.Parameter], mesh: Mesh) -> None:
-    grads = [
-        p.new_zeros(p.numel()).float() if p.grad is None else p.grad.flatten().float()
-        for p in parameters
-    ]
-    total = sum_in_slices(torch.cat(grads), mesh.world_group, "gradients")
-    sizes = [p.numel() for p in parameters]
-    for parameter, summed in zip(parameters, total.split(sizes), strict=True):
-        summed = summed.view_as(parameter).to(parameter.dtype)
+    for parameter in parameters:
         if parameter.grad is None:
-            parameter.grad = summed
-        else:
-            parameter.grad.copy_(summed)
+            parameter.grad = torch.zeros_like(parameter)
+    grads: list[Any] = [parameter.grad for parameter in parameters]
+    joined = torch.cat([grad.flatten().float() for grad in grads])
+    total = sum_in_slices(joined, mesh.world_group, "gradients")
+    parts = total.split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
