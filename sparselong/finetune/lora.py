@@ -12,11 +12,13 @@ had learned.
 The gradient passes straight through the rounding, stops where the mask drops a weight and where a
 code saturates:
 
-    dX = dY Wq        G = (dYᵀ X) ∘ mask ∘ [not saturated]        dB = s G Aᵀ        dA = s Bᵀ G
+    dX = dY Wq        G = s (dYᵀ X) ∘ mask ∘ [not saturated]        dB = G Aᵀ        dA = Bᵀ G
 
 G has the size of the weight, so this needs one matmul per layer more than ordinary LoRA; for the
 attention projections of gpt-oss that is about 5 % of a training step. Nothing of weight size is
-kept between forward and backward: W and Wq are made again, a rank-r matmul and a rounding.
+kept from the forward pass to the backward pass: W and Wq are made again, a rank-r matmul and a
+rounding. A checkpointed layer makes them in its second pass and has them for the backward pass that
+follows at once.
 
 The layer is a PEFT LoRA layer (PEFT's registry of custom modules builds it), so that PEFT and
 transformers save, load and resume its A and B as a plain adapter. Such an adapter added to the
@@ -41,6 +43,7 @@ from torch.nn import functional
 from sparselong.finetune import masks
 from sparselong.kernels.masked_weight import MaskedWeight
 from sparselong.kernels.masked_weight_ref import sum_weight
+from sparselong.kernels.recompute import is_checkpointed
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import dense, two_four
 from sparselong.packing.dense import DenseFormat
@@ -49,31 +52,34 @@ from sparselong.packing.dense import DenseFormat
 class _MaskedLinear(torch.autograd.Function):
     """x [..., in] → [..., out] through pruned and rounded M + s·B·A; see the module's essay.
 
-    Saved for backward: x, A, B and references to the layer's buffers, nothing of weight size.
+    Saved for backward: x, A, B and references to the layer's buffers; where checkpointing drops
+    what a first pass saves, the rounded weight as well, so that the second pass's is there.
     """
 
     @staticmethod
     def forward(ctx, x, lora_a, lora_b, master, patterns, scale, bias, scaling, bits):
-        ctx.save_for_backward(x, lora_a, lora_b, master, patterns, scale)
         ctx.scaling, ctx.bits = scaling, bits
         made_from = MaskedWeight(master, lora_a, lora_b, scaling, patterns, scale, bits)
         with torch.autocast(x.device.type, enabled=False):
             weight = made_from.round().to(x.dtype)
+            made = weight if is_checkpointed() else None
+            ctx.save_for_backward(x, lora_a, lora_b, master, patterns, scale, made)
             return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, lora_a, lora_b, master, patterns, scale = ctx.saved_tensors
+        x, lora_a, lora_b, master, patterns, scale, weight = ctx.saved_tensors
         made_from = MaskedWeight(master, lora_a, lora_b, ctx.scaling, patterns, scale, ctx.bits)
         grad_x = grad_a = grad_b = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_x = grad @ made_from.round().to(grad.dtype)
+                weight = made_from.round() if weight is None else weight
+                grad_x = grad @ weight.to(grad.dtype)
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 outer = _sum_outer(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
                 passed = made_from.gate_(outer)
-                grad_a = ctx.scaling * (lora_b.float().T @ passed)
-                grad_b = ctx.scaling * (passed @ lora_a.float().T)
+                grad_a = lora_b.float().T @ passed
+                grad_b = passed @ lora_a.float().T
         return grad_x, grad_a, grad_b, None, None, None, None, None, None
 
 

@@ -2,7 +2,8 @@
 
     W = M + s·B·A        weight = bf16(q · scale),  q = clamp(round(mask ∘ W / scale))
 
-and the gate of its gradient: a gradient passes where the mask keeps and the code does not saturate.
+and the gate of its gradient: a gradient passes where the mask keeps and the code does not saturate,
+and is multiplied by s on its way to B·A.
 Both are made anew in every pass over a layer. In plain torch that is thirty passes over the weight,
 with fp32 copies of it; on a GPU one Triton kernel reads master, patterns and scales once and writes
 the result. The arithmetic is the same: sums and quotient in fp32 (the quotient correctly rounded),
@@ -68,9 +69,9 @@ class MaskedWeight:
         return weight
 
     def gate_(self, grad: torch.Tensor) -> torch.Tensor:
-        """fp32 gradient [out, in] of the rounded weight → of W, in place."""
+        """fp32 gradient [out, in] of the rounded weight → of B·A, in place."""
         if not grad.is_cuda:
-            return grad.mul_(reference.passes(**vars(self)))
+            return grad.mul_(reference.passes(**vars(self))).mul_(self.scaling)
         self._launch(grad, gate=True)
         return grad
 
@@ -112,7 +113,7 @@ def masked_weight_kernel(
     GROUP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SCALE: tl.constexpr, GATE: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the rounded weight, or (GATE) of a gradient that passes or becomes zero.
+    """One tile of the rounded weight, or (GATE) of a gradient: it passes, times s, or becomes zero.
 
     Columns are blocks of 32: a block has one scale, and three bytes of eight patterns, the first
     in the lowest bits.
@@ -159,7 +160,7 @@ def masked_weight_kernel(
             weight = _round(weight, step, lowest, highest)
     if GATE:
         grad = tl.load(result_ptr + at, mask=inside, other=0.0)
-        tl.store(result_ptr + at, tl.where(passes, grad, 0.0), mask=inside)
+        tl.store(result_ptr + at, tl.where(passes, grad * scaling, 0.0), mask=inside)
     else:
         weight = tl.where(passes, weight, 0.0)
         tl.store(result_ptr + at, weight.to(result_ptr.dtype.element_ty), mask=inside)

@@ -83,12 +83,16 @@ def adapted_bytes(shape: ModelShape, config: Config) -> int:
         return 0
     bits = BF16_BITS + (_PATTERN_BITS if dense.sparsity == "2:4" else 0.0)
     bits += BF16_BITS / dense.group_size if dense.weight_bits < BF16_BITS else 0.0
-    sizes = [
+    return int(shape.layers * adapted_weights(shape, config) * bits / 8)
+
+
+def adapted_weights(shape: ModelShape, config: Config) -> int:
+    """Weights of the targeted layers in one decoder layer."""
+    return sum(
         rows * columns
         for name, (rows, columns) in shape.projections.items()
         if name in config.lora.target_modules
-    ]
-    return int(shape.layers * sum(sizes) * bits / 8)
+    )
 
 
 def lora_parameters(shape: ModelShape, config: Config) -> int:

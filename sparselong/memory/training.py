@@ -9,10 +9,11 @@ moments can be the peak, all while every layer's checkpoint is still there:
 
 What a layer has made again by then, in hidden (H), query (Q) and key (K) widths a token: the two
 norms' outputs and the residual sum 3 H, queries and attention's output 2 Q, keys and values 2 K,
-and two gradients of H. The experts' pass goes through slices of at most 16,384 tokens; each choice
-holds gate_up's output, 2 inner widths, a row of H and one of dh; the
-decoded weights take 0.25 GiB beside them. tests/memory runs the real step without a device, counts
-every tensor and holds these sums to it; benchmarks/memory.py holds the whole to a GPU's figures.
+two gradients of H, and the rounded weights of its adapted projections. The experts' pass goes
+through slices of at most 16,384 tokens; each choice holds gate_up's output, 2 inner widths, a row
+of H and one of dh; the decoded weights take 0.25 GiB beside them. tests/memory runs the real step
+without a device, counts every tensor and holds these sums to it; benchmarks/memory.py holds the
+whole to a GPU's figures.
 
 Where layers keep their experts' gate_up output, that of all layers is there from the forward pass
 on; a slice's goes as soon as its gradients are there, and the layer's before its attention's turn.
@@ -220,7 +221,8 @@ def _layer(shape: ModelShape, config: Config, tokens: int, width: int, kept: Kep
     """What the last layer's second pass has saved, and two gradients of hidden size."""
     saved = 5 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width
     routing = shape.experts_per_token * (8 + 2 * width) + 3 * 4 + shape.head_dim * width
-    both = tokens * (saved * width + 4 * shape.heads + routing)
+    weights = width * storage.adapted_weights(shape, config)
+    both = tokens * (saved * width + 4 * shape.heads + routing) + weights
     # A last layer with full attention is handed what was kept, which is counted there.
     shared = kept.attention and shape.layers % 2 == 0
     return both - (_kept_attention(shape, tokens) if shared else 0)

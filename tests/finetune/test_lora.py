@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
 from sparselong.finetune.lora import MaskedLoraLinear
+from sparselong.kernels.masked_weight import MaskedWeight
+from sparselong.kernels.recompute import checkpoint_contexts
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import dense, integer
 from sparselong.packing.dense import DenseFormat
@@ -175,6 +178,32 @@ def test_gradients_are_the_same_under_checkpointing_and_autocast_is_obeyed():
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x.detach().float())
     assert torch.equal(y, layer(x.detach()))
+
+
+def test_a_checkpointed_layer_makes_its_weight_once_a_pass(monkeypatch):
+    layer = make_layer(DenseFormat(4, "2:4", 32), trained=True, dtype=torch.bfloat16)
+    x = torch.randn(4, IN, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).square().sum().backward()
+    leaves = (*layer.adapter()[:2], x)
+    plain = [t.grad.clone() for t in leaves]
+    for t in leaves:
+        t.grad = None
+    made: list[weakref.ref] = []
+    original = MaskedWeight.round
+
+    def round_and_note(self: MaskedWeight) -> torch.Tensor:
+        weight = original(self)
+        made.append(weakref.ref(weight.untyped_storage()))
+        return weight
+
+    monkeypatch.setattr(MaskedWeight, "round", round_and_note)
+    context = partial(checkpoint_contexts, False)
+    y = checkpoint(layer, x, use_reentrant=False, context_fn=context)
+    assert [ref() for ref in made] == [None], "the first pass's is not kept"
+    y.square().sum().backward()
+    assert [ref() for ref in made] == [None, None], "the second pass's serves the backward pass"
+    for was, t in zip(plain, leaves, strict=True):
+        assert torch.equal(was, t.grad)
 
 
 def test_nothing_of_weight_size_lives_between_forward_and_backward():

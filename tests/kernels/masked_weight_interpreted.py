@@ -94,7 +94,7 @@ def compare(case: Case, weight: MaskedWeight) -> dict[str, Any]:
     return {
         "name": str(case),
         "weight": float((rounded != expected).float().mean()),
-        "gate": float((gated != upstream * passes).float().mean()),
+        "gate": float((gated != weight.scaling * upstream * passes).float().mean()),
         "passing": float(passes.float().mean()),
     }
 
