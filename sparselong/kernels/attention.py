@@ -111,6 +111,10 @@ def pick_backend(backend: str | None, q: torch.Tensor, call: Call) -> str:
 def choose_backend(q: torch.Tensor, call: Call) -> str:
     """The backend that `backend=None` takes: the table's first that can take the call.
 
+    cuDNN works out a plan for every new pair of lengths (0.04 s a pass:
+    benchmarks/attention_first_call.py), which pays in training alone: with gradients off, where
+    prompts of any length come and go, it is passed over.
+
     Raises:
         ValueError: none can.
     """
@@ -119,6 +123,8 @@ def choose_backend(q: torch.Tensor, call: Call) -> str:
     row = rank_backends(architecture_of(q.device), kind, mask.documents is not None, mask.keys)
     refusals = []
     for name in row.order:
+        if name == "torch_cudnn" and not torch.is_grad_enabled():
+            continue
         refusal = None if name == "reference" else load_backend(name).refuse(q, call)
         if refusal is None:
             return name

@@ -11,8 +11,10 @@ P = exp(scores - lse') and rowsum(dO * out). The sink's own gradient is
 
 FlashAttention-2 aligns its causal mask at the last query and last key, so a query offset is served
 by leaving away the keys after the last query; with `deterministic` it runs under torch's
-deterministic algorithms. cuDNN's operator has no window, no documents, no offset and no
-deterministic backward.
+deterministic algorithms. cuDNN's operator has no window, no documents, no deterministic backward,
+and aligns its mask at the first query and key: queries that begin at an offset attend once to the
+keys before it, all of them, and once to their own, causally. Both outputs are weighted by their
+shares of the softmax, and each part's backward pass is given the whole's out and lse.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from sparselong.kernels.attention_mask import Attended, Call, Done, Gradients, M
 from sparselong.kernels.layout import with_unit_stride
 
 aten = torch.ops.aten
+LEAST_BEHIND = 64
+"""Fewer queries behind an offset, as in decoding, do not fill one tile of cuDNN's."""
 _DSINK_QUERIES = 2048
 
 
@@ -48,10 +52,12 @@ def refuse_cudnn(q: torch.Tensor, call: Call) -> str | None:
         return f"window: {mask.window}; allowed: None"
     if mask.documents is not None:
         return "cu_seqlens: given; allowed: None"
-    if mask.offset != 0 or mask.queries != mask.keys:
-        return f"query_offset: {mask.offset}; allowed: 0, with as many queries as keys"
+    if mask.offset + mask.queries != mask.keys:
+        return f"query_offset: {mask.offset}; allowed: keys - queries, {mask.keys - mask.queries}"
     if mask.queries == 1:
         return "q: 1 query; allowed: 2 or more"
+    if mask.offset and mask.queries < LEAST_BEHIND:
+        return f"q: {mask.queries} queries behind an offset; allowed: {LEAST_BEHIND} or more"
     if call.deterministic:  # seen on an H200, torch 2.11: its backward differs between runs even so
         return "deterministic: True; allowed: False"
     return None
@@ -112,11 +118,17 @@ def attend_cudnn(
 ) -> Attended:
     """(out, lse, what the operator's backward needs). Shapes as in `attention.attention`."""
     q, k, v = with_unit_stride(q, k, v)
-    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, True, False, scale=call.scale
-    )
-    out, lse = take_sinks_in(out, lse.view(q.shape[:3]), sinks)
-    return out, lse, (seed, offset)
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    kept: tuple[torch.Tensor, ...] = ()
+    for keys, causal in cudnn_parts(call.mask):
+        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+            q, k[:, :, keys], v[:, :, keys], None, True, 0.0, causal, False, scale=call.scale
+        )
+        parts.append((out, lse.view(q.shape[:3])))
+        kept += (seed, offset)
+    if len(parts) == 1:
+        return *take_sinks_in(*parts[0], sinks), kept
+    return *_add_parts(*parts, sinks), kept
 
 
 def attend_cudnn_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
@@ -124,12 +136,41 @@ def attend_cudnn_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradien
     q, k, v, _, out, lse, kept = done
     mask = call.mask
     dsinks = sink_gradient(dout, done) if call.needs_dsinks else None
-    sizes = (None, None, None, mask.queries, mask.keys)
     dout, q, k, v = with_unit_stride(dout, q, k, v)
-    grads = aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse[..., None], *kept, *sizes, 0.0, True, scale=call.scale
+    dq, of_keys = None, []
+    for n, (keys, causal) in enumerate(cudnn_parts(mask)):
+        sizes = (None, None, None, mask.queries, keys.stop - keys.start)
+        part, *more = aten._scaled_dot_product_cudnn_attention_backward(
+            *(dout, q, k[:, :, keys], v[:, :, keys], out, lse[..., None]),
+            *(*kept[2 * n : 2 * n + 2], *sizes, 0.0, causal),
+            scale=call.scale,
+        )
+        dq = part if dq is None else dq.add_(part)
+        of_keys.append(more)
+    dk, dv = (
+        of_keys[0] if len(of_keys) == 1 else (torch.cat(t, 2) for t in zip(*of_keys, strict=True))
     )
-    return *grads, dsinks
+    assert dq is not None
+    return dq, dk, dv, dsinks
+
+
+def cudnn_parts(mask: Mask) -> list[tuple[slice, bool]]:
+    """The keys of each of the operator's calls, in rising order, and whether it is causal."""
+    own = (slice(mask.offset, mask.keys), True)
+    return [own] if mask.offset == 0 else [(slice(0, mask.offset), False), own]
+
+
+def _add_parts(
+    first: tuple[torch.Tensor, torch.Tensor],
+    second: tuple[torch.Tensor, torch.Tensor],
+    sinks: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with sinks over two sets of keys, from plain attention's (out, lse) over each. The
+    first out is written to; one rounding."""
+    (out, lse), (more, more_lse) = first, second
+    total = torch.logaddexp(torch.logaddexp(lse, more_lse), sinks.float()[:, None])
+    share, more_share = (torch.exp(part - total)[..., None] for part in (lse, more_lse))
+    return torch.addcmul(out * share, more, more_share, out=out), total
 
 
 def sink_gradient(dout: torch.Tensor, done: Done) -> torch.Tensor:

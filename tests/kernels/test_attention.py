@@ -210,6 +210,16 @@ def test_the_choice_by_table():
                 assert sizes == sorted(sizes) and sizes[-1] > 1 << 40
 
 
+def test_only_training_is_planned_by_cudnn(monkeypatch):
+    monkeypatch.setattr(kernels, "architecture_of", lambda _: "sm_90")
+    q = torch.zeros(1, 8, 300, 64, dtype=torch.bfloat16)
+    for offset in (0, 128):
+        call = Call(Mask(1, 300, 300 + offset, offset, None, None), 0.125)
+        assert choose_backend(q, call) == "torch_cudnn"
+        with torch.no_grad():
+            assert choose_backend(q, call) == "triton"
+
+
 def test_what_each_backend_cannot_take():
     from sparselong.kernels import attention_torch, attention_triton
 
@@ -224,7 +234,9 @@ def test_what_each_backend_cannot_take():
     assert refuse(q, plain) is None
     assert "window: 9" in str(refuse(q, shaped(300, 300, 0, 9, None)))
     assert "cu_seqlens" in str(refuse(q, shaped(300, 300, 0, None, documents)))
-    assert "query_offset: 5" in str(refuse(q, shaped(300, 305, 5, None, None)))
+    assert refuse(q, shaped(300, 305, 5, None, None)) is None
+    assert "query_offset: 5" in str(refuse(q, shaped(300, 310, 5, None, None)))
+    assert "behind an offset; allowed: 64" in str(refuse(q, shaped(63, 300, 237, None, None)))
     assert "1 query" in str(refuse(q, shaped(1, 1, 0, None, None)))
     assert "deterministic" in str(refuse(q, dataclasses.replace(plain, deterministic=True)))
     assert "float32" in str(refuse(q.float(), plain))

@@ -17,12 +17,13 @@ from sparselong.kernels.attention_mask import Call, Done, Mask, find_documents
 from sparselong.kernels.attention_ref import attention_reference
 
 
-def scores_of(q, k, scale, left):
+def scores_of(q, k, scale, left, unmasked=False):
     """[heads, queries, keys] of one document, q and k as [tokens, heads, head_dim]."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     distance = torch.arange(q.shape[0])[:, None] + k.shape[0] - q.shape[0] - torch.arange(len(k))
-    return scores.masked_fill((distance < 0) | (distance > left), -math.inf)
+    hidden = (distance < 0) | (distance > left)
+    return scores if unmasked else scores.masked_fill(hidden, -math.inf)
 
 
 def split(q, k, cu_q, cu_k):
@@ -41,7 +42,7 @@ def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale,
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]) if cu_q is None else q.shape[1::-1], 9.0)
     for of_q, of_k in split(q, k, cu_q, cu_k):
         assert q[of_q].shape[0] <= max_q and k[of_k].shape[0] <= max_k
-        scores = scores_of(q[of_q], k[of_k], scale, left)
+        scores = scores_of(q[of_q], k[of_k], scale, left, "unmasked" in window)
         values = v[of_k].repeat_interleave(q.shape[-2] // v.shape[-2], 1)
         out[of_q] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
         lse[of_q if cu_q is None else (slice(None), *of_q)] = scores.logsumexp(-1)
@@ -55,7 +56,7 @@ def backward(
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     group = q.shape[-2] // k.shape[-2]
     for of_q, of_k in split(q, k, cu_q, cu_k):
-        scores = scores_of(q[of_q], k[of_k], scale, left)
+        scores = scores_of(q[of_q], k[of_k], scale, left, "unmasked" in window)
         own = lse[of_q if cu_q is None else (slice(None), *of_q)]
         p = torch.exp(scores - own[..., None])
         wide_k, wide_v = (t[of_k].repeat_interleave(group, 1) for t in (k, v))
@@ -67,10 +68,39 @@ def backward(
     return dq, dk, dv
 
 
+def cudnn_forward(q, k, v, bias, computes_lse, dropout, causal, debug, *, scale):
+    """Heads first, the mask from the top left; a square one when causal."""
+    assert bias is None and computes_lse and dropout == 0
+    assert not causal or q.shape[2] == k.shape[2]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mask = {} if causal else {"unmasked": True}
+    out, lse, *_ = forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=scale, **mask
+    )
+    return out.transpose(1, 2), lse[..., None], *(None,) * 4, "seed", causal, None
+
+
+def cudnn_backward(
+    dout, q, k, v, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, dropout, causal, *, scale
+):
+    assert (seed, offset) == ("seed", causal), "what the same part's forward pass returned"
+    assert (max_q, max_k) == (q.shape[2], k.shape[2])
+    dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+    mask = {} if causal else {"unmasked": True}
+    grads = backward(
+        dout, q, k, v, out, lse[..., 0], None, None, max_q, max_k, 0.0, True, None, None,
+        scale=scale, **mask,
+    )  # fmt: skip
+    return tuple(t.transpose(1, 2) for t in grads)
+
+
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
     operators = SimpleNamespace(
-        _flash_attention_forward=forward, _flash_attention_backward=backward
+        _flash_attention_forward=forward,
+        _flash_attention_backward=backward,
+        _scaled_dot_product_cudnn_attention=cudnn_forward,
+        _scaled_dot_product_cudnn_attention_backward=cudnn_backward,
     )
     monkeypatch.setattr(backend, "aten", operators)
 
@@ -90,6 +120,19 @@ def stand_ins(monkeypatch):
     ],
 )
 def test_output_and_gradients_with_sinks(batch, queries, keys, offset, window, boundaries):
+    functions = (backend.attend_flash, backend.attend_flash_backward)
+    compare(functions, batch, queries, keys, offset, window, boundaries)
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(2, 20, 20), (1, 8, 30), (2, 15, 30)])
+def test_cudnn_takes_the_keys_before_its_queries_apart(batch, queries, keys):
+    functions = (backend.attend_cudnn, backend.attend_cudnn_backward)
+    compare(functions, batch, queries, keys, keys - queries)
+
+
+def compare(functions, batch, queries, keys, offset, window=None, boundaries=None):
+    """Output, lse and gradients of a backend against the reference."""
+    attend, attend_backward = functions
     torch.manual_seed(0)
     q, dout = (torch.randn(batch, 4, queries, 8, dtype=torch.float64) for _ in range(2))
     k, v = (torch.randn(batch, 2, keys, 8, dtype=torch.float64) for _ in range(2))
@@ -105,8 +148,8 @@ def test_output_and_gradients_with_sinks(batch, queries, keys, offset, window, b
     grads = torch.autograd.grad(expected, leaves, dout)
 
     call = Call(mask, 8**-0.5)
-    out, lse, kept = backend.attend_flash(q, k, v, sinks, call)
-    got = backend.attend_flash_backward(dout, Done(q, k, v, sinks, out, lse, kept), call)
+    out, lse, kept = attend(q, k, v, sinks, call)
+    got = attend_backward(dout, Done(q, k, v, sinks, out, lse, kept), call)
     close = {"rtol": 1e-4, "atol": 1e-5}  # sinks and lse are taken in fp32
     torch.testing.assert_close(out, expected.detach(), **close)
     torch.testing.assert_close(lse.double(), expected_lse.detach(), **close)
