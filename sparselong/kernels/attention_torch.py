@@ -126,9 +126,8 @@ def attend_cudnn(
         )
         parts.append((out, lse.view(q.shape[:3])))
         kept += (seed, offset)
-    if len(parts) == 1:
-        return *take_sinks_in(*parts[0], sinks), kept
-    return *_add_parts(*parts, sinks), kept
+    out, lse = take_sinks_in(*parts[0], sinks) if len(parts) == 1 else _add_parts(parts, sinks)
+    return out, lse, kept
 
 
 def attend_cudnn_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
@@ -161,13 +160,11 @@ def cudnn_parts(mask: Mask) -> list[tuple[slice, bool]]:
 
 
 def _add_parts(
-    first: tuple[torch.Tensor, torch.Tensor],
-    second: tuple[torch.Tensor, torch.Tensor],
-    sinks: torch.Tensor,
+    parts: list[tuple[torch.Tensor, torch.Tensor]], sinks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with sinks over two sets of keys, from plain attention's (out, lse) over each. The
     first out is written to; one rounding."""
-    (out, lse), (more, more_lse) = first, second
+    (out, lse), (more, more_lse) = parts
     total = torch.logaddexp(torch.logaddexp(lse, more_lse), sinks.float()[:, None])
     share, more_share = (torch.exp(part - total)[..., None] for part in (lse, more_lse))
     return torch.addcmul(out * share, more, more_share, out=out), total

@@ -101,4 +101,5 @@ def _reduce_at_once(parameters: list[torch.nn.Parameter], mesh: Mesh) -> None:
     joined = torch.cat([grad.flatten().float() for grad in grads])
     total = sum_in_slices(joined, mesh.world_group, "gradients")
     parts = total.split([grad.numel() for grad in grads])
-    torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+    sums = [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)]
+    torch._foreach_copy_(grads, sums)  # pyright: ignore[reportPrivateImportUsage]
