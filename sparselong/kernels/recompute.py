@@ -9,6 +9,8 @@ layer these need not be:
   them out in the second: the same bits. Window layers, which cost next to nothing, attend again.
 - Keys that a window layer has from other processes (`parallel/attention.py`): exchanged once, kept
   by `exchange_once`, which costs next to nothing.
+  The keys that a full layer's backward pass will have from other processes are on their way from
+  the second pass on (`begin_ahead`), while the experts go backward.
 - The experts' output. They come last in a layer, so nothing in the second pass needs it. Their
   backward pass goes from gate_up's output, several checkpoints' worth: it makes that again from
   their input, or finds it where the layer keeps its experts (`expert_gemm.py`). That needs no list
@@ -26,11 +28,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 
 from sparselong.kernels.attention_mask import Attended
 
+T = TypeVar("T")
 _active = threading.local()  # the second pass runs in autograd's own thread
 
 
@@ -41,6 +45,7 @@ class _Layer:
         self.keep_attention, self.keep_experts = keep_attention, keep_experts
         self.results: list[Attended] = []
         self.exchanged: list[torch.Tensor] = []
+        self.begun: list[Any] = []
         self.position: int | None = None
         """The next result to hand out; None in the first pass."""
         self.exchange_position = 0
@@ -127,6 +132,20 @@ def exchange_once(exchange: Callable[[], torch.Tensor]) -> torch.Tensor:
         return layer.exchanged[-1]
     layer.exchange_position += 1
     return layer.exchanged[layer.exchange_position - 1]
+
+
+def begin_ahead(begin: Callable[[], T]) -> list[T]:
+    """What a second pass begins for the backward pass that follows it: `begin()`, last in the list.
+
+    Autograd goes backward through the first pass's nodes, so the first pass is given the list, too,
+    and its backward pass finds there what the second one put in. Without checkpointing it is empty.
+    """
+    layer = _layer()
+    if layer is None:
+        return []
+    if layer.position is not None:
+        layer.begun.append(begin())
+    return layer.begun
 
 
 def _view(result: Attended) -> Attended:

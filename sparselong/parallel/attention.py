@@ -2,8 +2,9 @@
 
 Full layers take `heads_k_stride` KV heads at a time. Their keys and values come in by one
 all-to-all (`plan.py` says which), and while these are attended to the next ones are on their way.
-In the backward pass the same again, and each head's dK and dV for other ranks' keys go back while
-the next heads are worked on: in the inputs' type, which is one rounding, and added at home in fp32
+In the backward pass the same again, the first keys being on their way since the layer's second pass
+where it is checkpointed; and each head's dK and dV for other ranks' keys go back while the next
+heads are worked on: in the inputs' type, which is one rounding, and added at home in fp32
 in rank order, so the gradients are the same bits in every run. This is llama3-style context
 parallelism (Llama 3, arXiv:2407.21783) with fewer bytes: no rank is sent keys that it cannot see.
 
@@ -30,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from sparselong.kernels.attention import load_backend
 from sparselong.kernels.attention_mask import Done
-from sparselong.kernels.recompute import attend_once, exchange_once
+from sparselong.kernels.recompute import attend_once, begin_ahead, exchange_once
 from sparselong.parallel.collectives import Pending, start_all_to_all
 from sparselong.parallel.plan import Plan, Range
 
@@ -82,8 +83,10 @@ class _ShardedAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.cuda.device_of(q):
             own = pack(k, v, job.stride)
-            halo = None
-            if not job.is_full:
+            halo, ctx.begun = None, []
+            if job.is_full:
+                ctx.begun = begin_ahead(lambda: start_exchange(own[0], job, KEYS))
+            else:
                 halo = exchange_once(lambda: start_exchange(own[0], job, HALO).wait())
             # What backends keep is a tuple for each call; recompute hands it on as it is.
             out, lse, kept = attend_once(lambda: _attend(q, sinks, own, halo, job), job.is_full)
@@ -103,7 +106,8 @@ class _ShardedAttention(torch.autograd.Function):
             del flat[:count]
         done = Done(q, q, q, sinks, out, lse)  # its keys come in group by group
         with torch.cuda.device_of(q):
-            dq, dk, dv, dsinks = _attend_backward(dout, done, kept, own, halo, ctx.job)
+            keys = gather(own, halo, ctx.job, ctx.begun.pop() if ctx.begun else None)
+            dq, dk, dv, dsinks = _attend_backward(dout, done, kept, own, keys, ctx.job)
         return dq, dk, dv, None if dsinks is None else dsinks.to(sinks.dtype), None
 
 
@@ -129,12 +133,15 @@ def assemble(own: torch.Tensor, received: torch.Tensor, plan: Plan) -> torch.Ten
     return _join([(own if mine else received)[slice(*part)] for mine, part in plan.assembly])
 
 
-def gather(own: torch.Tensor, halo: torch.Tensor | None, job: Job) -> Iterator[torch.Tensor]:
-    """Each group's assembled keys and values; the next group's are under way meanwhile."""
+def gather(
+    own: torch.Tensor, halo: torch.Tensor | None, job: Job, begun: Pending | None = None
+) -> Iterator[torch.Tensor]:
+    """Each group's assembled keys and values; the next group's are under way meanwhile, the first
+    one's perhaps already (`begun`)."""
     if halo is not None:
         yield assemble(own[0], halo, job.plan)
         return
-    pending = start_exchange(own[0], job, KEYS)
+    pending = begun or start_exchange(own[0], job, KEYS)
     for group in range(len(own)):
         received = pending.wait()
         if group + 1 < len(own):
@@ -169,7 +176,7 @@ def _attend_backward(
     done: Done,
     kept: list[tuple[torch.Tensor, ...]],
     own: torch.Tensor,
-    halo: torch.Tensor | None,
+    groups: Iterator[torch.Tensor],
     job: Job,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dq, dk, dv and, where needed, dsinks in fp32."""
@@ -179,7 +186,7 @@ def _attend_backward(
     dsinks: list[torch.Tensor] = []
     share = q.shape[1] // len(own)
     returning: _Return | None = None
-    for group, keys in enumerate(gather(own, halo, job)):
+    for group, keys in enumerate(groups):
         heads = slice(group * share, (group + 1) * share)
         partial = _zeros_wide(keys)
         of_sinks = []

@@ -125,6 +125,44 @@ def traffic(tokens: int, windows: tuple[int | None, ...], keep: bool | None) -> 
     return dict(sent)
 
 
+class _LooksBackward(torch.autograd.Function):
+    """The identity; its backward pass notes what this process's last exchange was."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.seen = seen
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        _ = ctx.saved_tensors  # as experts need theirs: here the second pass takes place
+        ctx.seen.append(progress())
+        return grad, None
+
+
+def exchanges_before_the_experts_backward(keep: bool | None) -> tuple[int, str]:
+    """How many exchanges the backward pass of a layer has begun when it comes to what stands behind
+    its attention, and the last one's tag."""
+    mesh = mesh_of(dist.get_world_size())
+    layout = Layout((0, 16), 1, heads_k_stride=1)
+    q, k, v = (torch.randn(1, heads, 8, 8).requires_grad_() for heads in (4, 2, 2))
+    extra = {"window": None, "scale": None, "backend": None, "deterministic": False}
+    seen: list[tuple[int, str]] = []
+
+    def layer(q: torch.Tensor) -> torch.Tensor:
+        attended = context.attend(q, k, v, torch.zeros(4), **extra)
+        return _LooksBackward.apply(attended, seen)
+
+    with context_parallel(mesh, layout) as context:
+        contexts = functools.partial(checkpoint_contexts, bool(keep))
+        run = functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        out = layer(q) if keep is None else run(layer, q)
+        before = progress()[0]
+        out.sum().backward()
+    return seen[0][0] - before, seen[0][1]
+
+
 def attend_wrongly(heads_k_stride: int, tokens: int) -> str:
     """The message of a call that does not fit a layout of 16 tokens."""
     mesh = mesh_of(dist.get_world_size())

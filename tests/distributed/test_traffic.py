@@ -38,6 +38,14 @@ def test_the_attention_of_36_layers_kept_across_checkpointing(pools):
     assert 1e9 < 18 * busiest(pair) <= 1.45e9
 
 
+@pytest.mark.parametrize(("keep", "begun"), [(None, 0), (True, 1), (False, 3)])
+def test_keys_for_the_backward_pass_are_under_way_while_experts_go_backward(pools, keep, begun):
+    """Those of its first head. Where attention is not kept, the second pass gathers both, too."""
+    found = pools[2].run(cases.exchanges_before_the_experts_backward, keep)
+    assert [count for count, _ in found] == [begun] * 2
+    assert keep is None or {tag for _, tag in found} == {"keys"}
+
+
 def test_what_does_not_fit_the_layout_is_refused(pools):
     assert pools[2].run(cases.attend_wrongly, 3, 8)[1] == (
         "heads_k_stride: 3 with 2 KV heads; allowed: a divisor of their number"

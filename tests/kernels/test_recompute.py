@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparselong.kernels.recompute import (
     attend_once,
+    begin_ahead,
     checkpoint_contexts,
     is_checkpointed,
     is_second_pass,
@@ -82,6 +83,30 @@ def test_a_layer_knows_in_which_pass_it_is():
     checkpoint(look, x, use_reentrant=False, context_fn=keep).sum().backward()
     look(x)
     assert seen == [(False, False), (True, False), (True, True), (False, False)]
+
+
+def test_what_a_second_pass_begins_is_found_by_the_backward_pass_behind_it():
+    found = []
+
+    class Begins(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.begun = begin_ahead(lambda: len(found))
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            found.append(list(ctx.begun))
+            return grad * x.cos()
+
+    x = torch.randn(3, requires_grad=True)
+    loss = checkpoint(Begins.apply, x, use_reentrant=False, context_fn=keep).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    Begins.apply(x).sum().backward()
+    assert found == [[0], [0, 1], []]
 
 
 def test_two_layers_of_one_graph_keep_their_own():
