@@ -12,6 +12,7 @@ import importlib.util
 import torch
 
 from sparselong.kernels import attention_torch as shared
+from sparselong.kernels.attention_join import join
 from sparselong.kernels.attention_mask import Attended, Call, Documents, Done, Gradients, Mask
 
 
@@ -39,7 +40,7 @@ def attend(
     )
     lse = lse.view(lse.shape[0], mask.batch, mask.queries).transpose(0, 1)
     out = out.view(mask.batch, mask.queries, *out.shape[-2:]).transpose(1, 2)
-    return *shared.take_sinks_in(out, lse, sinks), (rng_state,)
+    return *join([(out, lse)], sinks), (rng_state,)
 
 
 _NO_WINDOW = {"window_size_left": -1, "window_size_right": -1}

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 
 import torch
 
+from sparselong.kernels.attention_join import join
 from sparselong.kernels.attention_mask import Attended, Call, Done, Gradients, Mask
 from sparselong.kernels.layout import with_unit_stride
 
@@ -77,7 +78,7 @@ def attend_flash(
     if mask.documents is not None:
         lse = lse.view(lse.shape[0], mask.batch, mask.queries).transpose(0, 1)
     out = out.view(mask.batch, mask.queries, *out.shape[-2:]).transpose(1, 2)
-    return *take_sinks_in(out, lse, sinks), (rest[0], rest[1])
+    return *join([(out, lse)], sinks), (rest[0], rest[1])
 
 
 def attend_flash_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
@@ -126,8 +127,7 @@ def attend_cudnn(
         )
         parts.append((out, lse.view(q.shape[:3])))
         kept += (seed, offset)
-    out, lse = take_sinks_in(*parts[0], sinks) if len(parts) == 1 else _add_parts(parts, sinks)
-    return out, lse, kept
+    return *join(parts, sinks), kept
 
 
 def attend_cudnn_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
@@ -159,17 +159,6 @@ def cudnn_parts(mask: Mask) -> list[tuple[slice, bool]]:
     return [own] if mask.offset == 0 else [(slice(0, mask.offset), False), own]
 
 
-def _add_parts(
-    parts: list[tuple[torch.Tensor, torch.Tensor]], sinks: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with sinks over two sets of keys, from plain attention's (out, lse) over each. The
-    first out is written to; one rounding."""
-    (out, lse), (more, more_lse) = parts
-    total = torch.logaddexp(torch.logaddexp(lse, more_lse), sinks.float()[:, None])
-    share, more_share = (torch.exp(part - total)[..., None] for part in (lse, more_lse))
-    return torch.addcmul(out * share, more, more_share, out=out), total
-
-
 def sink_gradient(dout: torch.Tensor, done: Done) -> torch.Tensor:
     """[heads] fp32, summed in a fixed order over chunks of queries, so that no large fp32 copy of
     dout and out is ever held."""
@@ -181,15 +170,6 @@ def sink_gradient(dout: torch.Tensor, done: Done) -> torch.Tensor:
         share = torch.exp(sinks.float()[:, None] - lse[:, :, chunk])
         total -= (share * delta).sum((0, 2))
     return total
-
-
-def take_sinks_in(
-    out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention's out (changed in place) and lse, with the sinks as one more key."""
-    sinks = sinks.float()[:, None]
-    out.mul_(torch.sigmoid(lse - sinks)[..., None])
-    return out, torch.logaddexp(lse, sinks)
 
 
 def token_major(mask: Mask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -11,6 +11,7 @@ from sparselong.kernels.attention import attention, choose_backend
 from sparselong.kernels.attention_choice import MEASURED, describe_choice, rank_backends
 from sparselong.kernels.attention_mask import Call, Mask, find_documents
 from sparselong.kernels.attention_ref import attention_reference
+from tests.kernels import join_interpreted
 from tests.kernels.run_interpreted import run_interpreted
 
 EXACT_LIMITS = {"half": 1e-3, "half_window": 1e-3, "large_logits": 1e-5}
@@ -208,6 +209,15 @@ def test_the_choice_by_table():
             for packed in (False, True):
                 sizes = [r.up_to_keys for r in rows if (r.kind, r.packed) == (kind, packed)]
                 assert sizes == sorted(sizes) and sizes[-1] > 1 << 40
+
+
+def test_parts_are_put_together_with_their_sinks():
+    """By the kernel, and by plain torch on a CPU."""
+    found = run_interpreted("join_interpreted")
+    for name, case in join_interpreted.CASES.items():
+        limit = 1e-3 if case[-1] == torch.float16 else 1e-6
+        for out, lse in (found[name], join_interpreted.errors(*case, "cpu")):
+            assert out < limit and lse < 1e-6, (name, out, lse)
 
 
 def test_only_training_is_planned_by_cudnn(monkeypatch):

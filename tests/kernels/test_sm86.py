@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from sparselong.kernels import (
     attention_backward,
+    attention_join,
     attention_kernels,
     attention_split,
     cross_entropy_kernels,
@@ -128,6 +129,24 @@ def test_a_3090_holds_the_kernel_that_puts_parts_together(dtype):
     }
     source = ASTSource(kernel, signature, constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 86, 32), options={"num_warps": 4})
+    assert compiled.metadata.shared <= LIMIT_BYTES[86]
+    assert read_report(compiled.asm["ptx"], 86)[1] == 0
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_3090_holds_the_kernel_that_takes_sinks_in(parts):
+    kernel = attention_join.join_kernel
+    constants = {"HAS_MORE": parts == 2, "QUERIES": attention_join.QUERIES, "D": 64}
+    types = dict.fromkeys(("lse_ptr", "more_lse_ptr", "sinks_ptr", "total_ptr"), "*fp32")
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(kernel, signature, constants)
+    options = {"num_warps": attention_join.WARPS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 86, 32), options=options)
     assert compiled.metadata.shared <= LIMIT_BYTES[86]
     assert read_report(compiled.asm["ptx"], 86)[1] == 0
 
