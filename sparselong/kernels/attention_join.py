@@ -52,8 +52,8 @@ def _join_plainly(parts: list[Part], sinks: torch.Tensor) -> Part:
     total = sinks.float()[:, None].expand(parts[0][1].shape)
     for _, lse in parts:
         total = torch.logaddexp(total, lse)
-    wide = sum(out * torch.exp(lse - total)[..., None] for out, lse in parts)
-    return parts[0][0].copy_(wide), total
+    shares = [out * torch.exp(lse - total)[..., None] for out, lse in parts]
+    return parts[0][0].copy_(torch.stack(shares).sum(0)), total
 
 
 @triton.jit
