@@ -51,6 +51,7 @@ def build(
         fuse(model)
         chunk_loss(model)  # type: ignore[arg-type]
         arguments["context_fn"] = partial(checkpoint_contexts, keep_attention, keep_experts)
+        arguments["preserve_rng_state"] = False  # as stage 03
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     model.enable_input_require_grads()
     if arm in SPARSE:
