@@ -61,10 +61,11 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.scaling, ctx.bits = scaling, bits
         made_from = MaskedWeight(master, lora_a, lora_b, scaling, patterns, scale, bits)
         with torch.autocast(x.device.type, enabled=False):
-            weight = made_from.round().to(x.dtype)
+            weight = made_from.round()
             made = weight if is_checkpointed() else None
             ctx.save_for_backward(x, lora_a, lora_b, master, patterns, scale, made)
-            return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+            bias = None if bias is None else bias.to(x.dtype)
+            return functional.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -37,6 +37,8 @@ from sparselong.kernels.attention_ref import attention_reference
 from sparselong.kernels.recompute import attend_once
 
 HEAD_DIM = 64
+ROUND_TOKENS = 256
+"""Lengths that a configuration names are multiples of it, and so are their shards'."""
 
 
 def attention(
@@ -111,9 +113,7 @@ def pick_backend(backend: str | None, q: torch.Tensor, call: Call) -> str:
 def choose_backend(q: torch.Tensor, call: Call) -> str:
     """The backend that `backend=None` takes: the table's first that can take the call.
 
-    cuDNN works out a plan for every new pair of lengths (0.04 s a pass:
-    benchmarks/attention_first_call.py), which pays in training alone: with gradients off, where
-    prompts of any length come and go, it is passed over.
+    cuDNN is passed over where its plan would not pay (`_plan_pays`).
 
     Raises:
         ValueError: none can.
@@ -123,13 +123,25 @@ def choose_backend(q: torch.Tensor, call: Call) -> str:
     row = rank_backends(architecture_of(q.device), kind, mask.documents is not None, mask.keys)
     refusals = []
     for name in row.order:
-        if name == "torch_cudnn" and not torch.is_grad_enabled():
+        if name == "torch_cudnn" and not _plan_pays(mask):
             continue
         refusal = None if name == "reference" else load_backend(name).refuse(q, call)
         if refusal is None:
             return name
         refusals.append(f"{name}: {refusal}")
     raise ValueError("no backend can take this call: " + "; ".join(refusals))
+
+
+def _plan_pays(mask: Mask) -> bool:
+    """Whether lengths are such as come again: for every new pair of them cuDNN works out a plan
+    (0.04 s a pass: benchmarks/attention_first_call.py), which the next steps do not repay.
+
+    Sequences of the configured length come again in training, and shards of them, which begin at
+    multiples of their own length. Runs of packed documents begin anywhere, single conversations end
+    anywhere, and with gradients off prompts of any length come and go.
+    """
+    whole = mask.queries % ROUND_TOKENS == 0 and mask.offset % mask.queries == 0
+    return whole and torch.is_grad_enabled()
 
 
 class Backend(NamedTuple):

@@ -1,9 +1,10 @@
 """Which attention backend serves which call: a measured table. No torch.
 
 Keys are architecture, layer kind, packed or not, and keys up to a size; values are backends in the
-order of their measured forward + backward time. The first that can take the call does. An
-architecture on which nothing was measured is said to be so, and takes the order that the
-arithmetic suggests: FlashAttention-2 was written for it, and the window kernel reads less.
+order of their measured forward + backward time. The first that can take the call does, but cuDNN
+only where lengths come again (`attention.choose_backend`). An architecture on which nothing was
+measured is said to be so, and takes the order that the arithmetic suggests: FlashAttention-2 was
+written for it, and the window kernel reads less.
 """
 
 from __future__ import annotations

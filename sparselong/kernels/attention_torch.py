@@ -30,7 +30,8 @@ from sparselong.kernels.layout import with_unit_stride
 
 aten = torch.ops.aten
 LEAST_BEHIND = 64
-"""Fewer queries behind an offset, as in decoding, do not fill one tile of cuDNN's."""
+"""Fewer queries behind an offset, or keys before it, do not fill one tile of cuDNN's; a single key
+it does not take."""
 _DSINK_QUERIES = 2048
 
 
@@ -57,8 +58,11 @@ def refuse_cudnn(q: torch.Tensor, call: Call) -> str | None:
         return f"query_offset: {mask.offset}; allowed: keys - queries, {mask.keys - mask.queries}"
     if mask.queries == 1:
         return "q: 1 query; allowed: 2 or more"
-    if mask.offset and mask.queries < LEAST_BEHIND:
-        return f"q: {mask.queries} queries behind an offset; allowed: {LEAST_BEHIND} or more"
+    if mask.offset and min(mask.offset, mask.queries) < LEAST_BEHIND:
+        return (
+            f"q: {mask.queries} queries behind an offset of {mask.offset}; "
+            f"allowed: {LEAST_BEHIND} or more of both"
+        )
     if call.deterministic:  # seen on an H200, torch 2.11: its backward differs between runs even so
         return "deterministic: True; allowed: False"
     return None

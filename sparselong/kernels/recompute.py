@@ -9,13 +9,14 @@ layer these need not be:
   them out in the second: the same bits. Window layers, which cost next to nothing, attend again.
 - Keys that a window layer has from other processes (`parallel/attention.py`): exchanged once, kept
   by `exchange_once`, which costs next to nothing.
-  The keys that a full layer's backward pass will have from other processes are on their way from
-  the second pass on (`begin_ahead`), while the experts go backward.
 - The experts' output. They come last in a layer, so nothing in the second pass needs it. Their
   backward pass goes from gate_up's output, several checkpoints' worth: it makes that again from
   their input, or finds it where the layer keeps its experts (`expert_gemm.py`). That needs no list
   here: autograd goes backward through the first pass's nodes, so the node itself holds it, and lets
   go of it slice by slice. A graph gone through again makes it again.
+
+And what the backward pass will wait for can begin here: keys from other processes are on their way
+to a full layer's attention while its experts go backward (`begin_ahead`).
 
     checkpoint(layer, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, True, False))
 
@@ -61,6 +62,7 @@ class _Pass:
         self.outer = _layer()
         self.layer.position, _active.layer = self.position, self.layer
         self.layer.exchange_position = 0
+        self.layer.begun.clear()  # of a backward pass that broke off
 
     def __exit__(self, *_: object) -> None:
         _active.layer = self.outer

@@ -221,7 +221,8 @@ def _layer(shape: ModelShape, config: Config, tokens: int, width: int, kept: Kep
     """What the last layer's second pass has saved, and two gradients of hidden size."""
     saved = 5 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width
     routing = shape.experts_per_token * (8 + 2 * width) + 3 * 4 + shape.head_dim * width
-    weights = width * storage.adapted_weights(shape, config)
+    checkpointed = config.training.gradient_checkpointing
+    weights = storage.BF16_BYTES * storage.adapted_weights(shape, config) if checkpointed else 0
     both = tokens * (saved * width + 4 * shape.heads + routing) + weights
     # A last layer with full attention is handed what was kept, which is counted there.
     shared = kept.attention and shape.layers % 2 == 0

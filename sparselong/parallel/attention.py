@@ -5,8 +5,9 @@ all-to-all (`plan.py` says which), and while these are attended to the next ones
 In the backward pass the same again, the first keys being on their way since the layer's second pass
 where it is checkpointed; and each head's dK and dV for other ranks' keys go back while the next
 heads are worked on: in the inputs' type, which is one rounding, and added at home in fp32
-in rank order, so the gradients are the same bits in every run. This is llama3-style context
-parallelism (Llama 3, arXiv:2407.21783) with fewer bytes: no rank is sent keys that it cannot see.
+in rank order: the exchange's sums are the same bits in every run, as attention's own gradients are
+with `deterministic`. This is llama3-style context parallelism (Llama 3, arXiv:2407.21783) with
+fewer bytes: no rank is sent keys that it cannot see.
 
 Sliding-window layers exchange all heads at once, and only the window - 1 keys before each run of
 queries. These are kept for the backward pass, across activation checkpointing too; a full layer's
@@ -106,8 +107,8 @@ class _ShardedAttention(torch.autograd.Function):
             del flat[:count]
         done = Done(q, q, q, sinks, out, lse)  # its keys come in group by group
         with torch.cuda.device_of(q):
-            keys = gather(own, halo, ctx.job, ctx.begun.pop() if ctx.begun else None)
-            dq, dk, dv, dsinks = _attend_backward(dout, done, kept, own, keys, ctx.job)
+            groups = gather(own, halo, ctx.job, ctx.begun)
+            dq, dk, dv, dsinks = _attend_backward(dout, done, kept, own, groups, ctx.job)
         return dq, dk, dv, None if dsinks is None else dsinks.to(sinks.dtype), None
 
 
@@ -134,14 +135,14 @@ def assemble(own: torch.Tensor, received: torch.Tensor, plan: Plan) -> torch.Ten
 
 
 def gather(
-    own: torch.Tensor, halo: torch.Tensor | None, job: Job, begun: Pending | None = None
+    own: torch.Tensor, halo: torch.Tensor | None, job: Job, begun: list[Pending] | None = None
 ) -> Iterator[torch.Tensor]:
     """Each group's assembled keys and values; the next group's are under way meanwhile, the first
-    one's perhaps already (`begun`)."""
+    one's perhaps already: the last of `begun`, which is taken out."""
     if halo is not None:
         yield assemble(own[0], halo, job.plan)
         return
-    pending = begun or start_exchange(own[0], job, KEYS)
+    pending = begun.pop() if begun else start_exchange(own[0], job, KEYS)
     for group in range(len(own)):
         received = pending.wait()
         if group + 1 < len(own):

@@ -117,8 +117,8 @@ class Context:
 
 
 def _pick_backends(backend: str | None, q: torch.Tensor, plan: Plan) -> tuple[str, str]:
-    """For both runs the later one's where it can take both: the early run of rank 0 has no keys
-    before it, and alone on all ranks would go to a backend for whole sequences."""
+    """For both runs the later one's where it can take both, so that ranks differ as little as they
+    can: the early run of rank 0 has no keys before it."""
     early, late = (pick_backend(backend, q, run.call) for run in plan.runs)
     if load_backend(late).refuse(q, plan.runs[0].call) is None:
         early = late

@@ -67,6 +67,7 @@ CASES = [
     Case("shard_of_queries", 300, keys=1000, offset=500),
     Case("shard_of_queries_window", 300, keys=1000, offset=500, window=128),
     Case("last_shard", 300, keys=1000, offset=700),
+    Case("just_behind", 64, keys=128, offset=64),
     Case("shard_packed", 300, keys=1000, offset=500, boundaries=pack(400, 150, 1, 200, 249)),
     Case("shard_packed_window", 300, keys=1000, offset=500, window=128,
          boundaries=pack(400, 150, 1, 200, 249)),
@@ -201,7 +202,16 @@ def test_fp32_is_exact_to_fp32(name, poison):
 
 
 @pytest.mark.parametrize(
-    "name", ["length_128", "length_1000", "batch", "sinks_high", "large_logits", "last_shard"]
+    "name",
+    [
+        "length_128",
+        "length_1000",
+        "batch",
+        "sinks_high",
+        "large_logits",
+        "last_shard",
+        "just_behind",
+    ],
 )
 def test_cudnn_errs_no_more_than_twice_flash_attention(name):
     case = next(c for c in CASES if c.name == name)

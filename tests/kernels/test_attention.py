@@ -220,14 +220,20 @@ def test_parts_are_put_together_with_their_sinks():
             assert out < limit and lse < 1e-6, (name, out, lse)
 
 
-def test_only_training_is_planned_by_cudnn(monkeypatch):
+def test_cudnn_is_chosen_where_lengths_come_again(monkeypatch):
     monkeypatch.setattr(kernels, "architecture_of", lambda _: "sm_90")
-    q = torch.zeros(1, 8, 300, 64, dtype=torch.bfloat16)
-    for offset in (0, 128):
-        call = Call(Mask(1, 300, 300 + offset, offset, None, None), 0.125)
-        assert choose_backend(q, call) == "torch_cudnn"
-        with torch.no_grad():
-            assert choose_backend(q, call) == "triton"
+    q = torch.zeros(1, 8, 2048, 64, dtype=torch.bfloat16)
+
+    def choice(queries: int, offset: int) -> str:
+        call = Call(Mask(1, queries, queries + offset, offset, None, None), 0.125)
+        return choose_backend(q[:, :, :queries], call)
+
+    for offset in (0, 2048, 3 * 2048):  # a sequence, and its shards
+        assert choice(2048, offset) == "torch_cudnn"
+        with torch.no_grad():  # a prompt
+            assert choice(2048, offset) == "triton"
+    for queries, offset in ((2048, 1), (2048, 2047), (2047, 0), (64, 640)):  # documents
+        assert choice(queries, offset) == "triton"
 
 
 def test_what_each_backend_cannot_take():
@@ -244,9 +250,11 @@ def test_what_each_backend_cannot_take():
     assert refuse(q, plain) is None
     assert "window: 9" in str(refuse(q, shaped(300, 300, 0, 9, None)))
     assert "cu_seqlens" in str(refuse(q, shaped(300, 300, 0, None, documents)))
-    assert refuse(q, shaped(300, 305, 5, None, None)) is None
     assert "query_offset: 5" in str(refuse(q, shaped(300, 310, 5, None, None)))
-    assert "behind an offset; allowed: 64" in str(refuse(q, shaped(63, 300, 237, None, None)))
+    for queries, offset in ((63, 237), (237, 1), (237, 63)):
+        behind = shaped(queries, queries + offset, offset, None, None)
+        assert "allowed: 64 or more of both" in str(refuse(q, behind))
+    assert refuse(q, shaped(64, 128, 64, None, None)) is None
     assert "1 query" in str(refuse(q, shaped(1, 1, 0, None, None)))
     assert "deterministic" in str(refuse(q, dataclasses.replace(plain, deterministic=True)))
     assert "float32" in str(refuse(q.float(), plain))
