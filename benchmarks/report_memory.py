@@ -17,7 +17,8 @@ predicts. `allocated` is what tensors took; between it and the card lie the cont
 that the allocator cannot lend again. Kept between a layer's two passes: full attention's outputs,
 the experts' first product. `h200`, `h200x2` and `h200c` are machines with the same card; on the
 first two 4,096 tokens were measured when experts' weights were decoded ahead from 256 rows an
-expert on, not from 512 as now: 0.25 GiB, which the plan no longer counts.
+expert on, not from 512 as now: 0.25 GiB, which the plan no longer counts. All were measured before
+a layer's second pass kept its rounded weights for the backward pass: 0.05 GiB, which it counts.
 """
 COLUMNS = ("layers", "tokens", "rank", "kept", "offloaded", "allocated", "card", "predicted", "off")
 
