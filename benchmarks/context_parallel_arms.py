@@ -55,7 +55,9 @@ def make_arms(mesh: Mesh, tokens: int, strides: list[int], best: int) -> dict[st
 
     def gathering(backend: str | None) -> Arm:
         def attend(q, k, v, sinks, window):
-            return _Gathering.apply(q, k, v, sinks, window, best, backend, mesh)
+            call = _whole_past(q, sinks, window, mesh)
+            name = pick_backend(backend, q, call)  # here, where gradients are on
+            return _Gathering.apply(q, k, v, sinks, call, best, name, mesh)
 
         return Arm(attend, contiguous)
 
@@ -73,16 +75,19 @@ def make_arms(mesh: Mesh, tokens: int, strides: list[int], best: int) -> dict[st
     }
 
 
+def _whole_past(q: torch.Tensor, sinks: torch.Tensor, window: int | None, mesh: Mesh) -> Call:
+    """This rank's queries and all keys up to the last of them."""
+    tokens = q.shape[2]
+    end = (mesh.context_rank + 1) * tokens
+    reach = None if window is None or window >= end else window
+    mask = Mask(len(q), tokens, end, end - tokens, reach, None)
+    return Call(mask, q.shape[-1] ** -0.5, needs_dsinks=sinks.requires_grad)
+
+
 class _Gathering(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, sinks, window, stride, backend, mesh):
-        own = pack(k, v, stride)
-        rank, tokens = mesh.context_rank, q.shape[2]
-        end = (rank + 1) * tokens
-        reach = None if window is None or window >= end else window
-        call = Call(Mask(len(q), tokens, end, end - tokens, reach, None), q.shape[-1] ** -0.5)
-        call = Call(call.mask, call.scale, needs_dsinks=sinks.requires_grad)
-        name = pick_backend(backend, q, call)
+    def forward(ctx: Any, q, k, v, sinks, call, stride, name, mesh):
+        own, end = pack(k, v, stride), call.mask.keys
         out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         share, kept = q.shape[1] // len(own), []

@@ -240,7 +240,7 @@ def _attend_alone(
     """out, dq, dk, dv and dsinks of the whole sequence."""
     *whole, dout = inputs
     whole = [t.clone().requires_grad_() for t in whole]
-    cu_seqlens = torch.tensor(boundaries, device=dout.device)
+    cu_seqlens = torch.tensor(boundaries, device=dout.device) if len(boundaries) > 2 else None
     out = attention(*whole, cu_seqlens=cu_seqlens, window=window, backend=backend)[0]
     return [out, *torch.autograd.grad(out, whole, dout)]
 
