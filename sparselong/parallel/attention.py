@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from sparselong.kernels.attention import load_backend
 from sparselong.kernels.attention_mask import Done
+from sparselong.kernels.key_gradients import RunGradients, sort_gradients
 from sparselong.kernels.recompute import attend_once, begin_ahead, exchange_once
 from sparselong.parallel.collectives import Pending, start_all_to_all
 from sparselong.parallel.plan import Plan, Range
@@ -189,8 +190,7 @@ def _attend_backward(
     returning: _Return | None = None
     for group, keys in enumerate(groups):
         heads = slice(group * share, (group + 1) * share)
-        partial = _zeros_wide(keys)
-        of_sinks = []
+        gradients, of_sinks = [], []
         for n, (run, backend) in enumerate(zip(job.plan.runs, job.backends, strict=True)):
             at = (slice(None), heads, run.queries)
             k, v = _keys_and_values(keys[run.keys])
@@ -201,14 +201,13 @@ def _attend_backward(
             dq[at], dk_run, dv_run, of_run = load_backend(backend).attend_backward(
                 dout[at], call, run.call
             )
-            partial[run.keys, 0] += dk_run.permute(2, 0, 1, 3)
-            partial[run.keys, 1] += dv_run.permute(2, 0, 1, 3)
+            gradients.append(RunGradients(run.keys.start, dk_run, dv_run))
             of_sinks.append(of_run)
         if of_sinks[0] is not None:
             dsinks.append(of_sinks[0] + of_sinks[1])
         if returning is not None:
             returning.finish(dk, dv)
-        returning = _Return(group, partial, own.dtype, job)
+        returning = _Return(group, (gradients[0], gradients[1]), job)
     assert returning is not None
     returning.finish(dk, dv)
     return dq, dk, dv, torch.cat(dsinks) if dsinks else None
@@ -217,15 +216,14 @@ def _attend_backward(
 class _Return:
     """A group's dK and dV on their way to the ranks whose keys they belong to."""
 
-    def __init__(self, group: int, partial: torch.Tensor, dtype: torch.dtype, job: Job):
+    def __init__(self, group: int, runs: tuple[RunGradients, RunGradients], job: Job):
         plan = job.plan
         self.group, self.plan = group, plan
-        rows = _take(partial, [part for parts in plan.received for part in parts]).to(dtype)
+        rows, self.own = sort_gradients(runs, plan.places, sum(plan.received_rows))
         tag = KEY_GRADIENTS if job.is_full else HALO_GRADIENTS
         self.pending = start_all_to_all(
             rows, list(plan.received_rows), plan.sent_rows, job.group, tag
         )
-        self.own = _take(partial, [there for _, there in plan.own])
 
     def finish(self, dk: torch.Tensor, dv: torch.Tensor) -> None:
         """Adds what came in to the own part, and writes both into their heads of dk and dv."""
@@ -258,11 +256,6 @@ def _keys_and_values(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[K, 2, B, S, D] as k and v [B, S, K, D], views."""
     both = keys.permute(1, 2, 3, 0, 4)
     return both[0], both[1]
-
-
-def _zeros_wide(like: torch.Tensor) -> torch.Tensor:
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return torch.zeros(like.shape, dtype=wide, device=like.device)
 
 
 def _empty_token_major(like: torch.Tensor, heads: int | None = None) -> torch.Tensor:

@@ -56,6 +56,8 @@ class Plan:
         own: pairs of where a range of own tokens is, and where among the assembled ones.
         assembly: the assembled keys piece by piece: (whether own, range among own or received).
         keys: how many assembled keys there are.
+        places: int32 [keys]: an assembled key's row among those received, in their order of
+            arrival, or, bitwise inverted, among the rank's own.
         runs: the calls of attention.
     """
 
@@ -65,6 +67,7 @@ class Plan:
     own: tuple[tuple[Range, Range], ...]
     assembly: tuple[tuple[bool, Range], ...]
     keys: int
+    places: torch.Tensor
     runs: tuple[Run, Run]
 
     @property
@@ -128,6 +131,7 @@ def plan_exchange(
         own,
         _assemble(own, received),
         places.total,
+        _place_rows(own, received, places.total).to(device, non_blocking=True),
         (first, second),
     )
 
@@ -227,6 +231,19 @@ def _to_local(owned: list[Range], parts: list[Range]) -> list[Range]:
                 local.append((a - first + offset, b - first + offset))
         offset += last - first
     return local
+
+
+def _place_rows(
+    own: tuple[tuple[Range, Range], ...], received: tuple[tuple[Range, ...], ...], keys: int
+) -> torch.Tensor:
+    """`Plan.places`."""
+    rows, offset = torch.zeros(keys, dtype=torch.int32), 0
+    for first, last in (place for each in received for place in each):
+        rows[first:last] = torch.arange(offset, offset + last - first, dtype=torch.int32)
+        offset += last - first
+    for (first, last), (begin, end) in own:
+        rows[begin:end] = ~torch.arange(first, last, dtype=torch.int32)
+    return rows
 
 
 def _assemble(
