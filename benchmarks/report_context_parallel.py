@@ -19,7 +19,8 @@ forward, backward, gradients' sum and optimizer; full layers gather all eight KV
 no stride is named (`heads_k_stride` 8; the shipped configs take 4). GiB are what torch reserved;
 the CUDA context takes 0.8 more. Peer access off is `NCCL_P2P_DISABLE=1`. `experts kept` keeps the
 first product of every layer's experts for the backward pass, which stage 03 does where memory
-allows (`training.keep_experts: auto`).
+allows (`training.keep_experts: auto`). `h200x4` was measured before shards attended by cuDNN and
+exchanged keys as they do now, `h200x2` after it.
 """
 CARD_GIB, CONTEXT_GIB = 23.6, 0.8
 WITHIN = """
