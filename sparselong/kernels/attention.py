@@ -38,7 +38,7 @@ from sparselong.kernels.recompute import attend_once
 
 HEAD_DIM = 64
 ROUND_TOKENS = 256
-"""Lengths that a configuration names are multiples of it, and so are their shards'."""
+"""Lengths that come again are taken to be multiples of it: powers of two are, and their shards."""
 
 
 def attention(
@@ -113,7 +113,7 @@ def pick_backend(backend: str | None, q: torch.Tensor, call: Call) -> str:
 def choose_backend(q: torch.Tensor, call: Call) -> str:
     """The backend that `backend=None` takes: the table's first that can take the call.
 
-    cuDNN is passed over where its plan would not pay (`_plan_pays`).
+    cuDNN is passed over where its plan would not pay (`plan_pays`).
 
     Raises:
         ValueError: none can.
@@ -123,7 +123,7 @@ def choose_backend(q: torch.Tensor, call: Call) -> str:
     row = rank_backends(architecture_of(q.device), kind, mask.documents is not None, mask.keys)
     refusals = []
     for name in row.order:
-        if name == "torch_cudnn" and not _plan_pays(mask):
+        if name == "torch_cudnn" and not plan_pays(mask):
             continue
         refusal = None if name == "reference" else load_backend(name).refuse(q, call)
         if refusal is None:
@@ -132,7 +132,7 @@ def choose_backend(q: torch.Tensor, call: Call) -> str:
     raise ValueError("no backend can take this call: " + "; ".join(refusals))
 
 
-def _plan_pays(mask: Mask) -> bool:
+def plan_pays(mask: Mask) -> bool:
     """Whether lengths are such as come again: for every new pair of them cuDNN works out a plan
     (0.04 s a pass: benchmarks/attention_first_call.py), which the next steps do not repay.
 
@@ -186,7 +186,7 @@ class _Attention(torch.autograd.Function):
 
 @functools.cache
 def load_backend(name: str) -> Backend:
-    """The backend's functions, imported when first asked for: Triton is not needed on a CPU."""
+    """The backend's functions, imported when first asked for."""
     if name == "reference":
         from sparselong.kernels import attention_ref as plain
 

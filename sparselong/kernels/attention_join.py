@@ -56,7 +56,7 @@ def _join_plainly(parts: list[Part], sinks: torch.Tensor) -> Part:
     return parts[0][0].copy_(torch.stack(shares).sum(0)), total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries"])  # a new length is no new kernel
 def join_kernel(
     out_ptr, lse_ptr, more_ptr, more_lse_ptr, sinks_ptr, total_ptr,
     out_batch, out_head, out_query, more_batch, more_head, more_query, queries,

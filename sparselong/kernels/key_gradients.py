@@ -19,6 +19,7 @@ import triton.language as tl
 from sparselong.kernels.layout import with_unit_stride
 
 KEYS, WARPS = 32, 4
+SIZES = ["keys", "first_0", "last_0", "first_1", "last_1"]  # a new length is no new kernel
 
 
 class RunGradients(NamedTuple):
@@ -43,7 +44,7 @@ def sort_gradients(
     dk = runs[0].dk
     rows, heads, _, dim = dk.shape
     wide = torch.promote_types(dk.dtype, torch.float32)
-    if not dk.is_cuda:
+    if not dk.is_cuda or wide != torch.float32 or dim & (dim - 1):
         return _sort_plainly(runs, places, wide)
     others = dk.new_empty(sent, 2, rows, heads, dim)
     own = dk.new_empty(len(places) - sent, 2, rows, heads, dim, dtype=wide)
@@ -72,7 +73,7 @@ def _sort_plainly(
     return total[order[owned:]].to(runs[0].dk.dtype), total[order[:owned].flip(0)]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sort_kernel(
     others_ptr, own_ptr, places_ptr, keys,
     dk_0_ptr, dv_0_ptr, first_0, last_0,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparselong.kernels.attention import attention, load_backend, pick_backend
+from sparselong.kernels.attention import attention, load_backend, pick_backend, plan_pays
 from sparselong.parallel.attention import Job, attend_to_all
 from sparselong.parallel.mesh import Mesh
 from sparselong.parallel.plan import Plan, plan_exchange
@@ -120,9 +120,9 @@ def _pick_backends(backend: str | None, q: torch.Tensor, plan: Plan) -> tuple[st
     """For both runs the later one's where it can take both, so that ranks differ as little as they
     can: the early run of rank 0 has no keys before it."""
     early, late = (pick_backend(backend, q, run.call) for run in plan.runs)
-    if load_backend(late).refuse(q, plan.runs[0].call) is None:
-        early = late
-    return early, late
+    call = plan.runs[0].call
+    pays = late != "torch_cudnn" or backend is not None or plan_pays(call.mask)
+    return (late if pays and load_backend(late).refuse(q, call) is None else early), late
 
 
 @functools.lru_cache(maxsize=16)

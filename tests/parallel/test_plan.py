@@ -5,7 +5,9 @@ import random
 import pytest
 import torch
 
+from sparselong.kernels import attention
 from sparselong.kernels.attention_mask import Mask
+from sparselong.parallel import context
 from sparselong.parallel.plan import Plan, plan_exchange
 
 CPU = torch.device("cpu")
@@ -77,6 +79,8 @@ def test_every_query_sees_its_keys_and_each_gradient_goes_home(seed):
                     assert got == seen(query, boundaries, row, tokens, window)
         for (a, b), (c, d) in plan.own:
             assert mine[a:b] == keys[c:d]
+        rows_of = [~at if own else at for own, part in plan.assembly for at in range(*part)]
+        assert plan.places.tolist() == rows_of
         for source, ranges in enumerate(plan.received):
             back = [p for first, last in ranges for p in keys[first:last]]
             theirs = own_positions(source, size, tokens)
@@ -93,3 +97,15 @@ def test_no_rank_is_sent_what_it_cannot_see():
     assert all(sum(plan.sent_rows) == 0 for plan in alone)
     halos = plans((0, 64), 1, 4, 5)
     assert [sum(plan.sent_rows) for plan in halos] == [4, 8, 8, 4]
+
+
+def test_both_runs_attend_alike_but_where_cudnn_would_plan_for_one_batch(monkeypatch):
+    monkeypatch.setattr(attention, "architecture_of", lambda _: "sm_90")
+    q = torch.zeros(1, 8, 2048, 64, dtype=torch.bfloat16)
+
+    def picked(boundaries: tuple[int, ...], rank: int) -> tuple[str, str]:
+        return context._pick_backends(None, q, plans(boundaries, 1, 2, None)[rank])
+
+    assert [picked((0, 4096), rank) for rank in (0, 1)] == [("torch_cudnn", "torch_cudnn")] * 2
+    assert picked((0, 100, 2048, 4096), 1) == ("triton", "torch_cudnn")
+    assert picked((0, 100, 4096), 1) == ("triton", "triton")
