@@ -80,9 +80,8 @@ class SecondPasses(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.gradient_checkpointing:  # the trainer has just switched plain checkpointing on
             arguments = {"use_reentrant": False, "context_fn": self.contexts}
-            arguments["preserve_rng_state"] = (
-                False  # no layer draws numbers: adapters have no dropout
-            )
+            # No layer draws numbers: adapters have no dropout.
+            arguments["preserve_rng_state"] = False
             kwargs["model"].gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
 
 

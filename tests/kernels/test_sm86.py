@@ -116,11 +116,12 @@ def test_an_h200_holds_its_tiles(stage, kind, tile, docs, sinks):
     assert spilled <= (64 if stage == "dkdv" else 0)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_a_3090_holds_the_kernel_that_puts_parts_together(dtype):
-    kernel = attention_split.combine_kernel
-    constants = {"PARTS": attention_split.MOST_PARTS, "D": 64}
-    types = {"part_out_ptr": "*fp32", "part_lse_ptr": "*fp32", "lse_ptr": "*fp32"}
+def compile_simply(
+    kernel, constants: dict, fp32: tuple[str, ...], arch: int, dtype="bf16", others=None
+) -> tuple[int, int]:
+    """(shared memory in bytes, spilled bytes) with four warps; pointers are `dtype`'s but for those
+    named, numbers int32, and nothing is known to be divisible."""
+    types = dict.fromkeys(fp32, "*fp32") | (others or {})
     signature = {
         name: "constexpr"
         if name in constants
@@ -128,27 +129,25 @@ def test_a_3090_holds_the_kernel_that_puts_parts_together(dtype):
         for name in kernel.arg_names
     }
     source = ASTSource(kernel, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 86, 32), options={"num_warps": 4})
-    assert compiled.metadata.shared <= LIMIT_BYTES[86]
-    assert read_report(compiled.asm["ptx"], 86)[1] == 0
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    return compiled.metadata.shared, read_report(compiled.asm["ptx"], arch)[1]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_3090_holds_the_kernel_that_puts_parts_together(dtype):
+    constants = {"PARTS": attention_split.MOST_PARTS, "D": 64}
+    fp32 = ("part_out_ptr", "part_lse_ptr", "lse_ptr")
+    shared, spilled = compile_simply(attention_split.combine_kernel, constants, fp32, 86, dtype)
+    assert shared <= LIMIT_BYTES[86] and spilled == 0
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_3090_holds_the_kernel_that_takes_sinks_in(parts):
-    kernel = attention_join.join_kernel
     constants = {"HAS_MORE": parts == 2, "QUERIES": attention_join.QUERIES, "D": 64}
-    types = dict.fromkeys(("lse_ptr", "more_lse_ptr", "sinks_ptr", "total_ptr"), "*fp32")
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-    }
-    source = ASTSource(kernel, signature, constants)
-    options = {"num_warps": attention_join.WARPS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 86, 32), options=options)
-    assert compiled.metadata.shared <= LIMIT_BYTES[86]
-    assert read_report(compiled.asm["ptx"], 86)[1] == 0
+    fp32 = ("lse_ptr", "more_lse_ptr", "sinks_ptr", "total_ptr")
+    assert attention_join.WARPS == 4
+    shared, spilled = compile_simply(attention_join.join_kernel, constants, fp32, 86)
+    assert shared <= LIMIT_BYTES[86] and spilled == 0
 
 
 @pytest.mark.parametrize("stage", ["forward", "split", "dq", "dkdv"])
