@@ -52,25 +52,22 @@ from sparselong.packing.dense import DenseFormat
 class _MaskedLinear(torch.autograd.Function):
     """x [..., in] → [..., out] through pruned and rounded M + s·B·A; see the module's essay.
 
-    Saved for backward: x, A, B and references to the layer's buffers; where checkpointing drops
-    what a first pass saves, the rounded weight as well, so that the second pass's is there.
+    Saved for backward: x; where checkpointing drops what a first pass saves, the rounded weight as
+    well, so that the second pass's is there. `made_from` is referred to: a step changes it only
+    after its backward passes.
     """
 
     @staticmethod
-    def forward(ctx, x, lora_a, lora_b, master, patterns, scale, bias, scaling, bits):
-        ctx.scaling, ctx.bits = scaling, bits
-        made_from = MaskedWeight(master, lora_a, lora_b, scaling, patterns, scale, bits)
-        with torch.autocast(x.device.type, enabled=False):
-            weight = made_from.round()
-            made = weight if is_checkpointed() else None
-            ctx.save_for_backward(x, lora_a, lora_b, master, patterns, scale, made)
-            bias = None if bias is None else bias.to(x.dtype)
-            return functional.linear(x, weight.to(x.dtype), bias)
+    def forward(ctx, x, lora_a, lora_b, bias, made_from):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.made_from = made_from  # a and b again: as inputs they are given their gradients
+        weight = made_from.round()
+        ctx.save_for_backward(x, weight if is_checkpointed() else None)
+        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, lora_a, lora_b, master, patterns, scale, weight = ctx.saved_tensors
-        made_from = MaskedWeight(master, lora_a, lora_b, ctx.scaling, patterns, scale, ctx.bits)
+        x, weight = ctx.saved_tensors
+        made_from: MaskedWeight = ctx.made_from
         grad_x = grad_a = grad_b = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
@@ -79,9 +76,9 @@ class _MaskedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 outer = _sum_outer(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
                 passed = made_from.gate_(outer)
-                grad_a = lora_b.float().T @ passed
-                grad_b = passed @ lora_a.float().T
-        return grad_x, grad_a, grad_b, None, None, None, None, None, None
+                grad_a = made_from.lora_b.float().T @ passed
+                grad_b = passed @ made_from.lora_a.float().T
+        return grad_x, grad_a, grad_b, None, None
 
 
 def _sum_outer(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -229,17 +226,9 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
             return self.base_layer(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        lora_a, lora_b, scaling = self.adapter()
+        made_from = self._made_from()
         return _MaskedLinear.apply(
-            x,
-            lora_a,
-            lora_b,
-            self.master,
-            self.patterns,
-            self.scale,
-            self.base_layer.bias,
-            scaling,
-            self.bits,
+            x, made_from.lora_a, made_from.lora_b, self.base_layer.bias, made_from
         )
 
 

@@ -135,12 +135,11 @@ def _infer(
     from sparselong.kernels import expert_triton
 
     rest = (expert_triton.Projection(*gate_up), expert_triton.Projection(*down), gate, backend)
+    out = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        done = [
-            expert_triton.run_inference(x[part], indices[part], weights[part], *rest)
-            for part in slices(len(x), _inference_tokens.get())
-        ]
-    return done[0] if len(done) == 1 else torch.cat(done)
+        for part in slices(len(x), _inference_tokens.get()):
+            expert_triton.run_inference(x[part], indices[part], weights[part], *rest, out[part])
+    return out
 
 
 class _ExpertMlp(torch.autograd.Function):
@@ -163,27 +162,29 @@ class _ExpertMlp(torch.autograd.Function):
 
         gate_up = expert_triton.Projection(gate_up_blocks, gate_up_scales, gate_up_bias)
         down = expert_triton.Projection(down_blocks, down_scales, down_bias)
+        out = torch.empty_like(x)
         with torch.cuda.device_of(x):
-            out, wide, routing = expert_triton.run_forward(
-                x, indices, weights, gate_up, down, gate, backend
+            wide, routing = expert_triton.run_forward(
+                x, indices, weights, gate_up, down, gate, backend, out
             )
-        ctx.save_for_backward(wide, indices, weights, *routing, *gate_up, *down)
-        ctx.call = (gate, backend)
+        ctx.save_for_backward(wide, indices, weights, *routing)
+        ctx.call = (gate_up, down, gate, backend)  # stacks are referred to
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         from sparselong.kernels import expert_routing, expert_triton
 
-        wide, indices, weights, *rest = ctx.saved_tensors
-        routing = expert_routing.Routing(*rest[:4])
-        gate_up, down = expert_triton.Projection(*rest[4:7]), expert_triton.Projection(*rest[7:])
-        needs = tuple(ctx.needs_input_grad[n] for n in (0, 2, 5, 8))
+        wide, indices, weights, *routing = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dx = torch.empty_like(dout, memory_format=torch.contiguous_format) if needs[0] else None
+        dweights = torch.empty_like(weights) if needs[2] else None
+        call = (dout, wide, expert_routing.Routing(*routing), indices, weights, *ctx.call)
         with torch.cuda.device_of(dout):
-            dx, dweights, dgate_up_bias, ddown_bias = expert_triton.run_backward(
-                dout, wide, routing, indices, weights, gate_up, down, *ctx.call, needs=needs
+            biases = expert_triton.run_backward(
+                *call, dx=dx, dweights=dweights, needs_biases=(needs[5], needs[8])
             )
-        return dx, None, dweights, None, None, dgate_up_bias, None, None, ddown_bias, None, None
+        return dx, None, dweights, None, None, biases[0], None, None, biases[1], None, None
 
 
 class _CheckpointedExpertMlp(torch.autograd.Function):
@@ -201,19 +202,19 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
         from sparselong.kernels import expert_triton
 
         *stacks, gate, backend = rest
-        ctx.save_for_backward(x, indices, weights, *stacks)
-        ctx.call, ctx.kept = (gate, backend), []
-        needs = ctx.needs = tuple(ctx.needs_input_grad[n] for n in (0, 2, 5, 8))
+        gate_up, down = (expert_triton.Projection(*stacks[n : n + 3]) for n in (0, 3))
+        ctx.save_for_backward(x, indices, weights)
+        ctx.call, ctx.kept = (gate_up, down, gate, backend), []  # stacks are referred to, not saved
+        needs = ctx.needs_input_grad
         # A bias's gradient is one sum over all tokens.
-        ctx.slice_tokens = len(x) if needs[2] or needs[3] else SLICE_TOKENS
+        ctx.slice_tokens = len(x) if needs[5] or needs[8] else SLICE_TOKENS
         if is_second_pass():
             return torch.full_like(x, math.nan)  # a use of it must show
-        gate_up, down = (expert_triton.Projection(*stacks[n : n + 3]) for n in (0, 3))
         out, keeps = torch.empty_like(x), keeps_experts() and any(needs)
         with torch.cuda.device_of(x):
             for part in slices(len(x), ctx.slice_tokens):
-                call = (x[part], indices[part], weights[part], gate_up, down, gate, backend)
-                out[part], *made = expert_triton.run_forward(*call)
+                call = (x[part], indices[part], weights[part], *ctx.call)
+                made = expert_triton.run_forward(*call, out[part])
                 if keeps:
                     ctx.kept.append(made)
         return out
@@ -222,31 +223,32 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         from sparselong.kernels import expert_triton
 
-        x, indices, weights, *stacks = ctx.saved_tensors
-        gate_up, down = (expert_triton.Projection(*stacks[n : n + 3]) for n in (0, 3))
-        dx, dweights = torch.empty_like(x), torch.empty_like(weights)
+        x, indices, weights = ctx.saved_tensors
+        gate_up, _, _, backend = ctx.call
+        needs = ctx.needs_input_grad
+        dx = torch.empty_like(x) if needs[0] else None
+        dweights = torch.empty_like(weights) if needs[2] else None
         # A pass that breaks off must leave no slice's output for another slice of the next.
         kept, ctx.kept = ctx.kept, []
-        biases = (None, None)
 
         def differentiate(part: slice) -> tuple:
             """One slice's gradients; gate_up's output is gone before the next slice's is made."""
             wide, routing = (
                 kept.pop(0)
                 if kept
-                else expert_triton.run_gate_up(x[part], indices[part], gate_up, ctx.call[1])
+                else expert_triton.run_gate_up(x[part], indices[part], gate_up, backend)
             )
-            call = (dout[part], wide, routing, indices[part], weights[part], gate_up, down)
-            return expert_triton.run_backward(*call, *ctx.call, needs=ctx.needs, overwrite=True)
+            call = (dout[part], wide, routing, indices[part], weights[part], *ctx.call)
+            return expert_triton.run_backward(
+                *call,
+                dx=None if dx is None else dx[part],
+                dweights=None if dweights is None else dweights[part],
+                needs_biases=(needs[5], needs[8]),
+                overwrite=True,
+            )
 
         with torch.cuda.device_of(x):
-            for part in slices(len(x), ctx.slice_tokens):
-                part_dx, part_dweights, *biases = differentiate(part)
-                if part_dx is not None:
-                    dx[part] = part_dx
-                if part_dweights is not None:
-                    dweights[part] = part_dweights
-        dx, dweights = (dx if ctx.needs[0] else None), (dweights if ctx.needs[1] else None)
+            biases = [differentiate(part) for part in slices(len(x), ctx.slice_tokens)][-1]
         return dx, None, dweights, None, None, biases[0], None, None, biases[1], None, None
 
 

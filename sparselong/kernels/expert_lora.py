@@ -115,8 +115,8 @@ class _ExpertLora(torch.autograd.Function):
         keeps = any(ctx.needs_input_grad) and (keeps_experts() or not is_checkpointed())
         with torch.cuda.device_of(x):
             for part in expert_gemm.slices(len(x), ctx.slice_tokens):
-                out[part], *made = triton_pass.run_forward(
-                    x[part], indices[part], weights[part], stacks
+                made = triton_pass.run_forward(
+                    x[part], indices[part], weights[part], stacks, out[part]
                 )
                 if keeps:
                     ctx.kept.append(made)
@@ -138,8 +138,8 @@ class _ExpertLora(torch.autograd.Function):
             for part in expert_gemm.slices(len(x), ctx.slice_tokens):
                 call = (x[part], indices[part], weights[part])
                 wide, routing = kept.pop(0) if kept else triton_pass.run_gate_up(*call[:2], stacks)
-                dx[part], dweights[part] = triton_pass.run_backward(
-                    dout[part], *call, wide, routing, stacks, factors
+                triton_pass.run_backward(
+                    dout[part], *call, wide, routing, stacks, factors, dx[part], dweights[part]
                 )
         grads = [
             None if g is None else g.to(t.dtype) for g, t in zip(factors, tensors, strict=False)

@@ -66,15 +66,20 @@ def run_gate_up(
 
 
 def run_forward(
-    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, stacks: Stacks
-) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-    """(out [tokens, hidden], gate_up's output, routing)."""
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    stacks: Stacks,
+    out: torch.Tensor,
+) -> tuple[torch.Tensor, Routing]:
+    """(gate_up's output, routing); the sum goes to out [tokens, hidden], contiguous."""
     wide, routing = run_gate_up(x, indices, stacks)
     h = expert_triton.apply_gate(wide, stacks.gate)
     rows = _multiply(h, stacks.down, routing, stacks, backward=False)
     _add_adapter(rows, h, stacks.down_factors, routing, _tile_rows(x, stacks.backend))
     del h
-    return expert_routing.combine(rows, routing, weights), wide, routing
+    expert_routing.combine(rows, routing, out, weights)
+    return wide, routing
 
 
 def run_backward(
@@ -86,8 +91,11 @@ def run_backward(
     routing: Routing,
     stacks: Stacks,
     grads: Sequence[torch.Tensor | None],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and the routing weights; those of A and B are added to `grads`.
+    dx: torch.Tensor,
+    dweights: torch.Tensor,
+) -> None:
+    """Gradients of x and the routing weights, to `dx` and `dweights`, contiguous; those of A and B
+    are added to `grads`.
 
     `wide` is written over by its gradient.
 
@@ -112,7 +120,7 @@ def run_backward(
         add_gradient_(down_b.transpose(1, 2), narrow * sorted_weights, rows, routing)
         del h
     del rows
-    dwide, dweights = wide, torch.empty_like(weights)
+    dwide = wide
     expert_triton.glue.gate_backward_kernel[(wide.shape[0],)](
         *(wide, dh, routing.positions, weights, inner_products, dwide, dweights),
         *(dh.shape[1], *stacks.gate),
@@ -131,7 +139,7 @@ def run_backward(
     rows = _multiply(dwide, stacks.gate_up, routing, stacks, backward=True)
     if stacks.gate_up_factors is not None and narrow is not None:
         expand_(rows, narrow, stacks.gate_up_factors.a, routing, tile_rows)
-    return expert_routing.combine(rows, routing), dweights
+    expert_routing.combine(rows, routing, dx)
 
 
 def _add_adapter(

@@ -86,17 +86,16 @@ def gather(
 
 
 def combine(
-    rows: torch.Tensor, routing: Routing, weights: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Rows [tokens * top_k, width] summed by token, with weights [tokens, top_k] or without."""
+    rows: torch.Tensor, routing: Routing, out: torch.Tensor, weights: torch.Tensor | None = None
+) -> None:
+    """Rows [tokens * top_k, width] summed by token, with weights [tokens, top_k] or without, to
+    out [tokens, width], contiguous."""
     tokens, top_k = routing.positions.shape
     width = rows.shape[1]
-    out = torch.empty((tokens, width), dtype=rows.dtype, device=rows.device)
     kernels.combine_kernel[(tokens,)](
         *(rows, routing.positions, rows if weights is None else weights, out, width),
         TOP_K=top_k, BLOCK=_power_of_two(width), WEIGHTED=weights is not None,
     )  # fmt: skip
-    return out
 
 
 def sum_by_expert(

@@ -56,13 +56,18 @@ def run_forward(
     down: Projection,
     gate: tuple[float, float],
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-    """(out [tokens, hidden], gate_up's output, routing). `gate` is alpha and limit."""
+    out: torch.Tensor,
+) -> tuple[torch.Tensor, Routing]:
+    """(gate_up's output, routing); the sum goes to out [tokens, hidden], contiguous.
+
+    `gate` is alpha and limit.
+    """
     wide, routing = run_gate_up(x, indices, gate_up, backend)
     h = apply_gate(wide, gate)
     rows = multiply(h, down, routing, backend, backward=False)
     del h
-    return expert_routing.combine(rows, routing, weights), wide, routing
+    expert_routing.combine(rows, routing, out, weights)
+    return wide, routing
 
 
 def run_inference(
@@ -73,14 +78,15 @@ def run_inference(
     down: Projection,
     gate: tuple[float, float],
     backend: str,
-) -> torch.Tensor:
+    out: torch.Tensor,
+) -> None:
     """`run_forward`'s out alone, to the bit; gate_up's output is gone before down's is made."""
     wide, routing = run_gate_up(x, indices, gate_up, backend)
     h = apply_gate(wide, gate)
     del wide
     rows = multiply(h, down, routing, backend, backward=False)
     del h
-    return expert_routing.combine(rows, routing, weights)
+    expert_routing.combine(rows, routing, out, weights)
 
 
 def run_backward(
@@ -93,16 +99,19 @@ def run_backward(
     down: Projection,
     gate: tuple[float, float],
     backend: str,
-    needs: tuple[bool, bool, bool, bool],
+    dx: torch.Tensor | None,
+    dweights: torch.Tensor | None,
+    needs_biases: tuple[bool, bool] = (False, False),
     overwrite: bool = False,
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of x, the routing weights and the two biases, those that `needs` names.
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of x and the routing weights, to `dx` and `dweights` (contiguous; None: not asked
+    for); returned are those of gate_up's and down's bias, where they are asked for.
 
     With `overwrite`, `wide` is written over by its gradient: 2 * inner values less for each entry.
     """
-    needs_x, needs_weights, needs_gate_up_bias, needs_down_bias = needs
+    needs_gate_up_bias, needs_down_bias = needs_biases
     dout = dout.contiguous()
-    bias = down.bias if needs_weights else None
+    bias = None if dweights is None else down.bias
     rows, inner_products = expert_routing.gather(dout, routing, indices, bias)
     ddown_bias = None
     if needs_down_bias:
@@ -110,23 +119,20 @@ def run_backward(
     dh = multiply(rows, down, routing, backend, backward=True)
     del rows
     dwide = wide if overwrite else torch.empty_like(wide)
-    dweights = torch.empty_like(weights)
-    inner = dh.shape[1]
     glue.gate_backward_kernel[(wide.shape[0],)](
-        *(wide, dh, routing.positions, weights, inner_products, dwide, dweights),
-        *(inner, *gate),
-        BLOCK=GATE_BLOCK, WEIGHT_GRADIENT=needs_weights,
+        *(wide, dh, routing.positions, weights, inner_products, dwide),
+        *(weights if dweights is None else dweights, dh.shape[1], *gate),
+        BLOCK=GATE_BLOCK, WEIGHT_GRADIENT=dweights is not None,
     )  # fmt: skip
     del dh
     dgate_up_bias = None
     if needs_gate_up_bias:
         dgate_up_bias = expert_routing.sum_by_expert(dwide, routing, gate_up.bias)
-    dx = None
-    if needs_x:
+    if dx is not None:
         rows = multiply(dwide, gate_up, routing, backend, backward=True)
         del dwide
-        dx = expert_routing.combine(rows, routing)
-    return dx, dweights if needs_weights else None, dgate_up_bias, ddown_bias
+        expert_routing.combine(rows, routing, dx)
+    return dgate_up_bias, ddown_bias
 
 
 def apply_gate(wide: torch.Tensor, gate: tuple[float, float]) -> torch.Tensor:

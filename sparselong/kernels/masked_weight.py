@@ -87,7 +87,7 @@ class MaskedWeight:
     def _launch(self, result: torch.Tensor, gate: bool) -> None:
         rows, columns = self.master.shape
         lowest, highest = (0, 0) if self.scale is None else integer.code_range(self.bits)
-        grid = (triton.cdiv(columns, 32 * BLOCKS), triton.cdiv(rows, ROWS))
+        grid = (-(-columns // (32 * BLOCKS)), -(-rows // ROWS))
         rank = self.lora_a.shape[0]
         launch: Any = masked_weight_kernel  # triton's own types know no launch
         with torch.cuda.device_of(result):

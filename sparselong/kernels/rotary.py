@@ -88,12 +88,12 @@ class RotateFunction(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(cos, sin)
+        ctx.angles = cos, sin  # all layers' own, which nothing changes
         return _launch(q, k, cos, sin, back=False)
 
     @staticmethod
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_launch(dq, dk, *ctx.saved_tensors, back=True), None, None
+        return *_launch(dq, dk, *ctx.angles, back=True), None, None
 
 
 def _launch(

@@ -52,11 +52,11 @@ def run(case: Case, scalings: tuple, backend: str) -> dict[str, float]:
         factors += [None, None] if scaling is None else [a, b]
     call = (GATE, tuple(s or 0.0 for s in scalings), backend)
     stacks = expert_lora_triton.Stacks.of([*factors, *gate_up, *down], call, x.dtype)
-    out, wide, routing = expert_lora_triton.run_forward(x, indices, weights, stacks)
+    out, dx, dw = (torch.full_like(t, torch.nan) for t in (x, x, weights))
+    wide, routing = expert_lora_triton.run_forward(x, indices, weights, stacks, out)
     grads = [None if t is None else torch.zeros_like(t) for t in factors]
-    dx, dw = expert_lora_triton.run_backward(
-        dout, x, indices, weights, wide, routing, stacks, grads
-    )
+    call = (x, indices, weights, wide, routing, stacks, grads)
+    expert_lora_triton.run_backward(dout, *call, dx, dw)
     leaves = [None if t is None else t.double().requires_grad_() for t in (x, weights, *factors)]
     adapters = [
         None if leaves[n] is None else (leaves[n], leaves[n + 1], scaling)

@@ -70,21 +70,20 @@ def run(case: Case, backend: str) -> dict[str, float]:
     weights = torch.rand(indices.shape)
     gate_up = draw_stack(case.experts, 2 * case.inner, case.hidden)
     down = draw_stack(case.experts, case.hidden, case.inner)
-    out, wide, routing = expert_triton.run_forward(
-        x, indices, weights, gate_up, down, GATE, backend
-    )
     call = (x, indices, weights, gate_up, down, GATE, backend)
-    assert torch.equal(expert_triton.run_inference(*call), out)
-    grads = expert_triton.run_backward(
-        dout, wide, routing, indices, weights, gate_up, down, GATE, backend, (True,) * 4
-    )
+    out, inferred, dx, dweights = (torch.full_like(t, torch.nan) for t in (x, x, x, weights))
+    wide, routing = expert_triton.run_forward(*call, out)
+    expert_triton.run_inference(*call, inferred)
+    assert torch.equal(inferred, out)
+    call = (dout, wide, routing, indices, weights, gate_up, down, GATE, backend)
+    biases = expert_triton.run_backward(*call, dx, dweights, (True, True))
     leaves = [t.double().requires_grad_() for t in (x, weights, gate_up.bias, down.bias)]
     exact = expert_mlp_reference(
         leaves[0], indices, leaves[1], gate_up[:2], leaves[2], down[:2], leaves[3], *GATE
     )
     wanted = torch.autograd.grad(exact, leaves, dout.double())
     names = ("out", "dx", "dweights", "dgate_up_bias", "ddown_bias")
-    pairs = zip((out, *grads), (exact, *wanted), strict=True)
+    pairs = zip((out, dx, dweights, *biases), (exact, *wanted), strict=True)
     return {
         name: ((got.double() - want).norm() / (want.norm() + 1e-12)).item()
         for name, (got, want) in zip(names, pairs, strict=True)
@@ -119,7 +118,7 @@ def count_held() -> dict[str, int]:
     expert_triton.multiply = watch
     for function in (expert_triton.run_forward, expert_triton.run_inference):
         made: list[weakref.ref[torch.Tensor]] = []
-        function(*call, GATE, "packed")
+        function(*call, GATE, "packed", torch.empty(3, 32))
         held[function.__name__] = found[-1]
     expert_triton.multiply = multiply
     return held

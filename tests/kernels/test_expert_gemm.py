@@ -163,7 +163,7 @@ def test_inference_goes_in_slices_where_it_is_told_to(monkeypatch):
 
     def run(x, indices, weights, *rest):
         sizes.append((len(x), len(indices), len(weights)))
-        return 2 * x
+        torch.mul(x, 2, out=rest[-1])
 
     monkeypatch.setattr(expert_gemm, "choose", lambda *_: "packed")
     monkeypatch.setattr(expert_triton, "run_inference", run)
