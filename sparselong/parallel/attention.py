@@ -60,8 +60,8 @@ class Job:
 
 def attend_to_all(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, job: Job
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out like q, lse [B, heads, T] fp32); gradients flow from out to q, k, v and sinks.
+) -> torch.Tensor:
+    """out, like q; gradients flow to q, k, v and sinks.
 
     Args:
         q: [B, heads, T, D]; k, v: [B, kv_heads, T, D]: the shard's own, its two runs in order.
@@ -82,7 +82,7 @@ class _ShardedAttention(torch.autograd.Function):
         v: torch.Tensor,
         sinks: torch.Tensor,
         job: Job,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         with torch.cuda.device_of(q):
             own = pack(k, v, job.stride)
             halo, ctx.begun = None, []
@@ -95,18 +95,17 @@ class _ShardedAttention(torch.autograd.Function):
         flat = [tensor for tensors in kept for tensor in tensors]
         ctx.save_for_backward(q, sinks, own, halo, out, lse, *flat)
         ctx.job, ctx.counts = job, [len(tensors) for tensors in kept]
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, sinks, own, halo, out, lse, *flat = ctx.saved_tensors
         kept = []
         for count in ctx.counts:
             kept.append(tuple(flat[:count]))
             del flat[:count]
-        done = Done(q, q, q, sinks, out, lse)  # its keys come in group by group
+        done = Done(q, q, q, sinks, out, lse)  # its keys come in group by group; lse by call
         with torch.cuda.device_of(q):
             groups = gather(own, halo, ctx.job, ctx.begun)
             dq, dk, dv, dsinks = _attend_backward(dout, done, kept, own, groups, ctx.job)
@@ -116,11 +115,8 @@ class _ShardedAttention(torch.autograd.Function):
 def pack(k: torch.Tensor, v: torch.Tensor, stride: int) -> torch.Tensor:
     """[G, T, 2, B, S, D]: a token's keys and values of a group side by side, tokens first."""
     rows, heads, tokens, dim = k.shape
-    packed = k.new_empty(heads // stride, tokens, 2, rows, stride, dim)
-    for n, tensor in enumerate((k, v)):
-        groups = tensor.unflatten(1, (-1, stride))
-        packed[:, :, n] = groups.permute(1, 3, 0, 2, 4)
-    return packed
+    both = [t.unflatten(1, (-1, stride)).permute(1, 3, 0, 2, 4).flatten(2) for t in (k, v)]
+    return torch.cat(both, 2).view(heads // stride, tokens, 2, rows, stride, dim)
 
 
 def start_exchange(own: torch.Tensor, job: Job, tag: str) -> Pending:
@@ -154,23 +150,21 @@ def gather(
 def _attend(
     q: torch.Tensor, sinks: torch.Tensor, own: torch.Tensor, halo: torch.Tensor | None, job: Job
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """(out, lse, what each call's backend needs in its backward pass)."""
-    out = _empty_token_major(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if q.dtype == torch.float64:
-        lse = lse.double()
-    kept = []
+    """(out like q, lse [calls, B, heads of a call, tokens of a run], what each call's backend needs
+    in its backward pass); the calls are group by group and, within one, run by run."""
+    outs, lses, kept = [], [], []
     share = q.shape[1] // len(own)
     for group, keys in enumerate(gather(own, halo, job)):
         heads = slice(group * share, (group + 1) * share)
         for run, backend in zip(job.plan.runs, job.backends, strict=True):
-            at = (slice(None), heads, run.queries)
             k, v = _keys_and_values(keys[run.keys])
-            out[at], lse[at], more = load_backend(backend).attend(
-                q[at], k, v, sinks[heads], run.call
+            out, lse, more = load_backend(backend).attend(
+                q[:, heads, run.queries], k, v, sinks[heads], run.call
             )
+            outs.append(out)
+            lses.append(lse)
             kept.append(more)
-    return out, lse, tuple(kept)
+    return _join_calls(outs, job), torch.stack(lses), tuple(kept)
 
 
 def _attend_backward(
@@ -182,35 +176,34 @@ def _attend_backward(
     job: Job,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dq, dk, dv and, where needed, dsinks in fp32."""
-    q = done.q
-    dq = _empty_token_major(q)
-    dk, dv = (_empty_token_major(q, own.shape[0] * own.shape[4]) for _ in range(2))
+    dqs: list[torch.Tensor] = []
     dsinks: list[torch.Tensor] = []
-    share = q.shape[1] // len(own)
+    count, tokens, _, rows, stride, dim = own.shape
+    dkv = own.new_empty(tokens, 2, rows, count * stride, dim)
+    share = done.q.shape[1] // count
     returning: _Return | None = None
     for group, keys in enumerate(groups):
         heads = slice(group * share, (group + 1) * share)
         gradients, of_sinks = [], []
-        for n, (run, backend) in enumerate(zip(job.plan.runs, job.backends, strict=True)):
-            at = (slice(None), heads, run.queries)
+        for run, backend in zip(job.plan.runs, job.backends, strict=True):
+            at, n = (slice(None), heads, run.queries), len(dqs)
             k, v = _keys_and_values(keys[run.keys])
-            call = Done(
-                *(q[at], k, v, done.sinks[heads], done.out[at], done.lse[at].contiguous()),
-                kept[group * len(job.plan.runs) + n],
-            )
-            dq[at], dk_run, dv_run, of_run = load_backend(backend).attend_backward(
+            call = Done(done.q[at], k, v, done.sinks[heads], done.out[at], done.lse[n], kept[n])
+            dq, dk_run, dv_run, of_run = load_backend(backend).attend_backward(
                 dout[at], call, run.call
             )
+            dqs.append(dq)
             gradients.append(RunGradients(run.keys.start, dk_run, dv_run))
             of_sinks.append(of_run)
         if of_sinks[0] is not None:
             dsinks.append(of_sinks[0] + of_sinks[1])
         if returning is not None:
-            returning.finish(dk, dv)
+            returning.finish(dkv)
         returning = _Return(group, (gradients[0], gradients[1]), job)
     assert returning is not None
-    returning.finish(dk, dv)
-    return dq, dk, dv, torch.cat(dsinks) if dsinks else None
+    returning.finish(dkv)
+    dk, dv = _keys_and_values(dkv)
+    return _join_calls(dqs, job), dk, dv, torch.cat(dsinks) if dsinks else None
 
 
 class _Return:
@@ -225,8 +218,9 @@ class _Return:
             rows, list(plan.received_rows), plan.sent_rows, job.group, tag
         )
 
-    def finish(self, dk: torch.Tensor, dv: torch.Tensor) -> None:
-        """Adds what came in to the own part, and writes both into their heads of dk and dv."""
+    def finish(self, dkv: torch.Tensor) -> None:
+        """Adds what came in to the own part, and writes it into its heads of all keys' dK and dV,
+        [T, 2, B, kv_heads, D]."""
         received, first = self.pending.wait(), 0
         for parts in self.plan.sent:
             for begin, end in parts:
@@ -234,9 +228,7 @@ class _Return:
                 self.own[begin:end] += received[first:last]
                 first = last
         stride = self.own.shape[3]
-        heads = slice(self.group * stride, (self.group + 1) * stride)
-        dk[:, heads] = self.own[:, 0].permute(1, 2, 0, 3)
-        dv[:, heads] = self.own[:, 1].permute(1, 2, 0, 3)
+        dkv[..., self.group * stride : (self.group + 1) * stride, :] = self.own
 
 
 def _take(rows: torch.Tensor, ranges: list[Range]) -> torch.Tensor:
@@ -258,6 +250,10 @@ def _keys_and_values(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return both[0], both[1]
 
 
-def _empty_token_major(like: torch.Tensor, heads: int | None = None) -> torch.Tensor:
-    rows, own_heads, tokens, dim = like.shape
-    return like.new_empty(rows, tokens, heads or own_heads, dim).transpose(1, 2)
+def _join_calls(parts: list[torch.Tensor], job: Job) -> torch.Tensor:
+    """[B, heads, T, D] from one tensor for each group and, within it, run; tokens before heads
+    underneath."""
+    runs = len(job.plan.runs)
+    swapped = [part.transpose(1, 2) for part in parts]
+    groups = [torch.cat(swapped[n : n + runs], 1) for n in range(0, len(swapped), runs)]
+    return (groups[0] if len(groups) == 1 else torch.cat(groups, 2)).transpose(1, 2)

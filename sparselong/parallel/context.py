@@ -99,7 +99,7 @@ class Context:
         stride = self.layout.heads_k_stride if window is None else k.shape[1]
         backends = _pick_backends(backend, q, plan)
         job = Job(plan, self.mesh.context_group, stride, backends, is_full=window is None)
-        return attend_to_all(q, k, v, sinks, job)[0]
+        return attend_to_all(q, k, v, sinks, job)
 
     def _check(self, q: torch.Tensor, k: torch.Tensor) -> None:
         rows, tokens = self.layout.rows, self.layout.boundaries[-1]

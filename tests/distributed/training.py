@@ -262,9 +262,9 @@ def _piece_off(piece: str | None) -> Iterator[None]:
     elif piece == "returned gradients":
 
         class Lost(sharded._Return):
-            def finish(self, dk, dv):
+            def finish(self, dkv):
                 self.pending.wait().zero_()
-                super().finish(dk, dv)
+                super().finish(dkv)
 
         patch = mock.patch.object(sharded, "_Return", Lost)
     elif piece == "queries in chunks":
