@@ -15,10 +15,7 @@ gpt-oss-20b's shape, stage 03's masked LoRA, each case in a process of its own: 
 (torch's reserved memory at its peak and the CUDA context) beside what the planner of this version
 predicts. `allocated` is what tensors took; between it and the card lie the context and the gaps
 that the allocator cannot lend again. Kept between a layer's two passes: full attention's outputs,
-the experts' first product. `h200`, `h200x2` and `h200c` are machines with the same card; on the
-first two 4,096 tokens were measured when experts' weights were decoded ahead from 256 rows an
-expert on, not from 512 as now: 0.25 GiB, which the plan no longer counts. All were measured before
-a layer's second pass kept its rounded weights for the backward pass: 0.05 GiB, which it counts.
+the experts' first product.
 """
 COLUMNS = ("layers", "tokens", "rank", "kept", "offloaded", "allocated", "card", "predicted", "off")
 

@@ -104,7 +104,7 @@ def expert_mlp(
         return x.clone()
     if name == "torch":
         return expert_mlp_torch(x, expert_indices, routing_weights, gate_up, down, alpha, limit)
-    call = (x.contiguous(), expert_indices, routing_weights.contiguous())
+    call = (x.contiguous(), expert_indices.contiguous(), routing_weights.contiguous())
     gate = (float(alpha), float(limit))
     if name == "generation":
         from sparselong.kernels import expert_generation
@@ -143,6 +143,9 @@ def _infer(
 
 
 class _ExpertMlp(torch.autograd.Function):
+    """Stacks are referred to, not saved: a step changes what it trains of them, biases, only after
+    its backward passes."""
+
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,
@@ -168,7 +171,7 @@ class _ExpertMlp(torch.autograd.Function):
                 x, indices, weights, gate_up, down, gate, backend, out
             )
         ctx.save_for_backward(wide, indices, weights, *routing)
-        ctx.call = (gate_up, down, gate, backend)  # stacks are referred to
+        ctx.call = (gate_up, down, gate, backend)
         return out
 
     @staticmethod
@@ -204,7 +207,7 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
         *stacks, gate, backend = rest
         gate_up, down = (expert_triton.Projection(*stacks[n : n + 3]) for n in (0, 3))
         ctx.save_for_backward(x, indices, weights)
-        ctx.call, ctx.kept = (gate_up, down, gate, backend), []  # stacks are referred to, not saved
+        ctx.call, ctx.kept = (gate_up, down, gate, backend), []
         needs = ctx.needs_input_grad
         # A bias's gradient is one sum over all tokens.
         ctx.slice_tokens = len(x) if needs[5] or needs[8] else SLICE_TOKENS
@@ -248,6 +251,7 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
             )
 
         with torch.cuda.device_of(x):
+            # Several slices have no gradients of biases.
             biases = [differentiate(part) for part in slices(len(x), ctx.slice_tokens)][-1]
         return dx, None, dweights, None, None, biases[0], None, None, biases[1], None, None
 

@@ -246,7 +246,7 @@ def run_generation(
     down: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     gate: tuple[float, float],
 ) -> torch.Tensor:
-    """out [tokens, hidden]; arguments as of `expert_triton.run_forward`, `gate` alpha and limit."""
+    """What `expert_triton.run_inference` writes, [tokens, hidden]; `gate` is alpha and limit."""
     planes, factors = pack_words(x)
     out = torch.empty_like(x)
     launch_experts(planes, factors, indices.contiguous(), weights, gate_up, down, gate, out)

@@ -89,14 +89,16 @@ def expert_lora_mlp(
     factors = [t for one in adapters for t in ((None, None) if one is None else one[:2])]
     scalings = tuple(0.0 if one is None else float(one.scaling) for one in adapters)
     return _ExpertLora.apply(  # pyright: ignore[reportReturnType]
-        x.contiguous(), expert_indices, routing_weights.contiguous(), *factors, *gate_up, *down,
-        (float(alpha), float(limit)), scalings, "small" if name == "generation" else name,
+        x.contiguous(), expert_indices.contiguous(), routing_weights.contiguous(), *factors,
+        *gate_up, *down, (float(alpha), float(limit)), scalings,
+        "small" if name == "generation" else name,
     )  # fmt: skip
 
 
 class _ExpertLora(torch.autograd.Function):
     """Inside a checkpointed layer tokens go through in slices, and gate_up's output is made again
-    in the backward pass unless the layer keeps it."""
+    in the backward pass unless the layer keeps it. Stacks and factors are referred to, not saved: a
+    step changes what it trains of them only after its backward passes."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -104,13 +106,12 @@ class _ExpertLora(torch.autograd.Function):
     ) -> torch.Tensor:
         from sparselong.kernels import expert_lora_triton as triton_pass
 
-        tensors, call = rest[:10], rest[10:]
-        ctx.call, ctx.kept = call, []
+        ctx.tensors, ctx.call, ctx.kept = rest[:10], rest[10:], []
         ctx.slice_tokens = expert_gemm.SLICE_TOKENS if is_checkpointed() else len(x)
-        ctx.save_for_backward(x, indices, weights, *tensors)
+        ctx.save_for_backward(x, indices, weights)
         if is_second_pass():
             return torch.full_like(x, math.nan)  # a use of it must show
-        stacks = triton_pass.Stacks.of(tensors, call, x.dtype)
+        stacks = triton_pass.Stacks.of(ctx.tensors, ctx.call, x.dtype)
         out = torch.empty_like(x)
         keeps = any(ctx.needs_input_grad) and (keeps_experts() or not is_checkpointed())
         with torch.cuda.device_of(x):
@@ -126,13 +127,13 @@ class _ExpertLora(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         from sparselong.kernels import expert_lora_triton as triton_pass
 
-        x, indices, weights, *tensors = ctx.saved_tensors
-        stacks = triton_pass.Stacks.of(tensors, ctx.call, x.dtype)
+        x, indices, weights = ctx.saved_tensors
+        stacks = triton_pass.Stacks.of(ctx.tensors, ctx.call, x.dtype)
         dx, dweights = torch.empty_like(x), torch.empty_like(weights)
         # A pass that breaks off must leave no slice's output for another slice of the next.
         kept, ctx.kept = ctx.kept, []
         factors = [
-            None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in tensors[:4]
+            None if t is None else torch.zeros_like(t, dtype=torch.float32) for t in ctx.tensors[:4]
         ]
         with torch.cuda.device_of(x):
             for part in expert_gemm.slices(len(x), ctx.slice_tokens):
@@ -142,7 +143,7 @@ class _ExpertLora(torch.autograd.Function):
                     dout[part], *call, wide, routing, stacks, factors, dx[part], dweights[part]
                 )
         grads = [
-            None if g is None else g.to(t.dtype) for g, t in zip(factors, tensors, strict=False)
+            None if g is None else g.to(t.dtype) for g, t in zip(factors, ctx.tensors, strict=False)
         ]
         return dx, None, dweights, *grads, *(None,) * 9
 

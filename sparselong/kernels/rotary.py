@@ -5,12 +5,12 @@ gpt-oss turns dimension d of the first half of a head together with dimension d 
     low'  = low cos - high sin            dlow  =  dlow' cos + dhigh' sin
     high' = high cos + low sin            dhigh = -dlow' sin + dhigh' cos
 
-so the backward pass is the same kernel with the angle's sign turned, and nothing but cos and sin is
-saved. cos and sin are transformers': one value for each of head_dim / 2 angles, YaRN's
-concentration already in them. The arithmetic is fp32 with one rounding; transformers rounds three
-times. Inputs are read by stride, so the views that a projection's output gives cost no copy, and
-outputs lie as [batch, tokens, heads, head_dim] underneath, which attention reads without a copy and
-whose gradient the projections' backward takes without one.
+so the backward pass is the same kernel with the angle's sign turned, and nothing is saved: cos and
+sin, one pair for all layers, are referred to. They are transformers': one value for each of
+head_dim / 2 angles, YaRN's concentration already in them. The arithmetic is fp32 with one rounding;
+transformers rounds three times. Inputs are read by stride, so the views that a projection's output
+gives cost no copy, and outputs lie as [batch, tokens, heads, head_dim] underneath, which attention
+reads without a copy and whose gradient the projections' backward takes without one.
 
 On a CPU plain torch runs (`rotary_ref.py`). Source: Su et al. (2021), arXiv:2104.09864; the code is
 ours, under this repository's licence. Left out: interleaved pairs, and gradients of cos and sin.
@@ -88,7 +88,7 @@ class RotateFunction(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.angles = cos, sin  # all layers' own, which nothing changes
+        ctx.angles = cos, sin
         return _launch(q, k, cos, sin, back=False)
 
     @staticmethod

@@ -247,8 +247,7 @@ def _experts(shape: ModelShape, config: Config, tokens: int, device: Device, kep
         moments += [2 * wide + hidden * choice + (before if decodes else 0)]  # rows of dx
     if kept.experts:  # the first slice's, while all slices' gate_up outputs are there
         return max(moments) + rows * top_k * 12 - _kept_experts(shape, rows)
-    before_this = rows * hidden * 2 if slices > 1 else 0  # the slice before's dx
-    return max(moments) + before_this + rows * top_k * 12
+    return max(moments) + rows * top_k * 12
 
 
 def _buffer(shape: ModelShape, weights: int) -> int:

@@ -152,19 +152,20 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """(out like q, lse [calls, B, heads of a call, tokens of a run], what each call's backend needs
     in its backward pass); the calls are group by group and, within one, run by run."""
-    outs, lses, kept = [], [], []
+    out, lses, kept = _empty_token_major(q), [], []
     share = q.shape[1] // len(own)
     for group, keys in enumerate(gather(own, halo, job)):
-        heads = slice(group * share, (group + 1) * share)
+        heads, parts = slice(group * share, (group + 1) * share), []
         for run, backend in zip(job.plan.runs, job.backends, strict=True):
             k, v = _keys_and_values(keys[run.keys])
-            out, lse, more = load_backend(backend).attend(
+            part, lse, more = load_backend(backend).attend(
                 q[:, heads, run.queries], k, v, sinks[heads], run.call
             )
-            outs.append(out)
+            parts.append(part)
             lses.append(lse)
             kept.append(more)
-    return _join_calls(outs, job), torch.stack(lses), tuple(kept)
+        _join_runs(parts, out[:, heads])
+    return out, torch.stack(lses), tuple(kept)
 
 
 def _attend_backward(
@@ -176,25 +177,27 @@ def _attend_backward(
     job: Job,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dq, dk, dv and, where needed, dsinks in fp32."""
-    dqs: list[torch.Tensor] = []
+    dq = _empty_token_major(done.q)
     dsinks: list[torch.Tensor] = []
     count, tokens, _, rows, stride, dim = own.shape
-    dkv = own.new_empty(tokens, 2, rows, count * stride, dim)
+    dkv = own.new_empty(2, rows, tokens, count * stride, dim)
     share = done.q.shape[1] // count
+    saved = zip(done.lse, kept, strict=True)
     returning: _Return | None = None
     for group, keys in enumerate(groups):
         heads = slice(group * share, (group + 1) * share)
-        gradients, of_sinks = [], []
+        parts, gradients, of_sinks = [], [], []
         for run, backend in zip(job.plan.runs, job.backends, strict=True):
-            at, n = (slice(None), heads, run.queries), len(dqs)
+            at = (slice(None), heads, run.queries)
             k, v = _keys_and_values(keys[run.keys])
-            call = Done(done.q[at], k, v, done.sinks[heads], done.out[at], done.lse[n], kept[n])
-            dq, dk_run, dv_run, of_run = load_backend(backend).attend_backward(
+            call = Done(done.q[at], k, v, done.sinks[heads], done.out[at], *next(saved))
+            dq_run, dk_run, dv_run, of_run = load_backend(backend).attend_backward(
                 dout[at], call, run.call
             )
-            dqs.append(dq)
+            parts.append(dq_run)
             gradients.append(RunGradients(run.keys.start, dk_run, dv_run))
             of_sinks.append(of_run)
+        _join_runs(parts, dq[:, heads])
         if of_sinks[0] is not None:
             dsinks.append(of_sinks[0] + of_sinks[1])
         if returning is not None:
@@ -202,8 +205,8 @@ def _attend_backward(
         returning = _Return(group, (gradients[0], gradients[1]), job)
     assert returning is not None
     returning.finish(dkv)
-    dk, dv = _keys_and_values(dkv)
-    return _join_calls(dqs, job), dk, dv, torch.cat(dsinks) if dsinks else None
+    dk, dv = dkv.transpose(2, 3)
+    return dq, dk, dv, torch.cat(dsinks) if dsinks else None
 
 
 class _Return:
@@ -219,8 +222,8 @@ class _Return:
         )
 
     def finish(self, dkv: torch.Tensor) -> None:
-        """Adds what came in to the own part, and writes it into its heads of all keys' dK and dV,
-        [T, 2, B, kv_heads, D]."""
+        """Adds what came in to the own part, and writes it into its heads of dK and dV,
+        [2, B, T, kv_heads, D]."""
         received, first = self.pending.wait(), 0
         for parts in self.plan.sent:
             for begin, end in parts:
@@ -228,7 +231,8 @@ class _Return:
                 self.own[begin:end] += received[first:last]
                 first = last
         stride = self.own.shape[3]
-        dkv[..., self.group * stride : (self.group + 1) * stride, :] = self.own
+        heads = slice(self.group * stride, (self.group + 1) * stride)
+        dkv[..., heads, :] = self.own.permute(1, 2, 0, 3, 4)
 
 
 def _take(rows: torch.Tensor, ranges: list[Range]) -> torch.Tensor:
@@ -250,10 +254,11 @@ def _keys_and_values(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return both[0], both[1]
 
 
-def _join_calls(parts: list[torch.Tensor], job: Job) -> torch.Tensor:
-    """[B, heads, T, D] from one tensor for each group and, within it, run; tokens before heads
-    underneath."""
-    runs = len(job.plan.runs)
-    swapped = [part.transpose(1, 2) for part in parts]
-    groups = [torch.cat(swapped[n : n + runs], 1) for n in range(0, len(swapped), runs)]
-    return (groups[0] if len(groups) == 1 else torch.cat(groups, 2)).transpose(1, 2)
+def _join_runs(parts: list[torch.Tensor], into: torch.Tensor) -> None:
+    """A group's [B, heads, tokens of a run, D], run after run, to its heads of the result."""
+    torch.cat([part.transpose(1, 2) for part in parts], 1, out=into.transpose(1, 2))
+
+
+def _empty_token_major(like: torch.Tensor) -> torch.Tensor:
+    rows, heads, tokens, dim = like.shape
+    return like.new_empty(rows, tokens, heads, dim).transpose(1, 2)

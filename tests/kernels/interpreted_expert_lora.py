@@ -55,8 +55,8 @@ def run(case: Case, scalings: tuple, backend: str) -> dict[str, float]:
     out, dx, dw = (torch.full_like(t, torch.nan) for t in (x, x, weights))
     wide, routing = expert_lora_triton.run_forward(x, indices, weights, stacks, out)
     grads = [None if t is None else torch.zeros_like(t) for t in factors]
-    call = (x, indices, weights, wide, routing, stacks, grads)
-    expert_lora_triton.run_backward(dout, *call, dx, dw)
+    given = (dout, x, indices, weights, wide, routing, stacks)
+    expert_lora_triton.run_backward(*given, grads, dx, dw)
     leaves = [None if t is None else t.double().requires_grad_() for t in (x, weights, *factors)]
     adapters = [
         None if leaves[n] is None else (leaves[n], leaves[n + 1], scaling)

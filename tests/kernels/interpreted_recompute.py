@@ -112,6 +112,43 @@ def differentiate_again(kind: str, breaks_off: bool) -> list[torch.Tensor]:
     return list(torch.autograd.grad(out, leaves, dout))
 
 
+def differentiate_some() -> dict[str, bool]:
+    """By what is trained, whether all ways of going through the experts have the gradients that
+    they have where everything is trained, and write to nothing that they were given."""
+    names = ("x", "weights", "gate_up_bias", "down_bias")
+    indices = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(TOKENS)])
+    gate_up, down = draw_stack(EXPERTS, 2 * INNER, HIDDEN), draw_stack(EXPERTS, HIDDEN, INNER)
+    given = (torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K), gate_up.bias, down.bias)
+    dout = torch.randn(TOKENS, HIDDEN)
+
+    def run(way: str, trained: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        leaves = [t.clone().requires_grad_(n in trained) for n, t in zip(names, given, strict=True)]
+        x, weights, *biases = leaves
+        rest = (*gate_up[:2], biases[0], *down[:2], biases[1], GATE, "packed")
+        if way == "plain":
+            out = expert_gemm._ExpertMlp.apply(x, indices, weights, *rest)
+        else:
+            contexts = partial(checkpoint_contexts, False, way == "kept")
+            function = expert_gemm._CheckpointedExpertMlp.apply
+            out = checkpoint(
+                *(function, x, indices, weights, *rest), use_reentrant=False, context_fn=contexts
+            )
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = torch.autograd.grad(out, asked, dout)
+        assert all(map(torch.equal, leaves, given)), (way, trained)
+        return {"out": out.detach(), **dict(zip(trained, grads, strict=True))}
+
+    whole = run("plain", names)
+    return {
+        " ".join(trained): all(
+            torch.equal(grad, whole[name])
+            for way in ("plain", "made", "kept")
+            for name, grad in run(way, trained).items()
+        )
+        for trained in (*((name,) for name in names), names[:2], names)
+    }
+
+
 def main() -> None:
     patch_once()
     expert_gemm.SLICE_TOKENS = -(-TOKENS // SLICES)
@@ -130,7 +167,7 @@ def main() -> None:
             "made": made_counts,
             "kept": kept_counts,
         }
-    print(json.dumps(results))
+    print(json.dumps(results | {"some": differentiate_some()}))
 
 
 if __name__ == "__main__":

@@ -175,6 +175,21 @@ def test_inference_goes_in_slices_where_it_is_told_to(monkeypatch):
     assert sizes[3:] == [(37,) * 3]
 
 
+def test_kernels_are_given_what_lies_as_they_read_it(monkeypatch):
+    """They read rows, choices and weights flat."""
+    call, seen = draw(), []
+    for name in ("x", "expert_indices", "routing_weights"):
+        call[name] = call[name].T.contiguous().T
+    monkeypatch.setattr(expert_gemm, "choose", lambda *_: "packed")
+    monkeypatch.setattr(expert_triton, "run_inference", lambda *given: seen.append(given))
+    expert_mlp(**call)
+    (given,) = seen
+    for got, name in zip(given, ("x", "expert_indices", "routing_weights"), strict=False):
+        assert (
+            got.is_contiguous() and torch.equal(got, call[name]) and not call[name].is_contiguous()
+        )
+
+
 def test_every_call_finds_a_row_of_the_table():
     assert choose_backend("cpu", 1, 32).backend == "torch"
     for architecture in (*MEASURED, "sm_80", "sm_86", "sm_89"):

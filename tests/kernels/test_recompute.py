@@ -160,6 +160,11 @@ def test_kept_experts_have_the_same_gradients_and_no_second_product(experts, kin
     }  # fmt: skip
 
 
+def test_what_is_trained_changes_no_other_gradient(experts):
+    """Checkpointed or not; what is frozen is not written to."""
+    assert len(experts["some"]) == 6 and all(experts["some"].values())
+
+
 @pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
 def test_a_backward_pass_that_broke_off_leaves_nothing_to_the_next(experts, kind):
     """Out of memory in one slice: what later slices kept must not stand for the first one's."""
