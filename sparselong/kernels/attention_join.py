@@ -37,7 +37,7 @@ def join(parts: list[Part], sinks: torch.Tensor) -> Part:
     batch, heads, queries, dim = out.shape
     total = torch.empty_like(lse)
     launch: Any = join_kernel  # triton's own types know no launch
-    launch[(triton.cdiv(queries, QUERIES), heads, batch)](
+    launch[(-(-queries // QUERIES), heads, batch)](
         *(out, lse, more, more_lse, sinks.contiguous(), total),
         *(*out.stride()[:3], *more.stride()[:3], queries),
         HAS_MORE=len(parts) == 2,

@@ -54,7 +54,7 @@ def sort_gradients(
         given += [*pair, first, first + pair[0].shape[2]]
         given += [stride for tensor in pair for stride in tensor.stride()[:3]]
     launch: Any = sort_kernel  # triton's own types know no launch
-    launch[(triton.cdiv(len(places), KEYS), heads, rows)](
+    launch[(-(-len(places) // KEYS), heads, rows)](
         *(others, own, places, len(places), *given), KEYS=KEYS, D=dim, num_warps=WARPS
     )
     return others, own

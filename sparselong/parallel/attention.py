@@ -115,6 +115,7 @@ class _ShardedAttention(torch.autograd.Function):
 def pack(k: torch.Tensor, v: torch.Tensor, stride: int) -> torch.Tensor:
     """[G, T, 2, B, S, D]: a token's keys and values of a group side by side, tokens first."""
     rows, heads, tokens, dim = k.shape
+    # Of three axes, for one launch, as in `_join`.
     both = [t.unflatten(1, (-1, stride)).permute(1, 3, 0, 2, 4).flatten(2) for t in (k, v)]
     return torch.cat(both, 2).view(heads // stride, tokens, 2, rows, stride, dim)
 
@@ -182,7 +183,7 @@ def _attend_backward(
     count, tokens, _, rows, stride, dim = own.shape
     dkv = own.new_empty(2, rows, tokens, count * stride, dim)
     share = done.q.shape[1] // count
-    saved = zip(done.lse, kept, strict=True)
+    saved = zip(done.lse, kept, strict=True)  # by call
     returning: _Return | None = None
     for group, keys in enumerate(groups):
         heads = slice(group * share, (group + 1) * share)

@@ -109,9 +109,8 @@ def test_checkpointed_layers_get_contexts_for_their_second_pass():
         args = SimpleNamespace(gradient_checkpointing=on)
         SecondPasses(True, True).on_train_begin(args, at(0), control(), model=Model())
         if on:
-            assert [seen.pop(name) for name in ("use_reentrant", "preserve_rng_state")] == [
-                False
-            ] * 2
+            assert seen.pop("use_reentrant") is False
+            assert seen.pop("preserve_rng_state") is False
             first, second = seen.pop("context_fn")()
             with first:
                 assert is_checkpointed() and not is_second_pass() and keeps_experts()
