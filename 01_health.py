@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import sys
 
-from sparselong import health, memory
+from sparselong import memory
+from sparselong.health import examine
 from sparselong.run import run_stage
 
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         "01_health",
         "Can this machine run this config?",
         argv,
-        execute=health.examine,
+        execute=examine,
         plan=memory.plan_stage,
         show_plan=memory.show_plan,
         keep_result=False,

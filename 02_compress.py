@@ -14,7 +14,7 @@ from sparselong.run import Stage, run_stage
 
 def execute(stage: Stage) -> None:
     """Imports torch only once the command line and the config are known to be right."""
-    from sparselong.compress.stream import compress
+    from sparselong.compress import compress
 
     compress(stage)
 

@@ -4,14 +4,14 @@
 Reads stage 02's model and masters and the conversations; writes runs/NAME/03_finetune/model (same
 compressed format, the adapter in its codes), the adapter beside it, checkpoints, metrics.jsonl and
 loss.png. Axolotl is the trainer, in processes of its own: as many as `sequence_parallel_degree`
-says, or those that torchrun has started this script in (sparselong/finetune/launch.py).
+says, or those that torchrun has started this script in (sparselong/processes/launch.py).
 Interrupted, the same command goes on from the last whole checkpoint.
 """
 
 import sys
 
-from sparselong.finetune.launch import joined_rank
 from sparselong.memory import plan_stage, show_plan
+from sparselong.processes import joined_rank
 from sparselong.run import Stage, run_stage
 
 NAME = "03_finetune"
@@ -19,14 +19,14 @@ NAME = "03_finetune"
 
 def execute(stage: Stage) -> None:
     """Imports torch only once the command line and the config are known to be right."""
-    from sparselong.finetune.trainer import finetune
+    from sparselong.finetune import finetune
 
     finetune(stage)
 
 
 def main(argv: list[str] | None = None) -> int:
     if joined_rank() is not None:
-        from sparselong.finetune.follow import follow_or_lead
+        from sparselong.processes import follow_or_lead
 
         return follow_or_lead(NAME, argv, run)
     return run(argv)

@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Stage 04: what compression and fine-tuning did to the model.
 
 Base, compressed and fine-tuned model answer the same multiple-choice items through lm-eval and read
@@ -6,64 +6,28 @@ the same held-out conversations. Leaves results.json, report.md and evaluation.p
 runs/NAME/04_eval.
 """
 
-import json
 import os
 import sys
 
-from sparselong.data import conversations
 from sparselong.memory import plan_stage, show_plan
-from sparselong.run import Stage, run_stage, write_atomically
+from sparselong.run import Stage, run_stage
 
 
-def evaluate(stage: Stage) -> None:
-    """Measures the three models and writes the report; see sparselong/evaluate."""
-    compressed, finetuned = stage.require("02_compress"), stage.require("03_finetune")
+def execute(stage: Stage) -> None:
+    """Import torch only once the command line and the config are known to be right."""
+    stage.require("02_compress"), stage.require("03_finetune")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     stage.log("importing torch, transformers and lm-eval")
-    from sparselong.evaluate import contamination, harness, models, perplexity, report
-    from sparselong.model.loading import load_tokenizer, resolve_base
+    from sparselong.evaluate import evaluate
 
-    files = conversations.prepare(stage.config, stage.run_dir)
-    base_dir = resolve_base(stage.config, stage.run_dir, stage.log)
-    tokenizer = load_tokenizer(base_dir)
-    suite = harness.load_suite(stage.config, stage.dir / "tasks", tokenizer)
-    samples = perplexity.load_samples(files.validation, tokenizer, stage.config)
-    warnings = contamination.list_warnings(harness.list_items(suite), files.train)
-    for warning in warnings:
-        stage.log(f"warning: {warning}")
-
-    results = {}
-    for name, directory, its_files in (
-        ("base", base_dir, compressed["inputs"]),
-        ("compressed", stage.run_dir / "02_compress" / "model", compressed["outputs"]),
-        ("finetuned", stage.run_dir / "03_finetune" / "model", finetuned["outputs"]),
-    ):
-        results[name] = models.measure(
-            name,
-            directory,
-            models.fingerprint(its_files),
-            models.Measurements(suite, samples),
-            stage.dir,
-            stage.log,
-        )
-        for device, peak_bytes in results[name]["peak_bytes"].items():
-            stage.peak_bytes[device] = max(peak_bytes, stage.peak_bytes.get(device, 0))
-
-    document = report.build_results(stage.config, results, warnings)
-    outputs = [stage.dir / name for name in ("results.json", "report.md", "evaluation.png")]
-    write_atomically(outputs[0], json.dumps(document, indent=1) + "\n")
-    write_atomically(outputs[1], report.render(document))
-    report.draw(document, outputs[2])
-    stage.log(f"{report.summarize(document)}\nreport: {outputs[1]}")
-    stage.metrics = report.list_metrics(document)
-    stage.inputs = [files.train, files.validation]
-    stage.outputs = [*outputs, *(stage.dir / f"{name}.json" for name in results)]
+    evaluate(stage)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the stage; returns the exit code."""
-    return run_stage("04_eval", __doc__.splitlines()[0], argv, evaluate, plan_stage, show_plan)
+    """Run the stage; return its exit code."""
+    text = "Compare base, compressed and fine-tuned model."
+    return run_stage("04_eval", text, argv, execute, plan_stage, show_plan)
 
 
 if __name__ == "__main__":

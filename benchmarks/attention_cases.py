@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from sparselong.kernels.attention import attention
+from sparselong.kernels.attention.op import attention
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
 MEAN_DOCUMENT = 1024

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times tile sizes of the Triton attention kernels; sparselong/kernels/attention_tiles.py keeps the
+"""Times tile sizes of the Triton attention kernels; sparselong/kernels/attention/tiles.py keeps the
 best. Needs a CUDA device. Candidates are compiled in parallel first, then timed one by one."""
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from triton.testing import do_bench
 from benchmarks.attention_cases import pack
 from benchmarks.command_line import add_result, has_device, machine_of
 from benchmarks.record import row, write
-from sparselong.kernels import architecture, attention_tiles, attention_triton
-from sparselong.kernels.attention_mask import Call, Done, Mask, find_documents
-from sparselong.kernels.attention_tiles import Tile
+from sparselong.kernels import gpu as architecture
+from sparselong.kernels.attention import tiles as attention_tiles
+from sparselong.kernels.attention import triton_launch as attention_triton
+from sparselong.kernels.attention.mask import Call, Done, Mask, find_documents
+from sparselong.kernels.attention.tiles import Tile
 
 Job = tuple[str, str, Tile]
 

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from benchmarks.command_line import add_result, command_of, machine_of
 from benchmarks.context_parallel_launch import make_waves, run_wave
 from benchmarks.record import row, write
-from sparselong.run import write_atomically
+from sparselong.files import write_atomically
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
 KINDS = {"full": None, "window": WINDOW}
@@ -77,7 +77,7 @@ def draw(tokens: int) -> list[torch.Tensor]:
 
 def check_arms(arms: dict[str, Any], mesh: Any) -> set[str]:
     """The arms whose out, dq, dk or dv is not one GPU's, on any rank."""
-    from sparselong.kernels.attention import attention
+    from sparselong.kernels.attention.op import attention
     from sparselong.parallel.collectives import all_gather
 
     q, k, v, sinks, dout = draw(2048)
@@ -202,9 +202,9 @@ def measure_length(
     """Rows of one length."""
     from benchmarks.train_step import profile_step
     from sparselong.parallel.collectives import all_gather, count_bytes
-    from sparselong.parallel.context import context_parallel, take_layout
-    from sparselong.parallel.loss import add_losses, count_supervised, reduce_gradients
-    from sparselong.parallel.shard import shard_batch
+    from sparselong.parallel.gradients import add_losses, count_supervised, reduce_gradients
+    from sparselong.parallel.sequence.context import context_parallel, take_layout
+    from sparselong.parallel.sequence.shard import shard_batch
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(200_000, (1, tokens), generator=generator).cuda()

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from sparselong.kernels.attention import attention, load_backend, pick_backend
-from sparselong.kernels.attention_mask import Call, Done, Mask
-from sparselong.parallel.attention import pack
+from sparselong.kernels.attention.mask import Call, Done, Mask
+from sparselong.kernels.attention.op import attention, load_backend, pick_backend
 from sparselong.parallel.collectives import record_bytes, start_all_to_all
-from sparselong.parallel.context import Context, Layout
 from sparselong.parallel.mesh import Mesh
-from sparselong.parallel.shard import chunks_of
+from sparselong.parallel.sequence.attention import pack
+from sparselong.parallel.sequence.context import Context, Layout
+from sparselong.parallel.sequence.shard import chunks_of
 
 
 class Arm(NamedTuple):

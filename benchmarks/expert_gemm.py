@@ -28,9 +28,9 @@ import torch
 from benchmarks.attention import measure_peak, tell, time_in_turn
 from benchmarks.command_line import add_result, has_device, machine_of
 from benchmarks.record import row, write
-from sparselong.kernels.expert_gemm import ALPHA, LIMIT, MOST_CHOICES, expert_mlp
-from sparselong.kernels.expert_gemm_ref import expert_mlp_reference
+from sparselong.kernels.experts.op import ALPHA, LIMIT, MOST_CHOICES, expert_mlp
 from sparselong.packing import mxfp4
+from tests.references.expert_mlp import expert_mlp_reference
 
 EXPERTS, TOP_K, WIDTH = 32, 4, 2880
 WEIGHTS = 3 * WIDTH * WIDTH

@@ -47,8 +47,8 @@ from transformers import GptOssForCausalLM
 from benchmarks.command_line import add_result, command_of, has_device, machine_of
 from benchmarks.record import row, write
 from benchmarks.shape_20b import build_baseline, build_packed, config_20b
+from sparselong.generation.decoder import Decoder, generate
 from sparselong.model.fused import fuse
-from sparselong.model.generation import Decoder, generate
 from sparselong.model.packed_linear import PackedLinear
 
 ARMS = ("graph", "kernels", "packed", "eager")

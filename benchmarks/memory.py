@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.command_line import add_result, has_device, machine_of
 from benchmarks.record import row, write
-from sparselong import config, memory
+from sparselong import memory
+from sparselong.config import schema as config
 
 CASES: tuple[dict[str, Any], ...] = (
     {"tokens": 1024, "batch": 2},

@@ -28,11 +28,11 @@ from torch.utils import checkpoint
 
 from benchmarks.command_line import add_result, has_device, machine_of
 from benchmarks.record import row, write
-from sparselong.kernels.cross_entropy import CHUNK_ROWS, linear_cross_entropy
-from sparselong.kernels.rms_norm import add_rms_norm, rms_norm
-from sparselong.kernels.rms_norm_ref import add_rms_norm_reference, rms_norm_reference
-from sparselong.kernels.rotary import rotate
-from sparselong.kernels.rotary_ref import rotate_reference
+from sparselong.kernels.layer.cross_entropy import CHUNK_ROWS, linear_cross_entropy
+from sparselong.kernels.layer.norm import add_rms_norm, rms_norm
+from sparselong.kernels.layer.norm_torch import add_rms_norm_reference, rms_norm_reference
+from sparselong.kernels.layer.rotary import rotate
+from sparselong.kernels.layer.rotary_torch import rotate_reference
 
 HIDDEN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, EPS = 2880, 201_088, 64, 8, 64, 1e-5
 TOLERANCE = 2e-2

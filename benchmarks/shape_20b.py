@@ -11,14 +11,15 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss import modeling_gpt_oss
 
-from sparselong.finetune.adapter import Beside, add_masked_lora
-from sparselong.finetune.expert_lora import EXPERT_WEIGHTS
-from sparselong.kernels.recompute import checkpoint_contexts
+from sparselong.adapters.attach import Beside, add_masked_lora
+from sparselong.adapters.expert_lora import EXPERT_WEIGHTS
+from sparselong.checkpoint.format import PROJECTIONS
 from sparselong.model.fused import chunk_loss, fuse
 from sparselong.model.packed_linear import PackedLinear
-from sparselong.model.quantizer import PROJECTIONS, replace_with_packed
+from sparselong.model.quantizer import replace_with_packed
 from sparselong.packing import dense, integer
 from sparselong.packing.dense import DenseFormat
+from sparselong.runtime.recompute import checkpoint_contexts
 
 BASELINES = ("eager", "flex")
 OURS = ("lora", "masked", "experts")

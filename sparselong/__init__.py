@@ -6,11 +6,17 @@ Telemetry of the packages underneath is off unless the user turns it on, and tor
 segments that grow; the environment's own values always win.
 """
 
-import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
+from sparselong.lazy import expose
 from sparselong.registration import register_when_needed
+
+if TYPE_CHECKING:
+    from sparselong.generation import generate
+    from sparselong.model.attention import attention_forward, patch_attention
+    from sparselong.model.fused import chunk_loss, fuse
+    from sparselong.model.loading import packed_config
 
 __version__ = "0.1.0"
 
@@ -32,18 +38,4 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
 
 register_when_needed()
 
-_LAZY = {
-    "attention_forward": "attention",
-    "patch_attention": "attention",
-    "fuse": "fused",
-    "chunk_loss": "fused",
-    "generate": "generation",
-    "packed_config": "loading",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """The doors that need torch, imported when they are asked for."""
-    if name not in _LAZY:
-        raise AttributeError(f"module 'sparselong' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"sparselong.model.{_LAZY[name]}"), name)
+__getattr__ = expose(__name__)

@@ -97,3 +97,25 @@ def peak_host_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/self/status has no VmHWM line")
+
+
+def reset_peaks() -> None:
+    """Start a new measurement of this process's peak memory, on the host and on each GPU."""
+    import torch
+
+    reset_peak_host_memory()
+    if torch.cuda.is_available():
+        torch.cuda.init()  # the statistics exist from then on
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(index)
+
+
+def read_peaks() -> dict[str, int]:
+    """Peak bytes since the last reset: `host` (resident) and `cuda:N` (allocated through torch)."""
+    import torch
+
+    devices = range(torch.cuda.device_count())
+    return {
+        "host": peak_host_bytes(),
+        **{f"cuda:{index}": torch.cuda.max_memory_allocated(index) for index in devices},
+    }

@@ -33,10 +33,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparselong import config as config_module
 from sparselong import provenance
 from sparselong.config import Config
+from sparselong.config import schema as config_module
 from sparselong.errors import ConfigError, ExpectedError, StageError
+from sparselong.files import write_atomically
 
 DEFAULT_CONFIG = "configs/gpt-oss-120b-4x3090.yaml"
 FORMAT_VERSION = 1
@@ -140,16 +141,6 @@ def read_manifest(run_dir: Path, name: str) -> dict[str, Any] | None:
     """The stage's manifest, or None when the stage is not done."""
     path = run_dir / name / "manifest.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that it is there whole or not at all, also after a power cut."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def write_rows(path: Path, rows: list) -> Path:
 @pytest.fixture(scope="session")
 def untrained_base(tmp_path_factory) -> Path:
     """A random gpt-oss of four layers in upstream's on-disk form."""
-    from sparselong.model.tiny import TinySpec, build_tiny
+    from sparselong.tiny.build import TinySpec, build_tiny
 
     return build_tiny(tmp_path_factory.mktemp("base") / "base", TinySpec(steps=0), seed=1)
 

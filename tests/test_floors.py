@@ -5,16 +5,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    {"errors", "registration", "yaml12", "provenance", "run"}
-    | {"config", "config_docs", "config_keys", "config_profiles"},
-    {"memory", "data", "packing"},
-    {"kernels"},
+    {"errors", "files", "lazy", "registration", "provenance"},
+    {"config", "packing", "runtime"},
+    {"run", "memory", "data", "kernels"},
     {"parallel"},
+    {"checkpoint", "processes"},
     {"model"},
+    {"tiny", "adapters", "generation"},
     {"health", "compress", "finetune", "evaluate", "export", "chat"},
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
-NO_TORCH = ("errors", "registration", "yaml12", "provenance", "config", "run", "memory", "data")
+NO_TORCH = (
+    "errors",
+    "lazy",
+    "files",
+    "registration",
+    "provenance",
+    "config",
+    "run",
+    "memory",
+    "data",
+)
 DOOR = ("registration", "model")  # registers the packed format once transformers is imported
 
 

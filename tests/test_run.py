@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sparselong.errors import StageError
-from sparselong.run import Stage, read_manifest, run_stage, stage_hash, write_atomically
+from sparselong.files import write_atomically
+from sparselong.run import Stage, read_manifest, run_stage, stage_hash
 
 TINY = ["--config", str(Path(__file__).resolve().parent.parent / "configs/tiny.yaml")]
 
@@ -167,7 +168,7 @@ def test_config_errors_exit_with_two(tmp_path, capsys):
 
 
 def test_hashes_of_later_stages_cover_earlier_keys():
-    from sparselong.config import load
+    from sparselong.config.schema import load
 
     plain, compressed_otherwise = load(TINY[1]), load(TINY[1], ["calibration.samples=3"])
     trained_otherwise = load(TINY[1], ["training.max_steps=3"])

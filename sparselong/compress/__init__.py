@@ -1,1 +1,10 @@
 """Stage 02: the base checkpoint, layer by layer, into the packed one."""
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.compress.stream import compress
+
+__getattr__ = expose(__name__)

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from sparselong.checkpoint import Checkpoint, write_tensors
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.errors import StageError
-from sparselong.model.checkpoint import Checkpoint, write_tensors
 
 
 def calibration_tokens(

@@ -23,12 +23,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 from sparselong.compress.hessian import Hessian
 from sparselong.compress.solver import Compressed, compress_weight
 from sparselong.errors import StageError
-from sparselong.model.attention import NAME
-from sparselong.model.fused import fuse
-from sparselong.model.packed_experts import PackedExperts
-from sparselong.model.packed_linear import PackedLinear
-from sparselong.packing import dense
-from sparselong.packing.dense import DenseFormat
+from sparselong.model import NAME, PackedExperts, PackedLinear, fuse
+from sparselong.packing import DenseFormat, dense
 
 _TOKENS_PER_FORWARD = 4096
 

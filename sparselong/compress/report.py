@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sparselong.model.checkpoint import Checkpoint, same_bytes
-from sparselong.model.projections import stored_projections, two_four_conforming
-from sparselong.model.quantizer import SparseLongConfig
-from sparselong.packing import dense, integer
-from sparselong.packing.dense import DenseFormat
+from sparselong.checkpoint import Checkpoint, same_bytes
+from sparselong.model import SparseLongConfig, stored_projections, two_four_conforming
+from sparselong.packing import DenseFormat, dense, integer
 
 _GROUPS = {
     ".self_attn.": "attention",

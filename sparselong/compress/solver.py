@@ -30,8 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from sparselong.errors import StageError
-from sparselong.packing import integer
-from sparselong.packing.dense import DenseFormat
+from sparselong.packing import DenseFormat, integer
 
 BLOCK_COLUMNS = 128
 """Columns solved before their errors reach the rest, llmcompressor's default. Results depend on it

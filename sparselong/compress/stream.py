@@ -19,28 +19,27 @@ from typing import Any
 import torch
 from transformers import GptOssConfig
 
+from sparselong.checkpoint import (
+    PROJECTIONS,
+    Checkpoint,
+    derive,
+    layer_tensors,
+    open_upstream,
+    pack_two_four_experts,
+    unpack_two_four_experts,
+    write_tensors,
+)
 from sparselong.compress.calibration import HiddenStates, calibration_tokens
 from sparselong.compress.layer import CalibratedLayer
 from sparselong.compress.report import measure
 from sparselong.config import Config
 from sparselong.data import conversations
-from sparselong.model.architecture import layer_tensors, open_upstream
-from sparselong.model.attention import choose_attention, implementation
-from sparselong.model.checkpoint import Checkpoint, derive, write_tensors
-from sparselong.model.loading import (
-    compute_dtype,
-    default_device,
-    load_tokenizer,
-    resolve_base,
-)
-from sparselong.model.peaks import read_peaks, reset_peaks
-from sparselong.model.quantizer import (
-    PROJECTIONS,
-    SparseLongConfig,
-    pack_two_four_experts,
-    unpack_two_four_experts,
-)
-from sparselong.run import Stage, write_atomically
+from sparselong.files import write_atomically
+from sparselong.model import SparseLongConfig, choose_attention, implementation, load_tokenizer
+from sparselong.provenance import read_peaks, reset_peaks
+from sparselong.run import Stage
+from sparselong.runtime import compute_dtype, default_device
+from sparselong.tiny import resolve_base
 
 DENSE_FILE = "dense-{:05d}.safetensors"
 MASTER_FILE = "layer-{:05d}.safetensors"

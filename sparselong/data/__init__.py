@@ -1,1 +1,12 @@
 """Text and chat data: what a run trains, calibrates and is measured on. No torch here."""
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.data import conversations, corpus, demo
+    from sparselong.data.demo import write_hellaswag
+    from sparselong.data.hub import explain_hub_failures
+
+__getattr__ = expose(__name__)

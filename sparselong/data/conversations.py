@@ -27,8 +27,8 @@ from typing import Any, Literal, NamedTuple
 from sparselong.config import Config
 from sparselong.data.hub import explain_hub_failures
 from sparselong.errors import StageError
+from sparselong.files import write_atomically
 from sparselong.provenance import hash_file
-from sparselong.run import write_atomically
 
 Message = dict[str, str]
 ROLES = ("system", "developer", "user", "assistant")

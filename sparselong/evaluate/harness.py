@@ -35,8 +35,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager, get_task_dict
 
 from sparselong.config import Config
-from sparselong.data.demo import write_hellaswag
-from sparselong.data.hub import explain_hub_failures
+from sparselong.data import explain_hub_failures, write_hellaswag
 from sparselong.errors import ConfigError, StageError
 
 DEMO_TASK = "demo_hellaswag"

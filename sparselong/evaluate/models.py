@@ -20,10 +20,9 @@ from typing import Any
 import torch
 
 from sparselong.evaluate import harness, perplexity
-from sparselong.model.attention import choose_attention, implementation
-from sparselong.model.loading import load_model
-from sparselong.model.peaks import read_peaks, reset_peaks
-from sparselong.run import write_atomically
+from sparselong.files import write_atomically
+from sparselong.model import choose_attention, implementation, load_model
+from sparselong.provenance import read_peaks, reset_peaks
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ every doubling (…, 64-95, 96-127, …), because what context is worth grows wi
 
 Batches are filled with conversations of similar length and padded on the right, where causal
 attention cannot see; padded places are dropped before the head, so they are neither computed there
-nor counted. The loss is stage 03's (kernels/cross_entropy.py): logits exist for 512 tokens at a
-time, where 16,384 at once would take 13 GB.
+nor counted. The loss is stage 03's (kernels/layer/cross_entropy.py): logits exist for 512 tokens at
+a time, where 16,384 at once would take 13 GB.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.errors import StageError
-from sparselong.kernels.cross_entropy import token_losses
+from sparselong.kernels.layer import token_losses
 
 _BATCH_TOKENS = 16384
 

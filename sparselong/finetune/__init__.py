@@ -4,6 +4,16 @@ masks.py and schedule of updates are pure maths, lora.py the layer, callbacks.py
 steps, axolotl_plugin.py the only file that imports axolotl, masked_trainer.py what is ours in its
 trainer, batches.py the data's order, axolotl_config.py its generated YAML, trainer.py the stage.
 
-Of several processes, launch.py says which there are, process.py starts and listens to them, rank.py
-is one of them, ranks.py what they tell each other, follow.py what torchrun's others do.
+Of several processes, processes/launch.py says which there are, processes/process.py starts and
+listens to them, rank.py is one of them, processes/world.py what they tell each other,
+processes/follow.py what torchrun's others do.
 """
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.finetune.trainer import finetune
+
+__getattr__ = expose(__name__)

@@ -20,8 +20,8 @@ from typing import Any
 from sparselong.config import Config
 from sparselong.errors import StageError
 from sparselong.memory import find_shape, kept_peaks
-from sparselong.model.attention import NAME, implementation
-from sparselong.model.loading import compute_dtype, default_device
+from sparselong.model import NAME, implementation
+from sparselong.runtime import compute_dtype, default_device
 
 PLUGIN = "sparselong.finetune.axolotl_plugin.SparseLongPlugin"
 ADAPTER = "sparselong_masked_lora"

@@ -37,16 +37,21 @@ from axolotl.loaders import load_tokenizer
 from pydantic import BaseModel
 
 import sparselong
-from sparselong.errors import StageError
-from sparselong.finetune import ranks, state, supervision
-from sparselong.finetune.adapter import (
+from sparselong.adapters import (
     Beside,
     Masters,
     add_masked_lora,
+    bake_checkpoint,
     count_trainable,
+    name_adapter,
     parameter_table,
+    put_baked_experts,
     tuned_layers,
 )
+from sparselong.checkpoint import Checkpoint
+from sparselong.errors import StageError
+from sparselong.files import write_atomically
+from sparselong.finetune import state, supervision
 from sparselong.finetune.axolotl_config import (
     ADAPTER,
     BAKED,
@@ -56,19 +61,20 @@ from sparselong.finetune.axolotl_config import (
     SUPERVISION,
     TRAINED,
 )
-from sparselong.finetune.bake import bake, name_adapter, put_baked_experts
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses, tell
-from sparselong.finetune.failure import tell_failures
 from sparselong.finetune.keeping import Keeping, decide_keeping
-from sparselong.finetune.launch import joined_rank
 from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.finetune.routers import RouterWatch
-from sparselong.model.attention import choose_attention, chosen_attention
-from sparselong.model.checkpoint import Checkpoint
-from sparselong.model.description import describe_weights
-from sparselong.model.fused import FusedDecoderLayer, chunk_loss
-from sparselong.model.projections import two_four_conforming
-from sparselong.run import write_atomically
+from sparselong.model import (
+    FusedDecoderLayer,
+    choose_attention,
+    chosen_attention,
+    chunk_loss,
+    describe_weights,
+    two_four_conforming,
+)
+from sparselong.processes import joined_rank, tell_failures
+from sparselong.processes import world as ranks
 
 _PREVIEW_ROWS = 3
 _PACKAGES = ("axolotl", "transformers", "peft", "torch", "accelerate", "datasets")
@@ -278,7 +284,7 @@ class SparseLongPlugin(BasePlugin):
         if ranks.is_first():
             write_atomically(work / TRAINED, "{}\n")
             tell(f"baking {Path(best).name} (validation loss {trainer.state.best_metric:.4f})")
-            baked, rounding = bake(Path(cfg.base_model), layers, work / "model")
+            baked, rounding = bake_checkpoint(Path(cfg.base_model), layers, work / "model")
             trainer.model.save_pretrained(str(work / "adapter"))
             state.write(work / "adapter", trainer.layers, trainer.progress)
             name_adapter(work / "adapter", cfg.sparselong.name)

@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from sparselong.adapters import Criterion, MaskedLoraLinear, update_steps
 from sparselong.errors import StageError
-from sparselong.finetune.lora import MaskedLoraLinear
-from sparselong.finetune.masks import Criterion, update_steps
-from sparselong.finetune.process import MARK
-from sparselong.finetune.ranks import check_replicas
 from sparselong.finetune.state import Progress, buffers
-from sparselong.kernels.recompute import checkpoint_contexts
+from sparselong.processes import MARK, check_replicas
+from sparselong.runtime import checkpoint_contexts
 
 
 def tell(text: str) -> None:
@@ -72,7 +70,8 @@ class MaskUpkeep(TrainerCallback):
 
 
 class SecondPasses(TrainerCallback):
-    """Lets checkpointed layers leave out of their second pass what they can; see recompute.py."""
+    """Lets checkpointed layers leave out of their second pass what they can; see
+    runtime/recompute.py."""
 
     def __init__(self, keep_attention: bool, keep_experts: bool):
         self.contexts = partial(checkpoint_contexts, keep_attention, keep_experts)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sparselong.finetune import ranks
 from sparselong.memory import CONTEXT_BYTES, format_bytes, is_kept
+from sparselong.processes import world as ranks
 
 
 @dataclass(frozen=True)

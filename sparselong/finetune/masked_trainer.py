@@ -7,10 +7,10 @@
   averages the micro-batches' mean losses;
 - checkpoints hold masks, scales and counters (state.py).
 
-With several ranks (ranks.py) each takes the batches of its data rank and, of each batch, its shard
-of the sequence. The base class knows nothing of the others, so what crosses ranks is here: the
-divisor of the loss and the counters are those of all ranks, gradients are added over them once a
-step, logged losses are the sums of all shares, and only rank 0 writes checkpoints.
+With several ranks (processes/world.py) each takes the batches of its data rank and, of each batch,
+its shard of the sequence. The base class knows nothing of the others, so what crosses ranks is
+here: the divisor of the loss and the counters are those of all ranks, gradients are added over them
+once a step, logged losses are the sums of all shares, and only rank 0 writes checkpoints.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
+from sparselong.adapters import MaskedLoraLinear, masked_layers
 from sparselong.errors import StageError
-from sparselong.finetune import ranks, state
+from sparselong.finetune import state
 from sparselong.finetune.batches import IGNORED, Batches, EpochOrder, make_batches, only
-from sparselong.finetune.documents import document_masks
-from sparselong.finetune.lora import MaskedLoraLinear, masked_layers
-from sparselong.model.attention import NAME
-from sparselong.parallel.collectives import sum_over_ranks
-from sparselong.parallel.context import context_parallel, take_layout
-from sparselong.parallel.loss import add_losses, reduce_gradients
-from sparselong.parallel.shard import shard_batch
+from sparselong.model import NAME, document_masks
+from sparselong.parallel import add_losses, reduce_gradients, sum_over_ranks
+from sparselong.parallel.sequence import context_parallel, shard_batch, take_layout
+from sparselong.processes import world as ranks
 
 
 class MaskedTraining(Trainer):

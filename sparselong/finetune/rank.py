@@ -3,7 +3,8 @@
     RANK=r WORLD_SIZE=n ... python -m sparselong.finetune.rank AXOLOTL_YAML DEGREE
 
 A rank other than 0 writes nothing that stays: what Axolotl saves by itself goes into a folder of
-its own that is removed at the end, and its loggers are off. See ranks.py and launch.py.
+its own that is removed at the end, and its loggers are off. See processes/world.py and
+processes/launch.py.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from types import TracebackType
 
 import yaml
 
-from sparselong.finetune import ranks
-from sparselong.finetune.failure import tell_failures, write_failure
+from sparselong.processes import tell_failures, write_failure
+from sparselong.processes import world as ranks
 
 _RUN = "axolotl.cli.main"
 

@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from sparselong.checkpoint import write_tensors
 from sparselong.errors import StageError
-from sparselong.model.checkpoint import write_tensors
-from sparselong.model.peaks import read_peaks
-from sparselong.run import write_atomically
+from sparselong.files import write_atomically
+from sparselong.provenance import read_peaks
 
 if TYPE_CHECKING:  # the stage's own process needs no PEFT, whose import takes seconds
-    from sparselong.finetune.lora import MaskedLoraLinear
+    from sparselong.adapters import MaskedLoraLinear
 
 MASKS = "masks.safetensors"
 PROGRESS = "progress.json"

@@ -28,6 +28,7 @@ import yaml
 
 from sparselong.data import conversations
 from sparselong.errors import StageError
+from sparselong.files import write_atomically
 from sparselong.finetune import axolotl_config, plot, state
 from sparselong.finetune.axolotl_config import (
     BAKED,
@@ -37,9 +38,8 @@ from sparselong.finetune.axolotl_config import (
     TRAINED,
     Folders,
 )
-from sparselong.finetune.follow import train_together
-from sparselong.finetune.launch import find_world
-from sparselong.run import Stage, write_atomically
+from sparselong.processes import find_world, train_together
+from sparselong.run import Stage
 
 _CALLBACKS = ("MaskUpkeep", "SecondPasses", "RouterWatch", "Metrics")
 

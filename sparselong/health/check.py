@@ -14,7 +14,7 @@ from sparselong.health.machine import Machine
 from sparselong.health.packages import NEEDED, Package
 from sparselong.health.rows import Row, fail, ok, warn
 from sparselong.health.sources import Source
-from sparselong.kernels.attention_choice import describe_choice
+from sparselong.kernels.attention import describe_choice
 from sparselong.memory import Plan
 
 _PYTHONS = ((3, 11), (3, 12))

@@ -11,8 +11,7 @@ from typing import Any
 from sparselong.config import Config
 from sparselong.health.machine import Machine
 from sparselong.health.rows import Row
-from sparselong.memory import Plan, format_bytes, format_seconds
-from sparselong.memory.table import WIDTH, memory_lines, table
+from sparselong.memory import WIDTH, Plan, format_bytes, format_seconds, format_table, memory_lines
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -41,9 +40,9 @@ def plan_text(report: dict[str, Any]) -> str:
     ]
     disk = {name: format_bytes(size) for name, size in plan["bytes_on_disk"].items() if size}
     free = format_bytes(report["disk_free_bytes"])
-    lines += table(f"Disk (all stages; {free} free at the run directory)", disk)
+    lines += format_table(f"Disk (all stages; {free} free at the run directory)", disk)
     seconds = {name: format_seconds(value) for name, value in plan["estimated_seconds"].items()}
-    lines += table(f"Time (an estimate for {plan['estimated_for']})", seconds)
+    lines += format_table(f"Time (an estimate for {plan['estimated_for']})", seconds)
     tokens = f"{plan['training_tokens']:,} training tokens ({plan['training_tokens_note']})"
     return "\n".join([*lines, f"  {tokens}"])
 

@@ -1,8 +1,8 @@
 """The plan of a run: what is read, written, held in memory, and how long it takes.
 
-`plan` answers for a whole config, `plan_stage` for one stage's `--dry-run`. Neither looks at the
-GPU: a plan is for a device kind (by default the one the config asks for), and 01_health.py compares
-it with what the machine has.
+`make_plan` answers for a whole config, `plan_stage` for one stage's `--dry-run`. Neither looks at
+the GPU: a plan is for a device kind (by default the one the config asks for), and 01_health.py
+compares it with what the machine has.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def configured_device(config: Config, shape: ModelShape) -> Device:
     return "cpu" if shape.total < CPU_PARAMETERS and not config.flash_attention else "cuda"
 
 
-def plan(
+def make_plan(
     config: Config,
     device: Device | None = None,
     gpu_name: str | None = None,
@@ -180,7 +180,7 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
     Raises:
         StageError: the base model's shape is not known.
     """
-    made = plan(config)
+    made = make_plan(config)
     components, peak = made.stage_memory("03_finetune" if name == "01_health" else name)
     reads, writes = _files(config, run_dir, name, made)
     return {

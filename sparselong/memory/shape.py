@@ -1,7 +1,7 @@
 """The sizes of a gpt-oss model, as integers, without loading it.
 
 Everything the planner says follows from ten numbers of the model's configuration. The two published
-models are built in under their hub names; the `tiny` model is the one that sparselong.model.tiny
+models are built in under their hub names; the `tiny` model is the one that sparselong.tiny.build
 makes; any other base is read from its config.json. Parameter counts are exact: for the published
 models they equal the checkpoints' own to the last parameter.
 """
@@ -135,7 +135,7 @@ _FIELDS = {
 
 
 def tiny_shape(layers: int) -> ModelShape:
-    """The shape of the small model that sparselong.model.tiny makes; a test holds them equal."""
+    """The shape of the small model that sparselong.tiny.build makes; a test holds them equal."""
     return ModelShape(
         layers=layers,
         experts=8,

@@ -23,7 +23,7 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def table(title: str, rows: dict[str, str]) -> list[str]:
+def format_table(title: str, rows: dict[str, str]) -> list[str]:
     """Lines of a two-column table; values are aligned to the right."""
     if not rows:
         return []
@@ -44,12 +44,12 @@ def memory_lines(document: dict[str, Any]) -> list[str]:
     lines = []
     if parts:
         peak = format_bytes(document["peak_bytes_per_gpu"])
-        lines = table(f"{title} (this version)", {**parts, "peak": peak})
+        lines = format_table(f"{title} (this version)", {**parts, "peak": peak})
     sharded = document.get("sharded_bytes_per_gpu")
     if sharded:
         parts = {name: format_bytes(size) for name, size in sharded.items()}
         peak = format_bytes(document["sharded_peak_bytes_per_gpu"])
-        lines += table(
+        lines += format_table(
             "Memory on each GPU once experts and vocabulary are shared, too (not yet)",
             {**parts, "peak": peak},
         )
@@ -64,7 +64,7 @@ def show_plan(document: dict[str, Any]) -> str:
             f"{row['path']} ({row['what']})": format_bytes(row["bytes"]) if row["bytes"] else "-"
             for row in document[title]
         }
-        lines += table(title.capitalize(), rows)
+        lines += format_table(title.capitalize(), rows)
     lines.append(f"Bytes on disk: {format_bytes(document['bytes_on_disk'])}")
     lines += memory_lines(document)
     lines.append(f"Estimated time: {format_seconds(document['estimated_seconds'])}")

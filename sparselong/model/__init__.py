@@ -1,1 +1,18 @@
 """The gpt-oss model over packed weights, and the small one made on the spot."""
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.model.attention import NAME, choose_attention, chosen_attention, implementation
+    from sparselong.model.description import describe_weights
+    from sparselong.model.documents import document_masks
+    from sparselong.model.fused import FusedDecoderLayer, chunk_loss, fuse
+    from sparselong.model.loading import load_model, load_tokenizer
+    from sparselong.model.packed_experts import PackedExperts
+    from sparselong.model.packed_linear import PackedLinear
+    from sparselong.model.projections import stored_projections, two_four_conforming
+    from sparselong.model.quantizer import SparseLongConfig
+
+__getattr__ = expose(__name__)

@@ -38,10 +38,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparselong.config import Config
-from sparselong.kernels.attention import attention
-from sparselong.kernels.attention_choice import BACKENDS
-from sparselong.kernels.attention_mask import mark_starts, refuse_gaps
-from sparselong.parallel.context import active_context
+from sparselong.kernels.attention import BACKENDS, attention, mark_starts, refuse_gaps
+from sparselong.parallel.sequence import active_context
 
 NAME = "sparselong"
 _ROWS_CHECKED = 1024

@@ -31,9 +31,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from sparselong.kernels.cross_entropy import IGNORED, linear_cross_entropy
-from sparselong.kernels.rms_norm import add_rms_norm, rms_norm
-from sparselong.kernels.rotary import rotate
+from sparselong.kernels.layer import IGNORED, add_rms_norm, linear_cross_entropy, rms_norm, rotate
 
 
 class FusedRMSNorm(GptOssRMSNorm):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GptOssForCausalLM, PreTrainedTokenizerBase
 
-from sparselong.config import Config
+from sparselong.checkpoint import METHOD
 from sparselong.errors import StageError
-from sparselong.model.quantizer import METHOD, SparseLongConfig
-from sparselong.model.tiny import TinySpec, build_tiny
-
-
-def default_device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is slower and less exact."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+from sparselong.model.quantizer import SparseLongConfig
+from sparselong.runtime import compute_dtype, default_device
 
 
 def packed_config(name: Path | str) -> Any:
@@ -130,38 +119,3 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             "download the checkpoint's tokenizer files again",
         )
     return tokenizer
-
-
-def resolve_base(config: Config, run_dir: Path, progress: Callable[[str], None]) -> Path:
-    """The base checkpoint's local directory.
-
-    `tiny` is made (once) under the run directory, a hub name is downloaded (once) into the hub's
-    cache, a local directory is taken as it is.
-
-    Raises:
-        StageError: the hub cannot be reached, or has no such checkpoint.
-    """
-    if config.model.base == "tiny":
-        spec = TinySpec(layers=config.model.tiny_layers, steps=config.model.tiny_steps)
-        return build_tiny(run_dir / "base", spec, config.seed, progress)
-    if Path(config.model.base).is_dir():
-        return Path(config.model.base)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                config.model.base,
-                revision=config.model.revision,
-                allow_patterns=["*.json", "*.jinja", "*.txt", "model*.safetensors", "LICENSE"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
-        raise StageError(
-            f"base model {config.model.base} is not here and could not be downloaded",
-            "a local directory, or a hub name that can be reached",
-            str(error).splitlines()[0],
-            "check the name and the network (HF_HUB_OFFLINE must be unset), or download it "
-            "elsewhere and set model.base to its directory",
-        ) from error

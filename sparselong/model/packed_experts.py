@@ -3,7 +3,7 @@
 Drop-in for transformers' GptOssExperts: same call, same result on the decoded weights, trainable
 through (input and routing weights get gradients, the frozen weights none). Tensors keep the
 checkpoint's names, shapes and layout, so loading copies bytes and nothing else. The arithmetic is
-`kernels/expert_gemm.py`'s: on a GPU weights are decoded as they are multiplied, on a CPU one expert
+`kernels/experts/op.py`'s: on a GPU weights are decoded as they are multiplied, on a CPU one expert
 at a time.
 
 transformers knows them as the experts implementation `sparselong`, which a packed model's
@@ -19,28 +19,11 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 
-from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
-from sparselong.kernels.expert_lora import Adapter, expert_lora_mlp
+from sparselong.checkpoint import expert_shapes
+from sparselong.kernels.experts import ALPHA, LIMIT, Adapter, expert_lora_mlp, expert_mlp
 from sparselong.packing import mxfp4
 
 IMPLEMENTATION = "sparselong"
-
-
-def expert_shapes(config: GptOssConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's expert tensors as the checkpoint has them, by name."""
-    experts, hidden, inner = (
-        config.num_local_experts,
-        config.hidden_size,
-        config.intermediate_size,
-    )
-    return {
-        "gate_up_proj_blocks": (experts, 2 * inner, hidden // 32, 16),
-        "gate_up_proj_scales": (experts, 2 * inner, hidden // 32),
-        "gate_up_proj_bias": (experts, 2 * inner),
-        "down_proj_blocks": (experts, hidden, inner // 32, 16),
-        "down_proj_scales": (experts, hidden, inner // 32),
-        "down_proj_bias": (experts, hidden),
-    }
 
 
 class PackedExperts(nn.Module):

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparselong.packing import dense
-from sparselong.packing.dense import DenseFormat
+from sparselong.packing import DenseFormat, dense
 
 MOST_TOKENS = 8
 """Rows up to which the packed weight itself is multiplied."""
@@ -74,7 +73,7 @@ class PackedLinear(nn.Module):
     def dequantize(self) -> torch.Tensor:
         """The bf16 weight [out, in] that the stored tensors mean."""
         if self.weight_packed.is_cuda and self.fmt.weight_bits == 4:
-            from sparselong.kernels.packed_unpack import unpack_weight
+            from sparselong.kernels.dense import unpack_weight
 
             return unpack_weight(self.fmt, self.packed())
         return dense.unpack(self.fmt, self.packed())
@@ -82,7 +81,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out] in x's dtype."""
         if self._is_small(x):
-            from sparselong.kernels.packed_gemv import packed_gemv
+            from sparselong.kernels.decode import packed_gemv
 
             rows = x.reshape(-1, self.in_features)
             return packed_gemv(rows, self.fmt, self.packed(), self.bias).view(*x.shape[:-1], -1)

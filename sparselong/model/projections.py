@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sparselong.model.checkpoint import Checkpoint
-from sparselong.model.quantizer import PROJECTIONS, SparseLongConfig
+from sparselong.checkpoint import PROJECTIONS, Checkpoint
+from sparselong.model.quantizer import SparseLongConfig
 from sparselong.packing import dense, two_four
 
 

@@ -23,16 +23,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sparselong.checkpoint import METHOD, PROJECTIONS, expert_shapes, unpack_two_four_experts
 from sparselong.errors import StageError
 from sparselong.model.description import describe_weights
-from sparselong.model.packed_experts import IMPLEMENTATION, PackedExperts, expert_shapes
+from sparselong.model.packed_experts import IMPLEMENTATION, PackedExperts
 from sparselong.model.packed_linear import PackedLinear
-from sparselong.packing import mxfp4, two_four
-from sparselong.packing.dense import DenseFormat
+from sparselong.packing import DenseFormat, mxfp4, two_four
 
-METHOD = "sparselong"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""The shared dense layers, in attention."""
 _FIELDS: dict[str, tuple[int | str, ...]] = {
     "weight_bits": (4, 8, 16),
     "sparsity": ("2:4", "none"),
@@ -79,34 +76,6 @@ class SparseLongConfig(QuantizationConfigMixin):
     def dense_format(self) -> DenseFormat:
         """The storage format of the attention projections."""
         return DenseFormat(self.weight_bits, self.sparsity, self.group_size)
-
-
-def pack_two_four_experts(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drops the two smallest of every four MXFP4 codes; the kept codes stay as they are.
-
-    Args:
-        blocks: uint8 [..., K/32, 16].
-
-    Returns:
-        kept codes uint8 [..., K/32, 8] and packed patterns uint8 [..., K/32, 3]. Of equal
-        magnitudes the earlier weight is kept. The scale is shared by the 32, so codes compare.
-    """
-    codes = mxfp4.unpack_codes(blocks)
-    groups = (codes & 0x7).reshape(*codes.shape[:-1], -1, two_four.GROUP)
-    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., :2]
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
-    mask = mask.reshape(codes.shape)
-    kept = two_four.gather_kept(codes, mask)
-    pairs = kept.reshape(*blocks.shape[:-1], 8, 2)
-    patterns = two_four.pack_mask(mask).reshape(*blocks.shape[:-1], 3)
-    return pairs[..., 0] | (pairs[..., 1] << 4), patterns
-
-
-def unpack_two_four_experts(kept: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
-    """The inverse: kept codes and patterns → uint8 blocks [..., K/32, 16] with code 0 elsewhere."""
-    codes = torch.stack((kept & 0x0F, kept >> 4), dim=-1).flatten(-2)
-    mask = two_four.unpack_mask(patterns)
-    return mxfp4.pack_codes(two_four.scatter_kept(codes, mask)).squeeze(-2)
 
 
 class _ExpandExperts(ConversionOps):

@@ -1,1 +1,12 @@
 """One sequence over several processes: mesh, sequence shards, attention across them, one loss."""
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.parallel.collectives import ExchangeError, all_gather, progress, sum_over_ranks
+    from sparselong.parallel.gradients import add_losses, reduce_gradients
+    from sparselong.parallel.mesh import Mesh, build_mesh
+
+__getattr__ = expose(__name__)

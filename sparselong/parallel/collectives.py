@@ -8,7 +8,7 @@ same bits on every rank and in every run.
 by tag: no figure about traffic in tests or benchmarks comes from a formula.
 
 A collective that fails raises ExchangeError in place of the backend's own error, which names
-addresses and no ranks; `watch.py` finds out which rank it was, by how far each has come.
+addresses and no ranks; `processes/watch.py` finds out which rank it was, by how far each has come.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sparselong import config as config_module
+from sparselong.config import schema as config_module
 from sparselong.data import conversations
 from sparselong.errors import StageError
 

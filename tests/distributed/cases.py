@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from sparselong.kernels.attention import Backend, attention
-from sparselong.kernels.recompute import checkpoint_contexts
-from sparselong.parallel import attention as sharded
-from sparselong.parallel import context as context_module
-from sparselong.parallel import loss as loss_module
+from sparselong.kernels.attention.op import Backend, attention
+from sparselong.parallel import gradients as loss_module
 from sparselong.parallel.collectives import count_bytes, progress, sum_over_ranks
-from sparselong.parallel.context import Context, Layout, context_parallel
-from sparselong.parallel.loss import add_losses, count_supervised, mean_loss, reduce_gradients
+from sparselong.parallel.gradients import add_losses, count_supervised, mean_loss, reduce_gradients
 from sparselong.parallel.mesh import build_mesh
-from sparselong.parallel.shard import chunks_of, shard_batch
+from sparselong.parallel.sequence import attention as sharded
+from sparselong.parallel.sequence import context as context_module
+from sparselong.parallel.sequence.context import Context, Layout, context_parallel
+from sparselong.parallel.sequence.shard import chunks_of, shard_batch
+from sparselong.runtime.recompute import checkpoint_contexts
 from tests.distributed import flash_attn_stand_in
 
 mesh_of = functools.cache(build_mesh)  # groups are made once a process

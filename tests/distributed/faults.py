@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from sparselong.parallel.collectives import sum_over_ranks
 from sparselong.parallel.mesh import build_mesh
-from sparselong.parallel.watch import watch_ranks
+from sparselong.processes.watch import watch_ranks
 
 TIMEOUT_SECONDS = 4.0
 

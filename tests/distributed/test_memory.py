@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sparselong.kernels.cross_entropy import CHUNK_ROWS
+from sparselong.kernels.layer.cross_entropy import CHUNK_ROWS
 from tests.distributed import training
 from tests.distributed.test_parity import packed
 from tests.distributed.training import Run, largest_tensors

@@ -18,16 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from sparselong.kernels import attention_ref
-from sparselong.kernels.recompute import checkpoint_contexts
+from sparselong.kernels.attention import torch_backend as attention_ref
 from sparselong.model import attention as _registers  # noqa: F401
 from sparselong.model.fused import chunk_loss
-from sparselong.parallel import attention as sharded
 from sparselong.parallel.collectives import count_bytes
-from sparselong.parallel.context import context_parallel, take_layout
-from sparselong.parallel.loss import add_losses, count_supervised, mean_loss, reduce_gradients
+from sparselong.parallel.gradients import add_losses, count_supervised, mean_loss, reduce_gradients
 from sparselong.parallel.mesh import Mesh, build_mesh
-from sparselong.parallel.shard import IGNORED, shard_batch, shift_labels
+from sparselong.parallel.sequence import attention as sharded
+from sparselong.parallel.sequence.context import context_parallel, take_layout
+from sparselong.parallel.sequence.shard import IGNORED, shard_batch, shift_labels
+from sparselong.runtime.recompute import checkpoint_contexts
 
 Batch = dict[str, torch.Tensor]
 mesh_of = functools.cache(build_mesh)  # groups are made once a process

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from sparselong import config as config_module
+from sparselong.config import schema as config_module
 from sparselong.errors import ConfigError, StageError
 
 ITEMS = 5

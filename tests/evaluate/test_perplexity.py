@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparselong import config as config_module
+from sparselong.config import schema as config_module
 from sparselong.errors import StageError
 from sparselong.evaluate import perplexity
 from sparselong.evaluate.perplexity import Sample

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from sparselong import config as config_module
+from sparselong.config import schema as config_module
 from sparselong.evaluate import report
 
 

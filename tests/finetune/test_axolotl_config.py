@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparselong.config import load
+from sparselong.config.schema import load
 from sparselong.errors import StageError
 from sparselong.finetune.axolotl_config import (
     PLUGIN,

@@ -9,7 +9,7 @@ import pytest
 from sparselong.errors import StageError
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses
 from sparselong.finetune.state import Progress
-from sparselong.kernels.recompute import is_checkpointed, is_second_pass, keeps_experts
+from sparselong.runtime.recompute import is_checkpointed, is_second_pass, keeps_experts
 
 
 def at(step: int, **more) -> SimpleNamespace:

@@ -3,7 +3,7 @@
 import pytest
 
 from sparselong import memory
-from sparselong.config import load
+from sparselong.config.schema import load
 from sparselong.finetune import keeping
 from tests.conftest import ROOT
 

@@ -30,11 +30,11 @@ def difference(model, masks) -> float:
 
 
 def test_packed_conversations_score_as_if_alone(model):
-    from sparselong.finetune.documents import document_masks
+    from sparselong.model.documents import document_masks
 
     assert difference(model, document_masks) < 1e-5
 
 
 def test_position_ids_alone_do_not_keep_them_apart(model):
-    """If this fails, transformers has learned it and documents.py can go."""
+    """If this fails, transformers has learned it and model/documents.py can go."""
     assert difference(model, lambda *_: None) > 1e-3

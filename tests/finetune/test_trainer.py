@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from sparselong.config import load
+from sparselong.config.schema import load
 from sparselong.errors import StageError
 from sparselong.finetune import state, supervision
-from sparselong.finetune.failure import explain, read_failure
-from sparselong.finetune.process import run_trainer
 from sparselong.finetune.trainer import check_receipt, find_checkpoint, keep_rows
+from sparselong.processes.failure import explain, read_failure
+from sparselong.processes.process import run_trainer
 from sparselong.run import Stage
 from tests.conftest import ROOT, load_script
 
@@ -66,7 +66,7 @@ def run_python(stage: Stage, code: str) -> None:
 def test_an_expected_failure_crosses_the_processes(stage):
     code = (
         "from pathlib import Path\n"
-        "from sparselong.finetune.failure import tell_failures\n"
+        "from sparselong.processes.failure import tell_failures\n"
         "from sparselong.errors import StageError\n"
         f"tell_failures(Path({str(stage.dir)!r}))\n"
         "raise StageError('it broke', 'a whole one', 'pieces', 'glue')\n"
@@ -97,9 +97,9 @@ def test_the_trainer_dies_with_the_stage(stage, tmp_path):
     parent = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from sparselong.config import load\n"
+        "from sparselong.config.schema import load\n"
         "from sparselong.run import Stage\n"
-        "from sparselong.finetune.process import run_trainer\n"
+        "from sparselong.processes.process import run_trainer\n"
         f"stage = Stage('03_finetune', load({str(ROOT / 'configs/tiny.yaml')!r}), "
         f"Path({str(tmp_path)!r}))\n"
         f"run_trainer(stage, [sys.executable, '-c', {child!r}])\n"

@@ -10,9 +10,9 @@ import dataclasses
 import pytest
 import torch
 
-from sparselong.kernels import attention_triton
-from sparselong.kernels.attention import attention
-from sparselong.kernels.attention_ref import attention_reference
+from sparselong.kernels.attention import triton_launch as attention_triton
+from sparselong.kernels.attention.op import attention
+from sparselong.kernels.attention.torch_backend import attention_reference
 from tests.poisoned import PoisonedTorch
 
 NAMES = ("out", "dq", "dk", "dv", "dsinks")

@@ -12,11 +12,13 @@ import sys
 import pytest
 import torch
 
-from sparselong.kernels import expert_generation, expert_routing, expert_triton
-from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
-from sparselong.kernels.expert_gemm_ref import expert_mlp_reference
+from sparselong.kernels.decode import experts as expert_generation
+from sparselong.kernels.experts import routing as expert_routing
+from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp
 from sparselong.packing import mxfp4
 from tests.poisoned import PoisonedTorch
+from tests.references.expert_mlp import expert_mlp_reference
 
 OURS = ("small", "packed", "decode")
 LEAVES = ("x", "routing_weights", "gate_up_bias", "down_bias")
@@ -262,7 +264,7 @@ def test_d_gate_up_may_take_gate_ups_place():
 
 def test_an_index_out_of_range_stops_the_device():
     code = (
-        "import torch; from sparselong.kernels.expert_routing import sort_by_expert;"
+        "import torch; from sparselong.kernels.experts.routing import sort_by_expert;"
         "sort_by_expert(torch.full((3, 1), 9, device='cuda'), 8, 64); torch.cuda.synchronize()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,20 +10,18 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sparselong.kernels import (
-    expert_gemm,
-    expert_lora,
-    expert_lora_kernels,
-    expert_lora_triton,
-    expert_routing,
-    expert_triton,
-)
-from sparselong.kernels.expert_gemm import ALPHA, LIMIT, expert_mlp
-from sparselong.kernels.expert_lora import Adapter, expert_lora_mlp
-from sparselong.kernels.expert_lora_ref import expert_lora_reference
-from sparselong.kernels.recompute import checkpoint_contexts
+from sparselong.kernels.experts import lora as expert_lora
+from sparselong.kernels.experts import lora_launch as expert_lora_triton
+from sparselong.kernels.experts import lora_triton as expert_lora_kernels
+from sparselong.kernels.experts import op as expert_gemm
+from sparselong.kernels.experts import routing as expert_routing
+from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts.lora import Adapter, expert_lora_mlp
+from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp
+from sparselong.runtime.recompute import checkpoint_contexts
 from tests.gpu.test_expert_gemm import CASES, OURS, Case, assert_close, deviations, draw
 from tests.poisoned import PoisonedTorch
+from tests.references.expert_lora import expert_lora_reference
 
 SCALINGS = {"gate_up": 4.0, "down": 0.5}
 BOTH = ("gate_up", "down")

@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from tests.model.test_generation import CONFIG, WINDOW
 from transformers import GptOssForCausalLM
 
-from sparselong.kernels.packed_gemv import packed_gemv
-from sparselong.kernels.packed_gemv_ref import packed_gemv_reference
-from sparselong.kernels.packed_unpack import unpack_weight
-from sparselong.model.decode_step import KernelStep, TorchStep
-from sparselong.model.generation import Decoder, generate
+from sparselong.generation.decoder import Decoder, generate
+from sparselong.generation.step import KernelStep, TorchStep
+from sparselong.kernels.decode.gemv import packed_gemv
+from sparselong.kernels.dense.unpack import unpack_weight
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.quantizer import replace_with_packed
 from sparselong.packing import dense, integer
 from sparselong.packing.dense import DenseFormat
-from tests.model.test_generation import CONFIG, WINDOW
+from tests.references.packed_gemv import packed_gemv_reference
 
 FORMATS = [DenseFormat(4, "2:4", 64), DenseFormat(4, "2:4", 32), DenseFormat(4, "none", 64)]
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparselong.kernels import masked_weight_ref as reference
-from sparselong.kernels.masked_weight import MaskedWeight
+from sparselong.kernels.dense import masked_weight_torch as reference
+from sparselong.kernels.dense.masked_weight import MaskedWeight
 from sparselong.packing import integer
 from tests.kernels.masked_weight_interpreted import CASES, Case, compare, draw
 

@@ -11,11 +11,12 @@ import importlib.util
 import pytest
 import torch
 
-from sparselong.kernels import cross_entropy, rms_norm, rotary
-from sparselong.kernels.cross_entropy_ref import linear_cross_entropy_reference
-from sparselong.kernels.rms_norm_ref import add_rms_norm_reference, rms_norm_reference
-from sparselong.kernels.rotary_ref import rotate_reference
+from sparselong.kernels.layer import cross_entropy, rotary
+from sparselong.kernels.layer import norm as rms_norm
+from sparselong.kernels.layer.norm_torch import add_rms_norm_reference, rms_norm_reference
+from sparselong.kernels.layer.rotary_torch import rotate_reference
 from tests.poisoned import PoisonedTorch
+from tests.references.cross_entropy import linear_cross_entropy_reference
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32]

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
+from tests.model.test_generation import CONFIG
 from transformers import GptOssForCausalLM
 
-from sparselong.model import generation
+from sparselong.generation import decoder as generation
+from sparselong.generation.decoder import Decoder
 from sparselong.model.fused import fuse
-from sparselong.model.generation import Decoder
 from sparselong.model.quantizer import replace_with_packed
 from sparselong.packing.dense import DenseFormat
-from tests.model.test_generation import CONFIG
 
 WINDOW, DEVICE = 128, "cuda"
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sparselong.kernels import attention_triton, expert_gemm, expert_triton
-from sparselong.kernels.attention import attention, load_backend
-from sparselong.kernels.expert_gemm import expert_mlp
-from sparselong.kernels.recompute import checkpoint_contexts
+from sparselong.kernels.attention import triton_launch as attention_triton
+from sparselong.kernels.attention.op import attention, load_backend
+from sparselong.kernels.experts import op as expert_gemm
+from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts.op import expert_mlp
+from sparselong.runtime.recompute import checkpoint_contexts
 from tests.gpu.test_expert_gemm import Case, draw
 
 CASE = Case("checkpointed", 300, hidden=288, inner=224)

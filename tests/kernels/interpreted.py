@@ -15,9 +15,10 @@ import json
 import numpy
 import torch
 
-from sparselong.kernels import attention_tiles, attention_triton
-from sparselong.kernels.attention_mask import Call, Done, Mask, find_documents
-from sparselong.kernels.attention_ref import attention_reference
+from sparselong.kernels.attention import tiles as attention_tiles
+from sparselong.kernels.attention import triton_launch as attention_triton
+from sparselong.kernels.attention.mask import Call, Done, Mask, find_documents
+from sparselong.kernels.attention.torch_backend import attention_reference
 from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
 

@@ -12,16 +12,14 @@ import json
 
 import torch
 
-from sparselong.kernels import (
-    expert_lora_kernels,
-    expert_lora_triton,
-    expert_routing,
-    expert_triton,
-)
-from sparselong.kernels.expert_lora_ref import expert_lora_reference
+from sparselong.kernels.experts import lora_launch as expert_lora_triton
+from sparselong.kernels.experts import lora_triton as expert_lora_kernels
+from sparselong.kernels.experts import routing as expert_routing
+from sparselong.kernels.experts import triton_launch as expert_triton
 from tests.kernels.interpreted_experts import GATE, Case, draw_stack
 from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
+from tests.references.expert_lora import expert_lora_reference
 
 RANK = 3  # no multiple of anything
 CASES = [

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from sparselong.kernels import expert_routing, expert_triton
-from sparselong.kernels.expert_gemm_ref import decode_reference, expert_mlp_reference
+from sparselong.kernels.experts import routing as expert_routing
+from sparselong.kernels.experts import triton_launch as expert_triton
 from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
+from tests.references.expert_mlp import decode_reference, expert_mlp_reference
 
 GATE = (1.702, 7.0)
 

@@ -16,20 +16,18 @@ import torch
 import triton
 from triton.runtime.interpreter import TensorHandle
 
-from sparselong.kernels import (
-    expert_generation,
-    generation_attention,
-    generation_glue,
-    packed_gemv,
-    packed_unpack,
-)
-from sparselong.kernels.expert_gemm_ref import expert_mlp_reference
-from sparselong.kernels.expert_torch import expert_mlp_torch
-from sparselong.kernels.packed_gemv_ref import packed_gemv_reference
+from sparselong.kernels.decode import attention as generation_attention
+from sparselong.kernels.decode import experts as expert_generation
+from sparselong.kernels.decode import gemv as packed_gemv
+from sparselong.kernels.decode import glue as generation_glue
+from sparselong.kernels.dense import unpack as packed_unpack
+from sparselong.kernels.experts.torch_backend import expert_mlp_torch
 from sparselong.packing import dense
 from sparselong.packing.dense import DenseFormat
 from tests.kernels.emulated_ptx import run_ptx
 from tests.kernels.interpreter import patch_once
+from tests.references.expert_mlp import expert_mlp_reference
+from tests.references.packed_gemv import packed_gemv_reference
 
 GATE = (1.702, 7.0)
 FORMATS = {

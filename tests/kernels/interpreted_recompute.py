@@ -19,8 +19,11 @@ from unittest import mock
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sparselong.kernels import expert_gemm, expert_lora, expert_lora_triton, expert_triton
-from sparselong.kernels.recompute import checkpoint_contexts
+from sparselong.kernels.experts import lora as expert_lora
+from sparselong.kernels.experts import lora_launch as expert_lora_triton
+from sparselong.kernels.experts import op as expert_gemm
+from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.runtime.recompute import checkpoint_contexts
 from tests.kernels.interpreted_experts import GATE, draw_stack
 from tests.kernels.interpreter import patch_once
 

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from sparselong.kernels import attention_join
+from sparselong.kernels.attention import join as attention_join
 
 CASES = {
     "one_part": (1, 1, 130, torch.float32),

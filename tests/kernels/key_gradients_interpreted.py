@@ -14,8 +14,8 @@ from unittest import mock
 
 import torch
 
-from sparselong.kernels import key_gradients
-from sparselong.kernels.key_gradients import RunGradients
+from sparselong.kernels.attention import key_gradients
+from sparselong.kernels.attention.key_gradients import RunGradients
 
 CASES = {
     "one run inside the other": ((0, 40), (0, 77), 1, torch.float32),

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from sparselong.kernels import masked_weight_ref as reference
-from sparselong.kernels.masked_weight import MaskedWeight
+from sparselong.kernels.dense import masked_weight_torch as reference
+from sparselong.kernels.dense.masked_weight import MaskedWeight
 
 
 @dataclass(frozen=True)

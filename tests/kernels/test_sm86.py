@@ -14,16 +14,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparselong.kernels import (
-    attention_backward,
-    attention_join,
-    attention_kernels,
-    attention_split,
-    cross_entropy_kernels,
-    rms_norm_kernels,
-    rotary_kernels,
-)
-from sparselong.kernels.attention_tiles import FLOAT32, FLOAT32_WINDOW, SPLIT, TILES, Tile
+from sparselong.kernels.attention import join as attention_join
+from sparselong.kernels.attention import triton_backward as attention_backward
+from sparselong.kernels.attention import triton_forward as attention_kernels
+from sparselong.kernels.attention import triton_split as attention_split
+from sparselong.kernels.attention.tiles import FLOAT32, FLOAT32_WINDOW, SPLIT, TILES, Tile
+from sparselong.kernels.layer import cross_entropy_triton as cross_entropy_kernels
+from sparselong.kernels.layer import norm_triton as norm_kernels
+from sparselong.kernels.layer import rotary_triton as rotary_kernels
 
 LIMIT_BYTES = {86: 99 * 1024, 90: 227 * 1024}
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -166,9 +164,9 @@ def test_the_report_shows_a_tile_that_does_not_fit():
 
 
 NEIGHBOURS = [
-    (rms_norm_kernels.forward_kernel, {"HAS_RESIDUAL": True, "BLOCK": 4096}, 8),
+    (norm_kernels.forward_kernel, {"HAS_RESIDUAL": True, "BLOCK": 4096}, 8),
     (
-        rms_norm_kernels.backward_kernel,
+        norm_kernels.backward_kernel,
         {"HAS_TOTAL": True, "WEIGHT_GRADIENT": True, "BLOCK": 4096},
         8,
     ),

@@ -32,20 +32,19 @@ from transformers import GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from benchmarks import shape_20b
-from sparselong.finetune.lora import MaskedLoraLinear
-from sparselong.kernels import (
-    architecture,
-    attention,
-    cross_entropy,
-    expert_choice,
-    expert_gemm,
-)
-from sparselong.kernels.recompute import checkpoint_contexts
+from sparselong.adapters.lora import MaskedLoraLinear
+from sparselong.checkpoint.format import PROJECTIONS
+from sparselong.kernels import gpu as architecture
+from sparselong.kernels.attention import op as attention
+from sparselong.kernels.experts import choice as expert_choice
+from sparselong.kernels.experts import op as expert_gemm
+from sparselong.kernels.layer import cross_entropy
 from sparselong.model import attention as door
 from sparselong.model import fused
 from sparselong.model.packed_experts import PackedExperts
-from sparselong.model.quantizer import PROJECTIONS, replace_with_packed
+from sparselong.model.quantizer import replace_with_packed
 from sparselong.packing import dense
+from sparselong.runtime.recompute import checkpoint_contexts
 
 ROUNDED_TO = 512
 

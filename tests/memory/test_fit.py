@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sparselong import config as config_module
 from sparselong import memory
+from sparselong.config import schema as config_module
 from sparselong.memory import Kept, fit, training
 
 GIB = 2**30

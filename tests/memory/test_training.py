@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory import DEFAULTS, predict
-from sparselong import config as config_module
 from sparselong import memory
+from sparselong.config import schema as config_module
 from sparselong.memory import storage, training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +93,10 @@ def test_what_is_allocated_is_predicted_within_two_percent(case, figures):
 
 
 def test_the_planner_knows_the_kernels_sizes():
-    from sparselong.kernels import cross_entropy, expert_choice, expert_gemm, expert_triton
+    from sparselong.kernels.experts import choice as expert_choice
+    from sparselong.kernels.experts import op as expert_gemm
+    from sparselong.kernels.experts import triton_launch as expert_triton
+    from sparselong.kernels.layer import cross_entropy
 
     assert cross_entropy.CHUNK_ROWS == training.LOSS_CHUNK_ROWS
     assert expert_gemm.SLICE_TOKENS == training.SLICE_TOKENS

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from sparselong.finetune.documents import document_masks
 from sparselong.model import attention as door
 from sparselong.model.attention import choose_attention, chosen_attention, find_boundaries
+from sparselong.model.documents import document_masks
 
 TOKENS = 90  # crosses the small model's window of 64
 

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from sparselong.kernels.expert_gemm import ALPHA, LIMIT
-from sparselong.kernels.expert_torch import apply_gate
+from sparselong.checkpoint.format import pack_two_four_experts, unpack_two_four_experts
+from sparselong.kernels.experts.op import ALPHA, LIMIT
+from sparselong.kernels.experts.torch_backend import apply_gate
 from sparselong.model.packed_experts import PackedExperts
 from sparselong.model.packed_linear import PackedLinear
-from sparselong.model.quantizer import pack_two_four_experts, unpack_two_four_experts
 from sparselong.packing import dense, integer, mxfp4, two_four
 from sparselong.packing.dense import DenseFormat
 

@@ -82,7 +82,7 @@ def test_stored_weights_are_those_calibration_ended_with(compressed_run, small_a
         stream.HiddenStates.save = original
     model = load_model(tmp_path / "run/02_compress/model")
     from sparselong.compress.calibration import calibration_tokens
-    from sparselong.config import load
+    from sparselong.config.schema import load
     from sparselong.model.loading import load_tokenizer
 
     overrides = [a for a in small_arguments if "=" in a]
@@ -158,7 +158,7 @@ def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments):
 
     Each run is a process of its own: what an allocator keeps of runs before would count, too.
     """
-    from sparselong.model.tiny import TinySpec, build_tiny
+    from sparselong.tiny.build import TinySpec, build_tiny
 
     spec = TinySpec(layers=2, hidden=256, intermediate=1024, experts=16, steps=0)
     base, peaks = build_tiny(tmp_path / "base", spec, seed=1), []
@@ -178,7 +178,7 @@ def test_mixed_shards_are_linked_when_little_of_them_is_replaced(tmp_path, small
     """As on the published 120b: attention is under 5 % of every shard, and nothing is copied."""
     from transformers import AutoModelForCausalLM
 
-    from sparselong.model.tiny import TinySpec, build_tiny
+    from sparselong.tiny.build import TinySpec, build_tiny
 
     spec = TinySpec(layers=1, intermediate=1024, experts=48, steps=0)
     base = stretch(build_tiny(tmp_path / "one", spec, seed=1), tmp_path / "base", 2)
@@ -200,7 +200,7 @@ def test_mixed_shards_are_linked_when_little_of_them_is_replaced(tmp_path, small
 
 def test_a_shard_that_carries_an_old_version_is_never_linked(untrained_base, tmp_path):
     """transformers would read both versions, and the last file name would win."""
-    from sparselong.model.checkpoint import Checkpoint, derive, write_tensors
+    from sparselong.checkpoint.checkpoint import Checkpoint, derive, write_tensors
 
     base = Checkpoint(untrained_base)
     name = "model.layers.0.self_attn.sinks"

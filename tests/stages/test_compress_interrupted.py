@@ -70,8 +70,8 @@ def test_stopped_and_restarted_it_ends_in_the_same_bytes(deep, tmp_path, number)
 @pytest.mark.parametrize("moment", ["take_over", "derive", "measure", "HiddenStates.save"])
 def test_stopped_at_any_moment(compressed_run, small_arguments, tmp_path, monkeypatch, moment):
     """While a layer, the shards, the index or the figures are being written."""
+    from sparselong.checkpoint import checkpoint
     from sparselong.compress import stream
-    from sparselong.model import checkpoint
 
     owner = checkpoint if moment == "take_over" else stream
     owner, name = (stream.HiddenStates, "save") if "." in moment else (owner, moment)

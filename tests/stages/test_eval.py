@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sparselong import config as config_module
+from sparselong.config import schema as config_module
 from sparselong.run import stage_hash
 from tests.conftest import load_script
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparselong.config import load
+from sparselong.config.schema import load
 from sparselong.data import conversations
 from sparselong.evaluate import harness, perplexity
 from sparselong.model.loading import load_model, load_tokenizer

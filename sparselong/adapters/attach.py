@@ -1,0 +1,210 @@
+"""LoRA put into a whole model, through PEFT's registry of custom modules: masked LoRA on the shared
+dense layers and, if asked for, adapters on experts and router."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+
+from sparselong.adapters.expert_lora import ExpertLora, RouterLora, add_expert_lora, name_targets
+from sparselong.adapters.lora import MaskedLoraLinear
+from sparselong.errors import StageError
+from sparselong.model import PackedExperts, PackedLinear
+
+TunedLayer = MaskedLoraLinear | ExpertLora | RouterLora
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Adapters beside those of the shared dense layers."""
+
+    expert_targets: tuple[str, ...] = ()
+    """Of `gate_up_proj` and `down_proj`."""
+    expert_r: int | None = None
+    """Rank of each expert's adapter."""
+    router: bool = False
+
+    @property
+    def modules(self) -> dict[str, type[nn.Module]]:
+        """Names of the modules that get one, and what they must be."""
+        found: dict[str, type[nn.Module]] = {}
+        if self.expert_targets:
+            found["experts"] = PackedExperts
+        if self.router:
+            found["router"] = GptOssTopKRouter
+        return found
+
+
+class Masters:
+    """Stage 02's dense masters, read one at a time.
+
+    Args:
+        directory: `02_compress/masters`, a safetensors file per layer.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.files: dict[str, Path] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+
+    def read(self, module: str) -> torch.Tensor:
+        """The master of a module by its name, bf16 [out, in].
+
+        Raises:
+            StageError: stage 02 left none.
+        """
+        name = f"{module}.weight"
+        if name not in self.files:
+            raise StageError(
+                f"stage 02 left no master of {module}",
+                f"{name} in {self.directory}",
+                f"masters of {len(self.files)} other layers",
+                "redo it: python 02_compress.py --force",
+            )
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def add_masked_lora(
+    model: PreTrainedModel,
+    *,
+    targets: Sequence[str],
+    r: int,
+    alpha: float,
+    master_of: Callable[[str], torch.Tensor],
+    seed: int,
+    beside: Beside = Beside(),
+) -> tuple[PeftModel, LoraConfig]:
+    """Replaces the target layers by MaskedLoraLinear and freezes everything else.
+
+    Args:
+        model: as stage 02 left it, opened by transformers.
+        targets: last parts of module names, for example `q_proj`.
+        r, alpha: rank of the adapter and its scale, alpha / r.
+        master_of: module name → dense master of the packed layer (`Masters.read`).
+        seed: decides A; B starts at zero.
+        beside: adapters on experts and router, of the same alpha.
+
+    Raises:
+        StageError: a target matches no layer, or one that cannot have an adapter.
+    """
+    _check_targets(model, targets)
+    _check_beside(model, beside)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] -- PEFT only divides it by r
+        target_modules=[*targets, *beside.modules],
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
+    )
+
+    def build(target: nn.Module, adapter_name: str, **arguments) -> MaskedLoraLinear:
+        return MaskedLoraLinear(target, adapter_name, master_of=master_of, **arguments)
+
+    def build_router(target: GptOssTopKRouter, adapter_name: str, **arguments) -> RouterLora:
+        name = arguments["target_name"]
+        return RouterLora(target, adapter_name, config, name=name, r=r, lora_alpha=alpha)
+
+    def build_experts(target: nn.Module, adapter_name: str, **arguments) -> ExpertLora:
+        return add_expert_lora(
+            target,
+            adapter_name,
+            config,
+            weights=beside.expert_targets,
+            name=arguments["target_name"],
+            r=beside.expert_r or 0,
+            lora_alpha=alpha,
+        )
+
+    builders = {PackedLinear: build, nn.Linear: build}
+    builders |= {PackedExperts: build_experts, GptOssTopKRouter: build_router}
+    config._register_custom_module(builders)  # type: ignore[arg-type]
+    set_seed(seed)
+    tuned: Any = get_peft_model(model, config)
+    name_targets(config, beside.expert_targets, beside.expert_r or 0, beside.router)
+    return tuned, config
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    modules = dict(model.named_modules())
+    matched = {target: _matches(modules, target) for target in targets}
+    unmatched = [target for target, names in matched.items() if not names]
+    foreign = [
+        name
+        for names in matched.values()
+        for name in names
+        if not isinstance(modules[name], PackedLinear | nn.Linear)
+    ]
+    if unmatched or foreign:
+        known = {n.rpartition(".")[2] for n in modules if ".self_attn." in n and "_proj" in n}
+        raise StageError(
+            f"lora.target_modules: {', '.join(unmatched or foreign)} cannot get an adapter",
+            f"names of shared dense layers: {', '.join(sorted(known))}",
+            "no such layer in the model" if unmatched else "not a linear layer",
+            "correct lora.target_modules",
+        )
+
+
+def _check_beside(model: nn.Module, beside: Beside) -> None:
+    modules = dict(model.named_modules())
+    for name, kind in beside.modules.items():
+        found = [modules[path] for path in _matches(modules, name)]
+        if not found or not all(isinstance(module, kind) for module in found):
+            key = "lora.expert_targets" if name == "experts" else "lora.router"
+            raise StageError(
+                f"{key}: the model's {name} cannot get an adapter",
+                f"{kind.__name__} in every layer",
+                ", ".join(sorted({type(module).__name__ for module in found})) or f"no {name}",
+                f"leave {key} out, or give a gpt-oss that this project has compressed",
+            )
+
+
+def _matches(modules: dict[str, nn.Module], target: str) -> list[str]:
+    return [name for name in modules if name == target or name.endswith(f".{target}")]
+
+
+def tuned_layers(model: nn.Module) -> dict[str, TunedLayer]:
+    """All layers with an adapter by their name in the base model; a layer's experts are one."""
+    found: dict[str, TunedLayer] = {}
+    for module in model.modules():  # an outer ExpertLora comes before the inner one
+        if isinstance(module, MaskedLoraLinear | ExpertLora | RouterLora):
+            found.setdefault(module.name, module)
+    return found
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Parameters that the optimizer changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def parameter_table(model: nn.Module) -> str:
+    """Trainable parameters by kind of layer, as text."""
+    counts: Counter[str] = Counter()
+    layers: Counter[str] = Counter()
+    shapes: dict[str, str] = {}
+    for name, layer in tuned_layers(model).items():
+        if isinstance(layer, ExpertLora):
+            experts = layer.packed_experts.num_experts
+            adapters = {part: tuple(one[:2]) for part, one in layer.adapters().items()}
+        else:
+            experts, adapters = 1, {name.rpartition(".")[2]: layer.adapter()[:2]}
+        for kind, (lora_a, lora_b) in adapters.items():
+            counts[kind] += lora_a.numel() + lora_b.numel()
+            layers[kind] += experts
+            shapes[kind] = f"{lora_b.shape[-2]} x {lora_a.shape[-1]}"
+    rows = [f"{'layer':12} {'count':>6} {'weight':>14} {'trainable':>14}"]
+    rows += [f"{k:12} {layers[k]:>6} {shapes[k]:>14} {counts[k]:>14,}" for k in counts]
+    rows.append(f"{'sum':12} {layers.total():>6} {'':>14} {count_trainable(model):>14,}")
+    return "\n".join(rows)

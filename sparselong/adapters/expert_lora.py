@@ -1,0 +1,237 @@
+"""LoRA layers on the experts and on the router, named and shaped as PEFT's own would save them.
+
+PEFT reaches transformers' experts, which are plain parameters, by `target_parameters`: it wraps the
+module once for each parameter and makes a dense delta of each in every forward pass. Packed experts
+have no such parameter. So the layers here take PEFT's places through its registry of custom
+modules, multiply by A and B without a delta (`kernels/experts/lora.py`), and keep its layout:
+
+    experts.lora_A             the outer wrapper: down_proj, or the only target
+    experts.base_layer.lora_A  the inner one: gate_up_proj, when both have adapters
+    lora_A.weight              [experts * r, in], expert by expert
+    lora_B.weight              [out, r * experts], a rank's column for all experts, then the next's
+
+`name_targets` makes PEFT's config say so. A saved adapter therefore opens in plain PEFT on
+transformers' gpt-oss in bf16, the attention's part being what bake.py says.
+
+Experts' adapters are not trained through the rounding to MXFP4: `ExpertLora.merge_packed` rounds
+the sum at the end and says what that lost. The router is trained through the rounding of its sum to
+bf16, as the attention's layers are through theirs, so that what is stored is what was trained, to
+the bit. Left out: dropout, several adapters at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from torch.func import functional_call
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+
+from sparselong.adapters.merge import Rounding, merge_adapter
+from sparselong.kernels.dense import sum_weight
+from sparselong.kernels.experts import Adapter
+from sparselong.model import PackedExperts
+
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+"""In the order in which PEFT nests its wrappers, from the inside."""
+
+
+class Merged(NamedTuple):
+    """Merged experts: tensors by full name, and what rounding did by name of the weight."""
+
+    tensors: dict[str, torch.Tensor]
+    rounding: dict[str, Rounding]
+
+
+class ExpertLora(nn.Module, LoraLayer):
+    """Adapters of one weight of every expert of a layer, around the packed experts.
+
+    Args:
+        base_layer: PackedExperts, or another weight's ExpertLora around them.
+        adapter_name: PEFT's name of the adapter.
+        weight_name: "gate_up_proj" or "down_proj".
+        name: the experts' name in the model.
+        r, lora_alpha: rank and scale (s = lora_alpha / r).
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        *,
+        weight_name: str,
+        name: str,
+        r: int,
+        lora_alpha: float,
+    ):
+        super().__init__()
+        self.weight_name, self.name = weight_name, name
+        LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+
+    @property
+    def packed_experts(self) -> PackedExperts:
+        """The experts at the bottom."""
+        base = self.get_base_layer()
+        assert isinstance(base, PackedExperts)
+        return base
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        _, out_features, groups, _ = getattr(module, f"{self.weight_name}_blocks").shape
+        return 32 * groups, out_features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: Any, config: Any, **_: Any):
+        """PEFT's hook: makes A and B, of all experts in one matrix each, A random and B zero."""
+        if config.lora_dropout:
+            raise ValueError(f"{self.name}: dropout on experts' adapters is not supported")
+        columns = r * self.packed_experts.num_experts
+        width, out = self._get_in_out_features(self.packed_experts)
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.scaling[adapter_name] = lora_alpha / r
+        self.lora_bias[adapter_name] = False
+        like: dict[str, Any] = {"bias": False, "dtype": torch.float32}
+        self.lora_A[adapter_name] = nn.Linear(width, columns, **like)
+        self.lora_B[adapter_name] = nn.Linear(columns, out, **like)
+        self.reset_lora_parameters(adapter_name, True)
+        self.set_adapter(self.active_adapters)
+
+    def adapter(self) -> Adapter:
+        """A [experts, r, in], B [experts, out, r] and s; views of the parameters."""
+        name, experts = self.active_adapters[0], self.packed_experts.num_experts
+        a, b = (getattr(self, part)[name].weight for part in ("lora_A", "lora_B"))
+        a = a.view(experts, -1, self.in_features)
+        b = b.view(self.out_features, -1, experts).permute(2, 0, 1)
+        return Adapter(a, b, self.scaling[name])
+
+    def adapters(self) -> dict[str, Adapter]:
+        """This weight's adapter and that of the layer inside, by name of the weight."""
+        inner = self.base_layer.adapters() if isinstance(self.base_layer, ExpertLora) else {}
+        return {**inner, self.weight_name: self.adapter()}
+
+    def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        """As PackedExperts: [tokens, hidden], indices and weights [tokens, top_k]."""
+        if self.disable_adapters:
+            return self.packed_experts(hidden_states, *routing)
+        found = self.adapters()
+        adapters = tuple(found.get(name) for name in EXPERT_WEIGHTS)
+        return self.packed_experts(hidden_states, *routing, adapters=adapters)
+
+    def merge_packed(self) -> Merged:
+        """All adapters of these experts in MXFP4 weights; the layer stays as it is."""
+        tensors, rounding = {}, {}
+        for weight, adapter in self.adapters().items():
+            names = (f"{weight}_blocks", f"{weight}_scales")
+            blocks, scales = (getattr(self.packed_experts, name) for name in names)
+            *merged, rounding[weight] = merge_adapter(blocks, scales, adapter)
+            tensors |= {f"{self.name}.{n}": t for n, t in zip(names, merged, strict=True)}
+        return Merged(tensors, rounding)
+
+
+class _Round(torch.autograd.Function):
+    """fp32 to bf16's nearest, in `dtype`; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return total.to(torch.bfloat16).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.float(), None
+
+
+class RouterLora(nn.Module, LoraLayer):
+    """A router whose weight is bf16(W + s·B·A); its bias and its choice of experts stay.
+
+    Args:
+        base_layer: transformers' router.
+        adapter_name: PEFT's name of the adapter.
+        name: the router's name in the model.
+        r, lora_alpha: rank and scale (s = lora_alpha / r).
+    """
+
+    def __init__(
+        self,
+        base_layer: GptOssTopKRouter,
+        adapter_name: str,
+        config: LoraConfig,
+        *,
+        name: str,
+        r: int,
+        lora_alpha: Any,
+    ):
+        super().__init__()
+        self.name = name
+        LoraLayer.__init__(self, base_layer)
+        if config.lora_dropout:
+            raise ValueError(f"{name}: dropout on a router's adapter is not supported")
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+        device = base_layer.weight.device
+        for part in (self.lora_A, self.lora_B):
+            part[adapter_name].to(device=device, dtype=torch.float32)
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.hidden_dim, module.num_experts
+
+    def adapter(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A [r, hidden], B [experts, r] and s."""
+        name = self.active_adapters[0]
+        a, b = (getattr(self, part)[name].weight for part in ("lora_A", "lora_B"))
+        return a, b, self.scaling[name]
+
+    def effective_weight(self) -> torch.Tensor:
+        """The weight [experts, hidden] that a forward multiplies with: bf16 values in W's dtype."""
+        weight: torch.Tensor = self.get_base_layer().weight  # pyright: ignore[reportAssignmentType]
+        rounded: Any = _Round.apply(sum_weight(weight, *self.adapter()), weight.dtype)
+        return rounded
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        """As transformers' router: (logits, routing weights, indices)."""
+        router = self.get_base_layer()
+        if self.disable_adapters:
+            return router(hidden_states)
+        return functional_call(router, {"weight": self.effective_weight()}, (hidden_states,))
+
+    @torch.no_grad()
+    def packed(self) -> dict[str, torch.Tensor]:
+        """The weight as it is to be stored, by its full name."""
+        return {f"{self.name}.weight": self.effective_weight().to(torch.bfloat16)}
+
+
+def add_expert_lora(
+    experts: nn.Module,
+    adapter_name: str,
+    config: LoraConfig,
+    *,
+    weights: tuple[str, ...],
+    name: str,
+    r: int,
+    lora_alpha: float,
+) -> ExpertLora:
+    """PackedExperts in one ExpertLora for each weight, nested as PEFT nests its wrappers."""
+    for weight in EXPERT_WEIGHTS:
+        if weight in weights:
+            experts = ExpertLora(
+                experts,
+                adapter_name,
+                config,
+                weight_name=weight,
+                name=name,
+                r=r,
+                lora_alpha=lora_alpha,
+            )
+    assert isinstance(experts, ExpertLora)
+    return experts
+
+
+def name_targets(config: LoraConfig, weights: tuple[str, ...], expert_r: int, router: bool) -> None:
+    """Makes the saved config name experts and router as plain PEFT would have to target them."""
+    parameters = [f"mlp.experts.{weight}" for weight in EXPERT_WEIGHTS if weight in weights]
+    config.rank_pattern = dict.fromkeys(parameters, expert_r)
+    config.target_parameters = [*parameters, *(["mlp.router.weight"] if router else [])]
+    config.target_modules = set(config.target_modules or ()) - {"experts", "router"}

@@ -1,0 +1,235 @@
+"""A LoRA layer whose forward is the stored layer: prune and round the sum, then multiply.
+
+    W  = M + s·B·A              M: stage 02's masters (bf16); A, B: trained (fp32); s = alpha/r
+    Wq = bf16(q · scale)        q = round(mask ∘ W / scale), the canonical dequantization
+    y  = x Wqᵀ + bias
+
+What is trained is what is stored: `codes()` is called by the forward and by baking alike, so the
+codes in the final checkpoint are those of the last forward, bit for bit. An ordinary adapter beside
+the packed weight would have to be merged and rounded again afterwards, and would lose there what it
+had learned.
+
+The gradient passes straight through the rounding, stops where the mask drops a weight and where a
+code saturates:
+
+    dX = dY Wq        G = s (dYᵀ X) ∘ mask ∘ [not saturated]        dB = G Aᵀ        dA = Bᵀ G
+
+G has the size of the weight, so this needs one matmul per layer more than ordinary LoRA; for the
+attention projections of gpt-oss that is about 5 % of a training step. Nothing of weight size is
+kept from the forward pass to the backward pass: W and Wq are made again, a rank-r matmul and a
+rounding. A checkpointed layer makes them in its second pass and has them for the backward pass that
+follows at once.
+
+The layer is a PEFT LoRA layer (PEFT's registry of custom modules builds it), so that PEFT and
+transformers save, load and resume its A and B as a plain adapter. Such an adapter added to the
+original dense model is a different model: it was trained through this mask and this rounding.
+
+Source of the method: SQFT's SparsePEFT (Muñoz et al., 2024) prunes the sum W + sBA; the
+straight-through gate at saturation is that of Bengio et al. (2013) and LSQ. Left out: dropout on
+the adapter, merging into the base in memory, several adapters at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from torch.nn import functional
+
+from sparselong.adapters import masks
+from sparselong.kernels.dense import MaskedWeight, sum_weight
+from sparselong.model import PackedLinear
+from sparselong.packing import DenseFormat, dense, two_four
+from sparselong.runtime import is_checkpointed
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """x [..., in] → [..., out] through pruned and rounded M + s·B·A; see the module's essay.
+
+    Saved for backward: x; where checkpointing drops what a first pass saves, the rounded weight as
+    well, so that the second pass's is there. `made_from` is referred to: a step changes it only
+    after its backward passes.
+    """
+
+    @staticmethod
+    def forward(ctx, x, lora_a, lora_b, bias, made_from):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.made_from = made_from  # a and b again: as inputs they are given their gradients
+        weight = made_from.round()
+        ctx.save_for_backward(x, weight if is_checkpointed() else None)
+        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        made_from: MaskedWeight = ctx.made_from
+        grad_x = grad_a = grad_b = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                weight = made_from.round() if weight is None else weight
+                grad_x = grad @ weight.to(grad.dtype)
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                outer = _sum_outer(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
+                passed = made_from.gate_(outer)
+                grad_a = made_from.lora_b.float().T @ passed
+                grad_b = passed @ made_from.lora_a.float().T
+        return grad_x, grad_a, grad_b, None, None
+
+
+def _sum_outer(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """gradᵀ x in fp32: [tokens, out], [tokens, in] → [out, in].
+
+    The sum over tokens must not be rounded to bf16. A GPU multiplies bf16 into fp32 by itself; a
+    CPU is given fp32.
+    """
+    if x.is_cuda and x.dtype == grad.dtype == torch.bfloat16:
+        return torch.mm(grad.T, x, out_dtype=torch.float32)
+    return grad.float().T @ x.float()
+
+
+class MaskedLoraLinear(nn.Module, LoraLayer):
+    """A PackedLinear with a trainable low-rank change under its mask and rounding.
+
+    Args:
+        base_layer: a PackedLinear as stage 02 stored it: format, mask, scales; or a plain linear
+            layer in bf16.
+        adapter_name: PEFT's name of the adapter.
+        config: PEFT's configuration; its dropout must be 0.
+        master_of: module name → bf16 master weight [out, in].
+        target_name: this module's name in the model, as PEFT passes it.
+        r, lora_alpha: rank and scale (s = lora_alpha / r).
+
+    Raises:
+        ValueError: dropout is asked for, or the masters do not reproduce the stored codes.
+    """
+
+    master: torch.Tensor
+    scale: torch.Tensor | None
+    patterns: torch.Tensor | None
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        *,
+        master_of: Callable[[str], torch.Tensor],
+        target_name: str,
+        r: int,
+        lora_alpha: float,
+        **_: Any,
+    ):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        if config.lora_dropout:
+            raise ValueError(f"{target_name}: dropout on a masked adapter is not supported")
+        # A plain linear layer is what `weight_bits: 16, sparsity: none` leaves in place.
+        packed = isinstance(base_layer, PackedLinear)
+        self.fmt = base_layer.fmt if packed else DenseFormat(16, "none", 64)
+        self.name = target_name
+        self._active_adapter = adapter_name
+        alpha: Any = lora_alpha  # PEFT says int, and only divides it by r
+        self.update_layer(adapter_name, r, lora_alpha=alpha, config=config)
+        stored = self.stored()
+        device = stored["weight_packed"].device
+        master = master_of(target_name) if packed else stored["weight_packed"]
+        scale, patterns = stored.get("weight_scale"), stored.get("weight_mask")
+        self.register_buffer("master", master.to(device), persistent=False)
+        for name, tensor in (("scale", scale), ("patterns", patterns)):
+            self.register_buffer(name, None if tensor is None else tensor.clone(), persistent=False)
+        self.lora_A[adapter_name].to(device=device, dtype=torch.float32)
+        self.lora_B[adapter_name].to(device=device, dtype=torch.float32)
+        if not torch.equal(self.codes(), dense.unpack_values(self.fmt, stored)):
+            raise ValueError(f"{target_name}: rounding the masters does not give the stored codes")
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    @property
+    def bits(self) -> int:
+        """Bits per kept weight: 4, 8 or 16."""
+        return self.fmt.weight_bits
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The layer as stage 02 stored it, by tensor name."""
+        base: Any = self.base_layer
+        if not isinstance(base, PackedLinear):
+            return {"weight_packed": base.weight.to(torch.bfloat16)}
+        floating = {"weight_scale": torch.bfloat16}
+        if self.bits == 16:
+            floating["weight_packed"] = torch.bfloat16
+        return {n: t.to(floating.get(n, t.dtype)) for n, t in base.packed().items()}
+
+    def adapter(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A [r, in], B [out, r] and s of the active adapter."""
+        name = self.active_adapters[0]
+        lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+        assert isinstance(lora_a, torch.Tensor) and isinstance(lora_b, torch.Tensor)
+        return lora_a, lora_b, self.scaling[name]
+
+    def mask(self) -> torch.Tensor | None:
+        """The mask in use, bool [out, in]; None without 2:4."""
+        return None if self.patterns is None else two_four.unpack_mask(self.patterns)
+
+    def _made_from(self) -> MaskedWeight:
+        return MaskedWeight(self.master, *self.adapter(), self.patterns, self.scale, self.bits)
+
+    @torch.no_grad()
+    def weight(self) -> torch.Tensor:
+        """M + s·B·A, fp32 [out, in], before mask and rounding."""
+        return sum_weight(self.master, *self.adapter())
+
+    @torch.no_grad()
+    def codes(self) -> torch.Tensor:
+        """The int8 codes (bf16 values when 16 bits) [out, in] that the next forward uses."""
+        return self._made_from().codes()
+
+    @torch.no_grad()
+    def effective_weight(self) -> torch.Tensor:
+        """The bf16 weight [out, in] that the next forward multiplies with."""
+        return self._made_from().round()
+
+    @torch.no_grad()
+    def packed(self) -> dict[str, torch.Tensor]:
+        """The layer as it is to be stored: full tensor name → tensor."""
+        if not isinstance(self.base_layer, PackedLinear):
+            return {f"{self.name}.weight": self.codes()}
+        tensors = dense.pack(self.fmt, self.codes(), self.mask(), self.scale)
+        return {f"{self.name}.{part}": tensor for part, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def update(self, criterion: masks.Criterion) -> float:
+        """Chooses the mask anew, lets the scales follow; returns the fraction of bits flipped."""
+        weight, stored, flipped = self.weight(), self.stored(), 0.0
+        before = self.master.float()
+        if self.patterns is not None:
+            first = two_four.unpack_mask(stored["weight_mask"])
+            current = two_four.unpack_mask(self.patterns)
+            scale = stored.get("weight_scale")
+            chosen = masks.update_mask(weight, self.master, first, current, scale, criterion)
+            flipped = masks.flipped_fraction(current, chosen)
+            self.patterns.copy_(two_four.pack_mask(chosen))
+            weight = torch.where(chosen, weight, 0.0)
+            before = torch.where(first, before, 0.0)
+        if self.scale is not None:
+            self.scale.copy_(masks.update_scale(weight, before, stored["weight_scale"], self.bits))
+        return flipped
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """x [..., in] → [..., out] in x's dtype (autocast's where it is on)."""
+        if self.disable_adapters:
+            return self.base_layer(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        made_from = self._made_from()
+        return _MaskedLinear.apply(
+            x, made_from.lora_a, made_from.lora_b, self.base_layer.bias, made_from
+        )
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLoraLinear]:
+    """The model's masked layers by their name in the base model, in order."""
+    return {m.name: m for m in model.modules() if isinstance(m, MaskedLoraLinear)}

@@ -1,0 +1,111 @@
+"""Merging an adapter into MXFP4 weights: W + s·B·A rounded to MXFP4 again, and what that loses.
+
+MXFP4's steps are coarse: half a step is 4 to 25 % of a weight. A sum is stored as the nearest code
+under the best of three scales: the stored one, the one that the OCP specification gives, and the
+next larger, which cuts nothing off. The block's squared error decides, and a block whose values
+stay keeps its bytes. Most of a small change is lost that way, which is why `Rounding` counts it and
+stage 03 publishes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparselong.kernels.experts import Adapter
+from sparselong.packing import mxfp4
+
+
+@dataclass
+class Rounding:
+    """Sums over the weights of a stack: W, the change D = s·B·A, the stored Q for W + D."""
+
+    weights: int = 0
+    codes_changed: int = 0
+    weight_squares: float = 0.0
+    change_squares: float = 0.0
+    error_squares: float = 0.0
+    """Of Q - (W + D)."""
+    kept: float = 0.0
+    """Sum of (Q - W) D."""
+
+    def add(self, weight: torch.Tensor, change: torch.Tensor, stored: torch.Tensor) -> None:
+        """Takes in W, D and Q of one expert."""
+        moved = stored - weight
+        self.weights += weight.numel()
+        self.codes_changed += int((moved != 0).sum())
+        self.weight_squares += _sum(weight, weight)
+        self.change_squares += _sum(change, change)
+        self.error_squares += _sum(moved - change, moved - change)
+        self.kept += _sum(moved, change)
+
+    def summarize(self) -> dict[str, float]:
+        """As the manifest has it.
+
+        `relative_change`: |D| / |W|. `lost`: |Q - (W + D)| / |D|, 1 where no value changed. `kept`:
+        the part of D that is in Q - W, 1 where all of it is. `values_changed`: share of the weights
+        whose value is another. Norms are Frobenius; without a change all are 0.
+        """
+        change = self.change_squares
+        return {
+            "relative_change": (change / self.weight_squares) ** 0.5 if change else 0.0,
+            "lost": (self.error_squares / change) ** 0.5 if change else 0.0,
+            "kept": self.kept / change if change else 0.0,
+            "values_changed": self.codes_changed / max(1, self.weights),
+        }
+
+
+def _sum(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left * right).sum(dtype=torch.float64))
+
+
+@torch.no_grad()
+def merge_adapter(
+    blocks: torch.Tensor, scales: torch.Tensor, adapter: Adapter
+) -> tuple[torch.Tensor, torch.Tensor, Rounding]:
+    """(blocks, scales, what rounding did) of W + s·B·A, one expert after another.
+
+    Args:
+        blocks, scales: uint8 [experts, out, in / 32, 16] and [experts, out, in / 32].
+        adapter: A [experts, r, in], B [experts, out, r] and s.
+    """
+    merged, new_scales, rounding = torch.empty_like(blocks), torch.empty_like(scales), Rounding()
+    for expert in range(blocks.shape[0]):
+        weight = mxfp4.decode(blocks[expert], scales[expert], torch.float32)
+        b, a = adapter.b[expert].float(), adapter.a[expert].float()
+        with torch.autocast(weight.device.type, enabled=False):
+            change = adapter.scaling * (b @ a)
+        found, found_scales = round_sum(weight + change, scales[expert])
+        stored = mxfp4.decode(found, found_scales, torch.float32)
+        moved = (stored != weight).reshape(*found_scales.shape, mxfp4.BLOCK).any(-1)
+        merged[expert] = torch.where(moved[..., None], found, blocks[expert])
+        new_scales[expert] = torch.where(moved, found_scales, scales[expert])
+        rounding.add(weight, change, stored)
+    return merged, new_scales, rounding
+
+
+def round_sum(total: torch.Tensor, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest MXFP4 of `total` [out, in], each block of 32 under the best scale; see the module.
+
+    Args:
+        stored: uint8 [out, in / 32], the scales before; of equals they win.
+    """
+    _, lowest = mxfp4.encode(total)
+    larger = (lowest.int() + 1).clamp(max=mxfp4.NAN_SCALE - 1).to(torch.uint8)
+    best_scales, best_blocks = stored, mxfp4.encode_at(total, stored)
+    best_errors = _errors(total, best_blocks, best_scales)
+    for scales in (lowest, larger):
+        blocks = mxfp4.encode_at(total, scales)
+        errors = _errors(total, blocks, scales)
+        better = errors < best_errors
+        best_errors = torch.where(better, errors, best_errors)
+        best_scales = torch.where(better, scales, best_scales)
+        best_blocks = torch.where(better[..., None], blocks, best_blocks)
+    return best_blocks, best_scales
+
+
+def _errors(total: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Squared errors [out, in / 32] of each block of 32."""
+    difference = mxfp4.decode(blocks, scales, torch.float32) - total
+    return difference.square().reshape(*scales.shape, mxfp4.BLOCK).sum(-1)

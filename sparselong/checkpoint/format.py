@@ -1,0 +1,57 @@
+"""What the packed checkpoint stores beside plain tensors: names, shapes and 2:4 experts."""
+
+from __future__ import annotations
+
+import torch
+from transformers import GptOssConfig
+
+from sparselong.packing import mxfp4, two_four
+
+METHOD = "sparselong"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""The shared dense layers, in attention."""
+
+
+def expert_shapes(config: GptOssConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's expert tensors as the checkpoint has them, by name."""
+    experts, hidden, inner = (
+        config.num_local_experts,
+        config.hidden_size,
+        config.intermediate_size,
+    )
+    return {
+        "gate_up_proj_blocks": (experts, 2 * inner, hidden // 32, 16),
+        "gate_up_proj_scales": (experts, 2 * inner, hidden // 32),
+        "gate_up_proj_bias": (experts, 2 * inner),
+        "down_proj_blocks": (experts, hidden, inner // 32, 16),
+        "down_proj_scales": (experts, hidden, inner // 32),
+        "down_proj_bias": (experts, hidden),
+    }
+
+
+def pack_two_four_experts(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drops the two smallest of every four MXFP4 codes; the kept codes stay as they are.
+
+    Args:
+        blocks: uint8 [..., K/32, 16].
+
+    Returns:
+        kept codes uint8 [..., K/32, 8] and packed patterns uint8 [..., K/32, 3]. Of equal
+        magnitudes the earlier weight is kept. The scale is shared by the 32, so codes compare.
+    """
+    codes = mxfp4.unpack_codes(blocks)
+    groups = (codes & 0x7).reshape(*codes.shape[:-1], -1, two_four.GROUP)
+    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., :2]
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
+    mask = mask.reshape(codes.shape)
+    kept = two_four.gather_kept(codes, mask)
+    pairs = kept.reshape(*blocks.shape[:-1], 8, 2)
+    patterns = two_four.pack_mask(mask).reshape(*blocks.shape[:-1], 3)
+    return pairs[..., 0] | (pairs[..., 1] << 4), patterns
+
+
+def unpack_two_four_experts(kept: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
+    """The inverse: kept codes and patterns → uint8 blocks [..., K/32, 16] with code 0 elsewhere."""
+    codes = torch.stack((kept & 0x0F, kept >> 4), dim=-1).flatten(-2)
+    mask = two_four.unpack_mask(patterns)
+    return mxfp4.pack_codes(two_four.scatter_kept(codes, mask)).squeeze(-2)

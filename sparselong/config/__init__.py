@@ -1,0 +1,12 @@
+"""The one schema: keys, defaults, checks, profiles and generated documentation. No torch."""
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.config import schema
+    from sparselong.config.profiles import PROFILES
+    from sparselong.config.schema import Config, ModelSection, dump, hash_sections, load
+
+__getattr__ = expose(__name__)

@@ -1,0 +1,52 @@
+"""Stage 04: the same items and the same held-out conversations through three models."""
+
+from __future__ import annotations
+
+import json
+
+from sparselong.data import conversations
+from sparselong.evaluate import contamination, harness, models, perplexity, report
+from sparselong.files import write_atomically
+from sparselong.model import load_tokenizer
+from sparselong.run import Stage
+from sparselong.tiny import resolve_base
+
+
+def evaluate(stage: Stage) -> None:
+    """Measure base, compressed and fine-tuned model and write the report."""
+    compressed, finetuned = stage.require("02_compress"), stage.require("03_finetune")
+    files = conversations.prepare(stage.config, stage.run_dir)
+    base_dir = resolve_base(stage.config, stage.run_dir, stage.log)
+    tokenizer = load_tokenizer(base_dir)
+    suite = harness.load_suite(stage.config, stage.dir / "tasks", tokenizer)
+    samples = perplexity.load_samples(files.validation, tokenizer, stage.config)
+    warnings = contamination.list_warnings(harness.list_items(suite), files.train)
+    for warning in warnings:
+        stage.log(f"warning: {warning}")
+
+    results = {}
+    for name, directory, its_files in (
+        ("base", base_dir, compressed["inputs"]),
+        ("compressed", stage.run_dir / "02_compress" / "model", compressed["outputs"]),
+        ("finetuned", stage.run_dir / "03_finetune" / "model", finetuned["outputs"]),
+    ):
+        results[name] = models.measure(
+            name,
+            directory,
+            models.fingerprint(its_files),
+            models.Measurements(suite, samples),
+            stage.dir,
+            stage.log,
+        )
+        for device, peak_bytes in results[name]["peak_bytes"].items():
+            stage.peak_bytes[device] = max(peak_bytes, stage.peak_bytes.get(device, 0))
+
+    document = report.build_results(stage.config, results, warnings)
+    outputs = [stage.dir / name for name in ("results.json", "report.md", "evaluation.png")]
+    write_atomically(outputs[0], json.dumps(document, indent=1) + "\n")
+    write_atomically(outputs[1], report.render(document))
+    report.draw(document, outputs[2])
+    stage.log(f"{report.summarize(document)}\nreport: {outputs[1]}")
+    stage.metrics = report.list_metrics(document)
+    stage.inputs = [files.train, files.validation]
+    stage.outputs = [*outputs, *(stage.dir / f"{name}.json" for name in results)]

@@ -1,0 +1,1 @@
+"""Captured decoding at batch 1 over a cache of fixed size."""

@@ -1,0 +1,282 @@
+"""One token through a gpt-oss model over a static cache, as kernels or as plain torch.
+
+Both steps have one contract: `word` (int64 [1]) holds the last token (`kernels/decode/glue.py`),
+`position` (int64 [1]) its predecessor's place; `run()` moves the position, writes the token's keys
+and values into the cache and leaves `logits` [vocab] and, in `word`, the token with the largest.
+Nothing in `KernelStep.run` asks the host for a value, so that a CUDA graph can hold it: seven
+kernels a layer (norm; q, k and v; attention; o with the residual sum; norm and router; gate_up;
+down with the weighted and the residual sum), each packed weight read once. It rounds to bf16 where
+the model does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GptOssForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import _apply_rotary_emb
+
+from sparselong.model import PackedExperts, PackedLinear
+
+FIRST_WORD = 0x7FFFFFFF
+"""The word of token 0."""
+NAN_WORD = 0x7FC00000 << 32
+"""Upper half of a word whose logit is NaN."""
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer, [KV heads, slots, head_dim]; position p is in slot p mod slots.
+
+    A sliding layer has as many slots as its window, so that a new key overwrites the one that
+    leaves it.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    is_window: bool
+
+    def fill(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
+        """Takes the last keys [KV heads, n, head_dim] of a prompt of `end` tokens."""
+        slots = self.keys.shape[1]
+        kept = min(keys.shape[1], slots)
+        place = torch.arange(end - kept, end, device=keys.device) % slots
+        self.keys[:, place], self.values[:, place] = keys[:, -kept:], values[:, -kept:]
+
+
+def make_caches(model: GptOssForCausalLM, most_tokens: int) -> list[LayerCache]:
+    """Empty caches for so many positions, on the model's device and in its dtype."""
+    config: Any = model.config
+    caches = []
+    for kind in config.layer_types:
+        is_window = kind == "sliding_attention"
+        slots = config.sliding_window if is_window else most_tokens
+        shape = (config.num_key_value_heads, slots, config.head_dim)
+        keys, values = (
+            torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2)
+        )
+        caches.append(LayerCache(keys, values, is_window))
+    return caches
+
+
+def make_angles(model: GptOssForCausalLM, most_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position as the model makes them, [positions, head_dim / 2]."""
+    positions = torch.arange(most_tokens, device=model.device)[None]
+    sample = torch.empty(0, dtype=model.dtype, device=model.device)
+    cos, sin = model.model.rotary_emb(sample, positions)
+    return cos[0].contiguous(), sin[0].contiguous()
+
+
+class TorchStep:
+    """The step in plain torch, through the model's own modules; for CPUs."""
+
+    def __init__(self, model: GptOssForCausalLM, caches: list[LayerCache], most_tokens: int):
+        self.model, self.caches = model, caches
+        self.angles = make_angles(model, most_tokens)
+        self.word = torch.full((1,), FIRST_WORD, dtype=torch.int64, device=model.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self.logits = torch.empty(0)
+
+    def run(self) -> None:
+        """See the module's text."""
+        self.position += 1
+        token = 0x7FFFFFFF - (self.word & 0x7FFFFFFF)
+        hidden = self.model.model.embed_tokens(token)
+        for layer, cache in zip(self.model.model.layers, self.caches, strict=True):
+            module: Any = layer
+            attended = self._attend(module.self_attn, module.input_layernorm(hidden), cache)
+            hidden = hidden + attended
+            normed = module.post_attention_layernorm(hidden)
+            hidden = hidden + module.mlp(normed[None])[0][0]
+        self.logits = self.model.lm_head(self.model.model.norm(hidden))[0]
+        best = int(self.logits.argmax())
+        upper = NAN_WORD if bool(self.logits.isnan().any()) else 0
+        self.word.fill_(upper | (0x7FFFFFFF - best))
+
+    def _attend(self, attention: Any, x: torch.Tensor, cache: LayerCache) -> torch.Tensor:
+        position = int(self.position)
+        slots = cache.keys.shape[1]
+        seen = min(position + 1, slots)
+        q, k, v = (
+            projection(x).view(-1, attention.head_dim)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        cos, sin = (angle[position] for angle in self.angles)
+        cache.keys[:, position % slots] = _apply_rotary_emb(k, cos, sin)
+        cache.values[:, position % slots] = v
+        keys, values = cache.keys[:, :seen], cache.values[:, :seen]
+        q = _apply_rotary_emb(q, cos, sin).view(len(keys), -1, attention.head_dim)
+        scores = q @ keys.transpose(1, 2) * attention.scaling
+        scores = torch.cat([scores, attention.sinks.view(len(keys), -1, 1)], -1)
+        return attention.o_proj((scores.softmax(-1)[..., :-1] @ values).view(1, -1))
+
+
+class KernelStep:
+    """The step as Triton kernels, without a word to the host; see the module's text.
+
+    Raises:
+        ValueError: a module is not one that the kernels read: experts other than PackedExperts,
+            projections packed in other than 4 bits, adapters; or a KV head has more than 16 heads.
+    """
+
+    def __init__(self, model: GptOssForCausalLM, caches: list[LayerCache], most_tokens: int):
+        self.caches = caches
+        self.angles = make_angles(model, most_tokens)
+        self.model = model.model
+        self.head = model.lm_head.weight
+        config: Any = model.config
+        device, dtype, width = model.device, model.dtype, config.hidden_size
+        empty = {"device": device, "dtype": dtype}
+        heads, kv_heads, dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        _check_group(heads, kv_heads)
+        self.word = torch.full((1,), FIRST_WORD, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.logits = torch.empty(config.vocab_size, **empty)
+        self.hidden = torch.empty(width, **empty)
+        self.normed = torch.empty(width, **empty)
+        self.qkv = torch.empty((1, (heads + 2 * kv_heads) * dim), **empty)
+        self.attended = torch.empty(heads * dim, **empty)
+        self.scratch = _attention_scratch(heads, kv_heads, dim, device)
+        self.words = torch.empty((1, 4, width // 8), dtype=torch.int32, device=device)
+        self.factors = torch.empty(width // 32, dtype=torch.float32, device=device)
+        self.router_logits = torch.empty(
+            config.num_local_experts, dtype=torch.float32, device=device
+        )
+        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
+        top_k = config.num_experts_per_tok
+        self.indices = torch.zeros((1, top_k), dtype=torch.int32, device=device)
+        self.weights = torch.empty((1, top_k), **empty)
+        self.h = torch.empty(
+            (top_k, config.intermediate_size // 2), dtype=torch.int32, device=device
+        )
+        self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        self.layers = [_Layer(layer) for layer in model.model.layers]
+
+    def run(self) -> None:
+        """See the module's text."""
+        from sparselong.kernels.decode import launch_embed, launch_head, launch_pack
+
+        # The first launch follows what is no kernel of ours: nothing to overlap with. Nor does the
+        # second overlap with it: attention reads the position before it waits.
+        launch_embed(self.word, self.position, self.model.embed_tokens.weight, self.hidden)
+        for number, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
+            self._attend(layer, cache, self.pdl and number > 0)
+            self._think(layer)
+        norm = (self.model.norm.weight, self.model.norm.variance_epsilon)
+        blocks = self.hidden.numel() // 32
+        launch_pack(self.hidden, norm, self.normed, self.normed, "plain", blocks, self.pdl)
+        launch_head(self.normed, self.head, None, self.logits, best=self.word, pdl=self.pdl)
+
+    def _attend(self, layer: _Layer, cache: LayerCache, pdl: bool) -> None:
+        """Norm, projections, attention, and the residual sum; `pdl` of the first kernel."""
+        from sparselong.kernels.decode import launch_attend, launch_gemv, launch_head, launch_pack
+
+        blocks = self.hidden.numel() // 32
+        kind = "pairs" if layer.is_packed else "plain"
+        out: Any = self.normed.view(torch.int16) if layer.is_packed else self.normed
+        launch_pack(self.hidden, layer.input_norm, out, self.factors, kind, blocks, pdl)
+        if layer.is_packed:
+            planes = self.normed.view(torch.int32).view(1, 16, -1)
+            launch_gemv(planes, layer.qkv, self.qkv, pdl=self.pdl)
+        else:
+            start = 0
+            for weight, bias in layer.qkv:
+                part = self.qkv[0, start : start + len(weight)]
+                launch_head(self.normed, weight, bias, part, pdl=self.pdl)
+                start += len(weight)
+        launch_attend(
+            self.qkv, self.angles, (cache.keys, cache.values), layer.sinks, self.scratch,
+            self.attended, self.position, layer.scaling, is_window=cache.is_window,
+            pairs=layer.is_packed, pdl=self.pdl,
+        )  # fmt: skip
+        if layer.is_packed:
+            planes = self.attended.view(torch.int32).view(1, 16, -1)
+            launch_gemv(planes, layer.o, self.hidden, residual=self.hidden, pdl=self.pdl)
+        else:
+            weight, bias = layer.o[0]
+            launch_head(
+                self.attended, weight, bias, self.hidden, residual=self.hidden, pdl=self.pdl
+            )
+
+    def _think(self, layer: _Layer) -> None:
+        """Norm, router, experts, and the residual sum."""
+        from sparselong.kernels.decode import launch_experts, launch_route
+
+        launch_route(
+            self.hidden, layer.post_norm, *layer.router, self.words, self.factors,
+            self.router_logits, self.counter, self.indices, self.weights, pdl=self.pdl,
+        )  # fmt: skip
+        launch_experts(
+            self.words, self.factors, self.indices, self.weights, layer.gate_up, layer.down,
+            layer.gate, self.hidden[None], residual=self.hidden[None], h=self.h, pdl=self.pdl,
+        )  # fmt: skip
+
+
+def _check_group(heads: int, kv_heads: int) -> None:
+    from sparselong.kernels.decode import QUERIES
+
+    if heads > QUERIES * kv_heads:  # the kernel would leave the others' output as it was
+        raise ValueError(
+            f"num_attention_heads: {heads} of {kv_heads} KV heads; allowed: at most {QUERIES} for "
+            "each. model.generate(...) takes the others"
+        )
+
+
+def _attention_scratch(
+    heads: int, kv_heads: int, dim: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from sparselong.kernels.decode import FULL_PARTS
+
+    return (
+        torch.empty((FULL_PARTS, heads, dim), dtype=torch.float32, device=device),
+        torch.empty((FULL_PARTS, heads), dtype=torch.float32, device=device),
+        torch.zeros(kv_heads, dtype=torch.int32, device=device),
+    )
+
+
+class _Layer:
+    """One layer's weights as the kernels take them: views, no copies."""
+
+    def __init__(self, layer: Any):
+        attention, experts = layer.self_attn, layer.mlp.experts
+        if type(experts) is not PackedExperts:
+            raise ValueError(
+                f"experts: {type(experts).__name__}; allowed: PackedExperts. "
+                "model.generate(...) takes the others"
+            )
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        kinds = {type(projection) for projection in projections}
+        if kinds not in ({PackedLinear}, {nn.Linear}):
+            raise ValueError(
+                f"projections: {', '.join(sorted(kind.__name__ for kind in kinds))}; allowed: all "
+                "PackedLinear or all Linear. model.generate(...) takes the others"
+            )
+        self.is_packed = kinds == {PackedLinear}
+        matrices: Any = tuple(_read(projection) for projection in projections)
+        self.qkv, self.o = matrices[:3], matrices[3:]
+        self.sinks, self.scaling = attention.sinks, attention.scaling
+        self.input_norm, self.post_norm = (
+            (norm.weight, norm.variance_epsilon)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        )
+        self.router = (layer.mlp.router.weight, layer.mlp.router.bias)
+        self.gate = (experts.alpha, experts.limit)
+        self.gate_up, self.down = (
+            tuple(getattr(experts, f"{name}_{part}") for part in ("blocks", "scales", "bias"))
+            for name in ("gate_up_proj", "down_proj")
+        )
+
+
+def _read(projection: Any) -> Any:
+    if isinstance(projection, nn.Linear):
+        return projection.weight, projection.bias
+    from sparselong.kernels.decode import as_matrix
+
+    return as_matrix(projection.fmt, projection.packed(), projection.bias)

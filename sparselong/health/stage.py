@@ -1,0 +1,64 @@
+"""Can this machine run this config? Asked before anything is downloaded or computed.
+
+machine.py gathers facts (with packages.py and sources.py), check.py and resources.py judge them
+against the plan, report.py prints them. `examine` is the stage: it writes report.json and report.md
+whatever the verdict, and the manifest follows only when the machine is ready.
+"""
+
+from __future__ import annotations
+
+import json
+
+from sparselong import memory
+from sparselong.config import Config
+from sparselong.errors import StageError
+from sparselong.files import write_atomically
+from sparselong.health import report
+from sparselong.health.check import check
+from sparselong.health.machine import Machine, probe
+from sparselong.health.rows import Row
+from sparselong.memory import Plan
+from sparselong.run import Stage
+
+
+def plan_for(config: Config, machine: Machine) -> Plan:
+    """The plan for the device that the stages would take here: a GPU where torch can use one."""
+    gpus = machine.usable_gpus
+    if not gpus:
+        return memory.make_plan(config)
+    return memory.make_plan(config, "cuda", gpus[0].name, gpus[0].total_bytes)
+
+
+def examine(stage: Stage) -> None:
+    """Stage 01: probes, judges, reports.
+
+    Raises:
+        StageError: some row fails, so this machine cannot run this config.
+    """
+    machine = probe(stage.config, stage.run_dir)
+    plan = plan_for(stage.config, machine)
+    rows = check(stage.config, machine, plan)
+    document = report.build(stage.config, machine, plan, rows)
+    report.print_table(document)
+    write_atomically(stage.dir / "report.json", json.dumps(document, indent=1) + "\n")
+    write_atomically(stage.dir / "report.md", report.markdown(document))
+    failed = [row for row in rows if row.status == "fail"]
+    if failed:
+        raise StageError(
+            f"this machine cannot run this config ({stage.config.model.base})",
+            "no row that fails",
+            _summary(failed),
+            "; ".join(dict.fromkeys(row.fix for row in failed)),
+            details={"rows": document["rows"], "plan": document["plan"]},
+        )
+    stage.log(report.verdict(document))
+    stage.outputs += [stage.dir / "report.json", stage.dir / "report.md"]
+    counts = {status: sum(row.status == status for row in rows) for status in ("ok", "warn")}
+    stage.metrics |= {"ready": True, **counts, "rows": document["rows"], "plan": document["plan"]}
+
+
+def _summary(failed: list[Row]) -> str:
+    """The failed checks by name, and in full what is lacking of GPUs and memory."""
+    names = ", ".join(row.check for row in failed)
+    lacking = [row for row in failed if row.check in ("GPU", "GPU memory", "host memory", "disk")]
+    return "; ".join([names, *(f"{row.check}: {row.found}" for row in lacking)])

@@ -1,0 +1,22 @@
+"""Attention with sinks, sliding windows and packed documents."""
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.kernels.attention.choice import BACKENDS, describe_choice
+    from sparselong.kernels.attention.key_gradients import RunGradients, sort_gradients
+    from sparselong.kernels.attention.mask import (
+        Call,
+        Documents,
+        Done,
+        Mask,
+        find_documents,
+        mark_starts,
+        refuse_gaps,
+    )
+    from sparselong.kernels.attention.op import attention, load_backend, pick_backend, plan_pays
+    from sparselong.kernels.attention.triton_forward import LOG2E
+
+__getattr__ = expose(__name__)

@@ -1,0 +1,82 @@
+"""The flash-attn package, where it is installed, made exact for sinks as `attention_torch` does.
+
+Its variable-length functions are used throughout: one long document is a packing of one. Written
+for flash-attn 2.7 and 2.8; it is an optional package that needs a compiler to install.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import torch
+
+from sparselong.kernels.attention import torch_operators as shared
+from sparselong.kernels.attention.join import join
+from sparselong.kernels.attention.mask import Attended, Call, Documents, Done, Gradients, Mask
+
+
+def refuse(q: torch.Tensor, call: Call) -> str | None:
+    """Why flash-attn cannot take the call, or None."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "backend: flash_attn is not installed; allowed: an installed one"
+    return shared.refuse_flash(q, call)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+) -> Attended:
+    """(out, lse, what the backward needs). Shapes as in `attention.attention`."""
+    from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
+        _flash_attn_varlen_forward,
+    )
+
+    mask = _as_packed(call.mask, q.device)
+    end = mask.offset + mask.queries
+    q, k, v = shared.token_major(mask, q, k[:, :, :end], v[:, :, :end])
+    sizes, window = shared.flash_sizes(mask)
+    out, lse, _, rng_state = _flash_attn_varlen_forward(
+        q, k, v, *sizes, 0.0, call.scale, True, **(window or _NO_WINDOW)
+    )
+    lse = lse.view(lse.shape[0], mask.batch, mask.queries).transpose(0, 1)
+    out = out.view(mask.batch, mask.queries, *out.shape[-2:]).transpose(1, 2)
+    return *join([(out, lse)], sinks), (rng_state,)
+
+
+_NO_WINDOW = {"window_size_left": -1, "window_size_right": -1}
+
+
+def attend_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
+    """The backward pass, by the package's own."""
+    from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
+        _flash_attn_varlen_backward,
+    )
+
+    q, k, v, _, out, lse, (rng_state,) = done
+    mask = _as_packed(call.mask, q.device)
+    shape = k.shape
+    dsinks = shared.sink_gradient(dout, done) if call.needs_dsinks else None
+    end = mask.offset + mask.queries
+    q, k, v = shared.token_major(mask, q, k[:, :, :end], v[:, :, :end])
+    dout, out = shared.token_major(mask, dout, out)
+    sizes, window = shared.flash_sizes(mask)
+    lse = lse.transpose(0, 1).reshape(lse.shape[1], -1).contiguous()
+    grads = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    _flash_attn_varlen_backward(
+        *(dout, q, k, v, out, lse, *grads, *sizes, 0.0, call.scale, True),
+        **(window or _NO_WINDOW),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=call.deterministic,
+        rng_state=rng_state,
+    )
+    dq, dk, dv = (g.view(mask.batch, -1, *g.shape[-2:]).transpose(1, 2) for g in grads)
+    return dq, shared.with_unseen_keys(dk, shape), shared.with_unseen_keys(dv, shape), dsinks
+
+
+def _as_packed(mask: Mask, device: torch.device) -> Mask:
+    """The mask with every batch row as one document, where there are none."""
+    if mask.documents is not None:
+        return mask
+    rows = torch.arange(mask.batch + 1, device=device, dtype=torch.int32) * mask.keys
+    return dataclasses.replace(mask, documents=Documents(rows, rows, rows, mask.keys))

@@ -1,0 +1,288 @@
+"""Attention with sinks, windows, packed documents and grouped queries; forward and backward.
+
+The maths: query i of head h has scores scale * <q_i, k_j> for the keys j that it sees and one more
+logit, the head's sink s_h, that has no value. With lse_i the logarithm of the sum of exponentials
+of all of these, out_i = sum_j exp(score_ij - lse_i) v_j, and
+
+    delta_i = <dO_i, out_i>                    ds_h = -sum_i exp(s_h - lse_i) delta_i
+    dS_ij = P_ij (<dO_i, v_j> - delta_i)       dq = scale dS k,  dk = scale dS^T q,  dv = P^T dO
+
+Which keys query i, of position `query_offset + i`, sees is in `mask.py`. Saved for the
+backward pass: q, k, v, sinks, out and lse; nothing grows with queries * keys.
+
+One function, several backends, all exact: our Triton kernels (`triton_launch.py`), torch's
+FlashAttention-2 and cuDNN operators (`torch_operators.py`), flash-attn where it is installed, and
+plain torch on a CPU (`torch_backend.py`). The choice follows a measured table
+(`choice.py`) or is named by the caller; a backend that is named and cannot take the call
+raises, and nothing else is put in its place. The method is FlashAttention-2's (Dao, 2023,
+arXiv:2307.08691) and online softmax's (Milakov and Gimelshein, 2018); the code is ours, under this
+repository's licence. Left out: dropout, attention biases, head dimensions other than 64 on a GPU,
+gradients through lse, and second derivatives (refused).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from sparselong.kernels.attention.choice import BACKENDS, rank_backends
+from sparselong.kernels.attention.mask import Attended, Call, Done, Gradients, Mask, find_documents
+from sparselong.kernels.attention.torch_backend import attention_reference
+from sparselong.kernels.gpu import architecture_of
+from sparselong.runtime import attend_once
+
+HEAD_DIM = 64
+ROUND_TOKENS = 256
+"""Lengths that come again are taken to be multiples of it: powers of two are, and their shards."""
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    query_offset: int = 0,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    deterministic: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse). Gradients flow to q, k, v and sinks from out, not from lse.
+
+    Args:
+        q: [batch, heads, queries, 64], bf16, fp16 or fp32 (fp64 by the reference). Read by stride:
+            a transposed view of [batch, queries, heads, 64] costs no copy.
+        k, v: [batch, kv_heads, keys, 64], q's dtype; head h reads KV head h // (heads / kv_heads).
+        sinks: [heads], any floating dtype; its gradient comes back in that dtype, summed in fp32.
+        cu_seqlens: int32 or int64 [n + 1], the boundaries of documents on the flattened [batch,
+            keys] axis, from 0 to batch * keys; the starts of batch rows are boundaries anyway. A
+            padded stretch is a document of its own. None: every batch row is one document.
+        window: keys that a query sees at most, itself included; None: all before it.
+        scale: factor of the scores; None: 1 / 8.
+        query_offset: the position of query 0 on the key axis: 0 in training, keys - queries when
+            decoding with a cache, the shard's start when a shard of queries attends to gathered
+            keys. With documents, query_offset + queries may not pass keys.
+        dropout: must be 0.
+        backend: "triton", "torch_flash", "torch_cudnn", "flash_attn" or "reference"; None: the
+            fastest measured one that can take the call (`choose_backend`).
+        deterministic: FlashAttention-2's backward pass in its deterministic form, which is slower,
+            and no "torch_cudnn", which has none. "triton" is always deterministic.
+
+    Returns:
+        out: [batch, heads, queries, 64] in q's dtype, laid out as [batch, queries, heads, 64].
+        lse: [batch, heads, queries] fp32, natural logarithm, the sink included.
+
+    The error of out and of every gradient against fp64 is at most twice that of torch's
+    FlashAttention-2 with the sink correction in the same dtype (tests/gpu/test_attention.py).
+
+    Raises:
+        ValueError: an argument is not as above; names it, what was found and what is allowed.
+    """
+    _check_tensors(q, k, v, sinks)
+    _check_numbers(window, scale, query_offset, dropout, backend)
+    mask = _make_mask(q, k, cu_seqlens, window, query_offset)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    call = Call(mask, scale, deterministic, needs_dsinks=sinks.requires_grad)
+    name = pick_backend(backend, q, call)
+    if name == "reference":
+        document = None if mask.documents is None else mask.documents.starts
+        return attention_reference(
+            q, k, v, sinks, document=document, window=mask.window, scale=scale,
+            query_offset=query_offset,
+        )  # fmt: skip
+    return _Attention.apply(q, k, v, sinks, call, name)  # pyright: ignore[reportReturnType]
+
+
+def pick_backend(backend: str | None, q: torch.Tensor, call: Call) -> str:
+    """The backend that was named, or for None the one of `choose_backend`.
+
+    Raises:
+        ValueError: it cannot take the call, or none can.
+    """
+    return choose_backend(q, call) if backend is None else _require_backend(backend, q, call)
+
+
+def choose_backend(q: torch.Tensor, call: Call) -> str:
+    """The backend that `backend=None` takes: the table's first that can take the call.
+
+    cuDNN is passed over where its plan would not pay (`plan_pays`).
+
+    Raises:
+        ValueError: none can.
+    """
+    mask = call.mask
+    kind = "full" if mask.window is None else "window"
+    row = rank_backends(architecture_of(q.device), kind, mask.documents is not None, mask.keys)
+    refusals = []
+    for name in row.order:
+        if name == "torch_cudnn" and not plan_pays(mask):
+            continue
+        refusal = None if name == "reference" else load_backend(name).refuse(q, call)
+        if refusal is None:
+            return name
+        refusals.append(f"{name}: {refusal}")
+    raise ValueError("no backend can take this call: " + "; ".join(refusals))
+
+
+def plan_pays(mask: Mask) -> bool:
+    """Whether lengths are such as come again: for every new pair of them cuDNN works out a plan
+    (0.04 s a pass: benchmarks/attention_first_call.py), which the next steps do not repay.
+
+    Sequences of the configured length come again in training, and shards of them, which begin at
+    multiples of their own length. Runs of packed documents begin anywhere, single conversations end
+    anywhere, and with gradients off prompts of any length come and go.
+    """
+    whole = mask.queries % ROUND_TOKENS == 0 and mask.offset % mask.queries == 0
+    return whole and torch.is_grad_enabled()
+
+
+class Backend(NamedTuple):
+    """What a backend offers."""
+
+    refuse: Callable[[torch.Tensor, Call], str | None]
+    attend: Callable[..., Attended]
+    attend_backward: Callable[[torch.Tensor, Done, Call], Gradients]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor,
+        call: Call,
+        name: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.cuda.device_of(q):
+            out, lse, kept = attend_once(
+                lambda: load_backend(name).attend(q, k, v, sinks, call),
+                is_full=call.mask.window is None,
+            )
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *kept)
+        ctx.call, ctx.backend = call, name
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, sinks, out, lse, *kept = ctx.saved_tensors
+        done = Done(q, k, v, sinks, out, lse, tuple(kept))
+        with torch.cuda.device_of(q):
+            *grads, dsinks = load_backend(ctx.backend).attend_backward(dout, done, ctx.call)
+        dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
+        return *grads, dsinks, None, None
+
+
+@functools.cache
+def load_backend(name: str) -> Backend:
+    """The backend's functions, imported when first asked for."""
+    if name == "reference":
+        from sparselong.kernels.attention import torch_backend as plain
+
+        return Backend(lambda *_: None, plain.attend, plain.attend_backward)
+    if name == "triton":
+        from sparselong.kernels.attention import triton_launch as ours
+
+        return Backend(ours.refuse, ours.attend, ours.attend_backward)
+    if name == "flash_attn":
+        from sparselong.kernels.attention import flash_attn as package
+
+        return Backend(package.refuse, package.attend, package.attend_backward)
+    from sparselong.kernels.attention import torch_operators as theirs
+
+    if name == "torch_flash":
+        return Backend(theirs.refuse_flash, theirs.attend_flash, theirs.attend_flash_backward)
+    return Backend(theirs.refuse_cudnn, theirs.attend_cudnn, theirs.attend_cudnn_backward)
+
+
+def _require_backend(name: str, q: torch.Tensor, call: Call) -> str:
+    if name == "reference":
+        return name
+    if q.device.type != "cuda":
+        raise ValueError(f"backend: {name} with {q.device.type} tensors; allowed: reference")
+    if q.shape[-1] != HEAD_DIM:
+        raise ValueError(f"head_dim: {q.shape[-1]}; allowed with {name}: {HEAD_DIM}")
+    refusal = load_backend(name).refuse(q, call)
+    if refusal is not None:
+        raise ValueError(f"{refusal} with backend {name}")
+    return name
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4 or 0 in tensor.shape:
+            raise ValueError(
+                f"{name}: shape {list(tensor.shape)}; "
+                "allowed: [batch, heads, tokens, head_dim], none of them 0"
+            )
+        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
+            raise ValueError(f"{name}: {tensor.dtype}; allowed: one floating type for q, k and v")
+    if v.shape != k.shape:
+        raise ValueError(f"v: shape {list(v.shape)}; allowed: k's, {list(k.shape)}")
+    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
+        raise ValueError(
+            f"k: batch {k.shape[0]} and head_dim {k.shape[3]}; "
+            f"allowed: q's, {q.shape[0]} and {q.shape[3]}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"k: {k.shape[1]} heads; allowed: a divisor of q's {q.shape[1]}")
+    if sinks.shape != q.shape[1:2] or not sinks.is_floating_point():
+        raise ValueError(
+            f"sinks: {sinks.dtype} {list(sinks.shape)}; allowed: floating [{q.shape[1]}]"
+        )
+    for name, tensor in (("k", k), ("v", v), ("sinks", sinks)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: on {tensor.device}; allowed: q's device, {q.device}")
+    if q.device.type == "cuda" and q.shape[-1] != HEAD_DIM:
+        raise ValueError(f"head_dim: {q.shape[-1]}; allowed on a GPU: {HEAD_DIM}")
+
+
+def _check_numbers(
+    window: int | None, scale: float | None, query_offset: int, dropout: float, backend: str | None
+) -> None:
+    if window is not None and (type(window) is not int or window <= 0):
+        raise ValueError(f"window: {window!r}; allowed: a positive integer, or None")
+    if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+        raise ValueError(f"scale: {scale!r}; allowed: a positive number, or None")
+    if type(query_offset) is not int or query_offset < 0:
+        raise ValueError(f"query_offset: {query_offset!r}; allowed: an integer of at least 0")
+    if dropout != 0:
+        raise ValueError(f"dropout: {dropout!r}; allowed: 0, there is no attention dropout here")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r}; allowed: None, {', '.join(BACKENDS)}")
+
+
+def _make_mask(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    window: int | None,
+    query_offset: int,
+) -> Mask:
+    batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
+    documents = None
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, torch.Tensor):
+            raise ValueError(f"cu_seqlens: {type(cu_seqlens).__name__}; allowed: a tensor, or None")
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"cu_seqlens: on {cu_seqlens.device}; allowed: q's device, {q.device}")
+        if query_offset + queries > keys:
+            raise ValueError(
+                f"query_offset: {query_offset} with {queries} queries, {keys} keys and documents; "
+                f"allowed: at most {keys - queries}"
+            )
+        documents = find_documents(cu_seqlens, batch, keys)
+    if window is not None and window >= query_offset + queries:
+        window = None  # it leaves nothing out
+    return Mask(batch, queries, keys, query_offset, window, documents)

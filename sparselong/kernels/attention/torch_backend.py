@@ -1,0 +1,120 @@
+"""Attention with sinks in plain torch: what the kernels are checked against, and the CPU's backend.
+
+The definition, and nothing else: scores, a mask, one more logit per head, softmax, the sink's share
+dropped, product with the values. Gradients are torch's own. It shares no code with the kernels.
+
+Queries are taken `rows` at a time, and with gradients each chunk is computed again in the backward
+pass, so memory grows with rows * keys and not with queries * keys. Arithmetic is in fp32 (fp64 for
+fp64 inputs), whatever the inputs are; a CPU has no faster way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from sparselong.kernels.attention.mask import Attended, Call, Done, Gradients
+
+
+def attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor,
+    *,
+    document: torch.Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    query_offset: int = 0,
+    rows: int = 256,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out like q, natural-log lse [batch, heads, queries], the sink included).
+
+    Args:
+        q: [batch, heads, queries, head_dim]. Query i has position `query_offset + i`.
+        k, v: [batch, kv_heads, keys, head_dim]; head h reads KV head h // (heads / kv_heads).
+        sinks: [heads], a logit of each head's softmax that has no value.
+        document: [batch, keys] integers; a query sees only keys with its own position's number.
+        window: how many keys a query sees at most, its own position included.
+        scale: factor of the scores, 1 / sqrt(head_dim) if None.
+        rows: queries a chunk.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    outs, lses = [], []
+    for first in range(0, q.shape[2], rows):
+        last = min(first + rows, q.shape[2])
+        positions = torch.arange(first, last, device=q.device) + query_offset
+        end = min(k.shape[2], query_offset + last)
+        begin = 0 if window is None else min(end, max(0, query_offset + first - window + 1))
+        key_positions = torch.arange(begin, end, device=q.device)
+        seen = key_positions <= positions[:, None]
+        if window is not None:
+            seen = seen & (key_positions > positions[:, None] - window)
+        seen = seen[None].expand(q.shape[0], -1, -1)
+        if document is not None:
+            own = document[:, positions]
+            seen = seen & (own[:, :, None] == document[:, None, begin:end])
+        out, lse = checkpoint(
+            _attend_chunk,
+            q[:, :, first:last],
+            k[:, :, begin:end],
+            v[:, :, begin:end],
+            sinks,
+            seen,
+            scale,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )  # pyright: ignore[reportGeneralTypeIssues]
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _attend_chunk(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, heads, queries, head_dim = q.shape
+    grouped = q.to(dtype).view(batch, k.shape[1], -1, queries, head_dim)
+    with torch.autocast(q.device.type, enabled=False):  # which would take products in bf16
+        scores = torch.einsum("bhgqd,bhkd->bhgqk", grouped, k.to(dtype)) * scale
+        scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+        sink = sinks.to(dtype).view(1, k.shape[1], -1, 1, 1).expand(batch, -1, -1, queries, 1)
+        lse = torch.cat([scores, sink], -1).logsumexp(-1, keepdim=True)
+        out = torch.einsum("bhgqk,bhkd->bhgqd", torch.exp(scores - lse), v.to(dtype))
+    return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, heads, queries)
+
+
+@torch.no_grad()
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+) -> Attended:
+    """The forward pass alone, for a caller with an autograd function of its own."""
+    return *_attend_call(q, k, v, sinks, call), ()
+
+
+def attend_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
+    """Its backward pass, which goes through the forward pass again."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in done[:4]]
+        out, _ = _attend_call(*leaves, call)  # pyright: ignore[reportCallIssue]
+        dq, dk, dv, dsinks = torch.autograd.grad(out, leaves, dout)
+    return dq, dk, dv, dsinks if call.needs_dsinks else None
+
+
+def _attend_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = call.mask
+    return attention_reference(
+        *(q, k, v, sinks),
+        document=None if mask.documents is None else mask.documents.starts,
+        window=mask.window,
+        scale=call.scale,
+        query_offset=mask.offset,
+    )

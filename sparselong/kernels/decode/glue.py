@@ -1,0 +1,342 @@
+"""What lies between the large products when one token is generated: norms, router, embedding, head.
+
+A product's kernel wants its x in an order that lets a warp read neighbouring words, so the kernels
+here, which make x, store it so:
+
+- *pairs* (`gemv.py`): bf16 pairs (x[32 b + 2 i], x[32 b + 2 i + 1]) at [i, b];
+- *words* (`experts.py`): fp16 pairs (x[8 w + i], x[8 w + i + 4]) at [i, w], every block
+  of 32 times a power of two that brings its largest number near the top of fp16's range, and that
+  power's inverse beside it. A bf16 number within 2^27 of its block's largest keeps all its bits.
+
+The router's programs, one an expert, each norm the row and make one logit; the one that finishes
+last takes the top k and their softmax. The head's programs leave their largest logit in one 64-bit
+word by an atomic maximum (`encode_token`), from which the next step's embedding takes its token:
+greedy generation never waits for the host. All sums are fp32 and in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+WORD_TOP = 13
+"""Blocks of `words` are scaled to a largest number in [2^13, 2^14)."""
+CODE_EXPONENT = 14
+"""`expert_generation` decodes a code to its value times 2^-14."""
+NO_TOKEN = tl.constexpr(-(1 << 63))
+HEAD_ROWS, HEAD_WARPS = 4, 1
+HEAD_COLUMNS = 256
+
+
+@triton.jit
+def _norm(x, weight, real, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    """x times weight over its root mean square, rounded as the model rounds it; fp32."""
+    mean = tl.sum(tl.where(real, x * x, 0.0)) / WIDTH
+    normed = x * tl.math.rsqrt(mean + eps) * weight
+    return normed.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _store_pairs(planes_ptr, x, block, lane, real, BLOCKS: tl.constexpr):
+    """x [blocks, 32] as bf16 pairs; planes_ptr counts int16."""
+    at = ((lane // 2) * BLOCKS + block) * 2 + lane % 2
+    tl.store(planes_ptr + at, x.to(tl.bfloat16).to(tl.int16, bitcast=True), mask=real)
+
+
+@triton.jit
+def _store_words(
+    planes_ptr, factors_ptr, x, block, lane, real, BLOCKS: tl.constexpr, TOP: tl.constexpr,
+    CODES: tl.constexpr,
+):  # fmt: skip
+    """x [blocks, 32] as scaled fp16 pairs and a factor a block; planes_ptr counts int16."""
+    largest = tl.max(tl.where(real, tl.abs(x), 0.0), 1)
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.minimum(tl.maximum(exponent, 32), 222)
+    scale = ((TOP + 254 - exponent) << 23).to(tl.float32, bitcast=True)
+    factor = ((exponent - TOP + CODES) << 23).to(tl.float32, bitcast=True)
+    index = tl.reshape(block, [block.shape[0]])
+    tl.store(factors_ptr + index, factor, mask=index < BLOCKS)
+    x = (x * scale[:, None]).to(tl.float16).to(tl.int16, bitcast=True)
+    word = block * 4 + lane // 8
+    at = ((lane % 4) * (BLOCKS * 4) + word) * 2 + (lane % 8) // 4
+    tl.store(planes_ptr + at, x, mask=real)
+
+
+@triton.jit
+def pack_kernel(
+    x_ptr, weight_ptr, out_ptr, factors_ptr, eps,
+    BLOCKS: tl.constexpr, TILE: tl.constexpr, NORM: tl.constexpr, KIND: tl.constexpr,
+    TOP: tl.constexpr, CODES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row, normed or not, as "pairs", "words" or as it is ("plain"). Grid: (tokens,)."""
+    block = tl.arange(0, TILE)[:, None]
+    lane = tl.arange(0, 32)[None, :]
+    column = block * 32 + lane
+    real = block + lane * 0 < BLOCKS
+    token = tl.program_id(0)
+    if NORM:
+        weight = tl.load(weight_ptr + column, mask=real, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(x_ptr + token * BLOCKS * 32 + column, mask=real, other=0.0).to(tl.float32)
+    if NORM:
+        x = _norm(x, weight, real, eps, BLOCKS * 32, x_ptr.dtype.element_ty)
+    out_ptr += token * BLOCKS * 32
+    if KIND == "pairs":
+        _store_pairs(out_ptr, x, block, lane, real, BLOCKS)
+    elif KIND == "words":
+        factors_ptr += token * BLOCKS
+        _store_words(out_ptr, factors_ptr, x, block, lane, real, BLOCKS, TOP, CODES)
+    else:
+        tl.store(out_ptr + column, x.to(out_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def route_kernel(
+    x_ptr, norm_ptr, router_ptr, bias_ptr, planes_ptr, factors_ptr, logits_ptr, counter_ptr,
+    indices_ptr, weights_ptr, eps, experts,
+    BLOCKS: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    TOP: tl.constexpr, CODES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The normed row as words, the experts of its top k and their weights. Grid: (experts,)."""
+    block = tl.arange(0, TILE)[:, None]
+    lane = tl.arange(0, 32)[None, :]
+    column = block * 32 + lane
+    real = block + lane * 0 < BLOCKS
+    expert = tl.program_id(0)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    router = tl.load(router_ptr + expert * BLOCKS * 32 + column, mask=real, other=0.0)
+    weight = tl.load(norm_ptr + column, mask=real, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(x_ptr + column, mask=real, other=0.0).to(tl.float32)
+    x = _norm(x, weight, real, eps, BLOCKS * 32, dtype)
+    logit = tl.sum(x * router.to(tl.float32)) + tl.load(bias_ptr + expert).to(tl.float32)
+    tl.store(logits_ptr + expert, logit.to(dtype).to(tl.float32))
+    if expert == 0:
+        _store_words(planes_ptr, factors_ptr, x, block, lane, real, BLOCKS, TOP, CODES)
+    tl.debug_barrier()  # the logit is written before it is counted
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == experts - 1:
+        tl.store(counter_ptr, 0)
+        index = tl.arange(0, EXPERTS)
+        inside = index < experts
+        logits = tl.load(logits_ptr + index, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        above = (logits[None, :] > logits[:, None]) | (
+            (logits[None, :] == logits[:, None]) & (index[None, :] < index[:, None])
+        )
+        rank = tl.sum(above.to(tl.int32), 1)
+        chosen = (rank < TOP_K) & inside
+        weights = tl.where(chosen, tl.exp(logits - tl.max(logits, 0)), 0.0)
+        weights = weights / tl.sum(weights, 0)
+        tl.store(indices_ptr + rank, index, mask=chosen)
+        tl.store(weights_ptr + rank, weights.to(weights_ptr.dtype.element_ty), mask=chosen)
+
+
+@triton.jit
+def head_kernel(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, best_ptr, rows,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEST: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [rows] = W x + bias + residual; with BEST, the largest also goes to `best_ptr`.
+
+    Grid: (rows / ROWS,). W is as it is stored, in bf16 for a GPU's models.
+    """
+    row = tl.program_id(0) * ROWS
+    at = tl.minimum(row + tl.arange(0, ROWS), rows - 1).to(tl.int64)[:, None]
+    lane = tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    for step in tl.static_range((WIDTH + COLUMNS - 1) // COLUMNS):  # pyright: ignore[reportGeneralTypeIssues]
+        column = step * COLUMNS + lane
+        real = column < WIDTH
+        place = weight_ptr + at * WIDTH + column[None, :]
+        w = tl.load(place, mask=real[None, :], other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + column, mask=real, other=0.0).to(tl.float32)
+        total += w.to(tl.float32) * x[None, :]
+    out = tl.sum(total, 1)
+    at = row + tl.arange(0, ROWS)
+    inside = at < rows
+    if BIAS:
+        out += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    out = out.to(out_ptr.dtype.element_ty)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
+        out = (out.to(tl.float32) + residual.to(tl.float32)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, out, mask=inside)
+    if BEST:
+        value = out.to(tl.float32)
+        bits = tl.where(value == value, value.to(tl.int32, bitcast=True), 0x7FC00000)
+        order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+        key = (order << 32) | (0x7FFFFFFF - at).to(tl.int64)
+        tl.atomic_max(best_ptr, tl.max(tl.where(inside, key, NO_TOKEN), 0), sem="relaxed")
+
+
+@triton.jit
+def embed_kernel(
+    best_ptr, position_ptr, table_ptr, hidden_ptr, cleared_ptr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """hidden = the row of the token in `best_ptr`; one position further. Grid: (1,)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    column = tl.arange(0, TILE)
+    token = 0x7FFFFFFF - (tl.load(best_ptr) & 0x7FFFFFFF)
+    row = tl.load(table_ptr + token * WIDTH + column, mask=column < WIDTH, other=0.0)
+    tl.store(hidden_ptr + column, row, mask=column < WIDTH)
+    tl.debug_barrier()  # every warp has read the token
+    tl.store(position_ptr, tl.load(position_ptr) + 1)
+    tl.store(cleared_ptr, NO_TOKEN)
+
+
+def encode_token(token: int) -> int:
+    """The 64-bit word that means `token`, whatever its logit was."""
+    return 0x7FFFFFFF - token
+
+
+def decode_token(word: int) -> tuple[int, bool]:
+    """(the token in the head's word, whether its logit was NaN)."""
+    order = word >> 32  # of a positive number its own bits; NaN lies above infinity's
+    return 0x7FFFFFFF - (word & 0x7FFFFFFF), order > 0x7F800000
+
+
+def tile_of(blocks: int) -> int:
+    """The power of two that holds so many blocks."""
+    return 1 << (blocks - 1).bit_length()
+
+
+def pack_pairs(x: torch.Tensor) -> torch.Tensor:
+    """bf16 [tokens, in] → its pairs, int32 [tokens, 16, in / 32]."""
+    blocks = x.shape[1] // 32
+    planes = torch.empty((len(x), 16, blocks), dtype=torch.int32, device=x.device)
+    launch_pack(x, None, planes.view(torch.int16), planes, "pairs", blocks)
+    return planes
+
+
+def pack_words(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[tokens, in] → its words, int32 [tokens, 4, in / 8], and factors, fp32 [tokens, in / 32]."""
+    blocks = x.shape[1] // 32
+    planes = torch.empty((len(x), 4, blocks * 4), dtype=torch.int32, device=x.device)
+    factors = torch.empty((len(x), blocks), dtype=torch.float32, device=x.device)
+    launch_pack(x, None, planes.view(torch.int16), factors, "words", blocks)
+    return planes, factors
+
+
+def launch_pack(
+    x: torch.Tensor,
+    norm: tuple[torch.Tensor, float] | None,
+    out: torch.Tensor,
+    factors: torch.Tensor,
+    kind: str,
+    blocks: int,
+    pdl: bool = False,
+) -> None:
+    """Stores rows [tokens, blocks * 32], normed by (weight, eps), as `kind` into `out`."""
+    kernel: Any = pack_kernel  # triton's own types know no launch
+    kernel[(x.numel() // (blocks * 32),)](
+        *(x, x if norm is None else norm[0], out, factors, 0.0 if norm is None else norm[1]),
+        BLOCKS=blocks,
+        TILE=tile_of(blocks),
+        NORM=norm is not None,
+        KIND=kind,
+        TOP=WORD_TOP,
+        CODES=CODE_EXPONENT,
+        PDL=pdl,
+        num_warps=8,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+
+
+def launch_route(
+    x: torch.Tensor,
+    norm: tuple[torch.Tensor, float],
+    router: torch.Tensor,
+    bias: torch.Tensor,
+    planes: torch.Tensor,
+    factors: torch.Tensor,
+    logits: torch.Tensor,
+    counter: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    pdl: bool = False,
+) -> None:
+    """Norms one row, stores it as words, and picks its experts.
+
+    Args:
+        x: [width]; norm: weight and eps; router: [experts, width]; bias: [experts].
+        planes, factors: the words, int32 [4, width / 8] and fp32 [width / 32].
+        logits: fp32 [experts]; counter: int32 [1], zero.
+        indices, weights: int32 and x's dtype [1, top_k], the best expert first.
+    """
+    experts, width = router.shape
+    kernel: Any = route_kernel  # triton's own types know no launch
+    kernel[(experts,)](
+        *(x, norm[0], router, bias, planes.view(torch.int16), factors, logits, counter),
+        *(indices, weights, norm[1], experts),
+        BLOCKS=width // 32,
+        TILE=tile_of(width // 32),
+        EXPERTS=tile_of(experts),
+        TOP_K=indices.shape[1],
+        TOP=WORD_TOP,
+        CODES=CODE_EXPONENT,
+        PDL=pdl,
+        num_warps=8,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+
+
+def launch_head(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    best: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> None:
+    """out [rows] = weight [rows, width] x + bias + residual; the largest into best, int64 [1]."""
+    rows, width = weight.shape
+    kernel: Any = head_kernel  # triton's own types know no launch
+    kernel[(-(-rows // HEAD_ROWS),)](
+        *(x, weight, weight if bias is None else bias, out if residual is None else residual),
+        *(out, out if best is None else best, rows),
+        WIDTH=width,
+        ROWS=HEAD_ROWS,
+        COLUMNS=HEAD_COLUMNS,
+        BEST=best is not None,
+        BIAS=bias is not None,
+        RESIDUAL=residual is not None,
+        PDL=pdl,
+        num_warps=HEAD_WARPS,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+
+
+def launch_embed(
+    best: torch.Tensor,
+    position: torch.Tensor,
+    table: torch.Tensor,
+    hidden: torch.Tensor,
+    pdl: bool = False,
+) -> None:
+    """hidden = table's row of the token in `best`, int64 [1], which is emptied; position += 1."""
+    width = table.shape[1]
+    kernel: Any = embed_kernel  # triton's own types know no launch
+    kernel[(1,)](
+        *(best, position, table, hidden, best),
+        WIDTH=width,
+        TILE=tile_of(width),
+        PDL=pdl,
+        num_warps=4,
+        **({"launch_pdl": True} if pdl else {}),
+    )

@@ -1,0 +1,11 @@
+"""gpt-oss's experts over packed MXFP4 weights, with and without adapters."""
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.kernels.experts.lora import Adapter, expert_lora_mlp
+    from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp, slice_inference
+
+__getattr__ = expose(__name__)

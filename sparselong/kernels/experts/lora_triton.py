@@ -1,0 +1,180 @@
+"""Grouped low-rank products in Triton: each row times its own expert's A or B, and their gradients.
+
+Rows are sorted by expert, as `routing.py` leaves them. An adapter's two factors are read
+through strides, so that one kernel serves A and B, forward and backward:
+
+    shrink     narrow[row, j] = s · sum_k wide[row, k] F[e, j, k]
+    expand     wide[row, k] += sum_j narrow[row, j] F[e, j, k]
+    gradient   dF[e, j, k] += sum over the expert's rows of narrow[row, j] wide[row, k]
+
+with s the adapter's scale and e the row's expert. A is F as it lies, B is F with its two axes
+exchanged. `narrow` is fp32 and has only the rank's columns; products are taken in the wide rows'
+dtype and summed in fp32, in one order: the same bits every time. Nothing asks the host, and no
+delta of a weight's size exists. Ours, under this repository's licence; the grouped low-rank product
+is what Punica (Chen et al., 2023, arXiv:2310.18547) does for many users' adapters.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import triton
+import triton.language as tl
+
+from sparselong.kernels.experts.routing import Routing
+
+DEPTH, COLUMNS, BLOCK = 64, 64, 64
+
+
+@triton.jit
+def _locate(starts_ptr, tile_expert_ptr, tile_starts_ptr, ROWS: tl.constexpr):
+    """The expert of this program's row tile, its rows, and which of them are the expert's."""
+    tile = tl.program_id(0)
+    expert = tl.load(tile_expert_ptr + tile)
+    first = tl.load(starts_ptr + expert) + (tile - tl.load(tile_starts_ptr + expert)) * ROWS
+    row = first + tl.arange(0, ROWS)
+    return expert.to(tl.int64), row.to(tl.int64), row < tl.load(starts_ptr + expert + 1)
+
+
+@triton.jit
+def shrink_kernel(
+    wide_ptr, factor_ptr, narrow_ptr, starts_ptr, tile_expert_ptr, tile_starts_ptr,
+    experts, width, rank, scaling, by_expert, by_rank, by_column,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """See the module's text. Grid: row tiles, of which some may not exist."""
+    if tl.program_id(0) < tl.load(tile_starts_ptr + experts):
+        expert, row, real = _locate(starts_ptr, tile_expert_ptr, tile_starts_ptr, ROWS)  # pyright: ignore[reportGeneralTypeIssues]
+        inner = tl.arange(0, RANK)
+        pointers = factor_ptr + expert * by_expert + inner[None, :] * by_rank
+        total = tl.zeros([ROWS, RANK], tl.float32)
+        for first in range(0, width, DEPTH):
+            at = first + tl.arange(0, DEPTH)
+            inside = at < width
+            wide = tl.load(
+                wide_ptr + row[:, None] * width + at[None, :],
+                mask=real[:, None] & inside[None, :], other=0.0,
+            )  # fmt: skip
+            factor = tl.load(
+                pointers + at[:, None] * by_column,
+                mask=inside[:, None] & (inner < rank)[None, :], other=0.0,
+            )  # fmt: skip
+            total = tl.dot(wide, factor, total, input_precision=PRECISION)
+        out = narrow_ptr + row[:, None] * rank + inner[None, :]
+        tl.store(out, total * scaling, mask=real[:, None] & (inner < rank)[None, :])
+
+
+@triton.jit
+def expand_kernel(
+    narrow_ptr, factor_ptr, wide_ptr, starts_ptr, tile_expert_ptr, tile_starts_ptr,
+    experts, width, rank, by_expert, by_rank, by_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """See the module's text. Grid: row tiles, column tiles."""
+    if tl.program_id(0) < tl.load(tile_starts_ptr + experts):
+        expert, row, real = _locate(starts_ptr, tile_expert_ptr, tile_starts_ptr, ROWS)  # pyright: ignore[reportGeneralTypeIssues]
+        inner = tl.arange(0, RANK)
+        at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = at < width
+        narrow = tl.load(
+            narrow_ptr + row[:, None] * rank + inner[None, :],
+            mask=real[:, None] & (inner < rank)[None, :], other=0.0,
+        )  # fmt: skip
+        factor = tl.load(
+            factor_ptr + expert * by_expert + inner[:, None] * by_rank + at[None, :] * by_column,
+            mask=(inner < rank)[:, None] & inside[None, :], other=0.0,
+        )  # fmt: skip
+        added = tl.dot(narrow.to(factor.dtype), factor, input_precision=PRECISION)
+        pointers = wide_ptr + row[:, None] * width + at[None, :]
+        mask = real[:, None] & inside[None, :]
+        wide = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) + added
+        tl.store(pointers, wide.to(wide_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradient_kernel(
+    narrow_ptr, wide_ptr, grad_ptr, starts_ptr, width, rank, by_expert, by_rank, by_column,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """See the module's text. Grid: experts, column tiles."""
+    expert = tl.program_id(0)
+    inner = tl.arange(0, RANK)
+    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = at < width
+    begin, end = tl.load(starts_ptr + expert), tl.load(starts_ptr + expert + 1)
+    total = tl.zeros([COLUMNS, RANK], tl.float32)
+    for first in range(begin, end, BLOCK):
+        row = (first + tl.arange(0, BLOCK)).to(tl.int64)
+        real = row < end
+        wide = tl.load(
+            wide_ptr + row[:, None] * width + at[None, :],
+            mask=real[:, None] & inside[None, :], other=0.0,
+        )  # fmt: skip
+        narrow = tl.load(
+            narrow_ptr + row[:, None] * rank + inner[None, :],
+            mask=real[:, None] & (inner < rank)[None, :], other=0.0,
+        )  # fmt: skip
+        total = tl.dot(tl.trans(wide), narrow.to(wide.dtype), total, input_precision=PRECISION)
+    pointers = grad_ptr + expert.to(tl.int64) * by_expert + inner[None, :] * by_rank
+    pointers += at.to(tl.int64)[:, None] * by_column
+    mask = inside[:, None] & (inner < rank)[None, :]
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + total, mask=mask)
+
+
+def shrink(
+    wide: torch.Tensor, factor: torch.Tensor, scaling: float, routing: Routing, tile_rows: int
+) -> torch.Tensor:
+    """s · wide Fᵀ by expert, fp32 [entries, r].
+
+    Args:
+        wide: rows sorted by expert, [entries, width], contiguous.
+        factor: [experts, r, width], of wide's dtype and any strides.
+        scaling: s.
+        routing: made for tiles of `tile_rows` rows.
+    """
+    rank = factor.shape[1]
+    narrow = torch.empty((wide.shape[0], rank), dtype=torch.float32, device=wide.device)
+    cast(Any, shrink_kernel)[(routing.tile_expert.numel(),)](
+        *(wide, factor, narrow, *_lists(routing), factor.shape[0], wide.shape[1], rank, scaling),
+        *factor.stride(),
+        ROWS=tile_rows, DEPTH=DEPTH, RANK=_padded(rank), PRECISION=_precision(wide),
+    )  # fmt: skip
+    return narrow
+
+
+def expand_(
+    wide: torch.Tensor, narrow: torch.Tensor, factor: torch.Tensor, routing: Routing, tile_rows: int
+) -> None:
+    """Adds narrow F by expert to wide, in place; arguments as `shrink` has and returns them."""
+    width, rank = wide.shape[1], narrow.shape[1]
+    cast(Any, expand_kernel)[(routing.tile_expert.numel(), -(-width // COLUMNS))](
+        *(narrow, factor, wide, *_lists(routing), factor.shape[0], width, rank),
+        *factor.stride(),
+        ROWS=tile_rows, COLUMNS=COLUMNS, RANK=_padded(rank), PRECISION=_precision(wide),
+    )  # fmt: skip
+
+
+def add_gradient_(
+    grad: torch.Tensor, narrow: torch.Tensor, wide: torch.Tensor, routing: Routing
+) -> None:
+    """Adds each expert's narrowᵀ wide to grad, fp32 [experts, r, width] of any strides."""
+    experts, rank, width = grad.shape
+    cast(Any, gradient_kernel)[(experts, -(-width // COLUMNS))](
+        *(narrow, wide, grad, routing.starts, width, rank),
+        *grad.stride(),
+        BLOCK=BLOCK, COLUMNS=COLUMNS, RANK=_padded(rank), PRECISION=_precision(wide),
+    )  # fmt: skip
+
+
+def _lists(routing: Routing) -> tuple[torch.Tensor, ...]:
+    return routing.starts, routing.tile_expert, routing.tile_starts
+
+
+def _padded(rank: int) -> int:
+    """The least rank from `rank` on that a tensor core takes."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def _precision(wide: torch.Tensor) -> str:
+    return "ieee" if wide.dtype == torch.float32 else "tf32"

@@ -1,0 +1,12 @@
+"""Norms, rotary embedding and the loss of a layer."""
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.kernels.layer.cross_entropy import IGNORED, linear_cross_entropy, token_losses
+    from sparselong.kernels.layer.norm import add_rms_norm, rms_norm
+    from sparselong.kernels.layer.rotary import rotate
+
+__getattr__ = expose(__name__)

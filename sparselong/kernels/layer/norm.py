@@ -1,0 +1,182 @@
+"""RMSNorm as gpt-oss computes it, alone and together with the residual sum before it.
+
+The maths, with r_i = 1 / sqrt(mean_j h_ij^2 + eps) and everything in fp32:
+
+    out = round(w h r)            g = w dout
+    dh  = r (g - h r^2 mean_j(g h))        dw = sum_i dout h r
+
+gpt-oss multiplies by the weight in fp32 and rounds once; Llama rounds before the weight, which is
+what Liger's default casting mode does, and is another function. Here the sum `x + residual` is
+rounded to its dtype first, because that is what the model carries on, and normed after; in the
+backward pass the gradient of the sum is added to dh before the only rounding. One pass over memory
+each way: a read and a write for the norm, two reads and two writes with the residual.
+
+Saved for the backward pass: h (the input, or the sum), the weight and r, fp32, one number a row.
+Deterministic: dw is summed over a number of row blocks that depends on the number of rows alone,
+and then over the blocks. On a CPU plain torch runs (`norm_torch.py`). Source: Zhang and
+Sennrich (2019), arXiv:1910.07467; the code is ours, under this repository's licence. Left out: rows
+of more than 16,384 elements on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from sparselong.kernels.layer.norm_torch import add_rms_norm_reference, rms_norm_reference
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HIDDEN = 16_384
+WEIGHT_GRADIENT_BLOCKS = 512
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The norm of each row; differentiable in x and weight.
+
+    Args:
+        x: [..., hidden], bf16, fp16 or fp32 (fp64 on a CPU). Rows may be strided.
+        weight: [hidden], any floating dtype; its gradient comes back in that dtype.
+        eps: added to the mean square.
+
+    Returns:
+        [..., hidden] in x's dtype, contiguous. The error of it and of the gradients against fp64
+        is at most twice plain torch's in the same dtype (tests/gpu/test_neighbours.py).
+
+    Raises:
+        ValueError: an argument is not as above; names it, what was found and what is allowed.
+    """
+    _check(x, weight)
+    if not x.is_cuda:
+        return rms_norm_reference(x, weight, eps)
+    return RMSNormFunction.apply(x, None, weight, float(eps))[0]  # pyright: ignore[reportOptionalSubscript]
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm of the sum, the sum) of x and residual; differentiable in x, residual and weight.
+
+    Args:
+        x, residual: [..., hidden], of one shape; of two dtypes the wider counts, as in torch.
+        weight, eps: as for `rms_norm`.
+
+    Returns:
+        Two tensors [..., hidden], contiguous, in the sum's dtype; accuracy as for `rms_norm`.
+
+    Raises:
+        ValueError: an argument is not as above; names it, what was found and what is allowed.
+    """
+    _check(x, weight)
+    if residual.shape != x.shape or residual.device != x.device:
+        raise ValueError(
+            f"residual: {list(residual.shape)} on {residual.device}; "
+            f"allowed: x's, {list(x.shape)} on {x.device}"
+        )
+    if not x.is_cuda:
+        return add_rms_norm_reference(x, residual, weight, eps)
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return RMSNormFunction.apply(x.to(dtype), residual.to(dtype), weight, float(eps))  # pyright: ignore[reportReturnType]
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
+    if x.dim() < 1 or weight.shape != x.shape[-1:] or not weight.is_floating_point():
+        raise ValueError(
+            f"weight: {weight.dtype} {list(weight.shape)}; allowed: floating, as long as the last "
+            f"axis of x, {list(x.shape)}"
+        )
+    if weight.device != x.device:
+        raise ValueError(f"weight: on {weight.device}; allowed: x's device, {x.device}")
+    if not x.is_cuda:
+        return
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: {x.dtype}; allowed on a GPU: {', '.join(map(str, DTYPES))}")
+    if x.shape[-1] > MAX_HIDDEN:
+        raise ValueError(f"x: rows of {x.shape[-1]}; allowed on a GPU: up to {MAX_HIDDEN}")
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """(out, sum) from x and residual, or (out, x) where residual is None. Triton only."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.set_materialize_grads(False)
+        rows, weight = _rows(x), weight.contiguous()
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        total = None if residual is None else torch.empty_like(out)
+        inverse = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+        added = rows if residual is None else _rows(residual)
+        if rows.numel():
+            with torch.cuda.device_of(x):
+                _kernels().forward_kernel[(len(rows),)](
+                    *(rows, added, weight, out, out if total is None else total, inverse),
+                    *(rows.stride(0), added.stride(0), rows.shape[1], eps),
+                    HAS_RESIDUAL=residual is not None,
+                    **_blocks(rows.shape[1]),
+                )
+        ctx.save_for_backward(x if total is None else total, weight, inverse)
+        ctx.has_residual = residual is not None
+        return out, total
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dtotal: torch.Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        h, weight, inverse = ctx.saved_tensors
+        if dout is None:
+            return dtotal, dtotal, None, None
+        dx, dweight = _launch_backward(dout, dtotal, h, weight, inverse, ctx.needs_input_grad[2])
+        return dx, dx if ctx.has_residual else None, dweight, None
+
+
+def _launch_backward(
+    dout: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    inverse: torch.Tensor,
+    needs_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(gradient of h in h's dtype, of weight in weight's)."""
+    rows, upstream = _rows(h), _rows(dout)
+    passed = upstream if dtotal is None else _rows(dtotal)
+    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    blocks = min(len(rows), WEIGHT_GRADIENT_BLOCKS) if needs_dweight else len(rows)
+    partial = torch.empty(
+        (blocks if needs_dweight else 0, rows.shape[1]), dtype=torch.float32, device=h.device
+    )
+    if rows.numel():
+        with torch.cuda.device_of(h):
+            _kernels().backward_kernel[(blocks,)](
+                *(upstream, passed, rows, weight, inverse, dx, partial),
+                *(upstream.stride(0), passed.stride(0), rows.stride(0)),
+                *(len(rows), -(-len(rows) // blocks), rows.shape[1]),
+                HAS_TOTAL=dtotal is not None,
+                WEIGHT_GRADIENT=needs_dweight,
+                **_blocks(rows.shape[1]),
+            )
+    return dx, partial.double().sum(0).to(weight.dtype) if needs_dweight else None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[rows, hidden] with a contiguous last axis: a view where strides allow, else a copy."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _blocks(hidden: int) -> dict[str, int]:
+    block = 1 << (hidden - 1).bit_length()
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernels' module: imported when first asked for, as a CPU has no need of Triton."""
+    from sparselong.kernels.layer import norm_triton as norm_kernels
+
+    return norm_kernels

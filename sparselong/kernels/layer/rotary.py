@@ -1,0 +1,140 @@
+"""Rotary embedding of queries and keys in one kernel, forward and backward.
+
+gpt-oss turns dimension d of the first half of a head together with dimension d of the second:
+
+    low'  = low cos - high sin            dlow  =  dlow' cos + dhigh' sin
+    high' = high cos + low sin            dhigh = -dlow' sin + dhigh' cos
+
+so the backward pass is the same kernel with the angle's sign turned, and nothing is saved: cos and
+sin, one pair for all layers, are referred to. They are transformers': one value for each of
+head_dim / 2 angles, YaRN's concentration already in them. The arithmetic is fp32 with one rounding;
+transformers rounds three times. Inputs are read by stride, so the views that a projection's output
+gives cost no copy, and outputs lie as [batch, tokens, heads, head_dim] underneath, which attention
+reads without a copy and whose gradient the projections' backward takes without one.
+
+On a CPU plain torch runs (`rotary_torch.py`). Source: Su et al. (2021), arXiv:2104.09864; the code
+is ours, under this repository's licence. Left out: interleaved pairs, and gradients of cos and sin.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from sparselong.kernels.layer.rotary_torch import rotate_reference
+from sparselong.kernels.layout import with_unit_stride
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOKENS, HEADS = 4, 8
+
+
+def rotate(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys turned by their positions' angles; differentiable in q and k.
+
+    Args:
+        q: [batch, heads, tokens, head_dim], bf16, fp16 or fp32 (fp64 on a CPU), any strides.
+        k: [batch, kv_heads, tokens, head_dim], q's dtype.
+        cos, sin: [batch or 1, tokens, head_dim / 2], floating; they get no gradient.
+
+    Returns:
+        q and k turned, in their shapes and dtype, laid out as [batch, tokens, heads, head_dim]. The
+        error against fp64 is at most twice plain torch's in the same dtype, gradients included
+        (tests/gpu/test_neighbours.py).
+
+    Raises:
+        ValueError: an argument is not as above; names it, what was found and what is allowed.
+    """
+    _check(q, k, cos, sin)
+    if not q.is_cuda:
+        return rotate_reference(q, k, cos, sin)
+    return RotateFunction.apply(q, k, cos, sin)  # pyright: ignore[reportReturnType]
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.dim() != 4 or tensor.shape[-1] % 2:
+            raise ValueError(
+                f"{name}: shape {list(tensor.shape)}; allowed: [batch, heads, tokens, head_dim] "
+                "with an even head_dim"
+            )
+    batch, _, tokens, dim = q.shape
+    if (k.shape[0], *k.shape[2:]) != (batch, tokens, dim) or k.dtype != q.dtype:
+        raise ValueError(
+            f"k: {k.dtype} {list(k.shape)}; allowed: q's dtype, batch, tokens and head_dim, "
+            f"{q.dtype} {[batch, 'any', tokens, dim]}"
+        )
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        allowed = [(batch, tokens, dim // 2), (1, tokens, dim // 2)]
+        if tuple(tensor.shape) not in allowed or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name}: {tensor.dtype} {list(tensor.shape)}; "
+                f"allowed: floating {[f'{batch} or 1', tokens, dim // 2]}"
+            )
+    for name, tensor in (("k", k), ("cos", cos), ("sin", sin)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: on {tensor.device}; allowed: q's device, {q.device}")
+    if q.is_cuda and q.dtype not in DTYPES:
+        raise ValueError(f"q: {q.dtype}; allowed on a GPU: {', '.join(map(str, DTYPES))}")
+
+
+class RotateFunction(torch.autograd.Function):
+    """(q', k'); the backward pass turns back. Triton only."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.angles = cos, sin
+        return _launch(q, k, cos, sin, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *_launch(dq, dk, *ctx.angles, back=True), None, None
+
+
+def _launch(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k = with_unit_stride(q, k)
+    batch, heads, tokens, dim = q.shape
+    # One row of angles for a whole batch is read with a stride of 0.
+    cos, sin = (
+        t.expand(batch, -1, -1).contiguous() if t.stride(-1) != 1 else t for t in (cos, sin)
+    )
+    cos, sin = (t.expand(batch, -1, -1) for t in (cos, sin))
+    turned = [_empty_token_major(t) for t in (q, k)]
+    if q.numel() == 0:
+        return turned[0], turned[1]
+    groups = -(-heads // HEADS), -(-k.shape[1] // HEADS)
+    grid = (-(-tokens // TOKENS), sum(groups), batch)
+    half = dim // 2
+    with torch.cuda.device_of(q):
+        _kernels().rotate_kernel[grid](
+            *(q, k, cos, sin, *turned),
+            *(*q.stride()[:3], *k.stride()[:3], *cos.stride()[:2], *sin.stride()[:2]),
+            *(*turned[0].stride()[:3], *turned[1].stride()[:3]),
+            *(heads, k.shape[1], tokens, half),
+            BACK=back,
+            TOKENS=TOKENS,
+            HEADS=HEADS,
+            BLOCK=1 << (half - 1).bit_length(),
+        )
+    return turned[0], turned[1]
+
+
+def _empty_token_major(x: torch.Tensor) -> torch.Tensor:
+    """Like x [batch, heads, tokens, dim], with tokens before heads underneath."""
+    batch, heads, tokens, dim = x.shape
+    return torch.empty(batch, tokens, heads, dim, dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernel's module: imported when first asked for, as a CPU has no need of Triton."""
+    from sparselong.kernels.layer import rotary_triton as rotary_kernels
+
+    return rotary_kernels

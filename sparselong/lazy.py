@@ -1,0 +1,49 @@
+"""Public names of a folder, each imported when it is first asked for.
+
+A folder's `__init__` lists what others may import from it under `if TYPE_CHECKING`, where editors
+and type checkers read it, and ends with `__getattr__ = expose(__name__)`. The same list then serves
+at run time, so that `from sparselong.kernels.attention import rank_backends` does not import torch
+for the kernels beside it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def expose(package: str) -> Callable[[str], Any]:
+    """Return a module-level `__getattr__` that imports the names listed under TYPE_CHECKING.
+
+    Args:
+        package: the `__name__` of the `__init__` that calls.
+    """
+    names = public_names(package, Path(str(sys.modules[package].__file__)))
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        found = importlib.import_module(names[name])
+        if names[name] != f"{package}.{name}":
+            found = getattr(found, name)
+        setattr(sys.modules[package], name, found)
+        return found
+
+    return get
+
+
+def public_names(package: str, init: Path) -> dict[str, str]:
+    """Name → module of everything that an `__init__` lists under `if TYPE_CHECKING`."""
+    names: dict[str, str] = {}
+    for node in ast.parse(init.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for entry in node.body:
+                assert isinstance(entry, ast.ImportFrom) and entry.module, f"{init}: {entry.lineno}"
+                for alias in entry.names:
+                    module = entry.module == package  # the name is a module of the folder
+                    names[alias.name] = f"{package}.{alias.name}" if module else entry.module
+    return names

@@ -1,0 +1,258 @@
+"""Who needs which keys: the exchange of one attention layer, worked out from the documents alone.
+
+Rank r's queries are two runs of c tokens, chunks r and 2P - 1 - r. The queries of a run that begins
+at s see no key before
+
+    low = max(start of s's document, s - window + 1)        (the earliest over the batch's rows)
+
+and none after the run, so their keys are [low, s + c): the whole past in a full layer, a halo of
+window - 1 keys in a sliding-window layer, and less where a document begins in between. Each rank
+sends every other the keys of its own two runs that the other needs, and no others. All ranks work
+this out for all ranks, so nothing about sizes is ever exchanged.
+
+Received keys arrive in the order of the ranks that send them; `assembly` says how own and received
+ones are put together so that the keys of a run lie side by side in rising position. All ranges are
+half-open, in tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import torch
+
+from sparselong.kernels.attention import Call, Documents, Mask, find_documents
+from sparselong.parallel.sequence.shard import chunks_of
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One of a rank's two runs of queries, and the call of attention that serves it.
+
+    Attributes:
+        queries: where they are among the rank's tokens.
+        keys: where their keys are among the assembled ones.
+        call: what attention is asked for.
+    """
+
+    queries: slice
+    keys: slice
+    call: Call
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rank's part in the exchange.
+
+    Attributes:
+        sent: by rank of the group, the ranges of own tokens that it needs.
+        received_rows: by rank of the group, the tokens that it sends.
+        received: by rank of the group, where its tokens are among the assembled ones, in the order
+            in which they arrive.
+        own: pairs of where a range of own tokens is, and where among the assembled ones.
+        assembly: the assembled keys piece by piece: (whether own, range among own or received).
+        keys: how many assembled keys there are.
+        places: int32 [keys]: an assembled key's row among those received, in their order of
+            arrival, or, bitwise inverted, among the rank's own.
+        runs: the calls of attention.
+    """
+
+    sent: tuple[tuple[Range, ...], ...]
+    received_rows: tuple[int, ...]
+    received: tuple[tuple[Range, ...], ...]
+    own: tuple[tuple[Range, Range], ...]
+    assembly: tuple[tuple[bool, Range], ...]
+    keys: int
+    places: torch.Tensor
+    runs: tuple[Run, Run]
+
+    @property
+    def sent_rows(self) -> list[int]:
+        """By rank of the group, the tokens that are sent to it."""
+        return [sum(last - first for first, last in ranges) for ranges in self.sent]
+
+
+@functools.lru_cache(maxsize=16)
+def plan_exchange(
+    boundaries: tuple[int, ...],
+    rows: int,
+    rank: int,
+    size: int,
+    window: int | None,
+    scale: float,
+    deterministic: bool,
+    needs_dsinks: bool,
+    device: torch.device,
+) -> Plan:
+    """The plan of one rank for one kind of layer.
+
+    Args:
+        boundaries: documents on the flattened, padded batch, from 0 to rows * tokens; every row's
+            start among them.
+        rows: sequences of the batch.
+        rank, size: of the context group.
+        window: keys that a query sees at most, itself included; None: all before it.
+        scale, deterministic, needs_dsinks, device: of the calls of attention.
+    """
+    tokens = boundaries[-1] // rows
+    chunk = tokens // (2 * size)
+    needs = [_needed(boundaries, rows, tokens, r, size, window) for r in range(size)]
+    owned = [[(n * chunk, (n + 1) * chunk) for n in chunks_of(r, size)] for r in range(size)]
+    merged = _merge(needs[rank])
+    places = _Places(merged)
+    sent = [
+        () if other == rank else tuple(_to_local(owned[rank], _common(owned[rank], _merge(need))))
+        for other, need in enumerate(needs)
+    ]
+    arriving = [[] if r == rank else _common(owned[r], merged) for r in range(size)]
+    received = tuple(tuple(places.find(each) for each in ranges) for ranges in arriving)
+    mine = _common(owned[rank], merged)
+    own = tuple(zip(_to_local(owned[rank], mine), map(places.find, mine), strict=True))
+    calls = [
+        _make_call(boundaries, rows, tokens, run, need, window, device)
+        for run, need in zip(owned[rank], needs[rank], strict=True)
+    ]
+    first, second = (
+        Run(
+            slice(n * chunk, (n + 1) * chunk),
+            slice(*places.find(need)),
+            Call(mask, scale, deterministic, needs_dsinks),
+        )
+        for n, (need, mask) in enumerate(zip(needs[rank], calls, strict=True))
+    )
+    return Plan(
+        tuple(sent),
+        tuple(sum(last - first for first, last in ranges) for ranges in arriving),
+        received,
+        own,
+        _assemble(own, received),
+        places.total,
+        _place_rows(own, received, places.total).to(device, non_blocking=True),
+        (first, second),
+    )
+
+
+def _needed(
+    boundaries: tuple[int, ...], rows: int, tokens: int, rank: int, size: int, window: int | None
+) -> list[Range]:
+    """The keys that each of the two runs of a rank needs."""
+    chunk = tokens // (2 * size)
+    needed = []
+    for number in chunks_of(rank, size):
+        start = number * chunk
+        lows = []
+        for row in range(rows):
+            place = row * tokens + start
+            document = boundaries[bisect_right(boundaries, place) - 1] - row * tokens
+            lows.append(document if window is None else max(document, start - window + 1))
+        needed.append((min(lows), start + chunk))
+    return needed
+
+
+def _make_call(
+    boundaries: tuple[int, ...],
+    rows: int,
+    tokens: int,
+    run: Range,
+    keys: Range,
+    window: int | None,
+    device: torch.device,
+) -> Mask:
+    """The mask of a run of queries over the keys [low, end of the run)."""
+    (start, end), (low, _) = run, keys
+    count = end - low
+    inside = {0, rows * count}
+    for boundary in boundaries[:-1]:
+        row, position = divmod(boundary, tokens)
+        if low < position < end:
+            inside.add(row * count + position - low)
+    inside |= {row * count for row in range(rows)}
+    documents = None
+    if len(inside) > rows + 1:
+        documents = _place(find_documents(torch.tensor(sorted(inside)), rows, count), device)
+    if window is not None and window >= count:
+        window = None  # it leaves nothing out
+    return Mask(rows, end - start, count, start - low, window, documents)
+
+
+def _place(found: Documents, device: torch.device) -> Documents:
+    """On the device. They are found on the CPU, as finding them there would wait for the GPU."""
+    boundaries, starts, ends = (
+        tensor.to(device, non_blocking=True)
+        for tensor in (found.boundaries, found.starts, found.ends)
+    )
+    return Documents(boundaries, starts, ends, found.longest)
+
+
+class _Places:
+    """Where positions are among the assembled keys, which are merged ranges one after another."""
+
+    def __init__(self, ranges: list[Range]):
+        self.ranges, self.offsets, self.total = ranges, [], 0
+        for first, last in ranges:
+            self.offsets.append(self.total)
+            self.total += last - first
+
+    def find(self, part: Range) -> Range:
+        """Of a part of one of the ranges."""
+        for (first, last), offset in zip(self.ranges, self.offsets, strict=True):
+            if first <= part[0] and part[1] <= last:
+                return part[0] - first + offset, part[1] - first + offset
+        raise AssertionError(f"{part} is in none of {self.ranges}")
+
+
+def _merge(ranges: list[Range]) -> list[Range]:
+    """Rising, those that touch or overlap made one."""
+    merged: list[Range] = []
+    for first, last in sorted(ranges):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return merged
+
+
+def _common(owned: list[Range], needed: list[Range]) -> list[Range]:
+    """What is in both, in rising order."""
+    pairs = [(max(a, c), min(b, d)) for a, b in owned for c, d in needed]
+    return sorted((first, last) for first, last in pairs if first < last)
+
+
+def _to_local(owned: list[Range], parts: list[Range]) -> list[Range]:
+    """Positions as places among the rank's own tokens, its two runs one after the other."""
+    local, offset = [], 0
+    for first, last in owned:
+        for a, b in parts:
+            if first <= a and b <= last:
+                local.append((a - first + offset, b - first + offset))
+        offset += last - first
+    return local
+
+
+def _place_rows(
+    own: tuple[tuple[Range, Range], ...], received: tuple[tuple[Range, ...], ...], keys: int
+) -> torch.Tensor:
+    """`Plan.places`."""
+    rows, offset = torch.zeros(keys, dtype=torch.int32), 0
+    for first, last in (place for each in received for place in each):
+        rows[first:last] = torch.arange(offset, offset + last - first, dtype=torch.int32)
+        offset += last - first
+    for (first, last), (begin, end) in own:
+        rows[begin:end] = ~torch.arange(first, last, dtype=torch.int32)
+    return rows
+
+
+def _assemble(
+    own: tuple[tuple[Range, Range], ...], received: tuple[tuple[Range, ...], ...]
+) -> tuple[tuple[bool, Range], ...]:
+    """Pieces in the order of the assembled keys."""
+    pieces = [(there[0], True, here) for here, there in own]
+    offset = 0
+    for first, last in (place for places in received for place in places):
+        pieces.append((first, False, (offset, offset + last - first)))
+        offset += last - first
+    return tuple((is_own, piece) for _, is_own, piece in sorted(pieces))

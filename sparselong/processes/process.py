@@ -1,0 +1,234 @@
+"""The trainers as processes of their own: started, listened to, stopped with us, and explained.
+
+Axolotl imports for 20 seconds, prints much and sets global state, so it never runs in the stage's
+process. Its whole output goes to log.txt (a rank's to log.rankN.txt); of the first, lines that our
+plugin marks are shown. The processes cannot outlive the stage: they get SIGTERM when the stage is
+interrupted, and the kernel kills them when the stage's process is killed (else two trainers could
+write one run directory).
+
+When a rank ends with a failure, the others are of no use and soon fail, too, or wait for it. They
+get a moment to say why, then they are stopped, and one failure is told: that of the rank that ended
+first and not because of another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from sparselong.errors import StageError
+from sparselong.memory import ALLOCATOR
+from sparselong.processes.failure import failure_path, lost_others, read_failure
+from sparselong.processes.launch import find_world, joined_rank, rank_environments
+from sparselong.run import Stage
+
+MARK = "[sparselong] "
+"""How a line of a trainer's output begins that is shown; `callbacks.tell` writes these."""
+# Not `-m axolotl.cli.main`: to save conversations, datasets starts four processes, which import the
+# main module anew where there is one, and this one takes seconds.
+_AXOLOTL = "from axolotl.cli.main import main; main()"
+_PR_SET_PDEATHSIG = 1
+_LAST_LINES = 12
+_GRACE_SECONDS = 20
+_SETTLE_SECONDS = 5.0
+_POLL_SECONDS = 0.05
+_NCCL_TIMEOUT = "caught collective operation timeout"
+_ALONE: Mapping[int, Mapping[str, str]] = {0: {}}
+
+
+class _Trainer:
+    """A rank's process, a thread that reads its output and one that notes when it ended.
+
+    Not one for both: workers that outlive it would keep its output open.
+    """
+
+    def __init__(self, stage: Stage, command: Sequence[str], rank: int, extra: Mapping[str, str]):
+        self.rank, self.last = rank, deque[str](maxlen=_LAST_LINES)
+        self.ended: float | None = None
+        self.timed_out = False
+        name = "log.txt" if rank == 0 else f"log.rank{rank}.txt"
+        self.log = stage.dir / name
+        self.process = subprocess.Popen(
+            command,
+            env={**_environment(stage), **extra},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def _listen(self) -> None:
+        with self.log.open("a", encoding="utf-8") as log:
+            for line in self.process.stdout or ():
+                log.write(line)
+                log.flush()
+                self.timed_out |= _NCCL_TIMEOUT in line
+                if not line.startswith(MARK):
+                    if line.strip():
+                        self.last.append(line.rstrip())
+                elif self.rank == 0:
+                    print(line.removeprefix(MARK), end="", file=sys.stderr, flush=True)
+
+    def _wait(self) -> None:
+        self.process.wait()
+        self.ended = time.monotonic()
+
+    @property
+    def failed(self) -> bool:
+        return self.ended is not None and self.process.returncode != 0
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+
+    def finish(self) -> None:
+        """Waits for a process that was told to stop, ends what it leaves behind, and takes in the
+        rest of its output."""
+        try:
+            self.process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.listener.join(_SETTLE_SECONDS)
+
+
+def train_ranks(stage: Stage) -> None:
+    """Runs Axolotl on the YAML in the stage's directory, on each rank that this process starts.
+
+    Raises:
+        ConfigError: the number of processes does not fit the config.
+        StageError: training failed.
+    """
+    world = find_world(stage.config)
+    path = str(stage.dir / "axolotl.yaml")
+    if world.size == 1:
+        command = ["-c", _AXOLOTL, "train", path, "--launcher", "python"]
+    else:
+        degree = str(stage.config.sequence_parallel_degree)
+        command = ["-m", "sparselong.finetune.rank", path, degree]
+    environments = rank_environments(world, torch.cuda.device_count())
+    run_trainer(stage, [sys.executable, *command], environments)
+
+
+def run_trainer(
+    stage: Stage, command: Sequence[str], ranks: Mapping[int, Mapping[str, str]] = _ALONE
+) -> None:
+    """Runs the trainers to their end.
+
+    Args:
+        stage: whose directory takes the output.
+        command: the program and its arguments, the same for each rank.
+        ranks: the ranks to start, and what each one's environment has beside this process's.
+
+    Raises:
+        StageError: one failed; with its own explanation where it left one.
+    """
+    for rank in ranks:
+        failure_path(stage.dir, rank).unlink(missing_ok=True)
+    trainers: list[_Trainer] = []
+    try:
+        for rank, extra in ranks.items():
+            trainers.append(_Trainer(stage, command, rank, extra))
+        while any(t.ended is None for t in trainers) and not any(t.failed for t in trainers):
+            time.sleep(_POLL_SECONDS)
+        settled = time.monotonic() + _SETTLE_SECONDS
+        while any(t.ended is None for t in trainers) and time.monotonic() < settled:
+            time.sleep(_POLL_SECONDS)
+        unfinished = [t.rank for t in trainers if t.ended is None]
+    finally:
+        for trainer in trainers:
+            trainer.stop()
+        for trainer in trainers:
+            trainer.finish()
+    failed = [t for t in trainers if t.failed and t.rank not in unfinished]
+    if failed:
+        failed.sort(key=lambda trainer: trainer.ended or 0.0)
+        several = len(ranks) > 1 or joined_rank() is not None
+        raise _explain(stage, failed, unfinished, several)
+
+
+def _explain(
+    stage: Stage, failed: list[_Trainer], unfinished: list[int], several: bool
+) -> StageError:
+    """The failure to tell, of trainers in the order in which they ended."""
+    told = [(trainer, _failure_of(stage, trainer)) for trainer in failed]
+    own = [pair for pair in told if pair[1] is None or not lost_others(pair[1])]
+    trainer, failure = (own or told)[0]
+    if failure is None:
+        who = f"rank {trainer.rank} of the trainer" if several else "the trainer"
+        return StageError(
+            f"{who} ended with {_name(trainer.process.returncode)}",
+            "exit code 0",
+            "its last lines were:\n  " + "\n  ".join(trainer.last),
+            f"see {trainer.log}; the same command goes on from the last whole checkpoint",
+        )
+    everywhere = len({each.what if each else None for _, each in told}) == 1 < len(told)
+    if own and several and not everywhere:
+        failure.what = f"rank {trainer.rank}: {failure.what}"
+    elif unfinished and f"rank {unfinished[0]}" not in failure.found:
+        names = ", ".join(map(str, unfinished))
+        failure.found += f"; rank {names} was busy elsewhere, see its log.rankN.txt"
+    return StageError(failure.what, failure.expected, failure.found, failure.fix)
+
+
+def _failure_of(stage: Stage, trainer: _Trainer) -> StageError | None:
+    failure = read_failure(stage.dir, trainer.rank)
+    if failure is None and trainer.timed_out:  # NCCL's own watchdog has ended the process
+        return StageError(
+            f"rank {trainer.rank} could not finish the exchange with the other ranks over NCCL",
+            "every rank at the same exchange within the time-out",
+            "NCCL's watchdog ended the rank",
+            f"see {trainer.log}; the same command goes on from the last whole checkpoint",
+        )
+    return failure
+
+
+def _environment(stage: Stage) -> dict[str, str]:
+    """Everything is local by now, so the hub is left alone; caches stay in the run directory.
+
+    Threads that wait sleep instead of spinning: where other programs want the processor too, a
+    spinning wait for a thread that is not running costs up to 60 times the work itself. A user's
+    settings of torch's allocator, by the new name or the old, win over ours.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, os.environ.get("PYTHONPATH", "")]
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # Axolotl would set this one, and look at no other, where it is missing.
+        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str((stage.dir / "prepared" / "cache").resolve()),
+        "AXOLOTL_DO_NOT_TRACK": "1",
+    }
+    return environment
+
+
+def _die_with_parent() -> None:
+    """In the child, before exec: be killed when the parent dies (only Linux can)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _name(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"

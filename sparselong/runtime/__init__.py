@@ -1,0 +1,19 @@
+"""What a pass must know: the only room with process-wide state of a pass."""
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.runtime.device import compute_dtype, default_device
+    from sparselong.runtime.recompute import (
+        attend_once,
+        begin_ahead,
+        checkpoint_contexts,
+        exchange_once,
+        is_checkpointed,
+        is_second_pass,
+        keeps_experts,
+    )
+
+__getattr__ = expose(__name__)

@@ -1,0 +1,45 @@
+"""The directory of the base checkpoint that a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sparselong.config import Config
+from sparselong.errors import StageError
+from sparselong.tiny.build import TinySpec, build_tiny
+
+
+def resolve_base(config: Config, run_dir: Path, progress: Callable[[str], None]) -> Path:
+    """The base checkpoint's local directory.
+
+    `tiny` is made (once) under the run directory, a hub name is downloaded (once) into the hub's
+    cache, a local directory is taken as it is.
+
+    Raises:
+        StageError: the hub cannot be reached, or has no such checkpoint.
+    """
+    if config.model.base == "tiny":
+        spec = TinySpec(layers=config.model.tiny_layers, steps=config.model.tiny_steps)
+        return build_tiny(run_dir / "base", spec, config.seed, progress)
+    if Path(config.model.base).is_dir():
+        return Path(config.model.base)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                config.model.base,
+                revision=config.model.revision,
+                allow_patterns=["*.json", "*.jinja", "*.txt", "model*.safetensors", "LICENSE"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
+        raise StageError(
+            f"base model {config.model.base} is not here and could not be downloaded",
+            "a local directory, or a hub name that can be reached",
+            str(error).splitlines()[0],
+            "check the name and the network (HF_HUB_OFFLINE must be unset), or download it "
+            "elsewhere and set model.base to its directory",
+        ) from error

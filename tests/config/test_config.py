@@ -1,0 +1,194 @@
+"""The schema: strictness, YAML's traps, profiles, overrides, generated documentation."""
+
+from pathlib import Path
+
+import pytest
+
+from sparselong.config import docs as config_docs
+from sparselong.config.keys import known_keys
+from sparselong.config.profiles import PROFILES
+from sparselong.config.schema import Config, dump, hash_sections, load
+from sparselong.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_load_and_round_trip(path, tmp_path):
+    config = load(path)
+    assert load(write(tmp_path, dump(config))) == config
+    assert config.shared_dense.sparsity == "2:4" and config.shared_dense.weight_bits == 4
+    assert config.finetuning_modifiers.MagnitudePruningModifier.update_frequency == 0.05
+
+
+def test_the_original_designs_values():
+    config = load(CONFIGS / "gpt-oss-120b-4x3090.yaml")
+    assert (config.sequence_len, config.sequence_parallel_degree) == (16384, 4)
+    # The design gathers one head at a time, which leaves a large GPU waiting for work.
+    assert (config.ring_attn_func, config.heads_k_stride) == ("varlen_llama3", 4)
+    assert config.flash_attention and config.micro_batch_size == 1
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_comments_are_generated_from_the_schema(path):
+    assert config_docs.render(path) == path.read_text(), "run python -m sparselong.config.docs"
+
+
+def test_editor_schema_is_generated():
+    assert config_docs.schema_text() == (CONFIGS / "schema.json").read_text()
+
+
+def test_every_key_is_documented():
+    for key, section in known_keys(Config).items():
+        name = key.rsplit(".", 1)[-1]
+        field = section.model_fields[name]
+        is_section = isinstance(field.annotation, type) and hasattr(
+            field.annotation, "model_fields"
+        )
+        assert field.description or (is_section and field.annotation.__doc__), key
+
+
+def test_yaml_reads_what_people_mean(tmp_path):
+    text = "shared_dense:\n  sparsity: 2:4\ntraining:\n  learning_rate: 1e-4\n  max_steps: 010\n"
+    config = load(write(tmp_path, text))
+    assert config.shared_dense.sparsity == "2:4"
+    assert config.training.learning_rate == 1e-4
+    assert config.training.max_steps == 10
+    assert load(write(tmp_path, "experts:\n  sparsity: none\n")).experts.sparsity == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("seed: 1\nmodel:\n  bas: tiny\n", ["unknown key model.bas", "line 3", "model.base"]),
+        ("sequence_length: 3\n", ["unknown key sequence_length", "line 1", "sequence_len?"]),
+        ("seed: 1\nmicro_batch_size: two\n", ["micro_batch_size", "line 2", "integer", "'two'"]),
+        ("seed: 1.5\n", ["seed", "integer"]),
+        ("flash_attention: 1\n", ["flash_attention", "boolean"]),
+        ("attention_backend: fa2\n", ["attention_backend", "line 1", "torch_flash"]),
+        ("attention_backend: torch_cudnn\n", ["attention_backend", "windows", "auto"]),
+        (
+            "flash_attention: false\nattention_backend: triton\n",
+            ["attention_backend: triton needs flash_attention: true"],
+        ),
+        ("shared_dense:\n  weight_bits: 5\n", ["weight_bits", "4, 8 or 16", "5"]),
+        ("shared_dense: 4\n", ["shared_dense", "object"]),
+        ("seed: 1\nseed: 2\n", ["seed stands twice", "line 2", "line 1"]),
+        ("seed: [\n", ["not valid YAML"]),
+        ("- 1\n", ["not a config"]),
+        ("training:\n  save_steps: 30\n  eval_steps: 20\n", ["multiple"]),
+        ("lora:\n  expert_targets: [up_proj]\n", ["expert_targets", "line 2", "gate_up_proj"]),
+        ("lora:\n  expert_targets: [down_proj]\n", ["need lora.expert_r"]),
+        ("lora:\n  expert_r: 8\n", ["lora.expert_r: 8 is the rank of nothing"]),
+        (
+            "lora:\n  expert_targets: [down_proj, down_proj]\n  expert_r: 8\n",
+            ["names a weight twice"],
+        ),
+        (
+            "experts:\n  sparsity: '2:4'\nlora:\n  expert_targets: [down_proj]\n  expert_r: 8\n",
+            ["experts.sparsity: none", "dropped"],
+        ),
+        ("training:\n  logging_steps: 7\n", ["multiple", "logging_steps"]),
+        ("profile: fast\n", ["profile", "quick_test"]),
+    ],
+)
+def test_bad_files_are_refused_with_place_and_remedy(tmp_path, text, parts):
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text))
+    for part in parts:
+        assert part in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("seed", "malformed"),
+        ("=3", "malformed"),
+        ("learning_rate=3", "did you mean training.learning_rate?"),
+        ("shared_dense.sparsty=none", "did you mean shared_dense.sparsity?"),
+        ("training.max_steps=", "training.max_steps"),
+        ("training.max_steps=0", "greater than or equal to 1"),
+        ("lora.target_modules=q_proj", "lora.target_modules"),
+        ("lora.target_modules=[]", "at least 1 item"),
+        ("evaluation.tasks=[]", "at least 1 item"),
+        ("sequence_len=1", "greater than or equal to 2"),
+        ("training.learning_rate=.inf", "finite"),
+    ],
+)
+def test_bad_overrides_are_refused(override, part):
+    with pytest.raises(ConfigError, match="(?s)" + part.replace("?", r"\?")):
+        load(CONFIGS / "tiny.yaml", [override])
+
+
+def keep(key: str, *overrides: str) -> Config:
+    """The 20b config where layers are to keep `key` always."""
+    asked = [f"training.{key}=always", "sequence_parallel_degree=1", *overrides]
+    return load(CONFIGS / "gpt-oss-20b-1x3090.yaml", asked)
+
+
+@pytest.mark.parametrize(
+    ("key", "override", "why"),
+    [
+        ("keep_attention", "training.gradient_checkpointing=false", "gradient_checkpointing"),
+        ("keep_experts", "training.gradient_checkpointing=false", "gradient_checkpointing"),
+        ("keep_attention", "flash_attention=false", "flash_attention"),
+    ],
+)
+def test_what_cannot_be_kept_is_not_to_be_kept_always(key, override, why):
+    with pytest.raises(ConfigError, match=rf"(?s)training.{key}: auto or never.*{why}"):
+        keep(key, override)
+    assert key in load(CONFIGS / "gpt-oss-20b-1x3090.yaml", [override]).nothing_to_keep("cuda")
+
+
+def test_what_can_be_kept_may_be_kept_always():
+    """Experts whatever attends; attention where it is ours, as that of a split sequence is."""
+    for config in (
+        keep("keep_attention"),
+        keep("keep_experts", "flash_attention=false", "training.keep_attention=never"),
+        keep("keep_attention", "flash_attention=false", "sequence_parallel_degree=2"),
+    ):
+        asked = ("keep_attention", "keep_experts")
+        always = {key for key in asked if getattr(config.training, key) == "always"}
+        assert always and not always & set(config.nothing_to_keep("cuda"))
+        assert set(config.nothing_to_keep("cpu")) == set(asked)
+
+
+def test_missing_file():
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load("configs/absent.yaml")
+
+
+def test_overrides_beat_the_file_and_reach_empty_sections(tmp_path):
+    path = write(tmp_path, "seed: 1\nlora:\n  # r: 4\n")
+    config = load(path, ["seed=7", "lora.target_modules=[q_proj]", "shared_dense.sparsity=none"])
+    assert config.seed == 7 and config.lora.target_modules == ("q_proj",)
+    assert config.shared_dense.sparsity == "none"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profiles_fill_what_is_not_set(tmp_path, profile):
+    path = write(tmp_path, f"profile: {profile}\ncalibration:\n  samples: 3\n")
+    config = load(path).model_dump()
+    assert config["calibration"]["samples"] == 3
+    for key, value in PROFILES[profile].items():
+        section = config
+        for part in key.split("."):
+            section = section[part]
+        assert key == "calibration.samples" or section == value
+    assert load(path, ["profile=standard"]).training == Config().training
+
+
+def test_hash_follows_the_named_sections_only():
+    plain, other = Config(), load(CONFIGS / "tiny.yaml")
+    changed = plain.model_copy(update={"seed": 1})
+    assert hash_sections(plain, ("model",)) == hash_sections(changed, ("model",))
+    assert hash_sections(plain, ("seed",)) != hash_sections(changed, ("seed",))
+    assert hash_sections(plain, ("model",)) != hash_sections(other, ("model",))

@@ -1,0 +1,450 @@
+"""The health check's judgement on machines that are not here, and its probes on fakes."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+from sparselong.health.check import check
+
+from sparselong import memory
+from sparselong.config import schema as config_module
+from sparselong.health import machine as machine_module
+from sparselong.health import packages, report, sources
+from sparselong.health.machine import Disk, Gpu, Machine, Torch
+from sparselong.health.packages import Package
+from sparselong.health.rows import Row
+from sparselong.health.sources import Source
+from sparselong.health.stage import plan_for
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+
+
+def load(name: str, *overrides: str):
+    return config_module.load(ROOT / f"configs/{name}.yaml", overrides)
+
+
+def gpu(index=0, name="NVIDIA GeForce RTX 3090", gib=24.0, free=23.6, capability=(8, 6)):
+    return Gpu(index, name, capability, int(gib * GIB), int(free * GIB), "4.0 x16")
+
+
+def machine(gpus=(), **changes) -> Machine:
+    """A well-equipped machine with these GPUs."""
+    gpus = tuple(gpus)
+    cuda = "13.0" if gpus else None
+    facts = {
+        "python": (3, 11, 9),
+        "own_python": False,
+        "packages": (Package("torch", "2.13.0", "2.13.0+cpu"), Package("rich", "15.0.0", "15.0.0")),
+        "torch": Torch("2.13.0", cuda, len(gpus), bool(gpus), True),
+        "driver": "580.95.05" if gpus else None,
+        "nvcc": None,
+        "gpus": gpus,
+        "host_total_bytes": 64 * GIB,
+        "host_available_bytes": 60 * GIB,
+        "run_disk": Disk(Path("/data"), 900 * GIB, 1),
+        "hub_disk": Disk(Path("/data"), 900 * GIB, 1),
+        "run_dir_bytes": 0,
+        "base": Source("base model", "openai/gpt-oss-120b", "here", "in the hub cache"),
+        "data": (Source("training data", "x.jsonl", "here", "file of 9 bytes"),),
+    }
+    return Machine(**{**facts, **changes})
+
+
+FOUR_3090 = machine(gpu(index) for index in range(4))
+H200 = machine([gpu(0, "NVIDIA H200", 140.0, 139.0, (9, 0))])
+NONE = machine()
+
+
+def judge(config, facts: Machine) -> dict[str, Row]:
+    rows = check(config, facts, plan_for(config, facts))
+    assert all(row.fix for row in rows if row.status != "ok")
+    assert len({row.check for row in rows}) == len(rows)
+    return {row.check: row for row in rows}
+
+
+def failures(config, facts: Machine) -> set[str]:
+    return {row.check for row in judge(config, facts).values() if row.status == "fail"}
+
+
+BIG, SMALL, TINY = load("gpt-oss-120b-4x3090"), load("gpt-oss-20b-1x3090"), load("tiny")
+ALONE = "sequence_parallel_degree=1"
+
+
+def test_tiny_runs_without_a_gpu():
+    rows = judge(TINY, NONE)
+    assert failures(TINY, NONE) == set()
+    assert "eager" in rows["attention kernel"].found
+    assert rows["expert kernel"].found == "torch, decoded expert by expert"
+
+
+def test_120b_without_a_gpu_says_what_is_missing():
+    rows = judge(BIG, NONE)
+    assert failures(BIG, NONE) == {"CUDA driver", "GPU", "sequence parallel", "attention kernel"}
+    found = rows["GPU"].found
+    plan = memory.make_plan(BIG)
+    assert plan.sharded
+    stages = ("02_compress", "03_finetune", "04_eval")
+    one = max(plan.stage_memory(name)[1] for name in stages) / GIB
+    each = plan.sharded.peak_bytes / GIB
+    assert f"4 GPUs (compute capability 8.0 or newer) with {one:.2f} GiB free on each" in found
+    assert f"{each:.2f} GiB on each once they share experts and vocabulary" in found
+
+
+def test_20b_without_a_gpu_fails_even_with_eager_attention():
+    eager = load("gpt-oss-20b-1x3090", "flash_attention=false")
+    assert {"CUDA driver", "GPU"} <= failures(eager, NONE)
+
+
+def test_120b_on_four_3090_shares_the_sequence_but_not_yet_the_weights():
+    rows = judge(BIG, FOUR_3090)
+    assert failures(BIG, FOUR_3090) == {"GPU memory"}
+    assert "4 GPUs share each sequence" in rows["sequence parallel"].found
+    assert rows["collectives"].found.endswith("nccl in use")
+    assert "once they share experts and vocabulary" in rows["GPU memory"].found
+    assert rows["peer access"].status == "ok"
+    assert {f"GPU {index}" for index in range(4)} <= set(rows)
+
+
+def test_a_split_sequence_is_checked_against_gpus_heads_and_collectives():
+    three = judge(BIG, machine(gpu(index) for index in range(3)))["sequence parallel"]
+    assert three.status == "fail" and "here: 3 usable GPUs" in three.found
+    assert "sequence_parallel_degree=3" in three.fix and "torchrun" in three.fix
+    stride = judge(load("gpt-oss-120b-4x3090", "heads_k_stride=3"), FOUR_3090)["sequence parallel"]
+    assert stride.status == "fail" and "8 key/value heads" in stride.found
+    split = load("tiny", "sequence_parallel_degree=4")
+    assert judge(split, NONE)["sequence parallel"].status == "ok"
+    assert judge(split, NONE)["collectives"].found.endswith("gloo in use")
+    bare = dataclasses.replace(FOUR_3090, torch=Torch("2.13.0", "13.0", 4, False, True))
+    assert judge(BIG, bare)["collectives"].status == "fail"
+
+
+def test_120b_on_an_h200_runs_alone():
+    alone = load("gpt-oss-120b-4x3090", ALONE)
+    assert failures(alone, H200) == set()
+    rows = judge(alone, H200)
+    kernels = rows["attention kernel"].found
+    assert "full layers: triton (H200" in kernels and "window layers: triton (H200" in kernels
+    assert plan_for(alone, H200).rate.flops_per_second == 990e12
+
+
+def test_20b_fits_one_3090_at_its_own_length():
+    assert failures(SMALL, machine([gpu()])) == set()
+
+
+def test_a_smaller_card_is_told_the_longest_sequence_that_fits():
+    card, batch = gpu(gib=17.5, free=17.5), "evaluation.batch_size=2"
+    row = judge(load("gpt-oss-20b-1x3090", batch), machine([card]))["GPU memory"]
+    assert row.status == "fail" and "short" in row.found
+    assert "training.offload_checkpoints=true saves" in row.fix
+    longest = int(row.fix.split("sequence_len=")[1].split()[0])
+    fitting = load("gpt-oss-20b-1x3090", batch, f"sequence_len={longest}")
+    assert failures(fitting, machine([card])) == set()
+    longer = load("gpt-oss-20b-1x3090", batch, f"sequence_len={longest + 128}")
+    assert failures(longer, machine([card])) == {"GPU memory"}
+
+
+def test_a_busy_gpu_is_told_from_a_small_one():
+    alone = load("gpt-oss-120b-4x3090", ALONE)
+    row = judge(alone, machine([gpu(0, "NVIDIA H200", 140.0, 12.0, (9, 0))]))["GPU memory"]
+    assert row.status == "fail" and "end the other programs" in row.fix
+
+
+def test_an_old_gpu_driver_or_cpu_build_of_torch_fails():
+    old = machine([gpu(0, "Tesla V100", 200.0, 200.0, (7, 0))])
+    assert failures(SMALL, old) == {"GPU 0"}
+    roomy = [gpu(0, "NVIDIA H200", 140.0, 139.0, (9, 0))]
+    assert failures(SMALL, machine(roomy, driver="535.104.05")) == {"CUDA driver"}
+    cuda12 = Torch("2.13.0", "12.6", 1, True, True)
+    assert failures(SMALL, machine(roomy, driver="535.104.05", torch=cuda12)) == set()
+    cpu_build = machine(roomy, torch=Torch("2.13.0+cpu", None, 0, False, True))
+    assert failures(SMALL, cpu_build) == {"CUDA driver", "GPU memory", "attention kernel"}
+    assert judge(SMALL, cpu_build)["GPU 0"].status == "warn"
+    assert failures(TINY, cpu_build) == set()
+
+
+def test_missing_peer_access_and_nccl_are_warnings():
+    cut = Torch("2.13.0", "13.0", 2, False, True, ((0, 1), (1, 0)))
+    rows = judge(TINY, machine([gpu(0), gpu(1)], torch=cut))
+    assert rows["peer access"].status == rows["collectives"].status == "warn"
+    assert "0-1" in rows["peer access"].found
+
+
+def test_a_named_attention_backend_is_shown_or_refused():
+    def row(*overrides: str, **facts) -> Row:
+        alone = load("gpt-oss-120b-4x3090", ALONE, *overrides)
+        return judge(alone, dataclasses.replace(H200, **facts))["attention kernel"]
+
+    assert row("attention_backend=torch_flash").found.startswith("full and window layers: torch_f")
+    unpacked = row("training.sample_packing=false")
+    assert "full layers: torch_cudnn" in unpacked.found and "determin" not in unpacked.found
+    repeats = row("training.sample_packing=false", "deterministic=true")
+    assert "full layers: triton" in repeats.found and repeats.found.endswith("; deterministic")
+    missing = row("attention_backend=flash_attn")
+    assert missing.status == "fail" and "flash_attn, and that package is not" in missing.found
+    assert row("attention_backend=flash_attn", flash_attn=True).status == "ok"
+
+
+def test_flash_attention_needs_a_gpu():
+    row = judge(load("tiny", "flash_attention=true"), NONE)["attention kernel"]
+    assert row.status == "fail" and "flash_attention=false" in row.fix
+
+
+def test_the_8_bit_optimizer_needs_a_gpu():
+    eight = load("tiny", "training.optimizer=adamw_bnb_8bit")
+    assert failures(eight, NONE) == {"optimizer"}
+    assert failures(eight, H200) == set()
+
+
+def test_python_and_packages():
+    assert failures(TINY, dataclasses.replace(NONE, python=(3, 10, 1))) == {"python"}
+    other = (Package("peft", "0.20.0", "0.21.0"),)
+    lacking = (Package("axolotl", "0.19.0", None), Package("art", "6.5", None))
+    assert failures(TINY, dataclasses.replace(NONE, packages=other)) == {"package versions"}
+    assert failures(TINY, dataclasses.replace(NONE, packages=lacking[1:])) == {"packages"}
+    own = dataclasses.replace(NONE, own_python=True, packages=(*other, lacking[1]))
+    assert failures(TINY, own) == set()
+    assert {judge(TINY, own)[name].status for name in ("packages", "package versions")} == {"warn"}
+    own = dataclasses.replace(NONE, own_python=True, packages=lacking)
+    assert failures(TINY, own) == {"packages"}
+    broken = dataclasses.replace(NONE, torch=Torch(error="libc10.so: cannot open"))
+    assert failures(TINY, broken) == {"torch"}
+    assert judge(TINY, dataclasses.replace(NONE, packages=()))["packages"].status == "warn"
+
+
+def test_disk_counts_links_only_where_they_are_possible():
+    alone = load("gpt-oss-120b-4x3090", ALONE)
+
+    def disk(free_gib, hub_device=1, state="here", hub_free=900):
+        base = Source("base model", "openai/gpt-oss-120b", state, "")
+        facts = dataclasses.replace(
+            H200,
+            run_disk=Disk(Path("/run"), int(free_gib * GIB), 1),
+            hub_disk=Disk(Path("/hub"), hub_free * GIB, hub_device),
+            base=base,
+        )
+        return judge(alone, facts)
+
+    assert disk(130)["disk"].status == "ok"
+    assert disk(12)["disk"].status == "warn"
+    assert disk(3)["disk"].status == "fail" and "short" in disk(3)["disk"].found
+    assert disk(12, hub_device=2)["disk"].status == "fail"
+    assert disk(130, state="reachable")["disk"].status == "warn"
+    assert disk(200, state="reachable")["disk"].status == "ok"
+    apart = disk(130, hub_device=2, state="reachable", hub_free=20)
+    assert apart["disk"].status == "ok" and apart["disk for the base"].status == "fail"
+
+
+def test_what_stands_in_the_run_directory_needs_no_more_room():
+    full = dataclasses.replace(NONE, run_disk=Disk(Path("/"), 1024, 1))
+    assert failures(TINY, full) == {"disk"}
+    assert failures(TINY, dataclasses.replace(full, run_dir_bytes=GIB)) == set()
+
+
+def test_host_memory():
+    poor = dataclasses.replace(NONE, host_available_bytes=GIB // 2)
+    assert failures(TINY, poor) == {"host memory"}
+
+
+def test_sources_and_licence():
+    def rows(base: Source, data: Source):
+        return judge(TINY, dataclasses.replace(NONE, base=base, data=(data,)))
+
+    here = Source("training data", "demo", "made", "")
+    gated = Source("base model", "some/model", "reachable", "", gated=True)
+    assert rows(gated, here)["licence"].status == "fail"
+    known = dataclasses.replace(gated, account="me")
+    assert rows(known, here)["licence"].status == "ok"
+    missing = dataclasses.replace(gated, state="missing", gated=False)
+    assert rows(missing, here)["base model"].status == "fail"
+    lost = Source("training data", "x.jsonl", "missing", "there is no file x.jsonl")
+    row = rows(known, lost)["training data"]
+    assert row.status == "fail" and "data.train" in row.fix
+    task = Source("evaluation task arc", "arc", "unknown", "")
+    assert rows(known, task)["evaluation task arc"].status == "warn"
+
+
+# Probes
+
+
+def fake_program(folder: Path, name: str, text: str, code: int = 0) -> None:
+    program = folder / name
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {code}\n")
+    program.chmod(0o755)
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+TWO = (
+    "0, NVIDIA GeForce RTX 3090, 8.6, 24576, 24258, 570.86.10, 4, 16\n"
+    "1, NVIDIA H200, 9.0, 143771, 143000, 570.86.10, [N/A], [N/A]"
+)
+
+
+def test_nvidia_smi_is_read(programs, monkeypatch):
+    fake_program(programs, "nvidia-smi", TWO)
+    gpus, driver = machine_module.probe_gpus()
+    assert driver == "570.86.10"
+    assert gpus[0] == Gpu(
+        0, "NVIDIA GeForce RTX 3090", (8, 6), 24576 * 2**20, 24258 * 2**20, "4.0 x16"
+    )
+    assert gpus[1].name == "NVIDIA H200" and gpus[1].pcie == "unknown"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert [g.index for g in machine_module.probe_gpus()[0]] == [1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine_module.probe_gpus()[0] == ()
+
+
+def test_no_driver_is_no_gpu(programs):
+    fake_program(programs, "nvidia-smi", "NVIDIA-SMI has failed because", 9)
+    assert machine_module.probe_gpus() == ((), None)
+
+
+def test_another_environment_is_told_from_ours(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.prefix", str(ROOT / ".venv"))
+    assert machine_module.runs_in_our_environment()
+    monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
+    assert not machine_module.runs_in_our_environment()
+
+
+def test_disk_is_that_of_the_nearest_parent(tmp_path):
+    disk = machine_module.probe_disk(tmp_path / "not/there/yet")
+    stats = os.statvfs(tmp_path)
+    assert disk.path == tmp_path
+    assert disk.free_bytes == pytest.approx(stats.f_bavail * stats.f_frsize, rel=0.05)
+
+
+def test_hard_links_are_counted_once(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(1000))
+    os.link(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "c").symlink_to("a")
+    assert machine_module._tree_bytes(tmp_path) == 1000
+    assert machine_module._tree_bytes(tmp_path / "none") == 0
+
+
+def test_lock_is_compared_with_what_is_installed(tmp_path):
+    import pydantic
+
+    lock = tmp_path / "requirements.lock"
+    lock.write_text(
+        "# a comment\n"
+        f"pydantic=={pydantic.__version__}\n"
+        "PyYAML==0.0.1 ; python_full_version < '4'\n"
+        "no-such-package==1.0  # why\n"
+        "only-on-windows==1.0 ; sys_platform == 'win32'\n"
+    )
+    rows = {row.name: row for row in packages.compare_with_lock(lock)}
+    assert set(rows) == {"pydantic", "pyyaml", "no-such-package"}
+    assert rows["pydantic"].matches and not rows["pyyaml"].matches
+    assert rows["no-such-package"].installed is None
+    assert packages.compare_with_lock(tmp_path / "none") == ()
+    assert Package("torch", "2.13.0", "2.13.0+cu130").matches
+    assert not Package("torch", "2.13.0", "2.13.01").matches
+
+
+def test_the_lock_pins_everything_the_stages_need():
+    assert packages.NEEDED <= {row.name for row in packages.compare_with_lock()}
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty cache and no network."""
+    monkeypatch.setattr(sources, "_is_offline", lambda: True)
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    return tmp_path
+
+
+def states(config, run_dir: Path) -> dict[str, str]:
+    base, data = sources.probe_sources(config, run_dir)
+    return {source.role: source.state for source in (base, *data)}
+
+
+def test_offline_hub_names_are_missing_and_local_ones_are_not(offline, untrained_base, chat_file):
+    assert states(BIG, offline) == {
+        "base model": "missing",
+        "training data": "missing",
+        "evaluation task hellaswag": "missing",
+    }
+    base, _ = sources.probe_sources(BIG, offline)
+    assert "HF_HUB_OFFLINE" in base.detail
+    local = load("tiny", f"model.base={untrained_base}", f"data.train={chat_file}")
+    assert set(states(local, offline).values()) == {"here", "made"}
+    assert states(TINY, offline)["base model"] == "made"
+    lost = load("tiny", "data.train=./nowhere.jsonl", "data.validation=/nowhere", "seed=1")
+    assert states(lost, offline)["training data"] == "missing"
+    assert states(lost, offline)["validation data"] == "missing"
+    (offline / "HF_DATASETS_CACHE/HuggingFaceH4___Multilingual-Thinking/default").mkdir(
+        parents=True
+    )
+    assert states(BIG, offline)["training data"] == "here"
+
+
+def test_data_that_the_run_has_prepared_is_here(offline, chat_file):
+    from sparselong.data import conversations
+
+    config = load("tiny", f"data.train={chat_file}")
+    conversations.prepare(config, offline)
+    _, data = sources.probe_sources(config, offline)
+    assert data[0].state == "here" and "prepared" in data[0].detail
+    assert states(BIG, offline)["training data"] == "missing"
+
+
+def test_a_base_directory_that_lacks_a_shard_is_missing(offline, tmp_path, untrained_base):
+    copy = tmp_path / "base"
+    copy.mkdir()
+    for file in untrained_base.iterdir():
+        os.link(file, copy / file.name)
+    config = load("tiny", f"model.base={copy}")
+    assert states(config, offline)["base model"] == "here"
+    shard = sorted(copy.glob("model-*.safetensors"))[0]
+    shard.unlink()
+    base, _ = sources.probe_sources(config, offline)
+    assert base.state == "missing" and shard.name in base.detail
+
+
+def test_the_hub_is_asked_once_when_it_does_not_answer(offline, monkeypatch):
+    import httpx
+    from huggingface_hub import HfApi
+
+    asked = []
+
+    def refuse(self, name, **options):
+        asked.append((name, options["timeout"]))
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(sources, "_is_offline", lambda: False)
+    monkeypatch.setattr(HfApi, "repo_info", refuse)
+    base, data = sources.probe_sources(BIG, offline)
+    assert asked == [("openai/gpt-oss-120b", 4.0)]
+    assert {base.state, *(source.state for source in data)} == {"missing"}
+    assert "no route" in data[0].detail
+
+
+def test_report_is_json_and_fits_its_width():
+    plan = plan_for(BIG, FOUR_3090)
+    rows = check(BIG, FOUR_3090, plan)
+    document = report.build(BIG, FOUR_3090, plan, rows)
+    assert json.loads(json.dumps(document))["ready"] is False
+    text = f"{report.rows_text(document)}\n{report.plan_text(document)}"
+    assert max(map(len, text.splitlines())) <= 100
+    assert "cannot run" in report.verdict(document)
+    assert report.markdown(document).count("| fail |") == 1
+
+
+def test_a_terminal_gets_the_same_words_in_colour(capsys, monkeypatch):
+    rows = [Row("disk", "fail", "needs [1 GiB]", "free some"), Row("GPU", "ok", "x")]
+    document = report.build(TINY, NONE, plan_for(TINY, NONE), rows)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    report.print_table(document)
+    text = capsys.readouterr().err
+    assert "needs [1 GiB]" in text and "free some" in text and "\x1b[1;31mfail" in text

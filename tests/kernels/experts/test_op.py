@@ -1,0 +1,203 @@
+"""The experts' pass on a CPU: the reference by hand, torch's backend against it, the kernels in
+Triton's interpreter, what is refused, who is chosen. tests/gpu has the kernels as compiled."""
+
+import numpy as np
+import pytest
+import torch
+
+from sparselong.kernels.experts import op as expert_gemm
+from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts.choice import BACKENDS, MEASURED, NO_LIMIT, choose_backend
+from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp
+from sparselong.packing import mxfp4
+from tests.kernels.emulated_ptx import run_ptx
+from tests.kernels.run_interpreted import run_interpreted
+from tests.references.expert_mlp import decode_reference, expert_mlp_reference
+
+EXPERTS, HIDDEN, INNER = 5, 64, 96
+
+
+def draw(tokens: int = 37, top_k: int = 4) -> dict[str, torch.Tensor]:
+    """expert_mlp's arguments by name; x in fp64 and large enough for the clamps to bite."""
+    torch.manual_seed(0)
+    picks = [torch.randperm(EXPERTS)[:top_k] for _ in range(tokens)]
+    found = {
+        "x": torch.randn(tokens, HIDDEN, dtype=torch.float64) * 3,
+        "expert_indices": torch.stack(picks),
+        "routing_weights": torch.rand(tokens, top_k, dtype=torch.float64),
+    }
+    for name, out, width in (("gate_up", 2 * INNER, HIDDEN), ("down", HIDDEN, INNER)):
+        shape = (EXPERTS, out, width // 32)
+        found[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        found[f"{name}_scales"] = torch.randint(120, 126, shape, dtype=torch.uint8)
+        found[f"{name}_bias"] = torch.randn(EXPERTS, out, dtype=torch.float64)
+    return found
+
+
+def refer(call: dict[str, torch.Tensor]) -> torch.Tensor:
+    return expert_mlp_reference(
+        call["x"], call["expert_indices"], call["routing_weights"],
+        (call["gate_up_blocks"], call["gate_up_scales"]), call["gate_up_bias"],
+        (call["down_blocks"], call["down_scales"]), call["down_bias"], ALPHA, LIMIT,
+    )  # fmt: skip
+
+
+def test_the_reference_by_hand():
+    """One token, one expert, weights that pick single inputs."""
+    codes = torch.zeros(64, 32, dtype=torch.uint8)
+    codes[0, 3], codes[1, 4] = 2, 4  # gate 0 is x_3, up 0 is 2 x_4
+    gate_up = mxfp4.pack_codes(codes)[None], torch.full((1, 64, 1), 127, dtype=torch.uint8)
+    codes = torch.zeros(32, 32, dtype=torch.uint8)
+    codes[5, 0] = 15  # output 5 is -6 h_0
+    down = mxfp4.pack_codes(codes)[None], torch.full((1, 32, 1), 126, dtype=torch.uint8)
+    x = torch.zeros(1, 32, dtype=torch.float64)
+    x[0, 3], x[0, 4] = 9.0, -1.5
+    out = expert_mlp_reference(
+        x, torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), 0.25), gate_up,
+        torch.zeros(1, 64), down, torch.zeros(1, 32), ALPHA, LIMIT,
+    )  # fmt: skip
+    h = (-3 + 1) * 7 / (1 + torch.exp(torch.tensor(-1.702 * 7, dtype=torch.float64)))
+    expected = torch.zeros(1, 32, dtype=torch.float64)
+    expected[0, 5] = 0.25 * -6 * 0.5 * h
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=0)
+
+
+def test_the_references_decoding_is_the_packings():
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(255, 1, 1)
+    scales = torch.arange(255, dtype=torch.uint8).view(255, 1).repeat(1, 16)
+    expected = mxfp4.decode(blocks, scales, torch.float32)
+    assert torch.equal(decode_reference(blocks, scales).float(), expected)
+
+
+def test_the_ptx_looks_up_every_pair_of_codes_in_every_place():
+    """The text itself, emulated: eight codes a word, two bf16 values in each of four words."""
+    from sparselong.kernels.experts import triton_products as expert_kernels
+
+    generator = np.random.default_rng(0)
+    words = generator.integers(0, 1 << 32, 4096, dtype=np.uint32)
+    words[:512:2] = np.arange(256, dtype=np.uint32) * 0x01010101  # every byte in every place
+    found = run_ptx(expert_kernels.LOOK_UP_PTX.value, 4, [words])
+    halves = [half for word in found for half in (word & 0xFFFF, word >> 16)]
+    bits = torch.from_numpy(np.stack(halves, 1).astype(np.uint16).view(np.int16))
+    blocks = torch.from_numpy(words.view(np.uint8)).view(-1, 1, 16)
+    expected = mxfp4.decode(blocks, torch.full(blocks.shape[:2], 127, dtype=torch.uint8))
+    assert torch.equal(bits.flatten(), expected.flatten().view(torch.int16))
+
+
+@pytest.mark.parametrize("tokens", [1, 37])
+def test_torchs_backend_is_the_reference(tokens):
+    call = draw(tokens)
+    names = ("x", "routing_weights", "gate_up_bias", "down_bias")
+    upstream = torch.randn_like(call["x"])
+    results = []
+    for function in (lambda c: expert_mlp(**c), refer):
+        leaves = {name: call[name].clone().requires_grad_() for name in names}
+        out = function(call | leaves)
+        results.append((out, *torch.autograd.grad(out, list(leaves.values()), upstream)))
+    for got, wanted in zip(*results, strict=True):
+        assert (got - wanted).norm() <= 1e-12 * wanted.norm()
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    """Errors of the kernels in Triton's interpreter, by case and backend."""
+    return run_interpreted("interpreted_experts")
+
+
+def test_the_kernels_agree_with_fp64_in_the_interpreter(interpreted):
+    others = ("decoding", "held")
+    cases = {name: errors for name, errors in interpreted.items() if name not in others}
+    assert len(cases) == 20
+    for name, errors in cases.items():
+        for result, error in errors.items():
+            assert error < 1e-6, f"{name}: {result} is off by {error:.1e}"
+
+
+def test_every_byte_at_every_scale_decodes_to_the_bit_in_the_interpreter(interpreted):
+    assert interpreted["decoding"] == {"inexact": 0}
+
+
+def test_without_gradients_gate_ups_output_is_gone_before_downs_is_made(interpreted):
+    assert interpreted["held"] == {"run_forward": 1, "run_inference": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(37, 64, 1)}, r"x: torch.float32 \[37, 64, 1\]; allowed: floating"),
+        ({"x": torch.zeros(36, 64)}, "expert_indices: 37 tokens; allowed: x's 36"),
+        ({"x": torch.zeros(37, 40)}, "x: hidden size 40; allowed: a multiple of 32"),
+        ({"expert_indices": torch.zeros(37, 4)}, "expert_indices: torch.float32"),
+        (
+            {"expert_indices": torch.zeros(37, 6, dtype=torch.int64)},
+            "expert_indices: 6 experts a token; allowed: 1 to the layer's 5",
+        ),
+        ({"expert_indices": torch.full((37, 4), 5)}, "expert_indices: holds 5; allowed: 0 to 4"),
+        ({"routing_weights": torch.zeros(37, 3)}, "routing_weights: torch.float32"),
+        (
+            {"gate_up_blocks": torch.zeros(5, 192, 1, 16, dtype=torch.uint8)},
+            r"gate_up_blocks: shape \[5, 192, 1, 16\]; allowed: \[5, 192, 2, 16\]",
+        ),
+        (
+            {"down_scales": torch.zeros(4, 64, 3, dtype=torch.uint8)},
+            r"down_scales: shape \[4, 64, 3\]; allowed: \[5, 64, 3\]",
+        ),
+        ({"down_blocks": torch.zeros(5, 64, 3, 16)}, "down_blocks: torch.float32; allowed: torch"),
+        ({"down_bias": torch.zeros(5, 64, device="meta")}, "down_bias: on meta; allowed: x's"),
+        ({"backend": "fast"}, "backend: 'fast'; allowed: None, generation, small, packed"),
+        ({"backend": "packed"}, "backend: packed with cpu tensors; allowed: torch"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        expert_mlp(**(draw() | change))
+
+
+def test_no_tokens_give_no_output():
+    call = draw()
+    empty = {name: call[name][:0] for name in ("x", "expert_indices", "routing_weights")}
+    assert expert_mlp(**(call | empty)).shape == (0, HIDDEN)
+
+
+def test_inference_goes_in_slices_where_it_is_told_to(monkeypatch):
+    call, sizes = draw(), []
+
+    def run(x, indices, weights, *rest):
+        sizes.append((len(x), len(indices), len(weights)))
+        torch.mul(x, 2, out=rest[-1])
+
+    monkeypatch.setattr(expert_gemm, "choose", lambda *_: "packed")
+    monkeypatch.setattr(expert_triton, "run_inference", run)
+    with expert_gemm.slice_inference(16):
+        out = expert_mlp(**call)
+    assert sizes == [(12,) * 3, (12,) * 3, (13,) * 3]
+    assert torch.equal(out, 2 * call["x"])
+    expert_mlp(**call)
+    assert sizes[3:] == [(37,) * 3]
+
+
+def test_kernels_are_given_what_lies_as_they_read_it(monkeypatch):
+    """They read rows, choices and weights flat."""
+    call, seen = draw(), []
+    for name in ("x", "expert_indices", "routing_weights"):
+        call[name] = call[name].T.contiguous().T
+    monkeypatch.setattr(expert_gemm, "choose", lambda *_: "packed")
+    monkeypatch.setattr(expert_triton, "run_inference", lambda *given: seen.append(given))
+    expert_mlp(**call)
+    (given,) = seen
+    for got, name in zip(given, ("x", "expert_indices", "routing_weights"), strict=False):
+        assert (
+            got.is_contiguous() and torch.equal(got, call[name]) and not call[name].is_contiguous()
+        )
+
+
+def test_every_call_finds_a_row_of_the_table():
+    assert choose_backend("cpu", 1, 32).backend == "torch"
+    for architecture in (*MEASURED, "sm_80", "sm_86", "sm_89"):
+        rows = [
+            choose_backend(architecture, 32 * n, 32) for n in (0.125, 8, 100, 128, 512, 1 << 40)
+        ]
+        assert all(row.backend in BACKENDS and row.evidence for row in rows)
+        assert rows[-1].up_to_rows == NO_LIMIT
+        limits = [row.up_to_rows for row in rows]
+        assert limits == sorted(limits)

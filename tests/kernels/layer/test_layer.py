@@ -1,0 +1,116 @@
+"""Norms, rotary embedding and the loss on a CPU: the references against transformers' and torch's
+own, the kernels in Triton's interpreter, and what is refused. Compiled kernels: tests/gpu."""
+
+import pytest
+import torch
+from transformers.models.gpt_oss import modeling_gpt_oss
+
+from sparselong.kernels.layer.cross_entropy import linear_cross_entropy
+from sparselong.kernels.layer.norm import add_rms_norm, rms_norm
+from sparselong.kernels.layer.rotary import rotate
+from tests.kernels.run_interpreted import run_interpreted
+from tests.references.cross_entropy import linear_cross_entropy_reference
+
+LIMITS = {"norm_half": 3e-4, "softmax_large_True": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, list[float]]:
+    """Errors of the kernels in Triton's interpreter by case."""
+    return run_interpreted("neighbours_interpreted")
+
+
+def test_the_kernels_agree_with_fp64_in_the_interpreter(interpreted):
+    """A NaN compares false, so an element that no program wrote fails here as well."""
+    assert len(interpreted) >= 20
+    for name, errors in interpreted.items():
+        assert errors and all(e < LIMITS.get(name, 3e-7) for e in errors), f"{name}: {errors}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_transformers(dtype):
+    torch.manual_seed(0)
+    module = modeling_gpt_oss.GptOssRMSNorm(96, eps=1e-5).to(dtype)
+    module.weight.data.normal_()
+    x, residual = torch.randn(2, 3, 5, 96).to(dtype)
+    assert torch.equal(rms_norm(x, module.weight, 1e-5), module(x))
+    normed, total = add_rms_norm(x, residual, module.weight, 1e-5)
+    assert torch.equal(total, residual + x) and torch.equal(normed, module(total))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_is_transformers(dtype):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 7, 4, 16).to(dtype).transpose(1, 2), torch.randn(2, 2, 7, 16).to(dtype)
+    cos, sin = torch.randn(2, 2, 7, 8).to(dtype)
+    for ours, theirs in zip(
+        rotate(q, k, cos, sin), modeling_gpt_oss.apply_rotary_pos_emb(q, k, cos, sin), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40, 512])
+def test_the_loss_in_chunks_is_torchs(chunk):
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(90, 16, dtype=torch.float64)
+    labels = torch.randint(0, 90, (40,))
+    labels[::3] = -100
+    results = []
+    for loss in (
+        linear_cross_entropy(hidden, weight, labels, chunk),
+        linear_cross_entropy_reference(hidden, weight, labels),
+    ):
+        results.append((loss, *torch.autograd.grad(loss * 0.3, hidden)))
+    torch.testing.assert_close(*results)
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, labels, chunk) == results[0][0]
+
+
+def test_no_label_no_loss():
+    hidden = torch.randn(4, 8, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.randn(9, 8), torch.full((4,), -100))
+    loss.backward()
+    assert loss == 0 and hidden.grad is not None and not hidden.grad.any()
+
+
+def test_only_a_chunk_of_rows_with_labels_meets_the_vocabulary(monkeypatch):
+    """The sizes of all products: no row without a label, never more rows than a chunk."""
+    sizes = []
+    original = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **k: sizes.append(len(a)) or original(a, b, **k))
+    hidden, labels = torch.randn(50, 8, requires_grad=True), torch.full((50,), -100)
+    labels[10:31] = 1
+    linear_cross_entropy(hidden, torch.randn(9, 8), labels, 8).backward()
+    assert sizes == [8, 8, 8, 8, 5, 5]
+    sizes.clear()
+    with torch.no_grad():
+        linear_cross_entropy(hidden, torch.randn(9, 8), labels, 8)
+    assert sizes == [8, 8, 5]
+
+
+def test_bad_arguments_are_named():
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    q, k, angles = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 5, 4)
+    head, labels = torch.randn(9, 8), torch.zeros(3, dtype=torch.int64)
+    for call, message in (
+        (lambda: rms_norm(x, weight[:4], 1e-5), r"weight: torch.float32 \[4\]"),
+        (lambda: rms_norm(x, weight.to("meta"), 1e-5), "weight: on meta; allowed: x's device, cpu"),
+        (lambda: add_rms_norm(x, x[:1], weight, 1e-5), r"residual: \[1, 8\]"),
+        (lambda: rotate(q[0], k, angles, angles), r"q: shape \[4, 5, 8\]"),
+        (lambda: rotate(q, k.double(), angles, angles), "k: torch.float64"),
+        (lambda: rotate(q, k[:, :, :4], angles, angles), r"k: torch.float32 \[1, 2, 4, 8\]"),
+        (lambda: rotate(q, k, angles[:, :3], angles), r"cos: torch.float32 \[1, 3, 4\]"),
+        (lambda: rotate(q, k, angles, angles.long()), "sin: torch.int64"),
+        (lambda: rotate(q, k, angles, angles.to("meta")), "sin: on meta"),
+        (lambda: linear_cross_entropy(x[0], head, labels), r"hidden: torch.float32 \[8\]"),
+        (lambda: linear_cross_entropy(x, head.half(), labels), "weight: torch.float16"),
+        (lambda: linear_cross_entropy(x, head, labels.int()), "labels: torch.int32"),
+        (lambda: linear_cross_entropy(x, head, labels + 9), "labels: between 9 and 9"),
+        (lambda: linear_cross_entropy(x, head, labels - 1), "labels: between -1 and -1"),
+        (lambda: linear_cross_entropy(x, head, labels.to("meta")), "labels: on meta"),
+        (lambda: linear_cross_entropy(x, head, labels, 0), "chunk_rows: 0"),
+        (lambda: linear_cross_entropy(x, head.requires_grad_(), labels), "a frozen lm_head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

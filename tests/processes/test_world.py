@@ -1,0 +1,219 @@
+"""Several trainers: who is started where, what is told when one fails, exchanges over gloo."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+from sparselong.config.schema import Config, load
+from sparselong.errors import ConfigError, StageError
+from sparselong.processes import follow
+from sparselong.processes.failure import failure_path
+from sparselong.processes.launch import World, find_world, joined_rank, rank_environments
+from sparselong.processes.process import run_trainer
+from sparselong.run import Stage
+from tests.conftest import ROOT
+
+THREE = {rank: {"RANK": str(rank)} for rank in range(3)}
+LOST = "rank {rank} could not finish the exchange 'gradients' with the other ranks"
+
+
+@pytest.fixture
+def stage(tmp_path) -> Stage:
+    made = Stage("03_finetune", load(ROOT / "configs/tiny.yaml"), tmp_path)
+    made.dir.mkdir()
+    return made
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def config(*overrides: str) -> Config:
+    return load(ROOT / "configs/tiny.yaml", list(overrides))
+
+
+def join_torchrun(monkeypatch, rank: int, size: int, local: int, here: int) -> None:
+    values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": here}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_plain_python_starts_as_many_as_share_a_sequence(monkeypatch):
+    assert find_world(config()) == World(1, {0: 0}, 1, joined=False)
+    assert rank_environments(find_world(config()), gpus=0) == {0: {}}
+    # On a machine with two GPUs as well: a single process's model is not spread over both.
+    assert rank_environments(find_world(config()), gpus=2) == {0: {"CUDA_VISIBLE_DEVICES": "0"}}
+    world = find_world(config("sequence_parallel_degree=4"))
+    assert (world.size, list(world.local), joined_rank()) == (4, [0, 1, 2, 3], None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    made = rank_environments(world, gpus=4)
+    assert [made[rank]["CUDA_VISIBLE_DEVICES"] for rank in range(4)] == ["4", "5", "6", "7"]
+    assert [made[rank]["RANK"] for rank in range(4)] == ["0", "1", "2", "3"]
+    assert len({made[rank]["MASTER_PORT"] for rank in range(4)}) == 1
+
+
+def test_under_torchrun_a_process_starts_its_own_rank(monkeypatch):
+    join_torchrun(monkeypatch, rank=6, size=8, local=2, here=4)
+    world = find_world(config("sequence_parallel_degree=4"))
+    assert world == World(8, {6: 2}, 4, joined=True)
+    assert rank_environments(world, gpus=4) == {6: {"CUDA_VISIBLE_DEVICES": "2"}}
+
+
+def test_a_world_that_the_degree_does_not_divide_is_refused_naming_the_rank(monkeypatch):
+    join_torchrun(monkeypatch, rank=1, size=6, local=1, here=6)
+    with pytest.raises(ConfigError, match=r"6 processes cannot share sequences by 4 .*rank 1"):
+        find_world(config("sequence_parallel_degree=4"))
+
+
+def run_ranks(stage: Stage, code: str, ranks=THREE) -> StageError:
+    """What is told of ranks that run this code."""
+    started = time.monotonic()
+    with pytest.raises(StageError) as failure:
+        run_trainer(stage, [sys.executable, "-c", "import os, time\n" + code], ranks)
+    assert time.monotonic() - started < 60
+    left = subprocess.run(["pgrep", "-f", str(stage.dir)], capture_output=True, text=True)
+    assert not left.stdout, "a rank has outlived the others"
+    return failure.value
+
+
+def told(stage: Stage, what: str) -> str:
+    """Code that leaves a failure as the trainer's excepthook does, and ends."""
+    return (
+        f"import json; path = {str(stage.dir)!r} + '/failure' + ('.rank' + rank) * (rank != '0')\n"
+        f"what = {what!r}.format(rank=rank)\n"
+        "document = dict(what=what, expected='e', found='f', fix='x')\n"
+        "open(path + '.json', 'w').write(json.dumps(document)); os._exit(1)\n"
+    )
+
+
+def test_a_rank_that_is_killed_is_named_and_the_others_are_stopped(stage):
+    code = f"# {stage.dir}\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(120)"
+    failure = run_ranks(stage, code)
+    assert failure.what == "rank 1 of the trainer ended with signal SIGKILL"
+    assert "log.rank1.txt" in failure.fix
+
+
+def test_workers_that_a_rank_leaves_behind_keep_nobody_waiting(stage):
+    worker = f"sleep 120 # {stage.dir}"
+    code = f"import subprocess; subprocess.Popen([{worker!r}], shell=True); os.kill(os.getpid(), 9)"
+    assert "SIGKILL" in run_ranks(stage, code).what
+
+
+def test_the_cause_is_told_and_not_what_followed_from_it(stage):
+    lost = "\n ".join(("time.sleep(0.3)", *told(stage, LOST).splitlines()))
+    broke = "\n ".join(told(stage, "it broke").splitlines())
+    code = f"rank = os.environ['RANK']\nif rank == '2':\n {broke}\nelse:\n {lost}\n"
+    assert run_ranks(stage, code).what == "rank 2: it broke"
+    same = f"rank = os.environ['RANK']\n{told(stage, 'a loss of NaN')}"
+    assert run_ranks(stage, same).what == "a loss of NaN"  # which every rank has seen
+
+
+def test_a_rank_that_takes_no_part_is_named_by_the_ranks_that_waited(stage):
+    lost = "\n ".join(told(stage, LOST).splitlines())
+    code = f"rank = os.environ['RANK']\nif rank != '1':\n {lost}\ntime.sleep(120) # {stage.dir}"
+    failure = run_ranks(stage, code)
+    assert "could not finish the exchange" in failure.what
+    assert "rank 1 was busy elsewhere" in failure.found
+
+
+def test_failures_of_an_earlier_run_are_forgotten(stage):
+    failure_path(stage.dir, 1).write_text('{"what": "old", "expected": "", "found": "", "fix": ""}')
+    assert "SIGKILL" in run_ranks(stage, "os.kill(os.getpid(), 9)").what
+
+
+PROLOGUE = """
+import sys, torch
+from pathlib import Path
+from sparselong.finetune import ranks
+from functools import partial
+from sparselong.finetune import follow
+from sparselong.processes.failure import tell_failures, write_failure
+rank = int(os.environ["RANK"])
+WORK = Path({work!r})
+tell_failures(WORK, rank)
+mesh = ranks.join(2, exchange_seconds=4)
+assert "RANK" not in os.environ and ranks.count() == 2 and ranks.is_first() == (rank == 0)
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("code", "what", "found"),
+    [
+        (
+            "same = {'a': torch.ones(3), 'b': torch.arange(5.0), 'c': None}\n"
+            "same['c'] = torch.tensor([1, 2, 3], dtype=torch.bfloat16)\n"
+            "ranks.check_replicas(same, step=1)\n"
+            "assert [*ranks.merge_peaks({'host': 5 + rank})] == ['host']\n"
+            "same['b'][4] += 1e-6 * rank\n"
+            "ranks.check_replicas(same, step=7)\n",
+            "the ranks' adapters or masks have come apart at step 7",
+            "others on rank 1, first in b",
+        ),
+        (
+            "if rank == 1: time.sleep(60)\nranks.check_replicas({'a': torch.ones(3)}, step=1)\n",
+            "rank {rank} ends, since rank 1 of 2 has failed",
+            "rank 1: time-out: 4 s after exchange",
+        ),
+    ],
+    ids=["apart", "time-out"],
+)
+def test_over_gloo(stage, code, what, found):
+    world = World(2, {0: 0, 1: 1}, 2, joined=False)
+    prologue = PROLOGUE.format(work=str(stage.dir))
+    block = "\n ".join(
+        ("with ranks.watched(partial(write_failure, WORK, rank), 4):", *code.split("\n"))
+    )
+    failure = run_ranks(stage, prologue + block, rank_environments(world, gpus=0))
+    assert failure.what in (what.format(rank=0), what.format(rank=1)) and found in failure.found
+
+
+def test_a_rank_that_torchrun_ends_names_the_one_that_failed(stage, monkeypatch):
+    port = rank_environments(World(2, {0: 0}, 2, joined=False), gpus=0)[0]["MASTER_PORT"]
+    _meeting = TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+
+    def train_as(rank: int, train) -> str:
+        join_torchrun(monkeypatch, rank=rank, size=2, local=rank, here=2)
+        monkeypatch.setattr(follow, "train_ranks", train)
+        with pytest.raises((StageError, KeyboardInterrupt)) as ended:
+            follow.train_together(stage)
+        return str(ended.value)
+
+    def be_ended(_: Stage) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    def fail(_: Stage) -> None:
+        raise StageError("rank 1: it broke", "e", "a loss of NaN", "x")
+
+    assert train_as(0, be_ended) == "SIGTERM"  # the stage explains that
+    assert "rank 1: it broke" in train_as(1, fail)
+    told = train_as(0, be_ended)
+    assert "rank 0 was ended, since another rank has failed" in told
+    assert "rank 1: it broke: a loss of NaN" in told
+
+
+@pytest.mark.timeout(180)
+def test_under_torchrun_every_process_ends_when_the_stage_refuses(tmp_path):
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+        *(str(ROOT / "03_finetune.py"), "--config", str(ROOT / "configs/tiny.yaml")),
+        *("--run-dir", str(tmp_path / "run"), "sequence_parallel_degree=2"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+    assert ended.returncode == 1
+    assert ended.stderr.count("03_finetune needs 02_compress") == 1
+    assert "rank 1: rank 0 failed, see its message" in ended.stderr
+    assert not Path(tmp_path / "run/03_finetune/axolotl.yaml").exists()

@@ -1,0 +1,171 @@
+"""What a second pass need not compute: kept once, handed out in order, the same bits."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from sparselong.runtime.recompute import (
+    attend_once,
+    begin_ahead,
+    checkpoint_contexts,
+    is_checkpointed,
+    is_second_pass,
+)
+from tests.kernels.run_interpreted import run_interpreted
+
+keep = partial(checkpoint_contexts, True)
+
+calls = []
+
+
+class Toy(torch.autograd.Function):
+    """exp, as attention stands in the autograd graph: what it saves comes out of `attend_once`."""
+
+    @staticmethod
+    def forward(ctx, x):
+        def attend():
+            calls.append(x.shape)
+            out = x.exp()
+            return out, out.sum(-1), (out + 0,)
+
+        out, lse, saved = attend_once(attend, x.shape[-1] != 3)
+        ctx.save_for_backward(out, *saved)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        out, extra = ctx.saved_tensors
+        assert torch.equal(out, extra)
+        return grad * out
+
+
+def layer(x):
+    first, _ = Toy.apply(x.sin())
+    second, _ = Toy.apply(first[:, :2].cos())
+    return first.sum() * second.sum()
+
+
+def gradient(x, **arguments):
+    calls.clear()
+    x = x.clone().requires_grad_()
+    checkpoint(layer, x, use_reentrant=False, **arguments).backward()
+    return x.grad
+
+
+def test_each_attention_of_a_checkpointed_layer_is_computed_once_and_gradients_are_the_same_bits():
+    x = torch.randn(3, 4)
+    plain = gradient(x)
+    assert len(calls) == 4
+    kept = gradient(x, context_fn=keep)
+    assert [tuple(shape) for shape in calls] == [(3, 4), (3, 2)]
+    assert torch.equal(plain, kept)
+
+
+def test_windows_and_layers_that_are_not_to_keep_attend_twice():
+    gradient(torch.randn(2, 3), context_fn=keep)  # [2, 3] stands for a window layer, [2, 2] not
+    assert [tuple(shape) for shape in calls] == [(2, 3), (2, 2), (2, 3)]
+    gradient(torch.randn(3, 4), context_fn=partial(checkpoint_contexts, False))
+    assert len(calls) == 4
+
+
+def test_a_layer_knows_in_which_pass_it_is():
+    seen = []
+
+    def look(x):
+        seen.append((is_checkpointed(), is_second_pass()))
+        return x.exp()
+
+    x = torch.randn(3, requires_grad=True)
+    look(x)
+    checkpoint(look, x, use_reentrant=False, context_fn=keep).sum().backward()
+    look(x)
+    assert seen == [(False, False), (True, False), (True, True), (False, False)]
+
+
+def test_what_a_second_pass_begins_is_found_by_the_backward_pass_behind_it():
+    found = []
+
+    class Begins(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.begun = begin_ahead(lambda: len(found))
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            found.append(list(ctx.begun))
+            return grad * x.cos()
+
+    x = torch.randn(3, requires_grad=True)
+    loss = checkpoint(Begins.apply, x, use_reentrant=False, context_fn=keep).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    Begins.apply(x).sum().backward()
+    assert found == [[0], [1], []]
+
+
+def test_two_layers_of_one_graph_keep_their_own():
+    """The backward pass comes to the later layer first."""
+    calls.clear()
+    x = torch.randn(3, 4, requires_grad=True)
+    a = checkpoint(layer, x, use_reentrant=False, context_fn=keep)
+    b = checkpoint(layer, 2 * x, use_reentrant=False, context_fn=keep)
+    (a + 3 * b).backward()
+    assert len(calls) == 4
+    expected = x.detach().clone().requires_grad_()
+    (layer(expected) + 3 * layer(2 * expected)).backward()
+    assert torch.allclose(x.grad, expected.grad, rtol=1e-6)
+
+
+def test_a_graph_that_is_kept_can_be_gone_through_again():
+    calls.clear()
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = checkpoint(layer, x, use_reentrant=False, context_fn=keep)
+    loss.backward(retain_graph=True)
+    once = x.grad.clone()
+    loss.backward()
+    assert torch.equal(x.grad, 2 * once) and len(calls) == 2
+
+
+def test_without_checkpointing_nothing_is_kept():
+    calls.clear()
+    x = torch.randn(3, 4, requires_grad=True)
+    layer(x).backward()
+    layer(x).backward()
+    assert len(calls) == 4
+
+
+@pytest.fixture(scope="module")
+def experts() -> dict[str, dict]:
+    """What the two ways differ in, by pass; a layer calls its experts twice, in two slices each."""
+    return run_interpreted("interpreted_recompute")
+
+
+@pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
+def test_kept_experts_have_the_same_gradients_and_no_second_product(experts, kind):
+    found = experts[kind]
+    assert found["finite"] and found["equal"] and found["equal_again"]
+    n = 2 if kind == "biases" else 4  # a bias's gradient is one sum over all tokens
+    assert found["made"] == {
+        "forward": n, "held": 0, "once": 2 * n, "left": 0, "twice": 3 * n, "left again": 0,
+    }  # fmt: skip
+    # A graph gone through again makes again what the first time has used up.
+    assert found["kept"] == {
+        "forward": n, "held": n, "once": n, "left": 0, "twice": 2 * n, "left again": 0,
+    }  # fmt: skip
+
+
+def test_what_is_trained_changes_no_other_gradient(experts):
+    """Checkpointed or not; what is frozen is not written to."""
+    assert len(experts["some"]) == 6 and all(experts["some"].values())
+
+
+@pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
+def test_a_backward_pass_that_broke_off_leaves_nothing_to_the_next(experts, kind):
+    """Out of memory in one slice: what later slices kept must not stand for the first one's."""
+    assert experts[kind]["equal_after_failure"]
