@@ -22,7 +22,7 @@ from benchmarks.record import row, write
 from sparselong.kernels import gpu as architecture
 from sparselong.kernels.attention import tiles as attention_tiles
 from sparselong.kernels.attention import triton_launch as attention_triton
-from sparselong.kernels.attention.mask import Call, Done, Mask, find_documents
+from sparselong.kernels.attention.mask import AttentionCall, Mask, SavedForward, find_documents
 from sparselong.kernels.attention.tiles import Tile
 
 Job = tuple[str, str, Tile]
@@ -62,14 +62,14 @@ def prepare(kind: str, tokens: int) -> tuple:
     sinks = torch.randn(64, device="cuda")
     documents = find_documents(pack(tokens), 1, tokens) if kind == "packed" else None
     window = 128 if kind == "window" else None
-    call = Call(Mask(1, tokens, tokens, 0, window, documents), 0.125, needs_dsinks=False)
+    call = AttentionCall(Mask(1, tokens, tokens, 0, window, documents), 0.125, needs_dsinks=False)
     return dout, q, k, v, sinks, call
 
 
 def make_call(stage: str, inputs: tuple, out: torch.Tensor, lse: torch.Tensor):
     """A function of no arguments that launches one stage."""
     dout, *given, call = inputs
-    done = Done(*given, out, lse)
+    done = SavedForward(*given, out, lse)
     if stage == "forward":
         return lambda: attention_triton.attend(*given, call)
     if stage == "dq":

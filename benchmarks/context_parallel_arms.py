@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from sparselong.kernels.attention.mask import Call, Done, Mask
+from sparselong.kernels.attention.mask import AttentionCall, Mask, SavedForward
 from sparselong.kernels.attention.op import attention, load_backend, pick_backend
 from sparselong.parallel.collectives import record_bytes, start_all_to_all
 from sparselong.parallel.mesh import Mesh
@@ -75,13 +75,15 @@ def make_arms(mesh: Mesh, tokens: int, strides: list[int], best: int) -> dict[st
     }
 
 
-def _whole_past(q: torch.Tensor, sinks: torch.Tensor, window: int | None, mesh: Mesh) -> Call:
+def _whole_past(
+    q: torch.Tensor, sinks: torch.Tensor, window: int | None, mesh: Mesh
+) -> AttentionCall:
     """This rank's queries and all keys up to the last of them."""
     tokens = q.shape[2]
     end = (mesh.context_rank + 1) * tokens
     reach = None if window is None or window >= end else window
     mask = Mask(len(q), tokens, end, end - tokens, reach, None)
-    return Call(mask, q.shape[-1] ** -0.5, needs_dsinks=sinks.requires_grad)
+    return AttentionCall(mask, q.shape[-1] ** -0.5, needs_dsinks=sinks.requires_grad)
 
 
 class _Gathering(torch.autograd.Function):
@@ -111,7 +113,7 @@ class _Gathering(torch.autograd.Function):
         for group, keys in enumerate(_gather(own, ctx.mesh)):
             at = (slice(None), slice(group * share, (group + 1) * share))
             k_all, v_all = keys[:end].permute(1, 2, 3, 0, 4)
-            done = Done(
+            done = SavedForward(
                 *(q[at], k_all, v_all, sinks[at[1]], out[at], lse[at].contiguous()),
                 ctx.kept[group],
             )

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss import modeling_gpt_oss
 
-from sparselong.adapters.attach import Beside, add_masked_lora
+from sparselong.adapters.attach import ExtraAdapters, add_masked_lora
 from sparselong.adapters.expert_lora import EXPERT_WEIGHTS
 from sparselong.checkpoint.format import PROJECTIONS
 from sparselong.model.fused import chunk_loss, fuse
@@ -56,7 +56,11 @@ def build(
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     model.enable_input_require_grads()
     if arm in SPARSE:
-        beside = Beside(EXPERT_WEIGHTS, EXPERT_R, router=True) if arm == "experts" else Beside()
+        beside = (
+            ExtraAdapters(EXPERT_WEIGHTS, EXPERT_R, router=True)
+            if arm == "experts"
+            else ExtraAdapters()
+        )
         masters = partial(give_up, model)
         tuned, _ = add_masked_lora(
             model,

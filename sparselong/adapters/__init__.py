@@ -6,7 +6,7 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.adapters.attach import (
-        Beside,
+        ExtraAdapters,
         Masters,
         add_masked_lora,
         count_trainable,

@@ -25,7 +25,7 @@ TunedLayer = MaskedLoraLinear | ExpertLora | RouterLora
 
 
 @dataclass(frozen=True)
-class Beside:
+class ExtraAdapters:
     """Adapters beside those of the shared dense layers."""
 
     expert_targets: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ def add_masked_lora(
     alpha: float,
     master_of: Callable[[str], torch.Tensor],
     seed: int,
-    beside: Beside = Beside(),
+    beside: ExtraAdapters = ExtraAdapters(),
 ) -> tuple[PeftModel, LoraConfig]:
     """Replaces the target layers by MaskedLoraLinear and freezes everything else.
 
@@ -157,7 +157,7 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
         )
 
 
-def _check_beside(model: nn.Module, beside: Beside) -> None:
+def _check_beside(model: nn.Module, beside: ExtraAdapters) -> None:
     modules = dict(model.named_modules())
     for name, kind in beside.modules.items():
         found = [modules[path] for path in _matches(modules, name)]

@@ -38,7 +38,7 @@ from pydantic import BaseModel
 
 import sparselong
 from sparselong.adapters import (
-    Beside,
+    ExtraAdapters,
     Masters,
     add_masked_lora,
     bake_checkpoint,
@@ -209,7 +209,7 @@ class SparseLongPlugin(BasePlugin):
             alpha=cfg.lora_alpha,
             master_of=Masters(Path(cfg.sparselong.masters)).read,
             seed=cfg.seed,
-            beside=Beside(tuple(section.expert_targets), section.expert_r, section.router),
+            beside=ExtraAdapters(tuple(section.expert_targets), section.expert_r, section.router),
         )
         tell(parameter_table(tuned))
         return tuned, config

@@ -10,7 +10,7 @@ from transformers import AutoConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 from sparselong.adapters.attach import (
-    Beside,
+    ExtraAdapters,
     Masters,
     add_masked_lora,
     count_trainable,
@@ -40,7 +40,7 @@ def stage02(small_arguments, tmp_path_factory):
 
 def tuned_model(stage02, weights=BOTH, router=True) -> PeftModel:
     masters = Masters(stage02 / "masters")
-    beside = Beside(weights, 2 if weights else None, router)
+    beside = ExtraAdapters(weights, 2 if weights else None, router)
     return add_masked_lora(
         load_model(stage02 / "model", device=CPU), targets=("q_proj",), r=4, alpha=8.0,
         master_of=masters.read, seed=5, beside=beside,
@@ -230,8 +230,8 @@ def test_baked_experts_are_the_rounded_sum_and_what_is_lost_is_told(stage02, tmp
 @pytest.mark.parametrize(
     ("beside", "message"),
     [
-        (Beside(BOTH, 2), "lora.expert_targets: the model's experts cannot get an adapter"),
-        (Beside(router=True), "lora.router: the model's router cannot get an adapter"),
+        (ExtraAdapters(BOTH, 2), "lora.expert_targets: the model's experts cannot get an adapter"),
+        (ExtraAdapters(router=True), "lora.router: the model's router cannot get an adapter"),
     ],
 )
 def test_a_model_without_what_is_targeted_is_refused(stage02, beside, message):

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
-from sparselong.health.check import check
 
 from sparselong import memory
 from sparselong.config import schema as config_module
 from sparselong.health import machine as machine_module
 from sparselong.health import packages, report, sources
+from sparselong.health.check import check
 from sparselong.health.machine import Disk, Gpu, Machine, Torch
 from sparselong.health.packages import Package
 from sparselong.health.rows import Row

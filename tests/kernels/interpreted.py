@@ -17,7 +17,7 @@ import torch
 
 from sparselong.kernels.attention import tiles as attention_tiles
 from sparselong.kernels.attention import triton_launch as attention_triton
-from sparselong.kernels.attention.mask import Call, Done, Mask, find_documents
+from sparselong.kernels.attention.mask import AttentionCall, Mask, SavedForward, find_documents
 from sparselong.kernels.attention.torch_backend import attention_reference
 from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
@@ -116,9 +116,9 @@ def run(case: Case) -> dict[str, float]:
     if case.boundaries is not None:
         documents = find_documents(torch.tensor(case.boundaries), case.batch, case.keys)
     mask = Mask(case.batch, case.queries, case.keys, case.offset, case.window, documents)
-    call = Call(mask, 0.125)
+    call = AttentionCall(mask, 0.125)
     out, lse, _ = attention_triton.attend(q, k, v, sinks, call)
-    grads = attention_triton.attend_backward(dout, Done(q, k, v, sinks, out, lse), call)
+    grads = attention_triton.attend_backward(dout, SavedForward(q, k, v, sinks, out, lse), call)
     leaves = [t.double().requires_grad_() for t in (q, k, v, sinks)]
     exact, exact_lse = attention_reference(
         *leaves, document=documents and documents.starts, window=case.window, scale=0.125,

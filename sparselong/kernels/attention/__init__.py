@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from sparselong.kernels.attention.choice import BACKENDS, describe_choice
     from sparselong.kernels.attention.key_gradients import RunGradients, sort_gradients
     from sparselong.kernels.attention.mask import (
-        Call,
+        AttentionCall,
         Documents,
-        Done,
         Mask,
+        SavedForward,
         find_documents,
         mark_starts,
         refuse_gaps,

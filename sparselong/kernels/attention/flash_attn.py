@@ -13,10 +13,17 @@ import torch
 
 from sparselong.kernels.attention import torch_operators as shared
 from sparselong.kernels.attention.join import join
-from sparselong.kernels.attention.mask import Attended, Call, Documents, Done, Gradients, Mask
+from sparselong.kernels.attention.mask import (
+    Attended,
+    AttentionCall,
+    Documents,
+    Gradients,
+    Mask,
+    SavedForward,
+)
 
 
-def refuse(q: torch.Tensor, call: Call) -> str | None:
+def refuse(q: torch.Tensor, call: AttentionCall) -> str | None:
     """Why flash-attn cannot take the call, or None."""
     if importlib.util.find_spec("flash_attn") is None:
         return "backend: flash_attn is not installed; allowed: an installed one"
@@ -24,7 +31,7 @@ def refuse(q: torch.Tensor, call: Call) -> str | None:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> Attended:
     """(out, lse, what the backward needs). Shapes as in `attention.attention`."""
     from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
@@ -46,7 +53,7 @@ def attend(
 _NO_WINDOW = {"window_size_left": -1, "window_size_right": -1}
 
 
-def attend_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
+def attend_backward(dout: torch.Tensor, done: SavedForward, call: AttentionCall) -> Gradients:
     """The backward pass, by the package's own."""
     from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
         _flash_attn_varlen_backward,

@@ -57,7 +57,7 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """What a backend is asked for beside the tensors.
 
     Attributes:
@@ -72,7 +72,7 @@ class Call:
     needs_dsinks: bool = True
 
 
-class Done(NamedTuple):
+class SavedForward(NamedTuple):
     """A forward pass as its backward pass finds it: inputs and what was `Attended`."""
 
     q: torch.Tensor

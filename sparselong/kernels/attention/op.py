@@ -31,7 +31,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sparselong.kernels.attention.choice import BACKENDS, rank_backends
-from sparselong.kernels.attention.mask import Attended, Call, Done, Gradients, Mask, find_documents
+from sparselong.kernels.attention.mask import (
+    Attended,
+    AttentionCall,
+    Gradients,
+    Mask,
+    SavedForward,
+    find_documents,
+)
 from sparselong.kernels.attention.torch_backend import attention_reference
 from sparselong.kernels.gpu import architecture_of
 from sparselong.runtime import attend_once
@@ -90,7 +97,7 @@ def attention(
     _check_numbers(window, scale, query_offset, dropout, backend)
     mask = _make_mask(q, k, cu_seqlens, window, query_offset)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    call = Call(mask, scale, deterministic, needs_dsinks=sinks.requires_grad)
+    call = AttentionCall(mask, scale, deterministic, needs_dsinks=sinks.requires_grad)
     name = pick_backend(backend, q, call)
     if name == "reference":
         document = None if mask.documents is None else mask.documents.starts
@@ -101,7 +108,7 @@ def attention(
     return _Attention.apply(q, k, v, sinks, call, name)  # pyright: ignore[reportReturnType]
 
 
-def pick_backend(backend: str | None, q: torch.Tensor, call: Call) -> str:
+def pick_backend(backend: str | None, q: torch.Tensor, call: AttentionCall) -> str:
     """The backend that was named, or for None the one of `choose_backend`.
 
     Raises:
@@ -110,7 +117,7 @@ def pick_backend(backend: str | None, q: torch.Tensor, call: Call) -> str:
     return choose_backend(q, call) if backend is None else _require_backend(backend, q, call)
 
 
-def choose_backend(q: torch.Tensor, call: Call) -> str:
+def choose_backend(q: torch.Tensor, call: AttentionCall) -> str:
     """The backend that `backend=None` takes: the table's first that can take the call.
 
     cuDNN is passed over where its plan would not pay (`plan_pays`).
@@ -147,9 +154,9 @@ def plan_pays(mask: Mask) -> bool:
 class Backend(NamedTuple):
     """What a backend offers."""
 
-    refuse: Callable[[torch.Tensor, Call], str | None]
+    refuse: Callable[[torch.Tensor, AttentionCall], str | None]
     attend: Callable[..., Attended]
-    attend_backward: Callable[[torch.Tensor, Done, Call], Gradients]
+    attend_backward: Callable[[torch.Tensor, SavedForward, AttentionCall], Gradients]
 
 
 class _Attention(torch.autograd.Function):
@@ -160,7 +167,7 @@ class _Attention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor,
-        call: Call,
+        call: AttentionCall,
         name: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.cuda.device_of(q):
@@ -177,7 +184,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, sinks, out, lse, *kept = ctx.saved_tensors
-        done = Done(q, k, v, sinks, out, lse, tuple(kept))
+        done = SavedForward(q, k, v, sinks, out, lse, tuple(kept))
         with torch.cuda.device_of(q):
             *grads, dsinks = load_backend(ctx.backend).attend_backward(dout, done, ctx.call)
         dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
@@ -206,7 +213,7 @@ def load_backend(name: str) -> Backend:
     return Backend(theirs.refuse_cudnn, theirs.attend_cudnn, theirs.attend_cudnn_backward)
 
 
-def _require_backend(name: str, q: torch.Tensor, call: Call) -> str:
+def _require_backend(name: str, q: torch.Tensor, call: AttentionCall) -> str:
     if name == "reference":
         return name
     if q.device.type != "cuda":

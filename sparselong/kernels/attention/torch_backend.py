@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sparselong.kernels.attention.mask import Attended, Call, Done, Gradients
+from sparselong.kernels.attention.mask import Attended, AttentionCall, Gradients, SavedForward
 
 
 def attention_reference(
@@ -92,13 +92,13 @@ def _attend_chunk(
 
 @torch.no_grad()
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> Attended:
     """The forward pass alone, for a caller with an autograd function of its own."""
     return *_attend_call(q, k, v, sinks, call), ()
 
 
-def attend_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
+def attend_backward(dout: torch.Tensor, done: SavedForward, call: AttentionCall) -> Gradients:
     """Its backward pass, which goes through the forward pass again."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in done[:4]]
@@ -108,7 +108,7 @@ def attend_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
 
 
 def _attend_call(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     mask = call.mask
     return attention_reference(

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 import torch
 
 from sparselong.kernels.attention.join import join
-from sparselong.kernels.attention.mask import Attended, Call, Done, Gradients, Mask
+from sparselong.kernels.attention.mask import Attended, AttentionCall, Gradients, Mask, SavedForward
 from sparselong.kernels.layout import with_unit_stride
 
 aten = torch.ops.aten
@@ -35,7 +35,7 @@ it does not take."""
 _DSINK_QUERIES = 2048
 
 
-def refuse_flash(q: torch.Tensor, call: Call) -> str | None:
+def refuse_flash(q: torch.Tensor, call: AttentionCall) -> str | None:
     """Why FlashAttention-2 cannot take the call, or None."""
     mask = call.mask
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -45,7 +45,7 @@ def refuse_flash(q: torch.Tensor, call: Call) -> str | None:
     return None
 
 
-def refuse_cudnn(q: torch.Tensor, call: Call) -> str | None:
+def refuse_cudnn(q: torch.Tensor, call: AttentionCall) -> str | None:
     """Why cuDNN cannot take the call, or None."""
     mask = call.mask
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -69,7 +69,7 @@ def refuse_cudnn(q: torch.Tensor, call: Call) -> str | None:
 
 
 def attend_flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> Attended:
     """(out, lse, what the operator's backward needs). Shapes as in `attention.attention`."""
     mask = call.mask
@@ -85,7 +85,7 @@ def attend_flash(
     return *join([(out, lse)], sinks), (rest[0], rest[1])
 
 
-def attend_flash_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
+def attend_flash_backward(dout: torch.Tensor, done: SavedForward, call: AttentionCall) -> Gradients:
     """The backward pass, by the operator's own."""
     q, k, v, _, out, lse, kept = done
     mask = call.mask
@@ -119,7 +119,7 @@ def attend_flash_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradien
 
 
 def attend_cudnn(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> Attended:
     """(out, lse, what the operator's backward needs). Shapes as in `attention.attention`."""
     q, k, v = with_unit_stride(q, k, v)
@@ -134,7 +134,7 @@ def attend_cudnn(
     return *join(parts, sinks), kept
 
 
-def attend_cudnn_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
+def attend_cudnn_backward(dout: torch.Tensor, done: SavedForward, call: AttentionCall) -> Gradients:
     """The backward pass, by the operator's own."""
     q, k, v, _, out, lse, kept = done
     mask = call.mask
@@ -163,7 +163,7 @@ def cudnn_parts(mask: Mask) -> list[tuple[slice, bool]]:
     return [own] if mask.offset == 0 else [(slice(0, mask.offset), False), own]
 
 
-def sink_gradient(dout: torch.Tensor, done: Done) -> torch.Tensor:
+def sink_gradient(dout: torch.Tensor, done: SavedForward) -> torch.Tensor:
     """[heads] fp32, summed in a fixed order over chunks of queries, so that no large fp32 copy of
     dout and out is ever held."""
     out, lse, sinks = done.out, done.lse, done.sinks

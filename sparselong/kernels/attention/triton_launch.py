@@ -17,7 +17,7 @@ from sparselong.kernels import gpu as architecture
 from sparselong.kernels.attention import triton_backward as attention_backward
 from sparselong.kernels.attention import triton_forward as attention_kernels
 from sparselong.kernels.attention import triton_split as attention_split
-from sparselong.kernels.attention.mask import Attended, Call, Done, Gradients, Mask
+from sparselong.kernels.attention.mask import Attended, AttentionCall, Gradients, Mask, SavedForward
 from sparselong.kernels.attention.tiles import Tile, tile_for
 from sparselong.kernels.layout import with_unit_stride
 
@@ -29,7 +29,7 @@ FEW_QUERIES, SPLIT_KEYS = 16, 512  # up to so many queries, from so many keys on
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def refuse(q: torch.Tensor, call: Call) -> str | None:
+def refuse(q: torch.Tensor, call: AttentionCall) -> str | None:
     """Why this backend cannot take the call, or None."""
     if q.dtype not in DTYPES:
         return f"q: {q.dtype}; allowed: {', '.join(map(str, DTYPES))}"
@@ -39,7 +39,7 @@ def refuse(q: torch.Tensor, call: Call) -> str | None:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: Call
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> Attended:
     """(out, lse, nothing more to keep). Shapes as in `attention.attention`."""
     mask, sinks = call.mask, sinks.contiguous()
@@ -67,7 +67,7 @@ def _launch_split(
     sinks: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    call: Call,
+    call: AttentionCall,
 ) -> None:
     """Few queries and many keys: the keys are split over programs, and the parts combined."""
     mask, (batch, heads, queries) = call.mask, lse.shape
@@ -90,7 +90,7 @@ def _launch_split(
     )
 
 
-def attend_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
+def attend_backward(dout: torch.Tensor, done: SavedForward, call: AttentionCall) -> Gradients:
     """The backward pass: delta first, on the way to dq, then dk and dv."""
     dout, q, k, v = with_unit_stride(dout, done.q, done.k, done.v)
     done = done._replace(q=q, k=k, v=v, sinks=done.sinks.contiguous())
@@ -100,7 +100,7 @@ def attend_backward(dout: torch.Tensor, done: Done, call: Call) -> Gradients:
 
 
 def launch_dq(
-    dout: torch.Tensor, done: Done, call: Call
+    dout: torch.Tensor, done: SavedForward, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dq, delta = rowsum(dout * out) like lse, dsinks in fp32 where needed)."""
     q, k, v, sinks, out, lse, _ = done
@@ -123,7 +123,7 @@ def launch_dq(
 
 
 def launch_dkdv(
-    dout: torch.Tensor, done: Done, delta: torch.Tensor, call: Call
+    dout: torch.Tensor, done: SavedForward, delta: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dk, dv); `delta` is `launch_dq`'s."""
     q, k, v, _, _, lse, _ = done
@@ -164,7 +164,7 @@ def _positions(mask: Mask, name: str, unused: torch.Tensor) -> torch.Tensor:
     return unused if mask.documents is None else getattr(mask.documents, name)
 
 
-def _sizes(q: torch.Tensor, call: Call) -> tuple[int | float, ...]:
+def _sizes(q: torch.Tensor, call: AttentionCall) -> tuple[int | float, ...]:
     mask = call.mask
     return (q.shape[1], mask.queries, mask.keys, mask.offset, mask.window or 0, call.scale)
 

@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from sparselong.kernels.attention import Done, RunGradients, load_backend, sort_gradients
+from sparselong.kernels.attention import RunGradients, SavedForward, load_backend, sort_gradients
 from sparselong.parallel.collectives import Pending, start_all_to_all
-from sparselong.parallel.sequence.exchange import Plan, Range
+from sparselong.parallel.sequence.exchange import ExchangePlan, Range
 from sparselong.runtime import attend_once, begin_ahead, exchange_once
 
 KEYS, KEY_GRADIENTS = "keys", "key gradients"
@@ -40,7 +40,7 @@ HALO, HALO_GRADIENTS = "halo", "halo gradients"
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardedCall:
     """One layer's attention on one rank.
 
     Attributes:
@@ -49,7 +49,7 @@ class Job:
         is_full: whether the layer has no window.
     """
 
-    plan: Plan
+    plan: ExchangePlan
     group: dist.ProcessGroup
     stride: int
     backends: tuple[str, ...]
@@ -57,7 +57,7 @@ class Job:
 
 
 def attend_to_all(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, job: Job
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, job: ShardedCall
 ) -> torch.Tensor:
     """out, like q; gradients flow to q, k, v and sinks.
 
@@ -79,7 +79,7 @@ class _ShardedAttention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor,
-        job: Job,
+        job: ShardedCall,
     ) -> torch.Tensor:
         with torch.cuda.device_of(q):
             own = pack(k, v, job.stride)
@@ -103,7 +103,9 @@ class _ShardedAttention(torch.autograd.Function):
         for count in ctx.counts:
             kept.append(tuple(flat[:count]))
             del flat[:count]
-        done = Done(q, q, q, sinks, out, lse)  # its keys come in group by group; lse by call
+        done = SavedForward(
+            q, q, q, sinks, out, lse
+        )  # its keys come in group by group; lse by call
         with torch.cuda.device_of(q):
             groups = gather(own, halo, ctx.job, ctx.begun)
             dq, dk, dv, dsinks = _attend_backward(dout, done, kept, own, groups, ctx.job)
@@ -118,20 +120,23 @@ def pack(k: torch.Tensor, v: torch.Tensor, stride: int) -> torch.Tensor:
     return torch.cat(both, 2).view(heads // stride, tokens, 2, rows, stride, dim)
 
 
-def start_exchange(own: torch.Tensor, job: Job, tag: str) -> Pending:
+def start_exchange(own: torch.Tensor, job: ShardedCall, tag: str) -> Pending:
     """Sends a group's own [T, 2, B, S, D] to whom it concerns; receives others' alike."""
     plan = job.plan
     rows = _take(own, [part for parts in plan.sent for part in parts])
     return start_all_to_all(rows, plan.sent_rows, list(plan.received_rows), job.group, tag)
 
 
-def assemble(own: torch.Tensor, received: torch.Tensor, plan: Plan) -> torch.Tensor:
+def assemble(own: torch.Tensor, received: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
     """[K, 2, B, S, D]: own and received keys and values of a group, by rising position."""
     return _join([(own if mine else received)[slice(*part)] for mine, part in plan.assembly])
 
 
 def gather(
-    own: torch.Tensor, halo: torch.Tensor | None, job: Job, begun: list[Pending] | None = None
+    own: torch.Tensor,
+    halo: torch.Tensor | None,
+    job: ShardedCall,
+    begun: list[Pending] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Each group's assembled keys and values; the next group's are under way meanwhile, the first
     one's perhaps already: the last of `begun`, which is taken out."""
@@ -147,7 +152,11 @@ def gather(
 
 
 def _attend(
-    q: torch.Tensor, sinks: torch.Tensor, own: torch.Tensor, halo: torch.Tensor | None, job: Job
+    q: torch.Tensor,
+    sinks: torch.Tensor,
+    own: torch.Tensor,
+    halo: torch.Tensor | None,
+    job: ShardedCall,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """(out like q, lse [calls, B, heads of a call, tokens of a run], what each call's backend needs
     in its backward pass); the calls are group by group and, within one, run by run."""
@@ -169,11 +178,11 @@ def _attend(
 
 def _attend_backward(
     dout: torch.Tensor,
-    done: Done,
+    done: SavedForward,
     kept: list[tuple[torch.Tensor, ...]],
     own: torch.Tensor,
     groups: Iterator[torch.Tensor],
-    job: Job,
+    job: ShardedCall,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dq, dk, dv and, where needed, dsinks in fp32."""
     dq = _empty_token_major(done.q)
@@ -189,7 +198,7 @@ def _attend_backward(
         for run, backend in zip(job.plan.runs, job.backends, strict=True):
             at = (slice(None), heads, run.queries)
             k, v = _keys_and_values(keys[run.keys])
-            call = Done(done.q[at], k, v, done.sinks[heads], done.out[at], *next(saved))
+            call = SavedForward(done.q[at], k, v, done.sinks[heads], done.out[at], *next(saved))
             dq_run, dk_run, dv_run, of_run = load_backend(backend).attend_backward(
                 dout[at], call, run.call
             )
@@ -211,7 +220,7 @@ def _attend_backward(
 class _Return:
     """A group's dK and dV on their way to the ranks whose keys they belong to."""
 
-    def __init__(self, group: int, runs: tuple[RunGradients, RunGradients], job: Job):
+    def __init__(self, group: int, runs: tuple[RunGradients, RunGradients], job: ShardedCall):
         plan = job.plan
         self.group, self.plan = group, plan
         rows, self.own = sort_gradients(runs, plan.places, sum(plan.received_rows))

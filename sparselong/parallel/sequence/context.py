@@ -22,8 +22,8 @@ import torch
 
 from sparselong.kernels.attention import attention, load_backend, pick_backend, plan_pays
 from sparselong.parallel.mesh import Mesh
-from sparselong.parallel.sequence.attention import Job, attend_to_all
-from sparselong.parallel.sequence.exchange import Plan, plan_exchange
+from sparselong.parallel.sequence.attention import ShardedCall, attend_to_all
+from sparselong.parallel.sequence.exchange import ExchangePlan, plan_exchange
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Context:
         )
         stride = self.layout.heads_k_stride if window is None else k.shape[1]
         backends = _pick_backends(backend, q, plan)
-        job = Job(plan, self.mesh.context_group, stride, backends, is_full=window is None)
+        job = ShardedCall(plan, self.mesh.context_group, stride, backends, is_full=window is None)
         return attend_to_all(q, k, v, sinks, job)
 
     def _check(self, q: torch.Tensor, k: torch.Tensor) -> None:
@@ -116,7 +116,7 @@ class Context:
             )
 
 
-def _pick_backends(backend: str | None, q: torch.Tensor, plan: Plan) -> tuple[str, str]:
+def _pick_backends(backend: str | None, q: torch.Tensor, plan: ExchangePlan) -> tuple[str, str]:
     """For both runs the later one's where it can take both, so that ranks differ as little as they
     can: the early run of rank 0 has no keys before it."""
     early, late = (pick_backend(backend, q, run.call) for run in plan.runs)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparselong.kernels.attention import Call, Documents, Mask, find_documents
+from sparselong.kernels.attention import AttentionCall, Documents, Mask, find_documents
 from sparselong.parallel.sequence.shard import chunks_of
 
 Range = tuple[int, int]
@@ -41,11 +41,11 @@ class Run:
 
     queries: slice
     keys: slice
-    call: Call
+    call: AttentionCall
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExchangePlan:
     """A rank's part in the exchange.
 
     Attributes:
@@ -87,7 +87,7 @@ def plan_exchange(
     deterministic: bool,
     needs_dsinks: bool,
     device: torch.device,
-) -> Plan:
+) -> ExchangePlan:
     """The plan of one rank for one kind of layer.
 
     Args:
@@ -120,11 +120,11 @@ def plan_exchange(
         Run(
             slice(n * chunk, (n + 1) * chunk),
             slice(*places.find(need)),
-            Call(mask, scale, deterministic, needs_dsinks),
+            AttentionCall(mask, scale, deterministic, needs_dsinks),
         )
         for n, (need, mask) in enumerate(zip(needs[rank], calls, strict=True))
     )
-    return Plan(
+    return ExchangePlan(
         tuple(sent),
         tuple(sum(last - first for first, last in ranges) for ranges in arriving),
         received,
@@ -236,7 +236,7 @@ def _to_local(owned: list[Range], parts: list[Range]) -> list[Range]:
 def _place_rows(
     own: tuple[tuple[Range, Range], ...], received: tuple[tuple[Range, ...], ...], keys: int
 ) -> torch.Tensor:
-    """`Plan.places`."""
+    """`ExchangePlan.places`."""
     rows, offset = torch.zeros(keys, dtype=torch.int32), 0
     for first, last in (place for each in received for place in each):
         rows[first:last] = torch.arange(offset, offset + last - first, dtype=torch.int32)

@@ -8,7 +8,7 @@ import torch
 
 from sparselong.kernels.attention import op as kernels
 from sparselong.kernels.attention.choice import MEASURED, describe_choice, rank_backends
-from sparselong.kernels.attention.mask import Call, Mask, find_documents
+from sparselong.kernels.attention.mask import AttentionCall, Mask, find_documents
 from sparselong.kernels.attention.op import attention, choose_backend
 from sparselong.kernels.attention.torch_backend import attention_reference
 from tests.kernels import join_interpreted
@@ -125,7 +125,9 @@ def test_second_derivatives_are_refused(monkeypatch):
     plain = kernels.load_backend("reference")
     monkeypatch.setattr(kernels, "load_backend", lambda _: plain)
     tensors = [t.requires_grad_() for t in draw()]
-    out, _ = kernels._Attention.apply(*tensors, Call(Mask(1, 12, 12, 0, None, None), 0.3), "any")
+    out, _ = kernels._Attention.apply(
+        *tensors, AttentionCall(Mask(1, 12, 12, 0, None, None), 0.3), "any"
+    )
     (dq,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
@@ -200,7 +202,7 @@ def test_bad_tensors_are_named():
 def test_the_choice_by_table():
     """On paper: a tensor that says it is on a GPU is not needed to rank backends."""
     q = torch.zeros(1, 8, 300, 64, dtype=torch.bfloat16)
-    assert choose_backend(q, Call(Mask(1, 300, 300, 0, None, None), 0.125)) == "reference"
+    assert choose_backend(q, AttentionCall(Mask(1, 300, 300, 0, None, None), 0.125)) == "reference"
     assert rank_backends("sm_90", "full", False, 16384).order[0] == "torch_cudnn"
     assert rank_backends("sm_90", "window", True, 16384).order[0] == "triton"
     assert "not timed" in describe_choice("sm_86", False, 4096)["full"]
@@ -225,7 +227,7 @@ def test_cudnn_is_chosen_where_lengths_come_again(monkeypatch):
     q = torch.zeros(1, 8, 2048, 64, dtype=torch.bfloat16)
 
     def choice(queries: int, offset: int) -> str:
-        call = Call(Mask(1, queries, queries + offset, offset, None, None), 0.125)
+        call = AttentionCall(Mask(1, queries, queries + offset, offset, None, None), 0.125)
         return choose_backend(q[:, :, :queries], call)
 
     for offset in (0, 2048, 3 * 2048):  # a sequence, and its shards
@@ -241,9 +243,9 @@ def test_what_each_backend_cannot_take():
     from sparselong.kernels.attention import triton_launch as attention_triton
 
     q = torch.zeros(1, 8, 300, 64, dtype=torch.bfloat16)
-    plain = Call(Mask(1, 300, 300, 0, None, None), 0.125)
+    plain = AttentionCall(Mask(1, 300, 300, 0, None, None), 0.125)
 
-    def shaped(*sizes) -> Call:
+    def shaped(*sizes) -> AttentionCall:
         return dataclasses.replace(plain, mask=Mask(1, *sizes))
 
     documents = find_documents(torch.tensor([0, 300]), 1, 300)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparselong.kernels.attention import torch_operators as backend
-from sparselong.kernels.attention.mask import Call, Done, Mask, find_documents
+from sparselong.kernels.attention.mask import AttentionCall, Mask, SavedForward, find_documents
 from sparselong.kernels.attention.torch_backend import attention_reference
 
 
@@ -147,9 +147,9 @@ def compare(functions, batch, queries, keys, offset, window=None, boundaries=Non
     )
     grads = torch.autograd.grad(expected, leaves, dout)
 
-    call = Call(mask, 8**-0.5)
+    call = AttentionCall(mask, 8**-0.5)
     out, lse, kept = attend(q, k, v, sinks, call)
-    got = attend_backward(dout, Done(q, k, v, sinks, out, lse, kept), call)
+    got = attend_backward(dout, SavedForward(q, k, v, sinks, out, lse, kept), call)
     close = {"rtol": 1e-4, "atol": 1e-5}  # sinks and lse are taken in fp32
     torch.testing.assert_close(out, expected.detach(), **close)
     torch.testing.assert_close(lse.double(), expected_lse.detach(), **close)

@@ -8,12 +8,14 @@ import torch
 from sparselong.kernels.attention import op as attention
 from sparselong.kernels.attention.mask import Mask
 from sparselong.parallel.sequence import context
-from sparselong.parallel.sequence.exchange import Plan, plan_exchange
+from sparselong.parallel.sequence.exchange import ExchangePlan, plan_exchange
 
 CPU = torch.device("cpu")
 
 
-def plans(boundaries: tuple[int, ...], rows: int, size: int, window: int | None) -> list[Plan]:
+def plans(
+    boundaries: tuple[int, ...], rows: int, size: int, window: int | None
+) -> list[ExchangePlan]:
     given = (window, 0.125, False, True, CPU)
     return [plan_exchange(boundaries, rows, rank, size, *given) for rank in range(size)]
 
@@ -34,7 +36,9 @@ def own_positions(rank: int, size: int, tokens: int) -> list[int]:
     return [position for first in firsts for position in range(first, first + chunk)]
 
 
-def assembled_positions(rank: int, all_plans: list[Plan], size: int, tokens: int) -> list[int]:
+def assembled_positions(
+    rank: int, all_plans: list[ExchangePlan], size: int, tokens: int
+) -> list[int]:
     """Positions of the assembled keys, by carrying out what the plans of all ranks say."""
     received = []
     for source, plan in enumerate(all_plans):
