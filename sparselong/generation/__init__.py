@@ -1,1 +1,10 @@
 """Captured decoding at batch 1 over a cache of fixed size."""
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.generation.decoder import Decoder, generate
+
+__getattr__ = expose(__name__)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model.test_generation import CONFIG, WINDOW
+from tests.generation.test_decoder import CONFIG, WINDOW
 from transformers import GptOssForCausalLM
 
 from sparselong.generation.decoder import Decoder, generate

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tests.model.test_generation import CONFIG
+from tests.generation.test_decoder import CONFIG
 from transformers import GptOssForCausalLM
 
 from sparselong.generation import decoder as generation

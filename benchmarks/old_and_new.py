@@ -1,0 +1,305 @@
+#!/usr/bin/env python3
+"""This checkout against another one of the same project, in turn, on one GPU.
+
+    python3 benchmarks/old_and_new.py --old ../sparselong-before
+
+Each checkout works in a process of its own, with its own package and its own benchmarks/shape_20b;
+both stay alive side by side, and each measurement is made by one and then by the other, so that a
+machine that slows down slows both. Measured in gpt-oss-20b's shape with random weights: training
+steps (wall time, the sum of kernel times, kernel launches, peak memory), one expert pass, attention
+of a full and of a window layer (forward and backward, device time), and greedy generation.
+
+Only what both checkouts have is used: shape_20b's builders, `sparselong.generate`, `fuse`, and
+`sparselong.kernels.attention.attention`. Needs a CUDA device with room for two models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+WINDOW = 128
+STEP_METRICS = {
+    "wall_ms": "ms",
+    "kernel_ms": "ms",
+    "launches": "1",
+    "peak_bytes": "bytes",
+    "loss": "nats",
+}
+
+
+class Worker:
+    """One checkout's measurements, answered by a process of its own over pipes."""
+
+    def __init__(self, tree: Path):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", str(tree)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tree,
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{tree}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            },
+        )
+
+    def ask(self, **what: Any) -> dict[str, float]:
+        """Send one request and wait for its answer."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"the worker ended with {self.process.wait()} at {what}")
+        return json.loads(line)
+
+
+class Measured:
+    """What a worker measures; `handle` names the method."""
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        self.calls: dict[str, Callable[[], float]] = {}
+
+    def build(self, arm: str, layers: int) -> dict[str, float]:
+        """Build the model of an arm of shape_20b, or the one that generates."""
+        import torch
+
+        import sparselong
+        from benchmarks import shape_20b
+
+        self.model, self.calls = None, {}
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.manual_seed(0)
+        if arm == "generate":
+            self.model = shape_20b.build_packed(shape_20b.config_20b(layers), "lora")
+            sparselong.fuse(self.model)  # pyright: ignore[reportCallIssue]
+            self.model.eval()
+        else:
+            self.model = shape_20b.build(arm, layers=layers)
+        torch.cuda.synchronize()
+        return {"bytes": torch.cuda.memory_allocated()}
+
+    def step(self, tokens: int) -> dict[str, float]:
+        """Measure one optimizer step, wall and peak; then one more under the profiler."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        name = f"step {tokens}"
+        if name not in self.calls:
+            self.calls[name] = self._make_step(tokens)
+        call = self.calls[name]
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        loss = call()
+        torch.cuda.synchronize()
+        wall_ms = (time.perf_counter() - begin) * 1e3
+        peak = torch.cuda.max_memory_allocated()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            call()
+            torch.cuda.synchronize()
+        kernels: Any = [e for e in trace.events() if e.device_time > 0]
+        kernel_ms = sum(e.device_time for e in kernels) / 1e3
+        found = (wall_ms, kernel_ms, len(kernels), peak, loss)
+        return dict(zip(STEP_METRICS, found, strict=True))
+
+    def _make_step(self, tokens: int) -> Callable[[], float]:
+        import torch
+
+        torch.manual_seed(1)
+        ids = torch.randint(self.model.config.vocab_size, (1, tokens), device="cuda")
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+        def step() -> float:
+            loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return float(loss.detach())
+
+        for _ in range(2):  # kernels are compiled, blocks are reserved
+            step()
+        return step
+
+    def experts(self, tokens: int) -> dict[str, float]:
+        """Measure the first layer's expert pass, forward and backward to its input."""
+        import torch
+
+        found = [m for n, m in self.model.named_modules() if n.endswith("mlp.experts")][0]
+        config = self.model.config
+        generator = torch.Generator(device="cuda").manual_seed(2)
+        shape = (tokens, config.hidden_size)
+        x = torch.randn(shape, generator=generator, device="cuda").bfloat16().requires_grad_()
+        scores = torch.rand((tokens, config.num_local_experts), generator=generator, device="cuda")
+        weights, chosen = scores.topk(config.num_experts_per_tok)
+        upstream = torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+        def call() -> object:
+            return torch.autograd.grad(found(x, chosen, weights.bfloat16()), x, upstream)
+
+        return {"device_ms": device_ms(call)}
+
+    def attention(self, tokens: int, window: int | None) -> dict[str, float]:
+        """Measure attention of 64/8 heads, forward and backward."""
+        import torch
+
+        from sparselong.kernels.attention import attention
+
+        generator = torch.Generator(device="cuda").manual_seed(3)
+        q, k, v = (
+            torch.randn((1, heads, tokens, 64), generator=generator, device="cuda")
+            .bfloat16()
+            .requires_grad_()
+            for heads in (64, 8, 8)
+        )
+        sinks = torch.randn(64, generator=generator, device="cuda")
+        upstream = torch.randn(q.shape, generator=generator, device="cuda").bfloat16()
+
+        def call() -> object:
+            return torch.autograd.grad(
+                attention(q, k, v, sinks, window=window)[0], (q, k, v), upstream
+            )
+
+        return {"device_ms": device_ms(call)}
+
+    def generate(self, prompt: int, tokens: int) -> dict[str, float]:
+        """Measure greedy tokens a second, what comes before the first token taken off."""
+        import torch
+
+        import sparselong
+
+        torch.manual_seed(4)
+        ids = torch.randint(self.model.config.vocab_size, (1, prompt), device="cuda")
+        seconds = []
+        for count in (1, tokens):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            made = list(sparselong.generate(self.model, ids, count))  # pyright: ignore[reportCallIssue]
+            seconds.append(time.perf_counter() - begin)
+        return {"tokens_per_second": (len(made) - 1) / (seconds[1] - seconds[0])}
+
+    def handle(self, what: dict[str, Any]) -> dict[str, float]:
+        """Run the method that a request names."""
+        return getattr(self, what.pop("do"))(**what)
+
+
+def device_ms(call: Callable[[], object]) -> float:
+    """Median device time of a call over nine runs, the L2 cache flushed before each."""
+    import torch
+
+    flush = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(12):
+        for _ in range(4):  # the host runs ahead, as in the midst of a model
+            flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[3:])
+
+
+def serve() -> None:
+    """Answer requests from standard input until it ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not look like an answer
+    measured = Measured()
+    for line in sys.stdin:
+        answers.write(json.dumps(measured.handle(json.loads(line))) + "\n")
+        answers.flush()
+
+
+def compare(workers: dict[str, Worker], pairs: int, **what: Any) -> list[dict[str, Any]]:
+    """Ask each checkout in turn `pairs` times; rows of every answer and of the medians."""
+    from benchmarks.record import row
+
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+    for n in range(pairs):
+        order = list(workers) if n % 2 == 0 else list(reversed(workers))
+        for name in order:
+            found[name].append(workers[name].ask(**what))
+    case, rows = {"what": what.pop("do"), **what, "pairs": pairs}, []
+    for metric in found["new"][0]:
+        medians = {}
+        for name, answers in found.items():
+            values = [answer[metric] for answer in answers]
+            medians[name] = statistics.median(values)
+            unit = STEP_METRICS.get(metric, "ms" if metric.endswith("_ms") else "tokens/s")
+            rows.append(row(case, name, metric, medians[name], unit))
+            rows += [
+                row(case, name, f"{metric}_lowest", min(values), unit),
+                row(case, name, f"{metric}_highest", max(values), unit),
+            ]
+        ratio = medians["new"] / medians["old"] if medians["old"] else 1.0
+        rows.append(row(case, "new", f"{metric}_ratio", ratio, "1"))
+        print(
+            f"{case} {metric}: old {medians['old']:.6g}, new {medians['new']:.6g}, "
+            f"ratio {ratio:.4f}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--old", type=Path, help="the other checkout")
+    parser.add_argument("--arms", nargs="+", default=["masked", "experts"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 16_384])
+    parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    sys.path.insert(0, str(ROOT))
+    if "--worker" in sys.argv:
+        sys.path.insert(0, str(parser.parse_args().worker))
+        serve()
+        return
+    from benchmarks.command_line import add_result, command_of, has_device, machine_of
+    from benchmarks.record import write
+
+    add_result(parser)
+    args = parser.parse_args()
+    if not has_device(__file__):
+        return
+    if args.old is None:
+        parser.error("--old: a checkout to compare with")
+    machine, rows = machine_of(args), []
+    workers = {"old": Worker(args.old.resolve()), "new": Worker(ROOT)}
+    for kind in (None, WINDOW):
+        for tokens in args.lengths:
+            rows += compare(workers, 3, do="attention", tokens=tokens, window=kind)
+    for arm in (*args.arms, "generate"):
+        for worker in workers.values():
+            worker.ask(do="build", arm=arm, layers=args.layers)
+        if arm == "generate":
+            rows += compare(workers, 3, do="generate", prompt=1024, tokens=256)
+            continue
+        for tokens in args.lengths:
+            for entry in compare(workers, args.pairs, do="step", tokens=tokens):
+                entry["case"]["arm"] = arm
+                rows.append(entry)
+            if arm == args.arms[0]:
+                rows += compare(workers, 3, do="experts", tokens=tokens)
+        path = write("old_and_new", machine, command_of(__file__, args), rows, args.folder)
+        print(path, file=sys.stderr, flush=True)
+    write("old_and_new", machine, command_of(__file__, args), rows, args.folder)
+
+
+if __name__ == "__main__":
+    main()
