@@ -1,1 +1,1 @@
-"""Kernels: one operation a file, each with a plain reference beside it that shares no code."""
+"""Kernels by area; each is tested against plain torch code that shares nothing with it."""

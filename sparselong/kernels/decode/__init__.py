@@ -1,4 +1,4 @@
-"""Kernels of a captured decoding step at batch 1."""
+"""Kernels of a decoding step at batch 1, captured in a CUDA graph."""
 
 from typing import TYPE_CHECKING
 
