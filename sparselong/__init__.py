@@ -2,6 +2,11 @@
 
 After `import sparselong`, `AutoModelForCausalLM.from_pretrained` opens what stages 02 and 03 write,
 and takes `attn_implementation="sparselong"` for any gpt-oss.
+`sparselong.patch_attention()`, or `sparselong.attention_forward` in place of transformers' eager
+attention, is for code that names no implementation. `sparselong.fuse` and `sparselong.chunk_loss`
+put fused layers and a loss in chunks into any gpt-oss, `sparselong.packed_config` keeps an upstream
+checkpoint's experts packed, and `sparselong.generate` decodes at batch 1.
+
 Telemetry of the packages underneath is off unless the user turns it on, and torch's allocator takes
 segments that grow; the environment's own values always win.
 """

@@ -12,6 +12,7 @@ from sparselong import memory
 from sparselong.config import schema as config_module
 from sparselong.config.schema import ModelSection
 from sparselong.errors import StageError
+from sparselong.memory import shape as shape_module
 from sparselong.memory import stages, storage, timing, training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,17 +48,17 @@ def test_parameters_equal_the_published_checkpoints():
 def test_tiny_shape_is_the_one_that_is_made(untrained_base):
     from sparselong.tiny.build import TinySpec
 
-    spec, shape = TinySpec(layers=6), memory.tiny_shape(6)
+    spec, shape = TinySpec(layers=6), shape_module.tiny_shape(6)
     assert (shape.vocab, shape.head_dim) == (spec.vocab_size, 64)
     for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "experts"):
         assert getattr(shape, name) == getattr(spec, name), name
     assert shape.sliding_window == spec.sliding_window
-    assert memory.read_shape(untrained_base / "config.json") == memory.tiny_shape(4)
+    assert shape_module.read_shape(untrained_base / "config.json") == shape_module.tiny_shape(4)
 
 
 def test_base_groups_equal_the_bytes_of_a_real_checkpoint(untrained_base):
     index = json.loads((untrained_base / "model.safetensors.index.json").read_text())
-    planned = sum(storage.base_groups(memory.tiny_shape(4)).values())
+    planned = sum(storage.base_groups(shape_module.tiny_shape(4)).values())
     assert planned == index["metadata"]["total_size"]
 
 
@@ -106,7 +107,8 @@ def test_compressed_120b_by_group():
 
 def test_compressed_tiny_is_what_stage_02_writes():
     """2,071,904: the tensors that the index of a real compressed tiny model names."""
-    assert sum(storage.compressed_groups(memory.tiny_shape(4), load("tiny")).values()) == 2_071_904
+    groups = storage.compressed_groups(shape_module.tiny_shape(4), load("tiny"))
+    assert sum(groups.values()) == 2_071_904
 
 
 def test_adapters_of_experts_and_router_are_counted():
@@ -283,8 +285,8 @@ def test_shape_refusals(tmp_path):
 
 def test_planner_never_imports_torch():
     code = (
-        "import sys; from sparselong import memory, config; from pathlib import Path;"
-        "c = config.load('configs/tiny.yaml');"
+        "import sys; from pathlib import Path; from sparselong import memory;"
+        "from sparselong.config import schema; c = schema.load('configs/tiny.yaml');"
         "print(memory.show_plan(memory.plan_stage(c, Path('runs/x'), '03_finetune')));"
         "sys.exit('torch' in sys.modules)"
     )
