@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.generation.test_decoder import CONFIG, WINDOW
 from transformers import GptOssForCausalLM
 
 from sparselong.generation.decoder import Decoder, generate
@@ -16,6 +15,7 @@ from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.quantizer import replace_with_packed
 from sparselong.packing import dense, integer
 from sparselong.packing.dense import DenseFormat
+from tests.generation.test_decoder import CONFIG, WINDOW
 from tests.references.packed_gemv import packed_gemv_reference
 
 FORMATS = [DenseFormat(4, "2:4", 64), DenseFormat(4, "2:4", 32), DenseFormat(4, "none", 64)]

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from tests.generation.test_decoder import CONFIG
 from transformers import GptOssForCausalLM
 
 from sparselong.generation import decoder as generation
@@ -12,6 +11,7 @@ from sparselong.generation.decoder import Decoder
 from sparselong.model.fused import fuse
 from sparselong.model.quantizer import replace_with_packed
 from sparselong.packing.dense import DenseFormat
+from tests.generation.test_decoder import CONFIG
 
 WINDOW, DEVICE = 128, "cuda"
 

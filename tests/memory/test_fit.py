@@ -60,7 +60,7 @@ def test_a_plain_word_is_followed_and_the_other_key_decided_beside_it(key):
 
 def test_keeping_attention_costs_its_outputs_in_every_second_layer():
     parts = training.finetune_memory(SMALL, load(), kept=ATTENTION).components
-    assert parts["kept attention outputs"] == 12 * 16384 * (2 * 4096 + 4 * 64)
+    assert parts["kept_attention"] == 12 * 16384 * (2 * 4096 + 4 * 64)
 
 
 def test_keeping_experts_costs_their_gate_up_outputs_but_one_that_was_there_already():
@@ -68,7 +68,7 @@ def test_keeping_experts_costs_their_gate_up_outputs_but_one_that_was_there_alre
         training.finetune_memory(SMALL, load(), kept=kept).components for kept in (BOTH, ATTENTION)
     )
     layer = 16384 * 4 * (2 * 2 * 2880 + 4)
-    assert parts["kept expert outputs"] == 24 * layer
+    assert parts["kept_experts"] == 24 * layer
     assert before[training.EXPERTS] - parts[training.EXPERTS] == layer
     assert peak(kept=BOTH) - peak(kept=ATTENTION) == 23 * layer
 

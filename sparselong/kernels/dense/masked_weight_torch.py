@@ -1,4 +1,4 @@
-"""A masked LoRA layer's weight in plain torch: the CPU's version, and the kernel's measure."""
+"""A masked LoRA layer's weight in plain torch: what a CPU runs."""
 
 from __future__ import annotations
 

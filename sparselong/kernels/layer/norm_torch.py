@@ -1,11 +1,11 @@
-"""RMSNorm, and residual + RMSNorm, in plain torch: what a CPU runs and tests trust."""
+"""RMSNorm, and residual + RMSNorm, in plain torch, differentiable: what a CPU runs."""
 
 from __future__ import annotations
 
 import torch
 
 
-def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """gpt-oss's RMSNorm: statistics and the product with the weight in fp32, then one rounding.
 
     Args:
@@ -20,9 +20,9 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     return (weight * normed).to(x.dtype)
 
 
-def add_rms_norm_reference(
+def add_rms_norm_torch(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm of the sum, the sum): `residual + x`, rounded to its dtype, and its RMSNorm."""
     total = residual + x
-    return rms_norm_reference(total, weight, eps), total
+    return rms_norm_torch(total, weight, eps), total

@@ -1,11 +1,11 @@
-"""Rotary embedding in plain torch, differentiable: what a CPU runs and tests trust."""
+"""Rotary embedding in plain torch, differentiable: what a CPU runs."""
 
 from __future__ import annotations
 
 import torch
 
 
-def rotate_reference(
+def rotate_torch(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes as in `rotary.rotate`; computed in the inputs' dtype, as transformers does."""
