@@ -2,15 +2,19 @@
 
 After `import sparselong`, `AutoModelForCausalLM.from_pretrained` opens what stages 02 and 03 write,
 and takes `attn_implementation="sparselong"` for any gpt-oss.
+`sparselong.patch_attention()`, or `sparselong.attention_forward` in place of transformers' eager
+attention, is for code that names no implementation. `sparselong.fuse` and `sparselong.chunk_loss`
+put fused layers and a loss in chunks into any gpt-oss, `sparselong.packed_config` keeps an upstream
+checkpoint's experts packed, and `sparselong.generate` decodes at batch 1.
+
 Telemetry of the packages underneath is off unless the user turns it on, and torch's allocator takes
 segments that grow; the environment's own values always win.
 """
 
-import os
 from typing import TYPE_CHECKING
 
 from sparselong.lazy import expose
-from sparselong.registration import register_when_needed
+from sparselong.registration import register_when_needed, set_environment
 
 if TYPE_CHECKING:
     from sparselong.generation import generate
@@ -20,22 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-for _name, _value in {
-    "AXOLOTL_DO_NOT_TRACK": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "WANDB_MODE": "offline",
-    "TOKENIZERS_PARALLELISM": "false",
-    # libgomp's threads spin while they wait, for one another and for other processes' sake: on a
-    # busy machine with few cores that made a small model's forward pass 60 times slower.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}.items():
-    os.environ.setdefault(_name, _value)
-# memory.ALLOCATOR, whose module is slow to import: torch reads it when it first allocates. Without
-# it the blocks of 20b's weights alone take 59 MB more than the weights.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
+set_environment()
 register_when_needed()
 
 __getattr__ = expose(__name__)

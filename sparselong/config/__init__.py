@@ -6,7 +6,6 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.config import schema
-    from sparselong.config.profiles import PROFILES
-    from sparselong.config.schema import Config, ModelSection, dump, hash_sections, load
+    from sparselong.config.schema import Config, ModelSection
 
 __getattr__ = expose(__name__)

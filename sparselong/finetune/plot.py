@@ -21,14 +21,12 @@ def draw(
         best_step: the step whose checkpoint was kept as the best.
         path: the file.
     """
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, below) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(8, 6), height_ratios=(4, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     held_out = [(row["step"], row["eval_perplexity"]) for row in rows if "eval_perplexity" in row]
     left.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, label="training loss")
@@ -47,4 +45,3 @@ def draw(
     below.set_xlabel("step (grey lines: mask updates)")
     left.legend(loc="upper right")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

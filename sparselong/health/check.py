@@ -15,6 +15,7 @@ from sparselong.health.packages import NEEDED, Package
 from sparselong.health.rows import Row, fail, ok, warn
 from sparselong.health.sources import Source
 from sparselong.kernels.attention import describe_choice
+from sparselong.kernels.experts import choose_backend
 from sparselong.memory import Plan
 
 _PYTHONS = ((3, 11), (3, 12))
@@ -40,7 +41,7 @@ def check(config: Config, machine: Machine, plan: Plan) -> list[Row]:
         _parallel(config, machine, plan),
         _collectives(config, machine),
         _attention(config, machine),
-        ok("expert kernel", "torch, decoded expert by expert"),
+        _experts(config, machine, plan),
         _optimizer(config, machine),
         *resources.check_memory(config, machine, plan),
         *resources.check_disk(machine, plan),
@@ -206,6 +207,17 @@ def _attention(config: Config, machine: Machine) -> Row:
     else:
         text = f"full and window layers: {named} (attention_backend)"
     return ok("attention kernel", text + ("; deterministic" if repeats else ""))
+
+
+def _experts(config: Config, machine: Machine, plan: Plan) -> Row:
+    """The experts' backend in stage 03: by the measured table on a GPU."""
+    if plan.device == "cpu" or not machine.usable_gpus:
+        return ok("expert kernel", "torch, decoded expert by expert")
+    major, minor = machine.usable_gpus[0].compute_capability
+    tokens = config.micro_batch_size * -(-config.sequence_len // config.sequence_parallel_degree)
+    routed = tokens * plan.shape.experts_per_token
+    chosen = choose_backend(f"sm_{major}{minor}", routed, plan.shape.experts)
+    return ok("expert kernel", f"Triton, {chosen.backend} ({chosen.evidence})")
 
 
 def _optimizer(config: Config, machine: Machine) -> Row:

@@ -117,7 +117,7 @@ def _gpu_memory(config: Config, gpu: Gpu, plan: Plan) -> Row:
 
 def check_disk(machine: Machine, plan: Plan) -> Iterator[Row]:
     """Room for every artifact (shards can be hard links within one file system)."""
-    base = plan.disk["base model"]
+    base = plan.disk["base"]
     on_hub_disk = machine.base.state == "reachable"
     here = machine.base.state == "here" or on_hub_disk
     run = sum(plan.disk.values()) - (base if here else 0)
@@ -127,8 +127,8 @@ def check_disk(machine: Machine, plan: Plan) -> Iterator[Row]:
         yield _room("disk for the base", base, 0, machine.hub_disk.free_bytes, "set HF_HOME")
     elif on_hub_disk:
         run += base
-    linked = plan.linkable["03_finetune/model"]
-    linked += plan.linkable["02_compress/model"] if same else 0
+    linked = plan.linkable["finetuned_model"]
+    linked += plan.linkable["compressed_model"] if same else 0
     yield _room(
         "disk",
         run,

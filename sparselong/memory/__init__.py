@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.memory.fit import (
-        CARD_BYTES,
-        MARGIN,
-        decide_kept,
-        is_kept,
-        kept_peaks,
-        largest_sequence_len,
-        suggest_changes,
-    )
-    from sparselong.memory.plan import Plan, configured_device, make_plan, plan_stage
-    from sparselong.memory.shape import PUBLISHED, ModelShape, find_shape, read_shape, tiny_shape
+    from sparselong.memory.fit import is_kept, kept_peaks, suggest_changes
+    from sparselong.memory.plan import Plan, make_plan, plan_stage
+    from sparselong.memory.shape import PUBLISHED, find_shape
     from sparselong.memory.table import (
         WIDTH,
         format_bytes,
@@ -32,7 +24,6 @@ if TYPE_CHECKING:
     from sparselong.memory.training import (
         ALLOCATOR,
         CONTEXT_BYTES,
-        GIB,
         Kept,
         Memory,
         finetune_memory,

@@ -13,6 +13,7 @@ from typing import Any
 
 from sparselong.config import Config
 from sparselong.memory import fit, stages, storage, timing, training
+from sparselong.memory.labels import label
 from sparselong.memory.shape import ModelShape, find_shape
 from sparselong.memory.table import format_bytes
 from sparselong.memory.training import Device, Memory
@@ -30,7 +31,7 @@ class Plan:
     """Everything the planner knows of a config.
 
     Attributes:
-        disk: bytes on disk by artifact.
+        disk: bytes on disk by artifact; this and what follows by keys of LABELS.
         bits_per_weight: of the compressed model, by group.
         compressed: bytes of the compressed model, by group.
         card_bytes: what the device that is planned for can lend.
@@ -83,15 +84,15 @@ class Plan:
         return {
             "device": self.device,
             "parameters": self.shape.total,
-            "bytes_on_disk": self.disk,
-            "linkable_bytes": self.linkable,
-            "bits_per_weight": self.bits_per_weight,
-            "compressed_bytes": self.compressed,
-            "bytes_per_gpu": self.memory.components,
+            "bytes_on_disk": label(self.disk),
+            "linkable_bytes": label(self.linkable),
+            "bits_per_weight": label(self.bits_per_weight),
+            "compressed_bytes": label(self.compressed),
+            "bytes_per_gpu": label(self.memory.components),
             "peak_bytes_per_gpu": self.memory.peak_bytes,
             "card_bytes": self.card_bytes,
             "changes_to_fit": self.changes,
-            "sharded_bytes_per_gpu": self.sharded.components if self.sharded else None,
+            "sharded_bytes_per_gpu": label(self.sharded.components) if self.sharded else None,
             "sharded_peak_bytes_per_gpu": self.sharded.peak_bytes if self.sharded else None,
             "stage_bytes": {name: _total(parts) for name, parts in self.stages.items()},
             "host_bytes": self.host_bytes,
@@ -132,19 +133,10 @@ def make_plan(
     device = device or configured_device(config, shape)
     rate = timing.find_rate(None if device == "cpu" else gpu_name or "RTX 3090")
     disk = storage.disk_bytes(shape, config)
-    disk["02_compress/work, until it is done"] = 2 * stages.state_bytes(shape, config, device)
-    source = Path(config.data.train)
-    data_bytes = source.stat().st_size if source.is_file() else None
-    tokens, note = timing.training_tokens(config, data_bytes)
+    disk["compress_work"] = 2 * stages.state_bytes(shape, config, device)
+    tokens, note = timing.training_tokens(config, _size(Path(config.data.train)))
     shared = config.sequence_parallel_degree > 1 and device == "cuda"
-    working = {
-        "02_compress": stages.compress_memory(shape, config, device),
-        "04_eval": stages.evaluate_memory(shape, config, device),
-    }
-    compress_host = stages.compress_host_memory(shape, config, device)
     card_bytes = fit.CARD_BYTES if gpu_bytes is None else gpu_bytes
-    if device == "cpu":
-        working["02_compress"] |= compress_host
 
     def finetuning(sharded: bool) -> Memory:
         kept = fit.decide_kept(shape, config, card_bytes, device, sharded=sharded)
@@ -161,14 +153,30 @@ def make_plan(
         memory=finetuning(sharded=False),
         changes=fit.suggest_changes(shape, config, card_bytes) if device == "cuda" else [],
         sharded=finetuning(sharded=True) if shared else None,
-        stages=working,
+        stages=_working_memory(shape, config, device),
         offloaded_bytes=training.offloaded_bytes(shape, config),
-        compress_host=compress_host,
+        compress_host=stages.compress_host_memory(shape, config, device),
         linkable=storage.linkable_bytes(shape, config),
         tokens=tokens,
         tokens_note=note,
         seconds=timing.stage_seconds(shape, config, rate, disk, tokens),
     )
+
+
+def _working_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, dict[str, int]]:
+    """Components of the other stages' memory, by stage; on a processor the host's are theirs."""
+    compress = stages.compress_memory(shape, config, device)
+    if device == "cpu":
+        compress |= stages.compress_host_memory(shape, config, device)
+    return {
+        "02_compress": compress,
+        "04_eval": stages.evaluate_memory(shape, config, device),
+    }
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    return path.stat().st_size if path.is_file() else None
 
 
 def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
@@ -190,10 +198,10 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
         "reads": reads,
         "writes": writes,
         "bytes_on_disk": sum(row["bytes"] for row in writes),
-        "bytes_per_gpu": components,
+        "bytes_per_gpu": label(components),
         "peak_bytes_per_gpu": peak,
         "changes_to_fit": made.changes if name in _SHOWS_TRAINING else [],
-        "sharded_bytes_per_gpu": made.sharded.components
+        "sharded_bytes_per_gpu": label(made.sharded.components)
         if made.sharded and name == "03_finetune"
         else None,
         "sharded_peak_bytes_per_gpu": made.sharded.peak_bytes
@@ -215,18 +223,18 @@ def _files(
     disk = made.disk
     tiny = config.model.base == "tiny"
     base_path = run_dir / "base" if tiny else config.model.base
-    base = _row(base_path, disk["base model"], "base model")
+    base = _row(base_path, disk["base"], "base model")
     source = Path(config.data.train)
-    size = source.stat().st_size if source.is_file() else 0
-    data = _row(run_dir / "data" if config.data.train == "demo" else source, size, "conversations")
+    data_path = run_dir / "data" if config.data.train == "demo" else source
+    data = _row(data_path, _size(source) or 0, "conversations")
     two, three = run_dir / "02_compress", run_dir / "03_finetune"
-    model2 = _row(two / "model", disk["02_compress/model"], "compressed model")
-    work = _row(two / "work", disk["02_compress/work, until it is done"], "until it is done")
-    masters = _row(two / "masters", disk["02_compress/masters"], "dense masters for stage 03")
-    model3 = _row(three / "model", disk["03_finetune/model"], "fine-tuned model")
+    model2 = _row(two / "model", disk["compressed_model"], "compressed model")
+    work = _row(two / "work", disk["compress_work"], "until it is done")
+    masters = _row(two / "masters", disk["compressed_masters"], "dense masters for stage 03")
+    model3 = _row(three / "model", disk["finetuned_model"], "fine-tuned model")
     rest3 = [
-        _row(three / "checkpoints", disk["03_finetune/checkpoints"], "checkpoints, the last ones"),
-        _row(three / "adapter", disk["03_finetune/adapter"], "adapter"),
+        _row(three / "checkpoints", disk["finetune_checkpoints"], "checkpoints, the last ones"),
+        _row(three / "adapter", disk["adapter"], "adapter"),
     ]
     report = [_row(run_dir / name / "report.md", 0, "report")]
     return {
@@ -243,9 +251,9 @@ def _memory_notes(made: Plan) -> list[str]:
         "Memory is stage 03's. The loss, a layer's experts and its attention take turns: the peak "
         "counts the largest."
     ]
-    if made.memory.components.get("kept attention outputs"):
+    if made.memory.components.get("kept_attention"):
         notes.append("Full attention's outputs are kept, so that it is computed once a step.")
-    if made.memory.components.get("kept expert outputs"):
+    if made.memory.components.get("kept_experts"):
         notes.append("The experts' first product is kept, so that it is made once a step.")
     short = made.memory.peak_bytes - made.card_bytes
     if made.device == "cuda" and short > 0:
@@ -275,9 +283,10 @@ def _notes(config: Config, name: str, made: Plan) -> list[str]:
                 f"{config.sequence_parallel_degree} GPUs share each sequence; each holds the whole "
                 "model. Sharing that is to come."
             )
-    if name in ("02_compress", "03_finetune"):
+    model = {"02_compress": "compressed_model", "03_finetune": "finetuned_model"}.get(name)
+    if model is not None:
         notes.append(
-            f"Of the model, {format_bytes(made.linkable[f'{name}/model'])} take no room of their "
+            f"Of the model, {format_bytes(made.linkable[model])} take no room of their "
             "own where the file system can hard-link shards."
         )
     return notes

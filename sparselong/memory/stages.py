@@ -1,7 +1,8 @@
 """Working memory of stages 02 and 04, by component: one layer at work, and a whole model read.
 
-Weights are exact, the rest is an estimate. Both stages attend as stage 03 does: by kernels without
-a score matrix under `flash_attention`, else by transformers' eager attention.
+Components are keys of LABELS. Weights are exact, the rest is an estimate. Both stages attend as
+stage 03 does: by kernels without a score matrix under `flash_attention`, else by transformers'
+eager attention.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def compress_memory(shape: ModelShape, config: Config, device: Device) -> dict[s
     tokens = max(COMPRESS_BATCH_TOKENS, length)
     inputs = max(shape.hidden, shape.query_width)
     return {
-        "one layer's weights": layer_bytes(shape),
-        "Hessian, inverse, factors": 4 * 8 * inputs**2,
-        "live layer activations": _live(shape, tokens, device, EXPERT_WIDTHS),
+        "layer_weights": layer_bytes(shape),
+        "hessian": 4 * 8 * inputs**2,
+        "live": _live(shape, tokens, device, EXPERT_WIDTHS),
         "attention": _attention(shape, config, tokens, length, device),
         **_at_work(shape, device),
     }
@@ -49,8 +50,8 @@ def compress_host_memory(shape: ModelShape, config: Config, device: Device) -> d
     """Bytes of stage 02 in host memory beside the device's work: the layer that is read, and the
     calibration tokens' hidden states before and after it (and once more while they are saved)."""
     return {
-        "the layer that is read": layer_bytes(shape),
-        "calibration hidden states": 3 * state_bytes(shape, config, device),
+        "layer_read": layer_bytes(shape),
+        "hidden_states": 3 * state_bytes(shape, config, device),
     }
 
 
@@ -79,9 +80,8 @@ def evaluate_memory(shape: ModelShape, config: Config, device: Device) -> dict[s
     logits = max(answers * 8, LOSS_CHUNK_ROWS * width * LOSS_CHUNK_WIDTHS[device])
     return {
         "experts": base["experts"],
-        "the rest of the base model": (sum(base.values()) - base["experts"])
-        * (width // storage.BF16_BYTES),
-        "live layer activations": _live(shape, tokens, device, 4),
+        "base_rest": (sum(base.values()) - base["experts"]) * (width // storage.BF16_BYTES),
+        "live": _live(shape, tokens, device, 4),
         "attention": _attention(shape, config, tokens, length, device),
         "logits": logits * shape.vocab,
         **_at_work(shape, device),
@@ -109,8 +109,8 @@ def _attention(shape: ModelShape, config: Config, tokens: int, length: int, devi
 def _at_work(shape: ModelShape, device: Device) -> dict[str, int]:
     if device == "cuda":
         return {
-            "decoded weights": BUFFER_BYTES,
-            "cuBLAS workspaces": WORKSPACE_BYTES,
-            "CUDA context": CONTEXT_BYTES,
+            "decoded": BUFFER_BYTES,
+            "workspaces": WORKSPACE_BYTES,
+            "context": CONTEXT_BYTES,
         }
-    return {"decoded weights": decoded(shape, 4), "Python and libraries": CPU_OVERHEAD_BYTES}
+    return {"decoded": decoded(shape, 4), "libraries": CPU_OVERHEAD_BYTES}

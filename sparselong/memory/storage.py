@@ -37,7 +37,7 @@ def expert_bits(sparsity: str) -> float:
 
 
 def base_groups(shape: ModelShape) -> dict[str, int]:
-    """Bytes of the upstream checkpoint by group: MXFP4 experts, bf16 rest."""
+    """Bytes of the upstream checkpoint by group (a key of LABELS): MXFP4 experts, bf16 rest."""
     return _groups(shape, expert_bits("none"), BF16_BITS)
 
 
@@ -53,8 +53,8 @@ def bits_by_group(config: Config) -> dict[str, float]:
     return {
         "experts": expert_bits(config.experts.sparsity),
         "attention": dense_bits(dense.weight_bits, dense.sparsity, dense.group_size),
-        "embedding and lm_head": float(BF16_BITS),
-        "router, norms, biases, sinks": float(BF16_BITS),
+        "embedding": float(BF16_BITS),
+        "small": float(BF16_BITS),
     }
 
 
@@ -62,8 +62,8 @@ def _groups(shape: ModelShape, expert: float, attention: float) -> dict[str, int
     return {
         "experts": int(shape.expert_weights * expert / 8),
         "attention": int(shape.attention_weights * attention / 8),
-        "embedding and lm_head": 2 * shape.embedding * BF16_BYTES,
-        "router, norms, biases, sinks": shape.small * BF16_BYTES,
+        "embedding": 2 * shape.embedding * BF16_BYTES,
+        "small": shape.small * BF16_BYTES,
     }
 
 
@@ -123,16 +123,16 @@ def checkpoint_bytes(shape: ModelShape, config: Config) -> int:
 
 
 def disk_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
-    """Bytes on disk of everything that the four stages leave behind, by artifact."""
+    """Bytes on disk of all that the four stages leave behind, by artifact (a key of LABELS)."""
     model = sum(compressed_groups(shape, config).values())
     return {
-        "base model": sum(base_groups(shape).values()),
-        "02_compress/model": model,
-        "02_compress/masters": masters_bytes(shape, config),
-        "03_finetune/model": model,
-        "03_finetune/checkpoints": (config.training.save_total_limit + 1)
+        "base": sum(base_groups(shape).values()),
+        "compressed_model": model,
+        "compressed_masters": masters_bytes(shape, config),
+        "finetuned_model": model,
+        "finetune_checkpoints": (config.training.save_total_limit + 1)
         * checkpoint_bytes(shape, config),
-        "03_finetune/adapter": lora_parameters(shape, config) * _LORA_BYTES,
+        "adapter": lora_parameters(shape, config) * _LORA_BYTES,
     }
 
 
@@ -151,6 +151,6 @@ def linkable_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
         stale += base["experts"]
     links = stale <= LINKED_STALE_SHARE * sum(base.values())
     return {
-        "02_compress/model": untouched if links else 0,
-        "03_finetune/model": 0 if config.lora.expert_targets or config.lora.router else untouched,
+        "compressed_model": untouched if links else 0,
+        "finetuned_model": 0 if config.lora.expert_targets or config.lora.router else untouched,
     }

@@ -110,14 +110,14 @@ def stage_seconds(
     solve = 2.0 * widths * calibration + 20.0 * shape.attention_weights * shape.query_width
     compress = 2 * calibration * (products + scores) + solve
     made = config.model.tiny_steps * 1024 * 3 * products if tiny else 0.0
-    moved = disk["base model"] + disk["02_compress/model"]
+    moved = disk["base"] + disk["compressed_model"]
     items = len(config.evaluation.tasks) * (config.evaluation.limit or ASSUMED_ITEMS)
     if tiny:
         items = min(items, 400)
     judged = items * ITEM_TOKENS
     judged += config.evaluation.perplexity_samples * min(SAMPLE_TOKENS, config.sequence_len)
     evaluate = 3 * judged * sum(forward_flops(shape, SAMPLE_TOKENS))
-    load = disk["base model"] / rate.disk_bytes_per_second
+    load = disk["base"] / rate.disk_bytes_per_second
     start = rate.startup_seconds
     return {
         "01_health": 10.0,

@@ -75,8 +75,8 @@ EAGER_COPIES = 5
 ADAPTED_WEIGHT_BYTES = 24
 """Per weight of the projection at work, in plain torch (estimate)."""
 
-LOSS, LAYER = "logits and cross-entropy", "one layer, made again"
-EXPERTS, ATTENTION = "experts at work", "attention at work"
+LAYER, EXPERTS, ATTENTION, LOSS = "layer", "experts_work", "attention_work", "loss"
+"""Components that take turns, as keys of LABELS."""
 
 
 class Kept(NamedTuple):
@@ -90,7 +90,7 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device by component."""
+    """Bytes of one device by component, a key of LABELS."""
 
     device: Device
     devices: int
@@ -151,8 +151,8 @@ def finetune_memory(
 
 def _overhead(shape: ModelShape, device: Device) -> dict[str, int]:
     if device == "cuda":
-        return {"cuBLAS workspaces": WORKSPACE_BYTES, "CUDA context": CONTEXT_BYTES}
-    return {"Python and libraries": CPU_OVERHEAD_BYTES, "decoded weights": decoded(shape, 4)}
+        return {"workspaces": WORKSPACE_BYTES, "context": CONTEXT_BYTES}
+    return {"libraries": CPU_OVERHEAD_BYTES, "decoded": decoded(shape, 4)}
 
 
 def _weights(shape: ModelShape, config: Config, width: int, ranks: int) -> dict[str, int]:
@@ -161,20 +161,20 @@ def _weights(shape: ModelShape, config: Config, width: int, ranks: int) -> dict[
     experts = int(shape.expert_weights * storage.expert_bits("none") / 8)
     unpacked = width // storage.BF16_BYTES  # fp32 copies of what the file holds in bf16
     shared_biases = shape.expert_biases * storage.BF16_BYTES
-    small = packed["router, norms, biases, sinks"] - shared_biases + shared_biases // ranks
+    small = packed["small"] - shared_biases + shared_biases // ranks
     return {
         "experts": experts // ranks,
-        "attention projections, packed": packed["attention"],
-        "embedding and lm_head": packed["embedding and lm_head"] * unpacked // ranks,
-        "router, norms, biases, sinks": small * unpacked,
+        "projections": packed["attention"],
+        "embedding": packed["embedding"] * unpacked // ranks,
+        "small": small * unpacked,
     }
 
 
 def _trained(shape: ModelShape, config: Config) -> dict[str, int]:
     parameters = storage.lora_parameters(shape, config)
     return {
-        "masters, masks, scales of LoRA layers": storage.adapted_bytes(shape, config),
-        "LoRA, gradients, optimizer": parameters * (4 + 4 + storage.optimizer_bytes(config)),
+        "masters": storage.adapted_bytes(shape, config),
+        "lora": parameters * (4 + 4 + storage.optimizer_bytes(config)),
     }
 
 
@@ -185,17 +185,17 @@ def _left(shape: ModelShape, config: Config, tokens: int, width: int, kept: Kept
         saved = 3 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width
         saved += shape.experts_per_token * 2 * shape.intermediate
         layer = tokens * saved * width + _scores(shape, config, tokens, width)
-        return {"activations of the other layers": (shape.layers - 1) * layer}
+        return {"activations": (shape.layers - 1) * layer}
     offloaded = training.offload_checkpoints
     resident = min(shape.layers, RESIDENT_CHECKPOINTS) if offloaded else shape.layers
     checkpoint = tokens * shape.hidden * width
     pending = min(shape.layers - resident, PENDING_CHECKPOINTS) * checkpoint
     attention = shape.full_layers * _kept_attention(shape, tokens) if kept.attention else 0
     return {
-        "activation checkpoints": resident * checkpoint,
-        "kept attention outputs": attention,
-        "kept expert outputs": shape.layers * _kept_experts(shape, tokens) if kept.experts else 0,
-        "allocator's gaps": pending + int(GAP_SHARE * attention),
+        "checkpoints": resident * checkpoint,
+        "kept_attention": attention,
+        "kept_experts": shape.layers * _kept_experts(shape, tokens) if kept.experts else 0,
+        "gaps": pending + int(GAP_SHARE * attention),
     }
 
 

@@ -34,8 +34,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import flash_attention_mask
 
 from sparselong.config import Config
 from sparselong.kernels.attention import BACKENDS, attention, mark_starts, refuse_gaps
@@ -314,7 +313,3 @@ def patch_attention() -> None:
     from transformers.models.gpt_oss import modeling_gpt_oss
 
     modeling_gpt_oss.eager_attention_forward = attention_forward
-
-
-ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, padding_mask)

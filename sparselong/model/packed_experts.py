@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 
 from sparselong.checkpoint import expert_shapes
@@ -99,6 +98,3 @@ def refuse_unpacked(experts: nn.Module, *_: Any, **__: Any) -> NoReturn:
         "packed; allowed: PackedExperts. Open the checkpoint with "
         "from_pretrained(name, config=sparselong.packed_config(name))"
     )
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, refuse_unpacked)

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -216,7 +215,3 @@ def replace_with_packed(model: nn.Module, fmt: DenseFormat) -> None:
                 linear.in_features, linear.out_features, linear.bias is not None, fmt
             )
             setattr(attention, name, packed)
-
-
-register_quantization_config(METHOD)(SparseLongConfig)
-register_quantizer(METHOD)(SparseLongQuantizer)

@@ -5,6 +5,7 @@ import pytest
 from sparselong import memory
 from sparselong.config.schema import load
 from sparselong.finetune import keeping
+from sparselong.memory import fit
 from tests.conftest import ROOT
 
 GIB = 2**30
@@ -27,9 +28,9 @@ def card(monkeypatch):
 
 
 def test_auto_keeps_what_fits_with_the_margin(card):
-    fits = decide("auto", int(card / memory.MARGIN) - 1)
+    fits = decide("auto", int(card / fit.MARGIN) - 1)
     assert fits.kept and fits.available_bytes == card and "kept; predicted" in str(fits)
-    tight = decide("auto", int(card / memory.MARGIN) + 1)
+    tight = decide("auto", int(card / fit.MARGIN) + 1)
     assert not tight.kept and "computed twice; predicted" in str(tight)
 
 
@@ -74,7 +75,7 @@ def test_where_nothing_can_be_kept_the_decision_says_so_and_why(card, device, ov
         assert not decision.kept and decision.available_bytes is None
         assert str(decision) == f"auto: not kept ({decision.nothing_to_keep})"
         assert why in str(decision)
-    assert memory.decide_kept(shape, config, 2**50, device) == memory.Kept()
+    assert fit.decide_kept(shape, config, 2**50, device) == memory.Kept()
 
 
 def test_eager_attention_leaves_nothing_to_keep_and_experts_keep_theirs(card):
@@ -87,4 +88,4 @@ def test_eager_attention_leaves_nothing_to_keep_and_experts_keep_theirs(card):
     )
     assert [made[key].kept for key in KEYS] == [False, True]
     assert "flash_attention" in str(made["keep_attention"])
-    assert memory.decide_kept(shape, config, card) == memory.Kept(experts=True)
+    assert fit.decide_kept(shape, config, card) == memory.Kept(experts=True)

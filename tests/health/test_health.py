@@ -80,6 +80,27 @@ def test_tiny_runs_without_a_gpu():
     assert rows["expert kernel"].found == "torch, decoded expert by expert"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "facts", "found"),
+    [
+        ([], H200, "Triton, decode (not timed above 512 rows"),
+        (["sequence_len=4096"], H200, "Triton, packed (H200, 128 rows an expert"),
+        (["sequence_len=4096"], FOUR_3090, "Triton, packed (not timed on this architecture)"),
+        ([], NONE, "torch, decoded expert by expert"),
+    ],
+)
+def test_the_experts_backend_is_what_stage_03_takes(overrides, facts, found):
+    """On a GPU the measured table decides, by the routed tokens of a micro-batch."""
+    config = load("gpt-oss-20b-1x3090", *overrides)
+    assert judge(config, facts)["expert kernel"].found.startswith(found)
+
+
+def test_the_experts_row_counts_a_ranks_tokens():
+    """A quarter of 16,384 tokens is 512 rows for each of 32 experts."""
+    shared = load("gpt-oss-20b-1x3090", "sequence_parallel_degree=4")
+    assert judge(shared, FOUR_3090)["expert kernel"].found.startswith("Triton, packed")
+
+
 def test_120b_without_a_gpu_says_what_is_missing():
     rows = judge(BIG, NONE)
     assert failures(BIG, NONE) == {"CUDA driver", "GPU", "sequence parallel", "attention kernel"}

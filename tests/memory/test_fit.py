@@ -23,22 +23,22 @@ def peak(*overrides: str, kept: Kept = NOTHING) -> int:
 
 
 def decide(budget_bytes: int, *overrides: str) -> Kept:
-    return memory.decide_kept(SMALL, load(*overrides), budget_bytes)
+    return fit.decide_kept(SMALL, load(*overrides), budget_bytes)
 
 
 def test_20b_at_16384_tokens_fits_a_24_gb_card_with_attention_kept():
-    assert decide(memory.CARD_BYTES) == ATTENTION
-    assert peak(kept=ATTENTION) * memory.MARGIN < memory.CARD_BYTES
-    assert not memory.suggest_changes(SMALL, load(), memory.CARD_BYTES)
+    assert decide(fit.CARD_BYTES) == ATTENTION
+    assert peak(kept=ATTENTION) * fit.MARGIN < fit.CARD_BYTES
+    assert not memory.suggest_changes(SMALL, load(), fit.CARD_BYTES)
 
 
 def test_four_24_gb_cards_that_share_20b_at_16384_tokens_keep_experts_too():
-    assert decide(memory.CARD_BYTES, "sequence_parallel_degree=4") == BOTH
+    assert decide(fit.CARD_BYTES, "sequence_parallel_degree=4") == BOTH
 
 
 @pytest.mark.parametrize(("kept", "before"), [(ATTENTION, NOTHING), (BOTH, ATTENTION)])
 def test_auto_keeps_attention_and_then_experts_where_they_fit_with_a_margin(kept, before):
-    needed = int(peak(kept=kept) * memory.MARGIN)
+    needed = int(peak(kept=kept) * fit.MARGIN)
     assert decide(needed + 1) == kept
     assert decide(needed - 2) == before
 
@@ -50,17 +50,17 @@ def test_a_plain_word_is_followed_and_the_other_key_decided_beside_it(key):
     other = Kept(*(not word for word in own))
     assert decide(0, always) == own
     assert decide(100 * GIB, never) == other
-    needed = int(peak(kept=BOTH) * memory.MARGIN)
+    needed = int(peak(kept=BOTH) * fit.MARGIN)
     assert decide(needed + 1, always) == BOTH
     assert decide(needed - 2, always) == own  # what is always kept takes its room
-    needed = int(peak(kept=other) * memory.MARGIN)
+    needed = int(peak(kept=other) * fit.MARGIN)
     assert decide(needed + 1, never) == other
     assert decide(needed - 2, never) == NOTHING
 
 
 def test_keeping_attention_costs_its_outputs_in_every_second_layer():
     parts = training.finetune_memory(SMALL, load(), kept=ATTENTION).components
-    assert parts["kept attention outputs"] == 12 * 16384 * (2 * 4096 + 4 * 64)
+    assert parts["kept_attention"] == 12 * 16384 * (2 * 4096 + 4 * 64)
 
 
 def test_keeping_experts_costs_their_gate_up_outputs_but_one_that_was_there_already():
@@ -68,7 +68,7 @@ def test_keeping_experts_costs_their_gate_up_outputs_but_one_that_was_there_alre
         training.finetune_memory(SMALL, load(), kept=kept).components for kept in (BOTH, ATTENTION)
     )
     layer = 16384 * 4 * (2 * 2 * 2880 + 4)
-    assert parts["kept expert outputs"] == 24 * layer
+    assert parts["kept_experts"] == 24 * layer
     assert before[training.EXPERTS] - parts[training.EXPERTS] == layer
     assert peak(kept=BOTH) - peak(kept=ATTENTION) == 23 * layer
 
@@ -83,19 +83,19 @@ def test_without_checkpoints_or_a_gpu_nothing_is_kept():
 
 def test_longest_sequence_is_the_longest():
     budget = 17 * GIB
-    longest = memory.largest_sequence_len(SMALL, load(), budget)
+    longest = fit.largest_sequence_len(SMALL, load(), budget)
     assert 0 < longest < 16384 and longest % fit.STEP_TOKENS == 0
     assert peak(f"sequence_len={longest}") <= budget
     assert peak(f"sequence_len={longest + fit.STEP_TOKENS}") > budget
-    assert memory.largest_sequence_len(BIG, load("model.base=openai/gpt-oss-120b"), budget) == 0
+    assert fit.largest_sequence_len(BIG, load("model.base=openai/gpt-oss-120b"), budget) == 0
 
 
 def test_65536_tokens_fit_with_checkpoints_in_host_memory_and_not_without():
     """It ran on a card capped at 23.6 GiB (benchmarks/results/train_step_long-h200-*.json), by
     attention that has no sums in fp32, as FlashAttention-2 has."""
-    long, budget = "sequence_len=65536", memory.CARD_BYTES
+    long, budget = "sequence_len=65536", fit.CARD_BYTES
     assert peak(long, "training.offload_checkpoints=true", "attention_backend=triton") < budget
-    assert budget < peak(long, "training.offload_checkpoints=true") < budget * memory.MARGIN
+    assert budget < peak(long, "training.offload_checkpoints=true") < budget * fit.MARGIN
     assert peak(long, "attention_backend=triton") > budget
     told = memory.suggest_changes(SMALL, load(long), budget)
     saved = peak(long) - peak(long, "training.offload_checkpoints=true")
@@ -141,7 +141,7 @@ def test_what_to_change_is_true(overrides, first):
 
 def test_nothing_helps_a_model_that_is_too_large():
     config = load("model.base=openai/gpt-oss-120b")
-    told = memory.suggest_changes(BIG, config, memory.CARD_BYTES)
+    told = memory.suggest_changes(BIG, config, fit.CARD_BYTES)
     assert told and not any(text.endswith(" fits") for text in told)
 
 

@@ -195,18 +195,27 @@ def test_tokenizer_has_the_chat_template(untrained_base):
     assert "<|start|>user<|message|>hi<|end|>" in text
 
 
-def test_importing_sparselong_is_quick_and_still_registers():
-    """torch is not imported by `import sparselong`; the quantizer is there once a model can be."""
+@pytest.mark.parametrize(
+    "first",
+    [
+        "transformers.modeling_utils",
+        # Half imported when the trigger has run: transformers' own model file, and one of ours.
+        "transformers.models.gpt_oss.modeling_gpt_oss",
+        "sparselong.model.quantizer",
+    ],
+)
+def test_importing_sparselong_is_quick_and_still_registers(first):
+    """torch is not imported by `import sparselong`; all names are there once a model can be."""
     script = (
         "import sys, sparselong\n"
         "assert 'torch' not in sys.modules\n"
-        "import transformers.modeling_utils\n"
-        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
-        "assert 'sparselong' in AUTO_QUANTIZER_MAPPING\n"
+        f"import {first}\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as configs\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as quantizers\n"
+        "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as experts\n"
+        "from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks\n"
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as attention\n"
+        "for names in (configs, quantizers, experts, masks, attention):\n"
+        "    assert 'sparselong' in names, names\n"
     )
-    # By way of the model's own file, which is half imported when the registration happens.
-    for first in ("", "import transformers.models.gpt_oss.modeling_gpt_oss\n"):
-        code = script.replace(
-            "import transformers.modeling_utils\n", first + "import transformers.modeling_utils\n"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
+    subprocess.run([sys.executable, "-c", script], check=True, env=dict(os.environ))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BACKENDS = ("triton", "torch_flash", "torch_cudnn", "flash_attn", "reference")
+BACKENDS = ("triton", "torch_flash", "torch_cudnn", "flash_attn", "torch")
 NO_LIMIT = 1 << 62
 
 
@@ -69,7 +69,7 @@ def rank_backends(architecture: str, kind: str, packed: bool, keys: int) -> Row:
         LookupError: no row serves the call.
     """
     if architecture == "cpu":
-        return Row(kind, packed, NO_LIMIT, ("reference",), "no CUDA device")
+        return Row(kind, packed, NO_LIMIT, ("torch",), "no CUDA device")
     for row in MEASURED.get(architecture, _UNMEASURED):
         if (row.kind, row.packed) == (kind, packed) and keys <= row.up_to_keys:
             return row

@@ -39,7 +39,7 @@ from sparselong.kernels.attention.mask import (
     SavedForward,
     find_documents,
 )
-from sparselong.kernels.attention.torch_backend import attention_reference
+from sparselong.kernels.attention.torch_backend import attention_torch
 from sparselong.kernels.gpu import architecture_of
 from sparselong.runtime import attend_once
 
@@ -65,7 +65,7 @@ def attention(
     """Return (out, lse); gradients flow to q, k, v and sinks from out, not from lse.
 
     Args:
-        q: [batch, heads, queries, 64], bf16, fp16 or fp32 (fp64 with "reference"). Read by stride:
+        q: [batch, heads, queries, 64], bf16, fp16 or fp32 (fp64 with "torch"). Read by stride:
             a transposed view of [batch, queries, heads, 64] costs no copy.
         k: [batch, kv_heads, keys, 64], q's dtype; head h reads KV head h // (heads / kv_heads).
         v: shaped like k, q's dtype.
@@ -79,7 +79,7 @@ def attention(
             decoding with a cache, the shard's start when a shard of queries attends to gathered
             keys. With documents, query_offset + queries must not exceed keys.
         dropout: must be 0.
-        backend: "triton", "torch_flash", "torch_cudnn", "flash_attn" or "reference"; None: the
+        backend: "triton", "torch_flash", "torch_cudnn", "flash_attn" or "torch"; None: the
             fastest measured backend that can take the call (`choose_backend`).
         deterministic: use FlashAttention-2's deterministic backward pass, which is slower, and
             never "torch_cudnn", which has none. "triton" is always deterministic.
@@ -101,9 +101,9 @@ def attention(
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     call = AttentionCall(mask, scale, deterministic, needs_dsinks=sinks.requires_grad)
     name = pick_backend(backend, q, call)
-    if name == "reference":
+    if name == "torch":
         document = None if mask.documents is None else mask.documents.starts
-        return attention_reference(
+        return attention_torch(
             q, k, v, sinks, document=document, window=mask.window, scale=scale,
             query_offset=query_offset,
         )  # fmt: skip
@@ -134,7 +134,7 @@ def choose_backend(q: torch.Tensor, call: AttentionCall) -> str:
     for name in row.order:
         if name == "torch_cudnn" and not plan_pays(mask):
             continue
-        refusal = None if name == "reference" else load_backend(name).refuse(q, call)
+        refusal = None if name == "torch" else load_backend(name).refuse(q, call)
         if refusal is None:
             return name
         refusals.append(f"{name}: {refusal}")
@@ -196,7 +196,7 @@ class _Attention(torch.autograd.Function):
 @functools.cache
 def load_backend(name: str) -> Backend:
     """Return the backend's functions, importing its module on first use."""
-    if name == "reference":
+    if name == "torch":
         from sparselong.kernels.attention import torch_backend as plain
 
         return Backend(lambda *_: None, plain.attend, plain.attend_backward)
@@ -216,10 +216,10 @@ def load_backend(name: str) -> Backend:
 
 
 def _require_backend(name: str, q: torch.Tensor, call: AttentionCall) -> str:
-    if name == "reference":
+    if name == "torch":
         return name
     if q.device.type != "cuda":
-        raise ValueError(f"backend: {name} with {q.device.type} tensors; allowed: reference")
+        raise ValueError(f"backend: {name} with {q.device.type} tensors; allowed: torch")
     if q.shape[-1] != HEAD_DIM:
         raise ValueError(f"head_dim: {q.shape[-1]}; allowed with {name}: {HEAD_DIM}")
     refusal = load_backend(name).refuse(q, call)

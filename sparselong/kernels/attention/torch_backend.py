@@ -1,4 +1,4 @@
-"""Attention with sinks in plain torch: the CPU backend, and the reference for the kernels.
+"""Attention with sinks in plain torch: the CPU backend.
 
 It follows the definition: scores, mask, one more logit per head, softmax, and the product with the
 values without the sink's share. Gradients are torch's own. It shares no code with the kernels.
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from sparselong.kernels.attention.mask import Attended, AttentionCall, Gradients, SavedForward
 
 
-def attention_reference(
+def attention_torch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -48,14 +48,7 @@ def attention_reference(
         positions = torch.arange(first, last, device=q.device) + query_offset
         end = min(k.shape[2], query_offset + last)
         begin = 0 if window is None else min(end, max(0, query_offset + first - window + 1))
-        key_positions = torch.arange(begin, end, device=q.device)
-        seen = key_positions <= positions[:, None]
-        if window is not None:
-            seen = seen & (key_positions > positions[:, None] - window)
-        seen = seen[None].expand(q.shape[0], -1, -1)
-        if document is not None:
-            own = document[:, positions]
-            seen = seen & (own[:, :, None] == document[:, None, begin:end])
+        seen = _find_seen(positions, begin, end, window, document).expand(q.shape[0], -1, -1)
         out, lse = checkpoint(
             _attend_chunk,
             q[:, :, first:last],
@@ -70,6 +63,23 @@ def attention_reference(
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _find_seen(
+    positions: torch.Tensor,
+    begin: int,
+    end: int,
+    window: int | None,
+    document: torch.Tensor | None,
+) -> torch.Tensor:
+    """Keys from `begin` to `end` that queries at `positions` see: bool [1 or batch, queries, keys]."""
+    keys = torch.arange(begin, end, device=positions.device)
+    seen = keys <= positions[:, None]
+    if window is not None:
+        seen = seen & (keys > positions[:, None] - window)
+    if document is None:
+        return seen[None]
+    return seen & (document[:, positions, None] == document[:, None, begin:end])
 
 
 def _attend_chunk(
@@ -113,7 +123,7 @@ def _attend_call(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     mask = call.mask
-    return attention_reference(
+    return attention_torch(
         *(q, k, v, sinks),
         document=None if mask.documents is None else mask.documents.starts,
         window=mask.window,

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparselong.kernels.dense import masked_weight_torch as reference
+from sparselong.kernels.dense import masked_weight_torch as torch_backend
 from sparselong.packing import integer
 
 ROWS, BLOCKS, WARPS = 32, 4, 4
@@ -62,7 +62,7 @@ class MaskedWeight:
     def round(self) -> torch.Tensor:
         """Return the weight that the forward pass multiplies by, bf16 [out, in]."""
         if not self.master.is_cuda:
-            return reference.round_weight(**vars(self))
+            return torch_backend.round_weight(**vars(self))
         weight = torch.empty_like(self.master)
         self._launch(weight, gate=False)
         return weight
@@ -70,7 +70,7 @@ class MaskedWeight:
     def gate_(self, grad: torch.Tensor) -> torch.Tensor:
         """Turn the rounded weight's gradient, fp32 [out, in], into that of B·A, in place."""
         if not grad.is_cuda:
-            return grad.mul_(reference.passes(**vars(self))).mul_(self.scaling)
+            return grad.mul_(torch_backend.passes(**vars(self))).mul_(self.scaling)
         self._launch(grad, gate=True)
         return grad
 

@@ -1,4 +1,4 @@
-"""A masked LoRA layer's weight in plain torch: the CPU's version and the kernel's reference."""
+"""A masked LoRA layer's weight in plain torch: the CPU backend."""
 
 from __future__ import annotations
 

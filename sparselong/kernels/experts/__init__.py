@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
+    from sparselong.kernels.experts.choice import choose_backend
     from sparselong.kernels.experts.lora import Adapter, expert_lora_mlp
     from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp, slice_inference
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from sparselong.kernels.layer.norm_torch import add_rms_norm_reference, rms_norm_reference
+from sparselong.kernels.layer.norm_torch import add_rms_norm_torch, rms_norm_torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HIDDEN = 16_384
@@ -50,7 +50,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     _check(x, weight)
     if not x.is_cuda:
-        return rms_norm_reference(x, weight, eps)
+        return rms_norm_torch(x, weight, eps)
     return RMSNormFunction.apply(x, None, weight, float(eps))[0]  # pyright: ignore[reportOptionalSubscript]
 
 
@@ -79,7 +79,7 @@ def add_rms_norm(
             f"allowed: x's, {list(x.shape)} on {x.device}"
         )
     if not x.is_cuda:
-        return add_rms_norm_reference(x, residual, weight, eps)
+        return add_rms_norm_torch(x, residual, weight, eps)
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return RMSNormFunction.apply(x.to(dtype), residual.to(dtype), weight, float(eps))  # pyright: ignore[reportReturnType]
 

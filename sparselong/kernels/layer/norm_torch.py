@@ -1,11 +1,11 @@
-"""RMSNorm, and residual + RMSNorm, in plain torch: the CPU backend and the kernels' reference."""
+"""RMSNorm, and residual + RMSNorm, in plain torch, differentiable: the CPU backend."""
 
 from __future__ import annotations
 
 import torch
 
 
-def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """gpt-oss's RMSNorm: statistics and the product with the weight in fp32, then one rounding.
 
     Args:
@@ -21,9 +21,9 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     return (weight * normed).to(x.dtype)
 
 
-def add_rms_norm_reference(
+def add_rms_norm_torch(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (norm of the sum, the sum) for `residual + x`, which is rounded to its dtype first."""
     total = residual + x
-    return rms_norm_reference(total, weight, eps), total
+    return rms_norm_torch(total, weight, eps), total

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from sparselong.kernels.layer.rotary_torch import rotate_reference
+from sparselong.kernels.layer.rotary_torch import rotate_torch
 from sparselong.kernels.layout import with_unit_stride
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -53,7 +53,7 @@ def rotate(
     """
     _check(q, k, cos, sin)
     if not q.is_cuda:
-        return rotate_reference(q, k, cos, sin)
+        return rotate_torch(q, k, cos, sin)
     return RotateFunction.apply(q, k, cos, sin)  # pyright: ignore[reportReturnType]
 
 

@@ -1,11 +1,11 @@
-"""Rotary embedding in plain torch, differentiable: the CPU backend and the kernel's reference."""
+"""Rotary embedding in plain torch, differentiable: the CPU backend."""
 
 from __future__ import annotations
 
 import torch
 
 
-def rotate_reference(
+def rotate_torch(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return q and k rotated in their dtype, as transformers does; shapes as in `rotary.rotate`."""

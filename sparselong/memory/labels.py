@@ -1,0 +1,54 @@
+"""What each component of a plan is called where a person reads it, by its key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
+
+LABELS = {
+    # Weights of a model, by group.
+    "experts": "experts",
+    "attention": "attention",
+    "embedding": "embedding and lm_head",
+    "small": "router, norms, biases, sinks",
+    # Memory of stage 03.
+    "projections": "attention projections, packed",
+    "masters": "masters, masks, scales of LoRA layers",
+    "lora": "LoRA, gradients, optimizer",
+    "activations": "activations of the other layers",
+    "checkpoints": "activation checkpoints",
+    "kept_attention": "kept attention outputs",
+    "kept_experts": "kept expert outputs",
+    "gaps": "allocator's gaps",
+    "layer": "one layer, made again",
+    "experts_work": "experts at work",
+    "attention_work": "attention at work",
+    "loss": "logits and cross-entropy",
+    "workspaces": "cuBLAS workspaces",
+    "context": "CUDA context",
+    "libraries": "Python and libraries",
+    "decoded": "decoded weights",
+    # Memory of stages 02 and 04.
+    "layer_weights": "one layer's weights",
+    "hessian": "Hessian, inverse, factors",
+    "live": "live layer activations",
+    "layer_read": "the layer that is read",
+    "hidden_states": "calibration hidden states",
+    "base_rest": "the rest of the base model",
+    "logits": "logits",
+    # Files.
+    "base": "base model",
+    "compressed_model": "02_compress/model",
+    "compressed_masters": "02_compress/masters",
+    "finetuned_model": "03_finetune/model",
+    "finetune_checkpoints": "03_finetune/checkpoints",
+    "adapter": "03_finetune/adapter",
+    "compress_work": "02_compress/work, until it is done",
+}
+
+
+def label(components: Mapping[str, Number]) -> dict[str, Number]:
+    """Return components under what they are called, in the same order."""
+    return {LABELS[key]: value for key, value in components.items()}

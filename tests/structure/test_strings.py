@@ -1,0 +1,129 @@
+"""Strings that name modules: each leads to a module, and none goes around the floors."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.structure import tree
+from tests.structure.tree import PACKAGE, ROOT, dotted
+from tests.test_floors import breaks_a_floor
+
+NAMING = re.compile(r"(sparselong|benchmarks|tests)(\.\w+)+")
+DOORS = {
+    ("sparselong.registration", "sparselong.model.packed_experts"),
+    ("sparselong.registration", "sparselong.model.quantizer"),
+    ("sparselong.registration", "sparselong.model.attention"),
+    # Goes with the command that the stage hands over.
+    ("sparselong.processes.process", "sparselong.finetune.rank"),
+}
+"""Who may name a module of a higher floor, and which."""
+
+
+def named(path: Path) -> list[tuple[int, str]]:
+    """Lines and dotted names of a file's strings that are names of our modules as a whole."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree.parse(path))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    return [
+        (node.lineno, node.value)
+        for node in ast.walk(tree.parse(path))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in docstrings
+        and NAMING.fullmatch(node.value)
+    ]
+
+
+def resolve(name: str, root: Path) -> str | None:
+    """The module that a dotted name leads to: itself, or one that defines its last part."""
+    if tree.find_module(name, root) is not None:
+        return name
+    module, _, attribute = name.rpartition(".")
+    path = tree.find_module(module, root)
+    if path is None:
+        return None
+    if path.name == "__init__.py":
+        return tree.public(module, root).get(attribute)
+    return module if attribute in tree.defined(path) else None
+
+
+def string_breaches(root: Path) -> list[str]:
+    found = []
+    for path in [*tree.sources(root, inits=True), *tree.scripts(root)]:
+        module = dotted(path, root)
+        for line, name in named(path):
+            reached, where = resolve(name, root), f"{path.relative_to(root)}:{line}"
+            if reached is None:
+                found.append(f"{where} names {name}, which there is not")
+            elif module.startswith(f"{PACKAGE}.") and (module, name) not in DOORS:
+                if breaks_a_floor(module.split(".")[1:], reached.split(".")[1:]):
+                    found.append(f"{where} names {name} of a higher floor, or beside its own")
+    return found
+
+
+def test_strings_name_modules_that_exist_and_obey_the_floors():
+    assert string_breaches(ROOT) == []
+
+
+def test_every_door_is_used():
+    used = {(dotted(path, ROOT), name) for path in tree.sources(ROOT) for _, name in named(path)}
+    assert used >= DOORS
+
+
+def test_the_plugin_and_the_ranks_program_are_among_them():
+    """The two that nothing but a string leads to."""
+    names = {name for path in tree.sources(ROOT) for _, name in named(path)}
+    assert "sparselong.finetune.axolotl_plugin.SparseLongPlugin" in names
+    assert "sparselong.finetune.rank" in names
+
+
+def test_imports_of_the_tests_resolve_also_where_they_need_a_gpu():
+    """tests/gpu is not collected without one, and a module that moved would go unnoticed."""
+    missing = []
+    for path in sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]):
+        for each in tree.imports(path):
+            if each.module.partition(".")[0] not in (PACKAGE, "tests", "benchmarks"):
+                continue
+            file = tree.find_module(each.module, ROOT)
+            whole = f"{each.module}.{each.name}"
+            if each.name is None or tree.find_module(whole, ROOT) is not None:
+                exists = file is not None or each.name is not None
+            elif file is None:
+                exists = (ROOT.joinpath(*whole.split("."))).is_dir()
+            else:
+                names = {found.bound for found in tree.imports(file)} | tree.defined(file)
+                if file.name == "__init__.py":
+                    names |= tree.public(each.module, ROOT).keys()
+                exists = each.name in names
+            if not exists:
+                missing.append(f"{path.relative_to(ROOT)}:{each.line}: {whole}")
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("text", "breach"),
+    [
+        ("x = 'sparselong.finetune.gone'\n", "which there is not"),
+        ("x = 'sparselong.finetune.rank.gone'\n", "which there is not"),
+        ("x = ['-m', 'sparselong.finetune.rank']\n", "of a higher floor"),
+        ("x = 'sparselong.finetune.rank.main'\n", "of a higher floor"),
+        ("x = 'sparselong.config.schema'\n", None),
+        ("'''sparselong.finetune.rank'''\n", None),
+        ("x = 'see sparselong.finetune.rank'\n", None),
+    ],
+)
+def test_a_string_that_breaks_a_rule_is_noticed(tmp_path, text, breach):
+    files = {"finetune/rank.py": "def main(): ...\n", "config/schema.py": "", "model/a.py": text}
+    found = string_breaches(tree.write_tree(tmp_path, files))
+    assert [line.partition("names ")[0] for line in found] == (
+        [] if breach is None else ["sparselong/model/a.py:1 "]
+    )
+    assert breach is None or breach in found[0]
