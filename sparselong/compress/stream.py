@@ -35,10 +35,10 @@ from sparselong.compress.report import measure
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.files import write_atomically
-from sparselong.model import SparseLongConfig, choose_attention, implementation, load_tokenizer
+from sparselong.model import SparseLongConfig, implementation, load_tokenizer
 from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.run import Stage
-from sparselong.runtime import compute_dtype, default_device
+from sparselong.runtime import compute_dtype, default_device, using
 from sparselong.tiny import resolve_base
 
 DENSE_FILE = "dense-{:05d}.safetensors"
@@ -70,7 +70,9 @@ def compress(stage: Stage) -> None:
     device = default_device()
     model = stage.dir / "model"
     if not model.exists():  # if it exists, it is complete
-        _compress_layers(stage, base, architecture, device)
+        backend, deterministic = stage.config.attention_backend, stage.config.deterministic
+        with using(attention_backend=backend, deterministic=deterministic):
+            _compress_layers(stage, base, architecture, device)
         _complete(stage, base, architecture)
     _publish(stage, base, Checkpoint(model))
 
@@ -118,7 +120,6 @@ def _compress_layer(
     if stage.config.experts.sparsity == "2:4":
         stored |= _drop_half_of_experts(tensors)
     dtype, attention = compute_dtype(device), implementation(stage.config)
-    choose_attention(stage.config.attention_backend, stage.config.deterministic)
     layer = CalibratedLayer(architecture, index, tensors, device, dtype, attention)
     del tensors
     fmt = _quantization(stage.config).dense_format

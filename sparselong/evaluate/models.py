@@ -21,8 +21,9 @@ import torch
 
 from sparselong.evaluate import harness, perplexity
 from sparselong.files import write_atomically
-from sparselong.model import choose_attention, implementation, load_model
+from sparselong.model import implementation, load_model
 from sparselong.provenance import read_peaks, reset_peaks
+from sparselong.runtime import using
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,17 @@ def measure(
     start = time.monotonic()
     reset_peaks()
     config = measurements.suite.config
-    choose_attention(config.attention_backend, config.deterministic)
     model = load_model(directory, attn_implementation=implementation(config))
     progress(f"{name}: loaded from {directory} in {time.monotonic() - start:.1f} s")
     batch_size = config.evaluation.batch_size
-    result = {
-        "fingerprint": fingerprint,
-        "perplexity": perplexity.measure(model, measurements.samples, batch_size),
-        "tasks": harness.measure(model, measurements.suite),
-        "seconds": round(time.monotonic() - start, 1),
-        "peak_bytes": read_peaks(),
-    }
+    with using(attention_backend=config.attention_backend, deterministic=config.deterministic):
+        result = {
+            "fingerprint": fingerprint,
+            "perplexity": perplexity.measure(model, measurements.samples, batch_size),
+            "tasks": harness.measure(model, measurements.suite),
+            "seconds": round(time.monotonic() - start, 1),
+            "peak_bytes": read_peaks(),
+        }
     del model
     gc.collect()
     if torch.cuda.is_available():

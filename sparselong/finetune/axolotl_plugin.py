@@ -67,14 +67,13 @@ from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.finetune.routers import RouterWatch
 from sparselong.model import (
     FusedDecoderLayer,
-    choose_attention,
-    chosen_attention,
     chunk_loss,
     describe_weights,
     two_four_conforming,
 )
 from sparselong.processes import joined_rank, tell_failures
 from sparselong.processes import world as ranks
+from sparselong.runtime import current
 
 _PREVIEW_ROWS = 3
 _PACKAGES = ("axolotl", "transformers", "peft", "torch", "accelerate", "datasets")
@@ -166,7 +165,6 @@ class SparseLongPlugin(BasePlugin):
     def _load_datasets(self, cfg):
         # Axolotl's schema knows its own names only, and this hook is the first after it.
         cfg.attn_implementation = cfg.sparselong.attention
-        choose_attention(cfg.sparselong.attention_backend, cfg.sparselong.deterministic)
         try:
             meta: Any = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
         except ValueError as error:
@@ -235,8 +233,15 @@ class SparseLongPlugin(BasePlugin):
         self.trainer = trainer
         trainer.bake_only = cfg.sparselong.bake_only
         trainer.heads_k_stride = cfg.sparselong.heads_k_stride
+        trainer.take_place(
+            ranks.mesh(),
+            attention_backend=cfg.sparselong.attention_backend,
+            deterministic=cfg.sparselong.deterministic,
+        )
         if not ranks.is_first():
             return
+        with trainer.settings():  # what the passes find, not what was asked for
+            settings = current()
         receipt = {
             "plugin": f"{__name__}.{type(self).__name__}",
             "modules_replaced": sorted(tuned_layers(trainer.model)),
@@ -244,8 +249,8 @@ class SparseLongPlugin(BasePlugin):
             "trainer": type(trainer).__name__,
             "attention": trainer.model.get_base_model().config._attn_implementation,
             "fused_layers": sum(isinstance(m, FusedDecoderLayer) for m in trainer.model.modules()),
-            "attention_backend": chosen_attention().backend,
-            "deterministic": chosen_attention().deterministic,
+            "attention_backend": settings.attention_backend,
+            "deterministic": settings.deterministic,
             **{key: asdict(decision) for key, decision in self.keeping.items()},
             "processes": ranks.count(),
             "trainable_parameters": count_trainable(trainer.model),

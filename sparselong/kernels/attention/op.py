@@ -96,7 +96,7 @@ def attention(
             allowed.
     """
     _check_tensors(q, k, v, sinks)
-    _check_numbers(window, scale, query_offset, dropout, backend)
+    _check_numbers(window, scale, query_offset, dropout)
     mask = _make_mask(q, k, cu_seqlens, window, query_offset)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     call = AttentionCall(mask, scale, deterministic, needs_dsinks=sinks.requires_grad)
@@ -114,7 +114,7 @@ def pick_backend(backend: str | None, q: torch.Tensor, call: AttentionCall) -> s
     """Return the named backend or, for None, the one that `choose_backend` returns.
 
     Raises:
-        ValueError: the named backend cannot take the call, or no backend can.
+        ValueError: the backend is unknown or cannot take the call, or no backend can.
     """
     return choose_backend(q, call) if backend is None else _require_backend(backend, q, call)
 
@@ -216,6 +216,8 @@ def load_backend(name: str) -> Backend:
 
 
 def _require_backend(name: str, q: torch.Tensor, call: AttentionCall) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r}; allowed: None, {', '.join(BACKENDS)}")
     if name == "torch":
         return name
     if q.device.type != "cuda":
@@ -258,7 +260,7 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: tor
 
 
 def _check_numbers(
-    window: int | None, scale: float | None, query_offset: int, dropout: float, backend: str | None
+    window: int | None, scale: float | None, query_offset: int, dropout: float
 ) -> None:
     if window is not None and (type(window) is not int or window <= 0):
         raise ValueError(f"window: {window!r}; allowed: a positive integer, or None")
@@ -268,8 +270,6 @@ def _check_numbers(
         raise ValueError(f"query_offset: {query_offset!r}; allowed: an integer of at least 0")
     if dropout != 0:
         raise ValueError(f"dropout: {dropout!r}; allowed: 0, dropout is not supported")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r}; allowed: None, {', '.join(BACKENDS)}")
 
 
 def _make_mask(

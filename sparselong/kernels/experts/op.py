@@ -29,9 +29,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -40,14 +37,13 @@ from sparselong.kernels.experts import choice as expert_choice
 from sparselong.kernels.experts.choice import BACKENDS
 from sparselong.kernels.experts.torch_backend import expert_mlp_torch
 from sparselong.kernels.gpu import architecture_of
-from sparselong.runtime import is_checkpointed, is_second_pass, keeps_experts
+from sparselong.runtime import current, is_checkpointed, is_second_pass, keeps_experts
 
 ALPHA, LIMIT = 1.702, 7.0
 SLICE_TOKENS = 16_384
 """Tokens that go through at once inside a checkpointed layer."""
 MOST_CHOICES = 64
 """By "generation" every choice of a token goes through its expert's weight by itself."""
-_inference_tokens: ContextVar[int] = ContextVar("inference_tokens", default=expert_choice.NO_LIMIT)
 
 
 def expert_mlp(
@@ -137,7 +133,7 @@ def _infer(
     rest = (expert_triton.Projection(*gate_up), expert_triton.Projection(*down), gate, backend)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        for part in slices(len(x), _inference_tokens.get()):
+        for part in slices(len(x), current().inference_tokens or len(x)):
             expert_triton.run_inference(x[part], indices[part], weights[part], *rest, out[part])
     return out
 
@@ -255,20 +251,6 @@ class _CheckpointedExpertMlp(torch.autograd.Function):
             # Several slices have no gradients of biases.
             biases = [differentiate(part) for part in slices(len(x), ctx.slice_tokens)][-1]
         return dx, None, dweights, None, None, biases[0], None, None, biases[1], None, None
-
-
-@contextmanager
-def slice_inference(tokens: int) -> Iterator[None]:
-    """Inside, at most so many tokens go through at once where no gradient is asked for.
-
-    A pass without gradients holds tokens * top_k * (hidden + 2 * inner) values beside its input and
-    output; fewer rows an expert make its products slower.
-    """
-    before = _inference_tokens.set(tokens)
-    try:
-        yield
-    finally:
-        _inference_tokens.reset(before)
 
 
 def slices(tokens: int, size: int) -> list[slice]:

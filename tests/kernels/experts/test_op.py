@@ -10,6 +10,7 @@ from sparselong.kernels.experts import triton_launch as expert_triton
 from sparselong.kernels.experts.choice import BACKENDS, MEASURED, NO_LIMIT, choose_backend
 from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp
 from sparselong.packing import mxfp4
+from sparselong.runtime.settings import using
 from tests.kernels.emulated_ptx import run_ptx
 from tests.kernels.run_interpreted import run_interpreted
 from tests.references.expert_mlp import decode_reference, expert_mlp_reference
@@ -168,7 +169,7 @@ def test_inference_goes_in_slices_where_it_is_told_to(monkeypatch):
 
     monkeypatch.setattr(expert_gemm, "choose", lambda *_: "packed")
     monkeypatch.setattr(expert_triton, "run_inference", run)
-    with expert_gemm.slice_inference(16):
+    with using(inference_tokens=16):
         out = expert_mlp(**call)
     assert sizes == [(12,) * 3, (12,) * 3, (13,) * 3]
     assert torch.equal(out, 2 * call["x"])
