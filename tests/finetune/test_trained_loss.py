@@ -65,11 +65,11 @@ def test_a_step_is_divided_by_the_supervised_tokens_of_all_its_micro_batches():
 
 def test_an_evaluation_weighs_every_supervised_token_alike():
     training = Training()
-    training.take_place(None, attention_backend="reference", deterministic=True)
+    training.take_place(None, attention_backend="torch", deterministic=True)
     result = training.evaluation_loop(Loader(STEP), "")
     assert result.metrics == {"eval_loss": (2 + 3 + 5 + 7 + PAD) / 5}
     assert result.num_samples == 7
-    assert training.seen == [Settings("reference", True)] * 2 and current() == Settings()
+    assert training.seen == [Settings("torch", True)] * 2 and current() == Settings()
     nothing = training.evaluation_loop(Loader([batch([8, IGNORED])]), "", metric_key_prefix="test")
     assert str(nothing.metrics) == "{'test_loss': nan}"
 

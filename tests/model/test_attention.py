@@ -269,9 +269,9 @@ def test_the_chosen_backend_is_what_attends(models, monkeypatch):
     monkeypatch.setattr(door, "attention", watched)
     ids = torch.tensor([[1, 2, 3]])
     models[1](ids)
-    with using(attention_backend="reference", deterministic=True):
+    with using(attention_backend="torch", deterministic=True):
         models[1](ids)
-    assert set(asked[:4]) == {(None, False)} and set(asked[4:]) == {("reference", True)}
+    assert set(asked[:4]) == {(None, False)} and set(asked[4:]) == {("torch", True)}
     for name, message in (
         ("torch_flash", "backend: torch_flash with cpu tensors"),
         ("flash", "backend: 'flash'; allowed: "),

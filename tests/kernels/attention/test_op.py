@@ -122,7 +122,7 @@ def test_documents_of_inference_tensors_are_found_every_time():
 
 def test_second_derivatives_are_refused(monkeypatch):
     """Kernels have none; the gradients of gradients would be silently incomplete."""
-    plain = kernels.load_backend("reference")
+    plain = kernels.load_backend("torch")
     monkeypatch.setattr(kernels, "load_backend", lambda _: plain)
     tensors = [t.requires_grad_() for t in draw()]
     out, _ = kernels._Attention.apply(
@@ -202,7 +202,7 @@ def test_bad_tensors_are_named():
 def test_the_choice_by_table():
     """On paper: a tensor that says it is on a GPU is not needed to rank backends."""
     q = torch.zeros(1, 8, 300, 64, dtype=torch.bfloat16)
-    assert choose_backend(q, AttentionCall(Mask(1, 300, 300, 0, None, None), 0.125)) == "reference"
+    assert choose_backend(q, AttentionCall(Mask(1, 300, 300, 0, None, None), 0.125)) == "torch"
     assert rank_backends("sm_90", "full", False, 16384).order[0] == "torch_cudnn"
     assert rank_backends("sm_90", "window", True, 16384).order[0] == "triton"
     assert "not timed" in describe_choice("sm_86", False, 4096)["full"]
