@@ -23,7 +23,8 @@ LONG := tests/stages/test_trained.py tests/stages/test_finetune.py tests/stages/
 # an hour where a fixture trains first, which test_trained.py and test_finetune.py say themselves.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
 
-# Each measures one subject and says so where it needs a GPU; the other files there help these.
+# Each measures one subject, and says so if it needs a GPU. The other files there help these, or
+# compare two checkouts.
 BENCHMARKS := demo attention attention_tiles expert_gemm neighbours generation memory train_step \
               context_parallel
 

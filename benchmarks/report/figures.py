@@ -183,7 +183,7 @@ def _setting(source: Source) -> float:
 
 FIGURE = re.compile(
     r"(?<![\w.,@^-])(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?)(?!\d*\.\d)"
-    r"(?:×|(?: |-)?(?P<unit>tokens/s|tok/s|GiB|GB|MiB|MB|KiB|TB|GHz|bits?|%|ms|µs|min|s|h|K|B|nats"
+    r"(?:×|(?: |-)?(?P<unit>tokens/s|tok/s|GiB|GB|MiB|MB|KiB|TB|bits?|%|ms|µs|min|s|h|K|B|nats"
     r"|times|points)(?![\w/]))?"
 )
 """A number and its unit, if one follows."""
