@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
+    from sparselong.finetune.batches import EpochOrder, make_batches
     from sparselong.finetune.trainer import finetune
 
 __getattr__ = expose(__name__)
