@@ -31,6 +31,7 @@ from sparselong.adapters import MaskedLoraLinear, masked_layers
 from sparselong.errors import StageError
 from sparselong.finetune import state
 from sparselong.finetune.batches import IGNORED, Batches, EpochOrder, make_batches, only
+from sparselong.finetune.training_run import TrainingRun
 from sparselong.model import NAME, document_masks
 from sparselong.parallel import add_losses, reduce_gradients, sum_over_ranks
 from sparselong.parallel.sequence import context_parallel, shard_batch, take_layout
@@ -38,8 +39,9 @@ from sparselong.processes import world as ranks
 
 
 class MaskedTraining(Trainer):
-    """See the module's text."""
+    """See the module's text. A subclass names its run: the base class makes the arguments."""
 
+    run: TrainingRun
     args: Any
     model: Any
     processing_class: Any
@@ -48,8 +50,7 @@ class MaskedTraining(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss divides by num_items_in_batch itself
         self.progress = state.Progress()
-        self.bake_only = False
-        self.heads_k_stride = 1  # the plugin sets this and the one above
+        self.bake_only = self.run.is_trained()
         self.mesh = ranks.mesh()
         if self.mesh is not None:
             self.progress.data_ranks = self.mesh.data_size
@@ -138,7 +139,7 @@ class MaskedTraining(Trainer):
             yield inputs
             return
         shard = shard_batch(dict(inputs), self.mesh)
-        layout = take_layout(shard, self.heads_k_stride)
+        layout = take_layout(shard, self.run.config.heads_k_stride)
         with context_parallel(self.mesh, layout):
             yield shard
 
@@ -182,6 +183,12 @@ class MaskedTraining(Trainer):
         total, predicted, rows = sums.tolist()
         mean = total / predicted if predicted else math.nan
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, int(rows))  # type: ignore[arg-type]
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        epochs_and_steps = super()._init_training_state(max_steps, *args, **kwargs)
+        # A checkpoint brings the intervals of the config that it was written with.
+        self.state.compute_steps(self.args, max_steps)
+        return epochs_and_steps
 
     def _run_epoch(self, **kwargs):
         # Resumed behind its last step, the loop would take one step more.

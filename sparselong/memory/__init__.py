@@ -20,7 +20,14 @@ if TYPE_CHECKING:
         suggest_changes,
     )
     from sparselong.memory.plan import Plan, configured_device, make_plan, plan_stage
-    from sparselong.memory.shape import PUBLISHED, ModelShape, find_shape, read_shape, tiny_shape
+    from sparselong.memory.shape import (
+        PUBLISHED,
+        ModelShape,
+        check_heads,
+        find_shape,
+        read_shape,
+        tiny_shape,
+    )
     from sparselong.memory.table import (
         WIDTH,
         format_bytes,

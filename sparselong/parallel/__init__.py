@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.parallel.collectives import ExchangeError, all_gather, progress, sum_over_ranks
+    from sparselong.parallel.collectives import (
+        ExchangeError,
+        all_gather,
+        explain_exchange,
+        progress,
+        sum_over_ranks,
+    )
     from sparselong.parallel.gradients import add_losses, reduce_gradients
     from sparselong.parallel.mesh import Mesh, build_mesh
 
