@@ -14,7 +14,7 @@ from sparselong.tiny import resolve_base
 
 def evaluate(stage: Stage) -> None:
     """Measure the base, compressed and fine-tuned models and write the report."""
-    compressed, finetuned = stage.require("02_compress"), stage.require("03_finetune")
+    compressed, finetuned = stage.manifests["02_compress"], stage.manifests["03_finetune"]
     files = conversations.prepare(stage.config, stage.run_dir)
     base_dir = resolve_base(stage.config, stage.run_dir, stage.log)
     tokenizer = load_tokenizer(base_dir)

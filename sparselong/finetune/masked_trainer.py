@@ -30,6 +30,7 @@ from sparselong.adapters import MaskedLoraLinear, masked_layers
 from sparselong.errors import StageError
 from sparselong.finetune import state
 from sparselong.finetune.batches import Batches, EpochOrder, make_batches, only
+from sparselong.finetune.training_run import TrainingRun
 from sparselong.model import NAME, document_masks
 from sparselong.parallel import (
     Mesh,
@@ -44,8 +45,15 @@ from sparselong.runtime import Settings, using
 
 
 class MaskedTraining(Trainer):
-    """See the module's text."""
+    """See the module's text. A subclass names its run and its place among the ranks.
 
+    Attributes:
+        run: whose config every pass goes by.
+        mesh: this process's place; None where it trains alone.
+    """
+
+    run: TrainingRun
+    mesh: Mesh | None = None
     args: Any
     model: Any
     processing_class: Any
@@ -54,25 +62,18 @@ class MaskedTraining(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss divides by num_items_in_batch itself
         self.progress = state.Progress()
-        self.bake_only = False
-        self.heads_k_stride = 1  # the plugin sets this and the one above
-        self.attention: dict[str, Any] = {}
-        self.mesh: Mesh | None = None
-
-    def take_place(self, mesh: Mesh | None, **attention: Any) -> None:
-        """Train as one of several ranks, and attend in a certain way.
-
-        Args:
-            mesh: this process's place; None where it trains alone.
-            attention: the settings that hold in every pass, by their names in `Settings`.
-        """
-        self.mesh, self.attention = mesh, attention
-        if mesh is not None:
-            self.progress.data_ranks = mesh.data_size
+        self.bake_only = self.run.is_trained()
+        if self.mesh is not None:
+            self.progress.data_ranks = self.mesh.data_size
 
     def settings(self, **changes: Any) -> AbstractContextManager[Settings]:
         """Return the block that every pass of the model runs in."""
-        return using(**self.attention, **changes)
+        config = self.run.config
+        return using(
+            attention_backend=config.attention_backend,
+            deterministic=config.deterministic,
+            **changes,
+        )
 
     @property
     def layers(self) -> dict[str, MaskedLoraLinear]:
@@ -147,7 +148,7 @@ class MaskedTraining(Trainer):
     @contextmanager
     def _pass_over(self, inputs: Any) -> Iterator[Any]:
         """Yield this rank's share of a batch, under the settings that the model needs for it."""
-        shard, changes = share_batch(inputs, self.mesh, self.heads_k_stride)
+        shard, changes = share_batch(inputs, self.mesh, self.run.config.heads_k_stride)
         with self.settings(**changes):
             yield shard
 
@@ -190,6 +191,12 @@ class MaskedTraining(Trainer):
         with self._pass_over(batch) as shard:
             inputs = self._prepare_inputs(shard)
             return self.compute_loss(self.model, inputs, num_items_in_batch=1), inputs  # type: ignore[return-value]
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        epochs_and_steps = super()._init_training_state(max_steps, *args, **kwargs)
+        # A checkpoint brings the intervals of the config that it was written with.
+        self.state.compute_steps(self.args, max_steps)
+        return epochs_and_steps
 
     def _run_epoch(self, **kwargs):
         # Resumed behind its last step, the loop would take one step more.

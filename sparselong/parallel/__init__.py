@@ -6,7 +6,13 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.parallel.apply import share_batch
-    from sparselong.parallel.collectives import ExchangeError, all_gather, progress, sum_over_ranks
+    from sparselong.parallel.collectives import (
+        ExchangeError,
+        all_gather,
+        explain_exchange,
+        progress,
+        sum_over_ranks,
+    )
     from sparselong.parallel.gradients import reduce_gradients
     from sparselong.parallel.loss import (
         add_losses,
