@@ -17,6 +17,7 @@ from sparselong.finetune.keeping import Keeping
 from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.finetune.state import Progress
 from sparselong.finetune.training_run import RUN_KEY, TrainingRun
+from sparselong.runtime import using
 from tests.conftest import ROOT
 
 MODULE = "sparselong.finetune.axolotl_plugin"
@@ -132,17 +133,15 @@ def cfg(tmp_path) -> SimpleNamespace:
 def test_datasets_get_our_labels_and_attention_is_ours(plugins, plugin, run, cfg, monkeypatch):
     rows = Rows({"input_ids": [0, 1], "labels": [-100, n]} for n in range(2))
     meta = SimpleNamespace(train_dataset=rows, eval_dataset=rows)
-    relabelled, chosen, told = [], [], []
+    relabelled, told = [], []
     monkeypatch.setattr(plugins, "load_datasets", lambda cfg, cli_args: meta)
-    monkeypatch.setattr(plugins, "choose_attention", lambda *asked: chosen.append(asked))
     monkeypatch.setattr(plugins, "tell", told.append)
     monkeypatch.setattr(
         plugins.supervision, "relabel", lambda *given: relabelled.append(given[1:]) or given[0]
     )
     monkeypatch.setattr(plugins.supervision, "preview", lambda rows, tokenizer: f"{len(rows)}\n")
-    plugin.run = TrainingRun(run.directory, run.config.model_copy(update={"deterministic": True}))
     assert plugin.load_datasets(cfg) is meta
-    assert chosen == [("auto", True)] and cfg.attn_implementation == "eager"
+    assert cfg.attn_implementation == "eager"
     assert [given[1:] for given in relabelled] == [("tokenizer", "all")] * 2
     assert [given[0].stem for given in relabelled] == ["train", "eval"]
     assert (run.work / "supervision.txt").read_text() == "2\n"
@@ -158,7 +157,6 @@ def test_a_split_sequence_attends_through_our_function(plugins, plugin, run, cfg
     def refuse(**given):
         raise ValueError("nothing left")
 
-    monkeypatch.setattr(plugins, "choose_attention", lambda *asked: None)
     monkeypatch.setattr(plugins, "load_datasets", refuse)
     with pytest.raises(StageError, match="cannot be trained on") as failure:
         plugin.load_datasets(cfg)
@@ -222,6 +220,7 @@ def fake_trainer(**state) -> SimpleNamespace:
         state=SimpleNamespace(global_step=6, best_metric=0.5, **state),
         progress=Progress(),
         layers={},
+        settings=lambda: using(attention_backend="triton", deterministic=True),
     )
 
 

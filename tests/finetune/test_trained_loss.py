@@ -20,13 +20,14 @@ PAD = 0
 class Training(MaskedTraining):
     """The trainer without transformers' part; a token's loss is its label."""
 
-    def __init__(self):
+    def __init__(self, mesh=None, **config):
+        asked = {"attention_backend": "auto", "deterministic": False, "heads_k_stride": 2, **config}
+        self.run = SimpleNamespace(config=SimpleNamespace(**asked))
         self.args = SimpleNamespace(sample_packing=False)
         self.accelerator = SimpleNamespace(sync_gradients=True)
         self.processing_class = SimpleNamespace(pad_token_id=PAD)
         self.model = torch.nn.Linear(1, 1)
-        self.progress, self.heads_k_stride = Progress(), 2
-        self.mesh, self.attention = None, {}
+        self.progress, self.mesh = Progress(), mesh
         self.seen: list[Settings] = []
 
     def _prepare_inputs(self, inputs):
@@ -64,8 +65,7 @@ def test_a_step_is_divided_by_the_supervised_tokens_of_all_its_micro_batches():
 
 
 def test_an_evaluation_weighs_every_supervised_token_alike():
-    training = Training()
-    training.take_place(None, attention_backend="torch", deterministic=True)
+    training = Training(attention_backend="torch", deterministic=True)
     result = training.evaluation_loop(Loader(STEP), "")
     assert result.metrics == {"eval_loss": (2 + 3 + 5 + 7 + PAD) / 5}
     assert result.num_samples == 7
@@ -76,7 +76,7 @@ def test_an_evaluation_weighs_every_supervised_token_alike():
 
 def test_with_other_ranks_counts_and_sums_are_those_of_all(monkeypatch):
     """Two data ranks of equal batches, of one shard each."""
-    training, tags = Training(), []
+    tags = []
 
     def add(tensor, group, tag):
         tags.append((group, tag))
@@ -84,8 +84,7 @@ def test_with_other_ranks_counts_and_sums_are_those_of_all(monkeypatch):
 
     monkeypatch.setattr(loss, "sum_over_ranks", add)
     mesh = SimpleNamespace(context_size=1, data_size=2, data_group="data", world_group="world")
-    training.take_place(mesh)  # type: ignore[arg-type]
-    assert training.progress.data_ranks == 2
+    training = Training(mesh)
     assert training.get_batch_samples(iter(STEP), 2, None)[1] == 10
     assert training.progress.tokens == 14
     assert training.evaluation_loop(Loader(STEP), "").metrics == {"eval_loss": 17 / 5}
@@ -104,7 +103,7 @@ def test_production_asks_the_functions_that_the_parity_tests_prove(monkeypatch):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_training_step_runs_forward_and_backward_under_its_settings(monkeypatch, sharded):
-    training, seen, reduced = Training(), [], []
+    seen, reduced = [], []
 
     def step(self, model, inputs, num_items_in_batch=None):
         seen.append((current(), inputs, num_items_in_batch))
@@ -115,7 +114,7 @@ def test_a_training_step_runs_forward_and_backward_under_its_settings(monkeypatc
         apply, "shard_batch", lambda given, _: {**given, "cu_seqlens": torch.tensor([0, 4])}
     )
     mesh = SimpleNamespace(context_size=2, data_size=1) if sharded else None
-    training.take_place(mesh, deterministic=True)  # type: ignore[arg-type]
+    training = Training(mesh, deterministic=True)
     training.training_step(training.model, STEP[0], 9)
     ((settings, inputs, count),) = seen
     assert settings.deterministic and count == 9 and current() == Settings()
