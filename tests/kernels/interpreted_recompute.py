@@ -68,7 +68,8 @@ def draw_call(kind: str, tokens: int = TOKENS) -> tuple[Callable, list[torch.Ten
         leaves += [stack.gate_up.bias, stack.down.bias]
     if kind in ("adapters", "all"):
         for out, width in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
-            leaves += [torch.randn(EXPERTS, RANK, width), torch.randn(EXPERTS, out, RANK)]
+            b = torch.randn(out, RANK, EXPERTS).permute(2, 0, 1)  # as PEFT lays B out
+            leaves += [torch.randn(EXPERTS, RANK, width), b]
 
     def run(x: torch.Tensor, weights: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         biases = rest[:2] if kind in ("biases", "all") else (stack.gate_up.bias, stack.down.bias)
@@ -164,12 +165,14 @@ def main() -> None:
         made, made_counts = differentiate(kind, watch, keep_experts=False)
         kept, kept_counts = differentiate(kind, watch, keep_experts=True)
         gradients = len(kept) // 2
+        strides = [leaf.stride() for leaf in draw_call(kind)[1]]
         results[kind] = {
             "equal": all(map(torch.equal, kept, made)),
             "equal_again": all(map(torch.equal, kept[1:], kept[1 + gradients :])),
             "equal_after_failure": all(
                 map(torch.equal, *(differentiate_again(kind, broke) for broke in (True, False)))
             ),
+            "laid_out_alike": [grad.stride() for grad in kept[1 : 1 + gradients]] == strides,
             "finite": all(bool(t.isfinite().all()) and bool(t.any()) for t in kept),
             "made": made_counts,
             "kept": kept_counts,

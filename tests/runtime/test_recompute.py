@@ -160,6 +160,12 @@ def test_kept_experts_have_the_same_gradients_and_no_second_product(experts, kin
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["plain", "biases", "adapters", "all"])
+def test_gradients_lie_as_their_tensors_do(experts, kind):
+    """Adapters are views of PEFT's matrices; a gradient of another layout would be copied."""
+    assert experts[kind]["laid_out_alike"]
+
+
 def test_what_is_trained_changes_no_other_gradient(experts):
     """Checkpointed or not; what is frozen is not written to."""
     assert len(experts["some"]) == 6 and all(experts["some"].values())

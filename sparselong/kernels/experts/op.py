@@ -190,7 +190,7 @@ class _ExpertPass(torch.autograd.Function):
             torch.empty_like(dout, memory_format=torch.contiguous_format) if needs[1] else None,
             torch.empty_like(weights) if needs[3] else None,
             needs[4:6],
-            operands.adapters.make_sums(),
+            ctx.operands.adapters.make_sums(),
         )
         # A pass that breaks off must leave no slice's output for another slice of the next.
         kept, ctx.kept = ctx.kept, []
