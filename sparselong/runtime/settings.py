@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import torch
 
-_KEY = "sparselong.settings"
+_KEY = "sparselong_settings"
 
 
 class SequenceShard(Protocol):
