@@ -1,1 +1,1 @@
-"""Kernels: one operation a file, each with a plain reference beside it that shares no code."""
+"""Kernels: a folder an operation. tests/references/ holds a definition of each, apart from them."""

@@ -274,9 +274,9 @@ def test_the_chosen_backend_is_what_attends(models, auto_again, monkeypatch):
     monkeypatch.setattr(door, "attention", watched)
     ids = torch.tensor([[1, 2, 3]])
     models[1](ids)
-    choose_attention("reference", True)
+    choose_attention("torch", True)
     models[1](ids)
-    assert set(asked[:4]) == {(None, False)} and set(asked[4:]) == {("reference", True)}
+    assert set(asked[:4]) == {(None, False)} and set(asked[4:]) == {("torch", True)}
     choose_attention("torch_flash", False)
     assert chosen_attention().backend == "torch_flash"
     with pytest.raises(ValueError, match="backend: torch_flash with cpu tensors"):

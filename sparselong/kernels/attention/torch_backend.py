@@ -70,7 +70,7 @@ def _find_seen(
     window: int | None,
     document: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Keys from `begin` to `end` that queries at `positions` see: bool [1 or batch, queries, keys]."""
+    """Which keys from `begin` to `end` the queries see: bool [1 or batch, queries, keys]."""
     keys = torch.arange(begin, end, device=positions.device)
     seen = keys <= positions[:, None]
     if window is not None:
