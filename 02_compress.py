@@ -13,21 +13,16 @@ from sparselong.run import Stage, run_stage
 
 
 def execute(stage: Stage) -> None:
-    """Imports torch only once the command line and the config are known to be right."""
+    """Import torch only once the command line and the config are known to be right."""
     from sparselong.compress import compress
 
     compress(stage)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_stage(
-        "02_compress",
-        "Compress the base checkpoint, layer by layer.",
-        argv,
-        execute,
-        plan_stage,
-        show_plan,
-    )
+    """Run the stage; return its exit code."""
+    text = "Compress the base checkpoint, layer by layer."
+    return run_stage("02_compress", text, argv, execute, plan_stage, show_plan)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 """Stage 04: what compression and fine-tuning did to the model.
 
 Base, compressed and fine-tuned model answer the same multiple-choice items through lm-eval and read
-the same held-out conversations. Leaves results.json, report.md and evaluation.png in
-runs/NAME/04_eval.
+the same held-out conversations. Reads stage 02's and stage 03's models; leaves results.json,
+report.md and evaluation.png in runs/NAME/04_eval.
 """
 
 import os
@@ -15,7 +15,6 @@ from sparselong.run import Stage, run_stage
 
 def execute(stage: Stage) -> None:
     """Import torch only once the command line and the config are known to be right."""
-    stage.require("02_compress"), stage.require("03_finetune")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     stage.log("importing torch, transformers and lm-eval")

@@ -3,7 +3,7 @@
 # make check     install, then formatting, lint and types
 # make test      install, then everything a CPU can test
 # make test-gpu  the tests that need a CUDA device, with $(PYTHON) and no .venv
-# make bench     install, then every benchmark
+# make bench     the demo, every benchmark that this machine can run, then BENCHMARKS.md
 # make lock      resolve requirements/requirements.lock anew; versions that still fit stay
 # make clean     remove caches and the demo's run, not .venv
 #
@@ -22,6 +22,11 @@ LONG := tests/stages/test_trained.py tests/stages/test_finetune.py tests/stages/
 # A test that hangs fails after five minutes instead of holding up the whole run; after a quarter of
 # an hour where a fixture trains first, which test_trained.py and test_finetune.py say themselves.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
+
+# Each measures one subject, and says so if it needs a GPU. The other files there help these, or
+# compare two checkouts.
+BENCHMARKS := demo attention attention_tiles expert_gemm neighbours generation memory train_step \
+              context_parallel
 
 .PHONY: demo check test test-long test-short test-gpu bench lock clean
 
@@ -55,8 +60,9 @@ test-gpu:
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu: no CUDA device, nothing tested')"
 	$(PYTHON) -m pytest -q -rs tests/gpu
 
-bench: $(STAMP)
-	set -e; for benchmark in benchmarks/*.py; do .venv/bin/python "$$benchmark"; done
+bench: demo
+	set -e; for benchmark in $(BENCHMARKS); do .venv/bin/python "benchmarks/$$benchmark.py"; done
+	.venv/bin/python -m benchmarks.report
 
 # --find-links is unset so that torch is resolved as its default build, whose demands are the stricter.
 lock: $(STAMP)

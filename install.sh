@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Installs everything into .venv: ./install.sh, no prompts, safe to run again at any time.
+# Install everything into .venv. There are no prompts, and it is safe to run again at any time.
 #
-# What is installed is requirements/requirements.lock, exact versions, plus this package, editable.
-# Only the build of torch differs between machines, and this script decides it:
-#   no nvidia-smi                     the CPU build, where pip's configured find-links offer one for
+# The exact versions in requirements/requirements.lock are installed, and this package in editable
+# mode. Only the torch build differs between machines; this script selects it:
+#   no nvidia-smi                     the CPU build if pip's configured find-links offer one for
 #                                     this Python; otherwise the default build, which is larger
-#   driver 580 or newer (CUDA 13)     the default build, made with CUDA 13.0
-#   driver 530.30 to 579 (CUDA 12.1+) the build made with CUDA 12.6, from PyTorch's own index
+#   driver 580 or newer (CUDA 13)     the default build, for CUDA 13.0
+#   driver 530.30 to 579 (CUDA 12.1+) the CUDA 12.6 build, from PyTorch's own index
 #   older drivers                     refused
 # torch 2.13.0 has builds for CUDA 12.6, 13.0 and 13.2; CUDA 12.6 runs on any CUDA 12 driver.
 #
-# uv does the work, because the set needs overrides and pip has none. The version pinned below is
-# put into .uv. pip's index-url, find-links and cert settings hold for uv as well.
+# uv installs the packages, because they need overrides, which pip does not support. The uv version
+# pinned below is installed into .uv and uses pip's index-url, find-links and cert settings.
 #
-# A second run with nothing to do takes a second: .venv/.sparselong-installed, written last, holds
-# the hash of all that decides the result. An interrupted run leaves no such file, and the next one
-# makes .venv anew, since half a package may look like a whole one; what was downloaded comes from
-# uv's cache. .venv is also made anew when the Python, the torch build or the folder is another
-# (.venv/.sparselong-plan says for which it was made), and only brought up to date otherwise.
+# A run with nothing to do takes a second: .venv/.sparselong-installed, written last, holds a hash
+# of everything that determines the result. An interrupted run leaves no such file, and the next run
+# rebuilds .venv, because a partly installed package may look complete; downloads come from uv's
+# cache. .venv is also rebuilt if the Python version, the torch build or the folder has changed
+# (.venv/.sparselong-plan records them); otherwise it is updated in place.
 #
-# Left out: Python itself, CUDA, drivers, and model weights. The scripts fetch or ask for those.
+# Left out: Python itself, CUDA, drivers, and model weights. The scripts download or ask for them.
 set -euo pipefail
 
 readonly UV_VERSION=0.13.8
 readonly FLASH_ATTN=(flash-attn==2.8.3.post2 ring-flash-attn==0.1.8)
-# flash-attn is compiled here, against the installed torch; without ninja that takes hours.
+# flash-attn is compiled against the installed torch; without ninja this takes hours.
 readonly FLASH_ATTN_BUILD=(ninja==1.13.2 wheel==0.48.0)
 
 usage() {
@@ -33,14 +33,14 @@ Usage: [PYTHON=/path/to/python] ./install.sh [--with-flash-attn] [--dry-run] [--
 
   --with-flash-attn  also compile flash-attn and ring-flash-attn (needs an NVIDIA GPU and nvcc)
   --dry-run          print what would be installed; install nothing
-  --help             print this
+  --help             print this help
 
-PYTHON chooses the interpreter, 3.11 or 3.12; otherwise the first that runs of python3.11,
-python3.12 and python3 is taken.
+PYTHON selects the interpreter, 3.11 or 3.12. By default, the first of python3.11, python3.12 and
+python3 that runs is used.
 USAGE
 }
 
-# fail WHAT EXPECTED FOUND FIX: the four lines every expected failure of this project prints.
+# fail WHAT EXPECTED FOUND FIX: print the four lines of this project's expected failures, and exit.
 fail() {
     printf 'error: %s\n  expected: %s\n  found: %s\n  fix: %s\n' "$@" >&2
     exit 1
@@ -48,12 +48,12 @@ fail() {
 
 say() { printf '%s\n' "$*" >&2; }
 
-# version_at_least VERSION MINIMUM: true when VERSION is not older, compared number by number.
+# version_at_least VERSION MINIMUM: true if VERSION is not older, compared number by number.
 version_at_least() {
     [[ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" == "$2" ]]
 }
 
-# Print the torch build for an NVIDIA driver version; false when the driver is too old for any.
+# Print the torch build for an NVIDIA driver version; false if the driver is too old for any.
 torch_build_for_driver() {
     if version_at_least "$1" 580; then
         echo cu130
@@ -64,13 +64,13 @@ torch_build_for_driver() {
     fi
 }
 
-# Print MAJOR.MINOR of an interpreter; false when it does not run (pyenv leaves such shims behind).
+# Print MAJOR.MINOR of an interpreter; false if it does not run (such as a leftover pyenv shim).
 python_version_of() {
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 }
 
-# Print the configured value of a pip setting, on one line, empty when there is none.
-# The environment wins over pip's [install] section, and that over [global], as in pip itself.
+# Print the configured value of a pip setting on one line, empty if there is none. The environment
+# overrides pip's [install] section, which overrides [global], as in pip itself.
 pip_setting() {
     local section value
     for section in ':env:' install global; do
@@ -82,7 +82,7 @@ pip_setting() {
     done
 }
 
-# True when one of pip's find-links (folders or pages) holds torch's CPU build for this Python.
+# True if one of pip's find-links (folders or pages) holds torch's CPU build for this Python.
 cpu_torch_offered() { # PYTHON_VERSION
     local link page wheel="torch-$torch_version[+]cpu-cp${1/./}-[^\"'/ ]*x86_64[.]whl"
     for link in $find_links; do
@@ -110,24 +110,24 @@ PY
     return 1
 }
 
-# Read pip's settings as the interpreter $1 sees them (an interpreter without pip has none).
+# Read pip's settings through the interpreter $1 (an interpreter without pip has none).
 read_pip_settings() {
     pip_config=$("$1" -m pip --disable-pip-version-check config list 2>/dev/null || true)
     find_links=$(pip_setting find-links)
 }
 
-# Set driver, empty on a machine without NVIDIA's tools.
+# Set driver; empty on a machine without NVIDIA's tools.
 find_driver() {
     driver=
     command -v nvidia-smi >/dev/null || return 0
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || true
-    [[ "$driver" =~ ^[0-9]+(\.[0-9]+)*$ ]] || fail "the NVIDIA driver does not answer" \
+    [[ "$driver" =~ ^[0-9]+(\.[0-9]+)*$ ]] || fail "the NVIDIA driver does not respond" \
         "a version from nvidia-smi --query-gpu=driver_version" "${driver:-nothing}" \
-        "repair the driver, or take nvidia-smi off PATH to install for the CPU"
+        "repair the driver, or remove nvidia-smi from PATH to install for the CPU"
 }
 
-# Set python, python_version, torch_build: the first interpreter that fits, and on a machine without
-# a GPU rather one that pip's find-links have a CPU build for.
+# Set python, python_version and torch_build. Use the first suitable interpreter, but on a machine
+# without a GPU prefer one for which pip's find-links offer a CPU build.
 choose_python_and_torch() {
     local candidate version found="" names=(python3.11 python3.12 python3)
     if [[ -n "${PYTHON:-}" ]]; then names=("$PYTHON"); fi
@@ -158,7 +158,7 @@ choose_python_and_torch() {
     fi
 }
 
-# flash-attn is compiled against the installed torch: its CUDA and nvcc's must share a major version.
+# flash-attn is compiled against the installed torch, so torch and nvcc need the same CUDA major.
 require_compiler() {
     [[ -n "$driver" ]] || fail "flash-attn cannot be used here" "an NVIDIA GPU and its driver" \
         "no nvidia-smi" "run ./install.sh without --with-flash-attn; nothing requires flash-attn"
@@ -167,12 +167,12 @@ require_compiler() {
     local release
     release=$(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
     [[ "${release%%.*}" == "${torch_build:2:2}" ]] || fail "flash-attn cannot be compiled" \
-        "nvcc of CUDA ${torch_build:2:2}, as the torch build for driver $driver" \
+        "nvcc of CUDA ${torch_build:2:2}, like the torch build for driver $driver" \
         "nvcc of CUDA ${release:-unknown}" \
         "put the bin folder of a CUDA ${torch_build:2:2} toolkit first on PATH"
 }
 
-# Set needed_gib and free_gib. What .venv already holds counts as free: it is replaced or kept.
+# Set needed_gib and free_gib. The space used by .venv counts as free: it is replaced or kept.
 measure_disk() {
     if [[ "$torch_build" == cpu ]]; then needed_gib=6; else needed_gib=12; fi
     local used_kib=0 free_kib
@@ -180,7 +180,7 @@ measure_disk() {
     free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
     free_gib=$(((free_kib + used_kib) / 1024 / 1024))
     ((free_gib >= needed_gib)) || fail "too little disk space in $root" "$needed_gib GiB free" \
-        "$free_gib GiB free" "free some, or clone the project onto a larger disk"
+        "$free_gib GiB free" "free some space, or clone the project onto a larger disk"
 }
 
 print_plan() {
@@ -189,7 +189,7 @@ print_plan() {
         "$needed_gib" "$free_gib"
 }
 
-# Put the pinned uv into .uv, unless it is there.
+# Install the pinned uv into .uv, unless it is there.
 install_uv() {
     [[ "$(.uv/bin/uv --version 2>/dev/null)" == "uv $UV_VERSION"* ]] && return
     say "installing uv $UV_VERSION"
@@ -205,7 +205,7 @@ install_uv() {
     fi
 }
 
-# Hand pip's settings on to uv, where uv has none of its own.
+# Pass pip's settings on to uv, unless uv has its own.
 configure_uv() {
     local setting link
     setting=$(pip_setting index-url)
@@ -217,11 +217,11 @@ configure_uv() {
     for link in $find_links; do uv_install+=(--find-links "$link"); done
 }
 
-# Make .venv for this plan, or keep the one that is there if it was finished for the same plan.
+# Create .venv for this plan, or keep the existing one if it was completed for the same plan.
 make_venv() {
     local plan="Python $python_version, torch $torch_build, in $root"
     if [[ -e .venv && ! -e .venv/.sparselong-plan ]]; then
-        fail "$root/.venv was not made by install.sh" "no .venv, or our own" "another one" \
+        fail "$root/.venv was not made by install.sh" "no .venv, or one it made" "another one" \
             "move it away and run ./install.sh again"
     fi
     if [[ ! -e .venv/.sparselong-installed || "$(cat .venv/.sparselong-plan)" != "$plan" ]] ||
@@ -237,7 +237,7 @@ make_venv() {
 install_packages() {
     local build=()
     if [[ "$torch_build" == cu126 ]]; then build=(--torch-backend cu126); fi
-    # pip's find-links may hold a CPU build, which counts as the newer version of the two.
+    # Exclude a CPU build in pip's find-links: its version counts as newer than the default build's.
     if [[ "$torch_build" != cpu ]]; then
         echo "torch!=$torch_version+cpu" >.venv/.sparselong-constraints
         build+=(-c .venv/.sparselong-constraints)
@@ -249,7 +249,7 @@ install_packages() {
             "${uv_install[@]}" "${FLASH_ATTN_BUILD[@]}" >&2 &&
                 "${uv_install[@]}" --no-deps --no-build-isolation "${FLASH_ATTN[@]}" >&2
         fi || fail "the packages cannot be installed" "requirements/requirements.lock in .venv" \
-        "the error above" "see to it, then run ./install.sh again: what is already downloaded is kept"
+        "the error above" "fix it, then run ./install.sh again: completed downloads are kept"
 }
 
 main() {
@@ -272,7 +272,7 @@ main() {
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     cd "$root"
     [[ "$(uname -sm)" == "Linux x86_64" ]] || fail "this machine is not supported" "Linux x86_64" \
-        "$(uname -sm)" "use a Linux x86_64 machine: the pinned packages exist for no other"
+        "$(uname -sm)" "use a Linux x86_64 machine: the pinned packages support no other platform"
     torch_version=$(sed -n 's/^torch==//p' requirements/requirements.lock)
 
     find_driver
@@ -284,11 +284,11 @@ main() {
         return
     fi
 
-    # One run at a time in this folder; a second one waits, then finds nothing to do.
+    # Only one run at a time in this folder; a second run waits, then finds nothing to do.
     exec 9<"$root"
     flock 9
 
-    # Installing without --with-flash-attn leaves an installed flash-attn in place.
+    # Running without --with-flash-attn leaves an installed flash-attn in place.
     local inputs base
     inputs=(install.sh pyproject.toml requirements/requirements.lock requirements/overrides.txt)
     base="$(sha256sum "${inputs[@]}" | sha256sum | cut -d ' ' -f 1) $python_version $torch_build $root"

@@ -201,19 +201,20 @@ def measure_length(
 ) -> Rows:
     """Rows of one length."""
     from benchmarks.train_step import profile_step
+    from sparselong.parallel.apply import share_batch
     from sparselong.parallel.collectives import all_gather, count_bytes
-    from sparselong.parallel.gradients import add_losses, count_supervised, reduce_gradients
-    from sparselong.parallel.sequence.context import context_parallel, take_layout
-    from sparselong.parallel.sequence.shard import shard_batch
+    from sparselong.parallel.gradients import reduce_gradients
+    from sparselong.parallel.loss import add_losses, count_step
+    from sparselong.runtime.settings import using
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(200_000, (1, tokens), generator=generator).cuda()
 
     def step() -> torch.Tensor:
-        local = shard_batch({"input_ids": ids, "labels": ids}, mesh)
-        layout = take_layout(local, args.stride)
-        count = count_supervised([local["shift_labels"]], mesh)
-        with context_parallel(mesh, layout):
+        batch = {"input_ids": ids, "labels": ids}
+        count = count_step([batch], mesh, pad_token=-1).divisor
+        local, changes = share_batch(batch, mesh, args.stride)
+        with using(**changes):
             loss = model(**local, num_items_in_batch=count, use_cache=False).loss
             loss.backward()
         reduce_gradients(trained, mesh)

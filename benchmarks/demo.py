@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A run's own figures, taken from the manifests of its four stages.
+"""Record a run's own figures, taken from its four manifests and its metrics.jsonl.
 
 benchmarks/demo.py [RUN_DIR [MACHINE [COMMAND]]]      runs/demo, cpuN, make demo
 """
@@ -21,7 +21,7 @@ STAGES = ("01_health", "02_compress", "03_finetune", "04_eval")
 
 
 def read_manifests(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """The stages' manifests; SystemExit where a stage is not done."""
+    """Return the stages' manifests; SystemExit if a stage is not done."""
     manifests = {}
     for stage in STAGES:
         manifest = read_manifest(run_dir, stage)
@@ -32,7 +32,7 @@ def read_manifests(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def collect(manifests: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per stage's seconds, peak bytes and scalar metrics."""
+    """Return one row for each stage's seconds, peak bytes and scalar metrics."""
     rows = []
     for stage, manifest in manifests.items():
         rows.append(row({"stage": stage}, "pipeline", "seconds", manifest["seconds"], "s"))
@@ -42,15 +42,29 @@ def collect(manifests: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _scalars(stage: str, value: Any, path: tuple[str, ...]) -> list[dict[str, Any]]:
     if isinstance(value, dict):
-        return [r for key in value for r in _scalars(stage, value[key], (*path, key))]
+        return [r for key in value for r in _scalars(stage, value[key], (*path, str(key)))]
+    if isinstance(value, list):
+        return _scalars(stage, dict(enumerate(value)), path)
     if isinstance(value, bool | int | float):
         unit = "bytes" if "bytes" in ".".join(path) else "1"
         return [row({"stage": stage}, "pipeline", ".".join(path), float(value), unit)]
     return []
 
 
+def collect_steps(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the loss and the speed of each step of stage 03."""
+    units = {"loss": "nats", "tokens_per_second": "tokens/s"}
+    lines = (run_dir / "03_finetune/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        row({"stage": "03_finetune", "step": found["step"]}, "pipeline", key, found[key], unit)
+        for found in map(json.loads, lines)
+        for key, unit in units.items()
+        if key in found
+    ]
+
+
 def collect_base(run_dir: Path) -> list[dict[str, Any]]:
-    """What the small model measured of itself when it was made."""
+    """Return what was measured of the small model when it was made."""
     record = json.loads((run_dir / "base" / "tiny.json").read_text(encoding="utf-8"))
     return _scalars("base", record["metrics"], ())
 
@@ -66,7 +80,11 @@ if __name__ == "__main__":
             "demo",
             machine,
             command,
-            [*collect_base(Path(run_dir)), *collect(manifests)],
+            [
+                *collect_base(Path(run_dir)),
+                *collect(manifests),
+                *collect_steps(Path(run_dir)),
+            ],
             made_on=manifests["04_eval"],
         )
     )

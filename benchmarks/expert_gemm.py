@@ -28,7 +28,8 @@ import torch
 from benchmarks.attention import measure_peak, tell, time_in_turn
 from benchmarks.command_line import add_result, has_device, machine_of
 from benchmarks.record import row, write
-from sparselong.kernels.experts.op import ALPHA, LIMIT, MOST_CHOICES, expert_mlp
+from sparselong.kernels.expert_stack import ExpertStack, PackedWeight
+from sparselong.kernels.experts.op import MOST_CHOICES, expert_mlp
 from sparselong.packing import mxfp4
 from tests.references.expert_mlp import expert_mlp_reference
 
@@ -42,18 +43,17 @@ Call = dict[str, torch.Tensor]
 Run = Callable[[Call], torch.Tensor]
 
 
-def draw_stacks() -> Call:
-    """The layer's tensors by expert_mlp's names."""
+def draw_stack() -> ExpertStack:
+    """The layer's packed weights."""
     torch.manual_seed(0)
-    stacks = {}
-    for name, out in (("gate_up", 2 * WIDTH), ("down", WIDTH)):
+    weights = []
+    for out in (2 * WIDTH, WIDTH):
         shape = (EXPERTS, out, WIDTH // 32)
         blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, device="cuda")
-        stacks[f"{name}_blocks"] = blocks
         scales = torch.randint(116, 121, shape, dtype=torch.uint8, device="cuda")
-        stacks[f"{name}_scales"] = scales
-        stacks[f"{name}_bias"] = torch.randn(EXPERTS, out, device="cuda").bfloat16()
-    return stacks
+        bias = torch.randn(EXPERTS, out, device="cuda").bfloat16()
+        weights.append(PackedWeight(blocks, scales, bias))
+    return ExpertStack(*weights)
 
 
 def draw(tokens: int, routing: str) -> Call:
@@ -75,17 +75,17 @@ def draw(tokens: int, routing: str) -> Call:
     }
 
 
-def make_ours(name: str, stacks: Call) -> Run:
+def make_ours(name: str, stack: ExpertStack) -> Run:
     backend = None if name == "chosen" else name
 
     def run(call: Call) -> torch.Tensor:
         inputs = {key: tensor for key, tensor in call.items() if key != "dout"}
-        return expert_mlp(**inputs, **stacks, backend=backend)
+        return expert_mlp(**inputs, stack=stack, backend=backend)
 
     return run
 
 
-def make_transformers(stacks: Call) -> Run:
+def make_transformers(stack: ExpertStack) -> Run:
     """transformers' own experts on the decoded weights, by its grouped_mm."""
     from transformers import GptOssConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -97,13 +97,10 @@ def make_transformers(stacks: Call) -> Run:
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
         module = GptOssExperts(config)
-    for name in ("gate_up", "down"):
-        parts = [
-            mxfp4.decode(stacks[f"{name}_blocks"][e], stacks[f"{name}_scales"][e]).T
-            for e in range(EXPERTS)
-        ]
+    for name, packed in zip(stack._fields, stack, strict=True):
+        parts = [mxfp4.decode(packed.blocks[e], packed.scales[e]).T for e in range(EXPERTS)]
         weight = torch.stack([part.contiguous() for part in parts])
-        for suffix, tensor in (("", weight), ("_bias", stacks[f"{name}_bias"])):
+        for suffix, tensor in (("", weight), ("_bias", packed.bias)):
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
             setattr(module, f"{name}_proj{suffix}", parameter)
     return lambda call: module(call["x"], call["expert_indices"], call["routing_weights"])
@@ -149,16 +146,12 @@ def forward_backward(run: Run, call: Call) -> tuple[torch.Tensor, ...]:
     return (out, *torch.autograd.grad(out, [call[name] for name in LEAVES], call["dout"]))
 
 
-def refer(stacks: Call, call: Call) -> torch.Tensor:
+def refer(stack: ExpertStack, call: Call) -> torch.Tensor:
     """The pass in fp64."""
-    return expert_mlp_reference(
-        call["x"], call["expert_indices"], call["routing_weights"],
-        (stacks["gate_up_blocks"], stacks["gate_up_scales"]), stacks["gate_up_bias"],
-        (stacks["down_blocks"], stacks["down_scales"]), stacks["down_bias"], ALPHA, LIMIT,
-    )  # fmt: skip
+    return expert_mlp_reference(call["x"], call["expert_indices"], call["routing_weights"], stack)
 
 
-def measure_errors(runs: dict[str, Run], stacks: Call) -> tuple[list[dict], set[str]]:
+def measure_errors(runs: dict[str, Run], stack: ExpertStack) -> tuple[list[dict], set[str]]:
     """Rows of relative L2 errors against fp64, and the backends that fail."""
     rows, failed = [], set()
     parts = {name: {name: run} for name, run in runs.items() if name == "generation"}
@@ -168,9 +161,9 @@ def measure_errors(runs: dict[str, Run], stacks: Call) -> tuple[list[dict], set[
         exact_call = call | {name: call[name].detach().double().requires_grad_() for name in LEAVES}
         exact_call["dout"] = call["dout"].double()
         function = forward_backward if part == "trained" else forward
-        exact = function(functools.partial(refer, stacks), exact_call)
+        exact = function(functools.partial(refer, stack), exact_call)
         limits: list[float] = []
-        for name, run in {"torch": make_ours("torch", stacks), **members}.items():
+        for name, run in {"torch": make_ours("torch", stack), **members}.items():
             pairs = zip(function(run, call), exact, strict=True)
             errors = [float(((g - e).norm() / e.norm()).detach()) for g, e in pairs]
             tokens = call["x"].shape[0]
@@ -232,10 +225,10 @@ def main() -> None:
     args = parser.parse_args()
     if not has_device(__file__):
         return
-    stacks = draw_stacks()
-    runs = {name: make_ours(name, stacks) for name in OURS}
-    runs["transformers"] = make_transformers(stacks)
-    rows, failed = measure_errors(runs, stacks)
+    stack = draw_stack()
+    runs = {name: make_ours(name, stack) for name in OURS}
+    runs["transformers"] = make_transformers(stack)
+    rows, failed = measure_errors(runs, stack)
     runs = {name: run for name, run in runs.items() if name not in failed}
     for tokens in args.tokens:
         rows += measure_case(select(runs, tokens), tokens, "random", False)

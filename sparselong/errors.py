@@ -16,18 +16,31 @@ class ExpectedError(Exception):
         found: what was there instead.
         fix: what the reader should do next.
         details: more for programs: added to the JSON document that `--json` prints.
+        consequence: whether it only follows from another process's failure, which is the one to
+            report where there is a choice.
     """
 
     exit_code = 1
 
     def __init__(
-        self, what: str, expected: str, found: str, fix: str, details: dict[str, Any] | None = None
+        self,
+        what: str,
+        expected: str,
+        found: str,
+        fix: str,
+        details: dict[str, Any] | None = None,
+        consequence: bool = False,
     ):
         self.what, self.expected, self.found, self.fix = what, expected, found, fix
         self.details = details or {}
+        self.consequence = consequence
         super().__init__(
             f"error:    {what}\nexpected: {expected}\nfound:    {found}\nfix:      {fix}"
         )
+
+    def explanation(self) -> dict[str, str]:
+        """Return the four lines by name."""
+        return {key: getattr(self, key) for key in ("what", "expected", "found", "fix")}
 
 
 class ConfigError(ExpectedError):

@@ -1,7 +1,10 @@
-"""What the benchmarks' command lines have in common; no figure is measured here."""
+"""What the benchmarks have in common: command lines, and the pages generated from their results.
+
+No figure is measured here."""
 
 import argparse
 import importlib
+import re
 import sys
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from benchmarks import command_line
 from sparselong import provenance
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("name", ["attention", "expert_gemm", "memory", "neighbours"])
@@ -50,3 +54,28 @@ def test_a_machines_name_that_would_part_a_files_name_is_refused_before_measurin
     with pytest.raises(SystemExit):
         parser.parse_args(["--machine", "h200-x4"])
     assert "letters and digits" in capsys.readouterr().err
+
+
+def test_make_bench_runs_the_files_that_write_results():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = re.search(r"^BENCHMARKS := ((?:.*\\\n)*.*)$", makefile, re.MULTILINE)
+    assert named
+    writing = {
+        path.stem
+        for path in (ROOT / "benchmarks").glob("*.py")
+        if re.search(r"^from benchmarks.record import .*\bwrite\b", path.read_text(), re.MULTILINE)
+    }
+    assert set(named[1].replace("\\", " ").split()) == writing
+
+
+def test_benchmarks_md_is_the_generated_one(monkeypatch, tmp_path):
+    from benchmarks import record
+    from benchmarks.report import __main__ as report
+    from benchmarks.report import attention, train_step
+
+    assert attention.RESULTS == train_step.RESULTS == record.RESULTS
+    for module in (attention, train_step):  # where plots go
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    page = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+    assert report.write_page() == page, "run python -m benchmarks.report"
+    assert len(list(tmp_path.glob("*.png"))) == 2

@@ -52,10 +52,26 @@ def test_python_blocks_compile():
 
 
 def test_named_files_exist():
-    for name in set(re.findall(r"`((?:sparselong|configs|benchmarks|tests)/[\w./-]+)`", README)):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (ROOT / name).exists(), name
+    for text in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        folders = r"`((?:sparselong|configs|benchmarks|tests|examples|requirements)/[\w./-]+)`"
+        for name in re.findall(folders, text) + re.findall(r"\]\(([\w./-]+)\)", text):
+            assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_every_folder_stands_in_the_tree(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    (tree,) = (block for block in blocks if "\nsparselong/" in block)
+    folders = [path.parent.name for path in (ROOT / "sparselong").glob("*/__init__.py")]
+    assert len(folders) > 10
+    assert [name for name in folders if f"{name}/" not in tree] == []
+
+
+def test_a_newcomer_is_not_asked_to_read_more_than_a_few_pages():
+    picture = ROOT / "docs/demo-loss.png"
+    assert len(README.splitlines()) <= 300 and picture.stat().st_size <= 100_000
+    assert f"]({picture.relative_to(ROOT)})" in README
 
 
 def test_nothing_is_left_to_fill_in():

@@ -32,7 +32,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 from sparselong.adapters.merge import Rounding, merge_adapter
 from sparselong.kernels.dense import sum_weight
-from sparselong.kernels.experts import Adapter
+from sparselong.kernels.experts import Adapter, Adapters
 from sparselong.model import PackedExperts
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
@@ -118,7 +118,7 @@ class ExpertLora(nn.Module, LoraLayer):
         if self.disable_adapters:
             return self.packed_experts(hidden_states, *routing)
         found = self.adapters()
-        adapters = tuple(found.get(name) for name in EXPERT_WEIGHTS)
+        adapters = Adapters(*(found.get(name) for name in EXPERT_WEIGHTS))
         return self.packed_experts(hidden_states, *routing, adapters=adapters)
 
     def merge_packed(self) -> Merged:

@@ -1,4 +1,4 @@
-"""Reading, writing and describing safetensors checkpoints in upstream's and in our format."""
+"""Reading, writing and describing safetensors checkpoints in upstream's format and in ours."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""gpt-oss's tensors by name, dtype and shape, as openai publishes them, from its config.json."""
+"""Names, dtypes and shapes of the published gpt-oss tensors, derived from config.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def layer_tensors(config: GptOssConfig, layer: int) -> Shapes:
-    """Name → (safetensors dtype, shape) of one layer."""
+    """Return name → (safetensors dtype, shape) for the tensors of one layer."""
     prefix = f"model.layers.{layer}"
     hidden, head_dim = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -38,7 +38,7 @@ def layer_tensors(config: GptOssConfig, layer: int) -> Shapes:
 
 
 def model_tensors(config: GptOssConfig) -> Shapes:
-    """Name → (safetensors dtype, shape) of the whole model."""
+    """Return name → (safetensors dtype, shape) for all tensors of the model."""
     table = (config.vocab_size, config.hidden_size)
     tensors: Shapes = {
         "model.embed_tokens.weight": ("BF16", table),
@@ -51,14 +51,14 @@ def model_tensors(config: GptOssConfig) -> Shapes:
 
 
 def open_upstream(checkpoint: Checkpoint) -> GptOssConfig:
-    """The architecture of a checkpoint in openai/gpt-oss's form, every tensor accounted for.
+    """Return the architecture of a published gpt-oss checkpoint after checking its tensors.
 
     Raises:
-        StageError: it is another model, is compressed already, or its tensors do not fit.
+        StageError: it is another model, is already compressed, or its tensors do not match.
     """
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method == METHOD:
-        raise _refuse(checkpoint, "compressed already (quant_method sparselong)", "the base model")
+        raise _refuse(checkpoint, "already compressed (quant_method sparselong)", "the base model")
     if checkpoint.config.get("model_type") != "gpt_oss":
         found = f"model_type {checkpoint.config.get('model_type')!r}"
         raise _refuse(checkpoint, found, "openai/gpt-oss-20b or -120b, or a fine-tune of them")
@@ -68,7 +68,7 @@ def open_upstream(checkpoint: Checkpoint) -> GptOssConfig:
         config = GptOssConfig(**_architecture(checkpoint.config))
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise StageError(
-            f"{checkpoint.directory / 'config.json'} does not describe a gpt-oss",
+            f"{checkpoint.directory / 'config.json'} does not describe a gpt-oss model",
             "the keys of openai/gpt-oss's config.json",
             str(error).splitlines()[0],
             "download config.json again",

@@ -1,16 +1,15 @@
-"""Reading a sharded safetensors checkpoint without holding it, and writing one from another.
+"""Reading a sharded safetensors checkpoint piece by piece, and deriving a new one from it.
 
-A `Checkpoint` is checked when it is opened (every tensor of the architecture is there, with its
-shape and dtype, in a shard that exists and is whole), so that a damaged download is found in the
-first second and not after an hour of work. Tensors are then read a layer at a time.
+Opening a `Checkpoint` checks that every indexed tensor is in a shard that exists and is complete;
+`check` compares names, dtypes and shapes with the architecture. A damaged download is thus found in
+the first second, not after an hour of work. Tensors are then read one layer at a time.
 
-Writing a derived checkpoint takes over the shards it does not change. A shard is hard-linked where
-the file system allows it, also when up to 5 % of its bytes are tensors that other files replace:
-the published 120b interleaves attention (2.9 % of a shard) with experts, and a link instead of a
-copy saves 61 GB there. transformers reads every tensor of a shard, so no shard is linked that still
-carries a tensor of which another file has the new version; what is left over otherwise has names
-that the model does not have, and the quantizer lets them pass. A shard that is not linked is copied
-without its replaced tensors, byte for byte in a stream.
+A derived checkpoint reuses the shards that it does not change. A shard is hard-linked if the file
+system allows it, even if other files replace up to 5 % of its bytes: the published 120b interleaves
+attention (2.9 % of a shard) with experts, and linking saves 61 GB there. transformers loads every
+tensor of a shard, so a shard is not linked if another file holds a new tensor under the name of a
+replaced one. Other replaced tensors have names that the model lacks, and the quantizer ignores
+them. A shard that is not linked is copied in a stream, without its replaced tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _SLICE_ROWS = 8192
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """Where a tensor lies: file, dtype as safetensors names it, shape, bytes of the file."""
+    """Location of a tensor: file, safetensors dtype, shape, and byte range in the file."""
 
     file: str
     dtype: str
@@ -54,14 +53,14 @@ class TensorRecord:
 def _damaged(path: Path, found: str) -> StageError:
     return StageError(
         f"{path} cannot be read",
-        "a whole safetensors file",
+        "a complete safetensors file",
         found,
         "download or copy this file again",
     )
 
 
 def read_header(path: Path) -> dict[str, TensorRecord]:
-    """The tensors of one safetensors file, without reading them.
+    """Return the tensor records of one safetensors file without reading the tensors.
 
     Raises:
         StageError: the file is missing, unreadable, truncated or not safetensors.
@@ -89,10 +88,10 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
             for name, entry in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, "a header that is not safetensors'") from error
+        raise _damaged(path, "a header that is not in safetensors format") from error
     end = max((record.end for record in records.values()), default=8 + length)
     if size < end:
-        raise _damaged(path, f"{size} bytes where its header promises {end}: it is truncated")
+        raise _damaged(path, f"{size} bytes, but its header requires {end}: truncated")
     return records
 
 
@@ -100,10 +99,10 @@ class Checkpoint:
     """An opened checkpoint directory.
 
     Args:
-        directory: holds config.json, the shards and their index (or one model.safetensors).
+        directory: contains config.json, the shards and their index (or one model.safetensors).
 
     Raises:
-        StageError: a file is missing, damaged, or named by the index and not there.
+        StageError: a file is missing or damaged, or the index does not match the shards.
     """
 
     def __init__(self, directory: Path):
@@ -128,7 +127,7 @@ class Checkpoint:
         return document
 
     def _read_weight_map(self) -> dict[str, str]:
-        """Tensor name → file, from the index."""
+        """Return the index's map from tensor names to files."""
         weight_map = self._read_json(INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             isinstance(file, str) for file in weight_map.values()
@@ -147,8 +146,8 @@ class Checkpoint:
             if not (self.directory / file).exists():
                 raise StageError(
                     f"shard {self.directory / file} is missing",
-                    f"every file that {INDEX} names",
-                    f"{sum(f == file for f in weight_map.values())} tensors point to it",
+                    f"every file named in {INDEX}",
+                    f"{sum(f == file for f in weight_map.values())} tensors are indexed in it",
                     "download this file again",
                 )
             headers[file] = read_header(self.directory / file)
@@ -157,14 +156,14 @@ class Checkpoint:
             raise StageError(
                 f"{self.directory / INDEX} does not name {', '.join(sorted(strays))}",
                 "every shard in the index",
-                f"{len(strays)} shards that no tensor points to",
+                f"{len(strays)} shards with no indexed tensor",
                 "download the index again, or remove files that do not belong here",
             )
         for name, file in weight_map.items():
             if name not in headers[file]:
                 raise StageError(
                     f"tensor {name} is missing",
-                    f"in {file}, where the index has it",
+                    f"in {file}, according to the index",
                     "not in that file",
                     "download the shard and the index again",
                 )
@@ -172,21 +171,21 @@ class Checkpoint:
 
     @property
     def files(self) -> list[str]:
-        """The shards, sorted."""
+        """Sorted file names of the shards."""
         return sorted({record.file for record in self.tensors.values()})
 
     def check(self, expected: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Compares the tensors with name → (dtype, shape).
+        """Raise unless the tensors match `expected`, a map from name to (dtype, shape).
 
         Raises:
-            StageError: one is missing, too many, or of another dtype or shape.
+            StageError: a tensor is missing or unexpected, or has another dtype or shape.
         """
         for name, (dtype, shape) in expected.items():
             record = self.tensors.get(name)
             found = f"{record.dtype} {list(record.shape)}" if record else "no such tensor"
             if found != f"{dtype} {list(shape)}":
                 raise StageError(
-                    f"tensor {name} of {self.directory} is not as config.json says",
+                    f"tensor {name} of {self.directory} does not match config.json",
                     f"{dtype} {list(shape)}",
                     found,
                     "check that config.json and the weights belong together",
@@ -194,17 +193,17 @@ class Checkpoint:
         extra = sorted(set(self.tensors) - set(expected))
         if extra:
             raise StageError(
-                f"{self.directory} holds tensors that gpt-oss does not have",
+                f"{self.directory} contains tensors that gpt-oss does not have",
                 f"{len(expected)} tensors",
                 ", ".join(extra[:4]),
                 "check that config.json and the weights belong together",
             )
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors by name, as stored, on the CPU.
+        """Return the named tensors as stored, on the CPU.
 
         Raises:
-            StageError: a file is damaged, or a tensor holds NaN or infinity.
+            StageError: a file is damaged, or a tensor contains NaN or infinity.
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
@@ -218,34 +217,34 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise _damaged(self.directory / file, str(error)) from error
         for name, tensor in tensors.items():
-            self._check_numbers(name, tensor)
+            self._check_finite(name, tensor)
         return tensors
 
-    def _check_numbers(self, name: str, tensor: torch.Tensor) -> None:
+    def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
         if tensor.is_floating_point():
             bad = int((~torch.isfinite(tensor)).sum())
-        else:  # an E8M0 scale of 255 is NaN
+        else:  # an E8M0 scale of 255 means NaN
             bad = int((tensor == mxfp4.NAN_SCALE).sum()) if name.endswith("_scales") else 0
         if bad:
             raise StageError(
                 f"tensor {name} of {self.directory} is damaged",
-                "finite numbers",
+                "finite values",
                 f"{bad} NaN or infinite values",
                 "download its shard again",
             )
 
     def read_slices(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor too large to hold, in slices of its first dimension, checked like `read`'s."""
+        """Yield a large tensor in slices of its first dimension, checked as in `read`."""
         record = self.tensors[name]
         with safe_open(self.directory / record.file, framework="pt") as shard:
             rows = shard.get_slice(name)
             for start in range(0, record.shape[0], _SLICE_ROWS):
                 part = rows[start : start + _SLICE_ROWS]
-                self._check_numbers(name, part)
+                self._check_finite(name, part)
                 yield part
 
     def read_rows(self, name: str, wanted: torch.Tensor) -> torch.Tensor:
-        """Rows [n, …] of a tensor too large to hold; `wanted` is sorted and without repeats."""
+        """Return rows [n, …] of a large tensor; `wanted` is sorted and has no duplicates."""
         parts, start = [], 0
         for part in self.read_slices(name):
             here = wanted[(wanted >= start) & (wanted < start + len(part))]
@@ -255,7 +254,7 @@ class Checkpoint:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes a safetensors file that is there whole or not at all."""
+    """Write a safetensors file atomically."""
     partial = path.with_name(path.name + ".partial")
     data = save({name: t.cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
     with partial.open("wb") as file:
@@ -266,13 +265,13 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def take_over(source: Path, target: Path, kept: set[str], renewed: set[str]) -> None:
-    """Makes `target` a shard that holds (at least) the kept tensors of `source`; see the module.
+    """Link or copy shard `source` to `target` with at least its kept tensors.
 
     Args:
         source: a safetensors file.
-        target: where the link or copy goes; replaced when it is there.
-        kept: names of the tensors that still count.
-        renewed: names of tensors that stand in another file of the target from now on.
+        target: path of the link or copy; replaced if it exists.
+        kept: names of the tensors that remain valid.
+        renewed: names of tensors that another file of the target directory now holds.
     """
     records = read_header(source)
     stale_bytes = sum(r.end - r.begin for name, r in records.items() if name not in kept)
@@ -293,7 +292,7 @@ def take_over(source: Path, target: Path, kept: set[str], renewed: set[str]) -> 
 
 
 def _copy_tensors(source: Path, target: Path, records: dict[str, TensorRecord]) -> None:
-    """Streams tensors into a new safetensors file, byte for byte and in their order."""
+    """Stream tensors into a new safetensors file, byte for byte, in their original order."""
     ordered = sorted(records.items(), key=lambda item: item[1].begin)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -321,7 +320,7 @@ def _copy_tensors(source: Path, target: Path, records: dict[str, TensorRecord]) 
 
 
 def same_bytes(left: Checkpoint, right: Checkpoint, name: str) -> bool:
-    """Whether a tensor's stored bytes are the same in two checkpoints."""
+    """Return whether a tensor's stored bytes are identical in two checkpoints."""
     a, b = left.tensors[name], right.tensors[name]
     path_a, path_b = left.directory / a.file, right.directory / b.file
     if (a.dtype, a.shape) != (b.dtype, b.shape):
@@ -347,11 +346,11 @@ def derive(
     added: Iterable[Path],
     quantization: dict[str, Any],
 ) -> Checkpoint:
-    """Completes `target` as a checkpoint: `source` without some tensors, with some files added.
+    """Complete `target` as a copy of `source` with some tensors replaced by added files.
 
     Args:
-        source: the checkpoint it derives from.
-        target: directory; the added files lie in it already.
+        source: the checkpoint to derive from.
+        target: directory that already contains the added files.
         dropped: names of `source`'s tensors that the added files replace.
         added: safetensors files in `target` with the new tensors.
         quantization: config.json's new `quantization_config`.

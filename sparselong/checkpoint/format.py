@@ -1,4 +1,4 @@
-"""What the packed checkpoint stores beside plain tensors: names, shapes and 2:4 experts."""
+"""The packed checkpoint's method name, expert shapes and 2:4 packing of experts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sparselong.packing import mxfp4, two_four
 
 METHOD = "sparselong"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""The shared dense layers, in attention."""
+"""The shared dense layers: the attention projections."""
 
 
 def expert_shapes(config: GptOssConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's expert tensors as the checkpoint has them, by name."""
+    """Return the stored shapes of one layer's expert tensors by name."""
     experts, hidden, inner = (
         config.num_local_experts,
         config.hidden_size,
@@ -30,14 +30,14 @@ def expert_shapes(config: GptOssConfig) -> dict[str, tuple[int, ...]]:
 
 
 def pack_two_four_experts(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drops the two smallest of every four MXFP4 codes; the kept codes stay as they are.
+    """Drop the two smallest of every four MXFP4 codes; the kept codes are unchanged.
 
     Args:
         blocks: uint8 [..., K/32, 16].
 
     Returns:
-        kept codes uint8 [..., K/32, 8] and packed patterns uint8 [..., K/32, 3]. Of equal
-        magnitudes the earlier weight is kept. The scale is shared by the 32, so codes compare.
+        Kept codes uint8 [..., K/32, 8] and packed patterns uint8 [..., K/32, 3]. Of equal
+        magnitudes the earlier is kept. Codes are comparable because a block shares its scale.
     """
     codes = mxfp4.unpack_codes(blocks)
     groups = (codes & 0x7).reshape(*codes.shape[:-1], -1, two_four.GROUP)
@@ -51,7 +51,7 @@ def pack_two_four_experts(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def unpack_two_four_experts(kept: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
-    """The inverse: kept codes and patterns → uint8 blocks [..., K/32, 16] with code 0 elsewhere."""
+    """Restore uint8 blocks [..., K/32, 16] from kept codes and patterns; dropped codes are 0."""
     codes = torch.stack((kept & 0x0F, kept >> 4), dim=-1).flatten(-2)
     mask = two_four.unpack_mask(patterns)
     return mxfp4.pack_codes(two_four.scatter_kept(codes, mask)).squeeze(-2)

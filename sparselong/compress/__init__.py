@@ -1,4 +1,4 @@
-"""Stage 02: the base checkpoint, layer by layer, into the packed one."""
+"""Stage 02: compress the base checkpoint layer by layer into the packed one."""
 
 from typing import TYPE_CHECKING
 

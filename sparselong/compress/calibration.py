@@ -1,9 +1,9 @@
-"""Calibration: real text, and the hidden states it has reached so far.
+"""Calibration sequences from the training data, and their hidden states between layers.
 
-The training conversations are rendered by the model's chat template, shuffled by the seed, strung
-together and cut into sequences of equal length. Their hidden states after the last finished layer
-are the only state that compression carries from layer to layer; they are saved after each, so that
-a killed run goes on with exactly the numbers it had.
+The training conversations are rendered with the model's chat template, shuffled by the seed,
+concatenated and cut into sequences of equal length. Their hidden states after the last finished
+layer are the only state that compression carries from layer to layer. They are saved after each
+layer, so that an interrupted run resumes with identical values.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from sparselong.errors import StageError
 def calibration_tokens(
     config: Config, run_dir: Path, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
-    """Calibration sequences, int64 [sequences, sequence_len].
+    """Return calibration sequences, int64 [sequences, sequence_len].
 
-    Fewer than `calibration.samples` when the training data is smaller than that.
+    There are fewer than `calibration.samples` if the training data is too small.
 
     Raises:
-        StageError: the data cannot be read, or does not fill one sequence.
+        StageError: the data cannot be read, or is shorter than one sequence.
     """
     rows = conversations.read(conversations.prepare(config, run_dir).train)
     random.Random(config.seed).shuffle(rows)
@@ -52,10 +52,10 @@ def calibration_tokens(
 
 
 class HiddenStates:
-    """The calibration sequences' hidden states after the layers done so far, on disk and in memory.
+    """Hidden states of the calibration sequences after the finished layers, saved to disk.
 
     Args:
-        path: the file that keeps them between layers.
+        path: the file that stores them between layers.
     """
 
     def __init__(self, path: Path):
@@ -64,7 +64,7 @@ class HiddenStates:
         self.states: torch.Tensor = torch.empty(0)
 
     def start(self, checkpoint: Checkpoint, tokens: torch.Tensor, dtype: torch.dtype) -> None:
-        """Takes up the saved states, or embeds the tokens [sequences, length] where none are."""
+        """Load the saved states, or embed the tokens [sequences, length] if there are none."""
         if self.path.exists():
             saved = load_file(self.path)
             self.layers_done, self.states = int(saved["layers_done"]), saved["states"]
@@ -74,7 +74,7 @@ class HiddenStates:
         self.states = rows.to(dtype)[place]
 
     def save(self, layers_done: int) -> None:
-        """Keeps the present states as those after `layers_done` layers, atomically."""
+        """Save the current states atomically as those after `layers_done` layers."""
         self.layers_done = layers_done
         write_tensors(
             self.path, {"states": self.states, "layers_done": torch.tensor(self.layers_done)}

@@ -1,13 +1,13 @@
-"""The second moment of a projection's inputs: all that SparseGPT and GPTQ ask of the data.
+"""Second moment of a projection's inputs, the only statistic that SparseGPT and GPTQ need.
 
-For a linear layer the squared output error of replacing W by Ŵ is tr((W−Ŵ) H (W−Ŵ)ᵀ) up to a
+For a linear layer, the squared output error of replacing W by Ŵ is tr((W−Ŵ) H (W−Ŵ)ᵀ) up to a
 factor, with H = 2/n · Σ XᵀX over the n calibration tokens. llmcompressor accumulates the same
-matrix with the same function; it counts sequences where tokens are counted here, which changes H by
-a constant that nothing downstream sees (dampening is a fraction of H's mean diagonal), and makes
-the result independent of how the tokens were split into calls, rounding apart.
+matrix with the same function but counts sequences instead of tokens. The difference is a constant
+factor in H that does not affect the result (dampening is a fraction of H's mean diagonal). Counting
+tokens makes H independent of how they are split into calls, apart from rounding.
 
-Left out: any knowledge of the model. Which inputs belong to which weight is the stage's business;
-q, k and v read the same inputs and can share one matrix.
+Left out: any knowledge of the model. The stage decides which inputs belong to which weight; q, k
+and v read the same inputs and can share one matrix.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from sparselong.errors import StageError
 
 
 class Hessian:
-    """Accumulates H = 2/n · Σ XᵀX in fp32 while the calibration data flows by.
+    """Accumulator of H = 2/n · Σ XᵀX in fp32 over the calibration data.
 
     Args:
         in_features: width of the inputs.
-        name: what the inputs belong to, for messages.
-        device: where the matrix lives; inputs are brought there.
+        name: name of the layer or weight, for messages.
+        device: device of the matrix; inputs are moved there.
     """
 
     def __init__(self, in_features: int, name: str, device: torch.device | str = "cpu"):
@@ -31,18 +31,17 @@ class Hessian:
         self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         """fp32 [in, in]."""
         self.tokens = 0
-        """How many rows have been added."""
-        # llmcompressor chooses the arrangement of the inputs by the module's type and reads nothing
-        # else of it.
+        """Number of rows added."""
+        # llmcompressor reads only the module's type, which decides the layout of the inputs.
         self._linear = torch.nn.Linear(in_features, 1, bias=False, device="meta")
 
     @torch.no_grad()
     def add(self, inputs: torch.Tensor) -> None:
-        """Adds the inputs [..., in] of any float dtype; padding must have been removed.
+        """Add inputs [..., in] of any float dtype; padding must already be removed.
 
         Raises:
-            StageError: NaN or infinity among the inputs.
-            ValueError: no rows, or rows of another width.
+            StageError: the inputs contain NaN or infinity.
+            ValueError: there are no rows, or their width is not `in_features`.
         """
         in_features = self.matrix.shape[0]
         if inputs.shape[-1] != in_features or inputs.numel() == 0:
@@ -53,12 +52,12 @@ class Hessian:
         bad_rows = int((~torch.isfinite(rows)).any(dim=-1).sum())
         if bad_rows:
             raise StageError(
-                f"calibration of {self.name} met inputs that are not finite",
+                f"calibration inputs of {self.name} are not finite",
                 "finite activations in every calibration token",
                 f"NaN or infinity in {bad_rows} of {rows.shape[0]} tokens",
                 "check the base model's weights, and use bf16 or fp32 (not fp16) activations",
             )
-        # Imported here: it takes many seconds, and refused input needs none of it.
+        # Imported here because it takes many seconds and rejected inputs do not need it.
         from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import accumulate_hessian
 
         self.matrix, self.tokens = accumulate_hessian(rows, self._linear, self.matrix, self.tokens)

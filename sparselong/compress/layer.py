@@ -1,9 +1,9 @@
-"""One decoder layer: run calibration states through it and compress its attention on the way.
+"""One decoder layer: run calibration states through it and compress its attention.
 
-The layer is transformers' own, inside a GptOssModel of one layer without a final norm, so that
-masks and rotary embedding are transformers' too. It sees the states as the compressed layers before
-it made them. q, k and v are compressed first; the inputs of o are then those that the compressed
-q, k and v produce; the states that leave the layer come from what is stored.
+The layer is transformers' own, inside a GptOssModel with one layer and no final norm, so masks and
+rotary embedding are transformers' too. Its input states come from the compressed layers before it.
+q, k and v are compressed first; o is compressed on the inputs that the compressed q, k and v
+produce. The output states are computed from the stored weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TOKENS_PER_FORWARD = 4096
 
 
 class _NoMlp(nn.Module):
-    """Stands in for the experts where only attention is wanted."""
+    """Replacement for the experts when only attention is needed."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
         return torch.zeros_like(hidden_states), None
@@ -38,7 +38,7 @@ class _NoMlp(nn.Module):
 
 @dataclass
 class CompressedLayer:
-    """What a layer's compression leaves: tensors to store, masters, errors by projection."""
+    """Result of compressing a layer: tensors to store, masters, and error by projection."""
 
     stored: dict[str, torch.Tensor]
     masters: dict[str, torch.Tensor]
@@ -50,10 +50,11 @@ class CalibratedLayer:
 
     Args:
         config: the model's architecture.
-        index: which layer it is.
+        index: the layer's index.
         tensors: the layer's tensors by full name (expert blocks expanded).
-        device, dtype: where and in what the states are computed.
-        attn_implementation: how the layer attends, by transformers' name.
+        device: device of the computation.
+        dtype: dtype of the computation.
+        attn_implementation: transformers' name of the attention implementation.
     """
 
     def __init__(
@@ -92,18 +93,18 @@ class CalibratedLayer:
         return list(states.split(max(1, _TOKENS_PER_FORWARD // states.shape[1])))
 
     def run(self, states: torch.Tensor) -> torch.Tensor:
-        """States [sequences, length, hidden] → those after the layer, on the CPU.
+        """Return the states [sequences, length, hidden] after the layer, on the CPU.
 
         Raises:
-            StageError: a state is not finite.
+            StageError: a returned state is not finite.
         """
         out = torch.cat([self._forward(batch).cpu() for batch in self._batches(states)])
         if not bool(torch.isfinite(out).all()):
             raise StageError(
-                f"calibration broke down in layer {self.index}",
+                f"calibration failed in layer {self.index}",
                 "finite hidden states",
                 f"{int((~torch.isfinite(out)).sum())} NaN or infinite values",
-                "check the base checkpoint; raise calibration.dampening if it is sound",
+                "check the base checkpoint; raise calibration.dampening if it is intact",
             )
         return out
 
@@ -113,7 +114,7 @@ class CalibratedLayer:
         return output.last_hidden_state
 
     def _hessian(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        """The Hessian of a projection's inputs over all states; the experts are left out."""
+        """Return the Hessian of a projection's inputs over all states, skipping the experts."""
         module = getattr(self.layer.self_attn, name)
         hessian = Hessian(module.in_features, f"layer {self.index}'s {name}", self.device)
         handle = module.register_forward_pre_hook(lambda _module, inputs: hessian.add(inputs[0]))
@@ -133,9 +134,9 @@ class CalibratedLayer:
         dampening: float,
         log: Callable[[str], None],
     ) -> CompressedLayer:
-        """Compresses q, k, v, then o, and leaves the packed layers in place of the dense ones."""
+        """Compress q, k, v, then o, and replace the dense layers by the packed ones."""
         result = CompressedLayer({}, {}, {})
-        for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",)):  # each shares its inputs
+        for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",)):  # each group shares inputs
             hessian = self._hessian(names[0], states)
             for name in names:
                 full = f"model.layers.{self.index}.self_attn.{name}"

@@ -1,4 +1,4 @@
-"""What came of compression, measured on the files that were written."""
+"""Sizes and exactness of the compressed checkpoint, measured on the written files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _bytes_by_group(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _weights_by_group(base: Checkpoint) -> dict[str, int]:
-    """Numbers of weights and biases; an MXFP4 block byte holds two, its scales none."""
+    """Count weights and biases by group: two per MXFP4 block byte, none per scale."""
     counts: dict[str, int] = {}
     for name, record in base.tensors.items():
         count = math.prod(record.shape)
@@ -43,19 +43,19 @@ def _weights_by_group(base: Checkpoint) -> dict[str, int]:
 
 
 def _linked_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of tensors that lie in files shared with another directory."""
+    """Return the bytes of tensors in files shared with another directory."""
     shared = {f for f in checkpoint.files if (checkpoint.directory / f).stat().st_nlink > 1}
     return sum(r.end - r.begin for r in checkpoint.tensors.values() if r.file in shared)
 
 
 def experts_bit_exact(base: Checkpoint, model: Checkpoint) -> bool:
-    """Whether every expert tensor of the base stands in the model, byte for byte."""
+    """Return whether the model contains every expert tensor of the base, byte for byte."""
     names = [name for name in base.tensors if ".mlp.experts." in name]
     return all(name in model.tensors and same_bytes(base, model, name) for name in names)
 
 
 def masters_match(model: Checkpoint, masters: Path, fmt: DenseFormat) -> bool:
-    """Whether rounding the masters under the mask gives the stored codes, bit for bit."""
+    """Return whether rounding the masked masters gives the stored codes, bit for bit."""
     for layer in range(model.config["num_hidden_layers"]):
         kept = load_file(masters / f"layer-{layer:05d}.safetensors")
         for full, tensors in stored_projections(model, layer).items():
@@ -70,10 +70,10 @@ def masters_match(model: Checkpoint, masters: Path, fmt: DenseFormat) -> bool:
 
 
 def measure(base: Checkpoint, model: Checkpoint, masters: Path) -> dict[str, Any]:
-    """The manifest's figures about sizes and exactness.
+    """Return the manifest's figures on sizes and exactness.
 
-    `bytes_on_disk` is the bytes of the tensors that the index names; of these `bytes_linked` are in
-    files shared with the base, which take no room of their own.
+    `bytes_on_disk` counts the tensors named in the index; `bytes_linked` counts those in files
+    shared with the base, which take no additional disk space.
     """
     fmt = SparseLongConfig(**model.config["quantization_config"]).dense_format
     sizes, counts = _bytes_by_group(model), _weights_by_group(base)

@@ -1,26 +1,26 @@
-"""One weight matrix in, its 2:4 mask, integer codes, scales and dense masters out.
+"""Compress one weight matrix into its 2:4 mask, integer codes, scales and dense masters.
 
-    SparseGPT  →  which two of every four weights stay, the survivors making up for the others
+    SparseGPT  →  which two of every four weights are kept, corrected for the pruned ones
     scales     →  one per group of inputs, from the pruned weight, rounded to bf16
-    GPTQ       →  codes column by column, each column's rounding error passed on to later survivors
+    GPTQ       →  codes column by column, each rounding error passed on to later kept weights
 
 Pruning, scales, dampening and the factorization are llmcompressor's and compressed-tensors' own
-functions. GPTQ's loop over the columns is ours, because llmcompressor's passes errors on to pruned
-weights too, which then round to something else than zero: after its SparseGPT → GPTQ part of the
-groups no longer is 2:4. Here both error updates are multiplied by the mask. With a mask of ones the
-loop gives llmcompressor's codes. Errors are taken against bf16(code · scale), the canonical meaning
-of a code (see packing/integer.py), so the rounding of that product is compensated as well.
+functions. GPTQ's loop over the columns is ours, because llmcompressor's also passes errors on to
+pruned weights, which may then round to nonzero codes: after its SparseGPT → GPTQ, some groups are
+no longer 2:4. Here both error updates are multiplied by the mask. With a mask of ones, the loop
+gives llmcompressor's codes. Errors are taken against bf16(code · scale), the value that a code
+represents (see packing/integer.py), so the rounding of that product is compensated as well.
 
-Two things llmcompressor lets pass are errors here: a Hessian that is not positive definite (there
-replaced by the identity with a warning) and one without any signal.
+Two conditions that llmcompressor tolerates are errors here: a Hessian that is not positive definite
+(llmcompressor warns and uses the identity) and a Hessian that is zero.
 
-The master of a survivor is the value GPTQ rounded, as a bf16 number that still rounds to the same
-code: `integer.quantize(master · mask, scale) == codes`, bit for bit. The nearest bf16 number nearly
-always does; where it crosses the border to the next code, its neighbour on the other side of the
-value is taken. One of the two must lie inside the code's interval, because numbers below 128 scales
-are less than one scale apart in bf16. The master of a pruned weight is the weight as it was.
+The master of a kept weight is the value that GPTQ rounded, stored as a bf16 number that rounds to
+the same code: `integer.quantize(master · mask, scale) == codes`, bit for bit. This is nearly always
+the nearest bf16 number. If that rounds to an adjacent code, the bf16 number on the other side of
+the value is used. One of the two must round correctly, because bf16 numbers below 128 scales are
+less than one scale apart. The master of a pruned weight is the original weight.
 
-Left out: activation ordering (it would tear groups apart), zero points, clip search.
+Left out: activation ordering (it would split groups), zero points, clip search.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from sparselong.errors import StageError
 from sparselong.packing import DenseFormat, integer
 
 BLOCK_COLUMNS = 128
-"""Columns solved before their errors reach the rest, llmcompressor's default. Results depend on it
-only through rounding, and through SparseGPT's choice of masks being made block by block."""
+"""Columns solved before their errors are applied to the rest; llmcompressor's default. It affects
+results only through rounding and because SparseGPT selects masks block by block."""
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compressed weight, shapes as in the [out, in] weight it came from."""
+    """A compressed weight; [out, in] is the shape of the original weight."""
 
     codes: torch.Tensor
-    """int8 codes [out, in], or bf16 values where the format keeps 16 bits; zeros where pruned."""
+    """int8 codes [out, in], or bf16 values at 16 bits; zeros where pruned."""
     scale: torch.Tensor | None
-    """bf16 [out, in/group], None with 16 bits."""
+    """bf16 [out, in/group]; None at 16 bits."""
     mask: torch.Tensor | None
     """bool [out, in], True where kept, exactly two of every four; None without sparsity."""
     master: torch.Tensor
-    """bf16 [out, in]: survivors as corrected, pruned weights as they were."""
+    """bf16 [out, in]: kept weights as corrected, pruned weights unchanged."""
     relative_error: float
     """‖X(W−Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration tokens, Frobenius norms."""
 
     def weight(self) -> torch.Tensor:
-        """The bf16 weight [out, in] that the codes mean."""
+        """Return the bf16 weight [out, in] that the codes represent."""
         return self.codes if self.scale is None else integer.dequantize(self.codes, self.scale)
 
 
@@ -61,19 +61,19 @@ class Compressed:
 def compress_weight(
     weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat, dampening: float, name: str
 ) -> Compressed:
-    """Prunes and quantizes one weight for the inputs that the Hessian describes.
+    """Prune and quantize one weight for the inputs that the Hessian describes.
 
     Args:
         weight: bf16 or fp32 [out, in]; not changed.
         hessian: fp32 [in, in] on the same device (see hessian.py); not changed.
-        fmt: how the weight is to be stored.
+        fmt: the storage format.
         dampening: added to the Hessian's diagonal, as a fraction of its mean.
         name: the weight's name, for messages.
 
     Raises:
-        StageError: NaN or infinity in weight or Hessian, a Hessian that is zero or not positive
-            definite after dampening, or a width that the format cannot store.
-        ValueError: weight and Hessian do not fit together.
+        StageError: weight or Hessian contains NaN or infinity, the Hessian is zero or not positive
+            definite after dampening, or the format cannot store this width.
+        ValueError: the shapes of weight and Hessian do not match.
     """
     _check(weight, hessian, fmt, name)
     original = weight.to(torch.bfloat16)
@@ -110,16 +110,16 @@ def compress_weight(
 def factorize(
     weight: torch.Tensor, hessian: torch.Tensor, dampening: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The upper Cholesky factor [in, in] of the inverse of the dampened Hessian, in fp32.
+    """Factorize the inverse of the dampened Hessian.
 
     Returns:
-        An fp32 copy of the weight with the columns of inputs that were always zero set to zero, as
-        llmcompressor does, and the factor.
+        An fp32 copy of the weight with zeros in the columns of inputs that were always zero, as in
+        llmcompressor, and the upper Cholesky factor, fp32 [in, in].
 
     Raises:
         StageError: the dampened Hessian is not positive definite in fp32.
     """
-    # Imported here: it takes many seconds, and a weight that is refused never gets this far.
+    # Imported here because it takes many seconds and rejected weights do not need it.
     from llmcompressor.modifiers.gptq.helpers import factorize_hessian
 
     solved = weight.float().clone().unsqueeze(0)
@@ -144,13 +144,13 @@ def factorize(
 def prune_two_four(
     weight: torch.Tensor, hessian: torch.Tensor, dampening: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """llmcompressor's SparseGPT at 2:4. The Hessian must have passed `factorize`.
+    """Prune with llmcompressor's SparseGPT at 2:4; the Hessian must have passed `factorize`.
 
-    A survivor whose corrected value happens to be zero cannot be told from a pruned weight by its
-    value; among zeros the mask keeps the weight that was larger, then the one that comes first.
+    A kept weight whose corrected value is zero looks like a pruned one. Among zeros, the mask keeps
+    the weight that was larger, or the first one if they were equal.
 
     Returns:
-        The pruned weight with corrected survivors, fp32 [out, in], and the mask, bool [out, in].
+        The corrected weight, zero where pruned, fp32 [out, in], and the mask, bool [out, in].
     """
     # Imported here for the same reason as in `factorize`.
     from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import sparsify_weight
@@ -175,10 +175,12 @@ def prune_two_four(
 
 
 def choose_scale(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
-    """compressed-tensors' symmetric scales: largest magnitude of each group over (2^bits − 1)/2.
+    """Return symmetric scales: the largest magnitude of each group over (2^bits − 1)/2.
 
     Args:
         weight: fp32 [out, in].
+        bits: 4 or 8.
+        group_size: inputs per scale.
 
     Returns:
         bf16 [out, in/group_size], never zero.
@@ -210,16 +212,17 @@ def quantize_masked(
     bits: int,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GPTQ that passes rounding errors on to kept weights only (Frantar et al. 2022, §3).
+    """Quantize with GPTQ, passing errors on to kept weights only (Frantar et al. 2022, §3).
 
     Args:
-        weight: fp32 [out, in], zeros where the mask drops; not changed.
-        factor: from `factorize`.
+        weight: fp32 [out, in], zeros where pruned; not changed.
+        factor: fp32 [in, in] from `factorize`.
         scale: bf16 [out, in/group].
+        bits: 4 or 8.
         mask: bool [out, in], or None to keep everything.
 
     Returns:
-        int8 codes [out, in], and fp32 [out, in] with each weight's value when it was rounded.
+        int8 codes [out, in], and each weight's value just before rounding, fp32 [out, in].
     """
     work = weight.clone()
     keep = torch.ones_like(work, dtype=torch.bool) if mask is None else mask
@@ -243,7 +246,7 @@ def quantize_masked(
 
 
 def relative_error(weight: torch.Tensor, compressed: torch.Tensor, hessian: torch.Tensor) -> float:
-    """‖X(W−Ŵ)ᵀ‖ / ‖XWᵀ‖ = √(tr(ΔHΔᵀ) / tr(WHWᵀ)), in fp64; 0 for a weight without any output."""
+    """Return ‖X(W−Ŵ)ᵀ‖ / ‖XWᵀ‖ = √(tr(ΔHΔᵀ) / tr(WHWᵀ)), in fp64; 0 if XWᵀ is zero."""
     reference, hessian = weight.double(), hessian.double()
     delta = reference - compressed.double()
     error = float(((delta @ hessian) * delta).sum().clamp(min=0.0))
@@ -254,17 +257,17 @@ def relative_error(weight: torch.Tensor, compressed: torch.Tensor, hessian: torc
 def _round_within_code(
     values: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """fp32 values → bf16 numbers at most one step away that quantize to the same codes."""
+    """Round fp32 values to bf16 numbers, at most one step off, that quantize to the same codes."""
     nearest = values.to(torch.bfloat16)
     crossed = integer.quantize(nearest, scale, bits) != codes
     # One step up or down in magnitude is one step up or down in the bit pattern.
     step = torch.where(nearest.float().abs() < values.abs(), 1, -1).to(torch.int16)
-    neighbour = (nearest.view(torch.int16) + step).view(torch.bfloat16)
-    return torch.where(crossed, neighbour, nearest)
+    adjacent = (nearest.view(torch.int16) + step).view(torch.bfloat16)
+    return torch.where(crossed, adjacent, nearest)
 
 
 def _check(weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat, name: str) -> None:
-    """Refuses what cannot be compressed, before any work; see `compress_weight`."""
+    """Raise if the weight cannot be compressed, before any work; see `compress_weight`."""
     in_features = weight.shape[-1]
     if weight.ndim != 2 or hessian.shape != (in_features, in_features):
         raise ValueError(
@@ -275,7 +278,7 @@ def _check(weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat, name: 
         fmt.check(name, in_features)
     except ValueError as error:
         raise StageError(
-            f"{name} cannot be stored in the format asked for",
+            f"{name} cannot be stored in the configured format",
             f"{fmt.weight_bits} bits, sparsity {fmt.sparsity}, group size {fmt.group_size}",
             str(error),
             "change shared_dense.group_size or shared_dense.sparsity",
@@ -283,15 +286,15 @@ def _check(weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat, name: 
     bad_weights = int((~torch.isfinite(weight)).sum())
     if bad_weights:
         raise StageError(
-            f"{name} holds weights that are not finite",
+            f"{name} contains weights that are not finite",
             "finite weights",
             f"{bad_weights} of {weight.numel()} are NaN or infinite",
             "download the base checkpoint again, or choose another base model",
         )
     if not bool(torch.isfinite(hessian).all()) or not bool(hessian.diagonal().any()):
         raise StageError(
-            f"the calibration of {name} says nothing about its inputs",
-            "a finite Hessian with some signal",
-            "NaN or infinity in it" if bool(hessian.diagonal().any()) else "zero on its diagonal",
+            f"the Hessian of {name} is unusable",
+            "a finite Hessian with a nonzero diagonal",
+            "NaN or infinity in it" if bool(hessian.diagonal().any()) else "a diagonal of zeros",
             "check data.train and the base model, and use more calibration samples",
         )

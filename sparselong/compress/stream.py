@@ -1,9 +1,9 @@
-"""Stage 02 as a stream: read a layer, calibrate, compress, write, forget; then the next.
+"""Stage 02 as a stream: read, calibrate, compress and write one layer, free it, then take the next.
 
-At most one layer and the calibration states are in memory. After each layer its packed tensors, its
-masters and the states are on disk, in this order, each file whole or absent: whatever moment the
-process is killed at, the next run goes on behind the last layer whose states were saved, and
-recomputes that layer's successors to the same bytes.
+At most one layer and the calibration states are in memory. After each layer, its packed tensors,
+its masters and the states are written in this order, each file atomically. If the process is killed
+at any moment, the next run resumes after the last layer whose states were saved and recomputes the
+layers after it to the same bytes.
 
     02_compress/model.partial/     grows; renamed to model/ when complete
     02_compress/masters/           dense bf16 masters by layer, for stage 03
@@ -35,10 +35,10 @@ from sparselong.compress.report import measure
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.files import write_atomically
-from sparselong.model import SparseLongConfig, choose_attention, implementation, load_tokenizer
+from sparselong.model import SparseLongConfig, implementation, load_tokenizer
 from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.run import Stage
-from sparselong.runtime import compute_dtype, default_device
+from sparselong.runtime import compute_dtype, default_device, using
 from sparselong.tiny import resolve_base
 
 DENSE_FILE = "dense-{:05d}.safetensors"
@@ -46,9 +46,9 @@ MASTER_FILE = "layer-{:05d}.safetensors"
 
 
 def checkpoint_name(config: Config) -> str:
-    """The checkpoint's name: the base and what was done to it.
+    """Return the checkpoint's name, made from the base and the compression.
 
-    >>> gpt-oss-120b-w4a16-experts-4bit-2of4
+    For example: gpt-oss-120b-w4a16-experts-4bit-2of4.
     """
     dense, experts = config.shared_dense, config.experts
     parts = [Path(config.model.base).name, f"w{dense.weight_bits}a16"]
@@ -59,18 +59,20 @@ def checkpoint_name(config: Config) -> str:
 
 
 def compress(stage: Stage) -> None:
-    """Compresses the configured base checkpoint into `02_compress/model`.
+    """Compress the configured base checkpoint into `02_compress/model`.
 
     Raises:
-        StageError: the checkpoint or the calibration data is not usable.
+        StageError: the checkpoint or the calibration data is unusable.
     """
     base = Checkpoint(resolve_base(stage.config, stage.run_dir, stage.log))
     architecture = open_upstream(base)
     reset_peaks()
     device = default_device()
     model = stage.dir / "model"
-    if not model.exists():  # it appears complete or not at all
-        _compress_layers(stage, base, architecture, device)
+    if not model.exists():  # if it exists, it is complete
+        backend, deterministic = stage.config.attention_backend, stage.config.deterministic
+        with using(attention_backend=backend, deterministic=deterministic):
+            _compress_layers(stage, base, architecture, device)
         _complete(stage, base, architecture)
     _publish(stage, base, Checkpoint(model))
 
@@ -78,10 +80,10 @@ def compress(stage: Stage) -> None:
 def _compress_layers(
     stage: Stage, base: Checkpoint, architecture: GptOssConfig, device: torch.device
 ) -> None:
-    """Compresses the layers that are not done yet."""
+    """Compress the layers that are not finished yet."""
     for folder in ("model.partial", "masters", "work"):
         (stage.dir / folder).mkdir(exist_ok=True)
-    for name in ("lm_head.weight", "model.norm.weight"):  # all others are read on the way
+    for name in ("lm_head.weight", "model.norm.weight"):  # others are checked when used
         for _ in base.read_slices(name):
             pass
     tokenizer = load_tokenizer(base.directory)
@@ -90,7 +92,7 @@ def _compress_layers(
     states.start(base, tokens, compute_dtype(device))
     stage.log(
         f"{tokens.shape[0]} calibration sequences of {tokens.shape[1]} tokens on {device}; "
-        f"{states.layers_done} of {architecture.num_hidden_layers} layers done before"
+        f"{states.layers_done} of {architecture.num_hidden_layers} layers already done"
     )
     for index in range(states.layers_done, architecture.num_hidden_layers):
         _compress_layer(stage, base, architecture, index, states, device)
@@ -112,13 +114,12 @@ def _compress_layer(
     states: HiddenStates,
     device: torch.device,
 ) -> None:
-    """Compresses one layer, writes its files, and moves the states behind it."""
+    """Compress one layer, write its files, and advance the states past it."""
     tensors = base.read(layer_tensors(architecture, index))
     stored: dict[str, torch.Tensor] = {}
     if stage.config.experts.sparsity == "2:4":
         stored |= _drop_half_of_experts(tensors)
     dtype, attention = compute_dtype(device), implementation(stage.config)
-    choose_attention(stage.config.attention_backend, stage.config.deterministic)
     layer = CalibratedLayer(architecture, index, tensors, device, dtype, attention)
     del tensors
     fmt = _quantization(stage.config).dense_format
@@ -136,7 +137,7 @@ def _compress_layer(
 
 
 def _drop_half_of_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """2:4 on the experts: returns what is stored, and puts the pruned blocks into `tensors`."""
+    """Prune the experts in `tensors` to 2:4 in place and return the tensors to store."""
     stored = {}
     for name in [name for name in tensors if name.endswith("_blocks")]:
         kept, patterns = pack_two_four_experts(tensors[name])
@@ -147,7 +148,7 @@ def _drop_half_of_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def _complete(stage: Stage, base: Checkpoint, architecture: GptOssConfig) -> None:
-    """Adds upstream's untouched tensors, index and config, and names the result `model`."""
+    """Add upstream's unchanged tensors, index and config, and rename the result to `model`."""
     quantization = _quantization(stage.config)
     fmt = quantization.dense_format
     dropped: set[str] = set()
@@ -166,7 +167,7 @@ def _complete(stage: Stage, base: Checkpoint, architecture: GptOssConfig) -> Non
 
 
 def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
-    """Fills the manifest from what is on disk; the states are not needed any more."""
+    """Fill the manifest from the files on disk and delete the states."""
     paths = sorted((stage.dir / "work").glob("layer-*.json"))
     records = [json.loads(path.read_text()) for path in paths]
     for peaks in [read_peaks(), *(record["peak_bytes"] for record in records)]:

@@ -6,6 +6,6 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.config import schema
-    from sparselong.config.schema import Config, ModelSection
+    from sparselong.config.schema import Config, ModelSection, dump, hash_sections, load
 
 __getattr__ = expose(__name__)

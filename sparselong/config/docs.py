@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from sparselong.config.keys import Section
+from sparselong.config.keys import Section, is_incidental
 from sparselong.config.schema import Config, load_with_source
 
 
@@ -37,6 +37,8 @@ def _render(section: type[Section], config: Section, explicit: dict, indent: str
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         if choices:
             words += f" Choices: {', '.join(map(str, choices))}."
+        if is_incidental(field):
+            words += " May change when a run continues."
         rows += [f"{indent}# {line}" for line in _wrap(words, 98 - len(indent))]
         shown = list(value) if isinstance(value, tuple) else value
         if name in explicit:

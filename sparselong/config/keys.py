@@ -6,11 +6,22 @@ The schema itself is in config.py; nothing here knows its keys.
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from sparselong.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Incidental:
+    """Marks a key that decides no result, in the key's `Annotated`.
+
+    No tensor depends on its value, and figures only in how often they are written down. So it may
+    change when a run continues, and the stages' hashes leave it out.
+    """
 
 
 class Section(BaseModel):
@@ -54,6 +65,23 @@ def known_keys(section: type[Section], prefix: str = "") -> dict[str, type[Secti
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             keys |= known_keys(field.annotation, f"{prefix}{name}.")
     return keys
+
+
+def is_incidental(field: FieldInfo) -> bool:
+    """Return whether a key is declared to decide no result."""
+    return any(isinstance(mark, Incidental) for mark in field.metadata)
+
+
+def deciding_values(section: Section) -> dict[str, Any]:
+    """Return a section's values as plain JSON, without the keys that decide no result."""
+    values = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if is_incidental(field):
+            del values[name]
+        elif isinstance(value, Section):
+            values[name] = deciding_values(value)
+    return values
 
 
 def refuse(

@@ -4,7 +4,8 @@ A config is a YAML file with the original design's key names. It is read strictl
 repeated key or a value of the wrong type is refused with the line it stands on, the nearest known
 key and what to write instead. The docstring under each field is the documentation: the comments in
 the shipped YAML files and `configs/schema.json` (for editors) are generated from it by
-`python -m sparselong.config.docs`, and a test fails when they drift.
+`python -m sparselong.config.docs`, and a test fails when they drift. A key marked `Incidental`
+decides no result and may change when a run continues.
 
 Values come, weakest first, from the schema's defaults, the profile, the file and the command line's
 `key.path=value`.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +24,14 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from sparselong.config import yaml12
-from sparselong.config.keys import Section, fill_sections, refuse, set_key
+from sparselong.config.keys import (
+    Incidental,
+    Section,
+    deciding_values,
+    fill_sections,
+    refuse,
+    set_key,
+)
 from sparselong.config.profiles import PROFILES
 from sparselong.errors import ConfigError
 
@@ -153,33 +162,33 @@ class TrainingSection(Section):
     """Optimizer, by transformers' name; the 8-bit one saves memory and needs a GPU."""
     sample_packing: bool = True
     """Fill every sequence with several conversations, kept apart by position ids."""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: Annotated[bool, Incidental()] = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
-    keep_attention: Literal["auto", "always", "never"] = "auto"
+    keep_attention: Annotated[Literal["auto", "always", "never"], Incidental()] = "auto"
     """Whether checkpointed layers with full attention keep what it computed, so that the backward
     pass does not attend twice: 8.25 KiB a token and such layer (20b at 16,384: 1.5 GiB). `auto`
     keeps it where the predicted peak fits what the GPU has free; the log and manifest say which."""
-    keep_experts: Literal["auto", "always", "never"] = "auto"
+    keep_experts: Annotated[Literal["auto", "always", "never"], Incidental()] = "auto"
     """Whether checkpointed layers keep their experts' first product, so that the backward pass does
     not make it again: 45 KiB a token and layer (20b at 4,096 tokens a GPU: 4.2 GiB). `auto` decides
     as above, after attention, which saves more time for its bytes."""
-    offload_checkpoints: bool = False
+    offload_checkpoints: Annotated[bool, Incidental()] = False
     """Keep checkpointed layers' inputs in pinned host memory, for contexts that do not fit else."""
-    logging_steps: Positive = 1
+    logging_steps: Annotated[Positive, Incidental()] = 1
     """Steps between rows of metrics.jsonl. `save_steps` must be a multiple of it."""
     eval_steps: Positive = 50
     """Steps between evaluations on the validation conversations."""
-    save_steps: Positive = 50
+    save_steps: Annotated[Positive, Incidental()] = 50
     """Steps between checkpoints; a multiple of `eval_steps`, so that the best one is on disk."""
-    save_total_limit: Positive = 3
+    save_total_limit: Annotated[Positive, Incidental()] = 3
     """Checkpoints kept; the best one is always among them."""
     early_stopping_patience: Positive | None = None
     """Evaluations without improvement after which training stops; null never stops early."""
-    loss_target: float | None = None
+    loss_target: Annotated[float | None, Incidental()] = None
     """Training loss at which an alert is logged once; null logs none."""
-    use_tensorboard: bool = False
+    use_tensorboard: Annotated[bool, Incidental()] = False
     """Also write TensorBoard event files."""
-    wandb_project: str | None = None
+    wandb_project: Annotated[str | None, Incidental()] = None
     """Also log to this Weights & Biases project; null does not."""
 
 
@@ -213,10 +222,10 @@ class Config(Section):
     data: DataSection = DataSection()
     sequence_len: Annotated[int, Field(ge=2)] = 16384
     """Training context, in tokens, over all GPUs together."""
-    sequence_parallel_degree: Positive = 4
+    sequence_parallel_degree: Annotated[Positive, Incidental()] = 4
     """Processes, each with a GPU, that share one sequence. `python 03_finetune.py` starts them on
     this machine; `torchrun` may start a multiple of them, on several machines too, which then train
-    on several sequences side by side. A run may go on with another degree."""
+    on several sequences side by side."""
     flash_attention: bool = True
     """Attention without a quadratic score matrix (needs a GPU); false uses transformers' eager,
     unless a sequence is split: then this project's attention serves on any device."""
@@ -232,11 +241,11 @@ class Config(Section):
     so; torch_flash's backward pass is slower for it, and torch_cudnn's is not used."""
     micro_batch_size: Positive = 1
     """Sequences per forward pass."""
-    heads_k_stride: Positive = 1
+    heads_k_stride: Annotated[Positive, Incidental()] = 1
     """Key/value heads gathered at a time when a sequence is split over GPUs; a divisor of their
     number. More take fewer exchanges and more memory. On four H200, 16,384 tokens and a full
     layer, 8 was fastest with peer access (6.0 ms, 4: 6.6), 4 without (7.6 ms, 8: 8.0)."""
-    ring_attn_func: Literal["varlen_llama3"] = "varlen_llama3"
+    ring_attn_func: Annotated[Literal["varlen_llama3"], Incidental()] = "varlen_llama3"
     """How split sequences attend: `varlen_llama3` gathers the keys and values of full layers by
     groups of heads; sliding-window layers take only the keys just before their shard."""
     lora: LoraSection = LoraSection()
@@ -372,7 +381,11 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def hash_sections(config: Config, keys: tuple[str, ...]) -> str:
-    """A hash (16 hex digits) of the named top-level keys: what a stage reads decides its hash."""
-    picked = {key: config.model_dump(mode="json")[key] for key in sorted(keys)}
+def hash_sections(config: Config, keys: Iterable[str]) -> str:
+    """Return a hash (16 hex digits) of the named top-level keys.
+
+    Keys that decide no result are left out, wherever they stand.
+    """
+    values = deciding_values(config)
+    picked = {key: values[key] for key in sorted(keys) if key in values}
     return hashlib.sha256(json.dumps(picked, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Text and chat data: what a run trains, calibrates and is measured on. No torch here."""
+"""Text and chat data for training, calibration and evaluation. Imports no torch."""
 
 from typing import TYPE_CHECKING
 

@@ -1,19 +1,19 @@
-"""Conversations: from whatever the config names to two checked files, and from rows to tokens.
+"""Conversations: two checked files from the configured data source, and tokens from their rows.
 
-Every stage that needs text asks `prepare` first. It turns the demo, a JSON-lines file or a hub
-dataset into `runs/NAME/data/train.jsonl` and `validation.jsonl`, one `{"messages": [...]}` row a
-line, each row checked; `source.json` is written last and says what they were made from. Stages that
-run later, or again, find the same rows. A changed config key makes them anew (no finished stage
-survives that: its hash covers these keys), but a source file whose *content* changed is refused:
-no hash would show that the stages of this run saw other rows.
+Every stage that needs text calls `prepare` first. It turns the demo, a JSON-lines file or a hub
+dataset into `runs/NAME/data/train.jsonl` and `validation.jsonl`, with one checked
+`{"messages": [...]}` row per line. `source.json` is written last and records the sources. Later or
+repeated stages find the same rows. If a config key changes, the files are rebuilt; finished stages
+are stale then, because their hashes cover these keys. If the *content* of a source file changes,
+`prepare` refuses, because no hash would show that earlier stages of the run used other rows.
 
-`tokenize` renders a conversation with the model's own chat template and says which tokens are the
-assistant's. Harmony does not render a conversation's beginning as the beginning of the conversation
-(a final `<|return|>` becomes `<|end|>`, earlier `thinking` is dropped), so a turn is found between
-two renderings *with* a generation prompt, both of which must be prefixes of the whole; a template
-that rewrites history in another way is refused rather than masked wrongly.
+`tokenize` renders a conversation with the model's own chat template and marks the assistant's
+tokens. In harmony, a shortened conversation does not render as a prefix of the whole one (a final
+`<|return|>` becomes `<|end|>`, earlier `thinking` is dropped). A turn is therefore located between
+two renderings *with* a generation prompt, both of which must be prefixes of the whole. A template
+that rewrites history in any other way is refused, because its mask would be wrong.
 
-Left out: tool calls, images, other row layouts (convert them), and any filtering by content.
+Left out: tool calls, images, other row layouts (convert them), and filtering by content.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _SHAPE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant"
 
 
 class DataFiles(NamedTuple):
-    """The two prepared files."""
+    """Paths of the two prepared files."""
 
     train: Path
     validation: Path
 
 
 def prepare(config: Config, run_dir: Path) -> DataFiles:
-    """Makes `run_dir/data/{train,validation}.jsonl`, or finds them made; same rows every time.
+    """Return `run_dir/data/{train,validation}.jsonl`, written first unless up to date.
 
     Raises:
-        StageError: a source is missing, unreachable, empty or changed since, or has a malformed
-            row (the message names file and line).
+        StageError: a source is missing, unreachable, empty or has changed, or a row is malformed
+            (the message names file and line).
     """
     folder = run_dir / "data"
     files = DataFiles(*(folder / name for name in _NAMES))
@@ -77,7 +77,7 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
 
 
 def read(path: Path) -> list[list[Message]]:
-    """The conversations of a JSON-lines file, checked row by row.
+    """Return the conversations of a JSON-lines file after checking every row.
 
     Raises:
         StageError: the file cannot be read or is empty, or a row is malformed.
@@ -88,22 +88,22 @@ def read(path: Path) -> list[list[Message]]:
 def tokenize(
     messages: list[Message], tokenizer: Any, train_on: Literal["assistant", "all"]
 ) -> tuple[list[int], list[bool]]:
-    """Tokens of a conversation in the tokenizer's chat template, and which are learned from.
+    """Return the tokens of a conversation and which of them are supervised.
 
-    An assistant's turn is everything that the model must write itself after the generation prompt:
-    in harmony the channel, the reasoning where it is rendered, the answer and the closing token.
+    An assistant turn is everything that the model must generate after the generation prompt: in
+    harmony, the channel, the reasoning if it is rendered, the answer and the closing token.
 
     Args:
-        messages: a row as `read` returns it.
+        messages: a row as returned by `read`.
         tokenizer: a fast transformers tokenizer with a chat template.
-        train_on: `assistant` marks the assistant's turns, `all` every token.
+        train_on: `assistant` marks the assistant turns, `all` marks every token.
 
     Returns:
-        (input_ids, supervised), equally long.
+        (input_ids, supervised), two lists of equal length.
 
     Raises:
-        StageError: the template refuses the conversation, or renders a beginning of it so that it
-            is no prefix of the whole.
+        StageError: the template rejects the conversation, or a shortened conversation does not
+            render as a prefix of the whole one.
     """
     messages = _without_dropped_thinking(messages, tokenizer)
     text = _render(messages, tokenizer, False)
@@ -119,7 +119,7 @@ def tokenize(
 
 
 def _render(messages: list[Message], tokenizer: Any, add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError  # with transformers only: this module loads without it
+    from jinja2 import TemplateError  # imported here: only needed with transformers
 
     try:
         return tokenizer.apply_chat_template(
@@ -127,17 +127,17 @@ def _render(messages: list[Message], tokenizer: Any, add_generation_prompt: bool
         )
     except (TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template
         raise StageError(
-            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses a row",
+            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} rejects a row",
             "a template for system, developer, user and assistant messages with text",
             str(error),
-            "mend the row, or use a model directory with gpt-oss's chat_template.jinja",
+            "fix the row, or use a model directory with gpt-oss's chat_template.jinja",
         ) from error
 
 
 def _without_dropped_thinking(messages: list[Message], tokenizer: Any) -> list[Message]:
-    """Removes the earlier turns' `thinking` when the template does not render it anyway.
+    """Return the messages without earlier turns' `thinking` if the template drops it anyway.
 
-    A template that shows the last assistant turn's reasoning only would otherwise show it in a
+    A template that renders only the last assistant turn's reasoning would otherwise render it in a
     shortened conversation, where an earlier turn is the last one.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -152,31 +152,31 @@ def _without_dropped_thinking(messages: list[Message], tokenizer: Any) -> list[M
 
 
 def _assistant_spans(messages: list[Message], tokenizer: Any, text: str) -> list[tuple[int, int]]:
-    """Where the assistant's turns stand in the rendered text, as (start, end) in characters."""
+    """Return (start, end) in characters of each assistant turn in the rendered text."""
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         prompt = _render(messages[:i], tokenizer, True)
-        cue_length = len(prompt) - len(_render(messages[:i], tokenizer, False))
-        if i + 1 < len(messages):  # as history: with a cue for the next turn, then without the cue
-            told = _render(messages[: i + 1], tokenizer, True)
-            told = told[: len(told) - cue_length]
+        suffix_length = len(prompt) - len(_render(messages[:i], tokenizer, False))
+        if i + 1 < len(messages):  # render as history: with a generation prompt, which is cut off
+            prefix = _render(messages[: i + 1], tokenizer, True)
+            prefix = prefix[: len(prefix) - suffix_length]
         else:
-            told = text
-        if cue_length < 0 or not told.startswith(prompt) or not text.startswith(told):
+            prefix = text
+        if suffix_length < 0 or not prefix.startswith(prompt) or not text.startswith(prefix):
             raise StageError(
-                f"the chat template does not let message {i + 1} of a conversation be found",
-                "every beginning of a conversation renders to a beginning of the whole",
+                f"message {i + 1} of a conversation cannot be located in the rendered text",
+                "every shortened conversation renders as a prefix of the whole one",
                 f"the template rewrites earlier turns: {messages[i]['content'][:60]!r}",
                 "use data.train_on=all, rows with one assistant turn, or gpt-oss's own template",
             )
-        spans.append((len(prompt), len(told)))
+        spans.append((len(prompt), len(prefix)))
     return spans
 
 
 def _split(config: Config, folder: Path) -> tuple[list[list[Message]], list[list[Message]]]:
-    """Training and validation conversations from the sources that the config names."""
+    """Return training and validation conversations from the configured sources."""
     if config.data.train == "demo":
         from sparselong.data.demo import write_demo_data
 
@@ -190,16 +190,16 @@ def _split(config: Config, folder: Path) -> tuple[list[list[Message]], list[list
         return train, validation
     if len(train) < 2:
         raise StageError(
-            f"{config.data.train} is too small to set a validation conversation aside",
+            f"{config.data.train} is too small to hold out a validation conversation",
             "at least 2 conversations, or data.validation",
             f"{len(train)}",
             "add rows, or name a validation file: data.validation=FILE.jsonl",
         )
     count = min(max(1, round(config.data.validation_fraction * len(train))), len(train) - 1)
-    aside = set(random.Random(config.seed).sample(range(len(train)), count))
+    held_out = set(random.Random(config.seed).sample(range(len(train)), count))
     return (
-        [row for i, row in enumerate(train) if i not in aside],
-        [row for i, row in enumerate(train) if i in aside],
+        [row for i, row in enumerate(train) if i not in held_out],
+        [row for i, row in enumerate(train) if i in held_out],
     )
 
 
@@ -221,7 +221,7 @@ def _read_rows(path: Path) -> Iterator[list[Message]]:
         where = f"{path}, after line {number}" if number else f"{path}"
         raise StageError(f"{where} cannot be read", "a UTF-8 text file", str(error), fix) from error
     if not number:
-        raise StageError(f"{path} is empty", f"one row a line: {_SHAPE}", "no line", fix)
+        raise StageError(f"{path} is empty", f"one row per line: {_SHAPE}", "no lines", fix)
 
 
 def _parse(line: str, path: Path, number: int) -> Any:
@@ -230,9 +230,9 @@ def _parse(line: str, path: Path, number: int) -> Any:
     except json.JSONDecodeError as error:
         raise StageError(
             f"{path}, line {number} is not JSON",
-            f"one row a line: {_SHAPE}",
+            f"one row per line: {_SHAPE}",
             f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}",
-            "mend or remove the line; a JSON array must become one object a line",
+            "fix or remove the line; turn a JSON array into one object per line",
         ) from error
 
 
@@ -254,10 +254,10 @@ def _read_hub(name: str) -> Iterator[list[Message]]:
 
 
 def _check(row: Any, where: str) -> list[Message]:
-    """The row's messages with the keys that are used, or a refusal that says where."""
+    """Return the row's messages with only the known keys; raise if the row is malformed."""
     fault = _find_fault(row)
     if fault:
-        raise StageError(f"{where} is not a conversation", _SHAPE, fault, "mend or remove the row")
+        raise StageError(f"{where} is not a conversation", _SHAPE, fault, "fix or remove the row")
     return [
         {key: message[key] for key in ("role", "thinking", "content") if message.get(key)}
         | {"content": message["content"]}
@@ -266,29 +266,29 @@ def _check(row: Any, where: str) -> list[Message]:
 
 
 def _find_fault(row: Any) -> str | None:
-    """What is wrong with a row, or None."""
+    """Return what is wrong with a row, or None."""
     if not isinstance(row, dict):
         return f"a JSON {type(row).__name__} instead of an object"
     if not isinstance(messages := row.get("messages"), list):
-        return f"no list under `messages`; its keys are {sorted(row)}"
+        return f"no list under `messages`; the row's keys are {sorted(row)}"
     for i, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             return f"message {i} is a {type(message).__name__} instead of an object"
         if (role := message.get("role")) not in ROLES:
-            return f"message {i} has the role {role!r}; known are {', '.join(ROLES)}"
+            return f"message {i} has the role {role!r}; known roles are {', '.join(ROLES)}"
         if not isinstance(content := message.get("content"), str):
             return f"the content of message {i} is {type(content).__name__}, not text"
         if role in ("system", "developer") and i > 1:
-            return f"message {i} is a {role} message; there can be one, and it comes first"
+            return f"message {i} is a {role} message; only the first message may be one"
         if role == "assistant" and not content.strip():
-            return f"message {i}, the assistant's, is empty"
+            return f"message {i} (assistant) is empty"
         thinking = message.get("thinking")
         if thinking and (role != "assistant" or not isinstance(thinking, str)):
-            return f"the thinking of message {i} ({role}) is not an assistant's text"
+            return f"the thinking of message {i} ({role}) is not text in an assistant message"
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         return "no assistant turn"
-    return "it begins with the assistant" if roles[0] == "assistant" else None
+    return "it starts with an assistant message" if roles[0] == "assistant" else None
 
 
 def _dump(messages: list[Message]) -> str:
@@ -300,7 +300,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _refuse_changed(record: dict[str, Any], folder: Path) -> None:
-    """Refuses prepared files, or a source still there, whose content is not what was recorded."""
+    """Raise if a prepared file or an existing source no longer matches its recorded hash."""
     prepared = [
         {**was, "path": folder / name} for was, name in zip(record["files"], _NAMES, strict=True)
     ]
@@ -311,5 +311,5 @@ def _refuse_changed(record: dict[str, Any], folder: Path) -> None:
                 f"{path} has changed since this run read it",
                 f"sha256 {was['sha256'][:16]}… ({was['bytes']:,} bytes)",
                 f"sha256 {hash_file(path)[:16]}… ({path.stat().st_size:,} bytes)",
-                f"use another --run-dir for the new rows, or delete {folder} and redo the stages",
+                f"use another --run-dir for the new rows, or delete {folder} and rerun the stages",
             )

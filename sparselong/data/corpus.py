@@ -1,18 +1,19 @@
-"""Text found on the machine: the Python standard library, read as a reference manual.
+"""Text from the machine itself: the documentation of the Python standard library.
 
-The small gpt-oss of the demo needs text that is on every machine without a download and that is
-regular enough to be learned in a minute. The docstrings of the standard library and the language
-reference in `pydoc_data.topics` are that: about two megabytes of English about Python. Each module
-becomes one document, its docstrings under the names and signatures they belong to; each topic is
-one more. Paragraphs that were wrapped by hand are put on one line, since the line breaks mean
-nothing and multiple-choice items are written without them.
+The demo's small gpt-oss needs text that exists on every machine without a download and is regular
+enough to be learned in a minute. The docstrings of the standard library and the language reference
+in `pydoc_data.topics` meet both needs: about two megabytes of English about Python. Each module
+becomes one document, with each docstring under its name and signature. Each topic is one more.
+Hand-wrapped paragraphs are joined into one line, because their line breaks carry no meaning and
+multiple-choice items have none.
 
-A hash of the document's path decides whether it is for training or held out (about one in eight),
-so the split is the same for everyone with the same Python and does not move when a module is added.
+A hash of the document's path decides whether it is for training or held out (about one in eight).
+The split is thus the same for everyone with the same Python and does not change when a module is
+added.
 
 Left out: test suites, idlelib, code page tables, packages that only some Pythons have, generated
-and vendored files, and raw source code.
-The demo's chat rows and multiple-choice items are made of these documents in `demo.py`.
+and vendored files, and raw source code. `demo.py` makes the demo's chat rows and multiple-choice
+items from these documents.
 """
 
 import ast
@@ -37,20 +38,20 @@ _EXCLUDED_FOLDERS = {
     *("distutils", "lib2to3", "tkinter"),  # not in every Python
 }
 _GENERATED_FILES = re.compile(r"_sysconfigdata.*|_pyrepl.*|entities\.py|pydoc_topics\.py")
-# A line that starts like one of these is layout, not prose: lists, doctests, rules, tables.
+# Lines that start with one of these are layout, not prose: lists, doctests, rules, tables.
 _LAYOUT_LINE = re.compile(r"\s|>>>|\.\.\.|[-*=~#|+@]|\w+\)|\(?\d+[.)]|[\w.]+ *(--|::=)|:\w+")
 _Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One documented name: a module, class, function, method, or a topic of the reference.
+    """One documented name: a module, class, function or method, or a topic of the reference.
 
     Attributes:
         kind: "module", "class", "function", "method" or "topic".
-        name: the full dotted name, such as `shutil.copyfile`; for a topic its keyword.
-        signature: the parameters in parentheses, empty where there are none to show.
-        paragraphs: the documentation, prose paragraphs on one line each, others as they were.
+        name: the full dotted name, such as `shutil.copyfile`, or a topic's keyword.
+        signature: the parameters in parentheses, or an empty string.
+        paragraphs: the documentation, with each prose paragraph on one line.
     """
 
     kind: str
@@ -61,7 +62,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Document:
-    """A module or a topic: its path (stable, with forward slashes), split and entries."""
+    """A module or topic: its path (stable, with forward slashes), split and entries."""
 
     path: str
     split: Split
@@ -80,16 +81,16 @@ class Document:
 
 
 def texts(split: Split) -> list[str]:
-    """The documents of one split as text, in the order of their paths."""
+    """Return the documents of one split as text, sorted by path."""
     return [document.text for document in documents() if document.split == split]
 
 
 @lru_cache(maxsize=1)
 def documents() -> tuple[Document, ...]:
-    """Every document of the corpus, both splits, sorted by path; read once per process.
+    """Return all documents of both splits, sorted by path; read once per process.
 
     Raises:
-        StageError: this Python has too little of its standard library's text.
+        StageError: this Python's standard library has too little documentation.
     """
     found = sorted([*_read_modules(), *_read_topics()], key=lambda document: document.path)
     size_bytes = sum(len(document.text) for document in found if document.split == "train")
@@ -98,18 +99,18 @@ def documents() -> tuple[Document, ...]:
             "the text for the small model could not be collected",
             f"at least {_LEAST_TRAINING_BYTES:,} bytes of docstrings under {_library_root()}",
             f"{size_bytes:,} bytes (a Python stripped of sources or docstrings)",
-            "use a Python with its standard library's .py files, such as the one uv installs",
+            "use a Python that includes its standard library's .py files, such as uv's",
         )
     return tuple(found)
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph is running text: on one line and several words long."""
+    """Return whether a paragraph is running text: one line of at least six words."""
     return "\n" not in paragraph and paragraph.count(" ") >= 5 and not _LAYOUT_LINE.match(paragraph)
 
 
 def split_of(path: str) -> Split:
-    """The split a document belongs to, decided by a hash of its path alone."""
+    """Return the split of a document, which depends only on a hash of its path."""
     digest = hashlib.sha256(path.encode()).digest()
     return "held_out" if int.from_bytes(digest[:4], "big") % _HELD_OUT_ONE_IN == 0 else "train"
 
@@ -136,7 +137,7 @@ def _read_modules() -> Iterator[Document]:
 
 
 def _read_entries(node: _Definition, name: str, kind: str) -> Iterator[Entry]:
-    """The entry of a definition, if it is documented, then those of the definitions inside."""
+    """Yield the entry of a definition, if documented, then those of nested definitions."""
     docstring = ast.get_docstring(node)
     if docstring:
         yield Entry(kind, name, _signature(node), _paragraphs(docstring))
@@ -167,7 +168,7 @@ def _read_topics() -> Iterator[Document]:
 
 
 def _paragraphs(text: str) -> tuple[str, ...]:
-    """Splits at blank lines and puts each hand-wrapped prose paragraph on one line."""
+    """Split at blank lines and join each hand-wrapped prose paragraph into one line."""
     paragraphs = []
     for block in re.split(r"\n\s*\n", text.strip("\n")):
         lines = [line.rstrip() for line in block.expandtabs().splitlines() if line.strip()]

@@ -1,13 +1,13 @@
-"""The demo's data, made of the corpus: chat rows to fine-tune on and multiple-choice items.
+"""The demo's data, made from the corpus: chat rows for fine-tuning and multiple-choice items.
 
-The fine-tuning task asks what a name of the standard library does. Answers begin by placing the
-name (kind, module, parameters) in words of their own and go on with the documentation's first
-paragraph, so they have a form that a short fine-tuning learns and that a base model, which has only
-seen paragraphs being continued, does not know. Training rows come from training documents,
-validation rows and multiple-choice items from held-out ones.
+The fine-tuning task asks what a name of the standard library does. An answer first states the
+name's kind, module and parameters in fixed words, then quotes the documentation's first paragraph.
+A short fine-tuning run learns this form. A base model trained only to continue paragraphs does not
+know it. Training rows come from training documents; validation rows and multiple-choice items come
+from held-out documents.
 
-The items have hellaswag's format and spirit: a context, its true continuation, and three
-continuations of equal length from other documents.
+The items follow hellaswag: a context, its true continuation, and three continuations of equal
+length from other documents.
 """
 
 import json
@@ -30,13 +30,13 @@ _ENDING_TOKENS = (12, 16)
 _BRIEF_INSTRUCTION = "Answer in one sentence, without naming the parameters."
 
 Messages = list[dict[str, str]]
-# (tokens, characters) → where such endings are: document, first word, word after the last.
+# (tokens, characters) → endings of that size: document, first word, index after the last.
 _Stretches = dict[tuple[int, int], list[tuple[int, int, int]]]
 
 
 @dataclass(frozen=True)
 class _Prose:
-    """A held-out document's prose: its words and how many tokens each has after a space."""
+    """Prose of a held-out document: its words and the token count of each after a space."""
 
     title: str
     words: list[str]
@@ -44,10 +44,10 @@ class _Prose:
 
 
 def write_demo_data(out_dir: Path, seed: int) -> None:
-    """Writes train.jsonl (about 1,200 rows) and validation.jsonl (about 130) of chat messages.
+    """Write train.jsonl (about 1,200 rows) and validation.jsonl (about 130) of chat messages.
 
-    A row is {"messages": [...]}. One row in ten has two exchanges, one in fifteen a system message
-    that asks for a short answer, one in twenty an assistant's `thinking`.
+    A row is {"messages": [...]}. One row in ten has two exchanges, one in fifteen has a system
+    message that asks for a short answer, and one in twenty has `thinking` in the answer.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     files: tuple[tuple[str, Split, int], ...] = (
@@ -61,7 +61,7 @@ def write_demo_data(out_dir: Path, seed: int) -> None:
 
 
 def continuation_conversations(seed: int) -> Iterator[Messages]:
-    """Conversations for pretraining: half a training paragraph, answered by its other half."""
+    """Yield pretraining conversations: half a training paragraph, answered by its other half."""
     chooser = random.Random(seed)
     paragraphs = [
         paragraph
@@ -82,20 +82,22 @@ def continuation_conversations(seed: int) -> Iterator[Messages]:
 
 
 def write_hellaswag(path: Path, tokenizer: Any, seed: int, items: int = 400) -> None:
-    """Writes multiple-choice items in hellaswag's JSON lines format from held-out prose.
+    """Write multiple-choice items in hellaswag's JSON-lines format from held-out prose.
 
-    The text has single spaces and no square brackets, since hellaswag's own preparation removes
-    what is in brackets and doubled spaces. The four endings of an item have equally many tokens
-    (counted after a space) and equally many characters, so that neither `acc` nor `acc_norm`, which
-    divides by the characters, can be won or lost by length.
+    The text has single spaces and no square brackets, because hellaswag's preprocessing removes
+    bracketed text and doubled spaces. The four endings of an item have the same number of tokens
+    (counted after a space) and of characters. Length therefore affects neither `acc` nor
+    `acc_norm`, which divides by the number of characters.
 
     Args:
-        tokenizer: anything with `encode(text, add_special_tokens=False)` that never merges across
-            a space, as byte-level BPE does not.
-        items: how many to write.
+        path: the file to write.
+        tokenizer: an object with `encode(text, add_special_tokens=False)` that never merges across
+            a space, like byte-level BPE.
+        seed: decides contexts, endings and labels.
+        items: number of items to write.
 
     Raises:
-        StageError: the held-out text does not give that many.
+        StageError: the held-out text yields fewer items.
     """
     cache: dict[str, int] = {}
 
@@ -113,13 +115,13 @@ def write_hellaswag(path: Path, tokenizer: Any, seed: int, items: int = 400) -> 
     by_document = [
         list(_items_of_document(number, prose, stretches, chooser)) for number in range(len(prose))
     ]
-    # One from each document in turn, so that long documents do not crowd out the others.
+    # Take one item from each document in turn, so that long documents do not dominate.
     made = [item for turn in zip_longest(*by_document) for item in turn if item is not None]
     if len(made) < items:
         raise StageError(
-            f"{path.name} could not be made",
+            f"{path.name} could not be written",
             f"{items} items from the held-out documents",
-            f"text for {len(made)}",
+            f"text for {len(made)} items",
             "ask for fewer items",
         )
     _write_lines(path, [{"ind": ind, **item} for ind, item in enumerate(made[:items])])
@@ -203,7 +205,7 @@ def _short_name(entry: Entry) -> str:
 
 
 def _held_out_prose() -> list[tuple[str, list[str]]]:
-    """(title, words of its prose) of every held-out document with enough of it."""
+    """Return (title, words) of every held-out document with more than 80 words of prose."""
     prose = []
     for document in documents():
         if document.split == "held_out":
@@ -224,7 +226,7 @@ def _clean_words(document: Document) -> list[str]:
 
 
 def _index_stretches(prose: Sequence[_Prose]) -> _Stretches:
-    """Every run of whole words that could serve as an ending, by its size."""
+    """Index every sequence of whole words that could serve as an ending by its size."""
     stretches: _Stretches = defaultdict(list)
     for number, document in enumerate(prose):
         for start in range(len(document.words)):
@@ -242,9 +244,9 @@ def _index_stretches(prose: Sequence[_Prose]) -> _Stretches:
 def _items_of_document(
     number: int, prose: Sequence[_Prose], stretches: _Stretches, chooser: random.Random
 ) -> Iterator[dict[str, Any]]:
-    """Cuts a document into contexts and endings that do not overlap; one item for each.
+    """Yield one item for each pair of context and ending; pairs do not overlap.
 
-    A place whose ending has fewer than three counterparts of its size elsewhere gives no item.
+    A pair is skipped if other documents have fewer than three endings of the same size.
     """
     document = prose[number]
     end = 0
@@ -282,7 +284,7 @@ def _items_of_document(
 
 
 def _advance(tokens: Sequence[int], start: int, least_tokens: int) -> int:
-    """The first index at which the words from `start` have at least that many tokens."""
+    """Return the first index at which the words from `start` reach `least_tokens` tokens."""
     total, index = 0, start
     while total < least_tokens and index < len(tokens):
         total += tokens[index]

@@ -1,4 +1,4 @@
-"""The hub's many ways to fail, told in one way."""
+"""One error type for the many ways in which the Hugging Face Hub can fail."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sparselong.errors import StageError
 
 @contextmanager
 def explain_hub_failures(what: str, expected: str, fix: str) -> Iterator[None]:
-    """Turns a failed look-up or download inside the block into a StageError.
+    """Raise a StageError if a lookup or download inside the block fails.
 
-    What an unreachable hub raises depends on where the connection breaks: offline switches and
-    refused names are OSErrors, a closed client a RuntimeError, a missing configuration a
-    ValueError, a timeout httpx's own. So the block should hold the one call that goes to the hub.
+    The exception of an unreachable hub depends on where the connection breaks: offline mode and
+    refused names raise OSError, a closed client RuntimeError, a missing configuration ValueError, a
+    timeout httpx's own error. The block should therefore contain only the call to the hub.
     """
     import httpx
     from datasets.exceptions import DatasetsError

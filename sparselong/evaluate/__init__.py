@@ -1,4 +1,4 @@
-"""What compression and fine-tuning did to the model: accuracy and perplexity against the base."""
+"""Stage 04: accuracy and perplexity of the compressed and fine-tuned models against the base."""
 
 from typing import TYPE_CHECKING
 

@@ -1,9 +1,9 @@
-"""Has the model been fine-tuned on the questions it is asked?
+"""Detection of evaluation items in the fine-tuning data.
 
-An item whose text stands in the training conversations measures memory. The check is the usual one:
-thirteen consecutive words (letters and digits only, lower case) of the item with its right answer
-found in a training message make the item suspect; an item with fewer words must occur whole. It
-sees `train.jsonl` of this run only: nobody can say here what the base model was trained on.
+An item whose text occurs in the training conversations measures memory. The check is the usual one:
+an item is suspect if thirteen consecutive words (letters and digits only, lower case) of the item
+with its right answer occur in a training message. An item with fewer words must occur whole. Only
+this run's `train.jsonl` is searched; the training data of the base model is unknown.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ _NGRAM_WORDS = 13
 
 
 def list_warnings(items_by_task: dict[str, list[str]], train_path: Path) -> list[str]:
-    """One sentence for each task that has items in the training conversations."""
+    """Return one warning for each task with items in the training conversations."""
     texts = [message["content"] for row in conversations.read(train_path) for message in row]
     warnings = []
     for task, items in items_by_task.items():
         if found := find_contaminated(items, texts):
             warnings.append(
-                f"{len(found)} of the {len(items)} items of {task} share {_NGRAM_WORDS} words in a "
-                f"row with the training data: the fine-tuned model may remember them"
+                f"{len(found)} of the {len(items)} items of {task} share {_NGRAM_WORDS} "
+                f"consecutive words with the training data: the fine-tuned model may remember them"
             )
     return warnings
 
 
 def find_contaminated(items: list[str], training_texts: Iterable[str]) -> list[int]:
-    """Indices of the items that share thirteen consecutive words with a training text."""
+    """Return the indices of items that share thirteen consecutive words with a training text."""
     owners: dict[tuple[str, ...], set[int]] = {}
     for index, item in enumerate(items):
         words = _words(item)

@@ -1,20 +1,20 @@
-"""Multiple-choice accuracy through lm-eval, the same questions put the same way to every model.
+"""Multiple-choice accuracy through lm-eval, with identical questions for every model.
 
-lm-eval takes longer to import than a small model to measure, so the tasks are loaded once into a
-`Suite` and every model is passed through it as an object. Settings that decide the figures:
+Importing lm-eval takes longer than measuring a small model, so the tasks are loaded once into a
+`Suite`, and each model is passed to it as an object. These settings determine the figures:
 
 - No chat template and no beginning-of-text token. gpt-oss was trained on harmony, and its accuracy
-  on plain text continuations is lower than a chat's would suggest; but likelihoods of endings are
-  defined on plain text, the published figures are made this way, and harmony itself uses no
-  beginning-of-text token. Only differences between models measured alike mean something here.
-- Log-softmax in float32. lm-eval's default takes it in the model's type; in bfloat16 that rounds
-  each token's log-probability to two or three digits before an ending's are added up.
-- The base model's tokenizer for all models, and a seed that is set anew for each, so that the
-  requests are equal; their hash is kept with the result and compared.
+  on plain-text continuations is lower than in a chat. But likelihoods of endings are defined on
+  plain text, published figures are measured this way, and harmony itself has no beginning-of-text
+  token. Only differences between models measured in the same way are meaningful.
+- Log-softmax in float32. lm-eval's default is the model's dtype; bfloat16 rounds each token's
+  log-probability to two or three digits before those of an ending are added up.
+- The base model's tokenizer for all models, and the seed reset before each, so that all requests
+  are identical. Their hash is stored with the result and compared.
 
-`demo_hellaswag` is lm-eval's own hellaswag task over a local file, as a task YAML in the stage's
-directory: `lm-eval run --include_path` would take it too. All other names are lm-eval's and load
-their items from the hub. Left out: tasks whose answers are generated rather than chosen.
+`demo_hellaswag` is lm-eval's own hellaswag task over a local file, written as a task YAML in the
+stage's directory; `lm-eval run --include_path` also accepts it. All other names are lm-eval tasks
+that load their items from the hub. Left out: tasks whose answers are generated rather than chosen.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DEMO_TASK = "demo_hellaswag"
 
 
 class _Model(HFLM):
-    """lm-eval's model, with a progress bar only where somebody watches."""
+    """lm-eval's Hugging Face model, with a progress bar only in a terminal."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         parent: Any = super()
@@ -51,22 +51,22 @@ class _Model(HFLM):
 
 @dataclass(frozen=True)
 class Suite:
-    """Loaded tasks, ready for one model after another."""
+    """Loaded tasks, reusable for several models."""
 
     config: Config
     tokenizer: Any
     tree: dict[Any, Any]
-    """As lm-eval nests tasks in groups."""
+    """lm-eval's nesting of tasks in groups."""
     tasks: dict[str, Any]
-    """The leaves by name."""
+    """The leaf tasks by name."""
 
 
 def load_suite(config: Config, folder: Path, tokenizer: Any) -> Suite:
-    """Loads `config.evaluation.tasks`; the demo's items are written to `folder`.
+    """Load `config.evaluation.tasks`, writing the demo's items to `folder` if it is one of them.
 
     Raises:
         ConfigError: lm-eval has no task of that name.
-        StageError: a task's data cannot be had, it is not multiple choice, or has too few items.
+        StageError: a task's data is unavailable, it is not multiple choice, or has too few items.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names: list[Any] = list(config.evaluation.tasks)
@@ -100,20 +100,21 @@ def load_suite(config: Config, folder: Path, tokenizer: Any) -> Suite:
 
 
 def measure(model: Any, suite: Suite) -> dict[str, dict[str, Any]]:
-    """Puts every item of every task to a model.
+    """Measure a model on every item of every task.
 
     Args:
         model: a transformers causal language model, on its device, in eval mode.
+        suite: the loaded tasks.
 
     Returns:
-        By task: `acc` and `acc_norm` (most likely ending; the same per byte) with `acc_stderr` and
-        `acc_norm_stderr`, `items`, `chance`, `right` and `right_norm` (1 or 0 by item),
-        `requests_sha256`. A task without a length-normalized accuracy has none of its keys.
+        By task: `acc` (most likely ending) and `acc_norm` (the same per character) with
+        `acc_stderr` and `acc_norm_stderr`, `items`, `chance`, `right` and `right_norm` (1 or 0 by
+        item), `requests_sha256`. Tasks without length-normalized accuracy lack its keys.
     """
     evaluation = suite.config.evaluation
     for task in suite.tasks.values():
         task.set_fewshot_seed(suite.config.seed)
-    run_tasks: Any = lm_eval.evaluate  # lm-eval's decorators hide what it and its classes take
+    run_tasks: Any = lm_eval.evaluate  # lm-eval's decorators hide these signatures
     open_model: Any = _Model
     results = run_tasks(
         lm=open_model(
@@ -133,7 +134,7 @@ def measure(model: Any, suite: Suite) -> dict[str, dict[str, Any]]:
 
 
 def list_items(suite: Suite) -> dict[str, list[str]]:
-    """By task, the text of each item that is measured, with its right answer."""
+    """Return by task the text of each measured item with its right answer."""
     limit = suite.config.evaluation.limit
     return {
         name: [_item_text(task, doc) for _, doc in task.doc_iterator(limit=limit)]
@@ -143,7 +144,7 @@ def list_items(suite: Suite) -> dict[str, list[str]]:
 
 def _item_text(task: Any, doc: dict[str, Any]) -> str:
     text, choices, target = task.doc_to_text(doc), task.doc_to_choice(doc), task.doc_to_target(doc)
-    if isinstance(text, int):  # the choices are contexts, the target is what follows (winogrande)
+    if isinstance(text, int):  # the choices are contexts, and the target follows (winogrande)
         return f"{choices[text]} {target}"
     return f"{text} {choices[target] if isinstance(target, int) else target}"
 
@@ -168,13 +169,13 @@ def _check_task(name: str, task: Any, limit: int | None) -> None:
             f"task {name} cannot be measured",
             "a multiple-choice task",
             f"output type {task.OUTPUT_TYPE}",
-            "take it out of evaluation.tasks, or run it with lm-eval itself",
+            "remove it from evaluation.tasks, or run it with lm-eval itself",
         )
     items = min(len(task.eval_docs), limit or len(task.eval_docs))
     if items < 2:
         raise StageError(
             f"task {name} is too small",
-            "at least 2 items: one has no standard error",
+            "at least 2 items: a single item has no standard error",
             f"{items}",
             "raise evaluation.limit",
         )

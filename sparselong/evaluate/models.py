@@ -1,9 +1,9 @@
-"""One model after another through the same measurements, each result kept in a file of its own.
+"""Measuring one model after another, with each result kept in its own file.
 
 Only one model is open at a time: base, compressed and fine-tuned together would need three times
-the memory. A finished model's figures stay in `04_eval/<model>.json` with a fingerprint of the
-model's files, so that after an interruption only what is missing, or what an earlier stage has
-since made anew, is measured.
+the memory. A finished model's figures are kept in `04_eval/<model>.json` with a fingerprint of its
+files. After an interruption, only models that are missing there, or that an earlier stage has
+rebuilt since, are measured.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 
 from sparselong.evaluate import harness, perplexity
 from sparselong.files import write_atomically
-from sparselong.model import choose_attention, implementation, load_model
+from sparselong.model import implementation, load_model
 from sparselong.provenance import read_peaks, reset_peaks
+from sparselong.runtime import using
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What every model goes through."""
+    """Tasks and conversations that every model is measured on."""
 
     suite: harness.Suite
     samples: list[perplexity.Sample]
@@ -41,7 +42,7 @@ def measure(
     folder: Path,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Accuracy and perplexity of one model, from `folder/<name>.json` if measured before.
+    """Return one model's accuracy and perplexity, from `folder/<name>.json` if up to date.
 
     Returns:
         {fingerprint, tasks (harness.measure), perplexity (perplexity.measure), seconds,
@@ -54,22 +55,22 @@ def measure(
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["fingerprint"] == fingerprint:
-            progress(f"{name}: measured before, kept")
+            progress(f"{name}: already measured, result kept")
             return kept
     start = time.monotonic()
     reset_peaks()
     config = measurements.suite.config
-    choose_attention(config.attention_backend, config.deterministic)
     model = load_model(directory, attn_implementation=implementation(config))
-    progress(f"{name}: opened from {directory} in {time.monotonic() - start:.1f} s")
+    progress(f"{name}: loaded from {directory} in {time.monotonic() - start:.1f} s")
     batch_size = config.evaluation.batch_size
-    result = {
-        "fingerprint": fingerprint,
-        "perplexity": perplexity.measure(model, measurements.samples, batch_size),
-        "tasks": harness.measure(model, measurements.suite),
-        "seconds": round(time.monotonic() - start, 1),
-        "peak_bytes": read_peaks(),
-    }
+    with using(attention_backend=config.attention_backend, deterministic=config.deterministic):
+        result = {
+            "fingerprint": fingerprint,
+            "perplexity": perplexity.measure(model, measurements.samples, batch_size),
+            "tasks": harness.measure(model, measurements.suite),
+            "seconds": round(time.monotonic() - start, 1),
+            "peak_bytes": read_peaks(),
+        }
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -80,12 +81,12 @@ def measure(
 
 
 def fingerprint(files: list[dict[str, Any]]) -> str:
-    """A hash of a manifest's list of files (their paths and sha256)."""
-    told = json.dumps([[file["path"], file["sha256"]] for file in files])
-    return hashlib.sha256(told.encode()).hexdigest()
+    """Return a hash of a manifest's list of files (their paths and sha256)."""
+    text = json.dumps([[file["path"], file["sha256"]] for file in files])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _one_line(result: dict[str, Any]) -> str:
-    told = [f"perplexity {result['perplexity']['supervised']['perplexity']:.3f}"]
-    told += [f"{name} acc {task['acc']:.3f}" for name, task in result["tasks"].items()]
-    return f"{', '.join(told)} ({result['seconds']:.0f} s)"
+    figures = [f"perplexity {result['perplexity']['supervised']['perplexity']:.3f}"]
+    figures += [f"{name} acc {task['acc']:.3f}" for name, task in result["tasks"].items()]
+    return f"{', '.join(figures)} ({result['seconds']:.0f} s)"

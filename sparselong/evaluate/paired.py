@@ -1,13 +1,13 @@
-"""Comparing two models on the same items and tokens: what changed, and could it be chance.
+"""Paired comparison of two models on the same items and tokens, with its statistical uncertainty.
 
-The standard error of one accuracy says how much it would move with other items. Two models answer
-the *same* items, so most of that movement is shared; the difference has a smaller standard error,
-taken from the items' own differences. Items that both answer alike say nothing about which model is
-better: McNemar's exact test asks how likely a split at least this uneven is among those that
-flipped, if each were a coin toss.
+The standard error of one accuracy says how much it would vary with other items. Two models answer
+the *same* items, so most of this variation is shared. The difference has a smaller standard error,
+computed from the differences per item. Items that both models answer alike do not show which is
+better: McNemar's exact test gives the probability of a split at least this uneven among the items
+that flipped, if each flip were a coin toss.
 
-Perplexities are compared by the mean difference of the losses on the same tokens. The tokens of one
-conversation go together, so the standard error counts conversations, not tokens.
+Perplexities are compared by the mean difference of the losses on the same tokens. Tokens of one
+conversation are correlated, so the standard error counts conversations, not tokens.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 
 
 def compare_answers(base: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
-    """Compares two models' right (1) and wrong (0) answers, item by item.
+    """Compare two models' right (1) and wrong (0) answers, item by item.
 
     Returns:
         `difference` of the accuracies (other - base), its `stderr` (0 for a model against itself),
         `gained` and `lost` items (right in `other` only, in `base` only) and `p`, two-sided.
 
     Raises:
-        ValueError: not the same number of items, or fewer than two.
+        ValueError: the numbers of items differ, or there are fewer than two.
     """
     if len(base) != len(other) or len(base) < 2:
-        raise ValueError(f"two or more items each are needed, not {len(base)} and {len(other)}")
+        raise ValueError(f"two or more items each are required, not {len(base)} and {len(other)}")
     differences = [theirs - mine for mine, theirs in zip(base, other, strict=True)]
     count = len(differences)
     mean = sum(differences) / count
@@ -46,17 +46,18 @@ def compare_answers(base: Sequence[int], other: Sequence[int]) -> dict[str, Any]
 def compare_losses(
     base: Sequence[tuple[float, int]], other: Sequence[tuple[float, int]]
 ) -> dict[str, float]:
-    """Compares two models' losses on the same conversations.
+    """Compare two models' losses on the same conversations.
 
     Args:
-        base, other: for each conversation (loss in nats, summed; tokens).
+        base: for each conversation, (summed loss in nats, number of tokens).
+        other: the same for the other model.
 
     Returns:
         `ratio` of the perplexities (1 = equal); `difference`, the mean loss of `other` minus that
-        of `base` in nats per token, and its `stderr` (not a number for a single conversation).
+        of `base` in nats per token, and its `stderr` (NaN for a single conversation).
 
     Raises:
-        ValueError: not the same conversations.
+        ValueError: the conversations differ.
     """
     pairs = [(theirs[0] - mine[0], mine[1]) for mine, theirs in zip(base, other, strict=True)]
     if [mine[1] for mine in base] != [theirs[1] for theirs in other]:
@@ -69,7 +70,7 @@ def compare_losses(
 
 
 def mcnemar_exact_p(gained: int, lost: int) -> float:
-    """Two-sided exact p: a split at least this uneven among gained + lost fair coin tosses."""
+    """Return the two-sided exact p of a split this uneven in gained + lost fair coin tosses."""
     flips = gained + lost
     tail = sum(math.comb(flips, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**flips)

@@ -1,16 +1,16 @@
-"""Perplexity on the held-out conversations, whole and by position in the context.
+"""Perplexity on the held-out conversations, overall and by position in the context.
 
 Perplexity is exp of the mean negative log-likelihood over *tokens*, not over batches or
-conversations: sums and counts are kept in double precision for the whole set and divided once, so
-the figure does not depend on the batch size, on the order, or on how many GPUs share the work.
-Two token sets are reported: the supervised ones (what fine-tuning learns, normally the assistant's
-turns) and all tokens. A token's position is the number of tokens before it, in two buckets for
-every doubling (…, 64-95, 96-127, …), because what context is worth grows with its logarithm.
+conversations. Sums and counts are kept in double precision for the whole set and divided once, so
+the figure does not depend on the batch size, the order or the number of GPUs. Two token sets are
+reported: the supervised tokens (those fine-tuning trains on, normally the assistant turns) and all
+tokens. A token's position is the number of tokens before it. Every doubling has two buckets
+(…, 64-95, 96-127, …), because the value of context grows with its logarithm.
 
-Batches are filled with conversations of similar length and padded on the right, where causal
-attention cannot see; padded places are dropped before the head, so they are neither computed there
-nor counted. The loss is stage 03's (kernels/layer/cross_entropy.py): logits exist for 512 tokens at
-a time, where 16,384 at once would take 13 GB.
+Batches hold conversations of similar length, padded on the right, where causal attention does not
+look. Padding is dropped before the head, so it is neither computed there nor counted. The loss is
+stage 03's (kernels/layer/cross_entropy.py): it computes logits for 512 tokens at a time, because
+those of 16,384 tokens would take 13 GB.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Sample:
 
 
 def load_samples(path: Path, tokenizer: Any, config: Config) -> list[Sample]:
-    """The first `evaluation.perplexity_samples` conversations, cut to `sequence_len` tokens.
+    """Return up to `evaluation.perplexity_samples` conversations, cut to `sequence_len` tokens.
 
-    A conversation whose supervised tokens all lie behind the cut is passed over.
+    A conversation whose supervised tokens all lie after the cut is skipped.
 
     Raises:
         StageError: no conversation has a supervised token within `sequence_len`.
@@ -68,16 +68,17 @@ def load_samples(path: Path, tokenizer: Any, config: Config) -> list[Sample]:
 
 @torch.inference_mode()
 def measure(model: Any, samples: list[Sample], batch_size: int) -> dict[str, Any]:
-    """Negative log-likelihood of the samples under a causal model, as JSON-ready sums.
+    """Return the negative log-likelihood of the samples under a causal model, as JSON-ready sums.
 
     Args:
-        model: a GptOssForCausalLM (its `model` and `lm_head` are called).
-        batch_size: most conversations in one forward pass; long ones take fewer.
+        model: a GptOssForCausalLM (its `model` is called and its `lm_head` weight is read).
+        samples: the tokenized conversations.
+        batch_size: maximum number of conversations per forward pass; fewer if they are long.
 
     Returns:
-        `supervised` and `all`: {nll (nats, summed), tokens, perplexity}; `by_position`: the same
-        for supervised tokens by bucket, with `first` and `last` position; `conversations`: for
-        each sample, in order, [nll, tokens] of its supervised tokens.
+        `supervised` and `all`: {nll (summed, in nats), tokens, perplexity}; `by_position`: the same
+        for supervised tokens by bucket, with `first` and `last` position; `conversations`: [nll,
+        tokens] of the supervised tokens of each sample, in order.
     """
     bounds = _bucket_bounds(max(len(sample.input_ids) for sample in samples))
     by_position = torch.zeros(len(bounds) - 1, 2, dtype=torch.float64)
@@ -110,7 +111,7 @@ def measure(model: Any, samples: list[Sample], batch_size: int) -> dict[str, Any
 
 
 def _bucket_bounds(most_tokens: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, … to the first bound that no position reaches."""
+    """Return 1, 2, 3, 4, 6, 8, 12, … up to the first bound that no position reaches."""
     bounds = [1]
     while bounds[-1] < most_tokens:
         bounds.append(bounds[-1] + (1 << max(0, bounds[-1].bit_length() - 2)))
@@ -118,7 +119,7 @@ def _bucket_bounds(most_tokens: int) -> list[int]:
 
 
 def _batches(samples: list[Sample], batch_size: int) -> Iterator[list[int]]:
-    """Indices of samples, longest first, in groups that fit a forward pass."""
+    """Yield indices of samples, longest first, in groups that fit one forward pass."""
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids))
     while order:
         longest_tokens = len(samples[order[0]].input_ids)
@@ -128,7 +129,7 @@ def _batches(samples: list[Sample], batch_size: int) -> Iterator[list[int]]:
 
 
 def _losses(model: Any, batch: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(row in the batch, position, loss in nats as float64) of each predicted token, on the CPU."""
+    """Return row in the batch, position and float64 loss (nats) of each predicted token, on CPU."""
     device = model.lm_head.weight.device
     ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
     present = torch.zeros_like(ids, dtype=torch.bool)

@@ -1,8 +1,8 @@
-"""Three models' figures side by side: results.json, report.md, evaluation.png, manifest metrics.
+"""Comparison of the three models: results.json, report.md, evaluation.png, manifest metrics.
 
-The base is the yardstick: every other figure is shown with its difference to the base under the
-same settings and the standard error of that difference. What a leaderboard says about the base was
-measured with other settings and belongs in no table here.
+The base is the reference: every other figure is shown with its difference from the base under the
+same settings and the standard error of that difference. Leaderboard figures of the base were
+measured with other settings and are not shown.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ _COLOURS = {"base": "#4c72b0", "compressed": "#dd8452", "finetuned": "#55a868"}
 def build_results(
     config: Config, models: dict[str, dict[str, Any]], warnings: list[str]
 ) -> dict[str, Any]:
-    """Everything that was measured and compared.
+    """Return all measurements and comparisons.
 
     Args:
-        models: what `models.measure` returned, by name; `base` is the one compared with.
+        config: the run's config.
+        models: results of `models.measure` by name; `base` is the reference.
         warnings: shown at the top of the report.
 
     Returns:
         {settings, warnings, tasks: task → model → figures, perplexity: model → figures}.
 
     Raises:
-        ValueError: the models did not get the same requests or tokens.
+        ValueError: the models were measured on different requests or tokens.
     """
     base = models["base"]
     return {
@@ -61,10 +62,10 @@ def build_results(
 
 
 def list_metrics(results: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's metrics: per task and model acc, acc_norm, stderr, paired_flips; perplexity.
+    """Return the manifest's metrics: accuracies and flips by task and model, and perplexities.
 
     `stderr` is that of `acc`; `paired_flips` counts items whose answer by `acc` became right
-    (`gained`) or wrong (`lost`) against the base.
+    (`gained`) or wrong (`lost`) relative to the base.
     """
     return {
         "tasks": {
@@ -96,28 +97,28 @@ def list_metrics(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarize(results: dict[str, Any]) -> str:
-    """A line for each model, for a terminal."""
+    """Return one line per model, for a terminal."""
     lines = []
     for name, row in results["perplexity"].items():
-        told = [f"{name:<10} perplexity {row['supervised']['perplexity']:.3f}"]
+        figures = [f"{name:<10} perplexity {row['supervised']['perplexity']:.3f}"]
         for task, rows in results["tasks"].items():
             task_row, pair = rows[name], rows[name]["acc_to_base"]
-            told.append(f"{task} {task_row['acc']:.1%} ± {task_row['acc_stderr']:.1%}")
+            figures.append(f"{task} {task_row['acc']:.1%} ± {task_row['acc_stderr']:.1%}")
             if name != "base":
-                told[-1] += f" (flips +{pair['gained']} -{pair['lost']})"
-        lines.append(", ".join(told))
+                figures[-1] += f" (flips +{pair['gained']} -{pair['lost']})"
+        lines.append(", ".join(figures))
     return "\n".join(lines)
 
 
 def render(results: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     settings = results["settings"]
     lines = ["# Evaluation", ""]
     lines += [f"> **Warning:** {warning}\n" for warning in results["warnings"]]
     lines += [
-        "All models were measured alike. Differences are to the base, on the same items and",
-        "tokens; after ± stands the standard error of the paired difference. Figures of other",
-        "people's runs used other settings: compare differences, not absolute values.",
+        "All models were measured in the same way. Differences are relative to the base, on the",
+        "same items and tokens; ± gives the standard error of the paired difference. Published",
+        "figures use other settings: compare differences, not absolute values.",
         "",
     ]
     for task, rows in results["tasks"].items():
@@ -127,7 +128,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Accuracy bars with standard errors, and perplexity by position, as a PNG."""
+    """Draw accuracy bars with standard errors, and perplexity by position, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -150,7 +151,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         chance = rows["base"]["chance"]
         bars.hlines(chance, group - 0.45, group + 0.45, color="grey", linestyles="dotted")
     bars.set_xticks(range(len(groups)), [f"{task}\n{metric}" for task, _, metric in groups])
-    bars.set(ylabel="accuracy (bars: ± 1 stderr, dots: chance)")
+    bars.set(ylabel="accuracy (error bars: ± 1 stderr, dotted: chance)")
     curves.set_xscale("log", base=2)
     curves.set(xlabel="tokens of context before the token", ylabel="perplexity, supervised tokens")
     curves.legend()
@@ -173,7 +174,7 @@ def _render_task(task: str, rows: dict[str, Any], num_fewshot: int) -> list[str]
         f"## {task}",
         "",
         f"{first['items']} items, {num_fewshot}-shot, chance {first['chance']:.1%}. Flips: items "
-        "that became right / wrong against the base, with McNemar's exact p.",
+        "that became right / wrong relative to the base, with McNemar's exact p.",
         "",
         "| model | acc | to base | flips | p | acc_norm | to base | flips | p |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -213,8 +214,8 @@ def _render_perplexity(rows: dict[str, Any], settings: dict[str, Any]) -> list[s
         pair = row["to_base"]
         change = ["", ""]
         if name != "base":
-            told = f"{pair['difference']:+.4f} ± {pair['stderr']:.4f}"
-            change = [f"× {pair['ratio']:.4f}", told]
+            difference = f"{pair['difference']:+.4f} ± {pair['stderr']:.4f}"
+            change = [f"× {pair['ratio']:.4f}", difference]
         both = [f"{row[tokens]['perplexity']:.3f}" for tokens in ("supervised", "all")]
         lines.append(f"| {' | '.join([name, both[0], *change, both[1]])} |")
     lines += [

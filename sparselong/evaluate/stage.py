@@ -1,4 +1,4 @@
-"""Stage 04: the same items and the same held-out conversations through three models."""
+"""Stage 04: measure three models on the same items and held-out conversations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sparselong.tiny import resolve_base
 
 
 def evaluate(stage: Stage) -> None:
-    """Measure base, compressed and fine-tuned model and write the report."""
-    compressed, finetuned = stage.require("02_compress"), stage.require("03_finetune")
+    """Measure the base, compressed and fine-tuned models and write the report."""
+    compressed, finetuned = stage.manifests["02_compress"], stage.manifests["03_finetune"]
     files = conversations.prepare(stage.config, stage.run_dir)
     base_dir = resolve_base(stage.config, stage.run_dir, stage.log)
     tokenizer = load_tokenizer(base_dir)

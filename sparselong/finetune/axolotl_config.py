@@ -4,50 +4,27 @@ What Axolotl decides by itself when a key is missing is set here explicitly, bec
 depend on the machine: precision (`bf16: auto` or none gives float16 on a CPU), its own LoRA kernels
 (they would bypass the masked layer), evaluation packing, number of processes. Keys that would turn
 on what does not hold for gpt-oss stay out: `context_parallel_size` above 1 lets every rank attend
-to its own part only, so `sequence_parallel_degree` goes to our plugin alone.
+to its own part only, so `sequence_parallel_degree` is not told to it.
 
-`sparselong:` is the plugin's own section: what masked LoRA needs and where results go.
+Our plugin needs the run directory only (RUN_KEY): it reads the run's own config.yaml.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparselong.config import Config
+from sparselong.data import conversations
 from sparselong.errors import StageError
-from sparselong.memory import find_shape, kept_peaks
+from sparselong.finetune.training_run import RUN_KEY, TrainingRun
 from sparselong.model import NAME, implementation
 from sparselong.runtime import compute_dtype, default_device
 
 PLUGIN = "sparselong.finetune.axolotl_plugin.SparseLongPlugin"
 ADAPTER = "sparselong_masked_lora"
-METRICS, SUPERVISION = "metrics.jsonl", "supervision.txt"
-CHECKPOINTS = "checkpoints"
-RECEIPT, BAKED, TRAINED = "receipt.json", "baked.json", "trained.json"
 _FEW_ROWS = 5000
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Where stage 03 reads and writes; every path absolute, as Axolotl may change directory."""
-
-    compressed: Path
-    """Stage 02's folder, with `model/` and `masters/`."""
-    work: Path
-    """`runs/NAME/03_finetune`."""
-    train: Path
-    validation: Path
-    name: str
-    """Stage 02's name of its checkpoint."""
-
-    @property
-    def checkpoints(self) -> Path:
-        """Axolotl's output directory, with `checkpoint-N/` in it."""
-        return self.work / CHECKPOINTS
 
 
 def attention_of(config: Config) -> str:
@@ -87,38 +64,22 @@ def refuse_unsupported(config: Config, gpus: int, processes: int = 1) -> None:
             )
 
 
-def check_heads(config: Config, model: Path) -> None:
-    """Stops a `heads_k_stride` that does not divide the model's key/value heads.
-
-    Args:
-        model: stage 02's `model/`.
-    """
-    heads = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_key_value_heads"]
-    if config.sequence_parallel_degree > 1 and heads % config.heads_k_stride:
-        raise StageError(
-            "the key/value heads cannot be gathered by groups of heads_k_stride",
-            f"a divisor of the model's {heads} key/value heads",
-            f"heads_k_stride: {config.heads_k_stride}",
-            "pass heads_k_stride=1, or another divisor",
-        )
-
-
 def build(
-    config: Config, folders: Folders, resume_from: Path | None, rows: int, bake_only: bool = False
+    run: TrainingRun, data: conversations.DataFiles, resume_from: Path | None, rows: int
 ) -> dict[str, Any]:
-    """The document that `python -m axolotl.cli.main train` gets.
+    """Return the document that `axolotl train` gets.
 
     Args:
-        config: the run's config; `refuse_unsupported` must have passed.
-        folders: where things are.
-        resume_from: checkpoint to go on from.
+        run: the run; `refuse_unsupported` must have passed for its config.
+        data: the conversations.
+        resume_from: checkpoint to continue from.
         rows: training conversations; few are tokenized in one process.
-        bake_only: training is over; only write the result.
     """
+    config = run.config
     training, device = config.training, default_device()
     on_gpu = device.type == "cuda"
     document: dict[str, Any] = {
-        "base_model": str(folders.compressed / "model"),
+        "base_model": str(run.compressed),
         "plugins": [PLUGIN],
         "adapter": ADAPTER,
         "lora_r": config.lora.r,
@@ -128,7 +89,7 @@ def build(
         "lora_qkv_kernel": False,
         "lora_o_kernel": False,
         "lora_mlp_kernel": False,
-        **_data(config, folders, rows),
+        **_data(run, data, rows),
         "bf16": on_gpu,
         "fp16": False,
         "tf32": False,
@@ -140,10 +101,10 @@ def build(
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         **_schedule(config),
         "resume_from_checkpoint": str(resume_from) if resume_from else None,
-        "output_dir": str(folders.checkpoints),
+        "output_dir": str(run.checkpoints),
         "use_tensorboard": training.use_tensorboard,
         **_wandb(config),
-        "sparselong": _plugin_section(config, folders, bake_only),
+        RUN_KEY: str(run.directory),
     }
     if training.gradient_checkpointing:
         document["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
@@ -176,10 +137,10 @@ def _schedule(config: Config) -> dict[str, Any]:
     }
 
 
-def _data(config: Config, folders: Folders, rows: int) -> dict[str, Any]:
+def _data(run: TrainingRun, data: conversations.DataFiles, rows: int) -> dict[str, Any]:
     def source(path: Path) -> dict[str, Any]:
         return {
-            "path": str(path),
+            "path": str(path.resolve()),
             "ds_type": "json",
             "split": "train",
             "type": "chat_template",
@@ -194,17 +155,17 @@ def _data(config: Config, folders: Folders, rows: int) -> dict[str, Any]:
     return {
         "chat_template": "tokenizer_default",
         "eot_tokens": ["<|end|>", "<|return|>"],
-        "datasets": [source(folders.train)],
-        "test_datasets": [source(folders.validation)],
+        "datasets": [source(data.train)],
+        "test_datasets": [source(data.validation)],
         "val_set_size": 0,
-        "dataset_prepared_path": str(folders.work / "prepared"),
+        "dataset_prepared_path": str(run.work / "prepared"),
         "dataset_num_proc": 1 if rows < _FEW_ROWS else os.cpu_count(),
-        "sequence_len": config.sequence_len,
-        "sample_packing": config.training.sample_packing,
+        "sequence_len": run.config.sequence_len,
+        "sample_packing": run.config.training.sample_packing,
         "eval_sample_packing": False,
         # Axolotl's own choice beside packing would leave the last conversations out of evaluations.
         "dataloader_drop_last": False,
-        "pad_to_sequence_len": config.training.sample_packing,
+        "pad_to_sequence_len": run.config.training.sample_packing,
     }
 
 
@@ -212,29 +173,3 @@ def _wandb(config: Config) -> dict[str, Any]:
     if config.training.wandb_project is None:
         return {"use_wandb": False}
     return {"use_wandb": True, "wandb_project": config.training.wandb_project}
-
-
-def _plugin_section(config: Config, folders: Folders, bake_only: bool) -> dict[str, Any]:
-    upkeep = config.finetuning_modifiers.MagnitudePruningModifier
-    device = "cuda" if default_device().type == "cuda" else "cpu"
-    return {
-        "masters": str(folders.compressed / "masters"),
-        "work": str(folders.work),
-        "name": folders.name,
-        "attention": attention_of(config),
-        "attention_backend": config.attention_backend,
-        "deterministic": config.deterministic,
-        "heads_k_stride": config.heads_k_stride,
-        "expert_targets": list(config.lora.expert_targets),
-        "expert_r": config.lora.expert_r,
-        "router": config.lora.router,
-        "update_frequency": upkeep.update_frequency,
-        "criterion": upkeep.criterion,
-        "keep_attention": config.training.keep_attention,
-        "keep_experts": config.training.keep_experts,
-        "kept_peak_bytes": kept_peaks(find_shape(config.model), config, device),
-        "nothing_to_keep": config.nothing_to_keep(device),
-        "train_on": config.data.train_on,
-        "loss_target": config.training.loss_target,
-        "bake_only": bake_only,
-    }

@@ -2,7 +2,7 @@
 
 | hook                         | what we do there                                                  |
 |------------------------------|-------------------------------------------------------------------|
-| `register`                   | expected failures are told to the stage's process (failure.json)  |
+| `register`                   | the run is opened; expected failures are reported (failure.json)  |
 | `load_datasets`              | Axolotl's own loader, our labels; show and count what is learned  |
 | `get_adapter_capabilities`,  | our adapter: masked LoRA layers built through PEFT's registry of  |
 | `load_adapter`               | custom modules over stage 02's packed layers and masters          |
@@ -13,7 +13,8 @@
 | `post_train`                 | bake the best checkpoint, write the adapter and baked.json        |
 
 The model itself needs no hook: Axolotl opens `02_compress/model` by AutoModelForCausalLM, and our
-quantizer (registered by `import sparselong`) puts the packed modules in place.
+quantizer (registered by `import sparselong`) puts the packed modules in place. axolotl.yaml names
+the run directory; every value of ours is read from the run's config.yaml (training_run.py).
 
 Axolotl only logs a plugin that fails to import, and trains without it. So the stage asks for the
 receipt afterwards and fails without it.
@@ -26,7 +27,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from axolotl.cli.args import TrainerCliArgs
@@ -52,62 +53,39 @@ from sparselong.checkpoint import Checkpoint
 from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.finetune import state, supervision
-from sparselong.finetune.axolotl_config import (
-    ADAPTER,
-    BAKED,
-    CHECKPOINTS,
-    METRICS,
-    RECEIPT,
-    SUPERVISION,
-    TRAINED,
-)
+from sparselong.finetune.axolotl_config import ADAPTER, attention_of
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses, tell
 from sparselong.finetune.keeping import Keeping, decide_keeping
 from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.finetune.routers import RouterWatch
+from sparselong.finetune.training_run import (
+    BAKED,
+    METRICS,
+    RECEIPT,
+    RUN_KEY,
+    SUPERVISION,
+    TRAINED,
+    TrainingRun,
+)
+from sparselong.memory import find_shape, kept_peaks
 from sparselong.model import (
     FusedDecoderLayer,
-    choose_attention,
-    chosen_attention,
     chunk_loss,
     describe_weights,
     two_four_conforming,
 )
 from sparselong.processes import joined_rank, tell_failures
 from sparselong.processes import world as ranks
+from sparselong.runtime import current
 
 _PREVIEW_ROWS = 3
 _PACKAGES = ("axolotl", "transformers", "peft", "torch", "accelerate", "datasets")
 
 
-class SparseLongSection(BaseModel):
-    """The `sparselong:` section of the generated YAML."""
-
-    masters: str
-    work: str
-    name: str
-    attention: str
-    attention_backend: str
-    deterministic: bool
-    heads_k_stride: int
-    expert_targets: tuple[str, ...] = ()
-    expert_r: int | None = None
-    router: bool = False
-    update_frequency: float
-    criterion: Literal["hysteresis", "magnitude"]
-    keep_attention: Literal["auto", "always", "never"]
-    keep_experts: Literal["auto", "always", "never"]
-    kept_peak_bytes: dict[str, int]
-    nothing_to_keep: dict[str, str]
-    train_on: Literal["assistant", "all"]
-    loss_target: float | None = None
-    bake_only: bool = False
-
-
 class SparseLongArgs(BaseModel):
     """What the plugin adds to Axolotl's schema."""
 
-    sparselong: SparseLongSection
+    sparselong_run: str  # RUN_KEY
 
 
 class MaskedTrainer(MaskedTraining, AxolotlTrainer):
@@ -117,6 +95,8 @@ class MaskedTrainer(MaskedTraining, AxolotlTrainer):
 class SparseLongPlugin(BasePlugin):
     """See the table in the module's text."""
 
+    run: TrainingRun  # from `register`, the first hook
+
     def __init__(self):
         super().__init__()
         self.trainer: MaskedTrainer | None = None
@@ -125,6 +105,7 @@ class SparseLongPlugin(BasePlugin):
         self.done = False
 
     def register(self, cfg):
+        self.run = TrainingRun.open(Path(cfg[RUN_KEY]))
         if ranks.mesh() is not None:
             return  # rank.py has seen to it
         if joined_rank() is not None:
@@ -134,7 +115,7 @@ class SparseLongPlugin(BasePlugin):
                 "Axolotl started directly by torchrun or accelerate",
                 "torchrun --nproc_per_node=N 03_finetune.py ...",
             )
-        tell_failures(Path(cfg["sparselong"]["work"]))
+        tell_failures(self.run.work)
 
     def get_input_args(self):
         return f"{__name__}.SparseLongArgs"
@@ -143,12 +124,14 @@ class SparseLongPlugin(BasePlugin):
         return [AdapterCapabilities(name=ADAPTER, lora_like=True)]
 
     def get_trainer_cls(self, cfg):
-        return MaskedTrainer
+        return type(
+            MaskedTrainer.__name__, (MaskedTrainer,), {"run": self.run, "mesh": ranks.mesh()}
+        )
 
     def get_training_args(self, cfg):
         return {
             # Where checkpoints are, also for a rank whose Axolotl has a folder of its own.
-            "output_dir": str(Path(cfg.sparselong.work) / CHECKPOINTS),
+            "output_dir": str(self.run.checkpoints),
             "logging_nan_inf_filter": False,
             "restore_callback_states_from_checkpoint": True,
             "eval_on_start": not cfg.resume_from_checkpoint,  # the curve begins at stage 02's model
@@ -165,8 +148,7 @@ class SparseLongPlugin(BasePlugin):
 
     def _load_datasets(self, cfg):
         # Axolotl's schema knows its own names only, and this hook is the first after it.
-        cfg.attn_implementation = cfg.sparselong.attention
-        choose_attention(cfg.sparselong.attention_backend, cfg.sparselong.deterministic)
+        cfg.attn_implementation = attention_of(self.run.config)
         try:
             meta: Any = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
         except ValueError as error:
@@ -180,12 +162,14 @@ class SparseLongPlugin(BasePlugin):
         for name, rows in (("train", cfg.datasets), ("eval", cfg.test_datasets)):
             dataset, source = getattr(meta, f"{name}_dataset"), Path(rows[0]["path"])
             self._tell_dropped(name, dataset, source)
-            labelled = supervision.relabel(dataset, source, tokenizer, cfg.sparselong.train_on)
+            labelled = supervision.relabel(
+                dataset, source, tokenizer, self.run.config.data.train_on
+            )
             setattr(meta, f"{name}_dataset", labelled)
         first = meta.train_dataset.select(range(min(_PREVIEW_ROWS, len(meta.train_dataset))))
         text = supervision.preview(first, tokenizer)
         if ranks.is_first():
-            write_atomically(Path(cfg.sparselong.work) / SUPERVISION, text)
+            write_atomically(self.run.work / SUPERVISION, text)
         labels = meta.train_dataset.select_columns("labels")
         self.supervised_token_fraction = supervision.supervised_fraction(labels)
         tell(f"{text}{self.supervised_token_fraction:.1%} of the tokens are supervised")
@@ -201,42 +185,44 @@ class SparseLongPlugin(BasePlugin):
     def load_adapter(self, model, cfg, inference=False, config_only=False):
         tell(describe_weights(model))
         chunk_loss(model)
-        section = cfg.sparselong
+        lora = self.run.config.lora
         tuned, config = add_masked_lora(
             model,
-            targets=cfg.lora_target_modules,
-            r=cfg.lora_r,
-            alpha=cfg.lora_alpha,
-            master_of=Masters(Path(cfg.sparselong.masters)).read,
-            seed=cfg.seed,
-            beside=ExtraAdapters(tuple(section.expert_targets), section.expert_r, section.router),
+            targets=list(lora.target_modules),
+            r=lora.r,
+            alpha=lora.alpha,
+            master_of=Masters(self.run.masters).read,
+            seed=self.run.config.seed,
+            beside=ExtraAdapters(lora.expert_targets, lora.expert_r, lora.router),
         )
         tell(parameter_table(tuned))
         return tuned, config
 
     def add_callbacks_post_trainer(self, cfg, trainer: Any):
-        section, layers = cfg.sparselong, trainer.layers
-        asked = {key: section[key] for key in section.kept_peak_bytes}
-        self.keeping = decide_keeping(asked, section.kept_peak_bytes, section.nothing_to_keep)
+        config, device = self.run.config, "cuda" if torch.cuda.is_available() else "cpu"
+        peaks = kept_peaks(find_shape(config.model), config, device)
+        asked = {key: getattr(config.training, key) for key in peaks}
+        self.keeping = decide_keeping(asked, peaks, config.nothing_to_keep(device))
+        upkeep = config.finetuning_modifiers.MagnitudePruningModifier
         for key, decision in self.keeping.items():
             tell(f"{key} {decision}")
         return [
-            MaskUpkeep(layers, trainer.progress, section.update_frequency, section.criterion),
+            MaskUpkeep(trainer.layers, trainer.progress, upkeep.update_frequency, upkeep.criterion),
             SecondPasses(**{key: decision.kept for key, decision in self.keeping.items()}),
             RouterWatch(trainer.model),
             Metrics(
-                Path(section.work) / METRICS if ranks.is_first() else None,
+                self.run.work / METRICS if ranks.is_first() else None,
                 trainer.progress,
-                section.loss_target,
+                config.training.loss_target,
             ),
         ]
 
     def post_trainer_create(self, cfg, trainer: Any):
         self.trainer = trainer
-        trainer.bake_only = cfg.sparselong.bake_only
-        trainer.heads_k_stride = cfg.sparselong.heads_k_stride
         if not ranks.is_first():
             return
+        with trainer.settings():  # what the passes find, not what was asked for
+            settings = current()
         receipt = {
             "plugin": f"{__name__}.{type(self).__name__}",
             "modules_replaced": sorted(tuned_layers(trainer.model)),
@@ -244,8 +230,8 @@ class SparseLongPlugin(BasePlugin):
             "trainer": type(trainer).__name__,
             "attention": trainer.model.get_base_model().config._attn_implementation,
             "fused_layers": sum(isinstance(m, FusedDecoderLayer) for m in trainer.model.modules()),
-            "attention_backend": chosen_attention().backend,
-            "deterministic": chosen_attention().deterministic,
+            "attention_backend": settings.attention_backend,
+            "deterministic": settings.deterministic,
             **{key: asdict(decision) for key, decision in self.keeping.items()},
             "processes": ranks.count(),
             "trainable_parameters": count_trainable(trainer.model),
@@ -257,13 +243,13 @@ class SparseLongPlugin(BasePlugin):
             },
             "process": os.getpid(),
         }
-        write_atomically(Path(cfg.sparselong.work) / RECEIPT, json.dumps(receipt, indent=1) + "\n")
+        write_atomically(self.run.work / RECEIPT, json.dumps(receipt, indent=1) + "\n")
 
     def post_train(self, cfg, model):
         if self.done or self.trainer is None:  # Axolotl calls this hook twice
             return
         self.done = True
-        trainer, work = self.trainer, Path(cfg.sparselong.work)
+        trainer, work = self.trainer, self.run.work
         best = trainer.state.best_model_checkpoint
         if best is None:
             raise StageError(
@@ -284,10 +270,10 @@ class SparseLongPlugin(BasePlugin):
         if ranks.is_first():
             write_atomically(work / TRAINED, "{}\n")
             tell(f"baking {Path(best).name} (validation loss {trainer.state.best_metric:.4f})")
-            baked, rounding = bake_checkpoint(Path(cfg.base_model), layers, work / "model")
+            baked, rounding = bake_checkpoint(self.run.compressed, layers, work / "model")
             trainer.model.save_pretrained(str(work / "adapter"))
             state.write(work / "adapter", trainer.layers, trainer.progress)
-            name_adapter(work / "adapter", cfg.sparselong.name)
+            name_adapter(work / "adapter", self.run.compressed_name)
             outcome["two_four_conforming"] = two_four_conforming(baked)
         (rounding, *_) = ranks.collect(rounding)  # here the others wait for the files
         if rounding:  # the best loss is that of the sum before it was rounded

@@ -15,9 +15,8 @@ once a step, logged losses are the sums of all shares, and only rank 0 writes ch
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,16 +29,31 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from sparselong.adapters import MaskedLoraLinear, masked_layers
 from sparselong.errors import StageError
 from sparselong.finetune import state
-from sparselong.finetune.batches import IGNORED, Batches, EpochOrder, make_batches, only
+from sparselong.finetune.batches import Batches, EpochOrder, make_batches, only
+from sparselong.finetune.training_run import TrainingRun
 from sparselong.model import NAME, document_masks
-from sparselong.parallel import add_losses, reduce_gradients, sum_over_ranks
-from sparselong.parallel.sequence import context_parallel, shard_batch, take_layout
+from sparselong.parallel import (
+    Mesh,
+    add_losses,
+    count_step,
+    mean_loss,
+    reduce_gradients,
+    share_batch,
+)
 from sparselong.processes import world as ranks
+from sparselong.runtime import Settings, using
 
 
 class MaskedTraining(Trainer):
-    """See the module's text."""
+    """See the module's text. A subclass names its run and its place among the ranks.
 
+    Attributes:
+        run: whose config every pass goes by.
+        mesh: this process's place; None where it trains alone.
+    """
+
+    run: TrainingRun
+    mesh: Mesh | None = None
     args: Any
     model: Any
     processing_class: Any
@@ -48,11 +62,18 @@ class MaskedTraining(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss divides by num_items_in_batch itself
         self.progress = state.Progress()
-        self.bake_only = False
-        self.heads_k_stride = 1  # the plugin sets this and the one above
-        self.mesh = ranks.mesh()
+        self.bake_only = self.run.is_trained()
         if self.mesh is not None:
             self.progress.data_ranks = self.mesh.data_size
+
+    def settings(self, **changes: Any) -> AbstractContextManager[Settings]:
+        """Return the block that every pass of the model runs in."""
+        config = self.run.config
+        return using(
+            attention_backend=config.attention_backend,
+            deterministic=config.deterministic,
+            **changes,
+        )
 
     @property
     def layers(self) -> dict[str, MaskedLoraLinear]:
@@ -105,16 +126,9 @@ class MaskedTraining(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """A step's micro-batches, and how many tokens all ranks learn from in it."""
         batches = list(islice(epoch_iterator, num_batches))
-        counts = torch.tensor([[self._count_tokens(b), _count_labels(b)] for b in batches]).sum(0)
-        if self.mesh is not None:
-            counts = sum_over_ranks(counts, self.mesh.data_group, "token count")
-        self.progress.tokens += int(counts[0])
-        return batches, max(int(counts[1]), 1)
-
-    def _count_tokens(self, batch: Any) -> int:
-        if "attention_mask" in batch:
-            return int(batch["attention_mask"].sum())
-        return int((batch["input_ids"] != self.processing_class.pad_token_id).sum())
+        counts = count_step(batches, self.mesh, self.processing_class.pad_token_id)
+        self.progress.tokens += counts.tokens
+        return batches, counts.divisor
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         masked, placed = "attention_mask" in inputs, "position_ids" in inputs
@@ -125,21 +139,17 @@ class MaskedTraining(Trainer):
                 f"a batch of {', '.join(sorted(inputs))}",
                 "pass training.sample_packing=false",
             )
-        with self._sharded(inputs) as shard:
+        with self._pass_over(inputs) as shard:
             loss = super().training_step(model, shard, num_items_in_batch)
         if self.mesh is not None and self.accelerator.sync_gradients:
             reduce_gradients(self.model.parameters(), self.mesh)
         return loss
 
     @contextmanager
-    def _sharded(self, inputs: Any) -> Iterator[dict[str, torch.Tensor]]:
-        """This rank's share of a batch, and inside the block attention to the others' shares."""
-        if self.mesh is None or self.mesh.context_size == 1:
-            yield inputs
-            return
-        shard = shard_batch(dict(inputs), self.mesh)
-        layout = take_layout(shard, self.heads_k_stride)
-        with context_parallel(self.mesh, layout):
+    def _pass_over(self, inputs: Any) -> Iterator[Any]:
+        """Yield this rank's share of a batch, under the settings that the model needs for it."""
+        shard, changes = share_batch(inputs, self.mesh, self.run.config.heads_k_stride)
+        with self.settings(**changes):
             yield shard
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
@@ -171,17 +181,22 @@ class MaskedTraining(Trainer):
     @torch.no_grad()
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
-        for batch in dataloader:
-            with self._sharded(batch) as shard:
-                inputs = self._prepare_inputs(shard)
-                loss: Any = self.compute_loss(self.model, inputs, num_items_in_batch=1)
-            sums += torch.tensor([float(loss), _count_labels(inputs), len(inputs["labels"])])
-        if self.mesh is not None:
-            sums = sum_over_ranks(sums, self.mesh.world_group, "evaluation")
-        total, predicted, rows = sums.tolist()
-        mean = total / predicted if predicted else math.nan
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, int(rows))  # type: ignore[arg-type]
+        metrics = {
+            f"{metric_key_prefix}_loss": mean_loss(map(self._measure, dataloader), self.mesh)
+        }
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset.rows))  # type: ignore[arg-type]
+
+    def _measure(self, batch: Any) -> tuple[torch.Tensor, Any]:
+        """Return the sum of a batch's token losses, and what of the batch it is of."""
+        with self._pass_over(batch) as shard:
+            inputs = self._prepare_inputs(shard)
+            return self.compute_loss(self.model, inputs, num_items_in_batch=1), inputs  # type: ignore[return-value]
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        epochs_and_steps = super()._init_training_state(max_steps, *args, **kwargs)
+        # A checkpoint brings the intervals of the config that it was written with.
+        self.state.compute_steps(self.args, max_steps)
+        return epochs_and_steps
 
     def _run_epoch(self, **kwargs):
         # Resumed behind its last step, the loop would take one step more.
@@ -222,9 +237,3 @@ class MaskedTraining(Trainer):
     def _restore(self, directory: Path) -> None:
         stored = state.read(directory, self.layers, self.progress.data_ranks)
         vars(self.progress).update(vars(stored))
-
-
-def _count_labels(batch: Any) -> int:
-    """Tokens that are learned or measured in a batch, or in a shard of one."""
-    labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
-    return int((labels != IGNORED).sum())

@@ -1,6 +1,6 @@
 """One rank's trainer: joins the others, then runs Axolotl as if it were alone.
 
-    RANK=r WORLD_SIZE=n ... python -m sparselong.finetune.rank AXOLOTL_YAML DEGREE
+    RANK=r WORLD_SIZE=n ... python -m sparselong.finetune.rank AXOLOTL_YAML
 
 A rank other than 0 writes nothing that stays: what Axolotl saves by itself goes into a folder of
 its own that is removed at the end, and its loggers are off. See processes/world.py and
@@ -20,27 +20,28 @@ from types import TracebackType
 
 import yaml
 
+from sparselong.finetune.training_run import RUN_KEY, TrainingRun
 from sparselong.processes import tell_failures, write_failure
 from sparselong.processes import world as ranks
 
 _RUN = "axolotl.cli.main"
 
 
-def main(path: Path, degree: int) -> None:
-    """Trains what the YAML says, as one of the ranks that the environment names."""
+def main(path: Path) -> None:
+    """Train what the YAML says, as one of the ranks that the environment names."""
     rank = int(os.environ["RANK"])
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    work = Path(document["sparselong"]["work"])
-    tell_failures(work, rank)
+    run = TrainingRun.open(Path(document[RUN_KEY]))
+    tell_failures(run.work, rank)
     _end_at_once()
-    ranks.join(degree)
+    ranks.join(run.config.sequence_parallel_degree)
     with ExitStack() as stack:
         if rank > 0:
             own = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparselong-rank-"))
             document |= {"output_dir": own, "use_tensorboard": False, "use_wandb": False}
             path = Path(own) / "axolotl.yaml"
             path.write_text(yaml.safe_dump(document), encoding="utf-8")
-        stack.enter_context(ranks.watched(partial(write_failure, work, rank)))
+        stack.enter_context(ranks.watched(partial(write_failure, run.work, rank)))
         _train(path)
 
 
@@ -67,4 +68,4 @@ def _train(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -30,13 +30,15 @@ from sparselong.data import conversations
 from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.finetune import axolotl_config, plot, state
-from sparselong.finetune.axolotl_config import (
+from sparselong.finetune.training_run import (
+    AXOLOTL_YAML,
     BAKED,
     METRICS,
     RECEIPT,
     SUPERVISION,
     TRAINED,
-    Folders,
+    TrainingRun,
+    trainer_arguments,
 )
 from sparselong.processes import find_world, train_together
 from sparselong.run import Stage
@@ -45,63 +47,59 @@ _CALLBACKS = ("MaskUpkeep", "SecondPasses", "RouterWatch", "Metrics")
 
 
 def finetune(stage: Stage) -> None:
-    """Fine-tunes stage 02's model and leaves `model/` and `adapter/`.
+    """Fine-tune stage 02's model and leave `model/` and `adapter/`.
 
     Raises:
-        StageError: an earlier stage is missing, the machine or the data does not fit the config, or
-            training failed; the message says what to do.
+        StageError: the machine or the data does not fit the config, or training failed; the message
+            says what to do.
     """
     here = find_world(stage.config).here
     axolotl_config.refuse_unsupported(stage.config, torch.cuda.device_count(), here)
-    compressed = stage.require("02_compress")
-    axolotl_config.check_heads(stage.config, stage.run_dir / "02_compress/model")
     data = conversations.prepare(stage.config, stage.run_dir)
-    folders = Folders(
-        (stage.run_dir / "02_compress").resolve(),
-        stage.dir.resolve(),
-        data.train.resolve(),
-        data.validation.resolve(),
-        compressed["metrics"]["name"],
-    )
     if not (stage.dir / BAKED).exists():
-        _train(stage, folders)
+        _train(stage, data)
     earlier = stage.run_dir / "02_compress"
     stage.inputs = [earlier / "model", earlier / "masters", data.train, data.validation]
     _publish(stage)
 
 
-def _train(stage: Stage, folders: Folders) -> None:
-    resume_from = find_checkpoint(stage, folders.checkpoints)
+def _train(stage: Stage, data: conversations.DataFiles) -> None:
+    run = TrainingRun.of_stage(stage)
+    remove_unfinished_checkpoints(stage, run.checkpoints)
+    resume_from = find_last_checkpoint(run.checkpoints)
+    if resume_from is None:  # whatever was trained is gone
+        (stage.dir / TRAINED).unlink(missing_ok=True)
     rows = keep_rows(stage.dir / METRICS, state.step_of(resume_from) if resume_from else None)
     if resume_from:
         stage.log(f"going on from {resume_from.name} ({rows} rows of {METRICS} kept)")
     (stage.dir / RECEIPT).unlink(missing_ok=True)
-    with folders.train.open(encoding="utf-8") as file:
+    with data.train.open(encoding="utf-8") as file:
         conversations_count = sum(1 for _ in file)
-    trained = (stage.dir / TRAINED).exists() and resume_from is not None
-    document = axolotl_config.build(
-        stage.config, folders, resume_from, conversations_count, bake_only=trained
-    )
-    path = stage.dir / "axolotl.yaml"
-    write_atomically(path, _HEADER + yaml.safe_dump(document, sort_keys=False))
+    document = axolotl_config.build(run, data, resume_from, conversations_count)
+    text = _HEADER + yaml.safe_dump(document, sort_keys=False)
+    write_atomically(stage.dir / AXOLOTL_YAML, text)
     world = find_world(stage.config)
     processes = f" in {world.size} processes" if world.size > 1 else ""
     stage.log(f"starting Axolotl{processes} (its imports take a while)")
-    train_together(stage)
+    train_together(stage, trainer_arguments(stage))
     check_receipt(stage)
 
 
 _HEADER = "# Generated from config.yaml by sparselong/finetune/axolotl_config.py; edits are lost.\n"
 
 
-def find_checkpoint(stage: Stage, checkpoints: Path) -> Path | None:
-    """The last whole checkpoint; those that were not written to their end are removed."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=state.step_of)
-    for path in [path for path in found if not state.is_whole(path)]:
-        stage.log(f"removing {path.name}, which was not written to its end")
-        shutil.rmtree(path)
-        found.remove(path)
-    return found[-1] if found else None
+def remove_unfinished_checkpoints(stage: Stage, checkpoints: Path) -> None:
+    """Remove the checkpoints that were not written to their end."""
+    for path in sorted(checkpoints.glob("checkpoint-*"), key=state.step_of):
+        if not state.is_whole(path):
+            stage.log(f"removing {path.name}, which was not written to its end")
+            shutil.rmtree(path)
+
+
+def find_last_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the whole checkpoint of the latest step, or None if there is none."""
+    whole = filter(state.is_whole, checkpoints.glob("checkpoint-*"))
+    return max(whole, key=state.step_of, default=None)
 
 
 def keep_rows(path: Path, last_step: int | None) -> int:
@@ -184,5 +182,5 @@ def _publish(stage: Stage) -> None:
             "expert_rounding": baked["expert_rounding"],
             "baked_eval_perplexity": math.exp(baked["baked_eval_loss"]),
         }
-    names = ("model", "adapter", "axolotl.yaml", RECEIPT, METRICS, "loss.png", SUPERVISION)
+    names = ("model", "adapter", AXOLOTL_YAML, RECEIPT, METRICS, "loss.png", SUPERVISION)
     stage.outputs = [stage.dir / name for name in names]

@@ -33,7 +33,7 @@ from transformers import (
 from sparselong.errors import StageError
 from sparselong.generation.prompt_cache import make_prompt_cache
 from sparselong.generation.step import KernelStep, TorchStep, make_caches
-from sparselong.kernels.experts import slice_inference
+from sparselong.runtime import using
 
 WARM_UP_STEPS = 2
 PROMPT_TOKENS = 1024
@@ -119,7 +119,7 @@ class Decoder:
 
     def _read(self, chunk: torch.Tensor, past: Cache) -> torch.Tensor:
         """A chunk [1, tokens] into the cache; its last token's hidden state [1, 1, width]."""
-        with slice_inference(EXPERT_TOKENS):
+        with using(inference_tokens=EXPERT_TOKENS):
             outputs: Any = self.model.model(input_ids=chunk, past_key_values=past, use_cache=True)
         return outputs.last_hidden_state[:, -1:].clone()  # a view would hold the others
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import _apply_rotary_emb
 
+from sparselong.kernels import Gate
 from sparselong.model import PackedExperts, PackedLinear
 
 FIRST_WORD = 0x7FFFFFFF
@@ -214,8 +215,8 @@ class KernelStep:
             self.router_logits, self.counter, self.indices, self.weights, pdl=self.pdl,
         )  # fmt: skip
         launch_experts(
-            self.words, self.factors, self.indices, self.weights, layer.gate_up, layer.down,
-            layer.gate, self.hidden[None], residual=self.hidden[None], h=self.h, pdl=self.pdl,
+            (self.words, self.factors), self.indices, self.weights, layer.stack, layer.gate,
+            self.hidden[None], residual=self.hidden[None], h=self.h, pdl=self.pdl,
         )  # fmt: skip
 
 
@@ -267,11 +268,7 @@ class _Layer:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         )
         self.router = (layer.mlp.router.weight, layer.mlp.router.bias)
-        self.gate = (experts.alpha, experts.limit)
-        self.gate_up, self.down = (
-            tuple(getattr(experts, f"{name}_{part}") for part in ("blocks", "scales", "bias"))
-            for name in ("gate_up_proj", "down_proj")
-        )
+        self.stack, self.gate = experts.stack(), Gate(experts.alpha, experts.limit)
 
 
 def _read(projection: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sparselong.config import Config
+from sparselong.errors import ConfigError
 from sparselong.health import resources
 from sparselong.health.machine import Machine
 from sparselong.health.packages import NEEDED, Package
@@ -16,7 +17,7 @@ from sparselong.health.rows import Row, fail, ok, warn
 from sparselong.health.sources import Source
 from sparselong.kernels.attention import describe_choice
 from sparselong.kernels.experts import choose_backend
-from sparselong.memory import Plan
+from sparselong.memory import Plan, check_heads
 
 _PYTHONS = ((3, 11), (3, 12))
 _DRIVERS = {12: "530.30", 13: "580"}
@@ -137,15 +138,12 @@ def _version(text: str) -> tuple[int, ...]:
 
 def _parallel(config: Config, machine: Machine, plan: Plan) -> Row:
     degree, have = config.sequence_parallel_degree, len(machine.usable_gpus)
-    heads, stride = plan.shape.kv_heads, config.heads_k_stride
     if degree == 1:
         return ok("sequence parallel", "off: one device holds the whole sequence")
-    if heads % stride:
-        return fail(
-            "sequence parallel",
-            f"heads_k_stride {stride} does not divide the model's {heads} key/value heads",
-            "set heads_k_stride=1",
-        )
+    try:
+        check_heads(config, plan.shape)
+    except ConfigError as error:
+        return fail("sequence parallel", f"{error.what} ({error.found})", error.fix)
     if plan.device == "cpu" and not have:
         return ok("sequence parallel", f"{degree} processes of this machine share each sequence")
     if have < degree:

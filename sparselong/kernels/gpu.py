@@ -1,8 +1,9 @@
-"""What launchers ask of a GPU: its name in measured tables and in tables of tiles, and its size.
+"""Properties of a GPU that decide a kernel's backend, tiles and grid.
 
-Two names, because the two kinds of table differ in what they lump together. Which backend is the
-fastest was measured on one compute capability and says nothing of its neighbours; a tile size
-serves all that can hold it. Asked once a device: a driver call for each launch would show.
+A device has two keys, because the two kinds of table generalize differently. Which backend is
+fastest was measured on one compute capability and says nothing about others; a tile serves every
+GPU whose shared memory holds it. Results are cached, because a driver call before every launch
+would cost measurable time.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import functools
 import torch
 
 _INTERPRETED_PROGRAMS = 4
-"""The interpreter's programs run one after another; a few show the loops over tiles."""
+"""Grid size under Triton's sequential interpreter: small, so that programs loop over tiles."""
 
 
 @functools.cache
 def architecture_of(device: torch.device) -> str:
-    """The name in measured tables: "cpu", or sm_ and the capability's digits, as in "sm_86"."""
+    """Return the key of measured tables: "cpu", or sm_ and the capability, as in "sm_86"."""
     if device.type != "cuda":
         return "cpu"
     major, minor = torch.cuda.get_device_capability(device)
@@ -26,10 +27,10 @@ def architecture_of(device: torch.device) -> str:
 
 @functools.cache
 def tiles_of(device: torch.device) -> str:
-    """The name of a device's tiles; "interpreter" for tensors that only Triton's can run on.
+    """Return the key of tile tables: "interpreter" (Triton's) for devices other than CUDA.
 
     Raises:
-        ValueError: see `tiles_of_capability`.
+        ValueError: as for `tiles_of_capability`.
     """
     if device.type != "cuda":
         return "interpreter"
@@ -37,12 +38,13 @@ def tiles_of(device: torch.device) -> str:
 
 
 def tiles_of_capability(major: int, minor: int) -> str:
-    """The name of a compute capability's tiles.
+    """Return the key of tile tables for a compute capability.
 
-    sm_80, sm_86 and sm_89 share tiles: these fit sm_86's 99 KB. Newer ones than sm_90 take sm_90's.
+    sm_80, sm_86 and sm_89 share tiles that fit sm_86's 99 KB of shared memory. Capabilities above
+    sm_90 use sm_90's.
 
     Raises:
-        ValueError: a GPU before sm_80, for which nothing here was built.
+        ValueError: the capability is below sm_80, the oldest that is supported.
     """
     if (major, minor) < (8, 0):
         raise ValueError(f"device: sm_{major}{minor}; allowed: sm_80 and newer")
@@ -51,7 +53,7 @@ def tiles_of_capability(major: int, minor: int) -> str:
 
 @functools.cache
 def multiprocessors_of(device: torch.device) -> int:
-    """How many programs a device runs at once, counting one a multiprocessor."""
+    """Return the number of multiprocessors, the grid size of persistent kernels."""
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count

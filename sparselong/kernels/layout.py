@@ -1,4 +1,4 @@
-"""How tensors must lie in memory before a kernel reads them."""
+"""Memory layout that kernels require of their inputs."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def with_unit_stride(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors, those copied whose last axis is not read in steps of one element."""
+    """Return the tensors, copying those whose last axis does not have stride 1."""
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)

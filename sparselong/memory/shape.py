@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparselong.config import ModelSection
-from sparselong.errors import StageError
+from sparselong.config import Config, ModelSection
+from sparselong.errors import ConfigError, StageError
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,21 @@ def find_shape(model: ModelSection) -> ModelShape:
     if not path.is_file():
         path = _cached_config(model)
     return read_shape(path)
+
+
+def check_heads(config: Config, shape: ModelShape) -> None:
+    """Raise if the model's key/value heads cannot be gathered `heads_k_stride` at a time.
+
+    Raises:
+        ConfigError: a sequence is split, and the stride is no divisor of the number of heads.
+    """
+    if config.sequence_parallel_degree > 1 and shape.kv_heads % config.heads_k_stride:
+        raise ConfigError(
+            f"heads_k_stride does not divide the model's {shape.kv_heads} key/value heads",
+            f"a divisor of {shape.kv_heads}",
+            f"heads_k_stride: {config.heads_k_stride}",
+            "set heads_k_stride=1, or another divisor",
+        )
 
 
 def _cached_config(model: ModelSection) -> Path:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.model.attention import NAME, choose_attention, chosen_attention, implementation
+    from sparselong.model.attention import NAME, implementation
     from sparselong.model.description import describe_weights
     from sparselong.model.documents import document_masks
     from sparselong.model.fused import FusedDecoderLayer, chunk_loss, fuse

@@ -15,21 +15,21 @@ boundaries between *documents*, neighbouring tokens that may see each other:
 | 4-d mask (eager's, prepared) | it does not see its predecessor                             |
 
 With a cache, the keys before the first query have no position ids; the padding mask alone decides
-there. Boundaries are found once per forward pass and kept for its other layers. A padded stretch is
-a document of its own: its outputs mean nothing, as with every implementation.
+there. Boundaries are found once per forward pass and kept for its other layers
+(`runtime/last_results.py`). A padded stretch is a document of its own: its outputs mean nothing, as
+with every implementation.
 
 What documents cannot express is refused: 4-d masks that are not causal within documents or add
 anything but minus infinity, tokens that go on behind padding, and caches whose keys go beyond the
 last query (transformers' static ones).
 
-Inside `parallel.context.context_parallel` the tokens are a shard of a longer sequence, whose layout
-says all this; then the same function attends to the other shards' keys too.
+Which backend attends, and whether its gradients must be deterministic, `runtime/settings.py` says.
+Where it names a sequence, the tokens are a shard of that one, whose layout says where documents
+begin; then the same function attends to the other shards' keys too.
 """
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,49 +37,16 @@ from torch import nn
 from transformers.masking_utils import flash_attention_mask
 
 from sparselong.config import Config
-from sparselong.kernels.attention import BACKENDS, attention, mark_starts, refuse_gaps
-from sparselong.parallel.sequence import active_context
+from sparselong.kernels.attention import attention, mark_starts, refuse_gaps
+from sparselong.runtime import call_once, current
 
 NAME = "sparselong"
 _ROWS_CHECKED = 1024
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which backend attends ("auto": the fastest measured one for each kind of layer), and whether
-    its gradients must be the same to the bit in every run."""
-
-    backend: str = "auto"
-    deterministic: bool = False
-
-
-_choice = Choice()
-
-
 def implementation(config: Config) -> str:
     """The `attn_implementation` that the config asks for: ours, or transformers' eager."""
     return NAME if config.flash_attention else "eager"
-
-
-def choose_attention(backend: str, deterministic: bool) -> None:
-    """Makes every model of this process attend by this backend from now on.
-
-    For the process, as `torch.use_deterministic_algorithms` is: transformers hands no options
-    through to an attention function. A call that the backend cannot take raises there; nothing else
-    is put in its place.
-
-    Raises:
-        ValueError: there is no such backend.
-    """
-    global _choice
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend: {backend!r}; allowed: auto, {', '.join(BACKENDS)}")
-    _choice = Choice(backend, deterministic)
-
-
-def chosen_attention() -> Choice:
-    """What `choose_attention` was last told."""
-    return _choice
 
 
 def attention_forward(
@@ -116,20 +83,20 @@ def attention_forward(
     if torch.is_autocast_enabled(query.device.type):  # queries and keys leave rotary in fp32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    backend = None if _choice.backend == "auto" else _choice.backend
-    context = active_context()
-    if context is not None:
+    settings = current()
+    backend = None if settings.attention_backend == "auto" else settings.attention_backend
+    if settings.sequence is not None:
         if dropout != 0 or attention_mask is not None:
             raise ValueError(
                 f"dropout {dropout} and attention_mask {type(attention_mask).__name__} in a shard "
                 "of a sequence; allowed: 0 and None, the layout says where documents begin"
             )
-        output = context.attend(
+        output = settings.sequence.attend(
             *(query, key, value, sinks),
             window=sliding_window,
             scale=scaling,
             backend=backend,
-            deterministic=_choice.deterministic,
+            deterministic=settings.deterministic,
         )
         return output.transpose(1, 2), None
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
@@ -145,40 +112,16 @@ def attention_forward(
         query_offset=keys - queries,
         dropout=dropout,
         backend=backend,
-        deterministic=_choice.deterministic,
+        deterministic=settings.deterministic,
     )
     return output.transpose(1, 2), None
 
 
-class _LastBoundaries:
-    """The boundaries of the masks seen last, one for each kind of layer: all layers of a forward
-    pass ask for the same. A tensor that was written to since is another one."""
-
-    def __init__(self) -> None:
-        self.known: list[tuple[tuple[Any, ...], torch.Tensor | None]] = []
-
-    def find(
-        self,
-        mask: torch.Tensor | None,
-        positions: torch.Tensor | None,
-        *sizes: int | None,
-    ) -> torch.Tensor | None:
-        """`find_boundaries`, which see for the arguments."""
-        given = [t for t in (mask, positions) if t is not None]
-        if any(t.is_inference() for t in given):  # these do not say whether they were written to
-            return find_boundaries(mask, positions, *sizes)  # type: ignore[arg-type]
-        asked = (mask is None, positions is None, *(t._version for t in given), *sizes)
-        for (references, *rest), value in self.known:
-            same = len(references) == len(given) and tuple(rest) == asked
-            if same and all(ref() is t for ref, t in zip(references, given, strict=True)):
-                return value
-        value = find_boundaries(mask, positions, *sizes)  # type: ignore[arg-type]
-        references = [weakref.ref(t) for t in given]
-        self.known = [((references, *asked), value), *self.known[:1]]
-        return value
-
-
-_boundaries = _LastBoundaries().find
+def _boundaries(
+    mask: torch.Tensor | None, positions: torch.Tensor | None, *sizes: int | None
+) -> torch.Tensor | None:
+    """`find_boundaries`, found once for all layers of a kind."""
+    return call_once(find_boundaries, (mask, positions), *sizes)
 
 
 def find_boundaries(

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import GptOssForCausalLM
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -31,7 +30,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from sparselong.kernels.layer import IGNORED, add_rms_norm, linear_cross_entropy, rms_norm, rotate
+from sparselong.kernels.layer import add_rms_norm, linear_cross_entropy, rms_norm, rotate
+from sparselong.parallel import count_supervised, shift_labels
 
 
 class FusedRMSNorm(GptOssRMSNorm):
@@ -230,14 +230,14 @@ def causal_loss(
         num_items_in_batch: divisor of the sum; None: the number of labels here.
     """
     if shifted is None:
-        shifted = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        shifted = shift_labels(labels)
     shifted = shifted.reshape(-1).to(hidden.device)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     total = linear_cross_entropy(hidden.flatten(0, 1), weight, shifted)
     if num_items_in_batch is None:
-        return total / (shifted != IGNORED).sum()
+        return total / count_supervised(shifted)
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch

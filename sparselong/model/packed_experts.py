@@ -19,7 +19,8 @@ from torch import nn
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 
 from sparselong.checkpoint import expert_shapes
-from sparselong.kernels.experts import ALPHA, LIMIT, Adapter, expert_lora_mlp, expert_mlp
+from sparselong.kernels import ExpertStack, PackedWeight
+from sparselong.kernels.experts import ALPHA, LIMIT, NO_ADAPTERS, Adapters, expert_mlp
 from sparselong.packing import mxfp4
 
 IMPLEMENTATION = "sparselong"
@@ -33,14 +34,21 @@ class PackedExperts(nn.Module):
         self.num_experts = config.num_local_experts
         self.alpha, self.limit = ALPHA, LIMIT
         self._sound_scales: tuple[tuple[int, int], ...] | None = None
-        shapes = expert_shapes(config)
-        self._tensors = tuple(shapes)  # in expert_mlp's order
-        for name, shape in shapes.items():
+        for name, shape in expert_shapes(config).items():
             if name.endswith("_bias"):
                 parameter = nn.Parameter(torch.empty(shape), requires_grad=False)
                 self.register_parameter(name, parameter)
             else:
                 self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
+
+    def stack(self) -> ExpertStack:
+        """The layer's tensors as the kernels take them; no copies."""
+        return ExpertStack(
+            *(
+                PackedWeight(*(getattr(self, f"{name}_{part}") for part in PackedWeight._fields))
+                for name in ("gate_up_proj", "down_proj")
+            )
+        )
 
     def _check_scales(self) -> None:
         """Looks for NaN scales once for every set of loaded scales; looking costs a host sync."""
@@ -62,7 +70,7 @@ class PackedExperts(nn.Module):
         hidden_states: torch.Tensor,
         router_indices: torch.Tensor,
         routing_weights: torch.Tensor,
-        adapters: tuple[Adapter | None, Adapter | None] = (None, None),
+        adapters: Adapters = NO_ADAPTERS,
     ) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs.
 
@@ -79,12 +87,15 @@ class PackedExperts(nn.Module):
             ValueError: a scale is NaN, or an argument's shape or dtype does not fit.
         """
         self._check_scales()
-        weights: list[Any] = [getattr(self, name) for name in self._tensors]
-        call = (hidden_states, router_indices, routing_weights)
-        gate: dict[str, Any] = {"alpha": self.alpha, "limit": self.limit}
-        if adapters == (None, None):
-            return expert_mlp(*call, *weights, **gate)
-        return expert_lora_mlp(*call, tuple(weights[:3]), tuple(weights[3:]), *adapters, **gate)
+        return expert_mlp(
+            hidden_states,
+            router_indices,
+            routing_weights,
+            self.stack(),
+            adapters,
+            alpha=self.alpha,
+            limit=self.limit,
+        )
 
 
 def refuse_unpacked(experts: nn.Module, *_: Any, **__: Any) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Bit-exact pack and unpack of every stored weight format, in plain torch."""
+"""Bit-exact packing and unpacking of every stored weight format, in plain torch."""
 
 from typing import TYPE_CHECKING
 

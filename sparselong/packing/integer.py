@@ -1,8 +1,8 @@
 """Symmetric integer weights with one bf16 scale per group of input weights.
 
-`dequantize` is the one canonical meaning of a stored code, used by storage, training and export:
-bf16(code · scale), with the product taken in fp32. Everything that claims to be the same weight
-goes through it.
+`dequantize` defines the value of a stored code for storage, training and export:
+bf16(code · scale), with the product taken in fp32. Any other implementation must return the same
+bits.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch
 
 
 def code_range(bits: int) -> tuple[int, int]:
-    """The smallest and the largest code: (−8, 7) for 4 bits, (−128, 127) for 8."""
+    """Return the smallest and the largest code: (−8, 7) for 4 bits, (−128, 127) for 8."""
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def quantize(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Rounds to the nearest code, ties to even, saturating.
+    """Round to the nearest code, with ties to even and saturation.
 
     Args:
-        weight: [out, in], taken in fp32.
+        weight: [out, in], converted to fp32.
         scale: bf16 or fp32 [out, in/group]; the group size follows from the shapes.
         bits: 4 or 8.
 
@@ -34,13 +34,13 @@ def quantize(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tens
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """int8 codes [out, in], scale [out, in/group] → bf16(code · scale) [out, in]."""
+    """Return bf16(code · scale) [out, in] for int8 codes [out, in], scale [out, in/group]."""
     grouped = codes.float().reshape(*scale.shape, -1)
     return (grouped * scale.float().unsqueeze(-1)).reshape(codes.shape).to(torch.bfloat16)
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """int8 codes −8…7 [..., K] → uint8 [..., K/2], two's complement, low nibble first.
+    """Pack int8 codes −8…7 [..., K] into uint8 [..., K/2], two's complement, low nibble first.
 
     Raises:
         ValueError: K is odd.
@@ -52,6 +52,6 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_nibbles`: uint8 [..., K/2] → int8 [..., K]."""
+    """Unpack uint8 [..., K/2] into int8 codes [..., K]; the inverse of `pack_nibbles`."""
     nibbles = torch.stack((packed & 0x0F, packed >> 4), dim=-1).to(torch.int8)
     return torch.where(nibbles > 7, nibbles - 16, nibbles).reshape(*packed.shape[:-1], -1)

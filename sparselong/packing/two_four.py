@@ -1,8 +1,8 @@
-"""2:4 sparsity: of every four neighbouring weights two are kept, and 3 bits say which.
+"""2:4 sparsity: two of every four consecutive weights are kept, and 3 bits record which two.
 
-There are C(4, 2) = 6 ways to keep two of four, so a pattern takes 3 bits; eight patterns (32
-weights) fill three bytes, the first pattern in the lowest bits. With the kept weights at half the
-dense size this is 0.75 bit per weight of index, where two explicit 2-bit positions would take 1.
+Two of four can be kept in C(4, 2) = 6 ways, so a pattern takes 3 bits. Eight patterns (32 weights)
+fill three bytes, with the first pattern in the lowest bits. The patterns add 0.75 bit per dense
+weight, where two explicit 2-bit positions would add 1 bit.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import torch
 
 GROUP = 4
 BLOCK = 32
-"""Weights per three bytes of packed patterns."""
+"""Number of weights whose patterns fill three bytes."""
 
 PATTERNS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
-"""Positions that each pattern number keeps."""
+"""Positions kept by each pattern number."""
 
 
 def is_two_four(kept: torch.Tensor) -> torch.Tensor:
-    """bool [..., K] of kept (or nonzero) weights → bool [..., K/4]: at most two in the group."""
+    """Return whether each group of four in bool [..., K] keeps at most two: bool [..., K/4]."""
     return kept.reshape(*kept.shape[:-1], -1, GROUP).sum(dim=-1) <= 2
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Mask with exactly two kept of every four → packed patterns.
+    """Pack a mask that keeps exactly two of every four weights.
 
     Args:
         mask: bool [..., K], K divisible by 32.
@@ -51,10 +51,10 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_mask(packed: torch.Tensor) -> torch.Tensor:
-    """Packed patterns uint8 [..., K/32·3] → bool mask [..., K].
+    """Unpack patterns uint8 [..., K/32·3] into a bool mask [..., K].
 
     Raises:
-        ValueError: the last dimension is not a multiple of 3, or holds pattern 6 or 7.
+        ValueError: the last dimension is not divisible by 3, or a pattern is 6 or 7.
     """
     if packed.shape[-1] % 3:
         raise ValueError(f"last dimension must be divisible by 3, got {packed.shape[-1]}")
@@ -64,7 +64,7 @@ def unpack_mask(packed: torch.Tensor) -> torch.Tensor:
     )
     patterns = (words.unsqueeze(-1) >> torch.arange(0, 24, 3, device=packed.device)) & 0x7
     if bool((patterns >= len(PATTERNS)).any()):
-        raise ValueError("packed mask holds a pattern above 5: the checkpoint is damaged")
+        raise ValueError("packed mask contains a pattern above 5: the checkpoint is damaged")
     table = torch.zeros(len(PATTERNS), GROUP, dtype=torch.bool, device=packed.device)
     for index, positions in enumerate(PATTERNS):
         table[index, list(positions)] = True
@@ -72,12 +72,12 @@ def unpack_mask(packed: torch.Tensor) -> torch.Tensor:
 
 
 def gather_kept(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """values [..., K] where mask keeps exactly two of every four → [..., K/2], in order."""
+    """Return, in order, the values [..., K/2] of [..., K] for which the mask is True."""
     return values[mask].reshape(*values.shape[:-1], -1)
 
 
 def scatter_kept(kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The inverse of `gather_kept`, zeros elsewhere: [..., K/2] → [..., K]."""
+    """Return [..., K] with kept [..., K/2] where the mask is True and zeros elsewhere."""
     values = torch.zeros(mask.shape, dtype=kept.dtype, device=kept.device)
     values[mask] = kept.reshape(-1)
     return values

@@ -5,8 +5,21 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.parallel.collectives import ExchangeError, all_gather, progress, sum_over_ranks
-    from sparselong.parallel.gradients import add_losses, reduce_gradients
+    from sparselong.parallel.apply import share_batch
+    from sparselong.parallel.collectives import (
+        ExchangeError,
+        all_gather,
+        explain_exchange,
+        progress,
+    )
+    from sparselong.parallel.gradients import reduce_gradients
+    from sparselong.parallel.loss import (
+        add_losses,
+        count_step,
+        count_supervised,
+        mean_loss,
+        shift_labels,
+    )
     from sparselong.parallel.mesh import Mesh, build_mesh
 
 __getattr__ = expose(__name__)

@@ -28,7 +28,7 @@ Group = dist.ProcessGroup
 
 
 class ExchangeError(StageError):
-    """An exchange with other ranks did not come to its end."""
+    """An exchange with other ranks did not come to its end: one of them has failed."""
 
 
 class _Progress:
@@ -68,7 +68,7 @@ class Pending:
         Raises:
             ExchangeError: a rank has gone, or did not take part in time.
         """
-        _explain(self._tag, self._work.wait)
+        explain_exchange(self._tag, self._work.wait)
         return self._received
 
 
@@ -98,7 +98,7 @@ def start_all_to_all(
             received, rows, received_rows, sent_rows, group=group, async_op=True
         )
 
-    return Pending(_explain(tag, start), rows, received, tag)
+    return Pending(explain_exchange(tag, start), rows, received, tag)
 
 
 def all_gather(tensor: torch.Tensor, group: Group, tag: str) -> list[torch.Tensor]:
@@ -116,7 +116,7 @@ def all_gather(tensor: torch.Tensor, group: Group, tag: str) -> list[torch.Tenso
     size = dist.get_world_size(group)
     record_bytes(tensor.numel() * tensor.element_size() * (size - 1), tag)
     gathered = [torch.empty_like(tensor) for _ in range(size)]
-    _explain(tag, lambda: dist.all_gather(gathered, tensor, group=group))
+    explain_exchange(tag, lambda: dist.all_gather(gathered, tensor, group=group))
     return gathered
 
 
@@ -156,7 +156,12 @@ def _begin(tag: str) -> None:
     _Progress.begun, _Progress.tag = _Progress.begun + 1, tag
 
 
-def _explain(tag: str, call: Callable[[], Any]) -> Any:
+def explain_exchange(tag: str, call: Callable[[], Any]) -> Any:
+    """Return what an exchange of torch.distributed returns.
+
+    Raises:
+        ExchangeError: a rank has gone, or did not take part in time.
+    """
     try:
         return call()
     except RuntimeError as error:  # what torch.distributed raises for every failure of a backend
@@ -167,4 +172,5 @@ def _explain(tag: str, call: Callable[[], Any]) -> Any:
             f"{type(error).__name__}: {first[:300]}",
             "look for the rank that ended first and its own message; start again from the last "
             "checkpoint",
+            consequence=True,
         ) from error

@@ -5,7 +5,7 @@ Python's own last resort, `sys.excepthook`, writes what / expected / found / fix
 and the stage raises the same failure. Everything else keeps its traceback, which is in log.txt.
 
 Of several ranks each has a file of its own. When one ends, the others fail at their next exchange
-with it; `lost_others` tells these failures from the one that has to be told.
+with it; these failures say of themselves that they are a consequence.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-import torch
-
 from sparselong.errors import ExpectedError, StageError
+from sparselong.files import is_disk_full
 
 FAILURE = "failure.json"
-_FULL = ("No space left on device", "Disk quota exceeded", "file write failed", "unexpected pos ")
-"""How OSError, safetensors and torch's zip writer say that the disk is full."""
 
 
 def failure_path(work: Path, rank: int) -> Path:
@@ -44,7 +41,7 @@ def tell_failures(work: Path, rank: int = 0) -> None:
 
 def write_failure(work: Path, rank: int, failure: ExpectedError) -> None:
     """Leaves a failure for the stage's process to tell."""
-    document = {key: getattr(failure, key) for key in ("what", "expected", "found", "fix")}
+    document = {**failure.explanation(), "consequence": failure.consequence}
     failure_path(work, rank).write_text(json.dumps(document), encoding="utf-8")
 
 
@@ -59,18 +56,16 @@ def read_failure(work: Path, rank: int = 0) -> StageError | None:
         return _disk_is_full(work, f"an unfinished {path.name}")
 
 
-def lost_others(failure: StageError) -> bool:
-    """Whether a failure only says that another rank has failed, or took no part in an exchange.
-
-    These are the words of parallel.collectives and parallel.watch.
-    """
-    return any(text in failure.what for text in ("could not finish the exchange", " ends, since "))
-
-
 def explain(error: BaseException, work: Path) -> ExpectedError | None:
-    """What a person should be told about an exception; None for what looks like a bug."""
+    """Return what a person should be told about an exception; None for what looks like a bug.
+
+    Args:
+        work: the stage's directory, which has its name.
+    """
     if isinstance(error, ExpectedError):
         return error
+    import torch  # not before: the stage's own process reads failures and refuses without torch
+
     if isinstance(error, torch.OutOfMemoryError):
         return StageError(
             "the GPU's memory does not suffice",
@@ -78,14 +73,14 @@ def explain(error: BaseException, work: Path) -> ExpectedError | None:
             str(error).splitlines()[0],
             "lower sequence_len or micro_batch_size, or set training.gradient_checkpointing=true",
         )
-    if any(text in str(error) for text in _FULL):
+    if is_disk_full(error):
         return _disk_is_full(work, str(error).splitlines()[0])
     return None
 
 
 def _disk_is_full(work: Path, found: str) -> StageError:
     return StageError(
-        f"03_finetune could not write to {work}",
+        f"{work.name} could not write to {work}",
         "room on the disk",
         found,
         "free some space, then run the same command again: whole checkpoints are kept",

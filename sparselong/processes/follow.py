@@ -14,67 +14,77 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-from sparselong.config import schema as config_module
+from sparselong.config import load
 from sparselong.errors import ExpectedError, StageError
 from sparselong.processes.launch import joined_rank
 from sparselong.processes.process import train_ranks
 from sparselong.run import Stage, parse_arguments
+
+if TYPE_CHECKING:  # a refusal needs no torch
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 _PATIENCE = timedelta(days=2)
 _TRAIN = "train"
 
 
 def follow_or_lead(
-    name: str, argv: list[str] | None, run: Callable[[list[str] | None], int]
+    name: str,
+    argv: list[str] | None,
+    run: Callable[[list[str] | None], int],
+    trainer: Callable[[Stage], Sequence[str]],
 ) -> int:
-    """What this process does of a stage that torchrun has started in several.
+    """Do this process's part of a stage that torchrun has started in several.
 
     Args:
         name: the stage's.
         argv: the command line, the same in all of them.
         run: the stage itself, for rank 0.
+        trainer: gives the arguments of Python that train a rank, for the others.
 
     Returns:
-        the exit code.
+        The exit code.
     """
     try:
-        _store()
-        return _lead(argv, run) if joined_rank() == 0 else _follow(name, argv)
+        _check_launcher(name)
+        return _lead(name, argv, run) if joined_rank() == 0 else _follow(name, argv, trainer)
     except ExpectedError as error:
         print(error, file=sys.stderr, flush=True)
         return error.exit_code
 
 
-def _lead(argv: list[str] | None, run: Callable[[list[str] | None], int]) -> int:
+def _lead(name: str, argv: list[str] | None, run: Callable[[list[str] | None], int]) -> int:
     code = 1
     try:
         code = run(argv)
     finally:
-        _tell(f"ended {code}")
+        _tell(name, f"ended {code}")
     return code
 
 
-def train_together(stage: Stage) -> None:
-    """`train_ranks`, with the processes that torchrun has started beside this one, if there are.
+def train_together(stage: Stage, arguments: Sequence[str]) -> None:
+    """Call `train_ranks` with the processes that torchrun has started beside this one, if any.
+
+    Args:
+        stage: the stage at work.
+        arguments: of Python, which train a rank.
 
     Raises:
         StageError: training failed here, or on another rank, which is named.
     """
     rank = joined_rank()
     if rank is None:
-        train_ranks(stage)
+        train_ranks(stage, arguments)
         return
     if rank == 0:
-        _tell(_TRAIN)
-    store, key = _store()
+        _tell(stage.name, _TRAIN)
+    store, key = _store(stage.name)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        train_ranks(stage)
+        train_ranks(stage, arguments)
     except ExpectedError as error:
         store.compare_set(f"{key}/failure", "", json.dumps([error.what, error.found, error.fix]))
         raise
@@ -87,6 +97,7 @@ def train_together(stage: Stage) -> None:
             "every rank to go on to the end",
             f"{what}: {found}",
             fix,
+            consequence=True,
         ) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -96,15 +107,15 @@ def _interrupt(signum: int, _frame: object) -> None:
     raise KeyboardInterrupt(signal.Signals(signum).name)
 
 
-def _follow(name: str, argv: list[str] | None) -> int:
+def _follow(name: str, argv: list[str] | None, trainer: Callable[[Stage], Sequence[str]]) -> int:
     arguments = parse_arguments(name, "", argv)
-    store, key = _store()
+    store, key = _store(name)
     store.wait([key], _PATIENCE)
     word, _, code = store.get(key).decode().partition(" ")
     if word == _TRAIN:
-        config = config_module.load(arguments.config, arguments.overrides)
+        stage = Stage(name, load(arguments.config, arguments.overrides), arguments.run_dir)
         try:
-            train_together(Stage(name, config, arguments.run_dir))
+            train_together(stage, trainer(stage))
         except KeyboardInterrupt as signalled:
             print(f"rank {joined_rank()} was interrupted: {signalled}", file=sys.stderr, flush=True)
             return 1
@@ -114,21 +125,28 @@ def _follow(name: str, argv: list[str] | None) -> int:
     return int(code)
 
 
-def _tell(word: str) -> None:
-    """The first word stays."""
-    store, key = _store()
+def _tell(name: str, word: str) -> None:
+    """Set the shared status; a final status is never overwritten."""
+    store, key = _store(name)
     if word == _TRAIN or not store.check([key]):
         store.set(key, word)
 
 
-def _store() -> tuple[TCPStore, str]:
+def _check_launcher(name: str) -> None:
+    """Raise if several processes were started by a launcher that they cannot meet through."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise StageError(
             f"several processes were started together, but not by torchrun (rank {joined_rank()})",
-            "torchrun or accelerate launch, or plain python 03_finetune.py on one machine",
+            f"torchrun or accelerate launch, or plain python {name}.py on one machine",
             "WORLD_SIZE without torchrun's own variables",
-            "torchrun --nproc_per_node=N 03_finetune.py ...",
+            f"torchrun --nproc_per_node=N {name}.py ...",
         )
+
+
+def _store(name: str) -> tuple[TCPStore, str]:
+    """Return the store by which torchrun's processes meet, and the stage's key in it."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return TCPStore(host, port, is_master=False), f"sparselong/03_finetune/{attempt}"
+    return TCPStore(host, port, is_master=False), f"sparselong/{name}/{attempt}"

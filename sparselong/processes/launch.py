@@ -1,10 +1,10 @@
 """Which processes train together, and which of them this one starts. No torch.
 
-    python 03_finetune.py              one process, or `sequence_parallel_degree` on this machine
-    torchrun ... 03_finetune.py        those that torchrun (or accelerate) started, on one machine
-                                       or several; a multiple of the degree, the rest data parallel
+    python 0N_stage.py              one process, or `sequence_parallel_degree` on this machine
+    torchrun ... 0N_stage.py        those that torchrun (or accelerate) started, on one machine
+                                    or several; a multiple of the degree, the rest data parallel
 
-Either way each rank trains in a process of its own beside the stage's (process.py, rank.py). Under
+Either way each rank trains in a process of its own beside the stage's (process.py). Under
 torchrun only the first process runs the stage: locks, prepares, writes, publishes. The others wait
 for its word and start their rank's trainer then (follow.py). The run directory must be on a file
 system that all machines share.

@@ -1,10 +1,10 @@
 """The trainers as processes of their own: started, listened to, stopped with us, and explained.
 
-Axolotl imports for 20 seconds, prints much and sets global state, so it never runs in the stage's
-process. Its whole output goes to log.txt (a rank's to log.rankN.txt); of the first, lines that our
-plugin marks are shown. The processes cannot outlive the stage: they get SIGTERM when the stage is
-interrupted, and the kernel kills them when the stage's process is killed (else two trainers could
-write one run directory).
+The stage says what each rank runs. A trainer (Axolotl's) imports for 20 seconds, prints much and
+sets global state, so it never runs in the stage's process. Its whole output goes to log.txt (a
+rank's to log.rankN.txt); of the first, lines that begin with `MARK` are shown. The processes cannot
+outlive the stage: they get SIGTERM when the stage is interrupted, and the kernel kills them when
+the stage's process is killed (else two trainers could write one run directory).
 
 When a rank ends with a failure, the others are of no use and soon fail, too, or wait for it. They
 get a moment to say why, then they are stopped, and one failure is told: that of the rank that ended
@@ -25,25 +25,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from sparselong.errors import StageError
 from sparselong.memory import ALLOCATOR
-from sparselong.processes.failure import failure_path, lost_others, read_failure
+from sparselong.processes.failure import failure_path, read_failure
 from sparselong.processes.launch import find_world, joined_rank, rank_environments
 from sparselong.run import Stage
 
 MARK = "[sparselong] "
 """How a line of a trainer's output begins that is shown; `callbacks.tell` writes these."""
-# Not `-m axolotl.cli.main`: to save conversations, datasets starts four processes, which import the
-# main module anew where there is one, and this one takes seconds.
-_AXOLOTL = "from axolotl.cli.main import main; main()"
 _PR_SET_PDEATHSIG = 1
 _LAST_LINES = 12
 _GRACE_SECONDS = 20
 _SETTLE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 _NCCL_TIMEOUT = "caught collective operation timeout"
+"""NCCL's watchdog aborts the process; this line of its log is all it leaves."""
 _ALONE: Mapping[int, Mapping[str, str]] = {0: {}}
 
 
@@ -110,22 +106,20 @@ class _Trainer:
         self.listener.join(_SETTLE_SECONDS)
 
 
-def train_ranks(stage: Stage) -> None:
-    """Runs Axolotl on the YAML in the stage's directory, on each rank that this process starts.
+def train_ranks(stage: Stage, arguments: Sequence[str]) -> None:
+    """Run the stage's trainer on each rank that this process starts.
+
+    Args:
+        arguments: of Python, the same for each rank.
 
     Raises:
         ConfigError: the number of processes does not fit the config.
         StageError: training failed.
     """
-    world = find_world(stage.config)
-    path = str(stage.dir / "axolotl.yaml")
-    if world.size == 1:
-        command = ["-c", _AXOLOTL, "train", path, "--launcher", "python"]
-    else:
-        degree = str(stage.config.sequence_parallel_degree)
-        command = ["-m", "sparselong.finetune.rank", path, degree]
-    environments = rank_environments(world, torch.cuda.device_count())
-    run_trainer(stage, [sys.executable, *command], environments)
+    import torch  # a refusal needs no torch
+
+    environments = rank_environments(find_world(stage.config), torch.cuda.device_count())
+    run_trainer(stage, [sys.executable, *arguments], environments)
 
 
 def run_trainer(
@@ -170,7 +164,7 @@ def _explain(
 ) -> StageError:
     """The failure to tell, of trainers in the order in which they ended."""
     told = [(trainer, _failure_of(stage, trainer)) for trainer in failed]
-    own = [pair for pair in told if pair[1] is None or not lost_others(pair[1])]
+    own = [pair for pair in told if pair[1] is None or not pair[1].consequence]
     trainer, failure = (own or told)[0]
     if failure is None:
         who = f"rank {trainer.rank} of the trainer" if several else "the trainer"
@@ -197,6 +191,7 @@ def _failure_of(stage: Stage, trainer: _Trainer) -> StageError | None:
             "every rank at the same exchange within the time-out",
             "NCCL's watchdog ended the rank",
             f"see {trainer.log}; the same command goes on from the last whole checkpoint",
+            consequence=True,
         )
     return failure
 

@@ -133,6 +133,7 @@ class _Watch:
             "every rank to go on to the end",
             f"rank {failure['rank']}: {failure['cause']}",
             "mend the cause named here and start again: training goes on from the last checkpoint",
+            consequence=True,
         )
 
     def _run(self) -> None:
@@ -193,10 +194,8 @@ class _Watch:
 
 
 def _is_consequence(error: BaseException) -> bool:
-    """Whether an exception only says that another rank is gone."""
-    if isinstance(error, ExchangeError | dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    """Return whether an exception only says that another rank is gone."""
+    return isinstance(error, ExchangeError | dist.DistError)
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from sparselong.errors import StageError
-from sparselong.parallel import ExchangeError, Mesh, all_gather, build_mesh
+from sparselong.parallel import Mesh, all_gather, build_mesh, explain_exchange
 from sparselong.processes.launch import WORLD_VARIABLES
 from sparselong.processes.watch import watch_ranks
 
@@ -97,15 +97,7 @@ def is_first() -> bool:
 def wait_for_all() -> None:
     """Returns when every rank has called it, however long that takes."""
     if _mesh is not None:
-        try:
-            dist.all_reduce(torch.zeros(1))
-        except RuntimeError as error:
-            raise ExchangeError(
-                f"rank {dist.get_rank()} could not finish the exchange 'waiting' with the others",
-                "every rank alive",
-                str(error).splitlines()[0],
-                "look for the rank that ended first and its own message",
-            ) from error
+        explain_exchange("waiting", lambda: dist.all_reduce(torch.zeros(1)))
 
 
 @contextmanager
@@ -123,7 +115,7 @@ def collect(value: object) -> list:
     if _mesh is None:
         return [value]
     values: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    explain_exchange("collecting", lambda: dist.all_gather_object(values, value))
     return values
 
 

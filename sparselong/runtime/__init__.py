@@ -6,6 +6,7 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.runtime.device import compute_dtype, default_device
+    from sparselong.runtime.last_results import call_once
     from sparselong.runtime.recompute import (
         attend_once,
         begin_ahead,
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
         is_checkpointed,
         is_second_pass,
         keeps_experts,
+    )
+    from sparselong.runtime.settings import (
+        Settings,
+        current,
+        using,
     )
 
 __getattr__ = expose(__name__)

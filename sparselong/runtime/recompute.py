@@ -20,6 +20,9 @@ to a full layer's attention while its experts go backward (`begin_ahead`).
 
     checkpoint(layer, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, True, False))
 
+A recomputation has the settings of its forward pass (`settings.py`): on a GPU it runs in a thread
+of autograd's own, and everywhere it may run when the block around the forward pass has ended.
+
 One decoder layer per checkpoint, as transformers has it. Only torch's non-reentrant checkpointing
 has `context_fn`.
 """
@@ -33,10 +36,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from sparselong.runtime.settings import Settings, current, restoring
+
 T = TypeVar("T")
 Attended = tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]
 """out, lse, and what else the backward pass needs."""
-_active = threading.local()  # the second pass runs in autograd's own thread
+_active = threading.local()
+"""The checkpointed layer that a thread is in. No setting: what is kept here changes with the pass,
+and a backward pass must not find it in its threads, only a recomputation."""
 
 
 class _Layer:
@@ -47,6 +54,8 @@ class _Layer:
         self.results: list[Attended] = []
         self.exchanged: list[torch.Tensor] = []
         self.begun: list[Any] = []
+        self.settings = Settings()
+        """Those of the first pass."""
         self.position: int | None = None
         """The next result to hand out; None in the first pass."""
         self.exchange_position = 0
@@ -59,6 +68,10 @@ class _Pass:
         self.layer, self.position = layer, position
 
     def __enter__(self) -> None:
+        if self.position is None:
+            self.layer.settings = current()
+        self.block = restoring(self.layer.settings)
+        self.block.__enter__()
         self.outer = _layer()
         self.layer.position, _active.layer = self.position, self.layer
         self.layer.exchange_position = 0
@@ -66,6 +79,7 @@ class _Pass:
 
     def __exit__(self, *_: object) -> None:
         _active.layer = self.outer
+        self.block.__exit__(None, None, None)
 
 
 def checkpoint_contexts(

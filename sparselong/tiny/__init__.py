@@ -1,4 +1,4 @@
-"""The small gpt-oss made on the spot, and the directory of the base that a config names."""
+"""The small gpt-oss, built locally, and the directory of a config's base checkpoint."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The directory of the base checkpoint that a config names."""
+"""Finding the base checkpoint that a config names: built, downloaded or local."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sparselong.tiny.build import TinySpec, build_tiny
 
 
 def resolve_base(config: Config, run_dir: Path, progress: Callable[[str], None]) -> Path:
-    """The base checkpoint's local directory.
+    """Return the local directory of the base checkpoint.
 
-    `tiny` is made (once) under the run directory, a hub name is downloaded (once) into the hub's
-    cache, a local directory is taken as it is.
+    `tiny` is built once under the run directory, a hub name is downloaded once into the hub's
+    cache, and a local directory is used as it is.
 
     Raises:
         StageError: the hub cannot be reached, or has no such checkpoint.
@@ -37,7 +37,7 @@ def resolve_base(config: Config, run_dir: Path, progress: Callable[[str], None])
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         raise StageError(
-            f"base model {config.model.base} is not here and could not be downloaded",
+            f"base model {config.model.base} is not local and could not be downloaded",
             "a local directory, or a hub name that can be reached",
             str(error).splitlines()[0],
             "check the name and the network (HF_HUB_OFFLINE must be unset), or download it "

@@ -1,17 +1,17 @@
-"""A small gpt-oss, made and trained on the spot, for machines without a GPU and for tests.
+"""A small gpt-oss, built and trained locally, for machines without a GPU and for tests.
 
-It is transformers' own GptOssForCausalLM with everything that makes gpt-oss what it is: layers that
-alternate between a sliding window and full attention, a learned sink per head, YaRN rope, biases,
-a router that sends each token to four experts. It is small in width only, and it is stored exactly
-as openai/gpt-oss is (`checkpoint.py`), so whatever handles it handles the published models.
+It is transformers' own GptOssForCausalLM with every feature of gpt-oss: layers that alternate
+between sliding-window and full attention, a learned sink per head, YaRN RoPE, biases, and a router
+that sends each token to four experts. Only its dimensions are smaller. It is stored exactly like
+openai/gpt-oss (`checkpoint.py`), so code that handles it also handles the published models.
 
-An untrained model would not do: its perplexity cannot get worse, so no mistake in pruning would
-show. A minute of training on the standard library's documentation (`sparselong.data.corpus`) makes
-attention matter: `measure` says how much is lost without it, and how much under a 2:4 mask drawn at
-random. A share of the text is rendered as harmony conversations, which gives the special tokens and
-turns a meaning. Training is in fp32; what is measured is the model as rounded for storage.
+An untrained model would not do: its perplexity cannot get worse, so no pruning error would show. A
+minute of training on the standard library's documentation (`sparselong.data.corpus`) makes
+attention matter: `measure` reports how much is lost without it, and under a random 2:4 mask. Some
+of the text is rendered as harmony conversations, so that the model learns the special tokens and
+turns. Training is in fp32; the measured model is the one rounded for storage.
 
-Left out: dropout, a router loss, evaluation during training, other devices than the CPU.
+Left out: dropout, a router loss, evaluation during training, devices other than the CPU.
 """
 
 import json
@@ -37,7 +37,7 @@ from sparselong.tiny.measure import measure
 from sparselong.tiny.tokenizer import train_tokenizer
 
 RECORD = "tiny.json"
-_RECIPE = 1  # raised when the same spec and seed would give another model
+_RECIPE = 1  # increment when the same spec and seed would give a different model
 _CONVERSATION_SHARE = 0.12
 _WARMUP_SHARE = 0.1
 _WEIGHT_DECAY = 0.1
@@ -46,18 +46,21 @@ _MAX_POSITIONS = 131_072
 
 @dataclass(frozen=True)
 class TinySpec:
-    """What the small model is made of and how long it is trained.
+    """Architecture and training of the small model.
 
     Attributes:
-        layers: decoder layers; odd ones have full attention, even ones the sliding window.
-        hidden, intermediate: widths of the residual stream and of an expert; divisible by 32.
-        heads, kv_heads: query and key/value heads of 64 each.
-        experts: experts per layer, at least 4; every token visits four.
-        sliding_window: keys that a token of a sliding layer sees, itself included.
-        vocab_size: tokens, the nine special ones included.
-        steps: optimizer steps; 0 leaves the random initialisation.
-        batch_sequences, sequence_len: a step's shape.
-        learning_rate: its peak, after a linear warm-up and before a cosine decay to a twentieth.
+        layers: decoder layers; odd ones use full attention, even ones the sliding window.
+        hidden: width of the residual stream, divisible by 32.
+        intermediate: width of an expert, divisible by 32.
+        heads: query heads, with head_dim 64.
+        kv_heads: KV heads, with head_dim 64.
+        experts: experts per layer, at least 4; each token is routed to four.
+        sliding_window: keys visible to a token in a sliding-window layer, including itself.
+        vocab_size: tokens, including the nine special ones.
+        steps: optimizer steps; 0 keeps the random initialization.
+        batch_sequences: sequences per step.
+        sequence_len: tokens per sequence.
+        learning_rate: peak after a linear warm-up, before a cosine decay to a twentieth.
     """
 
     layers: int = 4
@@ -91,20 +94,20 @@ def build_tiny(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Makes the checkpoint, unless `out_dir` already holds it, and returns its folder.
+    """Build the checkpoint unless `out_dir` already contains it, and return its folder.
 
-    It is built beside `out_dir` and renamed, so a folder under that name is always complete. The
-    same spec, seed, machine, thread count and Python give the same weights to the last bit.
-    `tiny.json` in the folder holds spec, seed, how training went and, after training, `measure`.
+    It is built next to `out_dir` and then renamed, so a folder of that name is always complete. The
+    same spec, seed, machine, thread count and Python give bit-identical weights. `tiny.json` in the
+    folder records the spec, the seed, the training and, after training, the results of `measure`.
 
     Args:
-        out_dir: the checkpoint's folder; one with another small model in it is replaced.
-        spec: its shape and training; the default takes one to two minutes on two cores.
-        seed: decides initialisation, order of the text and conversations.
-        progress: receives a line of text now and then; None prints to stderr.
+        out_dir: the checkpoint's folder; a different small model in it is replaced.
+        spec: architecture and training; the default takes one to two minutes on two cores.
+        seed: decides initialization, order of the text and conversations.
+        progress: called with occasional lines of text; None prints to stderr.
 
     Raises:
-        StageError: `out_dir` holds something else, or there is no text to train on.
+        StageError: `out_dir` contains something else, or there is no text to train on.
     """
     spec = spec or TinySpec()
     say = progress or (lambda message: print(message, file=sys.stderr))
@@ -115,9 +118,9 @@ def build_tiny(
     if record is None and out_dir.exists() and any(out_dir.iterdir()):
         raise StageError(
             f"the small model cannot be written to {out_dir}",
-            "a folder that does not exist, is empty, or holds an earlier small model",
+            "a folder that does not exist, is empty, or contains an earlier small model",
             "files without a readable tiny.json",
-            "name another folder, or remove this one if nothing in it is needed",
+            "choose another folder, or remove this one if it is not needed",
         )
     building = out_dir.with_name(out_dir.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
@@ -133,7 +136,7 @@ def build_tiny(
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The content of the folder's tiny.json, or None where there is no such file or no JSON."""
+    """Return the content of the folder's tiny.json, or None if it is missing or not JSON."""
     try:
         return json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
@@ -141,7 +144,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _build(folder: Path, spec: TinySpec, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Trains tokenizer and model, writes both; returns what to record about the training."""
+    """Train and write tokenizer and model; return what to record about the training."""
     training_texts = corpus.texts("train")
     tokenizer = train_tokenizer(training_texts, spec.vocab_size, _MAX_POSITIONS)
     with torch.random.fork_rng(devices=[]), _deterministic_algorithms():
@@ -165,7 +168,7 @@ def _build(folder: Path, spec: TinySpec, seed: int, say: Callable[[str], None]) 
 
 @contextmanager
 def _deterministic_algorithms() -> Iterator[None]:
-    """Within the context, sums of gradients of gathered rows do not depend on thread timing."""
+    """Make sums of gathered rows' gradients independent of thread timing inside the block."""
     before = torch.are_deterministic_algorithms_enabled()
     fill_before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -212,7 +215,7 @@ def _initialise(spec: TinySpec, tokenizer: Any) -> GptOssForCausalLM:
 
 
 def _initialise_parameter(name: str, value: torch.Tensor, layers: int) -> None:
-    """Fan-in scaling, wide sinks, biases that are not zero; norms stay one."""
+    """Initialize with fan-in scaling, wide sinks and nonzero biases; norms stay one."""
     if "norm" in name:
         return
     if name.endswith("sinks"):
@@ -231,7 +234,7 @@ def _initialise_parameter(name: str, value: torch.Tensor, layers: int) -> None:
 def encode_corpus(
     tokenizer: PreTrainedTokenizerFast, training_texts: list[str], seed: int
 ) -> torch.Tensor:
-    """Documents and harmony conversations in random order as one stream of token ids, int64 [T]."""
+    """Return documents and harmony conversations, shuffled, as one token stream, int64 [T]."""
     shuffled = random.Random(seed)
     plain = [f"{text}<|endoftext|>" for text in training_texts]
     share = _CONVERSATION_SHARE / (1 - _CONVERSATION_SHARE)
@@ -251,7 +254,7 @@ def encode_corpus(
 def _train(
     model: GptOssForCausalLM, tokens: torch.Tensor, spec: TinySpec, say: Callable[[str], None]
 ) -> list[float]:
-    """Runs the optimizer for `spec.steps`; returns the loss of every step in nats per token."""
+    """Train for `spec.steps` and return the loss of every step in nats per token."""
     sequences = tokens[: len(tokens) // spec.sequence_len * spec.sequence_len]
     sequences = sequences.view(-1, spec.sequence_len)
     needed = spec.steps * spec.batch_sequences

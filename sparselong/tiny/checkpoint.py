@@ -1,10 +1,10 @@
-"""Writes a GptOssForCausalLM to disk in the form in which openai/gpt-oss is published.
+"""Writing a GptOssForCausalLM to disk in the format of the published openai/gpt-oss.
 
-Experts become MXFP4 with out-features outermost (`*_blocks`, `*_scales`), everything else bf16
-under upstream's names, in several safetensors shards with an index. Embeddings and the dense part
-of all layers but the last share a shard, experts lie in shards of their own two layers at a time,
-and the last layer is one mixed shard, so that a reader meets every case that the published
-checkpoints have: shards that compression leaves untouched, and shards of which it takes a part.
+Experts are stored as MXFP4 with out-features outermost (`*_blocks`, `*_scales`), everything else as
+bf16 under upstream's names, in several safetensors shards with an index. Embeddings and the dense
+part of all layers but the last share a shard, each expert shard holds two layers, and the last
+layer is one mixed shard. A reader thus meets both cases of the published checkpoints: shards that
+compression leaves untouched, and shards that it changes in part.
 """
 
 import json
@@ -29,7 +29,7 @@ QUANTIZATION_CONFIG = {
 
 
 def write_weights(model: GptOssForCausalLM, folder: Path) -> None:
-    """Rounds the model's weights to bf16 and MXFP4 and writes the shards and their index."""
+    """Round the model's weights to bf16 and MXFP4 and write the shards and their index."""
     shards = _plan_shards(_pack_tensors(model))
     weight_map, total_size_bytes = {}, 0
     for number, tensors in enumerate(shards, start=1):
@@ -45,7 +45,7 @@ def write_weights(model: GptOssForCausalLM, folder: Path) -> None:
 
 
 def write_configs(model: GptOssForCausalLM, folder: Path) -> None:
-    """Writes config.json and generation_config.json with upstream's keys."""
+    """Write config.json and generation_config.json with upstream's keys."""
     config = model.config.to_dict()
     config.update(
         architectures=["GptOssForCausalLM"],
@@ -63,7 +63,7 @@ def write_configs(model: GptOssForCausalLM, folder: Path) -> None:
 
 
 def _pack_tensors(model: GptOssForCausalLM) -> dict[str, torch.Tensor]:
-    """Name → tensor as stored. Expert stacks are [E, in, out] in memory and [E, out, in] here."""
+    """Return name → stored tensor; experts [E, in, out] in memory become [E, out, in]."""
     packed = {}
     for name, value in model.state_dict().items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):

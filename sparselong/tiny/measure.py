@@ -1,8 +1,8 @@
-"""How good the small model is on held-out text, and whether attention matters to it.
+"""Perplexity of the small model on held-out text, and how much of it depends on attention.
 
-A model that ignores attention would let any damage to attention pass, so `measure` publishes,
-beside the perplexity and that of a unigram model of the same text, the perplexity with every
-attention output set to zero and with q, k, v and o under a 2:4 mask drawn at random.
+If the model ignored attention, damage to attention would not show. `measure` therefore reports, in
+addition to the perplexity of the model and of a unigram model of the same text, the perplexity with
+every attention output set to zero and with q, k, v and o under a random 2:4 mask.
 """
 
 import math
@@ -20,11 +20,11 @@ _SEQUENCES_AT_ONCE = 8
 
 
 def measure(checkpoint_dir: Path, held_out_tokens: int = 32_768) -> dict[str, float]:
-    """Perplexities per token on the beginning of the held-out documents.
+    """Return perplexities per token on the beginning of the held-out documents.
 
     Args:
-        checkpoint_dir: a checkpoint in openai/gpt-oss's form, small enough to dequantize.
-        held_out_tokens: how many tokens are read, in sequences of 256.
+        checkpoint_dir: a checkpoint in openai/gpt-oss's format, small enough to dequantize.
+        held_out_tokens: number of tokens to read, in sequences of 256.
 
     Returns:
         `perplexity`, `unigram_perplexity` (counts of the training text plus one),
@@ -53,7 +53,7 @@ def measure(checkpoint_dir: Path, held_out_tokens: int = 32_768) -> dict[str, fl
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, sequences: torch.Tensor) -> float:
-    """exp of the mean loss over every token but each sequence's first; sequences int64 [N, T]."""
+    """Return the perplexity of sequences, int64 [N, T], without each sequence's first token."""
     losses = [
         model(input_ids=batch, labels=batch, use_cache=False).loss.double() * len(batch)
         for batch in sequences.split(_SEQUENCES_AT_ONCE)
@@ -68,7 +68,7 @@ def _encode(tokenizer, texts: list[str]) -> torch.Tensor:
 
 @contextmanager
 def no_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context every layer's attention contributes zero to the residual stream."""
+    """Replace every layer's attention output by zeros inside the block."""
 
     def replace_output(module, arguments, output):
         return torch.zeros_like(output[0]), *output[1:]
@@ -83,7 +83,7 @@ def no_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def mask_attention_at_random(model: PreTrainedModel) -> None:
-    """Keeps two random weights of every four neighbouring inputs of q, k, v and o, in place."""
+    """Keep two random weights of every four consecutive inputs of q, k, v and o, in place."""
     generator = torch.Generator().manual_seed(0)
     for layer in model.model.layers:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):

@@ -1,9 +1,9 @@
 """The small model's tokenizer: byte-level BPE with the harmony special tokens.
 
-It is trained on the demo's own text in a second or two and looks to everything else like the
-tokenizer of gpt-oss: any bytes of valid UTF-8 survive a round trip, the special tokens come after
-the ordinary ones, `<|return|>` ends a generation, and the chat template is harmony. The template
-(`harmony.jinja`, beside this file) is written for text conversations; tool calls are left out.
+It is trained on the demo's own text in a second or two and behaves like the tokenizer of gpt-oss:
+any valid UTF-8 survives a round trip, the special tokens come after the ordinary ones, `<|return|>`
+ends a generation, and the chat template is harmony. The template (`harmony.jinja` in this folder)
+supports text conversations; tool calls are left out.
 """
 
 from collections.abc import Iterable
@@ -29,15 +29,15 @@ _HARMONY_TEMPLATE = Path(__file__).with_name("harmony.jinja")
 def train_tokenizer(
     training_texts: Iterable[str], vocab_size: int, max_length_tokens: int
 ) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer; the same texts give the same tokenizer.
+    """Train and return the tokenizer; the same texts give the same tokenizer.
 
     Args:
-        training_texts: what the merges are counted on.
-        vocab_size: entries in all, the nine special tokens included; at least 265.
-        max_length_tokens: the model's longest context, recorded in the tokenizer's configuration.
+        training_texts: texts from which the merges are learned.
+        vocab_size: total entries, including the nine special tokens; at least 265.
+        max_length_tokens: the model's maximum context, recorded in the tokenizer's config.
 
     Raises:
-        ValueError: vocab_size leaves no room for the 256 bytes, or the texts for that many merges.
+        ValueError: vocab_size is below 265, or the texts do not yield enough merges.
     """
     ordinary = vocab_size - len(SPECIAL_TOKENS)
     if ordinary < 256:
@@ -54,7 +54,7 @@ def train_tokenizer(
         ),
     )
     if tokenizer.get_vocab_size() != ordinary:
-        raise ValueError(f"the texts give {tokenizer.get_vocab_size()} tokens, not {ordinary}")
+        raise ValueError(f"the texts yield {tokenizer.get_vocab_size()} tokens, not {ordinary}")
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

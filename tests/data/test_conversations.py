@@ -63,10 +63,16 @@ def tokenizer():
         ('{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool'"),
         ('{"messages": [{"role": "user", "content": null}]}', "NoneType, not text"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', "begins with the assistant"),
+        (
+            '{"messages": [{"role": "assistant", "content": "x"}]}',
+            "starts with an assistant message",
+        ),
         (json.dumps({"messages": [USER, {**ASSISTANT, "content": " "}]}), "is empty"),
         (json.dumps({"messages": [USER, {**ASSISTANT, "thinking": 3}]}), "thinking of message 2"),
-        (json.dumps({"messages": [USER, {**USER, "role": "system"}, ASSISTANT]}), "comes first"),
+        (
+            json.dumps({"messages": [USER, {**USER, "role": "system"}, ASSISTANT]}),
+            "only the first message",
+        ),
     ],
 )
 def test_malformed_row_is_refused_with_file_and_line(tmp_path, line, reason):

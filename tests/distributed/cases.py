@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from sparselong.kernels.attention.op import Backend, attention
-from sparselong.parallel import gradients as loss_module
+from sparselong.parallel import gradients as gradients_module
 from sparselong.parallel.collectives import count_bytes, progress, sum_over_ranks
-from sparselong.parallel.gradients import add_losses, count_supervised, mean_loss, reduce_gradients
+from sparselong.parallel.gradients import reduce_gradients
+from sparselong.parallel.loss import StepCounts, add_losses, count_step, mean_loss
 from sparselong.parallel.mesh import build_mesh
 from sparselong.parallel.sequence import attention as sharded
 from sparselong.parallel.sequence import context as context_module
-from sparselong.parallel.sequence.context import Context, Layout, context_parallel
+from sparselong.parallel.sequence.context import Context, Layout
 from sparselong.parallel.sequence.shard import chunks_of, shard_batch
 from sparselong.runtime.recompute import checkpoint_contexts
 from tests.distributed import flash_attn_stand_in
@@ -53,18 +54,18 @@ def shard_own(batches: list[dict[str, torch.Tensor]], context_size: int) -> str:
     return ""
 
 
-def count(labels: list[list[torch.Tensor]], context_size: int) -> int:
-    return int(count_supervised(labels[dist.get_rank()], mesh_of(context_size)))
+def count(batches: list[list[dict[str, torch.Tensor]]], context_size: int) -> StepCounts:
+    """What a step of these micro-batches, by data rank, is divided by."""
+    mesh = mesh_of(context_size)
+    return count_step(batches[mesh.data_rank], mesh, pad_token=0)
 
 
 def losses(context_size: int) -> tuple[float, float]:
     """(sum of rank + 1, mean of 10 nats over each rank's one token of two)."""
     mesh, rank = mesh_of(context_size), dist.get_rank()
-    labels = torch.tensor([[3, -100]])
+    shard = {"shift_labels": torch.tensor([[3, -100]])}
     total = add_losses(torch.tensor(float(rank + 1), requires_grad=True), mesh)
-    return float(total), float(
-        mean_loss([torch.tensor(4.0), torch.tensor(6.0)], [labels] * 2, mesh)
-    )
+    return float(total), mean_loss([(torch.tensor(4.0), shard), (torch.tensor(6.0), shard)], mesh)
 
 
 def reduced(
@@ -80,7 +81,7 @@ def reduced(
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
     frozen = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
     before = progress()[0]
-    with count_bytes() as sent, mock.patch.object(loss_module, "PART_ELEMENTS", part):
+    with count_bytes() as sent, mock.patch.object(gradients_module, "PART_ELEMENTS", part):
         reduce_gradients([*parameters, frozen], mesh)
     assert frozen.grad is None
     exchanges = progress()[0] - before
@@ -93,7 +94,7 @@ def traffic(tokens: int, windows: tuple[int | None, ...], keep: bool | None) -> 
     The exchange is all real, in bf16 and in gpt-oss's shapes; what is attended is not computed.
     """
     mesh = mesh_of(4)
-    layout = Layout((0, tokens), 1, heads_k_stride=4)
+    context = Context(mesh, Layout((0, tokens), 1, heads_k_stride=4))
     shape = (1, 8, tokens // 4, 64)
     q = torch.zeros(1, 64, tokens // 4, 64, dtype=torch.bfloat16).requires_grad_()
     k, v = (torch.zeros(shape, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
@@ -112,7 +113,6 @@ def traffic(tokens: int, windows: tuple[int | None, ...], keep: bool | None) -> 
     idle = Backend(lambda *_: None, attend, attend_backward)
     with (
         mock.patch.object(sharded, "load_backend", lambda _: idle),
-        context_parallel(mesh, layout) as context,
         count_bytes() as sent,
     ):
         for window in windows:
@@ -145,7 +145,7 @@ def exchanges_before_the_experts_backward(keep: bool | None) -> tuple[int, str]:
     """How many exchanges the backward pass of a layer has begun when it comes to what stands behind
     its attention, and the last one's tag."""
     mesh = mesh_of(dist.get_world_size())
-    layout = Layout((0, 16), 1, heads_k_stride=1)
+    context = Context(mesh, Layout((0, 16), 1, heads_k_stride=1))
     q, k, v = (torch.randn(1, heads, 8, 8).requires_grad_() for heads in (4, 2, 2))
     extra = {"window": None, "scale": None, "backend": None, "deterministic": False}
     seen: list[tuple[int, str]] = []
@@ -154,12 +154,11 @@ def exchanges_before_the_experts_backward(keep: bool | None) -> tuple[int, str]:
         attended = context.attend(q, k, v, torch.zeros(4), **extra)
         return _LooksBackward.apply(attended, seen)
 
-    with context_parallel(mesh, layout) as context:
-        contexts = functools.partial(checkpoint_contexts, bool(keep))
-        run = functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
-        out = layer(q) if keep is None else run(layer, q)
-        before = progress()[0]
-        out.sum().backward()
+    contexts = functools.partial(checkpoint_contexts, bool(keep))
+    run = functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    out = layer(q) if keep is None else run(layer, q)
+    before = progress()[0]
+    out.sum().backward()
     return seen[0][0] - before, seen[0][1]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparselong.parallel.loss import StepCounts
 from tests.distributed import cases
 
 IGNORED = -100
@@ -99,10 +100,14 @@ def test_tokens_behind_padding_are_refused_as_on_one_gpu(pools):
 
 
 def test_tokens_are_counted_over_all_ranks_and_micro_batches(pools):
-    some, none = torch.tensor([[3, IGNORED, 4]]), torch.full((1, 3), IGNORED)
-    labels = [[some, some], [none, some], [none, none], [none, some]]
-    assert pools[4].run(cases.count, labels, 2) == [8] * 4
-    assert pools[2].run(cases.count, [[none], [none]], 2) == [1] * 2
+    ids = torch.tensor([[5, 6, 7, 0]])  # the first label is of a token that nobody predicts
+    some = {"input_ids": ids, "labels": torch.tensor([[3, IGNORED, 4, 5]])}
+    none = {"input_ids": ids, "labels": torch.tensor([[3, IGNORED, IGNORED, IGNORED]])}
+    masked = some | {"attention_mask": torch.tensor([[1, 1, 0, 0]])}
+    expected = [StepCounts(tokens=11, divisor=4)] * 4
+    assert pools[4].run(cases.count, [[some, none], [none, masked]], 2) == expected
+    assert pools[4].run(cases.count, [[some], [none], [masked], [none]], 1) == expected
+    assert pools[2].run(cases.count, [[none]], 2) == [StepCounts(tokens=3, divisor=1)] * 2
 
 
 def test_losses_are_sums_over_all_ranks(pools):

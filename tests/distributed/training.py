@@ -4,6 +4,7 @@ turned off, which tests must notice."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,16 +22,19 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from sparselong.kernels.attention import torch_backend as attention_torch
 from sparselong.model import attention as _registers  # noqa: F401
 from sparselong.model.fused import chunk_loss
+from sparselong.parallel.apply import share_batch
 from sparselong.parallel.collectives import count_bytes
-from sparselong.parallel.gradients import add_losses, count_supervised, mean_loss, reduce_gradients
+from sparselong.parallel.gradients import reduce_gradients
+from sparselong.parallel.loss import add_losses, count_step, mean_loss, shift_labels
 from sparselong.parallel.mesh import Mesh, build_mesh
 from sparselong.parallel.sequence import attention as sharded
-from sparselong.parallel.sequence.context import context_parallel, take_layout
-from sparselong.parallel.sequence.shard import IGNORED, shard_batch, shift_labels
+from sparselong.parallel.sequence.shard import IGNORED
 from sparselong.runtime.recompute import checkpoint_contexts
+from sparselong.runtime.settings import using
 
 Batch = dict[str, torch.Tensor]
 mesh_of = functools.cache(build_mesh)  # groups are made once a process
+PAD_TOKEN = -1  # no batch here is padded with a token of its own
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,8 @@ def train_alone(run: Run) -> Result:
     result = _train(run, model, go)
     with torch.no_grad(), _precision(run):
         last = to(run.steps[-1][0][0], run.device)
-        count = max(1, int((shift_labels(last["labels"]) != IGNORED).sum()))
-        result.eval_loss = float(loss_of(last, count))
+        count = int((shift_labels(last["labels"]) != IGNORED).sum())
+        result.eval_loss = float(loss_of(last, count)) if count else math.nan
     return result
 
 
@@ -135,13 +139,14 @@ def train_sharded(run: Run, context_size: int) -> Result:
         return model(**local, num_items_in_batch=count, use_cache=False).loss
 
     def go(step: list[list[Batch]]) -> float:
-        shards = [_shard(micro[mesh.data_rank], mesh, run) for micro in step]
-        count = count_supervised([local["shift_labels"] for local, _ in shards], mesh)
+        batches = [micro[mesh.data_rank] for micro in step]
+        count = count_step(batches, mesh, PAD_TOKEN).divisor
         total = torch.zeros((), device=run.device)
-        for local, layout in shards:
-            with context_parallel(mesh, layout):
+        for batch in batches:
+            local, changes = _share(batch, mesh, run)
+            with using(**changes):
                 loss = loss_of(local, count)
-                loss.backward()
+            loss.backward()  # recomputation has the forward pass's settings
             total += loss.detach()
         reduce_gradients(trained, mesh)
         return float(add_losses(total, mesh))
@@ -151,12 +156,13 @@ def train_sharded(run: Run, context_size: int) -> Result:
     result.sent_bytes = dict(sent)
     with _piece_off(run.broken), torch.no_grad(), _precision(run):
         # The last batch of an evaluation is one sequence: the other data ranks have nothing.
-        local, layout = _shard(run.steps[-1][0][0], mesh, run)
+        local, changes = _share(run.steps[-1][0][0], mesh, run)
         if mesh.data_rank > 0:
-            local["shift_labels"].fill_(IGNORED)
-        with context_parallel(mesh, layout):
-            sums = [loss_of(local, 1)]
-        result.eval_loss = float(mean_loss(sums, [local["shift_labels"]], mesh))
+            labels = {key for key in local if key.endswith("labels")}
+            local |= {key: torch.full_like(local[key], IGNORED) for key in labels}
+        with using(**changes):
+            loss = loss_of(local, 1)
+        result.eval_loss = mean_loss([(loss, local)], mesh)
     return result
 
 
@@ -164,14 +170,15 @@ def to(batch: Batch, device: str) -> Batch:
     return {key: tensor.to(device) for key, tensor in batch.items()}
 
 
-def _shard(batch: Batch, mesh: Mesh, run: Run) -> tuple[Batch, Any]:
-    local = shard_batch(to(batch, run.device), mesh)
+def _share(batch: Batch, mesh: Mesh, run: Run) -> tuple[Batch, dict[str, Any]]:
+    shared, changes = share_batch(to(batch, run.device), mesh, run.heads_k_stride)
+    local = dict(shared)
     if run.broken == "label pre-shift":
         local["shift_labels"] = shift_labels(local["labels"])
     if run.broken == "position ids":
         positions = torch.arange(local["input_ids"].shape[1], device=run.device)
         local["position_ids"] = positions.expand_as(local["input_ids"])
-    return local, take_layout(local, run.heads_k_stride)
+    return local, changes
 
 
 def _train(run: Run, model: nn.Module, go: Any) -> Result:

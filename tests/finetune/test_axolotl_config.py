@@ -1,28 +1,109 @@
 """The generated YAML: what must be said explicitly, and what is refused."""
 
+import json
+import types
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from sparselong.config.schema import load
+from sparselong.config.keys import known_keys
+from sparselong.config.schema import Config, load
+from sparselong.data.conversations import DataFiles
 from sparselong.errors import StageError
-from sparselong.finetune.axolotl_config import (
-    PLUGIN,
-    Folders,
-    build,
-    check_heads,
-    refuse_unsupported,
-)
+from sparselong.finetune.axolotl_config import PLUGIN, build, refuse_unsupported
+from sparselong.finetune.training_run import RUN_KEY, TrainingRun
 from tests.conftest import ROOT
 
-FOLDERS = Folders(
-    Path("/run/02"), Path("/run/03"), Path("/d/train.jsonl"), Path("/d/val.jsonl"), "tiny-w4a16"
-)
+DATA = DataFiles(Path("/d/train.jsonl"), Path("/d/val.jsonl"))
+OURS = {
+    **dict.fromkeys(("model", "shared_dense", "experts", "calibration"), "stage 02 has done it"),
+    "data": "the files and our labels on Axolotl's rows are made by this project",
+    "evaluation": "stage 04's",
+    "profile": "a set of other keys' values",
+    "finetuning_modifiers": "masks are updated by a callback of ours",
+    "attention_backend": "the plugin chooses our kernels",
+    "deterministic": "the plugin chooses our kernels",
+    "sequence_parallel_degree": "Axolotl trains as if alone, rank.py says otherwise",
+    "heads_k_stride": "as the degree",
+    "ring_attn_func": "as the degree",
+    "lora.expert_targets": "Axolotl's schema knows no adapters of experts; the plugin adds them",
+    "lora.expert_r": "as expert_targets",
+    "lora.router": "as expert_targets",
+    "training.keep_attention": "layers keep what a callback of ours tells them to",
+    "training.keep_experts": "as keep_attention",
+    "training.loss_target": "a callback of ours gives the alert",
+}
+"""Keys and sections that Axolotl is not told, and why."""
+NEEDED = {
+    "flash_attention": {"attention_backend": "auto"},
+    "training.offload_checkpoints": {"training.gradient_checkpointing": True},
+}
+"""What must stand beside a key for it to have a meaning."""
 
 
-def document(*overrides: str, **arguments) -> dict:
+def document(*overrides: str, resume_from: Path | None = None) -> dict:
     config = load(ROOT / "configs/tiny.yaml", list(overrides))
-    return build(config, FOLDERS, arguments.pop("resume_from", None), 100, **arguments)
+    return build(TrainingRun(Path("/runs/a"), config), DATA, resume_from, 100)
+
+
+def leaves() -> list[str]:
+    keys = known_keys(Config)
+    return [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
+
+
+def is_ours(key: str) -> bool:
+    return key in OURS or key.partition(".")[0] in OURS
+
+
+def another(key: str, value: Any) -> Any:
+    """Another value of a key's type."""
+    section = known_keys(Config)[key]
+    annotation = section.model_fields[key.rpartition(".")[2]].annotation
+    if get_origin(annotation) is Literal:
+        return next(choice for choice in get_args(annotation) if choice != value)
+    if isinstance(annotation, types.UnionType):
+        annotation = next(kind for kind in get_args(annotation) if kind is not type(None))
+        value = None
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return value[:1]
+    if isinstance(value, int | float):
+        return value * 2 + 1
+    return "other" if annotation is str else 7
+
+
+def change(config: Any, key: str, value: Any) -> Any:
+    name, _, rest = key.partition(".")
+    inner = change(getattr(config, name), rest, value) if rest else value
+    return config.model_copy(update={name: inner})
+
+
+@pytest.mark.parametrize("key", [key for key in leaves() if not is_ours(key)])
+def test_changing_a_key_that_axolotl_must_know_changes_the_document(key):
+    config = load(ROOT / "configs/tiny.yaml")
+    for beside, value in NEEDED.get(key, {}).items():
+        config = change(config, beside, value)
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    changed = change(config, key, another(key, value))
+    before, after = (build(TrainingRun(Path("/r"), c), DATA, None, 100) for c in (config, changed))
+    assert before != after
+    json.dumps(after)  # plain values
+
+
+def test_what_is_ours_alone_is_a_known_key_and_not_in_the_document():
+    assert set(OURS) <= set(known_keys(Config))
+    plain = load(ROOT / "configs/tiny.yaml")
+    for key in leaves():
+        if is_ours(key):
+            value: Any = plain
+            for name in key.split("."):
+                value = getattr(value, name)
+            made = build(TrainingRun(Path("/runs/a"), change(plain, key, "other")), DATA, None, 100)
+            assert made == document(), key
 
 
 def test_precision_and_kernels_are_never_left_to_axolotl():
@@ -38,12 +119,9 @@ def test_precision_and_kernels_are_never_left_to_axolotl():
 
 def test_paths_and_sections():
     made = document()
-    assert made["base_model"] == "/run/02/model"
-    assert made["plugins"] == [PLUGIN]
-    assert made["output_dir"] == "/run/03/checkpoints"
-    assert made["sparselong"]["masters"] == "/run/02/masters"
-    assert made["sparselong"]["criterion"] == "hysteresis"
-    assert made["sparselong"]["name"] == "tiny-w4a16"
+    assert made["base_model"] == "/runs/a/02_compress/model"
+    assert made["plugins"] == [PLUGIN] and made[RUN_KEY] == "/runs/a"
+    assert made["output_dir"] == "/runs/a/03_finetune/checkpoints"
     data = made["datasets"][0]
     assert (data["path"], data["type"], data["roles_to_train"]) == (
         "/d/train.jsonl",
@@ -75,19 +153,11 @@ def test_keys_arrive(override, key, value):
     assert document(override)[key] == value
 
 
-def test_the_plugin_is_told_what_cannot_be_kept():
-    """The tiny config has no checkpointing, on a GPU as on a CPU."""
-    told = document()["sparselong"]["nothing_to_keep"]
-    assert set(told) == {"keep_attention", "keep_experts"}
-    assert all("gradient_checkpointing" in why for why in told.values())
-
-
 def test_nothing_is_null_and_resume_is_named():
     assert None not in document("training.early_stopping_patience=null").values()
     assert "resume_from_checkpoint" not in document()
-    made = document(resume_from=Path("/run/03/checkpoints/checkpoint-4"), bake_only=True)
+    made = document(resume_from=Path("/run/03/checkpoints/checkpoint-4"))
     assert made["resume_from_checkpoint"].endswith("checkpoint-4")
-    assert made["sparselong"]["bake_only"] is True
 
 
 @pytest.mark.parametrize(
@@ -118,18 +188,6 @@ def test_each_process_needs_a_gpu_of_its_own_where_there_are_any():
     assert "sequence_parallel_degree=3" in refusal.value.fix
 
 
-def test_a_split_sequence_attends_through_our_function_and_axolotl_splits_nothing():
+def test_axolotl_splits_no_sequence():
     made = document("sequence_parallel_degree=4", "heads_k_stride=2")
-    assert made["sparselong"]["attention"] == "sparselong"
-    assert made["sparselong"]["heads_k_stride"] == 2
-    assert document()["sparselong"]["attention"] == "eager"
     assert not {"context_parallel_size", "sequence_parallel_degree"} & set(made)
-
-
-def test_a_stride_that_does_not_divide_the_heads_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"num_key_value_heads": 2}')
-    split = ["sequence_parallel_degree=2", "heads_k_stride=4"]
-    check_heads(load(ROOT / "configs/tiny.yaml", [split[0]]), tmp_path)
-    check_heads(load(ROOT / "configs/tiny.yaml", [split[1]]), tmp_path)  # nothing is gathered
-    with pytest.raises(StageError, match="2 key/value heads"):
-        check_heads(load(ROOT / "configs/tiny.yaml", split), tmp_path)

@@ -12,7 +12,12 @@ import pytest
 from sparselong.config.schema import load
 from sparselong.errors import StageError
 from sparselong.finetune import state, supervision
-from sparselong.finetune.trainer import check_receipt, find_checkpoint, keep_rows
+from sparselong.finetune.trainer import (
+    check_receipt,
+    find_last_checkpoint,
+    keep_rows,
+    remove_unfinished_checkpoints,
+)
 from sparselong.processes.failure import explain, read_failure
 from sparselong.processes.process import run_trainer
 from sparselong.run import Stage
@@ -40,13 +45,15 @@ def make_checkpoint(folder: Path, step: int) -> Path:
 
 def test_the_last_whole_checkpoint_is_found_and_pieces_are_removed(stage):
     folder = stage.dir / "checkpoints"
-    assert find_checkpoint(stage, folder) is None
+    assert find_last_checkpoint(folder) is None
     for step in (9, 10, 100, 200, 300):
         make_checkpoint(folder, step)
     (folder / "checkpoint-200/optimizer.pt").unlink()
     (folder / "checkpoint-300" / state.TRAINER_STATE).write_text('{"global_step": 30')
-    found = find_checkpoint(stage, folder)
+    found = find_last_checkpoint(folder)
     assert found and found.name == "checkpoint-100"  # by number, not by name
+    assert len(list(folder.iterdir())) == 5, "finding changes nothing"
+    remove_unfinished_checkpoints(stage, folder)
     left = sorted(path.name for path in folder.iterdir())
     assert left == ["checkpoint-10", "checkpoint-100", "checkpoint-9"]
 
@@ -121,8 +128,11 @@ def test_the_trainer_dies_with_the_stage(stage, tmp_path):
 
 def test_a_full_disk_is_explained(tmp_path):
     for text in ("[Errno 28] No space left on device", "Error: I/O: No space left on device (28)"):
-        told = explain(RuntimeError(text), tmp_path)
+        told = explain(RuntimeError(text), tmp_path / "03_finetune")
         assert told and "room on the disk" in told.expected
+        assert told.what.startswith("03_finetune could not write to")
+    assert explain(OSError(28, "kein Platz"), tmp_path)
+    assert explain(OSError(2, "No space left on device"), tmp_path) is None
     assert explain(RuntimeError("index out of range"), tmp_path) is None
     (tmp_path / "failure.json").write_text('{"what": "cut o')
     failure = read_failure(tmp_path)

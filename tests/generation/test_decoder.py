@@ -11,12 +11,11 @@ from sparselong.generation import decoder as generation
 from sparselong.generation.decoder import Decoder, generate
 from sparselong.generation.prompt_cache import make_prompt_cache
 from sparselong.generation.step import KernelStep
-from sparselong.kernels.experts import op as expert_gemm
-from sparselong.kernels.experts.choice import NO_LIMIT
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.quantizer import replace_with_packed
 from sparselong.packing import dense, integer
 from sparselong.packing.dense import DenseFormat
+from sparselong.runtime.settings import current
 
 WINDOW = 8
 CONFIG = GptOssConfig(
@@ -131,7 +130,7 @@ def test_a_prompt_that_breaks_off_leaves_nothing_behind(model, monkeypatch):
     limits = []
 
     def break_off(*_):
-        limits.append(expert_gemm._inference_tokens.get())
+        limits.append(current().inference_tokens)
         if len(limits) == 2:
             raise InterruptedError
 
@@ -140,7 +139,7 @@ def test_a_prompt_that_breaks_off_leaves_nothing_behind(model, monkeypatch):
     with hook, pytest.raises(InterruptedError):
         decoder.start(torch.full((1, 39), 7))
     assert limits == [generation.EXPERT_TOKENS] * 2
-    assert expert_gemm._inference_tokens.get() == NO_LIMIT
+    assert current().inference_tokens is None
     prompt = torch.randint(1, 96, (1, WINDOW + 4), generator=torch.Generator().manual_seed(3))
     assert torch.equal(decoder.start(prompt), Decoder(model, 40).start(prompt))
 

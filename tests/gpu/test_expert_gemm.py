@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from sparselong.kernels.decode import experts as expert_generation
+from sparselong.kernels.expert_stack import ExpertStack, Gate, PackedWeight
 from sparselong.kernels.experts import routing as expert_routing
 from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts.call import ExpertOperands
+from sparselong.kernels.experts.lora import NO_ADAPTERS
 from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp
 from sparselong.packing import mxfp4
 from tests.poisoned import PoisonedTorch
@@ -22,6 +25,7 @@ from tests.references.expert_mlp import expert_mlp_reference
 
 OURS = ("small", "packed", "decode")
 LEAVES = ("x", "routing_weights", "gate_up_bias", "down_bias")
+CALL = ("x", "expert_indices", "routing_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,7 @@ CASES = [
 ]
 
 
-def draw_stack(experts: int, out: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_weight(experts: int, out: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks, and scales that keep outputs near 1."""
     shape = (experts, out, width // 32)
     blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, device="cuda")
@@ -64,7 +68,7 @@ def draw_stack(experts: int, out: int, width: int) -> tuple[torch.Tensor, torch.
 
 
 def draw(case: Case, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """expert_mlp's arguments by name, and dout."""
+    """The tensors of a call by name, and dout."""
     torch.manual_seed(len(case.name))
     allowed = torch.tensor(case.only or range(case.experts), device="cuda")
     picks = torch.rand(case.tokens, len(allowed), device="cuda").argsort(1)[:, : case.top_k]
@@ -76,16 +80,30 @@ def draw(case: Case, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Ten
     }
     stacks = (("gate_up", 2 * case.inner, case.hidden), ("down", case.hidden, case.inner))
     for name, out, width in stacks:
-        call[f"{name}_blocks"], call[f"{name}_scales"] = draw_stack(case.experts, out, width)
+        call[f"{name}_blocks"], call[f"{name}_scales"] = draw_weight(case.experts, out, width)
         call[f"{name}_bias"] = torch.randn(case.experts, out, device="cuda").to(dtype)
     return call
+
+
+def stack_of(call: dict[str, torch.Tensor]) -> ExpertStack:
+    """The stack that a call's tensors make."""
+    return ExpertStack(
+        *(
+            PackedWeight(*(call[f"{name}_{part}"] for part in PackedWeight._fields))
+            for name in ExpertStack._fields
+        )
+    )
+
+
+def apply(call: dict[str, torch.Tensor], backend: str | None = None) -> torch.Tensor:
+    """The public function's output."""
+    return expert_mlp(*(call[name] for name in CALL), stack_of(call), backend=backend)
 
 
 def run(call: dict[str, torch.Tensor], backend: str | None) -> dict[str, torch.Tensor]:
     """Output and gradients through the public function."""
     leaves = {name: call[name].detach().requires_grad_() for name in LEAVES}
-    rest = {name: tensor for name, tensor in call.items() if name != "dout"}
-    out = expert_mlp(**(rest | leaves), backend=backend)
+    out = apply(call | leaves, backend)
     grads = torch.autograd.grad(out, list(leaves.values()), call["dout"])
     return dict(zip(("out", *LEAVES), (out, *grads), strict=True))
 
@@ -93,11 +111,8 @@ def run(call: dict[str, torch.Tensor], backend: str | None) -> dict[str, torch.T
 def run_exactly(call: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same in fp64 by the reference."""
     leaves = {name: call[name].detach().double().requires_grad_() for name in LEAVES}
-    out = expert_mlp_reference(
-        leaves["x"], call["expert_indices"], leaves["routing_weights"],
-        (call["gate_up_blocks"], call["gate_up_scales"]), leaves["gate_up_bias"],
-        (call["down_blocks"], call["down_scales"]), leaves["down_bias"], ALPHA, LIMIT,
-    )  # fmt: skip
+    given = call | leaves
+    out = expert_mlp_reference(*(given[name] for name in CALL), stack_of(given))
     grads = torch.autograd.grad(out, list(leaves.values()), call["dout"].double())
     return dict(zip(("out", *LEAVES), (out, *grads), strict=True))
 
@@ -144,17 +159,15 @@ def test_kernels_err_no_more_than_twice_plain_torch(case, backend, poison, monke
 def test_generation_errs_no_more_than_twice_plain_torch(case, poison):
     call = draw(case)
     exact, yardstick = run_exactly(call)["out"], run(call, "torch")["out"]
-    rest = {name: tensor for name, tensor in call.items() if name != "dout"}
-    got = expert_mlp(**rest, backend="generation")
-    assert torch.equal(got, expert_mlp(**rest, backend="generation"))
+    got = apply(call, "generation")
+    assert torch.equal(got, apply(call, "generation"))
     assert_close(case.name, {"out": got}, {"out": yardstick}, {"out": exact})
 
 
 def test_a_wrong_index_in_generation_gives_nan_to_its_token_alone():
     call = draw(Case("wrong_index", 3))
-    rest = {name: tensor for name, tensor in call.items() if name != "dout"}
-    rest["expert_indices"][1, 2] = 8
-    out = expert_mlp(**rest, backend="generation")
+    call["expert_indices"][1, 2] = 8
+    out = apply(call, "generation")
     assert torch.isnan(out[1]).all() and torch.isfinite(out[[0, 2]]).all()
 
 
@@ -169,9 +182,9 @@ def test_fp32_is_exact_to_fp32(backend, poison):
 def test_every_byte_at_every_scale_decodes_to_the_bit():
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 255, 1, 1)
     scales = torch.arange(255, dtype=torch.uint8).view(1, 255, 1).repeat(1, 1, 16)
-    stack = expert_triton.Projection(blocks.cuda(), scales.cuda(), scales.cuda())
+    weight = PackedWeight(blocks.cuda(), scales.cuda(), scales.cuda())
     buffer = torch.full((1, 255, 512), float("nan"), dtype=torch.bfloat16, device="cuda")
-    expert_triton.decode_into(buffer, stack, 0, 1)
+    expert_triton.decode_into(buffer, weight, 0, 1)
     exact = mxfp4.decode(blocks, scales, torch.bfloat16)
     assert torch.equal(buffer.cpu().view(torch.int16), exact.view(torch.int16))
 
@@ -183,12 +196,12 @@ def test_decoding_in_the_product_is_exact(backend, backward):
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 512, 1, 1)
     scales = torch.randint(2, 253, (1, 512, 16), dtype=torch.uint8)
     bias = torch.zeros(1, 512, device="cuda", dtype=torch.bfloat16)
-    stack = expert_triton.Projection(blocks.cuda(), scales.cuda(), bias)
+    weight = PackedWeight(blocks.cuda(), scales.cuda(), bias)
     unit = torch.eye(512, device="cuda", dtype=torch.bfloat16)
     indices = torch.zeros(512, 1, dtype=torch.int64, device="cuda")
     rows = expert_triton.choose_tile(unit, backend, "forward").rows
     routing = expert_routing.sort_by_expert(indices, 1, rows)
-    got = expert_triton.multiply(unit, stack, routing, backend, backward)
+    got = expert_triton.multiply(unit, weight, routing, backend, backward)
     exact = mxfp4.decode(blocks, scales, torch.bfloat16)[0]
     assert torch.equal(got.cpu(), exact if backward else exact.T)
 
@@ -221,7 +234,7 @@ def test_sorting_is_stable_and_lists_every_tile():
 def test_frozen_inputs_get_no_gradient_and_cost_none():
     call = draw(Case("frozen", 100))
     x = call["x"].requires_grad_()
-    out = expert_mlp(**{name: t for name, t in call.items() if name != "dout"})
+    out = apply(call)
     out.backward(call["dout"])
     assert x.grad is not None and call["routing_weights"].grad is None
 
@@ -243,20 +256,16 @@ def test_d_gate_up_may_take_gate_ups_place():
     """Pieces of a row, many rows at once, gpt-oss's widths: the same bits, less memory."""
     call = draw(Case("in_place", 4000, experts=4, hidden=2880, inner=2880))
     indices, weights = call["expert_indices"], call["routing_weights"]
-    stacks = [
-        expert_triton.Projection(*(call[f"{name}_{part}"] for part in ("blocks", "scales", "bias")))
-        for name in ("gate_up", "down")
-    ]
-    wide, routing = expert_triton.run_gate_up(call["x"], indices, stacks[0], "packed")
+    operands = ExpertOperands(stack_of(call), NO_ADAPTERS, Gate(ALPHA, LIMIT), "packed")
+    wide, routing = expert_triton.run_gate_up(call["x"], indices, operands)
+    saved = expert_triton.SavedForward(wide, routing, indices, weights, None)
     results, peaks = [], []
     for overwrite in (False, True):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         results.append((torch.empty_like(call["x"]), torch.empty_like(weights)))
-        expert_triton.run_backward(
-            call["dout"], wide, routing, indices, weights, *stacks, (ALPHA, LIMIT), "packed",
-            *results[-1], overwrite=overwrite,
-        )  # fmt: skip
+        gradients = expert_triton.Gradients(*results[-1])
+        expert_triton.run_backward(call["dout"], saved, operands, gradients, overwrite)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert peaks[0] - peaks[1] > 0.45 * wide.nbytes  # the rows beside it peak elsewhere
@@ -275,6 +284,5 @@ def test_an_index_out_of_range_stops_the_device():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_types_are_refused(dtype):
     call = draw(Case("refuse", 10))
-    rest = {name: tensor for name, tensor in call.items() if name != "dout"}
     with pytest.raises(ValueError, match="allowed with .*: torch.bfloat16, torch.float32"):
-        expert_mlp(**(rest | {"x": call["x"].to(dtype)}))
+        apply(call | {"x": call["x"].to(dtype)})

@@ -10,18 +10,26 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sparselong.kernels.experts import lora as expert_lora
-from sparselong.kernels.experts import lora_launch as expert_lora_triton
 from sparselong.kernels.experts import lora_triton as expert_lora_kernels
 from sparselong.kernels.experts import op as expert_gemm
 from sparselong.kernels.experts import routing as expert_routing
 from sparselong.kernels.experts import triton_launch as expert_triton
-from sparselong.kernels.experts.lora import Adapter, expert_lora_mlp
-from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp
+from sparselong.kernels.experts.lora import Adapter, Adapters
+from sparselong.kernels.experts.op import expert_mlp
 from sparselong.runtime.recompute import checkpoint_contexts
-from tests.gpu.test_expert_gemm import CASES, OURS, Case, assert_close, deviations, draw
+from tests.gpu.test_expert_gemm import (
+    CALL,
+    CASES,
+    OURS,
+    Case,
+    apply,
+    assert_close,
+    deviations,
+    draw,
+    stack_of,
+)
 from tests.poisoned import PoisonedTorch
-from tests.references.expert_lora import expert_lora_reference
+from tests.references.expert_mlp import expert_mlp_reference
 
 SCALINGS = {"gate_up": 4.0, "down": 0.5}
 BOTH = ("gate_up", "down")
@@ -41,34 +49,33 @@ def draw_adapted(case: Case, rank: int = 8, which=BOTH, dtype=torch.bfloat16) ->
 
 
 def names_of(call: dict) -> list[str]:
+    """Names of what is trained; biases, which forbid slices, only where they ask for gradients."""
     factors = [f"{name}_{part}" for name in BOTH for part in "ab" if f"{name}_a" in call]
-    return ["x", "routing_weights", *factors]
+    biases = [f"{name}_bias" for name in BOTH if call[f"{name}_bias"].requires_grad]
+    return ["x", "routing_weights", *factors, *biases]
 
 
-def adapters_of(leaves: dict) -> list:
-    return [
-        Adapter(leaves[f"{name}_a"], leaves[f"{name}_b"], SCALINGS[name])
-        if f"{name}_a" in leaves
-        else None
-        for name in BOTH
-    ]
-
-
-def stacks_of(call: dict) -> list:
-    return [tuple(call[f"{name}_{part}"] for part in ("blocks", "scales", "bias")) for name in BOTH]
+def adapters_of(leaves: dict) -> Adapters:
+    return Adapters(
+        *(
+            Adapter(leaves[f"{name}_a"], leaves[f"{name}_b"], SCALINGS[name])
+            if f"{name}_a" in leaves
+            else None
+            for name in BOTH
+        )
+    )
 
 
 def run(call: dict, backend: str | None, keep=lambda f, *x: f(*x)) -> dict[str, torch.Tensor]:
     """Output and gradients through the public function; `keep` may checkpoint it."""
     leaves = {name: call[name].detach().requires_grad_() for name in names_of(call)}
+    given = call | leaves
 
-    def apply(x):
-        return expert_lora_mlp(
-            x, call["expert_indices"], leaves["routing_weights"], *stacks_of(call),
-            *adapters_of(leaves), backend=backend,
-        )  # fmt: skip
+    def layer(x):
+        inputs = (x, *(given[name] for name in CALL[1:]))
+        return expert_mlp(*inputs, stack_of(given), adapters_of(leaves), backend=backend)
 
-    out = keep(apply, leaves["x"])
+    out = keep(layer, leaves["x"])
     grads = torch.autograd.grad(out, list(leaves.values()), call["dout"])
     return dict(zip(("out", *leaves), (out, *grads), strict=True))
 
@@ -76,10 +83,9 @@ def run(call: dict, backend: str | None, keep=lambda f, *x: f(*x)) -> dict[str, 
 def run_exactly(call: dict) -> dict[str, torch.Tensor]:
     """The same in fp64 by the reference."""
     leaves = {name: call[name].detach().double().requires_grad_() for name in names_of(call)}
-    out = expert_lora_reference(
-        leaves["x"], call["expert_indices"], leaves["routing_weights"], *stacks_of(call),
-        *adapters_of(leaves), ALPHA, LIMIT,
-    )  # fmt: skip
+    given = call | leaves
+    inputs = (given[name] for name in CALL)
+    out = expert_mlp_reference(*inputs, stack_of(given), adapters_of(leaves))
     grads = torch.autograd.grad(out, list(leaves.values()), call["dout"].double())
     return dict(zip(("out", *leaves), (out, *grads), strict=True))
 
@@ -92,8 +98,7 @@ def checkpointed(function, *inputs, keep_experts=False):
 @pytest.fixture
 def poison(monkeypatch):
     """torch.empty and torch.empty_like, as the launchers see them, give NaN, or 77."""
-    modules = (expert_triton, expert_routing, expert_lora, expert_lora_kernels, expert_lora_triton)
-    for module in modules:
+    for module in (expert_triton, expert_routing, expert_lora_kernels):
         monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
@@ -147,16 +152,32 @@ def test_an_untrained_adapter_changes_no_bit():
     call = draw_adapted(Case("untrained", 500))
     for name in BOTH:
         call[f"{name}_b"].zero_()
-    plain = [tensor for stack in stacks_of(call) for tensor in stack]
-    inputs = [call[name] for name in ("x", "expert_indices", "routing_weights")]
-    assert torch.equal(run(call, "packed")["out"], expert_mlp(*inputs, *plain, backend="packed"))
+    assert torch.equal(run(call, "packed")["out"], apply(call, "packed"))
+
+
+@pytest.mark.parametrize("keep", [None, checkpointed], ids=["plain", "checkpointed"])
+def test_biases_are_trained_beside_adapters(keep, poison):
+    call = draw_adapted(Case("biases", 700))
+    for name in BOTH:
+        call[f"{name}_bias"].requires_grad_()
+    got = run(call, "packed", *([keep] if keep else []))
+    assert {"gate_up_bias", "down_bias"} < set(got)
+    assert_close("biases", got, run(call, "torch"), run_exactly(call))
+
+
+def test_without_gradients_the_output_is_the_same():
+    call = draw_adapted(Case("inference", 700))
+    with torch.no_grad():
+        inputs = (call[name] for name in CALL)
+        out = expert_mlp(*inputs, stack_of(call), adapters_of(call), backend="packed")
+    assert torch.equal(out, run(call, "packed")["out"])
 
 
 def test_no_delta_of_a_weights_size_is_made():
     """With 32 experts of gpt-oss's widths one delta of gate_up would take 1 GiB in bf16."""
     case = Case("memory", 64, experts=32, top_k=4, hidden=2880, inner=2880)
     call = draw_adapted(case)
-    factors = sum(call[name].numel() for name in names_of(call)[2:])
+    factors = sum(call[name].numel() for name in call if name[-2:] in ("_a", "_b"))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

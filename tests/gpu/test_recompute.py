@@ -12,7 +12,7 @@ from sparselong.kernels.experts import op as expert_gemm
 from sparselong.kernels.experts import triton_launch as expert_triton
 from sparselong.kernels.experts.op import expert_mlp
 from sparselong.runtime.recompute import checkpoint_contexts
-from tests.gpu.test_expert_gemm import Case, draw
+from tests.gpu.test_expert_gemm import CALL, Case, draw, stack_of
 
 CASE = Case("checkpointed", 300, hidden=288, inner=224)
 
@@ -41,11 +41,11 @@ def counted(monkeypatch):
 
 def experts(call, backend="packed"):
     """(function of x and routing weights, leaves, dout) with the stacks bound."""
-    rest = {name: t for name, t in call.items() if name not in ("x", "routing_weights", "dout")}
     leaves = [call[name].detach().requires_grad_() for name in ("x", "routing_weights")]
+    stack = stack_of(call)
 
     def layer(x, weights):
-        return expert_mlp(x, routing_weights=weights, backend=backend, **rest)
+        return expert_mlp(x, call["expert_indices"], weights, stack, backend=backend)
 
     return layer, leaves, call["dout"]
 
@@ -115,11 +115,12 @@ def test_biases_that_are_trained_get_one_sum_over_all_slices(monkeypatch):
     monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", 77)
     call = draw(CASE)
     names = ("x", "routing_weights", "gate_up_bias", "down_bias")
-    rest = {name: t for name, t in call.items() if name not in (*names, "dout")}
     leaves = [call[name].detach().requires_grad_() for name in names]
 
     def layer(*values):
-        return expert_mlp(**dict(zip(names, values, strict=True)), backend="packed", **rest)
+        given = call | dict(zip(names, values, strict=True))
+        inputs = (given[name] for name in CALL)
+        return expert_mlp(*inputs, stack_of(given), backend="packed")
 
     plain = gradients(layer, leaves, call["dout"])
     for keep_experts in (False, True):

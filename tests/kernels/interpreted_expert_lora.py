@@ -1,4 +1,5 @@
-"""Runs the experts' pass with adapters in Triton's interpreter; test_expert_lora.py starts it.
+"""Runs the experts' pass with adapters in Triton's interpreter; experts/test_lora.py
+starts it.
 
 A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
 JSON document: for each case the relative L2 errors against fp64 (NaN where a result held NaN).
@@ -9,17 +10,19 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import json
+from typing import Any
 
 import torch
 
-from sparselong.kernels.experts import lora_launch as expert_lora_triton
 from sparselong.kernels.experts import lora_triton as expert_lora_kernels
 from sparselong.kernels.experts import routing as expert_routing
 from sparselong.kernels.experts import triton_launch as expert_triton
-from tests.kernels.interpreted_experts import GATE, Case, draw_stack
+from sparselong.kernels.experts.call import ExpertOperands
+from sparselong.kernels.experts.lora import Adapter, Adapters
+from tests.kernels.interpreted_experts import GATE, Case, draw
 from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
-from tests.references.expert_lora import expert_lora_reference
+from tests.references.expert_mlp import expert_mlp_reference
 
 RANK = 3  # no multiple of anything
 CASES = [
@@ -31,49 +34,49 @@ CASES = [
 ]
 
 
+def draw_adapter(case: Case, out: int, width: int, scaling: float | None) -> Adapter | None:
+    if scaling is None:
+        return None
+    a = torch.randn(case.experts, RANK, width) / width**0.5
+    b = torch.randn(out, RANK, case.experts).permute(2, 0, 1)  # as PEFT lays B out
+    return Adapter(a, b, scaling)
+
+
 def run(case: Case, scalings: tuple, backend: str) -> dict[str, float]:
-    torch.manual_seed(len(case.name))
-    x, dout = torch.randn(2, case.tokens, case.hidden)
-    allowed = torch.tensor(case.only or range(case.experts))
-    picks = [torch.randperm(len(allowed))[: case.top_k] for _ in range(case.tokens)]
-    indices = allowed[torch.stack(picks)]
-    weights = torch.rand(indices.shape)
-    gate_up = draw_stack(case.experts, 2 * case.inner, case.hidden)
-    down = draw_stack(case.experts, case.hidden, case.inner)
-    factors = []
-    for scaling, out, width in (
-        (scalings[0], 2 * case.inner, case.hidden),
-        (scalings[1], case.hidden, case.inner),
-    ):
-        a = torch.randn(case.experts, RANK, width) / width**0.5
-        b = torch.randn(out, RANK, case.experts).permute(2, 0, 1)  # as PEFT lays B out
-        factors += [None, None] if scaling is None else [a, b]
-    call = (GATE, tuple(s or 0.0 for s in scalings), backend)
-    stacks = expert_lora_triton.Stacks.of([*factors, *gate_up, *down], call, x.dtype)
-    out, dx, dw = (torch.full_like(t, torch.nan) for t in (x, x, weights))
-    wide, routing = expert_lora_triton.run_forward(x, indices, weights, stacks, out)
-    grads = [None if t is None else torch.zeros_like(t) for t in factors]
-    given = (dout, x, indices, weights, wide, routing, stacks)
-    expert_lora_triton.run_backward(*given, grads, dx, dw)
-    leaves = [None if t is None else t.double().requires_grad_() for t in (x, weights, *factors)]
-    adapters = [
-        None if leaves[n] is None else (leaves[n], leaves[n + 1], scaling)
-        for n, scaling in zip((2, 4), scalings, strict=True)
-    ]
-    exact = expert_lora_reference(leaves[0], indices, leaves[1], gate_up, down, *adapters, *GATE)
-    given = [leaf for leaf in leaves if leaf is not None]
-    wanted = torch.autograd.grad(exact, given, dout.double())
-    got = (out, dx, dw, *(g for g in grads if g is not None))
-    pairs = zip(got, (exact, *wanted), strict=True)
+    """Relative L2 errors of out and the gradients."""
+    call, stack, dout = draw(case)
+    adapters = Adapters(
+        draw_adapter(case, 2 * case.inner, case.hidden, scalings[0]),
+        draw_adapter(case, case.hidden, case.inner, scalings[1]),
+    )
+    operands = ExpertOperands(stack, adapters, GATE, backend).in_dtype(call.x.dtype)
+    out, dx, dweights = (torch.full_like(t, torch.nan) for t in (call.x, call.x, call.weights))
+    made: Any = expert_triton.run_forward(call, operands, out, keep=True)
+    saved = expert_triton.SavedForward(*made, call.indices, call.weights, call.x)
+    gradients = expert_triton.Gradients(dx, dweights, (True, True), adapters.make_sums())
+    biases = expert_triton.run_backward(dout, saved, operands, gradients, overwrite=True)
+    got = [out, dx, dweights, *biases]
+    got += [sums for sums in gradients.adapters.factors if sums is not None]
+
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        leaves.append(tensor.double().requires_grad_())
+        return leaves[-1]
+
+    leaves: list[torch.Tensor] = []
+    x, weights = leaf(call.x), leaf(call.weights)
+    biased = [(*weight[:2], leaf(weight.bias)) for weight in stack]
+    adapted = [one and (leaf(one.a), leaf(one.b), one.scaling) for one in adapters]
+    exact = expert_mlp_reference(x, call.indices, weights, tuple(biased), tuple(adapted), GATE)
+    wanted = torch.autograd.grad(exact, leaves, dout.double())
     return {
         str(n): ((one.double() - want).norm() / (want.norm() + 1e-12)).item()
-        for n, (one, want) in enumerate(pairs)
+        for n, (one, want) in enumerate(zip(got, (exact, *wanted), strict=True))
     }
 
 
 def main() -> None:
     patch_once()
-    for module in (expert_triton, expert_routing, expert_lora_kernels, expert_lora_triton):
+    for module in (expert_triton, expert_routing, expert_lora_kernels):
         module.torch = PoisonedTorch()  # pyright: ignore[reportAttributeAccessIssue]
     results = {}
     for case, scalings in CASES:

@@ -1,4 +1,4 @@
-"""Runs the experts' kernels in Triton's interpreter on small cases; test_expert_gemm.py starts it.
+"""Runs the experts' kernels in Triton's interpreter on small cases; experts/test_op.py starts it.
 
 A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
 JSON document: for each case and result the relative L2 error against fp64, NaN where a result held
@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 
+from sparselong.kernels.expert_stack import ExpertStack, Gate, PackedWeight
 from sparselong.kernels.experts import routing as expert_routing
 from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
+from sparselong.kernels.experts.lora import NO_ADAPTERS
 from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
 from tests.references.expert_mlp import decode_reference, expert_mlp_reference
 
-GATE = (1.702, 7.0)
+GATE = Gate(1.702, 7.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,34 +57,42 @@ CASES = [
 ]
 
 
-def draw_stack(experts: int, out: int, width: int) -> expert_triton.Projection:
+def draw_weight(experts: int, out: int, width: int) -> PackedWeight:
     """Random codes, scales of a published checkpoint's kind, and a bias."""
     blocks = torch.randint(0, 256, (experts, out, width // 32, 16), dtype=torch.uint8)
     scales = torch.randint(120, 126, (experts, out, width // 32), dtype=torch.uint8)
-    return expert_triton.Projection(blocks, scales, torch.randn(experts, out))
+    return PackedWeight(blocks, scales, torch.randn(experts, out))
 
 
-def run(case: Case, backend: str) -> dict[str, float]:
-    """Relative L2 errors of out and the gradients."""
+def draw(case: Case) -> tuple[ExpertCall, ExpertStack, torch.Tensor]:
+    """The case's tokens, weights and dout."""
     torch.manual_seed(len(case.name))
     x, dout = torch.randn(2, case.tokens, case.hidden)
     allowed = torch.tensor(case.only or range(case.experts))
     picks = [torch.randperm(len(allowed))[: case.top_k] for _ in range(case.tokens)]
     indices = allowed[torch.stack(picks)]
-    weights = torch.rand(indices.shape)
-    gate_up = draw_stack(case.experts, 2 * case.inner, case.hidden)
-    down = draw_stack(case.experts, case.hidden, case.inner)
-    call = (x, indices, weights, gate_up, down, GATE, backend)
-    out, inferred, dx, dweights = (torch.full_like(t, torch.nan) for t in (x, x, x, weights))
-    wide, routing = expert_triton.run_forward(*call, out)
-    expert_triton.run_inference(*call, inferred)
+    call = ExpertCall(x, indices, torch.rand(indices.shape))
+    gate_up = draw_weight(case.experts, 2 * case.inner, case.hidden)
+    down = draw_weight(case.experts, case.hidden, case.inner)
+    return call, ExpertStack(gate_up, down), dout
+
+
+def run(case: Case, backend: str) -> dict[str, float]:
+    """Relative L2 errors of out and the gradients."""
+    call, stack, dout = draw(case)
+    operands = ExpertOperands(stack, NO_ADAPTERS, GATE, backend)
+    given = (call.x, call.x, call.x, call.weights)
+    out, inferred, dx, dweights = (torch.full_like(tensor, torch.nan) for tensor in given)
+    made: Any = expert_triton.run_forward(call, operands, out, keep=True)
+    expert_triton.run_forward(call, operands, inferred, keep=False)
     assert torch.equal(inferred, out)
-    call = (dout, wide, routing, indices, weights, gate_up, down, GATE, backend)
-    biases = expert_triton.run_backward(*call, dx, dweights, (True, True))
-    leaves = [t.double().requires_grad_() for t in (x, weights, gate_up.bias, down.bias)]
-    exact = expert_mlp_reference(
-        leaves[0], indices, leaves[1], gate_up[:2], leaves[2], down[:2], leaves[3], *GATE
-    )
+    saved = expert_triton.SavedForward(*made, call.indices, call.weights, None)
+    gradients = expert_triton.Gradients(dx, dweights, (True, True))
+    biases = expert_triton.run_backward(dout, saved, operands, gradients, overwrite=False)
+    given = (call.x, call.weights, stack.gate_up.bias, stack.down.bias)
+    leaves = [tensor.double().requires_grad_() for tensor in given]
+    biased = ((*stack.gate_up[:2], leaves[2]), (*stack.down[:2], leaves[3]))
+    exact = expert_mlp_reference(leaves[0], call.indices, leaves[1], biased, gate=GATE)
     wanted = torch.autograd.grad(exact, leaves, dout.double())
     names = ("out", "dx", "dweights", "dgate_up_bias", "ddown_bias")
     pairs = zip((out, dx, dweights, *biases), (exact, *wanted), strict=True)
@@ -95,17 +106,17 @@ def count_inexact_decodings() -> int:
     """Of all bytes times all scales, how many values are not bit-exact in fp32."""
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 255, 1, 1)
     scales = torch.arange(255, dtype=torch.uint8).view(1, 255, 1).repeat(1, 1, 16)
-    stack = expert_triton.Projection(blocks, scales, scales)
     buffer = torch.full((1, 255, 512), float("nan"))
-    expert_triton.decode_into(buffer, stack, 0, 1)
+    expert_triton.decode_into(buffer, PackedWeight(blocks, scales, scales), 0, 1)
     exact = decode_reference(blocks, scales).float()
     return int((buffer.view(torch.int32) != exact.view(torch.int32)).sum())
 
 
 def count_held() -> dict[str, int]:
-    """By function, whether gate_up's output is there while down's is made."""
-    stack = draw_stack(2, 64, 32), draw_stack(2, 32, 32)
-    call = (torch.randn(3, 32), torch.tensor([[0], [1], [1]]), torch.rand(3, 1), *stack)
+    """Number of gate_up's outputs that are there while down's is made, kept and not kept."""
+    call = ExpertCall(torch.randn(3, 32), torch.tensor([[0], [1], [1]]), torch.rand(3, 1))
+    stack = ExpertStack(draw_weight(2, 64, 32), draw_weight(2, 32, 32))
+    operands = ExpertOperands(stack, NO_ADAPTERS, GATE, "packed")
     multiply, found = expert_triton.multiply, []
 
     def watch(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -117,10 +128,10 @@ def count_held() -> dict[str, int]:
 
     held = {}
     expert_triton.multiply = watch
-    for function in (expert_triton.run_forward, expert_triton.run_inference):
+    for name, keep in (("kept", True), ("not kept", False)):
         made: list[weakref.ref[torch.Tensor]] = []
-        function(*call, GATE, "packed", torch.empty(3, 32))
-        held[function.__name__] = found[-1]
+        expert_triton.run_forward(call, operands, torch.empty(3, 32), keep)
+        held[name] = found[-1]
     expert_triton.multiply = multiply
     return held
 

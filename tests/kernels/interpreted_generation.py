@@ -21,6 +21,9 @@ from sparselong.kernels.decode import experts as expert_generation
 from sparselong.kernels.decode import gemv as packed_gemv
 from sparselong.kernels.decode import glue as generation_glue
 from sparselong.kernels.dense import unpack as packed_unpack
+from sparselong.kernels.expert_stack import ExpertStack, Gate, PackedWeight
+from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
+from sparselong.kernels.experts.lora import NO_ADAPTERS
 from sparselong.kernels.experts.torch_backend import expert_mlp_torch
 from sparselong.packing import dense
 from sparselong.packing.dense import DenseFormat
@@ -29,7 +32,7 @@ from tests.kernels.interpreter import patch_once
 from tests.references.expert_mlp import expert_mlp_reference
 from tests.references.packed_gemv import packed_gemv_reference
 
-GATE = (1.702, 7.0)
+GATE = Gate(1.702, 7.0)
 FORMATS = {
     "two_four": DenseFormat(4, "2:4", 64),
     "two_four_groups_of_32": DenseFormat(4, "2:4", 32),
@@ -95,14 +98,14 @@ def count_wrong_weights(fmt: DenseFormat, rows: int, width: int) -> int:
     return int((out.bfloat16() != dense.unpack(fmt, tensors)).sum())
 
 
-def draw_stack(experts: int, out: int, width: int) -> tuple[torch.Tensor, ...]:
+def draw_weight(experts: int, out: int, width: int) -> PackedWeight:
     blocks = torch.randint(0, 256, (experts, out, width // 32, 16), dtype=torch.uint8)
     scales = torch.randint(120, 126, (experts, out, width // 32), dtype=torch.uint8)
-    return blocks, scales, bf16(experts, out)
+    return PackedWeight(blocks, scales, bf16(experts, out))
 
 
-def in_bf16(stack: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(t.bfloat16() if t.is_floating_point() else t for t in stack)
+def in_bf16(stack: ExpertStack) -> ExpertStack:
+    return ExpertStack(*(weight._replace(bias=weight.bias.bfloat16()) for weight in stack))
 
 
 def run_experts(tokens: int, hidden: int, inner: int, experts: int, top_k: int) -> dict[str, float]:
@@ -111,16 +114,17 @@ def run_experts(tokens: int, hidden: int, inner: int, experts: int, top_k: int) 
     x[:, :32] *= 512.0
     indices = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
     weights = torch.rand(indices.shape)
-    gate_up, down = draw_stack(experts, 2 * inner, hidden), draw_stack(experts, hidden, inner)
-    call = (weights, gate_up, down, GATE)
-    out = expert_generation.run_generation(x, indices, *call)
-    exact = expert_mlp_reference(x, indices, weights, gate_up[:2], gate_up[2], down[:2], down[2],
-                                 *GATE)  # fmt: skip
+    stack = ExpertStack(
+        draw_weight(experts, 2 * inner, hidden), draw_weight(experts, hidden, inner)
+    )
+    out = expert_generation.run_generation(x, indices, weights, stack, GATE)
+    exact = expert_mlp_reference(x, indices, weights, stack, gate=GATE)
     plain = expert_mlp_torch(
-        x.bfloat16(), indices, weights.bfloat16(), in_bf16(gate_up), in_bf16(down), *GATE
+        ExpertCall(x.bfloat16(), indices, weights.bfloat16()),
+        ExpertOperands(in_bf16(stack), NO_ADAPTERS, GATE, "torch"),
     )
     indices[-1, 0] = experts
-    wrong = expert_generation.run_generation(x, indices, *call)
+    wrong = expert_generation.run_generation(x, indices, weights, stack, GATE)
     return {
         "out": error(out, exact),
         "plain_bf16": error(plain, exact),

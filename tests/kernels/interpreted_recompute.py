@@ -19,12 +19,12 @@ from unittest import mock
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sparselong.kernels.experts import lora as expert_lora
-from sparselong.kernels.experts import lora_launch as expert_lora_triton
+from sparselong.kernels.expert_stack import ExpertStack
 from sparselong.kernels.experts import op as expert_gemm
 from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts.lora import Adapter, Adapters
 from sparselong.runtime.recompute import checkpoint_contexts
-from tests.kernels.interpreted_experts import GATE, draw_stack
+from tests.kernels.interpreted_experts import draw_weight
 from tests.kernels.interpreter import patch_once
 
 TOKENS, EXPERTS, TOP_K, HIDDEN, INNER, RANK = 7, 3, 2, 32, 32, 3
@@ -37,8 +37,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.made: list[weakref.ref] = []
-        for module in (expert_triton, expert_lora_triton):
-            setattr(module, "run_gate_up", partial(self.run, module.run_gate_up))  # noqa: B010
+        expert_triton.run_gate_up = partial(self.run, expert_triton.run_gate_up)
 
     def run(self, function: Callable, *args: object) -> tuple:
         made = function(*args)
@@ -51,28 +50,34 @@ class Watch:
         return sum(ref() is not None for ref in self.made)
 
 
+def draw_stack() -> ExpertStack:
+    return ExpertStack(draw_weight(EXPERTS, 2 * INNER, HIDDEN), draw_weight(EXPERTS, HIDDEN, INNER))
+
+
+def with_biases(stack: ExpertStack, *biases: torch.Tensor) -> ExpertStack:
+    pairs = zip(stack, biases, strict=True)
+    return ExpertStack(*(weight._replace(bias=bias) for weight, bias in pairs))
+
+
 def draw_call(kind: str, tokens: int = TOKENS) -> tuple[Callable, list[torch.Tensor]]:
-    """(the experts' function of its leaves, leaves) of `plain`, `biases` or `adapters`."""
+    """(the experts' function of its leaves, leaves) of `plain`, `biases`, `adapters` or `all`."""
     torch.manual_seed(0)
     indices = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
-    leaves = [torch.randn(tokens, HIDDEN), torch.rand(tokens, TOP_K)]
-    gate_up = draw_stack(EXPERTS, 2 * INNER, HIDDEN)
-    down = draw_stack(EXPERTS, HIDDEN, INNER)
-    if kind == "adapters":
+    leaves, stack = [torch.randn(tokens, HIDDEN), torch.rand(tokens, TOP_K)], draw_stack()
+    if kind in ("biases", "all"):
+        leaves += [stack.gate_up.bias, stack.down.bias]
+    if kind in ("adapters", "all"):
         for out, width in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
-            leaves += [torch.randn(EXPERTS, RANK, width), torch.randn(EXPERTS, out, RANK)]
-        function = expert_lora._ExpertLora.apply
-        tail: tuple = (*gate_up, *down, GATE, (0.5, 2.0), "packed")
-    else:
-        function, tail = expert_gemm._CheckpointedExpertMlp.apply, (GATE, "packed")
-        leaves += [gate_up.bias, down.bias] if kind == "biases" else []
+            b = torch.randn(out, RANK, EXPERTS).permute(2, 0, 1)  # as PEFT lays B out
+            leaves += [torch.randn(EXPERTS, RANK, width), b]
 
     def run(x: torch.Tensor, weights: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        if kind == "adapters":
-            return function(x, indices, weights, *rest, *tail)
-        biases = rest or (gate_up.bias, down.bias)
-        stacks = (*gate_up[:2], biases[0], *down[:2], biases[1])
-        return function(x, indices, weights, *stacks, *tail)
+        biases = rest[:2] if kind in ("biases", "all") else (stack.gate_up.bias, stack.down.bias)
+        adapters = Adapters()
+        if kind in ("adapters", "all"):
+            gate_up, down = rest[-4:-2], rest[-2:]
+            adapters = Adapters(Adapter(*gate_up, 0.5), Adapter(*down, 2.0))
+        return expert_gemm.expert_mlp(x, indices, weights, with_biases(stack, *biases), adapters)
 
     return run, [leaf.requires_grad_() for leaf in leaves]
 
@@ -103,8 +108,7 @@ def differentiate_again(kind: str, breaks_off: bool) -> list[torch.Tensor]:
     contexts = partial(checkpoint_contexts, False, True)
     out = checkpoint(run, *leaves, use_reentrant=False, context_fn=contexts)
     dout = torch.linspace(-1, 1, out.numel()).view_as(out)
-    module = expert_lora_triton if kind == "adapters" else expert_triton
-    broken = mock.patch.object(module, "run_backward", side_effect=torch.OutOfMemoryError)
+    broken = mock.patch.object(expert_triton, "run_backward", side_effect=torch.OutOfMemoryError)
     with broken if breaks_off else contextlib.nullcontext():
         try:
             torch.autograd.grad(out, leaves, dout, retain_graph=True)
@@ -120,21 +124,21 @@ def differentiate_some() -> dict[str, bool]:
     they have where everything is trained, and write to nothing that they were given."""
     names = ("x", "weights", "gate_up_bias", "down_bias")
     indices = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(TOKENS)])
-    gate_up, down = draw_stack(EXPERTS, 2 * INNER, HIDDEN), draw_stack(EXPERTS, HIDDEN, INNER)
-    given = (torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K), gate_up.bias, down.bias)
+    stack = draw_stack()
+    biases = (stack.gate_up.bias, stack.down.bias)
+    given = (torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K), *biases)
     dout = torch.randn(TOKENS, HIDDEN)
 
     def run(way: str, trained: tuple[str, ...]) -> dict[str, torch.Tensor]:
         leaves = [t.clone().requires_grad_(n in trained) for n, t in zip(names, given, strict=True)]
         x, weights, *biases = leaves
-        rest = (*gate_up[:2], biases[0], *down[:2], biases[1], GATE, "packed")
+        call = (x, indices, weights, with_biases(stack, *biases))
         if way == "plain":
-            out = expert_gemm._ExpertMlp.apply(x, indices, weights, *rest)
+            out = expert_gemm.expert_mlp(*call)
         else:
             contexts = partial(checkpoint_contexts, False, way == "kept")
-            function = expert_gemm._CheckpointedExpertMlp.apply
             out = checkpoint(
-                *(function, x, indices, weights, *rest), use_reentrant=False, context_fn=contexts
+                *(expert_gemm.expert_mlp, *call), use_reentrant=False, context_fn=contexts
             )
         asked = [leaf for leaf in leaves if leaf.requires_grad]
         grads = torch.autograd.grad(out, asked, dout)
@@ -155,17 +159,20 @@ def differentiate_some() -> dict[str, bool]:
 def main() -> None:
     patch_once()
     expert_gemm.SLICE_TOKENS = -(-TOKENS // SLICES)
+    expert_gemm.choose = lambda *_: "packed"
     watch, results = Watch(), {}
-    for kind in ("plain", "biases", "adapters"):
+    for kind in ("plain", "biases", "adapters", "all"):
         made, made_counts = differentiate(kind, watch, keep_experts=False)
         kept, kept_counts = differentiate(kind, watch, keep_experts=True)
         gradients = len(kept) // 2
+        strides = [leaf.stride() for leaf in draw_call(kind)[1]]
         results[kind] = {
             "equal": all(map(torch.equal, kept, made)),
             "equal_again": all(map(torch.equal, kept[1:], kept[1 + gradients :])),
             "equal_after_failure": all(
                 map(torch.equal, *(differentiate_again(kind, broke) for broke in (True, False)))
             ),
+            "laid_out_alike": [grad.stride() for grad in kept[1 : 1 + gradients]] == strides,
             "finite": all(bool(t.isfinite().all()) and bool(t.any()) for t in kept),
             "made": made_counts,
             "kept": kept_counts,

@@ -45,6 +45,7 @@ from sparselong.model.packed_experts import PackedExperts
 from sparselong.model.quantizer import replace_with_packed
 from sparselong.packing import dense
 from sparselong.runtime.recompute import checkpoint_contexts
+from sparselong.runtime.settings import using
 
 ROUNDED_TO = 512
 
@@ -108,7 +109,6 @@ def pretend() -> None:
         if not hasattr(owner, name):
             sys.exit(f"{owner} has no {name} any more: mend this simulation")
         setattr(owner, name, value)
-    door.choose_attention("triton", deterministic=False)
 
 
 def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | None) -> str:
@@ -160,4 +160,5 @@ def count_step(
 
 if __name__ == "__main__":
     pretend()
-    print(json.dumps([count_step(**case) for case in json.loads(sys.argv[1])]))
+    with using(attention_backend="triton"):
+        print(json.dumps([count_step(**case) for case in json.loads(sys.argv[1])]))

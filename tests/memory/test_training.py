@@ -12,7 +12,7 @@ import pytest
 from benchmarks.memory import DEFAULTS, predict
 from sparselong import memory
 from sparselong.config import schema as config_module
-from sparselong.memory import storage, training
+from sparselong.memory import storage
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = memory.PUBLISHED["openai/gpt-oss-20b"]

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from sparselong.model import attention as door
-from sparselong.model.attention import choose_attention, chosen_attention, find_boundaries
+from sparselong.model.attention import find_boundaries
 from sparselong.model.documents import document_masks
+from sparselong.runtime.settings import using
 
 TOKENS = 90  # crosses the small model's window of 64
 
@@ -256,13 +257,7 @@ for line in (
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.fixture
-def auto_again():
-    yield
-    choose_attention("auto", False)
-
-
-def test_the_chosen_backend_is_what_attends(models, auto_again, monkeypatch):
+def test_the_chosen_backend_is_what_attends(models, monkeypatch):
     """Through the door as the stages use it; and one that cannot take the call stops it."""
     asked = []
     original = door.attention
@@ -274,15 +269,15 @@ def test_the_chosen_backend_is_what_attends(models, auto_again, monkeypatch):
     monkeypatch.setattr(door, "attention", watched)
     ids = torch.tensor([[1, 2, 3]])
     models[1](ids)
-    choose_attention("torch", True)
-    models[1](ids)
-    assert set(asked[:4]) == {(None, False)} and set(asked[4:]) == {("torch", True)}
-    choose_attention("torch_flash", False)
-    assert chosen_attention().backend == "torch_flash"
-    with pytest.raises(ValueError, match="backend: torch_flash with cpu tensors"):
+    with using(attention_backend="torch", deterministic=True):
         models[1](ids)
-    with pytest.raises(ValueError, match="backend: 'flash'; allowed: auto, triton"):
-        choose_attention("flash", False)
+    assert set(asked[:4]) == {(None, False)} and set(asked[4:]) == {("torch", True)}
+    for name, message in (
+        ("torch_flash", "backend: torch_flash with cpu tensors"),
+        ("flash", "backend: 'flash'; allowed: "),
+    ):
+        with pytest.raises(ValueError, match=message), using(attention_backend=name):
+            models[1](ids)
 
 
 def test_dropout_is_refused(models):

@@ -20,7 +20,7 @@ from sparselong.run import Stage
 from tests.conftest import ROOT
 
 THREE = {rank: {"RANK": str(rank)} for rank in range(3)}
-LOST = "rank {rank} could not finish the exchange 'gradients' with the other ranks"
+LOST = "rank {rank} waited in vain"
 
 
 @pytest.fixture
@@ -84,12 +84,13 @@ def run_ranks(stage: Stage, code: str, ranks=THREE) -> StageError:
     return failure.value
 
 
-def told(stage: Stage, what: str) -> str:
+def told(stage: Stage, what: str, consequence: bool = False) -> str:
     """Code that leaves a failure as the trainer's excepthook does, and ends."""
     return (
         f"import json; path = {str(stage.dir)!r} + '/failure' + ('.rank' + rank) * (rank != '0')\n"
         f"what = {what!r}.format(rank=rank)\n"
         "document = dict(what=what, expected='e', found='f', fix='x')\n"
+        f"document['consequence'] = {consequence}\n"
         "open(path + '.json', 'w').write(json.dumps(document)); os._exit(1)\n"
     )
 
@@ -108,19 +109,21 @@ def test_workers_that_a_rank_leaves_behind_keep_nobody_waiting(stage):
 
 
 def test_the_cause_is_told_and_not_what_followed_from_it(stage):
-    lost = "\n ".join(("time.sleep(0.3)", *told(stage, LOST).splitlines()))
-    broke = "\n ".join(told(stage, "it broke").splitlines())
+    # The consequences are written first; what tells them apart is not their words.
+    lost = "\n ".join(told(stage, LOST, consequence=True).splitlines())
+    broken = "could not finish the exchange of its own accord"
+    broke = "\n ".join(("time.sleep(0.3)", *told(stage, broken).splitlines()))
     code = f"rank = os.environ['RANK']\nif rank == '2':\n {broke}\nelse:\n {lost}\n"
-    assert run_ranks(stage, code).what == "rank 2: it broke"
+    assert run_ranks(stage, code).what == f"rank 2: {broken}"
     same = f"rank = os.environ['RANK']\n{told(stage, 'a loss of NaN')}"
     assert run_ranks(stage, same).what == "a loss of NaN"  # which every rank has seen
 
 
 def test_a_rank_that_takes_no_part_is_named_by_the_ranks_that_waited(stage):
-    lost = "\n ".join(told(stage, LOST).splitlines())
+    lost = "\n ".join(told(stage, LOST, consequence=True).splitlines())
     code = f"rank = os.environ['RANK']\nif rank != '1':\n {lost}\ntime.sleep(120) # {stage.dir}"
     failure = run_ranks(stage, code)
-    assert "could not finish the exchange" in failure.what
+    assert "waited in vain" in failure.what
     assert "rank 1 was busy elsewhere" in failure.found
 
 
@@ -132,9 +135,8 @@ def test_failures_of_an_earlier_run_are_forgotten(stage):
 PROLOGUE = """
 import sys, torch
 from pathlib import Path
-from sparselong.finetune import ranks
 from functools import partial
-from sparselong.finetune import follow
+from sparselong.processes import world as ranks
 from sparselong.processes.failure import tell_failures, write_failure
 rank = int(os.environ["RANK"])
 WORK = Path({work!r})
@@ -187,14 +189,15 @@ def test_a_rank_that_torchrun_ends_names_the_one_that_failed(stage, monkeypatch)
         join_torchrun(monkeypatch, rank=rank, size=2, local=rank, here=2)
         monkeypatch.setattr(follow, "train_ranks", train)
         with pytest.raises((StageError, KeyboardInterrupt)) as ended:
-            follow.train_together(stage)
+            follow.train_together(stage, ["-c", "pass"])
         return str(ended.value)
 
-    def be_ended(_: Stage) -> None:
+    def be_ended(_: Stage, arguments: list[str]) -> None:
+        assert arguments == ["-c", "pass"]
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-    def fail(_: Stage) -> None:
+    def fail(_: Stage, arguments: list[str]) -> None:
         raise StageError("rank 1: it broke", "e", "a loss of NaN", "x")
 
     assert train_as(0, be_ended) == "SIGTERM"  # the stage explains that

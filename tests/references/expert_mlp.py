@@ -1,7 +1,7 @@
 """The experts' pass in plain torch: what the kernels and the CPU's backend are checked against.
 
-The definition, and nothing else: every choice of every token by itself, its expert's weight read
-from a table of sixteen values. Gradients are torch's own. It shares no code with the backends.
+The definition, and nothing else: every expert over all tokens, its weight read from a table of
+sixteen values. Gradients are torch's own. It shares no code with the backends.
 """
 
 from __future__ import annotations
@@ -23,22 +23,34 @@ def expert_mlp_reference(
     x: torch.Tensor,
     expert_indices: torch.Tensor,
     routing_weights: torch.Tensor,
-    gate_up: tuple[torch.Tensor, torch.Tensor],
-    gate_up_bias: torch.Tensor,
-    down: tuple[torch.Tensor, torch.Tensor],
-    down_bias: torch.Tensor,
-    alpha: float,
-    limit: float,
+    stack: tuple[tuple[torch.Tensor, ...], ...],
+    adapters: tuple[tuple | None, tuple | None] = (None, None),
+    gate: tuple[float, float] = (1.702, 7.0),
 ) -> torch.Tensor:
-    """[tokens, hidden] fp64. `gate_up`, `down`: (blocks, scales); shapes as in `expert_mlp`."""
+    """Weighted sum of the chosen experts' outputs, fp64 [tokens, hidden].
+
+    Args:
+        x, expert_indices, routing_weights: as in `expert_mlp`.
+        stack: (blocks, scales, bias) of gate_up and of down.
+        adapters: (A, B, s) of gate_up and of down, or None. Each expert's W + s B A is made.
+        gate: alpha and limit.
+    """
+
+    def multiply(rows, name, expert):
+        blocks, scales, bias = stack[name]
+        weight = decode_reference(blocks[expert], scales[expert])
+        if adapters[name] is not None:
+            a, b, scaling = adapters[name]
+            weight = weight + scaling * b[expert].double() @ a[expert].double()
+        return rows @ weight.T + bias[expert].double()
+
+    alpha, limit = gate
     out = torch.zeros_like(x, dtype=torch.float64)
-    for expert in range(gate_up_bias.shape[0]):
-        weight = ((expert_indices == expert) * routing_weights.double()).sum(1)
-        wide = x.double() @ decode_reference(gate_up[0][expert], gate_up[1][expert]).T
-        wide = wide + gate_up_bias[expert].double()
-        gate = torch.minimum(wide[:, 0::2], torch.tensor(limit).to(wide))
+    for expert in range(stack[0][0].shape[0]):
+        share = ((expert_indices == expert) * routing_weights.double()).sum(1)
+        wide = multiply(x.double(), 0, expert)
+        linear = torch.minimum(wide[:, 0::2], torch.tensor(limit).to(wide))
         up = torch.clamp(wide[:, 1::2], -limit, limit)
-        h = (up + 1) * gate / (1 + torch.exp(-alpha * gate))
-        y = h @ decode_reference(down[0][expert], down[1][expert]).T + down_bias[expert].double()
-        out = out + y * weight[:, None]
+        h = (up + 1) * linear / (1 + torch.exp(-alpha * linear))
+        out = out + multiply(h, 1, expert) * share[:, None]
     return out

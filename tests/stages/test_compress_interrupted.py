@@ -162,7 +162,7 @@ DAMAGES = {
     "truncated shard": (truncate, "truncated"),
     "unreadable shard": (
         lambda f: sorted(f.glob("model-*"))[0].write_bytes(b"not a tensor file"),
-        "header that is not safetensors'",
+        "header that is not in safetensors format",
     ),
     "shard gone": (lambda f: sorted(f.glob("model-*.safetensors"))[1].unlink(), "is missing"),
     "shard not in the index": (
@@ -185,7 +185,7 @@ DAMAGES = {
             f / "config.json",
             lambda d: d.update(quantization_config={"quant_method": "sparselong"}),
         ),
-        "compressed already",
+        "already compressed",
     ),
     "not MXFP4": (
         lambda f: edit_json(f / "config.json", lambda d: d.pop("quantization_config")),
@@ -193,7 +193,7 @@ DAMAGES = {
     ),
     "wrong shape": (
         lambda f: edit_tensors(f, Q0, lambda t: t[:, :-32].contiguous()),
-        "not as config.json says",
+        "does not match config.json",
     ),
     "NaN weights": (lambda f: edit_tensors(f, Q0, nan), "1 NaN or infinite values"),
     "NaN in lm_head": (lambda f: edit_tensors(f, "lm_head.weight", nan), "1 NaN or infinite"),
@@ -220,7 +220,7 @@ DAMAGES = {
     "config.json a list": (lambda f: (f / "config.json").write_text("[]"), "found:    list"),
     "config.json nonsense": (
         lambda f: edit_json(f / "config.json", lambda d: d.update(layer_types=["square"] * 4)),
-        "does not describe a gpt-oss",
+        "does not describe a gpt-oss model",
     ),
     "tokenizer gone": (
         lambda f: [p.unlink() for p in f.glob("*token*.json")],

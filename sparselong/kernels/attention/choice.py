@@ -1,10 +1,10 @@
-"""Which attention backend serves which call: a measured table. No torch.
+"""Measured table of the attention backends that serve a call, fastest first. Imports no torch.
 
-Keys are architecture, layer kind, packed or not, and keys up to a size; values are backends in the
-order of their measured forward + backward time. The first that can take the call does, but cuDNN
-only where lengths come again (`attention.choose_backend`). An architecture on which nothing was
-measured is said to be so, and takes the order that the arithmetic suggests: FlashAttention-2 was
-written for it, and the window kernel reads less.
+A row is found by architecture, layer kind, packed or not, and number of keys. It lists backends in
+the order of their measured forward + backward time. The first one that accepts the call is used,
+except that cuDNN is skipped for lengths that are unlikely to recur (`op.choose_backend`). Rows of
+an architecture without measurements say so. Their order follows from the arithmetic:
+FlashAttention-2 was written for these GPUs, and the Triton kernel reads fewer keys for a window.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: calls it serves, backends fastest first, and the evidence."""
+    """One row of the table: the calls it serves, backends fastest first, and the evidence."""
 
     kind: str
     packed: bool
@@ -57,13 +57,16 @@ _UNMEASURED = (
 
 
 def rank_backends(architecture: str, kind: str, packed: bool, keys: int) -> Row:
-    """The table's row for a call.
+    """Return the table's row for a call.
 
     Args:
         architecture: "cpu", or sm_ and the compute capability's digits, as in "sm_86".
         kind: "full" or "window".
         packed: whether documents are packed.
-        keys: keys of a batch row.
+        keys: keys in a batch row.
+
+    Raises:
+        LookupError: no row serves the call.
     """
     if architecture == "cpu":
         return Row(kind, packed, NO_LIMIT, ("torch",), "no CUDA device")
@@ -76,13 +79,13 @@ def rank_backends(architecture: str, kind: str, packed: bool, keys: int) -> Row:
 def describe_choice(
     architecture: str, packed: bool, keys: int, deterministic: bool = False
 ) -> dict[str, str]:
-    """For each layer kind, the backend that `backend=None` takes in training with bf16, and why.
+    """Return the backend of each layer kind in bf16 training with `backend=None`, and why.
 
-    For the health report: {"full": "torch_cudnn (H200, ...)", "window": "triton (...)"}.
+    The health report shows it: {"full": "torch_cudnn (H200, ...)", "window": "triton (...)"}.
     """
-    told = {}
+    descriptions = {}
     for kind in ("full", "window"):
         row = rank_backends(architecture, kind, packed, keys)
-        able = [name for name in row.order if not (deterministic and name == "torch_cudnn")]
-        told[kind] = f"{able[0]} ({row.evidence})"
-    return told
+        usable = [name for name in row.order if not (deterministic and name == "torch_cudnn")]
+        descriptions[kind] = f"{usable[0]} ({row.evidence})"
+    return descriptions

@@ -1,7 +1,7 @@
-"""The flash-attn package, where it is installed, made exact for sinks as `attention_torch` does.
+"""The flash-attn package, where it is installed, made exact for sinks as in `torch_operators.py`.
 
-Its variable-length functions are used throughout: one long document is a packing of one. Written
-for flash-attn 2.7 and 2.8; it is an optional package that needs a compiler to install.
+Only its variable-length functions are used: without documents, every batch row is one document.
+Written for flash-attn 2.7 and 2.8, an optional package that needs a compiler to install.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from sparselong.kernels.attention.mask import (
 
 
 def refuse(q: torch.Tensor, call: AttentionCall) -> str | None:
-    """Why flash-attn cannot take the call, or None."""
+    """Return why flash-attn cannot take the call, or None if it can."""
     if importlib.util.find_spec("flash_attn") is None:
-        return "backend: flash_attn is not installed; allowed: an installed one"
+        return "backend: flash_attn is not installed; allowed: an installed backend"
     return shared.refuse_flash(q, call)
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> Attended:
-    """(out, lse, what the backward needs). Shapes as in `attention.attention`."""
+    """Return (out, lse, tensors for the backward pass); shapes as in `op.attention`."""
     from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
         _flash_attn_varlen_forward,
     )
@@ -53,16 +53,16 @@ def attend(
 _NO_WINDOW = {"window_size_left": -1, "window_size_right": -1}
 
 
-def attend_backward(dout: torch.Tensor, done: SavedForward, call: AttentionCall) -> Gradients:
-    """The backward pass, by the package's own."""
+def attend_backward(dout: torch.Tensor, saved: SavedForward, call: AttentionCall) -> Gradients:
+    """Return the gradients, computed by the package's own backward."""
     from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
         _flash_attn_varlen_backward,
     )
 
-    q, k, v, _, out, lse, (rng_state,) = done
+    q, k, v, _, out, lse, (rng_state,) = saved
     mask = _as_packed(call.mask, q.device)
     shape = k.shape
-    dsinks = shared.sink_gradient(dout, done) if call.needs_dsinks else None
+    dsinks = shared.sink_gradient(dout, saved) if call.needs_dsinks else None
     end = mask.offset + mask.queries
     q, k, v = shared.token_major(mask, q, k[:, :, :end], v[:, :, :end])
     dout, out = shared.token_major(mask, dout, out)
@@ -82,7 +82,7 @@ def attend_backward(dout: torch.Tensor, done: SavedForward, call: AttentionCall)
 
 
 def _as_packed(mask: Mask, device: torch.device) -> Mask:
-    """The mask with every batch row as one document, where there are none."""
+    """Return the mask; without documents, every batch row becomes one."""
     if mask.documents is not None:
         return mask
     rows = torch.arange(mask.batch + 1, device=device, dtype=torch.int32) * mask.keys

@@ -1,4 +1,4 @@
-"""Sinks taken into plain attention, and attention over two sets of keys put together.
+"""Adds sinks to plain attention, and combines attention over two sets of keys.
 
 With plain attention's outputs o and natural-log lse over one or two sets of keys, and a head's sink
 s,
@@ -6,9 +6,9 @@ s,
     lse' = log(exp(lse1) + exp(lse2) + exp(s))
     out  = o1 exp(lse1 - lse') + o2 exp(lse2 - lse')
 
-is attention with the sink over all of them, exactly. In plain torch that is a dozen passes, with an
-fp32 copy of out; on a GPU one Triton kernel reads the outputs and writes the first one's place. The
-sums are taken in fp32 and rounded once. Source: online softmax (Milakov and Gimelshein, 2018).
+is exactly attention with the sink over all keys. Plain torch needs a dozen passes over memory and
+an fp32 copy of out; on a GPU one Triton kernel reads the outputs and overwrites the first. The sums
+are taken in fp32 and rounded once. Source: online softmax (Milakov and Gimelshein, 2018).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ QUERIES, WARPS = 32, 4
 
 
 def join(parts: list[Part], sinks: torch.Tensor) -> Part:
-    """(out, lse) of attention with sinks, from plain attention's over one or two sets of keys.
+    """Return (out, lse) with sinks, from plain attention over one or two sets of keys.
 
     Args:
-        parts: out [batch, heads, queries, head_dim], its last axis contiguous; lse [batch, heads,
-            queries] in fp32. The first out is written to.
+        parts: for each set, out [batch, heads, queries, head_dim] with a contiguous last axis and
+            lse [batch, heads, queries] in fp32. The first out is overwritten.
         sinks: [heads].
     """
     if not parts[0][0].is_cuda:
@@ -36,7 +36,7 @@ def join(parts: list[Part], sinks: torch.Tensor) -> Part:
     (out, lse), (more, more_lse) = ((out, lse.contiguous()) for out, lse in (parts[0], parts[-1]))
     batch, heads, queries, dim = out.shape
     total = torch.empty_like(lse)
-    launch: Any = join_kernel  # triton's own types know no launch
+    launch: Any = join_kernel  # Triton's type hints do not cover launches
     launch[(-(-queries // QUERIES), heads, batch)](
         *(out, lse, more, more_lse, sinks.contiguous(), total),
         *(*out.stride()[:3], *more.stride()[:3], queries),
@@ -56,13 +56,13 @@ def _join_plainly(parts: list[Part], sinks: torch.Tensor) -> Part:
     return parts[0][0].copy_(torch.stack(shares).sum(0)), total
 
 
-@triton.jit(do_not_specialize=["queries"])  # a new length is no new kernel
+@triton.jit(do_not_specialize=["queries"])  # a new length must not compile a new kernel
 def join_kernel(
     out_ptr, lse_ptr, more_ptr, more_lse_ptr, sinks_ptr, total_ptr,
     out_batch, out_head, out_query, more_batch, more_head, more_query, queries,
     HAS_MORE: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One head's tile of queries."""
+    """Join one head's tile of queries. Grid: (query tiles, heads, batch)."""
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     inside = query < queries

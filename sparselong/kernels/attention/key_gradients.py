@@ -1,9 +1,10 @@
-"""The gradients of assembled keys and values, by where they belong: other ranks' and a rank's own.
+"""Gradients of assembled keys and values, split into other ranks' and a rank's own.
 
-Two runs of queries give gradients for overlapping ranges of a shard's assembled keys. What belongs
-to other ranks is summed, rounded once and put in the order in which it is sent; a rank's own stays
-in fp32, as others' shares are still to be added. In plain torch that is a dozen passes over an fp32
-copy of all keys; on a GPU one Triton kernel reads each gradient once and writes each sum once.
+Two query chunks give gradients for overlapping ranges of a shard's assembled keys. The gradients of
+other ranks' keys are summed, rounded once and stored in the order in which they are sent. A rank's
+own stay in fp32, because other ranks' contributions are added later. Plain torch needs a dozen
+passes over an fp32 copy of all keys; on a GPU one Triton kernel reads each gradient once and writes
+each sum once.
 
 Shapes: B rows, S KV heads, D head_dim, K assembled keys.
 """
@@ -19,11 +20,11 @@ import triton.language as tl
 from sparselong.kernels.layout import with_unit_stride
 
 KEYS, WARPS = 32, 4
-SIZES = ["keys", "first_0", "last_0", "first_1", "last_1"]  # a new length is no new kernel
+SIZES = ["keys", "first_0", "last_0", "first_1", "last_1"]  # unspecialized: no recompilation
 
 
 class RunGradients(NamedTuple):
-    """A run's dk and dv, [B, S, n, D], of the n assembled keys from `first` on."""
+    """A query chunk's dk and dv, [B, S, n, D], of the n assembled keys from `first` on."""
 
     first: int
     dk: torch.Tensor
@@ -33,13 +34,16 @@ class RunGradients(NamedTuple):
 def sort_gradients(
     runs: tuple[RunGradients, RunGradients], places: torch.Tensor, sent: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """([sent, 2, B, S, D] in the gradients' type, [K - sent, 2, B, S, D] in fp32 or wider).
+    """Return the gradients to send and the rank's own.
 
     Args:
-        runs: whose ranges cover all assembled keys.
-        places: int32 [K]: a key's row among those that are sent, or, bitwise inverted, among the
-            rank's own; every row once.
-        sent: how many are sent.
+        runs: gradients of two query chunks, whose ranges together cover all assembled keys.
+        places: int32 [K]: each key's row among those to send or, bitwise inverted, among the
+            rank's own. Every row occurs once.
+        sent: number of keys to send.
+
+    Returns:
+        [sent, 2, B, S, D] in the gradients' dtype and [K - sent, 2, B, S, D] in fp32 or wider.
     """
     dk = runs[0].dk
     rows, heads, _, dim = dk.shape
@@ -53,7 +57,7 @@ def sort_gradients(
         pair = with_unit_stride(*pair)
         given += [*pair, first, first + pair[0].shape[2]]
         given += [stride for tensor in pair for stride in tensor.stride()[:3]]
-    launch: Any = sort_kernel  # triton's own types know no launch
+    launch: Any = sort_kernel  # Triton's type hints do not cover launches
     launch[(-(-len(places) // KEYS), heads, rows)](
         *(others, own, places, len(places), *given), KEYS=KEYS, D=dim, num_warps=WARPS
     )
@@ -68,7 +72,7 @@ def _sort_plainly(
     for first, *pair in runs:
         for n, grad in enumerate(pair):
             total[first : first + grad.shape[2], n] += grad.permute(2, 0, 1, 3)
-    order = places.argsort()  # the rank's own come first, backwards
+    order = places.argsort()  # the rank's own come first, in reverse
     owned = int((places < 0).sum())
     return total[order[owned:]].to(runs[0].dk.dtype), total[order[:owned].flip(0)]
 
@@ -82,7 +86,7 @@ def sort_kernel(
     dk_1_row, dk_1_head, dk_1_key, dv_1_row, dv_1_head, dv_1_key,
     KEYS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One head's tile of keys."""
+    """Sum and store one head's tile of keys. Grid: (key tiles, KV heads, batch rows)."""
     key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     heads, rows = tl.num_programs(1), tl.num_programs(2)
@@ -107,5 +111,5 @@ def sort_kernel(
 
 @triton.jit
 def _read(base, at, lane, inside):
-    """[KEYS, D] in fp32, zero outside."""
+    """Load [KEYS, D] as fp32, with zeros outside."""
     return tl.load(base + at[:, None] + lane, mask=inside[:, None], other=0.0).to(tl.float32)

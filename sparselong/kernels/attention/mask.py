@@ -1,9 +1,9 @@
-"""Which keys a query sees, in the forms that the backends want; and what they hand each other.
+"""Attention masks in the forms that backends need, and the types shared by all backends.
 
-All positions are counted on the key axis: key j has position j, query i has position
-`offset + i`. A query sees the keys of its own document, up to itself, and of these the last
-`window`. Documents are given by boundaries over the flattened [batch, keys] axis and never cross a
-batch row, so padding is a document of its own, packing is several, and neither needs a matrix.
+All positions are on the key axis: key j has position j, query i has position `offset + i`. A query
+sees the keys of its own document up to itself, and only the last `window` of these. Documents are
+given by boundaries on the flattened [batch, keys] axis and never cross a batch row. Padding is a
+document of its own and packing is several documents, so neither needs a mask matrix.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Documents:
     """Packed documents of one [batch, keys] axis, all int32 on the device.
 
     Attributes:
-        boundaries: [n + 1], strictly increasing positions on the flattened axis, the start of every
-            batch row among them.
-        starts: [batch, keys], where in its row the document of this position begins.
-        ends: [batch, keys], one past where it ends.
+        boundaries: [n + 1], strictly increasing positions on the flattened axis, including the
+            start of every batch row.
+        starts: [batch, keys], start of each position's document within its row.
+        ends: [batch, keys], one past the end of that document.
         longest: tokens of the longest document.
     """
 
@@ -34,7 +34,7 @@ class Documents:
     _orders: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def order_blocks(self, size: int) -> torch.Tensor:
-        """int32 [batch, blocks]: blocks of `size` keys, those that most queries see first."""
+        """Return int32 [batch, blocks]: blocks of `size` keys, those seen by most queries first."""
         if size not in self._orders:
             first = torch.arange(0, self.ends.shape[1], size, device=self.ends.device)
             last = (first + size - 1).clamp(max=self.ends.shape[1] - 1)
@@ -46,7 +46,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Mask:
-    """Causal, from `offset` on, inside documents, inside a window. Sizes in tokens."""
+    """A causal mask for queries from `offset` on, within documents and a window; in tokens."""
 
     batch: int
     queries: int
@@ -58,11 +58,12 @@ class Mask:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a backend is asked for beside the tensors.
+    """Arguments of a backend other than its tensors.
 
     Attributes:
+        mask: which keys each query sees.
         scale: factor of the scores.
-        deterministic: the same bits every time, also in the backward pass.
+        deterministic: whether results must be bitwise reproducible, also in the backward pass.
         needs_dsinks: whether the backward pass computes the sinks' gradient.
     """
 
@@ -73,7 +74,7 @@ class AttentionCall:
 
 
 class SavedForward(NamedTuple):
-    """A forward pass as its backward pass finds it: inputs and what was `Attended`."""
+    """Tensors saved for backward: the inputs and results of the forward pass."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -85,32 +86,32 @@ class SavedForward(NamedTuple):
 
 
 Attended = tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]
-"""out, lse, and what else the backward pass needs."""
+"""(out, lse, other tensors that the backward pass needs)."""
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""dq, dk, dv, and dsinks in fp32 where needed."""
+"""(dq, dk, dv, dsinks); dsinks is fp32, or None where it is not needed."""
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def find_documents(cu_seqlens: torch.Tensor, batch: int, keys: int) -> Documents:
-    """The documents of `cu_seqlens`, int32 or int64 [n + 1], from 0 to batch * keys.
+    """Return the documents of `cu_seqlens`, int32 or int64 [n + 1], from 0 to batch * keys.
 
-    Reading the boundaries waits for the device, so the answer is kept as long as the tensor lives
-    and is not written to: every layer of a model asks for the same one. (Tensors made under
-    `torch.inference_mode` do not say whether they were written to; theirs is found every time.)
+    Reading the boundaries is a host synchronization, and every layer of a model needs the same
+    documents. They are therefore cached until the tensor is written to or freed. Tensors made under
+    `torch.inference_mode` do not track writes, so their documents are never cached.
 
     Raises:
         ValueError: `cu_seqlens` does not start at 0, decreases, or does not end at batch * keys.
     """
-    asked = None if cu_seqlens.is_inference() else (cu_seqlens._version, batch, keys)
-    known = _known.get(cu_seqlens)
-    if asked is not None and known is not None and known[0] == asked:
-        return known[1]
+    key = None if cu_seqlens.is_inference() else (cu_seqlens._version, batch, keys)
+    cached = _known.get(cu_seqlens)
+    if key is not None and cached is not None and cached[0] == key:
+        return cached[1]
     _check_boundaries(cu_seqlens, batch * keys)
     with torch.no_grad():
         documents = _build(cu_seqlens, batch, keys)
-    if asked is not None:
-        _known[cu_seqlens] = (asked, documents)
+    if key is not None:
+        _known[cu_seqlens] = (key, documents)
     return documents
 
 
@@ -126,7 +127,7 @@ def _check_boundaries(cu_seqlens: torch.Tensor, length: int) -> None:
             f"allowed: from 0 to batch * keys = {length}"
         )
     if any(later < earlier for earlier, later in zip(values, values[1:], strict=False)):
-        raise ValueError("cu_seqlens: decreases; allowed: boundaries in rising order")
+        raise ValueError("cu_seqlens: decreases; allowed: non-decreasing boundaries")
 
 
 def _build(cu_seqlens: torch.Tensor, batch: int, keys: int) -> Documents:
@@ -144,18 +145,19 @@ def _build(cu_seqlens: torch.Tensor, batch: int, keys: int) -> Documents:
 def mark_starts(
     starts: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
 ) -> None:
-    """Marks in `starts`, bool [batch, keys], the tokens at which a document starts.
+    """Mark the tokens at which a document starts, in place.
 
     Args:
-        mask: [batch, keys], non-zero where a token is: padding begins and ends documents.
-        positions: [batch or 1, keys]; a token whose position is not its predecessor's plus one
-            starts one. Padding's positions follow no rule and count for nothing.
+        starts: bool [batch, keys], written to.
+        mask: [batch, keys], non-zero for tokens, 0 for padding; each change starts a document.
+        positions: [batch or 1, keys]. A token starts a document unless its position is its
+            predecessor's plus one. The positions of padding are ignored.
     """
     real: torch.Tensor | None = None
     if mask is not None:
-        padding = mask.bool()
-        starts[:, 1:] |= padding[:, 1:] != padding[:, :-1]
-        real = padding[:, 1:]
+        is_token = mask.bool()
+        starts[:, 1:] |= is_token[:, 1:] != is_token[:, :-1]
+        real = is_token[:, 1:]
     if positions is not None:
         breaks = positions[:, 1:] != positions[:, :-1] + 1
         starts[:, 1:] |= breaks if real is None else breaks & real
@@ -163,14 +165,14 @@ def mark_starts(
 
 
 def refuse_gaps(real: torch.Tensor, positions: torch.Tensor | None) -> None:
-    """That no tokens go on behind padding: their positions, if known, start anew there.
+    """Raise if tokens follow padding in a row, unless their positions start again at 0.
 
     Args:
-        real: bool [batch, keys], True where a token is.
-        positions: [batch or 1, keys].
+        real: bool [batch, keys], True for tokens and False for padding.
+        positions: [batch or 1, keys], or None if unknown.
 
     Raises:
-        ValueError: some do.
+        ValueError: a document would continue after padding.
     """
     again = real[:, 1:] & ~real[:, :-1] & real[:, :-1].cummax(1).values
     if positions is not None:

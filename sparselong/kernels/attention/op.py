@@ -1,23 +1,23 @@
 """Attention with sinks, windows, packed documents and grouped queries; forward and backward.
 
-The maths: query i of head h has scores scale * <q_i, k_j> for the keys j that it sees and one more
-logit, the head's sink s_h, that has no value. With lse_i the logarithm of the sum of exponentials
-of all of these, out_i = sum_j exp(score_ij - lse_i) v_j, and
+The maths: query i of head h has scores scale * <q_i, k_j> for the keys j that it sees, and one more
+logit without a value, the head's sink s_h. With lse_i the log-sum-exp of all of these,
+out_i = sum_j exp(score_ij - lse_i) v_j, and
 
     delta_i = <dO_i, out_i>                    ds_h = -sum_i exp(s_h - lse_i) delta_i
     dS_ij = P_ij (<dO_i, v_j> - delta_i)       dq = scale dS k,  dk = scale dS^T q,  dv = P^T dO
 
-Which keys query i, of position `query_offset + i`, sees is in `mask.py`. Saved for the
-backward pass: q, k, v, sinks, out and lse; nothing grows with queries * keys.
+`mask.py` defines which keys query i, at position `query_offset + i`, sees. Saved for backward: q,
+k, v, sinks, out and lse; nothing grows with queries * keys.
 
-One function, several backends, all exact: our Triton kernels (`triton_launch.py`), torch's
-FlashAttention-2 and cuDNN operators (`torch_operators.py`), flash-attn where it is installed, and
-plain torch on a CPU (`torch_backend.py`). The choice follows a measured table
-(`choice.py`) or is named by the caller; a backend that is named and cannot take the call
-raises, and nothing else is put in its place. The method is FlashAttention-2's (Dao, 2023,
-arXiv:2307.08691) and online softmax's (Milakov and Gimelshein, 2018); the code is ours, under this
-repository's licence. Left out: dropout, attention biases, head dimensions other than 64 on a GPU,
-gradients through lse, and second derivatives (refused).
+There are several backends, all exact: our Triton kernels (`triton_launch.py`), torch's
+FlashAttention-2 and cuDNN operators (`torch_operators.py`), the flash-attn package where it is
+installed (`flash_attn.py`), and plain torch on a CPU (`torch_backend.py`). A measured table
+(`choice.py`) picks one, or the caller names it. A named backend that cannot take the call raises;
+there is no fallback. The method is FlashAttention-2's (Dao, 2023, arXiv:2307.08691) and online
+softmax's (Milakov and Gimelshein, 2018); the code is ours, under this repository's licence. Not
+supported: dropout, attention biases, head dimensions other than 64 on a GPU, gradients through lse,
+and second derivatives (refused).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from sparselong.runtime import attend_once
 
 HEAD_DIM = 64
 ROUND_TOKENS = 256
-"""Lengths that come again are taken to be multiples of it: powers of two are, and their shards."""
+"""Lengths expected to recur are multiples of it, as powers of two and their shards are."""
 
 
 def attention(
@@ -62,39 +62,41 @@ def attention(
     backend: str | None = None,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse). Gradients flow to q, k, v and sinks from out, not from lse.
+    """Return (out, lse); gradients flow to q, k, v and sinks from out, not from lse.
 
     Args:
-        q: [batch, heads, queries, 64], bf16, fp16 or fp32 (fp64 by "torch"). Read by stride:
+        q: [batch, heads, queries, 64], bf16, fp16 or fp32 (fp64 with "torch"). Read by stride:
             a transposed view of [batch, queries, heads, 64] costs no copy.
-        k, v: [batch, kv_heads, keys, 64], q's dtype; head h reads KV head h // (heads / kv_heads).
-        sinks: [heads], any floating dtype; its gradient comes back in that dtype, summed in fp32.
+        k: [batch, kv_heads, keys, 64], q's dtype; head h reads KV head h // (heads / kv_heads).
+        v: shaped like k, q's dtype.
+        sinks: [heads], any floating dtype; the gradient has that dtype and is summed in fp32.
         cu_seqlens: int32 or int64 [n + 1], the boundaries of documents on the flattened [batch,
-            keys] axis, from 0 to batch * keys; the starts of batch rows are boundaries anyway. A
-            padded stretch is a document of its own. None: every batch row is one document.
-        window: keys that a query sees at most, itself included; None: all before it.
-        scale: factor of the scores; None: 1 / 8.
+            keys] axis, from 0 to batch * keys. The start of a batch row is always a boundary.
+            Padding is a document of its own. None: every batch row is one document.
+        window: most keys that a query sees, itself included; None: all keys up to itself.
+        scale: factor of the scores; None: 1 / sqrt(head_dim).
         query_offset: the position of query 0 on the key axis: 0 in training, keys - queries when
             decoding with a cache, the shard's start when a shard of queries attends to gathered
-            keys. With documents, query_offset + queries may not pass keys.
+            keys. With documents, query_offset + queries must not exceed keys.
         dropout: must be 0.
         backend: "triton", "torch_flash", "torch_cudnn", "flash_attn" or "torch"; None: the
-            fastest measured one that can take the call (`choose_backend`).
-        deterministic: FlashAttention-2's backward pass in its deterministic form, which is slower,
-            and no "torch_cudnn", which has none. "triton" is always deterministic.
+            fastest measured backend that can take the call (`choose_backend`).
+        deterministic: use FlashAttention-2's deterministic backward pass, which is slower, and
+            never "torch_cudnn", which has none. "triton" is always deterministic.
 
     Returns:
         out: [batch, heads, queries, 64] in q's dtype, laid out as [batch, queries, heads, 64].
-        lse: [batch, heads, queries] fp32, natural logarithm, the sink included.
+        lse: [batch, heads, queries] fp32, natural logarithm, with the sink included.
 
     The error of out and of every gradient against fp64 is at most twice that of torch's
     FlashAttention-2 with the sink correction in the same dtype (tests/gpu/test_attention.py).
 
     Raises:
-        ValueError: an argument is not as above; names it, what was found and what is allowed.
+        ValueError: an argument is not as above; the message names it, its value and what is
+            allowed.
     """
     _check_tensors(q, k, v, sinks)
-    _check_numbers(window, scale, query_offset, dropout, backend)
+    _check_numbers(window, scale, query_offset, dropout)
     mask = _make_mask(q, k, cu_seqlens, window, query_offset)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     call = AttentionCall(mask, scale, deterministic, needs_dsinks=sinks.requires_grad)
@@ -109,21 +111,21 @@ def attention(
 
 
 def pick_backend(backend: str | None, q: torch.Tensor, call: AttentionCall) -> str:
-    """The backend that was named, or for None the one of `choose_backend`.
+    """Return the named backend or, for None, the one that `choose_backend` returns.
 
     Raises:
-        ValueError: it cannot take the call, or none can.
+        ValueError: the backend is unknown or cannot take the call, or no backend can.
     """
     return choose_backend(q, call) if backend is None else _require_backend(backend, q, call)
 
 
 def choose_backend(q: torch.Tensor, call: AttentionCall) -> str:
-    """The backend that `backend=None` takes: the table's first that can take the call.
+    """Return the first backend of the measured table that can take the call.
 
-    cuDNN is passed over where its plan would not pay (`plan_pays`).
+    cuDNN is skipped where its planning cost is not amortized (`plan_pays`).
 
     Raises:
-        ValueError: none can.
+        ValueError: no backend can take the call.
     """
     mask = call.mask
     kind = "full" if mask.window is None else "window"
@@ -140,19 +142,19 @@ def choose_backend(q: torch.Tensor, call: AttentionCall) -> str:
 
 
 def plan_pays(mask: Mask) -> bool:
-    """Whether lengths are such as come again: for every new pair of them cuDNN works out a plan
-    (0.04 s a pass: benchmarks/attention_first_call.py), which the next steps do not repay.
+    """Return whether this shape will recur, so that cuDNN's planning cost is amortized.
 
-    Sequences of the configured length come again in training, and shards of them, which begin at
-    multiples of their own length. Runs of packed documents begin anywhere, single conversations end
-    anywhere, and with gradients off prompts of any length come and go.
+    cuDNN plans every new pair of lengths (0.04 s per pass: benchmarks/attention_first_call.py).
+    Sequences of the configured length recur in training, as do their shards, which start at
+    multiples of their own length. Chunks of packed documents start anywhere, single conversations
+    end anywhere, and without gradients prompts have any length.
     """
     whole = mask.queries % ROUND_TOKENS == 0 and mask.offset % mask.queries == 0
     return whole and torch.is_grad_enabled()
 
 
 class Backend(NamedTuple):
-    """What a backend offers."""
+    """Entry points of a backend."""
 
     refuse: Callable[[torch.Tensor, AttentionCall], str | None]
     attend: Callable[..., Attended]
@@ -184,16 +186,16 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, sinks, out, lse, *kept = ctx.saved_tensors
-        done = SavedForward(q, k, v, sinks, out, lse, tuple(kept))
+        saved = SavedForward(q, k, v, sinks, out, lse, tuple(kept))
         with torch.cuda.device_of(q):
-            *grads, dsinks = load_backend(ctx.backend).attend_backward(dout, done, ctx.call)
+            *grads, dsinks = load_backend(ctx.backend).attend_backward(dout, saved, ctx.call)
         dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
         return *grads, dsinks, None, None
 
 
 @functools.cache
 def load_backend(name: str) -> Backend:
-    """The backend's functions, imported when first asked for."""
+    """Return the backend's functions, importing its module on first use."""
     if name == "torch":
         from sparselong.kernels.attention import torch_backend as plain
 
@@ -214,6 +216,8 @@ def load_backend(name: str) -> Backend:
 
 
 def _require_backend(name: str, q: torch.Tensor, call: AttentionCall) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r}; allowed: None, {', '.join(BACKENDS)}")
     if name == "torch":
         return name
     if q.device.type != "cuda":
@@ -256,7 +260,7 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: tor
 
 
 def _check_numbers(
-    window: int | None, scale: float | None, query_offset: int, dropout: float, backend: str | None
+    window: int | None, scale: float | None, query_offset: int, dropout: float
 ) -> None:
     if window is not None and (type(window) is not int or window <= 0):
         raise ValueError(f"window: {window!r}; allowed: a positive integer, or None")
@@ -265,9 +269,7 @@ def _check_numbers(
     if type(query_offset) is not int or query_offset < 0:
         raise ValueError(f"query_offset: {query_offset!r}; allowed: an integer of at least 0")
     if dropout != 0:
-        raise ValueError(f"dropout: {dropout!r}; allowed: 0, there is no attention dropout here")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r}; allowed: None, {', '.join(BACKENDS)}")
+        raise ValueError(f"dropout: {dropout!r}; allowed: 0, dropout is not supported")
 
 
 def _make_mask(
@@ -291,5 +293,5 @@ def _make_mask(
             )
         documents = find_documents(cu_seqlens, batch, keys)
     if window is not None and window >= query_offset + queries:
-        window = None  # it leaves nothing out
+        window = None  # it excludes no key
     return Mask(batch, queries, keys, query_offset, window, documents)

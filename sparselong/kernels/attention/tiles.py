@@ -1,7 +1,7 @@
-"""Tile sizes of the Triton attention kernels, by architecture, kernel and layer kind. No torch.
+"""Tile sizes of the Triton attention kernels by architecture, kernel and layer kind.
 
-Fixed here and not searched for at run time, so that a first call compiles three kernels and no
-more.
+Sizes are fixed instead of autotuned, so that a first call compiles only three kernels. This module
+imports no torch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows (heads * queries) and keys of one tile, warps and pipeline stages of its program, and
-    whether the unmasked middle of its range is a loop of its own."""
+    """Size of a tile and launch parameters of its program.
+
+    Attributes:
+        rows: rows of the tile, heads * queries.
+        keys: keys of the tile.
+        warps: warps of the program.
+        stages: pipeline stages of the program.
+        heads: most heads that share the tile.
+        split: whether the unmasked part of the tile's range has a loop of its own.
+    """
 
     rows: int
     keys: int
@@ -22,8 +30,8 @@ class Tile:
     split: bool = True
 
 
-# sm_90: the fastest of benchmarks/attention_tiles.py on an H200, 16,384 tokens, bf16, 64/8 heads,
-# packed documents of 1,024 on average. sm_80: chosen by the compiler's report (registers,
+# sm_90: the fastest in benchmarks/attention_tiles.py on an H200, 16,384 tokens, bf16, 64/8 heads,
+# packed documents of 1,024 tokens on average. sm_80: chosen from the compiler's report (registers,
 # spills, shared memory within sm_86's 99 KB), not timed.
 TILES: dict[str, dict[tuple[str, str], Tile]] = {
     "sm_90": {
@@ -55,7 +63,7 @@ FLOAT32_WINDOW = Tile(32, 32, 8, 1, heads=8, split=False)
 
 
 def tile_for(architecture: str, stage: str, kind: str, float32: bool) -> Tile:
-    """The tile for `stage` (forward, split, dq, dkdv) of a `kind` (full, packed, window) layer."""
+    """Return the tile of a stage (forward, split, dq, dkdv) and kind (full, packed, window)."""
     if stage == "split" and not float32 and architecture != "interpreter":
         return SPLIT
     if float32 or architecture == "interpreter":

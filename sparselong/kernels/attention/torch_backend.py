@@ -1,11 +1,11 @@
-"""Attention with sinks in plain torch: the CPU's backend.
+"""Attention with sinks in plain torch: the CPU backend.
 
-Scores, a mask, one more logit per head, softmax, the sink's share dropped, product with the values.
-Gradients are torch's own. It shares no code with the kernels.
+It follows the definition: scores, mask, one more logit per head, softmax, and the product with the
+values without the sink's share. Gradients are torch's own. It shares no code with the kernels.
 
-Queries are taken `rows` at a time, and with gradients each chunk is computed again in the backward
-pass, so memory grows with rows * keys and not with queries * keys. Arithmetic is in fp32 (fp64 for
-fp64 inputs), whatever the inputs are; a CPU has no faster way.
+Queries are taken in chunks of `rows`. With gradients, each chunk is recomputed in the backward
+pass, so memory grows with rows * keys instead of queries * keys. Arithmetic is in fp32 (fp64 for
+fp64 inputs) whatever the inputs' dtype, because nothing is faster on a CPU.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ def attention_torch(
     query_offset: int = 0,
     rows: int = 256,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out like q, natural-log lse [batch, heads, queries], the sink included).
+    """Return (out like q, natural-log lse [batch, heads, queries] with the sink included).
 
     Args:
         q: [batch, heads, queries, head_dim]. Query i has position `query_offset + i`.
-        k, v: [batch, kv_heads, keys, head_dim]; head h reads KV head h // (heads / kv_heads).
-        sinks: [heads], a logit of each head's softmax that has no value.
-        document: [batch, keys] integers; a query sees only keys with its own position's number.
-        window: how many keys a query sees at most, its own position included.
+        k: [batch, kv_heads, keys, head_dim]; head h reads KV head h // (heads / kv_heads).
+        v: shaped like k.
+        sinks: [heads], one more logit in each head's softmax, without a value.
+        document: integers [batch, keys]; a query sees only keys with its own position's integer.
+        window: most keys that a query sees, its own position included.
         scale: factor of the scores, 1 / sqrt(head_dim) if None.
-        rows: queries a chunk.
+        query_offset: position of query 0 on the key axis.
+        rows: queries per chunk.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     outs, lses = [], []
@@ -70,7 +72,7 @@ def _find_seen(
     window: int | None,
     document: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Which keys from `begin` to `end` the queries see: bool [1 or batch, queries, keys]."""
+    """Return bool [1 or batch, queries, keys]: which of the keys from `begin` to `end` are seen."""
     keys = torch.arange(begin, end, device=positions.device)
     seen = keys <= positions[:, None]
     if window is not None:
@@ -91,7 +93,7 @@ def _attend_chunk(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, queries, head_dim = q.shape
     grouped = q.to(dtype).view(batch, k.shape[1], -1, queries, head_dim)
-    with torch.autocast(q.device.type, enabled=False):  # which would take products in bf16
+    with torch.autocast(q.device.type, enabled=False):  # keep products out of bf16
         scores = torch.einsum("bhgqd,bhkd->bhgqk", grouped, k.to(dtype)) * scale
         scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
         sink = sinks.to(dtype).view(1, k.shape[1], -1, 1, 1).expand(batch, -1, -1, queries, 1)
@@ -104,14 +106,14 @@ def _attend_chunk(
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> Attended:
-    """The forward pass alone, for a caller with an autograd function of its own."""
+    """Run only the forward pass, for callers that have their own autograd function."""
     return *_attend_call(q, k, v, sinks, call), ()
 
 
-def attend_backward(dout: torch.Tensor, done: SavedForward, call: AttentionCall) -> Gradients:
-    """Its backward pass, which goes through the forward pass again."""
+def attend_backward(dout: torch.Tensor, saved: SavedForward, call: AttentionCall) -> Gradients:
+    """Return the gradients of `attend`, recomputing the forward pass."""
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in done[:4]]
+        leaves = [t.detach().requires_grad_() for t in saved[:4]]
         out, _ = _attend_call(*leaves, call)  # pyright: ignore[reportCallIssue]
         dq, dk, dv, dsinks = torch.autograd.grad(out, leaves, dout)
     return dq, dk, dv, dsinks if call.needs_dsinks else None

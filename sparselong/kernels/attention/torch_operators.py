@@ -1,20 +1,20 @@
-"""torch's own attention operators, made exact for sinks: FlashAttention-2 and cuDNN.
+"""torch's FlashAttention-2 and cuDNN operators, made exact for attention with sinks.
 
-Neither knows sinks. With plain attention's output o and natural-log lse, and a head's sink s,
+Neither operator supports sinks. With plain attention's output o and natural-log lse, and a head's
+sink s,
 
     out = o * sigmoid(lse - s)        lse' = logaddexp(lse, s)
 
-is attention with the sink, exactly; and the unmodified backward pass, given out and lse' in place
-of o and lse, returns the exact dq, dk and dv, because all that it takes from them is
-P = exp(scores - lse') and rowsum(dO * out). The sink's own gradient is
--sum(exp(s - lse') * rowsum(dO * out)).
+is exactly attention with the sink. The unmodified backward pass, given out and lse' in place of o
+and lse, returns the exact dq, dk and dv, because it uses o and lse only in P = exp(scores - lse')
+and rowsum(dO * out). The sink's own gradient is -sum(exp(s - lse') * rowsum(dO * out)).
 
-FlashAttention-2 aligns its causal mask at the last query and last key, so a query offset is served
-by leaving away the keys after the last query; with `deterministic` it runs under torch's
-deterministic algorithms. cuDNN's operator has no window, no documents, no deterministic backward,
-and aligns its mask at the first query and key: queries that begin at an offset attend once to the
-keys before it, all of them, and once to their own, causally. Both outputs are weighted by their
-shares of the softmax, and each part's backward pass is given the whole's out and lse.
+FlashAttention-2 aligns its causal mask to the last query and the last key, so a query offset is
+handled by dropping the keys after the last query. With `deterministic` it runs under torch's
+deterministic algorithms. cuDNN's operator has no window, no documents and no deterministic backward
+pass, and aligns its mask to the first query and key. Queries at an offset therefore attend twice:
+to all keys before the offset, and causally to the keys from it on. The two outputs are weighted by
+their shares of the softmax, and the backward pass of each part receives the combined out and lse.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from sparselong.kernels.layout import with_unit_stride
 
 aten = torch.ops.aten
 LEAST_BEHIND = 64
-"""Fewer queries behind an offset, or keys before it, do not fill one tile of cuDNN's; a single key
-it does not take."""
+"""Fewest queries after an offset, and keys before it, for cuDNN: fewer would not fill one of its
+tiles, and it rejects a single key."""
 _DSINK_QUERIES = 2048
 
 
 def refuse_flash(q: torch.Tensor, call: AttentionCall) -> str | None:
-    """Why FlashAttention-2 cannot take the call, or None."""
+    """Return why FlashAttention-2 cannot take the call, or None if it can."""
     mask = call.mask
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"q: {q.dtype}; allowed: torch.bfloat16, torch.float16"
@@ -46,7 +46,7 @@ def refuse_flash(q: torch.Tensor, call: AttentionCall) -> str | None:
 
 
 def refuse_cudnn(q: torch.Tensor, call: AttentionCall) -> str | None:
-    """Why cuDNN cannot take the call, or None."""
+    """Return why cuDNN cannot take the call, or None if it can."""
     mask = call.mask
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"q: {q.dtype}; allowed: torch.bfloat16, torch.float16"
@@ -60,10 +60,11 @@ def refuse_cudnn(q: torch.Tensor, call: AttentionCall) -> str | None:
         return "q: 1 query; allowed: 2 or more"
     if mask.offset and min(mask.offset, mask.queries) < LEAST_BEHIND:
         return (
-            f"q: {mask.queries} queries behind an offset of {mask.offset}; "
+            f"q: {mask.queries} queries after an offset of {mask.offset}; "
             f"allowed: {LEAST_BEHIND} or more of both"
         )
-    if call.deterministic:  # seen on an H200, torch 2.11: its backward differs between runs even so
+    # cuDNN's backward differs between runs regardless: seen on an H200 with torch 2.11.
+    if call.deterministic:
         return "deterministic: True; allowed: False"
     return None
 
@@ -71,7 +72,7 @@ def refuse_cudnn(q: torch.Tensor, call: AttentionCall) -> str | None:
 def attend_flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> Attended:
-    """(out, lse, what the operator's backward needs). Shapes as in `attention.attention`."""
+    """Return (out, lse, tensors for the operator's backward); shapes as in `op.attention`."""
     mask = call.mask
     end = mask.offset + mask.queries
     q, k, v = token_major(mask, q, k[:, :, :end], v[:, :, :end])
@@ -85,11 +86,13 @@ def attend_flash(
     return *join([(out, lse)], sinks), (rest[0], rest[1])
 
 
-def attend_flash_backward(dout: torch.Tensor, done: SavedForward, call: AttentionCall) -> Gradients:
-    """The backward pass, by the operator's own."""
-    q, k, v, _, out, lse, kept = done
+def attend_flash_backward(
+    dout: torch.Tensor, saved: SavedForward, call: AttentionCall
+) -> Gradients:
+    """Return the gradients, computed by the operator's own backward."""
+    q, k, v, _, out, lse, kept = saved
     mask = call.mask
-    dsinks = sink_gradient(dout, done) if call.needs_dsinks else None
+    dsinks = sink_gradient(dout, saved) if call.needs_dsinks else None
     shape = k.shape
     end = mask.offset + mask.queries
     q, k, v = token_major(mask, q, k[:, :, :end], v[:, :, :end])
@@ -121,7 +124,7 @@ def attend_flash_backward(dout: torch.Tensor, done: SavedForward, call: Attentio
 def attend_cudnn(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> Attended:
-    """(out, lse, what the operator's backward needs). Shapes as in `attention.attention`."""
+    """Return (out, lse, tensors for the operator's backward); shapes as in `op.attention`."""
     q, k, v = with_unit_stride(q, k, v)
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     kept: tuple[torch.Tensor, ...] = ()
@@ -134,13 +137,15 @@ def attend_cudnn(
     return *join(parts, sinks), kept
 
 
-def attend_cudnn_backward(dout: torch.Tensor, done: SavedForward, call: AttentionCall) -> Gradients:
-    """The backward pass, by the operator's own."""
-    q, k, v, _, out, lse, kept = done
+def attend_cudnn_backward(
+    dout: torch.Tensor, saved: SavedForward, call: AttentionCall
+) -> Gradients:
+    """Return the gradients, computed by the operator's own backward."""
+    q, k, v, _, out, lse, kept = saved
     mask = call.mask
-    dsinks = sink_gradient(dout, done) if call.needs_dsinks else None
+    dsinks = sink_gradient(dout, saved) if call.needs_dsinks else None
     dout, q, k, v = with_unit_stride(dout, q, k, v)
-    dq, of_keys = None, []
+    dq, pairs = None, []
     for n, (keys, causal) in enumerate(cudnn_parts(mask)):
         sizes = (None, None, None, mask.queries, keys.stop - keys.start)
         part, *more = aten._scaled_dot_product_cudnn_attention_backward(
@@ -149,24 +154,24 @@ def attend_cudnn_backward(dout: torch.Tensor, done: SavedForward, call: Attentio
             scale=call.scale,
         )
         dq = part if dq is None else dq.add_(part)
-        of_keys.append(more)
-    dk, dv = (
-        of_keys[0] if len(of_keys) == 1 else (torch.cat(t, 2) for t in zip(*of_keys, strict=True))
-    )
+        pairs.append(more)
+    dk, dv = pairs[0] if len(pairs) == 1 else (torch.cat(t, 2) for t in zip(*pairs, strict=True))
     assert dq is not None
     return dq, dk, dv, dsinks
 
 
 def cudnn_parts(mask: Mask) -> list[tuple[slice, bool]]:
-    """The keys of each of the operator's calls, in rising order, and whether it is causal."""
+    """Return the keys of each call to the operator, in rising order, and whether it is causal."""
     own = (slice(mask.offset, mask.keys), True)
     return [own] if mask.offset == 0 else [(slice(0, mask.offset), False), own]
 
 
-def sink_gradient(dout: torch.Tensor, done: SavedForward) -> torch.Tensor:
-    """[heads] fp32, summed in a fixed order over chunks of queries, so that no large fp32 copy of
-    dout and out is ever held."""
-    out, lse, sinks = done.out, done.lse, done.sinks
+def sink_gradient(dout: torch.Tensor, saved: SavedForward) -> torch.Tensor:
+    """Return the sinks' gradient, fp32 [heads].
+
+    It is summed over query chunks in a fixed order, to avoid full fp32 copies of dout and out.
+    """
+    out, lse, sinks = saved.out, saved.lse, saved.sinks
     total = torch.zeros(sinks.shape, dtype=torch.float32, device=dout.device)
     for first in range(0, dout.shape[2], _DSINK_QUERIES):
         chunk = slice(first, first + _DSINK_QUERIES)
@@ -177,7 +182,7 @@ def sink_gradient(dout: torch.Tensor, done: SavedForward) -> torch.Tensor:
 
 
 def token_major(mask: Mask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """[batch, tokens, heads, head_dim], or [batch * tokens, heads, head_dim] with documents."""
+    """Return [batch, tokens, heads, head_dim]; with documents, the first two axes are merged."""
     views = with_unit_stride(*(t.transpose(1, 2) for t in tensors))
     if mask.documents is None:
         return views
@@ -185,20 +190,22 @@ def token_major(mask: Mask, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def flash_sizes(mask: Mask) -> tuple[tuple, dict[str, int]]:
-    """(cum_seq_q, cum_seq_k, max_q, max_k) and the window arguments."""
+    """Return (cum_seq_q, cum_seq_k, max_q, max_k) and the window arguments."""
     window = {} if mask.window is None else {"window_size_left": mask.window - 1}
     window |= {"window_size_right": 0} if window else {}
     end = mask.offset + mask.queries
     if mask.documents is None:
         return (None, None, mask.queries, end), window
     boundaries, longest = varlen_boundaries(mask), mask.documents.longest
-    # Told of one query at most, the operator takes every document to have one.
+    # With max_q = 1, the operator assumes that every document has exactly one query.
     return (*boundaries, max(2, min(mask.queries, longest)), min(end, longest)), window
 
 
 def varlen_boundaries(mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """Document boundaries over the flattened queries and over the flattened keys up to the last
-    query's; a document that holds no query keeps an empty range of queries."""
+    """Return document boundaries over the flattened queries and over the flattened keys.
+
+    Keys after the last query are left out. A document without queries keeps an empty range.
+    """
     assert mask.documents is not None
     end = mask.offset + mask.queries
     row = torch.div(mask.documents.boundaries, mask.keys, rounding_mode="floor")
@@ -209,16 +216,16 @@ def varlen_boundaries(mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def with_unseen_keys(grad: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """`grad` with zeros for the keys after the last query, up to `shape`."""
+    """Return `grad` padded to `shape` with zeros for the keys after the last query."""
     missing = shape[2] - grad.shape[2]
     return grad if missing == 0 else torch.nn.functional.pad(grad, (0, 0, 0, missing))
 
 
 @contextmanager
-def _determinism(asked: bool) -> Iterator[None]:
+def _determinism(enabled: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if not asked or (before and not warn_only):
+    if not enabled or (before and not warn_only):
         yield
         return
     torch.use_deterministic_algorithms(True)

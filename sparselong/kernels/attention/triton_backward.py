@@ -1,13 +1,13 @@
 """The Triton kernels of attention's backward pass: dq with delta and dsink, and dk with dv.
 
-P = exp(scale * scores - lse) comes back from the forward pass's lse without a second softmax, and
+P = exp(scale * scores - lse) is recomputed from the saved lse, without a second softmax, and
 
     dv = P^T dO        dS = P * (dO V^T - delta)        dq = scale dS K        dk = scale dS^T Q
 
 where delta = rowsum(dO * out), and dsink = -sum_i exp(sink - lse_i) delta_i. P and dS are rounded
-to the inputs' type before the products, sums are fp32. dq is summed over a query tile's keys, dk
-and dv over a key block's queries, each by one program in a fixed order. Tiles, masks and SPLIT are
-as in `triton_forward.py`.
+to the inputs' dtype before the products; sums are fp32. One program sums dq over a query tile's
+keys, and one sums dk and dv over a key block's queries, each in a fixed order. Tiles, masks and
+SPLIT are as in `triton_forward.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _dq_step(
     KEYS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SINK_GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, without its last factor `scale`, and rowsum(P * dP) over keys [begin, end)."""
+    """Accumulate dq, without its last factor `scale`, and rowsum(P * dP) over keys [begin, end)."""
     dim = tl.arange(0, D)
     column = tl.arange(0, KEYS)
     for start in range(begin, end, KEYS):
@@ -67,11 +67,11 @@ def dq_kernel(
     D: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr,
     SINK_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile, delta = rowsum(dO * O) for the next kernel, and this tile's share of dsink.
+    """Write dq of one tile, delta = rowsum(dO * O) for the next kernel, and the tile's dsink.
 
-    Grid as of `forward_kernel`. `dsink_ptr` is [batch, heads, query tiles], summed by the launcher.
-    The sink's gradient takes delta as rowsum(P * dP), all fp32: out was rounded when it was stored,
-    and in a sum over thousands of rows that nearly cancels, the rounding would be what one sees.
+    Grid as for `forward_kernel`. `dsink_ptr` is [batch, heads, query tiles]; the launcher sums it.
+    The sink's gradient computes delta as rowsum(P * dP), all in fp32: the stored out is rounded,
+    and that error would dominate a sum over thousands of rows that nearly cancels.
     """
     block, tiles, heads_before, batch = place_program(HAS_DOCS, HAS_WINDOW)  # pyright: ignore[reportGeneralTypeIssues]
     tile = tiles - 1 - block
@@ -135,10 +135,10 @@ def _dkdv_step(
     HEADS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
     HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk, without its last factor `scale`, and dv over queries [begin, end), HEADS heads at once.
+    """Accumulate dk, without its last factor `scale`, and dv over queries [begin, end).
 
-    Scores are computed transposed, [keys, rows], so that P and dS come out of one product in the
-    layout in which the next takes them.
+    HEADS heads are taken at once. Scores are computed transposed, [keys, rows], so that P and dS
+    have the layout that the next product takes.
     """
     dim = tl.arange(0, D)
     row = tl.arange(0, HEADS * QUERIES)
@@ -179,7 +179,7 @@ def _query_ranges(
     ends, first, last, offset, queries, window,
     QUERIES: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The key block's queries as (low, clear, high): [clear, high) see all its keys.
+    """Return the key block's queries as (low, clear, high); [clear, high) see all its keys.
 
     `first` and `last` are the block's first and last key; `ends` is this batch row's.
     """
@@ -211,10 +211,10 @@ def dkdv_kernel(
     D: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one key block, over all heads of its group. dk has strides a, dv strides b.
+    """Write dk (strides a) and dv (strides b) of one key block over all heads of its group.
 
-    Blocks of the grid are key blocks. Those that most queries see start first, so that the last to
-    end are short: the first ones, or where documents are packed `order_ptr` [batch, key blocks].
+    Grid blocks are key blocks. Those seen by most queries start first, so that the last to finish
+    are short: keys in rising order or, with packed documents, `order_ptr` [batch, key blocks].
     """
     block, blocks, kv_head, batch = place_program(HAS_DOCS, HAS_WINDOW)  # pyright: ignore[reportGeneralTypeIssues]
     kv_head = kv_head.to(tl.int64)

@@ -1,23 +1,22 @@
-"""The Triton kernels under `triton_launch.py`: the forward pass, and what the others share.
+"""The Triton kernel of attention's forward pass, and what all attention kernels share.
 
-One tile of query rows holds HEADS query heads of one KV head times QUERIES queries (row r is head
-r // QUERIES, query r % QUERIES). A full layer takes one head and many queries. A window layer takes
-the whole group of heads and few queries: its keys are then read once for all heads, and nearly all
-of them lie inside the window.
+A tile holds HEADS query heads of one KV head times QUERIES queries: row r is head r // QUERIES,
+query r % QUERIES. `tiles.py` sets both. A window layer takes the whole group of heads and few
+queries, so that its keys are read once for all heads and nearly all of them lie inside the window.
 
-Which keys query i of position p = offset + i sees: floor(p) <= j <= p, where floor is the start of
-p's document (array `starts`, by position) or p - window + 1, whichever is later. Both ends grow
-with p, so a tile's keys are one range [low, high), and a key block's queries are one range as well.
-With SPLIT the part of it that needs no mask is a loop of its own; what is left is the diagonal. The
-few tiles in which a document begins are masked throughout, and so is everything without SPLIT: a
-window's range is short, and a loop of few steps spends its time starting.
+Query i at position p = offset + i sees the keys j with floor(p) <= j <= p, where floor is the later
+of the start of p's document (array `starts`, by position) and p - window + 1. Both bounds grow with
+p, so a tile's keys form one range [low, high), and so do a key block's queries. With SPLIT, the
+part of the range that needs no mask has a loop of its own, and the masked loop covers the diagonal.
+Everything is masked without SPLIT and in the few tiles in which a document begins: a window's range
+is short, and starting a second loop would cost more than the mask.
 
-The forward pass keeps scores in base 2 (exp2 is one instruction), starts its running maximum at a
-finite -1e30 so that a row that has seen no key yet gives no NaN, and takes the sink in at the end:
-one more logit with no value. P is rounded to the inputs' type before the product, sums are fp32.
-Every output element is written by exactly one program, in a fixed order: no atomics, and the same
-bits every time. So it is in the backward pass (`triton_backward.py`) and where few queries see
-many keys (`triton_split.py`).
+The forward pass keeps scores in base 2, because exp2 is one instruction. Its running maximum starts
+at a finite -1e30, so that a row that has seen no key yet gives no NaN. The sink enters at the end,
+as one more logit without a value. P is rounded to the inputs' dtype before the product; sums are
+fp32. Every output element is written by exactly one program in a fixed order, without atomics, so
+results are bitwise reproducible. The same holds for the backward pass (`triton_backward.py`) and
+for few queries over many keys (`triton_split.py`). `triton_launch.py` launches these kernels.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_KEY_YET = tl.constexpr(-1e30)
-# Not compiled for: a new length must not mean a new kernel.
+# Not specialized: a new length must not compile a new kernel.
 SIZES = ["heads", "queries", "keys", "offset", "window"]
 
 
 @triton.jit
 def load_rows(base, row_offsets, real, dim, MASKED: tl.constexpr):
-    """Rows of head_dim elements at `base + row_offsets`; rows that are not real are zero."""
+    """Load rows of head_dim elements at `base + row_offsets`; rows that are not real are zero."""
     pointers = base + row_offsets[:, None] + dim[None, :]
     if MASKED:
         return tl.load(pointers, mask=real[:, None], other=0.0)
@@ -43,11 +42,11 @@ def load_rows(base, row_offsets, real, dim, MASKED: tl.constexpr):
 
 @triton.jit
 def place_program(HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """(block, blocks, head or group of heads, batch) of the launcher's `_grid`.
+    """Return (block, blocks, head or group of heads, batch) from `triton_launch._grid`.
 
-    Blocks of one head stand next to each other, so that they share its keys in the cache. Where
-    documents are packed the heads do: blocks that take long are then spread over the whole grid
-    for one head, and at its end for all of them.
+    Blocks of one head are adjacent in the grid, so that they share its keys in the cache. With
+    packed documents, whose blocks differ in length, all heads of one block are adjacent instead:
+    the launch order of blocks then holds across heads, and long blocks can start first.
     """
     PACKED: tl.constexpr = HAS_DOCS and not HAS_WINDOW  # pyright: ignore[reportAssignmentType]
     block = tl.program_id(1 if PACKED else 0)
@@ -60,8 +59,11 @@ def place_tile(
     tile, starts, queries, offset, window,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The tile's first and last query; and of each row the query, whether there is one, its
-    position and the first key that it sees. `starts` is this batch row's."""
+    """Return (first, last, query, real, position, floor) of a tile.
+
+    `first` and `last` are its first and last query. The others hold for each row its query, whether
+    that query exists, its position and the first key that it sees. `starts` is this batch row's.
+    """
     first = tile * QUERIES
     last = tl.minimum(first + QUERIES, queries) - 1
     query = first + tl.arange(0, HEADS * QUERIES) % QUERIES
@@ -80,8 +82,10 @@ def tile_pointers(
     base, stride_b, stride_h, stride_t, batch, head, first,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """[rows, D]: where row r's elements are, of head `head + r // QUERIES`, query `first + r %
-    QUERIES`."""
+    """Return pointers [rows, D] to the elements of a tile.
+
+    Row r is head `head + r // QUERIES`, query `first + r % QUERIES`.
+    """
     row = tl.arange(0, HEADS * QUERIES)
     corner = base + batch * stride_b + head.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
     rows = (row // QUERIES) * stride_h + (row % QUERIES) * stride_t
@@ -93,7 +97,7 @@ def key_ranges(
     starts, first, last, offset, keys, window,
     KEYS: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The tile's keys as (low, until, high): [low, until) are seen by all its rows."""
+    """Return the tile's keys as (low, until, high); all its rows see [low, until)."""
     high = tl.minimum(offset + last + 1, keys)
     low = 0
     latest = 0
@@ -117,7 +121,7 @@ def forward_step(
     position, floor, keys, scale2,
     KEYS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys [begin, end)."""
+    """Continue the online softmax over keys [begin, end)."""
     dim = tl.arange(0, D)
     column = tl.arange(0, KEYS)
     for start in range(begin, end, KEYS):
@@ -150,7 +154,7 @@ def forward_kernel(
     D: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of one tile. Blocks of the grid are query tiles, last queries first."""
+    """Write out and lse of one tile. Grid blocks are query tiles, the last queries first."""
     block, tiles, heads_before, batch = place_program(HAS_DOCS, HAS_WINDOW)  # pyright: ignore[reportGeneralTypeIssues]
     tile = tiles - 1 - block
     head = heads_before * HEADS

@@ -1,10 +1,10 @@
-"""Launches the Triton attention kernels: sizes, strides, tiles, outputs.
+"""Launches of the Triton attention kernels: sizes, strides, tiles, outputs.
 
-Deterministic: dq comes from a kernel over query tiles, dk and dv from one over key blocks, and
-dsink from a sum over tiles in a fixed order. Inputs are read by stride; only the last axis must be
-contiguous, and is made so by a copy where it is not. Outputs are laid out as [batch, tokens, heads,
-head_dim] underneath, which is how the model's next projection reads them. The sinks, which kernels
-read one after the other, are copied where they are strided.
+Deterministic: one kernel over query tiles computes dq, one over key blocks computes dk and dv, and
+dsink is summed over tiles in a fixed order. Inputs are read by stride; only the last axis must be
+contiguous, and tensors in which it is not are copied. Outputs are laid out in memory as [batch,
+tokens, heads, head_dim], which is how the model's next projection reads them. Kernels read the
+sinks as contiguous, so strided sinks are copied.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from sparselong.kernels.attention.mask import Attended, AttentionCall, Gradients
 from sparselong.kernels.attention.tiles import Tile, tile_for
 from sparselong.kernels.layout import with_unit_stride
 
-forward: Any = attention_kernels  # triton's own types know no launch
+forward: Any = attention_kernels  # Triton's type hints do not cover launches
 backward: Any = attention_backward
 split: Any = attention_split
 HEAD_DIMS = (64,)
-FEW_QUERIES, SPLIT_KEYS = 16, 512  # up to so many queries, from so many keys on: split the keys
+FEW_QUERIES, SPLIT_KEYS = 16, 512  # most queries and fewest keys for a split
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def refuse(q: torch.Tensor, call: AttentionCall) -> str | None:
-    """Why this backend cannot take the call, or None."""
+    """Return why this backend cannot take the call, or None if it can."""
     if q.dtype not in DTYPES:
         return f"q: {q.dtype}; allowed: {', '.join(map(str, DTYPES))}"
     if q.shape[-1] not in HEAD_DIMS:
@@ -41,7 +41,7 @@ def refuse(q: torch.Tensor, call: AttentionCall) -> str | None:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> Attended:
-    """(out, lse, nothing more to keep). Shapes as in `attention.attention`."""
+    """Return (out, lse, no further tensors); shapes as in `op.attention`."""
     mask, sinks = call.mask, sinks.contiguous()
     q, k, v = with_unit_stride(q, k, v)
     out = _empty_token_major(q)
@@ -69,7 +69,7 @@ def _launch_split(
     lse: torch.Tensor,
     call: AttentionCall,
 ) -> None:
-    """Few queries and many keys: the keys are split over programs, and the parts combined."""
+    """Write out and lse of few queries by splitting the keys over programs."""
     mask, (batch, heads, queries) = call.mask, lse.shape
     tile, heads_a_tile = _choose_tile("split", q, k, mask)
     programs = heads // heads_a_tile * batch * _blocks(queries, tile.rows // heads_a_tile)
@@ -90,20 +90,20 @@ def _launch_split(
     )
 
 
-def attend_backward(dout: torch.Tensor, done: SavedForward, call: AttentionCall) -> Gradients:
-    """The backward pass: delta first, on the way to dq, then dk and dv."""
-    dout, q, k, v = with_unit_stride(dout, done.q, done.k, done.v)
-    done = done._replace(q=q, k=k, v=v, sinks=done.sinks.contiguous())
-    dq, delta, dsinks = launch_dq(dout, done, call)
-    dk, dv = launch_dkdv(dout, done, delta, call)
+def attend_backward(dout: torch.Tensor, saved: SavedForward, call: AttentionCall) -> Gradients:
+    """Return the gradients: the first kernel computes delta and dq, the second dk and dv."""
+    dout, q, k, v = with_unit_stride(dout, saved.q, saved.k, saved.v)
+    saved = saved._replace(q=q, k=k, v=v, sinks=saved.sinks.contiguous())
+    dq, delta, dsinks = launch_dq(dout, saved, call)
+    dk, dv = launch_dkdv(dout, saved, delta, call)
     return dq, dk, dv, dsinks
 
 
 def launch_dq(
-    dout: torch.Tensor, done: SavedForward, call: AttentionCall
+    dout: torch.Tensor, saved: SavedForward, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(dq, delta = rowsum(dout * out) like lse, dsinks in fp32 where needed)."""
-    q, k, v, sinks, out, lse, _ = done
+    """Return (dq, delta = rowsum(dout * out) like lse, dsinks in fp32 where needed)."""
+    q, k, v, sinks, out, lse, _ = saved
     mask = call.mask
     dq, delta = _empty_token_major(q), torch.empty_like(lse)
     tile, heads = _choose_tile("dq", q, k, mask)
@@ -123,10 +123,10 @@ def launch_dq(
 
 
 def launch_dkdv(
-    dout: torch.Tensor, done: SavedForward, delta: torch.Tensor, call: AttentionCall
+    dout: torch.Tensor, saved: SavedForward, delta: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dk, dv); `delta` is `launch_dq`'s."""
-    q, k, v, _, _, lse, _ = done
+    """Return (dk, dv); `delta` comes from `launch_dq`."""
+    q, k, v, _, _, lse, _ = saved
     mask = call.mask
     dk, dv = _empty_token_major(k), _empty_token_major(v)
     tile, heads = _choose_tile("dkdv", q, k, mask)
@@ -154,13 +154,13 @@ def _blocks(total: int, size: int) -> int:
 
 
 def _grid(blocks: int, heads: int, mask: Mask) -> tuple[int, int, int]:
-    """What `attention_kernels.place_program` reads."""
+    """Return the grid that `triton_forward.place_program` reads."""
     packed = mask.documents is not None and mask.window is None
     return (heads, blocks, mask.batch) if packed else (blocks, heads, mask.batch)
 
 
 def _positions(mask: Mask, name: str, unused: torch.Tensor) -> torch.Tensor:
-    """A document array, or any tensor in its place where the kernel will not read it."""
+    """Return a document array or, where the kernel reads none, the unused stand-in."""
     return unused if mask.documents is None else getattr(mask.documents, name)
 
 
@@ -170,7 +170,7 @@ def _sizes(q: torch.Tensor, call: AttentionCall) -> tuple[int | float, ...]:
 
 
 def _choose_tile(stage: str, q: torch.Tensor, k: torch.Tensor, mask: Mask) -> tuple[Tile, int]:
-    """The tile, and how many heads share it: a power of two that divides the group."""
+    """Return the tile and the number of heads in it, a power of two that divides the group."""
     kind = "window" if mask.window is not None else "packed" if mask.documents else "full"
     tile = tile_for(architecture.tiles_of(q.device), stage, kind, q.dtype == torch.float32)
     group = q.shape[1] // k.shape[1]

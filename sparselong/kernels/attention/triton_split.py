@@ -1,16 +1,15 @@
-"""Few queries over many keys, as when decoding with a cache: the keys are split over programs.
+"""Few queries over many keys, as in decoding with a cache: the keys are split over programs.
 
 One query of gpt-oss's eight KV heads makes eight tiles, and a GPU has more than a hundred
-processors. So a tile's keys are cut into parts of `span` keys, each part is a program that writes
-its own softmax (output and logarithm of the sum, fp32), and a second kernel puts a row's parts
-together, with the sink:
+multiprocessors. A tile's keys are therefore split into parts of `span` keys. The program of a part
+writes the softmax over its keys (output and log-sum-exp, fp32), and a second kernel combines the
+parts of each row, with the sink:
 
     lse = log(sum_p exp(lse_p) + exp(sink))        out = sum_p exp(lse_p - lse) out_p
 
-A part in which a row sees no key has the logarithm -inf and the output 0. The parts depend on the
-sizes and the GPU alone and are added in a fixed order, so the same bits come out every time. There
-is no backward pass here: the one of `triton_forward.py` takes out and lse, wherever they came
-from.
+A part in which a row sees no key has log-sum-exp -inf and output 0. The parts depend only on the
+sizes and the GPU and are added in a fixed order, so results are bitwise reproducible. There is no
+backward pass here: the one in `triton_backward.py` takes out and lse, whichever kernel wrote them.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def part_kernel(
     GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile's softmax over one part of the keys. Grid: (parts, heads / HEADS, tiles * batch).
+    """Write a tile's softmax over a part of the keys. Grid: (parts, heads / HEADS, tiles * batch).
 
     `out_ptr` is [parts, batch, heads, queries, D] and `lse_ptr`, in base 2, [parts, batch, heads,
     queries], both contiguous.
@@ -89,7 +88,7 @@ def combine_kernel(
     stride_ob, stride_oh, stride_ot, batches, parts,
     PARTS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of one query of one head. Grid: (queries, heads, batch); parts <= PARTS."""
+    """Combine one query's parts, parts <= PARTS, for one head. Grid: (queries, heads, batch)."""
     query, head = tl.program_id(0), tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     queries, heads = tl.num_programs(0), tl.num_programs(1)

@@ -1,13 +1,12 @@
-"""Kernels of a captured decoding step at batch 1."""
+"""Kernels of a decoding step at batch 1, captured in a CUDA graph."""
 
 from typing import TYPE_CHECKING
 
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.kernels.decode import experts
     from sparselong.kernels.decode.attention import FULL_PARTS, QUERIES, launch_attend
-    from sparselong.kernels.decode.experts import launch_experts
+    from sparselong.kernels.decode.experts import launch_experts, run_generation
     from sparselong.kernels.decode.gemv import Matrix, as_matrix, launch_gemv, packed_gemv
     from sparselong.kernels.decode.glue import launch_embed, launch_head, launch_pack, launch_route
 

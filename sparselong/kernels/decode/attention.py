@@ -1,18 +1,19 @@
-"""Attention of one new token over a cache of fixed size, its position known on the device alone.
+"""Attention of one new token over a fixed-size cache; its position is known only on the device.
 
 A layer's cache has `capacity` slots; position p lives in slot p mod capacity. A full layer has as
-many slots as there can be positions, a sliding one as many as its window, so the new key overwrites
-the one that leaves the window. The softmax does not ask for an order, and the slots in use are the
-first min(p + 1, capacity): nothing else is masked, and one kernel serves both kinds of layer.
+many slots as there can be positions. A sliding layer has as many as its window, so the new key
+overwrites the one that leaves the window. Softmax does not depend on the order of keys, and the
+slots in use are the first min(p + 1, capacity): nothing else is masked, and one kernel serves both
+kinds of layer.
 
-What is cached does not depend on the kernel before this one, nor does the position, which the
-first kernel of a step moves: with `PDL` the first keys are asked for before the wait.
+With `PDL` the first keys are loaded before the wait. That is safe because the preceding kernel
+writes neither the cache nor the position, which the first kernel of a step advances.
 
-The kernel turns the new query and key by the position's angles, stores the new key and value, and
-attends. The keys are split over PARTS programs a KV head; each leaves its softmax's output and
-logarithm of the sum (base 2, fp32), and the one that finishes last puts the parts together, with
-the sinks, in their order: the same bits every time. The result goes out in the order that the
-output projection reads (`glue.py`, pairs) or as it is.
+The kernel rotates the new query and key by the position's angles, stores the new key and value, and
+attends. The keys are split over PARTS programs per KV head. Each writes its softmax's output and
+log-sum-exp (base 2, fp32), and the last one to finish combines all parts and the sinks in a fixed
+order, so results are bitwise reproducible. The output is stored in the order that the output
+projection reads: as pairs (`glue.py`) or plain.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from sparselong.kernels.attention import LOG2E
 
 QUERIES = 16
-"""Rows of a product on tensor cores; queries of a KV head that are there are fewer."""
+"""Rows of a product on tensor cores; the queries of a KV head fill only some of them."""
 FULL_PARTS, WINDOW_PARTS = 16, 4
 FULL_KEYS, WINDOW_KEYS = 64, 32
 
 
 @triton.jit
 def _turn(low, high, cos, sin, dtype: tl.constexpr):
-    """A rotary embedding of both halves of a head, rounded to dtype."""
+    """Return both halves of a head after the rotary embedding, rounded to dtype."""
     return (low * cos - high * sin).to(dtype), (high * cos + low * sin).to(dtype)
 
 
@@ -44,7 +45,7 @@ def _combine_parts(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
     PAIRS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """One KV head's output from all its parts and the sinks, in the order of the parts."""
+    """Write one KV head's output from all its parts and the sinks, in the order of the parts."""
     real = (row < GROUP)[:, None]
     sink = tl.load(sinks_ptr + head, mask=row < GROUP, other=0.0).to(tl.float32) * LOG2E
     highest = sink
@@ -70,7 +71,7 @@ def _combine_parts(
 
 @triton.jit
 def _load_keys(keys_ptr, values_ptr, start, last, KEYS: tl.constexpr, D: tl.constexpr):
-    """Both halves of the keys and the values of the slots [start, last), KEYS at most."""
+    """Load the keys, in two halves, and the values of at most KEYS slots of [start, last)."""
     key = start + tl.arange(0, KEYS)
     inside = (key < last)[:, None]
     half, dim = tl.arange(0, D // 2), tl.arange(0, D)
@@ -88,7 +89,7 @@ def attend_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
     PARTS: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One part of one KV head. Grid: (KV heads, PARTS).
+    """Compute one part of one KV head. Grid: (KV heads, PARTS).
 
     qkv: [HEADS + 2 KV heads, D]. cos, sin: [positions, D / 2]. keys, values: [KV heads, capacity,
     D]. part: fp32 [PARTS, HEADS, D]; lse: fp32 [PARTS, HEADS]; counter: int32 [KV heads], zeros.
@@ -131,7 +132,7 @@ def attend_kernel(
     for start in range(first, last, KEYS):
         key = start + tl.arange(0, KEYS)
         inside = key < last
-        fresh = (key == slot)[:, None]  # what a load found there may be old or new
+        fresh = (key == slot)[:, None]  # the load may have seen the old or the new key
         k_low = tl.where(fresh, new_low[None, :], k_low)
         k_high = tl.where(fresh, new_high[None, :], k_high)
         v = tl.where(fresh, new_value[None, :], v)
@@ -175,18 +176,24 @@ def launch_attend(
     pairs: bool,
     pdl: bool = False,
 ) -> None:
-    """Stores the new key and value and attends; see `attend_kernel` for shapes.
+    """Store the new key and value and attend; see `attend_kernel` for shapes.
 
     Args:
         qkv: projections of the new token, before the rotary embedding.
+        angles: cos and sin.
         cache: keys and values; bf16, or fp32 in the interpreter.
+        sinks: [HEADS].
         scratch: part, lse and counter, for FULL_PARTS parts.
-        out: [HEADS * D], as `pairs` or as it is.
+        out: [HEADS * D], written to.
         position: int64 [1], the new token's.
+        scale: factor of the scores.
+        is_window: whether the layer has a sliding window.
+        pairs: whether out is stored as pairs (`glue.py`) instead of plain.
+        pdl: whether the launch overlaps the end of the previous kernel.
     """
     kv_heads, capacity, head_dim = cache[0].shape
     heads = sinks.shape[0]
-    kernel: Any = attend_kernel  # triton's own types know no launch
+    kernel: Any = attend_kernel  # Triton's type hints do not cover launches
     parts = WINDOW_PARTS if is_window else FULL_PARTS
     kernel[(kv_heads, parts)](
         *(qkv, *angles, *cache, sinks, *scratch, out, position, scale, capacity),

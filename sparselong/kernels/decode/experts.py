@@ -27,6 +27,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparselong.kernels.decode.glue import CODE_EXPONENT, pack_words
+from sparselong.kernels.expert_stack import ExpertStack, Gate
 
 
 class GenerationTile(NamedTuple):
@@ -242,61 +243,65 @@ def run_generation(
     x: torch.Tensor,
     indices: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    down: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    gate: tuple[float, float],
+    stack: ExpertStack,
+    gate: Gate,
 ) -> torch.Tensor:
-    """What `expert_triton.run_inference` writes, [tokens, hidden]; `gate` is alpha and limit."""
-    planes, factors = pack_words(x)
+    """Weighted sum of the chosen experts' outputs, [tokens, hidden].
+
+    Args:
+        x: bf16 [tokens, hidden], contiguous.
+        indices, weights: [tokens, top_k], contiguous.
+        stack: the layer's packed weights and biases.
+        gate: the gate's constants.
+    """
     out = torch.empty_like(x)
-    launch_experts(planes, factors, indices.contiguous(), weights, gate_up, down, gate, out)
+    launch_experts(pack_words(x), indices, weights, stack, gate, out)
     return out
 
 
 def launch_experts(
-    planes: torch.Tensor,
-    factors: torch.Tensor,
+    words: tuple[torch.Tensor, torch.Tensor],
     indices: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    down: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    gate: tuple[float, float],
+    stack: ExpertStack,
+    gate: Gate,
     out: torch.Tensor,
     residual: torch.Tensor | None = None,
     h: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """Both kernels into out [tokens, hidden], plus the residual.
+    """Launch both kernels; the weighted sum, plus the residual, goes to `out`.
 
     Args:
-        planes, factors: the tokens as words (`glue.py`).
+        words: the tokens' planes and factors, as `pack_words` makes them (`glue.py`).
         indices, weights: [tokens, top_k], contiguous.
-        gate_up, down: blocks, scales and bias of all experts.
-        gate: alpha and limit.
-        out: may be `residual` itself.
+        stack: the layer's packed weights and biases.
+        gate: the gate's constants.
+        out: [tokens, hidden]; may be `residual` itself.
+        residual: [tokens, hidden], added to the sum.
         h: int32 [tokens * top_k, inner / 2] for the gate's output; None: made here.
-        pdl: each launch overlaps the end of the one before it.
+        pdl: whether each launch overlaps the end of the one before it.
     """
     tokens, top_k = indices.shape
-    experts, wide, groups, _ = gate_up[0].shape
-    inner_groups = down[0].shape[2]
+    gate_up, down = stack
+    _, wide, groups, _ = gate_up.blocks.shape
     if h is None:
         h = torch.empty((indices.numel(), wide // 4), dtype=torch.int32, device=out.device)
-    alpha, limit = gate
     # |h| <= (limit + 1) * limit: the largest power of two that keeps it under fp16's end.
-    exponent = math.floor(math.log2(32_768 / ((limit + 1) * limit)))
+    exponent = math.floor(math.log2(32_768 / ((gate.limit + 1) * gate.limit)))
     launch: Any = {"TOP_K": top_k, "WARPS": TILE.warps, "PDL": pdl, "num_warps": TILE.warps}
     launch |= {"launch_pdl": True} if pdl else {}
     kernels: Any = (gate_up_kernel, down_kernel)  # triton's own types know no launch
     kernels[0][(indices.numel(), -(-wide // (TILE.gate_up_rows * TILE.warps)))](
-        *(planes, factors, indices, gate_up[0].view(torch.int32), *gate_up[1:]),
-        *(h.view(torch.int16), experts, alpha, limit, 2.0**exponent),
+        *(*words, indices, gate_up.blocks.view(torch.int32), gate_up.scales, gate_up.bias),
+        *(h.view(torch.int16), stack.experts, *gate, 2.0**exponent),
         ROWS=TILE.gate_up_rows, WIDE=wide, GROUPS=groups, **launch,
     )  # fmt: skip
     width = out.shape[-1]
     kernels[1][(tokens, -(-width // TILE.down_rows))](
-        *(h, indices, weights, down[0].view(torch.int32), *down[1:]),
-        *(out if residual is None else residual, out, experts, 2.0 ** (CODE_EXPONENT - exponent)),
-        ROWS=TILE.down_rows, WIDTH=width, GROUPS=inner_groups, RESIDUAL=residual is not None,
-        **launch,
+        *(h, indices, weights, down.blocks.view(torch.int32), down.scales, down.bias),
+        *(out if residual is None else residual, out),
+        *(stack.experts, 2.0 ** (CODE_EXPONENT - exponent)),
+        ROWS=TILE.down_rows, WIDTH=width, GROUPS=down.blocks.shape[2],
+        RESIDUAL=residual is not None, **launch,
     )  # fmt: skip

@@ -1,22 +1,22 @@
-"""One row times a packed dense weight: int4, with or without 2:4, each packed byte read once.
+"""One row times a packed dense weight (int4, with or without 2:4), reading each packed byte once.
 
-Generation multiplies one token by every weight, so the bytes of the weight are the cost, and next
-to them the instructions that decode it. A warp takes a few rows of the weight; a lane takes blocks
-of 32 inputs, whose codes, patterns and scale it loads and decodes in registers:
+Generation multiplies one token by every weight, so its cost is the weight's bytes and then the
+instructions that decode them. A warp takes a few rows of the weight; a lane takes blocks of 32
+inputs, whose codes, patterns and scale it loads and decodes in registers:
 
 - a pattern (3 bits) names the two of four inputs that are kept. Two byte permutations look up which
-  bytes of the four inputs these are, a third picks them: no branch, no table in memory;
-- two codes become two bf16 numbers by putting their bits under the exponent of 128;
+  bytes of the four inputs these are, and a third selects them: no branch, no table in memory;
+- two codes become two bf16 numbers by placing their bits under the exponent of 128;
 - code times scale is rounded to bf16 once, which is the weight as `packing/integer.py` defines it.
   Products with x and their sums are fp32.
 
-x comes as *planes*: bf16 pairs (x[32 b + 2 i], x[32 b + 2 i + 1]) at [i, b], so that the lanes of a
-warp read neighbouring words. Whoever makes x stores it so (`glue.py`). For many rows of
-x, `kernels/dense/unpack.py` decodes the whole weight in one pass instead.
+x is stored as *planes*: bf16 pairs (x[32 b + 2 i], x[32 b + 2 i + 1]) at [i, b], so that the lanes
+of a warp read adjacent words. Kernels that produce x store it this way (`glue.py`). For many rows
+of x, `kernels/dense/unpack.py` decodes the whole weight once instead.
 
 With `PDL` (programmatic dependent launch, sm_90) a program loads its weights before it waits for
-the kernel that makes x, and lets the next kernel do so too. Several matrices that multiply the same
-x (q, k and v) are one launch.
+the kernel that produces x, and lets the next kernel do the same. Several matrices that multiply the
+same x (q, k and v) share one launch.
 The reference is `tests/references/packed_gemv.py`; source and licence: ours.
 """
 
@@ -32,16 +32,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from sparselong.packing import DenseFormat
 
 ROWS, WARPS = 2, 2
-"""Rows of the weight that a program multiplies, and the warps that share them."""
+"""Rows of the weight per program, and the warps that share them."""
 
 
 class Matrix(NamedTuple):
-    """A packed weight [rows, in] on the GPU as the kernel takes it.
+    """A packed weight [rows, in] on the GPU in the kernel's form.
 
     Attributes:
-        codes: int64, 16 codes each: [rows, in / 32] with 2:4, [rows, in / 16] without.
-        patterns: uint8 [rows, in / 32 · 3]; `codes` again without 2:4.
-        scales: int16 bits of bf16 [rows, in / group].
+        codes: int64, 16 codes per element: [rows, in / 32] with 2:4, [rows, in / 16] without.
+        patterns: uint8 [rows, in / 32 · 3]; without 2:4, `codes` as an unused stand-in.
+        scales: bits of bf16 as int16, [rows, in / group].
         bias: [rows].
     """
 
@@ -54,7 +54,7 @@ class Matrix(NamedTuple):
 def as_matrix(
     fmt: DenseFormat, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None
 ) -> Matrix:
-    """Views of a layer's stored tensors; nothing is copied but a missing bias, which is zeros.
+    """Return views of a layer's stored tensors; a missing bias is replaced by zeros.
 
     Raises:
         ValueError: the format does not have 4 bits.
@@ -74,8 +74,10 @@ def as_matrix(
 
 
 def _multiply_pair(pair: str, x: str) -> str:
-    """PTX: acc += two codes times scale times two inputs. `pair`: codes plus 8 in bits 0-3, 16-19;
-    $SCALE and `x`: bf16 pairs."""
+    """Return PTX that adds two codes times scale times two inputs to acc.
+
+    `pair` holds codes plus 8 in bits 0-3 and 16-19; $SCALE and `x` are bf16 pairs.
+    """
     return f"""
 lop3.b32 v, {pair}, 0x000F000F, magic, 0xEA;
 fma.rn.bf16x2 v, v, one, less;
@@ -109,11 +111,14 @@ shl.b32 u, p, 1;
 and.b32 u, u, 0x70707070;
 lop3.b32 p, p, 0x07070707, u, 0xEA;
 """
-"""Eight patterns of three bits to eight of four."""
+"""Spreads eight patterns of three bits to eight of four."""
 
 
 def _sparse_ptx() -> str:
-    """$0 = the sum over a block; $1, $2 codes, $3 patterns, $4 scale twice, $5 ... input pairs."""
+    """Return PTX of the sum over a block with 2:4.
+
+    $0: the sum; $1, $2: codes; $3: patterns; $4: scale twice; $5 ...: input pairs.
+    """
     text = _REGISTERS + _SPREAD
     for half in range(2):
         text += f"lop3.b32 word, ${1 + half}, 0x88888888, 0, 0x3C;\nshr.u32 upper, word, 4;\n"
@@ -132,7 +137,10 @@ def _sparse_ptx() -> str:
 
 
 def _dense_ptx() -> str:
-    """$0 = the sum over a block; $1 ... $4 codes, $5 scale twice, $6 ... input pairs."""
+    """Return PTX of the sum over a block without 2:4.
+
+    $0: the sum; $1 ... $4: codes; $5: scale twice; $6 ...: input pairs.
+    """
     text = _REGISTERS
     for word in range(4):
         text += f"lop3.b32 word, ${1 + word}, 0x88888888, 0, 0x3C;\nshr.u32 upper, word, 4;\n"
@@ -159,7 +167,7 @@ def _load_row(
     codes_ptr, patterns_ptr, scales_ptr, row, block,
     BLOCKS: tl.constexpr, GROUP: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
-    """Codes, patterns (the other half of the codes without 2:4) and scale of one row's blocks."""
+    """Load codes, patterns (without 2:4 the second half of codes) and scale of a row's blocks."""
     real = block < BLOCKS
     at = row * BLOCKS + block
     scale = tl.load(scales_ptr + row * (BLOCKS // GROUP) + block // GROUP, mask=real, other=0)
@@ -178,7 +186,7 @@ def _load_row(
 
 @triton.jit
 def _multiply_row(loaded, x, SPARSE: tl.constexpr):
-    """fp32 [lanes], each lane's products of one block of a row."""
+    """Return fp32 [lanes], each lane's sum of products over one block of a row."""
     codes, patterns, scale = loaded
     low, high = codes.to(tl.int32), (codes >> 32).to(tl.int32)
     if SPARSE:
@@ -200,9 +208,10 @@ def _multiply_rows(
     ROWS: tl.constexpr, LANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SPARSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tensors fp32 [LANES], to be summed: x [BLOCKS * 32] times rows `row`... of the weight.
+    """Multiply x [BLOCKS * 32] by ROWS rows of the weight from `row` on.
 
-    A lane takes every LANES-th block; LANES / 32 warps share a row.
+    Returns ROWS tensors, fp32 [LANES], each still to be summed over lanes. A lane takes every
+    LANES-th block; LANES / 32 warps share a row.
     """
     STEPS: tl.constexpr = (BLOCKS + LANES - 1) // LANES
     lane = tl.arange(0, LANES)
@@ -239,7 +248,7 @@ def gemv_kernel(
     ROWS: tl.constexpr, LANES: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SPARSE: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, rows of all three], plus the residual. Grid: (tiles of all three, tokens)."""
+    """Write out [tokens, rows of all three], plus residual. Grid: (tiles of all three, tokens)."""
     tile, token = tl.program_id(0), tl.program_id(1)
     tiles_1, tiles_2 = tl.cdiv(rows_1, ROWS), tl.cdiv(rows_2, ROWS)
     codes_ptr, patterns_ptr, scales_ptr, bias_ptr = (
@@ -277,20 +286,20 @@ def launch_gemv(
     residual: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """Writes one to three products of the same x next to each other.
+    """Write one to three products of the same x next to each other.
 
     Args:
-        planes: int32 [tokens, 16, in / 32], see the module's text.
+        planes: int32 [tokens, 16, in / 32], see the module's docstring.
         matrices: weights with `in` inputs, of one format.
         out: [tokens, rows of all matrices], contiguous; may be `residual` itself.
         residual: added to the rounded product.
-        pdl: the launch overlaps the end of the one before it.
+        pdl: whether the launch overlaps the end of the previous kernel.
     """
     blocks = planes.shape[-1]
     sparse = matrices[0].patterns is not matrices[0].codes
     rows = [matrix.scales.shape[0] for matrix in matrices] + [0, 0]
     arguments: list[Any] = [*matrices, *(matrices[0] for _ in range(3 - len(matrices)))]
-    kernel: Any = gemv_kernel  # triton's own types know no launch
+    kernel: Any = gemv_kernel  # Triton's type hints do not cover launches
     tiles = sum(-(-count // ROWS) for count in rows[: len(matrices)])
     kernel[(tiles, planes.shape[0])](
         *(planes, out, out if residual is None else residual),
@@ -314,16 +323,16 @@ def packed_gemv(
     tensors: dict[str, torch.Tensor],
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x Wᵀ + bias for a few rows of x; forward only.
+    """Return x Wᵀ + bias for a few rows of x; forward only.
 
     Args:
-        x: bf16 [tokens, in] on a GPU; each row reads the weight, after the first from the cache.
+        x: bf16 [tokens, in] on a GPU; each row reads the weight, from the cache after the first.
         fmt: 4 bits, with or without 2:4.
         tensors: the stored weight [out, in] (`packing/dense.py`).
         bias: [out] or None.
 
     Returns:
-        bf16 [tokens, out]: exact products with the bf16 weight that the tensors mean, summed in
+        bf16 [tokens, out]: exact products with the bf16 weight that the tensors encode, summed in
         fp32, rounded once (tests/gpu/test_generation.py).
 
     Raises:

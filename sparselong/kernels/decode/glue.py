@@ -1,17 +1,19 @@
-"""What lies between the large products when one token is generated: norms, router, embedding, head.
+"""The kernels between the large products of a decoding step: norms, router, embedding, head.
 
-A product's kernel wants its x in an order that lets a warp read neighbouring words, so the kernels
-here, which make x, store it so:
+A product's kernel needs x in an order that lets a warp read adjacent words, so the kernels here,
+which produce x, store it in that order:
 
 - *pairs* (`gemv.py`): bf16 pairs (x[32 b + 2 i], x[32 b + 2 i + 1]) at [i, b];
-- *words* (`experts.py`): fp16 pairs (x[8 w + i], x[8 w + i + 4]) at [i, w], every block
-  of 32 times a power of two that brings its largest number near the top of fp16's range, and that
-  power's inverse beside it. A bf16 number within 2^27 of its block's largest keeps all its bits.
+- *words* (`experts.py`): fp16 pairs (x[8 w + i], x[8 w + i + 4]) at [i, w]. Every block of 32 is
+  scaled by a power of two that brings its largest magnitude near the top of fp16's range; the
+  inverse is stored as the block's factor. A bf16 number within 2^27 of its block's largest keeps
+  all its bits.
 
-The router's programs, one an expert, each norm the row and make one logit; the one that finishes
-last takes the top k and their softmax. The head's programs leave their largest logit in one 64-bit
-word by an atomic maximum (`encode_token`), from which the next step's embedding takes its token:
-greedy generation never waits for the host. All sums are fp32 and in a fixed order.
+The router has one program per expert. Each normalizes the row and computes one logit, and the last
+one to finish selects the top k and takes their softmax. The head's programs combine their largest
+logits into one 64-bit word by an atomic maximum (`decode_token`), from which the next step's
+embedding takes its token: greedy generation needs no host synchronization. All sums are fp32 and in
+a fixed order.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 WORD_TOP = 13
-"""Blocks of `words` are scaled to a largest number in [2^13, 2^14)."""
+"""Blocks of *words* are scaled to a largest magnitude in [2^13, 2^14)."""
 CODE_EXPONENT = 14
-"""`expert_generation` decodes a code to its value times 2^-14."""
+"""`experts.py` decodes a code to its value times 2^-14."""
 NO_TOKEN = tl.constexpr(-(1 << 63))
 HEAD_ROWS, HEAD_WARPS = 4, 1
 HEAD_COLUMNS = 256
@@ -34,7 +36,7 @@ HEAD_COLUMNS = 256
 
 @triton.jit
 def _norm(x, weight, real, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
-    """x times weight over its root mean square, rounded as the model rounds it; fp32."""
+    """Return the RMSNorm of x, rounded as the model rounds it, as fp32."""
     mean = tl.sum(tl.where(real, x * x, 0.0)) / WIDTH
     normed = x * tl.math.rsqrt(mean + eps) * weight
     return normed.to(dtype).to(tl.float32)
@@ -42,7 +44,7 @@ def _norm(x, weight, real, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _store_pairs(planes_ptr, x, block, lane, real, BLOCKS: tl.constexpr):
-    """x [blocks, 32] as bf16 pairs; planes_ptr counts int16."""
+    """Store x [blocks, 32] as bf16 pairs; planes_ptr counts int16."""
     at = ((lane // 2) * BLOCKS + block) * 2 + lane % 2
     tl.store(planes_ptr + at, x.to(tl.bfloat16).to(tl.int16, bitcast=True), mask=real)
 
@@ -52,7 +54,7 @@ def _store_words(
     planes_ptr, factors_ptr, x, block, lane, real, BLOCKS: tl.constexpr, TOP: tl.constexpr,
     CODES: tl.constexpr,
 ):  # fmt: skip
-    """x [blocks, 32] as scaled fp16 pairs and a factor a block; planes_ptr counts int16."""
+    """Store x [blocks, 32] as scaled fp16 pairs and a factor per block; planes_ptr counts int16."""
     largest = tl.max(tl.where(real, tl.abs(x), 0.0), 1)
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
     exponent = tl.minimum(tl.maximum(exponent, 32), 222)
@@ -72,7 +74,7 @@ def pack_kernel(
     BLOCKS: tl.constexpr, TILE: tl.constexpr, NORM: tl.constexpr, KIND: tl.constexpr,
     TOP: tl.constexpr, CODES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row, normed or not, as "pairs", "words" or as it is ("plain"). Grid: (tokens,)."""
+    """Store one row, normalized or not, as "pairs", "words" or "plain". Grid: (tokens,)."""
     block = tl.arange(0, TILE)[:, None]
     lane = tl.arange(0, 32)[None, :]
     column = block * 32 + lane
@@ -103,7 +105,7 @@ def route_kernel(
     BLOCKS: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     TOP: tl.constexpr, CODES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The normed row as words, the experts of its top k and their weights. Grid: (experts,)."""
+    """Store the normalized row as words, its top k experts and their weights. Grid: (experts,)."""
     block = tl.arange(0, TILE)[:, None]
     lane = tl.arange(0, 32)[None, :]
     column = block * 32 + lane
@@ -144,9 +146,9 @@ def head_kernel(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEST: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [rows] = W x + bias + residual; with BEST, the largest also goes to `best_ptr`.
+    """Write out [rows] = W x + bias + residual; with BEST, the largest also to `best_ptr`.
 
-    Grid: (rows / ROWS,). W is as it is stored, in bf16 for a GPU's models.
+    Grid: (rows / ROWS,). W has its stored dtype, which is bf16 for models on a GPU.
     """
     row = tl.program_id(0) * ROWS
     at = tl.minimum(row + tl.arange(0, ROWS), rows - 1).to(tl.int64)[:, None]
@@ -185,7 +187,7 @@ def embed_kernel(
     best_ptr, position_ptr, table_ptr, hidden_ptr, cleared_ptr,
     WIDTH: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """hidden = the row of the token in `best_ptr`; one position further. Grid: (1,)."""
+    """Embed the token in `best_ptr` into hidden and advance the position. Grid: (1,)."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -199,23 +201,23 @@ def embed_kernel(
 
 
 def encode_token(token: int) -> int:
-    """The 64-bit word that means `token`, whatever its logit was."""
+    """Return a 64-bit word that decodes to `token`; its logit is not encoded."""
     return 0x7FFFFFFF - token
 
 
 def decode_token(word: int) -> tuple[int, bool]:
-    """(the token in the head's word, whether its logit was NaN)."""
-    order = word >> 32  # of a positive number its own bits; NaN lies above infinity's
+    """Return (the token in the head's word, whether its logit was NaN)."""
+    order = word >> 32  # the bits of a positive logit; NaN's exceed infinity's
     return 0x7FFFFFFF - (word & 0x7FFFFFFF), order > 0x7F800000
 
 
 def tile_of(blocks: int) -> int:
-    """The power of two that holds so many blocks."""
+    """Return the smallest power of two that is at least `blocks`."""
     return 1 << (blocks - 1).bit_length()
 
 
 def pack_pairs(x: torch.Tensor) -> torch.Tensor:
-    """bf16 [tokens, in] → its pairs, int32 [tokens, 16, in / 32]."""
+    """Return x, bf16 [tokens, in], as pairs, int32 [tokens, 16, in / 32]."""
     blocks = x.shape[1] // 32
     planes = torch.empty((len(x), 16, blocks), dtype=torch.int32, device=x.device)
     launch_pack(x, None, planes.view(torch.int16), planes, "pairs", blocks)
@@ -223,7 +225,10 @@ def pack_pairs(x: torch.Tensor) -> torch.Tensor:
 
 
 def pack_words(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[tokens, in] → its words, int32 [tokens, 4, in / 8], and factors, fp32 [tokens, in / 32]."""
+    """Return the words of x [tokens, in] and their factors.
+
+    Words are int32 [tokens, 4, in / 8], factors fp32 [tokens, in / 32].
+    """
     blocks = x.shape[1] // 32
     planes = torch.empty((len(x), 4, blocks * 4), dtype=torch.int32, device=x.device)
     factors = torch.empty((len(x), blocks), dtype=torch.float32, device=x.device)
@@ -240,8 +245,8 @@ def launch_pack(
     blocks: int,
     pdl: bool = False,
 ) -> None:
-    """Stores rows [tokens, blocks * 32], normed by (weight, eps), as `kind` into `out`."""
-    kernel: Any = pack_kernel  # triton's own types know no launch
+    """Store rows [tokens, blocks * 32], normalized with (weight, eps), as `kind` in `out`."""
+    kernel: Any = pack_kernel  # Triton's type hints do not cover launches
     kernel[(x.numel() // (blocks * 32),)](
         *(x, x if norm is None else norm[0], out, factors, 0.0 if norm is None else norm[1]),
         BLOCKS=blocks,
@@ -269,16 +274,23 @@ def launch_route(
     weights: torch.Tensor,
     pdl: bool = False,
 ) -> None:
-    """Norms one row, stores it as words, and picks its experts.
+    """Normalize one row, store it as words and select its experts.
 
     Args:
-        x: [width]; norm: weight and eps; router: [experts, width]; bias: [experts].
-        planes, factors: the words, int32 [4, width / 8] and fp32 [width / 32].
-        logits: fp32 [experts]; counter: int32 [1], zero.
-        indices, weights: int32 and x's dtype [1, top_k], the best expert first.
+        x: [width].
+        norm: weight and eps.
+        router: [experts, width].
+        bias: [experts].
+        planes: int32 [4, width / 8], written to: the words.
+        factors: fp32 [width / 32], written to: the words' factors.
+        logits: fp32 [experts], written to.
+        counter: int32 [1], zero.
+        indices: int32 [1, top_k], written to, the best expert first.
+        weights: x's dtype [1, top_k], written to: the experts' softmax weights.
+        pdl: whether the launch overlaps the end of the previous kernel.
     """
     experts, width = router.shape
-    kernel: Any = route_kernel  # triton's own types know no launch
+    kernel: Any = route_kernel  # Triton's type hints do not cover launches
     kernel[(experts,)](
         *(x, norm[0], router, bias, planes.view(torch.int16), factors, logits, counter),
         *(indices, weights, norm[1], experts),
@@ -304,9 +316,9 @@ def launch_head(
     best: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """out [rows] = weight [rows, width] x + bias + residual; the largest into best, int64 [1]."""
+    """Write weight [rows, width] x + bias + residual to out, the largest to best, int64 [1]."""
     rows, width = weight.shape
-    kernel: Any = head_kernel  # triton's own types know no launch
+    kernel: Any = head_kernel  # Triton's type hints do not cover launches
     kernel[(-(-rows // HEAD_ROWS),)](
         *(x, weight, weight if bias is None else bias, out if residual is None else residual),
         *(out, out if best is None else best, rows),
@@ -329,9 +341,12 @@ def launch_embed(
     hidden: torch.Tensor,
     pdl: bool = False,
 ) -> None:
-    """hidden = table's row of the token in `best`, int64 [1], which is emptied; position += 1."""
+    """Write the embedding of the token in `best`, int64 [1], to `hidden`.
+
+    `best` is reset for the next token and `position` advances by one.
+    """
     width = table.shape[1]
-    kernel: Any = embed_kernel  # triton's own types know no launch
+    kernel: Any = embed_kernel  # Triton's type hints do not cover launches
     kernel[(1,)](
         *(best, position, table, hidden, best),
         WIDTH=width,

@@ -1,4 +1,4 @@
-"""Masked and rounded weights of the dense layers, and their unpacking."""
+"""Dense layers: masked and rounded weights, and unpacking of packed ones."""
 
 from typing import TYPE_CHECKING
 

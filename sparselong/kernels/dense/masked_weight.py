@@ -2,13 +2,12 @@
 
     W = M + s·B·A        weight = bf16(q · scale),  q = clamp(round(mask ∘ W / scale))
 
-and the gate of its gradient: a gradient passes where the mask keeps and the code does not saturate,
-and is multiplied by s on its way to B·A.
-Both are made anew in every pass over a layer. In plain torch that is thirty passes over the weight,
-with fp32 copies of it; on a GPU one Triton kernel reads master, patterns and scales once and writes
-the result. The arithmetic is the same: sums and quotient in fp32 (the quotient correctly rounded),
-ties to even, the product with the scale rounded once to bf16. Only the sum over the rank may be
-taken in another order.
+and the gate of its gradient: a gradient passes where the mask keeps the weight and the code does
+not saturate, and is multiplied by s on its way to B·A. Both are recomputed whenever a layer runs.
+Plain torch needs thirty passes over the weight, with fp32 copies of it; on a GPU one Triton kernel
+reads master, patterns and scales once and writes the result. The arithmetic is the same: sums and
+quotient in fp32 (the quotient correctly rounded), ties to even, the product with the scale rounded
+once to bf16. Only the sum over the rank may be taken in another order.
 
 The CPU's version, in plain torch, is `masked_weight_torch.py`. Sources: SQFT's SparsePEFT (Muñoz et
 al., 2024) prunes the sum; the gate at saturation is that of LSQ.
@@ -30,26 +29,26 @@ ROWS, BLOCKS, WARPS = 32, 4, 4
 # 4-bit masks of the six patterns (packing/two_four.py), the first in the lowest bits.
 PATTERN_MASKS = tl.constexpr(0xCA6953)
 NEAREST_EVEN = tl.constexpr(12582912.0)
-"""1.5 · 2^23: added and taken away, it leaves numbers below 2^22 rounded, ties to even."""
+"""1.5 · 2^23: adding and subtracting it rounds numbers below 2^22, ties to even."""
 SMALL_SCALE, ENLARGED = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
-"""A scale below the first, and its weights, are enlarged so much before they are divided: scale,
-reciprocal and remainders then have all of their bits."""
+"""A scale below the first and its weights are multiplied by the second before the division, so
+that scale, reciprocal and remainders keep all of their bits."""
 
 
 @dataclass(frozen=True)
 class MaskedWeight:
-    """What a masked LoRA weight is made from.
+    """Tensors and settings that define a masked LoRA weight.
 
     Attributes:
-        master: bf16 [out, in].
-        lora_a, lora_b: fp32 [r, in] and [out, r].
+        master: bf16 [out, in], fewer than 2^31 elements.
+        lora_a: fp32 [r, in].
+        lora_b: fp32 [out, r].
         scaling: s.
         patterns: uint8 [out, in/32·3] (packing/two_four.py, checked when they were stored); None
-            keeps everything.
-        scale: bf16 [out, in/group], none negative; None with 16 bits.
+            keeps every weight.
+        scale: bf16 [out, in/group], non-negative, for groups of 32, 64, ... inputs; None with 16
+            bits.
         bits: 4, 8 or 16 (16: rounded to bf16 only).
-
-    Weights of less than 2^31 elements; groups of 32, 64, ... inputs.
     """
 
     master: torch.Tensor
@@ -61,7 +60,7 @@ class MaskedWeight:
     bits: int
 
     def round(self) -> torch.Tensor:
-        """The weight that a forward multiplies with, bf16 [out, in]."""
+        """Return the weight that the forward pass multiplies by, bf16 [out, in]."""
         if not self.master.is_cuda:
             return torch_backend.round_weight(**vars(self))
         weight = torch.empty_like(self.master)
@@ -69,17 +68,17 @@ class MaskedWeight:
         return weight
 
     def gate_(self, grad: torch.Tensor) -> torch.Tensor:
-        """fp32 gradient [out, in] of the rounded weight → of B·A, in place."""
+        """Turn the rounded weight's gradient, fp32 [out, in], into that of B·A, in place."""
         if not grad.is_cuda:
             return grad.mul_(torch_backend.passes(**vars(self))).mul_(self.scaling)
         self._launch(grad, gate=True)
         return grad
 
     def codes(self) -> torch.Tensor:
-        """The int8 codes of `round()` (its bf16 values with 16 bits).
+        """Return the int8 codes of `round()` (its bf16 values with 16 bits).
 
-        They follow from the rounded weight: bf16 keeps a code times its scale to 2^-9, a quarter
-        of a code at most.
+        They are recovered from the rounded weight: bf16 keeps a code times its scale to 2^-9, at
+        most a quarter of a code.
         """
         weight = self.round()
         return weight if self.scale is None else integer.quantize(weight, self.scale, self.bits)
@@ -89,7 +88,7 @@ class MaskedWeight:
         lowest, highest = (0, 0) if self.scale is None else integer.code_range(self.bits)
         grid = (-(-columns // (32 * BLOCKS)), -(-rows // ROWS))
         rank = self.lora_a.shape[0]
-        launch: Any = masked_weight_kernel  # triton's own types know no launch
+        launch: Any = masked_weight_kernel  # Triton's type hints do not cover launches
         with torch.cuda.device_of(result):
             launch[grid](
                 *(result, self.master, self.lora_a, self.lora_b),
@@ -113,9 +112,9 @@ def masked_weight_kernel(
     GROUP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SCALE: tl.constexpr, GATE: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the rounded weight, or (GATE) of a gradient: it passes, times s, or becomes zero.
+    """Write one tile of the rounded weight or, with GATE, scale or zero one tile of a gradient.
 
-    Columns are blocks of 32: a block has one scale, and three bytes of eight patterns, the first
+    Columns are blocks of 32. A block has one scale, and three bytes with eight patterns, the first
     in the lowest bits.
     """
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -151,8 +150,8 @@ def masked_weight_kernel(
         step = tl.load(scale_ptr + group, mask=by_block, other=1.0).to(tl.float32)
         step = step[:, :, None]
         if GATE:
-            # A tie goes to the even code: to the lowest one, and from the highest one away. The
-            # weights next to such a bound are so far from it that their quotients are no ties.
+            # Ties go to the even code: to the lowest code, and away from the highest. The weights
+            # next to such a bound are far enough from it that their quotients are not ties.
             least = tl.where(step == 0.0, float("-inf"), (lowest - 0.5) * step)
             most = tl.where(step == 0.0, float("inf"), (highest + 0.5) * step)
             passes = passes & (weight >= least) & (weight < most)
@@ -168,10 +167,10 @@ def masked_weight_kernel(
 
 @triton.jit
 def _round(weight, step, lowest, highest):
-    """Weights [ROWS, BLOCKS, 32] → code · step of [ROWS, BLOCKS, 1].
+    """Round weights [ROWS, BLOCKS, 32] to code · step, with a step [ROWS, BLOCKS, 1].
 
-    One division a block: with its remainder's share the product is the rounded quotient (Markstein,
-    1990). Weights saturate first, so that no quotient is beyond fp32.
+    One division per block: corrected by the remainder, the product with the reciprocal is the
+    rounded quotient (Markstein, 1990). Weights saturate first, so that no quotient overflows fp32.
     """
     enlarge = tl.where(step < SMALL_SCALE, ENLARGED, 1.0)
     divisor = step * enlarge

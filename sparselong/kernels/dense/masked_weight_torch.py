@@ -1,4 +1,4 @@
-"""A masked LoRA layer's weight in plain torch: what a CPU runs."""
+"""A masked LoRA layer's weight in plain torch: the CPU backend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparselong.packing import integer, two_four
 def sum_weight(
     master: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """M + s·B·A in fp32: master [out, in], lora_a [r, in], lora_b [out, r] → [out, in]."""
+    """Return M + s·B·A, fp32 [out, in], from master [out, in], lora_a [r, in], lora_b [out, r]."""
     with torch.autocast(master.device.type, enabled=False):
         return torch.addmm(master.float(), lora_b.float(), lora_a.float(), alpha=scaling)
 
@@ -24,7 +24,7 @@ def round_weight(
     scale: torch.Tensor | None,
     bits: int,
 ) -> torch.Tensor:
-    """The pruned and rounded sum, bf16 [out, in]. Arguments as in `masked_weight.MaskedWeight`."""
+    """Return the pruned and rounded sum, bf16 [out, in]; arguments as in `MaskedWeight`."""
     weight = sum_weight(master, lora_a, lora_b, scaling)
     if patterns is not None:
         weight = torch.where(two_four.unpack_mask(patterns), weight, 0.0)
@@ -42,7 +42,7 @@ def passes(
     scale: torch.Tensor | None,
     bits: int,
 ) -> torch.Tensor:
-    """bool [out, in]: the mask keeps the weight, and it rounds to a code without being clamped."""
+    """Return bool [out, in]: whether the mask keeps a weight and its code is not clamped."""
     inside = torch.ones(master.shape, dtype=torch.bool, device=master.device)
     if patterns is not None:
         inside &= two_four.unpack_mask(patterns)

@@ -1,11 +1,11 @@
-"""A packed dense weight (int4, with or without 2:4) to bf16, on a GPU: one pass, read once.
+"""Unpacks a dense int4 weight, with or without 2:4, to bf16 on a GPU in one pass over memory.
 
 Training and prompts multiply many rows by the weight, so it pays to decode it once for all of them
 and to leave the product to cuBLAS (`model/packed_linear.py`). A program takes a tile of rows and
-blocks of 32 inputs. Of an input it asks the pattern of its four whether it is kept, and as which of
-the two, and finds its code there. The values are `packing/dense.py`'s to the bit, which is the
-reference. Left out: 8 and 16 bits, which plain torch unpacks. The code is ours, under this
-repository's licence.
+blocks of 32 inputs. The pattern of four inputs tells for each whether it is kept, and whether it is
+the first or the second of the two kept, which locates its code. The values equal those of
+`packing/dense.py`, the reference, bit for bit. Not supported: 8 and 16 bits, which plain torch
+unpacks. The code is ours, under this repository's licence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def unpack_kernel(
     out_ptr, codes_ptr, patterns_ptr, scales_ptr, rows, BLOCKS: tl.constexpr,
     GROUP: tl.constexpr, SPARSE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The bf16 weight [rows, BLOCKS * 32]. codes_ptr counts bytes. Grid: (blocks, rows)."""
+    """Write the bf16 weight [rows, BLOCKS * 32]; codes_ptr counts bytes. Grid: (blocks, rows)."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(0) * TILE + tl.arange(0, TILE)
     lane = tl.arange(0, 32)[None, None, :]
@@ -41,7 +41,7 @@ def unpack_kernel(
         word |= tl.load(patterns_ptr + at * 3 + 2, mask=real, other=0).to(tl.int32) << 16
         mask = PATTERN_MASKS >> (4 * ((word[:, :, None] >> (lane // 4 * 3)) & 7))
         kept = (mask >> (lane % 4)) & 1
-        # The second of the two when a lower one is kept.
+        # An input is the second of the two if a lower one is kept.
         second = (mask & ((1 << (lane % 4)) - 1)) & 0xF
         nibble = tl.where(second != 0, 4, 0)
         byte = at[:, :, None] * 8 + lane // 4
@@ -63,10 +63,10 @@ def unpack_kernel(
 
 
 def launch_unpack(matrix: Matrix, out: torch.Tensor) -> None:
-    """Decodes a weight into out [rows, in]; patterns are taken as they were checked when stored."""
+    """Decode a weight into out [rows, in]; patterns were checked when stored and are trusted."""
     rows, width = out.shape
     blocks = width // 32
-    kernel: Any = unpack_kernel  # triton's own types know no launch
+    kernel: Any = unpack_kernel  # Triton's type hints do not cover launches
     kernel[(-(-blocks // UNPACK_BLOCKS), -(-rows // UNPACK_ROWS))](
         *(out, matrix.codes.view(torch.uint8), matrix.patterns, matrix.scales, rows),
         BLOCKS=blocks,
@@ -79,10 +79,10 @@ def launch_unpack(matrix: Matrix, out: torch.Tensor) -> None:
 
 
 def unpack_weight(fmt: DenseFormat, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`packing.dense.unpack` of a 4-bit weight on a GPU: bf16 [out, in], the same to the bit.
+    """Return a 4-bit weight as bf16 [out, in] on a GPU, bit for bit as `packing.dense.unpack`.
 
-    One pass, nothing beside the result, no word to the host; so a damaged pattern, which
-    `dense.unpack` refuses, reads as four zeros here.
+    One kernel launch, no memory besides the result and no host synchronization. A damaged pattern,
+    which `dense.unpack` refuses, therefore reads as four zeros here.
 
     Raises:
         ValueError: the format does not have 4 bits.

@@ -6,7 +6,7 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.kernels.experts.choice import choose_backend
-    from sparselong.kernels.experts.lora import Adapter, expert_lora_mlp
-    from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp, slice_inference
+    from sparselong.kernels.experts.lora import NO_ADAPTERS, Adapter, Adapters
+    from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp
 
 __getattr__ = expose(__name__)

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparselong.kernels.experts.lora import Adapter
 from sparselong.kernels.experts.routing import Routing
 
 DEPTH, COLUMNS, BLOCK = 64, 64, 64
@@ -120,6 +121,53 @@ def gradient_kernel(
     pointers += at.to(tl.int64)[:, None] * by_column
     mask = inside[:, None] & (inner < rank)[None, :]
     tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + total, mask=mask)
+
+
+def add_adapter_(
+    out: torch.Tensor, rows: torch.Tensor, adapter: Adapter, routing: Routing, tile_rows: int
+) -> None:
+    """Add s (x A^T) B^T by expert to a product's output, in place.
+
+    Args:
+        out: [entries, out], rows sorted by expert.
+        rows: x, [entries, in].
+        adapter: its factors in x's dtype.
+        routing: made for tiles of `tile_rows` rows.
+    """
+    narrow = shrink(rows, adapter.a, adapter.scaling, routing, tile_rows)
+    expand_(out, narrow, adapter.b.mT, routing, tile_rows)
+
+
+def add_gradients_(
+    sums: Adapter,
+    adapter: Adapter,
+    rows: torch.Tensor,
+    drows: torch.Tensor,
+    routing: Routing,
+    tile_rows: int,
+    row_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Add the gradients of A and B to `sums`, and return g = s dy B, fp32 [entries, r].
+
+    What is left of dx, g A, is the caller's to `expand_`.
+
+    Args:
+        sums: fp32, of the factors' shapes.
+        adapter: its factors in the rows' dtype.
+        rows: x, [entries, in], rows sorted by expert.
+        drows: dy, [entries, out].
+        routing: made for tiles of `tile_rows` rows.
+        row_weights: fp32 [entries, 1], factors of dy that are not in it yet.
+    """
+
+    def weigh(narrow: torch.Tensor) -> torch.Tensor:
+        return narrow if row_weights is None else narrow * row_weights
+
+    narrow = shrink(rows, adapter.a, adapter.scaling, routing, tile_rows)
+    add_gradient_(sums.b.mT, weigh(narrow), drows, routing)
+    narrow = shrink(drows, adapter.b.mT, adapter.scaling, routing, tile_rows)
+    add_gradient_(sums.a, weigh(narrow), rows, routing)
+    return narrow
 
 
 def shrink(

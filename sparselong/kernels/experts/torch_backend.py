@@ -7,11 +7,13 @@ is slow, and only taken by name. An expert's adapter, where there is one, is mul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from sparselong.kernels.expert_stack import PackedWeight
+from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
+from sparselong.kernels.experts.lora import Adapter
 from sparselong.packing import mxfp4
 
 
@@ -43,7 +45,7 @@ def apply_gate(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tenso
     return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
-def _split(adapter: Any, dtype: torch.dtype) -> Any:
+def _split(adapter: Adapter | None, dtype: torch.dtype) -> Any:
     """An adapter with its factors by expert, in `dtype`."""
     if adapter is None:
         return None
@@ -51,42 +53,30 @@ def _split(adapter: Any, dtype: torch.dtype) -> Any:
     return a.to(dtype).unbind(), b.to(dtype).unbind(), scaling
 
 
-def _multiply(
-    rows: torch.Tensor, stack: tuple[torch.Tensor, ...], adapter: Any, expert: int
-) -> torch.Tensor:
-    out: Any = _FrozenProduct.apply(rows, *(tensor[expert] for tensor in stack))
+def _multiply(rows: torch.Tensor, weight: PackedWeight, adapter: Any, expert: int) -> torch.Tensor:
+    out: Any = _FrozenProduct.apply(rows, *(tensor[expert] for tensor in weight))
     if adapter is None:
         return out
     a, b, scaling = adapter
     return out + scaling * ((rows @ a[expert].T) @ b[expert].T)
 
 
-def expert_mlp_torch(
-    x: torch.Tensor,
-    expert_indices: torch.Tensor,
-    routing_weights: torch.Tensor,
-    gate_up: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    down: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    alpha: float,
-    limit: float,
-    adapters: Sequence[Any] = (None, None),
-) -> torch.Tensor:
-    """[tokens, hidden] in x's dtype. `gate_up` and `down` are (blocks, scales, bias).
-
-    `adapters`: (A [experts, r, in], B [experts, out, r], scale) of either, or None.
+def expert_mlp_torch(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
+    """Weighted sum of the chosen experts' outputs, [tokens, hidden] in x's dtype.
 
     Raises:
         ValueError: an index is none of the experts.
     """
-    experts = gate_up[0].shape[0]
+    x, indices, weights = call
+    stack, adapters, gate, _ = operands
     result = torch.zeros_like(x)
     gate_up_adapter, down_adapter = (_split(adapter, x.dtype) for adapter in adapters)
-    for expert in torch.unique(expert_indices).tolist():
-        if not 0 <= expert < experts:
-            raise ValueError(f"expert_indices: holds {expert}; allowed: 0 to {experts - 1}")
-        token, choice = torch.where(expert_indices == expert)
-        wide = _multiply(x[token], gate_up, gate_up_adapter, expert)
-        y = _multiply(apply_gate(wide, alpha, limit), down, down_adapter, expert)
-        weighted = y * routing_weights[token, choice, None]
+    for expert in torch.unique(indices).tolist():
+        if not 0 <= expert < stack.experts:
+            raise ValueError(f"expert_indices: holds {expert}; allowed: 0 to {stack.experts - 1}")
+        token, position = torch.where(indices == expert)
+        wide = _multiply(x[token], stack.gate_up, gate_up_adapter, expert)
+        y = _multiply(apply_gate(wide, *gate), stack.down, down_adapter, expert)
+        weighted = y * weights[token, position, None]
         result = result.index_add(0, token, weighted.to(result.dtype))
     return result

@@ -1,4 +1,4 @@
-"""Norms, rotary embedding and the loss of a layer."""
+"""RMSNorm, rotary embedding and cross-entropy."""
 
 from typing import TYPE_CHECKING
 

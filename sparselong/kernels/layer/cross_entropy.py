@@ -1,24 +1,24 @@
-"""Cross-entropy over a large vocabulary without the logits of more than a few rows at a time.
+"""Cross-entropy over a large vocabulary, with the logits of only a few rows in memory at a time.
 
 The maths, for a row h with label y and the frozen weight W [vocab, width]:
 
     loss = logsumexp(W h) - (W h)_y            dh = W^T (softmax(W h) - e_y)
 
-gpt-oss has 201,088 logits a token: at 16,384 tokens these, their fp32 copy and gradients take tens
-of gigabytes. Here rows without a label are dropped before the first product, the others go through
-in chunks, and each chunk's gradient with respect to h is computed at once in the forward pass: the
-logits are read twice by one kernel that leaves softmax - e_y in their place, and a second product
-turns these into dh. What remains for the backward pass is one tensor of the supervised rows' size,
-times the upstream number. Without gradients the second product is left out.
+gpt-oss has 201,088 logits per token: at 16,384 tokens these, their fp32 copy and gradients take
+tens of gigabytes. Here rows without a label are dropped before the first product, and the others
+are processed in chunks. Each chunk's gradient with respect to h is computed in the forward pass:
+one kernel reads the logits twice and overwrites them with softmax - e_y, and a second product turns
+these into dh. The backward pass only scales dh, which has the size of the supervised rows, by the
+upstream gradient. Without gradients the second product is skipped.
 
-Logits are rounded to the inputs' dtype by the product, as transformers' are; everything after is
-fp32. dh is that of the *sum* of losses and is divided by the caller's count afterwards, in the
-backward pass: in fp16 most of the already divided values would be zero. Deterministic.
+Logits are rounded to the inputs' dtype by the product, as in transformers; everything after is
+fp32. dh is the gradient of the *sum* of losses. Dividing by the caller's count is left to the
+backward pass, because in fp16 most of the divided values would underflow to zero. Deterministic.
 
-On a CPU the kernel's place is taken by torch. Source of the method: Wijmans et al. (2024),
-arXiv:2411.09009, and Liger-Kernel (arXiv:2410.10989), whose chunks are 256 rows at this vocabulary
-and include unsupervised rows; the code is ours, under this repository's licence. Left out: a
-trained lm_head (refused), label smoothing, soft caps, and second derivatives.
+On a CPU torch replaces the kernel. Source of the method: Wijmans et al. (2024), arXiv:2411.09009,
+and Liger-Kernel (arXiv:2410.10989), whose chunks are 256 rows at this vocabulary and include
+unsupervised rows; the code is ours, under this repository's licence. Not supported: a trained
+lm_head (refused), label smoothing, soft caps, and second derivatives.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int = CHUNK_ROWS
 ) -> torch.Tensor:
-    """Sum of the cross-entropies of `hidden @ weight.T` over the rows that have a label.
+    """Return the summed cross-entropy of `hidden @ weight.T` over the rows that have a label.
 
     Args:
-        hidden: [rows, width], bf16, fp16 or fp32 (fp64 on a CPU); gets a gradient.
+        hidden: [rows, width], bf16, fp16 or fp32 (fp64 on a CPU); differentiable.
         weight: [vocab, width] in hidden's dtype, frozen.
-        labels: int64 [rows]; -100 leaves a row out.
-        chunk_rows: rows whose logits exist at once; chunk_rows * vocab * itemsize bytes.
+        labels: int64 [rows]; -100 excludes a row.
+        chunk_rows: rows whose logits exist at once, in chunk_rows * vocab * itemsize bytes.
 
     Returns:
-        fp32 scalar (fp64 from fp64), in nats; 0 where no row has a label. Its error and that of
-        the gradient against fp64 are at most twice plain torch's in the same dtype
+        fp32 scalar (fp64 from fp64), in nats; 0 if no row has a label. Its error and that of the
+        gradient against fp64 are at most twice plain torch's in the same dtype
         (tests/gpu/test_neighbours.py).
 
     Raises:
-        ValueError: an argument is not as above, or weight wants a gradient; names it, what was
-            found and what is allowed.
+        ValueError: an argument is not as above, or weight requires a gradient; the message names
+            it, its value and what is allowed.
     """
     _check(hidden, weight, labels, chunk_rows)
     kept = (labels != IGNORED).nonzero().flatten()
@@ -66,13 +66,13 @@ def linear_cross_entropy(
 def token_losses(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int = CHUNK_ROWS
 ) -> torch.Tensor:
-    """Each row's cross-entropy, fp32 [rows] (fp64 from fp64); without gradients.
+    """Return each row's cross-entropy, fp32 [rows] (fp64 from fp64), without gradients.
 
     Arguments and errors as for `linear_cross_entropy`; every row needs a label.
     """
     _check(hidden, weight, labels, chunk_rows)
     _check_labels(labels, len(weight))
-    return _go_through(hidden, weight, labels.contiguous(), chunk_rows, needs_gradient=False)[0]
+    return _row_losses(hidden, weight, labels.contiguous(), chunk_rows, needs_gradient=False)[0]
 
 
 def _check(
@@ -103,7 +103,7 @@ def _check(
 
 
 def _check_labels(targets: torch.Tensor, vocab: int) -> None:
-    """Those that count."""
+    """Raise if any supervised label is out of range."""
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         raise ValueError(
             f"labels: between {int(targets.min())} and {int(targets.max())}; "
@@ -116,26 +116,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_rows: int
     ) -> torch.Tensor:
-        losses, dhidden = _go_through(hidden, weight, targets, chunk_rows, ctx.needs_input_grad[0])
+        losses, dhidden = _row_losses(hidden, weight, targets, chunk_rows, ctx.needs_input_grad[0])
         ctx.save_for_backward(dhidden)
         return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dhidden,) = ctx.saved_tensors
-        # Not in bf16, where the number itself would be rounded by up to 0.2 %.
+        # Not in bf16, which would round dloss itself by up to 0.2 %.
         scaled = dhidden.to(dloss.dtype, copy=True).mul_(dloss)
         return scaled.to(dhidden.dtype), None, None, None
 
 
-def _go_through(
+def _row_losses(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     chunk_rows: int,
     needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Each row's loss, and the gradient of their sum with respect to hidden where needed."""
+    """Return each row's loss, and the gradient of their sum with respect to hidden or None."""
     rows, vocab = len(hidden), len(weight)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = torch.empty(rows, dtype=wide, device=hidden.device)
@@ -155,12 +155,13 @@ def _go_through(
 def turn_into_gradients(
     logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, needs_gradient: bool
 ) -> None:
-    """Writes the rows' losses, and softmax - e_target over the logits where gradients are needed.
+    """Write the rows' losses and, with gradients, replace logits by softmax - e_target.
 
     Args:
         logits: [rows, vocab], contiguous.
         targets: int64 [rows].
-        losses: [rows], fp32 or fp64.
+        losses: [rows], fp32 or fp64, written to.
+        needs_gradient: whether to overwrite the logits with their gradients.
     """
     if logits.is_cuda:
         _kernels().softmax_kernel[(len(logits),)](
@@ -171,9 +172,9 @@ def turn_into_gradients(
         )
         return
     wide = logits.to(losses.dtype)
-    chosen = wide.gather(1, targets[:, None])[:, 0]
+    target_logits = wide.gather(1, targets[:, None])[:, 0]
     total = wide.logsumexp(1)
-    torch.sub(total, chosen, out=losses)
+    torch.sub(total, target_logits, out=losses)
     if needs_gradient:
         gradient = torch.exp(wide - total[:, None])
         gradient[torch.arange(len(targets)), targets] -= 1
@@ -182,7 +183,7 @@ def turn_into_gradients(
 
 @functools.cache
 def _kernels() -> Any:
-    """The kernel's module: imported when first asked for, as a CPU has no need of Triton."""
+    """Return the kernel's module, imported on first use because a CPU does not need Triton."""
     from sparselong.kernels.layer import cross_entropy_triton as cross_entropy_kernels
 
     return cross_entropy_kernels

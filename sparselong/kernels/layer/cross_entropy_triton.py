@@ -1,4 +1,4 @@
-"""The Triton kernel under `cross_entropy.py`: one row of logits, read twice, written once."""
+"""The Triton kernel of `cross_entropy.py`: reads a row of logits twice and writes it once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import triton.language as tl
 def softmax_kernel(
     logits_ptr, target_ptr, loss_ptr, vocab, NEEDS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The row's loss; softmax - e_target in place of its logits. Grid: rows.
+    """Write a row's loss and, for gradients, softmax - e_target over its logits. Grid: rows.
 
-    The running sum is kept for each lane and summed once: a step then needs one reduction, the
-    maximum's. The target's logit is read before anything is written.
+    Each lane keeps its own running sum until the end, so that a step needs one reduction, for the
+    maximum. The target's logit is read before anything is written.
     """
     row = tl.program_id(0)
     base = logits_ptr + row.to(tl.int64) * vocab
@@ -36,7 +36,7 @@ def softmax_kernel(
             column = start + lane
             real = column < vocab
             logits = tl.load(base + column, mask=real, other=float("-inf")).to(tl.float32)
-            # Not exp(logits - lse): rounding lse alone would cost a unit in the last place or two.
+            # Not exp(logits - lse): rounding lse alone would cost one or two ulps.
             probability = tl.exp(logits - highest) * scale
             gradient = probability - tl.where(column == target, 1.0, 0.0)
             tl.store(base + column, gradient.to(logits_ptr.dtype.element_ty), mask=real)

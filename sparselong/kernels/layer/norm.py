@@ -1,21 +1,21 @@
-"""RMSNorm as gpt-oss computes it, alone and together with the residual sum before it.
+"""RMSNorm as gpt-oss computes it, alone and fused with the residual sum before it.
 
 The maths, with r_i = 1 / sqrt(mean_j h_ij^2 + eps) and everything in fp32:
 
     out = round(w h r)            g = w dout
     dh  = r (g - h r^2 mean_j(g h))        dw = sum_i dout h r
 
-gpt-oss multiplies by the weight in fp32 and rounds once; Llama rounds before the weight, which is
-what Liger's default casting mode does, and is another function. Here the sum `x + residual` is
-rounded to its dtype first, because that is what the model carries on, and normed after; in the
-backward pass the gradient of the sum is added to dh before the only rounding. One pass over memory
-each way: a read and a write for the norm, two reads and two writes with the residual.
+gpt-oss multiplies by the weight in fp32 and rounds once. Llama rounds before the weight, as Liger's
+default casting mode does, which is a different function. The sum `x + residual` is rounded to its
+dtype before the norm, because the model continues with the rounded sum. In the backward pass the
+gradient of the sum is added to dh before the only rounding. Forward and backward each pass over
+memory once: a read and a write for the norm, two reads and two writes with the residual.
 
-Saved for the backward pass: h (the input, or the sum), the weight and r, fp32, one number a row.
-Deterministic: dw is summed over a number of row blocks that depends on the number of rows alone,
-and then over the blocks. On a CPU plain torch runs (`norm_torch.py`). Source: Zhang and
-Sennrich (2019), arXiv:1910.07467; the code is ours, under this repository's licence. Left out: rows
-of more than 16,384 elements on a GPU.
+Saved for backward: h (the input, or the sum), the weight, and r in fp32, one value per row.
+Deterministic: dw is summed within row blocks, whose number depends only on the number of rows, and
+then over the blocks. On a CPU plain torch runs (`norm_torch.py`). Source: Zhang and Sennrich
+(2019), arXiv:1910.07467; the code is ours, under this repository's licence. Not supported: rows of
+more than 16,384 elements on a GPU.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ WEIGHT_GRADIENT_BLOCKS = 512
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The norm of each row; differentiable in x and weight.
+    """Return x with each row normalized; differentiable in x and weight.
 
     Args:
         x: [..., hidden], bf16, fp16 or fp32 (fp64 on a CPU). Rows may be strided.
-        weight: [hidden], any floating dtype; its gradient comes back in that dtype.
+        weight: [hidden], any floating dtype; its gradient has the same dtype.
         eps: added to the mean square.
 
     Returns:
-        [..., hidden] in x's dtype, contiguous. The error of it and of the gradients against fp64
-        is at most twice plain torch's in the same dtype (tests/gpu/test_neighbours.py).
+        [..., hidden] in x's dtype, contiguous. Its error and that of the gradients against fp64
+        are at most twice plain torch's in the same dtype (tests/gpu/test_neighbours.py).
 
     Raises:
-        ValueError: an argument is not as above; names it, what was found and what is allowed.
+        ValueError: an argument is not as above; the message names it, its value and what is
+            allowed.
     """
     _check(x, weight)
     if not x.is_cuda:
@@ -56,17 +57,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm of the sum, the sum) of x and residual; differentiable in x, residual and weight.
+    """Return (norm of the sum, the sum) of x and residual; differentiable in both and weight.
 
     Args:
-        x, residual: [..., hidden], of one shape; of two dtypes the wider counts, as in torch.
-        weight, eps: as for `rms_norm`.
+        x: [..., hidden], dtypes as for `rms_norm`.
+        residual: shaped like x; two dtypes are promoted as in torch.
+        weight: as for `rms_norm`.
+        eps: as for `rms_norm`.
 
     Returns:
         Two tensors [..., hidden], contiguous, in the sum's dtype; accuracy as for `rms_norm`.
 
     Raises:
-        ValueError: an argument is not as above; names it, what was found and what is allowed.
+        ValueError: an argument is not as above; the message names it, its value and what is
+            allowed.
     """
     _check(x, weight)
     if residual.shape != x.shape or residual.device != x.device:
@@ -83,8 +87,8 @@ def add_rms_norm(
 def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
     if x.dim() < 1 or weight.shape != x.shape[-1:] or not weight.is_floating_point():
         raise ValueError(
-            f"weight: {weight.dtype} {list(weight.shape)}; allowed: floating, as long as the last "
-            f"axis of x, {list(x.shape)}"
+            f"weight: {weight.dtype} {list(weight.shape)}; allowed: floating, with the length of "
+            f"the last axis of x, {list(x.shape)}"
         )
     if weight.device != x.device:
         raise ValueError(f"weight: on {weight.device}; allowed: x's device, {x.device}")
@@ -97,7 +101,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """(out, sum) from x and residual, or (out, x) where residual is None. Triton only."""
+    """Autograd function that fuses norm and residual sum; Triton only."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -107,6 +111,7 @@ class RMSNormFunction(torch.autograd.Function):
         weight: torch.Tensor,
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return (out, sum); the sum is None without a residual."""
         ctx.set_materialize_grads(False)
         rows, weight = _rows(x), weight.contiguous()
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -127,6 +132,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dtotal: torch.Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the gradients of x, residual and weight; eps has none."""
         h, weight, inverse = ctx.saved_tensors
         if dout is None:
             return dtotal, dtotal, None, None
@@ -142,7 +148,7 @@ def _launch_backward(
     inverse: torch.Tensor,
     needs_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(gradient of h in h's dtype, of weight in weight's)."""
+    """Return the gradients of h, in h's dtype, and of weight, in weight's; None if not needed."""
     rows, upstream = _rows(h), _rows(dout)
     passed = upstream if dtotal is None else _rows(dtotal)
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
@@ -164,7 +170,7 @@ def _launch_backward(
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[rows, hidden] with a contiguous last axis: a view where strides allow, else a copy."""
+    """Return [rows, hidden] with a contiguous last axis, as a view where strides allow it."""
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -176,7 +182,7 @@ def _blocks(hidden: int) -> dict[str, int]:
 
 @functools.cache
 def _kernels() -> Any:
-    """The kernels' module: imported when first asked for, as a CPU has no need of Triton."""
+    """Return the kernels' module, imported on first use because a CPU does not need Triton."""
     from sparselong.kernels.layer import norm_triton as norm_kernels
 
     return norm_kernels

@@ -1,4 +1,4 @@
-"""RMSNorm, and residual + RMSNorm, in plain torch, differentiable: what a CPU runs."""
+"""RMSNorm, and residual + RMSNorm, in plain torch, differentiable: the CPU backend."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     Args:
         x: [..., hidden]; fp64 stays fp64 throughout.
         weight: [hidden].
+        eps: added to the mean square.
 
     Returns:
         [..., hidden] in x's dtype.
@@ -23,6 +24,6 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
 def add_rms_norm_torch(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm of the sum, the sum): `residual + x`, rounded to its dtype, and its RMSNorm."""
+    """Return (norm of the sum, the sum) for `residual + x`, which is rounded to its dtype first."""
     total = residual + x
     return rms_norm_torch(total, weight, eps), total

@@ -1,4 +1,4 @@
-"""The Triton kernels under `rms_norm.py`: a row at a time, statistics in fp32."""
+"""The Triton kernels of `norm.py`: one row at a time, with statistics in fp32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def forward_kernel(
     stride_x, stride_residual, hidden, eps,
     HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: out, 1 / rms and, with a residual, the rounded sum. Grid: rows."""
+    """Write one row's out, 1 / rms and, with a residual, the rounded sum. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     real = column < hidden
@@ -36,7 +36,7 @@ def backward_kernel(
     stride_dout, stride_dtotal, stride_h, rows, rows_each, hidden,
     HAS_TOTAL: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`rows_each` neighbouring rows: dx, and their share of dweight [programs, hidden] in fp32."""
+    """Write dx of `rows_each` adjacent rows and their fp32 share of dweight [programs, hidden]."""
     column = tl.arange(0, BLOCK)
     real = column < hidden
     weight = tl.load(weight_ptr + column, mask=real, other=0.0).to(tl.float32)

@@ -1,19 +1,20 @@
 """Rotary embedding of queries and keys in one kernel, forward and backward.
 
-gpt-oss turns dimension d of the first half of a head together with dimension d of the second:
+gpt-oss rotates dimension d of the first half of a head together with dimension d of the second:
 
     low'  = low cos - high sin            dlow  =  dlow' cos + dhigh' sin
     high' = high cos + low sin            dhigh = -dlow' sin + dhigh' cos
 
-so the backward pass is the same kernel with the angle's sign turned, and nothing is saved: cos and
-sin, one pair for all layers, are referred to. They are transformers': one value for each of
-head_dim / 2 angles, YaRN's concentration already in them. The arithmetic is fp32 with one rounding;
-transformers rounds three times. Inputs are read by stride, so the views that a projection's output
-gives cost no copy, and outputs lie as [batch, tokens, heads, head_dim] underneath, which attention
-reads without a copy and whose gradient the projections' backward takes without one.
+so the backward pass is the same kernel with the angle's sign flipped. Nothing is saved for it but
+references to cos and sin, which all layers share. These are transformers': one value for each of
+head_dim / 2 angles, with YaRN's concentration included. The arithmetic is fp32 with one rounding;
+transformers rounds three times. Inputs are read by stride, so views of a projection's output cost
+no copy. Outputs are laid out in memory as [batch, tokens, heads, head_dim], so that neither
+attention nor the projections' backward pass needs a copy.
 
 On a CPU plain torch runs (`rotary_torch.py`). Source: Su et al. (2021), arXiv:2104.09864; the code
-is ours, under this repository's licence. Left out: interleaved pairs, and gradients of cos and sin.
+is ours, under this repository's licence. Not supported: interleaved pairs, and gradients of cos and
+sin.
 """
 
 from __future__ import annotations
@@ -33,20 +34,22 @@ TOKENS, HEADS = 4, 8
 def rotate(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys turned by their positions' angles; differentiable in q and k.
+    """Return q and k rotated by their positions' angles; differentiable in q and k.
 
     Args:
         q: [batch, heads, tokens, head_dim], bf16, fp16 or fp32 (fp64 on a CPU), any strides.
         k: [batch, kv_heads, tokens, head_dim], q's dtype.
-        cos, sin: [batch or 1, tokens, head_dim / 2], floating; they get no gradient.
+        cos: [batch or 1, tokens, head_dim / 2], floating; gets no gradient.
+        sin: like cos.
 
     Returns:
-        q and k turned, in their shapes and dtype, laid out as [batch, tokens, heads, head_dim]. The
-        error against fp64 is at most twice plain torch's in the same dtype, gradients included
+        Rotated q and k in their shapes and dtype, laid out as [batch, tokens, heads, head_dim]. The
+        error against fp64, gradients included, is at most twice plain torch's in the same dtype
         (tests/gpu/test_neighbours.py).
 
     Raises:
-        ValueError: an argument is not as above; names it, what was found and what is allowed.
+        ValueError: an argument is not as above; the message names it, its value and what is
+            allowed.
     """
     _check(q, k, cos, sin)
     if not q.is_cuda:
@@ -82,17 +85,19 @@ def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
 
 
 class RotateFunction(torch.autograd.Function):
-    """(q', k'); the backward pass turns back. Triton only."""
+    """Autograd function of `rotate`; the backward pass rotates back. Triton only."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return q and k, rotated."""
         ctx.angles = cos, sin
         return _launch(q, k, cos, sin, back=False)
 
     @staticmethod
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return dq and dk, rotated back; cos and sin have no gradients."""
         return *_launch(dq, dk, *ctx.angles, back=True), None, None
 
 
@@ -106,35 +111,35 @@ def _launch(
         t.expand(batch, -1, -1).contiguous() if t.stride(-1) != 1 else t for t in (cos, sin)
     )
     cos, sin = (t.expand(batch, -1, -1) for t in (cos, sin))
-    turned = [_empty_token_major(t) for t in (q, k)]
+    rotated = [_empty_token_major(t) for t in (q, k)]
     if q.numel() == 0:
-        return turned[0], turned[1]
+        return rotated[0], rotated[1]
     groups = -(-heads // HEADS), -(-k.shape[1] // HEADS)
     grid = (-(-tokens // TOKENS), sum(groups), batch)
     half = dim // 2
     with torch.cuda.device_of(q):
         _kernels().rotate_kernel[grid](
-            *(q, k, cos, sin, *turned),
+            *(q, k, cos, sin, *rotated),
             *(*q.stride()[:3], *k.stride()[:3], *cos.stride()[:2], *sin.stride()[:2]),
-            *(*turned[0].stride()[:3], *turned[1].stride()[:3]),
+            *(*rotated[0].stride()[:3], *rotated[1].stride()[:3]),
             *(heads, k.shape[1], tokens, half),
             BACK=back,
             TOKENS=TOKENS,
             HEADS=HEADS,
             BLOCK=1 << (half - 1).bit_length(),
         )
-    return turned[0], turned[1]
+    return rotated[0], rotated[1]
 
 
 def _empty_token_major(x: torch.Tensor) -> torch.Tensor:
-    """Like x [batch, heads, tokens, dim], with tokens before heads underneath."""
+    """Return an empty tensor like x [batch, heads, tokens, dim], stored tokens before heads."""
     batch, heads, tokens, dim = x.shape
     return torch.empty(batch, tokens, heads, dim, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
 @functools.cache
 def _kernels() -> Any:
-    """The kernel's module: imported when first asked for, as a CPU has no need of Triton."""
+    """Return the kernel's module, imported on first use because a CPU does not need Triton."""
     from sparselong.kernels.layer import rotary_triton as rotary_kernels
 
     return rotary_kernels

@@ -1,4 +1,4 @@
-"""Rotary embedding in plain torch, differentiable: what a CPU runs."""
+"""Rotary embedding in plain torch, differentiable: the CPU backend."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 def rotate_torch(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shapes as in `rotary.rotate`; computed in the inputs' dtype, as transformers does."""
+    """Return q and k rotated in their dtype, as transformers does; shapes as in `rotary.rotate`."""
     cos, sin = cos[:, None], sin[:, None]
 
     def turn(x: torch.Tensor) -> torch.Tensor:

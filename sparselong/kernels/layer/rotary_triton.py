@@ -1,4 +1,4 @@
-"""The Triton kernel under `rotary.py`: a few tokens of a few heads, of q or of k."""
+"""The Triton kernel of `rotary.py`: rotates a few tokens of a few heads of q or k."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _turn(
     stride_xh, stride_xt, stride_oh, stride_ot, half,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tile [TOKENS, HEADS, BLOCK] of both halves, at tokens `at`."""
+    """Rotate a tile [TOKENS, HEADS, BLOCK] of both halves, at tokens `at`."""
     dim = tl.arange(0, BLOCK)[None, None, :]
     seen = real & (head < heads)[None, :, None] & (dim < half)
     head = head.to(tl.int64)[None, :, None]
@@ -34,7 +34,7 @@ def rotate_kernel(
     heads, kv_heads, tokens, half,
     BACK: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (token tiles, groups of q's heads and then of k's, batch)."""
+    """Rotate one tile. Grid: (token tiles, groups of q's heads and then of k's, batch)."""
     batch = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     at = token.to(tl.int64)[:, None, None]

@@ -1,26 +1,18 @@
-"""Which sequence the attention of this process belongs to: the shard's place in it.
+"""A shard of a sequence: its place in the mesh, and attention to the other shards' keys.
 
-    local = shard_batch(batch, mesh)
-    layout = take_layout(local, heads_k_stride=1)
-    with context_parallel(mesh, layout):
-        model(**local, num_items_in_batch=count).loss.backward()
-
-Inside the block `model.attention.attention_forward`, the one attention function of all models here,
-attends to the whole sequence; the model itself does not change. The backward pass belongs inside
-the block too: a checkpointed layer attends again there, in a thread of autograd's own, which is why
-the context is the process's and not the thread's.
+`runtime.Settings.sequence` is a `Context` where a pass's tokens are a shard (`parallel/apply.py`
+puts it there). Then `model.attention.attention_forward`, the one attention function of all models
+here, attends to the whole sequence; the model itself does not change. The backward pass, which
+exchanges keys and their gradients too, may come after the settings' block: what it needs is saved.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from sparselong.kernels.attention import attention, load_backend, pick_backend, plan_pays
+from sparselong.kernels.attention import load_backend, pick_backend, plan_pays
 from sparselong.parallel.mesh import Mesh
 from sparselong.parallel.sequence.attention import ShardedCall, attend_to_all
 from sparselong.parallel.sequence.exchange import ExchangePlan, plan_exchange
@@ -78,13 +70,6 @@ class Context:
         """
         self._check(q, k)
         scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-        if self.mesh.context_size == 1:
-            out, _ = attention(
-                *(q, k, v, sinks),
-                cu_seqlens=_boundaries_on(q.device, self.layout),
-                window=window, scale=scale, backend=backend, deterministic=deterministic,
-            )  # fmt: skip
-            return out
         plan = plan_exchange(
             self.layout.boundaries,
             self.layout.rows,
@@ -123,30 +108,3 @@ def _pick_backends(backend: str | None, q: torch.Tensor, plan: ExchangePlan) -> 
     call = plan.runs[0].call
     pays = late != "torch_cudnn" or backend is not None or plan_pays(call.mask)
     return (late if pays and load_backend(late).refuse(q, call) is None else early), late
-
-
-@functools.lru_cache(maxsize=16)
-def _boundaries_on(device: torch.device, layout: Layout) -> torch.Tensor | None:
-    """One tensor for all layers, as `find_documents` wants it; None where rows are documents."""
-    if len(layout.boundaries) == layout.rows + 1:
-        return None
-    return torch.tensor(layout.boundaries, dtype=torch.int32, device=device)
-
-
-_active: Context | None = None
-
-
-def active_context() -> Context | None:
-    """The context in which this process attends, or None: each sequence is all here."""
-    return _active
-
-
-@contextmanager
-def context_parallel(mesh: Mesh, layout: Layout) -> Iterator[Context]:
-    """Attention inside the block, forward and backward, is that of shards of one sequence."""
-    global _active
-    outer, _active = _active, Context(mesh, layout)
-    try:
-        yield _active
-    finally:
-        _active = outer

@@ -24,6 +24,7 @@ from sparselong.errors import StageError
 from sparselong.kernels.attention import mark_starts, refuse_gaps
 from sparselong.kernels.layer import IGNORED
 from sparselong.parallel.collectives import all_gather
+from sparselong.parallel.loss import shift_labels
 from sparselong.parallel.mesh import Mesh
 
 _KEYS = ("input_ids", "labels", "position_ids", "attention_mask")
@@ -73,11 +74,6 @@ def shard_batch(batch: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, torch.T
     flat = starts.flatten().nonzero().flatten().cpu()
     local["cu_seqlens"] = torch.cat([flat, flat.new_tensor([starts.numel()])]).int()
     return local
-
-
-def shift_labels(labels: torch.Tensor, padding: int = 0) -> torch.Tensor:
-    """[rows, tokens + padding]: the label of the token after each, -100 after the last."""
-    return functional.pad(labels, (0, padding + 1), value=IGNORED)[:, 1:]
 
 
 def cut(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:

@@ -1,15 +1,19 @@
 """The experts' pass on a CPU: the reference by hand, torch's backend against it, the kernels in
 Triton's interpreter, what is refused, who is chosen. tests/gpu has the kernels as compiled."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from sparselong.kernels.expert_stack import ExpertStack, PackedWeight
 from sparselong.kernels.experts import op as expert_gemm
 from sparselong.kernels.experts import triton_launch as expert_triton
 from sparselong.kernels.experts.choice import BACKENDS, MEASURED, NO_LIMIT, choose_backend
-from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp
+from sparselong.kernels.experts.op import expert_mlp
 from sparselong.packing import mxfp4
+from sparselong.runtime.settings import using
 from tests.kernels.emulated_ptx import run_ptx
 from tests.kernels.run_interpreted import run_interpreted
 from tests.references.expert_mlp import decode_reference, expert_mlp_reference
@@ -17,7 +21,7 @@ from tests.references.expert_mlp import decode_reference, expert_mlp_reference
 EXPERTS, HIDDEN, INNER = 5, 64, 96
 
 
-def draw(tokens: int = 37, top_k: int = 4) -> dict[str, torch.Tensor]:
+def draw(tokens: int = 37, top_k: int = 4) -> dict[str, Any]:
     """expert_mlp's arguments by name; x in fp64 and large enough for the clamps to bite."""
     torch.manual_seed(0)
     picks = [torch.randperm(EXPERTS)[:top_k] for _ in range(tokens)]
@@ -26,20 +30,21 @@ def draw(tokens: int = 37, top_k: int = 4) -> dict[str, torch.Tensor]:
         "expert_indices": torch.stack(picks),
         "routing_weights": torch.rand(tokens, top_k, dtype=torch.float64),
     }
-    for name, out, width in (("gate_up", 2 * INNER, HIDDEN), ("down", HIDDEN, INNER)):
+    weights = []
+    for out, width in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
         shape = (EXPERTS, out, width // 32)
-        found[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
-        found[f"{name}_scales"] = torch.randint(120, 126, shape, dtype=torch.uint8)
-        found[f"{name}_bias"] = torch.randn(EXPERTS, out, dtype=torch.float64)
-    return found
+        blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        scales = torch.randint(120, 126, shape, dtype=torch.uint8)
+        weights.append(PackedWeight(blocks, scales, torch.randn(EXPERTS, out, dtype=torch.float64)))
+    return {**found, "stack": ExpertStack(*weights)}
 
 
-def refer(call: dict[str, torch.Tensor]) -> torch.Tensor:
-    return expert_mlp_reference(
-        call["x"], call["expert_indices"], call["routing_weights"],
-        (call["gate_up_blocks"], call["gate_up_scales"]), call["gate_up_bias"],
-        (call["down_blocks"], call["down_scales"]), call["down_bias"], ALPHA, LIMIT,
-    )  # fmt: skip
+def replace(stack: ExpertStack, **changes: torch.Tensor) -> ExpertStack:
+    """The stack with other tensors, by names such as gate_up_bias."""
+    for name, tensor in changes.items():
+        weight, part = name.rsplit("_", 1)
+        stack = stack._replace(**{weight: getattr(stack, weight)._replace(**{part: tensor})})
+    return stack
 
 
 def test_the_reference_by_hand():
@@ -53,8 +58,8 @@ def test_the_reference_by_hand():
     x = torch.zeros(1, 32, dtype=torch.float64)
     x[0, 3], x[0, 4] = 9.0, -1.5
     out = expert_mlp_reference(
-        x, torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), 0.25), gate_up,
-        torch.zeros(1, 64), down, torch.zeros(1, 32), ALPHA, LIMIT,
+        x, torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), 0.25),
+        ((*gate_up, torch.zeros(1, 64)), (*down, torch.zeros(1, 32))),
     )  # fmt: skip
     h = (-3 + 1) * 7 / (1 + torch.exp(torch.tensor(-1.702 * 7, dtype=torch.float64)))
     expected = torch.zeros(1, 32, dtype=torch.float64)
@@ -87,13 +92,15 @@ def test_the_ptx_looks_up_every_pair_of_codes_in_every_place():
 @pytest.mark.parametrize("tokens", [1, 37])
 def test_torchs_backend_is_the_reference(tokens):
     call = draw(tokens)
-    names = ("x", "routing_weights", "gate_up_bias", "down_bias")
-    upstream = torch.randn_like(call["x"])
+    stack, upstream = call["stack"], torch.randn_like(call["x"])
+    given = (call["x"], call["routing_weights"], stack.gate_up.bias, stack.down.bias)
     results = []
-    for function in (lambda c: expert_mlp(**c), refer):
-        leaves = {name: call[name].clone().requires_grad_() for name in names}
-        out = function(call | leaves)
-        results.append((out, *torch.autograd.grad(out, list(leaves.values()), upstream)))
+    for function in (expert_mlp, expert_mlp_reference):
+        leaves = [tensor.clone().requires_grad_() for tensor in given]
+        x, weights, gate_up_bias, down_bias = leaves
+        biased = replace(stack, gate_up_bias=gate_up_bias, down_bias=down_bias)
+        out = function(x, call["expert_indices"], weights, biased)
+        results.append((out, *torch.autograd.grad(out, leaves, upstream)))
     for got, wanted in zip(*results, strict=True):
         assert (got - wanted).norm() <= 1e-12 * wanted.norm()
 
@@ -118,7 +125,7 @@ def test_every_byte_at_every_scale_decodes_to_the_bit_in_the_interpreter(interpr
 
 
 def test_without_gradients_gate_ups_output_is_gone_before_downs_is_made(interpreted):
-    assert interpreted["held"] == {"run_forward": 1, "run_inference": 0}
+    assert interpreted["held"] == {"kept": 1, "not kept": 0}
 
 
 @pytest.mark.parametrize(
@@ -134,23 +141,58 @@ def test_without_gradients_gate_ups_output_is_gone_before_downs_is_made(interpre
         ),
         ({"expert_indices": torch.full((37, 4), 5)}, "expert_indices: holds 5; allowed: 0 to 4"),
         ({"routing_weights": torch.zeros(37, 3)}, "routing_weights: torch.float32"),
-        (
-            {"gate_up_blocks": torch.zeros(5, 192, 1, 16, dtype=torch.uint8)},
-            r"gate_up_blocks: shape \[5, 192, 1, 16\]; allowed: \[5, 192, 2, 16\]",
-        ),
-        (
-            {"down_scales": torch.zeros(4, 64, 3, dtype=torch.uint8)},
-            r"down_scales: shape \[4, 64, 3\]; allowed: \[5, 64, 3\]",
-        ),
-        ({"down_blocks": torch.zeros(5, 64, 3, 16)}, "down_blocks: torch.float32; allowed: torch"),
-        ({"down_bias": torch.zeros(5, 64, device="meta")}, "down_bias: on meta; allowed: x's"),
         ({"backend": "fast"}, "backend: 'fast'; allowed: None, generation, small, packed"),
         ({"backend": "packed"}, "backend: packed with cpu tensors; allowed: torch"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(change, message):
+def test_a_call_that_does_not_fit_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         expert_mlp(**(draw() | change))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (
+            "gate_up_blocks",
+            torch.zeros(5, 192, 1, 16, dtype=torch.uint8),
+            r"stack.gate_up.blocks: shape \[5, 192, 1, 16\]; allowed: \[5, 192, 2, 16\]",
+        ),
+        (
+            "gate_up_blocks",
+            torch.zeros(5, 96, 2, 16, dtype=torch.uint8),
+            "stack.gate_up.blocks: 96 rows; allowed: a multiple of 64",
+        ),
+        (
+            "gate_up_scales",
+            torch.zeros(5, 192, 3, dtype=torch.uint8),
+            r"stack.gate_up.scales: shape \[5, 192, 3\]; allowed: \[5, 192, 2\]",
+        ),
+        ("gate_up_bias", torch.zeros(5, 96), r"stack.gate_up.bias: .*allowed: \[5, 192\]"),
+        (
+            "down_blocks",
+            torch.zeros(5, 64, 3, 16),
+            "stack.down.blocks: torch.float32; allowed: tor",
+        ),
+        (
+            "down_blocks",
+            torch.zeros(5, 64, 6, 16, dtype=torch.uint8)[:, :, ::2],
+            "stack.down.blocks: strides .*; allowed: contiguous",
+        ),
+        (
+            "down_scales",
+            torch.zeros(4, 64, 3, dtype=torch.uint8),
+            r"stack.down.scales: shape \[4, 64, 3\]; allowed: \[5, 64, 3\]",
+        ),
+        ("down_bias", torch.zeros(5, 64).byte(), "stack.down.bias: torch.uint8; allowed: floating"),
+        ("down_bias", torch.zeros(5, 64, device="meta"), "stack.down.bias: on meta; allowed: x's"),
+    ],
+)
+def test_a_stack_that_does_not_fit_is_refused_by_name(name, tensor, message):
+    call = draw()
+    call["stack"] = replace(call["stack"], **{name: tensor})
+    with pytest.raises(ValueError, match=message):
+        expert_mlp(**call)
 
 
 def test_no_tokens_give_no_output():
@@ -162,13 +204,14 @@ def test_no_tokens_give_no_output():
 def test_inference_goes_in_slices_where_it_is_told_to(monkeypatch):
     call, sizes = draw(), []
 
-    def run(x, indices, weights, *rest):
-        sizes.append((len(x), len(indices), len(weights)))
-        torch.mul(x, 2, out=rest[-1])
+    def run(part, operands, out, keep):
+        assert operands.backend == "packed" and not keep
+        sizes.append(tuple(map(len, part)))
+        torch.mul(part.x, 2, out=out)
 
     monkeypatch.setattr(expert_gemm, "choose", lambda *_: "packed")
-    monkeypatch.setattr(expert_triton, "run_inference", run)
-    with expert_gemm.slice_inference(16):
+    monkeypatch.setattr(expert_triton, "run_forward", run)
+    with using(inference_tokens=16):
         out = expert_mlp(**call)
     assert sizes == [(12,) * 3, (12,) * 3, (13,) * 3]
     assert torch.equal(out, 2 * call["x"])
@@ -182,10 +225,10 @@ def test_kernels_are_given_what_lies_as_they_read_it(monkeypatch):
     for name in ("x", "expert_indices", "routing_weights"):
         call[name] = call[name].T.contiguous().T
     monkeypatch.setattr(expert_gemm, "choose", lambda *_: "packed")
-    monkeypatch.setattr(expert_triton, "run_inference", lambda *given: seen.append(given))
+    monkeypatch.setattr(expert_triton, "run_forward", lambda given, *_, keep: seen.append(given))
     expert_mlp(**call)
     (given,) = seen
-    for got, name in zip(given, ("x", "expert_indices", "routing_weights"), strict=False):
+    for got, name in zip(given, ("x", "expert_indices", "routing_weights"), strict=True):
         assert (
             got.is_contiguous() and torch.equal(got, call[name]) and not call[name].is_contiguous()
         )

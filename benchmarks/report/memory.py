@@ -11,11 +11,11 @@ from benchmarks.record import newest
 TEXT = """
 ## Predicted and measured memory of a training step
 
-gpt-oss-20b's shape, stage 03's masked LoRA, each case in a process of its own: what the card lends
-(torch's reserved memory at its peak and the CUDA context) beside what the planner of this version
-predicts. `allocated` is what tensors took; between it and the card lie the context and the gaps
-that the allocator cannot lend again. Kept between a layer's two passes: full attention's outputs,
-the experts' first product.
+gpt-oss-20b's shape, stage 03's masked LoRA, each case in a process of its own. `card` is the device
+memory of the process (torch's reserved memory at its peak, and the CUDA context), `predicted` what
+this version's planner says. `allocated` is what tensors took; the difference to `card` is the
+context and the allocator's fragmentation. `kept` names what a checkpointed layer keeps for the
+backward pass instead of recomputing it: full attention's outputs, or the experts' first product.
 """
 COLUMNS = ("layers", "tokens", "rank", "kept", "offloaded", "allocated", "card", "predicted", "off")
 

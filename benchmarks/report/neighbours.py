@@ -9,10 +9,10 @@ from benchmarks.record import newest
 NEIGHBOURS = """
 ## Norms, rotary embedding, and the loss
 
-What stands beside attention and experts in a step, in gpt-oss's shape, bf16: hidden 2,880, 64 and 8
-heads of 64, vocabulary 201,088. `torch` is what transformers computes. GB/s on the bytes that must
-move; the loss's TFLOP/s on its two products for the supervised tokens (the others are not computed
-here). The loss's peak is what it takes beside its inputs and their gradient.
+The rest of a step beside attention and experts, in gpt-oss's shape, bf16: hidden 2,880, 64 query
+and 8 KV heads of 64, vocabulary 201,088. `torch` is what transformers computes. GB/s count the
+bytes that must move; the loss's TFLOP/s count its two products for the supervised tokens (ours
+skips the others). The loss's peak is the memory it takes beside its inputs and their gradient.
 """
 
 

@@ -11,19 +11,20 @@ from benchmarks.record import RESULTS, newest
 TEXT = """
 ## A training step in gpt-oss-20b's shape
 
-Random weights in the published shapes, batch 1 but where two sequences are named, rank 16 on q, k,
-v and o, gradient checkpointing, AdamW: forward, backward and optimizer, median of three steps after
-two. `eager` and `flex` are transformers with PEFT, experts in bf16 (grouped_mm); `lora` is the same
-adapter on this project's model (experts packed, its kernels), `masked` what stage 03 trains: LoRA
-through 2:4 int4 attention. GiB are what the card lends to the whole process, CUDA context included.
-65,536 tokens ran with the checkpoints in host memory, they and 1,024 × 2 with attention computed
-again in the backward pass. In the profiles the gathering, gate and weighting around the experts'
-products counts as elementwise in every arm, and transformers' grouped products count as dense ones:
-they carry the name of a plain matrix product.
+Random weights in the published shapes; batch 1 unless two sequences are named; rank 16 on q, k, v
+and o; gradient checkpointing; AdamW. A step is forward, backward and optimizer; speeds are the
+median of three steps after two warm-up steps. `eager` and `flex` are transformers with PEFT and
+experts in bf16 (grouped_mm). `lora` is the same adapter on this project's model (packed experts,
+its kernels). `masked` is what stage 03 trains: LoRA through 2:4 int4 attention. GiB are the device
+memory of the whole process, CUDA context included. The run at 65,536 tokens kept its activation
+checkpoints in host memory; it and 1,024 × 2 recomputed attention in the backward pass. In the
+profiles, routing, gather, gate and weighted sum around the experts' products count as elementwise
+in every arm, and transformers' grouped products count as dense: their kernels are named like plain
+matrix products.
 """
 EXPERTS = """
-`experts`, measured later, is `masked` with adapters of rank 8 on every expert's two weights and on
-the routers."""
+`experts`, measured later, is `masked` with rank-8 adapters on both weights of every expert and
+rank-16 adapters on the routers."""
 ARMS = ("eager", "flex", "lora", "masked", "experts")
 SUBJECTS = ("train_step_short", "train_step_capped", "train_step_long", "train_step_experts")
 

@@ -10,11 +10,11 @@ HEAD = """
 ## Generation at batch 1
 
 gpt-oss-20b's shape with random weights in stage 02's formats (experts MXFP4, attention int4 2:4).
-The bound is what the card's memory delivers by its data sheet: every packed weight that a token
-needs, once. `graph` is this project's `generate`, `kernels` the same step launched kernel by
-kernel, `packed` transformers' `generate` over the packed model. Device memory is the peak after
-loading: what torch's allocator reserves, and the CUDA context with kernels, streams and the graph.
-Loading is building random weights here.
+The bound is the rate at which the card's memory, by its data sheet, delivers every packed weight
+that a token needs once. `graph` is this project's `generate`, `kernels` the same step launched
+kernel by kernel, `packed` transformers' `generate` over the packed model. Device memory is the peak
+after loading: what torch's allocator reserves, and the CUDA context with kernels, streams and the
+graph. Loading here means building random weights.
 """
 EAGER = "\n`eager` is transformers' `generate` over bf16 weights.\n"
 
@@ -59,6 +59,6 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
         spent = ", ".join(f"{name} {us:,.0f}" for name, us in kernels.items())
         lines.append(
             f"\nA replayed step takes {values['graph', 'step_ms']:.3f} ms on the device; its "
-            f"kernels, which overlap where a launch waits for the one before it, in us: {spent}."
+            f"kernels, some of which overlap, take in µs: {spent}."
         )
     return "\n".join([*lines, ""])

@@ -11,24 +11,23 @@ TEXT = """
 ## One sequence over several GPUs
 
 Attention: forward and backward of one layer in gpt-oss's shape, one document, bf16, sinks frozen;
-the slowest rank's median on the device. MB are what the busiest rank hands to collectives. Balance
-is the slowest rank's compute over the mean one's. `contiguous` gathers all keys for contiguous
-shards (llama3-style), `ulysses` exchanges tokens for heads; both attend with this project's kernels
-unless a backend is named. Steps: gpt-oss-20b's shape with all experts on every GPU, sharding,
-forward, backward, gradients' sum and optimizer; full layers gather all eight KV heads at once where
-no stride is named (`heads_k_stride` 8; the shipped configs take 4). GiB are what torch reserved;
-the CUDA context takes 0.8 more. Peer access off is `NCCL_P2P_DISABLE=1`. `experts kept` keeps the
-first product of every layer's experts for the backward pass, which stage 03 does where memory
-allows (`training.keep_experts: auto`). `h200x4` was measured before shards attended by cuDNN and
-exchanged keys as they do now, `h200x2` after it.
+device time, the slowest rank's median. MB are what the busiest rank passes to collectives. Balance
+is the slowest rank's compute time over the mean. `contiguous` gathers all keys for contiguous
+shards (llama3-style), `ulysses` exchanges tokens for heads; both use this project's attention
+kernels unless a backend is named. Steps: gpt-oss-20b's shape with all experts on every GPU:
+sharding, forward, backward, sum of the gradients and optimizer. Full layers gather all eight KV
+heads at once unless a stride is named (`heads_k_stride` 8; the shipped configs use 4). GiB are what
+torch reserved; the CUDA context takes 0.8 more. Peer access off is `NCCL_P2P_DISABLE=1`. `experts
+kept` keeps the first product of every layer's experts for the backward pass, which stage 03 does if
+memory allows (`training.keep_experts: auto`). `h200x4` was measured before shards attended through
+cuDNN and exchanged keys as they do now, `h200x2` afterwards.
 """
 CARD_GIB, CONTEXT_GIB = 23.6, 0.8
 WITHIN = """
 ### Steps within {card} GiB a GPU, CUDA context included
 
-The fastest of the runs above with peer access that a 24 GB card would hold. A single GPU cannot
-keep the experts' products of 16,384 tokens, four can. What NCCL takes of a card is not in these
-figures.
+The fastest of the runs above, with peer access, that would fit a 24 GB card. A single GPU has no
+room to keep the experts' products of 16,384 tokens; four do. NCCL's buffers are not counted.
 """
 
 

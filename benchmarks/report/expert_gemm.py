@@ -11,10 +11,11 @@ EXPERTS = """
 
 One layer of gpt-oss-20b's experts (32 experts of 2,880 / 2,880, top-4), bf16, the whole pass with
 sorting, biases, gate and weighted sum; medians in ms. `transformers` is its grouped_mm over bf16
-weights, four times the memory; `torch_grouped_mm` and `dense_matmul` are products and nothing else.
-Balanced routing gives every expert the same rows. A backend that errs more than twice as much as
-plain torch in bf16 has no speed here. `chosen` is what `expert_mlp(...)` took by itself when this
-was measured; these figures moved its limit, and 512 rows are multiplied `packed` since.
+weights, which take four times the memory; `torch_grouped_mm` and `dense_matmul` are the products
+alone. Balanced routing gives every expert the same number of rows. A backend is listed only if its
+error is at most twice that of plain torch in bf16. `chosen` is the backend that `expert_mlp(...)`
+selected by itself when this was measured; since then its limit has been moved by these figures, and
+512 rows an expert run `packed`.
 """
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 

@@ -13,11 +13,12 @@ ATTENTION = """
 ## Attention with sinks
 
 gpt-oss's shape (64 query heads, 8 KV heads, head_dim 64), bf16, batch 1, sinks frozen as under
-LoRA; medians in ms of the device's time, backends timed in turn; TFLOP/s on the FLOPs that the mask
-leaves. Packed: documents of 1,024 tokens on average. `chosen` is what `attention(...)` takes by
-itself. A backend of ours that errs more than twice as much as torch's FlashAttention-2 with the
-sink correction (`torch_flash`) has no speed here; `eager` (transformers' definition, in bf16) and
-`flex` (torch's, with the sinks taken in through its log-sum-exp) are held to twice eager's error.
+LoRA; median device time in ms, backends timed in turn; TFLOP/s count the FLOPs that the mask
+leaves. Packed: documents of 1,024 tokens on average. `chosen` is the backend that `attention(...)`
+selects by itself. One of our backends is listed only if its error is at most twice that of torch's
+FlashAttention-2 with the sink correction (`torch_flash`); `eager` (transformers' definition, in
+bf16) and `flex` (torch's, with sinks applied through its log-sum-exp) only if at most twice
+eager's.
 """
 NAMES = ("out", "dq", "dk", "dv", "dsinks")
 Values = dict[tuple, float]

@@ -1,0 +1,283 @@
+"""The plugin's hooks, with stand-ins for Axolotl, the model and the trainer."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from transformers import Trainer, TrainerState
+
+from sparselong.adapters import ExtraAdapters
+from sparselong.config import dump, load
+from sparselong.errors import StageError
+from sparselong.finetune.keeping import Keeping
+from sparselong.finetune.masked_trainer import MaskedTraining
+from sparselong.finetune.state import Progress
+from sparselong.finetune.training_run import RUN_KEY, TrainingRun
+from sparselong.runtime import using
+from tests.conftest import ROOT
+
+MODULE = "sparselong.finetune.axolotl_plugin"
+OVERRIDES = [
+    *("heads_k_stride=2", "lora.r=3", "lora.router=true", "seed=7", "data.train_on=all"),
+    *("training.loss_target=1.5", "training.keep_experts=never"),
+    "finetuning_modifiers.MagnitudePruningModifier.criterion=magnitude",
+    "finetuning_modifiers.MagnitudePruningModifier.update_frequency=0.5",
+]
+
+
+class AxolotlTrainer(Trainer):
+    """Stands in for Axolotl's."""
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    """The plugin's module over stand-ins for what it imports of Axolotl."""
+    names = {
+        "axolotl.cli.args": {"TrainerCliArgs": object},
+        "axolotl.common.datasets": {"load_datasets": None},
+        "axolotl.core.trainers.base": {"AxolotlTrainer": AxolotlTrainer},
+        "axolotl.integrations.base": {"AdapterCapabilities": dict, "BasePlugin": object},
+        "axolotl.loaders": {"load_tokenizer": lambda cfg: "tokenizer"},
+    }
+    for name, values in names.items():
+        made = ModuleType(name)
+        vars(made).update(values)
+        monkeypatch.setitem(sys.modules, name, made)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    yield importlib.import_module(MODULE)
+    sys.modules.pop(MODULE, None)
+
+
+@pytest.fixture
+def run(tmp_path) -> TrainingRun:
+    config = load(ROOT / "configs/tiny.yaml", OVERRIDES)
+    (tmp_path / "03_finetune").mkdir()
+    (tmp_path / "config.yaml").write_text(dump(config))
+    compressed = tmp_path / "02_compress"
+    compressed.mkdir()
+    (compressed / "manifest.json").write_text('{"metrics": {"name": "tiny-w4a16"}}')
+    return TrainingRun(tmp_path, config)
+
+
+@pytest.fixture
+def plugin(plugins, run, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back what `register` changes
+    made = plugins.SparseLongPlugin()
+    made.register({RUN_KEY: str(run.directory)})
+    return made
+
+
+def test_the_run_directory_is_all_that_the_plugin_is_told(plugins, plugin, run):
+    assert plugin.run == run
+    args = plugins.SparseLongArgs
+    assert plugin.get_input_args() == f"{MODULE}.{args.__name__}"
+    assert list(args.model_fields) == [RUN_KEY]
+
+
+def test_failures_are_written_into_the_stage_s_directory(plugin, run, capsys):
+    sys.excepthook(StageError, StageError("it broke", "e", "f", "x", consequence=True), None)
+    document = json.loads((run.work / "failure.json").read_text())
+    assert document["what"] == "it broke" and document["consequence"] is True
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(plugins, run, monkeypatch):
+    monkeypatch.setattr(plugins, "joined_rank", lambda: 1)
+    with pytest.raises(StageError, match="without knowing of each other"):
+        plugins.SparseLongPlugin().register({RUN_KEY: str(run.directory)})
+
+
+def test_the_trainer_finds_its_config(plugins, plugin, run):
+    made = plugin.get_trainer_cls(None)
+    assert made.__name__ == "MaskedTrainer"
+    assert issubclass(made, MaskedTraining) and issubclass(made, AxolotlTrainer)
+    assert made.run.config.heads_k_stride == 2
+
+
+@pytest.mark.parametrize(("resume", "starts"), [(None, True), ("checkpoint-4", False)])
+def test_training_arguments(plugin, run, resume, starts):
+    cfg = SimpleNamespace(resume_from_checkpoint=resume, max_steps=None, warmup_ratio=0.25)
+    made = plugin.get_training_args(cfg)
+    assert made["output_dir"] == str(run.checkpoints)
+    assert made["eval_on_start"] is starts
+    assert (made["max_steps"], made["warmup_steps"]) == (-1, 0.25)
+    assert made["logging_nan_inf_filter"] is False
+    assert made["restore_callback_states_from_checkpoint"] is True
+
+
+class Rows(list):
+    """Stands in for a dataset."""
+
+    def select(self, numbers):
+        return Rows(self[number] for number in numbers)
+
+    def select_columns(self, name):
+        return [{name: row[name]} for row in self]
+
+
+@pytest.fixture
+def cfg(tmp_path) -> SimpleNamespace:
+    """What Axolotl hands to the hooks, as far as they read it."""
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n" * 3)
+    return SimpleNamespace(
+        datasets=[{"path": str(tmp_path / "train.jsonl")}],
+        test_datasets=[{"path": str(tmp_path / "eval.jsonl")}],
+        attn_implementation="eager",
+    )
+
+
+def test_datasets_get_our_labels_and_attention_is_ours(plugins, plugin, run, cfg, monkeypatch):
+    rows = Rows({"input_ids": [0, 1], "labels": [-100, n]} for n in range(2))
+    meta = SimpleNamespace(train_dataset=rows, eval_dataset=rows)
+    relabelled, told = [], []
+    monkeypatch.setattr(plugins, "load_datasets", lambda cfg, cli_args: meta)
+    monkeypatch.setattr(plugins, "tell", told.append)
+    monkeypatch.setattr(
+        plugins.supervision, "relabel", lambda *given: relabelled.append(given[1:]) or given[0]
+    )
+    monkeypatch.setattr(plugins.supervision, "preview", lambda rows, tokenizer: f"{len(rows)}\n")
+    assert plugin.load_datasets(cfg) is meta
+    assert cfg.attn_implementation == "eager"
+    assert [given[1:] for given in relabelled] == [("tokenizer", "all")] * 2
+    assert [given[0].stem for given in relabelled] == ["train", "eval"]
+    assert (run.work / "supervision.txt").read_text() == "2\n"
+    assert plugin.supervised_token_fraction == 0.5
+    assert "train: 1 of 3 conversations left out (too long)" in told
+
+
+def test_a_split_sequence_attends_through_our_function(plugins, plugin, run, cfg, monkeypatch):
+    plugin.run = TrainingRun(
+        run.directory, run.config.model_copy(update={"sequence_parallel_degree": 4})
+    )
+
+    def refuse(**given):
+        raise ValueError("nothing left")
+
+    monkeypatch.setattr(plugins, "load_datasets", refuse)
+    with pytest.raises(StageError, match="cannot be trained on") as failure:
+        plugin.load_datasets(cfg)
+    assert failure.value.found == "nothing left"
+    assert cfg.attn_implementation == "sparselong"
+
+
+def test_adapters_are_those_of_the_config(plugins, plugin, run, monkeypatch):
+    given = {}
+    monkeypatch.setattr(plugins, "tell", lambda text: None)
+    monkeypatch.setattr(plugins, "describe_weights", lambda model: "")
+    monkeypatch.setattr(plugins, "chunk_loss", lambda model: given.update(chunked=model))
+    monkeypatch.setattr(plugins, "parameter_table", lambda tuned: "")
+    monkeypatch.setattr(plugins, "Masters", lambda path: SimpleNamespace(read=path))
+
+    def add(model, **more):
+        given.update(more)
+        return f"tuned {model}", "config"
+
+    monkeypatch.setattr(plugins, "add_masked_lora", add)
+    assert plugin.load_adapter("model", None) == ("tuned model", "config")
+    assert given["chunked"] == "model"
+    assert (given["r"], given["alpha"], given["seed"]) == (3, run.config.lora.alpha, 7)
+    assert given["targets"] == list(run.config.lora.target_modules)
+    assert given["master_of"] == run.directory / "02_compress/masters"
+    assert given["beside"] == ExtraAdapters((), None, True)
+
+
+def test_callbacks_are_those_of_the_config(plugins, plugin, run, monkeypatch):
+    monkeypatch.setattr(plugins, "tell", lambda text: None)
+    monkeypatch.setattr(plugins, "RouterWatch", lambda model: ("watch", model))
+
+    def decide(asked, peaks, nothing):
+        """Attention is kept and experts are not, whatever this machine has."""
+        assert set(peaks) == set(asked) == set(nothing)  # without checkpointing there is nothing
+        return {k: Keeping(a, k == "keep_attention", peaks[k], 1, None) for k, a in asked.items()}
+
+    monkeypatch.setattr(plugins, "decide_keeping", decide)
+    trainer = SimpleNamespace(layers={}, progress=Progress(), model="model")
+    upkeep, passes, watch, metrics = plugin.add_callbacks_post_trainer(None, trainer)
+    assert (upkeep.update_frequency, upkeep.criterion) == (0.5, "magnitude")
+    assert passes.contexts.args == (True, False)
+    assert watch == ("watch", "model")
+    assert (metrics.path, metrics.loss_target) == (run.work / "metrics.jsonl", 1.5)
+    asked = {key: decision.asked for key, decision in plugin.keeping.items()}
+    assert asked == {"keep_attention": "auto", "keep_experts": "never"}
+
+
+def fake_trainer(**state) -> SimpleNamespace:
+    """A trainer with one layer that has come to its end."""
+    inner = SimpleNamespace(config=SimpleNamespace(_attn_implementation="eager"))
+    model = SimpleNamespace(
+        get_base_model=lambda: inner,
+        modules=list,
+        save_pretrained=lambda path: Path(path).mkdir(),
+    )
+    return SimpleNamespace(
+        model=model,
+        callback_handler=SimpleNamespace(callbacks=[Progress()]),
+        args=SimpleNamespace(max_steps=6),
+        state=SimpleNamespace(global_step=6, best_metric=0.5, **state),
+        progress=Progress(),
+        layers={},
+        settings=lambda: using(attention_backend="triton", deterministic=True),
+    )
+
+
+def test_the_receipt_says_what_was_built(plugins, plugin, run, monkeypatch):
+    monkeypatch.setattr(plugins, "tuned_layers", lambda model: {"b.q_proj": 0, "a.q_proj": 0})
+    monkeypatch.setattr(plugins, "count_trainable", lambda model: 123)
+    plugin.keeping = {"keep_experts": Keeping("never", False, 9, None, "no GPU")}
+    plugin.post_trainer_create(None, fake_trainer())
+    receipt = json.loads((run.work / "receipt.json").read_text())
+    assert receipt["modules_replaced"] == ["a.q_proj", "b.q_proj"]
+    assert (receipt["trainable_parameters"], receipt["total_steps"]) == (123, 6)
+    assert (receipt["callbacks"], receipt["processes"]) == (["Progress"], 1)
+    assert receipt["keep_experts"]["nothing_to_keep"] == "no GPU"
+
+
+def test_the_best_checkpoint_is_baked_once(plugins, plugin, run, monkeypatch):
+    baked, named = [], []
+    monkeypatch.setattr(plugins, "tuned_layers", lambda model: {})
+    monkeypatch.setattr(plugins, "tell", lambda text: None)
+    monkeypatch.setattr(plugins, "two_four_conforming", lambda model: 1.0)
+    monkeypatch.setattr(plugins, "name_adapter", lambda *given: named.append(given))
+    monkeypatch.setattr(plugins, "bake_checkpoint", lambda *g: baked.append(g) or ("model", {}))
+    plugin.trainer = fake_trainer(best_model_checkpoint="/elsewhere/checkpoint-4")
+    assert not run.is_trained()
+    plugin.post_train(None, None)
+    plugin.post_train(None, None)  # Axolotl calls it twice
+    assert baked == [(run.compressed, {}, run.work / "model")]
+    assert named == [(run.work / "adapter", "tiny-w4a16")]
+    document = json.loads((run.work / "baked.json").read_text())
+    assert (document["best_checkpoint"], document["best_step"]) == ("checkpoint-4", 4)
+    assert run.is_trained()  # from now on, a run that continues only bakes
+
+
+def test_without_a_best_checkpoint_there_is_no_result(plugin, run):
+    plugin.trainer = fake_trainer(best_model_checkpoint=None)
+    with pytest.raises(StageError, match="no checkpoint was found to be the best"):
+        plugin.post_train(None, None)
+    assert not run.is_trained()
+
+
+def test_a_checkpoint_continues_at_the_config_s_intervals(monkeypatch):
+    """Its own are of the config that it was written with."""
+
+    def restore(self, max_steps, *rest):
+        self.state = TrainerState(logging_steps=1, eval_steps=2, save_steps=2)
+        return 1, 2
+
+    class Training(MaskedTraining):
+        def __init__(self):
+            self.args = SimpleNamespace(logging_steps=4, eval_steps=2, save_steps=8)
+
+    monkeypatch.setattr(Trainer, "_init_training_state", restore)
+    training = Training()
+    assert training._init_training_state(20, 5, 4, "checkpoint-4", None) == (1, 2)
+    assert (training.state.logging_steps, training.state.save_steps) == (4, 8)
+
+
+def test_a_moved_run_directory_is_opened_where_it_is(run, tmp_path):
+    shutil.copytree(run.directory, tmp_path / "moved")
+    assert TrainingRun.open(tmp_path / "moved").config == run.config

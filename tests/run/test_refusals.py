@@ -1,0 +1,100 @@
+"""Scripts refuse what is wrong before they import anything heavy, whatever it is."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sparselong.run.stages import STAGES
+from tests.conftest import ROOT
+
+HEAVY = {"torch", "transformers", "axolotl", "peft", "datasets", "lm_eval", "matplotlib"}
+TRY = """
+import json, sys
+from tests.conftest import load_script
+script = load_script(sys.argv[1])
+codes = [script.main(arguments) for arguments in json.loads(sys.argv[2])]
+print(json.dumps([codes, sorted(sys.modules)]))
+"""
+SCRIPTS = sorted(path.stem for path in ROOT.glob("0*.py"))
+
+
+def refuse(script: str, cases: list[list[str]], **environment: str) -> tuple[list[int], set[str]]:
+    """Exit codes of a script for several command lines, and the modules imported after them."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRY, script, json.dumps(cases)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    codes, modules = json.loads(done.stdout.splitlines()[-1])
+    assert done.stderr.count("error:    ") == len(cases), done.stderr
+    return codes, set(modules)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_refusal_imports_nothing_heavy(script, tmp_path):
+    config = ["--config", str(ROOT / "configs/tiny.yaml")]
+    (tmp_path / "file").write_text("")
+    other = tmp_path / "other" / script
+    other.mkdir(parents=True)
+    (other / "started.json").write_text('{"config_hash": "0"}')
+    run_dirs = [tmp_path / "file", tmp_path / "file/run", "/proc/self"]
+    cases = [[*config, "--run-dir", str(run_dir)] for run_dir in run_dirs]
+    cases += [[*config, "sed=1"], [*config, "training.save_steps=7"], ["--config", "absent.yaml"]]
+    expected = [1, 1, 1, 2, 2, 2]
+    if script != "01_health":  # which is always done again, and reads nothing
+        cases.append([*config, "--run-dir", str(tmp_path / "other")])
+        expected.append(1)
+    if STAGES[script].reads:
+        cases.append([*config, "--run-dir", str(tmp_path / "new")])
+        expected.append(1)
+    codes, modules = refuse(script, cases)
+    assert codes == expected
+    assert not modules & HEAVY
+
+
+def test_a_stride_that_does_not_divide_the_heads_is_refused_as_early(tmp_path):
+    write_stage_02(tmp_path)
+    split = ["sequence_parallel_degree=2", "heads_k_stride=4"]  # of the tiny model's two heads
+    config = ["--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", str(tmp_path), *split]
+    codes, modules = refuse("03_finetune", [config])
+    assert codes == [2] and not modules & HEAVY
+
+
+def write_stage_02(run_dir) -> None:
+    """A manifest that says that stage 02 is done."""
+    from sparselong.config import load
+    from sparselong.run.stages import stage_hash
+
+    made = {"config_hash": stage_hash(load(ROOT / "configs/tiny.yaml"), "02_compress")}
+    (run_dir / "02_compress").mkdir()
+    (run_dir / "02_compress/manifest.json").write_text(json.dumps({**made, "outputs": []}))
+
+
+def test_processes_that_cannot_meet_are_refused_as_early(tmp_path):
+    """Several processes that torchrun has not started."""
+    config = ["--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", str(tmp_path)]
+    codes, modules = refuse("03_finetune", [config], RANK="0", WORLD_SIZE="2")
+    assert codes == [1] and not modules & HEAVY
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_have_one_shape(script):
+    """A docstring, what is done, and a call of `run_stage` with a stage of the table."""
+    text = (ROOT / f"{script}.py").read_text()
+    tree = ast.parse(text)
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert {"execute", "main"} <= functions and 20 <= len(text.splitlines()) <= 80
+    assert (ast.get_docstring(tree) or "").startswith(f"Stage {script[:2]}: ")
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    (call,) = [node for node in calls if ast.unparse(node.func) == "run_stage"]
+    assert [ast.unparse(argument) for argument in call.args[2:]] == [
+        *("argv", "execute", "plan_stage", "show_plan")
+    ]
+    assert script in STAGES and f'"{script}"' in text

@@ -1,0 +1,153 @@
+"""The table of stages: what decides whether one is up to date, and what may change as it goes."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparselong.config.keys import Section, is_incidental, known_keys
+from sparselong.config.schema import Config, load
+from sparselong.errors import StageError
+from sparselong.run import Stage, run_stage
+from sparselong.run.stages import STAGES, Declaration, deciding_sections, stage_hash
+
+TINY = str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")
+CHANGED = {
+    "sequence_parallel_degree": "2",
+    "heads_k_stride": "2",
+    "ring_attn_func": "varlen_llama3",  # the only one so far
+    "training.gradient_checkpointing": "true",
+    "training.keep_attention": "never",
+    "training.keep_experts": "never",
+    "training.offload_checkpoints": "true",
+    "training.logging_steps": "2",
+    "training.save_steps": "40",
+    "training.save_total_limit": "1",
+    "training.loss_target": "1.5",
+    "training.use_tensorboard": "true",
+    "training.wandb_project": "trial",
+}
+"""Every key that decides no result, with another value than the tiny config's."""
+NEEDED = {"training.offload_checkpoints": ["training.gradient_checkpointing=true"]}
+"""What a key's other value needs; keys that decide no result, too."""
+
+
+def leaves() -> dict[str, type[Section]]:
+    """Every key that is not a section, by its dotted name."""
+    keys = known_keys(Config)
+    return {k: s for k, s in keys.items() if not any(o.startswith(f"{k}.") for o in keys)}
+
+
+def marked(key: str) -> bool:
+    return is_incidental(leaves()[key].model_fields[key.rpartition(".")[2]])
+
+
+def with_other(config: Any, key: str) -> Any:
+    """The config with another value of a key, whether or not a file could hold it."""
+    name, _, rest = key.partition(".")
+    value = getattr(config, name)
+    return config.model_copy(update={name: with_other(value, rest) if rest else [value, "other"]})
+
+
+@pytest.mark.parametrize("key", leaves())
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_key_changes_the_hash_of_the_stages_that_read_it_unless_it_decides_nothing(stage, key):
+    plain = load(TINY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # pydantic's, of a value of another type
+        changes = stage_hash(with_other(plain, key), stage) != stage_hash(plain, stage)
+    assert changes is (key.partition(".")[0] in deciding_sections(stage) and not marked(key))
+
+
+def test_every_key_decides_a_stage_later_than_health_or_is_marked_or_is_the_profile():
+    """A profile is a set of other keys' values, which are hashed themselves."""
+    sections = {section for stage in list(STAGES)[1:] for section in deciding_sections(stage)}
+    unread = {key for key in leaves() if key.partition(".")[0] not in sections}
+    assert {key for key in unread if not marked(key)} == {"profile"}
+
+
+def test_stages_that_read_another_depend_on_its_sections():
+    assert deciding_sections("02_compress") < deciding_sections("03_finetune")
+    assert deciding_sections("03_finetune") < deciding_sections("04_eval")
+    assert "training" not in deciding_sections("02_compress")
+
+
+def test_every_stage_is_in_the_table_after_those_it_reads():
+    names = list(STAGES)
+    for name, declared in STAGES.items():
+        assert all(names.index(earlier) < names.index(name) for earlier in declared.reads)
+
+
+def test_the_keys_that_decide_nothing_are_those_tried_here():
+    assert {key for key in leaves() if marked(key)} == set(CHANGED)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Runs a stage that does what it is given, in one run directory; returns the exit code."""
+
+    def start(name: str, execute, *overrides: str) -> int:
+        arguments = ["--config", TINY, "--run-dir", str(tmp_path / "run"), *overrides]
+        return run_stage(name, "test", arguments, execute, lambda c, r, n: {}, str)
+
+    return start
+
+
+def write(content: str):
+    def execute(stage: Stage) -> None:
+        (stage.dir / "out").write_text(content)
+        stage.outputs = [stage.dir / "out"]
+
+    return execute
+
+
+def stop(stage: Stage) -> None:
+    raise StageError("it stopped", "", "", "")
+
+
+def bug(stage: Stage) -> None:
+    raise AssertionError(f"{stage.name} was done again")
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_what_decides_nothing_may_change_when_a_run_continues(start, tmp_path, key):
+    """Unfinished work continues with the new value, and a finished stage stays done."""
+    change, seen = [*NEEDED.get(key, ()), f"{key}={CHANGED[key]}"], []
+    assert start("02_compress", write("model")) == 0
+    assert start("03_finetune", stop) == 1
+
+    def go_on(stage: Stage) -> None:
+        seen.append(stage.config)
+        assert load(stage.run_dir / "config.yaml") == stage.config
+
+    assert start("03_finetune", go_on, *change) == 0
+    assert seen == [load(TINY, change)]
+    assert start("03_finetune", bug, *change) == start("03_finetune", bug) == 0
+
+
+def test_what_decides_a_result_may_not(start, capsys):
+    assert start("02_compress", write("model")) == 0
+    assert start("03_finetune", stop) == 1
+    assert start("03_finetune", bug, "training.learning_rate=0.5") == 1
+    assert "unfinished work of another config" in capsys.readouterr().err
+
+
+def test_only_the_stages_that_are_read_make_one_stale(start, monkeypatch, capsys):
+    monkeypatch.setitem(STAGES, "05_export", Declaration(("02_compress", "03_finetune"), ()))
+    for name in ("02_compress", "03_finetune", "04_eval", "05_export"):
+        assert start(name, write(name)) == 0
+    assert start("04_eval", write("other figures"), "evaluation.limit=3", "--force") == 0
+    assert start("05_export", bug) == 0
+    assert start("03_finetune", write("another model"), "--force") == 0
+    assert start("05_export", bug) == 1
+    assert "a result of 03_finetune that is not there any more" in capsys.readouterr().err
+    assert start("05_export", write("05_export"), "--force") == 0
+
+
+def test_manifests_say_what_they_were_made_from(start, tmp_path):
+    for name in ("02_compress", "03_finetune", "04_eval"):
+        assert start(name, write(name)) == 0
+        manifest = json.loads((tmp_path / "run" / name / "manifest.json").read_text())
+        assert tuple(manifest["made_from"]) == STAGES[name].reads
