@@ -17,12 +17,8 @@ if TYPE_CHECKING:
         keeps_experts,
     )
     from sparselong.runtime.settings import (
-        ExpertExchange,
-        SequenceShard,
         Settings,
-        VocabularyExchange,
         current,
-        restoring,
         using,
     )
 
