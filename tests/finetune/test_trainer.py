@@ -145,7 +145,7 @@ def test_a_full_disk_is_explained(tmp_path):
 def test_without_a_full_receipt_there_is_no_result(stage, broken):
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     receipt = {
-        "callbacks": ["MaskUpkeep", "SecondPasses", "RouterWatch", "Metrics"],
+        "callbacks": ["MaskUpkeep", "Recomputation", "RouterWatch", "Metrics"],
         "processes": 1,
         "attention": "eager",
         "attention_backend": "auto",
