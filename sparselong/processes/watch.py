@@ -93,9 +93,7 @@ class _Watch:
         store = dist.distributed_c10d._get_default_store().clone()
         self.store = dist.distributed_c10d.PrefixStore(prefix, store)
         self.stopped = threading.Event()
-        self.raised = (
-            False  # by this rank's own block: it then exits by itself
-        )
+        self.raised = False  # by this rank's own block: it then exits by itself
         self.failure: dict[str, Any] | None = None
         self.seen: dict[int, tuple[str, float]] = {}
         self.counts: tuple[tuple[int, ...], float] = ((), time.monotonic())
