@@ -1,4 +1,4 @@
-"""One sequence over several processes: mesh, sequence shards, attention across them, one loss."""
+"""Context and data parallelism: mesh, sequence shards, attention across shards, gradients, loss."""
 
 from typing import TYPE_CHECKING
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from sparselong.errors import StageError
-from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses
+from sparselong.finetune.callbacks import MaskUpkeep, Metrics, Recomputation
 from sparselong.finetune.state import Progress
-from sparselong.runtime.recompute import is_checkpointed, is_second_pass, keeps_experts
+from sparselong.runtime.recompute import is_checkpointed, is_recomputing, keeps_experts
 
 
 def at(step: int, **more) -> SimpleNamespace:
@@ -110,7 +110,7 @@ def test_flipped_shares_weigh_layers_by_their_size(capsys):
     assert "flipped 22.222% of the bits (q_proj 21.875%, k_proj 25.000%)" in capsys.readouterr().out
 
 
-def test_checkpointed_layers_get_contexts_for_their_second_pass():
+def test_checkpointed_layers_get_contexts_for_their_recomputation():
     seen = {}
 
     class Model:
@@ -119,13 +119,13 @@ def test_checkpointed_layers_get_contexts_for_their_second_pass():
 
     for on in (True, False):
         args = SimpleNamespace(gradient_checkpointing=on)
-        SecondPasses(True, True).on_train_begin(args, at(0), control(), model=Model())
+        Recomputation(True, True).on_train_begin(args, at(0), control(), model=Model())
         if on:
             assert seen.pop("use_reentrant") is False
             assert seen.pop("preserve_rng_state") is False
             first, second = seen.pop("context_fn")()
             with first:
-                assert is_checkpointed() and not is_second_pass() and keeps_experts()
+                assert is_checkpointed() and not is_recomputing() and keeps_experts()
             with second:
-                assert is_second_pass()
+                assert is_recomputing()
     assert not seen and not is_checkpointed()
