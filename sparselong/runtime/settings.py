@@ -7,9 +7,9 @@ the pass sets them instead.
         model(ids, labels=ids).loss.backward()
 
 A block applies to the thread that entered it, until the block ends or raises. It also applies in
-the threads where autograd runs a backward pass that the block's thread started: the settings are
-stored among torch's thread-local objects, which autograd copies to its threads, as it does for
-torch.compile. A checkpointed layer's recomputation always uses the settings of its forward pass,
+the threads where autograd runs a backward pass. Autograd does not say which thread started one, so
+these threads use the settings of the threads that have blocks open, which must agree; otherwise
+`current` raises. A checkpointed layer's recomputation always uses the settings of its forward pass,
 whatever thread it runs in and however late (`runtime/recompute.py`).
 
 A thread started inside a block begins with the defaults, so that two threads can run models
@@ -20,14 +20,14 @@ End the block before the yield.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-
-_KEY = "sparselong_settings"
 
 
 class SequenceShard(Protocol):
@@ -91,10 +91,52 @@ class _Block:
     settings: Settings
 
 
+class _Thread(threading.local):
+    """The blocks that a thread has open, innermost last."""
+
+    def __init__(self) -> None:
+        self.blocks = _Blocks()
+        _all_blocks.add(self.blocks)
+
+
+class _Blocks(list[_Block]):
+    """A list that can be referred to weakly, and is equal to itself alone."""
+
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+    __eq__ = object.__eq__
+
+
+_all_blocks: weakref.WeakSet[_Blocks] = weakref.WeakSet()
+_thread = _Thread()
+
+
 def current() -> Settings:
-    """Return the settings of the pass that this thread runs."""
-    blocks = _blocks()
-    return blocks[-1].settings if blocks else _DEFAULT
+    """Return the settings of the pass that this thread runs.
+
+    Raises:
+        RuntimeError: this thread is autograd's, and several threads have blocks with different
+            settings open.
+    """
+    blocks = _thread.blocks
+    if blocks:
+        return blocks[-1].settings
+    return _settings_of_others() if _is_autograds() else _DEFAULT
+
+
+def _is_autograds() -> bool:
+    """Return whether autograd started this thread, for a backward pass that is running in it."""
+    running = torch._C._current_graph_task_id() != -1
+    return running and isinstance(threading.current_thread(), threading._DummyThread)
+
+
+def _settings_of_others() -> Settings:
+    found = [blocks[-1].settings for blocks in list(_all_blocks) if blocks]
+    if any(settings != found[0] for settings in found):
+        raise RuntimeError(
+            "a backward pass runs in autograd's thread while several threads have different "
+            "settings: checkpoint layers with runtime.checkpoint_contexts, or run one at a time"
+        )
+    return found[0] if found else _DEFAULT
 
 
 def using(**changes: Any) -> AbstractContextManager[Settings]:
@@ -118,25 +160,9 @@ def restoring(settings: Settings) -> Iterator[Settings]:
     Args:
         settings: the settings to apply, usually another thread's `current()`.
     """
-    block = _Block(settings)
-    _set_blocks((*_blocks(), block))
+    block, blocks = _Block(settings), _thread.blocks
+    blocks.append(block)
     try:
         yield settings
     finally:
-        _set_blocks(tuple(other for other in _blocks() if other is not block))
-
-
-def _blocks() -> tuple[_Block, ...]:
-    """Return the blocks that this thread is in, innermost last."""
-    if not torch._C._is_key_in_tls(_KEY):
-        return ()
-    return torch._C._get_obj_in_tls(_KEY)
-
-
-def _set_blocks(blocks: tuple[_Block, ...]) -> None:
-    # A thread must not end with an object in its storage: see torch.autograd.graph. torch 2.11
-    # cannot remove one.
-    if blocks or not hasattr(torch._C, "_remove_obj_from_tls"):
-        torch._C._stash_obj_in_tls(_KEY, blocks)
-    else:
-        torch._C._remove_obj_from_tls(_KEY)
+        blocks.remove(block)
