@@ -1,13 +1,14 @@
-"""Stage 03: LoRA trained through the 2:4 mask and the quantizer, with Axolotl as the trainer.
+"""Stage 03: train LoRA through the 2:4 mask and the quantizer, with Axolotl as the trainer.
 
-masks.py and schedule of updates are pure maths, lora.py the layer, callbacks.py what happens at
-steps, axolotl_plugin.py the only file that imports axolotl, masked_trainer.py what is ours in its
-trainer, batches.py the data's order, axolotl_config.py its generated YAML, trainer.py the stage,
-training_run.py what the stage and its trainers share.
+trainer.py is the stage. It generates Axolotl's YAML (axolotl_config.py) and shares the run with the
+trainers (training_run.py). axolotl_plugin.py is the only file that imports axolotl;
+masked_trainer.py changes its trainer, batches.py orders the data, callbacks.py, keeping.py and
+routers.py act at training steps, and state.py saves and restores checkpoints. The adapters are in
+sparselong/adapters.
 
-Of several processes, processes/launch.py says which there are, processes/process.py starts and
-listens to them, rank.py is one of them, processes/world.py what they tell each other,
-processes/follow.py what torchrun's others do.
+For several processes, processes/launch.py finds them, processes/process.py starts and watches them,
+rank.py runs in each, processes/world.py exchanges values between them, and processes/follow.py runs
+the other ranks of torchrun.
 """
 
 from typing import TYPE_CHECKING

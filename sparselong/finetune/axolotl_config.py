@@ -1,12 +1,12 @@
-"""Axolotl's YAML, made from our config; nobody writes it by hand.
+"""Generate Axolotl's YAML from our config.
 
-What Axolotl decides by itself when a key is missing is set here explicitly, because its defaults
-depend on the machine: precision (`bf16: auto` or none gives float16 on a CPU), its own LoRA kernels
-(they would bypass the masked layer), evaluation packing, number of processes. Keys that would turn
-on what does not hold for gpt-oss stay out: `context_parallel_size` above 1 lets every rank attend
-to its own part only, so `sequence_parallel_degree` is not told to it.
+Some of Axolotl's defaults depend on the machine, so their keys are set explicitly: precision
+(`bf16: auto` or a missing key gives float16 on a CPU), its own LoRA kernels (they would bypass the
+masked layer), evaluation packing, number of processes. Keys of features that are wrong for gpt-oss
+are left out: with `context_parallel_size` above 1 every rank attends only to its own shard, so
+`sequence_parallel_degree` is not passed to Axolotl.
 
-Our plugin needs the run directory only (RUN_KEY): it reads the run's own config.yaml.
+Our plugin only needs the run directory (RUN_KEY), because it reads the run's config.yaml.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ _FEW_ROWS = 5000
 
 
 def attention_of(config: Config) -> str:
-    """The attention that stage 03 trains with; a split sequence has ours only, on any device."""
+    """Return stage 03's attention implementation; only ours supports sharded sequences."""
     return NAME if config.sequence_parallel_degree > 1 else implementation(config)
 
 
 def refuse_unsupported(config: Config, gpus: int, processes: int = 1) -> None:
-    """Stops what this machine cannot train.
+    """Raise if this machine cannot train with the config.
 
     Args:
-        gpus: that can be used here.
-        processes: that will train on this machine.
+        config: the run's config.
+        gpus: number of GPUs that torch can use.
+        processes: number of processes that will train on this machine.
 
     Raises:
         StageError: a key needs a GPU and there is none, or there are fewer GPUs than processes.
     """
     if 0 < gpus < processes:
         raise StageError(
-            f"{processes} processes are to train on this machine, each on a GPU of its own",
+            f"this machine has too few GPUs for {processes} processes, one GPU each",
             f"{processes} visible GPUs (sequence_parallel_degree: "
             f"{config.sequence_parallel_degree})",
             f"{gpus}",
@@ -57,7 +58,7 @@ def refuse_unsupported(config: Config, gpus: int, processes: int = 1) -> None:
     for fix, wanted in needing_gpu.items():
         if wanted and not gpus:
             raise StageError(
-                "this config needs a GPU to fine-tune, and there is none",
+                "this config needs a GPU for fine-tuning",
                 "a CUDA GPU that torch can use",
                 "no CUDA GPU",
                 f"run on a machine with a GPU, or pass {fix}",
@@ -67,13 +68,13 @@ def refuse_unsupported(config: Config, gpus: int, processes: int = 1) -> None:
 def build(
     run: TrainingRun, data: conversations.DataFiles, resume_from: Path | None, rows: int
 ) -> dict[str, Any]:
-    """Return the document that `axolotl train` gets.
+    """Return the YAML document for `axolotl train`.
 
     Args:
-        run: the run; `refuse_unsupported` must have passed for its config.
+        run: the run; `refuse_unsupported` must have accepted its config.
         data: the conversations.
-        resume_from: checkpoint to continue from.
-        rows: training conversations; few are tokenized in one process.
+        resume_from: checkpoint to resume from.
+        rows: number of training conversations; a small number is tokenized in one process.
     """
     config = run.config
     training, device = config.training, default_device()
@@ -94,7 +95,8 @@ def build(
         "fp16": False,
         "tf32": False,
         "torch_dtype": str(compute_dtype(device)).removeprefix("torch."),
-        # The plugin puts its own in place of flex, whose needs (types, packing) are ours too.
+        # The plugin replaces flex with our attention, which has the same requirements (dtypes,
+        # packing).
         "attn_implementation": "flex_attention" if config.flash_attention else "eager",
         "micro_batch_size": config.micro_batch_size,
         "eval_batch_size": config.micro_batch_size,
@@ -163,7 +165,7 @@ def _data(run: TrainingRun, data: conversations.DataFiles, rows: int) -> dict[st
         "sequence_len": run.config.sequence_len,
         "sample_packing": run.config.training.sample_packing,
         "eval_sample_packing": False,
-        # Axolotl's own choice beside packing would leave the last conversations out of evaluations.
+        # Axolotl's default with packing would drop the last conversations from evaluations.
         "dataloader_drop_last": False,
         "pad_to_sequence_len": run.config.training.sample_packing,
     }

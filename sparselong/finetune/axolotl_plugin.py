@@ -1,23 +1,23 @@
-"""Our side of Axolotl, through its plugin hooks only; the one file that imports axolotl.
+"""Our Axolotl plugin: everything goes through its hooks, and only this file imports axolotl.
 
 | hook                         | what we do there                                                  |
 |------------------------------|-------------------------------------------------------------------|
-| `register`                   | the run is opened; expected failures are reported (failure.json)  |
-| `load_datasets`              | Axolotl's own loader, our labels; show and count what is learned  |
-| `get_adapter_capabilities`,  | our adapter: masked LoRA layers built through PEFT's registry of  |
-| `load_adapter`               | custom modules over stage 02's packed layers and masters          |
-| `get_trainer_cls`            | Axolotl's trainer with our data order, loss, checkpoints          |
-| `get_training_args`          | a NaN loss must show; early stopping survives a restart; steps    |
-| `add_callbacks_post_trainer` | mask upkeep and metrics                                           |
+| `register`                   | open the run; report expected failures in failure.json            |
+| `load_datasets`              | Axolotl's loader with our labels; show and count supervised tokens|
+| `get_adapter_capabilities`,  | our adapter: masked LoRA layers over stage 02's packed layers and |
+| `load_adapter`               | masters, built through PEFT's registry of custom modules          |
+| `get_trainer_cls`            | Axolotl's trainer with our data order, loss and checkpoints       |
+| `get_training_args`          | show NaN losses, resume early stopping, set the number of steps   |
+| `add_callbacks_post_trainer` | mask upkeep, recomputation, router watch and metrics              |
 | `post_trainer_create`        | receipt.json: what was replaced and attached                      |
-| `post_train`                 | bake the best checkpoint, write the adapter and baked.json        |
+| `post_train`                 | bake the best checkpoint; write the adapter and baked.json        |
 
-The model itself needs no hook: Axolotl opens `02_compress/model` by AutoModelForCausalLM, and our
-quantizer (registered by `import sparselong`) puts the packed modules in place. axolotl.yaml names
-the run directory; every value of ours is read from the run's config.yaml (training_run.py).
+The model itself needs no hook: Axolotl loads `02_compress/model` with AutoModelForCausalLM, and our
+quantizer (registered by `import sparselong`) inserts the packed modules. axolotl.yaml names the run
+directory; all our values are read from the run's config.yaml (training_run.py).
 
-Axolotl only logs a plugin that fails to import, and trains without it. So the stage asks for the
-receipt afterwards and fails without it.
+If a plugin fails to import, Axolotl only logs it and trains without the plugin. The stage therefore
+checks the receipt afterwards and fails without it.
 """
 
 from __future__ import annotations
@@ -83,17 +83,17 @@ _PACKAGES = ("axolotl", "transformers", "peft", "torch", "accelerate", "datasets
 
 
 class SparseLongArgs(BaseModel):
-    """What the plugin adds to Axolotl's schema."""
+    """Keys that the plugin adds to Axolotl's schema."""
 
     sparselong_run: str  # RUN_KEY
 
 
 class MaskedTrainer(MaskedTraining, AxolotlTrainer):
-    """Axolotl's trainer with our order of the data, loss and checkpoints (masked_trainer.py)."""
+    """Axolotl's trainer with our data order, loss and checkpoints (masked_trainer.py)."""
 
 
 class SparseLongPlugin(BasePlugin):
-    """See the table in the module's text."""
+    """The hooks listed in the module's docstring."""
 
     run: TrainingRun  # from `register`, the first hook
 
@@ -105,55 +105,61 @@ class SparseLongPlugin(BasePlugin):
         self.done = False
 
     def register(self, cfg):
+        """Open the run and report expected failures."""
         self.run = TrainingRun.open(Path(cfg[RUN_KEY]))
         if ranks.mesh() is not None:
-            return  # rank.py has seen to it
+            return  # rank.py has already called tell_failures
         if joined_rank() is not None:
             raise StageError(
-                "several processes train without knowing of each other",
-                "torchrun starting 03_finetune.py, which splits sequences as this project does",
+                "several processes would train independently of each other",
+                "03_finetune.py started by torchrun, which shards sequences over the processes",
                 "Axolotl started directly by torchrun or accelerate",
                 "torchrun --nproc_per_node=N 03_finetune.py ...",
             )
         tell_failures(self.run.work)
 
     def get_input_args(self):
+        """Return the schema of our keys."""
         return f"{__name__}.SparseLongArgs"
 
     def get_adapter_capabilities(self):
+        """Declare our adapter."""
         return [AdapterCapabilities(name=ADAPTER, lora_like=True)]
 
     def get_trainer_cls(self, cfg):
+        """Return our trainer class for this run and rank."""
         return type(
             MaskedTrainer.__name__, (MaskedTrainer,), {"run": self.run, "mesh": ranks.mesh()}
         )
 
     def get_training_args(self, cfg):
+        """Return the training arguments that Axolotl must not choose."""
         return {
-            # Where checkpoints are, also for a rank whose Axolotl has a folder of its own.
+            # The checkpoints' directory, also on ranks whose Axolotl has a temporary directory.
             "output_dir": str(self.run.checkpoints),
             "logging_nan_inf_filter": False,
             "restore_callback_states_from_checkpoint": True,
             "eval_on_start": not cfg.resume_from_checkpoint,  # the curve begins at stage 02's model
             "disable_tqdm": True,
             "dataloader_pin_memory": torch.cuda.is_available(),
-            # Axolotl estimates the number of steps from its own sampler, which is not in use.
+            # Axolotl would estimate the number of steps from its own sampler, which is not used.
             "max_steps": cfg.max_steps or -1,
             "warmup_steps": cfg.warmup_ratio,
         }
 
     def load_datasets(self, cfg, preprocess=False):
-        with ranks.first_alone():  # the others find what it has prepared
+        """Return the tokenized conversations with our labels."""
+        with ranks.first_alone():  # the other ranks reuse what rank 0 has prepared
             return self._load_datasets(cfg)
 
     def _load_datasets(self, cfg):
-        # Axolotl's schema knows its own names only, and this hook is the first after it.
+        # Axolotl's schema accepts only its own names; this is the first hook after validation.
         cfg.attn_implementation = attention_of(self.run.config)
         try:
             meta: Any = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
         except ValueError as error:
             raise StageError(
-                "the conversations cannot be trained on",
+                "the conversations cannot be used for training",
                 "rows that fit into sequence_len and have supervised tokens",
                 str(error),
                 "raise sequence_len, or check the rows' roles and data.train_on",
@@ -161,7 +167,7 @@ class SparseLongPlugin(BasePlugin):
         tokenizer = load_tokenizer(cfg)
         for name, rows in (("train", cfg.datasets), ("eval", cfg.test_datasets)):
             dataset, source = getattr(meta, f"{name}_dataset"), Path(rows[0]["path"])
-            self._tell_dropped(name, dataset, source)
+            self._report_dropped(name, dataset, source)
             labelled = supervision.relabel(
                 dataset, source, tokenizer, self.run.config.data.train_on
             )
@@ -176,13 +182,14 @@ class SparseLongPlugin(BasePlugin):
         return meta
 
     @staticmethod
-    def _tell_dropped(name: str, dataset: Any, source: Path) -> None:
+    def _report_dropped(name: str, dataset: Any, source: Path) -> None:
         with source.open(encoding="utf-8") as file:
             given = sum(1 for _ in file)
         if given > len(dataset):
             tell(f"{name}: {given - len(dataset)} of {given} conversations left out (too long)")
 
     def load_adapter(self, model, cfg, inference=False, config_only=False):
+        """Return the model with our adapters, and their PEFT config."""
         tell(describe_weights(model))
         chunk_loss(model)
         lora = self.run.config.lora
@@ -199,6 +206,7 @@ class SparseLongPlugin(BasePlugin):
         return tuned, config
 
     def add_callbacks_post_trainer(self, cfg, trainer: Any):
+        """Return our callbacks."""
         config, device = self.run.config, "cuda" if torch.cuda.is_available() else "cpu"
         peaks = kept_peaks(find_shape(config.model), config, device)
         asked = {key: getattr(config.training, key) for key in peaks}
@@ -218,10 +226,11 @@ class SparseLongPlugin(BasePlugin):
         ]
 
     def post_trainer_create(self, cfg, trainer: Any):
+        """Write receipt.json."""
         self.trainer = trainer
         if not ranks.is_first():
             return
-        with trainer.settings():  # what the passes find, not what was asked for
+        with trainer.settings():  # the effective values, not the config's
             settings = current()
         receipt = {
             "plugin": f"{__name__}.{type(self).__name__}",
@@ -246,6 +255,7 @@ class SparseLongPlugin(BasePlugin):
         write_atomically(self.run.work / RECEIPT, json.dumps(receipt, indent=1) + "\n")
 
     def post_train(self, cfg, model):
+        """Bake the best checkpoint, and write the adapter and baked.json."""
         if self.done or self.trainer is None:  # Axolotl calls this hook twice
             return
         self.done = True
@@ -253,7 +263,7 @@ class SparseLongPlugin(BasePlugin):
         best = trainer.state.best_model_checkpoint
         if best is None:
             raise StageError(
-                "no checkpoint was found to be the best",
+                "there is no best checkpoint",
                 "an evaluation with a finite loss before the end of training",
                 "none",
                 "check the validation conversations and training.eval_steps",
@@ -275,15 +285,15 @@ class SparseLongPlugin(BasePlugin):
             state.write(work / "adapter", trainer.layers, trainer.progress)
             name_adapter(work / "adapter", self.run.compressed_name)
             outcome["two_four_conforming"] = two_four_conforming(baked)
-        (rounding, *_) = ranks.collect(rounding)  # here the others wait for the files
-        if rounding:  # the best loss is that of the sum before it was rounded
+        (rounding, *_) = ranks.collect(rounding)  # the other ranks wait here for the files
+        if rounding:  # the best loss was measured before rounding
             put_baked_experts(Checkpoint(work / "model"), layers)
             with torch.no_grad():
                 loader = trainer.get_eval_dataloader()
                 evaluated = trainer.evaluation_loop(loader, "baked experts")
             outcome["expert_rounding"] = rounding
             loss = outcome["baked_eval_loss"] = evaluated.metrics["eval_loss"]
-            tell(f"experts rounded to MXFP4 again: validation loss {loss:.4f} in place of the best")
+            tell(f"experts rounded to MXFP4 again: validation loss is now {loss:.4f}")
         if ranks.is_first():
             write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")
         ranks.leave()

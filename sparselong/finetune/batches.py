@@ -1,20 +1,21 @@
-"""Which conversations are in which batch: a function of seed, epoch and data rank, of nothing else.
+"""Assign conversations to batches as a function of seed, epoch and data rank alone.
 
-Axolotl's sampler draws each epoch from the process's random state and makes packs anew. A run that
-was killed inside an epoch and goes on has another random state, and accelerate's wrapper around a
-partly read loader never passes the epoch on: it then trains on the first epoch's order again. And
-as every drawing gives another number of packs, the longer epochs are cut to the shortest of four.
+Axolotl's sampler shuffles and packs each epoch again, from the process's random state. A resumed
+run has another random state, and accelerate's wrapper around a partly read loader never passes the
+epoch on, so the run would repeat the first epoch's order. Each shuffle also gives a different
+number of packs, so Axolotl cuts epochs to the shortest of four.
 
-Here packs are made once, from a shuffle that the seed decides; an epoch is an order of the batches,
-decided by seed and epoch. So every conversation is seen exactly once an epoch, all epochs are
-equally long, and a place in an epoch is found again from its number. Conversations that share a
-pack share it in every epoch; they do not see each other, so that only their common step is fixed.
+Here conversations are packed once, after a shuffle that depends only on the seed. An epoch is an
+order of the batches that depends on seed and epoch. So every conversation occurs exactly once per
+epoch, all epochs are equally long, and a resumed run finds its position by number. Conversations
+that share a pack share it in every epoch. They do not attend to each other, so this only fixes
+which conversations share a step.
 
-With several data ranks each takes every `data_size`-th batch of the same order. Where the last
-round is not full, the ranks left over get an *empty* batch: padding only, without a label.
+With several data ranks each takes every `data_size`-th batch of the same order. If the last round
+is not full, the remaining ranks get an *empty* batch: only padding, no labels.
 
-Packing is best fit: each conversation goes into the fullest pack that has room for it. That fills
-packs better than the first that has room, and takes a search in a sorted list instead of all packs.
+Packing is best fit: each conversation goes into the fullest pack with enough room. This fills packs
+better than first fit, and needs only a binary search in a sorted list.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.utils.data import BatchSampler, Dataset
 
 IGNORED = -100
 EMPTY = -1
-"""The number of the batch without a token."""
+"""The number of the empty batch."""
 
 Pack = list[int]
 
@@ -36,13 +37,13 @@ Pack = list[int]
 def make_batches(
     lengths: Sequence[int], capacity_tokens: int | None, packs_per_batch: int, seed: int
 ) -> list[list[Pack]]:
-    """Training batches: each a list of packs, each pack a list of rows.
+    """Return training batches: each is a list of packs, each pack a list of row numbers.
 
     Args:
-        lengths: tokens of each row.
-        capacity_tokens: of a pack; None for a row in a pack of its own.
-        packs_per_batch: the last batch may have fewer.
-        seed: decides the shuffle.
+        lengths: number of tokens of each row.
+        capacity_tokens: maximum tokens of a pack; None: one row per pack.
+        packs_per_batch: packs of a batch; the last batch may have fewer.
+        seed: seed of the shuffle.
 
     Raises:
         ValueError: a row is longer than a pack.
@@ -74,15 +75,16 @@ def _pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[P
 
 
 class EpochOrder(BatchSampler):
-    """The numbers of one data rank's batches in an epoch, each as a list of one.
+    """The batch numbers of one data rank in an epoch, each in a one-element list.
 
-    A torch BatchSampler, so that transformers' trainer can leave out the first ones when it goes on
-    inside an epoch.
+    It is a torch BatchSampler, so that transformers' trainer can skip the first batches when it
+    resumes inside an epoch.
 
     Args:
-        batches: how many there are.
-        seed: decides the orders; None for the order as it is, in every epoch.
-        data_rank, data_size: this rank's share.
+        batches: number of batches.
+        seed: seed of the orders; None: ascending order in every epoch.
+        data_rank: this data rank.
+        data_size: number of data ranks.
     """
 
     def __init__(self, batches: int, seed: int | None, data_rank: int = 0, data_size: int = 1):
@@ -91,7 +93,7 @@ class EpochOrder(BatchSampler):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration goes through."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -107,14 +109,14 @@ class EpochOrder(BatchSampler):
 
 
 class Batches(Dataset):
-    """Batches by number, collated when they are asked for.
+    """Batches by number, collated on access.
 
     Args:
         rows: a datasets.Dataset with the model's columns.
-        batches: as from `make_batches`.
-        collate: rows, or lists of rows for packs, → tensors by name.
+        batches: as returned by `make_batches`.
+        collate: turns rows, or lists of rows for packs, into tensors by name.
         packed: whether `collate` takes packs.
-        pad_token: fills the empty batch.
+        pad_token: token that fills the empty batch.
     """
 
     def __init__(
@@ -142,6 +144,6 @@ class Batches(Dataset):
 
 
 def only(rows: list) -> Any:
-    """The one element; collates what `EpochOrder` has asked for."""
+    """Return the only element: the collate function for `EpochOrder`'s one-element lists."""
     (row,) = rows
     return row

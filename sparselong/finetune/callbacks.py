@@ -1,7 +1,7 @@
-"""What happens at the steps of training: masks chosen anew, numbers written down, alarms raised.
+"""Callbacks of the trainer: mask updates, recomputation, metrics and alerts.
 
-Everything a person or the stage needs to see is a line that starts with `MARK`; the stage's process
-shows these and puts the rest of Axolotl's output into log.txt.
+Output for the user is printed on lines that start with `MARK`. The stage's process shows these
+lines, and writes the rest of Axolotl's output to log.txt.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from sparselong.runtime import checkpoint_contexts
 
 
 def tell(text: str) -> None:
-    """Prints lines for the stage's process to show."""
+    """Print lines for the stage's process to show."""
     for line in text.splitlines() or [""]:
         print(f"{MARK}{line}", flush=True)
 
 
 class MaskUpkeep(TrainerCallback):
-    """Chooses the 2:4 masks anew every `update_frequency` of the steps; see masks.update_steps."""
+    """Updates the 2:4 masks after each `update_frequency` of the steps (adapters.update_steps)."""
 
     def __init__(
         self,
@@ -47,9 +47,11 @@ class MaskUpkeep(TrainerCallback):
         self.steps: set[int] = set()
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Schedule the updates."""
         self.steps = set(update_steps(state.max_steps, self.update_frequency))
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Update the masks, and check that they are the same on every rank."""
         if state.global_step not in self.steps:
             return
         flipped, bits = defaultdict(float), defaultdict(int)
@@ -70,30 +72,32 @@ class MaskUpkeep(TrainerCallback):
 
 
 class Recomputation(TrainerCallback):
-    """Lets checkpointed layers leave out of their second pass what they can; see
-    runtime/recompute.py."""
+    """Lets checkpointed layers skip parts of their recomputation (runtime/recompute.py)."""
 
     def __init__(self, keep_attention: bool, keep_experts: bool):
         self.contexts = partial(checkpoint_contexts, keep_attention, keep_experts)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if args.gradient_checkpointing:  # the trainer has just switched plain checkpointing on
+        """Replace the plain checkpointing that the trainer has just enabled."""
+        if args.gradient_checkpointing:
             arguments = {"use_reentrant": False, "context_fn": self.contexts}
-            # No layer draws numbers: adapters have no dropout.
+            # No layer uses random numbers: adapters have no dropout.
             arguments["preserve_rng_state"] = False
             kwargs["model"].gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
 
 
 class Metrics(TrainerCallback):
-    """Writes metrics.jsonl, gives the loss target's alert once, stops at a loss that is no number.
+    """Writes metrics.jsonl, alerts once at the loss target, and stops at a non-finite loss.
 
-    A row holds `step`, `epoch` and what is known then: training rows `tokens` (real tokens so far),
-    `loss`, `learning_rate`, `grad_norm`, `tokens_per_second`, peak memory and, where masks were
-    chosen anew since the row before, `mask_flipped_fraction`; evaluation rows `eval_loss` and
+    Every row has `step` and `epoch`. Training rows add `tokens` (without padding, so far), `loss`,
+    `learning_rate`, `grad_norm`, `tokens_per_second`, peak memory and, if masks were updated since
+    the previous row, `mask_flipped_fraction`. Evaluation rows add `eval_loss` and
     `eval_perplexity`.
 
     Args:
-        path: of metrics.jsonl; None on a rank that writes nothing.
+        path: path of metrics.jsonl; None on a rank that writes nothing.
+        progress: the run's counters.
+        loss_target: training loss at which to alert; None: never.
     """
 
     def __init__(self, path: Path | None, progress: Progress, loss_target: float | None):
@@ -102,15 +106,18 @@ class Metrics(TrainerCallback):
         self.updates = len(progress.mask_updates)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.best_model_checkpoint:  # the run directory may have been moved since
+        """Continue from a resumed run's counters and best checkpoint."""
+        if state.best_model_checkpoint:  # the run directory may have been moved
             best = Path(state.best_model_checkpoint).name
             state.best_model_checkpoint = str(Path(args.output_dir or "") / best)
         self.tokens, self.updates = self.progress.tokens, len(self.progress.mask_updates)
 
     def on_step_begin(self, args, state, control, **kwargs):
+        """Start the step's clock."""
         self.started = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Stop the step's clock, and log the last step."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds += time.monotonic() - self.started
@@ -119,6 +126,7 @@ class Metrics(TrainerCallback):
         return control
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
+        """Write a training or evaluation row."""
         logs = logs or {}
         row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         if "loss" in logs:
@@ -140,7 +148,7 @@ class Metrics(TrainerCallback):
                 file.write(json.dumps(row) + "\n")
 
     def on_evaluate(self, args, state, control, metrics: dict[str, float] | None = None, **kwargs):
-        # The best checkpoint must exist, also when evaluations come more often than saves.
+        """Save a new best checkpoint even if evaluations are more frequent than saves."""
         loss = (metrics or {}).get("eval_loss", math.inf)
         if state.global_step and loss < (
             math.inf if state.best_metric is None else state.best_metric
@@ -171,11 +179,11 @@ class Metrics(TrainerCallback):
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise StageError(
-                    f"training broke down at step {step}",
+                    f"training diverged at step {step}",
                     f"a finite {name}",
                     f"{name} {logs[name]}",
-                    "lower training.learning_rate, or look for odd rows in the data; running the "
-                    "same command again goes on from the last checkpoint",
+                    "lower training.learning_rate, or look for bad rows in the data; running the "
+                    "same command again resumes from the last checkpoint",
                 )
 
     def _alert(self, step: int, loss: float) -> None:

@@ -1,10 +1,10 @@
-"""`training.keep_attention` and `keep_experts` settled on the GPU that trains, and why.
+"""Decide `training.keep_attention` and `keep_experts` on the GPU that trains, and record why.
 
-`auto` keeps what a checkpointed layer's second pass or backward pass would compute again where the
-planner's peak with it, and the margin by which the planner may be wrong, fits what the GPU can
-still lend and has lent to this process. Ranks that share a sequence exchange keys and values in a
-pass, so all of them must do the same: the one with the least memory decides. Where device or config
-leave nothing to keep, the decision says so (`Config.nothing_to_keep`).
+`auto` keeps results that a checkpointed layer would otherwise recompute, if the planner's peak with
+them, plus its error margin, fits the memory available to this process. Ranks that share a sequence
+exchange keys and values in a pass, so they must all decide the same: the rank with the least memory
+decides. If device or config leave nothing to keep, the decision gives the reason
+(`Config.nothing_to_keep`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from sparselong.processes import world as ranks
 
 @dataclass(frozen=True)
 class Keeping:
-    """The decision on one of them, as the receipt and the manifest have it.
+    """The decision on one key, as recorded in receipt and manifest.
 
     Attributes:
         asked: `auto`, `always` or `never`.
-        kept: whether it is kept.
-        predicted_peak_bytes: the planner's peak if it is.
-        available_bytes: what the GPU can lend to this process in all; None where it was not asked,
-            as nothing can be kept.
-        nothing_to_keep: why not; None where it can be.
+        kept: whether the results are kept.
+        predicted_peak_bytes: the planner's peak if they are kept.
+        available_bytes: all GPU memory available to this process; None if not measured, because
+            there is nothing to keep.
+        nothing_to_keep: why there is nothing to keep; None if there is something.
     """
 
     asked: str
@@ -42,8 +42,8 @@ class Keeping:
             return f"{self.asked}: not kept ({self.nothing_to_keep})"
         predicted, available = map(format_bytes, (self.predicted_peak_bytes, self.available_bytes))
         return (
-            f"{self.asked}: {'kept' if self.kept else 'computed twice'}; "
-            f"predicted peak with it {predicted}, the GPU lends {available}"
+            f"{self.asked}: {'kept' if self.kept else 'recomputed'}; "
+            f"predicted peak if kept {predicted}, available on the GPU {available}"
         )
 
 
@@ -52,12 +52,13 @@ def decide_keeping(
     predicted_peak_bytes: Mapping[str, int],
     nothing_to_keep: Mapping[str, str],
 ) -> dict[str, Keeping]:
-    """Settles each key of `training`; every rank calls it and gets the same answer.
+    """Decide for each key of `training`; every rank must call this and gets the same decisions.
 
     Args:
         asked: `auto`, `always` or `never`, by key.
-        predicted_peak_bytes: memory.kept_peaks, by key.
-        nothing_to_keep: Config.nothing_to_keep: why a key has nothing, the same on every rank.
+        predicted_peak_bytes: peaks from memory.kept_peaks, by key.
+        nothing_to_keep: from Config.nothing_to_keep: why a key has nothing to keep, the same on
+            every rank.
     """
     possible = [key for key in asked if key not in nothing_to_keep]
     available = min(ranks.collect(available_bytes())) if possible else None
@@ -70,7 +71,10 @@ def decide_keeping(
 
 
 def available_bytes() -> int:
-    """What the current GPU can lend to this process: free memory, what torch holds already, and the
-    CUDA context, which the planner counts too."""
+    """Return the current GPU's memory available to this process.
+
+    It is the sum of free memory, torch's reserved memory and the CUDA context, which the planner
+    counts too.
+    """
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved() + CONTEXT_BYTES

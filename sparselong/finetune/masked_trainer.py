@@ -1,16 +1,17 @@
-"""Training as transformers' Trainer does it, but for the data's order, the loss and checkpoints.
+"""Override transformers' Trainer: data order, loss, checkpoints and communication between ranks.
 
-`MaskedTraining` goes before a Trainer in a class's bases (the plugin joins it to Axolotl's). Ours:
+`MaskedTraining` precedes a Trainer among a class's bases (the plugin combines it with Axolotl's).
+It changes:
 
-- the order of the data (batches.py), so that a run that goes on inside an epoch goes on exactly;
-- the loss, in training and evaluation alike: a token weighs the same wherever it stands. Axolotl
-  averages the micro-batches' mean losses;
-- checkpoints hold masks, scales and counters (state.py).
+- the data order (batches.py), so that a run resumed inside an epoch continues exactly;
+- the loss, in training and evaluation: every supervised token of a step has the same weight, while
+  Axolotl averages the mean losses of micro-batches;
+- checkpoints, which also hold masks, scales and counters (state.py).
 
-With several ranks (processes/world.py) each takes the batches of its data rank and, of each batch,
-its shard of the sequence. The base class knows nothing of the others, so what crosses ranks is
-here: the divisor of the loss and the counters are those of all ranks, gradients are added over them
-once a step, logged losses are the sums of all shares, and only rank 0 writes checkpoints.
+With several ranks (processes/world.py) each takes its data rank's batches and its shard of each
+sequence. The base class does not know of the other ranks, so all communication is here: the loss's
+divisor and the counters are summed over ranks, gradients once per step, logged losses when they are
+logged, and only rank 0 writes checkpoints.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ from sparselong.runtime import Settings, using
 
 
 class MaskedTraining(Trainer):
-    """See the module's text. A subclass names its run and its place among the ranks.
+    """The Trainer overrides listed above; a subclass sets `run` and `mesh`.
 
     Attributes:
-        run: whose config every pass goes by.
-        mesh: this process's place; None where it trains alone.
+        run: the run, whose config applies to every pass.
+        mesh: this process's place in the mesh; None if it trains alone.
     """
 
     run: TrainingRun
@@ -67,7 +68,7 @@ class MaskedTraining(Trainer):
             self.progress.data_ranks = self.mesh.data_size
 
     def settings(self, **changes: Any) -> AbstractContextManager[Settings]:
-        """Return the block that every pass of the model runs in."""
+        """Return the settings block for a pass of the model."""
         config = self.run.config
         return using(
             attention_backend=config.attention_backend,
@@ -77,11 +78,11 @@ class MaskedTraining(Trainer):
 
     @property
     def layers(self) -> dict[str, MaskedLoraLinear]:
-        """The masked layers by name."""
+        """Masked layers by name."""
         return masked_layers(self.model)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Packed or single conversations in an order that seed and epoch decide."""
+        """Return packed or single conversations in an order that depends on seed and epoch."""
         packed, rows = self.args.sample_packing, self.train_dataset
         lengths = [len(tokens) for tokens in rows["input_ids"]]  # type: ignore[index]
         capacity, packs = self.args.max_seq_length, self._train_batch_size
@@ -92,7 +93,7 @@ class MaskedTraining(Trainer):
         return self._load(rows, batches, self.data_collator, packed, seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Conversations one by one and in order, none left out."""
+        """Return all conversations in order, unpacked."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         size = self.args.per_device_eval_batch_size
         numbers = range(len(rows))
@@ -100,7 +101,8 @@ class MaskedTraining(Trainer):
         return self._load(rows, batches, self.eval_data_collator, False, None)  # type: ignore[attr-defined]
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        # A share of the steps, as Axolotl knows only an estimate of their number.
+        """Create the scheduler, with the warmup as a fraction of the exact number of steps."""
+        # Until here `warmup_steps` is the fraction: Axolotl only estimates the number of steps.
         self.args.warmup_steps = int(self.args.warmup_steps * num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -124,18 +126,19 @@ class MaskedTraining(Trainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """A step's micro-batches, and how many tokens all ranks learn from in it."""
+        """Return a step's micro-batches, and its number of supervised tokens over all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
         counts = count_step(batches, self.mesh, self.processing_class.pad_token_id)
         self.progress.tokens += counts.tokens
         return batches, counts.divisor
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """Train on this rank's shard; after the last micro-batch sum gradients over ranks."""
         masked, placed = "attention_mask" in inputs, "position_ids" in inputs
         if self.args.sample_packing and (masked or not placed):
             raise StageError(
                 "packed conversations would attend to each other",
-                "position ids that start anew with each conversation, and no attention mask",
+                "position ids that restart with each conversation, and no attention mask",
                 f"a batch of {', '.join(sorted(inputs))}",
                 "pass training.sample_packing=false",
             )
@@ -147,7 +150,7 @@ class MaskedTraining(Trainer):
 
     @contextmanager
     def _pass_over(self, inputs: Any) -> Iterator[Any]:
-        """Yield this rank's share of a batch, under the settings that the model needs for it."""
+        """Yield this rank's shard of a batch, inside the settings block that it requires."""
         shard, changes = share_batch(inputs, self.mesh, self.run.config.heads_k_stride)
         with self.settings(**changes):
             yield shard
@@ -161,25 +164,27 @@ class MaskedTraining(Trainer):
         inputs = super()._prepare_inputs(inputs)
         if "position_ids" in inputs and "attention_mask" not in inputs:
             base = self.model.get_base_model()
-            if base.config._attn_implementation != NAME:  # ours goes by the position ids
+            if base.config._attn_implementation != NAME:  # ours uses the position ids
                 dtype = base.get_input_embeddings().weight.dtype
                 masks = document_masks(base.config, inputs["position_ids"], dtype)
                 inputs["attention_mask"] = masks
         return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Compute the loss, and raise if it needed the logits of whole sequences."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if outputs.logits is not None:
             raise StageError(
                 "the loss was computed from the logits of whole sequences",
-                "the loss in chunks, which the plugin puts into the model",
+                "the chunked loss, which the plugin attaches to the model",
                 f"logits {list(outputs.logits.shape)}",
-                "use the package versions that install.sh installs; another one has replaced it",
+                "use the package versions of install.sh: another version replaced the loss",
             )
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """Evaluate the mean loss per supervised token."""
         self.model.eval()
         metrics = {
             f"{metric_key_prefix}_loss": mean_loss(map(self._measure, dataloader), self.mesh)
@@ -187,19 +192,19 @@ class MaskedTraining(Trainer):
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset.rows))  # type: ignore[arg-type]
 
     def _measure(self, batch: Any) -> tuple[torch.Tensor, Any]:
-        """Return the sum of a batch's token losses, and what of the batch it is of."""
+        """Return the sum of token losses over this rank's shard of a batch, and the shard."""
         with self._pass_over(batch) as shard:
             inputs = self._prepare_inputs(shard)
             return self.compute_loss(self.model, inputs, num_items_in_batch=1), inputs  # type: ignore[return-value]
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         epochs_and_steps = super()._init_training_state(max_steps, *args, **kwargs)
-        # A checkpoint brings the intervals of the config that it was written with.
+        # A resumed state has the intervals of the checkpoint's config, which may differ.
         self.state.compute_steps(self.args, max_steps)
         return epochs_and_steps
 
     def _run_epoch(self, **kwargs):
-        # Resumed behind its last step, the loop would take one step more.
+        # If resumed after its last step, the loop would take one extra step.
         if self.bake_only or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -214,7 +219,7 @@ class MaskedTraining(Trainer):
         self.state.best_model_checkpoint = best
 
     def replicated(self) -> dict[str, torch.Tensor]:
-        """What every rank must hold alike: trained parameters, masks and scales, by name."""
+        """Return the tensors that all ranks replicate: trained parameters, masks and scales."""
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         return trained | state.buffers(self.layers)
 
@@ -232,7 +237,7 @@ class MaskedTraining(Trainer):
         super()._load_best_model()
         counters = vars(self.progress).copy()
         self._restore(Path(str(self.state.best_model_checkpoint)))
-        vars(self.progress).update(counters)  # the run's history does not go back with the weights
+        vars(self.progress).update(counters)  # only the weights go back, not the run's counters
 
     def _restore(self, directory: Path) -> None:
         stored = state.read(directory, self.layers, self.progress.data_ranks)

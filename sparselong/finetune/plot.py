@@ -1,4 +1,4 @@
-"""loss.png: training loss, validation perplexity, mask updates and the best step in one picture."""
+"""Plot training loss, validation perplexity, mask updates and the best step (loss.png)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def draw(
     best_step: int,
     path: Path,
 ) -> None:
-    """Draws metrics.jsonl's rows into a PNG file.
+    """Plot metrics.jsonl's rows to a PNG file.
 
     Args:
-        rows: training and evaluation rows by step.
+        rows: training and evaluation rows, by step.
         mask_updates: `step` and `flipped` (fraction of bits) of each update.
-        best_step: the step whose checkpoint was kept as the best.
-        path: the file.
+        best_step: step of the best checkpoint.
+        path: path of the PNG file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,10 +1,9 @@
-"""One rank's trainer: joins the others, then runs Axolotl as if it were alone.
+"""Train one of several ranks: join the others, then run Axolotl as if it were alone.
 
     RANK=r WORLD_SIZE=n ... python -m sparselong.finetune.rank AXOLOTL_YAML
 
-A rank other than 0 writes nothing that stays: what Axolotl saves by itself goes into a folder of
-its own that is removed at the end, and its loggers are off. See processes/world.py and
-processes/launch.py.
+Ranks other than 0 leave no files: Axolotl's own output goes to a temporary directory, and its
+loggers are off. See processes/world.py and processes/launch.py.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _RUN = "axolotl.cli.main"
 
 
 def main(path: Path) -> None:
-    """Train what the YAML says, as one of the ranks that the environment names."""
+    """Train by the YAML at `path`, as the rank given by the environment variables."""
     rank = int(os.environ["RANK"])
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     run = TrainingRun.open(Path(document[RUN_KEY]))
@@ -46,7 +45,7 @@ def main(path: Path) -> None:
 
 
 def _end_at_once() -> None:
-    """A rank that fails must be seen to have ended; its backend's threads could keep it long."""
+    """Install an excepthook that exits at once, so that backend threads cannot delay the exit."""
     tell = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -62,7 +61,7 @@ def _train(path: Path) -> None:
     sys.argv = ["axolotl", "train", str(path), "--launcher", "python"]
     try:
         runpy.run_module(_RUN, run_name="__main__")
-    except SystemExit as end:  # how a command line program of click's returns
+    except SystemExit as end:  # click's commands return by raising it
         if end.code:
             raise
 

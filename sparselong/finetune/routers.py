@@ -1,9 +1,9 @@
-"""Watches the routers: logits that are no numbers stop training, named by layer and step.
+"""Stop training at non-finite router logits, and name the layer and the step.
 
-A NaN anywhere before a router makes its choice of experts meaningless, and from then on every
-layer's; the loss shows it a pass later and says nothing of where it came from. So each router's
-logits set a flag of their layer on the device, which costs no wait, and the flags are read once a
-step, before the optimizer takes gradients that are worth nothing.
+A NaN before a router makes its routing meaningless, and then that of every later layer. The loss
+only shows it after the pass, without the layer. Each router therefore sets its layer's flag on the
+device, without a host synchronization. The flags are read once per step, before the optimizer
+applies meaningless gradients.
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ from sparselong.errors import StageError
 
 
 class RouterWatch(TrainerCallback):
-    """Stops at router logits that are NaN or infinite.
+    """Raises StageError before an optimizer step or after an evaluation with non-finite logits.
 
     Args:
         model: a gpt-oss model, wrapped by PEFT or not; its routers get a hook.
-
-    Raises:
-        StageError: from the hooks' flags, before an optimizer step and after an evaluation.
     """
 
     def __init__(self, model: nn.Module):
@@ -44,9 +41,11 @@ class RouterWatch(TrainerCallback):
         return hook
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Check the flags of the step's forward passes."""
         self._check(f"step {state.global_step + 1}")
 
     def on_evaluate(self, args, state, control, **kwargs):
+        """Check the flags of the evaluation."""
         self._check(f"the evaluation after step {state.global_step}")
 
     def _check(self, when: str) -> None:
@@ -55,9 +54,9 @@ class RouterWatch(TrainerCallback):
         if broken:
             first = broken[0].removeprefix("base_model.model.").removesuffix(".base_layer")
             raise StageError(
-                f"the router {first} gave logits that are no numbers in {when}",
+                f"the router {first} computed non-finite logits in {when}",
                 "finite router logits in every layer",
                 f"NaN or infinity in {len(broken)} of {len(self.names)} layers, this one first",
-                "lower training.learning_rate; if it is the first step, the checkpoint is damaged: "
-                "redo stage 02. Running the same command again goes on from the last checkpoint",
+                "lower training.learning_rate; at the first step, the checkpoint is damaged: redo "
+                "stage 02. Running the same command again resumes from the last checkpoint",
             )

@@ -1,9 +1,9 @@
-"""What a checkpoint must hold besides Axolotl's own files: masks, scales and the run's counters.
+"""Save and restore masks, scales and the run's counters with Axolotl's checkpoints.
 
 Axolotl and transformers save A and B (adapter_model.safetensors), optimizer, scheduler, random
-state and trainer_state.json. The masks and scales in use go beside them into masks.safetensors, the
-counters into progress.json, both before trainer_state.json, which is written last: a checkpoint
-whose trainer_state.json reads and names its own step is whole, any other is not.
+state and trainer_state.json. We add the current masks and scales in masks.safetensors and the
+counters in progress.json. trainer_state.json is written last, so a checkpoint is complete if and
+only if its trainer_state.json is readable and has the checkpoint's step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.provenance import read_peaks
 
-if TYPE_CHECKING:  # the stage's own process needs no PEFT, whose import takes seconds
+if TYPE_CHECKING:  # the stage's process needs no PEFT, whose import takes seconds
     from sparselong.adapters import MaskedLoraLinear
 
 MASKS = "masks.safetensors"
@@ -42,39 +42,43 @@ _NEEDED = (
 
 @dataclass
 class Progress:
-    """Counters of a training run that outlive a restart."""
+    """Counters of a training run that survive a restart."""
 
     tokens: int = 0
-    """Real tokens (no padding) trained on so far."""
+    """Tokens (without padding) trained on so far."""
     alerted: bool = False
-    """Whether the loss target's alert has been given."""
+    """Whether the loss target has been reached and reported."""
     mask_updates: list[dict[str, Any]] = field(default_factory=list)
-    """Step and fraction of mask bits flipped, overall and by kind of layer."""
+    """Step and fraction of mask bits flipped, overall and by kind of layer, of each update."""
     peak_bytes: dict[str, int] = field(default_factory=dict)
-    """Peak memory by device, of the processes that led here."""
+    """Peak memory by device, over all processes of this run so far."""
     data_ranks: int = 1
-    """Sequences that were trained on side by side: they decide what is in a step."""
+    """Number of data ranks, which determines the sequences of a step."""
 
     def note_peaks(self) -> dict[str, int]:
-        """Takes in this process's peaks and returns the highest so far."""
+        """Merge this process's peaks, and return the highest so far by device."""
         for device, count in read_peaks().items():
             self.peak_bytes[device] = max(count, self.peak_bytes.get(device, 0))
         return self.peak_bytes
 
 
 def write(directory: Path, layers: Mapping[str, MaskedLoraLinear], progress: Progress) -> None:
-    """Writes masks, scales and counters into a checkpoint directory."""
+    """Write masks, scales and counters into a checkpoint directory."""
     write_tensors(directory / MASKS, buffers(layers))
     progress.note_peaks()
     write_atomically(directory / PROGRESS, json.dumps(asdict(progress)) + "\n")
 
 
 def read(directory: Path, layers: Mapping[str, MaskedLoraLinear], data_ranks: int = 1) -> Progress:
-    """Restores masks and scales from a checkpoint directory and returns its counters.
+    """Restore masks and scales from a checkpoint directory, and return its counters.
+
+    Args:
+        directory: the checkpoint directory.
+        layers: the masked layers by name; modified in place.
+        data_ranks: the run's number of data ranks.
 
     Raises:
-        StageError: a file is damaged, belongs to other layers or to a run with another number of
-            sequences in a step.
+        StageError: a file is damaged, or belongs to other layers or another number of data ranks.
     """
     here = buffers(layers)
     try:
@@ -84,13 +88,15 @@ def read(directory: Path, layers: Mapping[str, MaskedLoraLinear], data_ranks: in
         raise _unusable(directory, str(error)) from error
     wanted = {name: tensor.shape for name, tensor in here.items()}
     if {name: tensor.shape for name, tensor in stored.items()} != wanted:
-        raise _unusable(directory, f"masks of {len(stored)} tensors where {len(wanted)} are due")
+        raise _unusable(
+            directory, f"{len(stored)} tensors that do not match the {len(wanted)} expected"
+        )
     if progress.data_ranks != data_ranks:
         raise StageError(
-            f"checkpoint {directory} was trained with another number of sequences side by side",
+            f"checkpoint {directory} was trained with another number of data ranks",
             f"{progress.data_ranks} times sequence_parallel_degree processes",
-            f"{data_ranks} times as many",
-            "go on with that number; each sequence may be split over more or fewer processes",
+            f"{data_ranks} times sequence_parallel_degree processes",
+            "resume with the expected number; sequence_parallel_degree itself may change",
         )
     for name, tensor in here.items():
         tensor.copy_(stored[name])
@@ -98,7 +104,7 @@ def read(directory: Path, layers: Mapping[str, MaskedLoraLinear], data_ranks: in
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a `checkpoint-N` directory was written to its end."""
+    """Return whether a `checkpoint-N` directory is complete."""
     if not all((checkpoint / name).is_file() for name in _NEEDED):
         return False
     try:
@@ -109,12 +115,12 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """N of `checkpoint-N`."""
+    """Return N of `checkpoint-N`."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def buffers(layers: Mapping[str, MaskedLoraLinear]) -> dict[str, torch.Tensor]:
-    """Masks and scales in use, by name."""
+    """Return the current masks and scales by name."""
     found = {}
     for name, layer in layers.items():
         for part, tensor in (("weight_mask", layer.patterns), ("weight_scale", layer.scale)):
@@ -128,5 +134,5 @@ def _unusable(directory: Path, found: str) -> StageError:
         f"checkpoint {directory} cannot be used",
         f"{MASKS} and {PROGRESS} of this model's masked layers",
         found,
-        f"delete {directory} to go on from the checkpoint before it",
+        f"delete {directory} to resume from the checkpoint before it",
     )

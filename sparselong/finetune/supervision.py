@@ -1,11 +1,11 @@
-"""Which tokens are learned from: labels, their fraction, a coloured preview of some conversations.
+"""Set the labels of supervised tokens, measure their fraction, and preview some conversations.
 
-There is one definition, `data.conversations.tokenize`: an assistant's turn is all that the model
-must write itself after the generation prompt, with the channel's header. Axolotl's chat strategy
-labels a turn's text and end, but of harmony's header nothing (`<|channel|>final<|message|>`) or, in
-a turn with reasoning, a part. So Axolotl tokenizes, leaves out what is too long and packs, and
-`relabel` puts our labels on its rows before they are packed. Stages 03 and 04 thereby measure the
-same tokens, and their perplexities of one model on one split are one number.
+`data.conversations.tokenize` defines which tokens are supervised: everything that the model must
+generate after the generation prompt, including the channel header. Axolotl's chat strategy labels a
+turn's text and end, but none of harmony's header (`<|channel|>final<|message|>`), or only a part of
+it in a turn with reasoning. So Axolotl tokenizes the rows and drops those that are too long, and
+`relabel` sets our labels before the rows are packed. Stages 03 and 04 therefore measure the same
+tokens, and give the same perplexity for the same model and split.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ _GREEN, _GREY, _OFF = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 def relabel(
     dataset: Any, source: Path, tokenizer: Any, train_on: Literal["assistant", "all"]
 ) -> Any:
-    """Axolotl's tokenized rows with the labels that `conversations.tokenize` gives.
+    """Return Axolotl's tokenized rows with the labels of `conversations.tokenize`.
 
     Args:
-        dataset: a datasets.Dataset with `input_ids` and `labels`; any of the rows, in any order.
-        source: the conversations that it was made from.
-        tokenizer: the one that it was made with.
+        dataset: a datasets.Dataset with `input_ids` and `labels`; any subset of the rows, in any
+            order.
+        source: file of the conversations that were tokenized.
+        tokenizer: the tokenizer that was used.
         train_on: as for `conversations.tokenize`.
 
     Raises:
-        StageError: a row's tokens are not those of a conversation of `source`.
+        StageError: a row's tokens match no conversation of `source`.
     """
     learned: dict[bytes, bytes] = {}
     for messages in conversations.read(source):
@@ -48,7 +49,7 @@ def relabel(
         supervised = learned.get(_digest(tokens))
         if supervised is None:
             raise StageError(
-                "Axolotl renders a conversation otherwise than this project",
+                "Axolotl renders a conversation differently from this project",
                 f"the tokens of a row of {source} in the model's chat template",
                 tokenizer.decode(tokens)[-200:],
                 "use gpt-oss's own chat_template.jinja in the model directory",
@@ -65,10 +66,10 @@ def _digest(tokens: list[int]) -> bytes:
 
 
 def supervised_fraction(rows: Iterable[Mapping[str, Any]]) -> float:
-    """Supervised tokens over all tokens of rows with `labels`.
+    """Return the fraction of supervised tokens in rows with `labels`.
 
     Raises:
-        StageError: not one token is supervised.
+        StageError: no token is supervised.
     """
     total = supervised = 0
     for row in rows:
@@ -76,7 +77,7 @@ def supervised_fraction(rows: Iterable[Mapping[str, Any]]) -> float:
         supervised += sum(label != IGNORED for label in row["labels"])
     if not supervised:
         raise StageError(
-            "nothing would be learned: 0 % of the tokens are supervised",
+            "there is nothing to learn: 0 % of the tokens are supervised",
             "assistant turns that the chat template renders and that fit into sequence_len",
             f"{total} tokens, all masked",
             "check the rows' roles and data.train_on, or raise sequence_len",
@@ -85,7 +86,7 @@ def supervised_fraction(rows: Iterable[Mapping[str, Any]]) -> float:
 
 
 def preview(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> str:
-    """Conversations as text: supervised tokens green, the others grey (ANSI colours)."""
+    """Return conversations as text, supervised tokens green, others grey (ANSI colours)."""
     blocks = []
     for row in rows:
         parts = []
@@ -97,5 +98,5 @@ def preview(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> str:
             parts += [f"{colour}{line}{_OFF}" for line in text.split("\n")][:1]
             parts += [f"\n{colour}{line}{_OFF}" for line in text.split("\n")[1:]]
         blocks.append("".join(parts))
-    legend = f"{_GREEN}green: learned from{_OFF}, {_GREY}grey: read only{_OFF}"
+    legend = f"{_GREEN}green: supervised{_OFF}, {_GREY}grey: context only{_OFF}"
     return "\n\n".join([legend, *blocks]) + "\n"

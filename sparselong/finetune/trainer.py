@@ -1,17 +1,17 @@
-"""Stage 03 from config to manifest: prepare, train through Axolotl, check, publish.
+"""Run stage 03: prepare the data, train with Axolotl, check the receipt, publish the results.
 
     03_finetune/axolotl.yaml      generated
-                supervision.txt   which tokens are learned from
-                receipt.json      what the plugin replaced and attached; no receipt, no result
+                supervision.txt   some conversations with their supervised tokens marked
+                receipt.json      what the plugin replaced and attached; required for a result
                 metrics.jsonl     a row per logged step and per evaluation
                 checkpoints/      checkpoint-N: adapter, masks, scales, optimizer, random state
                 best -> checkpoints/checkpoint-N
-                model/  adapter/  the end products
+                model/  adapter/  the results
                 loss.png
 
-After a kill the same command goes on from the last whole checkpoint: directories of checkpoints
-that were not written to their end are removed, and rows of metrics.jsonl behind that checkpoint's
-step with them. When training was over and only baking was interrupted, only baking is done.
+If interrupted, the same command resumes from the last complete checkpoint. It removes incomplete
+checkpoint directories and the rows of metrics.jsonl after that checkpoint's step. If only baking
+was interrupted, only baking is repeated.
 """
 
 from __future__ import annotations
@@ -47,11 +47,10 @@ _CALLBACKS = ("MaskUpkeep", "Recomputation", "RouterWatch", "Metrics")
 
 
 def finetune(stage: Stage) -> None:
-    """Fine-tune stage 02's model and leave `model/` and `adapter/`.
+    """Fine-tune stage 02's model, and write `model/` and `adapter/`.
 
     Raises:
-        StageError: the machine or the data does not fit the config, or training failed; the message
-            says what to do.
+        StageError: the machine or the data does not fit the config, or training failed.
     """
     here = find_world(stage.config).here
     axolotl_config.refuse_unsupported(stage.config, torch.cuda.device_count(), here)
@@ -67,11 +66,11 @@ def _train(stage: Stage, data: conversations.DataFiles) -> None:
     run = TrainingRun.of_stage(stage)
     remove_unfinished_checkpoints(stage, run.checkpoints)
     resume_from = find_last_checkpoint(run.checkpoints)
-    if resume_from is None:  # whatever was trained is gone
+    if resume_from is None:  # training starts over
         (stage.dir / TRAINED).unlink(missing_ok=True)
     rows = keep_rows(stage.dir / METRICS, state.step_of(resume_from) if resume_from else None)
     if resume_from:
-        stage.log(f"going on from {resume_from.name} ({rows} rows of {METRICS} kept)")
+        stage.log(f"resuming from {resume_from.name} ({rows} rows of {METRICS} kept)")
     (stage.dir / RECEIPT).unlink(missing_ok=True)
     with data.train.open(encoding="utf-8") as file:
         conversations_count = sum(1 for _ in file)
@@ -80,7 +79,7 @@ def _train(stage: Stage, data: conversations.DataFiles) -> None:
     write_atomically(stage.dir / AXOLOTL_YAML, text)
     world = find_world(stage.config)
     processes = f" in {world.size} processes" if world.size > 1 else ""
-    stage.log(f"starting Axolotl{processes} (its imports take a while)")
+    stage.log(f"starting Axolotl{processes} (importing it takes a while)")
     train_together(stage, trainer_arguments(stage))
     check_receipt(stage)
 
@@ -89,28 +88,28 @@ _HEADER = "# Generated from config.yaml by sparselong/finetune/axolotl_config.py
 
 
 def remove_unfinished_checkpoints(stage: Stage, checkpoints: Path) -> None:
-    """Remove the checkpoints that were not written to their end."""
+    """Remove incomplete checkpoint directories."""
     for path in sorted(checkpoints.glob("checkpoint-*"), key=state.step_of):
         if not state.is_whole(path):
-            stage.log(f"removing {path.name}, which was not written to its end")
+            stage.log(f"removing the incomplete {path.name}")
             shutil.rmtree(path)
 
 
 def find_last_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the whole checkpoint of the latest step, or None if there is none."""
+    """Return the latest complete checkpoint, or None if there is none."""
     whole = filter(state.is_whole, checkpoints.glob("checkpoint-*"))
     return max(whole, key=state.step_of, default=None)
 
 
 def keep_rows(path: Path, last_step: int | None) -> int:
-    """Keeps metrics rows up to a step (none for None); returns how many."""
+    """Drop metrics rows after `last_step` (all rows if None); return how many are left."""
     rows = [row for row in read_rows(path) if last_step is not None and row["step"] <= last_step]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return len(rows)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line cut off by a kill is left out."""
+    """Return the rows of metrics.jsonl, without an incomplete last line."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -118,10 +117,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def check_receipt(stage: Stage) -> dict[str, Any]:
-    """The plugin's receipt.
+    """Return the plugin's receipt.
 
     Raises:
-        StageError: there is none, or it does not account for every layer and callback: Axolotl has
+        StageError: there is no receipt, or a layer, callback or setting is missing from it: Axolotl
             trained something else.
     """
     path = stage.dir / RECEIPT
@@ -129,8 +128,8 @@ def check_receipt(stage: Stage) -> dict[str, Any]:
     missing = [name for name in _CALLBACKS if name not in receipt.get("callbacks", ())]
     replaced = {name.rpartition(".")[2] for name in receipt.get("modules_replaced", ())}
     lora = stage.config.lora
-    beside = {"experts": bool(lora.expert_targets), "router": lora.router}
-    targets = {*lora.target_modules, *(name for name, asked in beside.items() if asked)}
+    extra = {"experts": bool(lora.expert_targets), "router": lora.router}
+    targets = {*lora.target_modules, *(name for name, asked in extra.items() if asked)}
     missing += sorted(targets - replaced)
     attends = {
         "processes": find_world(stage.config).size,
@@ -141,9 +140,9 @@ def check_receipt(stage: Stage) -> dict[str, Any]:
     missing += [f"{key} {asked}" for key, asked in attends.items() if receipt.get(key) != asked]
     if missing or not (stage.dir / BAKED).exists():
         raise StageError(
-            "Axolotl has run without this project's plugin, or not to its end",
+            "Axolotl ran without this project's plugin, or did not finish",
             f"{path.name} with every target module and callback, and {BAKED}",
-            f"not accounted for: {', '.join(missing)}" if missing else f"no {BAKED}",
+            f"missing: {', '.join(missing)}" if missing else f"no {BAKED}",
             f"look for 'Failed to load plugin' in {stage.dir / 'log.txt'}",
         )
     return receipt

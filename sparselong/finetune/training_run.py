@@ -1,8 +1,8 @@
-"""The run that a trainer works on, found by its directory: config, folders, files. No torch.
+"""The run being trained, identified by its directory: config, folders, files. Needs no torch.
 
-The stage's process and its trainers (rank.py, axolotl_plugin.py, masked_trainer.py) have nothing in
-common but the run directory. Its config.yaml is the one place where a trainer reads a config value;
-axolotl.yaml only repeats what Axolotl itself must know.
+The stage's process and its trainers (rank.py, axolotl_plugin.py, masked_trainer.py) share only the
+run directory. Trainers read config values only from its config.yaml; axolotl.yaml just repeats what
+Axolotl itself must know.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ METRICS, SUPERVISION = "metrics.jsonl", "supervision.txt"
 RECEIPT, BAKED, TRAINED = "receipt.json", "baked.json", "trained.json"
 AXOLOTL_YAML = "axolotl.yaml"
 RUN_KEY = "sparselong_run"
-"""The key of axolotl.yaml that names the run directory: all that our plugin is told."""
+"""The key of axolotl.yaml that names the run directory, our plugin's only parameter."""
 _COMPRESS, _FINETUNE = "02_compress", "03_finetune"
-# Not `-m axolotl.cli.main`: to save conversations, datasets starts four processes, which import the
-# main module again where there is one, and this one takes seconds.
+# Not `-m axolotl.cli.main`: to save conversations, datasets starts four processes, each of which
+# would import that main module again, which takes seconds.
 _AXOLOTL = "from axolotl.cli.main import main; main()"
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run whose model is trained.
+    """The run being trained.
 
     Attributes:
-        directory: absolute, as Axolotl may change the current directory.
+        directory: absolute path, because Axolotl may change the current directory.
         config: the run's config.
     """
 
@@ -39,12 +39,12 @@ class TrainingRun:
 
     @classmethod
     def open(cls, directory: Path) -> TrainingRun:
-        """Return the run of a directory, with the config that its config.yaml holds."""
+        """Return the run of a directory, with the config from its config.yaml."""
         return cls(directory, load(directory / "config.yaml"))
 
     @classmethod
     def of_stage(cls, stage: Stage) -> TrainingRun:
-        """Return the run of stage 03 at work."""
+        """Return the run of a running stage 03."""
         return cls(stage.run_dir.resolve(), stage.config)
 
     @property
@@ -59,28 +59,28 @@ class TrainingRun:
 
     @property
     def compressed_name(self) -> str:
-        """Stage 02's name of its checkpoint."""
+        """Stage 02's name for its checkpoint."""
         manifest = read_manifest(self.directory, _COMPRESS)
         assert manifest is not None, "stage 03 begins once stage 02 is done"
         return manifest["metrics"]["name"]
 
     @property
     def work(self) -> Path:
-        """`runs/NAME/03_finetune`."""
+        """Stage 03's directory, `runs/NAME/03_finetune`."""
         return self.directory / _FINETUNE
 
     @property
     def checkpoints(self) -> Path:
-        """Axolotl's output directory, with `checkpoint-N/` in it."""
+        """Axolotl's output directory, which holds `checkpoint-N/`."""
         return self.work / "checkpoints"
 
     def is_trained(self) -> bool:
-        """Return whether training has come to its end and only the result is to be written."""
+        """Return whether training is finished and only the result remains to be written."""
         return (self.work / TRAINED).exists()
 
 
 def trainer_arguments(stage: Stage) -> list[str]:
-    """Return the arguments of Python that train a rank of the stage by its axolotl.yaml."""
+    """Return the Python arguments that train a rank of the stage by its axolotl.yaml."""
     path = str(stage.dir / AXOLOTL_YAML)
     if find_world(stage.config).size > 1:
         return ["-m", "sparselong.finetune.rank", path]

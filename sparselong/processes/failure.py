@@ -32,9 +32,9 @@ def tell_failures(work: Path, rank: int = 0) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         traceback.print_exception(kind, error, trace)
-        told = explain(error, work)
-        if told is not None:
-            write_failure(work, rank, told)
+        failure = explain(error, work)
+        if failure is not None:
+            write_failure(work, rank, failure)
 
     sys.excepthook = hook
 

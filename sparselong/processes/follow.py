@@ -24,7 +24,7 @@ from sparselong.processes.launch import joined_rank
 from sparselong.processes.process import train_ranks
 from sparselong.run import Stage, parse_arguments
 
-if TYPE_CHECKING:  # a refusal needs no torch
+if TYPE_CHECKING:  # refusing a config needs no torch
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 _PATIENCE = timedelta(days=2)
@@ -61,12 +61,12 @@ def _lead(name: str, argv: list[str] | None, run: Callable[[list[str] | None], i
     try:
         code = run(argv)
     finally:
-        _tell(name, f"ended {code}")
+        _set_status(name, f"ended {code}")
     return code
 
 
 def train_together(stage: Stage, arguments: Sequence[str]) -> None:
-    """Call `train_ranks`, in step with the other processes if torchrun started several.
+    """Run `train_ranks`, coordinated with the other processes if torchrun started several.
 
     Args:
         stage: the running stage.
@@ -80,7 +80,7 @@ def train_together(stage: Stage, arguments: Sequence[str]) -> None:
         train_ranks(stage, arguments)
         return
     if rank == 0:
-        _tell(stage.name, _TRAIN)
+        _set_status(stage.name, _TRAIN)
     store, key = _store(stage.name)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -111,8 +111,8 @@ def _follow(name: str, argv: list[str] | None, trainer: Callable[[Stage], Sequen
     arguments = parse_arguments(name, "", argv)
     store, key = _store(name)
     store.wait([key], _PATIENCE)
-    word, _, code = store.get(key).decode().partition(" ")
-    if word == _TRAIN:
+    status, _, code = store.get(key).decode().partition(" ")
+    if status == _TRAIN:
         stage = Stage(name, load(arguments.config, arguments.overrides), arguments.run_dir)
         try:
             train_together(stage, trainer(stage))
@@ -125,11 +125,11 @@ def _follow(name: str, argv: list[str] | None, trainer: Callable[[Stage], Sequen
     return int(code)
 
 
-def _tell(name: str, word: str) -> None:
+def _set_status(name: str, status: str) -> None:
     """Set the shared status; a final status is never overwritten."""
     store, key = _store(name)
-    if word == _TRAIN or not store.check([key]):
-        store.set(key, word)
+    if status == _TRAIN or not store.check([key]):
+        store.set(key, status)
 
 
 def _check_launcher(name: str) -> None:

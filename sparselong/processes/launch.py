@@ -2,7 +2,7 @@
 
     python 0N_stage.py              one process, or `sequence_parallel_degree` on this machine
     torchrun ... 0N_stage.py        the processes that torchrun (or accelerate) started, on one or
-                                    several machines; a multiple of the degree, else data parallel
+                                    several machines: data ranks times the degree
 
 Either way each rank trains in its own process, separate from the stage's (process.py). Under
 torchrun only the first process runs the stage: it locks, prepares, writes and publishes. The other

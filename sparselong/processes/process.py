@@ -96,7 +96,7 @@ class _Trainer:
             self.process.terminate()
 
     def finish(self) -> None:
-        """Wait for the stopped process, kill its remaining children and read the output's rest."""
+        """Wait for the stopped process, kill its children, and read the rest of its output."""
         try:
             self.process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -164,9 +164,9 @@ def _explain(
     stage: Stage, failed: list[_Trainer], unfinished: list[int], several: bool
 ) -> StageError:
     """Return the failure to report, given the failed trainers in the order in which they ended."""
-    told = [(trainer, _failure_of(stage, trainer)) for trainer in failed]
-    own = [pair for pair in told if pair[1] is None or not pair[1].consequence]
-    trainer, failure = (own or told)[0]
+    failures = [(trainer, _failure_of(stage, trainer)) for trainer in failed]
+    own = [pair for pair in failures if pair[1] is None or not pair[1].consequence]
+    trainer, failure = (own or failures)[0]
     if failure is None:
         who = f"rank {trainer.rank} of the trainer" if several else "the trainer"
         return StageError(
@@ -175,7 +175,7 @@ def _explain(
             "its last lines were:\n  " + "\n  ".join(trainer.last),
             f"see {trainer.log}; the same command resumes from the last complete checkpoint",
         )
-    everywhere = len({each.what if each else None for _, each in told}) == 1 < len(told)
+    everywhere = len({each.what if each else None for _, each in failures}) == 1 < len(failures)
     if own and several and not everywhere:
         failure.what = f"rank {trainer.rank}: {failure.what}"
     elif unfinished and f"rank {unfinished[0]}" not in failure.found:

@@ -114,7 +114,10 @@ class _Watch:
         try:
             self.failure = json.loads(self.store.compare_set(_FAILURE, "", mine))
         except dist.DistError as error:
-            self.failure = {"rank": 0, "cause": f"the rendezvous is gone: {_first_line(error)}"}
+            self.failure = {
+                "rank": 0,
+                "cause": f"the rendezvous store is gone: {_first_line(error)}",
+            }
 
     def await_failure(self, error: BaseException) -> dict[str, Any]:
         """Return the failure behind a failed exchange, or the exchange's own after a wait."""
@@ -149,10 +152,10 @@ class _Watch:
                 continue
             noticed = noticed or time.monotonic()
             if not self.raised and time.monotonic() - noticed > 2 * self.beat:
-                told = self.explain(self.failure)
-                print(told, file=sys.stderr, flush=True)
+                explained = self.explain(self.failure)
+                print(explained, file=sys.stderr, flush=True)
                 if self.tell is not None:
-                    self.tell(told)
+                    self.tell(explained)
                 os._exit(1)
 
     def _look(self, beats: int) -> None:

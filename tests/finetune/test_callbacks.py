@@ -56,7 +56,7 @@ def test_rows_hold_what_is_known(tmp_path):
 @pytest.mark.parametrize("logs", [{"loss": math.nan}, {"loss": 1.0, "grad_norm": math.inf}])
 def test_a_loss_that_is_no_number_stops_and_names_the_step(tmp_path, logs):
     metrics = Metrics(tmp_path / "metrics.jsonl", Progress(), None)
-    with pytest.raises(StageError, match="broke down at step 7"):
+    with pytest.raises(StageError, match="diverged at step 7"):
         metrics.on_log(None, at(7), control(), logs)
 
 

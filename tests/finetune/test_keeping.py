@@ -30,7 +30,7 @@ def test_auto_keeps_what_fits_with_the_margin(card):
     fits = decide("auto", int(card / fit.MARGIN) - 1)
     assert fits.kept and fits.available_bytes == card and "kept; predicted" in str(fits)
     tight = decide("auto", int(card / fit.MARGIN) + 1)
-    assert not tight.kept and "computed twice; predicted" in str(tight)
+    assert not tight.kept and "recomputed; predicted" in str(tight)
 
 
 @pytest.mark.parametrize(("asked", "kept"), [("always", True), ("never", False)])

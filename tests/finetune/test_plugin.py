@@ -86,7 +86,7 @@ def test_failures_are_written_into_the_stage_s_directory(plugin, run, capsys):
 
 def test_processes_that_know_nothing_of_each_other_are_refused(plugins, run, monkeypatch):
     monkeypatch.setattr(plugins, "joined_rank", lambda: 1)
-    with pytest.raises(StageError, match="without knowing of each other"):
+    with pytest.raises(StageError, match="independently of each other"):
         plugins.SparseLongPlugin().register({RUN_KEY: str(run.directory)})
 
 
@@ -158,7 +158,7 @@ def test_a_split_sequence_attends_through_our_function(plugins, plugin, run, cfg
         raise ValueError("nothing left")
 
     monkeypatch.setattr(plugins, "load_datasets", refuse)
-    with pytest.raises(StageError, match="cannot be trained on") as failure:
+    with pytest.raises(StageError, match="cannot be used for training") as failure:
         plugin.load_datasets(cfg)
     assert failure.value.found == "nothing left"
     assert cfg.attn_implementation == "sparselong"
@@ -256,7 +256,7 @@ def test_the_best_checkpoint_is_baked_once(plugins, plugin, run, monkeypatch):
 
 def test_without_a_best_checkpoint_there_is_no_result(plugin, run):
     plugin.trainer = fake_trainer(best_model_checkpoint=None)
-    with pytest.raises(StageError, match="no checkpoint was found to be the best"):
+    with pytest.raises(StageError, match="there is no best checkpoint"):
         plugin.post_train(None, None)
     assert not run.is_trained()
 

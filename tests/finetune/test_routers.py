@@ -1,4 +1,4 @@
-"""Router logits that are no numbers stop training, by layer and step, before the optimizer."""
+"""Non-finite router logits stop training, by layer and step, before the optimizer."""
 
 from types import SimpleNamespace
 

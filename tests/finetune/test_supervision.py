@@ -99,6 +99,6 @@ def test_rows_left_out_do_not_matter_and_foreign_rows_are_refused(tokenizer, sou
     rows = relabel(tokenized(["thinking"], tokenizer), source, tokenizer, "assistant")
     assert len(rows) == 1
     source.write_text(json.dumps({"messages": CONVERSATIONS["single"]}) + "\n")
-    with pytest.raises(StageError, match="renders a conversation otherwise") as refusal:
+    with pytest.raises(StageError, match="renders a conversation differently") as refusal:
         relabel(tokenized(["thinking"], tokenizer), source, tokenizer, "assistant")
     assert "Three?" in refusal.value.found

@@ -138,5 +138,5 @@ def test_a_killed_rank_is_named_and_half_the_gpus_go_on(alone, tmp_path):
     assert f"rank {rank} of the trainer ended with signal SIGKILL" in told(run_dir)
     assert not ranks_of(run_dir)
     run(run_dir, "03_finetune", f"sequence_parallel_degree={DEGREE // 2}")
-    assert "going on from checkpoint-4" in told(run_dir)
+    assert "resuming from checkpoint-4" in told(run_dir)
     assert_same_curve(run_dir, alone)

@@ -105,7 +105,7 @@ def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
 def test_killed_run_goes_on_with_the_same_curve(runs):
     straight, broken, _, told = runs
     assert "removing checkpoint-6" in told
-    assert "going on from checkpoint-4" in told
+    assert "resuming from checkpoint-4" in told
     epochs = {row["step"]: row["epoch"] for row in rows_of(straight)}
     assert 1 < epochs[4] < epochs[5] < 2
     assert curve(rows_of(broken)) == curve(rows_of(straight))
@@ -169,7 +169,7 @@ def numbers_of(row: dict) -> dict:
 def test_a_rank_that_dies_is_named_and_another_number_of_them_goes_on(split):
     run_dir, told, again = split
     assert "error:    rank 2 of the trainer ended with signal SIGKILL" in told
-    assert "going on from checkpoint-4" in again
+    assert "resuming from checkpoint-4" in again
     receipt = json.loads((run_dir / "03_finetune/receipt.json").read_text())
     assert (receipt["processes"], receipt["attention"]) == (2, "sparselong")
     left = sorted(path.name for path in (run_dir / "03_finetune/checkpoints").glob("checkpoint-*"))
