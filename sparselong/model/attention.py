@@ -61,7 +61,7 @@ def attention_forward(
     position_ids: torch.Tensor | None = None,
     **_kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return gpt-oss attention [batch, queries, heads, head_dim], and None for attention weights.
+    """Run gpt-oss attention in transformers' calling convention.
 
     Args:
         module: the GptOssAttention, which provides `sinks`.
@@ -73,6 +73,9 @@ def attention_forward(
         dropout: must be 0.
         sliding_window: tokens that a query sees, itself included; None for full attention.
         position_ids: [batch or 1, queries]; positions that restart separate packed documents.
+
+    Returns:
+        [batch, queries, heads, head_dim], and None instead of attention weights.
 
     Raises:
         ValueError: The module has no sinks, or the mask or another argument is not supported.
@@ -102,18 +105,10 @@ def attention_forward(
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     boundaries = _boundaries(attention_mask, position_ids, batch, queries, keys, sliding_window)
     output, _ = attention(
-        query,
-        key,
-        value,
-        sinks,
-        cu_seqlens=boundaries,
-        window=sliding_window,
-        scale=scaling,
-        query_offset=keys - queries,
-        dropout=dropout,
-        backend=backend,
+        query, key, value, sinks, cu_seqlens=boundaries, window=sliding_window, scale=scaling,
+        query_offset=keys - queries, dropout=dropout, backend=backend,
         deterministic=settings.deterministic,
-    )
+    )  # fmt: skip
     return output.transpose(1, 2), None
 
 
