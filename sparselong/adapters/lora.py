@@ -49,9 +49,9 @@ from sparselong.runtime import is_checkpointed
 class _MaskedLinear(torch.autograd.Function):
     """x [..., in] → [..., out] through pruned and rounded M + s·B·A; see the module docstring.
 
-    Saved for the backward pass: x and, in a checkpointed layer, the rounded weight, which only the
-    recomputation then keeps. `made_from` is referenced, not saved: a step changes it only after its
-    backward passes.
+    Saved for the backward pass: x and, in a checkpointed layer, the rounded weight, because there
+    only the recomputation's saved tensors persist. `made_from` is referenced, not saved: a step
+    changes it only after its backward passes.
     """
 
     @staticmethod
