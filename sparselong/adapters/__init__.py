@@ -1,4 +1,4 @@
-"""LoRA through mask and rounding, LoRA on experts and router, merging and baking."""
+"""LoRA trained through mask and rounding, LoRA on experts and router, merging and baking."""
 
 from typing import TYPE_CHECKING
 

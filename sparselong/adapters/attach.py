@@ -1,5 +1,7 @@
-"""LoRA put into a whole model, through PEFT's registry of custom modules: masked LoRA on the shared
-dense layers and, if asked for, adapters on experts and router."""
+"""Attach LoRA to a whole model through PEFT's registry of custom modules.
+
+Shared dense layers get masked LoRA; experts and router get adapters if requested.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,17 @@ TunedLayer = MaskedLoraLinear | ExpertLora | RouterLora
 
 @dataclass(frozen=True)
 class ExtraAdapters:
-    """Adapters beside those of the shared dense layers."""
+    """Adapters in addition to those of the shared dense layers."""
 
     expert_targets: tuple[str, ...] = ()
-    """Of `gate_up_proj` and `down_proj`."""
+    """Any of `gate_up_proj` and `down_proj`."""
     expert_r: int | None = None
     """Rank of each expert's adapter."""
     router: bool = False
 
     @property
     def modules(self) -> dict[str, type[nn.Module]]:
-        """Names of the modules that get one, and what they must be."""
+        """Names of the modules that get an adapter, and their required types."""
         found: dict[str, type[nn.Module]] = {}
         if self.expert_targets:
             found["experts"] = PackedExperts
@@ -46,10 +48,10 @@ class ExtraAdapters:
 
 
 class Masters:
-    """Stage 02's dense masters, read one at a time.
+    """Stage 02's dense master weights, read one at a time.
 
     Args:
-        directory: `02_compress/masters`, a safetensors file per layer.
+        directory: `02_compress/masters`, with one safetensors file per layer.
     """
 
     def __init__(self, directory: Path):
@@ -60,18 +62,18 @@ class Masters:
                 self.files |= dict.fromkeys(file.keys(), path)
 
     def read(self, module: str) -> torch.Tensor:
-        """The master of a module by its name, bf16 [out, in].
+        """Return a module's master weight, bf16 [out, in].
 
         Raises:
-            StageError: stage 02 left none.
+            StageError: Stage 02 wrote no master of the module.
         """
         name = f"{module}.weight"
         if name not in self.files:
             raise StageError(
-                f"stage 02 left no master of {module}",
+                f"stage 02 wrote no master of {module}",
                 f"{name} in {self.directory}",
                 f"masters of {len(self.files)} other layers",
-                "redo it: python 02_compress.py --force",
+                "run it again: python 02_compress.py --force",
             )
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
@@ -87,18 +89,19 @@ def add_masked_lora(
     seed: int,
     beside: ExtraAdapters = ExtraAdapters(),
 ) -> tuple[PeftModel, LoraConfig]:
-    """Replaces the target layers by MaskedLoraLinear and freezes everything else.
+    """Replace the target layers by MaskedLoraLinear and freeze everything else.
 
     Args:
-        model: as stage 02 left it, opened by transformers.
+        model: stage 02's model, opened by transformers.
         targets: last parts of module names, for example `q_proj`.
-        r, alpha: rank of the adapter and its scale, alpha / r.
+        r: rank of the adapters.
+        alpha: sets their scale, alpha / r.
         master_of: module name → dense master of the packed layer (`Masters.read`).
-        seed: decides A; B starts at zero.
-        beside: adapters on experts and router, of the same alpha.
+        seed: seed that initializes A; B starts at zero.
+        beside: additional adapters on experts and router, with the same alpha.
 
     Raises:
-        StageError: a target matches no layer, or one that cannot have an adapter.
+        StageError: A target matches no layer, or a layer that cannot have an adapter.
     """
     _check_targets(model, targets)
     _check_beside(model, beside)
@@ -119,14 +122,9 @@ def add_masked_lora(
 
     def build_experts(target: nn.Module, adapter_name: str, **arguments) -> ExpertLora:
         return add_expert_lora(
-            target,
-            adapter_name,
-            config,
-            weights=beside.expert_targets,
-            name=arguments["target_name"],
-            r=beside.expert_r or 0,
-            lora_alpha=alpha,
-        )
+            target, adapter_name, config, weights=beside.expert_targets,
+            name=arguments["target_name"], r=beside.expert_r or 0, lora_alpha=alpha,
+        )  # fmt: skip
 
     builders = {PackedLinear: build, nn.Linear: build}
     builders |= {PackedExperts: build_experts, GptOssTopKRouter: build_router}
@@ -150,7 +148,7 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
     if unmatched or foreign:
         known = {n.rpartition(".")[2] for n in modules if ".self_attn." in n and "_proj" in n}
         raise StageError(
-            f"lora.target_modules: {', '.join(unmatched or foreign)} cannot get an adapter",
+            f"lora.target_modules: {', '.join(unmatched or foreign)} cannot have an adapter",
             f"names of shared dense layers: {', '.join(sorted(known))}",
             "no such layer in the model" if unmatched else "not a linear layer",
             "correct lora.target_modules",
@@ -164,10 +162,10 @@ def _check_beside(model: nn.Module, beside: ExtraAdapters) -> None:
         if not found or not all(isinstance(module, kind) for module in found):
             key = "lora.expert_targets" if name == "experts" else "lora.router"
             raise StageError(
-                f"{key}: the model's {name} cannot get an adapter",
+                f"{key}: the model's {name} cannot have an adapter",
                 f"{kind.__name__} in every layer",
                 ", ".join(sorted({type(module).__name__ for module in found})) or f"no {name}",
-                f"leave {key} out, or give a gpt-oss that this project has compressed",
+                f"remove {key}, or use a gpt-oss compressed by this project",
             )
 
 
@@ -176,7 +174,7 @@ def _matches(modules: dict[str, nn.Module], target: str) -> list[str]:
 
 
 def tuned_layers(model: nn.Module) -> dict[str, TunedLayer]:
-    """All layers with an adapter by their name in the base model; a layer's experts are one."""
+    """Return all layers with an adapter by base model name; a layer's experts count as one."""
     found: dict[str, TunedLayer] = {}
     for module in model.modules():  # an outer ExpertLora comes before the inner one
         if isinstance(module, MaskedLoraLinear | ExpertLora | RouterLora):
@@ -185,12 +183,12 @@ def tuned_layers(model: nn.Module) -> dict[str, TunedLayer]:
 
 
 def count_trainable(model: nn.Module) -> int:
-    """Parameters that the optimizer changes."""
+    """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def parameter_table(model: nn.Module) -> str:
-    """Trainable parameters by kind of layer, as text."""
+    """Format a table of trainable parameters by kind of layer."""
     counts: Counter[str] = Counter()
     layers: Counter[str] = Counter()
     shapes: dict[str, str] = {}

@@ -1,11 +1,11 @@
-"""The end product: the best checkpoint with its adapter in the codes, and the adapter beside it.
+"""Write stage 03's result: the best checkpoint with its adapter baked in, and the adapter itself.
 
-`03_finetune/model/` has stage 02's format: evaluation, export and chat open it the same way.
-Only the dense layers are written anew; every other tensor is taken over from stage 02, hard-linked
-where the file system allows. The codes are those of the last forward: both come from
-`MaskedLoraLinear.codes`, on the device that trained. So is a router's weight, where it has an
+`03_finetune/model/` has stage 02's format, so evaluation, export and chat open it the same way.
+Only the dense layers are rewritten; every other tensor comes from stage 02, hard-linked if the file
+system allows. The codes equal those of the last forward pass: both come from
+`MaskedLoraLinear.codes` on the training device. The same holds for the weight of a router with an
 adapter. Experts with adapters are the exception: their sum is rounded to MXFP4 here, and `Baked`
-says what that lost.
+reports the rounding loss.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from sparselong.files import write_atomically
 
 _README = """# Adapter of {base}
 
-LoRA matrices A and B of a fine-tuning through a 2:4 mask and int4 rounding:
+LoRA matrices A and B, fine-tuned through a 2:4 mask and int4 rounding:
 
     weight = round(mask * (master + alpha/r * B A))
 
-**Added to the original dense model this adapter gives a different model**, one that was never
-trained nor measured. What was trained is `../model`, which has the adapter in its codes already.
-The adapter is kept to go on training from (with stage 02's masters, `masks.safetensors` beside it).
-Adapters of experts and routers, where there are any, are plain LoRA in PEFT's own layout; the
-experts of `../model` are their sum rounded to MXFP4, and the stage's manifest says what that lost.
+**Added to the original dense model, this adapter gives a different model** that was never trained
+or measured. The trained model is `../model`, whose codes already include the adapter. Keep the
+adapter to continue training, together with stage 02's masters and `masks.safetensors`. Adapters of
+experts and routers, if any, are plain LoRA in PEFT's layout. The experts of `../model` are their
+sum rounded to MXFP4; the stage's manifest reports the rounding loss.
 """
 
 
 class Baked(NamedTuple):
-    """What was written."""
+    """Result of `bake_checkpoint`."""
 
     checkpoint: Checkpoint
     expert_rounding: dict[str, dict[str, dict[str, float]]]
-    """What rounding lost, by experts and weight (`expert_merge.Rounding.summarize`)."""
+    """Rounding loss by experts module and weight (`merge.Rounding.summarize`)."""
 
 
 def bake_checkpoint(compressed: Path, layers: Mapping[str, TunedLayer], target: Path) -> Baked:
-    """Writes the compressed checkpoint with the trained layers in place of stage 02's.
+    """Write the compressed checkpoint with the trained layers in place of stage 02's.
 
     Args:
         compressed: stage 02's `model/`.
-        layers: the model's layers with adapters, with the state that is to be stored.
-        target: directory that appears complete or not at all; replaced when it is there.
+        layers: the model's layers with adapters, in the state to store.
+        target: directory, created atomically; an existing one is replaced.
     """
     source = Checkpoint(compressed)
     partial = target.with_name(target.name + ".partial")
@@ -80,9 +80,9 @@ def bake_checkpoint(compressed: Path, layers: Mapping[str, TunedLayer], target: 
 
 
 def put_baked_experts(baked: Checkpoint, layers: Mapping[str, TunedLayer]) -> None:
-    """Lets a trained model compute with its baked experts and without their adapters.
+    """Load a trained model's baked experts and disable their adapters.
 
-    Its losses are those of the baked model from then on.
+    From then on its losses are those of the baked model.
     """
     for layer in layers.values():
         if not isinstance(layer, ExpertLora):
@@ -95,13 +95,13 @@ def put_baked_experts(baked: Checkpoint, layers: Mapping[str, TunedLayer]) -> No
 
 
 def name_adapter(directory: Path, base: str) -> None:
-    """Names what the saved adapter belongs to, in its config and a README that says what it is not.
+    """Write the base checkpoint's name to the saved adapter's config and a README on its use.
 
-    PEFT has written the path on this machine, which means nothing elsewhere.
+    PEFT writes a local path, which is meaningless on other machines.
 
     Args:
-        directory: where PEFT has saved the adapter.
-        base: stage 02's name of the checkpoint.
+        directory: directory to which PEFT saved the adapter.
+        base: stage 02's name for the checkpoint.
     """
     path = directory / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,22 +1,22 @@
-"""LoRA layers on the experts and on the router, named and shaped as PEFT's own would save them.
+"""LoRA layers for experts and router, with the parameter names and shapes that PEFT saves.
 
-PEFT reaches transformers' experts, which are plain parameters, by `target_parameters`: it wraps the
-module once for each parameter and makes a dense delta of each in every forward pass. Packed experts
-have no such parameter. So the layers here take PEFT's places through its registry of custom
+transformers' experts are plain parameters, which PEFT targets by `target_parameters`: it wraps the
+module once per parameter and materializes a dense delta of each in every forward pass. Packed
+experts have no such parameters. The layers here replace PEFT's through its registry of custom
 modules, multiply by A and B without a delta (`kernels/experts/lora.py`), and keep its layout:
 
     experts.lora_A             the outer wrapper: down_proj, or the only target
-    experts.base_layer.lora_A  the inner one: gate_up_proj, when both have adapters
+    experts.base_layer.lora_A  the inner wrapper: gate_up_proj, if both have adapters
     lora_A.weight              [experts * r, in], expert by expert
-    lora_B.weight              [out, r * experts], a rank's column for all experts, then the next's
+    lora_B.weight              [out, r * experts], one rank's columns for all experts at a time
 
-`name_targets` makes PEFT's config say so. A saved adapter therefore opens in plain PEFT on
-transformers' gpt-oss in bf16, the attention's part being what bake.py says.
+`name_targets` sets PEFT's config to match, so a saved adapter opens in plain PEFT on transformers'
+gpt-oss in bf16; for its attention layers, see the caveat in bake.py.
 
-Experts' adapters are not trained through the rounding to MXFP4: `ExpertLora.merge_packed` rounds
-the sum at the end and says what that lost. The router is trained through the rounding of its sum to
-bf16, as the attention's layers are through theirs, so that what is stored is what was trained, to
-the bit. Left out: dropout, several adapters at once.
+Expert adapters are not trained through the rounding to MXFP4: `ExpertLora.merge_packed` rounds the
+sum at the end and reports the loss. The router is trained through the rounding of its sum to bf16,
+as the attention layers are through theirs, so the stored weight equals the trained one bit for bit.
+Not supported: dropout, several adapters at once.
 """
 
 from __future__ import annotations
@@ -36,25 +36,27 @@ from sparselong.kernels.experts import Adapter, Adapters
 from sparselong.model import PackedExperts
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
-"""In the order in which PEFT nests its wrappers, from the inside."""
+"""Expert weights in PEFT's nesting order, innermost first."""
 
 
 class Merged(NamedTuple):
-    """Merged experts: tensors by full name, and what rounding did by name of the weight."""
+    """Merged experts: tensors by full name, and rounding statistics by weight name."""
 
     tensors: dict[str, torch.Tensor]
     rounding: dict[str, Rounding]
 
 
 class ExpertLora(nn.Module, LoraLayer):
-    """Adapters of one weight of every expert of a layer, around the packed experts.
+    """Adapters of one weight of all experts in a layer, wrapped around the packed experts.
 
     Args:
         base_layer: PackedExperts, or another weight's ExpertLora around them.
-        adapter_name: PEFT's name of the adapter.
+        adapter_name: PEFT's name for the adapter.
+        config: PEFT's configuration; its dropout must be 0.
         weight_name: "gate_up_proj" or "down_proj".
-        name: the experts' name in the model.
-        r, lora_alpha: rank and scale (s = lora_alpha / r).
+        name: name of the experts in the model.
+        r: rank.
+        lora_alpha: sets the scale, s = lora_alpha / r.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class ExpertLora(nn.Module, LoraLayer):
 
     @property
     def packed_experts(self) -> PackedExperts:
-        """The experts at the bottom."""
+        """The innermost wrapped module, the packed experts."""
         base = self.get_base_layer()
         assert isinstance(base, PackedExperts)
         return base
@@ -86,9 +88,9 @@ class ExpertLora(nn.Module, LoraLayer):
         return 32 * groups, out_features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: Any, config: Any, **_: Any):
-        """PEFT's hook: makes A and B, of all experts in one matrix each, A random and B zero."""
+        """Create A (random) and B (zero), each one matrix for all experts; called by PEFT."""
         if config.lora_dropout:
-            raise ValueError(f"{self.name}: dropout on experts' adapters is not supported")
+            raise ValueError(f"{self.name}: dropout on expert adapters is not supported")
         columns = r * self.packed_experts.num_experts
         width, out = self._get_in_out_features(self.packed_experts)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
@@ -101,7 +103,7 @@ class ExpertLora(nn.Module, LoraLayer):
         self.set_adapter(self.active_adapters)
 
     def adapter(self) -> Adapter:
-        """A [experts, r, in], B [experts, out, r] and s; views of the parameters."""
+        """Return A [experts, r, in], B [experts, out, r] and s; views of the parameters."""
         name, experts = self.active_adapters[0], self.packed_experts.num_experts
         a, b = (getattr(self, part)[name].weight for part in ("lora_A", "lora_B"))
         a = a.view(experts, -1, self.in_features)
@@ -109,12 +111,12 @@ class ExpertLora(nn.Module, LoraLayer):
         return Adapter(a, b, self.scaling[name])
 
     def adapters(self) -> dict[str, Adapter]:
-        """This weight's adapter and that of the layer inside, by name of the weight."""
+        """Return this weight's adapter and the inner layer's, by weight name."""
         inner = self.base_layer.adapters() if isinstance(self.base_layer, ExpertLora) else {}
         return {**inner, self.weight_name: self.adapter()}
 
     def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-        """As PackedExperts: [tokens, hidden], indices and weights [tokens, top_k]."""
+        """Run the experts on [tokens, hidden]; `routing`: indices and weights [tokens, top_k]."""
         if self.disable_adapters:
             return self.packed_experts(hidden_states, *routing)
         found = self.adapters()
@@ -122,7 +124,7 @@ class ExpertLora(nn.Module, LoraLayer):
         return self.packed_experts(hidden_states, *routing, adapters=adapters)
 
     def merge_packed(self) -> Merged:
-        """All adapters of these experts in MXFP4 weights; the layer stays as it is."""
+        """Merge all adapters of these experts into new MXFP4 weights; the layer is unchanged."""
         tensors, rounding = {}, {}
         for weight, adapter in self.adapters().items():
             names = (f"{weight}_blocks", f"{weight}_scales")
@@ -133,7 +135,7 @@ class ExpertLora(nn.Module, LoraLayer):
 
 
 class _Round(torch.autograd.Function):
-    """fp32 to bf16's nearest, in `dtype`; the gradient passes straight through."""
+    """Rounds fp32 to bf16, stored in `dtype`, with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx: Any, total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -145,13 +147,15 @@ class _Round(torch.autograd.Function):
 
 
 class RouterLora(nn.Module, LoraLayer):
-    """A router whose weight is bf16(W + s·B·A); its bias and its choice of experts stay.
+    """Router with the weight bf16(W + s·B·A); bias and top-k selection are unchanged.
 
     Args:
         base_layer: transformers' router.
-        adapter_name: PEFT's name of the adapter.
-        name: the router's name in the model.
-        r, lora_alpha: rank and scale (s = lora_alpha / r).
+        adapter_name: PEFT's name for the adapter.
+        config: PEFT's configuration; its dropout must be 0.
+        name: name of the router in the model.
+        r: rank.
+        lora_alpha: sets the scale, s = lora_alpha / r.
     """
 
     def __init__(
@@ -179,19 +183,19 @@ class RouterLora(nn.Module, LoraLayer):
         return module.hidden_dim, module.num_experts
 
     def adapter(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """A [r, hidden], B [experts, r] and s."""
+        """Return A [r, hidden], B [experts, r] and s."""
         name = self.active_adapters[0]
         a, b = (getattr(self, part)[name].weight for part in ("lora_A", "lora_B"))
         return a, b, self.scaling[name]
 
     def effective_weight(self) -> torch.Tensor:
-        """The weight [experts, hidden] that a forward multiplies with: bf16 values in W's dtype."""
+        """Return the forward pass's weight [experts, hidden]: bf16 values in W's dtype."""
         weight: torch.Tensor = self.get_base_layer().weight  # pyright: ignore[reportAssignmentType]
         rounded: Any = _Round.apply(sum_weight(weight, *self.adapter()), weight.dtype)
         return rounded
 
     def forward(self, hidden_states: torch.Tensor) -> Any:
-        """As transformers' router: (logits, routing weights, indices)."""
+        """Return logits, routing weights and indices, as transformers' router does."""
         router = self.get_base_layer()
         if self.disable_adapters:
             return router(hidden_states)
@@ -199,7 +203,7 @@ class RouterLora(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def packed(self) -> dict[str, torch.Tensor]:
-        """The weight as it is to be stored, by its full name."""
+        """Return the weight to store, by its full name."""
         return {f"{self.name}.weight": self.effective_weight().to(torch.bfloat16)}
 
 
@@ -213,7 +217,7 @@ def add_expert_lora(
     r: int,
     lora_alpha: float,
 ) -> ExpertLora:
-    """PackedExperts in one ExpertLora for each weight, nested as PEFT nests its wrappers."""
+    """Wrap PackedExperts in one ExpertLora per weight, nested as PEFT nests its wrappers."""
     for weight in EXPERT_WEIGHTS:
         if weight in weights:
             experts = ExpertLora(
@@ -230,7 +234,7 @@ def add_expert_lora(
 
 
 def name_targets(config: LoraConfig, weights: tuple[str, ...], expert_r: int, router: bool) -> None:
-    """Makes the saved config name experts and router as plain PEFT would have to target them."""
+    """Set the saved config to target experts and router as plain PEFT does."""
     parameters = [f"mlp.experts.{weight}" for weight in EXPERT_WEIGHTS if weight in weights]
     config.rank_pattern = dict.fromkeys(parameters, expert_r)
     config.target_parameters = [*parameters, *(["mlp.router.weight"] if router else [])]

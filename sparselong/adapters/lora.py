@@ -1,32 +1,31 @@
-"""A LoRA layer whose forward is the stored layer: prune and round the sum, then multiply.
+"""LoRA layer whose forward pass is the stored layer: prune and round the sum, then multiply.
 
     W  = M + s·B·A              M: stage 02's masters (bf16); A, B: trained (fp32); s = alpha/r
     Wq = bf16(q · scale)        q = round(mask ∘ W / scale), the canonical dequantization
     y  = x Wqᵀ + bias
 
-What is trained is what is stored: `codes()` is called by the forward and by baking alike, so the
-codes in the final checkpoint are those of the last forward, bit for bit. An ordinary adapter beside
-the packed weight would have to be merged and rounded again afterwards, and would lose there what it
-had learned.
+The trained layer is the stored layer: forward and baking share `codes()`, so the codes in the final
+checkpoint are those of the last forward pass, bit for bit. An ordinary adapter next to the packed
+weight would have to be merged and rounded afterwards, which would lose much of what it learned.
 
-The gradient passes straight through the rounding, stops where the mask drops a weight and where a
+The gradient passes straight through the rounding and is zero where the mask drops a weight or a
 code saturates:
 
     dX = dY Wq        G = s (dYᵀ X) ∘ mask ∘ [not saturated]        dB = G Aᵀ        dA = Bᵀ G
 
-G has the size of the weight, so this needs one matmul per layer more than ordinary LoRA; for the
+G has the size of the weight, so this takes one more matmul per layer than ordinary LoRA; for the
 attention projections of gpt-oss that is about 5 % of a training step. Nothing of weight size is
-kept from the forward pass to the backward pass: W and Wq are made again, a rank-r matmul and a
-rounding. A checkpointed layer makes them in its second pass and has them for the backward pass that
-follows at once.
+kept from the forward pass to the backward pass: W and Wq are recomputed by a rank-r matmul and a
+rounding. In a checkpointed layer the recomputation saves Wq for the backward pass that follows
+immediately.
 
-The layer is a PEFT LoRA layer (PEFT's registry of custom modules builds it), so that PEFT and
-transformers save, load and resume its A and B as a plain adapter. Such an adapter added to the
-original dense model is a different model: it was trained through this mask and this rounding.
+The layer is a PEFT LoRA layer (built through PEFT's registry of custom modules), so PEFT and
+transformers save, load and resume its A and B as a plain adapter. Adding that adapter to the
+original dense model gives a different model: it was trained through this mask and this rounding.
 
 Source of the method: SQFT's SparsePEFT (Muñoz et al., 2024) prunes the sum W + sBA; the
-straight-through gate at saturation is that of Bengio et al. (2013) and LSQ. Left out: dropout on
-the adapter, merging into the base in memory, several adapters at once.
+straight-through gate at saturation is that of Bengio et al. (2013) and LSQ. Not supported: dropout
+on the adapter, merging into the base in memory, several adapters at once.
 """
 
 from __future__ import annotations
@@ -48,16 +47,16 @@ from sparselong.runtime import is_checkpointed
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """x [..., in] → [..., out] through pruned and rounded M + s·B·A; see the module's essay.
+    """x [..., in] → [..., out] through pruned and rounded M + s·B·A; see the module docstring.
 
-    Saved for backward: x; where checkpointing drops what a first pass saves, the rounded weight as
-    well, so that the second pass's is there. `made_from` is referred to: a step changes it only
-    after its backward passes.
+    Saved for the backward pass: x and, in a checkpointed layer, the rounded weight, because there
+    only the recomputation's saved tensors persist. `made_from` is referenced, not saved: a step
+    changes it only after its backward passes.
     """
 
     @staticmethod
     def forward(ctx, x, lora_a, lora_b, bias, made_from):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.made_from = made_from  # a and b again: as inputs they are given their gradients
+        ctx.made_from = made_from  # has A and B too; as inputs they get gradients
         weight = made_from.round()
         ctx.save_for_backward(x, weight if is_checkpointed() else None)
         return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -80,10 +79,10 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 def _sum_outer(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """gradᵀ x in fp32: [tokens, out], [tokens, in] → [out, in].
+    """Return gradᵀ x in fp32: [tokens, out], [tokens, in] → [out, in].
 
-    The sum over tokens must not be rounded to bf16. A GPU multiplies bf16 into fp32 by itself; a
-    CPU is given fp32.
+    The sum over tokens must not be rounded to bf16. A GPU accumulates bf16 products in fp32; on a
+    CPU the operands are converted to fp32.
     """
     if x.is_cuda and x.dtype == grad.dtype == torch.bfloat16:
         return torch.mm(grad.T, x, out_dtype=torch.float32)
@@ -91,19 +90,20 @@ def _sum_outer(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 class MaskedLoraLinear(nn.Module, LoraLayer):
-    """A PackedLinear with a trainable low-rank change under its mask and rounding.
+    """PackedLinear with a trainable low-rank adapter under its mask and rounding.
 
     Args:
-        base_layer: a PackedLinear as stage 02 stored it: format, mask, scales; or a plain linear
-            layer in bf16.
-        adapter_name: PEFT's name of the adapter.
+        base_layer: stage 02's PackedLinear with format, mask and scales, or a plain linear layer in
+            bf16.
+        adapter_name: PEFT's name for the adapter.
         config: PEFT's configuration; its dropout must be 0.
         master_of: module name → bf16 master weight [out, in].
-        target_name: this module's name in the model, as PEFT passes it.
-        r, lora_alpha: rank and scale (s = lora_alpha / r).
+        target_name: name of this module in the model, as PEFT passes it.
+        r: rank.
+        lora_alpha: sets the scale, s = lora_alpha / r.
 
     Raises:
-        ValueError: dropout is asked for, or the masters do not reproduce the stored codes.
+        ValueError: Dropout is requested, or the masters do not reproduce the stored codes.
     """
 
     master: torch.Tensor
@@ -131,7 +131,7 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
         self.fmt = base_layer.fmt if packed else DenseFormat(16, "none", 64)
         self.name = target_name
         self._active_adapter = adapter_name
-        alpha: Any = lora_alpha  # PEFT says int, and only divides it by r
+        alpha: Any = lora_alpha  # PEFT annotates int, but only divides it by r
         self.update_layer(adapter_name, r, lora_alpha=alpha, config=config)
         stored = self.stored()
         device = stored["weight_packed"].device
@@ -154,7 +154,7 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
         return self.fmt.weight_bits
 
     def stored(self) -> dict[str, torch.Tensor]:
-        """The layer as stage 02 stored it, by tensor name."""
+        """Return stage 02's tensors of the layer, by name."""
         base: Any = self.base_layer
         if not isinstance(base, PackedLinear):
             return {"weight_packed": base.weight.to(torch.bfloat16)}
@@ -164,14 +164,14 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
         return {n: t.to(floating.get(n, t.dtype)) for n, t in base.packed().items()}
 
     def adapter(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """A [r, in], B [out, r] and s of the active adapter."""
+        """Return A [r, in], B [out, r] and s of the active adapter."""
         name = self.active_adapters[0]
         lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
         assert isinstance(lora_a, torch.Tensor) and isinstance(lora_b, torch.Tensor)
         return lora_a, lora_b, self.scaling[name]
 
     def mask(self) -> torch.Tensor | None:
-        """The mask in use, bool [out, in]; None without 2:4."""
+        """Return the current mask, bool [out, in]; None without 2:4."""
         return None if self.patterns is None else two_four.unpack_mask(self.patterns)
 
     def _made_from(self) -> MaskedWeight:
@@ -179,22 +179,22 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def weight(self) -> torch.Tensor:
-        """M + s·B·A, fp32 [out, in], before mask and rounding."""
+        """Return M + s·B·A, fp32 [out, in], before mask and rounding."""
         return sum_weight(self.master, *self.adapter())
 
     @torch.no_grad()
     def codes(self) -> torch.Tensor:
-        """The int8 codes (bf16 values when 16 bits) [out, in] that the next forward uses."""
+        """Return the next forward pass's codes [out, in], int8 (bf16 values at 16 bits)."""
         return self._made_from().codes()
 
     @torch.no_grad()
     def effective_weight(self) -> torch.Tensor:
-        """The bf16 weight [out, in] that the next forward multiplies with."""
+        """Return the next forward pass's bf16 weight [out, in]."""
         return self._made_from().round()
 
     @torch.no_grad()
     def packed(self) -> dict[str, torch.Tensor]:
-        """The layer as it is to be stored: full tensor name → tensor."""
+        """Return the tensors to store, by full name."""
         if not isinstance(self.base_layer, PackedLinear):
             return {f"{self.name}.weight": self.codes()}
         tensors = dense.pack(self.fmt, self.codes(), self.mask(), self.scale)
@@ -202,7 +202,7 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def update(self, criterion: masks.Criterion) -> float:
-        """Chooses the mask anew, lets the scales follow; returns the fraction of bits flipped."""
+        """Update the mask and the scales; return the fraction of mask bits flipped."""
         weight, stored, flipped = self.weight(), self.stored(), 0.0
         before = self.master.float()
         if self.patterns is not None:
@@ -219,7 +219,7 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
         return flipped
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """x [..., in] → [..., out] in x's dtype (autocast's where it is on)."""
+        """Apply the layer to x [..., in]; return [..., out] in x's dtype, or autocast's if on."""
         if self.disable_adapters:
             return self.base_layer(x)
         if torch.is_autocast_enabled(x.device.type):
@@ -231,5 +231,5 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLoraLinear]:
-    """The model's masked layers by their name in the base model, in order."""
+    """Return the model's masked layers by their name in the base model, in order."""
     return {m.name: m for m in model.modules() if isinstance(m, MaskedLoraLinear)}

@@ -1,39 +1,39 @@
-"""Which two of every four weights stay, chosen anew while the adapter learns; and the scales.
+"""Mask and scale updates during training: which two of every four weights are kept.
 
 Stage 02 removed two weights of every four with SparseGPT: not the two smallest, but the two whose
-loss the survivors could absorb best. The survivors were corrected for it, the removed ones kept
-their old values in the masters. Choosing masks by magnitude right afterwards would undo part of
-that choice although nothing has been learned yet: it flips about 7 % of the bits and brings back
-weights whose work the survivors have already taken over.
+loss the remaining ones could best compensate. The remaining weights were corrected accordingly; the
+removed ones kept their old values in the masters. Selecting masks by magnitude right afterwards
+would undo part of that selection before anything is learned: it flips about 7 % of the bits and
+restores weights that the correction already compensates.
 
-So the default criterion, *hysteresis*, asks what has changed since stage 02, and by how much. The
-two highest scores of four stay, where a weight's score is |weight| less two handicaps:
+The default criterion, *hysteresis*, therefore measures the change since stage 02. The two highest
+scores of four are kept, where a weight's score is |weight| minus two handicaps:
 
     h  if stage 02 removed it:  max(0, largest |master| removed − smallest |master| kept),
-       which is how far magnitude disagreed with stage 02 in this group of four
-    m  if it is not in use now: half a quantization step, stage 02's scale / 2
+       which measures how far magnitude disagrees with stage 02 in this group of four
+    m  if the current mask drops it: half a quantization step, stage 02's scale / 2
 
-h makes the untrained adapter (weight == master) change nothing. h alone would leave the strongest
-removed weight level with the weakest survivor wherever stage 02 disagreed with magnitude, and any
+With h, an untrained adapter (weight == master) changes nothing. h alone would leave the largest
+removed weight tied with the smallest kept one wherever stage 02 disagreed with magnitude, and any
 noise would swap them: in the small demo model, noise of a millionth of the weights' spread flips
-5 % of the bits. m asks for a real gain: a weight that cannot be told from its rival after rounding
-has none. m is held against whoever is out of use *now*. So a weight that came back has it in its
-favour, as the survivor had before, and to swap the two again takes a change of two m, a whole step:
-no bit flickers. The reference of h stays stage 02's mask for the whole run.
+5 % of the bits. m requires a real gain, one that rounding does not hide. It applies to the weights
+that are *currently* dropped, so a restored weight gains the advantage that its rival had, and
+swapping them back takes a change of 2 m, a whole step. This prevents oscillation. h refers to
+stage 02's mask for the whole run.
 
-With 16 bits there is no step; m is then a sixteenth of the mean |master| of the kept weights of
-the row (a row has one unit, and a mean does not depend on how small one weight happens to be).
-In the small demo model that is two fifths of int4's m and seven times int8's.
+At 16 bits there is no step; m is then a sixteenth of the mean |master| of the row's kept weights (a
+row has one unit, and a mean does not depend on how small one weight happens to be). In the small
+demo model that is two fifths of int4's m and seven times int8's.
 
-*magnitude* is the plain rule: the two largest |weight| of four.
+*magnitude* is the plain rule: keep the two largest |weight| of four.
 
-Between updates the scales are fixed, as the codes of a weight must not change because its neighbour
-did. At an update each group's scale follows the group's largest kept weight: the old scale times
-new amax / old amax, which is exactly the old scale where nothing changed, whatever rule stage 02
-used to choose it.
+Scales are fixed between updates, because a weight's code must not change when another weight of its
+group does. At an update each group's scale follows its largest kept weight: the old scale times
+new amax / old amax. This is exactly the old scale if nothing changed, whatever rule stage 02 used
+to choose it.
 
-Left out: saliency from activations (SparseGPT's own criterion) at updates. It would need a Hessian
-per layer kept up to date during training.
+Not supported: saliency from activations (SparseGPT's own criterion) at updates. It would need a
+Hessian per layer, kept up to date during training.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ Criterion = Literal["hysteresis", "magnitude"]
 def find_margin(
     master: torch.Tensor, stage02_mask: torch.Tensor, stage02_scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """What a weight out of use must be ahead by to replace one in use.
+    """Return the margin by which a dropped weight must exceed a kept one to replace it.
 
     Args:
-        master: [out, in] as stage 02 left it.
+        master: [out, in], from stage 02.
         stage02_mask: bool [out, in].
-        stage02_scale: bf16 [out, in/group] as stage 02 left it; None for 16 bits.
+        stage02_scale: bf16 [out, in/group], from stage 02; None at 16 bits.
 
     Returns:
         fp32 [out, in] (without a scale, [out, 1]).
@@ -74,14 +74,14 @@ def score_two_four(
     current_mask: torch.Tensor,
     margin: torch.Tensor,
 ) -> torch.Tensor:
-    """The score by which weights compete within their group of four under *hysteresis*.
+    """Return the *hysteresis* score that ranks weights within their group of four.
 
     Args:
-        weight: [out, in] as trained so far (master + adapter), before mask and rounding.
-        master: [out, in] as stage 02 left it.
+        weight: [out, in], the current master + adapter, before mask and rounding.
+        master: [out, in], from stage 02.
         stage02_mask: bool [out, in], exactly two of four.
-        current_mask: bool [out, in], the mask in use.
-        margin: `find_margin`'s.
+        current_mask: bool [out, in].
+        margin: result of `find_margin`.
 
     Returns:
         fp32 [out, in].
@@ -103,12 +103,15 @@ def update_mask(
     stage02_scale: torch.Tensor | None,
     criterion: Criterion,
 ) -> torch.Tensor:
-    """The two best of every four; ties stay as they are now.
+    """Return a mask of the two best of every four; ties keep the current mask.
 
     Args:
-        weight, master, stage02_mask, current_mask: as for `score_two_four`.
-        stage02_scale: as for `find_margin`.
-        criterion: `hysteresis` takes `score_two_four`, `magnitude` the plain |weight|.
+        weight: see `score_two_four`.
+        master: see `score_two_four`.
+        stage02_mask: see `score_two_four`.
+        current_mask: see `score_two_four`.
+        stage02_scale: see `find_margin`.
+        criterion: `hysteresis` ranks by `score_two_four`, `magnitude` by |weight|.
 
     Returns:
         bool [out, in], exactly two of every four.
@@ -120,7 +123,7 @@ def update_mask(
         scores = score_two_four(weight, master, stage02_mask, current_mask, margin)
     scores = scores.reshape(-1, GROUP)
     current = current_mask.reshape(-1, GROUP)
-    # Sort by (score, in use now, earlier position): a stable sort of a stable sort.
+    # Two stable sorts order by score, then by current use, then by position.
     by_use = torch.sort(current.to(torch.int8), dim=-1, descending=True, stable=True).indices
     by_score = torch.sort(scores.gather(-1, by_use), dim=-1, descending=True, stable=True).indices
     winners = by_use.gather(-1, by_score)[:, : GROUP // 2]
@@ -131,17 +134,17 @@ def update_mask(
 def update_scale(
     weight: torch.Tensor, master: torch.Tensor, stage02_scale: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """Scales that follow the largest kept weight of each group.
+    """Return scales that follow the largest kept weight of each group.
 
     Args:
-        weight: [out, in] as trained so far, zeros where the current mask drops.
-        master: [out, in] as stage 02 left it, zeros where stage 02's mask drops.
+        weight: [out, in], current values, zeros where the current mask drops.
+        master: [out, in], from stage 02, zeros where stage 02's mask drops.
         stage02_scale: bf16 [out, in/group].
         bits: 4 or 8.
 
     Returns:
-        bf16 [out, in/group]; the very same scale for a group whose amax has not changed. A group
-        that was all zero takes the plain rule: amax over half the code range.
+        bf16 [out, in/group]; exactly the old scale for a group whose amax is unchanged. A group
+        that was all zero uses the plain rule: amax over half the code range.
     """
     before = master.float().abs().reshape(*stage02_scale.shape, -1).amax(dim=-1)
     now = weight.float().abs().reshape(*stage02_scale.shape, -1).amax(dim=-1)
@@ -152,10 +155,10 @@ def update_scale(
 
 
 def update_steps(total_steps: int, update_frequency: float) -> list[int]:
-    """The steps after which masks are chosen anew: every `update_frequency` of the steps.
+    """Return the steps after which masks are updated, `update_frequency` of the steps apart.
 
-    Nothing is updated within the last interval, in which the adapter settles on final masks; a
-    frequency of 0 means never.
+    The last interval has no update, so that the adapter converges on the final masks; a frequency
+    of 0 means never.
     """
     if update_frequency == 0:
         return []
@@ -164,5 +167,5 @@ def update_steps(total_steps: int, update_frequency: float) -> list[int]:
 
 
 def flipped_fraction(before: torch.Tensor, after: torch.Tensor) -> float:
-    """The share of mask bits that differ between two bool masks of the same shape."""
+    """Return the share of bits that differ between two bool masks of the same shape."""
     return (before != after).float().mean().item()

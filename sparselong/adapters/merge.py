@@ -1,10 +1,10 @@
-"""Merging an adapter into MXFP4 weights: W + s·B·A rounded to MXFP4 again, and what that loses.
+"""Merge an adapter into MXFP4 weights: round W + s·B·A to MXFP4 again, and measure the loss.
 
 MXFP4's steps are coarse: half a step is 4 to 25 % of a weight. A sum is stored as the nearest code
-under the best of three scales: the stored one, the one that the OCP specification gives, and the
-next larger, which cuts nothing off. The block's squared error decides, and a block whose values
-stay keeps its bytes. Most of a small change is lost that way, which is why `Rounding` counts it and
-stage 03 publishes it.
+under the best of three scales: the stored one, the one from the OCP specification, and the next
+larger one, which clips nothing. The scale with the smallest squared error of the block wins; a
+block whose values do not change keeps its bytes. This loses most of a small change, so `Rounding`
+measures the loss and stage 03 reports it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from sparselong.packing import mxfp4
 
 @dataclass
 class Rounding:
-    """Sums over the weights of a stack: W, the change D = s·B·A, the stored Q for W + D."""
+    """Sums over a stack's weights: W, the change D = s·B·A, and Q, stored in place of W + D."""
 
     weights: int = 0
     codes_changed: int = 0
     weight_squares: float = 0.0
     change_squares: float = 0.0
     error_squares: float = 0.0
-    """Of Q - (W + D)."""
+    """Sum of (Q - (W + D))²."""
     kept: float = 0.0
     """Sum of (Q - W) D."""
 
     def add(self, weight: torch.Tensor, change: torch.Tensor, stored: torch.Tensor) -> None:
-        """Takes in W, D and Q of one expert."""
+        """Add one expert's W, D and Q to the sums."""
         moved = stored - weight
         self.weights += weight.numel()
         self.codes_changed += int((moved != 0).sum())
@@ -41,11 +41,11 @@ class Rounding:
         self.kept += _sum(moved, change)
 
     def summarize(self) -> dict[str, float]:
-        """As the manifest has it.
+        """Return the statistics for the manifest.
 
-        `relative_change`: |D| / |W|. `lost`: |Q - (W + D)| / |D|, 1 where no value changed. `kept`:
-        the part of D that is in Q - W, 1 where all of it is. `values_changed`: share of the weights
-        whose value is another. Norms are Frobenius; without a change all are 0.
+        `relative_change`: |D| / |W|. `lost`: |Q - (W + D)| / |D|, 1 if no value changed. `kept`:
+        the share of D that Q - W contains, 1 if all of it. `values_changed`: share of the weights
+        whose value changed. Norms are Frobenius; if D is 0, all are 0.
         """
         change = self.change_squares
         return {
@@ -64,10 +64,11 @@ def _sum(left: torch.Tensor, right: torch.Tensor) -> float:
 def merge_adapter(
     blocks: torch.Tensor, scales: torch.Tensor, adapter: Adapter
 ) -> tuple[torch.Tensor, torch.Tensor, Rounding]:
-    """(blocks, scales, what rounding did) of W + s·B·A, one expert after another.
+    """Return (blocks, scales, rounding statistics) of W + s·B·A, one expert at a time.
 
     Args:
-        blocks, scales: uint8 [experts, out, in / 32, 16] and [experts, out, in / 32].
+        blocks: uint8 [experts, out, in / 32, 16].
+        scales: uint8 [experts, out, in / 32].
         adapter: A [experts, r, in], B [experts, out, r] and s.
     """
     merged, new_scales, rounding = torch.empty_like(blocks), torch.empty_like(scales), Rounding()
@@ -86,10 +87,11 @@ def merge_adapter(
 
 
 def round_sum(total: torch.Tensor, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest MXFP4 of `total` [out, in], each block of 32 under the best scale; see the module.
+    """Round `total` to the nearest MXFP4, each block of 32 under the best scale.
 
     Args:
-        stored: uint8 [out, in / 32], the scales before; of equals they win.
+        total: [out, in].
+        stored: uint8 [out, in / 32], the previous scales; they win ties.
     """
     _, lowest = mxfp4.encode(total)
     larger = (lowest.int() + 1).clamp(max=mxfp4.NAN_SCALE - 1).to(torch.uint8)
@@ -106,6 +108,6 @@ def round_sum(total: torch.Tensor, stored: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _errors(total: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Squared errors [out, in / 32] of each block of 32."""
+    """Return the squared error of each block of 32, [out, in / 32]."""
     difference = mxfp4.decode(blocks, scales, torch.float32) - total
     return difference.square().reshape(*scales.shape, mxfp4.BLOCK).sum(-1)

@@ -1,4 +1,4 @@
-"""Captured decoding at batch 1 over a cache of fixed size."""
+"""Decoding at batch 1 over a cache of fixed size, captured in a CUDA graph."""
 
 from typing import TYPE_CHECKING
 

@@ -1,16 +1,16 @@
-"""Generation at batch 1: a prompt through the model, then one token after another.
+"""Fast generation at batch 1: prefill the prompt, then decode one token at a time.
 
-`model.generate(...)` works on packed models and is the general way. This one is for speed: the
-cache has a fixed size, sliding layers keep their window alone, and one step (`step.py`) is
-captured in a CUDA graph once and replayed for every token, its position and its token on the
-device. A greedy token goes into the next step without passing the host, which reads it while the
-next step runs. On a CPU the same loop runs the step in plain torch.
+`model.generate(...)` also works on packed models and is the general method. This module is faster:
+the cache has a fixed size, sliding-window layers cache only their window, and one step (`step.py`)
+is captured in a CUDA graph once and replayed for every token, with position and token on the
+device. A greedy token enters the next step without passing through the host, which reads it while
+that step runs. On a CPU the same loop runs the step in plain torch.
 
-A prompt goes through the model in chunks, its keys and values straight into the step's cache
-(`prompt_cache.py`): what its pass holds for a moment does not grow with the prompt.
+The prompt is prefilled in chunks, and keys and values go directly into the step's cache
+(`prompt_cache.py`), so temporary memory does not grow with the prompt.
 
-Sampling goes through transformers' own logits processors. Left out: batches, beams, adapters that
-are not merged, models whose cache does not fit the device.
+Sampling uses transformers' logits processors. Not supported: batches, beams, unmerged adapters,
+models whose cache does not fit the device.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from sparselong.runtime import using
 
 WARM_UP_STEPS = 2
 PROMPT_TOKENS = 1024
-"""Tokens of a prompt that go through the model at once; with fewer a GPU waits for launches."""
+"""Tokens per prefill chunk; with fewer, a GPU is bound by kernel launches."""
 EXPERT_TOKENS = 512
-"""Of these, tokens that go through a layer's experts at once: 35 MB of 20b, which its attention
-takes as well; 1,024 would hold 71."""
+"""Tokens per slice of an expert pass within a chunk: 35 MB for 20b, as much as its attention needs
+anyway; 1,024 would take 71."""
 
 
 class Decoder:
-    """A model with a cache for `most_tokens` positions, and its step, captured on a GPU.
+    """Model with a cache for `most_tokens` positions and a decoding step, captured on a GPU.
 
-    To be made while no other thread uses the GPU: a capture does not bear it.
+    Construct it while no other thread uses the GPU: CUDA graph capture fails otherwise.
 
     Args:
         model: gpt-oss in eval mode, on one device.
         most_tokens: prompt and generated tokens together.
-        use_graph: on a GPU, replay a captured step; False launches its kernels one by one.
+        use_graph: on a GPU, replay a captured step; False launches its kernels individually.
 
     Raises:
-        ValueError: more positions than the model has; a GPU that is not the current device; or see
-            `KernelStep`.
+        ValueError: `most_tokens` exceeds the model's positions, the model is on a GPU other than
+            the current one, or `KernelStep` does not support the model.
     """
 
     def __init__(self, model: GptOssForCausalLM, most_tokens: int, use_graph: bool = True):
@@ -75,7 +75,7 @@ class Decoder:
             self._graph = self._capture() if self.is_cuda and use_graph else None
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Compiles the kernels, then captures a step. What it writes, `start` overwrites."""
+        """Compile the kernels, then capture a step; `start` overwrites what these steps write."""
         graph = torch.cuda.CUDAGraph()
         stream = _make_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
@@ -95,13 +95,13 @@ class Decoder:
 
     @torch.no_grad()
     def start(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Runs a prompt [1, tokens] through the model, into the cache.
+        """Prefill the cache with a prompt [1, tokens].
 
         Returns:
-            The last token's logits, [vocab].
+            Logits of the last token, [vocab].
 
         Raises:
-            ValueError: no tokens, several rows, or more than the cache holds.
+            ValueError: The prompt is empty, has several rows or does not fit the cache.
         """
         if input_ids.dim() != 2 or len(input_ids) != 1:
             raise ValueError(f"input_ids: {list(input_ids.shape)}; allowed: [1, tokens]")
@@ -118,18 +118,18 @@ class Decoder:
         return self.model.lm_head(last)[0, -1]
 
     def _read(self, chunk: torch.Tensor, past: Cache) -> torch.Tensor:
-        """A chunk [1, tokens] into the cache; its last token's hidden state [1, 1, width]."""
+        """Prefill a chunk [1, tokens]; return its last token's hidden state [1, 1, width]."""
         with using(inference_tokens=EXPERT_TOKENS):
             outputs: Any = self.model.model(input_ids=chunk, past_key_values=past, use_cache=True)
-        return outputs.last_hidden_state[:, -1:].clone()  # a view would hold the others
+        return outputs.last_hidden_state[:, -1:].clone()  # a view would keep the rest alive
 
     def put(self, token: int) -> None:
-        """The token that the next `advance` takes in."""
+        """Set the token that the next `advance` takes as input."""
         self.step.word.fill_(0x7FFFFFFF - token)
 
     @torch.no_grad()
     def advance(self) -> None:
-        """One step: takes the token in `step.word`, leaves `step.logits` and the largest's word."""
+        """Run one step on the token in `step.word`; it sets `step.logits` and the next word."""
         if self._graph is None:
             self.step.run()
         else:
@@ -138,13 +138,13 @@ class Decoder:
 
 @functools.cache
 def _make_stream(device: int) -> torch.cuda.Stream:
-    """A stream of a GPU to capture on, one for the process and as long as it.
+    """Return the GPU's capture stream, created once and kept for the life of the process.
 
-    Made by itself because torch's first stream comes with its whole pool of 128, and older
-    `torch.cuda.graph` makes one even where it is given another. With the pool a process that
-    captured took 73 MB more of an H200, beside torch's memory, than one that did not; what of that
-    is the pool's was not measured. Unlike torch's, the stream waits for the default stream, so that
-    work which another thread puts there breaks a capture off.
+    It is created through the CUDA runtime because torch's first stream allocates its whole pool of
+    128, and older `torch.cuda.graph` creates one even if given another. With the pool, a process
+    that captured took 73 MB more of an H200, outside torch's memory, than one that did not; the
+    pool's share of that was not measured. Unlike torch's streams, this one synchronizes with the
+    default stream, so work that another thread puts there aborts a capture.
     """
     handle = ctypes.c_void_p()
     with torch.cuda.device(device):
@@ -164,21 +164,21 @@ def generate(
     stop: tuple[int, ...] = (),
     decoder: Decoder | None = None,
 ) -> Iterator[int]:
-    """Yields the tokens that follow a prompt, one by one, as they are made.
+    """Yield the tokens that follow a prompt as they are generated.
 
     Args:
-        model: gpt-oss in eval mode, packed or on a CPU as transformers has it.
+        model: gpt-oss in eval mode; packed, or on a CPU also transformers' unpacked model.
         input_ids: int64 [1, tokens].
-        max_new_tokens: how many at most.
-        temperature: 0: the token of the largest logit, the first of equals; above: sampled.
-        top_p: share of probability that is sampled from.
-        seed: of sampling.
-        stop: tokens after which nothing follows; the stopping token is yielded.
-        decoder: one with enough room, to be used again; None: made here.
+        max_new_tokens: most tokens to generate.
+        temperature: 0 takes the token with the largest logit, the first of ties; above 0 samples.
+        top_p: probability mass to sample from.
+        seed: seed for sampling.
+        stop: tokens that end the generation; the stopping token is yielded.
+        decoder: decoder with enough room to reuse; None creates one.
 
     Raises:
-        ValueError: an argument is not as above, or the model is not one that `KernelStep` takes.
-        StageError: a logit is NaN; names the token.
+        ValueError: An argument is out of range, or `KernelStep` does not support the model.
+        StageError: A logit is NaN; the message names the token.
     """
     if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(
@@ -188,7 +188,7 @@ def generate(
     needed = input_ids.shape[-1] + max_new_tokens
     decoder = decoder or Decoder(model, needed)
     if decoder.most_tokens < needed:
-        raise ValueError(f"decoder: room for {decoder.most_tokens} tokens; needed: {needed}")
+        raise ValueError(f"decoder: room for {decoder.most_tokens} tokens; required: {needed}")
     logits = decoder.start(input_ids)
     if temperature == 0:
         tokens = _pick_greedily(decoder, logits, max_new_tokens)
@@ -201,7 +201,7 @@ def generate(
 
 
 def _pick_greedily(decoder: Decoder, logits: torch.Tensor, count: int) -> Iterator[int]:
-    """Tokens of the largest logits; a step is always under way while the host reads the last."""
+    """Yield the tokens of the largest logits; the host reads each while the next step runs."""
     _check(logits, 0)
     token = int(logits.argmax())
     decoder.put(token)
@@ -226,7 +226,7 @@ def _pick_greedily(decoder: Decoder, logits: torch.Tensor, count: int) -> Iterat
             events[n % 2].synchronize()
         word = int(pinned[n % 2])
         if word >> 32 > 0x7F800000:
-            raise _nan(n + 1)
+            raise _nan_error(n + 1)
         token = 0x7FFFFFFF - (word & 0x7FFFFFFF)
 
 
@@ -238,15 +238,15 @@ def _sample(
     top_p: float,
     seed: int,
 ) -> Iterator[int]:
-    """Tokens drawn from the processed distribution; every one passes the host."""
+    """Yield tokens sampled from the processed distribution; each passes through the host."""
     generator = torch.Generator(decoder.model.device).manual_seed(seed)
     processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_p < 1:
         processors.append(TopPLogitsWarper(top_p))
-    nothing: Any = torch.empty((1, 0), dtype=torch.int64, device=decoder.model.device)
+    no_ids: Any = torch.empty((1, 0), dtype=torch.int64, device=decoder.model.device)
     for n in range(count):
         _check(logits, n)
-        scores = processors(nothing, logits[None].float())  # pyright: ignore[reportArgumentType]
+        scores = processors(no_ids, logits[None].float())  # pyright: ignore[reportArgumentType]
         token = int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
         yield token
         if n + 1 < count:
@@ -256,7 +256,7 @@ def _sample(
 
 
 def _check_current(index: int, current: int) -> None:
-    if index != current:  # launches, events and the graph would be the other GPU's
+    if index != current:  # launches, events and the graph would go to the other GPU
         raise ValueError(
             f"model: on cuda:{index}, the current device is cuda:{current}; allowed: the same. "
             f"Call this under `with torch.cuda.device({index})`"
@@ -265,13 +265,13 @@ def _check_current(index: int, current: int) -> None:
 
 def _check(logits: torch.Tensor, token: int) -> None:
     if bool(logits.isnan().any()):
-        raise _nan(token)
+        raise _nan_error(token)
 
 
-def _nan(token: int) -> StageError:
+def _nan_error(token: int) -> StageError:
     return StageError(
-        f"generated token {token} has no probability",
-        "numbers as logits",
+        f"generated token {token} has NaN logits",
+        "finite logits",
         "NaN",
-        "the checkpoint is damaged, or its activations leave bfloat16's range: evaluate it",
+        "the checkpoint is damaged, or its activations exceed bfloat16's range: evaluate it",
     )

@@ -1,11 +1,11 @@
-"""A prompt's keys and values straight into a decoder's static cache, as transformers' Cache.
+"""transformers Cache that writes a prompt's keys and values directly into the static cache.
 
-transformers' DynamicCache would hold them a second time until the cache is filled from it: in every
-layer the keys of all tokens, in sliding layers too, whose window is a view of them. Here a full
-layer's keys go to their places and are read there; a sliding layer's go into its ring, and what the
-next chunk of the prompt needs of them comes out of the ring in order.
+transformers' DynamicCache would hold a second copy until the static cache is filled from it: the
+keys of all tokens in every layer, sliding layers included, whose window is a view of them. Here a
+full layer's keys are written in place and read from there. A sliding layer's keys go into its ring
+buffer, from which the next prompt chunk gathers the ones it needs in order.
 
-Left out: batches, and everything that edits a cache (beams, cropping, offloading).
+Not supported: batches, and everything that edits a cache (beams, cropping, offloading).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from sparselong.generation.step import LayerCache
 
 
 class FullPromptLayer(DynamicLayer):
-    """A layer in which every token sees all before it."""
+    """Full-attention layer: every token attends to all earlier tokens."""
 
     def __init__(self, cache: LayerCache):
         super().__init__()
         self.cache, self.end = cache, 0
 
     def get_seq_length(self) -> int:
-        """Tokens so far."""
+        """Return the number of cached tokens."""
         return self.end
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes a chunk's keys and values [1, KV heads, tokens, head_dim]; all so far."""
+        """Store a chunk's keys and values [1, KV heads, tokens, head_dim]; return all cached."""
         begin, self.end = self.end, self.end + key_states.shape[2]
         self.cache.keys[:, begin : self.end] = key_states[0]
         self.cache.values[:, begin : self.end] = value_states[0]
@@ -42,7 +42,7 @@ class FullPromptLayer(DynamicLayer):
 
 
 class WindowPromptLayer(DynamicSlidingWindowLayer):
-    """A layer in which a token sees as many tokens as its cache has slots, itself included."""
+    """Sliding-window layer: a token attends to as many tokens as there are slots, with itself."""
 
     def __init__(self, cache: LayerCache):
         super().__init__(sliding_window=cache.keys.shape[1])
@@ -51,8 +51,11 @@ class WindowPromptLayer(DynamicSlidingWindowLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes a chunk's keys and values [1, KV heads, tokens, head_dim]; theirs and those before
-        them that the chunk's first token sees."""
+        """Store a chunk's keys and values [1, KV heads, tokens, head_dim].
+
+        Returns:
+            The chunk's keys and values, preceded by those in the window of its first token.
+        """
         begin, slots = self.cumulative_length, self.sliding_window
         self.cumulative_length += key_states.shape[2]
         keys, values = key_states, value_states
@@ -65,7 +68,7 @@ class WindowPromptLayer(DynamicSlidingWindowLayer):
 
 
 def make_prompt_cache(caches: list[LayerCache]) -> Cache:
-    """A Cache for one prompt's pass, in chunks or whole, that leaves `caches` filled."""
+    """Return a Cache that fills `caches` as one prompt is prefilled, whole or in chunks."""
     layers: list[Any] = [
         WindowPromptLayer(cache) if cache.is_window else FullPromptLayer(cache) for cache in caches
     ]

@@ -1,12 +1,12 @@
-"""One token through a gpt-oss model over a static cache, as kernels or as plain torch.
+"""One decoding step of a gpt-oss model over a static cache, in kernels or in plain torch.
 
-Both steps have one contract: `word` (int64 [1]) holds the last token (`kernels/decode/glue.py`),
-`position` (int64 [1]) its predecessor's place; `run()` moves the position, writes the token's keys
-and values into the cache and leaves `logits` [vocab] and, in `word`, the token with the largest.
-Nothing in `KernelStep.run` asks the host for a value, so that a CUDA graph can hold it: seven
-kernels a layer (norm; q, k and v; attention; o with the residual sum; norm and router; gate_up;
-down with the weighted and the residual sum), each packed weight read once. It rounds to bf16 where
-the model does.
+Both steps have the same contract. `word` (int64 [1]) holds the last token, encoded as in
+`kernels/decode/glue.py`, and `position` (int64 [1]) the position before it. `run()` increments the
+position, writes the token's keys and values into the cache, sets `logits` [vocab], and stores the
+token with the largest logit in `word`. `KernelStep.run` never synchronizes with the host, so a CUDA
+graph can capture it: seven kernels per layer (norm; q, k and v; attention; o with the residual sum;
+norm and router; gate_up; down with the weighted and the residual sum), each packed weight read
+once. It rounds to bf16 where the model does.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from sparselong.kernels import Gate
 from sparselong.model import PackedExperts, PackedLinear
 
 FIRST_WORD = 0x7FFFFFFF
-"""The word of token 0."""
+"""Word that encodes token 0."""
 NAN_WORD = 0x7FC00000 << 32
-"""Upper half of a word whose logit is NaN."""
+"""Upper half of the word of a NaN logit."""
 
 
 @dataclass(frozen=True)
 class LayerCache:
     """Keys and values of one layer, [KV heads, slots, head_dim]; position p is in slot p mod slots.
 
-    A sliding layer has as many slots as its window, so that a new key overwrites the one that
-    leaves it.
+    A sliding layer has one slot per position of its window, so a new key overwrites the one that
+    leaves the window.
     """
 
     keys: torch.Tensor
@@ -41,7 +41,7 @@ class LayerCache:
     is_window: bool
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> None:
-        """Takes the last keys [KV heads, n, head_dim] of a prompt of `end` tokens."""
+        """Store the last keys and values [KV heads, n, head_dim] of the first `end` tokens."""
         slots = self.keys.shape[1]
         kept = min(keys.shape[1], slots)
         place = torch.arange(end - kept, end, device=keys.device) % slots
@@ -49,7 +49,7 @@ class LayerCache:
 
 
 def make_caches(model: GptOssForCausalLM, most_tokens: int) -> list[LayerCache]:
-    """Empty caches for so many positions, on the model's device and in its dtype."""
+    """Return empty caches for `most_tokens` positions, on the model's device, in its dtype."""
     config: Any = model.config
     caches = []
     for kind in config.layer_types:
@@ -64,7 +64,7 @@ def make_caches(model: GptOssForCausalLM, most_tokens: int) -> list[LayerCache]:
 
 
 def make_angles(model: GptOssForCausalLM, most_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position as the model makes them, [positions, head_dim / 2]."""
+    """Return the model's rotary cos and sin of every position, [positions, head_dim / 2]."""
     positions = torch.arange(most_tokens, device=model.device)[None]
     sample = torch.empty(0, dtype=model.dtype, device=model.device)
     cos, sin = model.model.rotary_emb(sample, positions)
@@ -72,7 +72,7 @@ def make_angles(model: GptOssForCausalLM, most_tokens: int) -> tuple[torch.Tenso
 
 
 class TorchStep:
-    """The step in plain torch, through the model's own modules; for CPUs."""
+    """Decoding step in plain torch through the model's modules, for CPUs."""
 
     def __init__(self, model: GptOssForCausalLM, caches: list[LayerCache], most_tokens: int):
         self.model, self.caches = model, caches
@@ -82,7 +82,7 @@ class TorchStep:
         self.logits = torch.empty(0)
 
     def run(self) -> None:
-        """See the module's text."""
+        """Run one step; see the module docstring."""
         self.position += 1
         token = 0x7FFFFFFF - (self.word & 0x7FFFFFFF)
         hidden = self.model.model.embed_tokens(token)
@@ -116,11 +116,11 @@ class TorchStep:
 
 
 class KernelStep:
-    """The step as Triton kernels, without a word to the host; see the module's text.
+    """Decoding step in Triton kernels, without host synchronization; see the module docstring.
 
     Raises:
-        ValueError: a module is not one that the kernels read: experts other than PackedExperts,
-            projections packed in other than 4 bits, adapters; or a KV head has more than 16 heads.
+        ValueError: The kernels do not support a module (experts other than PackedExperts,
+            projections not packed in 4 bits, adapters), or a KV head has more than 16 query heads.
     """
 
     def __init__(self, model: GptOssForCausalLM, caches: list[LayerCache], most_tokens: int):
@@ -161,22 +161,22 @@ class KernelStep:
         self.layers = [_Layer(layer) for layer in model.model.layers]
 
     def run(self) -> None:
-        """See the module's text."""
+        """Run one step; see the module docstring."""
         from sparselong.kernels.decode import launch_embed, launch_head, launch_pack
 
-        # The first launch follows what is no kernel of ours: nothing to overlap with. Nor does the
-        # second overlap with it: attention reads the position before it waits.
+        # The first launch follows no kernel of ours, so it has nothing to overlap with. The second
+        # must not overlap with the first: attention reads the position before its wait.
         launch_embed(self.word, self.position, self.model.embed_tokens.weight, self.hidden)
         for number, (layer, cache) in enumerate(zip(self.layers, self.caches, strict=True)):
             self._attend(layer, cache, self.pdl and number > 0)
-            self._think(layer)
+            self._run_mlp(layer)
         norm = (self.model.norm.weight, self.model.norm.variance_epsilon)
         blocks = self.hidden.numel() // 32
         launch_pack(self.hidden, norm, self.normed, self.normed, "plain", blocks, self.pdl)
         launch_head(self.normed, self.head, None, self.logits, best=self.word, pdl=self.pdl)
 
     def _attend(self, layer: _Layer, cache: LayerCache, pdl: bool) -> None:
-        """Norm, projections, attention, and the residual sum; `pdl` of the first kernel."""
+        """Run norm, projections, attention and residual sum; `pdl` is for the first kernel."""
         from sparselong.kernels.decode import launch_attend, launch_gemv, launch_head, launch_pack
 
         blocks = self.hidden.numel() // 32
@@ -206,8 +206,8 @@ class KernelStep:
                 self.attended, weight, bias, self.hidden, residual=self.hidden, pdl=self.pdl
             )
 
-    def _think(self, layer: _Layer) -> None:
-        """Norm, router, experts, and the residual sum."""
+    def _run_mlp(self, layer: _Layer) -> None:
+        """Run norm, router, experts and residual sum."""
         from sparselong.kernels.decode import launch_experts, launch_route
 
         launch_route(
@@ -223,10 +223,10 @@ class KernelStep:
 def _check_group(heads: int, kv_heads: int) -> None:
     from sparselong.kernels.decode import QUERIES
 
-    if heads > QUERIES * kv_heads:  # the kernel would leave the others' output as it was
+    if heads > QUERIES * kv_heads:  # the kernel would leave the output of further heads unset
         raise ValueError(
-            f"num_attention_heads: {heads} of {kv_heads} KV heads; allowed: at most {QUERIES} for "
-            "each. model.generate(...) takes the others"
+            f"num_attention_heads: {heads} of {kv_heads} KV heads; allowed: at most {QUERIES} per "
+            "KV head. Use model.generate(...) instead"
         )
 
 
@@ -243,21 +243,21 @@ def _attention_scratch(
 
 
 class _Layer:
-    """One layer's weights as the kernels take them: views, no copies."""
+    """One layer's weights in the form that the kernels take: views, no copies."""
 
     def __init__(self, layer: Any):
         attention, experts = layer.self_attn, layer.mlp.experts
         if type(experts) is not PackedExperts:
             raise ValueError(
                 f"experts: {type(experts).__name__}; allowed: PackedExperts. "
-                "model.generate(...) takes the others"
+                "Use model.generate(...) instead"
             )
         projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         kinds = {type(projection) for projection in projections}
         if kinds not in ({PackedLinear}, {nn.Linear}):
             raise ValueError(
                 f"projections: {', '.join(sorted(kind.__name__ for kind in kinds))}; allowed: all "
-                "PackedLinear or all Linear. model.generate(...) takes the others"
+                "PackedLinear or all Linear. Use model.generate(...) instead"
             )
         self.is_packed = kinds == {PackedLinear}
         matrices: Any = tuple(_read(projection) for projection in projections)

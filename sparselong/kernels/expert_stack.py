@@ -1,7 +1,7 @@
-"""The packed weights of one layer's experts, as every kernel that reads them takes them.
+"""Packed weights of one layer's experts, in the form that all expert kernels take.
 
-MXFP4 as the checkpoint stores it: 16 bytes hold the 4-bit codes of 32 weights in a row, and one
-byte is the exponent of their common scale. Nothing here copies or decodes.
+MXFP4 as the checkpoint stores it: 16 bytes hold the 4-bit codes of 32 consecutive weights, and one
+byte is the exponent of their shared scale. Nothing here copies or decodes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class PackedWeight(NamedTuple):
 
     Attributes:
         blocks: uint8 [experts, out, in / 32, 16], contiguous.
-        scales: uint8 [experts, out, in / 32], contiguous; byte 255, NaN, is not looked for.
+        scales: uint8 [experts, out, in / 32], contiguous; not checked for 255, which is NaN.
         bias: floating [experts, out], contiguous.
     """
 
@@ -42,22 +42,22 @@ class ExpertStack(NamedTuple):
         return self.gate_up.blocks.shape[0]
 
     def check(self, x: torch.Tensor) -> None:
-        """Raise if the tensors do not fit one another or the tokens.
+        """Raise if the tensors do not match each other or the tokens.
 
         Args:
-            x: [tokens, hidden], on the device that the stack must be on.
+            x: [tokens, hidden], on the device where the stack must be.
 
         Raises:
-            ValueError: names the tensor, what was found and what is allowed.
+            ValueError: A tensor does not fit; the message names it.
         """
-        hidden, (experts, wide) = x.shape[1], self.gate_up.blocks.shape[:2]
+        hidden, (experts, rows) = x.shape[1], self.gate_up.blocks.shape[:2]
         if hidden % 32:
             raise ValueError(f"x: hidden size {hidden}; allowed: a multiple of 32")
-        if wide % 64:
-            raise ValueError(f"stack.gate_up.blocks: {wide} rows; allowed: a multiple of 64")
+        if rows % 64:
+            raise ValueError(f"stack.gate_up.blocks: {rows} rows; allowed: a multiple of 64")
         for name, weight, out, groups in (
-            ("gate_up", self.gate_up, wide, hidden // 32),
-            ("down", self.down, hidden, wide // 64),
+            ("gate_up", self.gate_up, rows, hidden // 32),
+            ("down", self.down, hidden, rows // 64),
         ):
             shapes = ((experts, out, groups, 16), (experts, out, groups), (experts, out))
             for part, tensor, shape in zip(weight._fields, weight, shapes, strict=True):
@@ -69,7 +69,7 @@ class Gate(NamedTuple):
 
     Attributes:
         alpha: factor of the gate inside the sigmoid.
-        limit: gate is at most this, and up at most this in size.
+        limit: upper bound of gate, and bound of up's absolute value.
     """
 
     alpha: float

@@ -1,4 +1,4 @@
-"""The gpt-oss model over packed weights, and the small one made on the spot."""
+"""The gpt-oss model over packed weights, in transformers."""
 
 from typing import TYPE_CHECKING
 

@@ -1,31 +1,31 @@
-"""The attention kernels behind transformers' doors.
+"""transformers' entry points to the attention kernels.
 
-Three ways in, one function: `from_pretrained(..., attn_implementation="sparselong")` (plain
+One function has three entry points: `from_pretrained(..., attn_implementation="sparselong")` (plain
 transformers, TRL, Axolotl), `sparselong.patch_attention()` for code that does not choose an
 implementation, and the plain assignment
 `modeling_gpt_oss.eager_attention_forward = sparselong.attention_forward`.
 
-transformers says which tokens belong together in different ways, and all of them come down to
-boundaries between *documents*, neighbouring tokens that may see each other:
+transformers describes which tokens may attend to each other in several ways. All reduce to
+boundaries between *documents*, runs of consecutive tokens that may attend to each other:
 
-| what arrives                 | a token starts a document where …                           |
+| argument                     | a token starts a document where …                           |
 |------------------------------|-------------------------------------------------------------|
-| nothing                      | its position id is not its predecessor's plus one (packing) |
+| none                         | its position id is not its predecessor's plus one (packing) |
 | 2-d padding mask             | padding begins or ends, or as above                         |
 | 4-d mask (eager's, prepared) | it does not see its predecessor                             |
 
-With a cache, the keys before the first query have no position ids; the padding mask alone decides
-there. Boundaries are found once per forward pass and kept for its other layers
-(`runtime/last_results.py`). A padded stretch is a document of its own: its outputs mean nothing, as
-with every implementation.
+With a cache, keys before the first query have no position ids, so the padding mask alone decides
+there. Boundaries are found once per forward pass and cached for its other layers
+(`runtime/last_results.py`). A run of padding is a separate document; its outputs are meaningless,
+as in every implementation.
 
-What documents cannot express is refused: 4-d masks that are not causal within documents or add
-anything but minus infinity, tokens that go on behind padding, and caches whose keys go beyond the
-last query (transformers' static ones).
+Masks that documents cannot express are rejected: 4-d masks that are not causal within documents or
+that add anything but minus infinity, documents that continue after padding, and caches with keys
+after the last query (transformers' static caches).
 
-Which backend attends, and whether its gradients must be deterministic, `runtime/settings.py` says.
-Where it names a sequence, the tokens are a shard of that one, whose layout says where documents
-begin; then the same function attends to the other shards' keys too.
+`runtime/settings.py` selects the backend and whether gradients must be deterministic. If it names a
+sequence, the tokens are a shard of that sequence, whose layout gives the document boundaries; the
+same function then attends to the other shards' keys too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _ROWS_CHECKED = 1024
 
 
 def implementation(config: Config) -> str:
-    """The `attn_implementation` that the config asks for: ours, or transformers' eager."""
+    """Return the `attn_implementation` that the config selects: ours, or transformers' eager."""
     return NAME if config.flash_attention else "eager"
 
 
@@ -61,21 +61,24 @@ def attention_forward(
     position_ids: torch.Tensor | None = None,
     **_kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """gpt-oss attention in transformers' calling convention.
+    """Run gpt-oss attention in transformers' calling convention.
 
     Args:
-        module: the GptOssAttention, whose `sinks` take part.
-        query: [batch, heads, queries, head_dim]; key, value: [batch, kv_heads, keys, head_dim].
-        attention_mask: none, bool [batch, keys] (True where a token is), or [batch, 1, queries,
-            keys], bool or additive.
-        position_ids: [batch or 1, queries]; positions that start anew separate packed documents.
+        module: the GptOssAttention, which provides `sinks`.
+        query: [batch, heads, queries, head_dim].
+        key: [batch, kv_heads, keys, head_dim].
+        value: [batch, kv_heads, keys, head_dim].
+        attention_mask: None, bool [batch, keys] (True: token), or a 4-d mask (`find_boundaries`).
+        scaling: factor of the scores; None means head_dim ** -0.5.
+        dropout: must be 0.
+        sliding_window: tokens that a query sees, itself included; None for full attention.
+        position_ids: [batch or 1, queries]; positions that restart separate packed documents.
 
     Returns:
-        [batch, queries, heads, head_dim], and no attention weights.
+        [batch, queries, heads, head_dim], and None instead of attention weights.
 
     Raises:
-        ValueError: the module has no sinks, the mask is none of documents (`find_boundaries`), or
-            from `kernels.attention.attention`, for what it cannot take (dropout, …).
+        ValueError: The module has no sinks, or the mask or another argument is not supported.
     """
     sinks = getattr(module, "sinks", None)
     if sinks is None:
@@ -89,7 +92,7 @@ def attention_forward(
         if dropout != 0 or attention_mask is not None:
             raise ValueError(
                 f"dropout {dropout} and attention_mask {type(attention_mask).__name__} in a shard "
-                "of a sequence; allowed: 0 and None, the layout says where documents begin"
+                "of a sequence; allowed: 0 and None, the layout gives the document boundaries"
             )
         output = settings.sequence.attend(
             *(query, key, value, sinks),
@@ -102,25 +105,17 @@ def attention_forward(
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     boundaries = _boundaries(attention_mask, position_ids, batch, queries, keys, sliding_window)
     output, _ = attention(
-        query,
-        key,
-        value,
-        sinks,
-        cu_seqlens=boundaries,
-        window=sliding_window,
-        scale=scaling,
-        query_offset=keys - queries,
-        dropout=dropout,
-        backend=backend,
+        query, key, value, sinks, cu_seqlens=boundaries, window=sliding_window, scale=scaling,
+        query_offset=keys - queries, dropout=dropout, backend=backend,
         deterministic=settings.deterministic,
-    )
+    )  # fmt: skip
     return output.transpose(1, 2), None
 
 
 def _boundaries(
     mask: torch.Tensor | None, positions: torch.Tensor | None, *sizes: int | None
 ) -> torch.Tensor | None:
-    """`find_boundaries`, found once for all layers of a kind."""
+    """Return `find_boundaries`, computed once for all layers of a kind."""
     return call_once(find_boundaries, (mask, positions), *sizes)
 
 
@@ -132,17 +127,21 @@ def find_boundaries(
     keys: int,
     window: int | None = None,
 ) -> torch.Tensor | None:
-    """Where documents begin on the flattened [batch, keys] axis; see the module's table.
+    """Return document boundaries on the flattened [batch, keys] axis; see the module docstring.
 
     Args:
-        mask, positions: `attention_forward`'s attention_mask and position_ids.
-        window: the layer's; a 4-d mask has it in it.
+        mask: bool [batch, keys], True for tokens; or [batch, 1, queries, keys], bool or additive.
+        positions: `attention_forward`'s position_ids.
+        batch: number of rows.
+        queries: queries per row.
+        keys: keys per row.
+        window: the layer's sliding window, which a 4-d mask must include.
 
     Returns:
-        int32 [n + 1], ending in batch · keys; None where every row is one document.
+        int32 [n + 1], ending in batch · keys; None if every row is one document.
 
     Raises:
-        ValueError: the mask shows other keys than documents can; names it.
+        ValueError: Documents cannot express the mask.
     """
     tensor = mask if mask is not None else positions
     if tensor is None:
@@ -165,14 +164,14 @@ def find_boundaries(
 
 
 def _visible(mask: torch.Tensor, batch: int, queries: int, keys: int) -> torch.Tensor:
-    """bool [batch, queries, keys] from a 4-d mask."""
+    """Convert a 4-d mask to bool [batch, queries, keys]."""
     if mask.shape[1] != 1:
         raise ValueError(
             f"attention_mask: shape {list(mask.shape)}; allowed: [batch, 1, queries, keys]"
         )
     if mask.dtype != torch.bool and ((mask != 0) & (mask > -1e4)).any():
         raise ValueError(
-            "attention_mask: adds numbers between 0 and -10,000, or above 0; "
+            "attention_mask: adds values between 0 and -10,000, or above 0; "
             "allowed: 0 where a query sees a key, the dtype's lowest or -inf elsewhere"
         )
     visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
@@ -180,15 +179,16 @@ def _visible(mask: torch.Tensor, batch: int, queries: int, keys: int) -> torch.T
 
 
 def _require_documents(visible: torch.Tensor, starts: torch.Tensor, window: int | None) -> None:
-    """That the mask is what attention makes of `starts`; rows of padding may hold anything."""
+    """Raise unless the mask equals the one that `starts` implies; padding rows may differ."""
     batch, queries, keys = visible.shape
     key = torch.arange(keys, device=visible.device)
     floor = torch.where(starts, key, 0).cummax(1).values[:, keys - queries :]
     position = key[keys - queries :]
     if window is not None:
         floor = torch.maximum(floor, position - window + 1)
-    padding = ~visible[:, :, keys - queries :].any(1)  # tokens that nobody sees
-    # If these were all of a row's tokens and they see some, they stand elsewhere: a static cache.
+    padding = ~visible[:, :, keys - queries :].any(1)  # tokens that no query sees
+    # If that holds for all tokens of a row but they see keys, their keys are elsewhere: a static
+    # cache.
     padding &= ~padding.all(1, keepdim=True) | ~visible.any(2)
     differs = torch.zeros((), dtype=torch.bool, device=visible.device)
     for first in range(0, queries, _ROWS_CHECKED):
@@ -197,13 +197,13 @@ def _require_documents(visible: torch.Tensor, starts: torch.Tensor, window: int 
         differs |= ((visible[:, rows] != expected) & ~padding[:, rows, None]).any()
     if differs:
         raise ValueError(
-            "attention_mask: a 4-d mask of another pattern; allowed: causal within documents or "
+            "attention_mask: a 4-d mask with another pattern; allowed: causal within documents or "
             f"padding, window {window}, and keys that end with the last query (no static cache)"
         )
 
 
 def _real_tokens(mask: torch.Tensor, positions: torch.Tensor | None, keys: int) -> torch.Tensor:
-    """bool [batch, keys] from a padding mask."""
+    """Convert a padding mask to bool [batch, keys]."""
     if mask.ndim != 2 or mask.shape[1] < keys:
         raise ValueError(
             f"attention_mask: shape {list(mask.shape)} for {keys} keys; "
@@ -215,11 +215,11 @@ def _real_tokens(mask: torch.Tensor, positions: torch.Tensor | None, keys: int) 
 
 
 def _starts_of_mask(visible: torch.Tensor) -> torch.Tensor:
-    """bool [batch, keys]: tokens that do not see the one before them."""
+    """Mark tokens that do not see their predecessor, bool [batch, keys]."""
     batch, queries, keys = visible.shape
     starts = torch.zeros(batch, keys, dtype=torch.bool, device=visible.device)
     offset = keys - queries
-    if offset:  # keys from a cache: what the first query sees tells padding from tokens
+    if offset:  # cached keys: visibility from the first query separates padding from tokens
         seen = visible[:, 0, : offset + 1]
         starts[:, 1 : offset + 1] = seen[:, 1:] != seen[:, :-1]
     before = torch.diagonal(visible, offset - 1, 1, 2) if offset else None
@@ -233,10 +233,10 @@ def _starts_of_mask(visible: torch.Tensor) -> torch.Tensor:
 def padding_mask(
     q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0, **arguments: Any
 ) -> torch.Tensor | None:
-    """What our attention wants of a mask, by transformers' convention: FlashAttention's 2-d one.
+    """Build the mask for our attention: FlashAttention's 2-d one, in transformers' convention.
 
     Raises:
-        ValueError: the cache has keys after the last query.
+        ValueError: The cache has keys after the last query.
     """
     if kv_offset + kv_length > q_offset + q_length:
         raise ValueError(
@@ -249,9 +249,9 @@ def padding_mask(
 
 
 def patch_attention() -> None:
-    """Makes every gpt-oss model of this process attend through these kernels.
+    """Make every gpt-oss model of this process attend through these kernels.
 
-    Also one whose configuration says `eager`, which is what transformers chooses by default.
+    This includes models configured as `eager`, transformers' default.
     """
     from transformers.models.gpt_oss import modeling_gpt_oss
 

@@ -1,7 +1,7 @@
-"""A loaded model's weights in words: format, dtype and bytes of each group, as they are in memory.
+"""Description of a loaded model's weights: format, dtype and bytes of each group in memory.
 
-Read from the tensors themselves, so that an expansion to bf16, which transformers does without a
-word when it cannot use a packed format, shows.
+It is read from the tensors themselves, so that an expansion to bf16 is visible; transformers
+expands silently if it cannot use a packed format.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GROUPS = ("experts", "attention", "embedding and lm_head", "router, norms, biase
 
 
 def describe_weights(model: nn.Module) -> str:
-    """One line: each group with its formats and bytes, and the devices.
+    """Return one line with each group's formats and bytes, and the devices.
 
     Args:
         model: a gpt-oss model, packed or not.
@@ -35,12 +35,12 @@ def describe_weights(model: nn.Module) -> str:
             devices.add(str(tensor.device))
             group = _group(path, name)
             sizes[group][_format(module, name, tensor)] += tensor.nbytes
-    told = [
+    groups = [
         f"{group}: " + ", ".join(f"{name} {format_bytes(n)}" for name, n in sizes[group].items())
         for group in GROUPS
         if group in sizes
     ]
-    return f"weights as loaded on {', '.join(sorted(devices))}: {'; '.join(told)}"
+    return f"weights as loaded on {', '.join(sorted(devices))}: {'; '.join(groups)}"
 
 
 def _group(path: str, name: str) -> str:

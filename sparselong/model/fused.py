@@ -1,14 +1,14 @@
-"""The elementwise neighbours of attention and experts, and the loss, put into a gpt-oss model.
+"""Fused norms, residual sums and rotary embedding, and the chunked loss, for gpt-oss models.
 
-`fuse(model)` lets each layer's norms, its residual sum before the experts and its rotary embedding
-run as one kernel each; our quantizer calls it on models that attend through `sparselong`, so stages
-02, 03 and 04 need no flag, and `sparselong.fuse(model)` is the line for any other gpt-oss. Only the
-given model changes: its modules take subclasses of transformers' own (names, parameters, hooks,
-PEFT's layers and gradient checkpointing stay as they are). On a CPU transformers' own code runs.
+`fuse(model)` runs each layer's norms, its residual sum before the experts and its rotary embedding
+as one kernel each. Our quantizer calls it on models that attend through `sparselong`, so stages 02,
+03 and 04 need no flag; for any other gpt-oss, call `sparselong.fuse(model)`. Only the given model
+changes: its modules become subclasses of transformers' own, and names, parameters, hooks, PEFT's
+layers and gradient checkpointing are unaffected. On a CPU transformers' code runs.
 
-`chunk_loss(model)` lets the model's forward pass with labels return the loss without logits, on any
-device; stage 03 trains and evaluates that way. Without labels, or where the loss of the router is
-asked for, transformers' forward runs.
+`chunk_loss(model)` makes the model's forward pass with labels return the loss without logits, on
+any device; stage 03 trains and evaluates that way. Without labels, or if the router's loss is
+requested, transformers' forward runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sparselong.parallel import count_supervised, shift_labels
 
 
 class FusedRMSNorm(GptOssRMSNorm):
-    """The norm as one kernel."""
+    """RMSNorm as one kernel."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., hidden] → [..., hidden]."""
@@ -45,7 +45,7 @@ class FusedRMSNorm(GptOssRMSNorm):
 
 
 class FusedAttention(GptOssAttention):
-    """Attention with both rotary embeddings as one kernel."""
+    """Attention whose two rotary embeddings are one kernel."""
 
     def forward(
         self,
@@ -55,7 +55,7 @@ class FusedAttention(GptOssAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As transformers' GptOssAttention."""
+        """See transformers' GptOssAttention."""
         if not hidden_states.is_cuda:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
@@ -87,10 +87,10 @@ class FusedAttention(GptOssAttention):
 
 
 class FusedDecoderLayer(GptOssDecoderLayer):
-    """A layer whose residual sum after attention and the norm of it are one kernel."""
+    """Decoder layer whose residual sum after attention and the following norm are one kernel."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As transformers' GptOssDecoderLayer."""
+        """See transformers' GptOssDecoderLayer."""
         if not hidden_states.is_cuda:
             return super().forward(hidden_states, *args, **kwargs)
         return self._forward_fused(hidden_states, *args, **kwargs)
@@ -116,7 +116,7 @@ class FusedDecoderLayer(GptOssDecoderLayer):
         )
         norm = self.post_attention_layernorm
         normed, total = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
-        del attended  # not held beside the experts' pass
+        del attended  # freed before the expert pass
         return total + self.mlp(normed)[0]
 
 
@@ -128,36 +128,34 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def fuse(model: nn.Module) -> None:
-    """Makes a gpt-oss model's norms, residual sums and rotary embeddings one kernel each on a GPU.
+    """Run a gpt-oss model's norms, residual sums and rotary embeddings as one kernel each on a GPU.
 
-    Same outputs and gradients as transformers' own within rounding, which is one where transformers
-    has several. A second call changes nothing.
+    Outputs and gradients equal transformers' up to rounding; the kernels round once where
+    transformers rounds several times. A second call changes nothing.
 
     Args:
-        model: a gpt-oss model of transformers, bare or with a head, wrapped by PEFT or not.
+        model: a gpt-oss model of transformers, with or without a head, wrapped by PEFT or not.
 
     Raises:
-        ValueError: it has no gpt-oss layers.
+        ValueError: The model has no gpt-oss layers.
     """
     modules = list(model.modules())
     if not any(isinstance(module, GptOssDecoderLayer) for module in modules):
-        raise ValueError(
-            f"model: {type(model).__name__} without layers of gpt-oss; allowed: gpt-oss"
-        )
+        raise ValueError(f"model: {type(model).__name__} without gpt-oss layers; allowed: gpt-oss")
     for module in modules:
         if type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
 
 
 def chunk_loss(model: nn.Module) -> None:
-    """Makes the model's forward pass with labels give the loss in chunks, and no logits.
+    """Make the model's forward pass with labels compute the loss in chunks, without logits.
 
-    The loss is transformers' (labels shifted by one, -100 left out, the sum divided by
-    `num_items_in_batch` or by the number of labels); `logits` is None beside it. `lm_head` must be
-    frozen, else the forward pass raises ValueError.
+    The loss is transformers' (labels shifted by one, -100 ignored, the sum divided by
+    `num_items_in_batch` or by the number of labels); `logits` is None. The forward pass raises
+    ValueError unless `lm_head` is frozen.
 
     Raises:
-        ValueError: the model is not a GptOssForCausalLM (PEFT's wrappers hold one).
+        ValueError: The model is not a GptOssForCausalLM (PEFT's wrappers contain one).
     """
     if not isinstance(model, GptOssForCausalLM):
         raise ValueError(f"model: {type(model).__name__}; allowed: GptOssForCausalLM")
@@ -179,7 +177,7 @@ def _forward(
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs: Any,
 ) -> MoeCausalLMOutputWithPast:
-    """GptOssForCausalLM's, with the loss from the hidden states."""
+    """GptOssForCausalLM's forward pass, with the loss computed from the hidden states."""
     given: dict[str, Any] = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -221,13 +219,14 @@ def causal_loss(
     shifted: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """transformers' ForCausalLMLoss from the last hidden states.
+    """Compute transformers' ForCausalLMLoss from the last hidden states.
 
     Args:
-        hidden: [batch, tokens, width]; weight: [vocab, width].
-        labels: int64 [batch, tokens], label t for the token that is at t; -100 does not count.
-        shifted: the same with label t for the token after t, where the caller has it already.
-        num_items_in_batch: divisor of the sum; None: the number of labels here.
+        hidden: [batch, tokens, width].
+        weight: [vocab, width].
+        labels: int64 [batch, tokens], label t is the token at t; -100 is ignored.
+        shifted: the labels shifted so that label t is the token after t, if already available.
+        num_items_in_batch: divisor of the sum; None divides by the number of labels here.
     """
     if shifted is None:
         shifted = shift_labels(labels)

@@ -1,4 +1,4 @@
-"""Opening models: upstream's checkpoints and ours, always with the experts left packed."""
+"""Open upstream's checkpoints and ours, always with packed experts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sparselong.runtime import compute_dtype, default_device
 
 
 def packed_config(name: Path | str) -> Any:
-    """A checkpoint's configuration, by which any `from_pretrained` keeps its experts packed.
+    """Return a checkpoint's configuration that makes `from_pretrained` keep its experts packed.
 
-    transformers opens an upstream checkpoint's MXFP4 its own way, which on most machines is an
-    expansion to bf16, and takes no other quantizer than the one that config.json names:
+    transformers opens an upstream MXFP4 checkpoint with its own quantizer, which on most machines
+    expands it to bf16, and accepts no other quantizer than the one named in config.json:
 
         AutoModelForCausalLM.from_pretrained(name, config=packed_config(name))
 
@@ -27,7 +27,7 @@ def packed_config(name: Path | str) -> Any:
         name: a directory, or a hub name such as openai/gpt-oss-20b.
 
     Raises:
-        StageError: it holds another model, or a token is to have more experts than there are.
+        StageError: The model is not a supported gpt-oss, or tokens use more experts than it has.
     """
     config = AutoConfig.from_pretrained(name)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
@@ -41,10 +41,10 @@ def packed_config(name: Path | str) -> Any:
     top_k, experts = config.num_experts_per_tok, config.num_local_experts
     if not 1 <= top_k <= experts:
         raise StageError(
-            f"{name}: config.json asks for more experts than the model has",
+            f"{name}: config.json requests more experts than the model has",
             f"num_experts_per_tok from 1 to num_local_experts, {experts}",
             f"num_experts_per_tok {top_k}",
-            "take config.json from the published checkpoint",
+            "restore config.json from the published checkpoint",
         )
     if method == "mxfp4":
         config.quantization_config = SparseLongConfig(16, "none").to_dict()
@@ -57,7 +57,7 @@ def load_model(
     device: torch.device | None = None,
     attn_implementation: str = "eager",
 ) -> GptOssForCausalLM:
-    """Opens a gpt-oss checkpoint, upstream's (MXFP4) or one of stage 02 and 03, frozen.
+    """Open a gpt-oss checkpoint, upstream's (MXFP4) or one of stage 02 or 03, frozen.
 
     Experts stay in four bits in either case.
 
@@ -65,8 +65,8 @@ def load_model(
         The model in eval mode on `device`, in `compute_dtype(device)`.
 
     Raises:
-        StageError: see `packed_config`; or tensors are missing, left over, cut off or of another
-            shape.
+        StageError: See `packed_config`; or tensors are missing, unexpected, truncated or of the
+            wrong shape.
     """
     device = device or default_device()
     config = packed_config(directory)
@@ -79,12 +79,12 @@ def load_model(
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
-    except (SafetensorError, RuntimeError) as error:  # a file cut off; a tensor of another shape
+    except (SafetensorError, RuntimeError) as error:  # a truncated file; a wrong shape
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise StageError(
-            f"{directory} holds a damaged shard or a tensor of another shape",
-            "whole safetensors files with tensors as config.json says",
+            f"{directory} contains a damaged shard or a tensor of the wrong shape",
+            "complete safetensors files whose tensors match config.json",
             " ".join(str(error).split())[:600],
             "download the checkpoint again, or redo the stage that wrote it",
         ) from error
@@ -92,8 +92,8 @@ def load_model(
     wrong = {key: sorted(info[key]) for key in info if info[key]}
     if wrong:
         raise StageError(
-            f"{directory} does not hold the whole model",
-            "every tensor of the model, and no other",
+            f"{directory} does not match the model's tensors",
+            "every tensor of the model, and no others",
             "; ".join(f"{key}: {', '.join(map(str, names[:4]))}" for key, names in wrong.items()),
             "download the checkpoint again, or redo the stage that wrote it",
         )
@@ -101,10 +101,10 @@ def load_model(
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer with its chat template.
+    """Return the checkpoint's tokenizer, which has a chat template.
 
     Raises:
-        StageError: its files are missing or damaged, or it has no chat template.
+        StageError: Files are missing or damaged, or there is no chat template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)

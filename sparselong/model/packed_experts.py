@@ -1,13 +1,13 @@
-"""gpt-oss's experts with their weights left in MXFP4.
+"""gpt-oss's experts with their weights kept in MXFP4.
 
-Drop-in for transformers' GptOssExperts: same call, same result on the decoded weights, trainable
-through (input and routing weights get gradients, the frozen weights none). Tensors keep the
-checkpoint's names, shapes and layout, so loading copies bytes and nothing else. The arithmetic is
-`kernels/experts/op.py`'s: on a GPU weights are decoded as they are multiplied, on a CPU one expert
-at a time.
+A drop-in replacement for transformers' GptOssExperts: same call, same result on the decoded
+weights. Gradients flow to the input and the routing weights; the packed weights are frozen. Tensors
+keep the checkpoint's names, shapes and layout, so loading only copies bytes. The arithmetic is in
+`kernels/experts/op.py`: on a GPU weights are decoded as they are multiplied, on a CPU one expert at
+a time.
 
-transformers knows them as the experts implementation `sparselong`, which a packed model's
-configuration names. A model that names it and has other experts says what to do instead.
+transformers registers them as the experts implementation `sparselong`, which a packed model's
+configuration names. If the experts are not packed, its function raises and names the fix.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IMPLEMENTATION = "sparselong"
 
 
 class PackedExperts(nn.Module):
-    """The experts of one layer; see the module's text."""
+    """Packed experts of one layer; see the module docstring."""
 
     def __init__(self, config: GptOssConfig):
         super().__init__()
@@ -42,7 +42,7 @@ class PackedExperts(nn.Module):
                 self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
 
     def stack(self) -> ExpertStack:
-        """The layer's tensors as the kernels take them; no copies."""
+        """Return the layer's tensors in the form that the kernels take, without copies."""
         return ExpertStack(
             *(
                 PackedWeight(*(getattr(self, f"{name}_{part}") for part in PackedWeight._fields))
@@ -51,7 +51,7 @@ class PackedExperts(nn.Module):
         )
 
     def _check_scales(self) -> None:
-        """Looks for NaN scales once for every set of loaded scales; looking costs a host sync."""
+        """Raise if a scale is NaN, checked once per loaded set to avoid host synchronizations."""
         names = ("gate_up_proj_scales", "down_proj_scales")
         scales: list[torch.Tensor] = [getattr(self, name) for name in names]
         found = tuple((tensor.data_ptr(), tensor._version) for tensor in scales)
@@ -60,7 +60,7 @@ class PackedExperts(nn.Module):
         for name, tensor in zip(names, scales, strict=True):
             if bool((tensor == mxfp4.NAN_SCALE).any()):
                 raise ValueError(
-                    f"{name}: holds 255, which is NaN in E8M0; allowed: 0 to 254. "
+                    f"{name}: contains 255, which is NaN in E8M0; allowed: 0 to 254. "
                     "The checkpoint is damaged: download its shard again"
                 )
         self._sound_scales = found
@@ -72,19 +72,16 @@ class PackedExperts(nn.Module):
         routing_weights: torch.Tensor,
         adapters: Adapters = NO_ADAPTERS,
     ) -> torch.Tensor:
-        """Weighted sum of the chosen experts' outputs.
+        """Return the weighted sum of each token's expert outputs, [tokens, hidden].
 
         Args:
             hidden_states: [tokens, hidden].
-            router_indices: int64 [tokens, top_k], the experts of each token.
+            router_indices: int64 [tokens, top_k], the experts that each token is routed to.
             routing_weights: [tokens, top_k].
-            adapters: low-rank changes of gate_up and of down, multiplied beside the weights.
-
-        Returns:
-            [tokens, hidden].
+            adapters: low-rank adapters of gate_up and down, applied alongside the weights.
 
         Raises:
-            ValueError: a scale is NaN, or an argument's shape or dtype does not fit.
+            ValueError: A scale is NaN, or an argument's shape or dtype does not fit.
         """
         self._check_scales()
         return expert_mlp(
@@ -99,10 +96,10 @@ class PackedExperts(nn.Module):
 
 
 def refuse_unpacked(experts: nn.Module, *_: Any, **__: Any) -> NoReturn:
-    """What the implementation does for experts that are not packed.
+    """Reject a model that names the implementation but whose experts are not packed.
 
     Raises:
-        ValueError: always.
+        ValueError: Always.
     """
     raise ValueError(
         f"experts_implementation: {IMPLEMENTATION} with {type(experts).__name__}, which are not "

@@ -1,8 +1,8 @@
-"""A linear layer whose weight stays packed: 2:4 kept codes, mask patterns and scales.
+"""Linear layer whose weight stays packed: 2:4 kept codes, mask patterns and scales.
 
-The weight is decoded on every forward and backward, and never kept: the dense layers of gpt-oss are
-under 1 % of its weights, so decoding costs little and holding bf16 copies would undo the saving.
-Few rows on a GPU, as in generation, multiply the packed weight itself, where it has 4 bits.
+The weight is decoded in every forward and backward pass and never kept: the dense layers of gpt-oss
+are under 1 % of its weights, so decoding costs little, and bf16 copies would undo the saving. For
+few rows on a GPU, as in generation, a 4-bit weight is multiplied in packed form.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import nn
 from sparselong.packing import DenseFormat, dense
 
 MOST_TOKENS = 8
-"""Rows up to which the packed weight itself is multiplied."""
+"""Most rows for which the weight is multiplied in packed form."""
 
 
 class _DecodedLinear(torch.autograd.Function):
-    """y = x Wᵀ + b with W decoded anew in the backward pass; W is frozen."""
+    """y = x Wᵀ + b with a frozen W that is decoded again in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, decode, bias):  # type: ignore[override]
@@ -32,7 +32,7 @@ class _DecodedLinear(torch.autograd.Function):
 
 
 def decoded_linear(x: torch.Tensor, decode, bias: torch.Tensor | None) -> torch.Tensor:
-    """Linear layer over a frozen weight that is decoded when needed and then dropped.
+    """Apply a linear layer whose frozen weight is decoded when needed and then freed.
 
     Args:
         x: [..., in].
@@ -49,12 +49,13 @@ class PackedLinear(nn.Module):
     """Frozen linear layer stored in a `DenseFormat`.
 
     Args:
-        in_features, out_features: shape of the dense weight, [out, in].
+        in_features: columns of the dense weight.
+        out_features: rows of the dense weight.
         bias: whether there is a bias.
-        fmt: the storage format.
+        fmt: storage format.
 
     Raises:
-        ValueError: the format cannot store that many input features.
+        ValueError: The format cannot store `in_features` columns.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, fmt: DenseFormat):
@@ -67,11 +68,11 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def packed(self) -> dict[str, torch.Tensor]:
-        """The stored tensors by name, without the bias."""
+        """Return the stored tensors by name, without the bias."""
         return {name: buffer for name, buffer in self.named_buffers()}
 
     def dequantize(self) -> torch.Tensor:
-        """The bf16 weight [out, in] that the stored tensors mean."""
+        """Decode the stored tensors to the bf16 weight [out, in]."""
         if self.weight_packed.is_cuda and self.fmt.weight_bits == 4:
             from sparselong.kernels.dense import unpack_weight
 
@@ -88,7 +89,7 @@ class PackedLinear(nn.Module):
         return decoded_linear(x, lambda dtype: self.dequantize().to(dtype), self.bias)
 
     def _is_small(self, x: torch.Tensor) -> bool:
-        """Whether `packed_gemv` takes the call."""
+        """Return whether `packed_gemv` can take the call."""
         trains = torch.is_grad_enabled() and (
             x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         )
@@ -97,4 +98,5 @@ class PackedLinear(nn.Module):
         return on_gpu and few and not trains and self.fmt.weight_bits == 4
 
     def extra_repr(self) -> str:
+        """Return the shape and format for the module's repr."""
         return f"{self.in_features}, {self.out_features}, {self.fmt}"

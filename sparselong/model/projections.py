@@ -1,4 +1,4 @@
-"""The attention projections as a compressed checkpoint stores them, and whether they are 2:4."""
+"""Read a compressed checkpoint's attention projections, and measure their 2:4 sparsity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparselong.packing import dense, two_four
 
 
 def stored_projections(model: Checkpoint, layer: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Projection's full name → its packed tensors, of one layer."""
+    """Return one layer's packed tensors by the full name of their projection."""
     found = {}
     for projection in PROJECTIONS:
         full = f"model.layers.{layer}.self_attn.{projection}"
@@ -20,9 +20,9 @@ def stored_projections(model: Checkpoint, layer: int) -> dict[str, dict[str, tor
 
 
 def two_four_conforming(model: Checkpoint) -> float:
-    """Share of the attention weights' groups of four with at most two nonzero weights.
+    """Return the share of groups of four attention weights with at most two nonzero weights.
 
-    Counted on the weights as they are decoded, whatever the format claims.
+    It is counted on the decoded weights, whatever the format claims.
     """
     fmt = SparseLongConfig(**model.config["quantization_config"]).dense_format
     conforming = total = 0

@@ -1,13 +1,13 @@
-"""transformers' door to the packed checkpoint: `from_pretrained` opens it like any other.
+"""transformers quantizer for packed checkpoints, which `from_pretrained` opens like any other.
 
 Importing `sparselong` registers the quantization method `sparselong`. Before weights are loaded,
 the quantizer replaces the attention projections by PackedLinear and the experts by PackedExperts;
-the checkpoint's tensors then load by name. Nothing is decoded, and nothing falls back to bf16: what
-each group of weights takes, and as what, is told on stderr. A
-model that attends through `sparselong` has its norms and rotary embeddings fused too (fused.py).
+the checkpoint's tensors then load by name. Nothing is decoded or falls back to bf16; the format and
+size of each group of weights are printed to stderr. If the model attends through `sparselong`, its
+norms and rotary embeddings are fused too (fused.py).
 
-The same door opens an upstream checkpoint with its experts left packed (`weight_bits=16`,
-`sparsity="none"`): see loading.py.
+The same quantizer opens an upstream checkpoint with packed experts (`weight_bits=16`,
+`sparsity="none"`); see loading.py.
 """
 
 from __future__ import annotations
@@ -35,19 +35,21 @@ _FIELDS: dict[str, tuple[int | str, ...]] = {
     "group_size": (32, 64),
     "expert_sparsity": ("2:4", "none"),
 }
-"""What the quantization_config of a config.json may say."""
+"""Allowed values in the quantization_config of a config.json."""
 
 
 class SparseLongConfig(QuantizationConfigMixin):
-    """What config.json says about the packed weights.
+    """Storage of the packed weights, as config.json describes it.
 
     Args:
-        weight_bits, sparsity, group_size: storage of the attention projections (DenseFormat).
+        weight_bits: bits per weight of the attention projections (DenseFormat).
+        sparsity: sparsity of the attention projections.
+        group_size: weights per scale of the attention projections.
         expert_sparsity: `none`: MXFP4 as published; `2:4`: kept codes and patterns, expanded to
             MXFP4 when loaded.
 
     Raises:
-        ValueError: a value is none of these.
+        ValueError: A value is not allowed.
     """
 
     def __init__(
@@ -73,12 +75,12 @@ class SparseLongConfig(QuantizationConfigMixin):
 
     @property
     def dense_format(self) -> DenseFormat:
-        """The storage format of the attention projections."""
+        """Storage format of the attention projections."""
         return DenseFormat(self.weight_bits, self.sparsity, self.group_size)
 
 
 class _ExpandExperts(ConversionOps):
-    """Kept codes and patterns → MXFP4 blocks, while loading."""
+    """Expands kept codes and patterns to MXFP4 blocks while loading."""
 
     def convert(self, input_dict, source_patterns, target_patterns, **_kwargs):
         kept, patterns = (
@@ -89,11 +91,12 @@ class _ExpandExperts(ConversionOps):
 
 
 class SparseLongQuantizer(HfQuantizer):
-    """Puts packed modules in place before loading; trainable through, never decoded for good."""
+    """Quantizer that installs packed modules before loading; gradients flow through them."""
 
     quantization_config: SparseLongConfig
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the model's dtype; raise ValueError unless it is bfloat16 or float32."""
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(
                 f"a sparselong checkpoint computes in bfloat16 or float32, not {dtype}: its "
@@ -103,15 +106,15 @@ class SparseLongQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
         replace_with_packed(model, self.quantization_config.dense_format)
-        # A shard that is hard-linked from the base still carries the dense weights that the packed
-        # ones replace; the index does not name them.
+        # A shard that is hard-linked from the base still contains the dense weights that the packed
+        # ones replace; the index does not list them.
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             r"self_attn\.[qkvo]_proj\.weight$",
         }
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
-        # Imported here: either module may be what is importing this one.
+        # Imported here because either module may be importing this one.
         from sparselong.model.attention import NAME
         from sparselong.model.fused import fuse
 
@@ -121,6 +124,7 @@ class SparseLongQuantizer(HfQuantizer):
         print(describe_weights(model), file=sys.stderr, flush=True)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
+        """Return the conversions that expand 2:4 experts while loading."""
         if self.quantization_config.expert_sparsity == "none":
             return []
         return [
@@ -133,23 +137,25 @@ class SparseLongQuantizer(HfQuantizer):
         ]
 
     def is_serializable(self) -> bool:
+        """Return whether the loaded tensors can be saved as they are."""
         return self.quantization_config.expert_sparsity == "none"
 
     @property
     def is_trainable(self) -> bool:
+        """Return True: gradients flow through the frozen packed weights."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
+        """Return True, which transformers' trainer requires without PEFT."""
         return True
 
 
 def check_packed(model: PreTrainedModel) -> None:
-    """That packed tensors came in the shapes and types that the configuration asks for and hold no
-    code that there is not; transformers takes a buffer as the file has it.
+    """Raise if a packed tensor's shape, dtype or codes are invalid; transformers does not check.
 
     Raises:
-        StageError: one did not; names it.
+        StageError: A tensor does not match the configuration; the message names it.
     """
     for path, module in model.named_modules():
         if isinstance(module, PackedExperts):
@@ -166,7 +172,7 @@ def check_packed(model: PreTrainedModel) -> None:
             kind = kinds.get(name, tensor.dtype)
             if (tuple(tensor.shape), tensor.dtype) != (shape, kind):
                 _refuse(
-                    f"{path}.{name} has another shape or type than config.json says",
+                    f"{path}.{name} does not have the shape and dtype from config.json",
                     f"{kind} {list(shape)}",
                     f"{tensor.dtype} {list(tensor.shape)}",
                 )
@@ -174,7 +180,7 @@ def check_packed(model: PreTrainedModel) -> None:
 
 
 def _check_codes(path: str, module: PackedExperts | PackedLinear) -> None:
-    """Kernels take scales and patterns as they are: a pattern that there is not means zeros."""
+    """Raise on NaN scales and undefined patterns, which kernels would read without an error."""
     if isinstance(module, PackedExperts):
         for name in ("gate_up_proj_scales", "down_proj_scales"):
             scales: torch.Tensor = getattr(module, name)
@@ -195,14 +201,14 @@ def _refuse(what: str, expected: str, found: str) -> NoReturn:
 
 
 def replace_with_packed(model: nn.Module, fmt: DenseFormat) -> None:
-    """Swaps gpt-oss's experts, and its attention projections where they are packed, in place.
+    """Replace gpt-oss's experts, and its attention projections if packed, in place.
 
     Raises:
-        ValueError: the model has no gpt-oss experts.
+        ValueError: The model has no gpt-oss experts.
     """
     layers = [module for module in model.modules() if hasattr(module, "self_attn")]
     if not layers or not all(hasattr(layer.mlp, "experts") for layer in layers):
-        raise ValueError("the sparselong format holds gpt-oss models only")
+        raise ValueError("the sparselong format supports gpt-oss models only")
     for layer in layers:
         attention = cast(Any, layer.self_attn)
         cast(nn.Module, layer.mlp).experts = PackedExperts(attention.config)

@@ -230,8 +230,8 @@ def test_baked_experts_are_the_rounded_sum_and_what_is_lost_is_told(stage02, tmp
 @pytest.mark.parametrize(
     ("beside", "message"),
     [
-        (ExtraAdapters(BOTH, 2), "lora.expert_targets: the model's experts cannot get an adapter"),
-        (ExtraAdapters(router=True), "lora.router: the model's router cannot get an adapter"),
+        (ExtraAdapters(BOTH, 2), "lora.expert_targets: the model's experts cannot have an adapter"),
+        (ExtraAdapters(router=True), "lora.router: the model's router cannot have an adapter"),
     ],
 )
 def test_a_model_without_what_is_targeted_is_refused(stage02, beside, message):

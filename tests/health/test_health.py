@@ -84,7 +84,7 @@ def test_tiny_runs_without_a_gpu():
     ("overrides", "facts", "found"),
     [
         ([], H200, "Triton, decode (not timed above 512 rows"),
-        (["sequence_len=4096"], H200, "Triton, packed (H200, 128 rows an expert"),
+        (["sequence_len=4096"], H200, "Triton, packed (H200, 128 rows per expert"),
         (["sequence_len=4096"], FOUR_3090, "Triton, packed (not timed on this architecture)"),
         ([], NONE, "torch, decoded expert by expert"),
     ],

@@ -188,7 +188,7 @@ def refused_masks():
         "prefix": (prefix, "another pattern"),
         "hole": (hole, "another pattern"),
         "itself": (itself, "another pattern"),
-        "slopes": (slopes, "adds numbers"),
+        "slopes": (slopes, "adds values"),
         "static": (static, "another pattern"),
         "heads": (causal.expand(2, 6, 6), r"shape \[1, 2, 6, 6\]"),
     }

@@ -135,7 +135,7 @@ def test_misshaped_experts_are_refused_by_name(untrained_base, tmp_path):
 def test_experts_of_another_type_are_refused_by_name(untrained_base, tmp_path):
     broken = change(untrained_base, tmp_path, BLOCKS, lambda blocks: blocks.view(torch.int8))
     with pytest.raises(
-        StageError, match=r"(?s)gate_up_proj_blocks has another .*found: *torch.int8"
+        StageError, match=r"(?s)gate_up_proj_blocks does not have .*found: *torch.int8"
     ):
         load_model(broken)
 

@@ -119,7 +119,7 @@ def test_a_nan_scale_is_found_whenever_scales_are_loaded(experts):
     call = (torch.randn(3, 64).double(), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
     packed(*call)
     packed.down_proj_scales[4, 1, 0] = 255
-    with pytest.raises(ValueError, match="down_proj_scales: holds 255"):
+    with pytest.raises(ValueError, match="down_proj_scales: contains 255"):
         packed(*call)
 
 

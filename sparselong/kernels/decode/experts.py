@@ -1,19 +1,19 @@
-"""The experts' pass for a few tokens, forward only: two kernels, no sorting, no tensor cores.
+"""Forward-only expert pass for a few tokens: two kernels, no sorting, no tensor cores.
 
-Generation reads the packed weights of the active experts and does little else, so what counts is
-how many bytes are on their way at once, and next how few instructions decode a weight: a GPU that
-reads 4 TB/s sees two weights pass for each instruction a lane can spend on them. A warp takes a few
-rows of an expert's weight; a lane takes words of eight codes. E2M1 is the upper byte of an fp16
-number times 2^14 (sign, two of the exponent's bits, one of the mantissa's), so eleven instructions
-make eight fp16 weights, exactly, and four multiply them by eight inputs in fp16: products of two
-and eleven significant bits, a half's four of a word summed in fp16, everything after in fp32. The
-inputs' powers of two (`glue.py`) and the weights' scales are applied to fp32 sums.
+Generation does little besides reading the packed weights of the active experts. Speed depends first
+on how many bytes are in flight, then on how few instructions decode a weight: at 4 TB/s, two
+weights arrive for each instruction that a lane can spend on them. A warp takes a few rows of an
+expert's weight; a lane takes words of eight codes. E2M1 is the upper byte of an fp16 value times
+2^14 (sign, two exponent bits, one mantissa bit), so eleven instructions decode eight weights to
+fp16 exactly, and four multiply them by eight inputs in fp16: products of two and eleven significant
+bits, summed in fp16 over four codes of a word, then in fp32. The inputs' powers of two (`glue.py`)
+and the weights' scales are applied to fp32 sums.
 
-Rounding within eight is 2^-11 of their sum, against 2^-8 in the bf16 output; together the
-error against fp64 is at most twice that of plain torch in bf16 (tests/gpu/test_expert_gemm.py).
+Rounding within a word is 2^-11 of its sum, against 2^-8 in the bf16 output; the total error against
+fp64 is at most twice that of plain torch in bf16 (tests/gpu/test_expert_gemm.py).
 
-The first kernel ends in the gate, the second in the weighted sum over a token's choices. Two tokens
-that choose the same expert both go through its weight, the second time mostly from the cache.
+The first kernel ends with the gate, the second with the weighted sum over a token's experts. Two
+tokens routed to the same expert both read its weight, the second time mostly from the cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sparselong.kernels.expert_stack import ExpertStack, Gate
 
 
 class GenerationTile(NamedTuple):
-    """Weight rows of a warp of either kernel, and a program's warps."""
+    """Weight rows per warp in each kernel, and warps per program."""
 
     gate_up_rows: int
     down_rows: int
@@ -40,8 +40,9 @@ class GenerationTile(NamedTuple):
 
 TILE = GenerationTile(2, 1, 4)
 
-# $0 = $6 plus two fp16 sums over a word of eight codes, $1; $2 ... $5: inputs (i, i + 4), i = 0 ...
-# 3. `odd` and `even` get the upper bytes of the fp16 weights of codes 1, 3, 5, 7 and 0, 2, 4, 6.
+# $0 = $6 plus two fp16 sums over the eight codes of word $1; $2 ... $5 hold the inputs (i, i + 4)
+# for i = 0 ... 3. `odd` and `even` hold the upper bytes of the fp16 weights of the codes 1, 3, 5, 7
+# and 0, 2, 4, 6.
 MULTIPLY_PTX = tl.constexpr("""{
 .reg .b32 odd, even, t, w;
 shr.u32 t, $1, 3;
@@ -65,7 +66,7 @@ UNSPECIALIZED = ["experts"]
 
 @triton.jit
 def _split_words(words, WARPS: tl.constexpr):
-    """[WARPS, 128] words to four of [WARPS, 32]: a lane's first, second, third and fourth."""
+    """Split words [WARPS, 128] into each lane's first, second, third and fourth, [WARPS, 32]."""
     even, odd = tl.split(tl.reshape(words, [WARPS, 32, 2, 2]))  # pyright: ignore[reportGeneralTypeIssues]
     first, third = tl.split(even)  # pyright: ignore[reportGeneralTypeIssues]
     second, fourth = tl.split(odd)  # pyright: ignore[reportGeneralTypeIssues]
@@ -74,7 +75,7 @@ def _split_words(words, WARPS: tl.constexpr):
 
 @triton.jit
 def _multiply_group(words, x, WARPS: tl.constexpr):
-    """fp32 [WARPS, 32]: every lane's group of four words times its 32 inputs."""
+    """Multiply each lane's group of four words by its 32 inputs; fp32 [WARPS, 32]."""
     w = _split_words(words, WARPS)
     total = tl.zeros([WARPS, 32], tl.float32)
     for half in tl.static_range(2):  # pyright: ignore[reportGeneralTypeIssues]
@@ -96,11 +97,11 @@ def _multiply_rows(
     ROWS: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, BLOCK_FACTORS: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tensors fp32 [WARPS]: warp w's x times its rows `row[w]`..., none beyond `last[w]`.
+    """Multiply warp w's x by its rows `row[w]`..., none past `last[w]`; ROWS tensors fp32 [WARPS].
 
-    x_at: [WARPS], where a warp's x [GROUPS * 32] begins. row, last: [WARPS], rows of the stack of
-    all experts. Every load of a weight is asked for before the first is used, and with WAIT before
-    the kernel that makes x has ended.
+    x_at: [WARPS], offset of a warp's x [GROUPS * 32]. row, last: [WARPS], rows of the stack of all
+    experts. Every weight load is issued before the first is used, and with WAIT before the kernel
+    that produces x has ended.
     """
     WORDS: tl.constexpr = GROUPS * 4
     STEPS: tl.constexpr = (GROUPS + 31) // 32
@@ -143,7 +144,7 @@ def _multiply_rows(
 
 @triton.jit
 def _gate(gate, up, alpha, limit):
-    """gpt-oss's gate of one pair of columns; NaN stays NaN."""
+    """gpt-oss's gate of one pair of columns; propagates NaN."""
     gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
@@ -157,14 +158,14 @@ def gate_up_kernel(
     TOP_K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr,
     WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """h [entries, WIDE / 2] as words times `h_scale`, the gate's output. h_ptr counts int16.
+    """Write the gate's output times `h_scale`, h [entries, WIDE / 2], as words; h_ptr is int16.
 
-    Grid: (entries, WIDE / ROWS / WARPS); a warp has ROWS rows, an even number. An index that is no
-    expert's makes its row NaN.
+    Grid: (entries, WIDE / ROWS / WARPS); ROWS, the rows per warp, is even. An index outside
+    [0, experts) makes its row NaN.
     """
     entry = tl.program_id(0)
     row = (tl.program_id(1) * WARPS + tl.arange(0, WARPS)) * ROWS
-    if PDL:  # the next kernel reads the indices before it waits: not before they are there
+    if PDL:  # the next kernel reads the indices before its own wait: launch it after ours
         gdc_wait()
         gdc_launch_dependents()
     expert = tl.load(indices_ptr + entry).to(tl.int64)
@@ -195,10 +196,10 @@ def down_kernel(
     TOP_K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
     WARPS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, WIDTH], the weighted sum of the choices, plus the residual.
+    """Write the weighted sum over each token's experts plus the residual, out [tokens, WIDTH].
 
-    Grid: (tokens, WIDTH / ROWS). A warp has a choice, several in turn where there are more choices
-    than WARPS. `h_factor` undoes the scale of h and of the codes.
+    Grid: (tokens, WIDTH / ROWS). Each warp handles one expert of the token at a time, several in
+    turn if TOP_K exceeds WARPS. `h_factor` undoes the scales of h and of the codes.
     """
     token = tl.program_id(0)
     row = tl.program_id(1) * ROWS
@@ -208,16 +209,16 @@ def down_kernel(
     for first in tl.static_range(0, TOP_K, WARPS):  # pyright: ignore[reportGeneralTypeIssues]
         choice = first + tl.arange(0, WARPS)
         entry = token * TOP_K + choice
-        # Read before the wait: gate_up let this kernel begin after its own, when the choices were
-        # there. Past L1, which may hold another layer's.
+        # Read before our wait: gate_up launches this kernel only after its own wait, when the
+        # routing is complete. Bypass L1, which may hold another layer's routing.
         expert = tl.load(
             indices_ptr + entry, mask=choice < TOP_K, other=0, cache_modifier=".cg"
         ).to(tl.int64)
-        expert = tl.where((expert >= 0) & (expert < experts), expert, 0)  # h is NaN then
+        expert = tl.where((expert >= 0) & (expert < experts), expert, 0)  # h is NaN if out of range
         weight = tl.load(
             weights_ptr + entry, mask=choice < TOP_K, other=0.0, cache_modifier=".cg"
         ).to(tl.float32)
-        entry = tl.minimum(entry, token * TOP_K + (TOP_K - 1))  # read, and times nothing
+        entry = tl.minimum(entry, token * TOP_K + (TOP_K - 1))  # loaded, then masked
         y = _multiply_rows(
             h_ptr, entry * (GROUPS * 16), h_ptr, words_ptr, scales_ptr,
             expert * WIDTH + row, expert * WIDTH + (WIDTH - 1), ROWS, GROUPS, WARPS, False,
@@ -246,11 +247,12 @@ def run_generation(
     stack: ExpertStack,
     gate: Gate,
 ) -> torch.Tensor:
-    """Weighted sum of the chosen experts' outputs, [tokens, hidden].
+    """Return the weighted sum of the outputs of each token's experts, [tokens, hidden].
 
     Args:
         x: bf16 [tokens, hidden], contiguous.
-        indices, weights: [tokens, top_k], contiguous.
+        indices: int32 or int64 [tokens, top_k], contiguous.
+        weights: floating [tokens, top_k], contiguous.
         stack: the layer's packed weights and biases.
         gate: the gate's constants.
     """
@@ -270,28 +272,29 @@ def launch_experts(
     h: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """Launch both kernels; the weighted sum, plus the residual, goes to `out`.
+    """Launch both kernels; write the weighted sum plus the residual to `out`.
 
     Args:
-        words: the tokens' planes and factors, as `pack_words` makes them (`glue.py`).
-        indices, weights: [tokens, top_k], contiguous.
+        words: the tokens' planes and factors from `pack_words` (`glue.py`).
+        indices: int32 or int64 [tokens, top_k], contiguous.
+        weights: floating [tokens, top_k], contiguous.
         stack: the layer's packed weights and biases.
         gate: the gate's constants.
-        out: [tokens, hidden]; may be `residual` itself.
+        out: [tokens, hidden]; may alias `residual`.
         residual: [tokens, hidden], added to the sum.
-        h: int32 [tokens * top_k, inner / 2] for the gate's output; None: made here.
-        pdl: whether each launch overlaps the end of the one before it.
+        h: int32 [tokens * top_k, inner / 2], buffer for the gate's output; None allocates it.
+        pdl: whether each launch may overlap the end of the previous one.
     """
     tokens, top_k = indices.shape
     gate_up, down = stack
     _, wide, groups, _ = gate_up.blocks.shape
     if h is None:
         h = torch.empty((indices.numel(), wide // 4), dtype=torch.int32, device=out.device)
-    # |h| <= (limit + 1) * limit: the largest power of two that keeps it under fp16's end.
+    # |h| <= (limit + 1) * limit; scale it by the largest power of two that stays in fp16's range.
     exponent = math.floor(math.log2(32_768 / ((gate.limit + 1) * gate.limit)))
     launch: Any = {"TOP_K": top_k, "WARPS": TILE.warps, "PDL": pdl, "num_warps": TILE.warps}
     launch |= {"launch_pdl": True} if pdl else {}
-    kernels: Any = (gate_up_kernel, down_kernel)  # triton's own types know no launch
+    kernels: Any = (gate_up_kernel, down_kernel)  # triton's types do not cover launches
     kernels[0][(indices.numel(), -(-wide // (TILE.gate_up_rows * TILE.warps)))](
         *(*words, indices, gate_up.blocks.view(torch.int32), gate_up.scales, gate_up.bias),
         *(h.view(torch.int16), stack.experts, *gate, 2.0**exponent),

@@ -1,4 +1,4 @@
-"""What one pass through the experts takes: its tokens, and what they are multiplied with."""
+"""Arguments of one expert pass: the routed tokens, and the weights and settings applied to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ExpertCall(NamedTuple):
 
     Attributes:
         x: [tokens, hidden], floating.
-        indices: int32 or int64 [tokens, top_k], each token's experts.
+        indices: int32 or int64 [tokens, top_k], the experts that each token is routed to.
         weights: [tokens, top_k], floating, each expert's weight in the token's sum.
     """
 
@@ -24,10 +24,10 @@ class ExpertCall(NamedTuple):
     weights: torch.Tensor
 
     def check(self, experts: int) -> None:
-        """Raise if the tensors do not fit one another or a layer of so many experts.
+        """Raise if the tensors do not match each other or a layer with `experts` experts.
 
         Raises:
-            ValueError: names the argument of `expert_mlp`, what was found and what is allowed.
+            ValueError: A tensor does not fit; the message names the argument of `expert_mlp`.
         """
         x, indices, weights = self
         if x.dim() != 2 or not x.is_floating_point():
@@ -42,7 +42,7 @@ class ExpertCall(NamedTuple):
             raise ValueError(f"expert_indices: {tokens} tokens; allowed: x's {x.shape[0]}")
         if not 0 < top_k <= experts:
             raise ValueError(
-                f"expert_indices: {top_k} experts a token; allowed: 1 to the layer's {experts}"
+                f"expert_indices: {top_k} experts per token; allowed: 1 to the layer's {experts}"
             )
         if weights.shape != indices.shape or not weights.is_floating_point():
             raise ValueError(
@@ -54,22 +54,22 @@ class ExpertCall(NamedTuple):
                 raise ValueError(f"{name}: on {tensor.device}; allowed: x's device, {x.device}")
 
     def contiguous(self) -> ExpertCall:
-        """The same with every tensor contiguous, as the kernels read them."""
+        """Return the call with contiguous tensors, as the kernels require."""
         return ExpertCall(*(tensor.contiguous() for tensor in self))
 
     def part(self, tokens: slice) -> ExpertCall:
-        """Some of the tokens; views."""
+        """Return the call for a slice of the tokens; the tensors are views."""
         return ExpertCall(*(tensor[tokens] for tensor in self))
 
 
 class ExpertOperands(NamedTuple):
-    """Everything that a pass takes beside its tokens.
+    """Arguments of an expert pass other than its tokens.
 
     Attributes:
         stack: the packed weights.
-        adapters: low-rank changes of them.
+        adapters: low-rank adapters of the weights.
         gate: the gate's constants.
-        backend: the name of the one that multiplies.
+        backend: name of the backend that runs the products.
     """
 
     stack: ExpertStack
@@ -79,10 +79,9 @@ class ExpertOperands(NamedTuple):
 
     @property
     def trainable(self) -> tuple[torch.Tensor | None, ...]:
-        """The biases of gate_up and down, A and B of gate_up, A and B of down: all that may have a
-        gradient."""
+        """Tensors that may require gradients: both biases, A and B of gate_up, A and B of down."""
         return (self.stack.gate_up.bias, self.stack.down.bias, *self.adapters.factors)
 
     def in_dtype(self, dtype: torch.dtype) -> ExpertOperands:
-        """The same with the adapters as the kernels read them beside rows of `dtype`."""
+        """Return the operands with the adapters as the kernels read them for rows of `dtype`."""
         return self._replace(adapters=self.adapters.in_dtype(dtype))

@@ -1,19 +1,18 @@
-"""Low-rank adapters of the experts, multiplied beside their frozen packed weights.
+"""Low-rank adapters of the experts, applied alongside their frozen packed weights.
 
     y = x W[e]^T + bias[e] + s (x A[e]^T) B[e]^T        W: MXFP4, frozen; A, B: trained; s: a scale
 
-for gate_up, for down, or for both; an absent adapter costs nothing. The two narrow products are
-grouped by expert (`lora_triton.py`) and added to the packed product's output; a delta B A of a
-weight's size is never made. With dy the gradient of y, and u = s x A^T, g = s dy B of the rank's
-few columns:
+for gate_up, down, or both; an absent adapter costs nothing. The two low-rank products are grouped
+by expert (`lora_triton.py`) and added to the packed product's output; the weight-sized delta B A is
+never materialized. With dy the gradient of y, u = s x A^T and g = s dy B, both with r columns:
 
     dx = dy W + g A          dA = g^T x          dB = dy^T u          (sums over the expert's rows)
 
-The routing weight w comes in as late as without adapters: down's dy is the gradient before w, so
-that dw = <dh, h> + <dout, bias> already holds the adapter's share, and w goes into g and u.
+The routing weight w is applied as late as without adapters: down's dy is the gradient before w, so
+dw = <dh, h> + <dout, bias> already includes the adapter's share, and w multiplies g and u.
 
-Left out: dropout, adapters of several users at once, the pass for a few tokens (`generation`;
-`small` serves them).
+Not supported: dropout, adapters of several users at once, and the `generation` backend (`small`
+handles those calls).
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from sparselong.kernels.expert_stack import ExpertStack, PackedWeight
 
 
 class Adapter(NamedTuple):
-    """A low-rank change of a projection of every expert: W[e] + scaling * b[e] @ a[e].
+    """Low-rank adapter of one projection of every expert: W[e] + scaling * b[e] @ a[e].
 
     Attributes:
         a: [experts, r, in], floating, any strides.
-        b: [experts, out, r], likewise.
+        b: [experts, out, r], floating, any strides.
         scaling: s.
     """
 
@@ -43,11 +42,11 @@ class Adapter(NamedTuple):
         """Raise if the adapter does not fit the weight.
 
         Args:
-            name: the argument's name, for the message.
-            weight: the projection that it changes.
+            name: name of the argument, for the message.
+            weight: the projection that the adapter changes.
 
         Raises:
-            ValueError: names the part, what was found and what is allowed.
+            ValueError: A factor does not fit or the scale is not finite; the message names it.
         """
         if not math.isfinite(self.scaling):
             raise ValueError(f"{name}.scaling: {self.scaling}; allowed: finite")
@@ -66,30 +65,30 @@ class Adapter(NamedTuple):
                 )
 
     def in_dtype(self, dtype: torch.dtype) -> Adapter:
-        """Contiguous factors in `dtype`, without gradients, as the kernels read them."""
+        """Return the adapter with contiguous, detached factors in `dtype` for the kernels."""
         a, b = (tensor.detach().to(dtype).contiguous() for tensor in (self.a, self.b))
         return Adapter(a, b, self.scaling)
 
     def make_sums(self) -> Adapter:
-        """Zeros in fp32 of the factors' shapes, for their gradients."""
+        """Return fp32 zeros of the factors' shapes, to accumulate their gradients."""
         a, b = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (self.a, self.b))
         return Adapter(a, b, self.scaling)
 
 
 class Adapters(NamedTuple):
-    """The adapters of one layer's experts; None leaves a projection as it is."""
+    """Adapters of one layer's experts; None leaves a projection unchanged."""
 
     gate_up: Adapter | None = None
     down: Adapter | None = None
 
     @property
     def are_absent(self) -> bool:
-        """Whether no projection has an adapter."""
+        """Return whether no projection has an adapter."""
         return self.gate_up is None and self.down is None
 
     @property
     def factors(self) -> tuple[torch.Tensor | None, ...]:
-        """A and B of gate_up, A and B of down; None where there is no adapter."""
+        """A and B of gate_up, then of down; None where there is no adapter."""
         pairs = ((None, None) if one is None else (one.a, one.b) for one in self)
         return tuple(factor for pair in pairs for factor in pair)
 
@@ -100,11 +99,11 @@ class Adapters(NamedTuple):
                 adapter.check(f"adapters.{name}", weight)
 
     def in_dtype(self, dtype: torch.dtype) -> Adapters:
-        """Each adapter as `Adapter.in_dtype` makes it."""
+        """Return the adapters, each converted by `Adapter.in_dtype`."""
         return Adapters(*(one and one.in_dtype(dtype) for one in self))
 
     def make_sums(self) -> Adapters:
-        """Zeros for each adapter's gradients."""
+        """Return fp32 zeros to accumulate each adapter's gradients."""
         return Adapters(*(one and one.make_sums() for one in self))
 
 

@@ -1,17 +1,18 @@
 """Grouped low-rank products in Triton: each row times its own expert's A or B, and their gradients.
 
-Rows are sorted by expert, as `routing.py` leaves them. An adapter's two factors are read
-through strides, so that one kernel serves A and B, forward and backward:
+Rows are sorted by expert (`routing.py`). The kernels read an adapter's factors through strides, so
+the same kernel serves A and B, forward and backward:
 
     shrink     narrow[row, j] = s · sum_k wide[row, k] F[e, j, k]
     expand     wide[row, k] += sum_j narrow[row, j] F[e, j, k]
     gradient   dF[e, j, k] += sum over the expert's rows of narrow[row, j] wide[row, k]
 
-with s the adapter's scale and e the row's expert. A is F as it lies, B is F with its two axes
-exchanged. `narrow` is fp32 and has only the rank's columns; products are taken in the wide rows'
-dtype and summed in fp32, in one order: the same bits every time. Nothing asks the host, and no
-delta of a weight's size exists. Ours, under this repository's licence; the grouped low-rank product
-is what Punica (Chen et al., 2023, arXiv:2310.18547) does for many users' adapters.
+with s the adapter's scale and e the row's expert. F is A as stored, or B with its last two axes
+swapped. `narrow` holds LoRA activations: fp32, r columns. `wide` holds full-width rows. Products
+are taken in the dtype of `wide` and summed in fp32 in a fixed order, so results are bitwise
+reproducible. There is no host synchronization and no weight-sized delta. Ours, under this
+repository's licence; Punica (Chen et al., 2023, arXiv:2310.18547) uses the same grouped low-rank
+product for many users' adapters.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ DEPTH, COLUMNS, BLOCK = 64, 64, 64
 
 @triton.jit
 def _locate(starts_ptr, tile_expert_ptr, tile_starts_ptr, ROWS: tl.constexpr):
-    """The expert of this program's row tile, its rows, and which of them are the expert's."""
+    """Return this program's expert, the rows of its tile, and a mask of the expert's own rows."""
     tile = tl.program_id(0)
     expert = tl.load(tile_expert_ptr + tile)
     first = tl.load(starts_ptr + expert) + (tile - tl.load(tile_starts_ptr + expert)) * ROWS
@@ -44,7 +45,7 @@ def shrink_kernel(
     experts, width, rank, scaling, by_expert, by_rank, by_column,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See the module's text. Grid: row tiles, of which some may not exist."""
+    """See the module docstring. Grid: an upper bound on the number of row tiles."""
     if tl.program_id(0) < tl.load(tile_starts_ptr + experts):
         expert, row, real = _locate(starts_ptr, tile_expert_ptr, tile_starts_ptr, ROWS)  # pyright: ignore[reportGeneralTypeIssues]
         inner = tl.arange(0, RANK)
@@ -72,7 +73,7 @@ def expand_kernel(
     experts, width, rank, by_expert, by_rank, by_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See the module's text. Grid: row tiles, column tiles."""
+    """See the module docstring. Grid: (row tiles, column tiles)."""
     if tl.program_id(0) < tl.load(tile_starts_ptr + experts):
         expert, row, real = _locate(starts_ptr, tile_expert_ptr, tile_starts_ptr, ROWS)  # pyright: ignore[reportGeneralTypeIssues]
         inner = tl.arange(0, RANK)
@@ -98,7 +99,7 @@ def gradient_kernel(
     narrow_ptr, wide_ptr, grad_ptr, starts_ptr, width, rank, by_expert, by_rank, by_column,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See the module's text. Grid: experts, column tiles."""
+    """See the module docstring. Grid: (experts, column tiles)."""
     expert = tl.program_id(0)
     inner = tl.arange(0, RANK)
     at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -131,8 +132,9 @@ def add_adapter_(
     Args:
         out: [entries, out], rows sorted by expert.
         rows: x, [entries, in].
-        adapter: its factors in x's dtype.
-        routing: made for tiles of `tile_rows` rows.
+        adapter: factors in x's dtype.
+        routing: routing of the rows.
+        tile_rows: rows per tile that `routing` was made for.
     """
     narrow = shrink(rows, adapter.a, adapter.scaling, routing, tile_rows)
     expand_(out, narrow, adapter.b.mT, routing, tile_rows)
@@ -149,15 +151,16 @@ def add_gradients_(
 ) -> torch.Tensor:
     """Add the gradients of A and B to `sums`, and return g = s dy B, fp32 [entries, r].
 
-    What is left of dx, g A, is the caller's to `expand_`.
+    The caller adds the adapter's share of dx, g A, with `expand_`.
 
     Args:
         sums: fp32, of the factors' shapes.
-        adapter: its factors in the rows' dtype.
+        adapter: factors in the rows' dtype.
         rows: x, [entries, in], rows sorted by expert.
         drows: dy, [entries, out].
-        routing: made for tiles of `tile_rows` rows.
-        row_weights: fp32 [entries, 1], factors of dy that are not in it yet.
+        routing: routing of the rows.
+        tile_rows: rows per tile that `routing` was made for.
+        row_weights: fp32 [entries, 1], factors of dy that are not yet applied to it.
     """
 
     def weigh(narrow: torch.Tensor) -> torch.Tensor:
@@ -173,13 +176,14 @@ def add_gradients_(
 def shrink(
     wide: torch.Tensor, factor: torch.Tensor, scaling: float, routing: Routing, tile_rows: int
 ) -> torch.Tensor:
-    """s · wide Fᵀ by expert, fp32 [entries, r].
+    """Return s · wide Fᵀ by expert, fp32 [entries, r].
 
     Args:
         wide: rows sorted by expert, [entries, width], contiguous.
-        factor: [experts, r, width], of wide's dtype and any strides.
+        factor: F, [experts, r, width], in wide's dtype, any strides.
         scaling: s.
-        routing: made for tiles of `tile_rows` rows.
+        routing: routing of the rows.
+        tile_rows: rows per tile that `routing` was made for.
     """
     rank = factor.shape[1]
     narrow = torch.empty((wide.shape[0], rank), dtype=torch.float32, device=wide.device)
@@ -194,7 +198,7 @@ def shrink(
 def expand_(
     wide: torch.Tensor, narrow: torch.Tensor, factor: torch.Tensor, routing: Routing, tile_rows: int
 ) -> None:
-    """Adds narrow F by expert to wide, in place; arguments as `shrink` has and returns them."""
+    """Add narrow F by expert to wide, in place; arguments as in `shrink`."""
     width, rank = wide.shape[1], narrow.shape[1]
     cast(Any, expand_kernel)[(routing.tile_expert.numel(), -(-width // COLUMNS))](
         *(narrow, factor, wide, *_lists(routing), factor.shape[0], width, rank),
@@ -206,7 +210,7 @@ def expand_(
 def add_gradient_(
     grad: torch.Tensor, narrow: torch.Tensor, wide: torch.Tensor, routing: Routing
 ) -> None:
-    """Adds each expert's narrowᵀ wide to grad, fp32 [experts, r, width] of any strides."""
+    """Add each expert's narrowᵀ wide to grad, fp32 [experts, r, width], any strides."""
     experts, rank, width = grad.shape
     cast(Any, gradient_kernel)[(experts, -(-width // COLUMNS))](
         *(narrow, wide, grad, routing.starts, width, rank),
@@ -220,7 +224,7 @@ def _lists(routing: Routing) -> tuple[torch.Tensor, ...]:
 
 
 def _padded(rank: int) -> int:
-    """The least rank from `rank` on that a tensor core takes."""
+    """Return `rank` padded to the next size that tensor cores support."""
     return max(16, 1 << (rank - 1).bit_length())
 
 

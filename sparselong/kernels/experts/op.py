@@ -1,33 +1,35 @@
 """gpt-oss's experts over packed MXFP4 weights, forward and backward; no bf16 copy of a layer.
 
-One pass, whether or not the experts have adapters (`lora.py`).
+The same pass serves experts with and without adapters (`lora.py`).
 
-The maths, for a token x with experts e_1 ... e_k of weights w_1 ... w_k:
+For a token x routed to experts e_1 ... e_k with weights w_1 ... w_k:
 
     [gate, up] = x W_gate_up[e]^T + b_gate_up[e]          gate and up in alternating columns
     h = (clip(up, -limit, limit) + 1) * g * sigmoid(alpha * g),      g = min(gate, limit)
     out = sum_j w_j (h_j W_down[e_j]^T + b_down[e_j])
 
 The weights are frozen; gradients flow to x, the routing weights, the biases and the adapters. Saved
-for the backward pass: the output of gate_up, [tokens * k, 2 * inner], and the routing; h is made
-again. With adapters x is saved as well, so gate_up's output gives its place to its gradient, and is
-made again if the graph is gone through once more. Where no gradient is asked for nothing is saved,
-and gate_up's output goes as soon as h is there. Inside a checkpointed layer
-(`runtime/recompute.py`) x alone is saved and gate_up's output made again, unless the layer keeps
-it. The layer's recomputation then has nothing to compute here, and tokens go through in slices, so
-that what is alive at once does not grow with the length.
+for the backward pass: the output of gate_up, [tokens * k, 2 * inner], and the routing; h is
+recomputed. With adapters x is saved as well; gate_up's gradient then overwrites gate_up's output,
+which is recomputed if backward runs again. If no gradient is needed nothing is saved, and gate_up's
+output is freed as soon as h exists. Inside a checkpointed layer (`runtime/recompute.py`) only the
+call's inputs are saved and gate_up's output is recomputed, unless the layer keeps it. The layer's
+recomputation then computes nothing here, and tokens are processed in slices, so peak memory does
+not grow with the length.
 
-One function, several backends, all exact to bf16 products with fp32 sums: `packed` decodes weights
-in the products, `small` does so with tiles for a few rows, `decode` expands a chunk of experts of
-at most 0.25 GiB before multiplying (`triton_launch.py`, `triton_products.py`); `generation` is
-forward only, for a few tokens (`kernels/decode/experts.py`); `torch` goes expert by expert, for
-CPUs (`torch_backend.py`). The choice follows a measured table by rows an expert (`choice.py`) or is
-named by the caller; a named backend that cannot take the call raises. The Triton backends do not
-synchronize with the host and give the same bits every time.
+One function, several backends, all exact up to bf16 products with fp32 sums: `packed` decodes
+weights inside the products, `small` does the same with tiles for a few rows, `decode` expands a
+chunk of experts of at most 0.25 GiB before multiplying (`triton_launch.py`, `triton_products.py`);
+`generation` is forward-only, for a few tokens (`kernels/decode/experts.py`); `torch` processes one
+expert at a time, for CPUs (`torch_backend.py`). A measured table selects the backend by rows per
+expert (`choice.py`), or the caller names one; a named backend that cannot take the call raises. The
+Triton backends do not synchronize with the host and are bitwise reproducible. The error of output
+and gradients against fp64 is at most twice that of plain torch in the same dtype
+(tests/gpu/test_expert_gemm.py, test_expert_lora.py).
 
-MXFP4 is the Open Compute Project's (Microscaling Formats v1.0), the gate gpt-oss's; sorting rows by
-expert and one grouped product is what MegaBlocks does (Gale et al., 2022, arXiv:2211.15841). The
-code is ours, under this repository's licence. Left out: gradients of the packed weights, fp16.
+MXFP4 is the Open Compute Project's (Microscaling Formats v1.0), the gate is gpt-oss's; sorting rows
+by expert for one grouped product follows MegaBlocks (Gale et al., 2022, arXiv:2211.15841). The code
+is ours, under this repository's licence. Not supported: gradients of the packed weights, fp16.
 """
 
 from __future__ import annotations
@@ -49,9 +51,9 @@ from sparselong.runtime import current, is_checkpointed, is_recomputing, keeps_e
 
 ALPHA, LIMIT = 1.702, 7.0
 SLICE_TOKENS = 16_384
-"""Tokens that go through at once inside a checkpointed layer."""
+"""Most tokens per slice inside a checkpointed layer."""
 MOST_CHOICES = 64
-"""Routed tokens that "generation" takes: each goes through its expert's weight by itself."""
+"""Most routed tokens for "generation", which reads an expert's weight once per routed token."""
 
 
 def expert_mlp(
@@ -65,29 +67,25 @@ def expert_mlp(
     limit: float = LIMIT,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Weighted sum of the chosen experts' outputs; gradients flow to all but the packed weights.
+    """Return the weighted sum of each token's expert outputs, [tokens, hidden] in x's dtype.
+
+    Gradients flow to all inputs but the packed weights; those of adapters are summed in fp32.
 
     Args:
-        x: [tokens, hidden], bf16 or fp32 on a GPU, any floating dtype by "torch".
-        expert_indices: int32 or int64 [tokens, top_k], each one of [0, experts).
-        routing_weights: [tokens, top_k], any floating dtype; its gradient comes back in it.
+        x: [tokens, hidden], bf16 or fp32 on a GPU, any floating dtype with "torch".
+        expert_indices: int32 or int64 [tokens, top_k], values in [0, experts).
+        routing_weights: [tokens, top_k], any floating dtype; its gradient has the same dtype.
         stack: the layer's packed weights and biases.
-        adapters: low-rank changes of gate_up and down, multiplied beside the weights.
-        alpha, limit: of the gate.
-        backend: "generation" (at most 64 routed tokens, no adapters, no gradients), "small",
-            "packed", "decode" or "torch"; None: the measured table's.
+        adapters: low-rank adapters of gate_up and down, applied alongside the weights.
+        alpha: factor of the gate inside the sigmoid.
+        limit: bound that clips gate and up.
+        backend: one of `BACKENDS`; None selects by the measured table. "generation" takes at most
+            64 routed tokens, no adapters and no gradients.
 
-    Returns:
-        [tokens, hidden] in x's dtype. Products are taken in x's dtype with fp32 sums; the gradients
-        of adapters are summed in fp32 and come back in their dtype.
-
-    The error of the output and of every gradient against fp64 is at most twice that of plain torch
-    in the same dtype (tests/gpu/test_expert_gemm.py, test_expert_lora.py).
 
     Raises:
-        ValueError: an argument is not as above; names it, what was found and what is allowed. An
-            index out of range is a device-side assertion on a GPU; by "generation", NaN for its
-            token.
+        ValueError: An argument does not fit; the message names it. An index out of range fails a
+            device-side assertion on a GPU; with "generation" its token becomes NaN.
     """
     call = ExpertCall(x, expert_indices, routing_weights)
     call.check(stack.experts)
@@ -95,7 +93,7 @@ def expert_mlp(
     adapters.check(stack)
     name = choose(x, expert_indices, stack.experts, backend)
     operands = ExpertOperands(stack, adapters, Gate(float(alpha), float(limit)), name)
-    if backend is None and name == "generation" and not _generates(call, operands):
+    if backend is None and name == "generation" and not _can_generate(call, operands):
         operands = operands._replace(backend="small")
     if x.shape[0] == 0:
         return x.clone()
@@ -112,11 +110,11 @@ def expert_mlp(
 def _generate(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
     from sparselong.kernels.decode import run_generation
 
-    if not _generates(call, operands):
+    if not _can_generate(call, operands):
         raise ValueError(
             f"backend: generation with {call.indices.numel()} routed tokens, {call.x.dtype}, "
             f"adapters {'absent' if operands.adapters.are_absent else 'present'}, gradients "
-            f"{'asked for' if _needs_gradient(call, operands) else 'off'}; allowed: at most "
+            f"{'required' if _needs_gradient(call, operands) else 'off'}; allowed: at most "
             f"{MOST_CHOICES} routed tokens, torch.bfloat16, without adapters, under torch.no_grad()"
         )
     with torch.cuda.device_of(call.x):
@@ -135,11 +133,11 @@ def _infer(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
 
 
 class _ExpertPass(torch.autograd.Function):
-    """The pass by Triton kernels where gradients are asked for or the layer is checkpointed.
+    """Expert pass in Triton, for calls that need gradients and for checkpointed layers.
 
-    Weights, biases and adapters are referred to, not saved: a step changes what it trains of them
-    only after its backward passes. `trainable` repeats those of `operands` that may have gradients:
-    autograd sees only tensors that are arguments of their own.
+    Weights, biases and adapters are referenced, not saved: the optimizer changes them only after a
+    step's backward passes. `trainable` repeats the tensors of `operands` that may require
+    gradients, because autograd tracks only tensors passed as separate arguments.
     """
 
     @staticmethod
@@ -155,12 +153,12 @@ class _ExpertPass(torch.autograd.Function):
 
         call, needs = ExpertCall(x, indices, weights), ctx.needs_input_grad
         ctx.operands, ctx.kept = operands, []
-        # A bias's gradient is one sum over all tokens.
+        # A bias's gradient is a single sum over all tokens, so slices cannot produce it.
         is_whole = not is_checkpointed() or any(needs[4:6])
         ctx.slice_tokens = len(x) if is_whole else SLICE_TOKENS
         if is_recomputing():
             ctx.save_for_backward(*call)
-            return torch.full_like(x, math.nan)  # a use of it must show
+            return torch.full_like(x, math.nan)  # unused; NaN would reveal any use
         keeps = any(needs) and (keeps_experts() or not is_checkpointed())
         operands, out = operands.in_dtype(x.dtype), torch.empty_like(x)
         with torch.cuda.device_of(x):
@@ -172,8 +170,8 @@ class _ExpertPass(torch.autograd.Function):
             ctx.save_for_backward(*call)
             ctx.kept = made if keeps else []
         else:
-            ((wide, routing),) = made
-            ctx.save_for_backward(None, indices, weights, wide, *routing)
+            ((gate_up, routing),) = made
+            ctx.save_for_backward(None, indices, weights, gate_up, *routing)
         return out
 
     @staticmethod
@@ -188,25 +186,27 @@ class _ExpertPass(torch.autograd.Function):
             needs[4:6],
             ctx.operands.adapters.make_sums(),
         )
-        # A pass that breaks off must leave no slice's output for another slice of the next.
+        # If this pass is interrupted, the next must not reuse a kept output for another slice.
         kept, ctx.kept = ctx.kept, []
         if saved:
             kept = [(saved[0], expert_triton.Routing(*saved[1:]))]
 
         def differentiate(part: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-            """One slice's gradients; gate_up's output is gone before the next slice's is made."""
+            """Fill one slice's gradients, and free its gate_up output before the next slice."""
             rows: Any = None if x is None else x[part]
-            wide, routing = (
+            gate_up, routing = (
                 kept.pop(0) if kept else expert_triton.run_gate_up(rows, indices[part], operands)
             )
-            forward = expert_triton.SavedForward(wide, routing, indices[part], weights[part], rows)
-            can_be_made_again = rows is not None
+            forward = expert_triton.SavedForward(
+                gate_up, routing, indices[part], weights[part], rows
+            )
+            is_recomputable = rows is not None
             return expert_triton.run_backward(
-                dout[part], forward, operands, gradients.part(part), overwrite=can_be_made_again
+                dout[part], forward, operands, gradients.part(part), overwrite=is_recomputable
             )
 
         with torch.cuda.device_of(dout):
-            # Several slices have no gradients of biases.
+            # Bias gradients exist only if there is a single slice.
             biases = [differentiate(part) for part in slices(len(dout), ctx.slice_tokens)][-1]
         factors = [
             None if sums is None else sums.to(factor.dtype)
@@ -218,17 +218,17 @@ class _ExpertPass(torch.autograd.Function):
 
 
 def slices(tokens: int, size: int) -> list[slice]:
-    """[0, tokens) in slices of nearly equal length, none longer than `size`."""
+    """Split [0, tokens) into slices of nearly equal length, none longer than `size`."""
     count = -(-tokens // size)
     ends = [tokens * n // count for n in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | None) -> str:
-    """The backend of a call: the named one, or the measured table's.
+    """Return the backend for a call: the named one, or the measured table's.
 
     Raises:
-        ValueError: there is none of that name, or it cannot take the call.
+        ValueError: The name is unknown, or the backend cannot take the call.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r}; allowed: None, {', '.join(BACKENDS)}")
@@ -244,8 +244,8 @@ def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | 
     return backend
 
 
-def _generates(call: ExpertCall, operands: ExpertOperands) -> bool:
-    """Return whether the forward-only pass for a few tokens takes the call."""
+def _can_generate(call: ExpertCall, operands: ExpertOperands) -> bool:
+    """Return whether the forward-only pass for a few tokens can take the call."""
     few = call.indices.numel() <= MOST_CHOICES and call.x.dtype == torch.bfloat16
     return few and operands.adapters.are_absent and not _needs_gradient(call, operands)
 

@@ -1,8 +1,8 @@
-"""Sorts the choices of experts on the device, and moves rows between tokens and sorted rows.
+"""Sort routed tokens by expert on the device, and move rows between tokens and sorted rows.
 
-A counting sort in three launches, stable, without atomics and without the host: counts by block,
-their running sums by expert, each entry's row. From the same counts come where each expert's rows
-begin and which row tiles its products have; the host allocates for the most there can be.
+The sort is a stable counting sort in three kernel launches, without atomics or host
+synchronization: counts per block, their prefix sums per expert, then each entry's row. The same
+counts give each expert's first row and its row tiles; the host allocates for the upper bound.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 
 from sparselong.kernels.experts import triton_glue as expert_glue_kernels
 
-kernels: Any = expert_glue_kernels  # triton's own types know no launch
+kernels: Any = expert_glue_kernels  # triton's types do not cover launches
 BLOCK = 128
 
 
 class Routing(NamedTuple):
-    """Where the choices' rows went; all int32 on the device.
+    """Rows of the routed tokens after sorting by expert; all int32 on the device.
 
     Attributes:
-        positions: [tokens, top_k], the row of each choice among the rows sorted by expert.
-        starts: [experts + 1], each expert's first row.
-        tile_starts: [experts + 1], each expert's first row tile.
-        tile_expert: the expert of each row tile; longer than there are tiles.
+        positions: [tokens, top_k], row of each routed token among the rows sorted by expert.
+        starts: [experts + 1], first row of each expert.
+        tile_starts: [experts + 1], first row tile of each expert.
+        tile_expert: [most row tiles], expert of each row tile; entries past the last are undefined.
     """
 
     positions: torch.Tensor
@@ -34,10 +34,10 @@ class Routing(NamedTuple):
 
 
 def sort_by_expert(indices: torch.Tensor, experts: int, tile_rows: int) -> Routing:
-    """The routing of [tokens, top_k] integer choices, for products in tiles of `tile_rows` rows.
+    """Return the routing of [tokens, top_k] expert indices for tiles of `tile_rows` rows.
 
-    An index that is none of [0, experts) stops the device (`torch._assert_async`), as an index
-    out of range does everywhere in torch; asking on the host would cost a synchronization.
+    An index outside [0, experts) fails a device-side assertion (`torch._assert_async`), as indices
+    out of range do elsewhere in torch; a check on the host would cost a synchronization.
     """
     indices = indices.contiguous()
     entries, device = indices.numel(), indices.device
@@ -59,7 +59,7 @@ def sort_by_expert(indices: torch.Tensor, experts: int, tile_rows: int) -> Routi
         *(indices, ranks, counts, totals, *routing, valid, entries, experts, blocks),
         ROWS=tile_rows, BLOCK=BLOCK, EXPERTS=padded,
     )  # fmt: skip
-    message = "expert_indices: an index is none of [0, experts)"
+    message = "expert_indices: an index is outside [0, experts)"
     torch._assert_async(valid, message)  # pyright: ignore[reportPrivateImportUsage]
     return routing
 
@@ -70,10 +70,10 @@ def gather(
     indices: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [tokens, width] → rows [tokens * top_k, width] sorted by expert.
+    """Copy x [tokens, width] to rows [tokens * top_k, width] sorted by expert.
 
-    With a bias [experts, width] also <x, bias of the expert> of each choice, fp32 [tokens, top_k];
-    without, that array is left unfilled.
+    With a bias [experts, width], also return <x, bias of the expert> for each routed token, fp32
+    [tokens, top_k]; without one, that tensor is uninitialized.
     """
     tokens, width = x.shape
     rows = torch.empty((routing.positions.numel(), width), dtype=x.dtype, device=x.device)
@@ -88,8 +88,10 @@ def gather(
 def combine(
     rows: torch.Tensor, routing: Routing, out: torch.Tensor, weights: torch.Tensor | None = None
 ) -> None:
-    """Rows [tokens * top_k, width] summed by token, with weights [tokens, top_k] or without, to
-    out [tokens, width], contiguous."""
+    """Sum rows [tokens * top_k, width] by token, optionally with weights [tokens, top_k].
+
+    The sums go to `out` [tokens, width], contiguous.
+    """
     tokens, top_k = routing.positions.shape
     width = rows.shape[1]
     kernels.combine_kernel[(tokens,)](
@@ -101,9 +103,12 @@ def combine(
 def sum_by_expert(
     rows: torch.Tensor, routing: Routing, like: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A bias's gradient: rows [entries, width] summed by expert, [experts, width] like `like`.
+    """Return a bias's gradient: rows summed by expert, [experts, width].
 
     Args:
+        rows: [entries, width], sorted by expert.
+        routing: routing of the rows.
+        like: [experts, width], gives the result's dtype.
         weights: [tokens, top_k], factors of the rows.
     """
     experts, width = like.shape

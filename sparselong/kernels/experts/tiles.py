@@ -1,7 +1,6 @@
-"""Tile sizes of the experts' products, by architecture, backend and direction. No torch.
+"""Tile sizes of the expert products, by architecture, backend and direction. No torch.
 
-Fixed here and not searched for at run time, so that a first call compiles what it needs and no
-more.
+They are fixed rather than autotuned, so a first call compiles only the kernels it needs.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows, output columns and inner elements of one step, warps and pipeline stages of a program,
-    and how many programs a multiprocessor gets."""
+    """Tile shape of a product (`depth` is the step of the inner dimension) and launch settings.
+
+    `programs` is the number of programs per multiprocessor.
+    """
 
     rows: int
     columns: int
@@ -22,7 +23,7 @@ class Tile:
     programs: int = 1
 
 
-# One backend's two directions share their rows, because they share the list of row tiles.
+# Both directions of a backend have the same rows, because they share the list of row tiles.
 TILES: dict[str, dict[tuple[str, str], Tile]] = {
     "sm_90": {
         ("decode", "forward"): Tile(128, 256, 64, 8, 4),
@@ -45,7 +46,7 @@ FLOAT32 = Tile(32, 32, 32, 4, 1)
 
 
 def tile_for(architecture: str, backend: str, direction: str, float32: bool) -> Tile:
-    """The tile for a `backend` ("small", "packed", "decode") and a direction."""
+    """Return the tile for a backend ("small", "packed" or "decode") and a direction."""
     if float32 or architecture == "interpreter":
         return FLOAT32
     return TILES[architecture][backend, direction]

@@ -1,8 +1,8 @@
-"""The experts' pass in torch, one expert decoded at a time: the CPU's backend.
+"""Expert pass in plain torch that decodes one expert at a time: the CPU backend.
 
-An expert's weight is decoded when it is needed and dropped, in the forward and again in the
-backward pass. Works in any floating dtype. It asks the host which experts have rows, so on a GPU it
-is slow, and only taken by name. An expert's adapter, where there is one, is multiplied beside it.
+Each weight is decoded when needed and then freed, in the forward pass and again in the backward
+pass. Any floating dtype works. Finding the experts that have rows synchronizes with the host, so
+this backend is slow on a GPU and only used there by name. Adapters are applied alongside.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparselong.packing import mxfp4
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x Wᵀ + bias with W decoded from (blocks, scales), again in the backward pass."""
+    """x Wᵀ + bias with W decoded from (blocks, scales) in either pass."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -46,7 +46,7 @@ def apply_gate(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tenso
 
 
 def _split(adapter: Adapter | None, dtype: torch.dtype) -> Any:
-    """An adapter with its factors by expert, in `dtype`."""
+    """Split an adapter's factors by expert, in `dtype`; keep its scale."""
     if adapter is None:
         return None
     a, b, scaling = adapter
@@ -62,10 +62,10 @@ def _multiply(rows: torch.Tensor, weight: PackedWeight, adapter: Any, expert: in
 
 
 def expert_mlp_torch(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
-    """Weighted sum of the chosen experts' outputs, [tokens, hidden] in x's dtype.
+    """Return the weighted sum of the outputs of each token's experts, [tokens, hidden].
 
     Raises:
-        ValueError: an index is none of the experts.
+        ValueError: An index is outside [0, experts).
     """
     x, indices, weights = call
     stack, adapters, gate, _ = operands
@@ -75,8 +75,8 @@ def expert_mlp_torch(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor
         if not 0 <= expert < stack.experts:
             raise ValueError(f"expert_indices: holds {expert}; allowed: 0 to {stack.experts - 1}")
         token, position = torch.where(indices == expert)
-        wide = _multiply(x[token], stack.gate_up, gate_up_adapter, expert)
-        y = _multiply(apply_gate(wide, *gate), stack.down, down_adapter, expert)
+        gate_up = _multiply(x[token], stack.gate_up, gate_up_adapter, expert)
+        y = _multiply(apply_gate(gate_up, *gate), stack.down, down_adapter, expert)
         weighted = y * weights[token, position, None]
         result = result.index_add(0, token, weighted.to(result.dtype))
     return result

@@ -1,12 +1,12 @@
-"""The Triton kernels around the experts' products: sorting, gathering, gating, combining.
+"""Triton kernels around the expert products: sorting, gathering, gating, combining.
 
-Entry i of the flattened [tokens, top_k] choices is token i // top_k. `positions[i]` is the row that
-it takes once rows are sorted by expert; entries of one expert keep their order, so the sorting is
-stable and the same every time. Rows are moved by their tokens' programs: a token is read once and
-written top_k times, or its top_k rows are read and summed in fp32 in the order of the choices.
+Entry i of the flattened [tokens, top_k] routing is a (token, expert) pair of token i // top_k.
+`positions[i]` is its row after sorting by expert. Entries of one expert keep their order, so the
+sort is stable and reproducible. One program per token moves its rows: it reads the token once and
+writes it top_k times, or reads its top_k rows and sums them in fp32 in the order of the routing.
 
-Memory is what these kernels take, so each reads its inputs once: the gate's backward gives the
-gradient of the routing weight from the same pass.
+These kernels are memory-bound, so each reads its inputs once: the gate's backward kernel computes
+the gradient of the routing weight in the same pass.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def count_kernel(
     indices_ptr, ranks_ptr, counts_ptr, entries, experts,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """Each entry's rank among its block's entries of the same expert, and the block's counts.
+    """Write each entry's rank among its block's entries of the same expert, and block counts.
 
-    counts: [experts, blocks]. An index that is none of [0, experts) is counted nowhere.
+    counts: [experts, blocks]. An index outside [0, experts) is not counted.
     """
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +39,7 @@ def count_kernel(
 
 @triton.jit
 def scan_kernel(counts_ptr, totals_ptr, blocks, BLOCK: tl.constexpr):
-    """counts [experts, blocks] to those of the blocks before, in place, and each expert's total.
+    """Replace counts [experts, blocks] by exclusive prefix sums, and write each expert's total.
 
     Grid: experts.
     """
@@ -60,9 +60,9 @@ def place_kernel(
     tile_expert_ptr, valid_ptr, entries, experts, blocks,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of entries, and where each expert's rows and row tiles begin. Grid: blocks + experts.
+    """Write each entry's row and each expert's first row and row tiles. Grid: blocks + experts.
 
-    valid: 1 if every index is one of [0, experts).
+    valid: 1 if every index is in [0, experts).
     """
     every = tl.arange(0, EXPERTS)
     totals = tl.load(totals_ptr + every, mask=every < experts, other=0)
@@ -98,10 +98,10 @@ def gather_kernel(
     x_ptr, positions_ptr, rows_ptr, experts_ptr, bias_ptr, inner_ptr, width,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Each token's row copied to its choices' rows. Grid: tokens.
+    """Copy each token's row to the rows of its entries. Grid: tokens.
 
-    With INNER also <x, bias of the choice's expert>, the share of the routing weight's gradient
-    that the bias has, to inner [tokens, top_k].
+    With INNER, also write <x, bias of the entry's expert>, the bias's share of the routing weight's
+    gradient, to inner [tokens, top_k].
     """
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -122,7 +122,7 @@ def combine_kernel(
     rows_ptr, positions_ptr, weights_ptr, out_ptr, width,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """The sum over a token's choices of weight * row, in fp32. Grid: tokens."""
+    """Sum weight * row over each token's entries, in fp32. Grid: tokens."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     real = at < width
@@ -139,7 +139,7 @@ def combine_kernel(
 
 @triton.jit
 def _load_gate_up(gate_up_ptr, row, first, width, BLOCK: tl.constexpr):
-    """gate and up of one row's columns [first, first + BLOCK) in fp32, from alternating columns."""
+    """Load gate and up of a row's columns [first, first + BLOCK) in fp32; they alternate."""
     at = 2 * first + tl.arange(0, 2 * BLOCK)
     both = tl.load(gate_up_ptr + row * (2 * width) + at, mask=at < 2 * width, other=0.0)
     return tl.split(tl.reshape(both.to(tl.float32), [BLOCK, 2]))
@@ -147,7 +147,7 @@ def _load_gate_up(gate_up_ptr, row, first, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def gate_kernel(gate_up_ptr, out_ptr, width, alpha, limit, BLOCK: tl.constexpr):
-    """(up + 1) * gate * sigmoid(alpha * gate), gate and up clamped. Grid: rows."""
+    """Write (up + 1) * gate * sigmoid(alpha * gate) with gate and up clamped. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     for first in range(0, width, BLOCK):
         gate, up = _load_gate_up(gate_up_ptr, row, first, width, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
@@ -163,10 +163,10 @@ def gate_backward_kernel(
     gate_up_ptr, dh_ptr, positions_ptr, weights_ptr, inner_ptr, dgate_up_ptr, dweights_ptr,
     width, alpha, limit, BLOCK: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """d gate_up of one row from dh, the gradient of h before the routing weight. Grid: entries.
+    """Write d gate_up of a row from dh, the gradient of h before the routing weight. Grid: entries.
 
-    d weight = <dh, h> + inner, h computed again. dgate_up may be gate_up itself: a row is one
-    program's own, and a barrier lets all its threads have read a piece before any writes it.
+    d weight = <dh, h> + inner, with h recomputed. dgate_up may alias gate_up: each row belongs to
+    one program, and a barrier ensures that its threads have read a block before any writes it.
     """
     entry = tl.program_id(0).to(tl.int64)
     row = tl.load(positions_ptr + entry).to(tl.int64)
@@ -200,7 +200,7 @@ def sum_rows_kernel(
     rows_ptr, weights_ptr, starts_ptr, out_ptr, width,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """A bias's gradient: the sum of each expert's rows, weighted by sorted weights, in fp32.
+    """Write a bias's gradient: each expert's rows times their sorted weights, summed in fp32.
 
     Grid: (experts, columns).
     """

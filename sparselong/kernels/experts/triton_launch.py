@@ -1,11 +1,11 @@
-"""Launches the kernels of the experts' pass: tiles, buffers, chunks of experts, descriptors.
+"""Launch the kernels of the expert pass: tiles, buffers, chunks of experts, descriptors.
 
 Forward: sort, gather, gate_up product with bias, gate, down product with bias, weighted sum.
-Adapters, where there are any, are added to the products (`lora_triton.py`).
-Backward, with the routing weight w taken in as late as possible, so that its gradient comes from
-what is at hand: rows of dout through down give dh / w; h is computed again from the saved gate_up,
-dw = <dh / w, h> + <dout, bias>; d gate_up = w times the gate's derivative; through gate_up and
-summed over the choices that is dx. Saved: gate_up's output and the routing, nothing else.
+Adapters, if any, are added to the products (`lora_triton.py`).
+Backward applies the routing weight w as late as possible, so that dw needs no extra product: rows
+of dout through down give dh / w; h is recomputed from gate_up's output and
+dw = <dh / w, h> + <dout, bias>; d gate_up is w times the gate's derivative; through gate_up and
+summed over each token's experts it gives dx. `SavedForward` lists what backward needs.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from sparselong.kernels.experts.lora_triton import add_adapter_, add_gradients_,
 from sparselong.kernels.experts.routing import Routing
 from sparselong.kernels.experts.tiles import Tile, tile_for
 
-kernels: Any = expert_kernels  # triton's own types know no launch
+kernels: Any = expert_kernels  # triton's types do not cover launches
 glue = expert_routing.kernels
 BUFFER_BYTES = 1 << 28
-"""The most that decoded weights may take."""
+"""Most bytes of decoded weights held at once."""
 DTYPES = (torch.bfloat16, torch.float32)
 _DECODE_GROUPS, _DECODE_TURNS = 64, 8
 GATE_BLOCK = 1024
 
 
 class SavedForward(NamedTuple):
-    """What the backward pass of some tokens goes from.
+    """Inputs of the backward pass for some of the tokens.
 
     Attributes:
-        wide: gate_up's output, [entries, 2 * inner], rows sorted by expert.
-        routing: where the rows are.
-        indices, weights: as in the call.
-        x: [tokens, hidden]; only an adapter of gate_up needs it.
+        gate_up: gate_up's output, [entries, 2 * inner], rows sorted by expert.
+        routing: routing of the rows.
+        indices: as in the call.
+        weights: as in the call.
+        x: [tokens, hidden]; only needed by an adapter of gate_up.
     """
 
-    wide: torch.Tensor
+    gate_up: torch.Tensor
     routing: Routing
     indices: torch.Tensor
     weights: torch.Tensor
@@ -52,13 +53,13 @@ class SavedForward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Which gradients a backward pass makes, and where it leaves them.
+    """Gradients that a backward pass computes, and the tensors that receive them.
 
     Attributes:
-        x: [tokens, hidden], contiguous, written; None: not asked for.
+        x: [tokens, hidden], contiguous, overwritten; None if not needed.
         weights: [tokens, top_k], likewise.
-        biases: whether those of gate_up and down are asked for.
-        adapters: fp32 sums of the factors' shapes, added to.
+        biases: whether the gradients of gate_up's and down's bias are needed.
+        adapters: fp32 sums of the factors' shapes, accumulated into.
     """
 
     x: torch.Tensor | None
@@ -67,7 +68,7 @@ class Gradients(NamedTuple):
     adapters: Adapters = NO_ADAPTERS
 
     def part(self, tokens: slice) -> Gradients:
-        """The places of some of the tokens; views."""
+        """Return the gradients for a slice of the tokens; the tensors are views."""
         x, weights = (None if tensor is None else tensor[tokens] for tensor in self[:2])
         return self._replace(x=x, weights=weights)
 
@@ -75,18 +76,18 @@ class Gradients(NamedTuple):
 def run_gate_up(
     x: torch.Tensor, indices: torch.Tensor, operands: ExpertOperands
 ) -> tuple[torch.Tensor, Routing]:
-    """Output of gate_up with its adapter, [entries, 2 * inner], and the routing.
+    """Return gate_up's output with its adapter, [entries, 2 * inner], and the routing.
 
-    The backend is one of "small", "packed" and "decode", here and in all that follows.
+    The backend is "small", "packed" or "decode" throughout this module.
     """
     stack, adapters, _, backend = operands
     tile_rows = choose_tile(x, backend, "forward").rows
     routing = expert_routing.sort_by_expert(indices, stack.experts, tile_rows)
     rows, _ = expert_routing.gather(x, routing, indices)
-    wide = multiply(rows, stack.gate_up, routing, backend, backward=False)
+    gate_up = multiply(rows, stack.gate_up, routing, backend, backward=False)
     if adapters.gate_up is not None:
-        add_adapter_(wide, rows, adapters.gate_up, routing, tile_rows)
-    return wide, routing
+        add_adapter_(gate_up, rows, adapters.gate_up, routing, tile_rows)
+    return gate_up, routing
 
 
 def run_forward(
@@ -95,20 +96,20 @@ def run_forward(
     """Write the weighted sums to `out`.
 
     Args:
-        call: contiguous tokens.
-        operands: adapters in x's dtype.
+        call: tokens and routing, contiguous.
+        operands: its adapters are in x's dtype.
         out: [tokens, hidden], contiguous.
-        keep: whether gate_up's output is wanted; otherwise it is gone before down's is made.
+        keep: whether to return gate_up's output; if not, it is freed before down's is allocated.
 
     Returns:
-        What `run_gate_up` returned, or None.
+        The result of `run_gate_up`, or None.
     """
     x, indices, weights = call
     stack, adapters, gate, backend = operands
-    wide, routing = run_gate_up(x, indices, operands)
-    h = apply_gate(wide, gate)
-    made = (wide, routing) if keep else None
-    del wide
+    gate_up, routing = run_gate_up(x, indices, operands)
+    h = apply_gate(gate_up, gate)
+    made = (gate_up, routing) if keep else None
+    del gate_up
     rows = multiply(h, stack.down, routing, backend, backward=False)
     if adapters.down is not None:
         tile_rows = choose_tile(x, backend, "forward").rows
@@ -125,17 +126,17 @@ def run_backward(
     gradients: Gradients,
     overwrite: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Fill `gradients`, and return those of gate_up's and down's bias where they are asked for.
+    """Fill `gradients`, and return the gradients of gate_up's and down's bias where needed.
 
     Args:
         dout: [tokens, hidden].
         saved: of the same tokens.
         operands: as in the forward pass.
-        gradients: see there.
-        overwrite: whether gate_up's output is written over by its gradient: 2 * inner values less
-            for each entry.
+        gradients: tensors to fill.
+        overwrite: whether gate_up's gradient overwrites its output, which saves 2 * inner values
+            per routed token.
     """
-    wide, routing, indices, weights, _ = saved
+    gate_up, routing, indices, weights, _ = saved
     stack, adapters, gate, backend = operands
     bias = None if gradients.weights is None else stack.down.bias
     rows, inner_products = expert_routing.gather(dout.contiguous(), routing, indices, bias)
@@ -146,25 +147,25 @@ def run_backward(
     if adapters.down is not None:
         _differentiate_down_adapter(rows, dh, saved, operands, gradients)
     del rows
-    dwide = wide if overwrite else torch.empty_like(wide)
-    glue.gate_backward_kernel[(wide.shape[0],)](
-        *(wide, dh, routing.positions, weights, inner_products, dwide),
+    dgate_up = gate_up if overwrite else torch.empty_like(gate_up)
+    glue.gate_backward_kernel[(gate_up.shape[0],)](
+        *(gate_up, dh, routing.positions, weights, inner_products, dgate_up),
         *(weights if gradients.weights is None else gradients.weights, dh.shape[1], *gate),
         BLOCK=GATE_BLOCK, WEIGHT_GRADIENT=gradients.weights is not None,
     )  # fmt: skip
     del dh
     dgate_up_bias = None
     if gradients.biases[0]:
-        dgate_up_bias = expert_routing.sum_by_expert(dwide, routing, stack.gate_up.bias)
-    narrow = None
+        dgate_up_bias = expert_routing.sum_by_expert(dgate_up, routing, stack.gate_up.bias)
+    lora_grad = None
     if adapters.gate_up is not None:
-        narrow = _differentiate_gate_up_adapter(dwide, saved, operands, gradients)
+        lora_grad = _differentiate_gate_up_adapter(dgate_up, saved, operands, gradients)
     if gradients.x is not None:
-        rows = multiply(dwide, stack.gate_up, routing, backend, backward=True)
-        del dwide
-        if adapters.gate_up is not None and narrow is not None:
+        rows = multiply(dgate_up, stack.gate_up, routing, backend, backward=True)
+        del dgate_up
+        if adapters.gate_up is not None and lora_grad is not None:
             tile_rows = choose_tile(rows, backend, "forward").rows
-            expand_(rows, narrow, adapters.gate_up.a, routing, tile_rows)
+            expand_(rows, lora_grad, adapters.gate_up.a, routing, tile_rows)
         expert_routing.combine(rows, routing, gradients.x)
     return dgate_up_bias, ddown_bias
 
@@ -178,48 +179,47 @@ def _differentiate_down_adapter(
 ) -> None:
     """Add the adapter's share to dh, and its factors' gradients to their sums.
 
-    Args:
-        rows: of dout, [entries, hidden], without the routing weights, as dh is.
+    `rows` are those of dout, [entries, hidden]; neither they nor dh include the routing weights.
     """
     adapter, sums = operands.adapters.down, gradients.adapters.down
     assert adapter is not None and sums is not None
     routing, weights = saved.routing, saved.weights
     tile_rows = choose_tile(rows, operands.backend, "forward").rows
-    h = apply_gate(saved.wide, operands.gate)
+    h = apply_gate(saved.gate_up, operands.gate)
     row_weights = torch.empty(weights.numel(), dtype=torch.float32, device=weights.device)
     row_weights[routing.positions.flatten().long()] = weights.flatten().float()
-    narrow = add_gradients_(sums, adapter, h, rows, routing, tile_rows, row_weights[:, None])
-    expand_(dh, narrow, adapter.a, routing, tile_rows)
+    lora_grad = add_gradients_(sums, adapter, h, rows, routing, tile_rows, row_weights[:, None])
+    expand_(dh, lora_grad, adapter.a, routing, tile_rows)
 
 
 def _differentiate_gate_up_adapter(
-    dwide: torch.Tensor, saved: SavedForward, operands: ExpertOperands, gradients: Gradients
+    dgate_up: torch.Tensor, saved: SavedForward, operands: ExpertOperands, gradients: Gradients
 ) -> torch.Tensor:
     """Add the factors' gradients to their sums, and return g as `add_gradients_` does."""
     adapter, sums, x = operands.adapters.gate_up, gradients.adapters.gate_up, saved.x
     assert adapter is not None and sums is not None and x is not None
     rows, _ = expert_routing.gather(x, saved.routing, saved.indices)
     tile_rows = choose_tile(rows, operands.backend, "forward").rows
-    return add_gradients_(sums, adapter, rows, dwide, saved.routing, tile_rows)
+    return add_gradients_(sums, adapter, rows, dgate_up, saved.routing, tile_rows)
 
 
-def apply_gate(wide: torch.Tensor, gate: Gate) -> torch.Tensor:
-    """gate_up's output [entries, 2 * inner] through the gate: [entries, inner]."""
-    inner = wide.shape[1] // 2
-    h = torch.empty((wide.shape[0], inner), dtype=wide.dtype, device=wide.device)
-    glue.gate_kernel[(wide.shape[0],)](wide, h, inner, *gate, BLOCK=GATE_BLOCK)
+def apply_gate(gate_up: torch.Tensor, gate: Gate) -> torch.Tensor:
+    """Apply the gate to gate_up's output [entries, 2 * inner]; return [entries, inner]."""
+    inner = gate_up.shape[1] // 2
+    h = torch.empty((gate_up.shape[0], inner), dtype=gate_up.dtype, device=gate_up.device)
+    glue.gate_kernel[(gate_up.shape[0],)](gate_up, h, inner, *gate, BLOCK=GATE_BLOCK)
     return h
 
 
 def multiply(
     a: torch.Tensor, weight: PackedWeight, routing: Routing, backend: str, backward: bool
 ) -> torch.Tensor:
-    """Sorted rows a [entries, in] times each expert's weight, plus bias: [entries, out].
+    """Return sorted rows a [entries, in] times each expert's weight, plus bias: [entries, out].
 
-    Backward: a [entries, out] to [entries, in], without bias.
+    With `backward`, return a [entries, out] times W without bias: [entries, in].
     """
-    experts, wide, groups, _ = weight.blocks.shape
-    columns, depth = (groups * 32, wide) if backward else (wide, groups * 32)
+    experts, out_features, groups, _ = weight.blocks.shape
+    columns, depth = (groups * 32, out_features) if backward else (out_features, groups * 32)
     out = torch.empty((a.shape[0], columns), dtype=a.dtype, device=a.device)
     tile = choose_tile(a, backend, "backward" if backward else "forward")
     tma = (
@@ -243,9 +243,9 @@ def multiply(
             **constants,
         )
         return out
-    each = wide * groups * 32
-    chunk = max(1, min(experts, BUFFER_BYTES // (each * a.element_size())))
-    shape = (chunk, wide, groups * 32)
+    expert_bytes = out_features * groups * 32 * a.element_size()
+    chunk = max(1, min(experts, BUFFER_BYTES // expert_bytes))
+    shape = (chunk, out_features, groups * 32)
     buffer = torch.empty(shape, dtype=a.dtype, device=a.device)
     block = [1, tile.depth, tile.columns] if backward else [1, tile.columns, tile.depth]
     w_tiles = TensorDescriptor.from_tensor(buffer, block) if tma else buffer
@@ -259,7 +259,7 @@ def multiply(
 
 
 def decode_into(buffer: torch.Tensor, weight: PackedWeight, first: int, last: int) -> None:
-    """Values of experts [first, last) to the start of buffer [experts, out, in]."""
+    """Decode the weights of experts [first, last) to the start of buffer [experts, out, in]."""
     words, scales = weight.blocks[first:last].view(torch.int32), weight.scales[first:last]
     grid = (-(-scales.numel() // (_DECODE_GROUPS * _DECODE_TURNS)),)
     kernels.decode_kernel[grid](
@@ -269,7 +269,7 @@ def decode_into(buffer: torch.Tensor, weight: PackedWeight, first: int, last: in
 
 
 def choose_tile(x: torch.Tensor, backend: str, direction: str) -> Tile:
-    """The tile of a product of x's rows on x's device."""
+    """Return the tile for a product with x's rows on x's device."""
     return tile_for(architecture.tiles_of(x.device), backend, direction, x.dtype == torch.float32)
 
 

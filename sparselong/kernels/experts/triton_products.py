@@ -1,21 +1,21 @@
-"""The Triton kernels under `triton_launch.py` that touch weights: decoding, and the two products.
+"""Triton kernels that read expert weights: decoding and the two products (`triton_launch.py`).
 
-Rows (one for each token and choice) are sorted by expert. A product is cut into tiles of ROWS by
-COLUMNS, no tile spans two experts, and a fixed number of programs walks through them: all row
-tiles of a column of an expert's weight one after another, so that the weight is read from memory
-once. Where an expert's rows begin and how many row tiles it has is read from arrays that
-`routing.py` leaves on the device; the host knows only an upper bound.
+Rows (one per routed token) are sorted by expert. A product is split into tiles of ROWS by COLUMNS,
+none of which spans two experts. A fixed number of programs iterates over them, visiting all row
+tiles of a column tile consecutively, so that the weight is read from memory once. An expert's first
+row and its number of row tiles come from device arrays written by `routing.py`; the host knows only
+an upper bound.
 
-`dense_kernel` multiplies by weights that `decode_kernel` expanded into a buffer, which holds the
-experts from `first_expert` on. `packed_kernel` decodes the tile it needs by itself. Both run
-forward (out[r, n] = sum_k a[r, k] W[n, k] + bias[n]) and, with BACKWARD, to the input
-(out[r, k] = sum_n a[r, n] W[n, k]). Products are summed in fp32, in one order: the same bits every
-time. Offsets into tensors that grow with tokens or experts are int64.
+`dense_kernel` multiplies by weights that `decode_kernel` expanded into a buffer, whose first expert
+is `first_expert`. `packed_kernel` decodes the tiles it needs itself. Both compute the forward
+product (out[r, n] = sum_k a[r, k] W[n, k] + bias[n]) or, with BACKWARD, the input's gradient
+(out[r, k] = sum_n a[r, n] W[n, k]). Sums are in fp32 in a fixed order, so results are bitwise
+reproducible. Offsets into tensors that grow with tokens or experts are int64.
 
 Decoding is exact: a value times a power of two in bf16, whose instructions keep subnormals. On a
-GPU it is written in PTX, under three instructions a weight, because the compiler would take every
-code by itself and need ten. In fp32, and in Triton's interpreter, a code's sign goes to bit 31 and
-its magnitude to bits 22-24, which is the value times 2^-126 (`packing/mxfp4.py`).
+GPU it is written in PTX at under three instructions per weight; the compiler would decode each code
+separately with ten. In fp32, and in Triton's interpreter, a code's sign goes to bit 31 and its
+magnitude to bits 22-24, which is the value times 2^-126 (`packing/mxfp4.py`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A word of eight codes to four words of two bf16 values each; $4 holds the codes. prmt picks bytes
-# by nibbles, so the codes themselves look up the high and low bytes of their magnitudes; with a
-# nibble's top bit set it repeats the found byte's top bit instead, which tells a negative code
-# (0xFF) from a positive one (0x80).
+# Decodes a word of eight codes, $4, to four words of two bf16 values each. prmt selects bytes by
+# nibbles, so the codes themselves look up the high and low bytes of their magnitudes. If a nibble's
+# top bit is set, prmt replicates the top bit of the selected byte instead, which separates negative
+# codes (0xFF) from positive ones (0x80).
 _LOOK_UP = """
 .reg .b32 code, upper, high, low, sign, top;
 mov.b32 top, 0x80808080;
@@ -48,7 +48,7 @@ lop3.b32 high, sign, top, high, 0xEA;
 prmt.b32 $2, low, high, 0x5140;
 prmt.b32 $3, low, high, 0x7362;
 """
-# $5: the scale, twice. What is added is -0, so that a negative zero stays one.
+# $5: the scale, twice. The addend is -0, which preserves negative zeros.
 _SCALE = """
 .reg .b32 zero;
 mov.b32 zero, 0x80008000;
@@ -64,7 +64,7 @@ UNSPECIALIZED = ["first_expert", "last_expert"]
 
 @triton.jit
 def _decode(words, scales, PTX: tl.constexpr):
-    """Words [A, 4 G] of eight codes and scales [A, G] to values [A, 32 G]; fp32 without PTX."""
+    """Decode words [A, 4 G] of eight codes and scales [A, G] to [A, 32 G]; fp32 without PTX."""
     A: tl.constexpr = scales.shape[0]
     G: tl.constexpr = scales.shape[1]
     words = tl.reshape(words, [A, G, 4])
@@ -96,7 +96,7 @@ def decode_kernel(
     words_ptr, scales_ptr, out_ptr, groups,
     GROUPS: tl.constexpr, TURNS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Groups of 32 weights, expanded one after another. Grid: groups / (GROUPS * TURNS)."""
+    """Expand groups of 32 weights in TURNS steps. Grid: groups / (GROUPS * TURNS)."""
     first = tl.program_id(0).to(tl.int64) * (GROUPS * TURNS)
     word = tl.arange(0, 4)
     value = tl.arange(0, 32)
@@ -114,7 +114,7 @@ def _locate(
     tile, columns, starts_ptr, tile_expert_ptr, tile_starts_ptr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile's expert, first row, the end of its expert's rows, and first column."""
+    """Return a tile's expert, its first row, the end of the expert's rows, and its first column."""
     column_tiles = tl.cdiv(columns, COLUMNS)
     expert = tl.load(tile_expert_ptr + tile // column_tiles)
     first = tl.load(tile_starts_ptr + expert)
@@ -126,7 +126,7 @@ def _locate(
 
 @triton.jit
 def _load_a(a, row, end, k, depth, ROWS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
-    """a[row : row + ROWS, k : k + DEPTH]; with TMA rows from `end` on are the next expert's."""
+    """Load a[row : row + ROWS, k : k + DEPTH]; with TMA, rows past `end` are the next expert's."""
     if TMA:
         tile = a.load([row, k])
     else:
@@ -159,10 +159,11 @@ def dense_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BACKWARD: tl.constexpr,
     BIAS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The product for experts [first_expert, last_expert), whose weights `w` holds from its start.
+    """Compute the product for experts [first_expert, last_expert) from decoded weights.
 
     a: [rows, depth]; out: [rows, columns]; w: [experts, columns, depth], with BACKWARD
-    [experts, depth, columns]. With TMA, a and w are tensor descriptors. Any grid.
+    [experts, depth, columns], starting at first_expert. With TMA, a and w are tensor descriptors.
+    Any grid.
     """
     column_tiles = tl.cdiv(columns, COLUMNS)
     begin = tl.load(tile_starts_ptr + first_expert) * column_tiles
@@ -199,7 +200,7 @@ def dense_kernel(
 def _load_packed(
     words, scales, row, rows, group, groups, A: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
-    """Words [A, 4 G] and scales [A, G] from one expert's, zeros past its ends."""
+    """Load words [A, 4 G] and scales [A, G] of one expert, zeros out of bounds."""
     at = row + tl.arange(0, A)
     word = group * 4 + tl.arange(0, 4 * G)
     real = (at < rows)[:, None] & (word < groups * 4)[None, :]
@@ -216,11 +217,11 @@ def packed_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BACKWARD: tl.constexpr,
     BIAS: tl.constexpr, TMA: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The product for all experts, weights decoded here.
+    """Compute the product for all experts, decoding weights in the kernel.
 
-    The blocks and scales of the next step are on their way while this one's are decoded and
-    multiplied. Shapes as in `dense_kernel`, with words [experts, columns, depth / 8] of 8 codes,
-    with BACKWARD [experts, depth, columns / 8].
+    The next step's blocks and scales are loaded while this step's are decoded and multiplied.
+    Shapes as in `dense_kernel`, but words of 8 codes: [experts, columns, depth / 8], with BACKWARD
+    [experts, depth, columns / 8].
     """
     finish = tl.load(tile_starts_ptr + experts) * tl.cdiv(columns, COLUMNS)
     for tile in tl.range(tl.program_id(0), finish, tl.num_programs(0)):

@@ -137,7 +137,7 @@ def test_without_gradients_gate_ups_output_is_gone_before_downs_is_made(interpre
         ({"expert_indices": torch.zeros(37, 4)}, "expert_indices: torch.float32"),
         (
             {"expert_indices": torch.zeros(37, 6, dtype=torch.int64)},
-            "expert_indices: 6 experts a token; allowed: 1 to the layer's 5",
+            "expert_indices: 6 experts per token; allowed: 1 to the layer's 5",
         ),
         ({"expert_indices": torch.full((37, 4), 5)}, "expert_indices: holds 5; allowed: 0 to 4"),
         ({"routing_weights": torch.zeros(37, 3)}, "routing_weights: torch.float32"),
