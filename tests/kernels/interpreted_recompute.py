@@ -60,21 +60,22 @@ def with_biases(stack: ExpertStack, *biases: torch.Tensor) -> ExpertStack:
 
 
 def draw_call(kind: str, tokens: int = TOKENS) -> tuple[Callable, list[torch.Tensor]]:
-    """(the experts' function of its leaves, leaves) of `plain`, `biases`, `adapters` or `all`."""
+    """(the experts' function of its leaves, leaves) of `plain`, `adapters`, or `biases` beside
+    adapters."""
     torch.manual_seed(0)
     indices = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
     leaves, stack = [torch.randn(tokens, HIDDEN), torch.rand(tokens, TOP_K)], draw_stack()
-    if kind in ("biases", "all"):
+    if kind == "biases":
         leaves += [stack.gate_up.bias, stack.down.bias]
-    if kind in ("adapters", "all"):
+    if kind != "plain":
         for out, width in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
             b = torch.randn(out, RANK, EXPERTS).permute(2, 0, 1)  # as PEFT lays B out
             leaves += [torch.randn(EXPERTS, RANK, width), b]
 
     def run(x: torch.Tensor, weights: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        biases = rest[:2] if kind in ("biases", "all") else (stack.gate_up.bias, stack.down.bias)
+        biases = rest[:2] if kind == "biases" else (stack.gate_up.bias, stack.down.bias)
         adapters = Adapters()
-        if kind in ("adapters", "all"):
+        if kind != "plain":
             gate_up, down = rest[-4:-2], rest[-2:]
             adapters = Adapters(Adapter(*gate_up, 0.5), Adapter(*down, 2.0))
         return expert_gemm.expert_mlp(x, indices, weights, with_biases(stack, *biases), adapters)
@@ -161,7 +162,7 @@ def main() -> None:
     expert_gemm.SLICE_TOKENS = -(-TOKENS // SLICES)
     expert_gemm.choose = lambda *_: "packed"
     watch, results = Watch(), {}
-    for kind in ("plain", "biases", "adapters", "all"):
+    for kind in ("plain", "biases", "adapters"):
         made, made_counts = differentiate(kind, watch, keep_experts=False)
         kept, kept_counts = differentiate(kind, watch, keep_experts=True)
         gradients = len(kept) // 2
