@@ -143,7 +143,7 @@ def keep(key: str, *overrides: str) -> Config:
     ],
 )
 def test_what_cannot_be_kept_is_not_to_be_kept_always(key, override, why):
-    with pytest.raises(ConfigError, match=rf"(?s)training.{key}: auto or never.*{why}"):
+    with pytest.raises(ConfigError, match=rf"(?s)training.{key}: use auto or never.*{why}"):
         keep(key, override)
     assert key in load(CONFIGS / "gpt-oss-20b-1x3090.yaml", [override]).nothing_to_keep("cuda")
 
