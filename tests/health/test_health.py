@@ -134,7 +134,7 @@ def test_a_split_sequence_is_checked_against_gpus_heads_and_collectives():
     assert three.status == "fail" and "here: 3 usable GPUs" in three.found
     assert "sequence_parallel_degree=3" in three.fix and "torchrun" in three.fix
     stride = judge(load("gpt-oss-120b-4x3090", "heads_k_stride=3"), FOUR_3090)["sequence parallel"]
-    assert stride.status == "fail" and "8 key/value heads" in stride.found
+    assert stride.status == "fail" and "8 KV heads" in stride.found
     split = load("tiny", "sequence_parallel_degree=4")
     assert judge(split, NONE)["sequence parallel"].status == "ok"
     assert judge(split, NONE)["collectives"].found.endswith("gloo in use")
