@@ -47,7 +47,7 @@ from benchmarks.attention_first_call import measure_first_calls
 from benchmarks.command_line import add_result, has_device, machine_of
 from benchmarks.record import row, write
 from sparselong.kernels.attention.op import attention
-from sparselong.kernels.attention.torch_backend import attention_reference
+from tests.references.attention import attention_reference
 
 Rows = list[dict]
 

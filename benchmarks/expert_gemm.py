@@ -29,7 +29,7 @@ import torch
 from benchmarks.attention import measure_peak, tell, time_in_turn
 from benchmarks.command_line import add_result, has_device, machine_of
 from benchmarks.record import row, write
-from sparselong.kernels.experts import ExpertStack, PackedWeight
+from sparselong.kernels.expert_stack import ExpertStack, PackedWeight
 from sparselong.kernels.experts.op import MOST_CHOICES, expert_mlp
 from sparselong.packing import mxfp4
 from tests.references.expert_mlp import expert_mlp_reference

@@ -30,9 +30,9 @@ from benchmarks.command_line import add_result, has_device, machine_of
 from benchmarks.record import row, write
 from sparselong.kernels.layer.cross_entropy import CHUNK_ROWS, linear_cross_entropy
 from sparselong.kernels.layer.norm import add_rms_norm, rms_norm
-from sparselong.kernels.layer.norm_torch import add_rms_norm_reference, rms_norm_reference
+from sparselong.kernels.layer.norm_torch import add_rms_norm_torch, rms_norm_torch
 from sparselong.kernels.layer.rotary import rotate
-from sparselong.kernels.layer.rotary_torch import rotate_reference
+from sparselong.kernels.layer.rotary_torch import rotate_torch
 
 HIDDEN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, EPS = 2880, 201_088, 64, 8, 64, 1e-5
 TOLERANCE = 2e-2
@@ -117,7 +117,7 @@ def measure_elementwise(tokens: int) -> list[dict[str, Any]]:
         [x],
         upstream[:1],
         {
-            "torch": lambda x: (rms_norm_reference(x, weight, EPS),),
+            "torch": lambda x: (rms_norm_torch(x, weight, EPS),),
             "ours": lambda x: (rms_norm(x, weight, EPS),),
         },
     )
@@ -126,7 +126,7 @@ def measure_elementwise(tokens: int) -> list[dict[str, Any]]:
         [x, residual],
         upstream,
         {
-            "torch": lambda x, r: add_rms_norm_reference(x, r, weight, EPS),
+            "torch": lambda x, r: add_rms_norm_torch(x, r, weight, EPS),
             "ours": lambda x, r: add_rms_norm(x, r, weight, EPS),
         },
     )
@@ -138,7 +138,7 @@ def measure_elementwise(tokens: int) -> list[dict[str, Any]]:
         [q, k],
         [dq, dk],
         {
-            "torch": lambda q, k: rotate_reference(q, k, cos, sin),
+            "torch": lambda q, k: rotate_torch(q, k, cos, sin),
             "ours": lambda q, k: rotate(q, k, cos, sin),
         },
     )

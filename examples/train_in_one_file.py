@@ -10,14 +10,14 @@ attention projections packed as 4-bit 2:4 (two of every four weights kept). Each
 masked and rounded before it multiplies, so what is trained is what is stored. *Mask upkeep* chooses
 the 2:4 masks again from the changed weights at regular steps.
 
-On a GPU attention, experts, norms and loss run in this project's kernels; on a CPU in plain torch.
-Each step's loss is stage 03's under the same settings: tests/stages/test_example.py checks it.
+On a GPU, attention, experts, norms and loss run in this project's kernels; on a CPU in plain torch.
+Each step's loss equals stage 03's with the same settings; tests/stages/test_example.py checks this.
 
-Left to stage 03: checkpoints and resuming, evaluation and the choice of the best step, gradient
-accumulation and checkpointing, adapters on experts and router, several GPUs.
+Only stage 03 has checkpoints and resuming, evaluation and the choice of the best step, gradient
+accumulation and checkpointing, adapters on experts and router, and several GPUs.
 
 Shape suffixes of tensors: B packs in a batch, T tokens in a pack. `labels_BT[b, t]` is the token at
-`t` itself where it is learned, else IGNORED; the model predicts it from the tokens before `t`.
+`t` itself if it is supervised, else IGNORED; the model predicts it from the tokens before `t`.
 """
 
 from __future__ import annotations
@@ -47,25 +47,28 @@ from sparselong.model import NAME, document_masks, load_model, load_tokenizer
 RANK, ALPHA, TARGETS = 16, 32.0, ("q_proj", "k_proj", "v_proj", "o_proj")
 PACKS, LENGTH = 4, 256  # B and T
 LEARNING_RATE, WARMUP, MAX_GRADIENT = 2e-3, 0.03, 1.0
-UPDATE_FREQUENCY = 0.05  # masks are chosen again after each 5 % of the steps
+UPDATE_FREQUENCY = 0.05  # choose masks again after every 5 % of the steps
 SEED, IGNORED = 42, -100
 
 Row = tuple[list[int], list[int]]  # a conversation's tokens and labels
 
 
 def train(compressed: Path, data: Path, steps: int, out: Path | None = None) -> Iterator[float]:
-    """Train for `steps` optimizer steps, yielding each step's loss in nats per learned token.
+    """Train for `steps` optimizer steps.
 
     Args:
         compressed: stage 02's folder, with `model/` (packed) and `masters/` (dense bf16).
         data: JSON lines of `{"messages": [...]}`.
-        steps: optimizer steps; the learning rate and the mask updates are spread over them.
+        steps: optimizer steps; learning rate schedule and mask updates depend on their number.
         out: where to write the fine-tuned model, in the same compressed format.
+
+    Yields:
+        Each step's loss in nats per supervised token.
     """
     attention = NAME if torch.cuda.is_available() else "eager"
     base = load_model(compressed / "model", attn_implementation=attention)
     tokenizer = load_tokenizer(compressed / "model")
-    sparselong.chunk_loss(base)  # the logits of a whole batch are never in memory at once
+    sparselong.chunk_loss(base)  # never holds a whole batch's logits in memory
     master_of = Masters(compressed / "masters").read
     model, _ = add_masked_lora(
         base, targets=TARGETS, r=RANK, alpha=ALPHA, master_of=master_of, seed=SEED
@@ -79,7 +82,7 @@ def train(compressed: Path, data: Path, steps: int, out: Path | None = None) -> 
     model.train()
     for step in range(1, steps + 1):
         tokens_BT, labels_BT, positions_BT = (t.to(base.device) for t in next(batches))
-        # Our attention tells packed conversations apart by their positions; eager needs masks.
+        # Our attention separates packed conversations by their positions; eager needs masks.
         masks = None if attention == NAME else document_masks(base.config, positions_BT, base.dtype)
         loss = model(
             input_ids=tokens_BT,
@@ -102,7 +105,7 @@ def train(compressed: Path, data: Path, steps: int, out: Path | None = None) -> 
 
 
 def read_rows(path: Path, tokenizer) -> list[Row]:
-    """Return the conversations that fit into a pack; only the assistant's tokens are learned."""
+    """Return the conversations that fit into a pack; only assistant tokens are supervised."""
     rows, found = [], conversations.read(path)
     for number in numpy.random.default_rng(SEED).permutation(len(found)):  # Axolotl's shuffle
         tokens, learned = conversations.tokenize(found[number], tokenizer, "assistant")
@@ -113,7 +116,7 @@ def read_rows(path: Path, tokenizer) -> list[Row]:
 
 
 def make_epochs(rows: list[Row], padding: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield (tokens_BT, labels_BT, positions_BT) without end, each conversation once an epoch."""
+    """Yield (tokens_BT, labels_BT, positions_BT) forever, each conversation once per epoch."""
     lengths = [len(tokens) for tokens, _ in rows]
     batches = make_batches(lengths, LENGTH, PACKS, SEED)
     order = EpochOrder(len(batches), SEED)

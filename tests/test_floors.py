@@ -35,11 +35,19 @@ FLOORS = (
     {"health", "compress", "finetune", "evaluate", "export", "chat"},
 )
 INNER = {
-    "kernels": ({"gpu", "layout"}, {"attention", "layer"}, {"decode"}, {"dense", "experts"}),
-    "parallel": ({"mesh", "collectives", "gradients"}, {"sequence"}, {"experts", "vocabulary"}),
+    "kernels": (
+        {"gpu", "layout", "expert_stack"},
+        {"attention", "layer"},
+        {"decode"},
+        {"dense", "experts"},
+    ),
+    "parallel": (
+        *({"mesh", "collectives", "gradients", "loss"}, {"sequence"}),
+        *({"experts", "vocabulary"}, {"apply"}),
+    ),
 }
-"""Floors inside a folder, by the names of its modules and folders. Inside `parallel` modules of the
-lowest floor are one folder's and may import one another, as may `gpu` and `layout`."""
+"""Floors inside a folder, by the names of its modules and folders. Single modules of one floor, as
+`mesh` and `collectives`, are the folder's own and may import one another."""
 NO_TORCH = (
     *("errors", "lazy", "files", "registration", "provenance"),
     *("config", "run", "memory", "data"),

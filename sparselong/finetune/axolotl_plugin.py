@@ -54,7 +54,7 @@ from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.finetune import state, supervision
 from sparselong.finetune.axolotl_config import ADAPTER, attention_of
-from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses, tell
+from sparselong.finetune.callbacks import MaskUpkeep, Metrics, Recomputation, tell
 from sparselong.finetune.keeping import Keeping, decide_keeping
 from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.finetune.routers import RouterWatch
@@ -208,7 +208,7 @@ class SparseLongPlugin(BasePlugin):
             tell(f"{key} {decision}")
         return [
             MaskUpkeep(trainer.layers, trainer.progress, upkeep.update_frequency, upkeep.criterion),
-            SecondPasses(**{key: decision.kept for key, decision in self.keeping.items()}),
+            Recomputation(**{key: decision.kept for key, decision in self.keeping.items()}),
             RouterWatch(trainer.model),
             Metrics(
                 self.run.work / METRICS if ranks.is_first() else None,

@@ -69,7 +69,7 @@ class MaskUpkeep(TrainerCallback):
         tell(f"step {state.global_step}: mask update flipped {overall:.3%} of the bits ({by_kind})")
 
 
-class SecondPasses(TrainerCallback):
+class Recomputation(TrainerCallback):
     """Lets checkpointed layers leave out of their second pass what they can; see
     runtime/recompute.py."""
 

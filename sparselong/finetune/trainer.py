@@ -43,7 +43,7 @@ from sparselong.finetune.training_run import (
 from sparselong.processes import find_world, train_together
 from sparselong.run import Stage
 
-_CALLBACKS = ("MaskUpkeep", "SecondPasses", "RouterWatch", "Metrics")
+_CALLBACKS = ("MaskUpkeep", "Recomputation", "RouterWatch", "Metrics")
 
 
 def finetune(stage: Stage) -> None:

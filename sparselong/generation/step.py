@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import _apply_rotary_emb
 
-from sparselong.kernels.experts import Gate
+from sparselong.kernels import Gate
 from sparselong.model import PackedExperts, PackedLinear
 
 FIRST_WORD = 0x7FFFFFFF

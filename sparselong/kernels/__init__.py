@@ -1,1 +1,10 @@
-"""Kernels by area; each is tested against plain torch code that shares nothing with it."""
+"""Kernels, a folder an operation; tests/references/ holds an independent definition of each."""
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.kernels.expert_stack import ExpertStack, Gate, PackedWeight
+
+__getattr__ = expose(__name__)

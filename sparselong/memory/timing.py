@@ -25,6 +25,11 @@ ITEM_TOKENS = 400
 SAMPLE_TOKENS = 1_000
 """Tokens of a validation conversation, at most `sequence_len`."""
 
+TINY_STEP_TOKENS = 1_024
+"""Tokens of a step that makes the small model."""
+DEMO_ITEMS = 400
+"""Items of the demo's task."""
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -113,11 +118,11 @@ def stage_seconds(
     widths = (3 * shape.hidden**2 + shape.query_width**2) * shape.layers
     solve = 2.0 * widths * calibration + 20.0 * shape.attention_weights * shape.query_width
     compress = 2 * calibration * (products + scores) + solve
-    made = config.model.tiny_steps * 1024 * 3 * products if tiny else 0.0
+    made = config.model.tiny_steps * TINY_STEP_TOKENS * 3 * products if tiny else 0.0
     moved = disk["base"] + disk["compressed_model"]
     items = len(config.evaluation.tasks) * (config.evaluation.limit or ASSUMED_ITEMS)
     if tiny:
-        items = min(items, 400)
+        items = min(items, DEMO_ITEMS)
     judged = items * ITEM_TOKENS
     judged += config.evaluation.perplexity_samples * min(SAMPLE_TOKENS, config.sequence_len)
     evaluate = 3 * judged * sum(forward_flops(shape, SAMPLE_TOKENS))

@@ -19,15 +19,8 @@ from torch import nn
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 
 from sparselong.checkpoint import expert_shapes
-from sparselong.kernels.experts import (
-    ALPHA,
-    LIMIT,
-    NO_ADAPTERS,
-    Adapters,
-    ExpertStack,
-    PackedWeight,
-    expert_mlp,
-)
+from sparselong.kernels import ExpertStack, PackedWeight
+from sparselong.kernels.experts import ALPHA, LIMIT, NO_ADAPTERS, Adapters, expert_mlp
 from sparselong.packing import mxfp4
 
 IMPLEMENTATION = "sparselong"

@@ -1,4 +1,4 @@
-"""One sequence over several processes: mesh, sequence shards, attention across them, one loss."""
+"""Context and data parallelism: mesh, sequence shards, attention across shards, gradients, loss."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
         all_gather,
         explain_exchange,
         progress,
-        sum_over_ranks,
     )
     from sparselong.parallel.gradients import reduce_gradients
     from sparselong.parallel.loss import (
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
         count_supervised,
         mean_loss,
         shift_labels,
-        supervised_labels,
     )
     from sparselong.parallel.mesh import Mesh, build_mesh
 

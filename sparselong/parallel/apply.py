@@ -1,11 +1,11 @@
-"""Every kind of parallelism, applied to a batch in order: the one place where they meet.
+"""Apply each kind of parallelism to a batch, in order.
 
     shard, changes = share_batch(batch, mesh, heads_k_stride)
     with using(**changes):
         model(**shard, num_items_in_batch=count).loss.backward()
 
-Each takes its part of the batch, and says in the pass's settings what the model must know of it.
-Data parallelism is not here: every data rank is given a batch of its own.
+Each kind selects its part of the batch and adds to the settings that the model needs for it. Data
+parallelism is not applied here: every data rank loads its own batches.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from sparselong.parallel.sequence import Context, shard_batch, take_layout
 def share_batch(
     batch: Mapping[str, torch.Tensor], mesh: Mesh | None, heads_k_stride: int = 1
 ) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
-    """Return this rank's part of a batch, and the settings under which the model runs on it.
+    """Return this rank's part of a batch, and the settings for the model's pass over it.
 
     Args:
-        batch: what the data rank trains on, as for `sequence.shard_batch`.
-        mesh: this process's place; None where it trains alone.
+        batch: the data rank's batch, as for `sequence.shard_batch`.
+        mesh: this process's place in the mesh; None if it trains alone.
         heads_k_stride: KV heads that a full layer gathers at a time; a divisor of their number.
 
     Returns:
-        The model's arguments, the batch itself where nothing is shared, and changes for
+        The model's arguments (the batch itself if nothing is sharded), and changes for
         `runtime.using`.
 
     Raises:

@@ -1,14 +1,14 @@
-"""The two collectives that everything here is made of, and what they send, counted.
+"""The two collectives of this package, all-to-all and all-gather, with counters of sent bytes.
 
-All-to-all and all-gather are enough. A sum over ranks is made from them and added in rank order in
-fp32, because a library's all-reduce chooses its order by message size and topology; so sums are the
-same bits on every rank and in every run.
+Sums over ranks are built from them and added in rank order in fp32, because a library's all-reduce
+chooses its order by message size and topology. So sums are the same bits on every rank and in every
+run.
 
-`count_bytes` counts what this process hands over for *other* ranks, at the call that hands it over,
-by tag: no figure about traffic in tests or benchmarks comes from a formula.
+`count_bytes` counts the bytes that this process sends to *other* ranks, by tag, at the call that
+sends them. Traffic figures in tests and benchmarks are therefore measured, never derived.
 
-A collective that fails raises ExchangeError in place of the backend's own error, which names
-addresses and no ranks; `processes/watch.py` finds out which rank it was, by how far each has come.
+A failing collective raises ExchangeError instead of the backend's own error, which names addresses
+but no ranks; `processes/watch.py` finds the rank by each one's number of begun exchanges.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Group = dist.ProcessGroup
 
 
 class ExchangeError(StageError):
-    """An exchange with other ranks did not come to its end: one of them has failed."""
+    """An exchange with other ranks failed because one of them failed."""
 
 
 class _Progress:
-    """How many exchanges this process has begun, and what the last one was."""
+    """Number of exchanges that this process has begun, and the tag of the last one."""
 
     begun, tag = 0, "none"
 
 
 def progress() -> tuple[int, str]:
-    """Exchanges begun by this process since it started, and the last one's tag."""
+    """Return the number of exchanges that this process has begun, and the last one's tag."""
     return _Progress.begun, _Progress.tag
 
 
@@ -47,7 +47,7 @@ _counters: list[Counter[str]] = []
 
 @contextmanager
 def count_bytes() -> Iterator[Counter[str]]:
-    """Bytes sent to other ranks by tag, from here to the end of the block."""
+    """Count the bytes sent to other ranks inside the block, by tag."""
     counter: Counter[str] = Counter()
     _counters.append(counter)
     try:
@@ -57,16 +57,16 @@ def count_bytes() -> Iterator[Counter[str]]:
 
 
 class Pending:
-    """A collective under way; `wait` gives its result, and on a GPU lets only the stream wait."""
+    """A running collective. On a GPU `wait` blocks only the current stream, not the host."""
 
     def __init__(self, work: Any, sent: torch.Tensor, received: torch.Tensor, tag: str):
         self._work, self._sent, self._received, self._tag = work, sent, received, tag
 
     def wait(self) -> torch.Tensor:
-        """What was received.
+        """Return the received rows.
 
         Raises:
-            ExchangeError: a rank has gone, or did not take part in time.
+            ExchangeError: a rank is gone, or did not take part in time.
         """
         explain_exchange(self._tag, self._work.wait)
         return self._received
@@ -75,18 +75,20 @@ class Pending:
 def start_all_to_all(
     rows: torch.Tensor, sent_rows: list[int], received_rows: list[int], group: Group, tag: str
 ) -> Pending:
-    """Sends the first `sent_rows[0]` rows to the group's rank 0, the next to rank 1, and so on.
+    """Send the first `sent_rows[0]` rows to the group's rank 0, the next to rank 1, and so on.
 
     Args:
-        rows: [sum(sent_rows), ...], contiguous; must not be written to before `wait`.
-        sent_rows, received_rows: by rank of the group.
-        tag: under which `count_bytes` counts.
+        rows: [sum(sent_rows), ...], contiguous; must not be modified before `wait`.
+        sent_rows: number of rows to send to each rank of the group.
+        received_rows: number of rows to receive from each rank of the group.
+        group: the process group.
+        tag: the tag under which `count_bytes` counts.
 
     Returns:
-        Pending of [sum(received_rows), ...], by rank of the group.
+        The running exchange of [sum(received_rows), ...], in rank order.
 
     Raises:
-        ExchangeError: a rank has gone, or did not take part in time.
+        ExchangeError: a rank is gone, or did not take part in time.
     """
     _begin(tag)
     others = sum(sent_rows) - sent_rows[dist.get_rank(group)]
@@ -102,12 +104,12 @@ def start_all_to_all(
 
 
 def all_gather(tensor: torch.Tensor, group: Group, tag: str) -> list[torch.Tensor]:
-    """Every rank's tensor, which all have the same shape and type, by rank of the group.
+    """Gather every rank's tensor, in rank order; all must have the same shape and dtype.
 
-    A tensor of the CPU travels through the GPU where the group has NCCL only.
+    If the group has only NCCL, a CPU tensor is gathered on the GPU.
 
     Raises:
-        ExchangeError: a rank has gone, or did not take part in time.
+        ExchangeError: a rank is gone, or did not take part in time.
     """
     _begin(tag)
     tensor = tensor.contiguous()
@@ -121,7 +123,7 @@ def all_gather(tensor: torch.Tensor, group: Group, tag: str) -> list[torch.Tenso
 
 
 def sum_over_ranks(tensor: torch.Tensor, group: Group, tag: str) -> torch.Tensor:
-    """The sum of a small tensor over the group, added in rank order: the same bits everywhere."""
+    """Sum a small tensor over the group in rank order: the same bits on every rank."""
     total, *others = all_gather(tensor, group, tag)
     for other in others:
         total += other
@@ -129,9 +131,10 @@ def sum_over_ranks(tensor: torch.Tensor, group: Group, tag: str) -> torch.Tensor
 
 
 def sum_in_slices(tensor: torch.Tensor, group: Group, tag: str) -> torch.Tensor:
-    """The sum of a large 1-d tensor over the group, in its own type, added in rank order.
+    """Sum a large 1-d tensor over the group in its own dtype and in rank order.
 
-    Each rank adds one slice of all ranks' tensors and hands the sum to all: an all-reduce's bytes.
+    Each rank sums one slice of all ranks' tensors and sends the sum to all ranks: as many bytes as
+    an all-reduce sends.
     """
     size = dist.get_world_size(group)
     if size == 1:
@@ -147,7 +150,7 @@ def sum_in_slices(tensor: torch.Tensor, group: Group, tag: str) -> torch.Tensor:
 
 
 def record_bytes(size_bytes: int, tag: str) -> None:
-    """Counts bytes that are being handed over for other ranks."""
+    """Add bytes that are being sent to other ranks to every active counter."""
     for counter in _counters:
         counter[tag] += size_bytes
 
@@ -157,20 +160,24 @@ def _begin(tag: str) -> None:
 
 
 def explain_exchange(tag: str, call: Callable[[], Any]) -> Any:
-    """Return what an exchange of torch.distributed returns.
+    """Return the result of a torch.distributed call, turning its errors into ExchangeError.
+
+    Args:
+        tag: the exchange's tag, for the message.
+        call: makes the call.
 
     Raises:
-        ExchangeError: a rank has gone, or did not take part in time.
+        ExchangeError: a rank is gone, or did not take part in time.
     """
     try:
         return call()
-    except RuntimeError as error:  # what torch.distributed raises for every failure of a backend
+    except RuntimeError as error:  # torch.distributed raises this for every backend failure
         first = str(error).strip().split("\n")[0]
         raise ExchangeError(
             f"rank {dist.get_rank()} could not finish the exchange '{tag}' with the other ranks",
-            "every rank alive and at the same exchange within the time-out",
+            "every rank alive and at the same exchange within the timeout",
             f"{type(error).__name__}: {first[:300]}",
-            "look for the rank that ended first and its own message; start again from the last "
+            "look for the rank that ended first and its message; start again from the last "
             "checkpoint",
             consequence=True,
         ) from error

@@ -1,8 +1,8 @@
-"""One gradient over all shards and all sequences of a step.
+"""Sum gradients over all shards and all sequences of a step.
 
-Gradients of parameters that every rank holds are added, not averaged: each rank's loss has the
-step's divisor already (`loss.py`). Among them is the sinks', of which each rank has the part of its
-own queries.
+Gradients of replicated parameters are summed, not averaged, because each rank's loss is already
+divided by the step's divisor (`loss.py`). This includes the sinks' gradient, to which each rank
+contributes its own queries' part.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from sparselong.parallel.collectives import sum_in_slices
 from sparselong.parallel.mesh import Mesh
 
 PART_ELEMENTS = 1 << 24
-"""Gradients that are summed at once: what is alive meanwhile is five times their fp32 size."""
+"""Gradient elements summed at once; peak memory is five times their fp32 size."""
 
 
 @torch.no_grad()
 def reduce_gradients(parameters: Iterable[torch.nn.Parameter], mesh: Mesh) -> None:
-    """Adds the gradients of replicated parameters over all ranks, in fp32, in rank order.
+    """Sum the gradients of replicated parameters over all ranks, in fp32 and in rank order.
 
-    Every rank must pass the same parameters in the same order. One without a gradient on this rank
-    counts as zero. Same bits on every rank and in every run.
+    The sums are the same bits on every rank and in every run. A parameter without a gradient on
+    this rank contributes zero.
+
+    Args:
+        parameters: the same parameters in the same order on every rank.
+        mesh: this process's place in the mesh.
     """
     trained = [p for p in parameters if p.requires_grad]
     if mesh.context_size * mesh.data_size == 1:
@@ -34,7 +38,7 @@ def reduce_gradients(parameters: Iterable[torch.nn.Parameter], mesh: Mesh) -> No
 
 
 def _in_parts(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Neighbours of PART_ELEMENTS together, or a single larger one."""
+    """Yield consecutive parameters of at most PART_ELEMENTS in total, or a single larger one."""
     part: list[torch.nn.Parameter] = []
     elements = 0
     for parameter in parameters:

@@ -1,15 +1,15 @@
-"""One loss over all shards and all sequences of a step: what is counted, divided and added.
+"""Compute one loss over all shards and all sequences of a step.
 
-Every shard's loss is the sum over its own supervised tokens divided by the number of supervised
-tokens of the whole step: all shards, all data ranks, all micro-batches that are accumulated. A
-shard without one contributes exactly zero, and nothing divides by a count of its own. So
+Every shard's loss is the sum over its own supervised tokens, divided by the number of supervised
+tokens in the whole step: all shards, data ranks and accumulated micro-batches. A shard without
+supervised tokens contributes exactly zero, because no shard divides by its own count. So
 
     counts = count_step([every micro-batch], mesh, pad_token)
     for each micro-batch: model(**shard, num_items_in_batch=counts.divisor).loss.backward()
     reduce_gradients(parameters, mesh)
 
-gives the gradient that one GPU would have, `add_losses` its loss, and `mean_loss` that of an
-evaluation.
+gives the gradient of a single GPU. `add_losses` gives its training loss, `mean_loss` its
+evaluation loss.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ Batch = Mapping[str, torch.Tensor]
 
 
 def shift_labels(labels: torch.Tensor, padding: int = 0) -> torch.Tensor:
-    """[rows, tokens + padding]: the label of the token after each, -100 after the last."""
+    """Return [rows, tokens + padding]: each token's next label, -100 for the last and padding."""
     return functional.pad(labels, (0, padding + 1), value=IGNORED)[..., 1:]
 
 
 def supervised_labels(batch: Batch) -> torch.Tensor:
-    """Return the labels that a batch, or a shard of one, is trained or measured on.
+    """Return the labels that the loss of a batch, or of a shard, is computed on.
 
     Args:
-        batch: `shift_labels` where labels stand with the token before theirs, else `labels`, whose
-            first no token predicts.
+        batch: with `shift_labels`, whose labels are already shifted, or else with `labels`, whose
+            first label no token predicts.
     """
     return batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
 
 
 def count_supervised(labels: torch.Tensor) -> torch.Tensor:
-    """Number of labels that count, int64 scalar on their device."""
+    """Return the number of labels that are not IGNORED, an int64 scalar on their device."""
     return (labels != IGNORED).sum()
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What all ranks train on in a step.
+    """Token counts of a step, over all ranks.
 
     Attributes:
-        tokens: real ones, without padding.
-        divisor: supervised tokens, by which every rank's loss is divided; at least 1, so that the
-            loss of a step without any is 0, not NaN.
+        tokens: tokens without padding.
+        divisor: supervised tokens, by which every rank's loss is divided; at least 1, so that a
+            step without any has a loss of 0, not NaN.
     """
 
     tokens: int
@@ -66,9 +66,9 @@ def count_step(batches: Iterable[Batch], mesh: Mesh | None, pad_token: int) -> S
     """Count a step's tokens over all data ranks.
 
     Args:
-        batches: this data rank's, whole, one or more micro-batches.
-        mesh: this process's place; None where it trains alone.
-        pad_token: of `input_ids`, where a batch has no attention mask.
+        batches: this data rank's micro-batches, not sharded.
+        mesh: this process's place in the mesh; None if it trains alone.
+        pad_token: the padding in `input_ids`, for batches without an attention mask.
     """
     counts = torch.tensor(
         [
@@ -89,27 +89,28 @@ def _count_tokens(batch: Batch, pad_token: int) -> int:
 
 
 def add_losses(local: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """The loss of the step from every rank's part of it, in fp32: what is logged.
+    """Sum every rank's part of the step's loss, in at least fp32, for logging.
 
     Args:
-        local: scalar; sums over this rank's tokens, divided by the global count or not yet.
+        local: scalar; the sum over this rank's tokens, with or without the global divisor.
+        mesh: this process's place in the mesh.
     """
     wide = local.detach().to(torch.promote_types(local.dtype, torch.float32))
     return sum_over_ranks(wide.reshape(1), mesh.world_group, "loss")[0]
 
 
 def mean_loss(parts: Iterable[tuple[torch.Tensor, Batch]], mesh: Mesh | None) -> float:
-    """Return the loss per supervised token of an evaluation, over all ranks and batches.
+    """Return an evaluation's loss per supervised token, over all ranks and batches.
 
-    Sums are in float64; each part is read before the next is asked for.
+    Sums are in float64. Each part is read before the next one is requested.
 
     Args:
-        parts: this rank's sums of token losses, as `num_items_in_batch=1` gives them, each with the
-            batch or shard that it is of.
-        mesh: this process's place; None where it evaluates alone.
+        parts: this rank's summed token losses, as computed with `num_items_in_batch=1`, each with
+            its batch or shard.
+        mesh: this process's place in the mesh; None if it evaluates alone.
 
     Returns:
-        NaN where no token is supervised.
+        The mean loss in nats; NaN if no token is supervised.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     for loss, batch in parts:

@@ -1,8 +1,9 @@
-"""Which process does what: data parallel times context parallel.
+"""The mesh of processes: data parallel times context parallel.
 
-Process p works on sequence number p // context_size of a step (its data rank) and on shard
-p % context_size of it (its context rank). Ranks of one context group are contiguous: on several
-machines a sequence stays on one of them, and the gradients' one exchange a step goes between them.
+Process p works on sequence p // context_size of a step (its data rank), and on that sequence's
+shard p % context_size (its context rank). A context group consists of consecutive ranks. On several
+machines each sequence therefore stays on one machine, and only the gradients, once per step, are
+exchanged between machines.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place.
+    """This process's place in the mesh.
 
     Attributes:
-        context_rank, context_size: its shard of the sequence, and how many there are.
-        data_rank, data_size: its sequence of a step, and how many there are.
+        context_rank: index of its shard of the sequence.
+        context_size: number of shards of a sequence.
+        data_rank: index of its sequence in a step.
+        data_size: number of sequences processed in parallel.
         context_group: the processes that share its sequence.
         data_group: the processes that hold the same shard of other sequences.
-        world_group: all of them.
+        world_group: all processes.
     """
 
     context_rank: int
@@ -36,19 +39,19 @@ class Mesh:
 
 
 def build_mesh(context_size: int, timeout: timedelta | None = None) -> Mesh:
-    """The mesh of all processes; every one of them must call this, with the same arguments.
+    """Build the mesh of all processes; each must call this with the same arguments.
 
     Args:
-        context_size: processes that share one sequence.
-        timeout: how long an exchange may take; None: the backend's own default.
+        context_size: number of processes that share one sequence.
+        timeout: how long an exchange may take; None: the backend's default.
 
     Raises:
-        ValueError: torch.distributed is not initialised, or the number of processes is not a
+        ValueError: torch.distributed is not initialized, or the number of processes is not a
             multiple of `context_size`.
     """
     if not dist.is_initialized():
         raise ValueError(
-            "torch.distributed: not initialised; allowed: after init_process_group, "
+            "torch.distributed: not initialized; allowed: after init_process_group, "
             "in processes that torchrun started"
         )
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -61,7 +64,7 @@ def build_mesh(context_size: int, timeout: timedelta | None = None) -> Mesh:
     data_size = world // context_size
     contexts = [range(d * context_size, (d + 1) * context_size) for d in range(data_size)]
     datas = [range(c, world, context_size) for c in range(context_size)]
-    # Every process takes part in making every group, its own or not.
+    # Every process must take part in creating every group, even those that it is not in.
     context_groups = [_make_group(ranks, timeout, urgent=True) for ranks in contexts]
     data_groups = [_make_group(ranks, timeout) for ranks in datas]
     world_group = _make_group(range(world), timeout)
@@ -78,9 +81,9 @@ def build_mesh(context_size: int, timeout: timedelta | None = None) -> Mesh:
 
 
 def _make_group(ranks: range, timeout: timedelta | None, urgent: bool = False) -> dist.ProcessGroup:
-    """`urgent`: with NCCL its kernels go before those that they are to overlap with."""
+    """Create a group; with `urgent`, NCCL's kernels take priority over those they overlap with."""
     options: Any = None
-    if urgent and "nccl" in dist.get_backend():  # also beside gloo for the CPU
+    if urgent and "nccl" in dist.get_backend():  # the name may list gloo too
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         if timeout is not None:
             options._timeout = timeout

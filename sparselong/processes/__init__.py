@@ -1,4 +1,4 @@
-"""The ranks of a stage as processes: started, watched, stopped and explained."""
+"""Start, watch and stop a stage's ranks, each in its own process, and explain their failures."""
 
 from typing import TYPE_CHECKING
 

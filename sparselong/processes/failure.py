@@ -1,11 +1,11 @@
-"""How the trainer's process tells the stage's process why it stopped.
+"""Report a trainer's failure from its process to the stage's process.
 
-An expected failure, wherever in Axolotl's call tree it is raised, ends as an uncaught exception:
-Python's own last resort, `sys.excepthook`, writes what / expected / found / fix into failure.json,
-and the stage raises the same failure. Everything else keeps its traceback, which is in log.txt.
+An expected failure, raised anywhere in Axolotl's call tree, ends as an uncaught exception.
+`sys.excepthook` writes its what / expected / found / fix into failure.json, and the stage raises
+the same failure. Any other exception only leaves its traceback in log.txt.
 
-Of several ranks each has a file of its own. When one ends, the others fail at their next exchange
-with it; these failures say of themselves that they are a consequence.
+Each rank has its own file. When one rank ends, the others fail at their next exchange with it;
+their failures are marked as a consequence.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ FAILURE = "failure.json"
 
 
 def failure_path(work: Path, rank: int) -> Path:
-    """Where a rank's failure is written."""
+    """Return the path of a rank's failure file in the stage's directory."""
     return work / (FAILURE if rank == 0 else f"failure.rank{rank}.json")
 
 
 def tell_failures(work: Path, rank: int = 0) -> None:
-    """From now on, an expected failure that ends this process is written to `failure_path`."""
+    """Install an excepthook that writes an expected failure to `failure_path`."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         traceback.print_exception(kind, error, trace)
@@ -40,36 +40,37 @@ def tell_failures(work: Path, rank: int = 0) -> None:
 
 
 def write_failure(work: Path, rank: int, failure: ExpectedError) -> None:
-    """Leaves a failure for the stage's process to tell."""
+    """Write a failure for the stage's process to report."""
     document = {**failure.explanation(), "consequence": failure.consequence}
     failure_path(work, rank).write_text(json.dumps(document), encoding="utf-8")
 
 
 def read_failure(work: Path, rank: int = 0) -> StageError | None:
-    """The failure that a rank's trainer left, if it left one."""
+    """Return the failure that a rank's trainer wrote, or None if it wrote none."""
     path = failure_path(work, rank)
     if not path.exists():
         return None
     try:
         return StageError(**json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:  # a full disk cut it off
+    except ValueError:  # cut off by a full disk
         return _disk_is_full(work, f"an unfinished {path.name}")
 
 
 def explain(error: BaseException, work: Path) -> ExpectedError | None:
-    """Return what a person should be told about an exception; None for what looks like a bug.
+    """Return an exception as an expected failure, or None if it looks like a bug.
 
     Args:
-        work: the stage's directory, which has its name.
+        error: what ended the process.
+        work: the stage's directory, named after the stage.
     """
     if isinstance(error, ExpectedError):
         return error
-    import torch  # not before: the stage's own process reads failures and refuses without torch
+    import torch  # here, so that the stage's process can read failures without importing torch
 
     if isinstance(error, torch.OutOfMemoryError):
         return StageError(
-            "the GPU's memory does not suffice",
-            "the micro-batch to fit beside the model",
+            "the GPU ran out of memory",
+            "enough memory for the model and one micro-batch",
             str(error).splitlines()[0],
             "lower sequence_len or micro_batch_size, or set training.gradient_checkpointing=true",
         )
@@ -81,7 +82,7 @@ def explain(error: BaseException, work: Path) -> ExpectedError | None:
 def _disk_is_full(work: Path, found: str) -> StageError:
     return StageError(
         f"{work.name} could not write to {work}",
-        "room on the disk",
+        "enough free disk space",
         found,
-        "free some space, then run the same command again: whole checkpoints are kept",
+        "free some space, then run the same command again: complete checkpoints are kept",
     )

@@ -1,11 +1,11 @@
-"""What the other processes do that torchrun has started with the stage's own, rank 0.
+"""Run a stage in several processes started by torchrun: rank 0 leads, the others follow.
 
-Rank 0 runs the stage. The others know neither when training begins nor whether it begins at all
-(the stage may be done already, or refuse the config), so it tells them through the store by which
-torchrun's processes meet: `train`, and at its end `ended` with its exit code.
+Rank 0 runs the stage. The other ranks cannot know when training begins, or whether it begins at all
+(the stage may be up to date, or refuse the config). Rank 0 therefore reports its status through
+torchrun's rendezvous store: `train`, and finally `ended` with its exit code.
 
-A process whose trainer fails tells the others there, too: torchrun then ends them by a signal,
-which says nothing about the cause.
+A process whose trainer fails also writes the failure to the store, because torchrun then ends the
+other processes by a signal, which does not tell the cause.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def follow_or_lead(
     run: Callable[[list[str] | None], int],
     trainer: Callable[[Stage], Sequence[str]],
 ) -> int:
-    """Do this process's part of a stage that torchrun has started in several.
+    """Run this process's part of a stage that torchrun started in several processes.
 
     Args:
-        name: the stage's.
-        argv: the command line, the same in all of them.
-        run: the stage itself, for rank 0.
-        trainer: gives the arguments of Python that train a rank, for the others.
+        name: name of the stage.
+        argv: the command line, the same in all processes.
+        run: runs the stage; called on rank 0.
+        trainer: returns the Python arguments that train a rank; called on the other ranks.
 
     Returns:
         The exit code.
@@ -66,14 +66,14 @@ def _lead(name: str, argv: list[str] | None, run: Callable[[list[str] | None], i
 
 
 def train_together(stage: Stage, arguments: Sequence[str]) -> None:
-    """Call `train_ranks` with the processes that torchrun has started beside this one, if any.
+    """Call `train_ranks`, in step with the other processes if torchrun started several.
 
     Args:
-        stage: the stage at work.
-        arguments: of Python, which train a rank.
+        stage: the running stage.
+        arguments: the Python arguments that train a rank.
 
     Raises:
-        StageError: training failed here, or on another rank, which is named.
+        StageError: training failed here, or on another rank, which the message names.
     """
     rank = joined_rank()
     if rank is None:
@@ -93,8 +93,8 @@ def train_together(stage: Stage, arguments: Sequence[str]) -> None:
             raise
         what, found, fix = json.loads(store.get(f"{key}/failure"))
         raise StageError(
-            f"rank {rank} was ended, since another rank has failed",
-            "every rank to go on to the end",
+            f"rank {rank} was stopped because another rank failed",
+            "every rank to run to the end",
             f"{what}: {found}",
             fix,
             consequence=True,
@@ -133,18 +133,18 @@ def _tell(name: str, word: str) -> None:
 
 
 def _check_launcher(name: str) -> None:
-    """Raise if several processes were started by a launcher that they cannot meet through."""
+    """Raise if the launcher of several processes gives them no rendezvous store."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise StageError(
-            f"several processes were started together, but not by torchrun (rank {joined_rank()})",
+            f"several processes were started, but not by torchrun (this is rank {joined_rank()})",
             f"torchrun or accelerate launch, or plain python {name}.py on one machine",
-            "WORLD_SIZE without torchrun's own variables",
+            "WORLD_SIZE without torchrun's other variables",
             f"torchrun --nproc_per_node=N {name}.py ...",
         )
 
 
 def _store(name: str) -> tuple[TCPStore, str]:
-    """Return the store by which torchrun's processes meet, and the stage's key in it."""
+    """Return torchrun's rendezvous store, and the key of the stage's status in it."""
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

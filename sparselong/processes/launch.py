@@ -1,13 +1,13 @@
-"""Which processes train together, and which of them this one starts. No torch.
+"""Find the processes that train together, and those that this one starts. Needs no torch.
 
     python 0N_stage.py              one process, or `sequence_parallel_degree` on this machine
-    torchrun ... 0N_stage.py        those that torchrun (or accelerate) started, on one machine
-                                    or several; a multiple of the degree, the rest data parallel
+    torchrun ... 0N_stage.py        the processes that torchrun (or accelerate) started, on one or
+                                    several machines; a multiple of the degree, else data parallel
 
-Either way each rank trains in a process of its own beside the stage's (process.py). Under
-torchrun only the first process runs the stage: locks, prepares, writes, publishes. The others wait
-for its word and start their rank's trainer then (follow.py). The run directory must be on a file
-system that all machines share.
+Either way each rank trains in its own process, separate from the stage's (process.py). Under
+torchrun only the first process runs the stage: it locks, prepares, writes and publishes. The other
+processes wait until it reports that training begins, then start their rank's trainer (follow.py).
+All machines must share the file system of the run directory.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class World:
     """The processes that train together.
 
     Attributes:
-        size: how many.
-        local: for each rank that this process starts, its number on this machine.
-        here: how many of them on this machine.
-        joined: whether torchrun has started this process and the others.
+        size: number of processes.
+        local: local rank (number on this machine) of each rank that this process starts.
+        here: number of processes on this machine.
+        joined: whether torchrun started this process and the others.
     """
 
     size: int
@@ -40,15 +40,15 @@ class World:
 
 
 def joined_rank() -> int | None:
-    """This process's rank among those that torchrun started together; None: it is alone."""
+    """Return this process's rank if torchrun started several processes, else None."""
     return int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def find_world(config: Config) -> World:
-    """The processes that the config and the environment ask for.
+    """Return the processes that the config and torchrun's environment variables specify.
 
     Raises:
-        ConfigError: torchrun has started another number of processes than a multiple of the degree.
+        ConfigError: torchrun's number of processes is not a multiple of sequence_parallel_degree.
     """
     degree, rank = config.sequence_parallel_degree, joined_rank()
     if rank is None:
@@ -56,7 +56,7 @@ def find_world(config: Config) -> World:
     size = int(os.environ["WORLD_SIZE"])
     if size % degree:
         raise ConfigError(
-            f"{size} processes cannot share sequences by {degree} (this is rank {rank})",
+            f"{size} processes cannot form groups of {degree} (this is rank {rank})",
             f"a multiple of sequence_parallel_degree: {degree} processes",
             f"WORLD_SIZE={size}",
             f"torchrun --nproc_per_node={degree}, or another sequence_parallel_degree",
@@ -66,13 +66,14 @@ def find_world(config: Config) -> World:
 
 
 def rank_environments(world: World, gpus: int) -> dict[int, dict[str, str]]:
-    """What each started rank's environment has beside this process's.
+    """Return the environment variables to set for each started rank.
 
-    Each rank sees one GPU, its own, and so does a single process: transformers' trainer would
-    spread a model over all it sees.
+    Each rank sees only its own GPU. So does a single process, because transformers' trainer would
+    spread a model over all visible GPUs.
 
     Args:
-        gpus: that this process can use; 0 for a CPU machine.
+        world: the processes that train together.
+        gpus: number of GPUs that this process can use; 0 on a CPU machine.
     """
     made = {rank: _share_of_machine(local, world, gpus) for rank, local in world.local.items()}
     if world.size > 1 and not world.joined:

@@ -1,14 +1,15 @@
-"""The trainers as processes of their own: started, listened to, stopped with us, and explained.
+"""Run the trainers as child processes of the stage, and explain their failures.
 
-The stage says what each rank runs. A trainer (Axolotl's) imports for 20 seconds, prints much and
-sets global state, so it never runs in the stage's process. Its whole output goes to log.txt (a
-rank's to log.rankN.txt); of the first, lines that begin with `MARK` are shown. The processes cannot
-outlive the stage: they get SIGTERM when the stage is interrupted, and the kernel kills them when
-the stage's process is killed (else two trainers could write one run directory).
+The stage decides what each rank runs. A trainer (Axolotl's) takes 20 seconds to import, prints a
+lot and sets global state, so it never runs in the stage's process. Rank 0 writes its output to
+log.txt, rank N to log.rankN.txt; of rank 0's output, lines that begin with `MARK` are shown. The
+trainers cannot outlive the stage: they get SIGTERM when the stage is interrupted, and the kernel
+kills them when the stage's process is killed (otherwise two trainers could write to one run
+directory).
 
-When a rank ends with a failure, the others are of no use and soon fail, too, or wait for it. They
-get a moment to say why, then they are stopped, and one failure is told: that of the rank that ended
-first and not because of another.
+When one rank fails, the others soon fail too, or wait for it forever. They get a few seconds to
+write their failures and are then stopped. One failure is reported: the first one that was not
+caused by another rank's.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ from sparselong.processes.launch import find_world, joined_rank, rank_environmen
 from sparselong.run import Stage
 
 MARK = "[sparselong] "
-"""How a line of a trainer's output begins that is shown; `callbacks.tell` writes these."""
+"""Prefix of the trainer's output lines that the stage shows; `callbacks.tell` writes it."""
 _PR_SET_PDEATHSIG = 1
 _LAST_LINES = 12
 _GRACE_SECONDS = 20
 _SETTLE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 _NCCL_TIMEOUT = "caught collective operation timeout"
-"""NCCL's watchdog aborts the process; this line of its log is all it leaves."""
+"""NCCL's watchdog aborts the process; this text in its log is the only trace."""
 _ALONE: Mapping[int, Mapping[str, str]] = {0: {}}
 
 
 class _Trainer:
-    """A rank's process, a thread that reads its output and one that notes when it ended.
+    """A rank's process, a thread that reads its output and one that records when it ended.
 
-    Not one for both: workers that outlive it would keep its output open.
+    One thread could not do both: workers that outlive the process keep its output open.
     """
 
     def __init__(self, stage: Stage, command: Sequence[str], rank: int, extra: Mapping[str, str]):
@@ -95,8 +96,7 @@ class _Trainer:
             self.process.terminate()
 
     def finish(self) -> None:
-        """Waits for a process that was told to stop, ends what it leaves behind, and takes in the
-        rest of its output."""
+        """Wait for the stopped process, kill its remaining children and read the output's rest."""
         try:
             self.process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -110,13 +110,14 @@ def train_ranks(stage: Stage, arguments: Sequence[str]) -> None:
     """Run the stage's trainer on each rank that this process starts.
 
     Args:
-        arguments: of Python, the same for each rank.
+        stage: the running stage.
+        arguments: the Python arguments, the same for each rank.
 
     Raises:
         ConfigError: the number of processes does not fit the config.
         StageError: training failed.
     """
-    import torch  # a refusal needs no torch
+    import torch  # here, so that refusing a config needs no torch
 
     environments = rank_environments(find_world(stage.config), torch.cuda.device_count())
     run_trainer(stage, [sys.executable, *arguments], environments)
@@ -125,15 +126,15 @@ def train_ranks(stage: Stage, arguments: Sequence[str]) -> None:
 def run_trainer(
     stage: Stage, command: Sequence[str], ranks: Mapping[int, Mapping[str, str]] = _ALONE
 ) -> None:
-    """Runs the trainers to their end.
+    """Run the trainers until all have ended or one has failed.
 
     Args:
-        stage: whose directory takes the output.
+        stage: the stage whose directory takes the output.
         command: the program and its arguments, the same for each rank.
-        ranks: the ranks to start, and what each one's environment has beside this process's.
+        ranks: the ranks to start, each with its additional environment variables.
 
     Raises:
-        StageError: one failed; with its own explanation where it left one.
+        StageError: a trainer failed; carries its explanation if it wrote one.
     """
     for rank in ranks:
         failure_path(stage.dir, rank).unlink(missing_ok=True)
@@ -162,7 +163,7 @@ def run_trainer(
 def _explain(
     stage: Stage, failed: list[_Trainer], unfinished: list[int], several: bool
 ) -> StageError:
-    """The failure to tell, of trainers in the order in which they ended."""
+    """Return the failure to report, given the failed trainers in the order in which they ended."""
     told = [(trainer, _failure_of(stage, trainer)) for trainer in failed]
     own = [pair for pair in told if pair[1] is None or not pair[1].consequence]
     trainer, failure = (own or told)[0]
@@ -172,42 +173,42 @@ def _explain(
             f"{who} ended with {_name(trainer.process.returncode)}",
             "exit code 0",
             "its last lines were:\n  " + "\n  ".join(trainer.last),
-            f"see {trainer.log}; the same command goes on from the last whole checkpoint",
+            f"see {trainer.log}; the same command resumes from the last complete checkpoint",
         )
     everywhere = len({each.what if each else None for _, each in told}) == 1 < len(told)
     if own and several and not everywhere:
         failure.what = f"rank {trainer.rank}: {failure.what}"
     elif unfinished and f"rank {unfinished[0]}" not in failure.found:
         names = ", ".join(map(str, unfinished))
-        failure.found += f"; rank {names} was busy elsewhere, see its log.rankN.txt"
+        failure.found += f"; rank {names} was still running, see its log.rankN.txt"
     return StageError(failure.what, failure.expected, failure.found, failure.fix)
 
 
 def _failure_of(stage: Stage, trainer: _Trainer) -> StageError | None:
     failure = read_failure(stage.dir, trainer.rank)
-    if failure is None and trainer.timed_out:  # NCCL's own watchdog has ended the process
+    if failure is None and trainer.timed_out:  # NCCL's watchdog ended the process
         return StageError(
             f"rank {trainer.rank} could not finish the exchange with the other ranks over NCCL",
-            "every rank at the same exchange within the time-out",
+            "every rank to reach the same exchange within the timeout",
             "NCCL's watchdog ended the rank",
-            f"see {trainer.log}; the same command goes on from the last whole checkpoint",
+            f"see {trainer.log}; the same command resumes from the last complete checkpoint",
             consequence=True,
         )
     return failure
 
 
 def _environment(stage: Stage) -> dict[str, str]:
-    """Everything is local by now, so the hub is left alone; caches stay in the run directory.
+    """Return the trainer's environment: offline, with caches in the run directory.
 
-    Threads that wait sleep instead of spinning: where other programs want the processor too, a
-    spinning wait for a thread that is not running costs up to 60 times the work itself. A user's
-    settings of torch's allocator, by the new name or the old, win over ours.
+    The hub is not needed, because all files are local by now. Waiting threads sleep instead of
+    spinning: on a busy CPU, spinning for a thread that is not scheduled costs up to 60 times the
+    work itself. A user's allocator settings for torch, under either name, take precedence.
     """
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, os.environ.get("PYTHONPATH", "")]
     environment = {
         "OMP_WAIT_POLICY": "PASSIVE",
-        # Axolotl would set this one, and look at no other, where it is missing.
+        # Axolotl would set this variable if it were missing, ignoring the old name.
         "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
@@ -220,7 +221,7 @@ def _environment(stage: Stage) -> dict[str, str]:
 
 
 def _die_with_parent() -> None:
-    """In the child, before exec: be killed when the parent dies (only Linux can)."""
+    """Ask the kernel, in the child before exec, to kill it when its parent dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,21 +1,21 @@
-"""When one rank ends, all end, and each says which one it was and why.
+"""End every rank when one fails, with a message that names the failed rank and the cause.
 
-A backend's own errors do not: gloo names an address, NCCL waits for its time-out (with the main
-thread deep in a CUDA call that no exception reaches) and then aborts with a page of text. So inside
-`watch_ranks` a thread of every rank writes to the rendezvous store, once a beat, that it is alive
-and how many exchanges it has begun, and reads the others'. What it notices:
+The backends' own errors do not name it: gloo names an address; NCCL waits for its timeout (with the
+main thread inside a CUDA call that no exception can interrupt) and then aborts with a page of text.
+Inside `watch_ranks`, a thread of every rank therefore writes a heartbeat with its number of begun
+exchanges to the rendezvous store, and reads the other ranks' heartbeats. It detects:
 
-| what                                                   | who is named                            |
+| event                                                  | who is named                            |
 |--------------------------------------------------------|-----------------------------------------|
 | a rank's block ended with an exception                 | that rank, with the exception           |
-| a rank writes no more (killed, or its machine is gone) | that rank                               |
-| no exchange was begun for `timeout_seconds`, some      | the ranks that have begun the fewest    |
-| ranks having begun fewer than others                   |                                         |
-| the store itself is gone                               | rank 0, or the launcher that held it    |
+| a rank's heartbeat stopped (process or machine gone)   | that rank                               |
+| no exchange was begun for `timeout_seconds`, and some  | a rank that has begun the fewest        |
+| ranks have begun fewer than others                     |                                         |
+| the store is gone                                      | rank 0, or the launcher that held it    |
 
-The first failure written counts. A rank whose exchange failed meanwhile raises StageError with it;
-one that is still stuck after two beats prints the same four lines and ends with exit code 1. What a
-checkpoint wrote stays as it was: nothing here touches files.
+The first failure in the store wins. A rank whose exchange failed raises it as a StageError; a rank
+that is still stuck after two beats prints the same four lines and exits with code 1. Nothing here
+touches files, so checkpoints stay intact.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def watch_ranks(
     beat_seconds: float = 1.0,
     tell: Callable[[StageError], None] | None = None,
 ) -> Iterator[None]:
-    """Ends this rank, with a message that names the cause, when another one fails.
+    """End this rank when another one fails, with a message that names the cause.
 
-    Every rank must enter it, equally often. Where the backend has a time-out of its own (see
-    `build_mesh`), it should be the longer one.
+    Every rank must enter the block the same number of times. The backend's own timeout (see
+    `build_mesh`) should be longer than `timeout_seconds`.
 
     Args:
-        timeout_seconds: how long ranks may be apart in the exchanges that they have begun.
-        silence_seconds: how long a rank may write nothing before it counts as gone.
-        beat_seconds: between two looks.
-        tell: is given the failure, too, before a stuck rank is ended.
+        timeout_seconds: how long ranks may differ in their number of begun exchanges.
+        silence_seconds: how long a heartbeat may be missing before its rank counts as gone.
+        beat_seconds: interval between heartbeats.
+        tell: also called with the failure before a stuck rank exits.
 
     Raises:
-        StageError: another rank failed; names it and its cause.
+        StageError: another rank failed; the message names it and the cause.
     """
     global _blocks
     _blocks += 1
@@ -89,27 +89,27 @@ class _Watch:
     ):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.timeout, self.silence, self.beat, self.tell = timeout, silence, beat, tell
-        # A connection of its own: the main thread may wait in the other one.
+        # A separate connection, because the main thread may block on the default one.
         store = dist.distributed_c10d._get_default_store().clone()
         self.store = dist.distributed_c10d.PrefixStore(prefix, store)
         self.stopped = threading.Event()
-        self.raised = False  # this rank's own failure: it ends by itself, in the time it needs
+        self.raised = False  # by this rank's own block: it then exits by itself
         self.failure: dict[str, Any] | None = None
         self.seen: dict[int, tuple[str, float]] = {}
         self.counts: tuple[tuple[int, ...], float] = ((), time.monotonic())
         self.thread = threading.Thread(target=self._run, name="watch_ranks", daemon=True)
 
     def stop(self) -> None:
-        """Ends the thread; other ranks do not miss this one from now on."""
+        """End the thread, and tell the other ranks to expect no more heartbeats."""
         self.stopped.set()
         self.thread.join()
         try:
             self.store.set(f"{self.rank}", json.dumps({"done": True}))
-        except dist.DistError:  # whoever held the store has ended before
+        except dist.DistError:  # the store's host has already ended
             return
 
     def report(self, rank: int, cause: str) -> None:
-        """Writes down a failure, unless there is one already, and keeps the one that counts."""
+        """Write a failure unless the store has one already, and keep the one in the store."""
         mine = json.dumps({"rank": rank, "cause": cause})
         try:
             self.failure = json.loads(self.store.compare_set(_FAILURE, "", mine))
@@ -117,7 +117,7 @@ class _Watch:
             self.failure = {"rank": 0, "cause": f"the rendezvous is gone: {_first_line(error)}"}
 
     def await_failure(self, error: BaseException) -> dict[str, Any]:
-        """The failure behind a failed exchange; the exchange itself if none is found in time."""
+        """Return the failure behind a failed exchange, or the exchange's own after a wait."""
         deadline = time.monotonic() + self.silence + 5 * self.beat
         while self.failure is None and time.monotonic() < deadline:
             time.sleep(self.beat / 4)
@@ -127,12 +127,12 @@ class _Watch:
         return self.failure
 
     def explain(self, failure: dict[str, Any]) -> StageError:
-        """What this rank has to say."""
+        """Return another rank's failure as this rank's error."""
         return StageError(
-            f"rank {self.rank} ends, since rank {failure['rank']} of {self.size} has failed",
-            "every rank to go on to the end",
+            f"rank {self.rank} stops because rank {failure['rank']} of {self.size} failed",
+            "every rank to run to the end",
             f"rank {failure['rank']}: {failure['cause']}",
-            "mend the cause named here and start again: training goes on from the last checkpoint",
+            "fix the cause named here and start again: training resumes from the last checkpoint",
             consequence=True,
         )
 
@@ -170,14 +170,12 @@ class _Watch:
             states[rank] = json.loads(text) if text else {}
             silent = now - self.seen[rank][1]
             if silent > self.silence and not states[rank].get("done"):
-                self.report(
-                    rank, f"has not been heard of for {silent:.0f} s: killed, or unreachable"
-                )
+                self.report(rank, f"no heartbeat for {silent:.0f} s: killed, or unreachable")
                 return
         self._compare({rank: state for rank, state in states.items() if "begun" in state}, now)
 
     def _compare(self, states: dict[int, dict[str, Any]], now: float) -> None:
-        """Whether some ranks have been waiting for others for too long."""
+        """Report the slowest rank if others have waited too long for it."""
         counts = tuple(state["begun"] for state in states.values())
         if counts != self.counts[0]:
             self.counts = (counts, now)
@@ -186,15 +184,15 @@ class _Watch:
         late = min(states, key=lambda rank: states[rank]["begun"])
         first = max(states.values(), key=lambda state: state["begun"])
         cause = (
-            f"time-out: {self.timeout:.0f} s after exchange {states[late]['begun']} "
-            f"('{states[late]['tag']}') it had not come to the next; others wait in exchange "
+            f"timeout: {self.timeout:.0f} s after exchange {states[late]['begun']} "
+            f"('{states[late]['tag']}') it had not begun the next; others wait in exchange "
             f"{first['begun']} ('{first['tag']}')"
         )
         self.report(late, cause)
 
 
 def _is_consequence(error: BaseException) -> bool:
-    """Return whether an exception only says that another rank is gone."""
+    """Return whether an exception only reports that another rank is gone."""
     return isinstance(error, ExchangeError | dist.DistError)
 
 

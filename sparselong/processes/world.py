@@ -1,15 +1,15 @@
-"""This process's place among those that train together, and what they tell each other.
+"""This process's rank among the processes that train together, and their exchanges.
 
-`join` is called once, before Axolotl is imported; `mesh()` is None where training is one process's.
+`join` is called once, before Axolotl is imported; `mesh()` is None if one process trains alone.
 
-After joining, the environment no longer says that there are others. Axolotl, transformers and
-accelerate then train as if alone: they wrap no model in DDP, hand out no other sample to each
-process, rescale no loss and gather nothing. What crosses ranks is ours, in masked_trainer.py, and
-only rank 0 writes.
+After joining, the environment no longer names other processes. Axolotl, transformers and accelerate
+then train as if alone: they do not wrap the model in DDP, give each process different samples,
+rescale the loss or gather anything. finetune/masked_trainer.py does all communication between
+ranks, and only rank 0 writes.
 
-Every rank is at the same exchange within a time-out, and parallel.watch ends and names those that
-are not. What only rank 0 does meanwhile (tokenize, write a checkpoint) may take long and is waited
-for in a group of its own, which the watch does not count.
+Every rank must reach the same exchange within a timeout; processes/watch.py ends ranks that do not,
+and names them. Work that only rank 0 does (tokenize, write a checkpoint) may take long. The other
+ranks wait for it in a separate process group, which the watch does not count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sparselong.processes.watch import watch_ranks
 EXCHANGE_SECONDS = 600
 """How long a rank waits for the others in a step."""
 _SILENCE_SECONDS = 120.0
-"""How long a rank may be so busy that it writes no sign of life."""
+"""How long a busy rank may write no heartbeat."""
 _PATIENCE = timedelta(days=2)
 _HIDDEN = (*WORLD_VARIABLES, "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
 _mesh: Mesh | None = None
@@ -38,15 +38,18 @@ _watch = ExitStack()
 
 
 def join(context_size: int, exchange_seconds: float = EXCHANGE_SECONDS) -> Mesh:
-    """Meets the other ranks, which the environment names as torchrun does, and hides them from it.
+    """Join the other ranks, named by torchrun's environment variables, and remove the variables.
 
     Args:
-        context_size: ranks that share a sequence.
-        exchange_seconds: how long ranks may be apart. The backend's own time-out is twice as long,
-            as it could name none.
+        context_size: number of ranks that share a sequence.
+        exchange_seconds: timeout of an exchange. The backend's own timeout is twice as long,
+            because its error would name no rank.
+
+    Returns:
+        This process's place in the mesh.
     """
     global _mesh
-    # Small tensors of the CPU travel over gloo even where there are GPUs.
+    # Small CPU tensors are sent over gloo even on machines with GPUs.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
     _mesh = build_mesh(context_size, timedelta(seconds=2 * exchange_seconds))
@@ -59,10 +62,10 @@ def join(context_size: int, exchange_seconds: float = EXCHANGE_SECONDS) -> Mesh:
 def watched(
     tell: Callable[[StageError], None], exchange_seconds: float = EXCHANGE_SECONDS
 ) -> ExitStack:
-    """A block that ends with a message when another rank fails; `leave` ends the watch before.
+    """Return a block in which another rank's failure ends this one; `leave` ends the watch early.
 
     Args:
-        tell: is given the failure when this rank is stuck and has to be ended.
+        tell: called with the failure if this rank is stuck and must exit.
         exchange_seconds: as for `join`.
     """
     _watch.enter_context(watch_ranks(exchange_seconds, _SILENCE_SECONDS, tell=tell))
@@ -70,12 +73,12 @@ def watched(
 
 
 def mesh() -> Mesh | None:
-    """This process's place, once it has joined others."""
+    """Return this process's place in the mesh, or None before `join`."""
     return _mesh
 
 
 def leave() -> None:
-    """Ends all exchanges, once every rank is past its last one."""
+    """Leave the process group once every rank has finished its last exchange."""
     global _mesh
     if _mesh is not None:
         wait_for_all()
@@ -85,24 +88,24 @@ def leave() -> None:
 
 
 def count() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return 1 if _mesh is None else dist.get_world_size()
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes."""
+    """Return whether this process is rank 0, the only one that writes."""
     return _mesh is None or dist.get_rank() == 0
 
 
 def wait_for_all() -> None:
-    """Returns when every rank has called it, however long that takes."""
+    """Wait until every rank has called this, however long that takes."""
     if _mesh is not None:
         explain_exchange("waiting", lambda: dist.all_reduce(torch.zeros(1)))
 
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """The block on rank 0, and when that is through, on the others."""
+    """Run the block on rank 0, then on the other ranks."""
     if not is_first():
         wait_for_all()
     yield
@@ -111,7 +114,7 @@ def first_alone() -> Iterator[None]:
 
 
 def collect(value: object) -> list:
-    """Every rank's value, by rank."""
+    """Gather every rank's value, in rank order."""
     if _mesh is None:
         return [value]
     values: list[object] = [None] * dist.get_world_size()
@@ -120,8 +123,14 @@ def collect(value: object) -> list:
 
 
 def merge_peaks(peaks: dict[str, int]) -> dict[str, int]:
-    """Peak bytes by device of all ranks: each has one GPU, `cuda:0` to it; `host` is the most that
-    a process had."""
+    """Return the peak bytes of all ranks by device.
+
+    Each rank sees its own GPU as `cuda:0`, which becomes `cuda:RANK`; `host` is the maximum over
+    processes.
+
+    Args:
+        peaks: this rank's peak bytes by device.
+    """
     merged: dict[str, int] = {}
     for rank, each in enumerate(collect(peaks)):
         for device, size_bytes in each.items():
@@ -131,13 +140,17 @@ def merge_peaks(peaks: dict[str, int]) -> dict[str, int]:
 
 
 def check_replicas(tensors: Mapping[str, torch.Tensor], step: int) -> None:
-    """That every rank holds the same adapters, masks and scales, by a fingerprint of each tensor.
+    """Raise unless every rank's adapters, masks and scales have the same fingerprints.
 
-    They are computed on every rank from the same numbers, never sent; a rank that had gone its own
-    way would train on, and only rank 0's part would be seen.
+    Every rank computes them from the same values; they are never sent. Without this check a rank
+    that diverged would keep training unnoticed, because only rank 0 logs and writes.
+
+    Args:
+        tensors: the replicated tensors by name, in the same order on every rank.
+        step: the optimizer step, for the message.
 
     Raises:
-        StageError: on every rank, naming those that differ from rank 0 and the first tensor.
+        StageError: on every rank, naming the ranks that differ from rank 0 and the first tensor.
     """
     if _mesh is None:
         return
@@ -148,16 +161,16 @@ def check_replicas(tensors: Mapping[str, torch.Tensor], step: int) -> None:
     if others:
         first = next(n for n, *marks in zip(tensors, *differ, strict=True) if any(marks))
         raise StageError(
-            f"the ranks' adapters or masks have come apart at step {step}",
-            "the same numbers on every rank as on rank 0",
-            f"others on rank {', '.join(others)}, first in {first}",
-            "go on from the last checkpoint with the same command; if it happens again, a GPU "
-            "computes wrongly: try other ones",
+            f"the ranks' adapters or masks differ at step {step}",
+            "the same values on every rank as on rank 0",
+            f"different values on rank {', '.join(others)}, first in {first}",
+            "resume from the last checkpoint with the same command; if it happens again, a GPU "
+            "may be faulty: use other GPUs",
         )
 
 
 @torch.no_grad()
 def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """int64 scalar: the sum of the tensor's bytes taken eight at a time, modulo 2^64."""
+    """Return an int64 scalar: the sum of the tensor's bytes as 8-byte integers, modulo 2^64."""
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     return torch.nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64).sum()

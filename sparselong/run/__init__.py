@@ -13,6 +13,5 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.run.command import parse_arguments, run_stage
     from sparselong.run.directory import Stage, read_manifest
-    from sparselong.run.stages import STAGES, Declaration, stage_hash
 
 __getattr__ = expose(__name__)

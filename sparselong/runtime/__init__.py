@@ -1,4 +1,4 @@
-"""What a pass must know: the only room with process-wide state of a pass."""
+"""Settings and state of a pass through the model; no other folder holds such state."""
 
 from typing import TYPE_CHECKING
 
@@ -13,16 +13,12 @@ if TYPE_CHECKING:
         checkpoint_contexts,
         exchange_once,
         is_checkpointed,
-        is_second_pass,
+        is_recomputing,
         keeps_experts,
     )
     from sparselong.runtime.settings import (
-        ExpertExchange,
-        SequenceShard,
         Settings,
-        VocabularyExchange,
         current,
-        restoring,
         using,
     )
 

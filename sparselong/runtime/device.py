@@ -1,4 +1,4 @@
-"""Which device a process computes on, and in which dtype."""
+"""The default device and compute dtype of a process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def default_device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
+    """Return the first GPU if there is one, else the CPU."""
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is slower and less exact."""
+    """Return bfloat16 for a GPU, float32 for a CPU, where bfloat16 is slower and less exact."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32

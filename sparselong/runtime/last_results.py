@@ -1,4 +1,4 @@
-"""Results of functions of tensors that all layers of a pass ask for, kept from one to the next."""
+"""A small cache of function results that every layer of a pass needs."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ import torch
 
 T = TypeVar("T")
 _KEPT = 2
-"""Results a function; a model has two kinds of layers."""
+"""Results cached per function: a model has two kinds of layers."""
 _results: dict[Callable[..., Any], list[tuple[list[weakref.ref], tuple, Any]]] = {}
 
 
 def call_once(
     function: Callable[..., T], tensors: tuple[torch.Tensor | None, ...], *rest: Any
 ) -> T:
-    """Return `function(*tensors, *rest)`, or what the same call has given a moment ago.
+    """Return `function(*tensors, *rest)`, cached if one of its last two calls was the same.
 
-    The same are calls with the same tensor objects, not written to since, and an equal `rest`; the
-    last two of a function are kept, for as long as their tensors live.
+    Two calls are the same if they pass the same tensor objects, not modified in between, and an
+    equal `rest`. A result is dropped from the cache once its tensors are freed.
 
     Args:
-        function: of a module, whose result depends on its arguments alone.
+        function: a module-level function whose result depends only on its arguments.
         tensors: its first arguments.
-        rest: its other arguments.
+        *rest: its other arguments.
+
+    Returns:
+        The function's result.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    if any(tensor.is_inference() for tensor in given):  # these do not say that they were written to
+    if any(tensor.is_inference() for tensor in given):  # inference tensors have no version counter
         return function(*tensors, *rest)
     asked = (*(None if tensor is None else tensor._version for tensor in tensors), *rest)
     kept = _results.get(function, [])

@@ -1,30 +1,29 @@
-"""What a checkpointed layer's second pass need not compute.
+"""Skip the parts of a checkpointed layer's recomputation whose results are cheap to keep.
 
-Activation checkpointing runs a layer once in the forward pass, drops what it saved, and runs it
-again in the backward pass to have that back. Plain checkpointing does all of it again. Of a gpt-oss
-layer these need not be:
+Activation checkpointing runs a layer in the forward pass, drops its saved tensors, and recomputes
+them in the backward pass. Plain checkpointing recomputes the whole layer. A gpt-oss layer can skip:
 
-- Full attention, whose cost grows with the square of the length, while what it leaves (out and
-  lse) is as small as a checkpoint and a half. `attend_once` keeps these in the first pass and hands
-  them out in the second: the same bits. Window layers, which cost next to nothing, attend again.
-- Keys that a window layer has from other processes (`parallel/sequence/attention.py`): exchanged
-  once, kept by `exchange_once`, which costs next to nothing.
-- The experts' output. They come last in a layer, so nothing in the second pass needs it. Their
-  backward pass goes from gate_up's output, several checkpoints' worth: it makes that again from
-  their input, or finds it where the layer keeps its experts (`kernels/experts/op.py`). That needs
-  no list here: autograd goes backward through the first pass's nodes, so the node itself holds it,
-  and lets go of it slice by slice. A graph gone through again makes it again.
+- Full attention. Its cost is quadratic in the length, but its results (out and lse) take only one
+  and a half times a checkpoint's memory. `attend_once` keeps them in the forward pass and returns
+  the same bits in the recomputation. Sliding-window attention is cheap and is recomputed.
+- Keys that a window layer receives from other processes (`parallel/sequence/attention.py`).
+  `exchange_once` keeps them, which takes little memory.
+- The experts' output. The experts come last in a layer, so the recomputation does not need it.
+  Their backward pass needs gate_up's output, several times the size of a checkpoint. It is
+  recomputed from the experts' input, or kept with `keep_experts` (`kernels/experts/op.py`). A kept
+  output is not stored here: autograd runs backward through the forward pass's nodes, so the node
+  holds it and frees it slice by slice. A second backward pass recomputes it.
 
-And what the backward pass will wait for can begin here: keys from other processes are on their way
-to a full layer's attention while its experts go backward (`begin_ahead`).
+The recomputation can also start communication for the backward pass: keys for a full layer's
+attention arrive from other processes while its experts run backward (`begin_ahead`).
 
     checkpoint(layer, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, True, False))
 
-A recomputation has the settings of its forward pass (`settings.py`): on a GPU it runs in a thread
-of autograd's own, and everywhere it may run when the block around the forward pass has ended.
+A recomputation uses the settings of its forward pass (`settings.py`). On a GPU it runs in an
+autograd thread, and on any device the block around the forward pass may have ended by then.
 
-One decoder layer per checkpoint, as transformers has it. Only torch's non-reentrant checkpointing
-has `context_fn`.
+Each checkpoint covers one decoder layer, as in transformers. `context_fn` requires torch's
+non-reentrant checkpointing.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ from sparselong.runtime.settings import Settings, current, restoring
 
 T = TypeVar("T")
 Attended = tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]
-"""out, lse, and what else the backward pass needs."""
+"""out, lse, and the other tensors saved for backward."""
 _active = threading.local()
-"""The checkpointed layer that a thread is in. No setting: what is kept here changes with the pass,
-and a backward pass must not find it in its threads, only a recomputation."""
+"""The checkpointed layer that a thread is running. It is not a setting: settings reach autograd's
+threads, where a recomputation must see its layer but the backward pass must not."""
 
 
 class _Layer:
-    """One checkpointed layer: what it keeps, in the order in which it was computed."""
+    """One checkpointed layer and the results that it keeps, in the order of computation."""
 
     def __init__(self, keep_attention: bool, keep_experts: bool):
         self.keep_attention, self.keep_experts = keep_attention, keep_experts
@@ -55,14 +54,14 @@ class _Layer:
         self.exchanged: list[torch.Tensor] = []
         self.begun: list[Any] = []
         self.settings = Settings()
-        """Those of the first pass."""
+        """The settings of the forward pass."""
         self.position: int | None = None
-        """The next result to hand out; None in the first pass."""
+        """Index of the next result to return; None in the forward pass."""
         self.exchange_position = 0
 
 
 class _Pass:
-    """One pass over a layer; entered again where a graph is gone through again."""
+    """The context of a forward pass or recomputation; entered once per recomputation."""
 
     def __init__(self, layer: _Layer, position: int | None):
         self.layer, self.position = layer, position
@@ -75,7 +74,7 @@ class _Pass:
         self.outer = _layer()
         self.layer.position, _active.layer = self.position, self.layer
         self.layer.exchange_position = 0
-        self.layer.begun.clear()  # of a backward pass that broke off
+        self.layer.begun.clear()  # left over from an interrupted backward pass
 
     def __exit__(self, *_: object) -> None:
         _active.layer = self.outer
@@ -85,12 +84,12 @@ class _Pass:
 def checkpoint_contexts(
     keep_attention: bool, keep_experts: bool = False
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """`context_fn` for torch.utils.checkpoint: contexts of the first and of the second pass.
+    """Return the contexts of forward pass and recomputation: torch's checkpoint `context_fn`.
 
     Args:
-        keep_attention: whether full attention's out and lse are kept between the two:
+        keep_attention: whether to keep full attention's out and lse for the recomputation:
             tokens * (2 * heads * head_dim + 4 * heads) bytes a layer in bf16.
-        keep_experts: whether the experts' gate_up output and routing are kept until the backward
+        keep_experts: whether to keep the experts' gate_up output and routing for the backward
             pass: tokens * top_k * (4 * inner + 4) bytes a layer in bf16.
     """
     layer = _Layer(keep_attention, keep_experts)
@@ -102,30 +101,30 @@ def _layer() -> _Layer | None:
 
 
 def is_checkpointed() -> bool:
-    """Whether a checkpointed layer is being run, for the first or the second time."""
+    """Return whether this thread runs or recomputes a checkpointed layer."""
     return _layer() is not None
 
 
-def is_second_pass() -> bool:
-    """Whether it is run for the second time, by the backward pass."""
+def is_recomputing() -> bool:
+    """Return whether this thread recomputes a checkpointed layer for the backward pass."""
     layer = _layer()
     return layer is not None and layer.position is not None
 
 
 def keeps_experts() -> bool:
-    """Whether the experts' pass is to leave gate_up's output for its backward pass."""
+    """Return whether the experts must keep gate_up's output for their backward pass."""
     layer = _layer()
     return layer is not None and layer.keep_experts and layer.position is None
 
 
 def attend_once(attend: Callable[[], Attended], is_full: bool) -> Attended:
-    """`attend()`'s (out, lse, saved): kept in a first pass, handed out in a second.
+    """Return `attend()`'s (out, lse, saved), kept from the forward pass in a recomputation.
 
-    Tensors are kept as views of their own: the returned ones become part of autograd's graph.
+    Detached views are kept, because the returned tensors become part of autograd's graph.
 
     Args:
         attend: computes the attention.
-        is_full: whether the layer has full attention; another one attends in both passes.
+        is_full: whether the layer has full attention; other attention is always recomputed.
     """
     layer = _layer()
     if layer is None or not (layer.keep_attention and is_full):
@@ -139,7 +138,7 @@ def attend_once(attend: Callable[[], Attended], is_full: bool) -> Attended:
 
 
 def exchange_once(exchange: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """`exchange()`'s tensor: kept in a first pass, handed out in a second."""
+    """Return `exchange()`'s tensor, kept from the forward pass in a recomputation."""
     layer = _layer()
     if layer is None:
         return exchange()
@@ -151,10 +150,11 @@ def exchange_once(exchange: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def begin_ahead(begin: Callable[[], T]) -> list[T]:
-    """What a second pass begins for the backward pass that follows it: `begin()`, last in the list.
+    """Return a list to which each recomputation appends `begin()` for its backward pass.
 
-    Autograd goes backward through the first pass's nodes, so the first pass is given the list, too,
-    and its backward pass finds there what the second one put in. Without checkpointing it is empty.
+    Autograd runs backward through the forward pass's nodes. The forward pass therefore gets the
+    same list, still empty, and its backward pass finds there what the recomputation appended.
+    Without checkpointing the list stays empty.
     """
     layer = _layer()
     if layer is None:

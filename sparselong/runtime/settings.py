@@ -1,24 +1,27 @@
-"""What a pass through a model must know besides its arguments.
+"""Settings of a pass through a model that cannot be passed as arguments.
 
-transformers hands no options through to an attention function, and nothing to the experts: what
-decides how they run is said around the pass.
+transformers passes no options to an attention function, and none to the experts. A block around
+the pass sets them instead.
 
     with using(attention_backend="triton", deterministic=True):
         model(ids, labels=ids).loss.backward()
 
-A block holds for the thread that entered it, and there for everything until it ends, whether by an
-exception or not. It also holds in the threads in which autograd runs a backward pass that the
-block's thread asks for: the settings lie among torch's own thread-local objects, which autograd
-copies to its threads, as it does for torch.compile. A checkpointed layer's recomputation has the
-settings of its forward pass, wherever and whenever it takes place (`runtime/recompute.py`).
+A block applies to the thread that entered it, until the block ends or raises. It also applies in
+the threads where autograd runs a backward pass. Autograd does not say which thread started one, so
+these threads use the settings of the threads that have blocks open, which must agree; otherwise
+`current` raises. A checkpointed layer's recomputation always uses the settings of its forward pass,
+whatever thread it runs in and however late (`runtime/recompute.py`).
 
-A thread started inside a block begins with the defaults, so that two threads may run models side by
-side; `restoring(settings)` gives it the block's. A generator has no settings of its own: one that
-yields inside a block lends them to its caller until it goes on. End the block before the yield.
+A thread started inside a block begins with the defaults, so that two threads can run models
+concurrently; `restoring(settings)` gives it the block's settings. A generator shares its caller's
+settings: if it yields inside a block, the block applies to the caller until the generator resumes.
+End the block before the yield.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -26,11 +29,9 @@ from typing import Any, Protocol
 
 import torch
 
-_KEY = "sparselong_settings"
-
 
 class SequenceShard(Protocol):
-    """This process's place in a sequence that several processes share."""
+    """This process's shard of a sequence that is sharded over several processes."""
 
     def attend(
         self,
@@ -44,32 +45,32 @@ class SequenceShard(Protocol):
         backend: str | None,
         deterministic: bool,
     ) -> torch.Tensor:
-        """Return the attention of the shard's queries to the whole sequence's keys."""
+        """Return the shard's queries' attention to the keys of the whole sequence."""
         ...
 
 
 class ExpertExchange(Protocol):
-    """Which experts this process holds, and how tokens reach those of other processes."""
+    """The experts that this process holds, and the exchange of tokens with other processes."""
 
 
 class VocabularyExchange(Protocol):
-    """Which part of the vocabulary this process holds, and how losses over it are joined."""
+    """The vocabulary shard that this process holds, and how losses over shards are combined."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a pass must know.
+    """Settings of one pass.
 
     Attributes:
         attention_backend: one of `kernels.attention.BACKENDS`, or "auto": the fastest measured one
-            for each kind of layer. A call that the named one cannot take raises.
+            for each kind of layer. A named backend raises on a call that it does not support.
         deterministic: whether attention's gradients must be the same bits in every run.
-        sequence: the sequence that this pass's tokens are a shard of; None: sequences are whole.
-        inference_tokens: tokens that go through a layer's experts at once where no gradient is
-            asked for; None: all. A pass without gradients holds tokens * top_k * (hidden +
-            2 * inner) values beside its input and output; fewer tokens make its products slower.
-        experts: where experts are; None: all of them here.
-        vocabulary: where the vocabulary is; None: all of it here.
+        sequence: this process's shard of the sequence; None: sequences are not sharded.
+        inference_tokens: tokens that a layer's experts process at once when no gradient is needed;
+            None: all. A pass without gradients holds tokens * top_k * (hidden + 2 * inner) values
+            in addition to its input and output; fewer tokens make its matmuls slower.
+        experts: how experts are sharded; None: this process holds all of them.
+        vocabulary: how the vocabulary is sharded; None: this process holds all of it.
     """
 
     attention_backend: str = "auto"
@@ -85,22 +86,64 @@ _DEFAULT = Settings()
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """One entered block; told from others by its identity."""
+    """One entered block; blocks compare by identity."""
 
     settings: Settings
 
 
+class _Thread(threading.local):
+    """The blocks that a thread has open, innermost last."""
+
+    def __init__(self) -> None:
+        self.blocks = _Blocks()
+        _all_blocks.add(self.blocks)
+
+
+class _Blocks(list[_Block]):
+    """A list that can be referred to weakly, and is equal to itself alone."""
+
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+    __eq__ = object.__eq__
+
+
+_all_blocks: weakref.WeakSet[_Blocks] = weakref.WeakSet()
+_thread = _Thread()
+
+
 def current() -> Settings:
-    """Return the settings of the pass that this thread runs."""
-    blocks = _blocks()
-    return blocks[-1].settings if blocks else _DEFAULT
+    """Return the settings of the pass that this thread runs.
+
+    Raises:
+        RuntimeError: this thread is autograd's, and several threads have blocks with different
+            settings open.
+    """
+    blocks = _thread.blocks
+    if blocks:
+        return blocks[-1].settings
+    return _settings_of_others() if _is_autograds() else _DEFAULT
+
+
+def _is_autograds() -> bool:
+    """Return whether autograd started this thread, for a backward pass that is running in it."""
+    running = torch._C._current_graph_task_id() != -1
+    return running and isinstance(threading.current_thread(), threading._DummyThread)
+
+
+def _settings_of_others() -> Settings:
+    found = [blocks[-1].settings for blocks in list(_all_blocks) if blocks]
+    if any(settings != found[0] for settings in found):
+        raise RuntimeError(
+            "a backward pass runs in autograd's thread while several threads have different "
+            "settings: checkpoint layers with runtime.checkpoint_contexts, or run one at a time"
+        )
+    return found[0] if found else _DEFAULT
 
 
 def using(**changes: Any) -> AbstractContextManager[Settings]:
-    """Return a block in which the current settings hold with these changes.
+    """Return a block that applies the current settings with these changes.
 
     Args:
-        changes: fields of `Settings` by name; the others stay as they are.
+        **changes: fields of `Settings` by name; the others keep their values.
 
     Raises:
         TypeError: there is no such field.
@@ -110,29 +153,16 @@ def using(**changes: Any) -> AbstractContextManager[Settings]:
 
 @contextmanager
 def restoring(settings: Settings) -> Iterator[Settings]:
-    """Let exactly these settings hold inside the block, whatever held before.
+    """Apply exactly these settings inside the block, whatever applied before.
 
-    Blocks may end in any order, as those of generators do: each takes back its own.
+    Blocks may end in any order, as those of generators do: each removes only its own settings.
+
+    Args:
+        settings: the settings to apply, usually another thread's `current()`.
     """
-    block = _Block(settings)
-    _set_blocks((*_blocks(), block))
+    block, blocks = _Block(settings), _thread.blocks
+    blocks.append(block)
     try:
         yield settings
     finally:
-        _set_blocks(tuple(other for other in _blocks() if other is not block))
-
-
-def _blocks() -> tuple[_Block, ...]:
-    """The blocks that this thread is in, the innermost last."""
-    if not torch._C._is_key_in_tls(_KEY):
-        return ()
-    return torch._C._get_obj_in_tls(_KEY)
-
-
-def _set_blocks(blocks: tuple[_Block, ...]) -> None:
-    # A thread must not end with an object left there: see torch.autograd.graph. torch 2.11 cannot
-    # take one out.
-    if blocks or not hasattr(torch._C, "_remove_obj_from_tls"):
-        torch._C._stash_obj_in_tls(_KEY, blocks)
-    else:
-        torch._C._remove_obj_from_tls(_KEY)
+        blocks.remove(block)

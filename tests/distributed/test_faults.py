@@ -12,10 +12,10 @@ from tests.distributed.pool import Pool
     "how, which, cause",
     [
         ("raises", 1, "rank 1: ValueError: boom"),
-        ("is killed", 2, "rank 2: has not been heard of for"),
+        ("is killed", 2, "rank 2: no heartbeat for"),
         ("is killed", 0, "rank 0: "),  # with the rendezvous
-        ("hangs", 3, "rank 3: time-out: 4 s after exchange 11 ('test')"),
-        ("hangs, seen by itself", 3, "rank 3: time-out: 4 s after exchange 11 ('test')"),
+        ("hangs", 3, "rank 3: timeout: 4 s after exchange 11 ('test')"),
+        ("hangs, seen by itself", 3, "rank 3: timeout: 4 s after exchange 11 ('test')"),
     ],
 )
 def test_every_rank_ends_and_says_which_one_failed(tmp_path, how, which, cause):
@@ -35,7 +35,7 @@ def test_every_rank_ends_and_says_which_one_failed(tmp_path, how, which, cause):
             assert result == "ValueError: boom"
             continue
         assert result.count("error: ") == 1 and cause in result, result
-        assert f"rank {rank} ends, since rank {which} of 4 has failed" in result
+        assert f"rank {rank} stops because rank {which} of 4 failed" in result
 
 
 def test_ranks_that_come_to_their_end_are_not_missed(tmp_path):

@@ -74,13 +74,13 @@ def test_unequal_batches_are_named_on_every_rank(pools):
     other["input_ids"] = other["input_ids"].clone()
     other["input_ids"][0, 7] += 1
     messages = pools[4].run(cases.shard_own, [same, same, other, same], 4)
-    assert all("another on rank 2 ([1, 16] tokens)" in message for message in messages)
+    assert all("another batch on rank 2 ([1, 16] tokens)" in message for message in messages)
     messages = pools[4].run(cases.shard_own, [same, same, packed(16), packed(24)], 2)
     assert messages[:2] == ["", ""]
-    assert all("another on rank 3 ([1, 24] tokens)" in message for message in messages[2:])
+    assert all("another batch on rank 3 ([1, 24] tokens)" in message for message in messages[2:])
     without = {key: value for key, value in same.items() if key != "position_ids"}
     messages = pools[2].run(cases.shard_own, [same, without], 2)
-    assert all("another on rank 1" in message for message in messages)
+    assert all("another batch on rank 1" in message for message in messages)
 
 
 def test_an_unknown_entry_is_refused(pools):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from sparselong.kernels.attention import torch_backend as attention_ref
+from sparselong.kernels.attention import torch_backend as attention_torch
 from sparselong.model import attention as _registers  # noqa: F401
 from sparselong.model.fused import chunk_loss
 from sparselong.parallel.apply import share_batch
@@ -275,7 +275,7 @@ def _piece_off(piece: str | None) -> Iterator[None]:
 
         patch = mock.patch.object(sharded, "_Return", Lost)
     elif piece == "queries in chunks":
-        patch = mock.patch.dict(attention_ref.attention_reference.__kwdefaults__, rows=1 << 30)
+        patch = mock.patch.dict(attention_torch.attention_torch.__kwdefaults__, rows=1 << 30)
     else:
         patch = nullcontext()
     with patch:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from sparselong.errors import StageError
-from sparselong.finetune.callbacks import MaskUpkeep, Metrics, SecondPasses
+from sparselong.finetune.callbacks import MaskUpkeep, Metrics, Recomputation
 from sparselong.finetune.state import Progress
-from sparselong.runtime.recompute import is_checkpointed, is_second_pass, keeps_experts
+from sparselong.runtime.recompute import is_checkpointed, is_recomputing, keeps_experts
 
 
 def at(step: int, **more) -> SimpleNamespace:
@@ -22,18 +22,17 @@ def control() -> SimpleNamespace:
 
 
 class FakeLayer:
-    """Flips a quarter of its bits at every update."""
+    """Flips other shares of its bits at each update."""
 
     patterns = scale = None
 
-    def __init__(self, weights: int):
+    def __init__(self, weights: int, *shares: float):
         self.master = SimpleNamespace(numel=lambda: weights)
-        self.updates = 0
+        self.shares = list(shares)
 
     def update(self, criterion: str) -> float:
         assert criterion == "hysteresis"
-        self.updates += 1
-        return 0.25
+        return self.shares.pop(0)
 
 
 def test_rows_hold_what_is_known(tmp_path):
@@ -83,22 +82,35 @@ def test_a_new_best_is_saved_at_once(tmp_path, step, best, loss, saved):
 
 
 def test_masks_are_updated_on_schedule_and_frozen_at_the_end(capsys):
-    layers = {
-        "layers.0.self_attn.q_proj": FakeLayer(64),
-        "layers.0.self_attn.k_proj": FakeLayer(32),
-    }
+    layers = {"layers.0.self_attn.q_proj": FakeLayer(64, 0.5, 0.25, 0.0)}
     progress = Progress()
     upkeep = MaskUpkeep(layers, progress, 0.25, "hysteresis")
     upkeep.on_train_begin(None, at(0), control())
     for step in range(1, 21):
         upkeep.on_step_end(None, at(step), control())
-    assert [update["step"] for update in progress.mask_updates] == [5, 10, 15]
-    assert progress.mask_updates[0]["flipped"] == 0.25
-    assert set(progress.mask_updates[0]["flipped_by_kind"]) == {"q_proj", "k_proj"}
-    assert all(layer.updates == 3 for layer in layers.values())
+    updates = [(update["step"], update["flipped"]) for update in progress.mask_updates]
+    assert updates == [(5, 0.5), (10, 0.25), (15, 0.0)]
+    assert all(layer.shares == [] for layer in layers.values())
 
 
-def test_checkpointed_layers_get_contexts_for_their_second_pass():
+def test_flipped_shares_weigh_layers_by_their_size(capsys):
+    """Of 256 query bits 32 + 24 flip, of 32 key bits 8: no mean of the layers' shares says that."""
+    layers = {
+        "layers.0.self_attn.q_proj": FakeLayer(64, 0.5),
+        "layers.0.self_attn.k_proj": FakeLayer(32, 0.25),
+        "layers.1.self_attn.q_proj": FakeLayer(192, 0.125),
+    }
+    progress = Progress()
+    upkeep = MaskUpkeep(layers, progress, 0.25, "hysteresis")
+    upkeep.on_train_begin(None, at(0), control())
+    upkeep.on_step_end(None, at(5), control())
+    (update,) = progress.mask_updates
+    assert update["flipped"] == (32 + 24 + 8) / 288
+    assert update["flipped_by_kind"] == {"q_proj": (32 + 24) / 256, "k_proj": 8 / 32}
+    assert "flipped 22.222% of the bits (q_proj 21.875%, k_proj 25.000%)" in capsys.readouterr().out
+
+
+def test_checkpointed_layers_get_contexts_for_their_recomputation():
     seen = {}
 
     class Model:
@@ -107,13 +119,13 @@ def test_checkpointed_layers_get_contexts_for_their_second_pass():
 
     for on in (True, False):
         args = SimpleNamespace(gradient_checkpointing=on)
-        SecondPasses(True, True).on_train_begin(args, at(0), control(), model=Model())
+        Recomputation(True, True).on_train_begin(args, at(0), control(), model=Model())
         if on:
             assert seen.pop("use_reentrant") is False
             assert seen.pop("preserve_rng_state") is False
             first, second = seen.pop("context_fn")()
             with first:
-                assert is_checkpointed() and not is_second_pass() and keeps_experts()
+                assert is_checkpointed() and not is_recomputing() and keeps_experts()
             with second:
-                assert is_second_pass()
+                assert is_recomputing()
     assert not seen and not is_checkpointed()

@@ -21,7 +21,6 @@ def decide(asked: str, size: int) -> keeping.Keeping:
 @pytest.fixture
 def card(monkeypatch):
     """A GPU of 24 GiB of which 10 are free and 13 are this process's."""
-    monkeypatch.setattr(keeping.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(keeping.torch.cuda, "mem_get_info", lambda: (10 * GIB, 24 * GIB))
     monkeypatch.setattr(keeping.torch.cuda, "memory_reserved", lambda: 13 * GIB)
     return 23 * GIB + memory.CONTEXT_BYTES

@@ -129,14 +129,14 @@ def test_the_trainer_dies_with_the_stage(stage, tmp_path):
 def test_a_full_disk_is_explained(tmp_path):
     for text in ("[Errno 28] No space left on device", "Error: I/O: No space left on device (28)"):
         told = explain(RuntimeError(text), tmp_path / "03_finetune")
-        assert told and "room on the disk" in told.expected
+        assert told and "free disk space" in told.expected
         assert told.what.startswith("03_finetune could not write to")
     assert explain(OSError(28, "kein Platz"), tmp_path)
     assert explain(OSError(2, "No space left on device"), tmp_path) is None
     assert explain(RuntimeError("index out of range"), tmp_path) is None
     (tmp_path / "failure.json").write_text('{"what": "cut o')
     failure = read_failure(tmp_path)
-    assert failure and "room on the disk" in failure.expected
+    assert failure and "free disk space" in failure.expected
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_full_disk_is_explained(tmp_path):
 def test_without_a_full_receipt_there_is_no_result(stage, broken):
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     receipt = {
-        "callbacks": ["MaskUpkeep", "SecondPasses", "RouterWatch", "Metrics"],
+        "callbacks": ["MaskUpkeep", "Recomputation", "RouterWatch", "Metrics"],
         "processes": 1,
         "attention": "eager",
         "attention_backend": "auto",

@@ -12,8 +12,8 @@ import torch
 
 from sparselong.kernels.attention import triton_launch as attention_triton
 from sparselong.kernels.attention.op import attention
-from sparselong.kernels.attention.torch_backend import attention_reference
 from tests.poisoned import PoisonedTorch
+from tests.references.attention import attention_reference
 
 NAMES = ("out", "dq", "dk", "dv", "dsinks")
 
@@ -139,13 +139,8 @@ def run(case: Case, inputs: list[torch.Tensor], backend: str, **more) -> dict[st
 def run_exactly(case: Case, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same in fp64 by the reference."""
     q, k, v, sinks = (t.detach().double().requires_grad_() for t in inputs[:4])
-    document = None
-    if case.boundaries is not None:
-        flat = torch.arange(k.shape[0] * k.shape[2], device="cuda")
-        bounds = torch.tensor(case.boundaries, device="cuda")
-        document = torch.searchsorted(bounds, flat, right=True).view(k.shape[0], -1)
     out, lse = attention_reference(
-        q, k, v, sinks, document=document, window=case.window, query_offset=case.offset
+        q, k, v, sinks, boundaries=case.boundaries, window=case.window, offset=case.offset
     )
     grads = torch.autograd.grad(out, (q, k, v, sinks), inputs[4].double())
     return dict(zip((*NAMES, "lse"), (out, *grads, lse), strict=True))

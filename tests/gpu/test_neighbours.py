@@ -13,10 +13,12 @@ import torch
 
 from sparselong.kernels.layer import cross_entropy, rotary
 from sparselong.kernels.layer import norm as rms_norm
-from sparselong.kernels.layer.norm_torch import add_rms_norm_reference, rms_norm_reference
-from sparselong.kernels.layer.rotary_torch import rotate_reference
+from sparselong.kernels.layer.norm_torch import add_rms_norm_torch, rms_norm_torch
+from sparselong.kernels.layer.rotary_torch import rotate_torch
 from tests.poisoned import PoisonedTorch
 from tests.references.cross_entropy import linear_cross_entropy_reference
+from tests.references.norm import add_rms_norm_reference, rms_norm_reference
+from tests.references.rotary import rotate_reference
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32]
@@ -88,9 +90,12 @@ def test_norms(shape, hidden, dtype, strided):
     # The model's own norms are in bf16 beside bf16 states; fp32 weights happen too.
     weight = draw(hidden, dtype=torch.float32 if strided else dtype) + 1
     upstream = [draw(*size, dtype=dtype) for _ in range(2)]
-    for ours, plain, inputs in (
-        (rms_norm.rms_norm, rms_norm_reference, (x, weight)),
-        (rms_norm.add_rms_norm, add_rms_norm_reference, (x, residual, weight)),
+    for ours, plain, reference, inputs in (
+        (rms_norm.rms_norm, rms_norm_torch, rms_norm_reference, (x, weight)),
+        (
+            *(rms_norm.add_rms_norm, add_rms_norm_torch, add_rms_norm_reference),
+            (x, residual, weight),
+        ),
     ):
         given = upstream[: len(inputs) - 1]
         results = [
@@ -100,7 +105,7 @@ def test_norms(shape, hidden, dtype, strided):
         true = exactly(inputs)
         if len(inputs) == 3:  # the sum is rounded: its norm is compared with that of what is stored
             true[0] = (x + residual).double() - true[1]
-        exact = differentiate(lambda *t, p=plain: p(*t, EPS), true, exactly(given))
+        exact = differentiate(lambda *t, r=reference: r(*t, EPS), true, exactly(given))
         compare(*results, exact)
 
 
@@ -110,7 +115,7 @@ def test_norms_of_tiny_large_and_zero_rows():
     for dtype in DTYPES:
         results = [
             differentiate(lambda *t, f=f: f(*t, EPS), (x.to(dtype), weight), upstream)
-            for f in (rms_norm.rms_norm, rms_norm_reference)
+            for f in (rms_norm.rms_norm, rms_norm_torch)
         ]
         inputs = exactly((x.to(dtype), weight))
         exact = differentiate(lambda *t: rms_norm_reference(*t, EPS), inputs, exactly(upstream))
@@ -121,7 +126,7 @@ def test_an_output_that_nobody_uses_has_no_gradient():
     x, residual, weight = draw(5, 64), draw(5, 64), draw(64)
     for place in (0, 1):
         grads = []
-        for function in (rms_norm.add_rms_norm, add_rms_norm_reference):
+        for function in (rms_norm.add_rms_norm, add_rms_norm_torch):
             leaves = [t.clone().requires_grad_() for t in (x, residual, weight)]
             output = function(*leaves, EPS)[place]
             grads.append(torch.autograd.grad(output.square().sum(), leaves, allow_unused=True))
@@ -180,7 +185,7 @@ def test_rotary(case, dtype, layout):
         differentiate(lambda q, k, f=f, c=c: f(q, k, *c), i, u)
         for f, i, u, c in (
             (rotary.rotate, inputs, upstream, (cos, sin)),
-            (rotate_reference, inputs, upstream, (cos, sin)),
+            (rotate_torch, inputs, upstream, (cos, sin)),
             (rotate_reference, exactly(inputs), exactly(upstream), (cos.double(), sin.double())),
         )
     )

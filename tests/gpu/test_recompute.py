@@ -1,4 +1,4 @@
-"""Checkpointed layers whose second pass leaves things out: the same gradients, less work."""
+"""Checkpointed layers whose recomputation skips some work: the same gradients."""
 
 from functools import partial
 
@@ -130,7 +130,7 @@ def test_biases_that_are_trained_get_one_sum_over_all_slices(monkeypatch):
             assert torch.equal(got, expected)
 
 
-def test_a_use_of_what_the_second_pass_leaves_out_shows():
+def test_a_use_of_what_the_recomputation_leaves_out_shows():
     """Two layers under one checkpoint: the second one's input would be missing."""
     layer, leaves, dout = experts(draw(CASE))
     twice = gradients(

@@ -18,9 +18,9 @@ import torch
 from sparselong.kernels.attention import tiles as attention_tiles
 from sparselong.kernels.attention import triton_launch as attention_triton
 from sparselong.kernels.attention.mask import AttentionCall, Mask, SavedForward, find_documents
-from sparselong.kernels.attention.torch_backend import attention_reference
 from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
+from tests.references.attention import attention_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +121,7 @@ def run(case: Case) -> dict[str, float]:
     grads = attention_triton.attend_backward(dout, SavedForward(q, k, v, sinks, out, lse), call)
     leaves = [t.double().requires_grad_() for t in (q, k, v, sinks)]
     exact, exact_lse = attention_reference(
-        *leaves, document=documents and documents.starts, window=case.window, scale=0.125,
-        query_offset=case.offset,
+        *leaves, boundaries=case.boundaries, window=case.window, scale=0.125, offset=case.offset,
     )  # fmt: skip
     wanted = torch.autograd.grad(exact, leaves, dout.double())
     pairs = zip((out, lse, *grads), (exact, exact_lse, *wanted), strict=True)

@@ -1,7 +1,7 @@
 """Runs the masked weight's kernel in Triton's interpreter; test_masked_weight.py starts it.
 
 A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
-JSON document: for each case how many elements differ from plain torch, of how many, and the same
+JSON document: for each case the share of elements that differ from the definition, and the same
 for the gradient's gate.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from sparselong.kernels.dense import masked_weight_torch as reference
 from sparselong.kernels.dense.masked_weight import MaskedWeight
+from tests.references.masked_weight import masked_weight_reference
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,9 @@ def draw(case: Case, device: str = "cpu") -> MaskedWeight:
 
 
 def compare(case: Case, weight: MaskedWeight) -> dict[str, Any]:
-    """Shares of elements that differ, from the kernel (launched directly) to plain torch.
+    """Shares of elements in which the kernel, launched directly, differs from the definition.
 
-    The interpreter cuts fp32 down to bf16 where a GPU rounds: here torch does it. Plain torch runs
-    on the CPU: what a GPU's library makes of subnormal products is not the question here.
+    The interpreter cuts fp32 down to bf16 where a GPU rounds: here torch does it.
     """
     rounded = torch.full_like(weight.master, float("nan"), dtype=torch.float32)
     weight._launch(rounded, gate=False)
@@ -87,10 +86,7 @@ def compare(case: Case, weight: MaskedWeight) -> dict[str, Any]:
     upstream = torch.randn(weight.master.shape, device=weight.master.device)
     gated = upstream.clone()
     weight._launch(gated, gate=True)
-    device = weight.master.device
-    on_cpu = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in vars(weight).items()}
-    expected = reference.round_weight(**on_cpu).to(device)
-    passes = reference.passes(**on_cpu).to(device)
+    expected, passes = masked_weight_reference(**vars(weight))
     return {
         "name": str(case),
         "weight": float((rounded != expected).float().mean()),

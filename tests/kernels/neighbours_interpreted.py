@@ -18,10 +18,10 @@ import torch
 from sparselong.kernels.layer import cross_entropy, rotary
 from sparselong.kernels.layer import cross_entropy_triton as cross_entropy_kernels
 from sparselong.kernels.layer import norm as rms_norm
-from sparselong.kernels.layer.norm_torch import add_rms_norm_reference, rms_norm_reference
-from sparselong.kernels.layer.rotary_torch import rotate_reference
 from tests.poisoned import PoisonedTorch
 from tests.references.cross_entropy import linear_cross_entropy_reference
+from tests.references.norm import add_rms_norm_reference, rms_norm_reference
+from tests.references.rotary import rotate_reference
 
 EPS = 1e-5
 
@@ -93,13 +93,13 @@ def rotary_cases() -> dict[str, list[float]]:
         cos, sin = torch.randn(2, rows, tokens, dim // 2)
         found[f"rotary_{name}"] = errors(
             lambda q, k, c=cos, s=sin: rotary.RotateFunction.apply(q, k, c, s),
-            lambda q, k, c=cos, s=sin: rotate_reference(q, k, c.double(), s.double()),
+            lambda q, k, c=cos, s=sin: rotate_reference(q, k, c, s),
             (q, k),
         )
         mirrored = (q.mT.contiguous().mT, k.mT.contiguous().mT)  # last axis not contiguous
         found[f"rotary_{name}_dims"] = errors(
             lambda q, k, c=cos, s=sin: rotary.RotateFunction.apply(q, k, c, s),
-            lambda q, k, c=cos, s=sin: rotate_reference(q, k, c.double(), s.double()),
+            lambda q, k, c=cos, s=sin: rotate_reference(q, k, c, s),
             mirrored,
         )
     return found

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.memory import DEFAULTS, predict
 from sparselong import memory
 from sparselong.config import schema as config_module
-from sparselong.memory import storage, training
+from sparselong.memory import storage
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = memory.PUBLISHED["openai/gpt-oss-20b"]
@@ -90,18 +90,3 @@ def test_what_is_allocated_is_predicted_within_two_percent(case, figures):
     plan = predict(case)
     unseen = plan.components["context"] + plan.components["gaps"]
     assert plan.peak_bytes - unseen == pytest.approx(figures["allocated_bytes"], rel=0.02)
-
-
-def test_the_planner_knows_the_kernels_sizes():
-    from sparselong.kernels.experts import choice as expert_choice
-    from sparselong.kernels.experts import op as expert_gemm
-    from sparselong.kernels.experts import triton_launch as expert_triton
-    from sparselong.kernels.layer import cross_entropy
-
-    assert cross_entropy.CHUNK_ROWS == training.LOSS_CHUNK_ROWS
-    assert expert_gemm.SLICE_TOKENS == training.SLICE_TOKENS
-    assert expert_triton.BUFFER_BYTES == training.BUFFER_BYTES
-    rows = training.DECODED_FROM_ROWS
-    for architecture in ("sm_90", "sm_86"):
-        assert expert_choice.choose_backend(architecture, 32 * rows, 32).backend == "packed"
-        assert expert_choice.choose_backend(architecture, 32 * rows + 1, 32).backend == "decode"

@@ -69,7 +69,7 @@ def test_under_torchrun_a_process_starts_its_own_rank(monkeypatch):
 
 def test_a_world_that_the_degree_does_not_divide_is_refused_naming_the_rank(monkeypatch):
     join_torchrun(monkeypatch, rank=1, size=6, local=1, here=6)
-    with pytest.raises(ConfigError, match=r"6 processes cannot share sequences by 4 .*rank 1"):
+    with pytest.raises(ConfigError, match=r"6 processes cannot form groups of 4 .*rank 1"):
         find_world(config("sequence_parallel_degree=4"))
 
 
@@ -124,7 +124,7 @@ def test_a_rank_that_takes_no_part_is_named_by_the_ranks_that_waited(stage):
     code = f"rank = os.environ['RANK']\nif rank != '1':\n {lost}\ntime.sleep(120) # {stage.dir}"
     failure = run_ranks(stage, code)
     assert "waited in vain" in failure.what
-    assert "rank 1 was busy elsewhere" in failure.found
+    assert "rank 1 was still running" in failure.found
 
 
 def test_failures_of_an_earlier_run_are_forgotten(stage):
@@ -157,16 +157,16 @@ assert "RANK" not in os.environ and ranks.count() == 2 and ranks.is_first() == (
             "assert [*ranks.merge_peaks({'host': 5 + rank})] == ['host']\n"
             "same['b'][4] += 1e-6 * rank\n"
             "ranks.check_replicas(same, step=7)\n",
-            "the ranks' adapters or masks have come apart at step 7",
-            "others on rank 1, first in b",
+            "the ranks' adapters or masks differ at step 7",
+            "different values on rank 1, first in b",
         ),
         (
             "if rank == 1: time.sleep(60)\nranks.check_replicas({'a': torch.ones(3)}, step=1)\n",
-            "rank {rank} ends, since rank 1 of 2 has failed",
-            "rank 1: time-out: 4 s after exchange",
+            "rank {rank} stops because rank 1 of 2 failed",
+            "rank 1: timeout: 4 s after exchange",
         ),
     ],
-    ids=["apart", "time-out"],
+    ids=["apart", "timeout"],
 )
 def test_over_gloo(stage, code, what, found):
     world = World(2, {0: 0, 1: 1}, 2, joined=False)
@@ -203,7 +203,7 @@ def test_a_rank_that_torchrun_ends_names_the_one_that_failed(stage, monkeypatch)
     assert train_as(0, be_ended) == "SIGTERM"  # the stage explains that
     assert "rank 1: it broke" in train_as(1, fail)
     told = train_as(0, be_ended)
-    assert "rank 0 was ended, since another rank has failed" in told
+    assert "rank 0 was stopped because another rank failed" in told
     assert "rank 1: it broke: a loss of NaN" in told
 
 

@@ -1,19 +1,40 @@
-"""What `kernels/decode/gemv.py` computes, in plain torch: the weight unpacked, then multiplied."""
+"""What `kernels/decode/gemv.py` computes, in fp64: the weight unpacked by its definition, then
+multiplied. Shares no code with the package."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from sparselong.packing import dense
-from sparselong.packing.dense import DenseFormat
+from tests.references.two_four import kept_reference
 
 
 def packed_gemv_reference(
     x: torch.Tensor,
-    fmt: DenseFormat,
+    fmt: Any,
     tensors: dict[str, torch.Tensor],
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[rows, in] → [rows, out] in fp64."""
-    out = x.double() @ dense.unpack(fmt, tensors).double().T
+    """[rows, in] → [rows, out] in fp64; `fmt` says weight_bits and sparsity (a DenseFormat)."""
+    out = x.double() @ _unpack(fmt.weight_bits, fmt.sparsity == "2:4", tensors).T
     return out if bias is None else out + bias.double()
+
+
+def _unpack(bits: int, is_sparse: bool, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """fp64 [out, in]: codes in their places, times their group's scale, rounded to bf16."""
+    values = tensors["weight_packed"]
+    if bits == 4:  # two codes a byte, the low nibble first, from -8 to 7
+        nibbles = torch.stack((values % 16, values // 16), -1).flatten(1).long()
+        values = nibbles - 16 * (nibbles >= 8)
+    weight = values.double()
+    if is_sparse:
+        kept = kept_reference(tensors["weight_mask"])
+        dense = torch.zeros(kept.shape, dtype=torch.float64, device=kept.device)
+        dense[kept] = weight.flatten()
+        weight = dense
+    if bits == 16:
+        return weight
+    scale = tensors["weight_scale"].double()
+    weight = weight * scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
+    return weight.bfloat16().double()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sparselong.run import STAGES
+from sparselong.run.stages import STAGES
 from tests.conftest import ROOT
 
 HEAVY = {"torch", "transformers", "axolotl", "peft", "datasets", "lm_eval", "matplotlib"}
@@ -70,7 +70,7 @@ def test_a_stride_that_does_not_divide_the_heads_is_refused_as_early(tmp_path):
 def write_stage_02(run_dir) -> None:
     """A manifest that says that stage 02 is done."""
     from sparselong.config import load
-    from sparselong.run import stage_hash
+    from sparselong.run.stages import stage_hash
 
     made = {"config_hash": stage_hash(load(ROOT / "configs/tiny.yaml"), "02_compress")}
     (run_dir / "02_compress").mkdir()

@@ -10,8 +10,8 @@ import pytest
 from sparselong.config.keys import Section, is_incidental, known_keys
 from sparselong.config.schema import Config, load
 from sparselong.errors import StageError
-from sparselong.run import STAGES, Declaration, Stage, run_stage, stage_hash
-from sparselong.run.stages import deciding_sections
+from sparselong.run import Stage, run_stage
+from sparselong.run.stages import STAGES, Declaration, deciding_sections, stage_hash
 
 TINY = str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")
 CHANGED = {

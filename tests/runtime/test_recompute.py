@@ -1,4 +1,4 @@
-"""What a second pass need not compute: kept once, handed out in order, the same bits."""
+"""What a recomputation skips: kept once, returned in order, the same bits."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from sparselong.runtime.recompute import (
     begin_ahead,
     checkpoint_contexts,
     is_checkpointed,
-    is_second_pass,
+    is_recomputing,
 )
 from tests.kernels.run_interpreted import run_interpreted
 
@@ -75,7 +75,7 @@ def test_a_layer_knows_in_which_pass_it_is():
     seen = []
 
     def look(x):
-        seen.append((is_checkpointed(), is_second_pass()))
+        seen.append((is_checkpointed(), is_recomputing()))
         return x.exp()
 
     x = torch.randn(3, requires_grad=True)
@@ -85,7 +85,7 @@ def test_a_layer_knows_in_which_pass_it_is():
     assert seen == [(False, False), (True, False), (True, True), (False, False)]
 
 
-def test_what_a_second_pass_begins_is_found_by_the_backward_pass_behind_it():
+def test_backward_finds_what_the_recomputation_before_it_began():
     found = []
 
     class Begins(torch.autograd.Function):

@@ -129,6 +129,31 @@ def test_threads_of_autograd_find_the_settings_of_who_asks_for_the_backward_pass
     assert {found for _, found in seen} == {Settings()}
 
 
+def test_autograd_does_not_guess_between_threads_with_different_settings():
+    entered, left = threading.Event(), threading.Event()
+
+    def hold():
+        with using(inference_tokens=5):
+            entered.set()
+            assert left.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert entered.wait(20)
+    try:
+        x = torch.ones(1, requires_grad=True)
+        with using(inference_tokens=5):  # the same: nothing to guess
+            _Deep.apply(x, REENTRANT_DEPTH, seen := []).sum().backward()
+        assert {found.inference_tokens for _, found in seen} == {5}
+        with pytest.raises(RuntimeError, match="different"), using(inference_tokens=6):
+            _Deep.apply(x, REENTRANT_DEPTH, []).sum().backward()
+        assert current() == Settings()
+        x.exp().sum().backward()  # this thread is none of autograd's
+    finally:
+        left.set()
+        thread.join()
+
+
 @pytest.mark.parametrize("place", ["here", "in a thread", "in autograd's thread"])
 def test_a_recomputation_has_the_settings_of_its_forward_pass(place):
     """Two layers under different settings, gone through backward under others again."""

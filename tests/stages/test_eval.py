@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sparselong.config import schema as config_module
-from sparselong.run import stage_hash
+from sparselong.run.stages import stage_hash
 from tests.conftest import load_script
 
 eval_script = load_script("04_eval")

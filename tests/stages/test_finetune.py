@@ -218,7 +218,7 @@ def test_run_directory_holds_what_it_promises(runs):
     assert not {name for name in names if name.startswith("model")}
     receipt = json.loads((stage / "receipt.json").read_text())
     assert len(receipt["modules_replaced"]) == 16 + 4 + 4
-    assert {"MaskUpkeep", "SecondPasses", "Metrics"} <= set(receipt["callbacks"])
+    assert {"MaskUpkeep", "Recomputation", "Metrics"} <= set(receipt["callbacks"])
     assert (stage / "log.txt").read_text().count("ALERT") == 1
 
 

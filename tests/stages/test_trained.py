@@ -4,6 +4,7 @@ These are the claims that an untrained model cannot test: nothing could get wors
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,16 @@ from tests.conftest import ROOT, load_script
 pytestmark = pytest.mark.timeout(900)
 
 CONFIG = ROOT / "configs/tiny.yaml"
+MEASURED = sorted((ROOT / "benchmarks/results").glob("demo-cpu2-*.json"))[-1]
+LUCK = 1e-4
+"""How seldom a model that guesses may pass."""
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, float]:
+    """Figures of the demo by stage and metric, as they were published."""
+    rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]
+    return {f"{row['case']['stage']} {row['metric']}": row["value"] for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +52,28 @@ def measure(run_dir):
     return lambda model: perplexity.measure(model, samples, 32)["supervised"]["perplexity"]
 
 
-def test_the_small_model_is_worth_something(run_dir):
+def test_the_small_model_is_worth_what_was_published(run_dir, measured):
+    """Sums in another order move a trained model's perplexity by a few percent."""
     figures = json.loads((run_dir / "base/tiny.json").read_text())["metrics"]
-    assert figures["unigram_perplexity"] >= 2 * figures["perplexity"]
-    assert figures["perplexity_without_attention"] >= 1.5 * figures["perplexity"]
+    for name in (
+        "perplexity",
+        "unigram_perplexity",
+        "perplexity_without_attention",
+        "perplexity_random_two_four",
+    ):
+        assert figures[name] == pytest.approx(measured[f"base {name}"], rel=0.05), name
 
 
-def test_compression_costs_little_and_a_random_mask_would_show(run_dir, measure):
+def test_compression_costs_what_was_published_and_a_random_mask_more(run_dir, measure, measured):
+    """Excess over the base's perplexity: three times the published one at most, and a random mask's
+    is several times as large."""
     base = measure(load_model(run_dir / "base"))
     compressed_model = load_model(run_dir / "02_compress/model")
-    compressed = measure(compressed_model)
-    assert compressed <= 1.05 * base
+    excess = measure(compressed_model) / base - 1
+    published = measured["04_eval perplexity.compressed"] / measured["04_eval perplexity.base"] - 1
+    assert abs(excess) <= 3 * published
     draw_masks_at_random(compressed_model, load_model(run_dir / "base"))
-    assert measure(compressed_model) > 1.05 * base
+    assert measure(compressed_model) / base - 1 > 5 * published
 
 
 def draw_masks_at_random(model, base) -> None:
@@ -73,8 +93,30 @@ def draw_masks_at_random(model, base) -> None:
         layer.load_state_dict({**stored, "bias": layer.bias})
 
 
-def test_multiple_choice_is_above_chance(run_dir, tmp_path):
+def test_multiple_choice_is_above_chance(run_dir, tmp_path, measured):
+    """More right answers than guessing gives once in ten thousand times, and the published ones."""
     suite = harness.load_suite(load(CONFIG), tmp_path, load_tokenizer(run_dir / "base"))
     figures = harness.measure(load_model(run_dir / "base"), suite)["demo_hellaswag"]
-    assert figures["items"] >= 200
-    assert figures["acc"] > figures["chance"] + 2 * figures["acc_stderr"]
+    items, chance, accuracy = figures["items"], figures["chance"], figures["acc"]
+    published = {
+        name: measured[f"04_eval tasks.demo_hellaswag.base.{name}"]
+        for name in ("items", "chance", "acc", "stderr")
+    }
+    assert (items, chance) == (published["items"], published["chance"])
+    assert at_least(round(accuracy * items), items, chance) < LUCK
+    assert abs(accuracy - published["acc"]) <= 3 * published["stderr"]
+
+
+def at_least(right: int, items: int, chance: float) -> float:
+    """Probability of that many right answers or more by guessing."""
+    return sum(
+        math.comb(items, k) * chance**k * (1 - chance) ** (items - k)
+        for k in range(right, items + 1)
+    )
+
+
+def test_luck_is_a_binomial_tail():
+    assert at_least(0, 400, 0.25) == pytest.approx(1.0)
+    assert at_least(2, 2, 0.25) == pytest.approx(1 / 16)
+    assert at_least(1, 2, 0.25) == pytest.approx(7 / 16)
+    assert at_least(round(0.33 * 400), 400, 0.25) > LUCK > at_least(round(0.34 * 400), 400, 0.25)

@@ -25,18 +25,11 @@ FIXED = {
 """Signatures of more arguments that another library fixes, and which."""
 TO_DO = {
     "sparselong/adapters/attach.py add_masked_lora": 58,
-    "sparselong/kernels/attention/op.py attention": 58,
+    "sparselong/kernels/attention/op.py attention": 60,
     "sparselong/kernels/attention/op.py attention arguments": 11,
     "sparselong/kernels/decode/attention.py launch_attend arguments": 11,
-    "sparselong/kernels/decode/experts.py launch_experts arguments": 11,
     "sparselong/kernels/decode/glue.py launch_route arguments": 11,
-    "sparselong/kernels/experts/lora.py expert_lora_mlp arguments": 10,
-    "sparselong/kernels/experts/lora_launch.py run_backward": 58,
-    "sparselong/kernels/experts/lora_launch.py run_backward arguments": 10,
     "sparselong/kernels/experts/op.py expert_mlp": 71,
-    "sparselong/kernels/experts/op.py expert_mlp arguments": 12,
-    "sparselong/kernels/experts/op.py forward arguments": 12,
-    "sparselong/kernels/experts/triton_launch.py run_backward arguments": 13,
     "sparselong/model/attention.py attention_forward": 66,
     "sparselong/parallel/sequence/exchange.py plan_exchange": 57,
 }

@@ -17,7 +17,6 @@ OUTWARD = ("sparselong.registration",)
 """Modules that may write to the environment and to registries of other packages, beside scripts."""
 DEVICE = "a property of a device, which never changes"
 ONCE = "a module that is imported on the first call"
-SETTINGS = "goes with runtime/settings"
 
 ALLOWED = {
     "sparselong:register_when_needed": "what `import sparselong` is for; see registration.py",
@@ -28,7 +27,6 @@ ALLOWED = {
     "sparselong.generation.decoder:_make_stream": "one CUDA stream a device, as long as it lives",
     "sparselong.kernels.attention.mask:_known": "documents by boundary tensor, as long as it lives",
     "sparselong.kernels.attention.op:load_backend": ONCE,
-    "sparselong.kernels.experts.op:_inference_tokens": SETTINGS,
     "sparselong.kernels.gpu:architecture_of": DEVICE,
     "sparselong.kernels.gpu:multiprocessors_of": DEVICE,
     "sparselong.kernels.gpu:tiles_of": DEVICE,
@@ -36,14 +34,10 @@ ALLOWED = {
     "sparselong.kernels.layer.norm:_kernels": ONCE,
     "sparselong.kernels.layer.rotary:_kernels": ONCE,
     "sparselong.lazy:sys.modules": "a public name, once it has been imported",
-    "sparselong.model.attention:_boundaries": "documents of the last masks, one for all layers",
-    "sparselong.model.attention:_choice": SETTINGS,
     "sparselong.model.attention:modeling_gpt_oss.eager_attention_forward": "patch_attention's task",
     "sparselong.parallel.collectives:_Progress.begun": "a counter that the ranks' watch reads",
     "sparselong.parallel.collectives:_Progress.tag": "a counter that the ranks' watch reads",
     "sparselong.parallel.collectives:_counters": "counters of bytes, inside `count_bytes` only",
-    "sparselong.parallel.sequence.context:_active": SETTINGS,
-    "sparselong.parallel.sequence.context:_boundaries_on": "16 layouts' boundaries on the device",
     "sparselong.parallel.sequence.exchange:plan_exchange": "16 plans: all layers share a step's",
     "sparselong.processes.failure:sys.excepthook": "a failed rank leaves its explanation in a file",
     "sparselong.processes.world:os.environ": "a rank hides the others from Axolotl and accelerate",

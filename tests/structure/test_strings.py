@@ -17,8 +17,6 @@ DOORS = {
     ("sparselong.registration", "sparselong.model.packed_experts"),
     ("sparselong.registration", "sparselong.model.quantizer"),
     ("sparselong.registration", "sparselong.model.attention"),
-    # Goes with the command that the stage hands over.
-    ("sparselong.processes.process", "sparselong.finetune.rank"),
 }
 """Who may name a module of a higher floor, and which."""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -123,12 +124,13 @@ def test_configuration_is_a_gpt_oss(checkpoint):
     }
 
 
-def test_sinks_and_biases_are_not_zero(stored):
-    for name, value in stored.items():
-        if name.endswith(("sinks", "bias")):
-            assert value.float().std() > 0.02, name
-    sinks = torch.stack([value for name, value in stored.items() if name.endswith("sinks")])
-    assert sinks.float().std() > 0.3
+@pytest.mark.parametrize(("suffix", "width"), [("bias", 0.05), ("sinks", 1.0)])
+def test_biases_and_sinks_are_drawn_as_wide_as_they_say(stored, suffix, width):
+    """Five standard errors of the width of that many normal numbers, and none is left at zero."""
+    found = {name: value.float() for name, value in stored.items() if name.endswith(suffix)}
+    assert all(value.std() > 0 for value in found.values())
+    drawn = torch.cat([value.flatten() for value in found.values()])
+    assert drawn.std() == pytest.approx(width, rel=5 / math.sqrt(2 * len(drawn)))
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path, monkeypatch):
@@ -194,17 +196,40 @@ def test_perplexity_is_that_of_a_plain_log_softmax(loaded):
     assert tiny_measure.perplexity(model, sequences) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_measure_publishes_every_figure(checkpoint):
+def test_measure_publishes_every_figure(checkpoint, tokenizer):
     figures = tiny_measure.measure(checkpoint, held_out_tokens=1024)
     assert figures.pop("held_out_tokens") == 1024
-    # Untrained: about as good as a uniform guess, and far worse than the unigram model.
-    assert figures["perplexity"] > 2 * figures["unigram_perplexity"] > 2 * 200
     assert set(figures) == {
         "perplexity",
         "perplexity_without_attention",
         "perplexity_random_two_four",
         "unigram_perplexity",
     }
+    # Untrained: what logits say has nothing to do with the text, so no better than a uniform guess,
+    # and at every token as far from it as unit-wide logits are.
+    assert 2048 < figures["perplexity"] < 2048 * math.exp(0.5) * 1.2
+    assert figures["perplexity_without_attention"] != figures["perplexity"]
+    assert figures["perplexity_random_two_four"] != figures["perplexity"]
+    assert figures["unigram_perplexity"] == pytest.approx(count_unigrams(tokenizer, 1024))
+
+
+def count_unigrams(tokenizer, tokens: int) -> float:
+    """Perplexity of the training text's counts plus one, over sequences of 256 held-out tokens."""
+
+    def encode(split: str) -> list[int]:
+        texts = [f"{text}<|endoftext|>" for text in corpus.texts(split)]
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [token for row in rows for token in row]
+
+    counts = Counter(encode("train"))
+    total = sum(counts.values()) + len(tokenizer)
+    held_out = encode("held_out")[:tokens]
+    losses = [
+        -math.log((counts[token] + 1) / total)
+        for place, token in enumerate(held_out)
+        if place % 256
+    ]
+    return math.exp(sum(losses) / len(losses))
 
 
 @pytest.mark.parametrize(

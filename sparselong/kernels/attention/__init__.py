@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.kernels.attention.choice import BACKENDS, describe_choice
+    from sparselong.kernels.attention.choice import describe_choice
     from sparselong.kernels.attention.key_gradients import RunGradients, sort_gradients
     from sparselong.kernels.attention.mask import (
         AttentionCall,

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.kernels.expert_stack import ExpertStack, Gate, PackedWeight
     from sparselong.kernels.experts.choice import choose_backend
     from sparselong.kernels.experts.lora import NO_ADAPTERS, Adapter, Adapters
     from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp

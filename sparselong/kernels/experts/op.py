@@ -45,7 +45,7 @@ from sparselong.kernels.experts.choice import BACKENDS
 from sparselong.kernels.experts.lora import NO_ADAPTERS, Adapters
 from sparselong.kernels.experts.torch_backend import expert_mlp_torch
 from sparselong.kernels.gpu import architecture_of
-from sparselong.runtime import current, is_checkpointed, is_second_pass, keeps_experts
+from sparselong.runtime import current, is_checkpointed, is_recomputing, keeps_experts
 
 ALPHA, LIMIT = 1.702, 7.0
 SLICE_TOKENS = 16_384
@@ -158,7 +158,7 @@ class _ExpertPass(torch.autograd.Function):
         # A bias's gradient is one sum over all tokens.
         is_whole = not is_checkpointed() or any(needs[4:6])
         ctx.slice_tokens = len(x) if is_whole else SLICE_TOKENS
-        if is_second_pass():
+        if is_recomputing():
             ctx.save_for_backward(*call)
             return torch.full_like(x, math.nan)  # a use of it must show
         keeps = any(needs) and (keeps_experts() or not is_checkpointed())

@@ -1,4 +1,4 @@
-"""One sequence over several ranks: shards, exchange plan and attention."""
+"""A sequence sharded over several ranks: shards, exchange plan and attention."""
 
 from typing import TYPE_CHECKING
 

@@ -1,20 +1,20 @@
 """Attention of one shard's queries to the whole sequence's keys; forward and backward.
 
-Full layers take `heads_k_stride` KV heads at a time. Their keys and values come in by one
-all-to-all (`plan.py` says which), and while these are attended to the next ones are on their way.
-In the backward pass the same again, the first keys being on their way since the layer's second pass
-where it is checkpointed; and each head's dK and dV for other ranks' keys go back while the next
-heads are worked on: in the inputs' type, which is one rounding, and added at home in fp32
-in rank order: the exchange's sums are the same bits in every run, as attention's own gradients are
-with `deterministic`. This is llama3-style context parallelism (Llama 3, arXiv:2407.21783) with
-fewer bytes: no rank is sent keys that it cannot see.
+Full layers process `heads_k_stride` KV heads (a group) at a time. One all-to-all gathers a group's
+keys and values (`exchange.py` plans which); the next group's overlaps with this group's attention.
+The backward pass gathers them the same way; in a checkpointed layer the first group's exchange
+already starts in the recomputation. dK and dV of other ranks' keys are sent back while the next
+group is computed. They are sent in the inputs' dtype, which rounds once, and their owner adds them
+in fp32 in rank order. So the exchange's sums are the same bits in every run, as are attention's own
+gradients with `deterministic`. This is llama3-style context parallelism (Llama 3, arXiv:2407.21783)
+with fewer bytes: no rank receives keys that it cannot see.
 
-Sliding-window layers exchange all heads at once, and only the window - 1 keys before each run of
-queries. These are kept for the backward pass, across activation checkpointing too; a full layer's
-out and lse are kept by `kernels.recompute.attend_once`, and its keys gathered again.
+Sliding-window layers exchange all heads at once, and only the window - 1 keys before each query
+chunk. These keys are saved for backward, also across activation checkpointing. For a full layer
+`runtime.attend_once` keeps out and lse, and its keys are gathered again.
 
-The softmax of a query is never split: each call of `kernels.attention`'s backends sees all of its
-keys and its head's sink, so the sink's gradient is that of one GPU, query by query, and the sum
+The softmax of a query is never split: each call of a `kernels.attention` backend sees all of its
+keys and its head's sink. So the sink's gradient is that of one GPU, query by query, and the sum
 over ranks counts each query once. The code is ours, under this repository's licence.
 
 Shapes: B rows, T tokens of the shard, K assembled keys, G groups of S KV heads, D head_dim.
@@ -44,8 +44,10 @@ class ShardedCall:
     """One layer's attention on one rank.
 
     Attributes:
+        plan: the rank's exchange plan.
+        group: the context group.
         stride: KV heads that are exchanged at a time.
-        backends: which backend attends for each of the plan's two runs.
+        backends: the attention backend for each of the plan's two query chunks.
         is_full: whether the layer has no window.
     """
 
@@ -59,14 +61,20 @@ class ShardedCall:
 def attend_to_all(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, job: ShardedCall
 ) -> torch.Tensor:
-    """out, like q; gradients flow to q, k, v and sinks.
+    """Return the attention output, with gradients for q, k, v and sinks.
 
     Args:
-        q: [B, heads, T, D]; k, v: [B, kv_heads, T, D]: the shard's own, its two runs in order.
+        q: [B, heads, T, D], the shard's queries, its two chunks in order.
+        k: [B, kv_heads, T, D], the shard's keys, in the same order.
+        v: [B, kv_heads, T, D], the shard's values, in the same order.
         sinks: [heads].
+        job: how to attend and exchange.
+
+    Returns:
+        [B, heads, T, D].
 
     Raises:
-        StageError: another rank has gone, or did not take part in time.
+        StageError: another rank is gone, or did not take part in time.
     """
     return _ShardedAttention.apply(q, k, v, sinks, job)  # pyright: ignore[reportReturnType]
 
@@ -88,7 +96,7 @@ class _ShardedAttention(torch.autograd.Function):
                 ctx.begun = begin_ahead(lambda: start_exchange(own[0], job, KEYS))
             else:
                 halo = exchange_once(lambda: start_exchange(own[0], job, HALO).wait())
-            # What backends keep is a tuple for each call; recompute hands it on as it is.
+            # `kept` holds one tuple of saved tensors per backend call.
             out, lse, kept = attend_once(lambda: _attend(q, sinks, own, halo, job), job.is_full)
         flat = [tensor for tensors in kept for tensor in tensors]
         ctx.save_for_backward(q, sinks, own, halo, out, lse, *flat)
@@ -103,9 +111,8 @@ class _ShardedAttention(torch.autograd.Function):
         for count in ctx.counts:
             kept.append(tuple(flat[:count]))
             del flat[:count]
-        done = SavedForward(
-            q, q, q, sinks, out, lse
-        )  # its keys come in group by group; lse by call
+        # q stands in for the keys and values, which are gathered by group; lse is per call.
+        done = SavedForward(q, q, q, sinks, out, lse)
         with torch.cuda.device_of(q):
             groups = gather(own, halo, ctx.job, ctx.begun)
             dq, dk, dv, dsinks = _attend_backward(dout, done, kept, own, groups, ctx.job)
@@ -113,22 +120,22 @@ class _ShardedAttention(torch.autograd.Function):
 
 
 def pack(k: torch.Tensor, v: torch.Tensor, stride: int) -> torch.Tensor:
-    """[G, T, 2, B, S, D]: a token's keys and values of a group side by side, tokens first."""
+    """Return [G, T, 2, B, S, D]: keys and values interleaved, tokens first within a group."""
     rows, heads, tokens, dim = k.shape
-    # Of three axes, for one launch, as in `_join`.
+    # Flattened to three axes for a single kernel launch, as in `_join`.
     both = [t.unflatten(1, (-1, stride)).permute(1, 3, 0, 2, 4).flatten(2) for t in (k, v)]
     return torch.cat(both, 2).view(heads // stride, tokens, 2, rows, stride, dim)
 
 
 def start_exchange(own: torch.Tensor, job: ShardedCall, tag: str) -> Pending:
-    """Sends a group's own [T, 2, B, S, D] to whom it concerns; receives others' alike."""
+    """Send the rows of a group's own [T, 2, B, S, D] that other ranks need; receive theirs."""
     plan = job.plan
     rows = _take(own, [part for parts in plan.sent for part in parts])
     return start_all_to_all(rows, plan.sent_rows, list(plan.received_rows), job.group, tag)
 
 
 def assemble(own: torch.Tensor, received: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
-    """[K, 2, B, S, D]: own and received keys and values of a group, by rising position."""
+    """Return [K, 2, B, S, D]: a group's own and received keys and values, sorted by position."""
     return _join([(own if mine else received)[slice(*part)] for mine, part in plan.assembly])
 
 
@@ -138,8 +145,17 @@ def gather(
     job: ShardedCall,
     begun: list[Pending] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Each group's assembled keys and values; the next group's are under way meanwhile, the first
-    one's perhaps already: the last of `begun`, which is taken out."""
+    """Yield each group's assembled keys and values, while the next group's exchange is running.
+
+    Args:
+        own: [G, T, 2, B, S, D], the shard's keys and values.
+        halo: received rows of a sliding-window layer; None: exchange now.
+        job: how to exchange.
+        begun: exchanges of the first group that are already running; the last is removed and used.
+
+    Yields:
+        [K, 2, B, S, D] for each group.
+    """
     if halo is not None:
         yield assemble(own[0], halo, job.plan)
         return
@@ -158,8 +174,11 @@ def _attend(
     halo: torch.Tensor | None,
     job: ShardedCall,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """(out like q, lse [calls, B, heads of a call, tokens of a run], what each call's backend needs
-    in its backward pass); the calls are group by group and, within one, run by run."""
+    """Return (out like q, lse [calls, B, heads of a call, tokens of a chunk], saved tensors).
+
+    The backends save tensors for backward per call. Calls are ordered by group, then by query
+    chunk.
+    """
     out, lses, kept = _empty_token_major(q), [], []
     share = q.shape[1] // len(own)
     for group, keys in enumerate(gather(own, halo, job)):
@@ -184,7 +203,7 @@ def _attend_backward(
     groups: Iterator[torch.Tensor],
     job: ShardedCall,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """dq, dk, dv and, where needed, dsinks in fp32."""
+    """Return dq, dk, dv and, if needed, dsinks in fp32."""
     dq = _empty_token_major(done.q)
     dsinks: list[torch.Tensor] = []
     count, tokens, _, rows, stride, dim = own.shape
@@ -218,7 +237,7 @@ def _attend_backward(
 
 
 class _Return:
-    """A group's dK and dV on their way to the ranks whose keys they belong to."""
+    """The exchange that returns a group's dK and dV to the ranks that own the keys."""
 
     def __init__(self, group: int, runs: tuple[RunGradients, RunGradients], job: ShardedCall):
         plan = job.plan
@@ -230,8 +249,11 @@ class _Return:
         )
 
     def finish(self, dkv: torch.Tensor) -> None:
-        """Adds what came in to the own part, and writes it into its heads of dK and dV,
-        [2, B, T, kv_heads, D]."""
+        """Add the received gradients to this rank's own, and write the sums into `dkv`.
+
+        Args:
+            dkv: [2, B, T, kv_heads, D], dK and dV of all groups.
+        """
         received, first = self.pending.wait(), 0
         for parts in self.plan.sent:
             for begin, end in parts:
@@ -244,26 +266,26 @@ class _Return:
 
 
 def _take(rows: torch.Tensor, ranges: list[Range]) -> torch.Tensor:
-    """Those rows, one range after another."""
+    """Return the rows in these ranges, concatenated."""
     return _join([rows[first:last] for first, last in ranges]) if ranges else rows[:0]
 
 
 def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
-    """Along the first axis; a single piece is not copied."""
+    """Concatenate along the first axis; a single piece is not copied."""
     if len(pieces) == 1:
         return pieces[0]
-    # As rows: beyond four axes torch.cat launches a copy for each piece.
+    # Flattened, because with more than four axes torch.cat launches one copy per piece.
     return torch.cat([piece.flatten(1) for piece in pieces]).view(-1, *pieces[0].shape[1:])
 
 
 def _keys_and_values(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[K, 2, B, S, D] as k and v [B, S, K, D], views."""
+    """Return views k, v [B, S, K, D] of [K, 2, B, S, D]."""
     both = keys.permute(1, 2, 3, 0, 4)
     return both[0], both[1]
 
 
 def _join_runs(parts: list[torch.Tensor], into: torch.Tensor) -> None:
-    """A group's [B, heads, tokens of a run, D], run after run, to its heads of the result."""
+    """Concatenate a group's chunks [B, heads, tokens of a chunk, D] into its heads of `into`."""
     torch.cat([part.transpose(1, 2) for part in parts], 1, out=into.transpose(1, 2))
 
 

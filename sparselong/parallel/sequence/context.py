@@ -1,9 +1,9 @@
 """A shard of a sequence: its place in the mesh, and attention to the other shards' keys.
 
-`runtime.Settings.sequence` is a `Context` where a pass's tokens are a shard (`parallel/apply.py`
-puts it there). Then `model.attention.attention_forward`, the one attention function of all models
-here, attends to the whole sequence; the model itself does not change. The backward pass, which
-exchanges keys and their gradients too, may come after the settings' block: what it needs is saved.
+`runtime.Settings.sequence` is a `Context` if a pass's tokens are a shard (`parallel/apply.py` sets
+it). `model.attention.attention_forward`, the attention function of every model here, then attends
+to the whole sequence; the model itself does not change. The backward pass, which also exchanges
+keys and their gradients, may run after the settings' block has ended: it uses only saved values.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class Layout:
     """A batch's documents, and how its keys are exchanged.
 
     Attributes:
-        boundaries: of documents on the whole, padded, flattened batch, every row's start included.
-        rows: sequences of the batch.
+        boundaries: document boundaries in the whole, padded, flattened batch, including every row's
+            start.
+        rows: number of sequences in the batch.
         heads_k_stride: KV heads that a full layer gathers at a time; a divisor of their number.
     """
 
@@ -34,15 +35,22 @@ class Layout:
 
 
 def take_layout(local: dict[str, torch.Tensor], heads_k_stride: int = 1) -> Layout:
-    """The layout of a shard that `shard_batch` made; its `cu_seqlens` is taken out, so that what
-    is left are the model's arguments."""
+    """Remove `cu_seqlens` from a shard of `shard_batch`, leaving only the model's arguments.
+
+    Args:
+        local: the shard; modified in place.
+        heads_k_stride: KV heads that a full layer gathers at a time.
+
+    Returns:
+        The layout that `cu_seqlens` describes.
+    """
     boundaries = tuple(local.pop("cu_seqlens").tolist())
     return Layout(boundaries, len(local["input_ids"]), heads_k_stride)
 
 
 @dataclass(frozen=True)
 class Context:
-    """A place in a mesh and a layout, in which to attend."""
+    """A shard's place in the mesh and the batch's layout."""
 
     mesh: Mesh
     layout: Layout
@@ -59,14 +67,15 @@ class Context:
         backend: str | None,
         deterministic: bool,
     ) -> torch.Tensor:
-        """Attention of the shard's queries, [rows, heads, tokens, head_dim], out alike.
+        """Return the attention output of the shard's queries, [rows, heads, tokens, head_dim].
 
-        Args as for `kernels.attention.attention`; q, k and v hold the shard's tokens.
+        The arguments are those of `kernels.attention.attention`, with the shard's tokens in q, k
+        and v.
 
         Raises:
-            ValueError: shapes that do not fit the layout, a stride that does not divide the KV
-                heads, a backend that cannot take the call; names it, found and allowed.
-            StageError: another rank has gone, or did not take part in time.
+            ValueError: shapes do not match the layout, the stride does not divide the number of KV
+                heads, or the backend does not support the call.
+            StageError: another rank is gone, or did not take part in time.
         """
         self._check(q, k)
         scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -102,8 +111,11 @@ class Context:
 
 
 def _pick_backends(backend: str | None, q: torch.Tensor, plan: ExchangePlan) -> tuple[str, str]:
-    """For both runs the later one's where it can take both, so that ranks differ as little as they
-    can: the early run of rank 0 has no keys before it."""
+    """Return the backends of both query chunks: the later chunk's for both, if it supports both.
+
+    This keeps the ranks' backends as equal as possible: rank 0's early chunk has no keys before it,
+    so that another backend might be picked for it alone.
+    """
     early, late = (pick_backend(backend, q, run.call) for run in plan.runs)
     call = plan.runs[0].call
     pays = late != "torch_cudnn" or backend is not None or plan_pays(call.mask)

@@ -1,18 +1,17 @@
-"""Who needs which keys: the exchange of one attention layer, worked out from the documents alone.
+"""Plan one attention layer's exchange of keys from the documents' boundaries.
 
-Rank r's queries are two runs of c tokens, chunks r and 2P - 1 - r. The queries of a run that begins
-at s see no key before
+Rank r's queries are two chunks of c tokens: chunks r and 2P - 1 - r. The queries of a chunk that
+begins at s see no key before
 
     low = max(start of s's document, s - window + 1)        (the earliest over the batch's rows)
 
-and none after the run, so their keys are [low, s + c): the whole past in a full layer, a halo of
-window - 1 keys in a sliding-window layer, and less where a document begins in between. Each rank
-sends every other the keys of its own two runs that the other needs, and no others. All ranks work
-this out for all ranks, so nothing about sizes is ever exchanged.
+and none after the chunk, so their keys are [low, s + c): the whole past in a full layer, a halo of
+window - 1 keys in a sliding-window layer, and fewer if a document begins in between. Each rank
+sends every other rank exactly those keys of its own two chunks that the other needs. Every rank
+plans for all ranks, so sizes are never exchanged.
 
-Received keys arrive in the order of the ranks that send them; `assembly` says how own and received
-ones are put together so that the keys of a run lie side by side in rising position. All ranges are
-half-open, in tokens.
+Received keys arrive in rank order. `assembly` tells how to concatenate own and received keys so
+that each chunk's keys are contiguous and sorted by position. All ranges are half-open, in tokens.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Run:
-    """One of a rank's two runs of queries, and the call of attention that serves it.
+    """One of a rank's two query chunks, and its attention call.
 
     Attributes:
-        queries: where they are among the rank's tokens.
-        keys: where their keys are among the assembled ones.
-        call: what attention is asked for.
+        queries: the chunk's range in the rank's tokens.
+        keys: the range of its keys in the assembled keys.
+        call: the attention call.
     """
 
     queries: slice
@@ -49,16 +48,16 @@ class ExchangePlan:
     """A rank's part in the exchange.
 
     Attributes:
-        sent: by rank of the group, the ranges of own tokens that it needs.
-        received_rows: by rank of the group, the tokens that it sends.
-        received: by rank of the group, where its tokens are among the assembled ones, in the order
-            in which they arrive.
-        own: pairs of where a range of own tokens is, and where among the assembled ones.
-        assembly: the assembled keys piece by piece: (whether own, range among own or received).
-        keys: how many assembled keys there are.
-        places: int32 [keys]: an assembled key's row among those received, in their order of
-            arrival, or, bitwise inverted, among the rank's own.
-        runs: the calls of attention.
+        sent: for each rank of the group, the ranges of own tokens to send to it.
+        received_rows: for each rank of the group, the number of tokens that it sends.
+        received: for each rank of the group, the ranges of its tokens in the assembled keys, in
+            order of arrival.
+        own: pairs (range in the rank's own tokens, range in the assembled keys).
+        assembly: the pieces of the assembled keys: (whether own, range in the own or received).
+        keys: number of assembled keys.
+        places: int32 [keys]: an assembled key's row in the received keys, in order of arrival, or
+            the bitwise inverse of its row in the rank's own keys.
+        runs: the two query chunks with their attention calls.
     """
 
     sent: tuple[tuple[Range, ...], ...]
@@ -72,7 +71,7 @@ class ExchangePlan:
 
     @property
     def sent_rows(self) -> list[int]:
-        """By rank of the group, the tokens that are sent to it."""
+        """Number of tokens sent to each rank of the group."""
         return [sum(last - first for first, last in ranges) for ranges in self.sent]
 
 
@@ -88,15 +87,19 @@ def plan_exchange(
     needs_dsinks: bool,
     device: torch.device,
 ) -> ExchangePlan:
-    """The plan of one rank for one kind of layer.
+    """Plan one rank's exchange for one kind of layer.
 
     Args:
-        boundaries: documents on the flattened, padded batch, from 0 to rows * tokens; every row's
-            start among them.
-        rows: sequences of the batch.
-        rank, size: of the context group.
-        window: keys that a query sees at most, itself included; None: all before it.
-        scale, deterministic, needs_dsinks, device: of the calls of attention.
+        boundaries: document boundaries in the flattened, padded batch, from 0 to rows * tokens,
+            including every row's start.
+        rows: number of sequences in the batch.
+        rank: this rank of the context group.
+        size: size of the context group.
+        window: maximum number of keys that a query sees, itself included; None: all before it.
+        scale: the attention calls' softmax scale.
+        deterministic: whether gradients must be the same bits in every run.
+        needs_dsinks: whether the sinks need a gradient.
+        device: the device of the attention calls.
     """
     tokens = boundaries[-1] // rows
     chunk = tokens // (2 * size)
@@ -139,7 +142,7 @@ def plan_exchange(
 def _needed(
     boundaries: tuple[int, ...], rows: int, tokens: int, rank: int, size: int, window: int | None
 ) -> list[Range]:
-    """The keys that each of the two runs of a rank needs."""
+    """Return the range of keys that each of a rank's two query chunks needs."""
     chunk = tokens // (2 * size)
     needed = []
     for number in chunks_of(rank, size):
@@ -162,7 +165,7 @@ def _make_call(
     window: int | None,
     device: torch.device,
 ) -> Mask:
-    """The mask of a run of queries over the keys [low, end of the run)."""
+    """Return the mask of a query chunk over the keys [low, end of the chunk)."""
     (start, end), (low, _) = run, keys
     count = end - low
     inside = {0, rows * count}
@@ -175,12 +178,12 @@ def _make_call(
     if len(inside) > rows + 1:
         documents = _place(find_documents(torch.tensor(sorted(inside)), rows, count), device)
     if window is not None and window >= count:
-        window = None  # it leaves nothing out
+        window = None  # it masks nothing
     return Mask(rows, end - start, count, start - low, window, documents)
 
 
 def _place(found: Documents, device: torch.device) -> Documents:
-    """On the device. They are found on the CPU, as finding them there would wait for the GPU."""
+    """Copy to the device; finding documents on the GPU would need a host synchronization."""
     boundaries, starts, ends = (
         tensor.to(device, non_blocking=True)
         for tensor in (found.boundaries, found.starts, found.ends)
@@ -189,7 +192,7 @@ def _place(found: Documents, device: torch.device) -> Documents:
 
 
 class _Places:
-    """Where positions are among the assembled keys, which are merged ranges one after another."""
+    """Index of positions in the assembled keys, which are the merged ranges concatenated."""
 
     def __init__(self, ranges: list[Range]):
         self.ranges, self.offsets, self.total = ranges, [], 0
@@ -198,7 +201,7 @@ class _Places:
             self.total += last - first
 
     def find(self, part: Range) -> Range:
-        """Of a part of one of the ranges."""
+        """Return where a part of one of the ranges lies in the assembled keys."""
         for (first, last), offset in zip(self.ranges, self.offsets, strict=True):
             if first <= part[0] and part[1] <= last:
                 return part[0] - first + offset, part[1] - first + offset
@@ -206,7 +209,7 @@ class _Places:
 
 
 def _merge(ranges: list[Range]) -> list[Range]:
-    """Rising, those that touch or overlap made one."""
+    """Sort ranges and merge those that touch or overlap."""
     merged: list[Range] = []
     for first, last in sorted(ranges):
         if merged and first <= merged[-1][1]:
@@ -217,13 +220,13 @@ def _merge(ranges: list[Range]) -> list[Range]:
 
 
 def _common(owned: list[Range], needed: list[Range]) -> list[Range]:
-    """What is in both, in rising order."""
+    """Return the sorted intersections of owned and needed ranges."""
     pairs = [(max(a, c), min(b, d)) for a, b in owned for c, d in needed]
     return sorted((first, last) for first, last in pairs if first < last)
 
 
 def _to_local(owned: list[Range], parts: list[Range]) -> list[Range]:
-    """Positions as places among the rank's own tokens, its two runs one after the other."""
+    """Convert ranges of positions to ranges in the rank's own tokens, its two chunks in order."""
     local, offset = [], 0
     for first, last in owned:
         for a, b in parts:
@@ -236,7 +239,7 @@ def _to_local(owned: list[Range], parts: list[Range]) -> list[Range]:
 def _place_rows(
     own: tuple[tuple[Range, Range], ...], received: tuple[tuple[Range, ...], ...], keys: int
 ) -> torch.Tensor:
-    """`ExchangePlan.places`."""
+    """Return `ExchangePlan.places` on the CPU."""
     rows, offset = torch.zeros(keys, dtype=torch.int32), 0
     for first, last in (place for each in received for place in each):
         rows[first:last] = torch.arange(offset, offset + last - first, dtype=torch.int32)
@@ -249,7 +252,7 @@ def _place_rows(
 def _assemble(
     own: tuple[tuple[Range, Range], ...], received: tuple[tuple[Range, ...], ...]
 ) -> tuple[tuple[bool, Range], ...]:
-    """Pieces in the order of the assembled keys."""
+    """Return `ExchangePlan.assembly`, in the order of the assembled keys."""
     pieces = [(there[0], True, here) for here, there in own]
     offset = 0
     for first, last in (place for places in received for place in places):

@@ -1,18 +1,17 @@
-"""A batch cut into one shard for each context rank, zigzag; labels shifted before it is cut.
+"""Shard a batch over the context ranks in zigzag order, with labels shifted beforehand.
 
-With P ranks a sequence is padded to a multiple of 2 P tokens and cut into 2 P chunks; rank r takes
-chunks r and 2P - 1 - r, in this order. Causal attention's work grows along the sequence, and a late
-chunk beside an early one gives every rank the same.
+With P ranks a sequence is padded to a multiple of 2 P tokens and split into 2 P chunks; rank r
+takes chunks r and 2P - 1 - r, in this order. The work of causal attention grows along the sequence;
+pairing an early chunk with a late one balances the ranks.
 
-Three things must happen to the whole sequence, before it is cut. Labels move one place to the left,
-over chunk borders too: the last token of a chunk learns the first of the next, which another rank
-holds (`shift_labels`, which transformers' loss and `model.fused.chunk_loss` take as they are).
-Position ids stay those of the whole sequence. And packed documents are found, by the same rule as
-on one GPU: a token starts one where its position is not its predecessor's plus one, or where
-padding begins or ends.
+Three things must happen before the split. Labels are shifted left by one, across chunk boundaries
+too: a chunk's last token predicts the next chunk's first, which another rank holds. Both
+transformers' loss and `model.chunk_loss` accept these `shift_labels`. Position ids are assigned for
+the whole sequence. Packed documents are found by the same rule as on one GPU: a token starts a
+document if its position is not its predecessor's plus one, or if padding begins or ends there.
 
-Every rank of a context group is given the same full batch, and that they do have the same is
-checked: a sampler that hands each process its own sample would otherwise train on a mixture.
+Every rank of a context group must get the same full batch. This is checked, because a sampler that
+gives each process its own sample would otherwise train on a mixture.
 """
 
 from __future__ import annotations
@@ -31,23 +30,24 @@ _KEYS = ("input_ids", "labels", "position_ids", "attention_mask")
 
 
 def shard_batch(batch: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, torch.Tensor]:
-    """This rank's shard of a batch, and where the whole batch's documents are.
+    """Return this rank's shard of a batch, and the document boundaries of the whole batch.
 
     Args:
         batch: the full batch, the same on every rank of the context group: input_ids [rows,
-            tokens], labels alike (-100 does not count), position_ids [rows or 1, tokens] and
-            attention_mask [rows, tokens] (non-zero where a token is), the last two if there are.
+            tokens], labels [rows, tokens] (-100 is ignored) and, optionally, position_ids
+            [rows or 1, tokens] and attention_mask [rows, tokens] (zero for padding).
+        mesh: this process's place in the mesh.
 
     Returns:
         input_ids, position_ids, labels and shift_labels [rows, tokens of the shard], on the batch's
-        device, and cu_seqlens int32 [n + 1] on the CPU: the documents' boundaries on the whole,
-        padded, flattened batch (`context.take_layout` takes it out). There is no attention_mask:
-        the padding is a document of its own.
+        device, and cu_seqlens int32 [n + 1] on the CPU: the document boundaries in the whole,
+        padded, flattened batch (`context.take_layout` removes it). There is no attention_mask: the
+        padding is a separate document.
 
     Raises:
-        ValueError: an entry is missing, unknown or of another shape, or tokens go on behind
-            padding.
-        StageError: the ranks of the group do not hold the same batch.
+        ValueError: an entry is missing, unknown or has another shape, or padding is followed by
+            tokens.
+        StageError: the ranks of the group hold different batches.
     """
     _check(batch)
     check_same_batch(batch, mesh)
@@ -77,21 +77,21 @@ def shard_batch(batch: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, torch.T
 
 
 def cut(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """[rows, tokens] to this rank's two chunks of it, [rows, tokens / context_size]."""
+    """Return this rank's two chunks of [rows, tokens]: [rows, tokens / context_size]."""
     chunks = tensor.chunk(2 * mesh.context_size, 1)
     return torch.cat([chunks[n] for n in chunks_of(mesh.context_rank, mesh.context_size)], 1)
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
-    """The two chunks of 2 * size that a context rank holds."""
+    """Return the indices of the two chunks, of 2 * size, that a context rank holds."""
     return rank, 2 * size - 1 - rank
 
 
 def check_same_batch(batch: dict[str, torch.Tensor], mesh: Mesh) -> None:
-    """That all ranks of the context group hold the same batch.
+    """Raise unless all ranks of the context group hold the same batch.
 
     Raises:
-        StageError: on every one of them, if they do not.
+        StageError: on every rank of the group, if any batch differs.
     """
     if mesh.context_size == 1:
         return
@@ -105,17 +105,17 @@ def check_same_batch(batch: dict[str, torch.Tensor], mesh: Mesh) -> None:
         first = mesh.data_rank * mesh.context_size
         ranks = ", ".join(f"rank {first + n} ({shapes[n]} tokens)" for n in others)
         raise StageError(
-            "the ranks that share one sequence were given different batches",
-            f"on all of them rank {first}'s, {shapes[0]} tokens",
-            f"another on {ranks}",
+            "the ranks that share one sequence got different batches",
+            f"rank {first}'s batch on each of them, {shapes[0]} tokens",
+            f"another batch on {ranks}",
             "give every rank of a context group the same sample: sample by data rank",
         )
 
 
 def _digest(tensor: torch.Tensor) -> torch.Tensor:
-    """int64 [3]: rows, columns, and a number that depends on every value and its place."""
+    """Return int64 [3]: rows, columns, and a hash of every value and its position."""
     flat = tensor.flatten().long()
-    # Odd multipliers modulo 2^64, different from place to place.
+    # Multipliers modulo 2^64 that differ at every position.
     weights = torch.arange(flat.numel(), device=flat.device) * 0x5851F42D4C957F2E + 1
     shape = torch.tensor(tensor.shape, device=flat.device)
     return torch.cat([shape, ((flat + 1) * weights).sum()[None]])
@@ -126,7 +126,7 @@ def _check(batch: dict[str, torch.Tensor]) -> None:
     missing = [key for key in ("input_ids", "labels") if key not in batch]
     if unknown or missing:
         raise ValueError(
-            f"batch: {', '.join(sorted(batch))}; allowed: input_ids and labels, and, if there are, "
+            f"batch: {', '.join(sorted(batch))}; allowed: input_ids and labels, optionally "
             "position_ids and attention_mask"
         )
     rows, tokens = batch["input_ids"].shape

@@ -1,7 +1,8 @@
-"""Attention on a CPU: the reference against the definition, the kernels in Triton's interpreter,
+"""Attention on a CPU: plain torch against the definition, the kernels in Triton's interpreter,
 what is refused, and who is chosen. The kernels as compiled are tested in tests/gpu."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from sparselong.kernels.attention import op as kernels
 from sparselong.kernels.attention.choice import MEASURED, describe_choice, rank_backends
 from sparselong.kernels.attention.mask import AttentionCall, Mask, find_documents
 from sparselong.kernels.attention.op import attention, choose_backend
-from sparselong.kernels.attention.torch_backend import attention_reference
+from sparselong.kernels.attention.torch_backend import attention_torch
 from tests.kernels import join_interpreted
 from tests.kernels.run_interpreted import run_interpreted
+from tests.references.attention import attention_reference
 
 EXACT_LIMITS = {"half": 1e-3, "half_window": 1e-3, "large_logits": 1e-5}
 
@@ -22,22 +24,6 @@ def draw(queries=12, keys=12, batch=1, heads=4, kv_heads=2, head_dim=8, dtype=to
     q = torch.randn(batch, heads, queries, head_dim, dtype=dtype)
     k, v = (torch.randn(batch, kv_heads, keys, head_dim, dtype=dtype) for _ in range(2))
     return q, k, v, torch.randn(heads, dtype=dtype)
-
-
-def by_definition(q, k, v, sinks, seen, scale):
-    """softmax over [scores, sink], one row of one head at a time."""
-    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], dtype=q.dtype)
-    group = q.shape[1] // k.shape[1]
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            for i in range(q.shape[2]):
-                keys = torch.nonzero(seen[b, i])[:, 0]
-                scores = k[b, h // group, keys] @ q[b, h, i] * scale
-                logits = torch.cat([scores, sinks[h : h + 1]])
-                weights = torch.softmax(logits, 0)[:-1]
-                out[b, h, i] = weights @ v[b, h // group, keys]
-                lse[b, h, i] = torch.logsumexp(logits, 0)
-    return out, lse
 
 
 @pytest.mark.parametrize(
@@ -51,23 +37,15 @@ def by_definition(q, k, v, sinks, seen, scale):
         (1, 11, None, [0, 3, 24]),
     ],
 )
-def test_the_reference_is_the_definition(queries, offset, window, boundaries):
+def test_plain_torch_is_the_definition(queries, offset, window, boundaries):
     """Output, lse and every gradient; rows=4 puts chunk borders inside."""
     tensors = [t.requires_grad_() for t in draw(queries, 12, batch=2)]
-    flat = torch.arange(24)
-    document = torch.searchsorted(torch.tensor(boundaries), flat, right=True).view(2, 12)
-    document = document + 100 * torch.arange(2)[:, None]
-    position = torch.arange(queries) + offset
-    seen = torch.zeros(2, queries, 12, dtype=torch.bool)
-    for b in range(2):
-        for i in range(queries):
-            for j in range(12):
-                near = window is None or position[i] - j < window
-                same = document[b, position[i]] == document[b, j]
-                seen[b, i, j] = j <= position[i] and near and same
-    expected, expected_lse = by_definition(*tensors, seen, 8**-0.5)
-    out, lse = attention_reference(
-        *tensors, document=document, window=window, query_offset=offset, rows=4
+    expected, expected_lse = attention_reference(
+        *tensors, boundaries=boundaries, window=window, offset=offset
+    )
+    starts = find_documents(torch.tensor(boundaries), 2, 12).starts
+    out, lse = attention_torch(
+        *tensors, document=starts, window=window, query_offset=offset, rows=4
     )
     public, public_lse = attention(
         *tensors, cu_seqlens=torch.tensor(boundaries), window=window, query_offset=offset
@@ -79,6 +57,23 @@ def test_the_reference_is_the_definition(queries, offset, window, boundaries):
         torch.testing.assert_close(got_lse, expected_lse)
         grads = torch.autograd.grad(got, tensors, upstream)
         torch.testing.assert_close(grads, wanted)
+
+
+def test_the_definition_by_hand():
+    """Two queries, two keys of one number each; the sink takes its share and gives nothing."""
+    q, k = torch.tensor([1.0, 2.0]).view(1, 1, 2, 1), torch.tensor([0.5, -1.0]).view(1, 1, 2, 1)
+    v, sinks = torch.tensor([3.0, 5.0]).view(1, 1, 2, 1), torch.tensor([0.25])
+    out, lse = attention_reference(q, k, v, sinks, scale=2.0)
+    first = math.exp(1.0) + math.exp(0.25)
+    second = math.exp(2.0) + math.exp(-4.0) + math.exp(0.25)
+    wanted = [3 * math.exp(1.0) / first, (3 * math.exp(2.0) + 5 * math.exp(-4.0)) / second]
+    assert out.flatten().tolist() == pytest.approx(wanted)
+    assert lse.flatten().tolist() == pytest.approx([math.log(first), math.log(second)])
+    apart, _ = attention_reference(q, k, v, sinks, scale=2.0, boundaries=[0, 1, 2])
+    alone = 5 * math.exp(-4.0) / (math.exp(-4.0) + math.exp(0.25))
+    assert apart.flatten().tolist() == pytest.approx([wanted[0], alone])
+    near, _ = attention_reference(q, k, v, sinks, scale=2.0, window=1)
+    assert torch.equal(near, apart)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +158,7 @@ BAD = [
     ({"query_offset": -1}, "query_offset: -1"),
     ({"dropout": 0.1}, "dropout: 0.1; allowed: 0"),
     ({"backend": "flash"}, "backend: 'flash'; allowed: None, triton"),
-    ({"backend": "triton"}, "backend: triton with cpu tensors; allowed: reference"),
+    ({"backend": "triton"}, "backend: triton with cpu tensors; allowed: torch"),
     ({"backend": "torch_flash"}, "backend: torch_flash with cpu tensors"),
     ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: runs from 0 to 5; allowed: .* = 12"),
     ({"cu_seqlens": torch.tensor([1, 12])}, "cu_seqlens: runs from 1"),
@@ -268,14 +263,14 @@ def test_what_each_backend_cannot_take():
     assert "float64" in str(attention_triton.refuse(q.double(), plain))
 
 
-def test_the_reference_computes_in_fp32_under_autocast_too():
+def test_plain_torch_computes_in_fp32_under_autocast_too():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 40, 16, requires_grad=True) for heads in (4, 2, 2))
     sinks = torch.randn(4, requires_grad=True)
 
     def run(autocast: bool) -> list[torch.Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out, lse = attention_reference(q, k, v, sinks, window=9)
+            out, lse = attention_torch(q, k, v, sinks, window=9)
         return [out, lse, *torch.autograd.grad(out.square().sum(), (q, k, v, sinks))]
 
     for mine, exact in zip(run(True), run(False), strict=True):

@@ -14,7 +14,7 @@ import torch
 
 from sparselong.kernels.attention import torch_operators as backend
 from sparselong.kernels.attention.mask import AttentionCall, Mask, SavedForward, find_documents
-from sparselong.kernels.attention.torch_backend import attention_reference
+from tests.references.attention import attention_reference
 
 
 def scores_of(q, k, scale, left, unmasked=False):
@@ -143,7 +143,7 @@ def compare(functions, batch, queries, keys, offset, window=None, boundaries=Non
     mask = Mask(batch, queries, keys, offset, window, documents)
     leaves = [t.clone().requires_grad_() for t in (q, k, v, sinks)]
     expected, expected_lse = attention_reference(
-        *leaves, document=documents and documents.starts, window=window, query_offset=offset
+        *leaves, boundaries=boundaries, window=window, offset=offset
     )
     grads = torch.autograd.grad(expected, leaves, dout)
 

@@ -10,6 +10,8 @@ from sparselong.kernels.layer.norm import add_rms_norm, rms_norm
 from sparselong.kernels.layer.rotary import rotate
 from tests.kernels.run_interpreted import run_interpreted
 from tests.references.cross_entropy import linear_cross_entropy_reference
+from tests.references.norm import add_rms_norm_reference, rms_norm_reference
+from tests.references.rotary import rotate_reference
 
 LIMITS = {"norm_half": 3e-4, "softmax_large_True": 2e-5}
 
@@ -36,6 +38,37 @@ def test_the_norm_is_transformers(dtype):
     assert torch.equal(rms_norm(x, module.weight, 1e-5), module(x))
     normed, total = add_rms_norm(x, residual, module.weight, 1e-5)
     assert torch.equal(total, residual + x) and torch.equal(normed, module(total))
+
+
+def differentiate(function, inputs) -> tuple[torch.Tensor, ...]:
+    """Outputs, and gradients of every input under random upstream gradients."""
+    torch.manual_seed(1)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = torch.autograd.grad(outputs, leaves, [torch.randn_like(out) for out in outputs])
+    return *outputs, *grads
+
+
+def test_plain_torch_is_the_definition_with_its_gradients():
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 3, 5, 96, dtype=torch.float64)
+    weight = torch.randn(96, dtype=torch.float64)
+    q = torch.randn(2, 4, 7, 16, dtype=torch.float64)
+    k = torch.randn(2, 2, 7, 16, dtype=torch.float64)
+    cos, sin = torch.randn(2, 2, 7, 8, dtype=torch.float64)
+    for ours, reference, inputs in (
+        (lambda *t: rms_norm(*t, 1e-5), lambda *t: rms_norm_reference(*t, 1e-5), (x, weight)),
+        (
+            lambda *t: add_rms_norm(*t, 1e-5),
+            lambda *t: add_rms_norm_reference(*t, 1e-5),
+            (x, residual, weight),
+        ),
+        (rotate, rotate_reference, (q, k, cos, sin)),
+    ):
+        torch.testing.assert_close(
+            differentiate(ours, inputs), differentiate(reference, inputs), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
