@@ -60,5 +60,5 @@ def show(values: dict, case: tuple, backend: str, key: str) -> str:
     if ms is None:
         return "–"
     peak = values.get((case, backend, f"{key}_peak_bytes"))
-    beside = "" if peak is None else f"; {peak / 2**20:,.0f}"
-    return f"{ms:.3f} ({values[case, backend, f'{key}_rate']:.0f}{beside})"
+    peak_mib = "" if peak is None else f"; {peak / 2**20:,.0f}"
+    return f"{ms:.3f} ({values[case, backend, f'{key}_rate']:.0f}{peak_mib})"

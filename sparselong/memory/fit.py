@@ -114,7 +114,7 @@ def suggest_changes(
         texts.append(f"sequence_len={longest} instead of {config.sequence_len} fits")
     longer = largest_sequence_len(shape, together, budget_bytes, device)
     if longer > longest and len(texts) > (longest > 0):
-        texts.append(f"with all these changes, sequence_len={longer} fits")
+        texts.append(f"with all other changes, sequence_len={longer} fits")
     return texts
 
 

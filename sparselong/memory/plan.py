@@ -242,7 +242,7 @@ def _files(
     masters = _row(two / "masters", disk["compressed_masters"], "dense masters for stage 03")
     model3 = _row(three / "model", disk["finetuned_model"], "fine-tuned model")
     rest3 = [
-        _row(three / "checkpoints", disk["finetune_checkpoints"], "checkpoints, the last ones"),
+        _row(three / "checkpoints", disk["finetune_checkpoints"], "latest checkpoints"),
         _row(three / "adapter", disk["adapter"], "adapter"),
     ]
     report = [_row(run_dir / name / "report.md", 0, "report")]

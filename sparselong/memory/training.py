@@ -267,13 +267,13 @@ def _attention(shape: ModelShape, config: Config, tokens: int, width: int, kept:
     Triton kernels, fp32 sums and per-query-head gradients of keys and values. The second norm's
     output, a gradient of hidden size and the experts' kept outputs are freed before.
     """
-    gone = _kept_experts(shape, tokens) if kept.experts else 0
+    freed = _kept_experts(shape, tokens) if kept.experts else 0
     gradients = 2 * shape.query_width + 2 * shape.kv_width - 2 * shape.hidden
     sums = tokens * shape.query_width * (4 + 2 * width)
     sums = 0 if config.attention_backend == "triton" else sums
     scores = EAGER_COPIES * _scores(shape, config, tokens, width)
     work = tokens * gradients * width + (sums if config.flash_attention else scores)
-    return max(0, work - gone)
+    return max(0, work - freed)
 
 
 def _scores(shape: ModelShape, config: Config, tokens: int, width: int) -> int:

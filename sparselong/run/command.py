@@ -140,7 +140,7 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
         file = getattr(error, "filename", None)
         failure = StageError(
             f"{name} could not write {file or f'to {arguments.run_dir}'}",
-            "room on the disk",
+            "free disk space",
             getattr(error, "strerror", None) or str(error).splitlines()[0],
             "free some space, then run the same command again: finished parts are kept",
         )
