@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Stage 01: can this machine run this config? Nothing is downloaded, trained or changed.
+"""Stage 01: check whether this machine can run a config. Downloads and trains nothing.
 
     python 01_health.py [--config FILE] [--run-dir DIR] [key.path=value …] [--dry-run] [--json]
 
-Prints one row per check (ok, warn or fail, each with its fix), then what the config takes: bytes
-per GPU by component, bytes on disk, estimated time. Leaves runs/NAME/01_health/report.json and
-report.md, and a manifest when the machine is ready. The checks are made again at every call: what
-was true yesterday may not be today.
+Prints one row per check (ok, warn or fail, with a fix), then what the config needs: bytes per GPU
+by component, bytes on disk, estimated time. Writes runs/NAME/01_health/report.json and report.md,
+and a manifest if the machine can run the config. The checks are repeated on every call because the
+machine may have changed.
 
-Exit 0 when the machine can run the config, 1 when it cannot, 2 on a usage or config error.
+Exit code 0 if the machine can run the config, 1 if it cannot, 2 for a usage or config error.
 """
 
 import sys
@@ -18,7 +18,7 @@ from sparselong.run import Stage, run_stage
 
 
 def execute(stage: Stage) -> None:
-    """Import what probes the machine only once the command line and the config are right."""
+    """Check the machine; imported only after the command line and the config are validated."""
     from sparselong.health import examine
 
     examine(stage)
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the stage; return its exit code."""
     return run_stage(
         "01_health",
-        "Can this machine run this config?",
+        "Check whether this machine can run a config.",
         argv,
         execute,
         plan_stage,

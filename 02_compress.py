@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Stage 02: compress the base checkpoint (4-bit experts as they are, 2:4 + int4 dense layers).
+"""Stage 02: compress the base checkpoint (experts stay in MXFP4, dense layers become 2:4 int4).
 
-Reads the base model and the training data (for calibration); writes
-runs/NAME/02_compress/model (opens with transformers after `import sparselong`) and the dense
-masters that stage 03 trains from. See sparselong/compress/stream.py.
+Reads the base model and the training data (for calibration). Writes runs/NAME/02_compress/model,
+which transformers opens after `import sparselong`, and the dense masters for stage 03. See
+sparselong/compress/stream.py.
 """
 
 import sys
@@ -13,7 +13,7 @@ from sparselong.run import Stage, run_stage
 
 
 def execute(stage: Stage) -> None:
-    """Import torch only once the command line and the config are known to be right."""
+    """Compress; torch is imported only after the command line and the config are validated."""
     from sparselong.compress import compress
 
     compress(stage)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Stage 03: fine-tune the compressed model with LoRA that is trained through mask and rounding.
+"""Stage 03: fine-tune the compressed model with LoRA trained through mask and rounding.
 
-Reads stage 02's model and masters and the conversations; writes runs/NAME/03_finetune/model (same
-compressed format, the adapter in its codes), the adapter beside it, checkpoints, metrics.jsonl and
-loss.png. Axolotl is the trainer, in processes of its own: as many as `sequence_parallel_degree`
-says, or those that torchrun has started this script in (sparselong/processes/launch.py).
-Interrupted, the same command continues from the last whole checkpoint.
+Reads stage 02's model and masters, and the conversations. Writes to runs/NAME/03_finetune: model
+(same compressed format, adapter merged into the codes), adapter, checkpoints, metrics.jsonl and
+loss.png. Axolotl trains in separate processes: `sequence_parallel_degree` of them, or those in
+which torchrun started this script (sparselong/processes/launch.py). After an interruption, the same
+command continues from the last complete checkpoint.
 """
 
 import sys
@@ -18,7 +18,7 @@ NAME = "03_finetune"
 
 
 def execute(stage: Stage) -> None:
-    """Import torch only once everything that the config alone can tell is known to be right."""
+    """Fine-tune; torch is imported only after everything the config determines is validated."""
     find_world(stage.config)
     check_heads(stage.config, find_shape(stage.config.model))
     from sparselong.finetune import finetune
@@ -27,7 +27,7 @@ def execute(stage: Stage) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stage, or this process's part of it under torchrun; return its exit code."""
+    """Run the stage, or under torchrun this process's part of it; return the exit code."""
     if joined_rank() is None:
         return run(argv)
     from sparselong.finetune import trainer_arguments
@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str] | None) -> int:
-    """Run the stage in this process; return its exit code."""
-    text = "Fine-tune the compressed model, masks and rounding included."
+    """Run the stage in this process; return the exit code."""
+    text = "Fine-tune the compressed model, including masks and rounding."
     return run_stage(NAME, text, argv, execute, plan_stage, show_plan)
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Stage 04: what compression and fine-tuning did to the model.
+"""Stage 04: measure how compression and fine-tuning changed the model.
 
-Base, compressed and fine-tuned model answer the same multiple-choice items through lm-eval and read
-the same held-out conversations. Reads stage 02's and stage 03's models; leaves results.json,
-report.md and evaluation.png in runs/NAME/04_eval.
+The base, compressed and fine-tuned models answer the same multiple-choice items through lm-eval,
+and their perplexity is measured on the same held-out conversations. Reads the models of stages 02
+and 03; writes results.json, report.md and evaluation.png to runs/NAME/04_eval.
 """
 
 import os
@@ -14,7 +14,7 @@ from sparselong.run import Stage, run_stage
 
 
 def execute(stage: Stage) -> None:
-    """Import torch only once the command line and the config are known to be right."""
+    """Evaluate; torch is imported only after the command line and the config are validated."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     stage.log("importing torch, transformers and lm-eval")
@@ -25,7 +25,7 @@ def execute(stage: Stage) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stage; return its exit code."""
-    text = "Compare base, compressed and fine-tuned model."
+    text = "Compare the base, compressed and fine-tuned models."
     return run_stage("04_eval", text, argv, execute, plan_stage, show_plan)
 
 

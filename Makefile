@@ -1,11 +1,11 @@
 # make           install
 # make demo      install, then all four stages on a small gpt-oss (no GPU needed)
 # make check     install, then formatting, lint and types
-# make test      install, then everything a CPU can test
-# make test-gpu  the tests that need a CUDA device, with $(PYTHON) and no .venv
+# make test      install, then all tests that run on a CPU
+# make test-gpu  tests that need a CUDA device, with $(PYTHON) and without .venv
 # make bench     the demo, every benchmark that this machine can run, then BENCHMARKS.md
-# make lock      resolve requirements/requirements.lock anew; versions that still fit stay
-# make clean     remove caches and the demo's run, not .venv
+# make lock      resolve requirements/requirements.lock again, keeping versions that still fit
+# make clean     remove caches and the demo's run, but not .venv
 #
 # 'make test PYTHON=python3.12' also tells install.sh which Python to use.
 
@@ -13,18 +13,19 @@ PYTHON ?= python3
 STAMP := .venv/.sparselong-installed
 LOCK := requirements/requirements.lock
 DEMO := --config configs/tiny.yaml --run-dir runs/demo
-# uv writes this behind every line, as pyproject.toml limits the machines. The lock's head says it once.
+# uv appends this to every line because pyproject.toml limits the environments. The lock's header
+# says it once instead.
 COMMON_MARKER := ; python_full_version < '3\.13' and platform_machine == 'x86_64' and sys_platform == 'linux'
 
-# These take as long as all others together.
+# These take as long as all other tests together.
 LONG := tests/stages/test_trained.py tests/stages/test_finetune.py tests/stages/test_eval.py \
         tests/stages/test_health_script.py
-# A test that hangs fails after five minutes instead of holding up the whole run; after a quarter of
-# an hour where a fixture trains first, which test_trained.py and test_finetune.py say themselves.
+# A test that hangs fails after five minutes instead of blocking the whole run. test_trained.py and
+# test_finetune.py, whose fixtures train first, set fifteen minutes themselves.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
 
-# Each measures one subject, and says so if it needs a GPU. The other files there help these, or
-# compare two checkouts.
+# Each measures one subject, and says if it needs a GPU. The other files in benchmarks/ are helpers,
+# or compare two checkouts.
 BENCHMARKS := demo attention attention_tiles expert_gemm neighbours generation memory train_step \
               context_parallel
 
@@ -39,15 +40,15 @@ demo: $(STAMP)
 	.venv/bin/python 03_finetune.py $(DEMO)
 	.venv/bin/python 04_eval.py $(DEMO)
 
-# basedpyright is pyright that needs no download when it runs; it reads [tool.pyright].
+# basedpyright is a pyright that downloads nothing when it runs; it reads [tool.pyright].
 check: $(STAMP)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/basedpyright --level error
 
-# Two runs of pytest with one thread each: on two cores that takes little more than half the time.
+# Two pytest processes with one thread each: on two cores that takes little more than half the time.
 test: $(STAMP)
-	@echo "two runs of pytest at once, each of which reports when it is done"
+	@echo "running two pytest processes in parallel; each prints its output when it is done"
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-long test-short
 
 test-long: $(STAMP)
@@ -64,7 +65,7 @@ bench: demo
 	set -e; for benchmark in $(BENCHMARKS); do .venv/bin/python "benchmarks/$$benchmark.py"; done
 	.venv/bin/python -m benchmarks.report
 
-# --find-links is unset so that torch is resolved as its default build, whose demands are the stricter.
+# --find-links is unset so that torch resolves to its default build, which has stricter requirements.
 lock: $(STAMP)
 	cp $(LOCK) $(LOCK).part
 	env -u UV_FIND_LINKS .uv/bin/uv pip compile -q --universal --fork-strategy fewest \

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """Attention in gpt-oss's shape: every backend, full and window layers, one document and packed.
 
-For each case the time of the forward pass and of forward and backward, TFLOP/s on the FLOPs that
-the mask leaves (5 / 2 of the forward's again for the backward), GB/s on the bytes that must move
-(each input read once, each output written once), and peak memory. The backends of a case are timed
-in turn, round by round, so that a GPU that grows warm slows all of them. Each one's error against
-fp64 is measured first, and one of ours that errs more than twice as much as torch's
-FlashAttention-2 with the sink correction has no speed, and neither has another that errs more than
-twice as much as eager attention, which is plain torch in the same type.
+Measures for each case the time of the forward pass and of forward and backward, TFLOP/s for the
+FLOPs that the mask leaves (the backward pass counts 5 / 2 of the forward), GB/s for the bytes that
+must move (each input read once, each output written once), and peak memory. The backends of a case
+are timed alternately, so that thermal throttling affects all of them. The error against fp64 is
+measured first. No speed is reported for a backend of ours whose error exceeds twice that of torch's
+FlashAttention-2 with the sink correction, or for any other backend whose error exceeds twice that
+of eager attention, which is plain torch in the same dtype.
 
-Besides: one query against a long cache, what deterministic=True costs, and how long first calls
-take (`attention_first_call.py`). flex comes last, since it compiles anew for every length; what was
-measured before it is written first. Needs a CUDA device.
+Also measured: one query over a long cache, the cost of deterministic=True, and first calls
+(`attention_first_call.py`). flex runs last because it compiles for every length; all other results
+are written before. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ Rows = list[dict]
 def time_in_turn(
     calls: Mapping[str, Callable[[], object]],
 ) -> dict[str, float]:
-    """Median ms of each call by device events, one of each a round, after a first round.
+    """Return the median device time of each call in ms. The first round is a warm-up.
 
-    Before each, a GiB is written four times, which flushes the L2 cache and lets the host run a
-    millisecond ahead of the device, as it does in the midst of a model. So this is the device's
-    time, whatever the host takes to ask.
+    Every round makes each call once. Before each, writing a GiB four times flushes the L2 cache and
+    lets the host run a millisecond ahead of the device, as within a model. The result is therefore
+    the device's time, without the host's launch overhead.
     """
     flush = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -80,7 +80,7 @@ def time_in_turn(
 
 
 def measure_errors(runs: dict[str, Run]) -> tuple[Rows, set[str]]:
-    """Rows of relative L2 errors against fp64 at 2,048 tokens, and the backends that fail."""
+    """Return rows of relative L2 errors against fp64 at 2,048 tokens, and the failing backends."""
     rows, failed = [], set()
     for window in (None, WINDOW):
         leaves = draw(2048)
@@ -108,9 +108,9 @@ def measure_errors(runs: dict[str, Run]) -> tuple[Rows, set[str]]:
 
 
 def measure_speed(runs: dict[str, Run], tokens: int, window: int | None, packed: bool) -> Rows:
-    """Rows of one case, for every backend that can take it."""
+    """Return the rows of one case for the given backends."""
     leaves = draw(tokens)
-    leaves[3].requires_grad_(False)  # as under LoRA: sinks are frozen
+    leaves[3].requires_grad_(False)  # sinks are frozen, as under LoRA
     cu_seqlens = pack(tokens) if packed else None
     flops = 4 * HEAD_DIM * HEADS * count_pairs(tokens, window, cu_seqlens)
     case = {"kind": kind_of(window), "tokens": tokens, "packed": packed}
@@ -141,7 +141,7 @@ def measure_speed(runs: dict[str, Run], tokens: int, window: int | None, packed:
 
 
 def measure_peak(call: Callable[[], object]) -> int:
-    """Bytes allocated at most during the call, above what was there before."""
+    """Return the peak of bytes allocated during the call, minus those allocated before."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
@@ -149,7 +149,7 @@ def measure_peak(call: Callable[[], object]) -> int:
 
 
 def measure_decode(names: list[str], keys: int, window: int | None) -> Rows:
-    """Rows of few queries against a long cache: the device's time, and a call's from outside."""
+    """Return rows of few queries over a long cache: device time, and wall time per call."""
     rows: Rows = []
     q, k, v, sinks, _ = (t.detach() for t in draw(keys))
     for queries in (1, 8):
@@ -177,7 +177,7 @@ def measure_decode(names: list[str], keys: int, window: int | None) -> Rows:
 
 
 def measure_determinism(tokens: int) -> Rows:
-    """Rows of FlashAttention-2 forward + backward with and without deterministic=True."""
+    """Return rows of FlashAttention-2, forward + backward, with and without deterministic=True."""
     *leaves, dout = draw(tokens)
     leaves[3].requires_grad_(False)
 
@@ -196,7 +196,7 @@ def measure_determinism(tokens: int) -> Rows:
 
 
 def measure_cases(runs: dict[str, Run], lengths: list[int]) -> Rows:
-    """Errors, then the speed of every case, of the backends whose errors allow it."""
+    """Return rows of errors, and of speed for the backends whose errors are within the limits."""
     rows, failed = measure_errors(runs)
     rows = [r for r in rows if r["backend"] in runs]
     for window, packed, tokens in itertools.product((None, WINDOW), (False, True), lengths):
@@ -210,8 +210,8 @@ def measure_cases(runs: dict[str, Run], lengths: list[int]) -> Rows:
     return rows
 
 
-def measure_beside(names: list[str]) -> Rows:
-    """Decoding, determinism and first calls."""
+def measure_others(names: list[str]) -> Rows:
+    """Return rows of decoding, determinism and first calls."""
     few = [name for name in names if name in ("triton", "torch_flash", "flash_attn", "chosen")]
     few = [name for name in few if not skips(name, None, False, 1)]
     rows = measure_decode(few, 16384, None) + measure_decode(few, 16384, WINDOW)
@@ -219,10 +219,12 @@ def measure_beside(names: list[str]) -> Rows:
 
 
 def tell(line: str) -> None:
+    """Print a line of progress to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
+    """Measure the chosen backends and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--backends",
@@ -248,7 +250,7 @@ def main() -> None:
         if runs:
             rows += measure_cases(runs, args.tokens)
         if runs and names != ["flex"]:
-            rows += measure_beside(list(runs))
+            rows += measure_others(list(runs))
         print(write("attention", machine, command, rows, args.folder))
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/attention.py measures: the backends, and inputs in gpt-oss's shape."""
+"""Backends and inputs in gpt-oss's shape for benchmarks/attention.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Callable[..., torch.Tensor]
 
 
 def eager(q, k, v, sinks, window=None, cu_seqlens=None) -> torch.Tensor:
-    """What transformers' eager gpt-oss computes, in the inputs' dtype."""
+    """Compute attention as transformers' eager gpt-oss does, in the inputs' dtype."""
     tokens, group = q.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
@@ -31,7 +31,7 @@ def eager(q, k, v, sinks, window=None, cu_seqlens=None) -> torch.Tensor:
 
 
 def make_flex() -> Run:
-    """torch's flex_attention, compiled together with the sinks' share, taken in by its lse."""
+    """Return torch's flex_attention compiled with the sinks, applied through its log-sum-exp."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def attend(q, k, v, sinks, mask):
@@ -56,7 +56,7 @@ def make_flex() -> Run:
 
 
 def make_runs(names: list[str]) -> dict[str, Run]:
-    """The named backends as functions (q, k, v, sinks, window, cu_seqlens) → out."""
+    """Return the named backends as functions (q, k, v, sinks, window, cu_seqlens) → out."""
 
     def ours(name: str | None) -> Run:
         return lambda q, k, v, sinks, window=None, cu_seqlens=None: attention(
@@ -70,34 +70,35 @@ def make_runs(names: list[str]) -> dict[str, Run]:
 
 
 def kind_of(window: int | None) -> str:
+    """Return the name of a layer's kind."""
     return "full" if window is None else "window"
 
 
 def skips(name: str, window: int | None, packed: bool, tokens: int) -> bool:
-    """Whether a backend cannot take a case: what it does not offer, or memory."""
+    """Return whether a backend cannot run a case, because of its features or its memory."""
     if name == "torch_cudnn":
         return window is not None or packed
     if name == "eager":
         return packed or tokens > 8192
     if name == "flex":
-        return packed or tokens > 16384  # a compilation for every length
+        return packed or tokens > 16384  # compiles for every length
     return name == "flash_attn" and importlib.util.find_spec("flash_attn") is None
 
 
 def draw(tokens: int) -> list[torch.Tensor]:
-    """q, k, v, sinks with gradients, and dout, as a model's projections lay them out."""
+    """Return q, k, v and sinks, which require gradients, and dout, laid out as in the model."""
     torch.manual_seed(tokens)
 
     def tensor(heads: int) -> torch.Tensor:
-        wide = torch.randn(1, tokens, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        return wide.transpose(1, 2)
+        drawn = torch.randn(1, tokens, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        return drawn.transpose(1, 2)
 
     leaves = [tensor(HEADS), tensor(KV_HEADS), tensor(KV_HEADS), torch.randn(HEADS, device="cuda")]
     return [t.requires_grad_() for t in leaves] + [tensor(HEADS)]
 
 
 def pack(tokens: int) -> torch.Tensor:
-    """Boundaries of documents whose lengths are uniform around MEAN_DOCUMENT."""
+    """Return cu_seqlens of documents with uniformly distributed lengths around MEAN_DOCUMENT."""
     generator = torch.Generator().manual_seed(0)
     bounds = [0]
     while bounds[-1] < tokens:
@@ -107,7 +108,7 @@ def pack(tokens: int) -> torch.Tensor:
 
 
 def count_pairs(tokens: int, window: int | None, cu_seqlens: torch.Tensor | None) -> int:
-    """(query, key) pairs that the mask leaves, per head."""
+    """Return the number of (query, key) pairs per head that the mask leaves."""
     bounds = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
     total = 0
     for start, end in zip(bounds, bounds[1:], strict=False):
@@ -117,7 +118,7 @@ def count_pairs(tokens: int, window: int | None, cu_seqlens: torch.Tensor | None
 
 
 def count_bytes(tokens: int, backward: bool) -> int:
-    """Bytes that must move: q, k, v, out, and for the backward these again, dout, dq, dk, dv."""
+    """Return bytes that must move: q, k, v, out; in backward also these, dout, dq, dk and dv."""
     q, kv = tokens * HEADS * HEAD_DIM * 2, tokens * KV_HEADS * HEAD_DIM * 2
     forward = 2 * q + 2 * kv
     return forward + (4 * q + 4 * kv if backward else 0)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Seconds of the first attention calls: with nothing compiled, in a later process, at a new length.
+"""Duration of first attention calls: with nothing compiled, at a new length, in a later process.
 
-A process of its own does forward + backward once for each backend and kind of layer, at one length
-and then at another, and prints the seconds; it is started with an empty cache of compiled Triton
-kernels and then again with that cache. Files that a step added to the cache are counted: none means
-that nothing was compiled. CUDA itself is warm, and its libraries' loading is inside the figures.
+A separate process runs forward and backward once for each backend and kind of layer, at one length
+and then at another. It is started with an empty cache of compiled Triton kernels, and again with
+that cache. The files added to the cache by each call are counted: none means that nothing was
+compiled. CUDA is initialized before; the figures include loading its libraries.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ CASES = ((None, False), (None, True), (WINDOW, False), (WINDOW, True))
 
 
 def count_files(folder: str) -> int:
+    """Return the number of compiled kernels below a folder."""
     return sum(1 for path in Path(folder).rglob("*.cubin"))
 
 
 def call_all(cache: str) -> list[dict]:
-    """One entry a call: backend, kind, packed, tokens, seconds, kernels compiled."""
+    """Return one entry per call: backend, kind, packed, tokens, seconds, compiled kernels."""
     torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda"))
     found = []
     for name, run in make_runs(["triton", "torch_flash", "torch_cudnn"]).items():
@@ -58,7 +59,7 @@ def call_all(cache: str) -> list[dict]:
 
 
 def measure_first_calls() -> list[dict]:
-    """Rows of `first_call_seconds` and `first_call_compiled_kernels`, by process and length."""
+    """Return rows of `first_call_seconds` and `first_call_compiled_kernels` for every call."""
     rows = []
     with tempfile.TemporaryDirectory() as cache:
         for process in ("first", "later"):

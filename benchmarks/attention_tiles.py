@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""Times tile sizes of the Triton attention kernels; sparselong/kernels/attention/tiles.py keeps the
-best. Needs a CUDA device. Candidates are compiled in parallel first, then timed one by one."""
+"""Time tile sizes of the Triton attention kernels; kernels/attention/tiles.py has the best ones.
+
+Candidates are compiled in parallel first, then timed one by one. Needs a CUDA device.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,13 @@ from sparselong.kernels.attention.tiles import Tile
 Job = tuple[str, str, Tile]
 
 
-# Of (rows, keys, warps, stages): grids that neither spill heavily nor overflow shared memory.
+# (rows, keys, warps, stages) that neither spill heavily nor exceed shared memory.
 _SHAPES = {
     "forward": (((128,), (32, 64, 128), (4, 8), (2, 3)), ((64,), (32, 64), (4,), (2, 3))),
     "dq": (((128,), (32, 64), (8,), (2, 3)), ((64,), (32, 64, 128), (4,), (2, 3))),
     "dkdv": (((64, 128), (64, 128), (8,), (2, 3)), ((32, 64), (64, 128), (4,), (2, 3))),
 }
-_LAYOUTS = {  # (heads a tile, three loops)
+_LAYOUTS = {  # (heads per tile, whether the unmasked part has a loop of its own)
     "full": ((1, True), (8, True), (8, False)),
     "packed": ((1, True), (1, False), (8, True), (8, False)),
     "window": ((8, False),),
@@ -42,7 +44,7 @@ _LAYOUTS = {  # (heads a tile, three loops)
 
 
 def list_candidates(kinds: list[str]) -> list[Job]:
-    """(stage, kind, tile) for every tile worth compiling."""
+    """Return (stage, kind, tile) for every tile worth compiling."""
     return [
         (stage, kind, Tile(*shape, heads=heads, split=split))
         for stage, grids in _SHAPES.items()
@@ -54,7 +56,7 @@ def list_candidates(kinds: list[str]) -> list[Job]:
 
 
 def prepare(kind: str, tokens: int) -> tuple:
-    """Random inputs in gpt-oss's shape, their upstream gradient, and the call."""
+    """Return an upstream gradient, random inputs in gpt-oss's shape, and the call."""
     torch.manual_seed(0)
     shape = {"device": "cuda", "dtype": torch.bfloat16}
     q, dout = (torch.randn(1, tokens, 64, 64, **shape).transpose(1, 2) for _ in range(2))
@@ -67,7 +69,7 @@ def prepare(kind: str, tokens: int) -> tuple:
 
 
 def make_call(stage: str, inputs: tuple, out: torch.Tensor, lse: torch.Tensor):
-    """A function of no arguments that launches one stage."""
+    """Return a function without arguments that launches one stage."""
     dout, *given, call = inputs
     done = SavedForward(*given, out, lse)
     if stage == "forward":
@@ -79,13 +81,13 @@ def make_call(stage: str, inputs: tuple, out: torch.Tensor, lse: torch.Tensor):
 
 
 def use(stage: str, kind: str, tile: Tile) -> None:
-    """Puts the tile into this process's table."""
+    """Enter the tile in this process's table."""
     name = architecture.tiles_of(torch.device("cuda"))
     attention_tiles.TILES[name][stage, kind] = tile
 
 
 def compile_one(job: Job) -> str | None:
-    """Compiles by running on a short sequence; what went wrong, or None."""
+    """Compile a candidate by running it on a short sequence; return the error, or None."""
     stage, kind, tile = job
     inputs = prepare(kind, 256)
     out, lse = inputs[1].clone(), torch.zeros(1, 64, 256, device="cuda")
@@ -93,12 +95,13 @@ def compile_one(job: Job) -> str | None:
     try:
         make_call(stage, inputs, out, lse)()
         torch.cuda.synchronize()
-    except Exception as error:  # a candidate that does not fit is a result
+    except Exception as error:  # that a candidate does not fit is a result
         return f"{type(error).__name__}: {error}"[:200]
     return None
 
 
 def main() -> None:
+    """Time all candidates, write the results and print the best ones."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--kinds", nargs="+", default=list(_LAYOUTS), choices=list(_LAYOUTS))

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""One sequence over several GPUs: attention by itself, and whole steps of gpt-oss-20b's shape.
+"""One sequence over several GPUs: attention alone, and whole steps in gpt-oss-20b's shape.
 
-Attention of one full and one sliding-window layer, forward and backward, 16,384 tokens, against
-the arms of `context_parallel_arms.py`; every arm's output and gradients are first compared with one
-GPU's at 2,048 tokens, and one that is off has no time. Steps: 20b's shape with all experts on every
-GPU, sharding, loss, backward pass, gradients summed over the ranks and optimizer, by degree and
-length; what does not fit gives a row that says so.
+Attention: forward and backward of one full and one sliding-window layer at 16,384 tokens, compared
+with the arms of `context_parallel_arms.py`. Every arm's output and gradients are first compared
+with those of one GPU at 2,048 tokens; an arm whose results differ is not timed. Steps: 20b's shape
+with all experts on every GPU, by degree and length, including sharding, loss, backward pass,
+reduction of gradients over the ranks, and optimizer. A step that does not fit is recorded as such.
 
-Times are the slowest rank's, medians of rounds; bytes are counted where collectives are called, on
-the busiest rank; balance is the slowest rank's compute over the mean one's. Parts run in processes
-of their own, one for each GPU, with a time-out; `--no-peer` repeats four GPUs with
-NCCL_P2P_DISABLE=1, which stands for cards without NVLink. Needs CUDA devices, up to four.
+Times are medians over rounds of the slowest rank's time. Bytes are counted at collective calls, on
+the busiest rank. Balance is the slowest rank's compute time divided by the mean. Each part runs in
+separate processes, one per GPU, with a timeout. `--no-peer` repeats the largest degree with
+NCCL_P2P_DISABLE=1, which represents cards without NVLink. Needs two to four CUDA devices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ Rows = list[dict[str, Any]]
 
 
 def measure_attention(args: argparse.Namespace, mesh: Any) -> Rows:
-    """Rows of every arm: correctness, then times in turn, bytes and balance."""
+    """Return rows of every arm: correctness, times, bytes and balance."""
     from benchmarks.context_parallel_arms import make_arms
 
     rows: Rows = []
@@ -64,7 +64,7 @@ def measure_attention(args: argparse.Namespace, mesh: Any) -> Rows:
 
 
 def draw(tokens: int) -> list[torch.Tensor]:
-    """q, k, v, sinks and dout of the whole sequence, the same on every rank."""
+    """Return q, k, v, sinks and dout of the whole sequence, identical on every rank."""
     generator = torch.Generator(device="cuda").manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -76,7 +76,7 @@ def draw(tokens: int) -> list[torch.Tensor]:
 
 
 def check_arms(arms: dict[str, Any], mesh: Any) -> set[str]:
-    """The arms whose out, dq, dk or dv is not one GPU's, on any rank."""
+    """Return the arms whose out, dq, dk or dv differs from one GPU's on any rank."""
     from sparselong.kernels.attention.op import attention
     from sparselong.parallel.collectives import all_gather
 
@@ -100,10 +100,10 @@ def check_arms(arms: dict[str, Any], mesh: Any) -> set[str]:
 
 
 def make_call(arm: Any, tokens: int, window: int | None) -> Any:
-    """Forward and backward of one layer on this rank's shard."""
+    """Return a function that runs forward and backward of one layer on this rank's shard."""
     q, k, v, sinks, dout = draw(tokens)
     leaves = [arm.take(t).clone().requires_grad_() for t in (q, k, v)]
-    dout = arm.take(dout).transpose(1, 2).contiguous().transpose(1, 2)  # as the model has it
+    dout = arm.take(dout).transpose(1, 2).contiguous().transpose(1, 2)  # the model's layout
 
     def call() -> None:
         out = arm.attend(*leaves, sinks, window)
@@ -113,10 +113,10 @@ def make_call(arm: Any, tokens: int, window: int | None) -> Any:
 
 
 def time_in_turn(calls: dict[str, Any], mesh: Any) -> dict[str, list[float]]:
-    """Each call's ms in every round on the slowest rank, by device events.
+    """Return each call's device time in ms on the slowest rank, for every round.
 
-    Before each, the device sleeps, so that the host runs ahead as in the midst of a model, and
-    meets the others.
+    Before each call, the device sleeps, so that the host runs ahead as within a model, and then
+    synchronizes with the other ranks.
     """
     from sparselong.parallel.collectives import all_gather
 
@@ -138,7 +138,7 @@ def time_in_turn(calls: dict[str, Any], mesh: Any) -> dict[str, list[float]]:
 
 
 def describe_arm(case: dict, name: str, times: list[float], call: Any, mesh: Any) -> Rows:
-    """Rows of one arm: median ms, MB on the busiest rank, balance, ms of compute."""
+    """Return rows of one arm: median ms, bytes on the busiest rank, balance, ms of compute."""
     from sparselong.parallel.collectives import all_gather, count_bytes
 
     with count_bytes() as sent:
@@ -162,7 +162,7 @@ def describe_arm(case: dict, name: str, times: list[float], call: Any, mesh: Any
 
 
 def kernel_ms(call: Any) -> float:
-    """This rank's kernel time of a call, its collectives left out."""
+    """Return this rank's kernel time of a call in ms, without collectives."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -173,13 +173,13 @@ def kernel_ms(call: Any) -> float:
 
 
 def measure_steps(arm: str, args: argparse.Namespace, mesh: Any) -> Iterator[Rows]:
-    """Rows of whole steps of one arm of `shape_20b.py` by length, until one does not fit."""
+    """Yield rows of whole steps of one arm of `shape_20b.py` by length, until one does not fit."""
     from benchmarks.shape_20b import build
 
     torch.manual_seed(0)  # the same weights on every rank
     model = build(arm, layers=args.layers, keep_experts=args.keep_experts == "always")
     trained = [p for p in model.parameters() if p.requires_grad]
-    # The same work at any rate; at 0 the weights stay, and losses of all degrees can be compared.
+    # A learning rate of 0 keeps the weights, so that losses of all degrees can be compared.
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
     for tokens in args.lengths:
         if tokens < args.least * mesh.context_size:
@@ -191,7 +191,7 @@ def measure_steps(arm: str, args: argparse.Namespace, mesh: Any) -> Iterator[Row
             yield measure_length(model, trained, optimizer, tokens, case, args, mesh)
         except torch.OutOfMemoryError:
             yield [row(case, "sparselong", "out_of_memory", 1, "1")]
-            if mesh.context_size > 1:  # the others wait in a collective: end, and say so
+            if mesh.context_size > 1:  # other ranks wait in a collective: end this part
                 raise
             break
 
@@ -199,29 +199,10 @@ def measure_steps(arm: str, args: argparse.Namespace, mesh: Any) -> Iterator[Row
 def measure_length(
     model: Any, trained: list, optimizer: Any, tokens: int, case: dict, args: Any, mesh: Any
 ) -> Rows:
-    """Rows of one length."""
-    from benchmarks.train_step import profile_step
-    from sparselong.parallel.apply import share_batch
+    """Return rows of steps at one length: the slowest rank's time, the most bytes on any rank."""
     from sparselong.parallel.collectives import all_gather, count_bytes
-    from sparselong.parallel.gradients import reduce_gradients
-    from sparselong.parallel.loss import add_losses, count_step
-    from sparselong.runtime.settings import using
 
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(200_000, (1, tokens), generator=generator).cuda()
-
-    def step() -> torch.Tensor:
-        batch = {"input_ids": ids, "labels": ids}
-        count = count_step([batch], mesh, pad_token=-1).divisor
-        local, changes = share_batch(batch, mesh, args.stride)
-        with using(**changes):
-            loss = model(**local, num_items_in_batch=count, use_cache=False).loss
-            loss.backward()
-        reduce_gradients(trained, mesh)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return add_losses(loss, mesh)
-
+    step = make_step(model, trained, optimizer, tokens, args.stride, mesh)
     seconds, loss = [], 0.0
     for n in range(2 + args.rounds):
         begin = time.perf_counter()
@@ -249,25 +230,58 @@ def measure_length(
         row(case, "sparselong", "reserved_bytes", peak, "bytes"),
         row(case, "sparselong", "loss", loss, "nats"),
     ]
-    if tokens in args.profiled:
-        if dist.get_rank() > 0:  # the step is everyone's, the profile rank 0's
-            step()
-            return rows
-        profiled = profile_step(step, case, "sparselong")
-        rows += [r for r in profiled if r["metric"].startswith("profile_ms")]
-        for r in rows[5:]:
-            tell(f"    {r['metric']}: {r['value']:.1f} ms")
+    return rows + (profile_rank_0(step, case) if tokens in args.profiled else [])
+
+
+def make_step(
+    model: Any, trained: list, optimizer: Any, tokens: int, stride: int, mesh: Any
+) -> Callable[[], torch.Tensor]:
+    """Return a function that makes one optimizer step on random tokens and returns the loss."""
+    from sparselong.parallel.apply import share_batch
+    from sparselong.parallel.gradients import reduce_gradients
+    from sparselong.parallel.loss import add_losses, count_step
+    from sparselong.runtime.settings import using
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(200_000, (1, tokens), generator=generator).cuda()
+
+    def step() -> torch.Tensor:
+        batch = {"input_ids": ids, "labels": ids}
+        count = count_step([batch], mesh, pad_token=-1).divisor
+        local, changes = share_batch(batch, mesh, stride)
+        with using(**changes):
+            loss = model(**local, num_items_in_batch=count, use_cache=False).loss
+            loss.backward()
+        reduce_gradients(trained, mesh)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return add_losses(loss, mesh)
+
+    return step
+
+
+def profile_rank_0(step: Callable[[], torch.Tensor], case: dict) -> Rows:
+    """Make a step on every rank, profiled on rank 0; return rows of its kernel time by kind."""
+    from benchmarks.train_step import profile_step
+
+    if dist.get_rank() > 0:
+        step()
+        return []
+    profiled = profile_step(step, case, "sparselong")
+    rows = [r for r in profiled if r["metric"].startswith("profile_ms")]
+    for r in rows:
+        tell(f"    {r['metric']}: {r['value']:.1f} ms")
     return rows
 
 
 def tell(text: str) -> None:
-    """Rank 0 speaks."""
+    """Print a line of progress on rank 0."""
     if dist.get_rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
 def work(args: argparse.Namespace) -> None:
-    """One rank of one part."""
+    """Run one part on this rank."""
     from sparselong.parallel.mesh import build_mesh
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -287,34 +301,38 @@ def work(args: argparse.Namespace) -> None:
 
 
 def keep(found: Rows, rows: Rows, args: argparse.Namespace) -> None:
-    """Adds to a part's rows; written at once, so that a length that fails costs only itself."""
+    """Add rows to a part's, and write them at once, so that a later failure does not lose them."""
     rows += found
     if dist.get_rank() == 0:
         write_atomically(Path(args.out), json.dumps(rows))
 
 
 def parse() -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--degrees", nargs="+", type=int, default=[4, 2, 1])
     parser.add_argument("--parts", nargs="+", default=["attention", "steps"])
-    parser.add_argument("--no-peer", action="store_true", help="four GPUs again, without P2P")
+    parser.add_argument(
+        "--no-peer", action="store_true", help="also the largest degree without P2P"
+    )
     parser.add_argument("--attention-tokens", type=int, default=16_384)
     parser.add_argument("--strides", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--stride", type=int, default=4, help="heads_k_stride of steps")
     parser.add_argument("--arms", nargs="+", default=["lora", "masked"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 16_384])
-    parser.add_argument("--least", type=int, default=4096, help="tokens a GPU, from which on")
+    parser.add_argument("--least", type=int, default=4096, help="fewest tokens per GPU")
     parser.add_argument("--profiled", nargs="*", type=int, default=[16_384])
     parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
     parser.add_argument("--keep-experts", default="never", choices=("always", "never"))
     parser.add_argument("--rounds", type=int, default=3, help="measured steps")
-    parser.add_argument("--timeout-seconds", type=int, default=300, help="of each part")
+    parser.add_argument("--timeout-seconds", type=int, default=300, help="timeout of each part")
     add_result(parser)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
+    """Run all parts and write the results."""
     args = parse()
     args.peer = True
     if args.settings:

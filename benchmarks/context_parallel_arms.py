@@ -1,10 +1,11 @@
-"""What attention across GPUs is compared with: contiguous shards that gather everything, Ulysses.
+"""Baselines for attention across GPUs: contiguous shards that gather everything, and Ulysses.
 
-`contiguous` is llama3-style context parallelism as published: rank r holds tokens [r T, (r + 1) T),
-keys and values of a few KV heads are gathered from all ranks while the last ones are attended to,
-and dK and dV are reduce-scattered. `ulysses` (Jacobs et al., 2023, arXiv:2309.14509) exchanges
-sequence shards for heads by all-to-all, attends to whole sequences with its heads' sinks, and goes
-back. Both have the same kernels underneath as this project's arm, unless `torch_flash` is named.
+`contiguous` is llama3-style context parallelism as published: rank r holds tokens [r T, (r + 1) T).
+Keys and values of a few KV heads are gathered from all ranks while attention of the previous ones
+is computed, and dK and dV are reduce-scattered. `ulysses` (Jacobs et al., 2023, arXiv:2309.14509)
+exchanges sequence shards for heads by all-to-all, computes attention of whole sequences with its
+heads' sinks, and exchanges back. Both use the same kernels as this project's arm unless
+`torch_flash` is named.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from sparselong.parallel.sequence.shard import chunks_of
 
 
 class Arm(NamedTuple):
-    """A way to attend: (q, k, v, sinks, window) of this rank's tokens → out; and which they are."""
+    """A method of computing attention: (q, k, v, sinks, window) of this rank's tokens → out."""
 
     attend: Callable[..., torch.Tensor]
     take: Callable[[torch.Tensor], torch.Tensor]
-    """[rows, heads, tokens, head_dim] of the whole sequence → this rank's."""
+    """[rows, heads, tokens, head_dim] of the whole sequence → this rank's tokens."""
 
 
 def make_arms(mesh: Mesh, tokens: int, strides: list[int], best: int) -> dict[str, Arm]:
-    """By name. `best` is the stride at which other kernels and the baseline are tried."""
+    """Return all arms by name. `best` is the stride of the baseline and of other kernels."""
     size, rank = mesh.context_size, mesh.context_rank
 
     def zigzag(whole: torch.Tensor) -> torch.Tensor:
@@ -56,7 +57,7 @@ def make_arms(mesh: Mesh, tokens: int, strides: list[int], best: int) -> dict[st
     def gathering(backend: str | None) -> Arm:
         def attend(q, k, v, sinks, window):
             call = _whole_past(q, sinks, window, mesh)
-            name = pick_backend(backend, q, call)  # here, where gradients are on
+            name = pick_backend(backend, q, call)  # here, where gradients are enabled
             return _Gathering.apply(q, k, v, sinks, call, best, name, mesh)
 
         return Arm(attend, contiguous)
@@ -78,7 +79,7 @@ def make_arms(mesh: Mesh, tokens: int, strides: list[int], best: int) -> dict[st
 def _whole_past(
     q: torch.Tensor, sinks: torch.Tensor, window: int | None, mesh: Mesh
 ) -> AttentionCall:
-    """This rank's queries and all keys up to the last of them."""
+    """Return the call for this rank's queries and all keys up to the last query."""
     tokens = q.shape[2]
     end = (mesh.context_rank + 1) * tokens
     reach = None if window is None or window >= end else window
@@ -135,7 +136,7 @@ class _Gathering(torch.autograd.Function):
 
 
 def _gather(own: torch.Tensor, mesh: Mesh):
-    """Each group's keys and values of all ranks; the next group's are under way meanwhile."""
+    """Yield each group's keys and values of all ranks, while the next group is being gathered."""
     size = mesh.context_size
 
     def start(group: int):
@@ -171,7 +172,7 @@ class _Swap(torch.autograd.Function):
 def _swap(tensor: torch.Tensor, mesh: Mesh, to_heads: bool) -> torch.Tensor:
     size = mesh.context_size
     axis = 1 if to_heads else 2
-    rows = torch.stack(tensor.chunk(size, axis))  # by the rank that gets it
+    rows = torch.stack(tensor.chunk(size, axis))  # by receiving rank
     each = [1] * size
     received = start_all_to_all(rows, each, each, mesh.context_group, "heads").wait()
     return torch.cat(list(received), 2 if to_heads else 1)

@@ -1,8 +1,8 @@
-"""Starts the parts of a benchmark over several GPUs: one process for each, with a time-out.
+"""Launch the parts of a multi-GPU benchmark: one process per GPU, with a timeout.
 
-A part that fails or hangs is ended with all its processes, and the others go on; what it has
-written until then counts. A process finds rank and peers in the environment, as under torchrun, and
-its settings in `--settings`.
+If a part fails or hangs, all its processes are killed and the other parts continue; the rows that
+it has written are kept. Processes find their rank and peers in the environment, as under torchrun,
+and their settings in `--settings`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 
 def make_waves(turns: list[tuple[int, bool]], gpus: int) -> list[list[tuple[int, bool]]]:
-    """Parts that fit beside each other on the machine run at the same time, on other GPUs."""
+    """Group parts into waves that run at the same time, each part on its own GPUs."""
     waves: list[list[tuple[int, bool]]] = []
     for turn in turns:
         if not waves or sum(degree for degree, _ in waves[-1]) + turn[0] > gpus:
@@ -31,7 +31,7 @@ def make_waves(turns: list[tuple[int, bool]], gpus: int) -> list[list[tuple[int,
 
 
 def run_wave(wave: list[tuple[int, bool]], args: argparse.Namespace, script: str) -> list:
-    """Each turn with its rows, and whether it came to its end."""
+    """Run a wave; return each part with its rows, and whether it succeeded."""
     found, first_gpu, deadline = [], 0, time.monotonic() + args.timeout_seconds
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / f"{n}.json" for n in range(len(wave))]
@@ -49,7 +49,7 @@ def run_wave(wave: list[tuple[int, bool]], args: argparse.Namespace, script: str
 def start(
     degree: int, first_gpu: int, args: argparse.Namespace, out: Path, script: str, **more: Any
 ) -> list:
-    """The processes of one part, one for each GPU from `first_gpu` on."""
+    """Start the processes of one part, one per GPU from `first_gpu` on."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -74,7 +74,7 @@ def start(
 
 
 def finish(processes: list, deadline: float) -> bool:
-    """Whether all ended well by then; otherwise they are ended."""
+    """Return whether all processes succeed before the deadline; otherwise kill them."""
     while time.monotonic() < deadline:
         codes = [process.poll() for process in processes]
         if all(code == 0 for code in codes):

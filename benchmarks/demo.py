@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Record a run's own figures, taken from its four manifests and its metrics.jsonl.
+"""Record the figures of a run from its four manifests and its metrics.jsonl.
 
 benchmarks/demo.py [RUN_DIR [MACHINE [COMMAND]]]      runs/demo, cpuN, make demo
 """
@@ -21,7 +21,7 @@ STAGES = ("01_health", "02_compress", "03_finetune", "04_eval")
 
 
 def read_manifests(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return the stages' manifests; SystemExit if a stage is not done."""
+    """Return the stages' manifests; exit if a stage is not done."""
     manifests = {}
     for stage in STAGES:
         manifest = read_manifest(run_dir, stage)
@@ -64,7 +64,7 @@ def collect_steps(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def collect_base(run_dir: Path) -> list[dict[str, Any]]:
-    """Return what was measured of the small model when it was made."""
+    """Return the metrics of the tiny model from when it was created."""
     record = json.loads((run_dir / "base" / "tiny.json").read_text(encoding="utf-8"))
     return _scalars("base", record["metrics"], ())
 

@@ -2,14 +2,15 @@
 """One layer's experts in gpt-oss's shape: 32 experts of 2,880 / 2,880, top-4, weights in MXFP4.
 
 The whole pass is timed: sorting, gathering, products, biases, gate, weighted sum; forward without
-gradients, and forward with the gradients of the input and the routing weights. `balanced` routing
-gives every expert the same rows, `random` draws each token's experts. Beside our backends:
-transformers' grouped_mm experts over bf16 weights (four times the memory), and two floors that are
-products and nothing else: torch's grouped product on bf16, and a dense matmul of equal FLOPs.
+gradients, and forward with gradients of the input and the routing weights. `balanced` routing gives
+every expert the same number of rows, `random` draws each token's experts. Our backends are compared
+with transformers' grouped_mm experts over bf16 weights (four times the memory), and with two lower
+bounds that compute only the products: torch's grouped product in bf16, and a dense matmul of equal
+FLOPs.
 
-Each backend's error against fp64 comes first, and one that errs more than twice as much as plain
-torch in bf16 has no speed. TFLOP/s count 2 FLOPs a weight and row, twice that with gradients;
-GB/s are the packed bytes of the experts that were chosen, each read once. Needs a CUDA device.
+Each backend's error against fp64 is measured first. No speed is reported if it exceeds twice that
+of plain torch in bf16. TFLOP/s count 2 FLOPs per weight and row, and twice that with gradients.
+GB/s count the packed bytes of the selected experts, each read once. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tests.references.expert_mlp import expert_mlp_reference
 
 EXPERTS, TOP_K, WIDTH = 32, 4, 2880
 WEIGHTS = 3 * WIDTH * WIDTH
-"""Weights of one expert: gate and up, and down."""
+"""Weights of one expert: gate, up and down."""
 PACKED_BYTES = WEIGHTS * 17 // 32
 OURS = ("generation", "small", "packed", "decode", "chosen")
 LEAVES = ("x", "routing_weights")
@@ -44,7 +45,7 @@ Run = Callable[[Call], torch.Tensor]
 
 
 def draw_stack() -> ExpertStack:
-    """The layer's packed weights."""
+    """Return the layer's packed weights, drawn at random."""
     torch.manual_seed(0)
     weights = []
     for out in (2 * WIDTH, WIDTH):
@@ -57,9 +58,9 @@ def draw_stack() -> ExpertStack:
 
 
 def draw(tokens: int, routing: str) -> Call:
-    """x, indices, weights and dout for so many tokens."""
+    """Return x, indices, weights and dout for a number of tokens."""
     torch.manual_seed(tokens)
-    if routing == "balanced":  # neighbours in one permutation, over and over: all different
+    if routing == "balanced":  # consecutive entries of one repeated permutation: all different
         turn = torch.randperm(EXPERTS, device="cuda")
         indices = turn[torch.arange(tokens * TOP_K, device="cuda") % EXPERTS].view(tokens, TOP_K)
         indices = indices[torch.randperm(tokens, device="cuda")]
@@ -76,6 +77,7 @@ def draw(tokens: int, routing: str) -> Call:
 
 
 def make_ours(name: str, stack: ExpertStack) -> Run:
+    """Return one of our backends as a function of a call."""
     backend = None if name == "chosen" else name
 
     def run(call: Call) -> torch.Tensor:
@@ -86,7 +88,7 @@ def make_ours(name: str, stack: ExpertStack) -> Run:
 
 
 def make_transformers(stack: ExpertStack) -> Run:
-    """transformers' own experts on the decoded weights, by its grouped_mm."""
+    """Return transformers' grouped_mm experts over the decoded weights."""
     from transformers import GptOssConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
@@ -107,8 +109,8 @@ def make_transformers(stack: ExpertStack) -> Run:
 
 
 def list_floors(entries: int) -> dict[str, dict[str, Callable[[], object]]]:
-    """Products alone: {backend: {pass: call}} for balanced rows."""
-    rows, wide = (torch.randn(entries, n, device="cuda").bfloat16() for n in (WIDTH, 2 * WIDTH))
+    """Return functions that compute only the products of balanced rows, by backend and pass."""
+    rows, pairs = (torch.randn(entries, n, device="cuda").bfloat16() for n in (WIDTH, 2 * WIDTH))
     gate_up = torch.randn(EXPERTS, 2 * WIDTH, WIDTH, device="cuda", dtype=torch.bfloat16)
     down = gate_up[:, :WIDTH]
     ends = torch.arange(1, EXPERTS + 1, device="cuda", dtype=torch.int32) * (entries // EXPERTS)
@@ -118,14 +120,14 @@ def list_floors(entries: int) -> dict[str, dict[str, Callable[[], object]]]:
         torch._grouped_mm(rows, down.transpose(1, 2), offs=ends)
         if backward:
             torch._grouped_mm(rows, down, offs=ends)
-            torch._grouped_mm(wide, gate_up, offs=ends)
+            torch._grouped_mm(pairs, gate_up, offs=ends)
 
     def dense(backward: bool) -> None:
         torch.mm(rows, gate_up[0].T)
         torch.mm(rows, down[0].T)
         if backward:
             torch.mm(rows, down[0])
-            torch.mm(wide, gate_up[0])
+            torch.mm(pairs, gate_up[0])
 
     return {
         name: {
@@ -137,22 +139,24 @@ def list_floors(entries: int) -> dict[str, dict[str, Callable[[], object]]]:
 
 
 def forward(run: Run, call: Call) -> tuple[torch.Tensor, ...]:
+    """Return the output, computed without gradients."""
     with torch.no_grad():
         return (run(call),)
 
 
 def forward_backward(run: Run, call: Call) -> tuple[torch.Tensor, ...]:
+    """Return the output and the gradients of LEAVES."""
     out = run(call)
     return (out, *torch.autograd.grad(out, [call[name] for name in LEAVES], call["dout"]))
 
 
 def refer(stack: ExpertStack, call: Call) -> torch.Tensor:
-    """The pass in fp64."""
+    """Return the output of the reference, in the dtype of `call`."""
     return expert_mlp_reference(call["x"], call["expert_indices"], call["routing_weights"], stack)
 
 
 def measure_errors(runs: dict[str, Run], stack: ExpertStack) -> tuple[list[dict], set[str]]:
-    """Rows of relative L2 errors against fp64, and the backends that fail."""
+    """Return rows of relative L2 errors against fp64, and the backends that fail."""
     rows, failed = [], set()
     parts = {name: {name: run} for name, run in runs.items() if name == "generation"}
     parts["trained"] = {name: run for name, run in runs.items() if name != "generation"}
@@ -178,7 +182,7 @@ def measure_errors(runs: dict[str, Run], stack: ExpertStack) -> tuple[list[dict]
 
 
 def measure_case(runs: dict[str, Run], tokens: int, routing: str, floors: bool) -> list[dict]:
-    """Rows of one case for every backend, timed in turn."""
+    """Return rows of one case for every backend, timed alternately."""
     call = draw(tokens, routing)
     entries = tokens * TOP_K
     active = int(call["expert_indices"].unique().numel())
@@ -210,7 +214,7 @@ def measure_case(runs: dict[str, Run], tokens: int, routing: str, floors: bool) 
 
 
 def select(runs: dict[str, Run], tokens: int) -> dict[str, Run]:
-    """What is worth timing: each of ours where it might be chosen."""
+    """Return the backends worth timing: of ours, those that might be chosen."""
     rows = tokens * TOP_K / EXPERTS
     skipped = {"small"} if rows > 64 else {"decode"} if rows < 64 else set()
     skipped |= {"generation"} if tokens * TOP_K > MOST_CHOICES else set()
@@ -218,6 +222,7 @@ def select(runs: dict[str, Run], tokens: int) -> dict[str, Run]:
 
 
 def main() -> None:
+    """Measure all cases and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--rows", nargs="+", type=int, default=[32, 64, 128, 256, 512, 1024, 2048])

@@ -1,28 +1,27 @@
 #!/usr/bin/env python3
-"""Generation in gpt-oss-20b's shape at batch 1: first token, tokens a second, bytes on the card.
+"""Generation in gpt-oss-20b's shape at batch 1: first token, tokens per second, GPU memory.
 
 Weights are random and made on the GPU, in the formats of stage 02's output: experts in MXFP4,
-attention in int4 2:4. Every arm runs in a process of its own on the same prompt:
+attention in int4 2:4. Every arm runs in its own process on the same prompt:
 
 | arm      | what                                                                             |
 |----------|----------------------------------------------------------------------------------|
-| graph    | this project's `generate`: one captured step a token                             |
+| graph    | this project's `generate`: one captured step per token                           |
 | kernels  | the same step, its kernels launched one by one                                   |
 | packed   | transformers' `generate` over this project's packed model                        |
 | eager    | transformers' `generate` over bf16 weights and its own attention                 |
 
-The bound is the time in which the card's memory, at the bandwidth on its data sheet, delivers every
-byte of the weights that one token needs, once: packed attention, top-4 of 32 experts, routers,
-norms, biases and lm_head; neither cache nor activations. `load_seconds` is building the model and
+The bound is the rate at which the GPU's memory, at the bandwidth on its data sheet, can read once
+every weight that a token needs: packed attention, top-4 of 32 experts, routers, norms, biases and
+lm_head, but neither cache nor activations. `load_seconds` is the time for building the model and
 capturing the step.
 
-`device_bytes` is what the process takes of the card at its peak after the weights are there, random
-ones and what drawing them took given back: the most that torch's allocator has reserved from then
-on (caches, capture, prompts, steps, blocks that lie unused) and `context_bytes`, all else that the
-card has lent when generation ends (CUDA context, loaded kernels, streams, the graph). The latter is
-read from the card as a whole, which must be ours alone. `weights_bytes` is what tensors take before
-the first prompt and without the decoder, `allocated_bytes` the most that they take together.
-Needs a CUDA device.
+`device_bytes` is the peak GPU memory of the process after the weights have been made: the peak that
+torch's allocator has reserved since then (caches, capture, prompts, steps, unused blocks) plus
+`context_bytes`, all other memory in use when generation ends (CUDA context, loaded kernels,
+streams, the graph). The latter is read for the whole GPU, so no other process may use it.
+`weights_bytes` is the size of all tensors before the first prompt, without the decoder, and
+`allocated_bytes` the peak size of all tensors. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -53,12 +52,12 @@ from sparselong.model.packed_linear import PackedLinear
 
 ARMS = ("graph", "kernels", "packed", "eager")
 SHEET_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12}
-"""Bytes a second by the vendor's data sheets, SXM parts."""
+"""Bytes per second according to the vendor's data sheets, SXM versions."""
 REPEATS = 3
 
 
 def sheet_bandwidth() -> float:
-    """Of this card; one that is not listed has no bound here."""
+    """Return the bandwidth of this GPU; exit if it is not listed."""
     name = torch.cuda.get_device_name()
     for part, bandwidth in SHEET_BANDWIDTH.items():
         if part in name:
@@ -67,7 +66,7 @@ def sheet_bandwidth() -> float:
 
 
 def active_bytes(model: GptOssForCausalLM) -> int:
-    """Bytes of the weights that one token reads, the embedding's one row included."""
+    """Return bytes of the weights that one token reads, including one row of the embedding."""
     config: Any = model.config
     share = config.num_experts_per_tok / config.num_local_experts
     total = 0.0
@@ -84,26 +83,26 @@ def active_bytes(model: GptOssForCausalLM) -> int:
 
 
 def context_bytes() -> int:
-    """Device memory of this process beside torch's own: the CUDA context and libraries."""
+    """Return device memory in use that torch has not reserved: CUDA context and libraries."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
 def make_model(arm: str, layers: int) -> GptOssForCausalLM:
-    """The arm's model, in eval mode."""
+    """Return the arm's model in eval mode."""
     config = config_20b(layers)
     if arm == "eager":
         return build_baseline(config, "eager").eval()
     model = build_packed(config, "masked")
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            del module.drawn  # the masters, which training alone needs
+            del module.drawn  # the masters, which only training needs
     fuse(model)
     return model.eval()
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one arm, in this process."""
+    """Measure one arm in this process and return its rows."""
     torch.manual_seed(0)
     begin = time.perf_counter()
     model = make_model(args.arm, args.layers)
@@ -125,7 +124,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             return out[0, args.prompt :].tolist()
         return list(generate(model, prompt, count, decoder=decoder))
 
-    follow(3)  # compiles what prompts need
+    follow(3)  # compiles the kernels for prompts
     firsts, rates = [], []
     for _ in range(REPEATS):
         firsts.append(time_call(lambda: follow(1)))
@@ -154,7 +153,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 def compare_with_bound(
     model: GptOssForCausalLM, arm: str, case: dict[str, Any], rate: float
 ) -> list[dict[str, Any]]:
-    """Rows of what a token reads, the tokens a second that this allows, and `rate`'s share."""
+    """Return rows of the bytes a token reads, the resulting bound, and `rate` relative to it."""
     needed = active_bytes(model)
     bound = sheet_bandwidth() / needed
     return [
@@ -165,7 +164,7 @@ def compare_with_bound(
 
 
 def time_call(call: Any) -> float:
-    """Seconds of one call, the device's work included."""
+    """Return the duration of a call in seconds, including the device's work."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
     call()
@@ -174,7 +173,7 @@ def time_call(call: Any) -> float:
 
 
 def time_steps(decoder: Decoder, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a replayed step by the device's clock, and of its kernels."""
+    """Return rows of the device time of a replayed step and of its kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     position = int(decoder.step.position)
@@ -202,7 +201,7 @@ def time_steps(decoder: Decoder, case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def spawn(arm: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One arm in a fresh process."""
+    """Measure one arm in a new process and return its rows."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         options = {"arm": arm, "out": out, "prompt": args.prompt, "tokens": args.tokens}
@@ -213,13 +212,14 @@ def spawn(arm: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Measure the chosen arms and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to generate")
     parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
     add_result(parser)
-    for name in ("--arm", "--out"):  # of one measurement's own process
+    for name in ("--arm", "--out"):  # for the process of one measurement
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not has_device(__file__):
@@ -232,7 +232,7 @@ def main() -> None:
     command = command_of(__file__, args)
     for arm in args.arms:
         rows += spawn(arm, args)
-        path = write("generation", machine, command, rows, args.folder)  # what is there counts
+        path = write("generation", machine, command, rows, args.folder)  # in case a later one fails
         print(path, file=sys.stderr)
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Predicted against measured peak memory of stage 03's training step, in gpt-oss-20b's shape.
+"""Predicted and measured peak memory of stage 03's training step, in gpt-oss-20b's shape.
 
-Each case is `train_step.py`'s `masked` arm in a fresh process: random packed weights, a few real
-steps, the peak of what the card lends (torch's reserved memory and the CUDA context). Beside it
-stands what the planner says for the same length, batch, layers, rank and checkpointing. Cases run
-one after another, as the context is read from the whole card's memory, which must be ours alone;
-the next process imports meanwhile. Needs a CUDA device; offloading needs Axolotl.
+Each case is `train_step.py`'s `masked` arm in a new process: random packed weights, a few real
+steps, the peak GPU memory (torch's reserved memory and the CUDA context). It is compared with the
+planner's prediction for the same length, batch, layers, rank and checkpointing. Cases run one after
+another because the context is measured as memory of the whole GPU, which no other process may use;
+the next process only imports meanwhile. Needs a CUDA device; offloading needs Axolotl.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ FILE = Path(__file__).resolve().parent.parent / "configs" / "gpt-oss-20b-1x3090.
 
 
 def predict(case: dict[str, Any], *further: str) -> memory.Memory:
-    """The planner's memory of a case, by component; `further` are overrides beside it.
+    """Return the planner's memory of a case, by component; `further` are more overrides.
 
-    Cases of older files have no `keep_experts`: there was nothing but `never`.
+    Cases in older files have no `keep_experts`, which means `never`.
     """
     overrides = {
         "sequence_len": case["tokens"],
@@ -68,7 +68,7 @@ def predict(case: dict[str, Any], *further: str) -> memory.Memory:
 
 
 def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of one case, in this process, once the parent says that the card is free."""
+    """Measure one case in this process, after the parent signals that the GPU is free."""
     from benchmarks import train_step
 
     train_step.MEASURED = 1
@@ -80,24 +80,25 @@ def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
     predicted = predict(case).peak_bytes
     error = predicted / found["device_bytes"] - 1
     name = "masked"
-    told = [row(case, name, metric, value, "bytes") for metric, value in found.items()]
-    told.append(row(case, name, "predicted_bytes", predicted, "bytes"))
-    told.append(row(case, name, "relative_error", error, "1"))
+    results = [row(case, name, metric, value, "bytes") for metric, value in found.items()]
+    results.append(row(case, name, "predicted_bytes", predicted, "bytes"))
+    results.append(row(case, name, "relative_error", error, "1"))
     print(f"  predicted {predicted / 2**30:.2f} GiB: {error:+.1%}", file=sys.stderr, flush=True)
-    return told
+    return results
 
 
 def start(number: int, folder: Path) -> subprocess.Popen[str]:
-    """The process of one case, which waits for a line before it touches the card."""
+    """Start the process of one case, which waits for a line on stdin before it uses the GPU."""
     command = [sys.executable, __file__, "--case", str(number), "--out", folder / f"{number}.json"]
     return subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, text=True)
 
 
 def main() -> None:
+    """Measure the chosen cases and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
     add_result(parser)
-    for name in ("--case", "--out"):  # of one measurement's own process
+    for name in ("--case", "--out"):  # for the process of one measurement
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
@@ -122,7 +123,7 @@ def main() -> None:
                 ahead.kill()
                 sys.exit(f"case {number} failed: {CASES[number]}")
             rows += json.loads((folder / f"{number}.json").read_text(encoding="utf-8"))
-            write("memory", machine, command, rows, args.folder)  # what is there counts
+            write("memory", machine, command, rows, args.folder)  # in case a later one fails
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""The elementwise neighbours of attention and experts, and the loss, in gpt-oss's shape.
+"""Norms, rotary embedding and the loss in gpt-oss's shape.
 
-Norm, residual sum + norm and rotary embedding of a sequence in bf16: ms and GB/s on the bytes that
-must move (each input read once, each output written once; the backward pass takes the upstream
-gradients and writes those of the inputs), against what transformers computes in plain torch. The
-loss over 201,088 vocabulary entries with its gradient: ms, TFLOP/s of its two products, and peak
-memory beside inputs and the gradient; against plain torch in chunks, and Liger's where installed.
-Each result is compared with plain torch's first, and one that differs has no speed. Needs a CUDA
-device.
+Norm, residual sum + norm and rotary embedding of a sequence in bf16: ms, and GB/s for the bytes
+that must move (each input read once, each output written once; the backward pass reads the upstream
+gradients and writes those of the inputs), compared with transformers' computation in plain torch.
+The loss over 201,088 vocabulary entries with its gradient: ms, TFLOP/s of its two products, and
+peak memory in addition to inputs and gradient, compared with plain torch in chunks and with Liger
+if installed. Every result is first compared with plain torch; no speed is reported if it differs.
+Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ from sparselong.kernels.layer.rotary_torch import rotate_torch
 
 HIDDEN, VOCAB, HEADS, KV_HEADS, HEAD_DIM, EPS = 2880, 201_088, 64, 8, 64, 1e-5
 TOLERANCE = 2e-2
-"""Relative L2 difference of two right results in bf16 that round differently."""
+"""Relative L2 difference allowed between bf16 results that differ only by rounding."""
 
 
 def draw(*size: int, scale: float = 1.0) -> torch.Tensor:
+    """Return a random bf16 tensor."""
     return (torch.randn(size, device="cuda") * scale).bfloat16()
 
 
 def time_ms(call: Callable[[], object]) -> float:
-    """Median by device events after two calls; a fresh L2 for each."""
+    """Return the median device time in ms after two warm-up calls, flushing L2 before each."""
     flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
     times: list[float] = []
     for n in range(32):
@@ -62,7 +63,7 @@ def time_ms(call: Callable[[], object]) -> float:
 
 
 def differ(got: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> float:
-    """Largest relative L2 difference of the results."""
+    """Return the largest relative L2 difference between the results."""
     pairs = zip(got, wanted, strict=True)
     return max(float((g - w).float().norm() / w.float().norm()) for g, w in pairs)
 
@@ -73,7 +74,7 @@ Call = Callable[..., tuple[torch.Tensor, ...]]
 def measure(
     name: str, inputs: list[torch.Tensor], upstream: list[torch.Tensor], backends: dict[str, Call]
 ) -> list[dict[str, Any]]:
-    """Rows of one operation: forward, and backward with the given upstream gradients."""
+    """Return rows of one operation: forward, and backward with the given upstream gradients."""
     leaves = [t.requires_grad_() for t in inputs]
     moved = {
         "forward": sum(t.nbytes for t in inputs + upstream),
@@ -108,7 +109,7 @@ def measure(
 
 
 def measure_elementwise(tokens: int) -> list[dict[str, Any]]:
-    """Norm, residual sum + norm, rotary: ours against plain torch."""
+    """Return rows of norm, residual sum + norm and rotary: ours and plain torch."""
     x, residual, weight = draw(1, tokens, HIDDEN), draw(1, tokens, HIDDEN), draw(HIDDEN)
     upstream = [draw(1, tokens, HIDDEN) for _ in range(2)]
     rows = measure(
@@ -146,7 +147,7 @@ def measure_elementwise(tokens: int) -> list[dict[str, Any]]:
 def torch_chunks(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, rows: int = 512
 ) -> torch.Tensor:
-    """The plain way to keep the logits small: each chunk recomputed in the backward pass."""
+    """Return the summed loss in plain torch, recomputing each chunk of logits in backward."""
 
     def piece(part: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         logits = functional.linear(part, weight).float()
@@ -159,7 +160,7 @@ def torch_chunks(
 
 
 def loss_backends(chunks: list[int]) -> dict[str, Callable[..., torch.Tensor]]:
-    """Functions (hidden, weight, labels) → summed loss."""
+    """Return the backends as functions (hidden, weight, labels) → summed loss."""
 
     def ours(rows: int) -> Callable[..., torch.Tensor]:
         return lambda h, w, y: linear_cross_entropy(h, w, y, rows)
@@ -175,7 +176,7 @@ def loss_backends(chunks: list[int]) -> dict[str, Callable[..., torch.Tensor]]:
 
 
 def measure_loss(tokens: int, supervised: float, chunks: list[int]) -> list[dict[str, Any]]:
-    """Rows of the loss and its gradient with respect to the hidden states."""
+    """Return rows of the loss and its gradient with respect to the hidden states."""
     hidden = draw(tokens, HIDDEN).requires_grad_()
     weight = draw(VOCAB, HIDDEN, scale=3 * HIDDEN**-0.5)
     labels = torch.randint(0, VOCAB, (tokens,), device="cuda")
@@ -217,6 +218,7 @@ def measure_loss(tokens: int, supervised: float, chunks: list[int]) -> list[dict
 
 
 def main() -> None:
+    """Measure all operations and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--chunks", nargs="+", type=int, default=[CHUNK_ROWS])

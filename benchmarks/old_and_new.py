@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""This checkout against another one of the same project, in turn, on one GPU.
+"""Compare this checkout with another one of the project on one GPU.
 
     python3 benchmarks/old_and_new.py --old ../sparselong-before
 
-Each checkout works in a process of its own, with its own package and its own benchmarks/shape_20b;
-both stay alive side by side, and each measurement is made by one and then by the other, so that a
-machine that slows down slows both. Measured in gpt-oss-20b's shape with random weights: training
-steps (wall time, the sum of kernel times, kernel launches, peak memory), one expert pass, attention
-of a full and of a window layer (forward and backward, device time), and greedy generation.
+Each checkout runs in its own process, with its own package and its own benchmarks/shape_20b. Both
+processes stay alive and measure alternately, so that a slowdown of the machine affects both.
+Measured in gpt-oss-20b's shape with random weights: training steps (wall time, sum of kernel times,
+kernel launches, peak memory), one expert pass, attention of a full and of a window layer (forward
+and backward, device time), and greedy generation.
 
-Only what both checkouts have is used: shape_20b's builders, `sparselong.generate`, `fuse`, and
-`sparselong.kernels.attention.attention`. Needs a CUDA device with room for two models.
+Only functions that both checkouts have are used: shape_20b's builders, `sparselong.generate`,
+`fuse` and `sparselong.kernels.attention.attention`. Needs a CUDA device with memory for two models.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STEP_METRICS = {
 
 
 class Worker:
-    """One checkout's measurements, answered by a process of its own over pipes."""
+    """A process that runs one checkout's measurements and answers over pipes."""
 
     def __init__(self, tree: Path):
         self.process = subprocess.Popen(
@@ -61,19 +61,19 @@ class Worker:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"the worker ended with {self.process.wait()} at {what}")
+            sys.exit(f"the worker exited with {self.process.wait()} during {what}")
         return json.loads(line)
 
 
 class Measured:
-    """What a worker measures; `handle` names the method."""
+    """The measurements of a worker; `handle` selects one by name."""
 
     def __init__(self) -> None:
         self.model: Any = None
         self.calls: dict[str, Callable[[], float]] = {}
 
     def build(self, arm: str, layers: int) -> dict[str, float]:
-        """Build the model of an arm of shape_20b, or the one that generates."""
+        """Build the model of an arm of shape_20b, or the model for generation."""
         import torch
 
         import sparselong
@@ -93,7 +93,7 @@ class Measured:
         return {"bytes": torch.cuda.memory_allocated()}
 
     def step(self, tokens: int) -> dict[str, float]:
-        """Measure one optimizer step, wall and peak; then one more under the profiler."""
+        """Measure wall time and peak memory of an optimizer step; then profile another one."""
         import torch
         from torch.profiler import ProfilerActivity, profile
 
@@ -131,7 +131,7 @@ class Measured:
             optimizer.zero_grad(set_to_none=True)
             return float(loss.detach())
 
-        for _ in range(2):  # kernels are compiled, blocks are reserved
+        for _ in range(2):  # compile the kernels and reserve memory
             step()
         return step
 
@@ -177,7 +177,7 @@ class Measured:
         return {"device_ms": device_ms(call)}
 
     def generate(self, prompt: int, tokens: int) -> dict[str, float]:
-        """Measure greedy tokens a second, what comes before the first token taken off."""
+        """Measure tokens per second of greedy generation after the first token."""
         import torch
 
         import sparselong
@@ -198,13 +198,13 @@ class Measured:
 
 
 def device_ms(call: Callable[[], object]) -> float:
-    """Median device time of a call over nine runs, the L2 cache flushed before each."""
+    """Return the median device time of nine calls in ms, flushing the L2 cache before each."""
     import torch
 
     flush = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     times = []
     for _ in range(12):
-        for _ in range(4):  # the host runs ahead, as in the midst of a model
+        for _ in range(4):  # also lets the host run ahead, as within a model
             flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -218,7 +218,7 @@ def device_ms(call: Callable[[], object]) -> float:
 def serve() -> None:
     """Answer requests from standard input until it ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not look like an answer
+    os.dup2(2, 1)  # output of libraries must not be taken for an answer
     measured = Measured()
     for line in sys.stdin:
         answers.write(json.dumps(measured.handle(json.loads(line))) + "\n")
@@ -226,7 +226,7 @@ def serve() -> None:
 
 
 def compare(workers: dict[str, Worker], pairs: int, **what: Any) -> list[dict[str, Any]]:
-    """Ask each checkout in turn `pairs` times; rows of every answer and of the medians."""
+    """Ask each checkout `pairs` times, alternately; return rows of medians, extremes and ratios."""
     from benchmarks.record import row
 
     found: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
@@ -258,6 +258,7 @@ def compare(workers: dict[str, Worker], pairs: int, **what: Any) -> list[dict[st
 
 
 def main() -> None:
+    """Compare the checkouts and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--old", type=Path, help="the other checkout")
     parser.add_argument("--arms", nargs="+", default=["masked", "experts"])

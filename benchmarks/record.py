@@ -1,4 +1,4 @@
-"""Writes and finds benchmark results, in the one format that tables, plots and checks read."""
+"""Write and find benchmark results, in the format that tables, plots and tests read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def row(case: dict[str, Any], backend: str, metric: str, value: float, unit: str) -> dict[str, Any]:
-    """One figure: what was measured, with what, and the number with its unit."""
+    """Return one figure: the case, the backend, and the value of a metric with its unit."""
     return {"case": case, "backend": backend, "metric": metric, "value": value, "unit": unit}
 
 
@@ -25,14 +25,15 @@ def write(
     folder: Path = RESULTS,
     made_on: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes `<folder>/<subject>-<machine>-<YYYYMMDD>.json`.
+    """Write `<folder>/<subject>-<machine>-<YYYYMMDD>.json` and return its path.
 
     Args:
-        subject: what was measured, one benchmark file's stem.
+        subject: what was measured, as the stem of the benchmark's file name.
         machine: a short name for file names, for example `h200` or `cpu2`.
-        command: the command that gave these figures.
-        rows: figures as `row` makes them.
-        made_on: a manifest whose `hardware` and `versions` hold, where it was not this machine.
+        command: the command that produced these figures.
+        rows: figures from `row`.
+        folder: directory of the result.
+        made_on: a manifest with `hardware` and `versions` of the run; None describes this machine.
     """
     software = made_on or provenance.describe_software()
     document = {
@@ -52,7 +53,7 @@ def write(
 
 
 def newest(subject: str) -> dict[str, dict[str, Any]]:
-    """The newest document of a subject by machine, each with its `file` name."""
+    """Return the newest document of a subject for each machine, with its `file` name."""
     found = {}
     for path in sorted(RESULTS.glob(f"{subject}-*.json"), key=lambda p: p.stem.rsplit("-", 1)[1]):
         document = json.loads(path.read_text(encoding="utf-8"))

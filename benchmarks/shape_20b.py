@@ -1,4 +1,4 @@
-"""gpt-oss-20b's shape with random weights made on the GPU, as each arm of a benchmark has it."""
+"""Models in gpt-oss-20b's shape with random weights, for each arm of the benchmarks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from sparselong.runtime.recompute import checkpoint_contexts
 BASELINES = ("eager", "flex")
 OURS = ("lora", "masked", "experts")
 SPARSE = ("masked", "experts")
-"""Arms whose attention is 2:4 int4 with a mask; `experts` adapts experts and routers as well."""
+"""Arms with masked 2:4 int4 attention; `experts` adapts experts and routers as well."""
 R, ALPHA, EXPERT_R = 16, 32, 8
 PUBLISHED = DenseFormat(16, "none", 64)
 COMPRESSED = DenseFormat(4, "2:4", 64)
 
 
 def config_20b(layers: int = 24) -> GptOssConfig:
-    """openai/gpt-oss-20b's published configuration."""
+    """Return openai/gpt-oss-20b's published configuration."""
     kinds = ["sliding_attention", "full_attention"] * (layers // 2)
     return GptOssConfig(num_hidden_layers=layers, num_local_experts=32, layer_types=kinds)
 
@@ -44,7 +44,7 @@ def build(
     *,
     keep_experts: bool = False,
 ) -> nn.Module:
-    """The arm's model, ready to train on the GPU."""
+    """Return the arm's model on the GPU, ready for training."""
     config = config_20b(layers)
     model = build_baseline(config, arm) if arm in BASELINES else build_packed(config, arm)
     arguments: dict[str, Any] = {"use_reentrant": False}
@@ -78,7 +78,7 @@ def build(
 
 
 def build_baseline(config: GptOssConfig, arm: str) -> GptOssForCausalLM:
-    """transformers' own model in bf16."""
+    """Return transformers' model in bf16."""
     attention = {"eager": "eager", "flex": "flex_attention"}[arm]
     with torch.device("cuda"):
         return GptOssForCausalLM._from_config(
@@ -90,7 +90,7 @@ def build_baseline(config: GptOssConfig, arm: str) -> GptOssForCausalLM:
 
 
 def build_packed(config: GptOssConfig, arm: str, attention: str = "sparselong"):
-    """This project's model: experts in MXFP4; attention in bf16, or packed where it is masked."""
+    """Return this project's model: experts in MXFP4, attention in bf16 or packed 2:4 int4."""
     with torch.device("meta"):
         model = GptOssForCausalLM._from_config(
             config, dtype=torch.bfloat16, attn_implementation=attention
@@ -105,7 +105,7 @@ def build_packed(config: GptOssConfig, arm: str, attention: str = "sparselong"):
 
 
 def fill(model: nn.Module) -> None:
-    """Random values of a trained model's sizes, drawn on the device."""
+    """Fill a model on its device with random values of a trained model's magnitude."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("_blocks"):
             tensor.random_(0, 256)
@@ -121,7 +121,7 @@ def fill(model: nn.Module) -> None:
 
 
 def fill_packed(layer: PackedLinear) -> None:
-    """A random weight of two of four in the layer's format; it is kept as the layer's master."""
+    """Fill a layer with a random 2:4 weight in its format, and keep the weight as its master."""
     shape = (layer.out_features, layer.in_features)
     weight = torch.randn(shape, device="cuda").mul_(0.02).to(torch.bfloat16)
     groups = weight.float().abs().view(shape[0], -1, 4)
@@ -135,7 +135,7 @@ def fill_packed(layer: PackedLinear) -> None:
 
 
 def give_up(model: nn.Module, module: str) -> torch.Tensor:
-    """The master that `fill_packed` drew for a module, which is needed once."""
+    """Return and release the master that `fill_packed` drew for a module."""
     layer: Any = model.get_submodule(module)
     master = layer.drawn
     del layer.drawn

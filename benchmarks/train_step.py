@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""A training step in gpt-oss-20b's shape: forward, backward, optimizer; time, memory, kernels.
+"""Time, memory and kernels of a training step in gpt-oss-20b's shape.
 
-The weights are random and made on the GPU; shapes, formats, kernels and the optimizer's step are
-those of training. Every arm runs in a process of its own on the same tokens:
+A step is forward, backward and optimizer. Weights are random and made on the GPU; shapes, formats,
+kernels and optimizer are those of training. Every arm runs in its own process on the same tokens:
 
 | arm    | attention      | experts          | adapter                                             |
 |--------|----------------|------------------|-----------------------------------------------------|
-| eager  | transformers   | bf16, grouped_mm | PEFT LoRA on bf16 attention: what people run today  |
+| eager  | transformers   | bf16, grouped_mm | PEFT LoRA on bf16 attention: the usual setup        |
 | flex   | transformers   | bf16, grouped_mm | the same with flex_attention                        |
 | lora   | this project's | MXFP4, packed    | PEFT LoRA on bf16 attention                         |
 | masked | this project's | MXFP4, packed    | masked LoRA through 2:4 int4 attention, as stage 03 |
 
-`device_bytes` is what the card lends to the process: torch's reserved memory at its peak and the
-CUDA context. With `--cap-gib` torch may reserve no more than the cap leaves after the context. The
-profile sums the kernels of one step by kind. Needs a CUDA device.
+`device_bytes` is the GPU memory of the process: torch's peak reserved memory and the CUDA context.
+With `--cap-gib`, torch may reserve only what the cap leaves after the context. The profile sums the
+kernels of one step by kind. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,11 @@ KINDS = {
     "expert products": ("grouped", "packed_kernel", "dense_kernel", "decode_kernel", "16Gr"),
     "dense products": ("gemm", "nvjet", "cutlass", "cublas", "splitK", "xmma"),
 }  # fmt: skip
-"""Parts of kernel names by kind, looked for in this order; what matches none is elementwise."""
+"""Substrings of kernel names by kind, tried in this order; other kernels count as elementwise."""
 
 
 def kind_of(kernel: str) -> str:
-    """What a kernel does, by its name."""
+    """Return the kind of a kernel, from its name."""
     for kind, parts in KINDS.items():
         if any(part.lower() in kernel.lower() for part in parts):
             return kind
@@ -58,7 +59,7 @@ def kind_of(kernel: str) -> str:
 
 
 def profile_step(step, case: dict[str, Any], arm: str) -> list[dict[str, Any]]:
-    """Rows of one step's kernel time by kind, and of its longest kernels."""
+    """Return rows of one step's kernel time by kind, and of its longest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -78,16 +79,16 @@ def profile_step(step, case: dict[str, Any], arm: str) -> list[dict[str, Any]]:
 
 
 def context_bytes() -> int:
-    """Device memory of this process beside torch's own: the CUDA context and libraries."""
+    """Return device memory in use that torch has not reserved: CUDA context and libraries."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one arm at one length, in this process."""
+    """Measure one arm at one length in this process and return its rows."""
     torch.manual_seed(0)
     torch.zeros(1, device="cuda")
-    at_rest = context_bytes()  # other processes' memory is in it: the card must be ours alone
+    at_rest = context_bytes()  # includes other processes' memory: there must be none
     if args.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((args.cap_gib * 2**30 - args.spare) / total)
@@ -100,23 +101,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     vocab: Any = model.config.vocab_size  # type: ignore[union-attr]
     tokens = torch.randint(vocab, (args.batch, args.tokens), device="cuda")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-    offload: Any = nullcontext()
-    if args.offload:  # what stage 03 asks Axolotl for
-        from axolotl.monkeypatch import checkpoint_activation_offload as axolotl_offload
-
-        offload = axolotl_offload.get_checkpoint_hidden_states_offloading_ctx_manager()
-
-    def step() -> float:
-        with offload:
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
+    step = make_step(model, tokens, args.offload)
     case = describe(args, args.tokens)
     seconds, loss = [], 0.0
     for n in range(WARM_UP + MEASURED):
@@ -148,14 +133,35 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows + (profile_step(step, case, args.arm) if args.profile else [])
 
 
+def make_step(model: Any, tokens: torch.Tensor, offloads: bool) -> Callable[[], float]:
+    """Return a function that makes one optimizer step on `tokens` and returns the loss."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    offload: Any = nullcontext()
+    if offloads:  # as stage 03 requests it from Axolotl
+        from axolotl.monkeypatch import checkpoint_activation_offload as axolotl_offload
+
+        offload = axolotl_offload.get_checkpoint_hidden_states_offloading_ctx_manager()
+
+    def step() -> float:
+        with offload:
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
 def describe(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
-    """The case of a row."""
+    """Return the case of a row."""
     names = ("batch", "layers", "rank", "cap_gib", "keep_attention", "keep_experts", "offload")
     return {"tokens": tokens} | {name: getattr(args, name) for name in names}
 
 
 def spawn(arm: str, tokens: int, args: argparse.Namespace, profiled: bool) -> list[dict[str, Any]]:
-    """One arm in a fresh process; what does not fit gives a row that says so."""
+    """Measure one arm in a new process; return its rows, or one that records out of memory."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, __file__, "--arm", arm, "--tokens", str(tokens), "--out", out]
@@ -176,6 +182,7 @@ def spawn(arm: str, tokens: int, args: argparse.Namespace, profiled: bool) -> li
 
 
 def main() -> None:
+    """Measure the chosen arms and lengths, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     arms = (*BASELINES, *OURS)
     parser.add_argument("--arms", nargs="+", default=list(arms), choices=arms)
@@ -183,15 +190,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
     parser.add_argument("--rank", type=int, default=R, help="of the adapters")
-    parser.add_argument("--cap-gib", type=float, help="what the whole process may take")
-    parser.add_argument("--spare", type=int, default=700 << 20, help="the context's bytes")
+    parser.add_argument("--cap-gib", type=float, help="limit of the whole process")
+    parser.add_argument("--spare", type=int, default=700 << 20, help="bytes for the context")
     parser.add_argument("--keep-attention", default="always", choices=("always", "never"))
     parser.add_argument("--keep-experts", default="never", choices=("always", "never"))
-    parser.add_argument("--offload", action="store_true", help="checkpoints to host memory")
+    parser.add_argument("--offload", action="store_true", help="offload checkpoints to the host")
     parser.add_argument("--profiled", type=int, nargs="*", default=[16384], help="lengths")
-    parser.add_argument("--subject", default="train_step", help="first part of the result's name")
+    parser.add_argument("--subject", default="train_step", help="first part of the file name")
     add_result(parser)
-    for name in ("--arm", "--tokens", "--out"):  # of one measurement's own process
+    for name in ("--arm", "--tokens", "--out"):  # for the process of one measurement
         parser.add_argument(name, type=int if name == "--tokens" else str, help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -206,7 +213,7 @@ def main() -> None:
     for tokens in args.lengths:
         for arm in args.arms:
             rows += spawn(arm, tokens, args, tokens in args.profiled)
-            path = write(args.subject, machine, command, rows, args.folder)  # what is there counts
+            path = write(args.subject, machine, command, rows, args.folder)  # in case one fails
             print(path, file=sys.stderr)
 
 

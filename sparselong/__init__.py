@@ -1,14 +1,14 @@
-"""Sparse-Long: long-context fine-tuning of gpt-oss that stays compressed.
+"""Sparse-Long: long-context fine-tuning of compressed gpt-oss models.
 
-After `import sparselong`, `AutoModelForCausalLM.from_pretrained` opens what stages 02 and 03 write,
-and takes `attn_implementation="sparselong"` for any gpt-oss.
-`sparselong.patch_attention()`, or `sparselong.attention_forward` in place of transformers' eager
-attention, is for code that names no implementation. `sparselong.fuse` and `sparselong.chunk_loss`
-put fused layers and a loss in chunks into any gpt-oss, `sparselong.packed_config` keeps an upstream
-checkpoint's experts packed, and `sparselong.generate` decodes at batch 1.
+After `import sparselong`, `AutoModelForCausalLM.from_pretrained` opens the models that stages 02
+and 03 write, and accepts `attn_implementation="sparselong"` for any gpt-oss model. For code that
+does not choose an implementation, call `sparselong.patch_attention()`, or replace transformers'
+eager attention by `sparselong.attention_forward`. `sparselong.fuse` and `sparselong.chunk_loss`
+install fused layers and a chunked loss in any gpt-oss model, `sparselong.packed_config` keeps the
+experts of an upstream checkpoint packed, and `sparselong.generate` generates text at batch 1.
 
-Telemetry of the packages underneath is off unless the user turns it on, and torch's allocator takes
-segments that grow; the environment's own values always win.
+Importing the package disables telemetry of its dependencies and enables expandable segments in
+torch's allocator. Environment variables that are already set take precedence.
 """
 
 from typing import TYPE_CHECKING

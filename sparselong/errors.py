@@ -1,23 +1,23 @@
-"""Failures that a person can mend, told in four lines instead of a traceback.
+"""Failures that the user can fix, reported in four lines instead of a traceback.
 
 An expected failure says what went wrong, what was expected, what was found and how to fix it.
-Everything else keeps its traceback: a bug must look like a bug.
+All other exceptions keep their traceback, so that a bug can be recognized and located.
 """
 
 from typing import Any
 
 
 class ExpectedError(Exception):
-    """A failure with its explanation; `exit_code` is what the script returns.
+    """A failure with an explanation; `exit_code` is the exit code of the script.
 
     Args:
-        what: what could not be done, naming the file, key or step.
-        expected: what would have been right.
-        found: what was there instead.
-        fix: what the reader should do next.
-        details: more for programs: added to the JSON document that `--json` prints.
-        consequence: whether it only follows from another process's failure, which is the one to
-            report where there is a choice.
+        what: what failed, naming the file, key or step.
+        expected: what was expected.
+        found: what was found instead.
+        fix: what the user should do next.
+        details: more fields for the JSON document that `--json` prints.
+        consequence: whether the failure only follows from that of another process, which should
+            be reported instead if it is known.
     """
 
     exit_code = 1
@@ -44,10 +44,10 @@ class ExpectedError(Exception):
 
 
 class ConfigError(ExpectedError):
-    """The command line or the configuration is wrong (exit code 2)."""
+    """An invalid command line or configuration (exit code 2)."""
 
     exit_code = 2
 
 
 class StageError(ExpectedError):
-    """A stage failed, or the machine is not ready for it (exit code 1)."""
+    """A failed stage, or a machine that cannot run it (exit code 1)."""

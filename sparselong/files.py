@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the failure that keeps them from it: a full disk."""
+"""Atomic writes of text files, and detection of a full disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FULL_SENTENCES = (
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that it is there whole or not at all, also after a power cut."""
+    """Write a text file that exists completely or not at all, even after a power failure."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -23,10 +23,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an exception says that the disk, or the user's share of it, is full.
+    """Return whether an exception reports a full disk or an exhausted quota.
 
-    An OSError of the system carries a number. safetensors and torch write through libraries of
-    their own and raise exceptions that carry nothing but a sentence.
+    OSErrors from system calls have an errno. safetensors and torch write through native libraries
+    whose exceptions have only a message.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)

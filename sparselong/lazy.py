@@ -1,9 +1,9 @@
-"""Public names of a folder, each imported when it is first asked for.
+"""Public names of a folder, imported on first access.
 
-A folder's `__init__` lists what others may import from it under `if TYPE_CHECKING`, where editors
-and type checkers read it, and ends with `__getattr__ = expose(__name__)`. The same list then serves
-at run time, so that `from sparselong.kernels.attention import rank_backends` does not import torch
-for the kernels beside it.
+A folder's `__init__` lists its public names under `if TYPE_CHECKING`, where editors and type
+checkers find them, and ends with `__getattr__ = expose(__name__)`. The same list is used at run
+time, so that `from sparselong.kernels.attention import rank_backends` imports neither torch nor the
+kernels in the same folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def expose(package: str) -> Callable[[str], Any]:
     """Return a module-level `__getattr__` that imports the names listed under TYPE_CHECKING.
 
     Args:
-        package: the `__name__` of the `__init__` that calls.
+        package: the `__name__` of the calling `__init__`.
     """
     names = public_names(package, Path(str(sys.modules[package].__file__)))
 
@@ -37,7 +37,7 @@ def expose(package: str) -> Callable[[str], Any]:
 
 
 def public_names(package: str, init: Path) -> dict[str, str]:
-    """Name → module of everything that an `__init__` lists under `if TYPE_CHECKING`."""
+    """Return the module of each name that an `__init__` lists under `if TYPE_CHECKING`."""
     names: dict[str, str] = {}
     for node in ast.parse(init.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -1,4 +1,4 @@
-"""What a manifest says about where a result came from: files, software, hardware, memory."""
+"""Provenance of a result for its manifest: files, software, hardware and memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def describe_files(paths: Iterable[Path], run_dir: Path) -> list[dict[str, Any]]:
-    """Path (relative to the run directory where inside it), bytes and sha256 of every file."""
+    """Return path (relative if inside the run directory), bytes and sha256 of every file."""
     rows = []
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -33,13 +33,13 @@ def describe_files(paths: Iterable[Path], run_dir: Path) -> list[dict[str, Any]]
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of the file's bytes, in hexadecimal."""
+    """Return the sha256 of the file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_software() -> dict[str, Any]:
-    """Git commit, dirty flag and package versions."""
+    """Return the git commit, dirty flag and package versions."""
     here = Path(__file__).resolve().parent.parent
     commit = _output("git", "-C", str(here), "rev-parse", "HEAD")
     return {
@@ -50,7 +50,7 @@ def describe_software() -> dict[str, Any]:
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of those of the packages that are installed."""
+    """Return versions of the installed packages among `names`."""
     versions = {}
     for name in names:
         try:
@@ -61,7 +61,7 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def describe_hardware() -> dict[str, Any]:
-    """Processor, host memory in bytes, and GPUs as nvidia-smi names them."""
+    """Return the CPU architecture and count, host memory in bytes, and GPUs from nvidia-smi."""
     gpus = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv")
     return {
         "machine": platform.machine(),
@@ -72,7 +72,7 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """The command's output, or None where the program is missing or refuses."""
+    """Return the command's output; None if the program is missing, fails or times out."""
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -81,9 +81,9 @@ def _output(*command: str) -> str | None:
 
 
 def reset_peak_host_memory() -> None:
-    """Starts a new measurement of this process's peak resident memory (Linux 4.0+).
+    """Reset this process's peak resident memory (Linux 4.0+).
 
-    Where the kernel refuses, the peak keeps counting from the process's start: an upper bound.
+    If the kernel does not permit it, the peak since the process started remains: an upper bound.
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -92,7 +92,7 @@ def reset_peak_host_memory() -> None:
 
 
 def peak_host_bytes() -> int:
-    """This process's peak resident memory in bytes since the last reset."""
+    """Return this process's peak resident memory in bytes since the last reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -100,18 +100,18 @@ def peak_host_bytes() -> int:
 
 
 def reset_peaks() -> None:
-    """Start a new measurement of this process's peak memory, on the host and on each GPU."""
+    """Reset this process's peak memory on the host and on each GPU."""
     import torch
 
     reset_peak_host_memory()
     if torch.cuda.is_available():
-        torch.cuda.init()  # the statistics exist from then on
+        torch.cuda.init()  # the statistics do not exist before
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
 
 
 def read_peaks() -> dict[str, int]:
-    """Peak bytes since the last reset: `host` (resident) and `cuda:N` (allocated through torch)."""
+    """Return peak bytes since the last reset: `host` (resident), `cuda:N` (allocated by torch)."""
     import torch
 
     devices = range(torch.cuda.device_count())

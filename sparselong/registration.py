@@ -1,13 +1,13 @@
-"""Everything that `import sparselong` changes outside the package: environment, registries.
+"""Everything that `import sparselong` changes outside the package: environment and registries.
 
-transformers learns the packed format, the attention and the experts' implementation. Importing it
-and torch takes seconds, and a mistyped config key should be refused before that. So nothing is
-imported here: a finder on `sys.meta_path` lets imports run as usual and acts right after two kinds:
+The packed format, the attention and the experts' implementation are registered with transformers.
+Importing transformers and torch takes seconds, and a mistyped config key should be reported before
+that, so nothing is imported here. Instead, a finder on `sys.meta_path` acts after these imports:
 
-- `transformers.modeling_utils`, before which no model can be opened: our modules are imported too;
-- each of our modules that transformers must know: its names enter transformers' registries.
+- `transformers.modeling_utils`, which every model needs: our modules are then imported as well;
+- each of our modules that transformers must know: its names are then registered.
 
-Either may come first, also half imported while the other is asked for.
+They may be imported in either order, also while the other is only partly imported.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
-    # Waiting threads of libgomp spin by default. On a busy machine with few cores that made a small
-    # model's forward pass 60 times slower.
+    # By default, waiting threads of libgomp spin. On a busy machine with few cores that made the
+    # forward pass of a small model 60 times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
 def set_environment() -> None:
-    """Set the defaults of the packages underneath; values that are set already win.
+    """Set environment defaults for our dependencies, unless they are already set.
 
     Torch reads its allocator's setting at the first allocation. The value is `memory.ALLOCATOR`,
-    written out because that module is slow to import; without it the blocks of the 20b model's
+    repeated here because that module is slow to import. Without it, the blocks of the 20b model's
     weights alone take 59 MB more than the weights.
     """
     for name, value in _ENVIRONMENT.items():
@@ -74,8 +74,7 @@ _REGISTERED: dict[str, Callable[[Any], None]] = {
     "sparselong.model.quantizer": _register_quantizer,
     "sparselong.model.attention": _register_attention,
 }
-"""What transformers must know, by the module that defines it: the one place that names modules of a
-higher floor."""
+"""Registration by module. Only here does a low-level module name higher-level ones."""
 
 
 def _import_registered() -> None:
@@ -84,7 +83,7 @@ def _import_registered() -> None:
 
 
 class _RegisteringLoader(importlib.abc.Loader):
-    """Runs a module by its own loader, then registers what the module calls for."""
+    """Loader that runs a module by its own loader, then calls the module's registration."""
 
     def __init__(self, loader: importlib.abc.Loader):
         self._loader = loader
@@ -104,7 +103,7 @@ class _RegisteringLoader(importlib.abc.Loader):
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds the watched modules as the other finders do, and wraps their loaders."""
+    """Finder that delegates to the other finders and wraps the loaders of watched modules."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -120,7 +119,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def register_when_needed() -> None:
-    """Register now if transformers' model code is imported already, otherwise once it is."""
+    """Register now if transformers' model code is already imported, otherwise on its import."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
     if _TRIGGER in sys.modules:

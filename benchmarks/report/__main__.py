@@ -1,8 +1,8 @@
-"""Make BENCHMARKS.md, its plots and README's table of promises: `python -m benchmarks.report`.
+"""Generate BENCHMARKS.md, its plots and README's table of promises: `python -m benchmarks.report`.
 
-Everything comes from benchmarks/results/*.json and benchmarks/promises.json. Where a subject was
-measured several times on one machine, the newest file counts. Each subject's section is written by
-the module of its name in this folder.
+All figures come from benchmarks/results/*.json and benchmarks/promises.json. If a subject was
+measured several times on one machine, the newest file is used. Each subject's section is written by
+the module of the same name in this folder.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ SECTIONS = (
 
 
 def write_page() -> str:
-    """Return the text of BENCHMARKS.md; the plots are drawn beside the results."""
+    """Return the text of BENCHMARKS.md, and draw its plots in benchmarks/results."""
     return HEAD + "".join(section.write_section() for section in SECTIONS)
 
 
 def main() -> None:
+    """Write BENCHMARKS.md and README's table of promises."""
     page = ROOT / "BENCHMARKS.md"
     page.write_text(write_page(), encoding="utf-8")
     readme = ROOT / "README.md"

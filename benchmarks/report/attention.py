@@ -13,25 +13,25 @@ ATTENTION = """
 ## Attention with sinks
 
 gpt-oss's shape (64 query heads, 8 KV heads, head_dim 64), bf16, batch 1, sinks frozen as under
-LoRA; median device time in ms, backends timed in turn; TFLOP/s count the FLOPs that the mask
+LoRA; median device time in ms, backends timed alternately; TFLOP/s count the FLOPs that the mask
 leaves. Packed: documents of 1,024 tokens on average. `chosen` is the backend that `attention(...)`
-selects by itself. One of our backends is listed only if its error is at most twice that of torch's
-FlashAttention-2 with the sink correction (`torch_flash`); `eager` (transformers' definition, in
-bf16) and `flex` (torch's, with sinks applied through its log-sum-exp) only if at most twice
-eager's.
+selects by default. A backend of ours is listed only if its error is at most twice that of torch's
+FlashAttention-2 with the sink correction (`torch_flash`). `eager` (transformers' definition, in
+bf16) and `flex` (torch's, with sinks applied through its log-sum-exp) are listed only if their
+error is at most twice that of `eager`.
 """
 NAMES = ("out", "dq", "dk", "dv", "dsinks")
 Values = dict[tuple, float]
 
 
 def write_section() -> str:
-    """The section's text, machine by machine; the plots are written beside the results."""
+    """Return the section's text for all machines, and draw the plots in benchmarks/results."""
     documents = newest("attention").items()
     return ATTENTION + "".join(write_attention(machine, found) for machine, found in documents)
 
 
 def lookup(document: dict[str, Any], *beside: str) -> Values:
-    """Values by (kind, packed, tokens, *beside, backend, metric), of cases with these keys."""
+    """Return values by (kind, packed, tokens, *beside, backend, metric) of matching cases."""
     keys = ("kind", "packed", "tokens", *beside)
     return {
         (*(row["case"][key] for key in keys), row["backend"], row["metric"]): row["value"]
@@ -41,7 +41,7 @@ def lookup(document: dict[str, Any], *beside: str) -> Values:
 
 
 def write_attention(machine: str, document: dict[str, Any]) -> str:
-    """The section's tables for one machine, and the plot beside them."""
+    """Return the section's tables for one machine, and draw its plot."""
     values = lookup(document)
     head = (
         f"\n### {machine} (torch {document['versions']['torch']}, triton "
@@ -62,19 +62,22 @@ def write_attention(machine: str, document: dict[str, Any]) -> str:
 
 
 def table(*head: str) -> list[str]:
-    """A table's first two lines."""
+    """Return the first two lines of a table."""
     return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
 
 
 def name_layer(kind: str, packed: bool) -> str:
+    """Return the name of a layer's kind and packing."""
     return f"{kind}{', packed' if packed else ''}"
 
 
 def list_backends(values: Values) -> list[str]:
+    """Return the backends that were timed."""
     return sorted({key[-2] for key in values if key[-1] == "forward_backward_ms"})
 
 
 def tabulate_speed(values: Values) -> Iterator[str]:
+    """Yield the lines of the table of times, rates and peak memory."""
     backends = list_backends(values)
     yield "Forward + backward, ms (TFLOP/s); forward, ms; peak memory of forward + backward:\n"
     yield from table("layer", "tokens", *backends)
@@ -92,9 +95,9 @@ def tabulate_speed(values: Values) -> Iterator[str]:
 
 
 def tabulate_ratios(values: Values) -> Iterator[str]:
-    """What the project promises of the same figures, at each length where both sides are there."""
+    """Yield the lines of the table of speed-ups, at each length that both backends have."""
     both = "forward_backward_ms"
-    promises = [
+    comparisons = [
         (f"{label}, {kind} layer", (kind, False, other), (kind, False, backend), both)
         for label, kind, other, backend in (
             ("chosen against torch_cudnn", "full", "torch_cudnn", "chosen"),
@@ -106,16 +109,16 @@ def tabulate_ratios(values: Values) -> Iterator[str]:
         )
     ]
     rate = "forward_backward_rate"
-    promises += [
+    comparisons += [
         ("useful FLOP/s packed against one document, both triton",
          ("full", True, "triton"), ("full", False, "triton"), rate),
         ("useful FLOP/s packed against one document, both chosen",
          ("full", True, "chosen"), ("full", False, "chosen"), rate),
     ]  # fmt: skip
     lengths = sorted({key[2] for key in values if key[-1] == both})
-    yield "\nHow many times as fast, forward + backward:\n"
+    yield "\nSpeed-up, forward + backward:\n"
     yield from table("", *(f"{tokens:,}" for tokens in lengths))
-    for label, above, below, metric in promises:
+    for label, above, below, metric in comparisons:
         cells = []
         for tokens in lengths:
             pair = [(k, p, tokens, b, metric) for k, p, b in (above, below)]
@@ -126,6 +129,7 @@ def tabulate_ratios(values: Values) -> Iterator[str]:
 
 
 def tabulate_errors(values: Values) -> Iterator[str]:
+    """Yield the lines of the table of errors."""
     yield "\nRelative L2 error against fp64 at 2,048 tokens:\n"
     yield from table("layer", "backend", *NAMES)
     for key in sorted(key for key in values if key[-1] == "relative_error_out"):
@@ -134,11 +138,12 @@ def tabulate_errors(values: Values) -> Iterator[str]:
 
 
 def tabulate_decoding(values: Values) -> Iterator[str]:
+    """Yield the lines of the table of decoding times."""
     cases = sorted({key[:4] for key in values})
     if not cases:
         return
     backends = sorted({key[4] for key in values})
-    yield "\nDecoding, a few queries over a cache: µs of the device (µs a call, back to back):\n"
+    yield "\nDecoding, a few queries over a cache: device time in µs (wall time per call in µs):\n"
     yield from table("layer", "keys", "queries", *backends)
     for case in cases:
         cells = [
@@ -152,10 +157,14 @@ def tabulate_decoding(values: Values) -> Iterator[str]:
 
 
 def tabulate_determinism(document: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the table of deterministic and nondeterministic times."""
     rows = [row for row in document["rows"] if "deterministic" in row["case"]]
     if not rows:
         return
-    yield "\nWhat `deterministic: true` costs torch_flash (the Triton kernels always are), ms:\n"
+    yield (
+        "\ntorch_flash, ms, without and with `deterministic: true` (the Triton kernels are always "
+        "deterministic):\n"
+    )
     yield from table("layer", "tokens", "without", "with")
     for kind in ("full", "window"):
         own = {r["case"]["deterministic"]: r for r in rows if r["case"]["kind"] == kind}
@@ -164,13 +173,14 @@ def tabulate_determinism(document: dict[str, Any]) -> Iterator[str]:
 
 
 def tabulate_first_calls(values: Values) -> Iterator[str]:
+    """Yield the lines of the table of first calls."""
     if not values:
         return
     what = (("first", True), ("first", False), ("later", True))
     lengths = sorted({key[2] for key in values})
     yield (
-        "\nSeconds of a first forward + backward (Triton kernels compiled): with an empty cache, "
-        "then at another length, then in a later process:\n"
+        "\nFirst forward + backward, in seconds (number of compiled Triton kernels): with an empty "
+        "cache, at another length, and in a later process:\n"
     )
     yield from table("layer", "backend", "first call", "another length", "later process")
     for kind, packed, backend in sorted({(k[0], k[1], k[4]) for k in values}):
@@ -184,7 +194,7 @@ def tabulate_first_calls(values: Values) -> Iterator[str]:
 
 
 def plot_attention(machine: str, values: Values) -> str:
-    """Rate by length, one panel a layer kind and packing; the picture's file name."""
+    """Plot the rate by length, one panel per kind and packing; return the plot's file name."""
     panels = [("full", False), ("full", True), ("window", False), ("window", True)]
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.4))
     for axis, (kind, packed) in zip(axes, panels, strict=True):

@@ -11,35 +11,35 @@ TEXT = """
 ## One sequence over several GPUs
 
 Attention: forward and backward of one layer in gpt-oss's shape, one document, bf16, sinks frozen;
-device time, the slowest rank's median. MB are what the busiest rank passes to collectives. Balance
-is the slowest rank's compute time over the mean. `contiguous` gathers all keys for contiguous
-shards (llama3-style), `ulysses` exchanges tokens for heads; both use this project's attention
-kernels unless a backend is named. Steps: gpt-oss-20b's shape with all experts on every GPU:
-sharding, forward, backward, sum of the gradients and optimizer. Full layers gather all eight KV
-heads at once unless a stride is named (`heads_k_stride` 8; the shipped configs use 4). GiB are what
-torch reserved; the CUDA context takes 0.8 more. Peer access off is `NCCL_P2P_DISABLE=1`. `experts
-kept` keeps the first product of every layer's experts for the backward pass, which stage 03 does if
-memory allows (`training.keep_experts: auto`). `h200x4` was measured before shards attended through
-cuDNN and exchanged keys as they do now, `h200x2` afterwards.
+device time, the slowest rank's median. MB is the volume that the busiest rank passes to
+collectives. Balance is the slowest rank's compute time divided by the mean. `contiguous` gathers
+all keys for contiguous shards (llama3-style), `ulysses` exchanges tokens for heads; both use this
+project's attention kernels unless a backend is named. Steps: gpt-oss-20b's shape with all experts
+on every GPU, including sharding, forward, backward, reduction of gradients and optimizer. Full
+layers gather all eight KV heads at once unless a stride is named (`heads_k_stride` 8; the shipped
+configs use 4). GiB is the memory that torch reserved; the CUDA context takes 0.8 more. Peer access
+off is `NCCL_P2P_DISABLE=1`. `experts kept` keeps the gate_up output of every layer's experts for
+the backward pass, as stage 03 does if memory allows (`training.keep_experts: auto`). `h200x4` was
+measured before shards used cuDNN attention and the current exchange of keys, `h200x2` after.
 """
 CARD_GIB, CONTEXT_GIB = 23.6, 0.8
 WITHIN = """
 ### Steps within {card} GiB a GPU, CUDA context included
 
-The fastest of the runs above, with peer access, that would fit a 24 GB card. A single GPU has no
-room to keep the experts' products of 16,384 tokens; four do. NCCL's buffers are not counted.
+The fastest runs above, with peer access, that would fit on a 24 GB card. A single GPU cannot keep
+the experts' gate_up outputs for 16,384 tokens; four can. NCCL's buffers are not counted.
 """
 
 
 def write_section() -> str:
-    """The section's text, machine by machine; nothing where nothing was measured."""
+    """Return the section's text for all machines; empty if there are no results."""
     found = newest("context_parallel")
     parts = [write_machine(machine, document) for machine, document in found.items()]
     return TEXT + "".join(parts) + write_within(found) if parts else ""
 
 
 def write_within(documents: dict[str, dict[str, Any]]) -> str:
-    """The fastest runs of all documents together that fit a 24 GB card, by arm and GPUs."""
+    """Return a table of the fastest runs that fit on a 24 GB card, by arm and number of GPUs."""
     fastest: dict[tuple, dict[str, float]] = {}
     for document in documents.values():
         for (arm, tokens, degree, peer), found in collect_steps(document).items():
@@ -52,7 +52,7 @@ def write_within(documents: dict[str, dict[str, Any]]) -> str:
 
 
 def collect_steps(document: dict[str, Any]) -> dict[tuple, dict[str, float]]:
-    """By (arm, tokens, GPUs, peer access), each metric's value."""
+    """Return each metric's value by (arm, tokens, GPUs, peer access)."""
     steps: dict[tuple, dict[str, float]] = {}
     for entry in document["rows"]:
         case = entry["case"]
@@ -64,7 +64,7 @@ def collect_steps(document: dict[str, Any]) -> dict[tuple, dict[str, float]]:
 
 
 def write_machine(machine: str, document: dict[str, Any]) -> str:
-    """Steps, then attention."""
+    """Return one machine's tables of steps and attention."""
     steps = collect_steps(document)
     attention: dict[tuple, dict[str, float]] = {}
     for entry in document["rows"]:
@@ -81,7 +81,7 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
 
 
 def step_lines(steps: dict[tuple, dict[str, float]]) -> list[str]:
-    """Tokens a second by degree and length, and how they grow."""
+    """Return a table of tokens per second by degree and length, with scaling."""
     lines = [
         "| arm | tokens | GPUs | peer access | tokens/s | GiB a GPU | attention, MB | growth |",
         "|---|---|---|---|---|---|---|---|",
@@ -100,7 +100,7 @@ def step_lines(steps: dict[tuple, dict[str, float]]) -> list[str]:
 
 
 def growth(key: tuple, steps: dict[tuple, dict[str, float]]) -> str:
-    """Against one GPU with the same tokens on it, and with the same length."""
+    """Return the speed relative to one GPU, with the same tokens per GPU and the same length."""
     arm, tokens, degree, _ = key
     if degree == 1:
         return ""
@@ -115,7 +115,7 @@ def growth(key: tuple, steps: dict[tuple, dict[str, float]]) -> str:
 
 
 def attention_lines(attention: dict[tuple, dict[str, float]]) -> list[str]:
-    """Every arm's time, bytes and balance, and its speed against contiguous gathers."""
+    """Return a table of every arm's time, bytes and balance, and its speed-up over contiguous."""
     lines = [
         "| attention | GPUs | peer access | ms | MB sent | balance | against contiguous |",
         "|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The section on the experts' pass, from benchmarks/results/expert_gemm-*.json."""
+"""The section on the expert pass, from benchmarks/results/expert_gemm-*.json."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ sorting, biases, gate and weighted sum; medians in ms. `transformers` is its gro
 weights, which take four times the memory; `torch_grouped_mm` and `dense_matmul` are the products
 alone. Balanced routing gives every expert the same number of rows. A backend is listed only if its
 error is at most twice that of plain torch in bf16. `chosen` is the backend that `expert_mlp(...)`
-selected by itself when this was measured; since then its limit has been moved by these figures, and
-512 rows an expert run `packed`.
+selected by default at the time. Its threshold has since been changed according to these figures:
+512 rows per expert now run `packed`.
 """
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
 
 def write_section() -> str:
-    """The section's tables, machine by machine; nothing where nothing was measured."""
+    """Return the section's text for all machines; empty if there are no results."""
     found = newest("expert_gemm").items()
     tables = "".join(write_experts(machine, document) for machine, document in found)
     return EXPERTS + tables if tables else ""
 
 
 def write_experts(machine: str, document: dict[str, Any]) -> str:
-    """The tables for one machine, one a pass."""
+    """Return the tables for one machine, one per pass."""
     values = {
         (tuple(entry["case"].values()), entry["backend"], entry["metric"]): entry["value"]
         for entry in document["rows"]
@@ -43,8 +43,8 @@ def write_experts(machine: str, document: dict[str, Any]) -> str:
         backends = list(dict.fromkeys(b for c, b, _ in values if (c, b) in timed))
         cases = list(dict.fromkeys(c for c, b, _ in values if (c, b) in timed))
         lines += [
-            f"\n{name.capitalize()}, ms (TFLOP/s; MiB beside the inputs, at the peak):\n",
-            "| rows an expert | tokens | routing | " + " | ".join(backends) + " |",
+            f"\n{name.capitalize()}, ms (TFLOP/s; peak MiB without the inputs):\n",
+            "| rows per expert | tokens | routing | " + " | ".join(backends) + " |",
             "|---" * (3 + len(backends)) + "|",
         ]
         for case in cases:
@@ -55,10 +55,10 @@ def write_experts(machine: str, document: dict[str, Any]) -> str:
 
 
 def show(values: dict, case: tuple, backend: str, key: str) -> str:
-    """One cell: ms, and in brackets the rate and the peak where there is one."""
+    """Return a cell: ms and, in parentheses, the rate and the peak if it was measured."""
     ms = values.get((case, backend, f"{key}_ms"))
     if ms is None:
         return "–"
     peak = values.get((case, backend, f"{key}_peak_bytes"))
-    beside = "" if peak is None else f"; {peak / 2**20:,.0f}"
-    return f"{ms:.3f} ({values[case, backend, f'{key}_rate']:.0f}{beside})"
+    peak_mib = "" if peak is None else f"; {peak / 2**20:,.0f}"
+    return f"{ms:.3f} ({values[case, backend, f'{key}_rate']:.0f}{peak_mib})"

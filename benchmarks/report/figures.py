@@ -1,11 +1,11 @@
-"""Look up a figure where it comes from: a row of a result file, or arithmetic of the planner.
+"""Look up a figure at its source: a row of a result file, or arithmetic of the planner.
 
 A source is a document of one of these forms:
 
     {"file", "case", "metric", "backend"?}   the one row of benchmarks/results/FILE that matches;
-                                             `case` names as many of its keys as tell it apart
-    {..., "setting"}                         of such a row a key of its case, instead of its value
-    {"file", "largest"}                      the largest size of a metric's values
+                                             `case` has enough keys to identify it
+    {..., "setting"}                         a key of such a row's case, instead of its value
+    {"file", "largest"}                      the largest absolute value of a metric
     {"stored", "part", "bits"?}              bytes of a published model's weights on disk
     {"plan", "set"?, "what"?}                a value that the memory planner gives for a config file
     {"config", "key"}                        a setting of a shipped config file
@@ -13,7 +13,7 @@ A source is a document of one of these forms:
     {"code"}                                 a constant of the package, as module:NAME
     {"ratio": [a, b]}, {"sum": [a, b, ...]}, {"product": [a, b, ...]}, {"constant"}
 
-promises.json and tests/readme_figures.json tie every printed figure to such a source.
+promises.json and tests/readme_figures.json give such a source for every published figure.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _PER_UNIT = {
     ("s", "ms"): 1e-3,
     ("s", "min"): 60,
 }
-"""How much of a stored unit one shown unit is; any other pair is taken as it stands."""
+"""Size of the shown unit in stored units; other pairs are not converted."""
 
 
 def look_up(source: Source, unit: str) -> float:
-    """Return the value of a source in the unit it is shown in.
+    """Return the value of a source in the unit in which it is shown.
 
     Raises:
         ValueError: no row matches, or several do.
@@ -53,7 +53,7 @@ def look_up(source: Source, unit: str) -> float:
 
 
 def is_shown(text: str, value: float) -> bool:
-    """Return whether a printed number is the value, rounded to the decimals that are printed."""
+    """Return whether a printed number is the value, rounded to the printed decimals."""
     number = float(text.replace(",", ""))
     decimals = len(text.partition(".")[2])
     return math.isclose(round(value, decimals), number, abs_tol=10.0**-decimals / 100)
@@ -79,12 +79,12 @@ def read_result(name: str) -> dict[str, Any]:
 
 
 def _gpus_used(source: Source) -> int:
-    """The GPUs of a case: its `degree`, or one, as every other benchmark uses a single GPU."""
+    """Return a case's number of GPUs: its `degree`, or one for single-GPU benchmarks."""
     return source["case"].get("degree", 1)
 
 
 def _find(source: Source) -> tuple[float, str]:
-    """Return a source's value and the unit that it is stored in."""
+    """Return a source's value and the unit in which it is stored."""
     if "largest" in source:
         rows = [r for r in read_result(source["file"])["rows"] if r["metric"] == source["largest"]]
         return max(abs(row["value"]) for row in rows), rows[0]["unit"]
@@ -117,7 +117,7 @@ def _find(source: Source) -> tuple[float, str]:
 
 
 def find_row(source: Source) -> dict[str, Any]:
-    """Return the one row that a source names.
+    """Return the one row that a source identifies.
 
     Raises:
         ValueError: no row matches, or several do.
@@ -131,12 +131,12 @@ def find_row(source: Source) -> dict[str, Any]:
         and all(key in row["case"] and row["case"][key] == value for key, value in case.items())
     ]
     if len(found) != 1:
-        raise ValueError(f"{len(found)} rows match {source}; allowed: one")
+        raise ValueError(f"{len(found)} rows match {source}; expected one")
     return found[0]
 
 
 def _stored_bytes(source: Source) -> float:
-    """Bytes of a part of a published model: one group of weights, or `total`."""
+    """Return bytes of a part of a published model: one group of weights, or `total`."""
     shape = memory.PUBLISHED[f"openai/gpt-oss-{source['stored']}"]
     weights = {
         "experts": shape.expert_weights,
@@ -153,9 +153,9 @@ def _load(source: Source, name: str) -> config.Config:
 
 
 def _planned(source: Source) -> tuple[float, str]:
-    """A value of the memory plan, with its unit.
+    """Return a value of the memory plan, with its unit.
 
-    `what` is `peak` (of stage 03 in this version), `sharded` (once the GPUs share the weights),
+    `what` is `peak` (of stage 03 in this version), `sharded` (once the GPUs shard the weights),
     `model` (the compressed model on disk), or a key of `bits_per_weight`.
     """
     asked = _load(source, "plan")
@@ -186,11 +186,11 @@ FIGURE = re.compile(
     r"(?:×|(?: |-)?(?P<unit>tokens/s|tok/s|GiB|GB|MiB|MB|KiB|TB|bits?|%|ms|µs|min|s|h|K|B|nats"
     r"|times|points)(?![\w/]))?"
 )
-"""A number and its unit, if one follows."""
+"""A number and, if present, its unit."""
 
 
 def find_figures(text: str) -> list[re.Match[str]]:
-    """Return the figures of a text: numbers with a unit, a decimal point or a thousands comma."""
+    """Return the figures in a text: numbers with a unit, a decimal point or a thousands comma."""
     return [
         match
         for match in FIGURE.finditer(text)

@@ -10,24 +10,24 @@ HEAD = """
 ## Generation at batch 1
 
 gpt-oss-20b's shape with random weights in stage 02's formats (experts MXFP4, attention int4 2:4).
-The bound is the rate at which the card's memory, by its data sheet, delivers every packed weight
-that a token needs once. `graph` is this project's `generate`, `kernels` the same step launched
-kernel by kernel, `packed` transformers' `generate` over the packed model. Device memory is the peak
-after loading: what torch's allocator reserves, and the CUDA context with kernels, streams and the
-graph. Loading here means building random weights.
+The bound is the rate at which the GPU's memory, at its data sheet bandwidth, can read once every
+packed weight that a token needs. `graph` is this project's `generate`, `kernels` the same step
+launched kernel by kernel, `packed` transformers' `generate` over the packed model. Device memory is
+the peak after loading: memory reserved by torch's allocator, and the CUDA context with kernels,
+streams and the graph. Loading here means building random weights.
 """
 EAGER = "\n`eager` is transformers' `generate` over bf16 weights.\n"
 
 
 def write_section() -> str:
-    """The section's tables, machine by machine; nothing where nothing was measured."""
+    """Return the section's text for all machines; empty if there are no results."""
     found = newest("generation").items()
     tables = "".join(write_machine(machine, document) for machine, document in found)
     return HEAD + tables if tables else ""
 
 
 def write_machine(machine: str, document: dict[str, Any]) -> str:
-    """One machine's table, and where a step's time goes."""
+    """Return one machine's table, and the kernel times of a step."""
     values = {(row["backend"], row["metric"]): row["value"] for row in document["rows"]}
     arms = list(dict.fromkeys(row["backend"] for row in document["rows"]))
     case, versions = document["rows"][0]["case"], document["versions"]
@@ -58,7 +58,7 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
     if kernels:
         spent = ", ".join(f"{name} {us:,.0f}" for name, us in kernels.items())
         lines.append(
-            f"\nA replayed step takes {values['graph', 'step_ms']:.3f} ms on the device; its "
-            f"kernels, some of which overlap, take in µs: {spent}."
+            f"\nA replayed step takes {values['graph', 'step_ms']:.3f} ms on the device. Its "
+            f"kernels, some of which overlap, take (in µs): {spent}."
         )
     return "\n".join([*lines, ""])

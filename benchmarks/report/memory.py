@@ -11,17 +11,21 @@ from benchmarks.record import newest
 TEXT = """
 ## Predicted and measured memory of a training step
 
-gpt-oss-20b's shape, stage 03's masked LoRA, each case in a process of its own. `card` is the device
-memory of the process (torch's reserved memory at its peak, and the CUDA context), `predicted` what
-this version's planner says. `allocated` is what tensors took; the difference to `card` is the
-context and the allocator's fragmentation. `kept` names what a checkpointed layer keeps for the
-backward pass instead of recomputing it: full attention's outputs, or the experts' first product.
+gpt-oss-20b's shape, stage 03's masked LoRA, each case in its own process. `card` is the device
+memory of the process (torch's peak reserved memory and the CUDA context), `predicted` is the
+prediction of this version's planner. `allocated` is the peak size of all tensors; the difference to
+`card` is the context and the allocator's fragmentation. `kept` is what checkpointed layers keep for
+the backward pass instead of recomputing it: outputs of full attention, or the experts' gate_up
+outputs.
 """
-COLUMNS = ("layers", "tokens", "rank", "kept", "offloaded", "allocated", "card", "predicted", "off")
+COLUMNS = (
+    *("layers", "tokens", "rank", "kept", "offloaded"),
+    *("allocated", "card", "predicted", "error"),
+)
 
 
 def write_section() -> str:
-    """The section's text, machine by machine; empty where nothing was measured."""
+    """Return the section's text for all machines; empty if there are no results."""
     found = newest("memory")
     if not found:
         return ""
@@ -29,7 +33,7 @@ def write_section() -> str:
 
 
 def write_machine(machine: str, document: dict[str, Any]) -> str:
-    """A row for each case."""
+    """Return one machine's table, with a row for each case."""
     cases: dict[str, dict[str, float]] = {}
     for entry in document["rows"]:
         cases.setdefault(json.dumps(entry["case"]), {})[entry["metric"]] = entry["value"]

@@ -9,21 +9,21 @@ from benchmarks.record import newest
 NEIGHBOURS = """
 ## Norms, rotary embedding, and the loss
 
-The rest of a step beside attention and experts, in gpt-oss's shape, bf16: hidden 2,880, 64 query
-and 8 KV heads of 64, vocabulary 201,088. `torch` is what transformers computes. GB/s count the
-bytes that must move; the loss's TFLOP/s count its two products for the supervised tokens (ours
-skips the others). The loss's peak is the memory it takes beside its inputs and their gradient.
+The parts of a step other than attention and experts, in gpt-oss's shape, bf16: hidden size 2,880,
+64 query and 8 KV heads of 64, vocabulary 201,088. `torch` is transformers' computation. GB/s count
+the bytes that must move; the loss's TFLOP/s count its two products for the supervised tokens (ours
+skips the others). The loss's peak is memory in addition to its inputs and their gradient.
 """
 
 
 def write_section() -> str:
-    """The section's tables, machine by machine."""
+    """Return the section's text for all machines."""
     documents = newest("neighbours").items()
     return NEIGHBOURS + "".join(write_neighbours(machine, found) for machine, found in documents)
 
 
 def write_neighbours(machine: str, document: dict[str, Any]) -> str:
-    """The tables for one machine."""
+    """Return the tables for one machine."""
     values = {
         (tuple(entry["case"].values()), entry["backend"], entry["metric"]): entry["value"]
         for entry in document["rows"]
@@ -33,7 +33,7 @@ def write_neighbours(machine: str, document: dict[str, Any]) -> str:
     lines = [
         f"\n### {machine} (torch {document['versions']['torch']}, triton "
         f"{document['versions']['triton']}, {document['date']}, `{document['file']}`)\n",
-        "| operation | pass | tokens | torch, ms (GB/s) | ours, ms (GB/s) | faster |",
+        "| operation | pass | tokens | torch, ms (GB/s) | ours, ms (GB/s) | speed-up |",
         "|---" * 6 + "|",
     ]
     for case in (case for case in cases if case[0] != "loss"):

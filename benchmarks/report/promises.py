@@ -2,14 +2,14 @@
 
 An entry is one figure that a design promises:
 
-    design     A to E: the five designs that asked for this software
+    design     A to E: the five designs on which this software is based
     promise    what is promised, in a few words
     promised   {"value": 38, "unit": "GB"}; a range is [14, 16]
-    ours       {"value", "unit", "from"}, a source as figures.py describes; absent if never run
+    ours       {"value", "unit", "from"}, a source as in figures.py; absent if never measured
     machine    where `ours` was measured; `arithmetic` if it was computed
-    what       what `ours` is the figure of, where that is not the promise itself
-    not_run    why the promise as it stands was never measured; `ours` is then the nearest figure
-    why        why the truth is different
+    what       what `ours` measures, if that differs from the promise
+    not_run    why the promise itself was never measured; `ours` is then the closest figure
+    why        why our figure differs from the promise
 
 `value` of `ours` is what the table prints. A test compares it, and `machine`, with the source.
 """
@@ -39,7 +39,7 @@ def write_table() -> str:
 
 
 def replace_table(readme: str) -> str:
-    """Return README's text with the table between its markers written again.
+    """Return README's text with an updated table between its markers.
 
     Raises:
         ValueError: a marker is missing.

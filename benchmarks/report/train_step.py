@@ -11,16 +11,16 @@ from benchmarks.record import RESULTS, newest
 TEXT = """
 ## A training step in gpt-oss-20b's shape
 
-Random weights in the published shapes; batch 1 unless two sequences are named; rank 16 on q, k, v
-and o; gradient checkpointing; AdamW. A step is forward, backward and optimizer; speeds are the
-median of three steps after two warm-up steps. `eager` and `flex` are transformers with PEFT and
-experts in bf16 (grouped_mm). `lora` is the same adapter on this project's model (packed experts,
-its kernels). `masked` is what stage 03 trains: LoRA through 2:4 int4 attention. GiB are the device
-memory of the whole process, CUDA context included. The run at 65,536 tokens kept its activation
-checkpoints in host memory; it and 1,024 × 2 recomputed attention in the backward pass. In the
-profiles, routing, gather, gate and weighted sum around the experts' products count as elementwise
-in every arm, and transformers' grouped products count as dense: their kernels are named like plain
-matrix products.
+Random weights in the published shapes; batch 1 except for 1,024 × 2; rank 16 on q, k, v and o;
+gradient checkpointing; AdamW. A step is forward, backward and optimizer; speeds are the median of
+three steps after two warm-up steps. `eager` and `flex` are transformers with PEFT and experts in
+bf16 (grouped_mm). `lora` is the same adapter on this project's model (packed experts, its kernels).
+`masked` is what stage 03 trains: LoRA through 2:4 int4 attention. GiB is the device memory of the
+whole process, including the CUDA context. The run at 65,536 tokens kept its activation checkpoints
+in host memory; it and the run at 1,024 × 2 recomputed attention in the backward pass. In the
+profiles, routing, gather, gate and weighted sum of the experts count as elementwise in every arm,
+and transformers' grouped products count as dense because their kernels are named like plain matrix
+products.
 """
 EXPERTS = """
 `experts`, measured later, is `masked` with rank-8 adapters on both weights of every expert and
@@ -30,7 +30,7 @@ SUBJECTS = ("train_step_short", "train_step_capped", "train_step_long", "train_s
 
 
 def write_section() -> str:
-    """The section's text, machine by machine; the plot is written beside the results."""
+    """Return the section's text for all machines, and draw the plots in benchmarks/results."""
     text = TEXT
     others = [newest(subject) for subject in SUBJECTS]
     for machine, found in newest("train_step").items():
@@ -40,12 +40,12 @@ def write_section() -> str:
 
 
 def write_machine(machine: str, documents: list[dict[str, Any]]) -> str:
-    """Speed and memory by length, and the profiles; of a case in two documents the first's."""
+    """Return one machine's tables; a case in several documents is taken from the first."""
     values = {}
     for entry in (entry for document in documents for entry in document["rows"]):
         case = entry["case"]
         if case.get("keep_experts") == "always":
-            continue  # the memory section and that on several GPUs show these
+            continue  # shown in the sections on memory and on several GPUs
         key = (case["tokens"], case["batch"], case["cap_gib"], entry["backend"])
         values.setdefault(key, {}).setdefault(entry["metric"], entry["value"])
     versions = documents[0]["versions"]
@@ -72,7 +72,7 @@ def write_machine(machine: str, documents: list[dict[str, Any]]) -> str:
 
 
 def show(found: dict[str, float] | None) -> str:
-    """A cell: tokens/s and GiB."""
+    """Return a cell: tokens/s and GiB."""
     if found is None:
         return ""
     if "out_of_memory" in found:
@@ -81,7 +81,7 @@ def show(found: dict[str, float] | None) -> str:
 
 
 def profile_lines(values: dict[tuple, dict[str, float]]) -> list[str]:
-    """Kernel time of a step by kind, for the cases that were profiled."""
+    """Return a table of a step's kernel time by kind, for the profiled cases."""
     lines = []
     for (tokens, *_, arm), found in sorted(values.items(), key=lambda item: str(item[0])):
         kinds = {k[12:]: v for k, v in found.items() if k.startswith("profile_ms: ")}
@@ -97,7 +97,7 @@ def profile_lines(values: dict[tuple, dict[str, float]]) -> list[str]:
 
 
 def plot_throughput(machine: str, values: dict[tuple, dict[str, float]]) -> str:
-    """Tokens a second by length; the picture's file name."""
+    """Plot tokens per second by length; return the plot's file name."""
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for arm in ARMS:
         points = sorted(

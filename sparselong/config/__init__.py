@@ -1,4 +1,4 @@
-"""The one schema: keys, defaults, checks, profiles and generated documentation. No torch."""
+"""The config schema: keys, defaults, checks, profiles and generated documentation. No torch."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
-"""Documentation made from the schema: the comments in configs/*.yaml and configs/schema.json.
+"""Generate the comments in configs/*.yaml, and configs/schema.json, from the schema.
 
-`python -m sparselong.config.docs` regenerates both; a test fails when they drift.
+`python -m sparselong.config.docs` regenerates both. A test fails if they are out of date.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _render(section: type[Section], config: Section, explicit: dict, indent: str
         if choices:
             words += f" Choices: {', '.join(map(str, choices))}."
         if is_incidental(field):
-            words += " May change when a run continues."
+            words += " May be changed when resuming a run."
         rows += [f"{indent}# {line}" for line in _wrap(words, 98 - len(indent))]
         shown = list(value) if isinstance(value, tuple) else value
         if name in explicit:
@@ -58,8 +58,10 @@ def _wrap(words: str, width: int) -> list[str]:
 
 
 def render(path: Path) -> str:
-    """The file's text with generated comments; unset keys are shown commented out, with the value
-    that the schema or the profile gives them."""
+    """Return the file's text with generated comments.
+
+    Keys that the file does not set are commented out and show their default value.
+    """
     config, explicit = load_with_source(path)
     head = [
         "# yaml-language-server: $schema=schema.json",
@@ -69,12 +71,12 @@ def render(path: Path) -> str:
 
 
 def schema_text() -> str:
-    """The JSON schema of a config file, for editors."""
+    """Return the JSON schema of a config file, for editors."""
     return json.dumps(Config.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def main() -> int:
-    """Regenerates the shipped files' comments and the JSON schema in configs/."""
+    """Regenerate the comments in the shipped config files, and configs/schema.json."""
     folder = Path(__file__).resolve().parents[2] / "configs"
     for path in sorted(folder.glob("*.yaml")):
         path.write_text(render(path), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Groups of keys: strict sections, dotted keys in nested values, and what is said of a wrong one.
+"""Config sections: strict models, dotted keys in nested values, and errors for invalid keys.
 
-The schema itself is in config.py; nothing here knows its keys.
+The schema itself is in schema.py; nothing here knows its keys.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from sparselong.errors import ConfigError
 
 @dataclass(frozen=True)
 class Incidental:
-    """Marks a key that decides no result, in the key's `Annotated`.
+    """Mark, in a key's `Annotated`, that the key does not affect results.
 
-    No tensor depends on its value, and figures only in how often they are written down. So it may
-    change when a run continues, and the stages' hashes leave it out.
+    No tensor depends on its value; at most, figures are logged more or less often. It may therefore
+    be changed when resuming a run, and the stages' hashes omit it.
     """
 
 
 class Section(BaseModel):
-    """A frozen group of keys; what it does not know, it refuses."""
+    """A frozen group of keys that rejects unknown ones."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -37,18 +37,18 @@ class Section(BaseModel):
 
 
 def set_key(values: dict, dotted: str, value: Any, *, keep: bool = False) -> None:
-    """Sets a dotted key in nested dicts; with `keep`, only where it is not set yet."""
+    """Set a dotted key in nested dicts; with `keep`, an existing value is kept."""
     *parents, last = dotted.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            return  # a section given as a scalar: validation names it
+            return  # a section given as a scalar, which validation will report
     if not (keep and last in values):
         values[last] = value
 
 
 def fill_sections(values: dict, section: type[Section]) -> None:
-    """A section whose keys are all commented out reads as null: it means no key, not no section."""
+    """Replace null by an empty section: a section reads as null if all keys are commented out."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             if name in values and values[name] is None:
@@ -58,7 +58,7 @@ def fill_sections(values: dict, section: type[Section]) -> None:
 
 
 def known_keys(section: type[Section], prefix: str = "") -> dict[str, type[Section]]:
-    """All dotted keys, sections included, with the class that declares each."""
+    """Return every dotted key, sections included, with the class that declares it."""
     keys: dict[str, type[Section]] = {}
     for name, field in section.model_fields.items():
         keys[prefix + name] = section
@@ -68,12 +68,12 @@ def known_keys(section: type[Section], prefix: str = "") -> dict[str, type[Secti
 
 
 def is_incidental(field: FieldInfo) -> bool:
-    """Return whether a key is declared to decide no result."""
+    """Return whether a key is declared not to affect results."""
     return any(isinstance(mark, Incidental) for mark in field.metadata)
 
 
 def deciding_values(section: Section) -> dict[str, Any]:
-    """Return a section's values as plain JSON, without the keys that decide no result."""
+    """Return a section's values as plain JSON, without the keys that do not affect results."""
     values = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
@@ -90,19 +90,20 @@ def refuse(
     source: str,
     lines: dict[tuple[str, ...], int],
 ) -> ConfigError:
-    """The first of pydantic's complaints as a four-line error with the key and its line.
+    """Convert pydantic's first complaint to a four-line error with the key and its line.
 
     Args:
-        schema: what the values were checked against.
+        error: pydantic's complaints.
+        schema: the model that the values were checked against.
         source: the file's name.
-        lines: the line of each key in it.
+        lines: line number of each key path in the file.
     """
     known = known_keys(schema)
     first = error.errors()[0]
     path = tuple(str(part) for part in first["loc"] if not isinstance(part, int))
     unknown = first["type"] == "extra_forbidden"
     while path and not unknown and ".".join(path) not in known:
-        path = path[:-1]  # pydantic appends the name of a union's branch
+        path = path[:-1]  # pydantic appends the name of the union branch
     dotted = ".".join(path)
     where = f"{source}, line {lines[path]}" if path in lines and path else source
     if unknown:

@@ -1,4 +1,4 @@
-"""Profiles: sets of defaults by name. What a file or the command line sets wins over them."""
+"""Profiles: named sets of defaults, overridden by the config file and the command line."""
 
 from __future__ import annotations
 

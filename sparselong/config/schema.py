@@ -1,14 +1,14 @@
-"""The one schema: every key a person can set, with its meaning, unit and choices.
+"""The config schema: every key a user can set, with its meaning, unit and choices.
 
-A config is a YAML file with the original design's key names. It is read strictly: an unknown key, a
-repeated key or a value of the wrong type is refused with the line it stands on, the nearest known
-key and what to write instead. The docstring under each field is the documentation: the comments in
-the shipped YAML files and `configs/schema.json` (for editors) are generated from it by
-`python -m sparselong.config.docs`, and a test fails when they drift. A key marked `Incidental`
-decides no result and may change when a run continues.
+A config is a YAML file. It is read strictly: an unknown key, a repeated key or a value of the wrong
+type raises an error with the line number, the closest known key and what to write instead. The
+docstring under each field is its documentation: `python -m sparselong.config.docs` generates from
+it the comments in the shipped YAML files and `configs/schema.json` (for editors), and a test fails
+if they are out of date. A key marked `Incidental` does not affect results and may be changed when
+resuming a run.
 
-Values come, weakest first, from the schema's defaults, the profile, the file and the command line's
-`key.path=value`.
+Values come from the schema's defaults, the profile, the file and `key.path=value` arguments on the
+command line. Later sources override earlier ones.
 """
 
 from __future__ import annotations
@@ -41,213 +41,216 @@ Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class ModelSection(Section):
-    """Which model is worked on."""
+    """Base model to compress and fine-tune."""
 
     base: str = "openai/gpt-oss-120b"
-    """Base checkpoint: a hub name, a local directory in openai/gpt-oss's own format (MXFP4 experts,
-    bf16 rest), or `tiny` for a small gpt-oss made and trained on the spot."""
+    """Base checkpoint: a hub name, a local directory in openai/gpt-oss's format (experts in MXFP4,
+    everything else in bf16), or `tiny` for a small gpt-oss that stage 02 creates and trains."""
     revision: str = "main"
     """Branch, tag or commit of the base checkpoint on the hub."""
     tiny_layers: Positive = 4
-    """Number of layers of the `tiny` model."""
+    """Number of layers in the `tiny` model."""
     tiny_steps: Annotated[int, Field(ge=0)] = 600
-    """Optimizer steps that the `tiny` model is trained for before it serves as a base."""
+    """Optimizer steps for which the `tiny` model is trained before compression."""
 
 
 class SharedDenseSection(Section):
-    """How the dense layers that every token passes (q, k, v, o projections) are stored."""
+    """Storage format of the dense layers that every token passes through (q, k, v and o)."""
 
     weight_bits: Literal[4, 8, 16] = 4
-    """Bits per kept weight: 4 or 8 (integers, symmetric, one bf16 scale per group), 16 (bf16)."""
+    """Bits per kept weight: 4 or 8 (symmetric integers, one bf16 scale per group) or 16 (bf16)."""
     sparsity: Literal["2:4", "none"] = "2:4"
-    """`2:4` keeps two of every four neighbouring input weights; `none` keeps all."""
+    """`2:4` keeps two of every four consecutive input weights; `none` keeps all."""
     group_size: Literal[32, 64] = 64
-    """Input weights that share one scale. (2880 and 4096 are both divisible by 32 and 64 only.)"""
+    """Number of consecutive input weights that share one scale."""
 
 
 class ExpertsSection(Section):
-    """How the experts (98 % of the weights) are stored."""
+    """Storage format of the experts (98 % of the weights)."""
 
     weight_bits: Literal[4] = 4
-    """Bits per expert weight: MXFP4 as published, bit-exact."""
+    """Bits per expert weight. The published MXFP4 values are kept bit-exactly."""
     sparsity: Literal["none", "2:4"] = "none"
     """`2:4` drops the two smallest of every four expert weights (3.0 bits per weight instead of
-    4.25); the kept ones stay bit-exact. It costs quality without long tuning."""
+    4.25) and keeps the others bit-exactly. Without long fine-tuning it reduces quality."""
 
 
 class CalibrationSection(Section):
-    """The text that stage 02 runs through the model to see which weights matter."""
+    """Text that stage 02 runs through the model to measure which weights matter."""
 
     samples: Positive = 128
     """Number of calibration sequences, taken from the training data."""
     sequence_len: Annotated[int, Field(ge=2)] = 2048
     """Length of a calibration sequence, in tokens."""
     dampening: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
-    """Share of the Hessian's mean diagonal that is added to its diagonal before inversion."""
+    """Fraction of the Hessian's mean diagonal that is added to the diagonal before inversion."""
 
 
 class DataSection(Section):
     """Conversations to fine-tune on."""
 
     train: str = "HuggingFaceH4/Multilingual-Thinking"
-    """A JSON-lines file of `{"messages": [{"role", "content"}, …]}` rows, a hub dataset with a
+    """A JSON Lines file of `{"messages": [{"role", "content"}, …]}` rows, a hub dataset with a
     `messages` column, or `demo` for conversations made from the Python library's documentation."""
     validation: str | None = None
-    """A JSON-lines file like `train`'s; null sets `validation_fraction` of `train` aside."""
+    """A JSON Lines file in the same format; null holds out `validation_fraction` of `train`."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Share of the conversations set aside for validation when `validation` is null."""
+    """Fraction of the conversations held out for validation if `validation` is null."""
     train_on: Literal["assistant", "all"] = "assistant"
-    """`assistant` learns from the assistant's turns only; `all` from every token."""
+    """`assistant` trains on the assistant's turns only, `all` on every token."""
 
 
 class LoraSection(Section):
-    """Low-rank adapters on shared dense layers and, if asked for, on experts and router.
+    """Low-rank adapters on the dense layers and, optionally, on experts and routers.
 
-    Those of the dense layers and the router are trained through mask and rounding."""
+    Adapters on dense layers and routers are trained through the 2:4 mask and the rounding.
+    """
 
     r: Positive = 16
-    """Rank of the adapter."""
+    """Rank of the adapters."""
     alpha: Annotated[float, Field(gt=0.0)] = 32.0
-    """The adapter's product is scaled by alpha / r."""
+    """Adapter outputs are scaled by alpha / r."""
     target_modules: Names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Names of the layers that get an adapter. A name that matches nothing stops the stage."""
+    """Names of the layers that get an adapter. A name that matches no layer is an error."""
     expert_targets: tuple[Literal["gate_up_proj", "down_proj"], ...] = ()
-    """Expert weights of which every expert gets an adapter: `gate_up_proj`, `down_proj`, both or
-    none. They are trained beside the MXFP4 weights, not through them: the final model has the sum
-    rounded to MXFP4 again, and the stage reports what that loses."""
+    """Expert weights that get an adapter in every expert: `gate_up_proj`, `down_proj`, both or
+    none. Training adds the adapter to the MXFP4 weights without rounding the sum. The final model
+    stores the sum rounded to MXFP4, and the stage reports the error of that rounding."""
     expert_r: Annotated[int, Field(ge=1, le=64)] | None = None
-    """Rank of each expert's adapter, set together with `expert_targets`; the product is scaled by
+    """Rank of each expert's adapter, required with `expert_targets`. Outputs are scaled by
     alpha / expert_r."""
     router: bool = False
-    """Whether each layer's router gets an adapter of rank r, too."""
+    """Whether each layer's router also gets an adapter of rank r."""
 
 
 class MaskUpdateSection(Section):
-    """When and how the 2:4 masks are chosen anew during fine-tuning."""
+    """When and how the 2:4 masks are updated during fine-tuning."""
 
     update_frequency: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
-    """Masks are recomputed every this fraction of the training steps; 0 keeps them fixed. They are
-    frozen for the last interval."""
+    """Interval between mask updates, as a fraction of the training steps; 0 never updates. Masks
+    stay fixed during the last interval."""
     criterion: Literal["hysteresis", "magnitude"] = "hysteresis"
-    """`hysteresis` lets a pruned weight return only if it has gained more than half a quantization
-    step on a survivor since stage 02, so that neither an untrained adapter nor noise flips a bit;
-    `magnitude` keeps the two largest of four, plainly."""
+    """`hysteresis` restores a pruned weight only if it has gained more than half a quantization
+    step over a kept weight since stage 02, so that neither an untrained adapter nor noise changes
+    the mask. `magnitude` simply keeps the two largest of every four."""
 
 
 class ModifiersSection(Section):
-    """Named as llmcompressor names its modifiers; carried out by this project's own callback."""
+    """Updates during training, named as in llmcompressor and applied by this project's callback."""
 
     MagnitudePruningModifier: MaskUpdateSection = MaskUpdateSection()
-    """Upkeep of the 2:4 masks."""
+    """Updates of the 2:4 masks."""
 
 
 class TrainingSection(Section):
-    """The optimizer's run, in Axolotl's names."""
+    """Optimizer, schedule, checkpoints and logging, under Axolotl's names."""
 
     num_epochs: Annotated[float, Field(gt=0.0)] = 1.0
-    """Passes over the training data."""
+    """Number of passes over the training data."""
     max_steps: Positive | None = None
-    """Optimizer steps; null follows from `num_epochs`."""
+    """Number of optimizer steps; null derives it from `num_epochs`."""
     gradient_accumulation_steps: Positive = 8
     """Micro-batches per optimizer step."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
     """Peak learning rate."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after warm-up."""
+    """Learning rate schedule after warm-up."""
     warmup_ratio: Fraction = 0.03
-    """Share of the steps over which the learning rate rises from zero."""
+    """Fraction of the steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay of the adapters."""
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch_fused"
-    """Optimizer, by transformers' name; the 8-bit one saves memory and needs a GPU."""
+    """Optimizer, under transformers' name. `adamw_bnb_8bit` saves memory and needs a GPU."""
     sample_packing: bool = True
-    """Fill every sequence with several conversations, kept apart by position ids."""
+    """Pack several conversations into each sequence, separated by position ids."""
     gradient_checkpointing: Annotated[bool, Incidental()] = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
     keep_attention: Annotated[Literal["auto", "always", "never"], Incidental()] = "auto"
-    """Whether checkpointed layers with full attention keep what it computed, so that the backward
-    pass does not attend twice: 8.25 KiB a token and such layer (20b at 16,384: 1.5 GiB). `auto`
-    keeps it where the predicted peak fits what the GPU has free; the log and manifest say which."""
+    """Whether checkpointed layers keep the output of full attention, so that the backward pass does
+    not recompute it: 8.25 KiB per token and full-attention layer (20b at 16,384 tokens: 1.5 GiB).
+    `auto` keeps it if the predicted peak fits in free GPU memory; log and manifest say which."""
     keep_experts: Annotated[Literal["auto", "always", "never"], Incidental()] = "auto"
-    """Whether checkpointed layers keep their experts' first product, so that the backward pass does
-    not make it again: 45 KiB a token and layer (20b at 4,096 tokens a GPU: 4.2 GiB). `auto` decides
-    as above, after attention, which saves more time for its bytes."""
+    """Whether checkpointed layers keep the experts' gate_up output, so that the backward pass does
+    not recompute it: 45 KiB per token and layer (20b at 4,096 tokens per GPU: 4.2 GiB). `auto`
+    decides as for `keep_attention`, which comes first because it saves more time per byte."""
     offload_checkpoints: Annotated[bool, Incidental()] = False
-    """Keep checkpointed layers' inputs in pinned host memory, for contexts that do not fit else."""
+    """Keep the inputs of checkpointed layers in pinned host memory, for contexts that would not
+    otherwise fit."""
     logging_steps: Annotated[Positive, Incidental()] = 1
-    """Steps between rows of metrics.jsonl. `save_steps` must be a multiple of it."""
+    """Steps between rows of metrics.jsonl; `save_steps` must be a multiple of it."""
     eval_steps: Positive = 50
     """Steps between evaluations on the validation conversations."""
     save_steps: Annotated[Positive, Incidental()] = 50
-    """Steps between checkpoints; a multiple of `eval_steps`, so that the best one is on disk."""
+    """Steps between checkpoints; a multiple of `eval_steps`, so that the best one is saved."""
     save_total_limit: Annotated[Positive, Incidental()] = 3
-    """Checkpoints kept; the best one is always among them."""
+    """Number of checkpoints to keep; the best one is always kept."""
     early_stopping_patience: Positive | None = None
-    """Evaluations without improvement after which training stops; null never stops early."""
+    """Number of evaluations without improvement after which training stops; null disables it."""
     loss_target: Annotated[float | None, Incidental()] = None
-    """Training loss at which an alert is logged once; null logs none."""
+    """Training loss at which an alert is logged once; null disables it."""
     use_tensorboard: Annotated[bool, Incidental()] = False
     """Also write TensorBoard event files."""
     wandb_project: Annotated[str | None, Incidental()] = None
-    """Also log to this Weights & Biases project; null does not."""
+    """Also log to this Weights & Biases project; null disables it."""
 
 
 class EvaluationSection(Section):
-    """What stage 04 measures, on base, compressed and fine-tuned model alike."""
+    """What stage 04 measures on the base, compressed and fine-tuned models."""
 
     tasks: Names = ("hellaswag",)
-    """lm-eval task names; `demo_hellaswag` is a hellaswag made from the demo's held-out text."""
+    """lm-eval task names; `demo_hellaswag` is made from the demo's held-out text."""
     limit: Positive | None = None
-    """Items per task; null takes all."""
+    """Maximum number of items per task; null uses all."""
     num_fewshot: Annotated[int, Field(ge=0)] = 0
-    """Solved examples shown before each item."""
+    """Number of solved examples shown before each item."""
     batch_size: Positive = 8
     """Requests per forward pass."""
     perplexity_samples: Positive = 256
-    """Validation conversations whose perplexity is measured."""
+    """Number of validation conversations for measuring perplexity."""
 
 
 class Config(Section):
-    """One run: model, compression, data, training, evaluation."""
+    """A run: model, compression, data, training and evaluation."""
 
     profile: Literal["quick_test", "standard", "high_quality", "memory_efficient"] = "standard"
-    """A set of defaults: `quick_test` shows that everything works, `high_quality` takes longer,
-    `memory_efficient` fits smaller cards. A key that is set explicitly wins over the profile."""
+    """A set of defaults: `quick_test` shows that everything works, `high_quality` takes longer, and
+    `memory_efficient` fits smaller GPUs. Keys that are set explicitly override the profile."""
     seed: Annotated[int, Field(ge=0)] = 42
-    """Seed of everything random."""
+    """Random seed."""
     model: ModelSection = ModelSection()
     shared_dense: SharedDenseSection = SharedDenseSection()
     experts: ExpertsSection = ExpertsSection()
     calibration: CalibrationSection = CalibrationSection()
     data: DataSection = DataSection()
     sequence_len: Annotated[int, Field(ge=2)] = 16384
-    """Training context, in tokens, over all GPUs together."""
+    """Training context in tokens, summed over all GPUs that share a sequence."""
     sequence_parallel_degree: Annotated[Positive, Incidental()] = 4
-    """Processes, each with a GPU, that share one sequence. `python 03_finetune.py` starts them on
-    this machine; `torchrun` may start a multiple of them, on several machines too, which then train
-    on several sequences side by side."""
+    """Number of processes, each with its own GPU, that share one sequence. `python 03_finetune.py`
+    starts them on this machine. `torchrun` may start a multiple of that number, also on several
+    machines; several sequences are then trained in parallel."""
     flash_attention: bool = True
-    """Attention without a quadratic score matrix (needs a GPU); false uses transformers' eager,
-    unless a sequence is split: then this project's attention serves on any device."""
+    """Compute attention without a quadratic score matrix (needs a GPU). false uses transformers'
+    eager attention, except that a split sequence always uses this project's attention."""
     attention_backend: Literal["auto", "triton", "torch_flash", "torch_cudnn", "flash_attn"] = (
         "auto"
     )
-    """Kernels that attend with `flash_attention`: `auto` takes for each kind of layer the fastest
-    that was measured on this GPU (01_health says which); a named one serves every layer or stops
-    the stage. `flash_attn` must be installed; `torch_cudnn` takes no sliding windows, which every
-    second layer of gpt-oss has, so that only `auto` can use it."""
+    """Kernels for `flash_attention`. `auto` uses, for each kind of layer, the backend that was
+    measured to be fastest on this GPU (01_health says which). A named backend is used for every
+    layer, and the stage fails if it cannot be. `flash_attn` must be installed. `torch_cudnn` does
+    not support the sliding windows in every second layer of gpt-oss, so only `auto` can use it."""
     deterministic: bool = False
-    """Attention's gradients come out the same to the bit in every run. The Triton kernels always do
-    so; torch_flash's backward pass is slower for it, and torch_cudnn's is not used."""
+    """Make attention's gradients bit-identical in every run. The Triton kernels always are;
+    torch_flash's backward pass becomes slower, and torch_cudnn's is not used."""
     micro_batch_size: Positive = 1
     """Sequences per forward pass."""
     heads_k_stride: Annotated[Positive, Incidental()] = 1
-    """Key/value heads gathered at a time when a sequence is split over GPUs; a divisor of their
-    number. More take fewer exchanges and more memory. On four H200, 16,384 tokens and a full
-    layer, 8 was fastest with peer access (6.0 ms, 4: 6.6), 4 without (7.6 ms, 8: 8.0)."""
+    """Number of KV heads gathered at a time when a sequence is split over GPUs; must divide the
+    number of KV heads. Larger values need fewer exchanges and more memory. For a full layer on four
+    H200s at 16,384 tokens, 8 was fastest with peer access (6.0 ms, 4: 6.6) and 4 without (7.6 ms,
+    8: 8.0)."""
     ring_attn_func: Annotated[Literal["varlen_llama3"], Incidental()] = "varlen_llama3"
-    """How split sequences attend: `varlen_llama3` gathers the keys and values of full layers by
-    groups of heads; sliding-window layers take only the keys just before their shard."""
+    """Attention over split sequences: `varlen_llama3` gathers the keys and values of full layers by
+    groups of heads; sliding-window layers fetch only the keys just before their shard."""
     lora: LoraSection = LoraSection()
     finetuning_modifiers: ModifiersSection = ModifiersSection()
     training: TrainingSection = TrainingSection()
@@ -257,8 +260,8 @@ class Config(Section):
     def _check_attention(self) -> Config:
         if self.attention_backend == "torch_cudnn":
             raise ValueError(
-                "attention_backend: torch_cudnn takes no sliding windows and no packed documents, "
-                "and every second layer of gpt-oss has a window; `auto` uses it where it can serve"
+                "attention_backend: torch_cudnn supports neither sliding windows, which every "
+                "second layer of gpt-oss has, nor packed documents; `auto` uses it where it can"
             )
         if self.attention_backend != "auto" and not self.flash_attention:
             raise ValueError(
@@ -270,12 +273,12 @@ class Config(Section):
     def _check_expert_adapters(self) -> Config:
         targets, rank = self.lora.expert_targets, self.lora.expert_r
         if len(set(targets)) < len(targets):
-            raise ValueError(f"lora.expert_targets: {', '.join(targets)} names a weight twice")
+            raise ValueError(f"lora.expert_targets: {', '.join(targets)} lists a weight twice")
         if targets and rank is None:
             raise ValueError("lora.expert_targets need lora.expert_r, the rank of their adapters")
         if rank is not None and not targets:
             raise ValueError(
-                f"lora.expert_r: {rank} is the rank of nothing while lora.expert_targets is empty"
+                f"lora.expert_r: {rank} has no effect because lora.expert_targets is empty"
             )
         if targets and self.experts.sparsity != "none":
             raise ValueError(
@@ -285,12 +288,12 @@ class Config(Section):
         return self
 
     def nothing_to_keep(self, device: Literal["cuda", "cpu"]) -> dict[str, str]:
-        """Which of training.keep_attention and keep_experts can keep nothing on a device: why."""
+        """Return why training.keep_attention or keep_experts has no effect on a device, by key."""
         keys = ("keep_attention", "keep_experts")
         if not self.training.gradient_checkpointing:
             return dict.fromkeys(keys, "training.gradient_checkpointing is false")
         if device == "cpu":
-            return dict.fromkeys(keys, "no GPU: only what a GPU computes can be kept")
+            return dict.fromkeys(keys, "no GPU: only results of GPU kernels can be kept")
         if not self.flash_attention and self.sequence_parallel_degree == 1:
             return {"keep_attention": "flash_attention is false: eager attention keeps nothing"}
         return {}
@@ -299,7 +302,7 @@ class Config(Section):
     def _check_kept(self) -> Config:
         for key, why in self.nothing_to_keep("cuda").items():
             if getattr(self.training, key) == "always":
-                raise ValueError(f"training.{key}: auto or never; there is nothing to keep: {why}")
+                raise ValueError(f"training.{key}: use auto or never; nothing can be kept: {why}")
         return self
 
     @model_validator(mode="after")
@@ -308,7 +311,7 @@ class Config(Section):
         if training.save_steps % training.eval_steps:
             raise ValueError(
                 f"training.save_steps ({training.save_steps}) must be a multiple of "
-                f"training.eval_steps ({training.eval_steps}): the best checkpoint must exist"
+                f"training.eval_steps ({training.eval_steps}): the best checkpoint must be saved"
             )
         if training.offload_checkpoints and not training.gradient_checkpointing:
             raise ValueError("training.offload_checkpoints needs training.gradient_checkpointing")
@@ -321,11 +324,11 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a config file and applies `key.path=value` overrides.
+    """Read a config file and apply `key.path=value` overrides.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown or stands twice, a value has
-            the wrong type or is out of range, an override is malformed.
+        ConfigError: the file is missing or not YAML, a key is unknown or repeated, a value has the
+            wrong type or is out of range, or an override is malformed.
     """
     return load_with_source(path, overrides)[0]
 
@@ -333,7 +336,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 def load_with_source(
     path: str | Path, overrides: list[str] | tuple[str, ...] = ()
 ) -> tuple[Config, dict[str, Any]]:
-    """Like `load`; also returns the nested values that file and overrides set explicitly."""
+    """Return the config as `load` does, and the nested values that file and overrides set."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -372,19 +375,19 @@ def load_with_source(
 
 
 def _validate(values: dict[str, Any]) -> Config:
-    """Validates in JSON mode: lists stand for tuples, and types stay strict."""
+    """Validate in JSON mode, which accepts lists for tuples and is strict otherwise."""
     return Config.model_validate_json(json.dumps(values))
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML text that `load` reads back to an equal config."""
+    """Return the resolved config as YAML text that `load` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def hash_sections(config: Config, keys: Iterable[str]) -> str:
     """Return a hash (16 hex digits) of the named top-level keys.
 
-    Keys that decide no result are left out, wherever they stand.
+    Keys that do not affect results are left out at every level.
     """
     values = deciding_values(config)
     picked = {key: values[key] for key in sorted(keys) if key in values}

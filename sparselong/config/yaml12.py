@@ -1,7 +1,7 @@
-"""Strict YAML: YAML 1.2's scalars, the line of every key, and no key twice.
+"""Strict YAML: YAML 1.2 scalars, the line of every key, and no repeated keys.
 
-PyYAML reads YAML 1.1, where `2:4` is the number 124, `1e-4` is a string and a repeated key silently
-wins. Only the scalar rules and the walk over PyYAML's node tree are ours.
+PyYAML reads YAML 1.1, where `2:4` is the number 124, `1e-4` is a string and the last of two equal
+keys silently wins. Only the scalar rules and the walk over PyYAML's node tree are ours.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sparselong.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """Scalars by YAML 1.2's core schema."""
+    """Loader with the scalars of YAML 1.2's core schema."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -33,13 +33,13 @@ for _tag, _pattern, _first in (
         f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
     )
 
-_Loader.add_constructor(  # PyYAML's own reads 010 as an octal number
+_Loader.add_constructor(  # PyYAML's default reads 010 as an octal number
     "tag:yaml.org,2002:int", lambda _loader, node: int(node.value)
 )
 
 
 def _read(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> Any:
-    """YAML node → plain values, noting the line of every key and refusing repeated keys."""
+    """Convert a YAML node to plain values, recording key lines and rejecting repeated keys."""
     lines[path] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         values = {}
@@ -47,9 +47,9 @@ def _read(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], i
             key = str(key_node.value)
             if key in values:
                 raise ConfigError(
-                    f"key {'.'.join((*path, key))} stands twice (line "
+                    f"key {'.'.join((*path, key))} is repeated (line "
                     f"{key_node.start_mark.line + 1})",
-                    "every key once",
+                    "every key at most once",
                     f"also on line {lines[(*path, key)]}",
                     "remove one of the two",
                 )
@@ -62,7 +62,7 @@ def _read(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], i
 
 
 def parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], int]]:
-    """YAML text → plain values, and the line number of every key path.
+    """Convert YAML text to plain values, and return the line number of every key path too.
 
     Raises:
         ConfigError: the text is not YAML or repeats a key.
@@ -72,6 +72,6 @@ def parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], int]]:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"{source} is not valid YAML", "key: value lines", str(error), "mend that line"
+            f"{source} is not valid YAML", "key: value lines", str(error), "correct that line"
         ) from error
     return ({} if node is None else _read(node, (), lines)), lines

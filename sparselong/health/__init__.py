@@ -1,4 +1,4 @@
-"""Stage 01: can this machine run this config?"""
+"""Stage 01: check whether this machine can run a config."""
 
 from typing import TYPE_CHECKING
 

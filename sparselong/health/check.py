@@ -1,7 +1,7 @@
-"""The judgement: facts and plan in, rows out. Pure: it asks nothing and changes nothing.
+"""The checks: facts and plan in, rows out. Pure functions that neither probe nor change anything.
 
-A row is `ok`, `warn` (it will run, but know this) or `fail` (it cannot run), and every warn and
-fail says what to do. The machine can run the config when no row fails.
+A row is `ok`, `warn` (the config runs, with a limitation) or `fail` (it cannot run). Every warning
+and failure says what to do. The machine can run the config if no row fails.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from sparselong.memory import Plan, check_heads
 
 _PYTHONS = ((3, 11), (3, 12))
 _DRIVERS = {12: "530.30", 13: "580"}
-"""Oldest driver by the CUDA version that torch was built with."""
+"""Oldest supported driver, by the major CUDA version that torch was built with."""
 _OPEN_MODELS = ("openai/gpt-oss-120b", "openai/gpt-oss-20b")
 
 
 def check(config: Config, machine: Machine, plan: Plan) -> list[Row]:
-    """Judges whether the machine can run the config.
+    """Check whether the machine can run the config.
 
     Args:
-        plan: made for the device that the machine would use.
+        config: the config to run.
+        machine: facts about the machine.
+        plan: plan of the config for the device that the machine would use.
 
     Returns:
-        Rows in reading order: software, GPUs, kernels, memory, disk, model and data.
+        Rows in display order: software, GPUs, kernels, memory, disk, model and data.
     """
     return [
         _python(machine),
@@ -64,7 +66,7 @@ def _packages(machine: Machine) -> Iterator[Row]:
     if not machine.packages:
         yield warn(
             "packages",
-            "requirements/requirements.lock is not there to compare with",
+            "requirements/requirements.lock is missing, so versions cannot be compared",
             "run from a checkout of the repository",
         )
         return
@@ -76,15 +78,15 @@ def _packages(machine: Machine) -> Iterator[Row]:
     elif missing:
         yield warn(
             "packages",
-            f"of {len(machine.packages)} pinned ones, {len(missing)} are missing: "
+            f"{len(missing)} of {len(machine.packages)} pinned packages are missing: "
             f"{_names(missing)}",
-            "run ./install.sh where something does not import",
+            "run ./install.sh if an import fails",
         )
     if different:
         shown = [f"{p.name} {p.installed} (pinned {p.pinned})" for p in different]
-        text = f"other versions than pinned: {_shorten(shown)}"
+        text = f"versions differ from the pinned ones: {_shorten(shown)}"
         if machine.own_python:
-            yield warn("package versions", text, "./install.sh gives the tested set in .venv")
+            yield warn("package versions", text, "./install.sh installs the tested set in .venv")
         else:
             yield fail("package versions", text, "run ./install.sh")
     if not missing and not different:
@@ -104,11 +106,11 @@ def _driver(machine: Machine, plan: Plan) -> Iterator[Row]:
     built = machine.torch.cuda
     if machine.driver is None:
         if plan.device == "cpu":
-            yield ok("CUDA driver", "none, and none needed: this config runs on the processor")
+            yield ok("CUDA driver", "none, and none needed: this config runs on the CPU")
         else:
             yield fail(
                 "CUDA driver",
-                "none (nvidia-smi does not answer), and this config needs a GPU",
+                "none (nvidia-smi does not respond), but this config needs a GPU",
                 "install NVIDIA's driver, 530.30 or newer, on a machine with the GPU named below",
             )
     elif built is None:
@@ -116,7 +118,7 @@ def _driver(machine: Machine, plan: Plan) -> Iterator[Row]:
         yield tell(
             "CUDA driver",
             f"{machine.driver}, but torch {machine.torch.version} is the CPU build",
-            "run ./install.sh again: it takes the build that fits the driver",
+            "run ./install.sh again: it selects the build for the driver",
         )
     else:
         least = _DRIVERS.get(int(built.partition(".")[0]), "530.30")
@@ -145,7 +147,7 @@ def _parallel(config: Config, machine: Machine, plan: Plan) -> Row:
     except ConfigError as error:
         return fail("sequence parallel", f"{error.what} ({error.found})", error.fix)
     if plan.device == "cpu" and not have:
-        return ok("sequence parallel", f"{degree} processes of this machine share each sequence")
+        return ok("sequence parallel", f"{degree} processes on this machine share each sequence")
     if have < degree:
         return fail(
             "sequence parallel",
@@ -176,7 +178,7 @@ def _collectives(config: Config, machine: Machine) -> Row:
         return fail(
             "collectives",
             f"{text}; processes that share a sequence need {wanted}",
-            "run ./install.sh for a torch build that has it",
+            "run ./install.sh to install a torch build that has it",
         )
     return ok("collectives", f"{text}; {wanted} in use")
 
@@ -185,16 +187,16 @@ def _attention(config: Config, machine: Machine) -> Row:
     if not machine.usable_gpus and config.flash_attention:
         return fail(
             "attention kernel",
-            "flash_attention is on, and this machine has no GPU to run it",
+            "flash_attention is on, but this machine has no GPU",
             "run on a machine with a GPU, or set flash_attention=false (small models only)",
         )
     if not config.flash_attention:
-        return ok("attention kernel", "eager of transformers (quadratic in sequence_len)")
+        return ok("attention kernel", "transformers' eager (quadratic in sequence_len)")
     named, repeats = config.attention_backend, config.deterministic
     if named == "flash_attn" and not machine.flash_attn:
         return fail(
             "attention kernel",
-            "attention_backend is flash_attn, and that package is not installed",
+            "attention_backend is flash_attn, but that package is not installed",
             "pip install flash-attn (it needs nvcc), or set attention_backend=auto",
         )
     if named == "auto":
@@ -208,7 +210,7 @@ def _attention(config: Config, machine: Machine) -> Row:
 
 
 def _experts(config: Config, machine: Machine, plan: Plan) -> Row:
-    """The experts' backend in stage 03: by the measured table on a GPU."""
+    """Return the row for the experts' backend in stage 03, on a GPU from the measured table."""
     if plan.device == "cpu" or not machine.usable_gpus:
         return ok("expert kernel", "torch, decoded expert by expert")
     major, minor = machine.usable_gpus[0].compute_capability
@@ -223,7 +225,7 @@ def _optimizer(config: Config, machine: Machine) -> Row:
     if name == "adamw_bnb_8bit" and not machine.usable_gpus:
         return fail(
             "optimizer",
-            f"{name} needs a GPU, and this machine has none",
+            f"{name} needs a GPU, but this machine has none",
             "set training.optimizer=adamw_torch",
         )
     return ok("optimizer", name)
@@ -234,7 +236,7 @@ def _base(base: Source) -> Iterator[Row]:
     if base.gated and not base.account:
         yield fail(
             "licence",
-            f"{base.name} is gated on the hub, and no valid token is set",
+            f"{base.name} is gated on the hub, but no valid token is set",
             "accept its licence on its hub page, then: hf auth login",
         )
     elif base.gated:
@@ -255,5 +257,5 @@ def _source(source: Source) -> Row:
             source.role, text, f"connect to the hub (HF_HUB_OFFLINE unset), or set {key} to {local}"
         )
     if source.state == "unknown":
-        return warn(source.role, text, "make sure that the hub can be reached in stage 04")
+        return warn(source.role, text, "make sure that stage 04 can reach the hub")
     return ok(source.role, text)

@@ -1,8 +1,8 @@
-"""What this machine is: facts gathered without judging them.
+"""Facts about this machine, gathered without judging them.
 
-`probe` asks Python, nvidia-smi, torch, the file system and the hub, and fills one record. The
-judgement (check.py) reads nothing but that record, so tests judge machines that are not here.
-torch is imported once, here, and never makes a CUDA context: memory figures are nvidia-smi's.
+`probe` queries Python, nvidia-smi, torch, the file system and the hub, and fills one record. The
+checks (check.py) read only that record, so tests can check any machine. Importing torch here
+creates no CUDA context; memory figures come from nvidia-smi.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Torch:
-    """What the installed torch can do; `error` says why it could not be imported."""
+    """Capabilities of the installed torch; `error` says why it could not be imported."""
 
     version: str = ""
     cuda: str | None = None
-    """CUDA version it was built with; None for the CPU build."""
+    """CUDA version that torch was built with; None for the CPU build."""
     devices: int = 0
-    """GPUs it can use."""
+    """Number of GPUs that torch can use."""
     nccl: bool = False
     gloo: bool = False
     unconnected: tuple[tuple[int, int], ...] = ()
-    """Pairs of GPUs that cannot read each other's memory."""
+    """Pairs of GPUs without peer access."""
     error: str = ""
 
 
 @dataclass(frozen=True)
 class Disk:
-    """The file system that a directory is on, or will be on."""
+    """The file system of a directory that exists or will be created."""
 
     path: Path
     free_bytes: int
@@ -67,11 +67,11 @@ class Disk:
 
 @dataclass(frozen=True)
 class Machine:
-    """All that a judgement rests on."""
+    """All facts that the checks use."""
 
     python: tuple[int, int, int]
     own_python: bool
-    """Another Python than install.sh's .venv: a GPU image brings its own, with its packages."""
+    """Whether Python is not that of install.sh's .venv, as on a GPU image with its own packages."""
     packages: tuple[Package, ...]
     torch: Torch
     driver: str | None
@@ -82,7 +82,7 @@ class Machine:
     run_disk: Disk
     hub_disk: Disk
     run_dir_bytes: int
-    """What stands in the run directory already."""
+    """Size of the files in the run directory."""
     base: Source
     data: tuple[Source, ...]
     flash_attn: bool = False
@@ -90,12 +90,12 @@ class Machine:
 
     @property
     def usable_gpus(self) -> tuple[Gpu, ...]:
-        """The GPUs that torch can use."""
+        """GPUs that torch can use."""
         return self.gpus[: self.torch.devices]
 
 
 def probe(config: Config, run_dir: Path) -> Machine:
-    """Gathers the facts; changes nothing, and asks the hub with a short time limit."""
+    """Gather the facts. Changes nothing; queries to the hub have a short timeout."""
     gpus, driver = probe_gpus()
     total, available = _host_memory()
     base, data = sources.probe_sources(config, run_dir)
@@ -119,12 +119,12 @@ def probe(config: Config, run_dir: Path) -> Machine:
 
 
 def runs_in_our_environment() -> bool:
-    """Whether this Python is the one of the .venv that install.sh makes beside the package."""
+    """Return whether this Python is that of the .venv that install.sh creates in the checkout."""
     return Path(sys.prefix).resolve() == Path(__file__).resolve().parents[2] / ".venv"
 
 
 def _output(*command: str) -> str | None:
-    """The command's output; None where it is missing, refuses or does not answer."""
+    """Return the command's output; None if it is missing, fails or times out."""
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -133,7 +133,7 @@ def _output(*command: str) -> str | None:
 
 
 def probe_gpus() -> tuple[tuple[Gpu, ...], str | None]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, and the driver's version."""
+    """Return the GPUs in CUDA_VISIBLE_DEVICES, and the driver's version."""
     text = _output(
         "nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"
     )
@@ -164,11 +164,11 @@ def probe_gpus() -> tuple[tuple[Gpu, ...], str | None]:
 
 
 def probe_torch() -> Torch:
-    """What torch says of itself; imports it."""
+    """Import torch and return its capabilities."""
     try:
         import torch
         import torch.distributed as distributed
-    except (ImportError, OSError) as error:  # OSError: a shared library does not load
+    except (ImportError, OSError) as error:  # OSError: a shared library cannot be loaded
         return Torch(error=str(error).splitlines()[0])
     devices = torch.cuda.device_count()
     pairs = [(one, two) for one in range(devices) for two in range(devices) if one != two]
@@ -191,7 +191,7 @@ def _nvcc_version() -> str | None:
 
 
 def _host_memory() -> tuple[int, int]:
-    """Total and available host memory in bytes: /proc/meminfo's, or a container's limit."""
+    """Return total and available host memory in bytes, from /proc/meminfo or the cgroup limit."""
     values = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
@@ -205,7 +205,7 @@ def _host_memory() -> tuple[int, int]:
 
 
 def probe_disk(path: Path) -> Disk:
-    """The file system of the path's nearest existing parent, and what this user may still fill."""
+    """Return the file system of the path's nearest existing parent, with its free space."""
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -214,7 +214,7 @@ def probe_disk(path: Path) -> Disk:
 
 
 def _tree_bytes(path: Path) -> int:
-    """Bytes of all files below; hard-linked copies are counted once."""
+    """Return bytes of all files below a directory; hard links are counted once."""
     seen: dict[int, int] = {}
     for file in path.rglob("*") if path.is_dir() else ():
         if file.is_file() and not file.is_symlink():

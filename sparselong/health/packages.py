@@ -1,4 +1,4 @@
-"""Installed packages against requirements/requirements.lock."""
+"""Comparison of installed packages with requirements/requirements.lock."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NEEDED = frozenset(
         *("safetensors", "tokenizers", "torch", "transformers"),
     )
 )
-"""What the stages import themselves: without one of these, some stage cannot start."""
+"""Packages that the stages import directly; without any of them, some stage cannot start."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A pinned package; `installed` is None where it is missing."""
+    """A pinned package; `installed` is None if it is missing."""
 
     name: str
     pinned: str
@@ -28,17 +28,17 @@ class Package:
 
     @property
     def matches(self) -> bool:
-        """Whether the pinned version is there; `+cpu` and the like name a build of it."""
+        """Whether the pinned version is installed, ignoring build tags such as `+cpu`."""
         return self.installed is not None and self.installed.partition("+")[0] == self.pinned
 
 
 def is_installed(module: str) -> bool:
-    """Whether a top-level module could be imported; imports nothing."""
+    """Return whether a top-level module can be found, without importing it."""
     return util.find_spec(module) is not None
 
 
 def compare_with_lock(lock: Path = LOCK) -> tuple[Package, ...]:
-    """Every package that the lock pins for this machine; nothing where there is no lock."""
+    """Return every package that the lock pins for this machine; none if there is no lock."""
     from packaging.requirements import Requirement  # comes with pip, and with transformers
 
     if not lock.is_file():

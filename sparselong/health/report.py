@@ -17,7 +17,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def build(config: Config, machine: Machine, plan: Plan, rows: list[Row]) -> dict[str, Any]:
-    """The report as a JSON document: verdict, rows, plan, GPUs, free room."""
+    """Return the report as a JSON document: verdict, rows, plan, GPUs, free memory and disk."""
     return {
         "model": config.model.base,
         "ready": all(row.status != "fail" for row in rows),
@@ -30,7 +30,7 @@ def build(config: Config, machine: Machine, plan: Plan, rows: list[Row]) -> dict
 
 
 def plan_text(report: dict[str, Any]) -> str:
-    """The memory plan, the disk and the time, at most 100 columns wide."""
+    """Return the planned memory, disk space and time as text, at most 100 columns wide."""
     plan = report["plan"]
     have = [f"GPU {gpu['index']}: {format_bytes(gpu['free_bytes'])}" for gpu in report["gpus"]]
     host = f"host: {format_bytes(report['host_available_bytes'])}"
@@ -42,13 +42,13 @@ def plan_text(report: dict[str, Any]) -> str:
     free = format_bytes(report["disk_free_bytes"])
     lines += format_table(f"Disk (all stages; {free} free at the run directory)", disk)
     seconds = {name: format_seconds(value) for name, value in plan["estimated_seconds"].items()}
-    lines += format_table(f"Time (an estimate for {plan['estimated_for']})", seconds)
+    lines += format_table(f"Time (estimate for {plan['estimated_for']})", seconds)
     tokens = f"{plan['training_tokens']:,} training tokens ({plan['training_tokens_note']})"
     return "\n".join([*lines, f"  {tokens}"])
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """One line: can this machine run this config."""
+    """Return one line saying whether this machine can run this config."""
     counts = Counter(row["status"] for row in report["rows"])
     can = "can run" if report["ready"] else "cannot run"
     tally = ", ".join(f"{counts[status]} {status}" for status in _COLOURS)
@@ -56,7 +56,7 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def rows_text(report: dict[str, Any]) -> str:
-    """The rows as plain text, each fix under its finding."""
+    """Return the rows as plain text, each fix below its finding."""
     left = max(len(row["check"]) for row in report["rows"])
     lines = []
     for row in report["rows"]:
@@ -77,7 +77,7 @@ def rows_text(report: dict[str, Any]) -> str:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """The rows and the plan on stderr: coloured where it is a terminal and rich is there."""
+    """Print the rows and the plan to stderr, in colour if it is a terminal."""
     if not sys.stderr.isatty():
         print(rows_text(report), plan_text(report), sep="\n\n", file=sys.stderr, flush=True)
         return
@@ -95,7 +95,7 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """report.md."""
+    """Return the text of report.md."""
     rows = [
         f"| {row['status']} | {row['check']} | {row['found']} | {row['fix']} |"
         for row in report["rows"]

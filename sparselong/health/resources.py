@@ -1,4 +1,4 @@
-"""GPUs, host memory and disk against what the plan asks of them."""
+"""Checks of GPUs, host memory and disk space against the plan."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sparselong.health.rows import Row, fail, ok, warn
 from sparselong.memory import Plan, format_bytes, suggest_changes
 
 _LEAST_CAPABILITY = (8, 0)
-"""Ampere: the first GPUs with bf16 matrix units."""
+"""Ampere, the first GPUs with bf16 matrix units."""
 
 
 def check_gpus(machine: Machine, plan: Plan) -> Iterator[Row]:
-    """A row for each GPU, and whether they reach each other's memory."""
+    """Yield a row for each GPU, and one for peer access between them."""
     usable = machine.usable_gpus
     for gpu in machine.gpus:
         yield _gpu(gpu, gpu in usable, plan)
@@ -24,7 +24,7 @@ def check_gpus(machine: Machine, plan: Plan) -> Iterator[Row]:
         yield fail(
             "GPU",
             f"none; needed: {_wanted(plan)}",
-            "run on such a machine, or try --config configs/tiny.yaml, which needs no GPU",
+            "use a machine with these, or try --config configs/tiny.yaml, which needs no GPU",
         )
     if len(usable) > 1:
         cut = machine.torch.unconnected
@@ -33,7 +33,7 @@ def check_gpus(machine: Machine, plan: Plan) -> Iterator[Row]:
             yield warn(
                 "peer access",
                 f"not between GPUs {pairs}: copies between them go through host memory",
-                "nothing to do for this version, which uses one GPU",
+                "none needed; split sequences are slower on these GPUs",
             )
         else:
             yield ok("peer access", "between all GPUs")
@@ -47,14 +47,14 @@ def _gpu(gpu: Gpu, usable: bool, plan: Plan) -> Row:
         f"({format_bytes(gpu.free_bytes)} free), PCIe {gpu.pcie}"
     )
     if gpu.compute_capability < _LEAST_CAPABILITY and plan.device == "cuda":
-        return fail(name, f"{text}: bf16 needs 8.0", "hide it with CUDA_VISIBLE_DEVICES")
+        return fail(name, f"{text}: bf16 needs 8.0", "exclude it with CUDA_VISIBLE_DEVICES")
     if not usable:
         return warn(name, f"{text}: torch does not see it", "run ./install.sh again")
     return ok(name, text)
 
 
 def _wanted(plan: Plan) -> str:
-    """What the plan needs, in GPUs and bytes."""
+    """Describe the GPUs and memory that the plan needs."""
     need = _gpu_need(plan)[1]
     count = plan.memory.devices
     gpus, each = ("1 GPU", "") if count == 1 else (f"{count} GPUs", " on each")
@@ -64,19 +64,19 @@ def _wanted(plan: Plan) -> str:
     shared = format_bytes(plan.sharded.peak_bytes)
     return (
         f"{text} in this version, which keeps the whole model on each; "
-        f"{shared} on each once they share experts and vocabulary"
+        f"{shared} on each once experts and vocabulary are sharded"
     )
 
 
 def _gpu_need(plan: Plan) -> tuple[str, int]:
-    """The stage that needs most GPU memory, and its peak in bytes."""
+    """Return the stage that needs most GPU memory, and its peak in bytes."""
     peaks = {name: plan.stage_memory(name)[1] for name in ("03_finetune", *plan.stages)}
     name = max(peaks, key=lambda name: peaks[name])
     return name, peaks[name]
 
 
 def check_memory(config: Config, machine: Machine, plan: Plan) -> Iterator[Row]:
-    """GPU memory (with a GPU to hold against) and host memory."""
+    """Yield rows for GPU memory, if the plan needs a GPU, and for host memory."""
     if plan.device == "cuda":
         usable = machine.usable_gpus
         if usable:
@@ -90,7 +90,7 @@ def check_memory(config: Config, machine: Machine, plan: Plan) -> Iterator[Row]:
     need, have = plan.host_bytes, machine.host_available_bytes
     text = (
         f"needs {format_bytes(need)} of {format_bytes(have)} available "
-        f"({format_bytes(machine.host_total_bytes)} in all)"
+        f"({format_bytes(machine.host_total_bytes)} in total)"
     )
     if need <= have:
         yield ok("host memory", text)
@@ -107,16 +107,16 @@ def _gpu_memory(config: Config, gpu: Gpu, plan: Plan) -> Row:
         return ok("GPU memory", f"{text} free")
     found = f"{text} free: {format_bytes(need - gpu.free_bytes)} short. Needed: {_wanted(plan)}"
     if need <= gpu.total_bytes:
-        return fail("GPU memory", found, "end the other programs on this GPU (see nvidia-smi)")
+        return fail("GPU memory", found, "stop the other programs on this GPU (see nvidia-smi)")
     if stage == "03_finetune":
         changes = suggest_changes(plan.shape, config, gpu.total_bytes, plan.device)
         if any(text.endswith(" fits") for text in changes):
             return fail("GPU memory", found, "; ".join(changes))
-    return fail("GPU memory", found, "take a larger GPU, or a smaller model")
+    return fail("GPU memory", found, "use a larger GPU or a smaller model")
 
 
 def check_disk(machine: Machine, plan: Plan) -> Iterator[Row]:
-    """Room for every artifact (shards can be hard links within one file system)."""
+    """Yield rows for the disk space of all artifacts; on one file system, shards can be links."""
     base = plan.disk["base"]
     on_hub_disk = machine.base.state == "reachable"
     here = machine.base.state == "here" or on_hub_disk
@@ -134,7 +134,7 @@ def check_disk(machine: Machine, plan: Plan) -> Iterator[Row]:
         run,
         min(linked, run),
         machine.run_disk.free_bytes,
-        "free some, or pass --run-dir on a larger disk",
+        "free some space, or pass --run-dir on a larger disk",
     )
 
 
@@ -145,7 +145,7 @@ def _room(check: str, need: int, linkable: int, free: int, fix: str) -> Row:
     if need - linkable <= free:
         return warn(
             check,
-            f"{text}: enough only where {format_bytes(linkable)} of shards can be hard links",
+            f"{text}: enough only if {format_bytes(linkable)} of shards can be hard links",
             fix,
         )
     return fail(check, f"{text}: {format_bytes(need - free)} short", fix)

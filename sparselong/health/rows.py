@@ -1,4 +1,4 @@
-"""One line of the health report."""
+"""Rows of the health report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Row:
-    """A check with its outcome, what was found, and what to do about it."""
+    """A check with its outcome, finding and fix."""
 
     check: str
     status: Literal["ok", "warn", "fail"]
@@ -17,15 +17,15 @@ class Row:
 
 
 def ok(check: str, found: str) -> Row:
-    """A check that passed."""
+    """Return the row of a check that passed."""
     return Row(check, "ok", found)
 
 
 def warn(check: str, found: str, fix: str) -> Row:
-    """Something that does not stop the config from running."""
+    """Return the row of a problem that does not prevent the config from running."""
     return Row(check, "warn", found, fix)
 
 
 def fail(check: str, found: str, fix: str) -> Row:
-    """Something that does."""
+    """Return the row of a problem that prevents the config from running."""
     return Row(check, "fail", found, fix)

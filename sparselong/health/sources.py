@@ -1,7 +1,7 @@
-"""Base model and data: are they on this machine, can they be made, can the hub be asked for them?
+"""Base model and data: whether they are on this machine, can be made, or are on the hub.
 
-Answers come from files and from the hub cache first; the hub itself is asked only for what is not
-here, with a few seconds' limit, and never when HF_HUB_OFFLINE says so. Nothing is downloaded.
+Files and the hub cache are checked first. The hub is queried only for what is not on this machine,
+with a timeout of a few seconds, and never if HF_HUB_OFFLINE is set. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from sparselong.health.packages import is_installed
 State = Literal["here", "made", "reachable", "missing", "unknown"]
 _TIMEOUT_SECONDS = 4.0
 _TASK_DATASETS = {"hellaswag": "Rowan/hellaswag"}
-"""lm-eval task → the hub dataset it reads."""
+"""lm-eval task → hub dataset that it reads."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model or data set that the config names.
+    """A model or dataset that the config names.
 
     Attributes:
-        role: what it is for, such as `base model`.
-        state: `here`; `made` on the spot; `reachable` on the hub; `missing`; `unknown`.
-        detail: one line for a person: where it is, or why not.
-        gated: the hub hands it out only to accounts that accepted its licence.
-        licence: as the hub states it.
-        account: the hub account whose token is set, None without one.
+        role: its purpose, such as `base model`.
+        name: its name in the config.
+        state: `here`; `made` by a stage; `reachable` on the hub; `missing`; `unknown`.
+        detail: one line saying where it is, or why it is missing.
+        gated: whether the hub requires accepting its licence.
+        licence: licence according to the hub.
+        account: hub account whose token is set; None without a token.
     """
 
     role: str
@@ -48,12 +49,12 @@ def _cache_home() -> Path:
 
 
 def hub_cache() -> Path:
-    """Where the hub's downloads are kept (huggingface_hub's rule, without importing it)."""
+    """Return the directory of the hub cache, as huggingface_hub does, without importing it."""
     return Path(os.environ.get("HF_HUB_CACHE") or _cache_home() / "hub")
 
 
 def probe_sources(config: Config, run_dir: Path) -> tuple[Source, tuple[Source, ...]]:
-    """The base model, and every data set that the stages read."""
+    """Return the base model and every dataset that the stages read."""
     hub = _Hub()
     base = _base(config, run_dir, hub)
     data = [_data("training data", config.data.train, run_dir, hub)]
@@ -67,7 +68,7 @@ def _base(config: Config, run_dir: Path, hub: _Hub) -> Source:
     role, name = "base model", config.model.base
     if name == "tiny":
         made = (run_dir / "base" / "tiny.json").is_file()
-        where = f"in {run_dir / 'base'}" if made else "made and trained on the spot by stage 02"
+        where = f"in {run_dir / 'base'}" if made else "created and trained by stage 02"
         return Source(role, name, "here" if made else "made", where)
     if Path(name).is_dir():
         lacking = _missing_files(Path(name))
@@ -81,7 +82,7 @@ def _base(config: Config, run_dir: Path, hub: _Hub) -> Source:
 
 
 def _missing_files(directory: Path) -> list[str]:
-    """Files of a checkpoint that are not in its directory, shards of the index included."""
+    """Return files of a checkpoint that its directory lacks, including the index's shards."""
     index = directory / "model.safetensors.index.json"
     names = ["config.json", "tokenizer.json"]
     if index.is_file():
@@ -97,7 +98,7 @@ def _missing_files(directory: Path) -> list[str]:
 
 
 def _cached_checkpoint(name: str, revision: str) -> Path | None:
-    """The snapshot directory when every file of the checkpoint is in the hub cache."""
+    """Return the snapshot directory if all files of the checkpoint are in the hub cache."""
     if not is_installed("huggingface_hub"):
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -120,12 +121,12 @@ def _data(role: str, name: str, run_dir: Path, hub: _Hub) -> Source:
     if Path(name).is_file():
         return Source(role, name, "here", f"file of {Path(name).stat().st_size:,} bytes")
     if name.endswith((".jsonl", ".json")) or name.startswith((".", "/")):
-        return Source(role, name, "missing", f"there is no file {name}")
+        return Source(role, name, "missing", f"file {name} does not exist")
     return _dataset(role, name, hub)
 
 
 def _is_prepared(name: str, run_dir: Path) -> bool:
-    """Whether an earlier stage of this run has made its files from this source."""
+    """Return whether an earlier stage of this run prepared its data from this source."""
     record = run_dir / "data" / "source.json"
     if not record.is_file():
         return False
@@ -138,7 +139,7 @@ def _task(task: str, hub: _Hub) -> Source:
     if task.startswith("demo_"):
         return Source(role, task, "made", "made from the demo's held-out text")
     if task not in _TASK_DATASETS:
-        return Source(role, task, "unknown", "which data it reads shows only in stage 04")
+        return Source(role, task, "unknown", "its dataset is only known in stage 04")
     return _dataset(role, _TASK_DATASETS[task], hub)
 
 
@@ -152,7 +153,7 @@ def _dataset(role: str, name: str, hub: _Hub) -> Source:
 
 
 class _Hub:
-    """Asks the hub; after one failure to connect, no more."""
+    """Queries to the hub, which stop after the first failure to connect."""
 
     def __init__(self) -> None:
         self._unreachable = "" if is_installed("huggingface_hub") else "huggingface_hub is missing"
@@ -160,9 +161,9 @@ class _Hub:
             self._unreachable = "HF_HUB_OFFLINE is set"
 
     def ask(self, role: str, name: str, kind: Literal["model", "dataset"], revision: str) -> Source:
-        """What the hub says of a repository: reachable or missing, gated, licence."""
+        """Return the hub's answer for a repository: reachable or missing, gated, licence."""
         if self._unreachable:
-            return Source(role, name, "missing", f"not here, and {self._unreachable}")
+            return Source(role, name, "missing", f"not on this machine, and {self._unreachable}")
         import httpx
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -171,19 +172,19 @@ class _Hub:
         try:
             info = api.repo_info(name, repo_type=kind, revision=revision, timeout=_TIMEOUT_SECONDS)
         except HFValidationError:
-            return Source(role, name, "missing", "neither a file or directory here nor a hub name")
+            return Source(role, name, "missing", "neither a local file or directory nor a hub name")
         except HfHubHTTPError as error:
-            return Source(role, name, "missing", f"the hub refuses: {_first_line(error)}")
+            return Source(role, name, "missing", f"the hub refused: {_first_line(error)}")
         except (httpx.HTTPError, OSError) as error:
             self._unreachable = f"the hub cannot be reached ({_first_line(error)})"
-            return Source(role, name, "missing", f"not here, and {self._unreachable}")
+            return Source(role, name, "missing", f"not on this machine, and {self._unreachable}")
         gated = bool(getattr(info, "gated", False))
         card = getattr(info, "card_data", None)
         return Source(
             role,
             name,
             "reachable",
-            "on the hub, downloaded when first needed",
+            "on the hub, will be downloaded when first needed",
             gated=gated,
             licence=str(getattr(card, "license", None) or ""),
             account=_account() if gated else None,

@@ -1,8 +1,8 @@
-"""Can this machine run this config? Asked before anything is downloaded or computed.
+"""Stage 01: check whether this machine can run a config before anything is downloaded or computed.
 
-machine.py gathers facts (with packages.py and sources.py), check.py and resources.py judge them
-against the plan, report.py prints them. `examine` is the stage: it writes report.json and report.md
-whatever the verdict, and the manifest follows only when the machine is ready.
+machine.py gathers facts (with packages.py and sources.py), check.py and resources.py compare them
+with the plan, and report.py prints the result. `examine` is the stage: it always writes report.json
+and report.md; the manifest is written only if the machine can run the config.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparselong.run import Stage
 
 
 def plan_for(config: Config, machine: Machine) -> Plan:
-    """The plan for the device that the stages would take here: a GPU where torch can use one."""
+    """Return the plan for the device that the stages would use: a GPU if torch can use one."""
     gpus = machine.usable_gpus
     if not gpus:
         return memory.make_plan(config)
@@ -30,10 +30,10 @@ def plan_for(config: Config, machine: Machine) -> Plan:
 
 
 def examine(stage: Stage) -> None:
-    """Stage 01: probes, judges, reports.
+    """Execute stage 01: probe the machine, check it and report.
 
     Raises:
-        StageError: some row fails, so this machine cannot run this config.
+        StageError: a check fails, so this machine cannot run this config.
     """
     machine = probe(stage.config, stage.run_dir)
     plan = plan_for(stage.config, machine)
@@ -46,7 +46,7 @@ def examine(stage: Stage) -> None:
     if failed:
         raise StageError(
             f"this machine cannot run this config ({stage.config.model.base})",
-            "no row that fails",
+            "no failed check",
             _summary(failed),
             "; ".join(dict.fromkeys(row.fix for row in failed)),
             details={"rows": document["rows"], "plan": document["plan"]},
@@ -58,7 +58,7 @@ def examine(stage: Stage) -> None:
 
 
 def _summary(failed: list[Row]) -> str:
-    """The failed checks by name, and in full what is lacking of GPUs and memory."""
+    """Return the names of failed checks, with details for GPUs, memory and disk."""
     names = ", ".join(row.check for row in failed)
     lacking = [row for row in failed if row.check in ("GPU", "GPU memory", "host memory", "disk")]
     return "; ".join([names, *(f"{row.check}: {row.found}" for row in lacking)])

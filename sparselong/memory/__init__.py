@@ -1,8 +1,8 @@
 """The planner: config → bytes per GPU, bytes on disk, seconds. Pure arithmetic, no torch.
 
-shape.py holds the model's sizes, storage.py what the weights take (exact), training.py the peak of
-fine-tuning by component, stages.py that of the other stages, fit.py what fits a card and what to
-change, timing.py a roofline; plan.py puts them together, table.py prints them.
+shape.py holds the model's sizes, storage.py the size of the weights (exact), training.py the peak
+memory of fine-tuning by component, stages.py that of the other stages, fit.py what fits on a GPU
+and what to change, timing.py a roofline model. plan.py combines them and table.py prints them.
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,7 @@
-"""What fits a card: the longest sequence, what to change when a config does not fit, and by how
-much, and what layers can keep between their two passes.
+"""What fits on a GPU: the longest sequence, what to change if a config does not fit, what to keep.
 
-A prediction may be wrong by 5 %, so a decision that nobody has to answer for leaves that margin;
-what a person is told is the prediction itself.
+A prediction may be off by 5 %. Automatic decisions leave that margin; reports show the prediction
+itself.
 """
 
 from __future__ import annotations
@@ -13,26 +12,26 @@ from sparselong.memory.table import format_bytes
 from sparselong.memory.training import GIB, Device, Kept, finetune_memory
 
 CARD_BYTES = int(23.6 * GIB)
-"""What a 24 GB card lends: plans are for one where no GPU is named."""
+"""Usable memory of a 24 GB card, for which plans are made if no GPU is named."""
 MARGIN = 1.05
-"""How far a measured peak may lie above the predicted one."""
+"""Factor by which a measured peak may exceed the predicted one."""
 STEP_TOKENS = 128
-"""Sequence lengths are looked for in steps of this many tokens."""
+"""Granularity of the sequence lengths that are tried, in tokens."""
 
 
 def is_kept(asked: str, peak_bytes: int, budget_bytes: int) -> bool:
-    """Whether a thing that can be kept is: `always`, or by `auto` where the peak with it, and the
-    margin, fits."""
+    """Return whether to keep something: `always`, or with `auto` if peak and margin fit."""
     return asked == "always" or (asked == "auto" and peak_bytes * MARGIN <= budget_bytes)
 
 
 def kept_peaks(
     shape: ModelShape, config: Config, device: Device = "cuda", *, sharded: bool = False
 ) -> dict[str, int]:
-    """Predicted peak with each thing that layers can keep, by its key in `training`.
+    """Return the predicted peak with each output that layers can keep, by its key in `training`.
 
-    Attention's outputs save more time for their bytes and come first: the experts' peak has them,
-    too, unless they are `never` kept; theirs has the experts' only if these are `always`.
+    Attention's outputs come first because they save more time per byte. The peak for the experts'
+    outputs therefore includes them unless they are `never` kept, and the peak for attention's
+    includes the experts' outputs only if these are `always` kept.
     """
     training = config.training
     kept = {
@@ -53,7 +52,7 @@ def decide_kept(
     *,
     sharded: bool = False,
 ) -> Kept:
-    """What layers keep on a device that lends `budget_bytes`."""
+    """Return what layers keep on a device with `budget_bytes` of usable memory."""
     nothing = config.nothing_to_keep(device)
     return Kept(
         *(
@@ -66,7 +65,7 @@ def decide_kept(
 def least_peak_bytes(
     shape: ModelShape, config: Config, budget_bytes: int, device: Device = "cuda"
 ) -> int:
-    """Predicted peak of stage 03 on a device that lends `budget_bytes`."""
+    """Return the predicted peak of stage 03 on a device with `budget_bytes` of usable memory."""
     kept = decide_kept(shape, config, budget_bytes, device)
     return finetune_memory(shape, config, device, kept=kept).peak_bytes
 
@@ -74,8 +73,10 @@ def least_peak_bytes(
 def largest_sequence_len(
     shape: ModelShape, config: Config, budget_bytes: int, device: Device = "cuda"
 ) -> int:
-    """The longest sequence (a multiple of 128 tokens, at most `sequence_len`) whose fine-tuning
-    fits the budget on one device in this version; 0 when none does."""
+    """Return the longest sequence in tokens whose fine-tuning fits the budget on one device.
+
+    It is a multiple of 128 and at most `sequence_len`; 0 if no length fits.
+    """
 
     def fits(blocks: int) -> bool:
         shorter = config.model_copy(update={"sequence_len": blocks * STEP_TOKENS})
@@ -91,34 +92,34 @@ def largest_sequence_len(
 def suggest_changes(
     shape: ModelShape, config: Config, budget_bytes: int, device: Device = "cuda"
 ) -> list[str]:
-    """What to change so that stage 03 fits, each with what it saves; the least costly first.
+    """Return changes that make stage 03 fit, the cheapest first.
 
     Returns:
-        `key=value` texts, each alone: how much it saves and whether that is enough; then the
-        sequence that fits without and with them. Empty where the config fits as it is, or where
-        nothing helps.
+        For each single `key=value`, a text saying how much it saves and whether that is enough;
+        then the sequence lengths that fit without and with all of them. Empty if the config fits
+        as it is or nothing helps.
     """
     peak = least_peak_bytes(shape, config, budget_bytes, device)
     if peak <= budget_bytes:
         return []
-    told, together = [], config
+    texts, together = [], config
     for text, changed in _alternatives(config):
         less = least_peak_bytes(shape, changed, budget_bytes, device)
         if less < peak:
-            outcome = "fits" if less <= budget_bytes else "is not enough alone"
-            told.append(f"{text} saves {format_bytes(peak - less)} and {outcome}")
+            outcome = "fits" if less <= budget_bytes else "is not enough by itself"
+            texts.append(f"{text} saves {format_bytes(peak - less)} and {outcome}")
             together = _merge(together, config, changed)
     longest = largest_sequence_len(shape, config, budget_bytes, device)
     if longest:
-        told.append(f"sequence_len={longest} instead of {config.sequence_len} fits")
+        texts.append(f"sequence_len={longest} instead of {config.sequence_len} fits")
     longer = largest_sequence_len(shape, together, budget_bytes, device)
-    if longer > longest and len(told) > (longest > 0):
-        told.append(f"with all of the changes before, sequence_len={longer} fits")
-    return told
+    if longer > longest and len(texts) > (longest > 0):
+        texts.append(f"with all other changes, sequence_len={longer} fits")
+    return texts
 
 
 def _merge(config: Config, before: Config, changed: Config) -> Config:
-    """`config` with what distinguishes `changed` from `before`."""
+    """Return `config` with the values in which `changed` differs from `before`."""
     training = {
         name: value for name, value in changed.training if value != getattr(before.training, name)
     }
@@ -134,7 +135,7 @@ def _merge(config: Config, before: Config, changed: Config) -> Config:
 
 
 def _alternatives(config: Config) -> list[tuple[str, Config]]:
-    """Single changes that save memory, as override and config."""
+    """Return single changes that save memory, each as override and config."""
     training = config.training
     found = []
 

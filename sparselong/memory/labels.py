@@ -1,4 +1,4 @@
-"""What each component of a plan is called where a person reads it, by its key."""
+"""Display names of a plan's components, by key."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LABELS = {
     "checkpoints": "activation checkpoints",
     "kept_attention": "kept attention outputs",
     "kept_experts": "kept expert outputs",
-    "gaps": "allocator's gaps",
-    "layer": "one layer, made again",
-    "experts_work": "experts at work",
-    "attention_work": "attention at work",
+    "gaps": "allocator fragmentation",
+    "layer": "one layer, recomputed",
+    "experts_work": "experts, working memory",
+    "attention_work": "attention, working memory",
     "loss": "logits and cross-entropy",
     "workspaces": "cuBLAS workspaces",
     "context": "CUDA context",
@@ -34,7 +34,7 @@ LABELS = {
     "layer_weights": "one layer's weights",
     "hessian": "Hessian, inverse, factors",
     "live": "live layer activations",
-    "layer_read": "the layer that is read",
+    "layer_read": "the layer being read",
     "hidden_states": "calibration hidden states",
     "base_rest": "the rest of the base model",
     "logits": "logits",
@@ -45,10 +45,10 @@ LABELS = {
     "finetuned_model": "03_finetune/model",
     "finetune_checkpoints": "03_finetune/checkpoints",
     "adapter": "03_finetune/adapter",
-    "compress_work": "02_compress/work, until it is done",
+    "compress_work": "02_compress/work, temporary",
 }
 
 
 def label(components: Mapping[str, Number]) -> dict[str, Number]:
-    """Return components under what they are called, in the same order."""
+    """Return components by display name, in the same order."""
     return {LABELS[key]: value for key, value in components.items()}

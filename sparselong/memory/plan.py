@@ -1,8 +1,8 @@
-"""The plan of a run: what is read, written, held in memory, and how long it takes.
+"""The plan of a run: files read and written, memory, and time.
 
-`make_plan` answers for a whole config, `plan_stage` for one stage's `--dry-run`. Neither looks at
-the GPU: a plan is for a device kind (by default the one the config asks for), and 01_health.py
-compares it with what the machine has.
+`make_plan` plans a whole config, `plan_stage` one stage for `--dry-run`. Neither inspects the GPU:
+a plan is made for a kind of device (by default the one the config asks for), and 01_health.py
+compares it with the machine.
 """
 
 from __future__ import annotations
@@ -19,32 +19,36 @@ from sparselong.memory.table import format_bytes
 from sparselong.memory.training import Device, Memory
 
 CPU_PARAMETERS = 1_000_000_000
-"""Models of this size and more are not fine-tuned on a processor: a step would take hours."""
+"""Models of at least this size are not fine-tuned on a CPU, where a step would take hours."""
 _SHOWS_TRAINING = ("01_health", "03_finetune")
-"""Stages whose plan has stage 03's memory."""
+"""Stages whose plan shows stage 03's memory."""
 _HOST_BYTES = 2 * training.GIB
-"""Python, libraries and file buffers in host memory while a GPU does the work (estimate)."""
+"""Host memory for Python, libraries and file buffers while a GPU computes (estimate)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the planner knows of a config.
+    """The planner's results for a config. Components are keyed as in LABELS.
 
     Attributes:
-        disk: bytes on disk by artifact; this and what follows by keys of LABELS.
-        bits_per_weight: of the compressed model, by group.
+        shape: sizes of the base model.
+        device: kind of device that the plan is for.
+        rate: speed of the device, for the estimates in `seconds`.
+        disk: bytes on disk by artifact.
+        bits_per_weight: bits per weight of the compressed model, by group.
         compressed: bytes of the compressed model, by group.
-        card_bytes: what the device that is planned for can lend.
-        memory: stage 03 in this version, everything on one device.
-        changes: what to change so that stage 03 fits it, the least costly first; empty if it fits.
-        sharded: stage 03 on each of `sequence_parallel_degree` GPUs once they share the work;
-            None where the degree is 1.
-        stages: bytes of the other stages' working memory by component.
-        offloaded_bytes: of host memory, what stage 03 moves its checkpoints to.
-        compress_host: bytes that stage 02 keeps in host memory whatever its device.
-        linkable: of `disk`, what takes no room where shards can be hard links.
-        tokens, tokens_note: what stage 03 trains on, and how it was counted.
-        seconds: estimate by stage.
+        card_bytes: usable memory of the device.
+        memory: stage 03 in this version, with the whole model on each device.
+        changes: changes that make stage 03 fit, the cheapest first; empty if it fits.
+        sharded: stage 03 on each of `sequence_parallel_degree` GPUs once experts and vocabulary
+            are sharded; None if the degree is 1.
+        stages: bytes of the other stages' working memory, by stage and component.
+        offloaded_bytes: pinned host memory for stage 03's offloaded checkpoints.
+        compress_host: bytes that stage 02 keeps in host memory on any device.
+        linkable: the part of `disk` that takes no space if shards can be hard links.
+        tokens: number of tokens that stage 03 trains on.
+        tokens_note: how `tokens` was determined.
+        seconds: estimated time by stage.
     """
 
     shape: ModelShape
@@ -67,20 +71,20 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory that the hungriest stage needs; with a GPU, that is stage 02."""
+        """Host memory of the stage that needs most, in bytes; with a GPU that is stage 02."""
         if self.device == "cpu":
             return max(self.stage_memory(name)[1] for name in ("03_finetune", *self.stages))
         return max(_total(self.compress_host), self.offloaded_bytes) + _HOST_BYTES
 
     def stage_memory(self, name: str) -> tuple[dict[str, int], int]:
-        """Components of a stage's memory and their peak, in bytes."""
+        """Return the components of a stage's memory and their peak, in bytes."""
         if name == "03_finetune":
             return self.memory.components, self.memory.peak_bytes
         components = self.stages.get(name, {})
         return components, _total(components)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as a JSON document."""
+        """Return the plan as a JSON document."""
         return {
             "device": self.device,
             "parameters": self.shape.total,
@@ -108,8 +112,10 @@ def _total(components: dict[str, int]) -> int:
 
 
 def configured_device(config: Config, shape: ModelShape) -> Device:
-    """The device kind a config is made for: `cpu` for a model of less than a billion parameters
-    without flash attention, which needs a GPU; else `cuda`."""
+    """Return the kind of device that a config is meant for.
+
+    It is `cpu` for models below a billion parameters without flash attention, otherwise `cuda`.
+    """
     return "cpu" if shape.total < CPU_PARAMETERS and not config.flash_attention else "cuda"
 
 
@@ -119,15 +125,16 @@ def make_plan(
     gpu_name: str | None = None,
     gpu_bytes: int | None = None,
 ) -> Plan:
-    """The plan of a config.
+    """Return the plan of a config.
 
     Args:
-        device: what to plan for; None takes `configured_device`.
-        gpu_name: for the time estimate; None takes an RTX 3090.
-        gpu_bytes: what the GPU can lend; None takes what a card of 24 GB does.
+        config: the config to plan.
+        device: kind of device to plan for; None takes `configured_device`.
+        gpu_name: GPU for the time estimate; None takes an RTX 3090.
+        gpu_bytes: usable memory of the GPU; None takes that of a 24 GB card.
 
     Raises:
-        StageError: the base model's shape is not known.
+        StageError: the base model's shape is unknown.
     """
     shape = find_shape(config.model)
     device = device or configured_device(config, shape)
@@ -164,7 +171,7 @@ def make_plan(
 
 
 def _working_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, dict[str, int]]:
-    """Components of the other stages' memory, by stage; on a processor the host's are theirs."""
+    """Return components of the other stages' memory by stage; on a CPU they include the host's."""
     compress = stages.compress_memory(shape, config, device)
     if device == "cpu":
         compress |= stages.compress_host_memory(shape, config, device)
@@ -175,18 +182,20 @@ def _working_memory(shape: ModelShape, config: Config, device: Device) -> dict[s
 
 
 def _size(path: Path) -> int | None:
-    """Bytes of a file; None where there is none."""
+    """Return the size of a file in bytes; None if it does not exist."""
     return path.stat().st_size if path.is_file() else None
 
 
 def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
-    """What a stage would do: the document that `--dry-run` prints. Touches nothing.
+    """Return what a stage would do: the document that `--dry-run` prints. Changes nothing.
 
     Args:
+        config: the config to plan.
+        run_dir: the run directory, for the paths.
         name: `01_health`, `02_compress`, `03_finetune` or `04_eval`.
 
     Raises:
-        StageError: the base model's shape is not known.
+        StageError: the base model's shape is unknown.
     """
     made = make_plan(config)
     components, peak = made.stage_memory("03_finetune" if name == "01_health" else name)
@@ -229,11 +238,11 @@ def _files(
     data = _row(data_path, _size(source) or 0, "conversations")
     two, three = run_dir / "02_compress", run_dir / "03_finetune"
     model2 = _row(two / "model", disk["compressed_model"], "compressed model")
-    work = _row(two / "work", disk["compress_work"], "until it is done")
+    work = _row(two / "work", disk["compress_work"], "temporary")
     masters = _row(two / "masters", disk["compressed_masters"], "dense masters for stage 03")
     model3 = _row(three / "model", disk["finetuned_model"], "fine-tuned model")
     rest3 = [
-        _row(three / "checkpoints", disk["finetune_checkpoints"], "checkpoints, the last ones"),
+        _row(three / "checkpoints", disk["finetune_checkpoints"], "latest checkpoints"),
         _row(three / "adapter", disk["adapter"], "adapter"),
     ]
     report = [_row(run_dir / name / "report.md", 0, "report")]
@@ -246,24 +255,24 @@ def _files(
 
 
 def _memory_notes(made: Plan) -> list[str]:
-    """What the components of stage 03's memory mean, and what to do where they do not fit."""
+    """Return notes on the components of stage 03's memory, and what to do if they do not fit."""
     notes = [
-        "Memory is stage 03's. The loss, a layer's experts and its attention take turns: the peak "
-        "counts the largest."
+        "Memory is that of stage 03. The loss, a layer's experts and its attention are not in "
+        "memory at the same time: the peak counts the largest."
     ]
     if made.memory.components.get("kept_attention"):
-        notes.append("Full attention's outputs are kept, so that it is computed once a step.")
+        notes.append("The outputs of full attention are kept and not recomputed.")
     if made.memory.components.get("kept_experts"):
-        notes.append("The experts' first product is kept, so that it is made once a step.")
+        notes.append("The experts' gate_up outputs are kept and not recomputed.")
     short = made.memory.peak_bytes - made.card_bytes
     if made.device == "cuda" and short > 0:
         remedies = list(made.changes)
         if not any(text.endswith(" fits") for text in remedies):
             remedies.append(
-                "no change of the config is enough: take a larger GPU or a smaller model"
+                "no change of the config is enough: use a larger GPU or a smaller model"
             )
         notes.append(
-            f"It does not fit a card that lends {format_bytes(made.card_bytes)}: "
+            f"It does not fit a card with {format_bytes(made.card_bytes)} of usable memory: "
             f"{format_bytes(short)} short; {'; '.join(remedies)}."
         )
     return notes
@@ -271,8 +280,8 @@ def _memory_notes(made: Plan) -> list[str]:
 
 def _notes(config: Config, name: str, made: Plan) -> list[str]:
     notes = [
-        f"Seconds are an estimate for {made.rate.name}; memory figures are weights exactly, "
-        "activations by estimate."
+        f"Times are estimates for {made.rate.name}. In memory figures, weights are exact and "
+        "activations are estimates."
     ]
     if name in _SHOWS_TRAINING:
         notes += _memory_notes(made)
@@ -281,12 +290,12 @@ def _notes(config: Config, name: str, made: Plan) -> list[str]:
         if config.sequence_parallel_degree > 1:
             notes.append(
                 f"{config.sequence_parallel_degree} GPUs share each sequence; each holds the whole "
-                "model. Sharing that is to come."
+                "model. Sharding the model is not implemented yet."
             )
     model = {"02_compress": "compressed_model", "03_finetune": "finetuned_model"}.get(name)
     if model is not None:
         notes.append(
-            f"Of the model, {format_bytes(made.linkable[model])} take no room of their "
-            "own where the file system can hard-link shards."
+            f"Of the model, {format_bytes(made.linkable[model])} take no disk space if the file "
+            "system can hard-link shards."
         )
     return notes

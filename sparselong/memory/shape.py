@@ -1,9 +1,9 @@
 """The sizes of a gpt-oss model, as integers, without loading it.
 
-Everything the planner says follows from ten numbers of the model's configuration. The two published
-models are built in under their hub names; the `tiny` model is the one that sparselong.tiny.build
-makes; any other base is read from its config.json. Parameter counts are exact: for the published
-models they equal the checkpoints' own to the last parameter.
+All plans follow from ten numbers of the model's configuration. The two published models are built
+in under their hub names, the `tiny` model is that of sparselong.tiny.build, and any other base is
+read from its config.json. Parameter counts are exact: for the published models they equal the
+checkpoints' to the last parameter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparselong.errors import ConfigError, StageError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the planner needs to know of a gpt-oss model; field names follow the field's own."""
+    """Sizes of a gpt-oss model that the planner needs."""
 
     layers: int
     experts: int
@@ -34,7 +34,7 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
-        """Width of all query heads together: o_proj's input."""
+        """Width of all query heads together, which is o_proj's input."""
         return self.heads * self.head_dim
 
     @property
@@ -44,12 +44,12 @@ class ModelShape:
 
     @property
     def full_layers(self) -> int:
-        """Layers with full attention: every second one, beginning with the second."""
+        """Number of layers with full attention: every second one, starting with the second."""
         return self.layers // 2
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """(output, input) features of one layer's attention projections."""
+        """(output, input) features of each attention projection in a layer."""
         return {
             "q_proj": (self.query_width, self.hidden),
             "k_proj": (self.kv_width, self.hidden),
@@ -59,57 +59,57 @@ class ModelShape:
 
     @property
     def expert_weights(self) -> int:
-        """Weights of all experts of all layers, biases not counted."""
+        """Weights of all experts in all layers, without biases."""
         return self.layers * self.experts * 3 * self.intermediate * self.hidden
 
     @property
     def expert_biases(self) -> int:
-        """Biases of all experts of all layers."""
+        """Biases of all experts in all layers."""
         return self.layers * self.experts * (2 * self.intermediate + self.hidden)
 
     @property
     def attention_weights(self) -> int:
-        """Weights of the q, k, v and o projections of all layers, biases not counted."""
+        """Weights of the q, k, v and o projections in all layers, without biases."""
         return self.layers * sum(rows * columns for rows, columns in self.projections.values())
 
     @property
     def attention_biases(self) -> int:
-        """Biases of the q, k, v and o projections of all layers."""
+        """Biases of the q, k, v and o projections in all layers."""
         return self.layers * sum(rows for rows, _ in self.projections.values())
 
     @property
     def sinks(self) -> int:
-        """One learned sink logit per query head and layer."""
+        """Learned sink logits, one per query head and layer."""
         return self.layers * self.heads
 
     @property
     def router(self) -> int:
-        """Router weights and biases of all layers."""
+        """Router weights and biases in all layers."""
         return self.layers * self.experts * (self.hidden + 1)
 
     @property
     def norms(self) -> int:
-        """Two norms per layer and the last one."""
+        """Weights of the norms: two per layer and the final one."""
         return (2 * self.layers + 1) * self.hidden
 
     @property
     def embedding(self) -> int:
-        """Embedding weights; lm_head, which is not tied to it, has as many."""
+        """Embedding weights; the untied lm_head has the same number."""
         return self.vocab * self.hidden
 
     @property
     def small(self) -> int:
-        """Everything that stays bf16 beside embedding and lm_head: router, norms, biases, sinks."""
+        """Other parameters that stay in bf16: router, norms, biases, sinks."""
         return self.expert_biases + self.attention_biases + self.sinks + self.router + self.norms
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         return self.expert_weights + self.attention_weights + 2 * self.embedding + self.small
 
     @property
     def active(self) -> int:
-        """Weights that one token is multiplied with: attention, router, its experts, lm_head."""
+        """Weights used for one token: attention, router, its experts, lm_head."""
         chosen = self.expert_weights * self.experts_per_token // self.experts
         return chosen + self.attention_weights + self.router + self.embedding
 
@@ -135,7 +135,7 @@ _FIELDS = {
 
 
 def tiny_shape(layers: int) -> ModelShape:
-    """The shape of the small model that sparselong.tiny.build makes; a test holds them equal."""
+    """Return the shape of the model that sparselong.tiny.build makes; a test compares them."""
     return ModelShape(
         layers=layers,
         experts=8,
@@ -149,10 +149,10 @@ def tiny_shape(layers: int) -> ModelShape:
 
 
 def find_shape(model: ModelSection) -> ModelShape:
-    """The shape of the configured base model.
+    """Return the shape of the configured base model.
 
     Raises:
-        StageError: the base is neither published, nor tiny, nor a directory or a cached hub model
+        StageError: the base is neither published, nor tiny, nor a directory or cached hub model
             with a gpt-oss config.json.
     """
     if model.base == "tiny":
@@ -166,14 +166,14 @@ def find_shape(model: ModelSection) -> ModelShape:
 
 
 def check_heads(config: Config, shape: ModelShape) -> None:
-    """Raise if the model's key/value heads cannot be gathered `heads_k_stride` at a time.
+    """Raise if the model's KV heads cannot be gathered `heads_k_stride` at a time.
 
     Raises:
-        ConfigError: a sequence is split, and the stride is no divisor of the number of heads.
+        ConfigError: sequences are split and the stride does not divide the number of KV heads.
     """
     if config.sequence_parallel_degree > 1 and shape.kv_heads % config.heads_k_stride:
         raise ConfigError(
-            f"heads_k_stride does not divide the model's {shape.kv_heads} key/value heads",
+            f"heads_k_stride does not divide the model's {shape.kv_heads} KV heads",
             f"a divisor of {shape.kv_heads}",
             f"heads_k_stride: {config.heads_k_stride}",
             "set heads_k_stride=1, or another divisor",
@@ -191,18 +191,18 @@ def _cached_config(model: ModelSection) -> Path:
     if isinstance(cached, str):
         return Path(cached)
     raise StageError(
-        f"the shape of model.base {model.base!r} is not known",
+        f"the shape of model.base {model.base!r} is unknown",
         f"{' or '.join(PUBLISHED)}, tiny, or a directory with a config.json",
-        "neither such a directory nor a config.json in the hub cache",
-        f"correct model.base, or fetch it first: hf download {model.base} config.json",
+        "no such directory, and no config.json in the hub cache",
+        f"correct model.base, or download it first: hf download {model.base} config.json",
     )
 
 
 def read_shape(path: Path) -> ModelShape:
-    """The shape that a gpt-oss checkpoint's config.json describes.
+    """Return the shape described by a gpt-oss checkpoint's config.json.
 
     Raises:
-        StageError: it cannot be read, is not of a gpt-oss model, or lacks a key.
+        StageError: the file cannot be read, does not describe a gpt-oss model or lacks a key.
     """
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -216,14 +216,14 @@ def read_shape(path: Path) -> ModelShape:
     kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
     if kind != "gpt_oss":
         raise StageError(
-            f"{path} is not of a gpt-oss model", "model_type gpt_oss", f"{kind}", "set model.base"
+            f"{path} is not a gpt-oss config", "model_type gpt_oss", f"{kind}", "set model.base"
         )
     lacking = [key for key in _FIELDS.values() if not isinstance(values.get(key), int)]
     if lacking:
         raise StageError(
             f"{path} is incomplete",
-            f"whole numbers for {', '.join(_FIELDS.values())}",
+            f"integers for {', '.join(_FIELDS.values())}",
             f"none for {', '.join(lacking)}",
-            "take config.json from the published checkpoint",
+            "use the config.json of the published checkpoint",
         )
     return ModelShape(**{field: values[key] for field, key in _FIELDS.items()})

@@ -1,8 +1,8 @@
-"""Working memory of stages 02 and 04, by component: one layer at work, and a whole model read.
+"""Working memory of stages 02 and 04, by component.
 
-Components are keys of LABELS. Weights are exact, the rest is an estimate. Both stages attend as
-stage 03 does: by kernels without a score matrix under `flash_attention`, else by transformers'
-eager attention.
+Stage 02 processes one layer at a time, stage 04 loads whole models. Components are keys of LABELS.
+Weights are exact, everything else is an estimate. Both stages compute attention as stage 03 does:
+without a score matrix under `flash_attention`, otherwise by transformers' eager attention.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from sparselong.memory.training import (
 COMPRESS_BATCH_TOKENS = 4096
 """Calibration tokens that stage 02 runs through a layer at once."""
 EVALUATED_TOKENS = 1024
-"""Length of the conversations that stage 04 is planned for."""
+"""Length of a conversation in stage 04 that the plan assumes."""
 EVALUATE_BATCH_TOKENS = 16_384
-"""Most tokens that stage 04 runs through a model at once."""
+"""Maximum number of tokens that stage 04 runs through a model at once."""
 
 
 def compress_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
-    """Bytes of stage 02 on its device by component: one layer at work on a batch of calibration
-    tokens, and one Hessian with its inverse and factors."""
+    """Return bytes of stage 02 on its device by component.
+
+    They are one layer with a batch of calibration tokens, and one Hessian, its inverse and factors.
+    """
     length = config.calibration.sequence_len
     tokens = max(COMPRESS_BATCH_TOKENS, length)
     inputs = max(shape.hidden, shape.query_width)
@@ -47,8 +49,11 @@ def compress_memory(shape: ModelShape, config: Config, device: Device) -> dict[s
 
 
 def compress_host_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
-    """Bytes of stage 02 in host memory beside the device's work: the layer that is read, and the
-    calibration tokens' hidden states before and after it (and once more while they are saved)."""
+    """Return bytes of stage 02 in host memory by component.
+
+    They are the layer being read, and the hidden states of the calibration tokens before the layer,
+    after it, and a third time while being saved.
+    """
     return {
         "layer_read": layer_bytes(shape),
         "hidden_states": 3 * state_bytes(shape, config, device),
@@ -56,21 +61,21 @@ def compress_host_memory(shape: ModelShape, config: Config, device: Device) -> d
 
 
 def state_bytes(shape: ModelShape, config: Config, device: Device) -> int:
-    """Bytes of the calibration tokens' hidden states between two layers."""
+    """Return bytes of the calibration tokens' hidden states between two layers."""
     samples = config.calibration.samples * config.calibration.sequence_len
     return samples * shape.hidden * _width(device)
 
 
 def layer_bytes(shape: ModelShape) -> int:
-    """Bytes of one layer of the base checkpoint."""
+    """Return bytes of one layer of the base checkpoint."""
     whole = sum(storage.base_groups(shape).values())
     return (whole - 2 * shape.embedding * storage.BF16_BYTES) // shape.layers
 
 
 def evaluate_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
-    """Bytes of stage 04 by component, for the largest of its three models: the base.
+    """Return bytes of stage 04 by component, for the largest of its three models, the base.
 
-    Conversations longer than EVALUATED_TOKENS under eager attention need more than this.
+    With eager attention, conversations longer than EVALUATED_TOKENS need more.
     """
     width = _width(device)
     base = storage.base_groups(shape)
@@ -93,13 +98,13 @@ def _width(device: Device) -> int:
 
 
 def _live(shape: ModelShape, tokens: int, device: Device, inner_widths: int) -> int:
-    """A batch's choices in the experts, each of so many inner widths."""
+    """Return bytes of a batch's routed tokens, each taking `inner_widths` intermediate sizes."""
     copies = tokens * shape.experts_per_token
     return copies * inner_widths * shape.intermediate * _width(device)
 
 
 def _attention(shape: ModelShape, config: Config, tokens: int, length: int, device: Device) -> int:
-    """Queries, keys, values and output; scores in the copies that eager attention makes."""
+    """Return bytes of queries, keys, values and output, and of eager attention's score copies."""
     own = tokens * 2 * (shape.query_width + shape.kv_width) * _width(device)
     if config.flash_attention:
         return own

@@ -1,14 +1,14 @@
-"""How many bytes the weights take, on disk and packed in memory: exact arithmetic.
+"""Bytes of the weights, on disk and packed in memory: exact arithmetic.
 
-A stored weight costs its kept code bits, its share of a 2:4 pattern and its share of a scale:
+A weight takes the bits of its code if it is kept, its share of a 2:4 pattern and that of a scale:
 
-    2:4 pattern    3 bits for each group of four (six patterns of two kept)      0.75 bit a weight
-    integer codes  4 or 8 bits a kept weight, one bf16 scale per group           16 / group_size
-    MXFP4          4 bits a kept weight, one 8-bit E8M0 scale per 32             0.25 bit a weight
+    2:4 pattern    3 bits per group of four (six patterns of two kept)         0.75 bit per weight
+    integer codes  4 or 8 bits per kept weight, one bf16 scale per group       16 / group_size
+    MXFP4          4 bits per kept weight, one 8-bit E8M0 scale per 32         0.25 bit per weight
 
-so that 2:4 int4 in groups of 64 is 2 + 0.75 + 0.25 = 3.0 bits a weight, MXFP4 4.25, MXFP4 2:4 3.0,
-2:4 int8 5.0 and 2:4 bf16 8.75. Headers, tokenizer and config files (about 30 MB with the published
-models) are left out.
+2:4 int4 in groups of 64 is therefore 2 + 0.75 + 0.25 = 3.0 bits per weight, MXFP4 4.25, MXFP4 2:4
+3.0, 2:4 int8 5.0 and 2:4 bf16 8.75. Headers, tokenizer and config files (about 30 MB for the
+published models) are not counted.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ _ADAM_8BIT_BYTES = 2
 
 
 def dense_bits(weight_bits: int, sparsity: str, group_size: int) -> float:
-    """Bits per weight of a shared dense layer in our format."""
+    """Return bits per weight of a shared dense layer in our format."""
     kept = weight_bits / 2 + _PATTERN_BITS if sparsity == "2:4" else float(weight_bits)
     return kept + (BF16_BITS / group_size if weight_bits < BF16_BITS else 0.0)
 
 
 def expert_bits(sparsity: str) -> float:
-    """Bits per expert weight: MXFP4 as published, or 2:4 of it."""
+    """Return bits per expert weight: MXFP4 as published, or 2:4 of it."""
     return (2 + _PATTERN_BITS if sparsity == "2:4" else 4.0) + 8 / 32
 
 
 def base_groups(shape: ModelShape) -> dict[str, int]:
-    """Bytes of the upstream checkpoint by group (a key of LABELS): MXFP4 experts, bf16 rest."""
+    """Return bytes of the upstream checkpoint (MXFP4 experts, bf16 rest) by group in LABELS."""
     return _groups(shape, expert_bits("none"), BF16_BITS)
 
 
 def compressed_groups(shape: ModelShape, config: Config) -> dict[str, int]:
-    """Bytes of the compressed model by group."""
+    """Return bytes of the compressed model by group."""
     bits = bits_by_group(config)
     return _groups(shape, bits["experts"], bits["attention"])
 
 
 def bits_by_group(config: Config) -> dict[str, float]:
-    """Bits per weight of the compressed model's groups."""
+    """Return bits per weight of the compressed model by group."""
     dense = config.shared_dense
     return {
         "experts": expert_bits(config.experts.sparsity),
@@ -68,7 +68,7 @@ def _groups(shape: ModelShape, expert: float, attention: float) -> dict[str, int
 
 
 def masters_bytes(shape: ModelShape, config: Config) -> int:
-    """Bytes of the dense bf16 masters that stage 02 leaves beside the model for stage 03."""
+    """Return bytes of the dense bf16 masters that stage 02 writes for stage 03."""
     dense = config.shared_dense
     if dense.weight_bits == BF16_BITS and dense.sparsity == "none":
         return 0
@@ -76,8 +76,11 @@ def masters_bytes(shape: ModelShape, config: Config) -> int:
 
 
 def adapted_bytes(shape: ModelShape, config: Config) -> int:
-    """Bytes that the targeted layers hold in memory beside their packed weight: the bf16 master and
-    copies of masks and scales, which change in training. A plain bf16 layer is its own master."""
+    """Return bytes that the adapted layers hold in memory in addition to their packed weights.
+
+    They are the bf16 master and copies of masks and scales, which change during training. A plain
+    bf16 layer is its own master.
+    """
     dense = config.shared_dense
     if dense.weight_bits == BF16_BITS and dense.sparsity == "none":
         return 0
@@ -87,7 +90,7 @@ def adapted_bytes(shape: ModelShape, config: Config) -> int:
 
 
 def adapted_weights(shape: ModelShape, config: Config) -> int:
-    """Weights of the targeted layers in one decoder layer."""
+    """Return the number of weights of the adapted projections in one decoder layer."""
     return sum(
         rows * columns
         for name, (rows, columns) in shape.projections.items()
@@ -96,7 +99,7 @@ def adapted_weights(shape: ModelShape, config: Config) -> int:
 
 
 def lora_parameters(shape: ModelShape, config: Config) -> int:
-    """Trainable parameters of the adapters: attention projections, experts, router, as targeted."""
+    """Return the number of parameters of all adapters: projections, experts and routers."""
     lora = config.lora
     sizes = [shape.projections[name] for name in lora.target_modules if name in shape.projections]
     if lora.router:
@@ -111,19 +114,19 @@ def lora_parameters(shape: ModelShape, config: Config) -> int:
 
 
 def optimizer_bytes(config: Config) -> int:
-    """Bytes of optimizer state per trainable parameter."""
+    """Return bytes of optimizer state per trainable parameter."""
     return _ADAM_8BIT_BYTES if config.training.optimizer == "adamw_bnb_8bit" else _ADAM_BYTES
 
 
 def checkpoint_bytes(shape: ModelShape, config: Config) -> int:
-    """Bytes of one training checkpoint: adapters, optimizer state, masks; never the base."""
+    """Return bytes of a training checkpoint: adapters, optimizer state and masks, not the base."""
     masks = int(shape.attention_weights * _PATTERN_BITS / 8)
     state = lora_parameters(shape, config) * (_LORA_BYTES + optimizer_bytes(config))
     return state + (masks if config.shared_dense.sparsity == "2:4" else 0)
 
 
 def disk_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
-    """Bytes on disk of all that the four stages leave behind, by artifact (a key of LABELS)."""
+    """Return bytes on disk of everything that the stages write, by artifact (a key of LABELS)."""
     model = sum(compressed_groups(shape, config).values())
     return {
         "base": sum(base_groups(shape).values()),
@@ -137,11 +140,11 @@ def disk_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
 
 
 def linkable_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
-    """Bytes of the models that take no room of their own where shards can be hard links.
+    """Return bytes of each model that take no disk space if shards can be hard links.
 
-    Stage 02 links an upstream shard when at most 5 % of it is attention that is stored anew: true
-    of gpt-oss-120b (2.9 %), not of gpt-oss-20b (9.3 %). Stage 03 links what stage 02 did not write,
-    but nothing when experts or routers have adapters: their new weights were in the same shards.
+    Stage 02 links an upstream shard if at most 5 % of it is replaced (attention): true of
+    gpt-oss-120b (2.9 %), but not of gpt-oss-20b (9.3 %). Stage 03 links the shards that it does not
+    change; none if experts or routers have adapters, because their weights are in the same shards.
     """
     packed = compressed_groups(shape, config)
     untouched = sum(packed.values()) - packed["attention"]

@@ -1,4 +1,4 @@
-"""Plans as plain text, at most 100 columns wide."""
+"""Formatting of plans as plain text, at most 100 columns wide."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ WIDTH = 100
 
 
 def format_bytes(count: int | float) -> str:
-    """Bytes in GiB, MiB or KiB with one or two decimals."""
+    """Return a byte count in GiB, MiB or KiB with two decimals, or in bytes."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(count) >= size:
             return f"{count / size:.2f} {unit}"
@@ -17,14 +17,14 @@ def format_bytes(count: int | float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
+    """Return a duration in seconds, minutes or hours, depending on its length."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def format_table(title: str, rows: dict[str, str]) -> list[str]:
-    """Lines of a two-column table; values are aligned to the right."""
+    """Return the lines of a two-column table with right-aligned values."""
     if not rows:
         return []
     left = min(max(map(len, rows)), WIDTH - 20)
@@ -37,7 +37,7 @@ def format_table(title: str, rows: dict[str, str]) -> list[str]:
 
 
 def memory_lines(document: dict[str, Any]) -> list[str]:
-    """The memory tables of a plan document (plan_stage's or Plan.to_dict's)."""
+    """Return the lines of the memory tables of a plan document (plan_stage or Plan.to_dict)."""
     place = "GPU" if document["device"] == "cuda" else "host"
     title = "Memory on each GPU" if place == "GPU" else "Host memory"
     parts = {name: format_bytes(size) for name, size in document["bytes_per_gpu"].items() if size}
@@ -50,15 +50,15 @@ def memory_lines(document: dict[str, Any]) -> list[str]:
         parts = {name: format_bytes(size) for name, size in sharded.items()}
         peak = format_bytes(document["sharded_peak_bytes_per_gpu"])
         lines += format_table(
-            "Memory on each GPU once experts and vocabulary are shared, too (not yet)",
+            "Memory on each GPU with experts and vocabulary sharded (not implemented yet)",
             {**parts, "peak": peak},
         )
     return lines
 
 
 def show_plan(document: dict[str, Any]) -> str:
-    """A `plan_stage` document for a person: plain text, at most 100 columns."""
-    lines = [f"Plan of {document['stage']} (nothing was touched)"]
+    """Return a `plan_stage` document as plain text, at most 100 columns wide."""
+    lines = [f"Plan of {document['stage']} (nothing was changed)"]
     for title in ("reads", "writes"):
         rows = {
             f"{row['path']} ({row['what']})": format_bytes(row["bytes"]) if row["bytes"] else "-"

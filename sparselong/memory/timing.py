@@ -1,10 +1,10 @@
-"""How long the stages take: a roofline with an efficiency, so estimates and no promises.
+"""Estimated duration of the stages: a roofline model with an assumed efficiency.
 
-A token costs two operations per active weight and pass. Training with checkpointing passes three
-times (forward, recomputed forward, gradient of the input), attention's backward counts 2.5
-forwards, and the mask-aware LoRA adds the gradient of the attention projections' weights. What a
-device reaches of its peak is set from one measurement: transformers trains gpt-oss-20b at 8,398
-tokens a second on an H200, a quarter of the arithmetic limit.
+A token costs two operations per active weight and pass. Training with checkpointing takes three
+passes (forward, recomputed forward, gradient of the input). Attention's backward pass counts as 2.5
+forward passes, and masked LoRA adds the gradient of the attention projections' weights. The
+efficiency is based on one measurement: transformers trains gpt-oss-20b at 8,398 tokens per second
+on an H200, a quarter of the arithmetic limit.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from sparselong.config import Config
 from sparselong.memory.shape import ModelShape
 
 EFFICIENCY = 0.2
-"""Share of the peak that this version's kernels are taken to reach."""
+"""Fraction of the peak that this version's kernels are assumed to reach."""
 ASSUMED_TOKENS = 1_500_000
-"""Size of a training set that is not on this machine yet."""
+"""Assumed size of a training set that is not on this machine yet."""
 ASSUMED_ITEMS = 10_042
-"""Items of a task when no limit is set: hellaswag's validation split."""
+"""Assumed number of items of a task without a limit: hellaswag's validation split."""
 ITEM_TOKENS = 400
-"""Tokens of an evaluation item, its four endings together."""
+"""Tokens of an evaluation item, with all four endings."""
 SAMPLE_TOKENS = 1_000
 """Tokens of a validation conversation, at most `sequence_len`."""
 
@@ -33,15 +33,15 @@ DEMO_ITEMS = 400
 
 @dataclass(frozen=True)
 class Rate:
-    """What a device computes and how fast the disk is."""
+    """Speed of a device and of the disk."""
 
     name: str
     flops_per_second: float
-    """Dense bf16 peak of a GPU, sustained fp32 of a processor."""
+    """Dense bf16 peak of a GPU, or sustained fp32 rate of a CPU."""
     efficiency: float
     disk_bytes_per_second: float
     startup_seconds: float
-    """Imports and start of a stage; axolotl's are counted twice."""
+    """Imports and start-up of a process."""
 
 
 GPU_PEAKS = {
@@ -53,13 +53,13 @@ GPU_PEAKS = {
     "H100": 990e12,
     "H200": 990e12,
 }
-"""Dense bf16 operations per second with fp32 accumulation, by a part of the GPU's name."""
+"""Dense bf16 operations per second with fp32 accumulation, by a substring of the GPU's name."""
 
 CPU = Rate("2 processor cores", 60e9, 0.5, 0.5e9, 15.0)
 
 
 def find_rate(gpu_name: str | None) -> Rate:
-    """The rate of a GPU by its name (an RTX 3090 when unknown), or of a processor for None."""
+    """Return the rate of a GPU by name (RTX 3090 if unknown), or of a CPU for None."""
     if gpu_name is None:
         return CPU
     for part, peak in GPU_PEAKS.items():
@@ -69,13 +69,13 @@ def find_rate(gpu_name: str | None) -> Rate:
 
 
 def forward_flops(shape: ModelShape, sequence_len: int) -> tuple[float, float]:
-    """Operations per token of one forward pass: (matrix products, attention scores)."""
+    """Return operations per token of a forward pass: (matrix products, attention scores)."""
     keys = sequence_len / 2 + min(shape.sliding_window, sequence_len)
     return 2.0 * shape.active, shape.layers / 2 * keys * 4 * shape.query_width
 
 
 def training_flops(shape: ModelShape, config: Config, *, masked_lora: bool = True) -> float:
-    """Operations per trained token; `masked_lora` adds the projections' weight gradients."""
+    """Return operations per trained token; `masked_lora` adds the projections' weight gradients."""
     products, scores = forward_flops(shape, config.sequence_len)
     passes = 3.0 if config.training.gradient_checkpointing else 2.0
     extra = 2.0 * shape.attention_weights if masked_lora else 0.0
@@ -83,10 +83,11 @@ def training_flops(shape: ModelShape, config: Config, *, masked_lora: bool = Tru
 
 
 def training_tokens(config: Config, data_bytes: int | None) -> tuple[int, str]:
-    """Tokens of a training run and how they were counted.
+    """Return the number of tokens of a training run, and how it was determined.
 
     Args:
-        data_bytes: size of the training file, None when it is not on this machine.
+        config: the config of the run.
+        data_bytes: size of the training file; None if it is not on this machine.
     """
     training = config.training
     if training.max_steps:
@@ -94,18 +95,21 @@ def training_tokens(config: Config, data_bytes: int | None) -> tuple[int, str]:
         tokens = training.max_steps * per_step * config.sequence_len
         return tokens, f"{training.max_steps} steps of full sequences"
     if data_bytes is not None:
-        return int(data_bytes / 4 * training.num_epochs), "4 bytes of data.train a token"
+        return int(data_bytes / 4 * training.num_epochs), "4 bytes of data.train per token"
     return int(ASSUMED_TOKENS * training.num_epochs), "data.train is not here yet: 1.5 M assumed"
 
 
 def stage_seconds(
     shape: ModelShape, config: Config, rate: Rate, disk: dict[str, int], tokens: int
 ) -> dict[str, float]:
-    """Estimated seconds of each stage.
+    """Return the estimated seconds of each stage.
 
     Args:
-        disk: bytes by artifact, as storage.disk_bytes gives them.
-        tokens: tokens that stage 03 trains on.
+        shape: sizes of the base model.
+        config: the config of the run.
+        rate: speed of the device and disk.
+        disk: bytes by artifact, from storage.disk_bytes.
+        tokens: number of tokens that stage 03 trains on.
     """
     speed = rate.flops_per_second * rate.efficiency
     tiny = config.model.base == "tiny"

@@ -1,9 +1,9 @@
-"""One run directory, one command line, one manifest per stage. No torch.
+"""Run directories, manifests and the command line of the stages. No torch.
 
-stages.py is the table of stages: what each reads and which config keys decide its result.
-directory.py keeps the promises of the run directory, command.py is the program that every numbered
-script is: read the config, lock the run directory, see whether the stage is done already and what
-it reads is there, do it, and write `manifest.json` last.
+stages.py is the table of stages: what each reads and which config keys affect its result.
+directory.py maintains the run directory. command.py is the program behind every numbered script: it
+reads the config, locks the run directory, checks whether the stage is up to date and its inputs
+exist, executes the stage, and writes `manifest.json` last.
 """
 
 from typing import TYPE_CHECKING

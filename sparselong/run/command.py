@@ -1,7 +1,7 @@
-"""The command line that every numbered script is: one function around a stage.
+"""The command line of every numbered script: one function around a stage.
 
-A refusal comes before anything heavy is imported: `execute` is called once the config is read, the
-run directory is locked and what the stage reads is there.
+Expected errors are raised before anything heavy is imported: `execute` is called only after the
+config has been read, the run directory locked and the stage's inputs found.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DEFAULT_CONFIG = "configs/gpt-oss-120b-4x3090.yaml"
 
 
 def parse_arguments(name: str, description: str, argv: list[str] | None) -> argparse.Namespace:
-    """Return what the command line says; every script has the same."""
+    """Return the parsed command line, which is the same for every script."""
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=description)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default %(default)s)")
     parser.add_argument("--run-dir", type=Path, help="default runs/<name of the config file>")
@@ -54,15 +54,15 @@ def run_stage(
 
     Args:
         name: the stage's name in `STAGES`.
-        description: what `--help` says.
-        argv: the command line; None takes the process's own.
+        description: text for `--help`.
+        argv: command line arguments; None takes the process's.
         execute: does the work and fills the stage's metrics, inputs and outputs.
-        plan: (config, run directory, stage name) → what `--dry-run` prints; touches nothing.
-        show_plan: renders the plan for a person.
-        keep_result: a finished stage is not done again; false for what is only true for now.
+        plan: (config, run directory, stage name) → document for `--dry-run`; changes nothing.
+        show_plan: formats the plan for display.
+        keep_result: whether a finished stage is up to date; false repeats it on every call.
 
     Returns:
-        0 done or nothing to do, 1 the stage failed, 2 usage or config error.
+        0 if the stage is done, 1 if it failed, 2 for a usage or config error.
     """
     arguments = parse_arguments(name, description, argv)
     redo = arguments.force or not keep_result
@@ -81,7 +81,7 @@ def run_stage(
 def _run_locked(stage: Stage, redo: bool, execute: Callable[[Stage], None]) -> dict[str, Any]:
     with locked(stage.run_dir):
         if prepare(stage, redo):
-            stage.log(f"{stage.name} is done already in {stage.run_dir} with this config")
+            stage.log(f"{stage.name} is up to date in {stage.run_dir} for this config")
             return read_manifest(stage.run_dir, stage.name) or {}
         start = time.monotonic()
         execute(stage)
@@ -89,7 +89,7 @@ def _run_locked(stage: Stage, redo: bool, execute: Callable[[Stage], None]) -> d
 
 
 def show_manifest(manifest: dict[str, Any]) -> str:
-    """Return a finished stage in a few lines: its scalar figures, and how long it took."""
+    """Return a summary of a finished stage: its duration and scalar metrics."""
     rows = [f"{manifest['stage']} {manifest['status']} in {manifest['seconds']:.1f} s"]
     for key, value in manifest["metrics"].items():
         if isinstance(value, dict) and all(not isinstance(v, (dict, list)) for v in value.values()):
@@ -105,7 +105,7 @@ class _Outcome:
 
 
 def _note_failure(name: str, run_dir: Path, text: str) -> None:
-    """Add a failure to the log of a stage that had begun, unless the disk refuses that, too."""
+    """Append a failure to the stage's log if the stage has started; ignore a full disk."""
     log = run_dir / name / "log.txt"
     with suppress(OSError):
         if log.parent.exists():
@@ -115,7 +115,7 @@ def _note_failure(name: str, run_dir: Path, text: str) -> None:
 
 @contextmanager
 def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_Outcome]:
-    """Turn expected failures into four lines and an exit code; the rest keep their traceback."""
+    """Turn expected failures into four lines and an exit code; others keep their traceback."""
 
     def interrupt(signum: int, frame: object) -> None:
         raise KeyboardInterrupt(signal.Signals(signum).name)
@@ -129,9 +129,9 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
     except KeyboardInterrupt as error:
         failure = StageError(
             f"{name} was interrupted",
-            "the stage to run to its end",
+            "the stage to finish",
             str(error) or "Ctrl-C",
-            "run the same command again: it goes on from the last finished part",
+            "run the same command again: it continues from the last finished part",
         )
     except Exception as error:
         if not is_disk_full(error):
@@ -140,7 +140,7 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
         file = getattr(error, "filename", None)
         failure = StageError(
             f"{name} could not write {file or f'to {arguments.run_dir}'}",
-            "room on the disk",
+            "free disk space",
             getattr(error, "strerror", None) or str(error).splitlines()[0],
             "free some space, then run the same command again: finished parts are kept",
         )

@@ -1,12 +1,12 @@
-"""The run directory and its promises: one process at a time, a manifest means done.
+"""The run directory: one process at a time, and a stage with a manifest is done.
 
-    runs/NAME/config.yaml                 as resolved for the stage that began last
-    runs/NAME/0N_stage/started.json       the config hash that work in progress belongs to
+    runs/NAME/config.yaml                 resolved config of the stage that was started last
+    runs/NAME/0N_stage/started.json       config hash of the work in progress
     runs/NAME/0N_stage/log.txt            progress, and why the stage failed
     runs/NAME/0N_stage/manifest.json      written last, atomically
-    runs/NAME/0N_stage.replaced/          the earlier result, while --force makes a new one
+    runs/NAME/0N_stage.replaced/          the previous result while --force makes a new one
 
-Everything before the manifest may be interrupted at any moment.
+A stage may be interrupted at any point before the manifest is written.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ FORMAT_VERSION = 1
 
 @dataclass
 class Stage:
-    """A stage at work: what it builds on, where it writes and what its manifest will say."""
+    """A stage being executed: its inputs, its directory and the contents of its manifest."""
 
     name: str
     config: Config
     run_dir: Path
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The manifests of the stages that this one reads, by name."""
+    """Manifests of the stages that this one reads, by name."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """The keys that architecture.md promises for this stage."""
+    """Figures for the manifest, by name."""
     inputs: list[Path] = field(default_factory=list)
     outputs: list[Path] = field(default_factory=list)
     """Files or directories; directories are listed file by file in the manifest."""
@@ -57,7 +57,7 @@ class Stage:
 
     @property
     def replaced_dir(self) -> Path:
-        """`runs/NAME/0N_stage.replaced`: the earlier result while `--force` makes a new one."""
+        """`runs/NAME/0N_stage.replaced`: the previous result while `--force` makes a new one."""
         return self.run_dir / f"{self.name}.replaced"
 
     def log(self, message: str) -> None:
@@ -78,10 +78,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Make the run directory and hold its lock, which the system releases however the process ends.
+    """Make the run directory and hold its lock, which the system releases when the process ends.
 
     Raises:
-        StageError: another process holds the lock, or the directory cannot be made or written.
+        StageError: another process holds the lock, or the directory cannot be created or written.
     """
     with _writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -105,33 +105,34 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-    """Explain why files in a directory cannot be made; a full disk is explained by the caller."""
+    """Raise StageError if a directory cannot be written; a full disk is left to the caller."""
     try:
         yield
     except OSError as error:
         if is_disk_full(error):
             raise
         raise StageError(
-            f"{directory} cannot be made or written",
-            "a directory that this user can make and write",
+            f"{directory} cannot be created or written",
+            "a directory that this user can create and write",
             f"{error.strerror or type(error).__name__}: {error.filename or directory}",
-            "pass another --run-dir, or change what is there",
+            "pass another --run-dir, or correct the path or its permissions",
         ) from error
 
 
 def prepare(stage: Stage, redo: bool) -> bool:
-    """Make the stage's directory ready and read the manifests that it builds on.
+    """Prepare the stage's directory and read the manifests of its inputs.
 
     Args:
-        redo: whether to do a finished stage again.
+        stage: the stage to execute; its `manifests` are filled in.
+        redo: whether to redo a finished stage.
 
     Returns:
-        Whether the stage is done already.
+        Whether the stage is up to date.
 
     Raises:
-        StageError: a stage that this one reads is not done or was done with another config, what is
-            in the directory belongs to another config or to results that are gone, or the
-            directory cannot be written. Nothing is changed then.
+        StageError: a stage that this one reads is not done or was done with another config, the
+            directory holds work for another config or from inputs that no longer exist, or it
+            cannot be written. Nothing is changed in these cases.
     """
     manifest = None if redo else read_manifest(stage.run_dir, stage.name)
     started = stage.dir / "started.json"
@@ -155,7 +156,7 @@ def prepare(stage: Stage, redo: bool) -> bool:
 
 
 def _require(stage: Stage, name: str) -> dict[str, Any]:
-    """Return the manifest of a stage that this one reads, made with this config."""
+    """Return the manifest of a stage that this one reads; raise unless it is of this config."""
     manifest = read_manifest(stage.run_dir, name)
     if manifest is None:
         raise StageError(
@@ -176,9 +177,9 @@ def _require(stage: Stage, name: str) -> dict[str, Any]:
 
 
 def _made_from(stage: Stage) -> dict[str, str | None]:
-    """Return a hash of the output files of each stage that this one reads, None where not done.
+    """Return a hash of the output files of each stage that this one reads; None if not done.
 
-    Redoing an earlier stage to the same bytes changes nothing.
+    The hash stays the same if an earlier stage is redone and produces the same bytes.
     """
     hashes: dict[str, str | None] = {}
     for name in STAGES[stage.name].reads:
@@ -189,7 +190,7 @@ def _made_from(stage: Stage) -> dict[str, str | None]:
 
 
 def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None:
-    """Raise if what is in the stage's directory is not of this config and of what it reads."""
+    """Raise if the stage's directory holds work for another config or from other inputs."""
     wanted = stage_hash(stage.config, stage.name)
     if present["config_hash"] != wanted:
         raise StageError(
@@ -202,15 +203,15 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
     for name, now in _made_from(stage).items():
         if before.get(name) is not None and before[name] != now:
             raise StageError(
-                f"{stage.dir} builds on a result of {name} that is not there any more",
-                f"the files of {name} as they were",
-                "others" if now else "no finished result",
+                f"{stage.dir} was made from a result of {name} that no longer exists",
+                f"the files of {name} from which it was made",
+                "different files" if now else "no finished result",
                 f"redo this stage: python {stage.name}.py --force",
             )
 
 
 def _set_aside(stage: Stage) -> None:
-    """Make room for redoing the stage; a finished result is kept until there is a new one."""
+    """Move a finished result aside until a new one replaces it; delete unfinished work."""
     if read_manifest(stage.run_dir, stage.name) is None:
         shutil.rmtree(stage.dir)
         return
@@ -219,7 +220,7 @@ def _set_aside(stage: Stage) -> None:
 
 
 def finish(stage: Stage, seconds: float) -> dict[str, Any]:
-    """Write the manifest, which makes the stage done, and return it."""
+    """Write the manifest, which marks the stage as done, and return it."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "stage": stage.name,

@@ -1,9 +1,9 @@
-"""The table of stages: which earlier stages each reads, and which config keys decide its result.
+"""The table of stages: which earlier stages each reads, and which config keys affect its result.
 
-A stage's hash covers the config sections that it and the stages it reads depend on, so that
-changing a training key leaves a compressed model valid and changing a compression key does not.
-Keys that decide no result (config.keys.Incidental) are in no hash: they may change when a run
-continues. Whether a stage is up to date depends on the stages it reads and on no other.
+A stage's hash covers the config sections that it and the stages it reads depend on. Changing a
+training key therefore leaves a compressed model valid; changing a compression key does not. Keys
+that do not affect results (config.keys.Incidental) are left out of all hashes and may be changed
+when resuming a run. Whether a stage is up to date depends only on the stages it reads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Declaration:
 
     Attributes:
         reads: earlier stages whose results it opens; they must be done first.
-        sections: top-level config keys that decide its result, beside those of what it reads.
+        sections: top-level config keys that affect its result, besides those of what it reads.
     """
 
     reads: tuple[str, ...]
@@ -44,7 +44,7 @@ STAGES: dict[str, Declaration] = {
 
 
 def deciding_sections(name: str) -> set[str]:
-    """Return the top-level keys that decide a stage's result, directly or by what it reads."""
+    """Return the top-level keys that affect a stage's result, directly or through its inputs."""
     sections = set(STAGES[name].sections)
     for earlier in STAGES[name].reads:
         sections |= deciding_sections(earlier)
@@ -52,5 +52,5 @@ def deciding_sections(name: str) -> set[str]:
 
 
 def stage_hash(config: Config, name: str) -> str:
-    """Return the hash of the config keys that decide the stage's result."""
+    """Return the hash of the config keys that affect the stage's result."""
     return hash_sections(config, deciding_sections(name))

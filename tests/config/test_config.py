@@ -80,16 +80,16 @@ def test_yaml_reads_what_people_mean(tmp_path):
         ),
         ("shared_dense:\n  weight_bits: 5\n", ["weight_bits", "4, 8 or 16", "5"]),
         ("shared_dense: 4\n", ["shared_dense", "object"]),
-        ("seed: 1\nseed: 2\n", ["seed stands twice", "line 2", "line 1"]),
+        ("seed: 1\nseed: 2\n", ["seed is repeated", "line 2", "line 1"]),
         ("seed: [\n", ["not valid YAML"]),
         ("- 1\n", ["not a config"]),
         ("training:\n  save_steps: 30\n  eval_steps: 20\n", ["multiple"]),
         ("lora:\n  expert_targets: [up_proj]\n", ["expert_targets", "line 2", "gate_up_proj"]),
         ("lora:\n  expert_targets: [down_proj]\n", ["need lora.expert_r"]),
-        ("lora:\n  expert_r: 8\n", ["lora.expert_r: 8 is the rank of nothing"]),
+        ("lora:\n  expert_r: 8\n", ["lora.expert_r: 8 has no effect"]),
         (
             "lora:\n  expert_targets: [down_proj, down_proj]\n  expert_r: 8\n",
-            ["names a weight twice"],
+            ["lists a weight twice"],
         ),
         (
             "experts:\n  sparsity: '2:4'\nlora:\n  expert_targets: [down_proj]\n  expert_r: 8\n",
@@ -143,7 +143,7 @@ def keep(key: str, *overrides: str) -> Config:
     ],
 )
 def test_what_cannot_be_kept_is_not_to_be_kept_always(key, override, why):
-    with pytest.raises(ConfigError, match=rf"(?s)training.{key}: auto or never.*{why}"):
+    with pytest.raises(ConfigError, match=rf"(?s)training.{key}: use auto or never.*{why}"):
         keep(key, override)
     assert key in load(CONFIGS / "gpt-oss-20b-1x3090.yaml", [override]).nothing_to_keep("cuda")
 

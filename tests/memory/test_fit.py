@@ -102,7 +102,7 @@ def test_65536_tokens_fit_with_checkpoints_in_host_memory_and_not_without():
     assert told[0].startswith("training.offload_checkpoints=true saves")
     assert memory.format_bytes(saved) in told[0]
     assert told[1].startswith("attention_backend=triton saves")
-    both = "with all of the changes before, sequence_len="
+    both = "with all other changes, sequence_len="
     length = int(told[-1].removeprefix(both).split()[0])
     assert told[-1].startswith(both) and length > 50_000
     both = ("training.offload_checkpoints=true", "attention_backend=triton")

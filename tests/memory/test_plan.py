@@ -274,12 +274,12 @@ def test_shape_refusals(tmp_path):
         return str(caught.value)
 
     assert "cannot be read" in refusal("{")
-    assert "not of a gpt-oss model" in refusal('{"model_type": "llama"}')
-    assert "not of a gpt-oss model" in refusal("[]")
+    assert "not a gpt-oss config" in refusal('{"model_type": "llama"}')
+    assert "not a gpt-oss config" in refusal("[]")
     assert "num_local_experts" in refusal('{"model_type": "gpt_oss", "num_hidden_layers": 2}')
-    with pytest.raises(StageError, match="is not known"):
+    with pytest.raises(StageError, match="is unknown"):
         memory.find_shape(ModelSection(base="nobody/nothing-here"))
-    with pytest.raises(StageError, match="is not known"):
+    with pytest.raises(StageError, match="is unknown"):
         memory.find_shape(ModelSection(base=str(tmp_path / "no/such/folder")))
 
 

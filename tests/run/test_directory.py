@@ -137,14 +137,14 @@ def test_a_run_directory_that_cannot_be_used_is_refused(tmp_path, capsys, place,
     arguments = [*TINY, "--run-dir", str(tmp_path / place)]
     assert run_stage("02_compress", "", arguments, bug, lambda c, r, n: {}, str) == 1
     told = capsys.readouterr().err
-    assert "cannot be made or written" in told and found in told and len(told.splitlines()) == 4
+    assert "cannot be created or written" in told and found in told and len(told.splitlines()) == 4
 
 
 def test_a_stage_directory_that_cannot_be_written_is_refused(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/02_compress").write_text("in the way")
     assert run(tmp_path, bug) == 1
-    assert "02_compress cannot be made or written" in capsys.readouterr().err
+    assert "02_compress cannot be created or written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -192,7 +192,7 @@ def test_a_result_made_from_an_earlier_result_is_not_taken_for_current(tmp_path,
     assert run(tmp_path, tune, name="03_finetune") == 0
     assert run(tmp_path, write_other, "--force") == 0
     assert run(tmp_path, tune, name="03_finetune") == 1
-    assert "is not there any more" in capsys.readouterr().err
+    assert "no longer exists" in capsys.readouterr().err
     assert run(tmp_path, tune, "--force", name="03_finetune") == 0
 
 

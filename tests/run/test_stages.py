@@ -142,7 +142,7 @@ def test_only_the_stages_that_are_read_make_one_stale(start, monkeypatch, capsys
     assert start("05_export", bug) == 0
     assert start("03_finetune", write("another model"), "--force") == 0
     assert start("05_export", bug) == 1
-    assert "a result of 03_finetune that is not there any more" in capsys.readouterr().err
+    assert "a result of 03_finetune that no longer exists" in capsys.readouterr().err
     assert start("05_export", write("05_export"), "--force") == 0
 
 

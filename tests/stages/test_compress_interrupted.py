@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_nothing_that_looks_done(
 
     monkeypatch.setattr(os, "fsync", fsync)
     assert run(tmp_path / "run", small_arguments) == 1
-    assert "room on the disk" in capsys.readouterr().err
+    assert "free disk space" in capsys.readouterr().err
     assert not (tmp_path / "run/02_compress/model").exists()
     monkeypatch.undo()
     assert run(tmp_path / "run", small_arguments) == 0

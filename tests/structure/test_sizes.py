@@ -24,8 +24,6 @@ FIXED = {
 }
 """Signatures of more arguments that another library fixes, and which."""
 TO_DO = {
-    "benchmarks/context_parallel.py measure_length": 62,
-    "benchmarks/train_step.py measure": 63,
     "sparselong/adapters/attach.py add_masked_lora": 58,
     "sparselong/kernels/attention/op.py attention": 60,
     "sparselong/kernels/attention/op.py attention arguments": 11,
