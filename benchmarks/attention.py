@@ -47,6 +47,7 @@ from benchmarks.attention_first_call import measure_first_calls
 from benchmarks.command_line import add_result, has_device, machine_of
 from benchmarks.record import row, write
 from sparselong.kernels.attention.op import attention
+from sparselong.runtime import using
 from tests.references.attention import attention_reference
 
 Rows = list[dict]
@@ -182,7 +183,8 @@ def measure_determinism(tokens: int) -> Rows:
     leaves[3].requires_grad_(False)
 
     def both(window: int | None, asked: bool) -> object:
-        out, _ = attention(*leaves, window=window, backend="torch_flash", deterministic=asked)
+        with using(deterministic=asked):
+            out, _ = attention(*leaves, window=window, backend="torch_flash")
         return torch.autograd.grad(out, leaves[:3], dout)
 
     rows: Rows = []

@@ -67,7 +67,7 @@ def attention_forward(
         module: the GptOssAttention, which provides `sinks`.
         query: [batch, heads, queries, head_dim].
         key: [batch, kv_heads, keys, head_dim].
-        value: [batch, kv_heads, keys, head_dim].
+        value: like key.
         attention_mask: None, bool [batch, keys] (True: token), or a 4-d mask (`find_boundaries`).
         scaling: factor of the scores; None means head_dim ** -0.5.
         dropout: must be 0.
@@ -80,36 +80,39 @@ def attention_forward(
     Raises:
         ValueError: The module has no sinks, or the mask or another argument is not supported.
     """
-    sinks = getattr(module, "sinks", None)
-    if sinks is None:
-        raise ValueError(f"module: {type(module).__name__} without sinks; allowed: gpt-oss's")
+    sinks = _check_arguments(module, attention_mask, dropout)
     if torch.is_autocast_enabled(query.device.type):  # queries and keys leave rotary in fp32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     settings = current()
     backend = None if settings.attention_backend == "auto" else settings.attention_backend
-    if settings.sequence is not None:
-        if dropout != 0 or attention_mask is not None:
-            raise ValueError(
-                f"dropout {dropout} and attention_mask {type(attention_mask).__name__} in a shard "
-                "of a sequence; allowed: 0 and None, the layout gives the document boundaries"
-            )
-        output = settings.sequence.attend(
-            *(query, key, value, sinks),
-            window=sliding_window,
-            scale=scaling,
-            backend=backend,
-            deterministic=settings.deterministic,
-        )
-        return output.transpose(1, 2), None
-    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-    boundaries = _boundaries(attention_mask, position_ids, batch, queries, keys, sliding_window)
-    output, _ = attention(
-        query, key, value, sinks, cu_seqlens=boundaries, window=sliding_window, scale=scaling,
-        query_offset=keys - queries, dropout=dropout, backend=backend,
-        deterministic=settings.deterministic,
-    )  # fmt: skip
+    choice: dict[str, Any] = {"window": sliding_window, "scale": scaling, "backend": backend}
+    if settings.sequence is None:
+        batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+        sizes = (batch, queries, keys, sliding_window)
+        choice["cu_seqlens"] = _boundaries(attention_mask, position_ids, *sizes)
+        output, _ = attention(query, key, value, sinks, query_offset=keys - queries, **choice)
+    else:
+        choice["deterministic"] = settings.deterministic
+        output = settings.sequence.attend(query, key, value, sinks, **choice)
     return output.transpose(1, 2), None
+
+
+def _check_arguments(
+    module: nn.Module, attention_mask: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
+    """Return the module's sinks, or raise for what `attention_forward` does not support."""
+    sinks = getattr(module, "sinks", None)
+    if sinks is None:
+        raise ValueError(f"module: {type(module).__name__} without sinks; allowed: gpt-oss's")
+    if dropout != 0:
+        raise ValueError(f"dropout: {dropout!r}; allowed: 0, dropout is not supported")
+    if attention_mask is not None and current().sequence is not None:
+        raise ValueError(
+            f"attention_mask: {type(attention_mask).__name__} in a shard of a sequence; "
+            "allowed: None, the layout gives the document boundaries"
+        )
+    return sinks
 
 
 def _boundaries(

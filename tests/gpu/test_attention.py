@@ -12,6 +12,7 @@ import torch
 
 from sparselong.kernels.attention import triton_launch as attention_triton
 from sparselong.kernels.attention.op import attention
+from sparselong.runtime import using
 from tests.poisoned import PoisonedTorch
 from tests.references.attention import attention_reference
 
@@ -124,13 +125,13 @@ def draw(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
     return [q, k, v, sinks, tensor(case.heads, case.tokens)]
 
 
-def run(case: Case, inputs: list[torch.Tensor], backend: str, **more) -> dict[str, torch.Tensor]:
+def run(case: Case, inputs: list[torch.Tensor], backend: str) -> dict[str, torch.Tensor]:
     """Output, lse and gradients through the public function."""
     q, k, v, sinks = (t.detach().requires_grad_() for t in inputs[:4])
     cu = case.boundaries and torch.tensor(case.boundaries, dtype=torch.int32, device="cuda")
     out, lse = attention(
         q, k, v, sinks, cu_seqlens=cu, window=case.window, query_offset=case.offset,
-        backend=backend, **more,
+        backend=backend,
     )  # fmt: skip
     grads = torch.autograd.grad(out, (q, k, v, sinks), inputs[4])
     return dict(zip((*NAMES, "lse"), (out, *grads, lse), strict=True))
@@ -238,10 +239,11 @@ def test_flash_attention_with_sinks_is_exact(case):
 )
 def test_deterministic_runs_repeat_to_the_bit(case, backend):
     inputs = draw(case, torch.bfloat16)
-    first = run(case, inputs, backend, deterministic=True)
-    for _ in range(3):
-        again = run(case, inputs, backend, deterministic=True)
-        assert all(torch.equal(first[name], again[name]) for name in first)
+    with using(deterministic=True):
+        first = run(case, inputs, backend)
+        for _ in range(3):
+            again = run(case, inputs, backend)
+            assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_the_choice_takes_every_case():

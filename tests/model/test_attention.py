@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from sparselong.model import attention as door
 from sparselong.model.attention import find_boundaries
 from sparselong.model.documents import document_masks
-from sparselong.runtime.settings import using
+from sparselong.runtime.settings import current, using
 
 TOKENS = 90  # crosses the small model's window of 64
 
@@ -263,7 +263,7 @@ def test_the_chosen_backend_is_what_attends(models, monkeypatch):
     original = door.attention
 
     def watched(*tensors, **arguments):
-        asked.append((arguments["backend"], arguments["deterministic"]))
+        asked.append((arguments["backend"], current().deterministic))
         return original(*tensors, **arguments)
 
     monkeypatch.setattr(door, "attention", watched)

@@ -25,12 +25,8 @@ FIXED = {
 """Signatures of more arguments that another library fixes, and which."""
 TO_DO = {
     "sparselong/adapters/attach.py add_masked_lora": 58,
-    "sparselong/kernels/attention/op.py attention": 60,
-    "sparselong/kernels/attention/op.py attention arguments": 11,
     "sparselong/kernels/decode/attention.py launch_attend arguments": 11,
     "sparselong/kernels/decode/glue.py launch_route arguments": 11,
-    "sparselong/kernels/experts/op.py expert_mlp": 71,
-    "sparselong/model/attention.py attention_forward": 66,
     "sparselong/parallel/sequence/exchange.py plan_exchange": 57,
 }
 """Longer today: `file`, `file function` (lines) or `file function arguments`, and how long."""

@@ -39,9 +39,9 @@ from sparselong.kernels.attention.mask import (
     SavedForward,
     find_documents,
 )
-from sparselong.kernels.attention.torch_backend import attention_torch
+from sparselong.kernels.attention.torch_backend import attend_call
 from sparselong.kernels.gpu import architecture_of
-from sparselong.runtime import attend_once
+from sparselong.runtime import attend_once, current
 
 HEAD_DIM = 64
 ROUND_TOKENS = 256
@@ -58,55 +58,45 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     query_offset: int = 0,
-    dropout: float = 0.0,
     backend: str | None = None,
-    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out, lse); gradients flow to q, k, v and sinks from out, not from lse.
+
+    Under `runtime.using(deterministic=True)`, FlashAttention-2's backward pass takes its slower
+    deterministic form, and "torch_cudnn", which has none, is not chosen.
 
     Args:
         q: [batch, heads, queries, 64], bf16, fp16 or fp32 (fp64 with "torch"). Read by stride:
             a transposed view of [batch, queries, heads, 64] costs no copy.
         k: [batch, kv_heads, keys, 64], q's dtype; head h reads KV head h // (heads / kv_heads).
-        v: shaped like k, q's dtype.
+        v: like k.
         sinks: [heads], any floating dtype; the gradient has that dtype and is summed in fp32.
         cu_seqlens: int32 or int64 [n + 1], the boundaries of documents on the flattened [batch,
-            keys] axis, from 0 to batch * keys. The start of a batch row is always a boundary.
-            Padding is a document of its own. None: every batch row is one document.
+            keys] axis; padding is a document of its own. None: every batch row is one document.
         window: most keys that a query sees, itself included; None: all keys up to itself.
         scale: factor of the scores; None: 1 / sqrt(head_dim).
         query_offset: the position of query 0 on the key axis: 0 in training, keys - queries when
-            decoding with a cache, the shard's start when a shard of queries attends to gathered
-            keys. With documents, query_offset + queries must not exceed keys.
-        dropout: must be 0.
+            decoding with a cache. With documents, query_offset + queries must not exceed keys.
         backend: "triton", "torch_flash", "torch_cudnn", "flash_attn" or "torch"; None: the
             fastest measured backend that can take the call (`choose_backend`).
-        deterministic: use FlashAttention-2's deterministic backward pass, which is slower, and
-            never "torch_cudnn", which has none. "triton" is always deterministic.
 
     Returns:
         out: [batch, heads, queries, 64] in q's dtype, laid out as [batch, queries, heads, 64].
         lse: [batch, heads, queries] fp32, natural logarithm, with the sink included.
 
-    The error of out and of every gradient against fp64 is at most twice that of torch's
-    FlashAttention-2 with the sink correction in the same dtype (tests/gpu/test_attention.py).
+    Errors against fp64 are at most twice those of torch's FlashAttention-2 (tests/gpu).
 
     Raises:
-        ValueError: an argument is not as above; the message names it, its value and what is
-            allowed.
+        ValueError: an argument is not as above; the message names it and what is allowed.
     """
     _check_tensors(q, k, v, sinks)
-    _check_numbers(window, scale, query_offset, dropout)
+    _check_numbers(window, scale, query_offset)
     mask = _make_mask(q, k, cu_seqlens, window, query_offset)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    call = AttentionCall(mask, scale, deterministic, needs_dsinks=sinks.requires_grad)
+    call = AttentionCall(mask, scale, current().deterministic, sinks.requires_grad)
     name = pick_backend(backend, q, call)
     if name == "torch":
-        document = None if mask.documents is None else mask.documents.starts
-        return attention_torch(
-            q, k, v, sinks, document=document, window=mask.window, scale=scale,
-            query_offset=query_offset,
-        )  # fmt: skip
+        return attend_call(q, k, v, sinks, call)
     return _Attention.apply(q, k, v, sinks, call, name)  # pyright: ignore[reportReturnType]
 
 
@@ -259,17 +249,13 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: tor
         raise ValueError(f"head_dim: {q.shape[-1]}; allowed on a GPU: {HEAD_DIM}")
 
 
-def _check_numbers(
-    window: int | None, scale: float | None, query_offset: int, dropout: float
-) -> None:
+def _check_numbers(window: int | None, scale: float | None, query_offset: int) -> None:
     if window is not None and (type(window) is not int or window <= 0):
         raise ValueError(f"window: {window!r}; allowed: a positive integer, or None")
     if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
         raise ValueError(f"scale: {scale!r}; allowed: a positive number, or None")
     if type(query_offset) is not int or query_offset < 0:
         raise ValueError(f"query_offset: {query_offset!r}; allowed: an integer of at least 0")
-    if dropout != 0:
-        raise ValueError(f"dropout: {dropout!r}; allowed: 0, dropout is not supported")
 
 
 def _make_mask(

@@ -107,21 +107,22 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> Attended:
     """Run only the forward pass, for callers that have their own autograd function."""
-    return *_attend_call(q, k, v, sinks, call), ()
+    return *attend_call(q, k, v, sinks, call), ()
 
 
 def attend_backward(dout: torch.Tensor, saved: SavedForward, call: AttentionCall) -> Gradients:
     """Return the gradients of `attend`, recomputing the forward pass."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in saved[:4]]
-        out, _ = _attend_call(*leaves, call)  # pyright: ignore[reportCallIssue]
+        out, _ = attend_call(*leaves, call)  # pyright: ignore[reportCallIssue]
         dq, dk, dv, dsinks = torch.autograd.grad(out, leaves, dout)
     return dq, dk, dv, dsinks if call.needs_dsinks else None
 
 
-def _attend_call(
+def attend_call(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `attention_torch` of a call; torch's own autograd differentiates it."""
     mask = call.mask
     return attention_torch(
         *(q, k, v, sinks),

@@ -156,7 +156,6 @@ BAD = [
     ({"scale": 0.0}, "scale: 0.0"),
     ({"scale": float("nan")}, "scale: nan"),
     ({"query_offset": -1}, "query_offset: -1"),
-    ({"dropout": 0.1}, "dropout: 0.1; allowed: 0"),
     ({"backend": "flash"}, "backend: 'flash'; allowed: None, triton"),
     ({"backend": "triton"}, "backend: triton with cpu tensors; allowed: torch"),
     ({"backend": "torch_flash"}, "backend: torch_flash with cpu tensors"),
