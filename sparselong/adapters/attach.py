@@ -112,6 +112,18 @@ def add_masked_lora(
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )
+    config._register_custom_module(_layer_builders(config, master_of, beside))  # type: ignore[arg-type]
+    set_seed(seed)
+    tuned: Any = get_peft_model(model, config)
+    name_targets(config, beside.expert_targets, beside.expert_r or 0, beside.router)
+    return tuned, config
+
+
+def _layer_builders(
+    config: LoraConfig, master_of: Callable[[str], torch.Tensor], beside: ExtraAdapters
+) -> dict[type[nn.Module], Callable[..., TunedLayer]]:
+    """Return, by type of the target, how PEFT builds the layer that replaces it."""
+    r, alpha = config.r, config.lora_alpha
 
     def build(target: nn.Module, adapter_name: str, **arguments) -> MaskedLoraLinear:
         return MaskedLoraLinear(target, adapter_name, master_of=master_of, **arguments)
@@ -126,13 +138,12 @@ def add_masked_lora(
             name=arguments["target_name"], r=beside.expert_r or 0, lora_alpha=alpha,
         )  # fmt: skip
 
-    builders = {PackedLinear: build, nn.Linear: build}
-    builders |= {PackedExperts: build_experts, GptOssTopKRouter: build_router}
-    config._register_custom_module(builders)  # type: ignore[arg-type]
-    set_seed(seed)
-    tuned: Any = get_peft_model(model, config)
-    name_targets(config, beside.expert_targets, beside.expert_r or 0, beside.router)
-    return tuned, config
+    return {
+        PackedLinear: build,
+        nn.Linear: build,
+        PackedExperts: build_experts,
+        GptOssTopKRouter: build_router,
+    }
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:

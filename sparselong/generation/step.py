@@ -12,7 +12,7 @@ once. It rounds to bf16 where the model does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import _apply_rotary_emb
 
 from sparselong.kernels import Gate
 from sparselong.model import PackedExperts, PackedLinear
+
+if TYPE_CHECKING:
+    from sparselong.kernels.decode import RouteBuffers
 
 FIRST_WORD = 0x7FFFFFFF
 """Word that encodes token 0."""
@@ -145,17 +148,11 @@ class KernelStep:
         self.qkv = torch.empty((1, (heads + 2 * kv_heads) * dim), **empty)
         self.attended = torch.empty(heads * dim, **empty)
         self.scratch = _attention_scratch(heads, kv_heads, dim, device)
-        self.words = torch.empty((1, 4, width // 8), dtype=torch.int32, device=device)
-        self.factors = torch.empty(width // 32, dtype=torch.float32, device=device)
-        self.router_logits = torch.empty(
-            config.num_local_experts, dtype=torch.float32, device=device
-        )
-        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
-        top_k = config.num_experts_per_tok
-        self.indices = torch.zeros((1, top_k), dtype=torch.int32, device=device)
-        self.weights = torch.empty((1, top_k), **empty)
+        self.route = _route_buffers(config, dtype, device)
         self.h = torch.empty(
-            (top_k, config.intermediate_size // 2), dtype=torch.int32, device=device
+            (config.num_experts_per_tok, config.intermediate_size // 2),
+            dtype=torch.int32,
+            device=device,
         )
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
         self.layers = [_Layer(layer) for layer in model.model.layers]
@@ -177,12 +174,18 @@ class KernelStep:
 
     def _attend(self, layer: _Layer, cache: LayerCache, pdl: bool) -> None:
         """Run norm, projections, attention and residual sum; `pdl` is for the first kernel."""
-        from sparselong.kernels.decode import launch_attend, launch_gemv, launch_head, launch_pack
+        from sparselong.kernels.decode import (
+            LayerAttention,
+            launch_attend,
+            launch_gemv,
+            launch_head,
+            launch_pack,
+        )
 
         blocks = self.hidden.numel() // 32
         kind = "pairs" if layer.is_packed else "plain"
         out: Any = self.normed.view(torch.int16) if layer.is_packed else self.normed
-        launch_pack(self.hidden, layer.input_norm, out, self.factors, kind, blocks, pdl)
+        launch_pack(self.hidden, layer.input_norm, out, self.route.factors, kind, blocks, pdl)
         if layer.is_packed:
             planes = self.normed.view(torch.int32).view(1, 16, -1)
             launch_gemv(planes, layer.qkv, self.qkv, pdl=self.pdl)
@@ -193,9 +196,9 @@ class KernelStep:
                 launch_head(self.normed, weight, bias, part, pdl=self.pdl)
                 start += len(weight)
         launch_attend(
-            self.qkv, self.angles, (cache.keys, cache.values), layer.sinks, self.scratch,
-            self.attended, self.position, layer.scaling, is_window=cache.is_window,
-            pairs=layer.is_packed, pdl=self.pdl,
+            self.qkv, self.angles, (cache.keys, cache.values),
+            LayerAttention(layer.sinks, layer.scaling, cache.is_window), self.scratch,
+            self.attended, self.position, pairs=layer.is_packed, pdl=self.pdl,
         )  # fmt: skip
         if layer.is_packed:
             planes = self.attended.view(torch.int32).view(1, 16, -1)
@@ -210,12 +213,10 @@ class KernelStep:
         """Run norm, router, experts and residual sum."""
         from sparselong.kernels.decode import launch_experts, launch_route
 
-        launch_route(
-            self.hidden, layer.post_norm, *layer.router, self.words, self.factors,
-            self.router_logits, self.counter, self.indices, self.weights, pdl=self.pdl,
-        )  # fmt: skip
+        route = self.route
+        launch_route(self.hidden, layer.post_norm, *layer.router, route, pdl=self.pdl)
         launch_experts(
-            (self.words, self.factors), self.indices, self.weights, layer.stack, layer.gate,
+            (route.planes, route.factors), route.indices, route.weights, layer.stack, layer.gate,
             self.hidden[None], residual=self.hidden[None], h=self.h, pdl=self.pdl,
         )  # fmt: skip
 
@@ -239,6 +240,20 @@ def _attention_scratch(
         torch.empty((FULL_PARTS, heads, dim), dtype=torch.float32, device=device),
         torch.empty((FULL_PARTS, heads), dtype=torch.float32, device=device),
         torch.zeros(kv_heads, dtype=torch.int32, device=device),
+    )
+
+
+def _route_buffers(config: Any, dtype: torch.dtype, device: torch.device) -> RouteBuffers:
+    from sparselong.kernels.decode import RouteBuffers
+
+    width, top_k = config.hidden_size, config.num_experts_per_tok
+    return RouteBuffers(
+        planes=torch.empty((1, 4, width // 8), dtype=torch.int32, device=device),
+        factors=torch.empty(width // 32, dtype=torch.float32, device=device),
+        logits=torch.empty(config.num_local_experts, dtype=torch.float32, device=device),
+        counter=torch.zeros(1, dtype=torch.int32, device=device),
+        indices=torch.zeros((1, top_k), dtype=torch.int32, device=device),
+        weights=torch.empty((1, top_k), dtype=dtype, device=device),
     )
 
 

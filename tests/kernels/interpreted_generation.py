@@ -137,7 +137,7 @@ def run_attention(capacity: int, is_window: bool, lengths: list[int]) -> dict[st
     heads, kv_heads, dim, most = 8, 2, 32, max(lengths) + 1
     angle = torch.rand(most, dim // 2) * 6
     angles = (angle.cos(), angle.sin())
-    sinks = torch.randn(heads)
+    layer = generation_attention.LayerAttention(torch.randn(heads), dim**-0.5, is_window)
     cache = (torch.full((kv_heads, capacity, dim), float("nan")),) * 2
     cache = tuple(tensor.clone() for tensor in cache)
     scratch = (
@@ -157,12 +157,11 @@ def run_attention(capacity: int, is_window: bool, lengths: list[int]) -> dict[st
             continue
         out = torch.full((heads * dim,), float("nan"))
         generation_attention.launch_attend(
-            qkv, angles, cache, sinks, scratch, out, torch.tensor([position]), dim**-0.5,
-            is_window=is_window, pairs=False,
-        )  # fmt: skip
+            qkv, angles, cache, layer, scratch, out, torch.tensor([position]), pairs=False
+        )
         keys, values = (torch.stack(part, 1) for part in zip(*history[-capacity:], strict=True))
         scores = torch.einsum("kgd,ktd->kgt", turned[:heads].view(kv_heads, -1, dim), keys)
-        scores = torch.cat([scores * dim**-0.5, sinks.double().view(kv_heads, -1, 1)], -1)
+        scores = torch.cat([scores * dim**-0.5, layer.sinks.double().view(kv_heads, -1, 1)], -1)
         exact = torch.einsum("kgt,ktd->kgd", scores.softmax(-1)[..., :-1], values)
         worst = max(worst, error(out.view(heads, dim), exact.reshape(heads, dim)))
     return {"out": worst, "left_in_counter": float(scratch[2].abs().sum())}
@@ -178,24 +177,26 @@ def run_route(experts: int, width: int) -> dict[str, float]:
     x, norm, router, bias = bf16(width), bf16(width), bf16(experts, width), bf16(experts)
     router[1], bias[1] = router[0], bias[0]
     blocks = width // 32
-    planes = torch.full((4, blocks * 4), 77, dtype=torch.int32)
-    factors, logits = torch.full((blocks,), float("nan")), torch.full((experts,), float("nan"))
-    counter, indices = torch.zeros(1, dtype=torch.int32), torch.full((1, 4), -7, dtype=torch.int32)
-    weights = torch.full((1, 4), float("nan"))
-    generation_glue.launch_route(
-        x, (norm, 1e-5), router, bias, planes, factors, logits, counter, indices, weights
+    got = generation_glue.RouteBuffers(
+        planes=torch.full((1, 4, blocks * 4), 77, dtype=torch.int32),
+        factors=torch.full((blocks,), float("nan")),
+        logits=torch.full((experts,), float("nan")),
+        counter=torch.zeros(1, dtype=torch.int32),
+        indices=torch.full((1, 4), -7, dtype=torch.int32),
+        weights=torch.full((1, 4), float("nan")),
     )
+    generation_glue.launch_route(x, (norm, 1e-5), router, bias, got)
     normed = x.double() * norm.double() / (x.double().square().mean() + 1e-5).sqrt()
     exact = router.double() @ normed + bias.double()
     values, best = exact.sort(descending=True, stable=True)
-    pairs = planes.view(torch.int16).view(torch.float16).view(4, -1, 2).float()
-    back = pairs.permute(1, 2, 0).reshape(blocks, 32) * factors[:, None] * 2.0**-14
+    pairs = got.planes.view(torch.int16).view(torch.float16).view(4, -1, 2).float()
+    back = pairs.permute(1, 2, 0).reshape(blocks, 32) * got.factors[:, None] * 2.0**-14
     return {
         "words": error(back.flatten(), normed),
-        "logits": error(logits, exact),
-        "wrong_experts": float((indices[0] != best[:4]).sum()),
-        "weights": error(weights[0], values[:4].softmax(0)),
-        "left_in_counter": float(counter),
+        "logits": error(got.logits, exact),
+        "wrong_experts": float((got.indices[0] != best[:4]).sum()),
+        "weights": error(got.weights[0], values[:4].softmax(0)),
+        "left_in_counter": float(got.counter),
     }
 
 

@@ -5,9 +5,20 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.kernels.decode.attention import FULL_PARTS, QUERIES, launch_attend
+    from sparselong.kernels.decode.attention import (
+        FULL_PARTS,
+        QUERIES,
+        LayerAttention,
+        launch_attend,
+    )
     from sparselong.kernels.decode.experts import launch_experts, run_generation
     from sparselong.kernels.decode.gemv import Matrix, as_matrix, launch_gemv, packed_gemv
-    from sparselong.kernels.decode.glue import launch_embed, launch_head, launch_pack, launch_route
+    from sparselong.kernels.decode.glue import (
+        RouteBuffers,
+        launch_embed,
+        launch_head,
+        launch_pack,
+        launch_route,
+    )
 
 __getattr__ = expose(__name__)

@@ -18,7 +18,7 @@ projection reads: as pairs (`glue.py`) or plain.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,6 +31,20 @@ QUERIES = 16
 """Rows of a product on tensor cores; the queries of a KV head fill only some of them."""
 FULL_PARTS, WINDOW_PARTS = 16, 4
 FULL_KEYS, WINDOW_KEYS = 64, 32
+
+
+class LayerAttention(NamedTuple):
+    """What distinguishes one layer's attention from another's.
+
+    Attributes:
+        sinks: [HEADS].
+        scale: factor of the scores.
+        is_window: whether the layer has a sliding window.
+    """
+
+    sinks: torch.Tensor
+    scale: float
+    is_window: bool
 
 
 @triton.jit
@@ -166,13 +180,11 @@ def launch_attend(
     qkv: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor],
     cache: tuple[torch.Tensor, torch.Tensor],
-    sinks: torch.Tensor,
+    layer: LayerAttention,
     scratch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     out: torch.Tensor,
     position: torch.Tensor,
-    scale: float,
     *,
-    is_window: bool,
     pairs: bool,
     pdl: bool = False,
 ) -> None:
@@ -182,25 +194,23 @@ def launch_attend(
         qkv: projections of the new token, before the rotary embedding.
         angles: cos and sin.
         cache: keys and values; bf16, or fp32 in the interpreter.
-        sinks: [HEADS].
+        layer: the layer's sinks, scale and kind.
         scratch: part, lse and counter, for FULL_PARTS parts.
         out: [HEADS * D], written to.
         position: int64 [1], the new token's.
-        scale: factor of the scores.
-        is_window: whether the layer has a sliding window.
         pairs: whether out is stored as pairs (`glue.py`) instead of plain.
         pdl: whether the launch overlaps the end of the previous kernel.
     """
     kv_heads, capacity, head_dim = cache[0].shape
-    heads = sinks.shape[0]
+    heads = layer.sinks.shape[0]
     kernel: Any = attend_kernel  # Triton's type hints do not cover launches
-    parts = WINDOW_PARTS if is_window else FULL_PARTS
+    parts = WINDOW_PARTS if layer.is_window else FULL_PARTS
     kernel[(kv_heads, parts)](
-        *(qkv, *angles, *cache, sinks, *scratch, out, position, scale, capacity),
+        *(qkv, *angles, *cache, layer.sinks, *scratch, out, position, layer.scale, capacity),
         HEADS=heads,
         GROUP=heads // kv_heads,
         D=head_dim,
-        KEYS=WINDOW_KEYS if is_window else FULL_KEYS,
+        KEYS=WINDOW_KEYS if layer.is_window else FULL_KEYS,
         PARTS=parts,
         PAIRS=pairs,
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",

@@ -18,7 +18,7 @@ a fixed order.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,6 +32,26 @@ CODE_EXPONENT = 14
 NO_TOKEN = tl.constexpr(-(1 << 63))
 HEAD_ROWS, HEAD_WARPS = 4, 1
 HEAD_COLUMNS = 256
+
+
+class RouteBuffers(NamedTuple):
+    """What `launch_route` writes for one token: the experts' input and their selection.
+
+    Attributes:
+        planes: int32 [1, 4, width / 8]: the normalized row as words.
+        factors: fp32 [width / 32]: the words' factors.
+        logits: fp32 [experts].
+        counter: int32 [1], zero before and after a launch.
+        indices: int32 [1, top_k], the best expert first.
+        weights: the row's dtype [1, top_k]: the experts' softmax weights.
+    """
+
+    planes: torch.Tensor
+    factors: torch.Tensor
+    logits: torch.Tensor
+    counter: torch.Tensor
+    indices: torch.Tensor
+    weights: torch.Tensor
 
 
 @triton.jit
@@ -266,12 +286,7 @@ def launch_route(
     norm: tuple[torch.Tensor, float],
     router: torch.Tensor,
     bias: torch.Tensor,
-    planes: torch.Tensor,
-    factors: torch.Tensor,
-    logits: torch.Tensor,
-    counter: torch.Tensor,
-    indices: torch.Tensor,
-    weights: torch.Tensor,
+    buffers: RouteBuffers,
     pdl: bool = False,
 ) -> None:
     """Normalize one row, store it as words and select its experts.
@@ -281,15 +296,11 @@ def launch_route(
         norm: weight and eps.
         router: [experts, width].
         bias: [experts].
-        planes: int32 [4, width / 8], written to: the words.
-        factors: fp32 [width / 32], written to: the words' factors.
-        logits: fp32 [experts], written to.
-        counter: int32 [1], zero.
-        indices: int32 [1, top_k], written to, the best expert first.
-        weights: x's dtype [1, top_k], written to: the experts' softmax weights.
+        buffers: written to.
         pdl: whether the launch overlaps the end of the previous kernel.
     """
     experts, width = router.shape
+    planes, factors, logits, counter, indices, weights = buffers
     kernel: Any = route_kernel  # Triton's type hints do not cover launches
     kernel[(experts,)](
         *(x, norm[0], router, bias, planes.view(torch.int16), factors, logits, counter),

@@ -29,7 +29,6 @@ kernels: Any = expert_kernels  # triton's types do not cover launches
 glue = expert_routing.kernels
 BUFFER_BYTES = 1 << 28
 """Most bytes of decoded weights held at once."""
-DTYPES = (torch.bfloat16, torch.float32)
 _DECODE_GROUPS, _DECODE_TURNS = 64, 8
 GATE_BLOCK = 1024
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,18 @@ from sparselong.kernels.attention import AttentionCall, Documents, Mask, find_do
 from sparselong.parallel.sequence.shard import chunks_of
 
 Range = tuple[int, int]
+
+
+class _Batch(NamedTuple):
+    """The flattened, padded batch: its document boundaries and its number of sequences."""
+
+    boundaries: tuple[int, ...]
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of each sequence."""
+        return self.boundaries[-1] // self.rows
 
 
 @dataclass(frozen=True)
@@ -101,54 +114,61 @@ def plan_exchange(
         needs_dsinks: whether the sinks need a gradient.
         device: the device of the attention calls.
     """
-    tokens = boundaries[-1] // rows
-    chunk = tokens // (2 * size)
-    needs = [_needed(boundaries, rows, tokens, r, size, window) for r in range(size)]
+    batch = _Batch(boundaries, rows)
+    chunk = batch.tokens // (2 * size)
+    needs = [_needed(batch, r, size, window) for r in range(size)]
     owned = [[(n * chunk, (n + 1) * chunk) for n in chunks_of(r, size)] for r in range(size)]
     merged = _merge(needs[rank])
     places = _Places(merged)
-    sent = [
-        () if other == rank else tuple(_to_local(owned[rank], _common(owned[rank], _merge(need))))
-        for other, need in enumerate(needs)
-    ]
     arriving = [[] if r == rank else _common(owned[r], merged) for r in range(size)]
     received = tuple(tuple(places.find(each) for each in ranges) for ranges in arriving)
     mine = _common(owned[rank], merged)
     own = tuple(zip(_to_local(owned[rank], mine), map(places.find, mine), strict=True))
-    calls = [
-        _make_call(boundaries, rows, tokens, run, need, window, device)
-        for run, need in zip(owned[rank], needs[rank], strict=True)
+    masks = [
+        _make_mask(batch, queries, keys, window, device)
+        for queries, keys in zip(owned[rank], needs[rank], strict=True)
     ]
-    first, second = (
-        Run(
-            slice(n * chunk, (n + 1) * chunk),
-            slice(*places.find(need)),
-            AttentionCall(mask, scale, deterministic, needs_dsinks),
-        )
-        for n, (need, mask) in enumerate(zip(needs[rank], calls, strict=True))
-    )
+    calls = [AttentionCall(mask, scale, deterministic, needs_dsinks) for mask in masks]
     return ExchangePlan(
-        tuple(sent),
+        _list_sent(owned[rank], needs, rank),
         tuple(sum(last - first for first, last in ranges) for ranges in arriving),
         received,
         own,
         _assemble(own, received),
         places.total,
         _place_rows(own, received, places.total).to(device, non_blocking=True),
-        (first, second),
+        _make_runs(chunk, [places.find(need) for need in needs[rank]], calls),
     )
 
 
-def _needed(
-    boundaries: tuple[int, ...], rows: int, tokens: int, rank: int, size: int, window: int | None
-) -> list[Range]:
+def _list_sent(
+    owned: list[Range], needs: list[list[Range]], rank: int
+) -> tuple[tuple[Range, ...], ...]:
+    """Return `ExchangePlan.sent`: what each other rank needs of this rank's tokens."""
+    return tuple(
+        () if other == rank else tuple(_to_local(owned, _common(owned, _merge(need))))
+        for other, need in enumerate(needs)
+    )
+
+
+def _make_runs(chunk: int, keys: list[Range], calls: list[AttentionCall]) -> tuple[Run, Run]:
+    """Return a rank's query chunks of `chunk` tokens, with their ranges of the assembled keys."""
+    first, second = (
+        Run(slice(n * chunk, (n + 1) * chunk), slice(*seen), call)
+        for n, (seen, call) in enumerate(zip(keys, calls, strict=True))
+    )
+    return first, second
+
+
+def _needed(batch: _Batch, rank: int, size: int, window: int | None) -> list[Range]:
     """Return the range of keys that each of a rank's two query chunks needs."""
+    boundaries, tokens = batch.boundaries, batch.tokens
     chunk = tokens // (2 * size)
     needed = []
     for number in chunks_of(rank, size):
         start = number * chunk
         lows = []
-        for row in range(rows):
+        for row in range(batch.rows):
             place = row * tokens + start
             document = boundaries[bisect_right(boundaries, place) - 1] - row * tokens
             lows.append(document if window is None else max(document, start - window + 1))
@@ -156,20 +176,15 @@ def _needed(
     return needed
 
 
-def _make_call(
-    boundaries: tuple[int, ...],
-    rows: int,
-    tokens: int,
-    run: Range,
-    keys: Range,
-    window: int | None,
-    device: torch.device,
+def _make_mask(
+    batch: _Batch, queries: Range, keys: Range, window: int | None, device: torch.device
 ) -> Mask:
     """Return the mask of a query chunk over the keys [low, end of the chunk)."""
-    (start, end), (low, _) = run, keys
+    (start, end), (low, _) = queries, keys
+    rows, tokens = batch.rows, batch.tokens
     count = end - low
     inside = {0, rows * count}
-    for boundary in boundaries[:-1]:
+    for boundary in batch.boundaries[:-1]:
         row, position = divmod(boundary, tokens)
         if low < position < end:
             inside.add(row * count + position - low)
