@@ -10,6 +10,7 @@ command continues from the last complete checkpoint.
 
 import sys
 
+from sparselong.config import Config
 from sparselong.memory import check_heads, find_shape, plan_stage, show_plan
 from sparselong.processes import find_world, joined_rank
 from sparselong.run import Stage, run_stage
@@ -19,11 +20,15 @@ NAME = "03_finetune"
 
 def execute(stage: Stage) -> None:
     """Fine-tune; torch is imported only after everything the config determines is validated."""
-    find_world(stage.config)
-    check_heads(stage.config, find_shape(stage.config.model))
     from sparselong.finetune import finetune
 
     finetune(stage)
+
+
+def check(config: Config) -> None:
+    """Raise if the processes or the model's heads do not fit the config."""
+    find_world(config)
+    check_heads(config, find_shape(config.model))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None) -> int:
     """Run the stage in this process; return the exit code."""
     text = "Fine-tune the compressed model, including masks and rounding."
-    return run_stage(NAME, text, argv, execute, plan_stage, show_plan)
+    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check=check)
 
 
 if __name__ == "__main__":

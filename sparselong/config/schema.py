@@ -20,7 +20,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from sparselong.config import yaml12
@@ -381,7 +380,7 @@ def _validate(values: dict[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """Return the resolved config as YAML text that `load` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml12.dump(config.model_dump(mode="json"))
 
 
 def hash_sections(config: Config, keys: Iterable[str]) -> str:

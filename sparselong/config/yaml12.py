@@ -38,6 +38,24 @@ _Loader.add_constructor(  # PyYAML's default reads 010 as an octal number
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Dumper that quotes a string if YAML 1.1 or 1.2 would read it as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()),
+        *_Loader.yaml_implicit_resolvers.get(first, ()),
+    ]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
+def dump(values: dict[str, Any]) -> str:
+    """Return YAML text of plain values, which `parse` reads back to equal values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def _read(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> Any:
     """Convert a YAML node to plain values, recording key lines and rejecting repeated keys."""
     lines[path] = node.start_mark.line + 1

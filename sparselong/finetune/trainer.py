@@ -20,6 +20,7 @@ import json
 import math
 import shutil
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,15 @@ def _train(stage: Stage, data: conversations.DataFiles) -> None:
     processes = f" in {world.size} processes" if world.size > 1 else ""
     stage.log(f"starting Axolotl{processes} (importing it takes a while)")
     train_together(stage, trainer_arguments(stage))
-    check_receipt(stage)
+    asked = {
+        "processes": world.size,
+        "attention": axolotl_config.attention_of(stage.config),
+    }
+    try:
+        check_receipt(stage, asked)
+    except StageError:
+        (stage.dir / BAKED).unlink(missing_ok=True)  # so that a rerun does not publish it
+        raise
 
 
 _HEADER = "# Generated from config.yaml by sparselong/finetune/axolotl_config.py; edits are lost.\n"
@@ -116,8 +125,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def check_receipt(stage: Stage) -> dict[str, Any]:
+def check_receipt(stage: Stage, trained_with: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plugin's receipt.
+
+    Args:
+        stage: stage 03.
+        trained_with: more that the receipt must say; a continued run may ask for something else.
 
     Raises:
         StageError: there is no receipt, or a layer, callback or setting is missing from it: Axolotl
@@ -132,8 +145,7 @@ def check_receipt(stage: Stage) -> dict[str, Any]:
     targets = {*lora.target_modules, *(name for name, asked in extra.items() if asked)}
     missing += sorted(targets - replaced)
     attends = {
-        "processes": find_world(stage.config).size,
-        "attention": axolotl_config.attention_of(stage.config),
+        **trained_with,
         "attention_backend": stage.config.attention_backend,
         "deterministic": stage.config.deterministic,
     }
@@ -149,7 +161,7 @@ def check_receipt(stage: Stage) -> dict[str, Any]:
 
 
 def _publish(stage: Stage) -> None:
-    receipt = check_receipt(stage)
+    receipt = check_receipt(stage, {})
     baked = json.loads((stage.dir / BAKED).read_text(encoding="utf-8"))
     rows = read_rows(stage.dir / METRICS)
     best = stage.dir / "best"

@@ -48,6 +48,7 @@ def run_stage(
     execute: Callable[[Stage], None],
     plan: Callable[[Config, Path, str], dict[str, Any]],
     show_plan: Callable[[dict[str, Any]], str],
+    check: Callable[[Config], object] | None = None,
     keep_result: bool = True,
 ) -> int:
     """Run one stage as a command line program.
@@ -59,6 +60,7 @@ def run_stage(
         execute: does the work and fills the stage's metrics, inputs and outputs.
         plan: (config, run directory, stage name) → document for `--dry-run`; changes nothing.
         show_plan: formats the plan for display.
+        check: raises, before anything is changed, if the config cannot be executed here.
         keep_result: whether a finished stage is up to date; false repeats it on every call.
 
     Returns:
@@ -72,6 +74,8 @@ def run_stage(
             document = plan(config, arguments.run_dir, name)
             text = show_plan(document)
         else:
+            if check is not None:
+                check(config)
             document = _run_locked(Stage(name, config, arguments.run_dir), redo, execute)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)

@@ -30,7 +30,8 @@ from sparselong.errors import StageError
 from sparselong.files import is_disk_full, write_atomically
 from sparselong.run.stages import STAGES, stage_hash
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of manifests and of what their hashes cover; 1 hashed keys that decide no result too."""
 
 
 @dataclass
@@ -143,6 +144,7 @@ def prepare(stage: Stage, redo: bool) -> bool:
         return True
     stage.manifests = {name: _require(stage, name) for name in STAGES[stage.name].reads}
     beginning = {
+        "format_version": FORMAT_VERSION,
         "config_hash": stage_hash(stage.config, stage.name),
         "made_from": _made_from(stage),
     }
@@ -165,6 +167,7 @@ def _require(stage: Stage, name: str) -> dict[str, Any]:
             "no manifest",
             f"run python {name}.py with the same --config and --run-dir first",
         )
+    _refuse_other_version(stage.run_dir / name, name, manifest)
     wanted = stage_hash(stage.config, name)
     if manifest["config_hash"] != wanted:
         raise StageError(
@@ -189,8 +192,21 @@ def _made_from(stage: Stage) -> dict[str, str | None]:
     return hashes
 
 
+def _refuse_other_version(directory: Path, name: str, found: dict[str, Any]) -> None:
+    """Raise if a stage's directory was written by a version with another format."""
+    version = found.get("format_version", 1)
+    if version != FORMAT_VERSION:
+        raise StageError(
+            f"{directory} was written by another version of Sparse-Long",
+            f"format version {FORMAT_VERSION}",
+            f"format version {version}",
+            f"use another --run-dir, or redo it: python {name}.py --force",
+        )
+
+
 def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None:
     """Raise if the stage's directory holds work for another config or from other inputs."""
+    _refuse_other_version(stage.dir, stage.name, present)
     wanted = stage_hash(stage.config, stage.name)
     if present["config_hash"] != wanted:
         raise StageError(
@@ -227,6 +243,7 @@ def finish(stage: Stage, seconds: float) -> dict[str, Any]:
         "status": "done",
         "config_hash": stage_hash(stage.config, stage.name),
         "made_from": _made_from(stage),
+        "config": stage.config.model_dump(mode="json"),
         "inputs": provenance.describe_files(stage.inputs, stage.run_dir),
         "outputs": provenance.describe_files(stage.outputs, stage.run_dir),
         **provenance.describe_software(),

@@ -20,7 +20,7 @@ def call_once(
     """Return `function(*tensors, *rest)`, cached if one of its last two calls was the same.
 
     Two calls are the same if they pass the same tensor objects, not modified in between, and an
-    equal `rest`. A result is dropped from the cache once its tensors are freed.
+    equal `rest`. A result is kept until two other calls of the function have replaced it.
 
     Args:
         function: a module-level function whose result depends only on its arguments.

@@ -8,7 +8,7 @@ the pass sets them instead.
 
 A block applies to the thread that entered it, until the block ends or raises. It also applies in
 the threads where autograd runs a backward pass. Autograd does not say which thread started one, so
-these threads use the settings of the threads that have blocks open, which must agree; otherwise
+these threads use the settings of the threads that run models, which must agree; otherwise
 `current` raises. A checkpointed layer's recomputation always uses the settings of its forward pass,
 whatever thread it runs in and however late (`runtime/recompute.py`).
 
@@ -91,12 +91,19 @@ class _Block:
     settings: Settings
 
 
+def _is_foreign() -> bool:
+    """Return whether this thread was started by other means than Python's."""
+    return isinstance(threading.current_thread(), threading._DummyThread)
+
+
 class _Thread(threading.local):
     """The blocks that a thread has open, innermost last."""
 
     def __init__(self) -> None:
         self.blocks = _Blocks()
-        _all_blocks.add(self.blocks)
+        if not _is_foreign():
+            with _lock:
+                _all_blocks.add(self.blocks)
 
 
 class _Blocks(list[_Block]):
@@ -107,6 +114,8 @@ class _Blocks(list[_Block]):
 
 
 _all_blocks: weakref.WeakSet[_Blocks] = weakref.WeakSet()
+"""Those of every live thread of Python's that has asked for its settings."""
+_lock = threading.Lock()
 _thread = _Thread()
 
 
@@ -114,8 +123,7 @@ def current() -> Settings:
     """Return the settings of the pass that this thread runs.
 
     Raises:
-        RuntimeError: this thread is autograd's, and several threads have blocks with different
-            settings open.
+        RuntimeError: this thread is autograd's, and several threads have different settings.
     """
     blocks = _thread.blocks
     if blocks:
@@ -125,12 +133,13 @@ def current() -> Settings:
 
 def _is_autograds() -> bool:
     """Return whether autograd started this thread, for a backward pass that is running in it."""
-    running = torch._C._current_graph_task_id() != -1
-    return running and isinstance(threading.current_thread(), threading._DummyThread)
+    return torch._C._current_graph_task_id() != -1 and _is_foreign()
 
 
 def _settings_of_others() -> Settings:
-    found = [blocks[-1].settings for blocks in list(_all_blocks) if blocks]
+    with _lock:
+        threads = list(_all_blocks)
+    found = [blocks[-1].settings if blocks else _DEFAULT for blocks in threads]
     if any(settings != found[0] for settings in found):
         raise RuntimeError(
             "a backward pass runs in autograd's thread while several threads have different "

@@ -154,7 +154,7 @@ def test_without_a_full_receipt_there_is_no_result(stage, broken):
     }
     (stage.dir / "baked.json").write_text("{}")
     (stage.dir / "receipt.json").write_text(json.dumps(receipt))
-    check_receipt(stage)
+    check_receipt(stage, {"processes": 1, "attention": "eager"})
     if broken == "no receipt":
         (stage.dir / "receipt.json").unlink()
     elif broken == "no result":
@@ -166,7 +166,19 @@ def test_without_a_full_receipt_there_is_no_result(stage, broken):
         receipt["callbacks" if broken == "no callback" else "modules_replaced"].pop()
         (stage.dir / "receipt.json").write_text(json.dumps(receipt))
     with pytest.raises(StageError, match="without this project's plugin"):
-        check_receipt(stage)
+        check_receipt(stage, {})
+
+
+def test_the_receipt_must_say_what_this_training_was_started_with(stage):
+    receipt = {"processes": 2, "attention": "eager"}
+    (stage.dir / "baked.json").write_text("{}")
+    (stage.dir / "receipt.json").write_text(json.dumps(receipt))
+    with pytest.raises(StageError) as failure:
+        check_receipt(stage, {"processes": 4, "attention": "sparselong"})
+    assert "processes 4, attention sparselong" in failure.value.found
+    with pytest.raises(StageError) as failure:  # published later, with another number of GPUs
+        check_receipt(stage, {})
+    assert "processes" not in failure.value.found
 
 
 def test_supervised_fraction_counts_tokens_and_refuses_none():

@@ -54,6 +54,7 @@ def test_a_stage_leaves_config_and_manifest(tmp_path, capsys):
         }
     ]
     assert "seed: 7" in (tmp_path / "run/config.yaml").read_text()
+    assert manifest["config"]["seed"] == 7 and manifest["config"]["training"]["save_steps"]
 
 
 def test_a_rerun_does_nothing_and_force_redoes(tmp_path):
@@ -219,3 +220,29 @@ def test_atomic_writes_leave_the_old_file_when_they_fail(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "started.json"])
+def test_work_of_another_version_is_refused_as_such(tmp_path, capsys, file):
+    assert run(tmp_path, write_output) == 0
+    folder = tmp_path / "run/02_compress"
+    document = json.loads((folder / file).read_text()) | {"format_version": 1}
+    for name in ("manifest.json", "started.json"):
+        (folder / name).unlink()
+    (folder / file).write_text(json.dumps(document))
+    capsys.readouterr()
+    assert run(tmp_path, write_output) == 1
+    assert "written by another version" in capsys.readouterr().err
+    assert run(tmp_path, write_output, "--force") == 0
+
+
+def test_a_check_comes_before_a_forced_stage_is_set_aside(tmp_path):
+    assert run(tmp_path, write_output) == 0
+
+    def check(config):
+        raise StageError("it cannot run", "another", "this", "change it")
+
+    arguments = [*TINY, "--run-dir", str(tmp_path / "run"), "--force"]
+    plan = {"plan": lambda c, r, n: {"stage": n}, "show_plan": str}
+    assert run_stage("02_compress", "test", arguments, write_output, **plan, check=check) == 1
+    assert read_manifest(tmp_path / "run", "02_compress") is not None

@@ -1,5 +1,6 @@
 """What a pass must know: blocks nest and end, and backward passes and recomputations find them."""
 
+import sys
 import threading
 from functools import partial
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from sparselong.runtime import settings as settings_module
 from sparselong.runtime.recompute import checkpoint_contexts
 from sparselong.runtime.settings import Settings, current, restoring, using
 
@@ -147,8 +149,9 @@ def test_autograd_does_not_guess_between_threads_with_different_settings():
         assert {found.inference_tokens for _, found in seen} == {5}
         with pytest.raises(RuntimeError, match="different"), using(inference_tokens=6):
             _Deep.apply(x, REENTRANT_DEPTH, []).sum().backward()
-        assert current() == Settings()
-        x.exp().sum().backward()  # this thread is none of autograd's
+        with pytest.raises(RuntimeError, match="different"):  # this thread has the defaults
+            _Deep.apply(x, REENTRANT_DEPTH, []).sum().backward()
+        assert current() == Settings()  # this thread is none of autograd's
     finally:
         left.set()
         thread.join()
@@ -218,3 +221,24 @@ def test_plain_checkpointing_has_the_settings_around_the_backward_pass():
     with using(inference_tokens=1):
         checkpoint(layer, x, use_reentrant=False).sum().backward()
     assert seen == [1, 1]
+
+
+def test_threads_may_begin_while_autograd_asks_all_of_them():
+    """The set of threads is read and written under a lock."""
+    stop = threading.Event()
+
+    def begin_threads():
+        while not stop.is_set():
+            in_thread(current)
+
+    beginning = threading.Thread(target=begin_threads)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    beginning.start()
+    try:
+        for _ in range(3000):
+            assert settings_module._settings_of_others() == Settings()
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        beginning.join()

@@ -104,7 +104,7 @@ def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
 
 def test_killed_run_goes_on_with_the_same_curve(runs):
     straight, broken, _, told = runs
-    assert "removing checkpoint-6" in told
+    assert "removing the incomplete checkpoint-6" in told
     assert "resuming from checkpoint-4" in told
     epochs = {row["step"]: row["epoch"] for row in rows_of(straight)}
     assert 1 < epochs[4] < epochs[5] < 2
