@@ -16,7 +16,7 @@ from sparselong.packing.dense import DenseFormat
 from sparselong.packing.two_four import is_two_four
 
 OUT, IN = 48, 320
-"""320 columns: two whole blocks of 128 and a tail of 64, ten groups of 32, five of 64."""
+"""320 columns: two full blocks of 128 and a tail of 64; ten groups of 32 or five of 64."""
 DAMPENING = 0.01
 SPARSE_INT4 = DenseFormat(4, "2:4", 64)
 
