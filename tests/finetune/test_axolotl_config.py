@@ -27,19 +27,19 @@ OURS = {
     "sequence_parallel_degree": "Axolotl trains as if alone, rank.py says otherwise",
     "heads_k_stride": "as the degree",
     "ring_attn_func": "as the degree",
-    "lora.expert_targets": "Axolotl's schema knows no adapters of experts; the plugin adds them",
+    "lora.expert_targets": "Axolotl's schema has no expert adapters; the plugin adds them",
     "lora.expert_r": "as expert_targets",
     "lora.router": "as expert_targets",
-    "training.keep_attention": "layers keep what a callback of ours tells them to",
+    "training.keep_attention": "a callback of ours tells layers what to keep",
     "training.keep_experts": "as keep_attention",
     "training.loss_target": "a callback of ours gives the alert",
 }
-"""Keys and sections that Axolotl is not told, and why."""
+"""Keys and sections that are not passed to Axolotl, and why."""
 NEEDED = {
     "flash_attention": {"attention_backend": "auto"},
     "training.offload_checkpoints": {"training.gradient_checkpointing": True},
 }
-"""What must stand beside a key for it to have a meaning."""
+"""Other keys that must be set for a key to have an effect."""
 
 
 def document(*overrides: str, resume_from: Path | None = None) -> dict:
