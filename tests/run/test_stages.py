@@ -29,9 +29,9 @@ CHANGED = {
     "training.use_tensorboard": "true",
     "training.wandb_project": "trial",
 }
-"""Every key that decides no result, with another value than the tiny config's."""
+"""Every incidental key, with a value different from the tiny config's."""
 NEEDED = {"training.offload_checkpoints": ["training.gradient_checkpointing=true"]}
-"""What a key's other value needs; keys that decide no result, too."""
+"""Incidental keys that another key's changed value requires."""
 
 
 def leaves() -> dict[str, type[Section]]:
