@@ -88,7 +88,7 @@ def test_finished_results_are_kept_and_changed_models_measured_again(run_dir, ar
         kept = json.loads((folder / f"{name}.json").read_text())
         kept["perplexity"]["supervised"]["perplexity"] = 12345.0
         (folder / f"{name}.json").write_text(json.dumps(kept))
-    write_manifest(copy, "03_finetune", arguments, label="made anew")
+    write_manifest(copy, "03_finetune", arguments, label="rebuilt")
     assert eval_script.main([*arguments, "--run-dir", str(copy)]) == 0
     before, after = read_metrics(run_dir)["perplexity"], read_metrics(copy)["perplexity"]
     assert after == {**before, "compressed": 12345.0}

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(900)
 CONFIG = ROOT / "configs/tiny.yaml"
 MEASURED = sorted((ROOT / "benchmarks/results").glob("demo-cpu2-*.json"))[-1]
 LUCK = 1e-4
-"""How seldom a model that guesses may pass."""
+"""Largest accepted probability that a guessing model passes."""
 
 
 @pytest.fixture(scope="module")
