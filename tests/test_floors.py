@@ -46,15 +46,15 @@ INNER = {
         *({"experts", "vocabulary"}, {"apply"}),
     ),
 }
-"""Floors inside a folder, by the names of its modules and folders. Single modules of one floor, as
-`mesh` and `collectives`, are the folder's own and may import one another."""
+"""Floors within a folder, by names of its modules and subfolders. Single modules on one floor,
+e.g. `mesh` and `collectives`, may import one another."""
 NO_TORCH = (
     *("errors", "lazy", "files", "registration", "provenance"),
     *("config", "run", "memory", "data"),
 )
-"""Modules that must not import torch when they are imported themselves."""
+"""Modules whose import must not import torch."""
 OFFERED = re.compile(r"sparselong\.(\w+)")
-"""How the package's docstring names what it offers."""
+"""Pattern for public names in the package's docstring."""
 
 
 def level(name: str, floors: tuple[set[str], ...], where: str) -> int:
