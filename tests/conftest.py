@@ -1,4 +1,4 @@
-"""What tests share: an untrained small gpt-oss, a little chat data, and the scripts as modules."""
+"""Shared fixtures: a small untrained gpt-oss, a little chat data, and the scripts as modules."""
 
 import importlib.util
 import json
@@ -8,14 +8,14 @@ from types import ModuleType
 
 import pytest
 
-# A shell's background jobs ignore Ctrl-C and pass that on; the tests that send it must not.
+# Background jobs of a shell ignore SIGINT, and children inherit that; tests that send it need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_script(name: str) -> ModuleType:
-    """A numbered script as a module, so that a test can call its `main(argv)`."""
+    """Load a numbered script as a module, so that a test can call its `main(argv)`."""
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -24,14 +24,14 @@ def load_script(name: str) -> ModuleType:
 
 
 def write_rows(path: Path, rows: list) -> Path:
-    """A JSON-lines file."""
+    """Write rows as a JSON-lines file and return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="session")
 def untrained_base(tmp_path_factory) -> Path:
-    """A random gpt-oss of four layers in upstream's on-disk form."""
+    """A random four-layer gpt-oss in the upstream on-disk format."""
     from sparselong.tiny.build import TinySpec, build_tiny
 
     return build_tiny(tmp_path_factory.mktemp("base") / "base", TinySpec(steps=0), seed=1)
@@ -39,7 +39,7 @@ def untrained_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def chat_file(tmp_path_factory) -> Path:
-    """Forty conversations of different lengths."""
+    """Forty conversations of varying length."""
     rows = [
         {
             "messages": [
@@ -54,7 +54,7 @@ def chat_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_arguments(untrained_base, chat_file) -> list[str]:
-    """Overrides that make configs/tiny.yaml a matter of seconds."""
+    """Overrides with which configs/tiny.yaml runs in seconds."""
     return [
         *("--config", str(ROOT / "configs/tiny.yaml")),
         f"model.base={untrained_base}",

@@ -1,12 +1,12 @@
-"""Memory that kernels are to fill, filled with what must not remain."""
+"""Output buffers prefilled with values that a correct kernel overwrites."""
 
 import torch
 
 
 class PoisonedTorch:
-    """torch, but what torch.empty and torch.empty_like return is full of NaN, or of 77s.
+    """A stand-in for torch whose `empty` and `empty_like` return NaN (integers: 77).
 
-    Put in torch's place in a module of launchers, it shows what its kernels leave unwritten.
+    Patched into a launcher module, it exposes elements that the kernels do not write.
     """
 
     def __getattr__(self, name):

@@ -1,6 +1,6 @@
-"""What the benchmarks have in common: command lines, and the pages generated from their results.
+"""Command lines that the benchmarks share, and the pages generated from their results.
 
-No figure is measured here."""
+Nothing is measured here."""
 
 import argparse
 import importlib
@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("name", ["attention", "expert_gemm", "memory", "neighbours"])
-def test_without_a_gpu_make_bench_goes_on(name, monkeypatch, capsys):
+def test_make_bench_continues_without_a_gpu(name, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     importlib.import_module(f"benchmarks.{name}").main()
@@ -33,13 +33,13 @@ def test_a_result_is_named_after_the_gpu(asked, gpus, found, monkeypatch):
     assert command_line.machine_of(argparse.Namespace(machine=asked)) == found
 
 
-def test_a_gpu_without_a_name_is_no_file_called_none(monkeypatch):
+def test_an_unnamed_gpu_does_not_name_a_file_none(monkeypatch):
     monkeypatch.setattr(provenance, "describe_hardware", lambda: {"gpus": []})
     with pytest.raises(SystemExit, match="pass --machine"):
         command_line.machine_of(argparse.Namespace(machine=None))
 
 
-def test_the_command_is_the_one_given_but_for_this_machines_folder(monkeypatch):
+def test_the_recorded_command_omits_this_machines_folder(monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["x", "--lengths", "4096", "--folder", "/tmp/a", "--rank", "8"]
     )
@@ -47,7 +47,7 @@ def test_the_command_is_the_one_given_but_for_this_machines_folder(monkeypatch):
     assert command == "python3 benchmarks/x.py --lengths 4096 --rank 8"
 
 
-def test_a_machines_name_that_would_part_a_files_name_is_refused_before_measuring(capsys):
+def test_a_machine_name_with_a_separator_is_refused_before_measuring(capsys):
     parser = argparse.ArgumentParser()
     command_line.add_result(parser)
     assert parser.parse_args(["--machine", "h200x4"]).machine == "h200x4"
@@ -68,13 +68,13 @@ def test_make_bench_runs_the_files_that_write_results():
     assert set(named[1].replace("\\", " ").split()) == writing
 
 
-def test_benchmarks_md_is_the_generated_one(monkeypatch, tmp_path):
+def test_benchmarks_md_is_up_to_date(monkeypatch, tmp_path):
     from benchmarks import record
     from benchmarks.report import __main__ as report
     from benchmarks.report import attention, train_step
 
     assert attention.RESULTS == train_step.RESULTS == record.RESULTS
-    for module in (attention, train_step):  # where plots go
+    for module in (attention, train_step):  # modules that write plots
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     page = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
     assert report.write_page() == page, "run python -m benchmarks.report"

@@ -1,4 +1,4 @@
-"""README's commands run as written, and what it names is there."""
+"""README's commands run as written, and the files and names it mentions exist."""
 
 import re
 import shlex
@@ -31,7 +31,7 @@ SCRIPTS = [c for c in COMMANDS if c.startswith("python 0")]
 
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_script_commands_are_accepted(command, tmp_path, capsys):
-    """With --dry-run, so that nothing is downloaded or needed."""
+    """Runs with --dry-run, which neither downloads nor requires anything."""
     _, script, *arguments = shlex.split(command)
     main = load_script(script.removesuffix(".py")).main
     arguments = [str(ROOT / a) if a.startswith("configs/") else a for a in arguments]
@@ -40,7 +40,7 @@ def test_script_commands_are_accepted(command, tmp_path, capsys):
     assert capsys.readouterr().out
 
 
-def test_there_are_script_commands():
+def test_the_readme_has_script_commands():
     assert len(SCRIPTS) >= 5
 
 
@@ -59,7 +59,7 @@ def test_named_files_exist():
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_every_folder_stands_in_the_tree(document):
+def test_every_folder_is_in_the_tree(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
     (tree,) = (block for block in blocks if "\nsparselong/" in block)
@@ -68,17 +68,17 @@ def test_every_folder_stands_in_the_tree(document):
     assert [name for name in folders if f"{name}/" not in tree] == []
 
 
-def test_a_newcomer_is_not_asked_to_read_more_than_a_few_pages():
+def test_the_readme_stays_short_and_shows_a_small_picture():
     picture = ROOT / "docs/demo-loss.png"
     assert len(README.splitlines()) <= 300 and picture.stat().st_size <= 100_000
     assert f"]({picture.relative_to(ROOT)})" in README
 
 
-def test_nothing_is_left_to_fill_in():
+def test_no_placeholder_is_left():
     assert not re.search(r"[A-Z]+_FIGURES|TODO|TBD|XXX", README)
 
 
-def test_the_doors_that_the_readme_names_are_there():
+def test_the_entry_points_named_in_the_readme_exist():
     import sparselong
 
     named = set(re.findall(r"sparselong\.(\w+)\(", README))

@@ -1,4 +1,4 @@
-"""What `import sparselong` leaves in the environment."""
+"""Environment variables after `import sparselong`."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SCRIPT = "import json, os, sparselong; print(json.dumps(dict(os.environ)))"
         ((None, "backend:cudaMallocAsync"), (None, "backend:cudaMallocAsync")),
     ],
 )
-def test_segments_expand_unless_the_user_says_otherwise(given, expected):
+def test_segments_expand_unless_the_user_configures_the_allocator(given, expected):
     environment = {name: value for name, value in os.environ.items() if name not in NAMES}
     environment |= {name: value for name, value in zip(NAMES, given, strict=True) if value}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Who may import whom: floors, public names, and how many modules a folder holds.
+"""Import rules: floors, public names, and the number of modules in a folder.
 
     errors, files, lazy, registration, provenance
     config, packing, runtime
@@ -9,9 +9,9 @@
     tiny, adapters, generation
     health, compress, finetune, evaluate, export, chat
 
-A module imports lower floors, its own folder and the folders around it; never a sibling of its
-floor. From another folder it takes only the names that its `__init__` lists. tests/structure/ holds
-the other rules: state, names of modules in strings, sizes.
+A module may import lower floors, its own folder and its parent folders, but never a sibling on its
+floor. From another folder it takes only names listed in that folder's `__init__`. tests/structure/
+holds the other rules: state, module names in strings, sizes.
 """
 
 import ast
@@ -46,15 +46,15 @@ INNER = {
         *({"experts", "vocabulary"}, {"apply"}),
     ),
 }
-"""Floors inside a folder, by the names of its modules and folders. Single modules of one floor, as
-`mesh` and `collectives`, are the folder's own and may import one another."""
+"""Floors within a folder, by names of its modules and subfolders. Single modules on one floor,
+e.g. `mesh` and `collectives`, may import one another."""
 NO_TORCH = (
     *("errors", "lazy", "files", "registration", "provenance"),
     *("config", "run", "memory", "data"),
 )
-"""Modules that must not import torch when they are imported themselves."""
+"""Modules whose import must not import torch."""
 OFFERED = re.compile(r"sparselong\.(\w+)")
-"""How the package's docstring names what it offers."""
+"""Pattern for public names in the package's docstring."""
 
 
 def level(name: str, floors: tuple[set[str], ...], where: str) -> int:
@@ -65,10 +65,10 @@ def level(name: str, floors: tuple[set[str], ...], where: str) -> int:
 
 
 def breaks_a_floor(here: list[str], there: list[str]) -> bool:
-    """Whether one module, as the parts of its name below the package, may not import another."""
+    """Return whether `here` importing `there` (name parts below the package) breaks a floor."""
     if here[0] != there[0]:
         ours, theirs = (level(parts[0], FLOORS, PACKAGE) for parts in (here, there))
-        alone = len(here) == len(there) == 1  # single modules of one floor, as errors and files
+        alone = len(here) == len(there) == 1  # single modules on one floor, e.g. errors and files
         return theirs > ours or (theirs == ours and not alone)
     floors = INNER.get(here[0])
     if floors is None or len(here) < 2 or len(there) < 2 or here[1] == there[1]:
@@ -96,7 +96,7 @@ def is_inside(module: str, folder: str) -> bool:
 
 
 def attributes_of(path: Path, bound: str) -> set[str]:
-    """Attributes that a file reads of an imported name."""
+    """Attributes of an imported name that a file reads."""
     return {
         node.attr
         for node in ast.walk(tree.parse(path))
@@ -107,9 +107,9 @@ def attributes_of(path: Path, bound: str) -> set[str]:
 
 
 def outside_names(root: Path, paths: list[Path]) -> dict[str, dict[str, str]]:
-    """Folder → name → who takes it, of all that files take from folders that they are outside of.
+    """Map folder → name → importing file, for names taken from outside the folder.
 
-    A whole folder that is imported counts with the attributes that are read of it.
+    If a whole folder is imported, the attributes read from it count.
     """
     taken: dict[str, dict[str, str]] = defaultdict(dict)
     for path in paths:
@@ -131,12 +131,12 @@ def outside_names(root: Path, paths: list[Path]) -> dict[str, dict[str, str]]:
 
 
 def public_breaches(root: Path) -> list[str]:
-    """Names taken from another folder that its `__init__` does not list."""
+    """Names taken from another folder whose `__init__` does not list them."""
     paths = [*sources(root), *tree.scripts(root)]
     found = []
     for folder, names in outside_names(root, paths).items():
         listed = tree.public(folder, root)
-        if folder == PACKAGE:  # modules of no folder are there for everyone
+        if folder == PACKAGE:  # top-level modules are public
             listed |= {path.stem: "" for path in (root / PACKAGE).glob("*.py")}
             names = {n.partition("'s ")[0].rpartition(".")[2]: who for n, who in names.items()}
         found += [f"{who} takes {name} of {folder}" for name, who in names.items()
@@ -145,7 +145,7 @@ def public_breaches(root: Path) -> list[str]:
 
 
 def listing_breaches(root: Path) -> list[str]:
-    """Names listed in an `__init__` that no module defines, or that a module is called by."""
+    """Names listed in an `__init__` that no module defines or that equal a module's name."""
     found = []
     for init in sources(root, inits=True):
         if init.name != "__init__.py":
@@ -169,13 +169,13 @@ def listing_breaches(root: Path) -> list[str]:
 
 
 def unused_names(root: Path) -> list[str]:
-    """Listed names that nothing outside their folder takes and no documentation names."""
+    """Listed names neither used outside their folder nor mentioned in the documentation."""
     paths = [*sources(root), *tree.scripts(root), *sorted((root / "benchmarks").rglob("*.py"))]
     taken = outside_names(root, paths)
     api = ast.get_docstring(tree.parse(root / PACKAGE / "__init__.py")) or ""
     shipped = set(OFFERED.findall(api))
     inits = [path for path in sources(root, inits=True) if path.name == "__init__.py"]
-    for init in inits:  # a folder may list names of the folders in it
+    for init in inits:  # a folder may list names of its subfolders
         for name, module in tree.public(dotted(init, root), root).items():
             if is_folder(module, root):
                 taken[module][name] = str(init)
@@ -188,7 +188,7 @@ def unused_names(root: Path) -> list[str]:
 
 
 def crowded_folders(root: Path) -> list[str]:
-    """Folders of fewer than 2 modules (or folders) beside `__init__`, or more than 16."""
+    """Folders with fewer than 2 or more than 16 modules or subfolders, without `__init__`."""
     found = []
     for init in sources(root, inits=True):
         if init.name == "__init__.py":
@@ -199,19 +199,19 @@ def crowded_folders(root: Path) -> list[str]:
     return found
 
 
-def test_imports_go_down():
+def test_imports_only_go_to_lower_floors():
     assert floor_breaches(ROOT) == []
 
 
-def test_other_folders_take_public_names_only():
+def test_other_folders_use_public_names_only():
     assert public_breaches(ROOT) == []
 
 
-def test_listed_names_exist_and_are_no_modules_names():
+def test_listed_names_exist_and_differ_from_module_names():
     assert listing_breaches(ROOT) == []
 
 
-def test_listed_names_are_taken_or_documented():
+def test_listed_names_are_used_or_documented():
     assert unused_names(ROOT) == []
 
 
@@ -235,7 +235,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("files", BROKEN.values(), ids=BROKEN)
-def test_a_broken_floor_is_noticed(tmp_path, files):
+def test_a_broken_floor_is_detected(tmp_path, files):
     standing = {
         "model/load.py": "",
         "parallel/mesh.py": "",
@@ -255,7 +255,7 @@ def test_a_broken_floor_is_noticed(tmp_path, files):
     assert found.startswith(f"{PACKAGE}/{name}:")
 
 
-def test_a_broken_listing_is_noticed(tmp_path):
+def test_a_broken_listing_is_detected(tmp_path):
     head = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
     lines = {
         "right": "    from sparselong.data.corpus import texts\n",
@@ -278,7 +278,7 @@ def test_a_broken_listing_is_noticed(tmp_path):
     assert wrong == dict.fromkeys(lines, 1) | {"right": 0, "module": 0}
 
 
-def test_a_name_that_is_not_public_is_noticed(tmp_path):
+def test_use_of_a_private_name_is_detected(tmp_path):
     head = (
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from sparselong.data.a import b\n"
     )
@@ -304,7 +304,7 @@ def test_a_name_that_is_not_public_is_noticed(tmp_path):
         assert len(public_breaches(script)) == expected, f"a script: {text}"
 
 
-def test_a_crowded_folder_is_noticed(tmp_path):
+def test_a_crowded_folder_is_detected(tmp_path):
     files = {f"data/m{n}.py": "" for n in range(17)} | {"model/one.py": ""}
     tree.write_tree(tmp_path, files)
     assert crowded_folders(tmp_path) == [

@@ -1,9 +1,9 @@
-"""install.sh, the lock and the Makefile's promises, without a network and without installing.
+"""install.sh, the lock file and the Makefile, without a network and without installing.
 
-Each test runs a copy of the script in a folder with a space in its name, with a PATH that holds
-only stand-ins: interpreters that know their version and pip's settings, nvidia-smi, nvcc, df, and a
-uv that writes down how it was called. So the outcome is the same on every machine. What is left
-out: whether uv installs the lock, which `make test` has shown by the time this file runs.
+Each test runs a copy of the script in a folder whose name contains a space, with a PATH that holds
+only stand-ins: interpreters that report a version and pip's settings, nvidia-smi, nvcc, df, and a
+uv that records its command lines. The outcome is therefore the same on every machine. Not covered:
+whether uv can install the lock file, which `make test` has done before this file runs.
 """
 
 import os
@@ -59,7 +59,7 @@ class Machine:
         (self.links / name).touch()
 
     def add_uv(self, status_of_install: int = 0) -> None:
-        """A uv of the pinned version whose `venv` makes an interpreter that runs."""
+        """Add a uv of the pinned version whose `venv` creates a working interpreter."""
         pinned = re.search(r"UV_VERSION=(\S+)", (ROOT / "install.sh").read_text())
         assert pinned
         self.add(
@@ -139,16 +139,16 @@ def test_script_parses():
         ("570.124.06", "cu126"),
         ("535.54.03", "cu126"),
         ("530.30.02", "cu126"),
-        # CUDA 12.0's driver: older than promised.
+        # CUDA 12.0's driver: older than supported.
         ("525.60.13", None),
         ("470.256.02", None),
-        # A text comparison would take this for newer than 580.
+        # A string comparison would rank this above 580.
         ("90.5", None),
     ],
 )
-def test_driver_decides_torch_build(machine: Machine, driver: str, build: str | None):
+def test_driver_selects_torch_build(machine: Machine, driver: str, build: str | None):
     machine.add_gpus(driver)
-    # The CPU build that find-links offer must not tempt a machine that has a GPU.
+    # A machine with a GPU must not pick the CPU build that find-links offers.
     machine.add_cpu_wheel("cp311")
     if build is None:
         message = machine.refusal("--dry-run")
@@ -157,12 +157,12 @@ def test_driver_decides_torch_build(machine: Machine, driver: str, build: str | 
         assert machine.plan()["torch"] == f"{locked_versions()['torch']} ({build} build)"
 
 
-def test_broken_driver_is_not_taken_for_a_cpu_machine(machine: Machine):
+def test_broken_driver_is_not_mistaken_for_a_cpu_machine(machine: Machine):
     machine.add("nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9")
     assert "NVIDIA-SMI has failed" in machine.refusal("--dry-run")
 
 
-def test_cpu_machine_takes_cpu_build_where_offered(machine: Machine):
+def test_cpu_machine_uses_cpu_build_if_offered(machine: Machine):
     assert "default build" in machine.plan()["torch"]
     machine.add_cpu_wheel("cp311", version="2.1.0")
     machine.add_cpu_wheel("cp312")
@@ -181,7 +181,7 @@ def test_find_links_page_counts_as_folder(machine: Machine, tmp_path: Path):
     assert "cpu build" in machine.plan()["torch"]
 
 
-def test_python_that_has_a_cpu_build_is_preferred(machine: Machine):
+def test_python_with_a_cpu_build_is_preferred(machine: Machine):
     machine.add_python("python3.12", "3.12")
     assert machine.plan()["python"].startswith("3.11 ")
     machine.add_cpu_wheel("cp312")
@@ -190,7 +190,7 @@ def test_python_that_has_a_cpu_build_is_preferred(machine: Machine):
     assert machine.plan()["python"].startswith("3.11 ")
 
 
-def test_python_that_does_not_run_is_passed_over(machine: Machine):
+def test_broken_python_is_skipped(machine: Machine):
     machine.add("python3.11", "echo 'pyenv: command not found' >&2; exit 127")
     machine.add_python("python3", "3.12")
     assert machine.plan()["python"] == f"3.12 ({machine.bin / 'python3'})"
@@ -259,7 +259,7 @@ def test_second_run_does_nothing(machine: Machine):
     assert machine.venvs_made() == 1
 
 
-def test_interrupted_run_is_done_again(machine: Machine):
+def test_interrupted_run_is_repeated(machine: Machine):
     machine.add_uv(status_of_install=1)
     assert machine.install().returncode == 1
     machine.add_uv()
@@ -267,8 +267,8 @@ def test_interrupted_run_is_done_again(machine: Machine):
     assert machine.venvs_made() == 2
 
 
-def test_interrupted_upgrade_is_done_again(machine: Machine):
-    """The stamp of the version before must not vouch for a half-made upgrade."""
+def test_interrupted_upgrade_is_repeated(machine: Machine):
+    """The previous version's stamp must not mark an unfinished upgrade as complete."""
     machine.add_uv()
     assert machine.install().returncode == 0
     lock = machine.project / "requirements/requirements.lock"
@@ -302,7 +302,7 @@ def test_broken_interpreter_is_replaced(machine: Machine):
     assert (machine.project / ".venv/bin/python").exists()
 
 
-def test_venv_of_someone_else_is_left_alone(machine: Machine):
+def test_foreign_venv_is_left_alone(machine: Machine):
     machine.add_uv()
     theirs = machine.project / ".venv/theirs"
     theirs.parent.mkdir()
@@ -311,14 +311,14 @@ def test_venv_of_someone_else_is_left_alone(machine: Machine):
     assert theirs.exists()
 
 
-def test_cuda_builds_are_asked_for(machine: Machine):
+def test_cuda_builds_are_requested(machine: Machine):
     machine.add_uv()
     machine.add_gpus("535.54.03")
     assert machine.install().returncode == 0
     assert "--torch-backend cu126" in machine.uv_installs()[0]
     machine.add_gpus("580.65.06")
     assert machine.install().returncode == 0
-    assert machine.venvs_made() == 2, "packages of the other build must not stay behind"
+    assert machine.venvs_made() == 2, "packages of the other build must not remain"
     newer = machine.uv_installs()[2]
     assert "--torch-backend" not in newer and "-c .venv/.sparselong-constraints" in newer
     constraint = (machine.project / ".venv/.sparselong-constraints").read_text()
@@ -337,13 +337,13 @@ def test_flash_attn_is_added_to_an_installed_venv(machine: Machine):
 
 
 def test_missing_uv(machine: Machine):
-    """The bootstrap itself fails: this interpreter cannot make a virtual environment."""
+    """The bootstrap itself fails: this interpreter cannot create a virtual environment."""
     result = machine.install()
     assert result.returncode == 1 and "error: uv cannot be installed" in result.stderr
     assert "python3.11-venv" in result.stderr
 
 
-def test_lock_is_exact_and_names_no_place():
+def test_lock_is_exact_and_names_no_location():
     lines = (ROOT / "requirements/requirements.lock").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert [line for line in pins if not LOCK_LINE.fullmatch(line)] == []

@@ -1,8 +1,8 @@
 """Every figure of README.md comes from a result file, from the planner, or from a named source.
 
-tests/readme_figures.json ties each figure, as README prints it, to its source (the forms are those
-of benchmarks/report/figures.py). `near` is text of the same paragraph, where one figure stands for
-several things. `given` instead of `from` says who claims a figure that is not ours to measure.
+tests/readme_figures.json maps each figure, as README prints it, to its source (in the forms of
+benchmarks/report/figures.py). `near` is text from the same paragraph, for figures that occur more
+than once. `given` instead of `from` cites the source of a figure that is not measured here.
 """
 
 import json
@@ -19,10 +19,10 @@ PROMISES = promises.read_promises()
 
 
 def readable_lines(text: str) -> list[str]:
-    """README's paragraphs, rows and transcripts, one line each.
+    """Return README's paragraphs, table rows and transcripts, one line each.
 
-    Left out: commands, code, links, and the columns of the generated table that come from figures
-    with a source of their own.
+    Omits commands, code, links, and the columns of the generated table whose figures have their
+    own sources.
     """
     table = text[text.index(promises.BEGIN) : text.index(promises.END)]
     remarks = [
@@ -49,18 +49,18 @@ FOUND = [
 ]
 
 
-def test_readme_has_no_figure_without_a_source():
+def test_every_readme_figure_has_a_source():
     assert len(FOUND) > 80
     assert [(f, line) for f, line in FOUND if len(find_ties(f, line)) != 1] == []
 
 
-def test_no_tie_is_left_over():
+def test_every_tie_is_used():
     used = [tie for figure, line in FOUND for tie in find_ties(figure, line)]
     assert [tie for tie in TIES if tie not in used] == []
 
 
 @pytest.mark.parametrize("tie", TIES, ids=lambda tie: f"{tie['figure']} {tie.get('near', '')}")
-def test_a_figure_is_what_its_source_says(tie):
+def test_a_figure_equals_its_source(tie):
     if "given" in tie:
         assert "from" not in tie and len(tie["given"].split()) > 2
         return
@@ -71,7 +71,7 @@ def test_a_figure_is_what_its_source_says(tie):
 
 
 @pytest.mark.parametrize("entry", PROMISES, ids=lambda entry: entry["promise"])
-def test_a_promise_shows_its_source(entry):
+def test_a_promise_matches_its_source(entry):
     assert entry["design"] in "ABCDE" and {"value", "unit"} == entry["promised"].keys()
     assert "ours" in entry or "not_run" in entry
     if "ours" in entry:
@@ -81,11 +81,11 @@ def test_a_promise_shows_its_source(entry):
         assert entry["machine"] == figures.name_machine(ours["from"])
 
 
-def test_the_table_of_promises_is_the_generated_one():
+def test_the_table_of_promises_is_up_to_date():
     assert promises.replace_table(README) == README, "run python -m benchmarks.report"
 
 
-def test_every_figure_that_the_designs_name_is_among_the_promises():
+def test_every_figure_in_the_designs_is_among_the_promises():
     promised = {(e["design"], str(e["promised"]["value"])) for e in PROMISES}
     assert promised >= {
         *(("A", v) for v in ("38", "24", "14", "20", "16384", "3674", "5022", "6455", "1.76", "5")),
@@ -95,7 +95,7 @@ def test_every_figure_that_the_designs_name_is_among_the_promises():
     }
 
 
-def test_a_row_that_is_gone_or_not_alone_is_noticed():
+def test_a_missing_or_ambiguous_row_is_detected():
     row = {"file": "generation-h200-20261121.json", "case": {}, "metric": "throughput"}
     with pytest.raises(ValueError, match="3 rows match"):
         figures.find_row(row)

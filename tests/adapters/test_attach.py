@@ -1,4 +1,4 @@
-"""Masked LoRA over a whole model, and what a checkpoint keeps of it."""
+"""Masked LoRA on a whole model, and its state in checkpoints."""
 
 import copy
 import json
@@ -44,14 +44,14 @@ def test_untrained_adapter_changes_no_logit(stage02):
     assert all(layer.update("hysteresis") == 0.0 for layer in layers.values())
 
 
-def test_only_a_and_b_are_trained_and_the_table_says_so(stage02):
+def test_only_a_and_b_are_trainable_and_the_table_says_so(stage02):
     tuned = tuned_model(stage02)
     trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
     assert len(trained) == 16 and all(".lora_" in name for name in trained)
     assert f"{count_trainable(tuned):,}" in parameter_table(tuned).splitlines()[-1]
 
 
-def test_the_seed_decides_the_adapter(stage02):
+def test_the_seed_determines_the_adapter(stage02):
     torch.manual_seed(1)
     first = masked_layers(tuned_model(stage02))
     torch.manual_seed(2)
@@ -70,7 +70,7 @@ def test_targets_that_match_nothing_are_refused(stage02, targets, found):
 
 
 @torch.no_grad()
-def test_baked_model_gives_the_trained_logits_to_the_bit(stage02, tmp_path):
+def test_baked_model_gives_bitwise_equal_logits(stage02, tmp_path):
     tuned = tuned_model(stage02, ("q_proj", "k_proj", "v_proj", "o_proj"))
     layers = masked_layers(tuned)
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +87,7 @@ def test_baked_model_gives_the_trained_logits_to_the_bit(stage02, tmp_path):
 
 
 @torch.no_grad()
-def test_checkpoint_extras_come_back(stage02, tmp_path):
+def test_checkpoint_extras_are_restored(stage02, tmp_path):
     tuned = tuned_model(stage02)
     layers = masked_layers(tuned)
     for layer in layers.values():
@@ -112,7 +112,7 @@ def test_peaks_of_an_earlier_process_are_kept(stage02, tmp_path):
     assert state.read(tmp_path, layers).peak_bytes["host"] > 1 << 20
 
 
-def test_the_adapter_names_its_base_and_no_path(stage02, tmp_path):
+def test_the_adapter_names_its_base_without_a_path(stage02, tmp_path):
     tuned_model(stage02).save_pretrained(str(tmp_path))
     assert str(stage02) in (tmp_path / "adapter_config.json").read_text()
     name_adapter(tmp_path, "tiny-w4a16")

@@ -1,4 +1,4 @@
-"""Adapters on experts and router in a whole model: gradients, PEFT's reading of them, baking."""
+"""Expert and router adapters in a whole model: gradients, loading with PEFT, baking."""
 
 import copy
 import json
@@ -49,7 +49,7 @@ def tuned_model(stage02, weights=BOTH, router=True) -> PeftModel:
 
 @torch.no_grad()
 def train(tuned: PeftModel, size: float) -> None:
-    """B as training might leave it, for experts only; a router's so that W + s·B·A is bf16."""
+    """Set expert Bs to random values, and router adapters so that W + s·B·A is exact in bf16."""
     torch.manual_seed(0)
     for layer in tuned_layers(tuned).values():
         if isinstance(layer, ExpertLora):
@@ -65,7 +65,7 @@ def train(tuned: PeftModel, size: float) -> None:
 
 
 def plain_model(stage02) -> GptOssForCausalLM:
-    """transformers' own model in fp32 with stage 02's weights, decoded."""
+    """transformers' own model in fp32 with the decoded weights of stage 02."""
     packed = load_model(stage02 / "model", device=CPU)
     config = AutoConfig.from_pretrained(stage02 / "model")
     del config.quantization_config
@@ -92,7 +92,7 @@ def logits_of(model) -> torch.Tensor:
     return model(input_ids=TOKENS).logits
 
 
-def test_untrained_adapters_change_no_logit_and_only_a_and_b_are_trained(stage02):
+def test_untrained_adapters_change_no_logit_and_only_a_and_b_are_trainable(stage02):
     plain, tuned = load_model(stage02 / "model", device=CPU), tuned_model(stage02)
     assert torch.equal(logits_of(plain), logits_of(tuned))
     layers = tuned_layers(tuned)
@@ -110,7 +110,7 @@ def test_untrained_adapters_change_no_logit_and_only_a_and_b_are_trained(stage02
 
 @pytest.mark.parametrize("weights", [BOTH, ("gate_up_proj",), ("down_proj",), ()], ids="+".join)
 def test_plain_peft_reads_the_saved_adapter(stage02, tmp_path, weights):
-    """transformers' experts, decoded, with the adapter opened by PEFT alone, have our logits."""
+    """PEFT alone, with the adapter on decoded transformers experts, gives the same logits."""
     tuned = tuned_model(stage02, weights)
     train(tuned, 0.3)
     expected = logits_of(tuned)
@@ -124,11 +124,11 @@ def test_plain_peft_reads_the_saved_adapter(stage02, tmp_path, weights):
     opened = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
     got = logits_of(opened)
     change = (expected - base).norm()
-    assert change > 0.1 * base.norm(), "the adapter does too little to be seen"
+    assert change > 0.1 * base.norm(), "the adapter's effect is too small to test"
     assert (got - expected).norm() < 1e-4 * change
 
 
-def test_a_saved_adapter_comes_back_where_training_goes_on(stage02, tmp_path):
+def test_a_saved_adapter_is_restored_when_training_resumes(stage02, tmp_path):
     first, second = tuned_model(stage02), tuned_model(stage02)
     train(first, 0.3)
     first.save_pretrained(str(tmp_path))
@@ -154,7 +154,7 @@ def test_every_adapter_learns_and_checkpointing_changes_no_gradient(stage02):
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=1e-7)
 
 
-def test_the_routers_gradients_are_the_formulas():
+def test_router_gradients_match_the_formula():
     torch.manual_seed(3)
     config = type("", (), {"num_experts_per_tok": 2, "num_local_experts": 6, "hidden_size": 32})
     router = GptOssTopKRouter(config)
@@ -184,7 +184,7 @@ def test_the_routers_gradients_are_the_formulas():
         assert (one - want).norm() < 1e-5 * want.norm()
 
 
-def test_a_baked_router_is_the_trained_one_to_the_bit(stage02, tmp_path):
+def test_a_baked_router_is_bitwise_equal_to_the_trained_one(stage02, tmp_path):
     tuned = tuned_model(stage02, weights=())
     with torch.no_grad():
         for layer in tuned_layers(tuned).values():
@@ -197,14 +197,14 @@ def test_a_baked_router_is_the_trained_one_to_the_bit(stage02, tmp_path):
     assert not torch.equal(logits_of(load_model(stage02 / "model", device=CPU)), trained)
 
 
-def test_baked_experts_are_the_rounded_sum_and_what_is_lost_is_told(stage02, tmp_path):
+def test_baked_experts_are_the_rounded_sum_and_the_loss_is_reported(stage02, tmp_path):
     tuned = tuned_model(stage02)
     train(tuned, 0.05)
     before = copy.deepcopy(tuned_layers(tuned)["model.layers.2.mlp.experts"])
     trained = logits_of(tuned)
     layers = tuned_layers(tuned)
     baked, rounding = bake_checkpoint(stage02 / "model", layers, tmp_path / "model")
-    assert torch.equal(logits_of(tuned), trained), "baking has changed the model"
+    assert torch.equal(logits_of(tuned), trained), "baking changed the model"
     assert len(rounding) == 4 and set(rounding["model.layers.0.mlp.experts"]) == set(BOTH)
     name = "model.layers.2.mlp.experts"
     for weight, adapter in before.adapters().items():
@@ -234,7 +234,7 @@ def test_baked_experts_are_the_rounded_sum_and_what_is_lost_is_told(stage02, tmp
         (ExtraAdapters(router=True), "lora.router: the model's router cannot have an adapter"),
     ],
 )
-def test_a_model_without_what_is_targeted_is_refused(stage02, beside, message):
+def test_a_model_without_the_targeted_modules_is_refused(stage02, beside, message):
     model = load_model(stage02 / "model", device=CPU)
     for layer in model.model.layers:
         layer.mlp = torch.nn.ModuleDict({"router": torch.nn.Linear(8, 8)})

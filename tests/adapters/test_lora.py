@@ -1,4 +1,4 @@
-"""The masked LoRA layer: its forward is the stored layer, its gradients those of the formula."""
+"""The masked LoRA layer: forward matches the stored layer, gradients match the formula."""
 
 import gc
 import weakref
@@ -26,7 +26,7 @@ def random_mask(generator: torch.Generator) -> torch.Tensor:
 
 
 def make_layer(fmt: DenseFormat, trained: bool, dtype=torch.float32) -> MaskedLoraLinear:
-    """A layer over random packed weights; `trained` gives B values that move many codes."""
+    """A layer on random packed weights; `trained` sets B so that many codes change."""
     generator = torch.Generator().manual_seed(fmt.weight_bits)
     torch.manual_seed(3)
     master = (0.1 * torch.randn(OUT, IN, generator=generator)).to(torch.bfloat16)
@@ -64,7 +64,7 @@ def make_layer(fmt: DenseFormat, trained: bool, dtype=torch.float32) -> MaskedLo
 
 
 def reference(layer: MaskedLoraLinear, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
-    """The formula in float64 with a straight-through estimator, in plain autograd."""
+    """The formula with a straight-through estimator, in float64 and plain autograd."""
     weight = layer.master.double() + ALPHA / RANK * b @ a
     mask = layer.mask()
     if mask is not None:
@@ -84,7 +84,7 @@ def reference(layer: MaskedLoraLinear, x: torch.Tensor, a: torch.Tensor, b: torc
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_output_and_gradients_are_those_of_the_formula(fmt):
+def test_output_and_gradients_match_the_formula(fmt):
     layer = make_layer(fmt, trained=True)
     x = torch.randn(3, 7, IN, requires_grad=True)
     upstream = torch.randn(3, 7, OUT)
@@ -99,11 +99,11 @@ def test_output_and_gradients_are_those_of_the_formula(fmt):
         assert error < 1e-5
 
 
-def test_saturated_and_removed_weights_pass_no_gradient():
+def test_saturated_and_pruned_weights_pass_no_gradient():
     layer = make_layer(DenseFormat(4, "2:4", 32), trained=True)
     weight, mask, scale = layer.weight(), layer.mask(), layer.scale.float().repeat_interleave(32, 1)
     saturated = mask & (torch.round(weight / scale).abs() > 8)
-    assert saturated.any(), "the case is not in the test"
+    assert saturated.any(), "no weight is saturated, so the case is not tested"
     row, column = (int(i[0]) for i in torch.where(saturated))
     x = torch.zeros(1, IN)
     x[0, column] = 1.0  # dW is nonzero in that column only
@@ -115,7 +115,7 @@ def test_saturated_and_removed_weights_pass_no_gradient():
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_untrained_layer_is_the_packed_layer_and_flips_nothing(fmt):
+def test_untrained_layer_equals_the_packed_layer_and_flips_nothing(fmt):
     layer = make_layer(fmt, trained=False)
     x = torch.randn(5, IN)
     assert torch.equal(layer(x), layer.base_layer(x))
@@ -132,8 +132,8 @@ def test_plain_magnitude_would_flip_an_untrained_layer():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_stored_codes_are_those_of_the_last_forward(fmt, dtype):
-    """A PackedLinear filled with `packed()` gives the same output, to the bit."""
+def test_stored_codes_equal_those_of_the_last_forward(fmt, dtype):
+    """A PackedLinear loaded with `packed()` gives bitwise equal output."""
     layer = make_layer(fmt, trained=True, dtype=dtype)
     layer.update("hysteresis")
     x = torch.randn(6, IN, dtype=dtype)
@@ -152,7 +152,7 @@ def test_stored_codes_are_those_of_the_last_forward(fmt, dtype):
     assert not torch.equal(last_forward, layer.base_layer(x))
 
 
-def test_update_keeps_two_of_four_and_lets_scales_follow():
+def test_update_keeps_two_of_four_and_updates_scales():
     layer = make_layer(DenseFormat(4, "2:4", 32), trained=True)
     mask, scale = layer.mask(), layer.scale.clone()
     assert 0.0 < layer.update("hysteresis") < 0.5
@@ -160,10 +160,10 @@ def test_update_keeps_two_of_four_and_lets_scales_follow():
     assert not torch.equal(layer.mask(), mask)
     assert not torch.equal(layer.scale, scale)
     kept = torch.where(layer.mask(), layer.weight(), 0.0).abs().reshape(OUT, -1, 32).amax(-1)
-    assert ((kept / layer.scale.float()) < 7.5 * 1.02).all()  # nothing far outside of the codes
+    assert ((kept / layer.scale.float()) < 7.5 * 1.02).all()  # nothing far outside the code range
 
 
-def test_gradients_are_the_same_under_checkpointing_and_autocast_is_obeyed():
+def test_checkpointing_keeps_gradients_and_autocast_is_respected():
     layer = make_layer(DenseFormat(4, "2:4", 32), trained=True, dtype=torch.bfloat16)
     x = torch.randn(4, IN, dtype=torch.bfloat16, requires_grad=True)
     layer(x).sum().backward()
@@ -180,7 +180,7 @@ def test_gradients_are_the_same_under_checkpointing_and_autocast_is_obeyed():
     assert torch.equal(y, layer(x.detach()))
 
 
-def test_a_checkpointed_layer_makes_its_weight_once_a_pass(monkeypatch):
+def test_a_checkpointed_layer_builds_its_weight_once_per_pass(monkeypatch):
     layer = make_layer(DenseFormat(4, "2:4", 32), trained=True, dtype=torch.bfloat16)
     x = torch.randn(4, IN, dtype=torch.bfloat16, requires_grad=True)
     layer(x).square().sum().backward()
@@ -199,14 +199,14 @@ def test_a_checkpointed_layer_makes_its_weight_once_a_pass(monkeypatch):
     monkeypatch.setattr(MaskedWeight, "round", round_and_note)
     context = partial(checkpoint_contexts, False)
     y = checkpoint(layer, x, use_reentrant=False, context_fn=context)
-    assert [ref() for ref in made] == [None], "the first pass's is not kept"
+    assert [ref() for ref in made] == [None], "the forward pass must not keep its weight"
     y.square().sum().backward()
-    assert [ref() for ref in made] == [None, None], "the second pass's serves the backward pass"
+    assert [ref() for ref in made] == [None, None], "backward must use the recomputed weight"
     for was, t in zip(plain, leaves, strict=True):
         assert torch.equal(was, t.grad)
 
 
-def test_nothing_of_weight_size_lives_between_forward_and_backward():
+def test_no_weight_sized_tensor_lives_between_forward_and_backward():
     layer = make_layer(DenseFormat(4, "2:4", 32), trained=True)
     x = torch.randn(2, IN, requires_grad=True)
     known = {t.data_ptr() for t in (*layer.buffers(), *layer.parameters(), x)}
@@ -226,7 +226,7 @@ def test_nothing_of_weight_size_lives_between_forward_and_backward():
     assert alive() is None
 
 
-def test_disabled_adapter_is_the_packed_layer():
+def test_disabled_adapter_equals_the_packed_layer():
     layer = make_layer(DenseFormat(4, "2:4", 32), trained=True)
     x = torch.randn(5, IN)
     layer.enable_adapters(False)

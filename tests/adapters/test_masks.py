@@ -1,4 +1,4 @@
-"""Mask and scale maths by cases small enough to check by hand."""
+"""Mask and scale arithmetic on cases small enough to check by hand."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from sparselong.adapters.masks import (
 )
 
 KEPT_02 = torch.tensor([[True, False, True, False]])
-# Stage 02 kept positions 0 and 2 of these: it disagrees with magnitude by h = 5 - 1 = 4.
+# Stage 02 kept positions 0 and 2 here, against magnitude by h = 5 - 1 = 4.
 MASTER = torch.tensor([[1.0, 5.0, 2.0, 0.5]])
 # Half a step: m = 0.25.
 SCALE = torch.tensor([[0.5]], dtype=torch.bfloat16)
@@ -31,22 +31,22 @@ def mask_of(positions: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("weight", "expected", "why"),
     [
-        ([1.0, 5.0, 2.0, 0.5], [0, 2], "nothing learned, nothing flips"),
-        ([1.0, 5.2, 2.0, 0.5], [0, 2], "gained 0.2 over its old lead of 4: not half a step"),
+        ([1.0, 5.0, 2.0, 0.5], [0, 2], "no training, no flips"),
+        ([1.0, 5.2, 2.0, 0.5], [0, 2], "gained 0.2 over the old lead of 4, less than half a step"),
         ([1.0, 5.5, 2.0, 0.5], [1, 2], "gained 0.5"),
-        ([1.4, 5.5, 2.0, 0.5], [0, 2], "gained 0.5, the survivor gained 0.4"),
-        ([0.8, 5.0, 2.0, 0.5], [0, 2], "the survivor shrank by 0.2: not half a step"),
-        ([0.7, 5.0, 2.0, 0.5], [1, 2], "the survivor shrank by 0.3"),
-        ([1.0, 5.0, 2.0, 5.5], [2, 3], "5.5 - 4 - 0.25 beats 1.0: the other one returns"),
+        ([1.4, 5.5, 2.0, 0.5], [0, 2], "gained 0.5, but the kept weight gained 0.4"),
+        ([0.8, 5.0, 2.0, 0.5], [0, 2], "the kept weight shrank by 0.2, less than half a step"),
+        ([0.7, 5.0, 2.0, 0.5], [1, 2], "the kept weight shrank by 0.3"),
+        ([1.0, 5.0, 2.0, 5.5], [2, 3], "5.5 - 4 - 0.25 exceeds 1.0: the other weight returns"),
         ([-1.0, -5.5, 2.0, 0.5], [1, 2], "signs do not matter"),
         ([1.0, 9.0, 2.0, 8.0], [1, 3], "both can return"),
     ],
 )
-def test_which_two_stay(weight, expected, why):
+def test_which_two_weights_are_kept(weight, expected, why):
     assert choose(weight) == expected, why
 
 
-def test_magnitude_takes_the_two_largest_whatever_stage_02_chose():
+def test_magnitude_keeps_the_two_largest_whatever_stage_02_chose():
     assert choose([1.0, 5.0, 2.0, 0.5], criterion="magnitude") == [1, 2]
 
 
@@ -59,7 +59,7 @@ def test_scores_by_hand():
     assert scores.tolist() == [[0.75, 1.0, 2.0, -3.75]]
 
 
-def test_the_margin_is_half_of_each_groups_own_step_or_a_share_of_the_row():
+def test_the_margin_is_half_a_step_of_the_group_or_a_fraction_of_the_row():
     master = torch.tensor([[1.0, 5.0, 2.0, 0.5, 3.0, 0.0, 2.0, 0.0]])
     mask = KEPT_02.repeat(1, 2)
     scale = torch.tensor([[0.5, 2.0]], dtype=torch.bfloat16)
@@ -67,7 +67,7 @@ def test_the_margin_is_half_of_each_groups_own_step_or_a_share_of_the_row():
     assert find_margin(master, mask, None).tolist() == [[2.0 / 16]]  # mean of 1, 2, 3, 2
 
 
-def test_where_stage_02_agreed_only_the_margin_is_asked_for():
+def test_only_the_margin_is_required_where_stage_02_agreed():
     master = torch.tensor([[5.0, 1.0, 4.0, 2.0]])
     for rival, expected in ((4.2, [0, 2]), (4.3, [0, 3])):
         weight = torch.tensor([[5.0, 1.0, 4.0, rival]])
@@ -75,7 +75,7 @@ def test_where_stage_02_agreed_only_the_margin_is_asked_for():
         assert torch.equal(mask, mask_of(expected))
 
 
-def test_ties_stay_as_they_are_now():
+def test_ties_keep_the_current_mask():
     weight = torch.full((1, 4), 3.0)
     for current in (mask_of([0, 1]), mask_of([1, 3]), mask_of([2, 3])):
         for criterion in ("hysteresis", "magnitude"):
@@ -83,14 +83,16 @@ def test_ties_stay_as_they_are_now():
             assert torch.equal(chosen, current)
 
 
-def test_whoever_is_in_use_has_the_margin_in_its_favour():
+def test_the_margin_favours_the_weights_in_use():
     returned = mask_of(choose([1.0, 5.5, 2.0, 0.5]))
     assert torch.equal(returned, mask_of([1, 2]))
-    # Between one margin above and one below the old lead, both answers stand as they are.
+    # Within one margin of the old lead, either mask is stable.
     for value in (4.8, 5.0, 5.2):
         assert choose([1.0, value, 2.0, 0.5], returned) == [1, 2]
         assert choose([1.0, value, 2.0, 0.5], KEPT_02) == [0, 2]
-    assert choose([1.0, 4.7, 2.0, 0.5], returned) == [0, 2], "its gain has gone, and so does it"
+    assert choose([1.0, 4.7, 2.0, 0.5], returned) == [0, 2], (
+        "a weight that lost its gain is dropped"
+    )
 
 
 def random_mask(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
@@ -122,7 +124,7 @@ def test_untrained_flips_nothing_over_the_whole_range_of_bf16(bits):
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("noise", [1e-6, 1e-3])
 def test_noise_flips_nothing(bits, noise):
-    """A random mask disagrees with magnitude nearly everywhere, so that h alone leaves ties."""
+    """A random mask disagrees with magnitude nearly everywhere, so h alone leaves ties."""
     generator = torch.Generator().manual_seed(3)
     master = torch.randn(512, 256, generator=generator).to(torch.bfloat16)
     mask = random_mask(512, 256, generator)
@@ -133,15 +135,15 @@ def test_noise_flips_nothing(bits, noise):
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_no_bit_flickers_while_a_trained_weight_trembles(bits):
-    """Weights that moved far, then noise each time: it may push one over the edge, never back."""
+def test_no_mask_bit_oscillates_under_noise_on_trained_weights(bits):
+    """Noise on weights that moved far may flip a mask bit once, but never back."""
     generator = torch.Generator().manual_seed(4)
     master = torch.randn(256, 256, generator=generator).to(torch.bfloat16)
     first = random_mask(256, 256, generator)
     scale = scale_of(master, first, bits)
     trained = master.float() + 0.3 * torch.randn(256, 256, generator=generator)
     mask = update_mask(trained, master, first, first, scale, "hysteresis")
-    assert flipped_fraction(first, mask) > 0.02, "real gains let weights return"
+    assert flipped_fraction(first, mask) > 0.02, "real gains must readmit weights"
     flips = torch.zeros(256, 256)
     for _ in range(10):
         weight = trained + 1e-3 * torch.randn(256, 256, generator=generator)
@@ -172,7 +174,7 @@ def test_scale_follows_the_largest_kept_weight():
     assert eight[0, 1].item() == pytest.approx(0.75 / 127.5, rel=4e-3)
 
 
-def test_unchanged_groups_keep_their_scale_to_the_bit():
+def test_unchanged_groups_keep_bitwise_equal_scales():
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(32, 256, generator=generator)
     scale = torch.rand(32, 4, generator=generator).to(torch.bfloat16)
@@ -185,7 +187,7 @@ def test_unchanged_groups_keep_their_scale_to_the_bit():
         (20, 0.25, [5, 10, 15]),
         (60, 0.05, list(range(3, 58, 3))),
         (10, 0.05, list(range(1, 10))),  # an interval is at least one step
-        (7, 0.3, [2, 4]),  # 6 would lie within the last interval
+        (7, 0.3, [2, 4]),  # 6 is within the last interval
         (10, 1.0, []),
         (1, 0.5, []),
         (100, 0.0, []),

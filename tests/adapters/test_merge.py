@@ -1,4 +1,4 @@
-"""Merging into MXFP4: the nearest sum by brute force, bytes that stay, what is lost and told."""
+"""Merging into MXFP4: nearest sum by brute force, unchanged bytes, reported loss."""
 
 import pytest
 import torch
@@ -21,8 +21,8 @@ def draw_adapter(size: float) -> Adapter:
     return Adapter(a, size * torch.randn(EXPERTS, OUT, RANK), 0.5)
 
 
-def test_without_a_change_every_byte_stays():
-    """Also those of negative zeros, and of blocks whose values another scale would hold as well."""
+def test_a_zero_adapter_keeps_every_byte():
+    """Including negative zeros and blocks that another scale could represent as well."""
     blocks, scales = draw_stack()
     blocks[0, 0], blocks[0, 1] = 0x88, 0x11  # all -0, all 0.5
     merged, new_scales, rounding = merge_adapter(blocks, scales, draw_adapter(0.0))
@@ -46,13 +46,13 @@ def test_no_other_scale_or_code_is_nearer(size):
         best = torch.minimum(best, nearest)
     stored = mxfp4.decode(merged, new_scales, torch.float64).reshape(grouped.shape)
     errors = (stored - grouped).square().sum(-1)
-    # The best of three scales is the best of all but for a few blocks, and never far from it.
+    # The best of three scales is optimal except in a few blocks, and never far from optimal.
     assert (errors <= 1.2 * best + 1e-12).all()
     assert (errors <= best * (1 + 1e-5) + 1e-12).float().mean() > 0.9
 
 
-def test_a_change_onto_codes_is_kept_whole():
-    """One column of a weight of ones goes to two, another to minus one half."""
+def test_a_change_onto_codes_is_kept_exactly():
+    """In a weight of ones, one column becomes two and another minus one half."""
     codes = torch.full((1, OUT, IN), 2, dtype=torch.uint8)
     blocks, scales = mxfp4.pack_codes(codes), torch.full((1, OUT, 2), 127, dtype=torch.uint8)
     a, b = torch.zeros(1, RANK, IN), torch.ones(1, OUT, RANK)
@@ -67,10 +67,10 @@ def test_a_change_onto_codes_is_kept_whole():
     assert summary["relative_change"] == pytest.approx(((1 + 2.25) / IN) ** 0.5)
 
 
-def test_a_change_below_half_a_step_is_lost_and_said_to_be():
+def test_a_change_below_half_a_step_is_lost_and_reported():
     codes = torch.full((1, OUT, IN), 2, dtype=torch.uint8)
     blocks, scales = mxfp4.pack_codes(codes), torch.full((1, OUT, 2), 127, dtype=torch.uint8)
-    # Powers of two apart, so that no scale makes the steps finer for all of a block.
+    # Powers of two apart, so that no scale gives finer steps for the whole block.
     blocks[..., 0] = 0x77
     a, b = torch.zeros(1, RANK, IN), torch.ones(1, OUT, RANK)
     a[0, 0, 5:10] = 0.1
@@ -80,7 +80,7 @@ def test_a_change_below_half_a_step_is_lost_and_said_to_be():
     assert summary["lost"] == 1.0 and summary["kept"] == 0.0 == summary["values_changed"]
 
 
-def test_a_sum_beyond_the_stored_scale_takes_a_larger_one():
+def test_a_sum_beyond_the_stored_scale_gets_a_larger_one():
     codes = torch.full((1, 32), 7, dtype=torch.uint8)
     total = mxfp4.decode(mxfp4.pack_codes(codes), torch.full((1, 1), 127, dtype=torch.uint8)) * 8
     blocks, scales = round_sum(total.float(), torch.full((1, 1), 127, dtype=torch.uint8))

@@ -1,4 +1,4 @@
-"""The accumulated Hessian against the matrix written down directly, and what it refuses."""
+"""The accumulated Hessian against a direct computation, and its refusals."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def _inputs(tokens: int) -> torch.Tensor:
     return torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
 
 
-def test_is_two_over_tokens_times_the_second_moment() -> None:
+def test_equals_two_over_tokens_times_the_second_moment() -> None:
     sequences = [_inputs(7).bfloat16(), _inputs(50).bfloat16()[None], _inputs(12)]
     hessian = Hessian(WIDTH, "layer")
     for sequence in sequences:

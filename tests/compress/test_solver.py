@@ -1,7 +1,7 @@
-"""Pruning and quantization of one weight, against llmcompressor, direct arithmetic and bad input.
+"""Pruning and quantizing one weight: llmcompressor, direct arithmetic, invalid input.
 
-The inputs are correlated, as activations are: with white ones GPTQ and SparseGPT have nothing to
-gain over magnitudes and rounding, and a broken correction would not show.
+The inputs are correlated, like activations. With white noise GPTQ and SparseGPT could not improve
+on magnitude pruning and rounding, and a broken correction would go unnoticed.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from sparselong.packing.dense import DenseFormat
 from sparselong.packing.two_four import is_two_four
 
 OUT, IN = 48, 320
-"""320 columns: two whole blocks of 128 and a tail of 64, ten groups of 32, five of 64."""
+"""320 columns: two full blocks of 128 and a tail of 64; ten groups of 32 or five of 64."""
 DAMPENING = 0.01
 SPARSE_INT4 = DenseFormat(4, "2:4", 64)
 
@@ -55,7 +55,7 @@ def _compress(weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat) -> 
 def _quantize_with_llmcompressor(
     weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: int, group_size: int
 ) -> torch.Tensor:
-    """bf16-valued fp32 [out, in]: llmcompressor's GPTQ with our scales."""
+    """Return llmcompressor's GPTQ result with our scales: bf16 values in fp32 [out, in]."""
     from compressed_tensors.quantization import QuantizationArgs
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
@@ -105,7 +105,7 @@ def test_two_of_four_survive_in_every_group(
 def test_without_the_mask_the_same_loop_breaks_two_four(
     weight: torch.Tensor, hessian: torch.Tensor
 ) -> None:
-    """Why the mask is in the update: both llmcompressor and our loop unmasked lose groups."""
+    """Unmasked, both llmcompressor and our loop break 2:4 groups, so the update is masked."""
     _, factor = solver.factorize(weight, hessian, DAMPENING, "layer")
     pruned, mask = solver.prune_two_four(weight, hessian, DAMPENING)
     scale = solver.choose_scale(pruned, 4, 64)
@@ -118,7 +118,7 @@ def test_without_the_mask_the_same_loop_breaks_two_four(
     assert ((masked != 0).reshape(-1, 4).sum(-1) <= 2).all()
 
 
-def test_mask_and_survivors_are_sparsegpts(weight: torch.Tensor, hessian: torch.Tensor) -> None:
+def test_mask_and_kept_weights_match_sparsegpt(weight: torch.Tensor, hessian: torch.Tensor) -> None:
     pruned, mask = solver.prune_two_four(weight, hessian, DAMPENING)
     assert torch.equal(mask, pruned != 0)
     result = _compress(weight, hessian, DenseFormat(16, "2:4", 64))
@@ -131,18 +131,18 @@ def test_mask_and_survivors_are_sparsegpts(weight: torch.Tensor, hessian: torch.
 def test_dense_quantization_equals_llmcompressor(
     weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int
 ) -> None:
-    """Equal up to one code in a thousand: the sums over a block may be ordered differently."""
+    """Equal up to one code in a thousand, since sums over a block may be ordered differently."""
     result = _compress(weight, hessian, DenseFormat(bits, "none", group_size))
     assert result.mask is None and result.scale is not None
     theirs = _quantize_with_llmcompressor(weight, hessian, result.scale, bits, group_size)
     assert (result.weight().float() == theirs).float().mean() >= 0.999
     rounded = integer.quantize(weight, result.scale, bits)
-    assert (result.codes != rounded).float().mean() > 0.02, "GPTQ did nothing here"
+    assert (result.codes != rounded).float().mean() > 0.02, "GPTQ changed almost nothing here"
 
 
 @pytest.mark.parametrize(("bits", "half_range"), [(4, 7.5), (8, 127.5)])
 def test_scales_by_hand(bits: int, half_range: float) -> None:
-    """One group as usual, one of zeros, one whose scale is too small for bf16."""
+    """One ordinary group, one of zeros, one whose scale is too small for bf16."""
     weight = torch.zeros(1, 96)
     weight[0, [3, 7]] = torch.tensor([0.5, -0.75])
     weight[0, 80] = 1e-41
@@ -152,9 +152,9 @@ def test_scales_by_hand(bits: int, half_range: float) -> None:
 
 
 def test_masked_update_by_hand() -> None:
-    """Scale 1, one row 1.4, 0 (dropped), 2.4, 0.8 and a factor with round numbers.
+    """Scale 1, the row 1.4, 0 (pruned), 2.4, 0.8, and a factor of round values.
 
-    Column 0: code 1, error 0.4/2 = 0.2; it leaves column 1 alone, column 2 becomes 2.4 − 0.2·4 =
+    Column 0: code 1, error 0.4/2 = 0.2; column 1 is unchanged, column 2 becomes 2.4 − 0.2·4 =
     1.6, column 3 0.8 − 0.2·1 = 0.6. Column 2: code 2, error −0.4/1 = −0.4; column 3 becomes
     0.6 + 0.4·2 = 1.4. Column 3: code 1. Unmasked, column 1 would become −0.2·5 = −1.
     """
@@ -172,7 +172,7 @@ def test_masked_update_by_hand() -> None:
 
 
 def test_errors_reach_later_blocks_of_kept_columns_only() -> None:
-    """The first column's error, 0.4/1, must cross the block border by the second update."""
+    """The first column's error, 0.4/1, must reach the next block with the second update."""
     columns = solver.BLOCK_COLUMNS + 4
     factor = torch.eye(columns)
     factor[0, -4:] = 1.0
@@ -202,10 +202,10 @@ def test_masters_quantize_to_the_codes(
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rounding_within_a_code_on_ties_edges_and_clipping(bits: int) -> None:
-    """Values on and one fp32 step beside every border between codes, for every bf16 mantissa.
+    """Values at and one fp32 step from every boundary between codes, for every bf16 mantissa.
 
-    The last scales are the largest exponent that cannot overflow, the smallest normal number and
-    the smallest number of all.
+    The last scales are the largest exponent that cannot overflow, the smallest normal number, and
+    the smallest subnormal number.
     """
     lowest, highest = integer.code_range(bits)
     tiny = torch.finfo(torch.bfloat16).tiny
@@ -225,7 +225,7 @@ def test_rounding_within_a_code_on_ties_edges_and_clipping(bits: int) -> None:
     assert ((masters.float() - values).abs() <= step).all()
 
 
-def test_relative_error_is_the_outputs(
+def test_relative_error_is_that_of_the_output(
     weight: torch.Tensor, hessian: torch.Tensor, inputs: torch.Tensor
 ) -> None:
     result = _compress(weight, hessian, SPARSE_INT4)
@@ -237,7 +237,7 @@ def test_relative_error_is_the_outputs(
     )
 
 
-def test_each_step_is_worth_its_place(weight: torch.Tensor, hessian: torch.Tensor) -> None:
+def test_each_step_reduces_the_error(weight: torch.Tensor, hessian: torch.Tensor) -> None:
     """Measured: random 0.692, magnitude 0.378, SparseGPT + rounding 0.102, + GPTQ 0.089."""
     pruned, _ = solver.prune_two_four(weight, hessian, DAMPENING)
 
@@ -253,7 +253,9 @@ def test_each_step_is_worth_its_place(weight: torch.Tensor, hessian: torch.Tenso
     assert magnitude < 0.75 * random
 
 
-def test_more_bits_and_no_sparsity_cost_less(weight: torch.Tensor, hessian: torch.Tensor) -> None:
+def test_more_bits_and_no_sparsity_reduce_the_error(
+    weight: torch.Tensor, hessian: torch.Tensor
+) -> None:
     errors = [
         _compress(weight, hessian, DenseFormat(bits, sparsity, 64)).relative_error
         for bits, sparsity in ((4, "2:4"), (8, "2:4"), (4, "none"), (8, "none"), (16, "none"))
@@ -271,7 +273,7 @@ def test_sixteen_bits_without_sparsity_changes_nothing(
 
 
 @pytest.mark.parametrize("fmt", [SPARSE_INT4, DenseFormat(4, "none", 64)])
-def test_arguments_stay_and_results_repeat(
+def test_arguments_are_unchanged_and_results_reproducible(
     weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat
 ) -> None:
     weight_before, hessian_before = weight.clone(), hessian.clone()
@@ -285,7 +287,7 @@ def test_arguments_stay_and_results_repeat(
 
 
 def test_inputs_that_are_always_zero_lose_their_weights(inputs: torch.Tensor) -> None:
-    """In the first group three of four: the larger dead weight stays in the mask, as code 0."""
+    """With three dead inputs in a group, the largest dead weight stays in the mask as code 0."""
     inputs = inputs.clone()
     inputs[:, [0, 1, 2, 100]] = 0.0
     accumulated = Hessian(IN, "layer")

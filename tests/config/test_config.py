@@ -1,4 +1,4 @@
-"""The schema: strictness, YAML's traps, profiles, overrides, generated documentation."""
+"""The schema: strictness, YAML pitfalls, profiles, overrides, generated documentation."""
 
 from pathlib import Path
 
@@ -28,10 +28,10 @@ def test_shipped_configs_load_and_round_trip(path, tmp_path):
     assert config.finetuning_modifiers.MagnitudePruningModifier.update_frequency == 0.05
 
 
-def test_the_original_designs_values():
+def test_values_of_the_original_design():
     config = load(CONFIGS / "gpt-oss-120b-4x3090.yaml")
     assert (config.sequence_len, config.sequence_parallel_degree) == (16384, 4)
-    # The design gathers one head at a time, which leaves a large GPU waiting for work.
+    # The design gathers one head at a time, which leaves a large GPU idle.
     assert (config.ring_attn_func, config.heads_k_stride) == ("varlen_llama3", 4)
     assert config.flash_attention and config.micro_batch_size == 1
 
@@ -55,7 +55,7 @@ def test_every_key_is_documented():
         assert field.description or (is_section and field.annotation.__doc__), key
 
 
-def test_yaml_reads_what_people_mean(tmp_path):
+def test_yaml_values_are_read_as_intended(tmp_path):
     text = "shared_dense:\n  sparsity: 2:4\ntraining:\n  learning_rate: 1e-4\n  max_steps: 010\n"
     config = load(write(tmp_path, text))
     assert config.shared_dense.sparsity == "2:4"
@@ -99,7 +99,7 @@ def test_yaml_reads_what_people_mean(tmp_path):
         ("profile: fast\n", ["profile", "quick_test"]),
     ],
 )
-def test_bad_files_are_refused_with_place_and_remedy(tmp_path, text, parts):
+def test_bad_files_are_refused_with_location_and_fix(tmp_path, text, parts):
     with pytest.raises(ConfigError) as caught:
         load(write(tmp_path, text))
     for part in parts:
@@ -129,7 +129,7 @@ def test_bad_overrides_are_refused(override, part):
 
 
 def keep(key: str, *overrides: str) -> Config:
-    """The 20b config where layers are to keep `key` always."""
+    """Load the 20b config with `training.<key>=always`."""
     asked = [f"training.{key}=always", "sequence_parallel_degree=1", *overrides]
     return load(CONFIGS / "gpt-oss-20b-1x3090.yaml", asked)
 
@@ -142,14 +142,14 @@ def keep(key: str, *overrides: str) -> Config:
         ("keep_attention", "flash_attention=false", "flash_attention"),
     ],
 )
-def test_what_cannot_be_kept_is_not_to_be_kept_always(key, override, why):
+def test_always_is_refused_for_what_cannot_be_kept(key, override, why):
     with pytest.raises(ConfigError, match=rf"(?s)training.{key}: use auto or never.*{why}"):
         keep(key, override)
     assert key in load(CONFIGS / "gpt-oss-20b-1x3090.yaml", [override]).nothing_to_keep("cuda")
 
 
-def test_what_can_be_kept_may_be_kept_always():
-    """Experts whatever attends; attention where it is ours, as that of a split sequence is."""
+def test_always_is_accepted_for_what_can_be_kept():
+    """Experts with any attention; attention if it is ours, as it is for split sequences."""
     for config in (
         keep("keep_attention"),
         keep("keep_experts", "flash_attention=false", "training.keep_attention=never"),
@@ -166,7 +166,7 @@ def test_missing_file():
         load("configs/absent.yaml")
 
 
-def test_overrides_beat_the_file_and_reach_empty_sections(tmp_path):
+def test_overrides_take_precedence_and_reach_empty_sections(tmp_path):
     path = write(tmp_path, "seed: 1\nlora:\n  # r: 4\n")
     config = load(path, ["seed=7", "lora.target_modules=[q_proj]", "shared_dense.sparsity=none"])
     assert config.seed == 7 and config.lora.target_modules == ("q_proj",)
@@ -174,7 +174,7 @@ def test_overrides_beat_the_file_and_reach_empty_sections(tmp_path):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_profiles_fill_what_is_not_set(tmp_path, profile):
+def test_profiles_set_only_unset_keys(tmp_path, profile):
     path = write(tmp_path, f"profile: {profile}\ncalibration:\n  samples: 3\n")
     config = load(path).model_dump()
     assert config["calibration"]["samples"] == 3
@@ -186,7 +186,7 @@ def test_profiles_fill_what_is_not_set(tmp_path, profile):
     assert load(path, ["profile=standard"]).training == Config().training
 
 
-def test_hash_follows_the_named_sections_only():
+def test_hash_depends_on_the_named_sections_only():
     plain, other = Config(), load(CONFIGS / "tiny.yaml")
     changed = plain.model_copy(update={"seed": 1})
     assert hash_sections(plain, ("model",)) == hash_sections(changed, ("model",))

@@ -1,4 +1,4 @@
-"""Conversations: what is refused and where, what stays the same, and which tokens are learned."""
+"""Conversations: refused rows and their location, reproducibility, and supervised tokens."""
 
 import json
 
@@ -10,8 +10,8 @@ from sparselong.errors import StageError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 
-# As openai/gpt-oss renders text conversations: reasoning and <|return|> for the very last message
-# only, history without reasoning. Shorter than the real one, with the same rules.
+# Renders text conversations like openai/gpt-oss: reasoning and <|return|> for the last message
+# only, history without reasoning. A shorter template with the same rules.
 HARMONY = """{% for m in messages %}{% if m.role != 'assistant' %}
 {{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}
 {%- elif loop.last and not add_generation_prompt %}
@@ -39,7 +39,7 @@ def chats(count):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a byte, the harmony tokens whole, as the real one splits at them."""
+    """One token per byte, with each harmony token kept whole, as in the real tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -85,7 +85,7 @@ def test_malformed_row_is_refused_with_file_and_line(tmp_path, line, reason):
     assert not (tmp_path / "run/data/source.json").exists()
 
 
-def test_bytes_that_are_not_text_are_refused_with_the_place(tmp_path):
+def test_invalid_utf8_is_refused_with_the_location(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes((json.dumps(chats(1)[0]) + "\n").encode() + b'{"messages": "\xff"}\n')
     with pytest.raises(StageError, match="rows.jsonl"):
@@ -125,7 +125,7 @@ def test_hub_rows_are_checked_and_reduced_to_messages(tmp_path, monkeypatch):
         conversations.prepare(load_config(train="someone/chats"), tmp_path / "other")
 
 
-def test_split_is_seeded_complete_and_kept(tmp_path):
+def test_split_is_seeded_complete_and_reused(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", chats(40))
     config = load_config(train=path, validation_fraction=0.1)
     files = conversations.prepare(config, tmp_path / "a")
@@ -138,7 +138,7 @@ def test_split_is_seeded_complete_and_kept(tmp_path):
     assert validation != conversations.read(conversations.prepare(other_seed, tmp_path / "c")[1])
 
 
-def test_prepared_files_are_kept_rebuilt_or_refused(tmp_path):
+def test_prepared_files_are_reused_rebuilt_or_refused(tmp_path):
     path, run_dir = write_rows(tmp_path / "rows.jsonl", chats(20)), tmp_path / "run"
     config = load_config(train=path, validation_fraction=0.1)
     files = conversations.prepare(config, run_dir)
@@ -155,7 +155,7 @@ def test_prepared_files_are_kept_rebuilt_or_refused(tmp_path):
         conversations.prepare(larger, run_dir)
 
 
-def test_interrupted_preparation_is_not_taken_for_done(tmp_path):
+def test_interrupted_preparation_does_not_count_as_done(tmp_path):
     path, run_dir = write_rows(tmp_path / "rows.jsonl", chats(20)), tmp_path / "run"
     files = conversations.prepare(load_config(train=path), run_dir)
     whole = files.train.read_text()
@@ -178,7 +178,7 @@ def supervised_text(messages, tokenizer):
     return pieces
 
 
-def test_every_assistant_turn_is_learned_and_nothing_else(tokenizer):
+def test_exactly_the_assistant_turns_are_supervised(tokenizer):
     messages = [
         USER,
         ASSISTANT,
@@ -192,7 +192,7 @@ def test_every_assistant_turn_is_learned_and_nothing_else(tokenizer):
     ]
 
 
-def test_reasoning_that_the_template_drops_is_not_learned(tokenizer):
+def test_reasoning_dropped_by_the_template_is_not_supervised(tokenizer):
     thoughtful = {**ASSISTANT, "thinking": "t"}
     assert supervised_text([USER, thoughtful, USER, ASSISTANT, USER], tokenizer) == [
         "<|channel|>final<|message|>Hello<|end|>",
@@ -200,8 +200,8 @@ def test_reasoning_that_the_template_drops_is_not_learned(tokenizer):
     ]
 
 
-def test_template_that_shows_the_last_assistants_reasoning_wherever_it_stands(tokenizer):
-    """Shortened to its first turns, the conversation would show what the whole one does not."""
+def test_template_that_shows_reasoning_of_the_last_assistant_turn_only(tokenizer):
+    """A truncated conversation would show reasoning that the whole one does not."""
     template = """{% set last = messages | selectattr('role', 'eq', 'assistant') | list | last %}
     {%- for m in messages %}{% if m.role != 'assistant' %}
     {{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% else %}
@@ -220,7 +220,7 @@ def test_template_that_shows_the_last_assistants_reasoning_wherever_it_stands(to
     ]
 
 
-def test_all_tokens_are_learned_when_asked(tokenizer):
+def test_all_tokens_are_supervised_on_request(tokenizer):
     ids, supervised = conversations.tokenize([USER, ASSISTANT], tokenizer, "all")
     assert ids and all(supervised)
 

@@ -1,4 +1,4 @@
-"""The text found on the machine, the demo's chat rows and the multiple-choice items."""
+"""The text found on the machine, the demo's chat rows, and the multiple-choice items."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from sparselong.errors import StageError
 
 
 class WordPieces:
-    """A stand-in for the tokenizer: three characters a token, never across a space."""
+    """A stand-in tokenizer: three characters per token, never across a space."""
 
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
@@ -49,15 +49,15 @@ def test_splits_are_disjoint_and_sized():
     assert not set(corpus.texts("train")) & set(corpus.texts("held_out"))
 
 
-def test_split_depends_on_the_path_alone():
-    # Fixed for good: moving these would leak held-out text into models trained before.
+def test_split_depends_only_on_the_path():
+    # Must never change: moving these would leak held-out text into models trained earlier.
     assert corpus.split_of("shutil.py") == "train"
     letters = [letter for letter in "abcdefgh" if corpus.split_of(f"{letter}.py") == "held_out"]
     assert letters == ["e"]
     assert all(document.split == corpus.split_of(document.path) for document in corpus.documents())
 
 
-def test_wrapped_prose_is_joined_and_layout_is_kept():
+def test_wrapped_prose_is_joined_and_layout_is_preserved():
     text = "Copy a file\nto another place.\n\n   indented = 1\n   code = 2\n\n- one\n- two\n"
     assert corpus._paragraphs(text) == (
         "Copy a file to another place.",
@@ -66,7 +66,7 @@ def test_wrapped_prose_is_joined_and_layout_is_kept():
     )
 
 
-def test_tests_and_foreign_packages_are_left_out():
+def test_tests_and_foreign_packages_are_excluded():
     paths = [document.path for document in corpus.documents()]
     assert not [path for path in paths if "site-packages" in path or path.startswith("test/")]
     assert "shutil.py" in paths
@@ -153,14 +153,14 @@ def test_the_true_ending_follows_the_context_in_held_out_text(items):
 
 
 def test_hellaswags_preparation_leaves_items_unharmed(items):
-    # What lm-eval's hellaswag does to a text: strip, drop bracketed parts, undouble spaces.
+    # lm-eval's hellaswag preprocessing: strip, drop bracketed parts, collapse double spaces.
     for item in items:
         for text in (item["activity_label"], item["ctx_a"], *item["endings"]):
             cleaned = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
             assert cleaned.replace("  ", " ") == text
 
 
-def test_asking_for_too_many_items_is_refused(tmp_path):
+def test_too_many_items_are_refused(tmp_path):
     with pytest.raises(StageError, match="fewer items"):
         demo.write_hellaswag(tmp_path / "x.jsonl", WordPieces(), seed=0, items=10**6)
     assert not (tmp_path / "x.jsonl").exists()

@@ -1,6 +1,6 @@
-"""lm-eval's figures are this model's: checked against likelihoods taken from its logits here.
+"""lm-eval's figures against likelihoods computed here from the model's logits.
 
-lm-eval is imported once for all of these tests; that takes most of their time.
+lm-eval is imported once for all these tests, which takes most of their time.
 """
 
 import json
@@ -54,7 +54,7 @@ def model(untrained_base):
 
 
 def ending_log_likelihoods(model, tokenizer, context, endings):
-    """The endings have equally many tokens, so that they make a batch without padding."""
+    """Log-likelihoods of endings with equally many tokens, which form an unpadded batch."""
     before = len(tokenizer(context, add_special_tokens=False)["input_ids"])
     texts = [f"{context} {ending}" for ending in endings]
     ids = torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
@@ -64,7 +64,7 @@ def ending_log_likelihoods(model, tokenizer, context, endings):
     return picked[:, before - 1 :].sum(dim=1).tolist()
 
 
-def test_choices_are_the_models_own(harness, suite, model, tokenizer, folder):
+def test_answers_follow_the_models_likelihoods(harness, suite, model, tokenizer, folder):
     result = harness.measure(model, suite)["demo_hellaswag"]
     rows = read_items(folder)[:ITEMS]
     right, right_norm = [], []
@@ -81,9 +81,7 @@ def test_choices_are_the_models_own(harness, suite, model, tokenizer, folder):
     assert (result["items"], result["chance"]) == (ITEMS, 0.25)
 
 
-def test_second_model_gets_the_same_requests_also_with_examples(
-    harness, model, tokenizer, tmp_path
-):
+def test_second_model_gets_the_same_requests_with_examples_too(harness, model, tokenizer, tmp_path):
     config = load_config("evaluation.num_fewshot=1", "evaluation.limit=2")
     suite = harness.load_suite(config, tmp_path, tokenizer)
     first, second = (harness.measure(model, suite)["demo_hellaswag"] for _ in range(2))

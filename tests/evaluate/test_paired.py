@@ -38,7 +38,7 @@ def test_answers_to_different_items_are_refused():
 
 
 def test_losses_by_hand():
-    """One nat more on each of two conversations of 2 and 4 tokens: residuals +1/3 and -1/3."""
+    """One nat more on each of two conversations (2 and 4 tokens): residuals +1/3 and -1/3."""
     result = paired.compare_losses([(2.0, 2), (6.0, 4)], [(3.0, 2), (7.0, 4)])
     assert result["difference"] == pytest.approx(1 / 3)
     assert result["ratio"] == pytest.approx(math.exp(1 / 3))
@@ -53,7 +53,7 @@ def test_losses_on_different_tokens_are_refused():
 WORDS = [f"word{i}" for i in range(30)]
 
 
-def test_thirteen_words_in_a_row_are_contamination_twelve_are_not():
+def test_thirteen_consecutive_words_are_contamination_twelve_are_not():
     items = [" ".join(WORDS[:20]), "nothing of it " * 10]
     shared = "Before, " + ", ".join(WORDS[3:16]).upper() + "; after."
     assert contamination.find_contaminated(items, [shared]) == [0]
@@ -61,7 +61,7 @@ def test_thirteen_words_in_a_row_are_contamination_twelve_are_not():
     assert contamination.find_contaminated(items, [" ".join(WORDS[0:10] + WORDS[11:20])]) == []
 
 
-def test_short_items_count_when_they_occur_whole():
+def test_short_items_count_if_they_occur_in_full():
     assert contamination.find_contaminated(["a b c", "a d", ""], ["x a b c y"]) == [0]
 
 

@@ -1,4 +1,4 @@
-"""Perplexity: against sums made by hand, whatever the batches and the padding."""
+"""Perplexity against sums by hand, independent of batches and padding."""
 
 import functools
 import math
@@ -12,8 +12,8 @@ from sparselong.errors import StageError
 from sparselong.evaluate import perplexity
 from sparselong.evaluate.perplexity import Sample
 
-# P[a][b]: how likely the fake model thinks b after a. Token 0 is also what padding is filled with:
-# it is nearly impossible after anything, so a counted padding would stand out.
+# P[a][b]: the fake model's probability of b after a. Token 0 is also the padding token. It is
+# nearly impossible after any token, so counted padding would be obvious.
 P = torch.tensor(
     [
         [0.01, 0.50, 0.25, 0.24],
@@ -30,7 +30,7 @@ SAMPLES = [
 
 
 class Bigram:
-    """A causal model with `model` and `lm_head` as transformers' have them."""
+    """A causal model with `model` and `lm_head`, like those of transformers."""
 
     def __init__(self):
         self.lm_head = torch.nn.Linear(4, 4, bias=False)
@@ -58,7 +58,7 @@ def test_sums_by_hand():
 
 
 def test_buckets_by_hand():
-    """Positions 1 | 2 | 3 | 4-5, of which 3 has no supervised token."""
+    """Positions 1 | 2 | 3 | 4-5; position 3 has no supervised token."""
     rows = perplexity.measure(Bigram(), SAMPLES, 8)["by_position"]
     expected = {(1, 1): [0.40, 0.49], (2, 2): [0.25, 0.50], (4, 5): [0.49, 0.50]}
     assert [(row["first"], row["last"]) for row in rows] == list(expected)
@@ -90,17 +90,17 @@ def test_batches_and_chunks_change_nothing(batch_size, monkeypatch):
     assert result["all"]["nll"] == pytest.approx(whole["all"]["nll"])
 
 
-def test_long_conversations_take_fewer_at_a_time(monkeypatch):
+def test_long_conversations_use_smaller_batches(monkeypatch):
     monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 7)
     model = Bigram()
     perplexity.measure(model, SAMPLES, 8)
     assert model.shapes == [(1, 6), (2, 3)]
 
 
-def test_same_samples_for_everyone(monkeypatch, tmp_path):
-    """The first ones of the file, cut, without those that have nothing to learn before the cut."""
+def test_every_model_gets_the_same_samples(monkeypatch, tmp_path):
+    """The first rows of the file, truncated, without those with no supervised token left."""
     rows = {
-        "answer behind the cut": ([1] * 9, [False] * 8 + [True]),
+        "answer after the cut": ([1] * 9, [False] * 8 + [True]),
         "only the first token": ([1] * 3, [True, False, False]),
         "long": ([1] * 9, [False] + [True] * 8),
         "short": ([1] * 3, [False, False, True]),

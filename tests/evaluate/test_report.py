@@ -1,4 +1,4 @@
-"""The report says what was measured, with signs the right way round."""
+"""The report states what was measured, with the correct signs."""
 
 import copy
 
@@ -42,7 +42,7 @@ def build(models, warnings=()):
     return report.build_results(config_module.load("configs/tiny.yaml"), models, list(warnings))
 
 
-def test_metrics_have_the_promised_keys(models):
+def test_metrics_have_the_documented_keys(models):
     metrics = report.list_metrics(build(models))
     assert set(metrics["tasks"]["demo_hellaswag"]) == {"base", "compressed", "finetuned"}
     for row in metrics["tasks"]["demo_hellaswag"].values():
@@ -63,7 +63,7 @@ def test_report_text(models):
     assert "flips +1 -0" in report.summarize(build(models)).splitlines()[2]
 
 
-def test_plot_is_a_picture(models, tmp_path):
+def test_plot_is_an_image(models, tmp_path):
     report.draw(build(models), tmp_path / "evaluation.png")
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,4 +1,4 @@
-"""The generated YAML: what must be said explicitly, and what is refused."""
+"""The generated YAML: explicit settings and refused configurations."""
 
 import json
 import types
@@ -27,19 +27,19 @@ OURS = {
     "sequence_parallel_degree": "Axolotl trains as if alone, rank.py says otherwise",
     "heads_k_stride": "as the degree",
     "ring_attn_func": "as the degree",
-    "lora.expert_targets": "Axolotl's schema knows no adapters of experts; the plugin adds them",
+    "lora.expert_targets": "Axolotl's schema has no expert adapters; the plugin adds them",
     "lora.expert_r": "as expert_targets",
     "lora.router": "as expert_targets",
-    "training.keep_attention": "layers keep what a callback of ours tells them to",
+    "training.keep_attention": "a callback of ours tells layers what to keep",
     "training.keep_experts": "as keep_attention",
     "training.loss_target": "a callback of ours gives the alert",
 }
-"""Keys and sections that Axolotl is not told, and why."""
+"""Keys and sections that are not passed to Axolotl, and why."""
 NEEDED = {
     "flash_attention": {"attention_backend": "auto"},
     "training.offload_checkpoints": {"training.gradient_checkpointing": True},
 }
-"""What must stand beside a key for it to have a meaning."""
+"""Other keys that must be set for a key to have an effect."""
 
 
 def document(*overrides: str, resume_from: Path | None = None) -> dict:
@@ -57,7 +57,7 @@ def is_ours(key: str) -> bool:
 
 
 def another(key: str, value: Any) -> Any:
-    """Another value of a key's type."""
+    """Return another value of a key's type."""
     section = known_keys(Config)[key]
     annotation = section.model_fields[key.rpartition(".")[2]].annotation
     if get_origin(annotation) is Literal:
@@ -94,7 +94,7 @@ def test_changing_a_key_that_axolotl_must_know_changes_the_document(key):
     json.dumps(after)  # plain values
 
 
-def test_what_is_ours_alone_is_a_known_key_and_not_in_the_document():
+def test_our_own_keys_are_known_and_not_in_the_document():
     assert set(OURS) <= set(known_keys(Config))
     plain = load(ROOT / "configs/tiny.yaml")
     for key in leaves():
@@ -113,7 +113,7 @@ def test_precision_and_kernels_are_never_left_to_axolotl():
     assert [made[f"lora_{part}_kernel"] for part in ("qkv", "o", "mlp")] == [False] * 3
     assert "context_parallel_size" not in made
     assert made["eval_sample_packing"] is False
-    # Beside packing Axolotl would drop the last, incomplete batch of every evaluation.
+    # With packing, Axolotl would drop the last, incomplete batch of every evaluation.
     assert made["dataloader_drop_last"] is False
 
 
@@ -149,7 +149,7 @@ def test_paths_and_sections():
         ("micro_batch_size=3", "micro_batch_size", 3),
     ],
 )
-def test_keys_arrive(override, key, value):
+def test_keys_are_passed_on(override, key, value):
     assert document(override)[key] == value
 
 
@@ -167,19 +167,19 @@ def test_nothing_is_null_and_resume_is_named():
         ("training.optimizer=adamw_bnb_8bit", "training.optimizer=adamw_torch"),
     ],
 )
-def test_what_this_machine_cannot_do_is_refused(override, fix):
+def test_unsupported_settings_of_this_machine_are_refused(override, fix):
     config = load(ROOT / "configs/tiny.yaml", [override])
     with pytest.raises(StageError) as refusal:
         refuse_unsupported(config, gpus=0)
     assert fix in refusal.value.fix
 
 
-def test_a_gpu_takes_what_needs_one():
+def test_settings_that_need_a_gpu_are_accepted_with_one():
     overrides = ["flash_attention=true", "training.optimizer=adamw_bnb_8bit"]
     refuse_unsupported(load(ROOT / "configs/tiny.yaml", overrides), gpus=1)
 
 
-def test_each_process_needs_a_gpu_of_its_own_where_there_are_any():
+def test_each_process_needs_its_own_gpu_if_there_are_any():
     config = load(ROOT / "configs/tiny.yaml", ["sequence_parallel_degree=4"])
     refuse_unsupported(config, gpus=0, processes=4)
     refuse_unsupported(config, gpus=4, processes=4)
@@ -188,6 +188,6 @@ def test_each_process_needs_a_gpu_of_its_own_where_there_are_any():
     assert "sequence_parallel_degree=3" in refusal.value.fix
 
 
-def test_axolotl_splits_no_sequence():
+def test_axolotl_never_splits_sequences():
     made = document("sequence_parallel_degree=4", "heads_k_stride=2")
     assert not {"context_parallel_size", "sequence_parallel_degree"} & set(made)

@@ -1,4 +1,4 @@
-"""The order of the data: whole epochs, the same again after a kill, shared out among data ranks."""
+"""Data order: whole epochs, identical after an interruption, split among data ranks."""
 
 import random
 from typing import Any
@@ -13,7 +13,7 @@ from sparselong.finetune.batches import EMPTY, IGNORED, Batches, EpochOrder, mak
 LENGTHS = random.Random(0).choices(range(3, 61), k=200)
 
 
-def test_every_row_is_in_one_pack_and_no_pack_is_too_full():
+def test_every_row_is_in_one_pack_and_no_pack_overflows():
     batches = make_batches(LENGTHS, 256, 2, seed=1)
     packs = [pack for batch in batches for pack in batch]
     assert sorted(row for pack in packs for row in pack) == list(range(200))
@@ -22,7 +22,7 @@ def test_every_row_is_in_one_pack_and_no_pack_is_too_full():
     assert all(len(batch) == 2 for batch in batches[:-1])
 
 
-def test_seed_decides_the_packs():
+def test_the_seed_determines_the_packs():
     assert make_batches(LENGTHS, 64, 2, seed=1) == make_batches(LENGTHS, 64, 2, seed=1)
     assert make_batches(LENGTHS, 64, 2, seed=1) != make_batches(LENGTHS, 64, 2, seed=2)
 
@@ -39,14 +39,14 @@ def test_a_row_longer_than_a_pack_is_refused():
 
 
 def numbers(order: EpochOrder, epoch: int, skipped: int = 0) -> list[int]:
-    """What a loader with this order gives in an epoch, as transformers' trainer reads it."""
+    """Return the rows of one epoch as transformers' trainer reads them from a loader."""
     rows: Any = list(range(order.batches))
     loader = DataLoader(rows, batch_sampler=order, collate_fn=only)
     order.set_epoch(epoch)
     return list(skip_first_batches(loader, skipped) if skipped else loader)
 
 
-def test_an_epoch_goes_on_where_it_was_left_whatever_was_drawn_before():
+def test_a_resumed_epoch_continues_regardless_of_earlier_random_draws():
     straight = EpochOrder(10, seed=3)
     epochs = [numbers(straight, epoch) for epoch in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -56,7 +56,7 @@ def test_an_epoch_goes_on_where_it_was_left_whatever_was_drawn_before():
     assert numbers(EpochOrder(10, seed=None), 2) == list(range(10))
 
 
-def test_data_ranks_share_an_epoch_and_all_take_as_many_steps():
+def test_data_ranks_split_an_epoch_and_take_equally_many_steps():
     whole = numbers(EpochOrder(10, seed=3), 1)
     orders = [EpochOrder(10, 3, rank, 4) for rank in range(4)]
     for order in orders:
@@ -67,7 +67,7 @@ def test_data_ranks_share_an_epoch_and_all_take_as_many_steps():
     assert in_turn == [*whole, EMPTY, EMPTY]
 
 
-def test_an_empty_batch_has_a_shape_and_nothing_to_learn():
+def test_an_empty_batch_has_a_shape_and_no_supervised_token():
     rows = [{"input_ids": [5, 6], "labels": [IGNORED, 6]}]
 
     def collate(packs):

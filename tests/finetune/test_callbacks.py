@@ -1,4 +1,4 @@
-"""What happens at steps: rows of metrics, one alert, a stop at NaN, the best checkpoint saved."""
+"""Actions per step: metric rows, one alert, a stop at NaN, saving the best checkpoint."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def control() -> SimpleNamespace:
 
 
 class FakeLayer:
-    """Flips other shares of its bits at each update."""
+    """A layer whose updates flip the given fractions of its bits in turn."""
 
     patterns = scale = None
 
@@ -35,7 +35,7 @@ class FakeLayer:
         return self.shares.pop(0)
 
 
-def test_rows_hold_what_is_known(tmp_path):
+def test_rows_hold_the_known_values(tmp_path):
     progress = Progress()
     metrics = Metrics(tmp_path / "metrics.jsonl", progress, None)
     metrics.on_train_begin(None, at(0), control())
@@ -45,7 +45,7 @@ def test_rows_hold_what_is_known(tmp_path):
     metrics.on_step_end(None, at(1), control())
     progress.mask_updates.append({"step": 1, "flipped": 0.125})
     metrics.on_log(None, at(1), control(), {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1})
-    metrics.on_log(None, at(1), control(), {"train_runtime": 1.0})  # no row of its own
+    metrics.on_log(None, at(1), control(), {"train_runtime": 1.0})  # adds no row
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["step"] == 0 and first["eval_perplexity"] == pytest.approx(8.0)
     assert (second["tokens"], second["loss"], second["learning_rate"]) == (100, 2.0, 0.1)
@@ -54,13 +54,13 @@ def test_rows_hold_what_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("logs", [{"loss": math.nan}, {"loss": 1.0, "grad_norm": math.inf}])
-def test_a_loss_that_is_no_number_stops_and_names_the_step(tmp_path, logs):
+def test_a_non_finite_loss_stops_and_names_the_step(tmp_path, logs):
     metrics = Metrics(tmp_path / "metrics.jsonl", Progress(), None)
     with pytest.raises(StageError, match="diverged at step 7"):
         metrics.on_log(None, at(7), control(), logs)
 
 
-def test_the_loss_target_is_told_once_also_after_a_restart(tmp_path, capsys):
+def test_the_loss_target_is_reported_once_even_after_a_restart(tmp_path, capsys):
     progress = Progress()
     metrics = Metrics(tmp_path / "metrics.jsonl", progress, loss_target=2.0)
     for step, loss in ((1, 3.0), (2, 1.9), (3, 1.8)):
@@ -93,8 +93,8 @@ def test_masks_are_updated_on_schedule_and_frozen_at_the_end(capsys):
     assert all(layer.shares == [] for layer in layers.values())
 
 
-def test_flipped_shares_weigh_layers_by_their_size(capsys):
-    """Of 256 query bits 32 + 24 flip, of 32 key bits 8: no mean of the layers' shares says that."""
+def test_flipped_fractions_weight_layers_by_size(capsys):
+    """32 + 24 of 256 query bits and 8 of 32 key bits flip: no plain mean over layers."""
     layers = {
         "layers.0.self_attn.q_proj": FakeLayer(64, 0.5),
         "layers.0.self_attn.k_proj": FakeLayer(32, 0.25),

@@ -1,4 +1,4 @@
-"""What layers keep is settled by what the GPU can lend; all ranks do the same."""
+"""What layers keep depends on the GPU's available memory and is equal on all ranks."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def decide(asked: str, size: int) -> keeping.Keeping:
 
 @pytest.fixture
 def card(monkeypatch):
-    """A GPU of 24 GiB of which 10 are free and 13 are this process's."""
+    """A 24 GiB GPU with 10 GiB free and 13 GiB reserved by this process."""
     monkeypatch.setattr(keeping.torch.cuda, "mem_get_info", lambda: (10 * GIB, 24 * GIB))
     monkeypatch.setattr(keeping.torch.cuda, "memory_reserved", lambda: 13 * GIB)
     return 23 * GIB + memory.CONTEXT_BYTES
@@ -34,7 +34,7 @@ def test_auto_keeps_what_fits_with_the_margin(card):
 
 
 @pytest.mark.parametrize(("asked", "kept"), [("always", True), ("never", False)])
-def test_a_plain_word_is_followed(card, asked, kept):
+def test_always_and_never_are_followed(card, asked, kept):
     assert all(decide(asked, size).kept is kept for size in (1, 100 * GIB))
 
 
@@ -44,7 +44,7 @@ def test_the_rank_with_the_least_memory_decides(card, monkeypatch):
     assert not made.kept and made.available_bytes == 8 * GIB
 
 
-def test_each_key_has_its_own_peak_and_memory_is_asked_for_once(card, monkeypatch):
+def test_each_key_has_its_own_peak_and_memory_is_queried_once(card, monkeypatch):
     asked = []
     monkeypatch.setattr(keeping.ranks, "collect", lambda own: asked.append(own) or [own])
     peaks = dict(zip(KEYS, (20 * GIB, 24 * GIB), strict=True))
@@ -61,8 +61,8 @@ def test_each_key_has_its_own_peak_and_memory_is_asked_for_once(card, monkeypatc
         ("cuda", "training.gradient_checkpointing=false", "gradient_checkpointing is false"),
     ],
 )
-def test_where_nothing_can_be_kept_the_decision_says_so_and_why(card, device, override, why):
-    """Room there is, and checkpointed layers are told nothing that is not so."""
+def test_if_nothing_can_be_kept_the_decision_says_why(card, device, override, why):
+    """Although memory is available, nothing is kept and the prediction agrees."""
     config = load(ROOT / "configs/tiny.yaml", [override, "flash_attention=true"])
     shape = memory.find_shape(config.model)
     made = keeping.decide_keeping(
@@ -77,7 +77,7 @@ def test_where_nothing_can_be_kept_the_decision_says_so_and_why(card, device, ov
     assert fit.decide_kept(shape, config, 2**50, device) == memory.Kept()
 
 
-def test_eager_attention_leaves_nothing_to_keep_and_experts_keep_theirs(card):
+def test_eager_attention_keeps_nothing_while_experts_keep_theirs(card):
     overrides = ["training.gradient_checkpointing=true", "flash_attention=false"]
     config = load(ROOT / "configs/tiny.yaml", overrides)
     shape = memory.find_shape(config.model)

@@ -1,6 +1,6 @@
-"""What is ours in the trainer, with transformers' part and the model replaced by small fakes.
+"""The trainer's own code, with small fakes for transformers' part and the model.
 
-Counting, dividing and the settings of passes are tested in test_trained_loss.py.
+Token counts, divisors and settings of passes are tested in test_trained_loss.py.
 """
 
 from types import SimpleNamespace
@@ -22,12 +22,12 @@ ROWS = {
     "labels": [[1] * n for n in (5, 3, 2, 4, 1)],
     "position_ids": [list(range(n)) for n in (5, 3, 2, 4, 1)],
     "attention_mask": [[1] * n for n in (5, 3, 2, 4, 1)],
-    "length": [5, 3, 2, 4, 1],  # a column that no model takes
+    "length": [5, 3, 2, 4, 1],  # a column that no model accepts
 }
 
 
 def lengths(rows: list) -> dict:
-    """Collates into tokens by row, or by pack; of which rows' columns are kept."""
+    """Collate rows or packs into their row lengths and the set of column names."""
     packs = [row if isinstance(row, list) else [row] for row in rows]
     columns = {name for pack in packs for row in pack for name in row}
     sizes = [[len(row["input_ids"]) for row in pack] for pack in packs]
@@ -35,7 +35,7 @@ def lengths(rows: list) -> dict:
 
 
 class Training(MaskedTraining):
-    """The trainer without transformers' own making."""
+    """The trainer without transformers' initialization."""
 
     def __init__(self, **arguments):
         given = {
@@ -63,7 +63,7 @@ class Training(MaskedTraining):
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """Names of the base class's methods, in the order in which they are called."""
+    """Names of the base class's methods, in call order."""
     called: list[str] = []
     for name in (
         *("_run_epoch", "_save_checkpoint", "_save", "_load_from_checkpoint", "_load_best_model"),
@@ -77,7 +77,7 @@ def batches(loader) -> list[list[list[int]]]:
     return [batch["sizes"] for batch in loader]
 
 
-def test_packs_are_filled_up_to_the_sequence_and_every_row_is_there_once():
+def test_packs_fill_the_sequence_and_contain_every_row_once():
     loader = Training(sample_packing=True).get_train_dataloader()
     packs = [pack for batch in batches(loader) for pack in batch]
     assert sorted(size for pack in packs for size in pack) == [1, 2, 3, 4, 5]
@@ -85,7 +85,7 @@ def test_packs_are_filled_up_to_the_sequence_and_every_row_is_there_once():
     assert next(iter(loader))["columns"] == {"input_ids", "labels", "position_ids"}
 
 
-def test_one_long_pack_stands_for_several_where_batches_are_not_real():
+def test_without_real_batches_one_long_pack_replaces_several():
     loader = Training(sample_packing=True, multipack_real_batches=False).get_train_dataloader()
     packed = batches(loader)
     assert all(len(packs) == 1 for packs in packed)
@@ -98,7 +98,7 @@ def test_without_packing_rows_are_whole_and_masked():
     assert next(iter(loader))["columns"] == {"input_ids", "labels", "attention_mask"}
 
 
-def test_the_order_is_the_seeds_and_changes_with_the_epoch():
+def test_the_order_depends_on_the_seed_and_the_epoch():
     loaders = [Training(seed=seed).get_train_dataloader() for seed in (3, 3, 4)]
     first, again, other = map(batches, loaders)
     assert first == again != other
@@ -124,11 +124,11 @@ def test_each_data_rank_has_its_own_batches():
     assert sorted(every[0] + every[1]) == [-100, 1, 2, 3, 4, 5]  # one is the empty batch
 
 
-def test_evaluation_goes_through_all_rows_in_order():
+def test_evaluation_covers_all_rows_in_order():
     assert batches(Training().get_eval_dataloader()) == [[[5], [3]], [[2], [4]], [[1]]]
 
 
-def test_warm_up_is_a_share_of_the_steps(calls):
+def test_warm_up_is_a_fraction_of_the_steps(calls):
     training = Training(warmup_steps=0.1)
     training.create_scheduler(57)
     assert training.args.warmup_steps == 5 and calls == ["create_scheduler"]
@@ -143,7 +143,7 @@ def test_warm_up_is_a_share_of_the_steps(calls):
         (False, {"input_ids", "attention_mask"}, False),
     ],
 )
-def test_packs_that_would_attend_to_each_other_are_refused(monkeypatch, packing, names, refused):
+def test_packs_without_document_boundaries_are_refused(monkeypatch, packing, names, refused):
     monkeypatch.setattr(Trainer, "training_step", lambda *_: "stepped")
     training, inputs = Training(sample_packing=packing), dict.fromkeys(names)
     if refused:
@@ -185,7 +185,7 @@ def test_a_loss_from_whole_logits_is_refused(monkeypatch, whole):
         assert training.compute_loss(None, {}, return_outputs=True) == ("loss", outputs)
 
 
-def test_an_epoch_is_told_to_the_order_and_none_begins_after_the_last_step(calls):
+def test_the_order_gets_the_epoch_and_none_begins_after_the_last_step(calls):
     told = []
     loader = SimpleNamespace(batch_sampler=SimpleNamespace(set_epoch=told.append))
     training = Training()
@@ -196,7 +196,7 @@ def test_an_epoch_is_told_to_the_order_and_none_begins_after_the_last_step(calls
     assert training.control.should_training_stop and calls == ["_run_epoch"]
 
 
-def test_nothing_is_trained_where_only_baking_is_left(calls):
+def test_nothing_is_trained_if_only_baking_remains(calls):
     training = Training()
     training.bake_only = True
     training._run_epoch(epoch=0, train_dataloader=None)
@@ -227,7 +227,7 @@ def layer() -> SimpleNamespace:
     )
 
 
-def test_masks_and_counters_go_into_checkpoints_and_come_back(calls, monkeypatch, tmp_path):
+def test_masks_and_counters_are_saved_in_checkpoints_and_restored(calls, monkeypatch, tmp_path):
     layers = {"q_proj": layer()}
     monkeypatch.setattr(MaskedTraining, "layers", layers)
     training = Training()
@@ -246,7 +246,7 @@ def test_masks_and_counters_go_into_checkpoints_and_come_back(calls, monkeypatch
     assert calls == ["_save", "_save", "_load_from_checkpoint"]
 
 
-def test_the_best_masks_come_back_and_the_runs_history_stays(calls, monkeypatch, tmp_path):
+def test_the_best_masks_are_restored_and_the_history_is_kept(calls, monkeypatch, tmp_path):
     layers = {"q_proj": layer()}
     monkeypatch.setattr(MaskedTraining, "layers", layers)
     training = Training()
@@ -263,7 +263,7 @@ def test_the_best_masks_come_back_and_the_runs_history_stays(calls, monkeypatch,
 
 
 @pytest.mark.parametrize(("log", "summed"), [(True, 6.0), (False, 2.0)])
-def test_a_logged_loss_is_the_sum_of_all_ranks_shares(calls, monkeypatch, log, summed):
+def test_a_logged_loss_is_the_sum_over_all_ranks(calls, monkeypatch, log, summed):
     monkeypatch.setattr(masked_trainer, "add_losses", lambda loss, mesh: loss * mesh.world_size)
     training, loss = Training(), torch.tensor(2.0)
     training.mesh = SimpleNamespace(world_size=3)

@@ -1,4 +1,4 @@
-"""Packed conversations must not see each other, on the path that a CPU takes (eager attention)."""
+"""Packed conversations must not attend to each other, with the CPU's eager attention."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def model(untrained_base):
 
 @torch.no_grad()
 def difference(model, masks) -> float:
-    """Relative difference of packed documents' logits to those of each document alone."""
+    """Relative difference between logits of packed documents and of each document alone."""
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(0, 1000, (1, n), generator=generator) for n in LENGTHS]
     alone = torch.cat([model(input_ids=d, use_cache=False).logits for d in documents], dim=1)
@@ -36,5 +36,5 @@ def test_packed_conversations_score_as_if_alone(model):
 
 
 def test_position_ids_alone_do_not_keep_them_apart(model):
-    """If this fails, transformers has learned it and model/documents.py can go."""
+    """If this fails, transformers supports it and model/documents.py can be removed."""
     assert difference(model, lambda *_: None) > 1e-3

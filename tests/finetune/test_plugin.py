@@ -30,12 +30,12 @@ OVERRIDES = [
 
 
 class AxolotlTrainer(Trainer):
-    """Stands in for Axolotl's."""
+    """Stands in for Axolotl's trainer."""
 
 
 @pytest.fixture
 def plugins(monkeypatch):
-    """The plugin's module over stand-ins for what it imports of Axolotl."""
+    """The plugin's module with stand-ins for its Axolotl imports."""
     names = {
         "axolotl.cli.args": {"TrainerCliArgs": object},
         "axolotl.common.datasets": {"load_datasets": None},
@@ -65,26 +65,26 @@ def run(tmp_path) -> TrainingRun:
 
 @pytest.fixture
 def plugin(plugins, run, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back what `register` changes
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restores what `register` changes
     made = plugins.SparseLongPlugin()
     made.register({RUN_KEY: str(run.directory)})
     return made
 
 
-def test_the_run_directory_is_all_that_the_plugin_is_told(plugins, plugin, run):
+def test_the_plugin_is_given_only_the_run_directory(plugins, plugin, run):
     assert plugin.run == run
     args = plugins.SparseLongArgs
     assert plugin.get_input_args() == f"{MODULE}.{args.__name__}"
     assert list(args.model_fields) == [RUN_KEY]
 
 
-def test_failures_are_written_into_the_stage_s_directory(plugin, run, capsys):
+def test_failures_are_written_to_the_stages_directory(plugin, run, capsys):
     sys.excepthook(StageError, StageError("it broke", "e", "f", "x", consequence=True), None)
     document = json.loads((run.work / "failure.json").read_text())
     assert document["what"] == "it broke" and document["consequence"] is True
 
 
-def test_processes_that_know_nothing_of_each_other_are_refused(plugins, run, monkeypatch):
+def test_independent_processes_are_refused(plugins, run, monkeypatch):
     monkeypatch.setattr(plugins, "joined_rank", lambda: 1)
     with pytest.raises(StageError, match="independently of each other"):
         plugins.SparseLongPlugin().register({RUN_KEY: str(run.directory)})
@@ -120,7 +120,7 @@ class Rows(list):
 
 @pytest.fixture
 def cfg(tmp_path) -> SimpleNamespace:
-    """What Axolotl hands to the hooks, as far as they read it."""
+    """The part of Axolotl's config that the hooks read."""
     for name in ("train", "eval"):
         (tmp_path / f"{name}.jsonl").write_text("{}\n" * 3)
     return SimpleNamespace(
@@ -149,7 +149,7 @@ def test_datasets_get_our_labels_and_attention_is_ours(plugins, plugin, run, cfg
     assert "train: 1 of 3 conversations left out (too long)" in told
 
 
-def test_a_split_sequence_attends_through_our_function(plugins, plugin, run, cfg, monkeypatch):
+def test_a_split_sequence_uses_our_attention(plugins, plugin, run, cfg, monkeypatch):
     plugin.run = TrainingRun(
         run.directory, run.config.model_copy(update={"sequence_parallel_degree": 4})
     )
@@ -164,7 +164,7 @@ def test_a_split_sequence_attends_through_our_function(plugins, plugin, run, cfg
     assert cfg.attn_implementation == "sparselong"
 
 
-def test_adapters_are_those_of_the_config(plugins, plugin, run, monkeypatch):
+def test_adapters_match_the_config(plugins, plugin, run, monkeypatch):
     given = {}
     monkeypatch.setattr(plugins, "tell", lambda text: None)
     monkeypatch.setattr(plugins, "describe_weights", lambda model: "")
@@ -185,13 +185,13 @@ def test_adapters_are_those_of_the_config(plugins, plugin, run, monkeypatch):
     assert given["beside"] == ExtraAdapters((), None, True)
 
 
-def test_callbacks_are_those_of_the_config(plugins, plugin, run, monkeypatch):
+def test_callbacks_match_the_config(plugins, plugin, run, monkeypatch):
     monkeypatch.setattr(plugins, "tell", lambda text: None)
     monkeypatch.setattr(plugins, "RouterWatch", lambda model: ("watch", model))
 
     def decide(asked, peaks, nothing):
-        """Attention is kept and experts are not, whatever this machine has."""
-        assert set(peaks) == set(asked) == set(nothing)  # without checkpointing there is nothing
+        """Keep attention and not experts, whatever this machine's memory."""
+        assert set(peaks) == set(asked) == set(nothing)  # nothing to keep without checkpointing
         return {k: Keeping(a, k == "keep_attention", peaks[k], 1, None) for k, a in asked.items()}
 
     monkeypatch.setattr(plugins, "decide_keeping", decide)
@@ -206,7 +206,7 @@ def test_callbacks_are_those_of_the_config(plugins, plugin, run, monkeypatch):
 
 
 def fake_trainer(**state) -> SimpleNamespace:
-    """A trainer with one layer that has come to its end."""
+    """A finished trainer with one layer."""
     inner = SimpleNamespace(config=SimpleNamespace(_attn_implementation="eager"))
     model = SimpleNamespace(
         get_base_model=lambda: inner,
@@ -251,7 +251,7 @@ def test_the_best_checkpoint_is_baked_once(plugins, plugin, run, monkeypatch):
     assert named == [(run.work / "adapter", "tiny-w4a16")]
     document = json.loads((run.work / "baked.json").read_text())
     assert (document["best_checkpoint"], document["best_step"]) == ("checkpoint-4", 4)
-    assert run.is_trained()  # from now on, a run that continues only bakes
+    assert run.is_trained()  # from now on, a resumed run only bakes
 
 
 def test_without_a_best_checkpoint_there_is_no_result(plugin, run):
@@ -261,8 +261,8 @@ def test_without_a_best_checkpoint_there_is_no_result(plugin, run):
     assert not run.is_trained()
 
 
-def test_a_checkpoint_continues_at_the_config_s_intervals(monkeypatch):
-    """Its own are of the config that it was written with."""
+def test_a_resumed_checkpoint_uses_the_configs_intervals(monkeypatch):
+    """The checkpoint's own intervals come from the config it was written with."""
 
     def restore(self, max_steps, *rest):
         self.state = TrainerState(logging_steps=1, eval_steps=2, save_steps=2)

@@ -26,7 +26,7 @@ def at(step: int) -> SimpleNamespace:
     return SimpleNamespace(global_step=step)
 
 
-def test_sound_routers_pass(model):
+def test_finite_router_logits_pass(model):
     watch = RouterWatch(model)
     model(torch.arange(8)[None])
     assert len(watch.names) == 3 and watch.flags is not None and not watch.flags.any()
@@ -35,13 +35,13 @@ def test_sound_routers_pass(model):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_the_first_broken_layer_and_the_step_are_named(model, value):
+def test_the_first_non_finite_layer_and_the_step_are_named(model, value):
     watch = RouterWatch(model)
     with torch.no_grad():
         model.model.layers[1].mlp.router.weight[2, 3] = value
     model(torch.arange(8)[None])
     model.model.layers[1].mlp.router.weight.data.zero_()
-    model(torch.arange(8)[None])  # a later micro-batch that is sound does not take it back
+    model(torch.arange(8)[None])  # a later finite micro-batch does not clear it
     with pytest.raises(StageError, match=r"model\.layers\.1\.mlp\.router .* in step 5") as caught:
         watch.on_pre_optimizer_step(None, at(4), None)
     assert "of 3 layers" in caught.value.found

@@ -1,4 +1,4 @@
-"""Labels: those of our own tokenizer, on the rows that Axolotl's chat strategy makes."""
+"""Labels from our own tokenization, on the rows of Axolotl's chat strategy."""
 
 import json
 
@@ -34,7 +34,7 @@ CONVERSATIONS = {
         {"role": "assistant", "thinking": "Kept.", "content": "Nay."},
     ],
 }
-# What the model must write itself, turn by turn.
+# What the model must generate, turn by turn.
 LEARNED = {
     "single": ["<|channel|>final<|message|>Four.<|return|>"],
     "several": [
@@ -64,7 +64,7 @@ def source(tmp_path):
 
 
 def tokenized(names, tokenizer) -> datasets.Dataset:
-    """Rows as Axolotl's loader leaves them, with labels that are not ours."""
+    """Rows as Axolotl's loader produces them, with labels other than ours."""
     texts = [tokenizer.apply_chat_template(CONVERSATIONS[n], tokenize=False) for n in names]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     return datasets.Dataset.from_dict(
@@ -95,7 +95,7 @@ def test_train_on_all_learns_from_every_token(tokenizer, source):
     assert supervised_fraction(rows) == 1.0
 
 
-def test_rows_left_out_do_not_matter_and_foreign_rows_are_refused(tokenizer, source):
+def test_omitted_rows_do_not_matter_and_foreign_rows_are_refused(tokenizer, source):
     rows = relabel(tokenized(["thinking"], tokenizer), source, tokenizer, "assistant")
     assert len(rows) == 1
     source.write_text(json.dumps({"messages": CONVERSATIONS["single"]}) + "\n")

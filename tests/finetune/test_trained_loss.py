@@ -1,4 +1,4 @@
-"""The trainer's passes: their settings, and a loss that the shared functions count and divide."""
+"""The trainer's passes: settings, and token counts and divisors from shared functions."""
 
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ class Training(MaskedTraining):
 
 
 def batch(*rows: list[int]) -> dict[str, torch.Tensor]:
-    """Rows of labels, each the token itself; no token predicts a row's first."""
+    """Build rows whose labels equal their tokens; no token predicts the first of a row."""
     labels = torch.tensor(rows)
     return {"input_ids": labels.clamp(min=PAD), "labels": labels}
 
@@ -64,7 +64,7 @@ def test_a_step_is_divided_by_the_supervised_tokens_of_all_its_micro_batches():
     assert divisor == 1 and training.progress.tokens == 8
 
 
-def test_an_evaluation_weighs_every_supervised_token_alike():
+def test_evaluation_weights_every_supervised_token_equally():
     training = Training(attention_backend="torch", deterministic=True)
     result = training.evaluation_loop(Loader(STEP), "")
     assert result.metrics == {"eval_loss": (2 + 3 + 5 + 7 + PAD) / 5}
@@ -74,8 +74,8 @@ def test_an_evaluation_weighs_every_supervised_token_alike():
     assert str(nothing.metrics) == "{'test_loss': nan}"
 
 
-def test_with_other_ranks_counts_and_sums_are_those_of_all(monkeypatch):
-    """Two data ranks of equal batches, of one shard each."""
+def test_counts_and_sums_cover_all_ranks(monkeypatch):
+    """Two data ranks with equal batches and one shard each."""
     tags = []
 
     def add(tensor, group, tag):
@@ -91,8 +91,8 @@ def test_with_other_ranks_counts_and_sums_are_those_of_all(monkeypatch):
     assert tags == [("data", "token count"), ("world", "evaluation")]
 
 
-def test_production_asks_the_functions_that_the_parity_tests_prove(monkeypatch):
-    """tests/distributed trains by these; the trainer has no counting or dividing of its own."""
+def test_the_trainer_uses_the_functions_of_the_parity_tests(monkeypatch):
+    """tests/distributed verifies these; the trainer does no counting or dividing itself."""
     training = Training()
     monkeypatch.setattr(masked_trainer, "count_step", lambda *given: StepCounts(5, len(given[0])))
     assert training.get_batch_samples(iter(STEP), 2, None)[1] == 2

@@ -1,4 +1,4 @@
-"""Around the trainer's process: resuming, failures told across processes, receipts, supervision."""
+"""The trainer's process: resuming, failures across processes, receipts, supervision."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def make_checkpoint(folder: Path, step: int) -> Path:
     return path
 
 
-def test_the_last_whole_checkpoint_is_found_and_pieces_are_removed(stage):
+def test_the_last_complete_checkpoint_is_found_and_partial_ones_removed(stage):
     folder = stage.dir / "checkpoints"
     assert find_last_checkpoint(folder) is None
     for step in (9, 10, 100, 200, 300):
@@ -52,13 +52,13 @@ def test_the_last_whole_checkpoint_is_found_and_pieces_are_removed(stage):
     (folder / "checkpoint-300" / state.TRAINER_STATE).write_text('{"global_step": 30')
     found = find_last_checkpoint(folder)
     assert found and found.name == "checkpoint-100"  # by number, not by name
-    assert len(list(folder.iterdir())) == 5, "finding changes nothing"
+    assert len(list(folder.iterdir())) == 5, "finding must change nothing"
     remove_unfinished_checkpoints(stage, folder)
     left = sorted(path.name for path in folder.iterdir())
     assert left == ["checkpoint-10", "checkpoint-100", "checkpoint-9"]
 
 
-def test_rows_behind_the_checkpoint_are_dropped(tmp_path):
+def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
     assert keep_rows(path, 2) == 2
@@ -76,14 +76,14 @@ def test_an_expected_failure_crosses_the_processes(stage):
         "from sparselong.processes.failure import tell_failures\n"
         "from sparselong.errors import StageError\n"
         f"tell_failures(Path({str(stage.dir)!r}))\n"
-        "raise StageError('it broke', 'a whole one', 'pieces', 'glue')\n"
+        "raise StageError('it broke', 'a whole one', 'pieces', 'repair it')\n"
     )
     with pytest.raises(StageError) as failure:
         run_python(stage, code)
-    assert (failure.value.what, failure.value.fix) == ("it broke", "glue")
+    assert (failure.value.what, failure.value.fix) == ("it broke", "repair it")
 
 
-def test_another_failure_shows_its_last_lines(stage):
+def test_an_unexpected_failure_shows_its_last_lines(stage):
     with pytest.raises(StageError, match="exit code 1") as failure:
         run_python(stage, "print('all is well'); raise KeyError('a bug')")
     assert "KeyError: 'a bug'" in failure.value.found
@@ -98,7 +98,7 @@ def test_marked_lines_are_shown_and_others_only_logged(stage, capsys):
 
 
 def test_the_trainer_dies_with_the_stage(stage, tmp_path):
-    """The stage is killed as hard as can be; what it started must not go on writing."""
+    """After SIGKILL of the stage, the trainer it started must not continue writing."""
     note = tmp_path / "pid"
     child = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     parent = (
@@ -120,7 +120,7 @@ def test_the_trainer_dies_with_the_stage(stage, tmp_path):
     pid = int(note.read_text())
     while Path(f"/proc/{pid}/cmdline").exists() and time.monotonic() < deadline:
         if not Path(f"/proc/{pid}/cmdline").read_bytes():
-            break  # dead, and not yet collected by init
+            break  # dead, but not yet reaped by init
         time.sleep(0.05)
     else:
         assert not Path(f"/proc/{pid}").exists()
@@ -188,7 +188,7 @@ def test_supervised_fraction_counts_tokens_and_refuses_none():
         supervision.supervised_fraction([{"labels": [-100, -100]}])
 
 
-def test_preview_colours_what_is_learned():
+def test_preview_colours_supervised_tokens():
     class Words:
         def decode(self, tokens):
             return " ".join("abcdef"[t] for t in tokens)

@@ -1,4 +1,4 @@
-"""Generation over a static cache on a CPU: the tokens of transformers' generate, every one."""
+"""Generation with a static cache on the CPU gives the tokens of transformers' generate."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ CONFIG = GptOssConfig(
 
 @pytest.fixture(scope="module")
 def model() -> GptOssForCausalLM:
-    """Random, with weights large enough that a wrong key changes tokens."""
+    """A random model with weights large enough that a wrong key changes tokens."""
     torch.manual_seed(0)
     model = GptOssForCausalLM._from_config(CONFIG, dtype=torch.float32, attn_implementation="eager")
     fmt = DenseFormat(4, "2:4", 32)
@@ -68,15 +68,15 @@ def generate_with_transformers(model: Any, prompt: torch.Tensor, count: int) -> 
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, WINDOW - 1, WINDOW, 3 * WINDOW + 1])
-def test_tokens_are_those_of_transformers_past_the_window(model, prompt_tokens):
+def test_tokens_match_transformers_beyond_the_window(model, prompt_tokens):
     prompt = torch.randint(1, 96, (1, prompt_tokens), generator=torch.Generator().manual_seed(3))
     expected = generate_with_transformers(model, prompt, 3 * WINDOW)
     assert list(generate(model, prompt, 3 * WINDOW)) == expected
-    assert len(set(expected)) > 6, "too plain to tell"
+    assert len(set(expected)) > 6, "too few distinct tokens for a meaningful comparison"
 
 
-def test_a_window_without_its_ring_gives_other_tokens(model):
-    """The test above can fail: with room for every key in sliding layers, tokens differ."""
+def test_a_window_without_its_ring_gives_different_tokens(model):
+    """Proves that the test above can fail: if sliding layers keep every key, tokens differ."""
     prompt = torch.randint(1, 96, (1, 3 * WINDOW), generator=torch.Generator().manual_seed(3))
     expected = generate_with_transformers(model, prompt, 2 * WINDOW)
     decoder = Decoder(model, 64)
@@ -92,7 +92,9 @@ def test_a_window_without_its_ring_gives_other_tokens(model):
 
 @pytest.mark.parametrize("attention", ["eager", "sparselong"])
 @pytest.mark.parametrize("chunk", [1, WINDOW - 1, WINDOW, WINDOW + 3])
-def test_a_prompt_in_chunks_leaves_what_a_whole_one_leaves(model, chunk, attention, monkeypatch):
+def test_a_chunked_prompt_leaves_the_same_state_as_a_whole_one(
+    model, chunk, attention, monkeypatch
+):
     monkeypatch.setattr(model.config, "_attn_implementation", attention)
     prompt = torch.randint(1, 96, (1, 3 * WINDOW + 1), generator=torch.Generator().manual_seed(3))
     whole, parts = Decoder(model, 40), Decoder(model, 40)
@@ -105,8 +107,8 @@ def test_a_prompt_in_chunks_leaves_what_a_whole_one_leaves(model, chunk, attenti
     assert parts.step.position == whole.step.position
 
 
-def test_a_prompt_s_keys_are_held_once(model, monkeypatch):
-    """No layer of what transformers is handed keeps a tensor beside the decoder's cache."""
+def test_keys_of_a_prompt_are_stored_once(model, monkeypatch):
+    """No layer of the cache passed to transformers holds tensors other than the decoder's."""
     made = []
 
     def make(caches):
@@ -124,8 +126,8 @@ def test_a_prompt_s_keys_are_held_once(model, monkeypatch):
         assert all(id(tensor) in ours for tensor in held)
 
 
-def test_a_prompt_that_breaks_off_leaves_nothing_behind(model, monkeypatch):
-    """Experts are sliced for the prompt's pass alone, and the next prompt finds no trace of it."""
+def test_an_interrupted_prompt_leaves_no_state(model, monkeypatch):
+    """Experts are sliced only during the prompt, and the next prompt is unaffected."""
     monkeypatch.setattr(generation, "PROMPT_TOKENS", WINDOW + 3)
     limits = []
 
@@ -144,7 +146,7 @@ def test_a_prompt_that_breaks_off_leaves_nothing_behind(model, monkeypatch):
     assert torch.equal(decoder.start(prompt), Decoder(model, 40).start(prompt))
 
 
-def test_of_a_chunk_only_the_last_token_s_state_is_kept(model):
+def test_only_the_last_hidden_state_of_a_chunk_is_kept(model):
     sizes, decoder = [], Decoder(model, 40)
     with model.lm_head.register_forward_pre_hook(
         lambda _, args: sizes.append(args[0].untyped_storage().nbytes())
@@ -154,7 +156,7 @@ def test_of_a_chunk_only_the_last_token_s_state_is_kept(model):
 
 
 @pytest.mark.parametrize("chunk", [WINDOW, 3 * WINDOW, 1024])
-def test_a_prompt_may_take_all_places_but_one(model, chunk, monkeypatch):
+def test_a_prompt_may_fill_all_positions_but_one(model, chunk, monkeypatch):
     monkeypatch.setattr(generation, "PROMPT_TOKENS", chunk)
     prompt = torch.randint(1, 96, (1, 39), generator=torch.Generator().manual_seed(3))
     decoder = Decoder(model, 40)
@@ -195,7 +197,7 @@ def test_nan_logits_name_the_token(model):
         list(tokens)
 
 
-def test_what_does_not_fit_is_refused(model):
+def test_prompts_that_do_not_fit_are_refused(model):
     with pytest.raises(ValueError, match="input_ids"):
         list(generate(model, torch.ones(2, 3, dtype=torch.int64), 4))
     with pytest.raises(ValueError, match="room for 6"):

@@ -1,4 +1,4 @@
-"""The health check's judgement on machines that are not here, and its probes on fakes."""
+"""The health check's verdicts on simulated machines, and its probes on fakes."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def gpu(index=0, name="NVIDIA GeForce RTX 3090", gib=24.0, free=23.6, capability
 
 
 def machine(gpus=(), **changes) -> Machine:
-    """A well-equipped machine with these GPUs."""
+    """Describe a well-equipped machine with these GPUs."""
     gpus = tuple(gpus)
     cuda = "13.0" if gpus else None
     facts = {
@@ -89,14 +89,14 @@ def test_tiny_runs_without_a_gpu():
         ([], NONE, "torch, decoded expert by expert"),
     ],
 )
-def test_the_experts_backend_is_what_stage_03_takes(overrides, facts, found):
-    """On a GPU the measured table decides, by the routed tokens of a micro-batch."""
+def test_the_expert_backend_matches_stage_03(overrides, facts, found):
+    """On a GPU the measured table decides by the micro-batch's number of routed tokens."""
     config = load("gpt-oss-20b-1x3090", *overrides)
     assert judge(config, facts)["expert kernel"].found.startswith(found)
 
 
-def test_the_experts_row_counts_a_ranks_tokens():
-    """A quarter of 16,384 tokens is 512 rows for each of 32 experts."""
+def test_the_expert_row_counts_the_tokens_of_one_rank():
+    """A quarter of 16,384 tokens gives each of 32 experts 512 rows."""
     shared = load("gpt-oss-20b-1x3090", "sequence_parallel_degree=4")
     assert judge(shared, FOUR_3090)["expert kernel"].found.startswith("Triton, packed")
 
@@ -155,7 +155,7 @@ def test_20b_fits_one_3090_at_its_own_length():
     assert failures(SMALL, machine([gpu()])) == set()
 
 
-def test_a_smaller_card_is_told_the_longest_sequence_that_fits():
+def test_a_smaller_gpu_gets_the_longest_sequence_that_fits():
     card, batch = gpu(gib=17.5, free=17.5), "evaluation.batch_size=2"
     row = judge(load("gpt-oss-20b-1x3090", batch), machine([card]))["GPU memory"]
     assert row.status == "fail" and "short" in row.found
@@ -167,7 +167,7 @@ def test_a_smaller_card_is_told_the_longest_sequence_that_fits():
     assert failures(longer, machine([card])) == {"GPU memory"}
 
 
-def test_a_busy_gpu_is_told_from_a_small_one():
+def test_a_busy_gpu_is_distinguished_from_a_small_one():
     alone = load("gpt-oss-120b-4x3090", ALONE)
     row = judge(alone, machine([gpu(0, "NVIDIA H200", 140.0, 12.0, (9, 0))]))["GPU memory"]
     assert row.status == "fail" and "stop the other programs" in row.fix
@@ -235,7 +235,7 @@ def test_python_and_packages():
     assert judge(TINY, dataclasses.replace(NONE, packages=()))["packages"].status == "warn"
 
 
-def test_disk_counts_links_only_where_they_are_possible():
+def test_disk_counts_links_only_if_they_are_possible():
     alone = load("gpt-oss-120b-4x3090", ALONE)
 
     def disk(free_gib, hub_device=1, state="here", hub_free=900):
@@ -258,7 +258,7 @@ def test_disk_counts_links_only_where_they_are_possible():
     assert apart["disk"].status == "ok" and apart["disk for the base"].status == "fail"
 
 
-def test_what_stands_in_the_run_directory_needs_no_more_room():
+def test_existing_files_of_the_run_need_no_more_space():
     full = dataclasses.replace(NONE, run_disk=Disk(Path("/"), 1024, 1))
     assert failures(TINY, full) == {"disk"}
     assert failures(TINY, dataclasses.replace(full, run_dir_bytes=GIB)) == set()
@@ -328,14 +328,14 @@ def test_no_driver_is_no_gpu(programs):
     assert machine_module.probe_gpus() == ((), None)
 
 
-def test_another_environment_is_told_from_ours(monkeypatch, tmp_path):
+def test_another_environment_is_distinguished_from_ours(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.prefix", str(ROOT / ".venv"))
     assert machine_module.runs_in_our_environment()
     monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
     assert not machine_module.runs_in_our_environment()
 
 
-def test_disk_is_that_of_the_nearest_parent(tmp_path):
+def test_disk_space_is_that_of_the_nearest_existing_parent(tmp_path):
     disk = machine_module.probe_disk(tmp_path / "not/there/yet")
     stats = os.statvfs(tmp_path)
     assert disk.path == tmp_path
@@ -408,7 +408,7 @@ def test_offline_hub_names_are_missing_and_local_ones_are_not(offline, untrained
     assert states(BIG, offline)["training data"] == "here"
 
 
-def test_data_that_the_run_has_prepared_is_here(offline, chat_file):
+def test_prepared_data_of_the_run_is_available(offline, chat_file):
     from sparselong.data import conversations
 
     config = load("tiny", f"data.train={chat_file}")
@@ -431,7 +431,7 @@ def test_a_base_directory_that_lacks_a_shard_is_missing(offline, tmp_path, untra
     assert base.state == "missing" and shard.name in base.detail
 
 
-def test_the_hub_is_asked_once_when_it_does_not_answer(offline, monkeypatch):
+def test_an_unresponsive_hub_is_queried_once(offline, monkeypatch):
     import httpx
     from huggingface_hub import HfApi
 
@@ -460,7 +460,7 @@ def test_report_is_json_and_fits_its_width():
     assert report.markdown(document).count("| fail |") == 1
 
 
-def test_a_terminal_gets_the_same_words_in_colour(capsys, monkeypatch):
+def test_a_terminal_gets_the_same_text_in_colour(capsys, monkeypatch):
     rows = [Row("disk", "fail", "needs [1 GiB]", "free some"), Row("GPU", "ok", "x")]
     document = report.build(TINY, NONE, plan_for(TINY, NONE), rows)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)

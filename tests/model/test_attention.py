@@ -1,4 +1,4 @@
-"""The doors: ours against transformers' eager gpt-oss, logits and gradients, in fp32 on the CPU."""
+"""Entry points: our attention against transformers' eager gpt-oss in fp32 on the CPU."""
 
 import subprocess
 import sys
@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from sparselong.model import attention as door
+from sparselong.model import attention as entry_point
 from sparselong.model.attention import find_boundaries
 from sparselong.model.documents import document_masks
 from sparselong.runtime.settings import current, using
 
-TOKENS = 90  # crosses the small model's window of 64
+TOKENS = 90  # exceeds the small model's window of 64
 
 
 def open_model(base, implementation: str):
@@ -43,7 +43,7 @@ def padded(lengths: list[int], side: str) -> dict:
 
 
 def compare(models, inputs: list[dict], real: torch.Tensor) -> None:
-    """Same logits on real tokens and same gradient of every parameter, sinks included."""
+    """Assert equal logits on real tokens and equal gradients of every parameter and sink."""
     outcomes = []
     for model, given in zip(models, inputs, strict=True):
         model.zero_grad()
@@ -71,7 +71,7 @@ def test_padding(models, side):
 
 
 def test_packing_by_position_ids(models):
-    """Ours from position ids alone; eager needs the prepared masks, and ours takes those too."""
+    """Ours needs only position ids; eager needs prepared masks, which ours also accepts."""
     eager, ours = models
     ids = padded([TOKENS], "right")["input_ids"]
     positions = torch.cat([torch.arange(n) for n in (1, 40, 1, 48)])[None]
@@ -80,7 +80,7 @@ def test_packing_by_position_ids(models):
     real = torch.ones_like(ids, dtype=torch.bool)
     compare(models, [{**plain, "attention_mask": masks}, plain], real)
     compare(models, [{**plain, "attention_mask": masks}] * 2, real)
-    with torch.no_grad():  # and the boundaries matter
+    with torch.no_grad():  # the boundaries must matter
         apart, together = ours(**plain).logits, ours(ids).logits
     assert (apart - together).norm() > 1e-3 * together.norm()
 
@@ -112,22 +112,22 @@ def test_generate_with_beams_and_in_chunks(models):
 
 
 def test_static_caches_are_refused(models):
-    """Their keys go on behind the last query, and a 2-d mask does not say how far."""
+    """Their keys extend past the last query, and a 2-d mask does not say how far."""
     ids = torch.randint(9, 2000, (2, 12), generator=torch.Generator().manual_seed(3))
     settings = {"max_new_tokens": 2, "cache_implementation": "static", "disable_compile": True}
     with pytest.raises(ValueError, match="past_key_values: 13 keys, and the last query is number"):
         models[1].eval().generate(ids, **settings)
 
 
-def test_a_mask_or_positions_that_were_written_to_are_read_again(models):
+def test_positions_modified_in_place_are_read_again(models):
     ids = padded([TOKENS], "right")["input_ids"]
     positions = torch.arange(TOKENS)[None]
     with torch.no_grad():
         together = models[1](ids, position_ids=positions, use_cache=False).logits
         positions[:, 40:] -= 40
         apart = models[1](ids, position_ids=positions, use_cache=False).logits
-        anew = models[1](ids, position_ids=positions.clone(), use_cache=False).logits
-    assert torch.equal(apart, anew) and not torch.equal(apart, together)
+        fresh = models[1](ids, position_ids=positions.clone(), use_cache=False).logits
+    assert torch.equal(apart, fresh) and not torch.equal(apart, together)
 
 
 def test_inference_mode(models):
@@ -141,7 +141,7 @@ def test_inference_mode(models):
 
 
 def test_autocast(models):
-    """Rotary leaves queries and keys in fp32 there, and values are bf16."""
+    """Under autocast, rotary leaves queries and keys in fp32 while values are bf16."""
     ids = padded([TOKENS], "right")["input_ids"]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted, got = (model(ids, use_cache=False).logits.float() for model in models)
@@ -195,14 +195,14 @@ def refused_masks():
 
 
 @pytest.mark.parametrize("name", refused_masks())
-def test_masks_that_are_not_of_documents_are_refused(name):
+def test_masks_that_describe_no_documents_are_refused(name):
     mask, message = refused_masks()[name]
     mask = mask[None] if mask.ndim == 3 else mask[None, None]
     with pytest.raises(ValueError, match=f"attention_mask: .*{message}"):
         find_boundaries(mask, None, 1, mask.shape[2], 6)
 
 
-def test_a_4d_mask_has_the_layers_window_in_it():
+def test_a_4d_mask_must_contain_the_layers_window():
     distance = torch.arange(6)[:, None] - torch.arange(6)
     near = (distance >= 0) & (distance < 3)
     assert find_boundaries(near[None, None], None, 1, 6, 6, 3) is None
@@ -211,11 +211,11 @@ def test_a_4d_mask_has_the_layers_window_in_it():
             find_boundaries(near[None, None], None, 1, 6, 6, window)
 
 
-def test_tokens_behind_padding_are_a_document_or_refused():
+def test_tokens_after_padding_are_a_document_or_refused():
     mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
-    anew = torch.tensor([[0, 1, 0, 0, 0, 1]])
-    assert find_boundaries(mask, anew, 1, 6, 6).tolist() == [0, 2, 4, 6]
-    for positions, queries in ((None, 6), (torch.tensor([[0, 1, 1, 1, 2, 3]]), 6), (anew, 1)):
+    resets = torch.tensor([[0, 1, 0, 0, 0, 1]])
+    assert find_boundaries(mask, resets, 1, 6, 6).tolist() == [0, 2, 4, 6]
+    for positions, queries in ((None, 6), (torch.tensor([[0, 1, 1, 1, 2, 3]]), 6), (resets, 1)):
         with pytest.raises(ValueError, match="attention_mask: tokens on both sides of padding"):
             find_boundaries(mask, positions, 1, queries, 6)
     with pytest.raises(ValueError, match=r"attention_mask: shape \[1, 6\] for 7 keys"):
@@ -225,11 +225,11 @@ def test_tokens_behind_padding_are_a_document_or_refused():
 def test_a_model_without_sinks_is_refused():
     q = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match="module: Identity without sinks; allowed: gpt-oss's"):
-        door.attention_forward(torch.nn.Identity(), q, q, q, None)
+        entry_point.attention_forward(torch.nn.Identity(), q, q, q, None)
 
 
 def test_one_line_patches(untrained_base):
-    """Eager's own masks arrive, and the same logits come out, by our function."""
+    """Our function is called with eager's own masks and gives the same logits."""
     script = f"""
 import torch, sparselong
 from transformers import AutoModelForCausalLM
@@ -257,16 +257,16 @@ for line in (
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_the_chosen_backend_is_what_attends(models, monkeypatch):
-    """Through the door as the stages use it; and one that cannot take the call stops it."""
+def test_attention_uses_the_chosen_backend(models, monkeypatch):
+    """Set through the runtime, as in the stages; an unsuitable backend raises."""
     asked = []
-    original = door.attention
+    original = entry_point.attention
 
     def watched(*tensors, **arguments):
         asked.append((arguments["backend"], current().deterministic))
         return original(*tensors, **arguments)
 
-    monkeypatch.setattr(door, "attention", watched)
+    monkeypatch.setattr(entry_point, "attention", watched)
     ids = torch.tensor([[1, 2, 3]])
     models[1](ids)
     with using(attention_backend="torch", deterministic=True):

@@ -1,4 +1,4 @@
-"""What a loaded model says of its weights: formats and bytes as they are, an expansion included."""
+"""A loaded model's report of its weights: actual formats and bytes, and any expansion."""
 
 import torch
 from transformers import AutoModelForCausalLM, Mxfp4Config
@@ -15,7 +15,7 @@ def bytes_of(model, *ends: str) -> str:
     return format_bytes(sum(tensor.nbytes for name, tensor in tensors if name.endswith(ends)))
 
 
-def test_loading_tells_formats_and_bytes_on_stderr(untrained_base, capsys):
+def test_loading_reports_formats_and_bytes_on_stderr(untrained_base, capsys):
     model = load_model(untrained_base)
     told = capsys.readouterr().err
     assert describe_weights(model) in told.splitlines()
@@ -36,7 +36,7 @@ def test_packed_attention_is_named_by_its_format(untrained_base):
     assert f"int4 2:4, packed {format_bytes(packed)}" in told and "attention: " in told
 
 
-def test_an_expansion_shows(untrained_base):
+def test_an_expansion_is_reported(untrained_base):
     expanded = AutoModelForCausalLM.from_pretrained(
         untrained_base,
         quantization_config=Mxfp4Config(dequantize=True),

@@ -1,4 +1,4 @@
-"""Which modules are fused, and the loss in chunks against transformers' (a GPU: tests/gpu)."""
+"""Fused modules, and the chunked loss against transformers' (on a GPU: tests/gpu)."""
 
 import copy
 
@@ -28,7 +28,7 @@ def classes(model: nn.Module) -> set[type]:
     return {type(module) for module in model.modules()}
 
 
-def test_a_model_that_attends_through_sparselong_is_fused(untrained_base, model):
+def test_a_model_with_sparselong_attention_is_fused(untrained_base, model):
     fused = {FusedAttention, FusedDecoderLayer, FusedRMSNorm}
     assert not fused & classes(model)
     ours = load_model(untrained_base, device=torch.device("cpu"), attn_implementation="sparselong")
@@ -40,7 +40,7 @@ def test_a_model_that_attends_through_sparselong_is_fused(untrained_base, model)
     assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_fusing_touches_the_given_model_only(model):
+def test_fusing_changes_only_the_given_model(model):
     ours = copy.deepcopy(model)
     fuse(ours)
     fuse(ours)
@@ -52,7 +52,7 @@ def test_fusing_touches_the_given_model_only(model):
 
 @pytest.mark.parametrize("count", [None, 41, torch.tensor(41)])
 @pytest.mark.parametrize("given", ["labels", "shift_labels"])
-def test_the_loss_is_transformers(model, count, given):
+def test_the_loss_equals_that_of_transformers(model, count, given):
     ours = copy.deepcopy(model)
     chunk_loss(ours)
     labels = IDS.masked_fill(IDS % 3 == 0, -100)
@@ -70,7 +70,7 @@ def test_the_loss_is_transformers(model, count, given):
     assert chunked.logits is None and theirs.logits is not None
 
 
-def test_without_labels_there_are_logits(model):
+def test_logits_are_returned_without_labels(model):
     ours = copy.deepcopy(model)
     chunk_loss(ours)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_without_labels_there_are_logits(model):
     assert abs(loss - model(IDS, labels=IDS).loss) < 1e-4
 
 
-def test_under_autocast_the_products_are_bf16s(model):
+def test_under_autocast_the_products_are_in_bf16(model):
     ours = copy.deepcopy(model)
     chunk_loss(ours)
     losses = []
@@ -93,7 +93,7 @@ def test_under_autocast_the_products_are_bf16s(model):
     assert abs(losses[0] - losses[1]) < 1e-3 * losses[0]
 
 
-def test_a_trained_lm_head_is_refused(model):
+def test_a_trainable_lm_head_is_refused(model):
     ours = copy.deepcopy(model)
     chunk_loss(ours)
     ours.lm_head.requires_grad_(True)

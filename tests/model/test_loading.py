@@ -1,4 +1,4 @@
-"""Opening checkpoints: the same logits as transformers on the decoded weights, nothing silent."""
+"""Loading checkpoints: logits of transformers on the decoded weights, and refusals."""
 
 import json
 import os
@@ -24,14 +24,14 @@ def tokens() -> torch.Tensor:
 
 
 def test_upstream_form_gives_transformers_logits(untrained_base, tokens):
-    """fp32, relative error ≤ 1e-5, against transformers' eager model on the decoded weights."""
+    """Relative error ≤ 1e-5 in fp32 to transformers' eager model on the decoded weights."""
     ours = load_model(untrained_base)
     theirs = AutoModelForCausalLM.from_pretrained(
         untrained_base,
         quantization_config=Mxfp4Config(dequantize=True),
         dtype=torch.float32,
         attn_implementation="eager",
-    ).float()  # dequantized experts arrive in bf16 whatever dtype is asked for
+    ).float()  # dequantized experts are bf16 whatever dtype is requested
     with torch.no_grad():
         got, wanted = ours(tokens).logits, theirs(tokens).logits
     assert (got - wanted).norm() / wanted.norm() <= 1e-5
@@ -45,8 +45,8 @@ def test_upstream_form_gives_transformers_logits(untrained_base, tokens):
     assert expert_bytes * 8 / weights == 4.25
 
 
-def test_from_pretrained_itself_keeps_upstreams_experts_packed(untrained_base, tokens):
-    """transformers alone would expand them to bf16 on this machine."""
+def test_from_pretrained_keeps_upstream_experts_packed(untrained_base, tokens):
+    """Without sparselong, transformers would expand them to bf16 on this machine."""
     config = packed_config(untrained_base)
     model = AutoModelForCausalLM.from_pretrained(
         untrained_base, config=config, dtype=torch.float32, attn_implementation="eager"
@@ -72,8 +72,8 @@ def test_the_experts_implementation_is_named_and_refuses_unpacked_experts(untrai
         expanded(tokens)
 
 
-def test_transformers_trainer_trains_it_without_peft_too(untrained_base, tmp_path):
-    """is_trainable and is_qat_trainable: without the one or the other it refuses the model."""
+def test_transformers_trainer_works_without_peft(untrained_base, tmp_path):
+    """The trainer refuses a model without is_trainable or is_qat_trainable."""
     model = load_model(untrained_base)
     model.model.norm.weight.requires_grad_(True)
     before = model.model.norm.weight.detach().clone()
@@ -89,7 +89,7 @@ def test_transformers_trainer_trains_it_without_peft_too(untrained_base, tmp_pat
     ("field", "value"),
     [("weight_bits", 5), ("sparsity", "1:4"), ("group_size", 48), ("expert_sparsity", "1:8")],
 )
-def test_a_storage_that_there_is_not_is_refused_by_name(field, value):
+def test_an_unknown_storage_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"quantization_config.{field}: '?{value}'?; allowed: "):
         SparseLongConfig(**{field: value})
 
@@ -114,7 +114,7 @@ BLOCKS = "model.layers.1.mlp.experts.gate_up_proj_blocks"
 
 
 def change(base, folder, name, function):
-    """A copy of a checkpoint with another tensor in one's place."""
+    """Copy a checkpoint with one tensor replaced."""
     from safetensors.torch import load_file, save_file
 
     broken = shutil.copytree(base, folder / "broken")
@@ -149,8 +149,8 @@ def test_a_nan_scale_is_refused_by_name_before_anything_is_computed(untrained_ba
         load_model(broken)
 
 
-def test_a_mask_pattern_that_there_is_not_is_refused_by_name(untrained_base):
-    """Triton's kernels would read it as four zeros."""
+def test_an_invalid_mask_pattern_is_refused_by_name(untrained_base):
+    """The Triton kernels would read it as four zeros."""
     model = load_model(untrained_base)
     packed = PackedLinear(128, 256, True, DenseFormat(4, "2:4", 64))
     for tensor in packed.packed().values():
@@ -162,7 +162,7 @@ def test_a_mask_pattern_that_there_is_not_is_refused_by_name(untrained_base):
         check_packed(model)
 
 
-def test_a_shard_that_was_cut_off_is_refused(untrained_base, tmp_path):
+def test_a_truncated_shard_is_refused(untrained_base, tmp_path):
     broken = shutil.copytree(untrained_base, tmp_path / "broken")
     index = json.loads((broken / "model.safetensors.index.json").read_text())
     shard = broken / index["weight_map"][BLOCKS]
@@ -171,7 +171,7 @@ def test_a_shard_that_was_cut_off_is_refused(untrained_base, tmp_path):
         load_model(broken)
 
 
-def test_more_experts_a_token_than_there_are_is_refused(untrained_base, tmp_path):
+def test_more_experts_per_token_than_experts_is_refused(untrained_base, tmp_path):
     broken = shutil.copytree(untrained_base, tmp_path / "broken")
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 9}))
@@ -199,13 +199,13 @@ def test_tokenizer_has_the_chat_template(untrained_base):
     "first",
     [
         "transformers.modeling_utils",
-        # Half imported when the trigger has run: transformers' own model file, and one of ours.
+        # Partly imported when registration runs: transformers' own model file, and one of ours.
         "transformers.models.gpt_oss.modeling_gpt_oss",
         "sparselong.model.quantizer",
     ],
 )
 def test_importing_sparselong_is_quick_and_still_registers(first):
-    """torch is not imported by `import sparselong`; all names are there once a model can be."""
+    """`import sparselong` does not import torch; names are registered once models can load."""
     script = (
         "import sys, sparselong\n"
         "assert 'torch' not in sys.modules\n"

@@ -1,4 +1,4 @@
-"""Packed modules against transformers' own on the decoded weights: values and gradients."""
+"""Packed modules against transformers' modules on decoded weights: values and gradients."""
 
 import copy
 
@@ -42,7 +42,7 @@ def experts() -> tuple[PackedExperts, GptOssExperts]:
 def test_experts_match_transformers(experts, case):
     packed, plain = experts
     tokens = 1 if case == "one token" else 37
-    x = torch.randn(tokens, 64, dtype=torch.float64) * 3  # large enough for the clamp at 7 to bite
+    x = torch.randn(tokens, 64, dtype=torch.float64) * 3  # large enough to reach the clamp at 7
     indices = torch.stack([torch.randperm(5)[:4] for _ in range(tokens)])
     if case == "one expert":
         indices = torch.full((tokens, 1), 3)
@@ -58,7 +58,7 @@ def test_experts_match_transformers(experts, case):
         assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
 
 
-def test_clamp_is_exercised_and_matters(experts):
+def test_the_clamp_is_reached_and_matters(experts):
     packed, _ = experts
     x = torch.randn(37, 64, dtype=torch.float64) * 3
     indices, weights = torch.zeros(37, 1, dtype=torch.int64), torch.ones(37, 1).double()
@@ -70,7 +70,7 @@ def test_clamp_is_exercised_and_matters(experts):
 @pytest.mark.parametrize(
     "fmt", [DenseFormat(4, "2:4", 64), DenseFormat(8, "none", 32), DenseFormat(16, "2:4", 64)]
 )
-def test_packed_linear_is_the_decoded_linear(fmt):
+def test_packed_linear_equals_the_decoded_linear(fmt):
     torch.manual_seed(0)
     mask = torch.tensor([True, False, False, True]).repeat(48, 32) if fmt.is_sparse else None
     scale = (torch.rand(48, 128 // fmt.group_size) + 0.1).bfloat16() if fmt.is_quantized else None
@@ -92,7 +92,7 @@ def test_packed_linear_is_the_decoded_linear(fmt):
         assert not decoded[~mask].any() and decoded[mask].any()
 
 
-def test_bias_gets_its_gradient_when_it_wants_one():
+def test_bias_gets_a_gradient_if_required():
     layer = PackedLinear(64, 8, True, DenseFormat(16, "none", 64))
     layer.weight_packed.copy_(torch.randn(8, 64))
     layer.bias = nn.Parameter(torch.zeros(8))
@@ -114,7 +114,7 @@ def test_two_four_experts_keep_the_largest_codes_exactly():
     assert torch.equal(magnitudes[:, :2], kept_magnitudes[:, :2])
 
 
-def test_a_nan_scale_is_found_whenever_scales_are_loaded(experts):
+def test_a_nan_scale_is_detected_at_every_load(experts):
     packed, _ = experts
     call = (torch.randn(3, 64).double(), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
     packed(*call)

@@ -1,4 +1,4 @@
-"""The environment that the trainer gets."""
+"""The trainer's environment."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,9 @@ NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
         (("max_split_size_mb:64", "backend:native"), "max_split_size_mb:64"),
     ],
 )
-def test_segments_expand_unless_the_user_says_otherwise(monkeypatch, tmp_path, given, expected):
+def test_segments_expand_unless_the_user_configures_the_allocator(
+    monkeypatch, tmp_path, given, expected
+):
     for name, value in zip(NAMES, given, strict=True):
         if value is None:
             monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""Several trainers: who is started where, what is told when one fails, exchanges over gloo."""
+"""Several trainers: which ranks start where, failure reports, and exchanges over gloo."""
 
 import os
 import signal
@@ -46,10 +46,10 @@ def join_torchrun(monkeypatch, rank: int, size: int, local: int, here: int) -> N
         monkeypatch.setenv(name, str(value))
 
 
-def test_plain_python_starts_as_many_as_share_a_sequence(monkeypatch):
+def test_plain_python_starts_one_process_per_sequence_shard(monkeypatch):
     assert find_world(config()) == World(1, {0: 0}, 1, joined=False)
     assert rank_environments(find_world(config()), gpus=0) == {0: {}}
-    # On a machine with two GPUs as well: a single process's model is not spread over both.
+    # Also on a machine with two GPUs: a single process's model is not spread over both.
     assert rank_environments(find_world(config()), gpus=2) == {0: {"CUDA_VISIBLE_DEVICES": "0"}}
     world = find_world(config("sequence_parallel_degree=4"))
     assert (world.size, list(world.local), joined_rank()) == (4, [0, 1, 2, 3], None)
@@ -67,25 +67,25 @@ def test_under_torchrun_a_process_starts_its_own_rank(monkeypatch):
     assert rank_environments(world, gpus=4) == {6: {"CUDA_VISIBLE_DEVICES": "2"}}
 
 
-def test_a_world_that_the_degree_does_not_divide_is_refused_naming_the_rank(monkeypatch):
+def test_a_world_size_not_divisible_by_the_degree_is_refused_naming_the_rank(monkeypatch):
     join_torchrun(monkeypatch, rank=1, size=6, local=1, here=6)
     with pytest.raises(ConfigError, match=r"6 processes cannot form groups of 4 .*rank 1"):
         find_world(config("sequence_parallel_degree=4"))
 
 
 def run_ranks(stage: Stage, code: str, ranks=THREE) -> StageError:
-    """What is told of ranks that run this code."""
+    """Run this code on all ranks and return the reported error."""
     started = time.monotonic()
     with pytest.raises(StageError) as failure:
         run_trainer(stage, [sys.executable, "-c", "import os, time\n" + code], ranks)
     assert time.monotonic() - started < 60
     left = subprocess.run(["pgrep", "-f", str(stage.dir)], capture_output=True, text=True)
-    assert not left.stdout, "a rank has outlived the others"
+    assert not left.stdout, "a rank outlived the others"
     return failure.value
 
 
-def told(stage: Stage, what: str, consequence: bool = False) -> str:
-    """Code that leaves a failure as the trainer's excepthook does, and ends."""
+def failure_code(stage: Stage, what: str, consequence: bool = False) -> str:
+    """Code that writes a failure like the trainer's excepthook does, and exits."""
     return (
         f"import json; path = {str(stage.dir)!r} + '/failure' + ('.rank' + rank) * (rank != '0')\n"
         f"what = {what!r}.format(rank=rank)\n"
@@ -95,39 +95,39 @@ def told(stage: Stage, what: str, consequence: bool = False) -> str:
     )
 
 
-def test_a_rank_that_is_killed_is_named_and_the_others_are_stopped(stage):
+def test_a_killed_rank_is_named_and_the_others_are_stopped(stage):
     code = f"# {stage.dir}\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(120)"
     failure = run_ranks(stage, code)
     assert failure.what == "rank 1 of the trainer ended with signal SIGKILL"
     assert "log.rank1.txt" in failure.fix
 
 
-def test_workers_that_a_rank_leaves_behind_keep_nobody_waiting(stage):
+def test_orphaned_workers_of_a_rank_do_not_block(stage):
     worker = f"sleep 120 # {stage.dir}"
     code = f"import subprocess; subprocess.Popen([{worker!r}], shell=True); os.kill(os.getpid(), 9)"
     assert "SIGKILL" in run_ranks(stage, code).what
 
 
-def test_the_cause_is_told_and_not_what_followed_from_it(stage):
-    # The consequences are written first; what tells them apart is not their words.
-    lost = "\n ".join(told(stage, LOST, consequence=True).splitlines())
+def test_the_cause_is_reported_and_not_its_consequences(stage):
+    # The consequences are written first; the flag distinguishes them, not their text.
+    lost = "\n ".join(failure_code(stage, LOST, consequence=True).splitlines())
     broken = "could not finish the exchange of its own accord"
-    broke = "\n ".join(("time.sleep(0.3)", *told(stage, broken).splitlines()))
+    broke = "\n ".join(("time.sleep(0.3)", *failure_code(stage, broken).splitlines()))
     code = f"rank = os.environ['RANK']\nif rank == '2':\n {broke}\nelse:\n {lost}\n"
     assert run_ranks(stage, code).what == f"rank 2: {broken}"
-    same = f"rank = os.environ['RANK']\n{told(stage, 'a loss of NaN')}"
-    assert run_ranks(stage, same).what == "a loss of NaN"  # which every rank has seen
+    same = f"rank = os.environ['RANK']\n{failure_code(stage, 'a loss of NaN')}"
+    assert run_ranks(stage, same).what == "a loss of NaN"  # every rank has seen it
 
 
-def test_a_rank_that_takes_no_part_is_named_by_the_ranks_that_waited(stage):
-    lost = "\n ".join(told(stage, LOST, consequence=True).splitlines())
+def test_an_unresponsive_rank_is_named_by_the_ranks_that_waited(stage):
+    lost = "\n ".join(failure_code(stage, LOST, consequence=True).splitlines())
     code = f"rank = os.environ['RANK']\nif rank != '1':\n {lost}\ntime.sleep(120) # {stage.dir}"
     failure = run_ranks(stage, code)
     assert "waited in vain" in failure.what
     assert "rank 1 was still running" in failure.found
 
 
-def test_failures_of_an_earlier_run_are_forgotten(stage):
+def test_failures_of_an_earlier_run_are_ignored(stage):
     failure_path(stage.dir, 1).write_text('{"what": "old", "expected": "", "found": "", "fix": ""}')
     assert "SIGKILL" in run_ranks(stage, "os.kill(os.getpid(), 9)").what
 
@@ -178,7 +178,7 @@ def test_over_gloo(stage, code, what, found):
     assert failure.what in (what.format(rank=0), what.format(rank=1)) and found in failure.found
 
 
-def test_a_rank_that_torchrun_ends_names_the_one_that_failed(stage, monkeypatch):
+def test_a_rank_stopped_by_torchrun_names_the_one_that_failed(stage, monkeypatch):
     port = rank_environments(World(2, {0: 0}, 2, joined=False), gpus=0)[0]["MASTER_PORT"]
     _meeting = TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -200,7 +200,7 @@ def test_a_rank_that_torchrun_ends_names_the_one_that_failed(stage, monkeypatch)
     def fail(_: Stage, arguments: list[str]) -> None:
         raise StageError("rank 1: it broke", "e", "a loss of NaN", "x")
 
-    assert train_as(0, be_ended) == "SIGTERM"  # the stage explains that
+    assert train_as(0, be_ended) == "SIGTERM"  # the stage explains it
     assert "rank 1: it broke" in train_as(1, fail)
     told = train_as(0, be_ended)
     assert "rank 0 was stopped because another rank failed" in told

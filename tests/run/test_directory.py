@@ -1,4 +1,4 @@
-"""The run directory's promises: done means manifest, one process at a time, hashes decide."""
+"""The run directory: a manifest marks completion, one process at a time, hashes decide."""
 
 import errno
 import json
@@ -57,13 +57,15 @@ def test_a_stage_leaves_config_and_manifest(tmp_path, capsys):
     assert manifest["config"]["seed"] == 7 and manifest["config"]["training"]["save_steps"]
 
 
-def test_a_rerun_does_nothing_and_force_redoes(tmp_path):
+def test_a_rerun_does_nothing_and_force_repeats_the_stage(tmp_path):
     assert run(tmp_path, write_output) == 0
     assert run(tmp_path, fail) == 0
     assert run(tmp_path, fail, "--force") == 1
     assert read_manifest(tmp_path / "run", "02_compress") is None
     kept = tmp_path / "run/02_compress.replaced"
-    assert (kept / "out.bin").read_bytes() == b"abc", "kept until there is a new result"
+    assert (kept / "out.bin").read_bytes() == b"abc", (
+        "the old result must be kept until there is a new one"
+    )
     assert run(tmp_path, fail, "--force") == 1 and (kept / "out.bin").exists()
     assert run(tmp_path, write_output) == 0 and not kept.exists()
 
@@ -73,7 +75,7 @@ def test_another_config_is_refused_and_nothing_is_lost(tmp_path, capsys):
     assert run(tmp_path, write_output, "shared_dense.sparsity=none") == 1
     assert "of another config" in capsys.readouterr().err
     assert (tmp_path / "run/02_compress/out.bin").exists()
-    assert run(tmp_path, fail, "training.max_steps=7") == 0  # not a key that stage 02 reads
+    assert run(tmp_path, fail, "training.max_steps=7") == 0  # stage 02 does not read this key
     assert run(tmp_path, write_output, "shared_dense.sparsity=none", "--force") == 0
 
 
@@ -105,7 +107,10 @@ def test_unexpected_failures_keep_their_traceback(tmp_path):
     ("failure", "place"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"), "model.safet"),
-        (OSError(errno.EDQUOT, "über das Kontingent"), "to "),  # by its number, not its sentence
+        (
+            OSError(errno.EDQUOT, "über das Kontingent"),
+            "to ",
+        ),  # recognized by its number, not its text
         (RuntimeError("I/O error: No space left on device (os error 28)"), "to "),  # safetensors
     ],
 )
@@ -117,7 +122,7 @@ def test_a_full_disk_is_explained(tmp_path, capsys, failure, place):
     assert f"could not write {place}" in capsys.readouterr().err
 
 
-def test_an_error_of_the_system_with_another_number_is_a_bug(tmp_path):
+def test_an_os_error_with_another_number_is_a_bug(tmp_path):
     def miss(stage: Stage) -> None:
         raise OSError(errno.ENOENT, "No space left on device")
 
@@ -130,7 +135,7 @@ def test_an_error_of_the_system_with_another_number_is_a_bug(tmp_path):
     [
         ("file", "File exists"),
         ("file/run", "Not a directory"),
-        ("/proc/self", "No such file"),  # can be neither written nor, by root, forbidden
+        ("/proc/self", "No such file"),  # not writable, and root ignores permissions
     ],
 )
 def test_a_run_directory_that_cannot_be_used_is_refused(tmp_path, capsys, place, found):
@@ -149,7 +154,7 @@ def test_a_stage_directory_that_cannot_be_written_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interruption_is_explained_and_keeps_what_is_there(tmp_path, capsys, number):
+def test_interruption_is_explained_and_keeps_existing_files(tmp_path, capsys, number):
     def interrupted(stage: Stage) -> None:
         write_output(stage)
         os.kill(os.getpid(), number)
@@ -180,10 +185,12 @@ def test_a_stage_needs_the_earlier_one_of_the_same_config(tmp_path, capsys):
     assert run(tmp_path, needy, name="03_finetune") == 0
     assert run(tmp_path, bug, "experts.sparsity=2:4", "--force", name="03_finetune") == 1
     assert "made with another config" in capsys.readouterr().err
-    assert read_manifest(tmp_path / "run", "03_finetune"), "a refusal leaves the result as it is"
+    assert read_manifest(tmp_path / "run", "03_finetune"), (
+        "a refusal must leave the result unchanged"
+    )
 
 
-def test_a_result_made_from_an_earlier_result_is_not_taken_for_current(tmp_path, capsys):
+def test_a_result_made_from_an_outdated_result_is_stale(tmp_path, capsys):
     def tune(stage: Stage) -> None:
         assert list(stage.manifests) == ["02_compress"]
 

@@ -1,4 +1,4 @@
-"""Scripts refuse what is wrong before they import anything heavy, whatever it is."""
+"""Scripts refuse invalid input of every kind before they import heavy modules."""
 
 import ast
 import json
@@ -23,7 +23,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("0*.py"))
 
 
 def refuse(script: str, cases: list[list[str]], **environment: str) -> tuple[list[int], set[str]]:
-    """Exit codes of a script for several command lines, and the modules imported after them."""
+    """Return a script's exit codes for several command lines, and the imported modules."""
     done = subprocess.run(
         [sys.executable, "-c", TRY, script, json.dumps(cases)],
         cwd=ROOT,
@@ -48,7 +48,7 @@ def test_a_refusal_imports_nothing_heavy(script, tmp_path):
     cases = [[*config, "--run-dir", str(run_dir)] for run_dir in run_dirs]
     cases += [[*config, "sed=1"], [*config, "training.save_steps=7"], ["--config", "absent.yaml"]]
     expected = [1, 1, 1, 2, 2, 2]
-    if script != "01_health":  # which is always done again, and reads nothing
+    if script != "01_health":  # always repeated, and reads no other stage
         cases.append([*config, "--run-dir", str(tmp_path / "other")])
         expected.append(1)
     if STAGES[script].reads:
@@ -59,16 +59,16 @@ def test_a_refusal_imports_nothing_heavy(script, tmp_path):
     assert not modules & HEAVY
 
 
-def test_a_stride_that_does_not_divide_the_heads_is_refused_as_early(tmp_path):
+def test_a_stride_that_does_not_divide_the_heads_is_refused_early(tmp_path):
     write_stage_02(tmp_path)
-    split = ["sequence_parallel_degree=2", "heads_k_stride=4"]  # of the tiny model's two heads
+    split = ["sequence_parallel_degree=2", "heads_k_stride=4"]  # the tiny model has two heads
     config = ["--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", str(tmp_path), *split]
     codes, modules = refuse("03_finetune", [config])
     assert codes == [2] and not modules & HEAVY
 
 
 def write_stage_02(run_dir) -> None:
-    """A manifest that says that stage 02 is done."""
+    """Write a manifest that marks stage 02 as done."""
     from sparselong.config import load
     from sparselong.run.stages import stage_hash
 
@@ -77,8 +77,8 @@ def write_stage_02(run_dir) -> None:
     (run_dir / "02_compress/manifest.json").write_text(json.dumps({**made, "outputs": []}))
 
 
-def test_processes_that_cannot_meet_are_refused_as_early(tmp_path):
-    """Several processes that torchrun has not started."""
+def test_processes_that_cannot_rendezvous_are_refused_early(tmp_path):
+    """Several processes that torchrun did not start."""
     config = ["--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", str(tmp_path)]
     codes, modules = refuse("03_finetune", [config], RANK="0", WORLD_SIZE="2")
     assert codes == [1] and not modules & HEAVY
@@ -86,7 +86,7 @@ def test_processes_that_cannot_meet_are_refused_as_early(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_have_one_shape(script):
-    """A docstring, what is done, and a call of `run_stage` with a stage of the table."""
+    """A docstring, the stage's body, and a call of `run_stage` with a stage of the table."""
     text = (ROOT / f"{script}.py").read_text()
     tree = ast.parse(text)
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

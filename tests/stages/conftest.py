@@ -1,4 +1,4 @@
-"""Stage 02 as the tests of stages run it, and a run of it that several files look at."""
+"""Helpers to run stage 02, and a finished run that several files share."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def compressed_run(tmp_path_factory, small_arguments) -> Path:
 
 
 def stretch(base: Path, folder: Path, layers: int) -> Path:
-    """The base's layers over and over, as a deeper model of one shard per layer."""
+    """Repeat the base's layers as a deeper model with one shard per layer."""
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors*", "tiny.json"))
     tensors = {}
     for path in base.glob("*.safetensors"):

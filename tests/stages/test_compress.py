@@ -1,4 +1,4 @@
-"""02_compress as a person runs it: what it leaves, in every storage, and what that costs."""
+"""02_compress end to end: outputs in every storage, and their cost."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ def metrics(compressed_run) -> dict:
     return json.loads((compressed_run / "02_compress/manifest.json").read_text())["metrics"]
 
 
-def test_manifest_publishes_what_the_contract_promises(metrics):
+def test_manifest_has_the_documented_metrics(metrics):
     assert metrics["experts_bit_exact"] is True
     assert metrics["two_four_conforming"] == 1.0
     assert metrics["masters_match"] is True
@@ -30,7 +30,7 @@ def test_manifest_publishes_what_the_contract_promises(metrics):
     assert metrics["name"] == "base-w4a16-experts-4bit-2of4"
 
 
-def test_files_really_are_smaller_and_linked(compressed_run, untrained_base):
+def test_files_are_smaller_and_linked(compressed_run, untrained_base):
     def total(folder):
         return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
@@ -43,7 +43,7 @@ def test_files_really_are_smaller_and_linked(compressed_run, untrained_base):
     ).resolve() == model.resolve()
 
 
-def test_plain_transformers_opens_it_with_the_same_bits(compressed_run):
+def test_plain_transformers_opens_it_bitwise_equal(compressed_run):
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -63,8 +63,8 @@ def test_plain_transformers_opens_it_with_the_same_bits(compressed_run):
         assert torch.equal(model(tokens).logits, again(tokens).logits)
 
 
-def test_stored_weights_are_those_calibration_ended_with(compressed_run, small_arguments, tmp_path):
-    """The logits of the opened model follow from the states that streaming computed in memory."""
+def test_stored_weights_equal_those_of_calibration(compressed_run, small_arguments, tmp_path):
+    """The opened model's logits match the hidden states that streaming computed in memory."""
     from sparselong.compress import stream
     from sparselong.model.loading import load_model
 
@@ -137,7 +137,7 @@ def test_every_storage_opens(small_arguments, tmp_path, overrides, attention_bit
     ).all()
 
 
-def test_two_four_experts_are_stored_small_and_open(small_arguments, tmp_path, untrained_base):
+def test_two_four_experts_are_stored_compactly_and_open(small_arguments, tmp_path, untrained_base):
     from sparselong.model.loading import load_model
     from sparselong.packing import mxfp4, two_four
 
@@ -154,9 +154,9 @@ def test_two_four_experts_are_stored_small_and_open(small_arguments, tmp_path, u
 
 
 def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments):
-    """Twelve more layers are 80 MB more of experts; the peak may not follow.
+    """Twelve more layers add 80 MB of experts; the peak must not grow with them.
 
-    Each run is a process of its own: what an allocator keeps of runs before would count, too.
+    Each run is a separate process, since memory cached from earlier runs would count too.
     """
     from sparselong.tiny.build import TinySpec, build_tiny
 
@@ -174,8 +174,8 @@ def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments):
     assert peaks[1] - peaks[0] < 30_000_000, peaks
 
 
-def test_mixed_shards_are_linked_when_little_of_them_is_replaced(tmp_path, small_arguments):
-    """As on the published 120b: attention is under 5 % of every shard, and nothing is copied."""
+def test_mixed_shards_are_linked_if_little_of_them_is_replaced(tmp_path, small_arguments):
+    """As in the published 120b, attention is under 5 % of every shard; nothing is copied."""
     from transformers import AutoModelForCausalLM
 
     from sparselong.tiny.build import TinySpec, build_tiny
@@ -198,8 +198,8 @@ def test_mixed_shards_are_linked_when_little_of_them_is_replaced(tmp_path, small
     assert torch.equal(loaded.state_dict()[name], packed[name])
 
 
-def test_a_shard_that_carries_an_old_version_is_never_linked(untrained_base, tmp_path):
-    """transformers would read both versions, and the last file name would win."""
+def test_a_shard_with_an_old_version_is_never_linked(untrained_base, tmp_path):
+    """transformers would read both versions and use the one in the last file."""
     from sparselong.checkpoint.checkpoint import Checkpoint, derive, write_tensors
 
     base = Checkpoint(untrained_base)

@@ -1,4 +1,4 @@
-"""02_compress stopped and restarted, on a full disk, and what it refuses."""
+"""02_compress interrupted and resumed, on a full disk, and its refusals."""
 
 import filecmp
 import json
@@ -19,7 +19,7 @@ from tests.stages.conftest import run, stretch
 
 
 def start_and_signal(run_dir: Path, arguments: list[str], number: int) -> tuple[int, str]:
-    """Starts the script, signals it once its second layer is done; exit code and stderr."""
+    """Signal the script after its second layer and return its exit code and stderr."""
     command = [sys.executable, str(ROOT / "02_compress.py"), *arguments, "--run-dir", str(run_dir)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     marker = run_dir / "02_compress/work/layer-00001.json"
@@ -42,7 +42,7 @@ def assert_same_result(ours: Path, clean: Path) -> None:
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory, untrained_base, small_arguments) -> tuple[list[str], Path]:
-    """Twelve layers, which take long enough to be stopped on the way: arguments, finished run."""
+    """Twelve layers, long enough to interrupt: arguments and the finished run."""
     folder = tmp_path_factory.mktemp("deep")
     base = stretch(untrained_base, folder / "base", 12)
     arguments = [*small_arguments, f"model.base={base}"]
@@ -51,7 +51,7 @@ def deep(tmp_path_factory, untrained_base, small_arguments) -> tuple[list[str], 
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-def test_stopped_and_restarted_it_ends_in_the_same_bytes(deep, tmp_path, number):
+def test_an_interrupted_and_resumed_run_gives_the_same_bytes(deep, tmp_path, number):
     arguments, clean = deep
     run_dir = tmp_path / "run"
     code, shown = start_and_signal(run_dir, arguments, number)
@@ -63,13 +63,13 @@ def test_stopped_and_restarted_it_ends_in_the_same_bytes(deep, tmp_path, number)
     written = first.stat().st_mtime_ns
     assert run(run_dir, arguments) == 0
     first = run_dir / "02_compress/model/dense-00000.safetensors"
-    assert first.stat().st_mtime_ns == written, "finished layers are not done again"
+    assert first.stat().st_mtime_ns == written, "finished layers must not be repeated"
     assert_same_result(run_dir, clean)
 
 
 @pytest.mark.parametrize("moment", ["take_over", "derive", "measure", "HiddenStates.save"])
-def test_stopped_at_any_moment(compressed_run, small_arguments, tmp_path, monkeypatch, moment):
-    """While a layer, the shards, the index or the figures are being written."""
+def test_interruption_at_any_moment(compressed_run, small_arguments, tmp_path, monkeypatch, moment):
+    """Interrupted while a layer, the shards, the index or the figures are being written."""
     from sparselong.checkpoint import checkpoint
     from sparselong.compress import stream
 
@@ -91,7 +91,7 @@ def test_stopped_at_any_moment(compressed_run, small_arguments, tmp_path, monkey
     assert_same_result(tmp_path / "run", compressed_run)
 
 
-def test_a_full_disk_leaves_nothing_that_looks_done(
+def test_a_full_disk_leaves_nothing_that_looks_complete(
     compressed_run, small_arguments, tmp_path, capsys, monkeypatch
 ):
     import errno
@@ -259,7 +259,7 @@ def test_damaged_checkpoints_are_refused(untrained_base, small_arguments, tmp_pa
         ),
     ],
 )
-def test_calibration_data_that_does_not_suffice(small_arguments, tmp_path, capsys, rows, message):
+def test_insufficient_calibration_data_is_refused(small_arguments, tmp_path, capsys, rows, message):
     data = write_rows(tmp_path / "data.jsonl", rows)
     arguments = [*small_arguments, f"data.train={data}", f"data.validation={data}"]
     assert run(tmp_path / "run", [*arguments, "calibration.sequence_len=512"]) == 1

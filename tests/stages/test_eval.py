@@ -1,7 +1,7 @@
-"""04_eval as a person runs it: what it leaves, what it keeps after a kill, what it refuses.
+"""04_eval end to end: outputs, results reused after an interruption, refusals.
 
-Stages 02 and 03 are stood in for by the base itself and by a copy with its attention switched off:
-the first must come out equal to the base in every figure, the second must not.
+The base itself stands in for stage 02, and a copy with its attention switched off for stage 03:
+the first must equal the base in every figure, the second must not.
 """
 
 import json
@@ -57,7 +57,7 @@ def read_metrics(run_dir: Path) -> dict:
     return json.loads((run_dir / "04_eval/manifest.json").read_text())["metrics"]
 
 
-def test_manifest_publishes_what_the_contract_promises(run_dir):
+def test_manifest_has_the_documented_metrics(run_dir):
     manifest = json.loads((run_dir / "04_eval/manifest.json").read_text())
     rows = manifest["metrics"]["tasks"]["demo_hellaswag"]
     assert list(rows) == ["base", "compressed", "finetuned"]
@@ -76,19 +76,19 @@ def test_an_equal_model_is_equal_and_a_damaged_one_is_not(run_dir):
     assert abs(perplexity["finetuned"] / perplexity["base"] - 1) > 1e-4
 
 
-def test_finished_models_are_kept_and_changed_ones_measured_again(run_dir, arguments, tmp_path):
-    """As after a kill before the report: no manifest, two of three results, 03 made anew."""
+def test_finished_results_are_kept_and_changed_models_measured_again(run_dir, arguments, tmp_path):
+    """As if killed before the report: no manifest, two of three results, 03 rebuilt."""
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
     folder = copy / "04_eval"
     (folder / "manifest.json").unlink()
-    (folder / "started.json").unlink()  # what a copy of an older run would lack
+    (folder / "started.json").unlink()  # missing in a copy of an older run
     (folder / "base.json").unlink()
-    for name in ("compressed", "finetuned"):  # a trace that only a kept file can carry
+    for name in ("compressed", "finetuned"):  # a marker that only a kept file can contain
         kept = json.loads((folder / f"{name}.json").read_text())
         kept["perplexity"]["supervised"]["perplexity"] = 12345.0
         (folder / f"{name}.json").write_text(json.dumps(kept))
-    write_manifest(copy, "03_finetune", arguments, label="made anew")
+    write_manifest(copy, "03_finetune", arguments, label="rebuilt")
     assert eval_script.main([*arguments, "--run-dir", str(copy)]) == 0
     before, after = read_metrics(run_dir)["perplexity"], read_metrics(copy)["perplexity"]
     assert after == {**before, "compressed": 12345.0}

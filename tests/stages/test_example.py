@@ -1,4 +1,4 @@
-"""The one-file example trains as stage 03 does, step by step."""
+"""The one-file example trains like stage 03, step by step."""
 
 import importlib.util
 import json
@@ -16,16 +16,16 @@ from tests.conftest import ROOT
 
 FILE = ROOT / "examples/train_in_one_file.py"
 STEPS = 20
-# On one machine both do the same operations in the same order, and the losses are the same bits
+# On one machine both do the same operations in the same order, and losses are bitwise equal
 # (measured on a CPU in fp32, here and over the demo's 60 steps). The tolerance leaves room for sums
-# that are split between threads in another way. Without gradient clipping losses differ by 1.3e-2,
+# that are split between threads differently. Without gradient clipping losses differ by 1.3e-2,
 # without mask updates by 7e-2, with another schedule, order or divisor by more.
 TOLERANCE = 1e-5
 
 
 @pytest.fixture
 def example(monkeypatch) -> ModuleType:
-    """The example as a module, with batches that take a fraction of a second."""
+    """The example as a module, with batches small enough for a fraction of a second."""
     spec = importlib.util.spec_from_file_location("train_in_one_file", FILE)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -55,7 +55,7 @@ def settings(example: ModuleType) -> list[str]:
 
 
 def finetune(run_dir: Path, arguments: list[str]) -> list[float]:
-    """Run stage 03 in a process of its own and return its loss by step."""
+    """Run stage 03 in a separate process and return its loss by step."""
     script = str(ROOT / "03_finetune.py")
     command = [sys.executable, script, *arguments, "--run-dir", str(run_dir)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -64,11 +64,13 @@ def finetune(run_dir: Path, arguments: list[str]) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
-def test_the_losses_are_those_of_stage_03(example, compressed_run, small_arguments, tmp_path):
+def test_the_losses_equal_those_of_stage_03(example, compressed_run, small_arguments, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(compressed_run, run_dir, symlinks=True)
     expected = finetune(run_dir, [*small_arguments, *settings(example)])
-    assert len(expected) == STEPS and expected[-1] < 0.9 * expected[0]  # it has learned something
+    assert (
+        len(expected) == STEPS and expected[-1] < 0.9 * expected[0]
+    )  # training must reduce the loss
     data, out = run_dir / "data/train.jsonl", tmp_path / "model"
     losses = list(example.train(run_dir / "02_compress", data, STEPS, out))
     assert losses == pytest.approx(expected, rel=TOLERANCE)
@@ -76,7 +78,7 @@ def test_the_losses_are_those_of_stage_03(example, compressed_run, small_argumen
 
 
 def share_of_equal_bytes(one: Path, other: Path) -> float:
-    """Return how much of two models is equal: all of it, unless a sum was split otherwise."""
+    """Return the fraction of equal bytes: 1.0 unless a sum was split differently."""
     names = sorted(path.name for path in one.glob("tuned-*.safetensors"))
     assert names and names == sorted(path.name for path in other.glob("tuned-*.safetensors"))
     equal = total = 0

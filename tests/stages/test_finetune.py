@@ -1,4 +1,4 @@
-"""Stage 03 as a person runs it: trained, killed, gone on with, split over four processes and two,
+"""Stage 03 end to end: trained, killed, resumed, split over four processes and then two,
 and opened with transformers."""
 
 import json
@@ -15,14 +15,14 @@ import pytest
 
 from tests.conftest import ROOT, load_script
 
-# Axolotl is started five times: three times half a minute on a quiet machine, and in four and two
-# processes at once a minute each.
+# Axolotl is started five times: three times for half a minute on an idle machine, and for a minute
+# each in four and in two processes.
 pytestmark = pytest.mark.timeout(900)
 
 TRAINING = [
     "sequence_len=128",
     "micro_batch_size=2",
-    "data.validation_fraction=0.175",  # three steps an epoch; five to evaluate on: not full batches
+    "data.validation_fraction=0.175",  # three steps per epoch; evaluation ends in a partial batch
     "training.max_steps=6",
     "training.eval_steps=2",
     "training.save_steps=2",
@@ -69,7 +69,7 @@ def trainers_of(run_dir: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def compressed(small_arguments, tmp_path_factory) -> tuple[Path, list[str]]:
-    """A run directory with stage 02 done, and the arguments that it was done with."""
+    """A run directory with stage 02 done, and its arguments."""
     run_dir = tmp_path_factory.mktemp("finetune") / "run"
     arguments = [*small_arguments, *TRAINING]
     assert load_script("02_compress").main([*arguments, "--run-dir", str(run_dir)]) == 0
@@ -78,21 +78,21 @@ def compressed(small_arguments, tmp_path_factory) -> tuple[Path, list[str]]:
 
 @pytest.fixture(scope="module")
 def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
-    """An uninterrupted run, and one killed and gone on with: (run, run, its manifest, stderr)."""
+    """An uninterrupted run, and one killed and resumed: (run, run, its manifest, stderr)."""
     straight, arguments = compressed
     broken = tmp_path_factory.mktemp("killed") / "run"
     shutil.copytree(straight, broken, symlinks=True)
     done = subprocess.run(command(arguments, straight), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     process = subprocess.Popen(command(arguments, broken), stderr=subprocess.DEVNULL)
-    wait_for_step(process, broken, 5)  # inside the second epoch, as is the checkpoint before it
+    wait_for_step(process, broken, 5)  # in the second epoch, like the checkpoint before it
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 20
     while trainers_of(broken):
-        assert time.monotonic() < deadline, "the trainer has outlived the stage"
+        assert time.monotonic() < deadline, "the trainer outlived the stage"
         time.sleep(0.1)
-    # A checkpoint cut off in the middle must not be taken for whole.
+    # A truncated checkpoint must not be taken for a complete one.
     checkpoints = broken / "03_finetune/checkpoints"
     shutil.rmtree(checkpoints / "checkpoint-6", ignore_errors=True)
     shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-6")
@@ -102,7 +102,7 @@ def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
     return straight, broken, json.loads(done.stdout), again.stderr
 
 
-def test_killed_run_goes_on_with_the_same_curve(runs):
+def test_killed_run_resumes_with_the_same_curve(runs):
     straight, broken, _, told = runs
     assert "removing the incomplete checkpoint-6" in told
     assert "resuming from checkpoint-4" in told
@@ -121,8 +121,8 @@ def test_killed_run_bakes_the_same_model(runs):
 
 @pytest.fixture(scope="module")
 def split(runs, compressed, tmp_path_factory) -> tuple[Path, str, str]:
-    """A run in four processes of which one is killed, gone on with in two: (run, what was told at
-    its end, what was told then)."""
+    """A run in four processes, one of them killed, resumed in two: (run, stderr of the killed
+    run, stderr of the resumed run)."""
     (straight, *_), (_, arguments) = runs, compressed
     run_dir = tmp_path_factory.mktemp("split") / "run"
     shutil.copytree(straight, run_dir, symlinks=True, ignore=shutil.ignore_patterns("03_finetune"))
@@ -143,12 +143,12 @@ def environment_of(process: int) -> list[bytes]:
     return Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
 
 
-def test_four_processes_that_share_sequences_train_as_one_does(runs, split):
-    """Rows to the checkpoint are of four processes, those behind it of two.
+def test_four_processes_that_share_sequences_train_like_one(runs, split):
+    """Rows up to the checkpoint come from four processes, later ones from two.
 
-    Sums in another order differ in their last bits, and once a weight's code falls the other way by
-    them, which depends on the processor, a loss differs in its fourth digit. (Without codes every
-    step is held to 1e-5 by tests/distributed.)
+    Another summation order changes the last bits. Once that flips a weight's code, which depends
+    on the processor, a loss differs in its fourth digit. (Without codes, tests/distributed holds
+    every step to 1e-5.)
     """
     straight, (run_dir, _, _) = rows_of(runs[0]), split
     for mine, alone in zip(rows_of(run_dir), straight, strict=True):
@@ -161,12 +161,12 @@ def test_four_processes_that_share_sequences_train_as_one_does(runs, split):
 
 
 def numbers_of(row: dict) -> dict:
-    """What must not depend on how many processes share a sequence."""
+    """Values that must not depend on the number of processes that share a sequence."""
     keys = ("step", "epoch", "tokens", "loss", "grad_norm", "learning_rate", "eval_loss")
     return {key: row[key] for key in (*keys, "mask_flipped_fraction") if key in row}
 
 
-def test_a_rank_that_dies_is_named_and_another_number_of_them_goes_on(split):
+def test_a_dead_rank_is_named_and_another_number_of_ranks_resumes(split):
     run_dir, told, again = split
     assert "error:    rank 2 of the trainer ended with signal SIGKILL" in told
     assert "resuming from checkpoint-4" in again
@@ -176,7 +176,7 @@ def test_a_rank_that_dies_is_named_and_another_number_of_them_goes_on(split):
     assert left == ["checkpoint-4", "checkpoint-6"]
 
 
-def test_manifest_says_what_was_done(runs):
+def test_manifest_records_the_run(runs):
     _, _, manifest, _ = runs
     metrics = manifest["metrics"]
     assert metrics["steps"] == 6
@@ -201,7 +201,7 @@ def test_manifest_says_what_was_done(runs):
         assert "no GPU" in metrics[key]["nothing_to_keep"]
 
 
-def test_run_directory_holds_what_it_promises(runs):
+def test_run_directory_has_the_documented_files(runs):
     straight, _, manifest, _ = runs
     stage = straight / "03_finetune"
     best = manifest["metrics"]["best_step"]
@@ -222,10 +222,10 @@ def test_run_directory_holds_what_it_promises(runs):
     assert (stage / "log.txt").read_text().count("ALERT") == 1
 
 
-def test_baked_model_has_the_loss_that_training_reported(runs):
-    """Opened by itself and scored conversation by conversation: packing, padding and the token
-    weighting of training's evaluation change nothing, and the best checkpoint is what was baked.
-    Its experts are rounded, so that the loss is the one reported for after that."""
+def test_baked_model_has_the_reported_loss(runs):
+    """Opened separately and scored conversation by conversation: packing, padding and the token
+    weighting of the trainer's evaluation change nothing, and the best checkpoint was baked.
+    Its experts are rounded, so the loss is the one reported after baking."""
     import torch
 
     from sparselong.data.conversations import read, tokenize

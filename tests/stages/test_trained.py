@@ -1,6 +1,6 @@
-"""The small model trained for real: what it must be worth, and what compression may cost it.
+"""The small trained model: its expected quality, and the accepted cost of compression.
 
-These are the claims that an untrained model cannot test: nothing could get worse.
+An untrained model cannot test these claims, since it could not get worse.
 """
 
 import json
@@ -18,18 +18,18 @@ from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import dense, integer
 from tests.conftest import ROOT, load_script
 
-# Three minutes of training on one core that nobody else uses.
+# Three minutes of training on one idle core.
 pytestmark = pytest.mark.timeout(900)
 
 CONFIG = ROOT / "configs/tiny.yaml"
 MEASURED = sorted((ROOT / "benchmarks/results").glob("demo-cpu2-*.json"))[-1]
 LUCK = 1e-4
-"""How seldom a model that guesses may pass."""
+"""Largest accepted probability that a guessing model passes."""
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, float]:
-    """Figures of the demo by stage and metric, as they were published."""
+    """The demo's published figures by stage and metric."""
     rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]
     return {f"{row['case']['stage']} {row['metric']}": row["value"] for row in rows}
 
@@ -45,15 +45,15 @@ def run_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def measure(run_dir):
-    """Perplexity on the demo's held-out conversations."""
+    """Measure perplexity on the demo's held-out conversations."""
     config = load(CONFIG)
     validation = conversations.prepare(config, run_dir).validation
     samples = perplexity.load_samples(validation, load_tokenizer(run_dir / "base"), config)
     return lambda model: perplexity.measure(model, samples, 32)["supervised"]["perplexity"]
 
 
-def test_the_small_model_is_worth_what_was_published(run_dir, measured):
-    """Sums in another order move a trained model's perplexity by a few percent."""
+def test_the_small_model_reaches_the_published_quality(run_dir, measured):
+    """Another summation order changes a trained model's perplexity by a few percent."""
     figures = json.loads((run_dir / "base/tiny.json").read_text())["metrics"]
     for name in (
         "perplexity",
@@ -64,9 +64,9 @@ def test_the_small_model_is_worth_what_was_published(run_dir, measured):
         assert figures[name] == pytest.approx(measured[f"base {name}"], rel=0.05), name
 
 
-def test_compression_costs_what_was_published_and_a_random_mask_more(run_dir, measure, measured):
-    """Excess over the base's perplexity: three times the published one at most, and a random mask's
-    is several times as large."""
+def test_compression_costs_as_published_and_a_random_mask_more(run_dir, measure, measured):
+    """Excess over the base's perplexity is at most three times the published one, and several times
+    as large with a random mask."""
     base = measure(load_model(run_dir / "base"))
     compressed_model = load_model(run_dir / "02_compress/model")
     excess = measure(compressed_model) / base - 1
@@ -77,7 +77,7 @@ def test_compression_costs_what_was_published_and_a_random_mask_more(run_dir, me
 
 
 def draw_masks_at_random(model, base) -> None:
-    """Puts a random 2:4 mask of the base's weights, in the same format, in place of stage 02's."""
+    """Replace stage 02's weights by the base's under a random 2:4 mask, in the same format."""
     originals = dict(base.named_modules())
     generator = torch.Generator().manual_seed(0)
     for name, layer in model.named_modules():
@@ -94,7 +94,7 @@ def draw_masks_at_random(model, base) -> None:
 
 
 def test_multiple_choice_is_above_chance(run_dir, tmp_path, measured):
-    """More right answers than guessing gives once in ten thousand times, and the published ones."""
+    """The published accuracy; guessing reaches it less than once in 10,000 times."""
     suite = harness.load_suite(load(CONFIG), tmp_path, load_tokenizer(run_dir / "base"))
     figures = harness.measure(load_model(run_dir / "base"), suite)["demo_hellaswag"]
     items, chance, accuracy = figures["items"], figures["chance"], figures["acc"]
@@ -108,7 +108,7 @@ def test_multiple_choice_is_above_chance(run_dir, tmp_path, measured):
 
 
 def at_least(right: int, items: int, chance: float) -> float:
-    """Probability of that many right answers or more by guessing."""
+    """Probability of at least that many right answers by guessing."""
     return sum(
         math.comb(items, k) * chance**k * (1 - chance) ** (items - k)
         for k in range(right, items + 1)

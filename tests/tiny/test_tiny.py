@@ -1,4 +1,4 @@
-"""The small gpt-oss: on-disk form against transformers' own reader, reproducibility, template."""
+"""The small gpt-oss: disk format against transformers' reader, reproducibility, template."""
 
 import json
 import math
@@ -61,13 +61,13 @@ def test_transformers_reads_exactly_what_is_stored(loaded, stored):
 
 
 def test_writing_a_loaded_checkpoint_again_gives_the_same_bytes(loaded, checkpoint, tmp_path):
-    # Fails if the writer transposes, interleaves or rounds otherwise than transformers reads.
+    # Fails if the writer transposes, interleaves or rounds differently from transformers' reader.
     write_weights(loaded, tmp_path)
     for file in sorted(tmp_path.iterdir()):
         assert file.read_bytes() == (checkpoint / file.name).read_bytes(), file.name
 
 
-def test_names_shapes_and_dtypes_are_upstreams(stored):
+def test_names_shapes_and_dtypes_match_upstream(stored):
     experts = "model.layers.0.mlp.experts"
     expected = {
         f"{experts}.gate_up_proj_blocks": ((8, 256, 4, 16), torch.uint8),
@@ -125,8 +125,8 @@ def test_configuration_is_a_gpt_oss(checkpoint):
 
 
 @pytest.mark.parametrize(("suffix", "width"), [("bias", 0.05), ("sinks", 1.0)])
-def test_biases_and_sinks_are_drawn_as_wide_as_they_say(stored, suffix, width):
-    """Five standard errors of the width of that many normal numbers, and none is left at zero."""
+def test_biases_and_sinks_have_the_specified_standard_deviation(stored, suffix, width):
+    """Within five standard errors for that many normal samples, and none left at zero."""
     found = {name: value.float() for name, value in stored.items() if name.endswith(suffix)}
     assert all(value.std() > 0 for value in found.values())
     drawn = torch.cat([value.flatten() for value in found.values()])
@@ -154,7 +154,7 @@ def test_a_complete_checkpoint_is_kept(checkpoint):
     assert (checkpoint / "tiny.json").stat().st_mtime_ns == before
 
 
-def test_another_spec_replaces_it_and_a_torn_build_is_done_again(tmp_path, monkeypatch):
+def test_another_spec_replaces_it_and_a_partial_build_is_repeated(tmp_path, monkeypatch):
     def build_a_stub(folder, spec, seed, say):
         assert not any(folder.iterdir())
         (folder / "weights").write_text(str(spec.layers))
@@ -184,7 +184,7 @@ def test_impossible_specs_are_refused(wrong):
         TinySpec(**wrong)
 
 
-def test_perplexity_is_that_of_a_plain_log_softmax(loaded):
+def test_perplexity_equals_that_of_a_plain_log_softmax(loaded):
     model = loaded.float()
     sequences = torch.randint(0, 2048, (9, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -205,8 +205,8 @@ def test_measure_publishes_every_figure(checkpoint, tokenizer):
         "perplexity_random_two_four",
         "unigram_perplexity",
     }
-    # Untrained: what logits say has nothing to do with the text, so no better than a uniform guess,
-    # and at every token as far from it as unit-wide logits are.
+    # Untrained: logits are independent of the text, so no better than a uniform guess, and worse by
+    # what logits of unit standard deviation cost at every token.
     assert 2048 < figures["perplexity"] < 2048 * math.exp(0.5) * 1.2
     assert figures["perplexity_without_attention"] != figures["perplexity"]
     assert figures["perplexity_random_two_four"] != figures["perplexity"]
@@ -214,7 +214,7 @@ def test_measure_publishes_every_figure(checkpoint, tokenizer):
 
 
 def count_unigrams(tokenizer, tokens: int) -> float:
-    """Perplexity of the training text's counts plus one, over sequences of 256 held-out tokens."""
+    """Perplexity of add-one training counts, over sequences of 256 held-out tokens."""
 
     def encode(split: str) -> list[int]:
         texts = [f"{text}<|endoftext|>" for text in corpus.texts(split)]
@@ -236,7 +236,7 @@ def count_unigrams(tokenizer, tokens: int) -> float:
     "text",
     ["", "  two  spaces\n\n\ttab", "naïve 漢字 😀 \u202e", "".join(map(chr, range(1, 0x300)))],
 )
-def test_any_text_survives_the_tokenizer(tokenizer, text):
+def test_any_text_round_trips_through_the_tokenizer(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == text
 
