@@ -1,4 +1,4 @@
-"""What the processes of a pool run: the parts, each for itself."""
+"""Functions that the processes of a pool run, one per part under test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparselong.parallel.sequence.shard import chunks_of, shard_batch
 from sparselong.runtime.recompute import checkpoint_contexts
 from tests.distributed import flash_attn_stand_in
 
-mesh_of = functools.cache(build_mesh)  # groups are made once a process
+mesh_of = functools.cache(build_mesh)  # create the groups once per process
 
 
 def place(context_size: int) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ def shard(batch: dict[str, torch.Tensor], context_size: int) -> dict[str, torch.
 
 
 def shard_own(batches: list[dict[str, torch.Tensor]], context_size: int) -> str:
-    """The message where every rank comes with a batch of its own."""
+    """Return the error message if every rank passes its own batch."""
     try:
         shard_batch(batches[dist.get_rank()], mesh_of(context_size))
     except Exception as error:
@@ -55,13 +55,13 @@ def shard_own(batches: list[dict[str, torch.Tensor]], context_size: int) -> str:
 
 
 def count(batches: list[list[dict[str, torch.Tensor]]], context_size: int) -> StepCounts:
-    """What a step of these micro-batches, by data rank, is divided by."""
+    """Return the counts that normalize a step; `batches` are micro-batches by data rank."""
     mesh = mesh_of(context_size)
     return count_step(batches[mesh.data_rank], mesh, pad_token=0)
 
 
 def losses(context_size: int) -> tuple[float, float]:
-    """(sum of rank + 1, mean of 10 nats over each rank's one token of two)."""
+    """Return (sum of rank + 1, mean loss of 10 nats over two micro-batches of one label each)."""
     mesh, rank = mesh_of(context_size), dist.get_rank()
     shard = {"shift_labels": torch.tensor([[3, -100]])}
     total = add_losses(torch.tensor(float(rank + 1), requires_grad=True), mesh)
@@ -71,13 +71,13 @@ def losses(context_size: int) -> tuple[float, float]:
 def reduced(
     dtype: torch.dtype, context_size: int, part: int
 ) -> tuple[list[torch.Tensor], int, int]:
-    """Gradients after their reduction, at most `part` numbers at once; and the bytes and exchanges
-    that this took."""
+    """Return the gradients reduced in parts of at most `part` elements, the bytes sent, and the
+    number of exchanges."""
     mesh, rank = mesh_of(context_size), dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     parameters = [torch.nn.Parameter(torch.zeros(n, 3, dtype=dtype)) for n in (1, 5, 2)]
     for n, parameter in enumerate(parameters):
-        if n != 1 or rank != 1:  # rank 1 has no gradient for the second
+        if n != 1 or rank != 1:  # rank 1 has no gradient for the second parameter
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
     frozen = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
     before = progress()[0]
@@ -89,9 +89,9 @@ def reduced(
 
 
 def traffic(tokens: int, windows: tuple[int | None, ...], keep: bool | None) -> dict[str, int]:
-    """Bytes sent by tag in one forward and backward pass of gpt-oss's attention over four ranks.
+    """Return the bytes sent, by tag, in one step of gpt-oss's attention over four ranks.
 
-    The exchange is all real, in bf16 and in gpt-oss's shapes; what is attended is not computed.
+    The exchange is real, in bf16 and gpt-oss's shapes; attention itself is not computed.
     """
     mesh = mesh_of(4)
     context = Context(mesh, Layout((0, tokens), 1, heads_k_stride=4))
@@ -126,7 +126,7 @@ def traffic(tokens: int, windows: tuple[int | None, ...], keep: bool | None) -> 
 
 
 class _LooksBackward(torch.autograd.Function):
-    """The identity; its backward pass notes what this process's last exchange was."""
+    """Identity whose backward pass records this process's last exchange."""
 
     @staticmethod
     def forward(ctx, x, seen):
@@ -136,14 +136,14 @@ class _LooksBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _ = ctx.saved_tensors  # as experts need theirs: here the second pass takes place
+        _ = ctx.saved_tensors  # as in the experts: triggers the recomputation
         ctx.seen.append(progress())
         return grad, None
 
 
 def exchanges_before_the_experts_backward(keep: bool | None) -> tuple[int, str]:
-    """How many exchanges the backward pass of a layer has begun when it comes to what stands behind
-    its attention, and the last one's tag."""
+    """Return how many exchanges a layer's backward pass has begun when it reaches the experts after
+    attention, and the tag of the last one."""
     mesh = mesh_of(dist.get_world_size())
     context = Context(mesh, Layout((0, 16), 1, heads_k_stride=1))
     q, k, v = (torch.randn(1, heads, 8, 8).requires_grad_() for heads in (4, 2, 2))
@@ -163,7 +163,7 @@ def exchanges_before_the_experts_backward(keep: bool | None) -> tuple[int, str]:
 
 
 def attend_wrongly(heads_k_stride: int, tokens: int) -> str:
-    """The message of a call that does not fit a layout of 16 tokens."""
+    """Return the error message of a call that does not match a layout of 16 tokens."""
     mesh = mesh_of(dist.get_world_size())
     context = Context(mesh, Layout((0, 16), 1, heads_k_stride))
     q, k = torch.zeros(1, 4, tokens, 8), torch.zeros(1, 2, tokens, 8)
@@ -176,7 +176,7 @@ def attend_wrongly(heads_k_stride: int, tokens: int) -> str:
 
 
 def differentiate_twice() -> str:
-    """The message where a gradient's own gradient is asked for."""
+    """Return the error message if second derivatives are requested."""
     mesh = mesh_of(dist.get_world_size())
     context = Context(mesh, Layout((0, 16), 1))
     q, k, v = (torch.randn(1, heads, 8, 8).requires_grad_() for heads in (4, 2, 2))
@@ -193,8 +193,8 @@ def differentiate_twice() -> str:
 def attend_by(
     backend: str, window: int | None, boundaries: tuple[int, ...], stride: int
 ) -> list[float]:
-    """How far out, dq, dk, dv and dsinks of a backend for GPUs are from one process's plain ones:
-    over this rank's keys and queries, by Triton's interpreter or a stand-in for flash-attn."""
+    """Return a GPU backend's errors of out, dq, dk, dv and dsinks for this rank's tokens, against
+    plain attention in one process. Triton runs interpreted, flash-attn is a stand-in."""
     inputs = _inputs(boundaries[-1], 0)
     expected = _attend_alone(inputs, window, boundaries, None)
     with flash_attn_stand_in.installed():
@@ -210,8 +210,8 @@ def rounding_errors(
     device: str,
     seed: int,
 ) -> tuple[list[float], list[float]]:
-    """How far out, dq, dk, dv and dsinks are from fp64's with inputs in bf16, for this rank's
-    tokens: of the shards, and where one process attends to all."""
+    """Return the errors against fp64 of out, dq, dk, dv and dsinks for this rank's tokens with bf16
+    inputs: computed in shards, and in one process."""
     inputs = _inputs(boundaries[-1], seed)
     inputs = [*(t.bfloat16() for t in inputs[:3]), inputs[3], inputs[4].bfloat16()]
     exact = _attend_alone([t.double() for t in inputs], window, boundaries, None)
@@ -223,7 +223,7 @@ def rounding_errors(
 
 
 def _inputs(tokens: int, seed: int) -> list[torch.Tensor]:
-    """q, k, v, sinks and the gradient of out; two KV heads for four."""
+    """Draw q, k, v, sinks and the gradient of out; four heads share two KV heads."""
     generator = torch.Generator().manual_seed(seed)
     q, dout = (torch.randn(1, 4, tokens, 64, generator=generator) for _ in range(2))
     k, v = (torch.randn(1, 2, tokens, 64, generator=generator) for _ in range(2))
@@ -236,7 +236,7 @@ def _attend_alone(
     boundaries: tuple[int, ...],
     backend: str | None,
 ) -> list[torch.Tensor]:
-    """out, dq, dk, dv and dsinks of the whole sequence."""
+    """Return out, dq, dk, dv and dsinks of the whole sequence."""
     *whole, dout = inputs
     whole = [t.clone().requires_grad_() for t in whole]
     cu_seqlens = torch.tensor(boundaries, device=dout.device) if len(boundaries) > 2 else None
@@ -251,7 +251,7 @@ def _attend_in_shards(
     backend: str,
     stride: int,
 ) -> list[torch.Tensor]:
-    """The same of this rank's tokens; dsinks of all."""
+    """Return the same for this rank's tokens, but dsinks over all tokens."""
     mesh = mesh_of(dist.get_world_size())
     q, k, v, sinks, dout = inputs
     local = [_take(t).clone().requires_grad_() for t in (q, k, v)]
@@ -267,7 +267,7 @@ def _attend_in_shards(
 
 
 def _take(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's tokens of [1, heads, tokens, 64]."""
+    """Return this rank's tokens of [1, heads, tokens, 64]."""
     mesh = mesh_of(dist.get_world_size())
     chunks = tensor.chunk(2 * mesh.context_size, 2)
     return torch.cat([chunks[n] for n in chunks_of(mesh.context_rank, mesh.context_size)], 2)

@@ -1,4 +1,4 @@
-"""One pool of two and one of four processes for all cases."""
+"""Shares one pool of two and one of four processes between all tests."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from tests.distributed.pool import Pool
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[dict[int, Pool]]:
-    """Pools by their number of processes."""
+    """Yield the pools by number of processes."""
     made = {size: Pool(size) for size in (2, 4)}
     yield made
     for pool in made.values():

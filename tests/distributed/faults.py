@@ -1,4 +1,4 @@
-"""Ranks that fail in the ways that ranks fail."""
+"""Ranks that fail in different ways."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TIMEOUT_SECONDS = 4.0
 
 
 def fail(how: str, which: int, folder: Path) -> str:
-    """Exchanges until rank `which` fails; the message that this rank's exception carries.
+    """Exchange until rank `which` fails, and return this rank's error message.
 
-    What a rank that is ended from outside prints is in `folder`, by rank.
+    Ranks write stderr to `folder`, so that the output of a rank ended from outside is available.
     """
     rank = dist.get_rank()
-    # Whose watch notices a time-out first is chance; "hangs, seen by itself" leaves it to the late.
+    # Any rank may notice a timeout first; in "hangs, seen by itself" only the late rank can.
     patience = TIMEOUT_SECONDS * (3 if "itself" in how and rank != which else 1)
     sys.stderr = (folder / f"{rank}.txt").open("w", buffering=1)
     mesh = build_mesh(dist.get_world_size())

@@ -1,7 +1,7 @@
-"""Stands in for the flash-attn package, which only compiles beside a GPU: its two variable-length
-functions as version 2.8 documents them, in plain torch. Like the package's, they know no sinks.
+"""Stand-in for the flash-attn package, which only builds on a GPU machine: its two variable-length
+functions in plain torch, as version 2.8 documents them. Like the originals, they ignore sinks.
 
-Queries of a sequence are aligned with its last keys; the windows count keys to each side, -1 all.
+A sequence's queries are aligned with its last keys; windows count keys per side, -1 means all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 
 def installed() -> Any:
-    """Inside the block the package can be imported."""
+    """Make the package importable inside the block."""
     package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
     package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
     interface.__dict__["_flash_attn_varlen_forward"] = _varlen_forward

@@ -1,8 +1,8 @@
-"""Processes that wait for functions to run: started once, used by every case of a session.
+"""Worker processes that wait for functions to run; started once and shared by all tests.
 
-They are forked from one server that has imported torch and transformers, so a process costs
-milliseconds and not the half minute that these imports take in four processes on two cores. Axolotl
-is never imported here.
+They are forked from one server that has imported torch and transformers, so a process starts in
+milliseconds instead of the half minute that four processes on two cores need for these imports.
+Axolotl is never imported here.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ context.set_forkserver_preload(PRELOADED)
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
+    """Return a port that nothing listens on."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
 
 
 class Pool:
-    """`size` processes with torch.distributed up between them; with NCCL each has a GPU.
+    """`size` processes connected by torch.distributed; with NCCL each has its own GPU.
 
-    `fresh` ones import everything anew, under the environment of this moment.
+    `fresh` processes import everything again, under the current environment.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Pool:
     ):
         self.size, self.timeout_seconds = size, timeout_seconds
         port = free_port()
-        # What is imported may have touched the GPU, and CUDA does not survive a fork.
+        # Imports may have initialized CUDA, which does not survive a fork.
         fresh = fresh or backend == "nccl"
         started_from = multiprocessing.get_context("spawn") if fresh else context
         self.pipes: list[Connection] = []
@@ -65,10 +65,10 @@ class Pool:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Every rank's result of `function(*arguments)`, which is found by its module and name.
+        """Return `function(*arguments)` of every rank; the function is found by module and name.
 
         Raises:
-            AssertionError: a rank raised; its traceback is the message.
+            AssertionError: If a rank raised; the message is its traceback.
         """
         outcomes = self.try_run(function, *arguments)
         failures = [f"rank {n}:\n{o[1]}" for n, o in enumerate(outcomes) if o[0] != "done"]
@@ -76,10 +76,10 @@ class Pool:
         return [outcome[1] for outcome in outcomes]
 
     def try_run(self, function: Callable[..., Any], *arguments: Any) -> list[tuple[str, Any]]:
-        """("done", result), ("raised", traceback) or ("died", exit code) by rank.
+        """Return ("done", result), ("raised", traceback) or ("died", exit code) by rank.
 
         Raises:
-            AssertionError: a rank has not answered after thrice the time-out of the exchanges.
+            AssertionError: If a rank has not answered after three times the exchange timeout.
         """
         for pipe in self.pipes:
             pipe.send((function, arguments))
@@ -99,7 +99,7 @@ class Pool:
         return [outcomes[n] for n in range(self.size)]
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Stop the processes."""
         for process in self.processes:
             process.terminate()
             process.join()
@@ -120,7 +120,7 @@ def _serve(
     while True:
         try:
             function, arguments = pipe.recv()
-        except EOFError:  # the tests are over
+        except EOFError:  # the pool was closed
             return
         try:
             outcome = ("done", function(*arguments))

@@ -1,5 +1,5 @@
-"""The kernels for GPUs on assembled keys, which they read by stride: Triton's in its interpreter,
-flash-attn's by a stand-in for the package."""
+"""GPU kernels on assembled keys, which they read by stride: Triton in its interpreter, and
+flash-attn through a stand-in for the package."""
 
 import pytest
 
@@ -25,16 +25,14 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("window, boundaries, stride", LAYOUTS)
-def test_kernels_on_a_shard_agree_with_plain_attention_on_the_whole(
-    interpreting, window, boundaries, stride
-):
+def test_kernels_on_shards_agree_with_plain_attention(interpreting, window, boundaries, stride):
     for errors in interpreting.run(cases.attend_by, "triton", window, boundaries, stride):
         assert max(errors) < 1e-5
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("window, boundaries, stride", [*LAYOUTS, (50, (0, 128), 2)])
-def test_flash_attn_on_a_shard_with_the_sinks_taken_in_is_exact(
+def test_flash_attn_on_shards_with_sink_correction_is_exact(
     pools, size, window, boundaries, stride
 ):
     for errors in pools[size].run(cases.attend_by, "flash_attn", window, boundaries, stride):

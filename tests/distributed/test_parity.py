@@ -1,4 +1,4 @@
-"""A sequence over two and four processes trains as in one: losses, gradients, five steps."""
+"""Training over two and four processes matches one: losses, gradients, five steps."""
 
 import math
 from dataclasses import replace
@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 
 
 def packed(*lengths: int, seed: int = 0, rows: int = 1) -> dict[str, torch.Tensor]:
-    """Documents of these lengths in a row; two of three tokens have a label."""
+    """Pack documents of these lengths; two of three tokens have a label."""
     generator = torch.Generator().manual_seed(1000 * seed + sum(lengths))
     ids = torch.randint(0, 96, (rows, sum(lengths)), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])[None].expand(rows, -1)
@@ -26,7 +26,7 @@ def packed(*lengths: int, seed: int = 0, rows: int = 1) -> dict[str, torch.Tenso
 
 
 def padded(tokens: int, total: int) -> dict[str, torch.Tensor]:
-    """One document and padding behind it."""
+    """Return one document followed by padding."""
     batch = packed(total)
     del batch["position_ids"]
     batch["attention_mask"] = (torch.arange(total) < tokens).long()[None]
@@ -35,7 +35,7 @@ def padded(tokens: int, total: int) -> dict[str, torch.Tensor]:
 
 
 def labelled(first: int, last: int, total: int) -> dict[str, torch.Tensor]:
-    """One document with labels only for tokens in [first, last)."""
+    """Return one document with labels only for tokens in [first, last)."""
     batch = packed(total)
     at = torch.arange(total)
     batch["labels"] = batch["input_ids"].masked_fill((at < first) | (at >= last), IGNORED)
@@ -43,12 +43,12 @@ def labelled(first: int, last: int, total: int) -> dict[str, torch.Tensor]:
 
 
 def two_rows(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Two sequences of a batch whose documents begin at different places."""
+    """Return a batch of two sequences whose documents begin at different positions."""
     one, other = packed(30, 34, seed=seed), packed(7, 50, 7, seed=seed + 1)
     return {key: torch.cat([one[key], other[key]]) for key in one}
 
 
-# Two layers, one of each kind: what the cases are about is within a layer. `five_steps` has four.
+# Two layers, one of each kind: the cases test single layers. `five_steps` has four.
 CASES: dict[str, Run] = {
     "one long document": Run([[[packed(64)]]], layers=2),
     "many short documents": Run([[[packed(5, 9, 3, 20, 1, 2, 11, 6, 7)]]], layers=2),
@@ -70,13 +70,13 @@ CASES: dict[str, Run] = {
 
 
 def far(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative distance; absolute where nothing is expected."""
+    """Return the relative distance, or the absolute one if zero is expected."""
     scale = expected.norm()
     return float((got - expected).norm() / (scale if scale > 0 else 1))
 
 
 def differences(got: training.Result, expected: training.Result) -> dict[str, float]:
-    """What is further off than fp32's rounding explains."""
+    """Return the differences larger than fp32 rounding explains."""
     pairs = {f"loss {n}": pair for n, pair in enumerate(zip(got.losses, expected.losses))}  # noqa: B905
     pairs["eval loss"] = (got.eval_loss, expected.eval_loss)
     found = {name: far(*map(torch.tensor, pair)) for name, pair in pairs.items()}
@@ -84,18 +84,18 @@ def differences(got: training.Result, expected: training.Result) -> dict[str, fl
         ours, theirs = getattr(got, kind), getattr(expected, kind)
         assert ours.keys() == theirs.keys()
         found |= {f"{kind} {name}": far(ours[name], theirs[name]) for name in theirs}
-    if math.isnan(got.eval_loss) and math.isnan(expected.eval_loss):  # no label at all
+    if math.isnan(got.eval_loss) and math.isnan(expected.eval_loss):  # there are no labels
         del found["eval loss"]
     return {name: value for name, value in found.items() if not value <= TOLERANCE}
 
 
 def shapes() -> list[tuple[int, int]]:
-    """Processes and how many of them share a sequence."""
+    """Return (number of processes, how many of them share a sequence) pairs."""
     return [(2, 2), (4, 4)]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_gradients_and_five_steps_are_those_of_one_process(pools, case):
+def test_losses_gradients_and_weights_match_one_process(pools, case):
     run = replace(CASES[case], steps=CASES[case].steps * 5)
     expected = train_alone(run)
     if case != "no label at all":
@@ -107,7 +107,7 @@ def test_losses_gradients_and_five_steps_are_those_of_one_process(pools, case):
 
 
 def five_steps(accumulation: int, data_size: int) -> Run:
-    """Packed sequences of different lengths, one of them with one label only."""
+    """Return packed sequences of different lengths, one of them with a single label."""
     steps, seed = [], 0
     for _ in range(5):
         step = []
@@ -123,7 +123,7 @@ def five_steps(accumulation: int, data_size: int) -> Run:
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("processes, context_size", [(2, 2), (4, 4), (4, 2), (2, 1)])
-def test_five_steps_end_in_the_same_weights(pools, accumulation, processes, context_size):
+def test_five_steps_give_the_same_weights(pools, accumulation, processes, context_size):
     run = five_steps(accumulation, processes // context_size)
     expected = train_alone(run)
     results = pools[processes].run(train_sharded, run, context_size)
@@ -134,7 +134,7 @@ def test_five_steps_end_in_the_same_weights(pools, accumulation, processes, cont
 
 
 @pytest.mark.parametrize("piece", training.PIECES)
-def test_every_piece_is_missed_when_it_is_off(pools, piece):
+def test_disabling_any_piece_is_noticed(pools, piece):
     at_border = piece == "label pre-shift"
     run = CASES["a label at a shard's border only" if at_border else "one long document"]
     expected = train_alone(run)

@@ -1,4 +1,4 @@
-"""Mesh, shards, counts and gradients: what one process and several agree on."""
+"""Mesh, shards, counts and gradients agree between one process and several."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ IGNORED = -100
 
 
 def packed(*lengths: int, rows: int = 1) -> dict[str, torch.Tensor]:
-    """A batch of documents of these lengths, a label where the token is even."""
+    """Return a batch of documents of these lengths; even tokens have labels."""
     tokens = sum(lengths)
     ids = torch.randint(9, 99, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -19,12 +19,12 @@ def packed(*lengths: int, rows: int = 1) -> dict[str, torch.Tensor]:
 
 
 def whole(shards: list[dict[str, torch.Tensor]], key: str) -> torch.Tensor:
-    """The padded sequence from all ranks' shards."""
+    """Reassemble the padded sequence from all ranks' shards."""
     halves = [shard[key].chunk(2, 1) for shard in shards]
     return torch.cat([h[0] for h in halves] + [h[1] for h in reversed(halves)], 1)
 
 
-def test_ranks_of_a_sequence_are_neighbours(pools):
+def test_ranks_of_a_sequence_are_consecutive(pools):
     assert pools[4].run(cases.place, 2) == [
         (0, 2, 0, 2, (0, 1), (0, 2)),
         (1, 2, 0, 2, (0, 1), (1, 3)),
@@ -35,7 +35,7 @@ def test_ranks_of_a_sequence_are_neighbours(pools):
 
 
 @pytest.mark.parametrize("size", [0, 3, 8, "2"])
-def test_a_degree_that_does_not_fit_the_processes_is_refused(pools, size):
+def test_a_degree_that_does_not_divide_the_processes_is_refused(pools, size):
     for rank, message in enumerate(pools[4].run(cases.refused, size)):
         assert message == (
             f"context_size: {size!r} with 4 processes (this is rank {rank}); "
@@ -44,7 +44,7 @@ def test_a_degree_that_does_not_fit_the_processes_is_refused(pools, size):
 
 
 @pytest.mark.parametrize("lengths", [(64,), (61,), (1,), (5, 30, 2, 20)])
-def test_shards_are_the_sequence(pools, lengths):
+def test_shards_cover_the_sequence(pools, lengths):
     batch = packed(*lengths, rows=2)
     shards = pools[4].run(cases.shard, batch, 4)
     tokens, padded = sum(lengths), -(-sum(lengths) // 8) * 8
@@ -61,7 +61,7 @@ def test_shards_are_the_sequence(pools, lengths):
         assert local["input_ids"].shape == (2, padded // 4)
 
 
-def test_padding_is_a_document_of_its_own(pools):
+def test_padding_is_a_separate_document(pools):
     batch = packed(12, 4)
     batch["attention_mask"] = torch.tensor([[1] * 10 + [0] * 6])
     for local in pools[2].run(cases.shard, batch, 2):
@@ -69,7 +69,7 @@ def test_padding_is_a_document_of_its_own(pools):
         assert local["cu_seqlens"].tolist() == [0, 10, 16]
 
 
-def test_unequal_batches_are_named_on_every_rank(pools):
+def test_unequal_batches_are_reported_on_every_rank(pools):
     same, other = packed(16), packed(16)
     other["input_ids"] = other["input_ids"].clone()
     other["input_ids"][0, 7] += 1
@@ -89,7 +89,7 @@ def test_an_unknown_entry_is_refused(pools):
         assert message.startswith("ValueError: batch: ") and "allowed: input_ids and lab" in message
 
 
-def test_tokens_behind_padding_are_refused_as_on_one_gpu(pools):
+def test_tokens_after_padding_are_refused_as_on_one_gpu(pools):
     batch = packed(12, 4)
     batch["attention_mask"] = torch.tensor([[1] * 5 + [0] * 2 + [1] * 9])
     for message in pools[2].run(cases.shard_own, [batch, batch], 2):
@@ -100,7 +100,7 @@ def test_tokens_behind_padding_are_refused_as_on_one_gpu(pools):
 
 
 def test_tokens_are_counted_over_all_ranks_and_micro_batches(pools):
-    ids = torch.tensor([[5, 6, 7, 0]])  # the first label is of a token that nobody predicts
+    ids = torch.tensor([[5, 6, 7, 0]])  # the first label belongs to a token that is never predicted
     some = {"input_ids": ids, "labels": torch.tensor([[3, IGNORED, 4, 5]])}
     none = {"input_ids": ids, "labels": torch.tensor([[3, IGNORED, IGNORED, IGNORED]])}
     masked = some | {"attention_mask": torch.tensor([[1, 1, 0, 0]])}
@@ -115,8 +115,8 @@ def test_losses_are_sums_over_all_ranks(pools):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("part, parts", [(100, 1), (18, 2), (10, 3)])  # of 3, 15 and 6 numbers
-def test_gradients_are_summed_once_and_equal_to_the_bit(pools, dtype, part, parts):
+@pytest.mark.parametrize("part, parts", [(100, 1), (18, 2), (10, 3)])  # of 3, 15 and 6 elements
+def test_gradients_are_summed_once_and_bit_identical(pools, dtype, part, parts):
     results = pools[4].run(cases.reduced, dtype, 2, part)
     generators = [torch.Generator().manual_seed(rank) for rank in range(4)]
     expected = [torch.zeros(n, 3) for n in (1, 5, 2)]
@@ -126,7 +126,7 @@ def test_gradients_are_summed_once_and_equal_to_the_bit(pools, dtype, part, part
                 total += torch.randn(total.shape, generator=generator).to(dtype)
     for gradients, sent_bytes, exchanges in results:
         assert exchanges == 2 * parts
-        if parts == 1:  # 24 numbers in 4 slices: thrice 6 out, and thrice 6 sums out, in fp32
+        if parts == 1:  # 24 elements in 4 slices: 3 x 6 values and 3 x 6 sums sent, in fp32
             assert sent_bytes == 6 * 6 * 4
         for got, total in zip(gradients, expected, strict=True):
             assert torch.equal(got, total.to(dtype))

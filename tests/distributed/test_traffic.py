@@ -1,4 +1,4 @@
-"""What attention sends at 16,384 tokens over four ranks, counted where it is handed over."""
+"""Bytes that attention sends at 16,384 tokens over four ranks, counted as they are sent."""
 
 import pytest
 
@@ -16,13 +16,13 @@ def test_a_window_layer_sends_its_halos_once_and_their_gradients(pools, keep):
     counts = pools[4].run(cases.traffic, TOKENS, (128,), keep)
     assert 0 < busiest(counts) <= 1.1e6
     assert all(set(count) == {"halo", "halo gradients"} for count in counts)
-    # One halo crosses every border between chunks, but that of chunks 3 and 4, which one rank has.
+    # One halo crosses each chunk border, except that of chunks 3 and 4, which share a rank.
     halo_bytes = 127 * 2 * 8 * 64 * 2
     assert sum(count["halo"] for count in counts) == 6 * halo_bytes
     assert sum(count["halo gradients"] for count in counts) == 6 * halo_bytes
 
 
-def test_a_full_layer_sends_only_keys_that_are_seen(pools):
+def test_a_full_layer_sends_only_visible_keys(pools):
     chunk_bytes = TOKENS // 8 * 2 * 8 * 64 * 2
     counts = pools[4].run(cases.traffic, TOKENS, (None,), True)
     assert [count["keys"] for count in counts] == [2 * n * chunk_bytes for n in (3, 4, 5, 6)]
@@ -31,22 +31,22 @@ def test_a_full_layer_sends_only_keys_that_are_seen(pools):
     assert [count["keys"] for count in again] == [3 * n * chunk_bytes for n in (3, 4, 5, 6)]
 
 
-def test_the_attention_of_36_layers_kept_across_checkpointing(pools):
-    """A window layer and a full one, 18 times: each further pair sends what the first one did."""
+def test_traffic_of_36_layers_with_kept_attention(pools):
+    """18 pairs of a window layer and a full layer: every pair sends as much as the first."""
     pair, four = (pools[4].run(cases.traffic, TOKENS, (128, None) * n, True) for n in (1, 4))
     assert four == [{tag: 4 * count for tag, count in rank.items()} for rank in pair]
     assert 1e9 < 18 * busiest(pair) <= 1.45e9
 
 
 @pytest.mark.parametrize(("keep", "begun"), [(None, 0), (True, 1), (False, 3)])
-def test_keys_for_the_backward_pass_are_under_way_while_experts_go_backward(pools, keep, begun):
-    """Those of its first head. Where attention is not kept, the second pass gathers both, too."""
+def test_keys_are_gathered_during_the_experts_backward(pools, keep, begun):
+    """Keys of the first head; without kept attention the recomputation also gathers both heads."""
     found = pools[2].run(cases.exchanges_before_the_experts_backward, keep)
     assert [count for count, _ in found] == [begun] * 2
     assert keep is None or {tag for _, tag in found} == {"keys"}
 
 
-def test_what_does_not_fit_the_layout_is_refused(pools):
+def test_calls_that_do_not_match_the_layout_are_refused(pools):
     assert pools[2].run(cases.attend_wrongly, 3, 8)[1] == (
         "heads_k_stride: 3 with 2 KV heads; allowed: a divisor of their number"
     )

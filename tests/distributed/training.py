@@ -1,5 +1,5 @@
-"""A small gpt-oss with LoRA trained for some steps, in one process or in shards; and pieces of it
-turned off, which tests must notice."""
+"""Trains a small gpt-oss with LoRA for a few steps, in one process or in shards; single pieces can
+be disabled, which the tests must notice."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from sparselong.runtime.recompute import checkpoint_contexts
 from sparselong.runtime.settings import using
 
 Batch = dict[str, torch.Tensor]
-mesh_of = functools.cache(build_mesh)  # groups are made once a process
-PAD_TOKEN = -1  # no batch here is padded with a token of its own
+mesh_of = functools.cache(build_mesh)  # create the groups once per process
+PAD_TOKEN = -1  # no batch here uses a padding token
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained.
+    """One training run.
 
     Attributes:
-        steps: micro-batches by step, accumulation and data rank.
-        window: of the sliding layers.
-        keep: whether full attention is kept across checkpointing; None: no checkpointing.
-        heads_k_stride: KV heads that are gathered at a time, of two.
-        broken: a piece to turn off, one of `PIECES` or `CHUNKS`.
-        experts_per_token: of four. Where it is four, no rounding makes a token go to others.
+        steps: micro-batches by step, accumulation step and data rank.
+        window: window of the sliding layers.
+        keep: whether checkpointing keeps full attention; None disables checkpointing.
+        heads_k_stride: KV heads gathered at a time, of two.
+        broken: piece to disable, one of `PIECES` or `CHUNKS`.
+        experts_per_token: of four; with four, rounding cannot change the routing.
     """
 
     steps: list[list[list[Batch]]]
@@ -64,8 +64,8 @@ class Run:
 
 @dataclass
 class Result:
-    """Losses by step, of the evaluation after them, the first step's gradients, the weights at the
-    end, and the bytes sent by tag."""
+    """Losses by step, evaluation loss, gradients of the first step, final weights, and bytes sent
+    by tag."""
 
     losses: list[float] = field(default_factory=list)
     eval_loss: float = 0.0
@@ -75,7 +75,7 @@ class Result:
 
 
 def make_model(run: Run) -> nn.Module:
-    """Both kinds of layers in turn; LoRA on q, k, v and o, and the sinks, are trained."""
+    """Alternate both kinds of layers; train the sinks, and LoRA on q, k, v and o."""
     torch.manual_seed(0)
     on_gpu = run.device == "cuda"
     config = GptOssConfig(
@@ -106,7 +106,7 @@ def make_model(run: Run) -> nn.Module:
 
 
 def train_alone(run: Run) -> Result:
-    """One process, whole sequences, transformers' own loss: what shards must agree with."""
+    """Train in one process on whole sequences with transformers' loss, as the reference."""
     model = make_model(run)
 
     def loss_of(batch: Batch, count: Any) -> torch.Tensor:
@@ -128,7 +128,7 @@ def train_alone(run: Run) -> Result:
 
 
 def train_sharded(run: Run, context_size: int) -> Result:
-    """One rank's part of the same."""
+    """Run this rank's part of the same training."""
     mesh = mesh_of(context_size)
     model = make_model(run)
     if run.broken != "loss in chunks":
@@ -146,7 +146,7 @@ def train_sharded(run: Run, context_size: int) -> Result:
             local, changes = _share(batch, mesh, run)
             with using(**changes):
                 loss = loss_of(local, count)
-            loss.backward()  # recomputation has the forward pass's settings
+            loss.backward()  # recomputation uses the forward pass's settings
             total += loss.detach()
         reduce_gradients(trained, mesh)
         return float(add_losses(total, mesh))
@@ -155,7 +155,7 @@ def train_sharded(run: Run, context_size: int) -> Result:
         result = _train(run, model, go)
     result.sent_bytes = dict(sent)
     with _piece_off(run.broken), torch.no_grad(), _precision(run):
-        # The last batch of an evaluation is one sequence: the other data ranks have nothing.
+        # The last evaluation batch is one sequence: the other data ranks get nothing.
         local, changes = _share(run.steps[-1][0][0], mesh, run)
         if mesh.data_rank > 0:
             labels = {key for key in local if key.endswith("labels")}
@@ -203,8 +203,8 @@ def _precision(run: Run) -> Any:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any tensor has had that torch made meanwhile, in all and among those
-    with an axis over the vocabulary. Of a view, those of what it is a view of."""
+    """Records the largest element count of any tensor created inside the block, overall and with a
+    vocabulary axis. A view counts with the storage it refers to."""
 
     def __init__(self, vocabulary: int):
         super().__init__()
@@ -222,15 +222,15 @@ class Largest(TorchDispatchMode):
 
 
 def largest_tensors(run: Run, context_size: int) -> tuple[int, int]:
-    """Elements of the largest tensor and of the largest over the vocabulary on this rank, in
-    training and evaluation."""
+    """Return the elements of this rank's largest tensor and of its largest tensor with a vocabulary
+    axis, in training and evaluation."""
     with Largest(run.vocabulary) as seen:
         train_sharded(run, context_size)
     return seen.of_all, seen.of_vocabulary
 
 
 def peak_bytes(run: Run, context_size: int) -> int:
-    """The most that this rank's GPU has lent to tensors in training and evaluation."""
+    """Return the peak bytes allocated on this rank's GPU in training and evaluation."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     train_sharded(run, context_size)

@@ -1,4 +1,4 @@
-"""Without a GPU nothing of this folder runs; files that take more than one say so themselves."""
+"""Skips this folder without a GPU; files that need several GPUs check for them."""
 
 import pytest
 import torch
@@ -6,6 +6,6 @@ import torch
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Before the first fixture makes something on a GPU."""
+    """Skip before any fixture allocates on a GPU."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

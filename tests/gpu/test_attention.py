@@ -1,8 +1,8 @@
-"""Attention on a GPU: every backend against fp64, output and all gradients, on the odd shapes.
+"""Attention on a GPU: output and gradients of every backend against fp64, on odd shapes.
 
-The bound is a measured one: torch's FlashAttention-2 with the sink correction, on the same inputs
-in the same dtype, makes some error; our kernels may make twice that, by largest deviation and by
-relative RMS. Memory that kernels are to fill is filled with NaN first.
+The error bound is measured: our kernels may err at most twice as much as torch's FlashAttention-2
+with the sink correction on the same inputs and dtype, by largest deviation and by relative RMS.
+Memory that kernels must fill is filled with NaN first.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ NAMES = ("out", "dq", "dk", "dv", "dsinks")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call; the name says why it is here."""
+    """One call; the name says what it covers."""
 
     name: str
     tokens: int
@@ -98,7 +98,7 @@ CASES = [
 
 
 def draw(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
-    """q, k, v, sinks and dout for the case."""
+    """Draw q, k, v, sinks and dout for the case."""
     torch.manual_seed(len(case.name))
     keys = case.keys or case.tokens
 
@@ -126,7 +126,7 @@ def draw(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def run(case: Case, inputs: list[torch.Tensor], backend: str) -> dict[str, torch.Tensor]:
-    """Output, lse and gradients through the public function."""
+    """Return output, lse and gradients of the public function."""
     q, k, v, sinks = (t.detach().requires_grad_() for t in inputs[:4])
     cu = case.boundaries and torch.tensor(case.boundaries, dtype=torch.int32, device="cuda")
     out, lse = attention(
@@ -138,7 +138,7 @@ def run(case: Case, inputs: list[torch.Tensor], backend: str) -> dict[str, torch
 
 
 def run_exactly(case: Case, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same in fp64 by the reference."""
+    """Return the same results from the fp64 reference."""
     q, k, v, sinks = (t.detach().double().requires_grad_() for t in inputs[:4])
     out, lse = attention_reference(
         q, k, v, sinks, boundaries=case.boundaries, window=case.window, offset=case.offset
@@ -148,14 +148,14 @@ def run_exactly(case: Case, inputs: list[torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def deviations(got: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    """Largest absolute deviation, and RMS relative to the exact RMS."""
+    """Return the largest absolute deviation, and the RMS error relative to the exact RMS."""
     difference = got.double() - exact
     rms = exact.norm() + 1e-300
     return difference.abs().max().item(), (difference.norm() / rms).item()
 
 
 def check(case: Case, got: dict, yardstick: dict, exact: dict, dtype: torch.dtype) -> None:
-    # What one rounding may cost, for results that FlashAttention-2 happens to get exactly.
+    # Allow one rounding error where FlashAttention-2 happens to be exact.
     rounding = torch.finfo(dtype).eps / 2
     for name in NAMES:
         assert torch.isfinite(got[name]).all(), f"{case.name}: {name} is not finite"
@@ -174,7 +174,7 @@ def check(case: Case, got: dict, yardstick: dict, exact: dict, dtype: torch.dtyp
 
 @pytest.fixture
 def poison(monkeypatch):
-    """torch.empty and torch.empty_like, as the launcher sees them, give NaN."""
+    """Make the launcher's torch.empty and torch.empty_like return NaN."""
     monkeypatch.setattr(attention_triton, "torch", PoisonedTorch())
 
 
@@ -189,7 +189,7 @@ def test_our_kernels_err_no_more_than_twice_flash_attention(case, dtype, poison)
 @pytest.mark.parametrize(
     "name", ["length_1000", "window_length_1000", "shard_packed", "decode_five_queries_packed"]
 )
-def test_fp32_is_exact_to_fp32(name, poison):
+def test_fp32_is_accurate_to_fp32(name, poison):
     case = next(c for c in CASES if c.name == name)
     inputs = draw(case, torch.float32)
     exact, got = run_exactly(case, inputs), run(case, inputs, "triton")
@@ -218,7 +218,7 @@ def test_cudnn_errs_no_more_than_twice_flash_attention(name):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_flash_attention_with_sinks_is_exact(case):
-    """The yardstick itself: as near to fp64 as bf16 can be expected to come."""
+    """The yardstick itself must be as close to fp64 as bf16 allows."""
     inputs = draw(case, torch.bfloat16)
     exact, got = run_exactly(case, inputs), run(case, inputs, "torch_flash")
     for name in NAMES:
@@ -237,7 +237,7 @@ def test_flash_attention_with_sinks_is_exact(case):
     ],
     ids=lambda case: case.name,
 )
-def test_deterministic_runs_repeat_to_the_bit(case, backend):
+def test_deterministic_runs_are_bit_identical(case, backend):
     inputs = draw(case, torch.bfloat16)
     with using(deterministic=True):
         first = run(case, inputs, backend)
@@ -246,15 +246,15 @@ def test_deterministic_runs_repeat_to_the_bit(case, backend):
             assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_the_choice_takes_every_case():
+def test_the_chosen_backend_handles_every_case():
     for case in CASES:
         inputs = draw(case, torch.bfloat16)
         exact, yardstick = run_exactly(case, inputs), run(case, inputs, "torch_flash")
         check(case, run(case, inputs, None), yardstick, exact, torch.bfloat16)
 
 
-def test_decoding_takes_the_split_kernel(monkeypatch):
-    """One query over a long cache, and the tests above of it are worth nothing without."""
+def test_decoding_uses_the_split_kernel(monkeypatch):
+    """One query over a long cache; the tests above rely on it using the split kernel."""
     parts = []
     launch = attention_triton._launch_split
     monkeypatch.setattr(
@@ -287,7 +287,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
         ({"backend": "torch_cudnn", "deterministic": True}, "deterministic: True"),
     ],
 )
-def test_a_named_backend_is_obeyed_or_refused(change, message):
+def test_a_named_backend_is_never_replaced(change, message):
     q, k, v, sinks, _ = draw(Case("refuse", 200), torch.bfloat16)
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, sinks, **change)

@@ -1,16 +1,16 @@
-"""A sequence over two and four GPUs, through NCCL, trains as on one (two GPUs or more).
+"""Training a sequence over two and four GPUs through NCCL matches one GPU (needs two GPUs).
 
-The cases are those of the gloo tests, on the Triton kernels. In fp32 they must agree as there.
+The cases are those of the gloo tests, on the Triton kernels. In fp32 they must agree as closely.
 
-In bf16 both differ from fp32, and shards may do so no more than one GPU: of the whole model under
-autocast by 1.4 times as much, over six batches and for each kind of parameter. There every token
-goes to all experts. With two of four, rounding sends a token to another expert now and then, in the
-shards or on one GPU, which moves that one's gradients by several times of what all rounding does.
+In bf16 both differ from fp32. For the whole model under autocast, the shards' error may be at most
+1.4 times that of one GPU, over six batches and for each kind of parameter. Every token goes to all
+experts there. With two of four experts, rounding occasionally routes a token differently in the
+shards or on one GPU, which changes its gradients several times more than all other rounding.
 
-Of attention alone a single rounding shows. The gradients of keys are rounded by the kernel, to be
-sent, and when they have been added, where one GPU does so once: by the root of three. Everything
-else is rounded as often as there. But cuDNN attends to the keys before a shard's queries and to its
-own apart: outputs are rounded twice, and the gradients of queries, like those of keys, thrice.
+For attention alone a single rounding is visible. Key gradients are rounded three times (by the
+kernel, for sending, and after the sum) instead of once, so their error grows by the root of three.
+Everything else is rounded as often as on one GPU. cuDNN, however, attends separately to the keys
+before a shard's queries and to its own: outputs are rounded twice, query gradients three times.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ ATTENTION_LIMITS = {
     "triton": {"out": 1.2, "dq": 1.2, "dk": 3**0.5, "dv": 3**0.5, "dsinks": 1.5},
     "torch_cudnn": {"out": 1.5, "dq": 3**0.5, "dk": 3**0.5, "dv": 3**0.5, "dsinks": 2.0},
 }
-SUMS_ERROR = 1e-6  # of sums in fp32, which dsinks are where out is not rounded
+SUMS_ERROR = 1e-6  # of fp32 sums, such as dsinks if out is not rounded
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def on_gpu(run: Run) -> Run:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_in_fp32_losses_and_gradients_are_those_of_one_gpu(gpus, case):
+def test_fp32_losses_and_gradients_match_one_gpu(gpus, case):
     run = on_gpu(CASES[case])
     expected = train_alone(run)
     for size, pool in gpus.items():
@@ -69,7 +69,7 @@ def test_in_fp32_losses_and_gradients_are_those_of_one_gpu(gpus, case):
 
 
 @pytest.mark.parametrize("case", BF16_CASES)
-def test_in_bf16_shards_err_no_more_than_one_gpu(gpus, case):
+def test_bf16_errors_of_shards_stay_within_those_of_one_gpu(gpus, case):
     alone, shards = [], {size: [] for size in gpus}
     for seed in range(SEEDS):
         run = on_gpu(replace(BF16_CASES[case](seed), experts_per_token=4))
@@ -88,7 +88,7 @@ def test_in_bf16_shards_err_no_more_than_one_gpu(gpus, case):
 
 
 def errors(got: Result, exact: Result) -> dict[str, float]:
-    """Distance of the gradients by kind of parameter, over layers."""
+    """Return the distance of the gradients over all layers, by kind of parameter."""
     names: dict[str, list[str]] = {}
     for name in exact.gradients:
         names.setdefault(name.split("self_attn.")[1], []).append(name)
@@ -100,14 +100,14 @@ def errors(got: Result, exact: Result) -> dict[str, float]:
 
 
 def over_seeds(found: list[dict[str, float]]) -> dict[str, float]:
-    """Root of the mean square."""
+    """Return the root mean square over seeds."""
     return {
         kind: sum(each[kind] ** 2 for each in found) ** 0.5 / len(found) ** 0.5 for kind in found[0]
     }
 
 
 @pytest.mark.parametrize("backend, window, boundaries, stride", ATTENTION)
-def test_in_bf16_gradients_of_keys_are_rounded_thrice_and_no_more(
+def test_bf16_key_gradients_are_rounded_at_most_three_times(
     gpus, backend, window, boundaries, stride
 ):
     limits = ATTENTION_LIMITS[backend]
@@ -127,7 +127,7 @@ def test_in_bf16_gradients_of_keys_are_rounded_thrice_and_no_more(
 
 
 @pytest.mark.parametrize("degree", [1, *SIZES])
-def test_five_steps_end_in_the_same_weights(gpus, degree):
+def test_five_steps_give_the_same_weights(gpus, degree):
     size = max(gpus)
     run = on_gpu(five_steps(4, size // degree))
     expected = train_alone(run)
@@ -138,7 +138,7 @@ def test_five_steps_end_in_the_same_weights(gpus, degree):
             assert torch.equal(weight, results[0].weights[name]), name
 
 
-def test_no_gpu_holds_anything_of_sequence_squared(gpus):
+def test_no_gpu_holds_a_tensor_of_sequence_squared(gpus):
     tokens = 65_536
     run = on_gpu(Run([[[packed(tokens)]]], keep=True))
     for size, pool in gpus.items():
@@ -152,7 +152,7 @@ def test_no_gpu_holds_anything_of_sequence_squared(gpus):
         ("hangs", "rank 1: timeout: 4 s after exchange 11 ('test')"),
     ],
 )
-def test_the_rank_that_others_wait_for_is_named_before_nccl_gives_up(tmp_path, how, cause):
+def test_a_failed_rank_is_named_before_nccl_times_out(tmp_path, how, cause):
     pool = Pool(2, 60.0, "nccl")
     outcome, result = pool.try_run(faults.fail, how, 1, tmp_path)[0]
     pool.close()

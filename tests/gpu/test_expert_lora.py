@@ -1,7 +1,7 @@
-"""The experts' pass with adapters on a GPU: every backend against fp64, output and all gradients.
+"""Experts with adapters on a GPU: output and gradients of every backend against fp64.
 
-The bound and the odd shapes are those of test_expert_gemm.py: at most twice the error of plain
-torch in bf16 on the same inputs. Memory that kernels are to fill is filled with NaN first.
+The bound and the odd shapes are those of the tests without adapters: at most twice the error of
+plain torch in bf16 on the same inputs. Memory that kernels must fill is filled with NaN first.
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ BOTH = ("gate_up", "down")
 
 
 def draw_adapted(case: Case, rank: int = 8, which=BOTH, dtype=torch.bfloat16) -> dict:
-    """test_expert_gemm's call, and fp32 factors near A's first values, B as PEFT lays it out."""
+    """Draw a call without adapters, and fp32 factors near A's initial values, B in PEFT layout."""
     call = draw(case, dtype)
     sizes = {"gate_up": (2 * case.inner, case.hidden), "down": (case.hidden, case.inner)}
     for name in which:
@@ -49,7 +49,7 @@ def draw_adapted(case: Case, rank: int = 8, which=BOTH, dtype=torch.bfloat16) ->
 
 
 def names_of(call: dict) -> list[str]:
-    """Names of what is trained; biases, which forbid slices, only where they ask for gradients."""
+    """Return the trained names; biases, which prevent slices, only if they require gradients."""
     factors = [f"{name}_{part}" for name in BOTH for part in "ab" if f"{name}_a" in call]
     biases = [f"{name}_bias" for name in BOTH if call[f"{name}_bias"].requires_grad]
     return ["x", "routing_weights", *factors, *biases]
@@ -67,7 +67,7 @@ def adapters_of(leaves: dict) -> Adapters:
 
 
 def run(call: dict, backend: str | None, keep=lambda f, *x: f(*x)) -> dict[str, torch.Tensor]:
-    """Output and gradients through the public function; `keep` may checkpoint it."""
+    """Return output and gradients of the public function; `keep` may checkpoint it."""
     leaves = {name: call[name].detach().requires_grad_() for name in names_of(call)}
     given = call | leaves
 
@@ -81,7 +81,7 @@ def run(call: dict, backend: str | None, keep=lambda f, *x: f(*x)) -> dict[str, 
 
 
 def run_exactly(call: dict) -> dict[str, torch.Tensor]:
-    """The same in fp64 by the reference."""
+    """Return the same results from the fp64 reference."""
     leaves = {name: call[name].detach().double().requires_grad_() for name in names_of(call)}
     given = call | leaves
     inputs = (given[name] for name in CALL)
@@ -97,7 +97,7 @@ def checkpointed(function, *inputs, keep_experts=False):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """torch.empty and torch.empty_like, as the launchers see them, give NaN, or 77."""
+    """Make the launchers' torch.empty and torch.empty_like return NaN, or 77 for integers."""
     for module in (expert_triton, expert_routing, expert_lora_kernels):
         monkeypatch.setattr(module, "torch", PoisonedTorch())
 
@@ -119,8 +119,8 @@ def test_every_rank_and_target(rank, which, poison):
 
 
 @pytest.mark.parametrize("backend", ["packed", "decode"])
-def test_a_checkpointed_layer_in_slices_has_the_same_gradients(backend, poison, monkeypatch):
-    """Slices sum A's and B's gradients one after another; the last slice is shorter."""
+def test_slices_of_a_checkpointed_layer_have_the_same_gradients(backend, poison, monkeypatch):
+    """Slices accumulate the gradients of A and B in order; the last slice is shorter."""
     monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", 300)
     call = draw_adapted(Case("slices", 1000))
     got = run(call, backend, checkpointed)
@@ -132,7 +132,7 @@ def test_a_checkpointed_layer_in_slices_has_the_same_gradients(backend, poison, 
 
 
 @pytest.mark.parametrize("backend", OURS)
-def test_fp32_is_exact_to_fp32(backend, poison):
+def test_fp32_is_accurate_to_fp32(backend, poison):
     call = draw_adapted(Case("fp32", 100, hidden=96, inner=160), 5, dtype=torch.float32)
     exact, got = run_exactly(call), run(call, backend)
     for name, want in exact.items():
@@ -140,7 +140,7 @@ def test_fp32_is_exact_to_fp32(backend, poison):
 
 
 @pytest.mark.parametrize("backend", [*OURS, None])
-def test_runs_repeat_to_the_bit(backend):
+def test_repeated_runs_are_bit_identical(backend):
     call = draw_adapted(Case("repeat", 700, experts=16))
     first = run(call, backend)
     for _ in range(3):
@@ -156,7 +156,7 @@ def test_an_untrained_adapter_changes_no_bit():
 
 
 @pytest.mark.parametrize("keep", [None, checkpointed], ids=["plain", "checkpointed"])
-def test_biases_are_trained_beside_adapters(keep, poison):
+def test_biases_are_trained_together_with_adapters(keep, poison):
     call = draw_adapted(Case("biases", 700))
     for name in BOTH:
         call[f"{name}_bias"].requires_grad_()
@@ -173,8 +173,8 @@ def test_without_gradients_the_output_is_the_same():
     assert torch.equal(out, run(call, "packed")["out"])
 
 
-def test_no_delta_of_a_weights_size_is_made():
-    """With 32 experts of gpt-oss's widths one delta of gate_up would take 1 GiB in bf16."""
+def test_no_delta_of_weight_size_is_allocated():
+    """One gate_up delta for 32 experts of gpt-oss's widths would take 1 GiB in bf16."""
     case = Case("memory", 64, experts=32, top_k=4, hidden=2880, inner=2880)
     call = draw_adapted(case)
     factors = sum(call[name].numel() for name in call if name[-2:] in ("_a", "_b"))

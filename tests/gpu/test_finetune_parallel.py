@@ -1,8 +1,8 @@
-"""Stage 03 over NCCL: one sequence on several GPUs trains as on one; a rank that dies is named.
+"""Stage 03 over NCCL: one sequence on several GPUs trains as on one; a dead rank is named.
 
-Takes four GPUs where there are four, else two, and axolotl beside the machine's own torch. The
-small model computes in bf16 here, so curves agree to bf16's rounding, grown over the steps: a code
-or a mask bit that falls the other way changes what follows. fp32 on a CPU agrees to 1e-5
+Uses four GPUs if available, otherwise two, and needs axolotl in addition to the machine's torch.
+The small model computes in bf16 here, so curves agree up to bf16 rounding, amplified over the
+steps: one changed code or mask bit affects all later steps. fp32 on a CPU agrees to 1e-5
 (tests/stages/test_finetune.py).
 """
 
@@ -67,13 +67,13 @@ def rows_of(run_dir: Path) -> list[dict]:
 
 
 def ranks_of(run_dir: Path) -> list[int]:
-    """Processes that train a rank of this run."""
+    """Return the ids of the processes that train this run's ranks."""
     words = f"sparselong.finetune.rank\0{run_dir}/".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if words in command:
             found.append(int(entry.name))
@@ -86,7 +86,7 @@ def environment_of(process: int) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """A run on one GPU."""
+    """Return the folder of a run on one GPU."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
     run(run_dir, "02_compress", "sequence_parallel_degree=1")
     run(run_dir, "03_finetune", "sequence_parallel_degree=1")
@@ -123,7 +123,7 @@ def test_several_gpus_train_as_one(alone, tmp_path, launcher):
     assert (receipt["processes"], receipt["attention"]) == (DEGREE, "sparselong")
 
 
-def test_a_killed_rank_is_named_and_half_the_gpus_go_on(alone, tmp_path):
+def test_a_killed_rank_is_named_and_half_the_gpus_resume(alone, tmp_path):
     run_dir = copy_compressed(alone, tmp_path)
     process = start(run_dir, "03_finetune", f"sequence_parallel_degree={DEGREE}")
     while not any(row["step"] >= 5 for row in rows_of(run_dir)):

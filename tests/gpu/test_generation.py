@@ -1,4 +1,4 @@
-"""Generation's kernels as compiled: accuracy against fp64, and the graph's tokens."""
+"""Compiled generation kernels: accuracy against fp64, and tokens from the CUDA graph."""
 
 import copy
 from typing import Any
@@ -22,7 +22,7 @@ FORMATS = [DenseFormat(4, "2:4", 64), DenseFormat(4, "2:4", 32), DenseFormat(4, 
 
 
 def draw(fmt: DenseFormat, rows: int, width: int) -> dict[str, torch.Tensor]:
-    """A random weight in a format, on the GPU."""
+    """Draw a random weight in a format, on the GPU."""
     mask = (torch.rand(rows, width // 4, 4).argsort(-1) < 2).view(rows, width)
     scale = (0.01 + 0.01 * torch.rand(rows, width // fmt.group_size)).bfloat16()
     codes = integer.quantize(0.05 * torch.randn(rows, width), scale, 4)
@@ -46,13 +46,13 @@ def test_a_product_is_rounded_once(fmt, shape):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_an_unpacked_weight_is_that_of_plain_torch(fmt):
+def test_unpacked_weights_match_plain_torch(fmt):
     tensors = draw(fmt, 517, 2880 if fmt.group_size == 64 else 2848)
     assert torch.equal(unpack_weight(fmt, tensors), dense.unpack(fmt, tensors))
 
 
 def make_model(packed: bool) -> GptOssForCausalLM:
-    """Random and small, in bf16, as generation finds it on a GPU."""
+    """Return a small random bf16 model, prepared as for generation on a GPU."""
     torch.manual_seed(0)
     fmt = DenseFormat(4, "2:4", 32) if packed else DenseFormat(16, "none", 64)
     with torch.device("cuda"):
@@ -86,19 +86,19 @@ def model(request) -> GptOssForCausalLM:
 PROMPT = torch.tensor([[5, 6, 7, 50, 8, 21, 13, 44, 2, 3, 9]])
 
 
-def test_the_graph_gives_the_tokens_of_its_kernels(model):
+def test_the_graph_gives_the_same_tokens_as_its_kernels(model):
     count = 3 * WINDOW
     graph, kernels = Decoder(model, 64), Decoder(model, 64, use_graph=False)
     tokens = list(generate(model, PROMPT, count, decoder=graph))
     assert tokens == list(generate(model, PROMPT, count, decoder=kernels))
-    assert tokens == list(generate(model, PROMPT, count, decoder=graph)), "a second time"
-    assert len(set(tokens)) > 4, "too plain to tell"
+    assert tokens == list(generate(model, PROMPT, count, decoder=graph)), "differs on reuse"
+    assert len(set(tokens)) > 4, "too few distinct tokens to tell"
     for ours, theirs in zip(graph.caches, kernels.caches, strict=True):
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
 
 
-def test_logits_are_as_near_to_fp64_as_plain_torch_in_bf16(model):
-    """Step by step on the same tokens, past the window's border."""
+def test_logits_are_as_accurate_as_plain_torch_in_bf16(model):
+    """Compare each step on the same tokens, past the window's length."""
     tokens = [*PROMPT[0].tolist(), *range(20, 20 + 2 * WINDOW)]
     exact_model = decode_to_double(model)
     steps: dict[str, Any] = {"ours": Decoder(model, 64), "torch": Decoder(model, 64)}
@@ -120,7 +120,7 @@ def test_logits_are_as_near_to_fp64_as_plain_torch_in_bf16(model):
 
 
 def decode_to_double(model: GptOssForCausalLM) -> GptOssForCausalLM:
-    """The same weights in fp64; on a CPU, which has every product in fp64."""
+    """Return the same weights in fp64 on a CPU, which supports every product in fp64."""
     return copy.deepcopy(model).cpu().double().requires_grad_(False)
 
 
@@ -134,5 +134,5 @@ def test_other_modules_are_refused(model):
         layer.mlp.experts = kept
 
 
-def test_the_step_is_made_of_kernels(model):
+def test_the_step_uses_the_kernels(model):
     assert isinstance(Decoder(model, 64, use_graph=False).step, KernelStep)

@@ -1,4 +1,4 @@
-"""The masked weight's kernel as compiled, and the layer that trains through it."""
+"""The compiled kernel of the masked weight, and the layer that trains through it."""
 
 import math
 from dataclasses import replace
@@ -14,15 +14,15 @@ LARGE = [Case(4, True, 16, 4096, 2880), Case(4, True, 64, 2880, 4096), Case(8, T
 
 
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
-def test_the_kernel_gives_the_definitions_weight(case):
+def test_kernel_matches_the_definition(case):
     row = compare(case, draw(case, "cuda"))
     assert row["weight"] <= 2e-3 and row["gate"] <= 2e-3, row
     assert 0.2 < row["passing"] <= 1.0, row
 
 
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
-def test_codes_are_those_of_the_rounded_weight(case):
-    """What is baked is what the last forward multiplied with, to the bit."""
+def test_codes_match_the_rounded_weight(case):
+    """The baked weight is bit-identical to the one used in the last forward pass."""
     weight = draw(case, "cuda")
     codes = weight.codes()
     if weight.scale is None:
@@ -34,15 +34,15 @@ def test_codes_are_those_of_the_rounded_weight(case):
     assert torch.equal(back.view(codes.shape), weight.round())
 
 
-def test_an_untrained_adapter_leaves_the_stored_codes():
+def test_an_untrained_adapter_keeps_the_stored_codes():
     drawn = {device: draw(LARGE[0], device) for device in ("cuda", "cpu")}
     gpu, cpu = (replace(w, lora_b=torch.zeros_like(w.lora_b)) for w in drawn.values())
     assert torch.equal(gpu.codes().cpu(), cpu.codes())
 
 
 def draw_ties(bits: int, towards: float, device: str) -> MaskedWeight:
-    """Every weight halfway between two codes, of which the outer ones do not exist; fp32 holds it
-    exactly. Or the number next to it, on one side. B is all of the weight: A is the unit matrix."""
+    """Draw weights halfway between two codes (also beyond the code range), exact in fp32, or the
+    adjacent float towards `towards`. B is the whole weight, because A is the unit matrix."""
     generator = torch.Generator().manual_seed(bits)
     rows, columns = 4096, 64
     lowest, highest = integer.code_range(bits)
@@ -59,8 +59,8 @@ def draw_ties(bits: int, towards: float, device: str) -> MaskedWeight:
 
 @pytest.mark.parametrize("towards", [0.0, math.inf, -math.inf])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_ties_and_their_neighbours_are_rounded_as_a_true_division_rounds_them(bits, towards):
-    """A product with the reciprocal, its remainder left out, misses many of the ties."""
+def test_ties_and_adjacent_floats_round_like_a_true_division(bits, towards):
+    """Multiplying by the reciprocal without a remainder correction misses many ties."""
     gpu, cpu = (draw_ties(bits, towards, device) for device in ("cuda", "cpu"))
     assert cpu.scale is not None
     expected = integer.quantize(cpu.lora_b, cpu.scale, bits)

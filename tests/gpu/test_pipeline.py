@@ -1,6 +1,6 @@
-"""The four stages on one GPU, and decoding that gives the CPU's bits.
+"""The four stages on one GPU, and decoding that is bit-identical to the CPU's.
 
-The stages need axolotl, llmcompressor and lm-eval beside the GPU machine's own torch.
+The stages need axolotl, llmcompressor and lm-eval in addition to the machine's torch.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ PACKAGES = ("axolotl", "llmcompressor", "lm_eval", "pydantic")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
-def test_decoding_gives_the_same_bits_as_on_the_cpu():
+def test_decoding_is_bit_identical_to_the_cpu():
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, 256, (64, 8, 16), dtype=torch.uint8, generator=generator)
     scales = torch.randint(0, 255, (64, 8), dtype=torch.uint8, generator=generator)

@@ -1,4 +1,4 @@
-"""A decoder's prompt on a GPU: in chunks as whole, through this project's attention and experts."""
+"""A decoder's prompt on a GPU: chunks give the same cache as the whole prompt."""
 
 import copy
 
@@ -18,7 +18,7 @@ WINDOW, DEVICE = 128, "cuda"
 
 @pytest.fixture(scope="module")
 def model() -> GptOssForCausalLM:
-    """Random and small, with the head size that the attention kernels take."""
+    """Return a small random model with a head_dim that the attention kernels support."""
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIG)
     config.head_dim, config.sliding_window = 64, WINDOW
@@ -46,8 +46,8 @@ def start(model: GptOssForCausalLM, prompt: torch.Tensor) -> Decoder:
 
 
 @pytest.mark.parametrize("chunk", [1, 100, WINDOW, 300])
-def test_a_prompt_in_chunks_leaves_what_a_whole_one_leaves(model, chunk, monkeypatch):
-    """A token whose routing a rounding turns over may differ: of each layer, most must not."""
+def test_a_chunked_prompt_fills_the_cache_like_a_whole_one(model, chunk, monkeypatch):
+    """Rounding may change the routing of a few tokens; in each layer most must agree."""
     tokens = 64 if chunk == 1 else 700
     prompt = torch.randint(1, 96, (1, tokens), generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(generation, "EXPERT_TOKENS", tokens)
@@ -63,7 +63,7 @@ def test_a_prompt_in_chunks_leaves_what_a_whole_one_leaves(model, chunk, monkeyp
             assert errors.median() < 0.03
 
 
-def test_a_prompt_s_pass_does_not_grow_with_the_prompt(model, monkeypatch):
+def test_chunks_bound_the_memory_of_a_long_prompt(model, monkeypatch):
     prompt = torch.randint(1, 96, (1, 8192), generator=torch.Generator().manual_seed(3))
     peaks = []
     for chunk in (8192, 512):

@@ -1,4 +1,4 @@
-"""Checkpointed layers whose recomputation skips some work: the same gradients."""
+"""Recomputation that skips work gives the same gradients."""
 
 from functools import partial
 
@@ -19,8 +19,8 @@ CASE = Case("checkpointed", 300, hidden=288, inner=224)
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often the launchers are called."""
-    load_backend.cache_clear()  # it holds the functions themselves
+    """Count the calls of the launchers."""
+    load_backend.cache_clear()  # it caches the functions themselves
     calls = {}
 
     def count(module, name):
@@ -40,7 +40,7 @@ def counted(monkeypatch):
 
 
 def experts(call, backend="packed"):
-    """(function of x and routing weights, leaves, dout) with the stacks bound."""
+    """Return (function of x and routing weights, leaves, dout) with the stacks bound."""
     leaves = [call[name].detach().requires_grad_() for name in ("x", "routing_weights")]
     stack = stack_of(call)
 
@@ -57,7 +57,7 @@ def gradients(layer, leaves, dout, **arguments):
 
 
 @pytest.mark.parametrize("slice_tokens", [1000, 300, 77])
-def test_experts_are_not_run_again_and_gradients_are_the_same(slice_tokens, counted, monkeypatch):
+def test_experts_are_not_recomputed_and_gradients_are_the_same(slice_tokens, counted, monkeypatch):
     monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", slice_tokens)
     run = experts(draw(CASE))
     plain = gradients(*run)
@@ -71,10 +71,10 @@ def test_experts_are_not_run_again_and_gradients_are_the_same(slice_tokens, coun
 
 @pytest.mark.parametrize("backend", ["small", "packed", "decode"])
 @pytest.mark.parametrize("slice_tokens", [1000, 77])
-def test_kept_experts_have_the_same_gradients_and_no_second_product(
+def test_kept_experts_skip_the_gate_up_product_with_equal_gradients(
     slice_tokens, backend, counted, monkeypatch
 ):
-    """Also where a graph is gone through again, which makes again what was used up."""
+    """A second backward pass over the same graph recomputes the outputs already freed."""
     monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", slice_tokens)
     layer, leaves, dout = experts(draw(CASE), backend)
     made = gradients(layer, leaves, dout, context_fn=partial(checkpoint_contexts, False))
@@ -90,13 +90,13 @@ def test_kept_experts_have_the_same_gradients_and_no_second_product(
         assert all(map(torch.equal, got, made))
 
 
-def test_kept_experts_go_as_soon_as_their_layer_has_used_them():
-    """Three layers, gone through backward one by one: each lets go of its own, graph or not."""
+def test_kept_experts_are_freed_after_their_layers_backward():
+    """Run three layers backward one by one: each frees its own, even if the graph is retained."""
     layer, leaves, dout = experts(draw(CASE))
     contexts = partial(checkpoint_contexts, False, True)
     x, weights = leaves
     with torch.no_grad():
-        layer(x, weights)  # whatever is made once
+        layer(x, weights)  # allocate everything that is cached
     wide = 300 * CASE.top_k * 2 * CASE.inner * 2
     hidden, before = [x], torch.cuda.memory_allocated()
     for _ in range(3):
@@ -111,7 +111,7 @@ def test_kept_experts_go_as_soon_as_their_layer_has_used_them():
         assert held - held_now > (2.5 - left) * wide
 
 
-def test_biases_that_are_trained_get_one_sum_over_all_slices(monkeypatch):
+def test_trained_biases_get_one_sum_over_all_slices(monkeypatch):
     monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", 77)
     call = draw(CASE)
     names = ("x", "routing_weights", "gate_up_bias", "down_bias")
@@ -130,8 +130,8 @@ def test_biases_that_are_trained_get_one_sum_over_all_slices(monkeypatch):
             assert torch.equal(got, expected)
 
 
-def test_a_use_of_what_the_recomputation_leaves_out_shows():
-    """Two layers under one checkpoint: the second one's input would be missing."""
+def test_using_a_skipped_output_gives_nan():
+    """Under one checkpoint, the second layer's recomputation lacks the first layer's output."""
     layer, leaves, dout = experts(draw(CASE))
     twice = gradients(
         lambda x, w: layer(layer(x, w).tanh(), w), leaves, dout,
@@ -141,7 +141,7 @@ def test_a_use_of_what_the_recomputation_leaves_out_shows():
 
 
 @pytest.mark.parametrize(("window", "calls"), [(None, 1), (64, 2)])
-def test_full_attention_is_not_run_again_and_gradients_are_the_same(window, calls, counted):
+def test_full_attention_is_not_recomputed_and_gradients_are_the_same(window, calls, counted):
     torch.manual_seed(0)
     shapes = ((1, 16, 300, 64), (1, 2, 300, 64), (1, 2, 300, 64), (16,))
     leaves = [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes]

@@ -1,6 +1,6 @@
-"""A few PTX instructions in numpy, so that the decoding of weights runs where no GPU is.
+"""PTX instructions emulated in numpy, so that weight decoding runs without a GPU.
 
-Only what the kernels' PTX uses, on whole arrays of 32-bit words; anything else raises.
+Covers only what the kernels' PTX uses, on arrays of 32-bit words; anything else raises.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ Words = np.ndarray
 
 
 def permute_bytes(a: Words, b: Words, selector: Words) -> Words:
-    """prmt.b32: a nibble's low three bits name one of eight bytes; its top bit asks for that byte's
-    top bit, eight times."""
+    """prmt.b32: the low three bits of each selector nibble choose one of eight bytes; its top bit
+    replicates that byte's sign bit instead."""
     found = np.zeros_like(selector)
     for n in range(4):
         nibble = (selector >> np.uint32(4 * n)) & np.uint32(15)
@@ -27,7 +27,7 @@ def permute_bytes(a: Words, b: Words, selector: Words) -> Words:
 
 
 def combine_bits(a: Words, b: Words, c: Words, table: Words) -> Words:
-    """lop3.b32: bit by bit, the entry of `table` that the three bits a b c name."""
+    """lop3.b32: look up each bit triple (a, b, c) in `table`."""
     found = np.zeros_like(a)
     for entry in range(8):
         if int(table.flat[0]) >> entry & 1:
@@ -37,13 +37,13 @@ def combine_bits(a: Words, b: Words, c: Words, table: Words) -> Words:
 
 
 def round_to_bf16(values: np.ndarray) -> Words:
-    """The upper halves of fp32 words of fp64 numbers that fp32 holds exactly; ties to even."""
+    """Round fp64 values that fp32 represents exactly to bf16 bits, ties to even."""
     bits = values.astype(np.float32).view(np.uint32)
     return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
 
 
 def fuse_bf16_pairs(a: Words, b: Words, c: Words) -> Words:
-    """fma.rn.bf16x2; the products that occur fit fp32."""
+    """fma.rn.bf16x2; fp32 represents every product that occurs."""
     found = np.zeros_like(a)
     for shift in (np.uint32(0), np.uint32(16)):
         halves = [((w >> shift) << np.uint32(16)).view(np.float32).astype(np.float64)
@@ -53,7 +53,7 @@ def fuse_bf16_pairs(a: Words, b: Words, c: Words) -> Words:
 
 
 def fuse_fp16_pairs(a: Words, b: Words, c: Words) -> Words:
-    """fma.rn.f16x2: fp64 holds product and sum exactly, so there is one rounding."""
+    """fma.rn.f16x2: fp64 represents product and sum exactly, so it rounds once."""
     found = np.zeros_like(a)
     for shift in (np.uint32(0), np.uint32(16)):
         halves = [(w >> shift).astype(np.uint16).view(np.float16).astype(np.float64)
@@ -64,7 +64,7 @@ def fuse_fp16_pairs(a: Words, b: Words, c: Words) -> Words:
 
 
 def fuse_fp32(a: Words, b: Words, c: Words) -> Words:
-    """fma.rn.f32 of bf16 factors, whose product fp32 holds."""
+    """fma.rn.f32 of bf16 factors; fp32 represents their product exactly."""
     return (a.view(np.float32) * b.view(np.float32) + c.view(np.float32)).view(np.uint32)
 
 
@@ -83,7 +83,7 @@ OPERATIONS = {
 
 
 def run_ptx(text: str, outputs: int, inputs: list[Words]) -> list[Words]:
-    """The outputs $0 ... of a block of PTX whose inputs follow them, uint32 arrays of one shape."""
+    """Return outputs $0 ... of a PTX block as uint32 arrays; the inputs are numbered after them."""
     values = {f"${outputs + n}": array for n, array in enumerate(inputs)}
 
     def read(operand: str) -> Words:

@@ -1,8 +1,8 @@
-"""Runs the attention kernels in Triton's interpreter on small cases; test_attention.py starts it.
+"""Runs the attention kernels in Triton's interpreter; attention/test_op.py starts it.
 
-A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
-JSON document: for each case and result the relative L2 error against fp64, NaN where a result held
-NaN. The interpreter has no bf16 products, so fp16 stands for the 16-bit types.
+Runs in its own process, because the interpreter must be chosen before Triton is imported. Prints
+one JSON document: for each case and result the relative L2 error against fp64, NaN if the result
+contains NaN. The interpreter has no bf16 products, so fp16 represents the 16-bit types.
 """
 
 import os
@@ -25,7 +25,7 @@ from tests.references.attention import attention_reference
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call; the name says why it is here."""
+    """One call; the name says what it covers."""
 
     name: str
     queries: int
@@ -89,7 +89,7 @@ CASES = [
 
 
 def draw(case: Case) -> list[torch.Tensor]:
-    """q, k, v, sinks, dout."""
+    """Return q, k, v, sinks and dout."""
     torch.manual_seed(len(case.name))
     dtype = torch.float16 if case.half else torch.float32
 
@@ -110,7 +110,7 @@ def draw(case: Case) -> list[torch.Tensor]:
 
 
 def run(case: Case) -> dict[str, float]:
-    """Relative L2 errors of out, lse and the gradients."""
+    """Return relative L2 errors of out, lse and the gradients."""
     q, k, v, sinks, dout = draw(case)
     documents = None
     if case.boundaries is not None:
@@ -135,7 +135,7 @@ def run(case: Case) -> dict[str, float]:
 def main() -> None:
     patch_once()
     attention_triton.torch = PoisonedTorch()
-    numpy.seterr(all="ignore")  # exp2 of masked scores, which are discarded
+    numpy.seterr(all="ignore")  # exp2 of masked scores overflows; the results are discarded
     default = attention_tiles.FLOAT32
     results = {}
     for case in CASES:

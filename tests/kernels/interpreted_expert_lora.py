@@ -1,8 +1,7 @@
-"""Runs the experts' pass with adapters in Triton's interpreter; experts/test_lora.py
-starts it.
+"""Runs experts with adapters in Triton's interpreter; experts/test_lora.py starts it.
 
-A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
-JSON document: for each case the relative L2 errors against fp64 (NaN where a result held NaN).
+Runs in its own process, because the interpreter must be chosen before Triton is imported. Prints
+one JSON document: for each case the relative L2 errors against fp64, NaN if a result contains NaN.
 """
 
 import os
@@ -24,7 +23,7 @@ from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
 from tests.references.expert_mlp import expert_mlp_reference
 
-RANK = 3  # no multiple of anything
+RANK = 3  # not a multiple of any tile size
 CASES = [
     (Case("ragged", 37), (0.5, 2.0)),
     (Case("gate_up_only", 9, hidden=96, inner=64), (0.5, None)),
@@ -38,12 +37,12 @@ def draw_adapter(case: Case, out: int, width: int, scaling: float | None) -> Ada
     if scaling is None:
         return None
     a = torch.randn(case.experts, RANK, width) / width**0.5
-    b = torch.randn(out, RANK, case.experts).permute(2, 0, 1)  # as PEFT lays B out
+    b = torch.randn(out, RANK, case.experts).permute(2, 0, 1)  # PEFT's layout of B
     return Adapter(a, b, scaling)
 
 
 def run(case: Case, scalings: tuple, backend: str) -> dict[str, float]:
-    """Relative L2 errors of out and the gradients."""
+    """Return relative L2 errors of out and the gradients."""
     call, stack, dout = draw(case)
     adapters = Adapters(
         draw_adapter(case, 2 * case.inner, case.hidden, scalings[0]),

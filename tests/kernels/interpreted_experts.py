@@ -1,8 +1,8 @@
-"""Runs the experts' kernels in Triton's interpreter on small cases; experts/test_op.py starts it.
+"""Runs the expert kernels in Triton's interpreter on small cases; experts/test_op.py starts it.
 
-A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
-JSON document: for each case and result the relative L2 error against fp64, NaN where a result held
-NaN. The interpreter has no bf16 products, so all is fp32.
+Runs in its own process, because the interpreter must be chosen before Triton is imported. Prints
+one JSON document: for each case and result the relative L2 error against fp64, NaN if the result
+contains NaN. The interpreter has no bf16 products, so everything is fp32.
 """
 
 import os
@@ -30,7 +30,7 @@ GATE = Gate(1.702, 7.0)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call; the name says why it is here."""
+    """One call; the name says what it covers."""
 
     name: str
     tokens: int
@@ -58,14 +58,14 @@ CASES = [
 
 
 def draw_weight(experts: int, out: int, width: int) -> PackedWeight:
-    """Random codes, scales of a published checkpoint's kind, and a bias."""
+    """Draw random codes, scales as in a published checkpoint, and a bias."""
     blocks = torch.randint(0, 256, (experts, out, width // 32, 16), dtype=torch.uint8)
     scales = torch.randint(120, 126, (experts, out, width // 32), dtype=torch.uint8)
     return PackedWeight(blocks, scales, torch.randn(experts, out))
 
 
 def draw(case: Case) -> tuple[ExpertCall, ExpertStack, torch.Tensor]:
-    """The case's tokens, weights and dout."""
+    """Return the case's call, weights and dout."""
     torch.manual_seed(len(case.name))
     x, dout = torch.randn(2, case.tokens, case.hidden)
     allowed = torch.tensor(case.only or range(case.experts))
@@ -78,7 +78,7 @@ def draw(case: Case) -> tuple[ExpertCall, ExpertStack, torch.Tensor]:
 
 
 def run(case: Case, backend: str) -> dict[str, float]:
-    """Relative L2 errors of out and the gradients."""
+    """Return relative L2 errors of out and the gradients."""
     call, stack, dout = draw(case)
     operands = ExpertOperands(stack, NO_ADAPTERS, GATE, backend)
     given = (call.x, call.x, call.x, call.weights)
@@ -103,7 +103,7 @@ def run(case: Case, backend: str) -> dict[str, float]:
 
 
 def count_inexact_decodings() -> int:
-    """Of all bytes times all scales, how many values are not bit-exact in fp32."""
+    """Count the values, over all bytes and scales, that are not bit-exact in fp32."""
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 255, 1, 1)
     scales = torch.arange(255, dtype=torch.uint8).view(1, 255, 1).repeat(1, 1, 16)
     buffer = torch.full((1, 255, 512), float("nan"))
@@ -113,7 +113,7 @@ def count_inexact_decodings() -> int:
 
 
 def count_held() -> dict[str, int]:
-    """Number of gate_up's outputs that are there while down's is made, kept and not kept."""
+    """Count the gate_up outputs alive while down runs, kept and not kept."""
     call = ExpertCall(torch.randn(3, 32), torch.tensor([[0], [1], [1]]), torch.rand(3, 1))
     stack = ExpertStack(draw_weight(2, 64, 32), draw_weight(2, 32, 32))
     operands = ExpertOperands(stack, NO_ADAPTERS, GATE, "packed")

@@ -1,8 +1,8 @@
-"""Runs the kernels of generation in Triton's interpreter; test_generation_kernels.py starts it.
+"""Runs the generation kernels in Triton's interpreter; decode/test_kernels.py starts it.
 
-A process of its own, because the interpreter must be chosen before Triton is imported. The inline
-PTX goes through `emulated_ptx.py`. Prints one JSON document: for each case the relative L2 error
-against fp64, or a count of what is wrong. Inputs are numbers that bf16 holds.
+Runs in its own process, because the interpreter must be chosen before Triton is imported.
+`emulated_ptx.py` executes the inline PTX. Prints one JSON document: for each case the relative L2
+error against fp64, or a count of wrong results. bf16 represents every input exactly.
 """
 
 import os
@@ -41,7 +41,7 @@ FORMATS = {
 
 
 def emulate_asm(text, constraints, args, dtype, is_pure, pack, _semantic=None):
-    """tl.inline_asm_elementwise in the interpreter."""
+    """Replace tl.inline_asm_elementwise in the interpreter."""
     arrays = [np.broadcast_arrays(*[arg.handle.data for arg in args])][0]
     words = [np.ascontiguousarray(array).view(np.uint32) for array in arrays]
     (found,) = run_ptx(text.value, 1, words)
@@ -52,17 +52,17 @@ def emulate_asm(text, constraints, args, dtype, is_pure, pack, _semantic=None):
 
 
 def error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """Relative L2; NaN where got holds one."""
+    """Return the relative L2 error; NaN if `got` contains NaN."""
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 def bf16(*shape: int) -> torch.Tensor:
-    """fp32 numbers that bf16 holds."""
+    """Draw fp32 values that bf16 represents exactly."""
     return torch.randn(shape).bfloat16().float()
 
 
 def draw_packed(fmt: DenseFormat, rows: int, width: int) -> dict[str, torch.Tensor]:
-    """A random weight with every code and every pattern."""
+    """Draw a random weight with every code and every pattern."""
     codes = torch.randint(-8, 8, (rows, width), dtype=torch.int8)
     kept = torch.rand(rows, width // 4, 4).argsort(-1).argsort(-1) < 2
     mask = kept.view(rows, width) if fmt.is_sparse else None
@@ -71,7 +71,7 @@ def draw_packed(fmt: DenseFormat, rows: int, width: int) -> dict[str, torch.Tens
 
 
 def run_gemv(fmt: DenseFormat, width: int, tokens: int, rows: tuple[int, ...]) -> dict[str, float]:
-    """One launch over several matrices, with and without a residual."""
+    """Launch once over several matrices, with and without a residual."""
     x, residual = bf16(tokens, width), bf16(tokens, sum(rows))
     tensors = [draw_packed(fmt, count, width) for count in rows]
     biases = [bf16(count) for count in rows]
@@ -90,8 +90,8 @@ def run_gemv(fmt: DenseFormat, width: int, tokens: int, rows: tuple[int, ...]) -
 
 
 def count_wrong_weights(fmt: DenseFormat, rows: int, width: int) -> int:
-    """Weights that are not those of `dense.unpack`. The interpreter cuts where a GPU rounds: fp32
-    here, and torch rounds."""
+    """Count the weights that differ from `dense.unpack`. The interpreter truncates to bf16, so the
+    kernel writes fp32 and torch rounds."""
     tensors = draw_packed(fmt, rows, width)
     out = torch.full((rows, width), float("nan"))
     packed_unpack.launch_unpack(packed_gemv.as_matrix(fmt, tensors, None), out)
@@ -109,7 +109,7 @@ def in_bf16(stack: ExpertStack) -> ExpertStack:
 
 
 def run_experts(tokens: int, hidden: int, inner: int, experts: int, top_k: int) -> dict[str, float]:
-    """The pass for a few tokens, inputs of very different sizes, and what a wrong index gives."""
+    """Run the experts on a few tokens of very different magnitudes, and with a wrong index."""
     x = bf16(tokens, hidden) * torch.exp2(torch.randint(-20, 1, (tokens, 1)).float())
     x[:, :32] *= 512.0
     indices = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
@@ -133,7 +133,7 @@ def run_experts(tokens: int, hidden: int, inner: int, experts: int, top_k: int) 
 
 
 def run_attention(capacity: int, is_window: bool, lengths: list[int]) -> dict[str, float]:
-    """New tokens one after another over a cache, against a softmax over the keys that count."""
+    """Decode tokens one by one over a cache, against a softmax over the visible keys."""
     heads, kv_heads, dim, most = 8, 2, 32, max(lengths) + 1
     angle = torch.rand(most, dim // 2) * 6
     angles = (angle.cos(), angle.sin())
@@ -173,7 +173,7 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 
 
 def run_route(experts: int, width: int) -> dict[str, float]:
-    """Norm, router, top 4 and softmax of one row; two experts tie."""
+    """Run norm, router, top 4 and softmax of one row; two experts tie."""
     x, norm, router, bias = bf16(width), bf16(width), bf16(experts, width), bf16(experts)
     router[1], bias[1] = router[0], bias[0]
     blocks = width // 32
@@ -201,10 +201,10 @@ def run_route(experts: int, width: int) -> dict[str, float]:
 
 
 def run_head(rows: int, width: int) -> dict[str, float]:
-    """The head's logits, its token, and the token's embedding in the next step."""
+    """Check the head's logits, its token, and that token's embedding in the next step."""
     x, weight = bf16(width), bf16(rows, width)
     weight[rows - 1] = x
-    weight[rows // 2] = x  # a tie: the first counts
+    weight[rows // 2] = x  # a tie: the first one wins
     out, best = torch.full((rows,), float("nan")), torch.full((1,), -(1 << 63))
     generation_glue.launch_head(x, weight, None, out, best=best)
     token, is_nan = generation_glue.decode_token(int(best))
@@ -230,12 +230,12 @@ def main() -> None:
     for name, fmt in FORMATS.items():
         results[f"gemv {name}"] = run_gemv(fmt, 128, 1, (9, 4, 3))
         results[f"unpack {name}"] = {"wrong": count_wrong_weights(fmt, 11, 320)}
-    results["gemv a last step that is short"] = run_gemv(FORMATS["two_four"], 1088, 1, (5,))
+    results["gemv short last step"] = run_gemv(FORMATS["two_four"], 1088, 1, (5,))
     results["gemv three tokens"] = run_gemv(FORMATS["two_four"], 64, 3, (6, 2))
     results["experts one token"] = run_experts(1, 64, 32, 5, 4)
     results["experts four tokens"] = run_experts(4, 64, 96, 5, 1)
-    results["experts more than a step"] = run_experts(1, 1056, 32, 2, 1)
-    results["experts more choices than warps"] = run_experts(2, 64, 96, 8, 6)
+    results["experts more than one step"] = run_experts(1, 1056, 32, 2, 1)
+    results["experts more routed tokens than warps"] = run_experts(2, 64, 96, 8, 6)
     results["attention full"] = run_attention(300, False, [0, 1, 63, 64, 150])
     results["attention window"] = run_attention(128, True, [0, 33, 127, 128, 200])
     results["route"] = run_route(6, 96)

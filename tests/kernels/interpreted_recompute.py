@@ -1,7 +1,7 @@
-"""Checkpointed experts in Triton's interpreter, kept and made again; test_recompute.py starts it.
+"""Checkpointed experts in Triton's interpreter, kept and recomputed.
 
-A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
-JSON document: for each pass what distinguishes the two ways.
+tests/runtime/test_recompute.py starts it. Runs in its own process, because the interpreter must be
+chosen before Triton is imported. Prints one JSON document: the differences between both by pass.
 """
 
 import os
@@ -29,11 +29,11 @@ from tests.kernels.interpreter import patch_once
 
 TOKENS, EXPERTS, TOP_K, HIDDEN, INNER, RANK = 7, 3, 2, 32, 32, 3
 CALLS, SLICES = 2, 2
-"""Of the experts in a layer, and of each call."""
+"""Calls of the experts per layer, and slices per call."""
 
 
 class Watch:
-    """Counts gate_up's products and holds on to none of their outputs."""
+    """Counts gate_up products without keeping their outputs alive."""
 
     def __init__(self) -> None:
         self.made: list[weakref.ref] = []
@@ -45,8 +45,8 @@ class Watch:
         return made
 
     def living(self) -> int:
-        """How many outputs are still held."""
-        gc.collect()  # the interpreter's own cycles hold what a kernel was given last
+        """Return how many outputs are still alive."""
+        gc.collect()  # reference cycles in the interpreter hold the last kernel's arguments
         return sum(ref() is not None for ref in self.made)
 
 
@@ -60,8 +60,8 @@ def with_biases(stack: ExpertStack, *biases: torch.Tensor) -> ExpertStack:
 
 
 def draw_call(kind: str, tokens: int = TOKENS) -> tuple[Callable, list[torch.Tensor]]:
-    """(the experts' function of its leaves, leaves) of `plain`, `adapters`, or `biases` beside
-    adapters."""
+    """Return (the experts' function of its leaves, leaves) for `plain`, `adapters`, or `biases`
+    together with adapters."""
     torch.manual_seed(0)
     indices = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
     leaves, stack = [torch.randn(tokens, HIDDEN), torch.rand(tokens, TOP_K)], draw_stack()
@@ -69,7 +69,7 @@ def draw_call(kind: str, tokens: int = TOKENS) -> tuple[Callable, list[torch.Ten
         leaves += [stack.gate_up.bias, stack.down.bias]
     if kind != "plain":
         for out, width in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
-            b = torch.randn(out, RANK, EXPERTS).permute(2, 0, 1)  # as PEFT lays B out
+            b = torch.randn(out, RANK, EXPERTS).permute(2, 0, 1)  # PEFT's layout of B
             leaves += [torch.randn(EXPERTS, RANK, width), b]
 
     def run(x: torch.Tensor, weights: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def draw_call(kind: str, tokens: int = TOKENS) -> tuple[Callable, list[torch.Ten
 
 
 def differentiate(kind: str, watch: Watch, keep_experts: bool) -> tuple[list, dict]:
-    """(outputs and gradients, twice over the same graph; counts of gate_up's outputs)."""
+    """Return (outputs and gradients, twice over one graph; counts of gate_up outputs)."""
     run, leaves = draw_call(kind)
     watch.made.clear()
 
@@ -103,8 +103,8 @@ def differentiate(kind: str, watch: Watch, keep_experts: bool) -> tuple[list, di
 
 
 def differentiate_again(kind: str, breaks_off: bool) -> list[torch.Tensor]:
-    """Gradients over a graph that has kept its experts and was gone through once: to the end, or
-    until memory ran out in the first slice. Its slices have the same number of tokens."""
+    """Return the gradients of a second backward pass over a graph that kept its experts. The first
+    pass completed or ran out of memory in the first slice. Slices have equally many tokens."""
     run, leaves = draw_call(kind, TOKENS - 1)
     contexts = partial(checkpoint_contexts, False, True)
     out = checkpoint(run, *leaves, use_reentrant=False, context_fn=contexts)
@@ -121,8 +121,8 @@ def differentiate_again(kind: str, breaks_off: bool) -> list[torch.Tensor]:
 
 
 def differentiate_some() -> dict[str, bool]:
-    """By what is trained, whether all ways of going through the experts have the gradients that
-    they have where everything is trained, and write to nothing that they were given."""
+    """Return, for each set of trained leaves, whether every mode gives the gradients it gives with
+    everything trained; assert that no input is written to."""
     names = ("x", "weights", "gate_up_bias", "down_bias")
     indices = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(TOKENS)])
     stack = draw_stack()

@@ -1,7 +1,7 @@
-"""Triton's interpreter, a third faster: its language is put in place at a kernel's start only.
+"""Speeds up Triton's interpreter by a third: triton.language is patched once per kernel launch.
 
-The interpreter replaces what triton.language has by its own, goes through all of it again whenever
-a kernel calls another function, and finds it replaced. The results are the same bits without that.
+The interpreter patches all of triton.language again at every function call inside a kernel, where
+it is already patched. Skipping this leaves the results bit-identical.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from triton.runtime import interpreter
 
 
 def patch_once() -> None:
-    """Makes this process's interpreter leave alone what it has replaced already."""
+    """Make this process's interpreter skip what it has already patched."""
     original = interpreter._patch_lang
 
     def patch(function: Callable) -> interpreter._LangPatchScope:

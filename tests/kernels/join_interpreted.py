@@ -1,9 +1,9 @@
-"""Runs the kernel that puts parts of attention together in Triton's interpreter, on parts as
-backends leave them in memory; test_attention.py starts it.
+"""Runs the kernel that joins parts of attention in Triton's interpreter, on parts with the memory
+layouts of the backends; attention/test_op.py starts it.
 
-A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
-JSON document: for each case the relative L2 errors of out and lse against fp64, NaN where a result
-held NaN.
+Runs in its own process, because the interpreter must be chosen before Triton is imported. Prints
+one JSON document: for each case the relative L2 errors of out and lse against fp64, NaN if a result
+contains NaN.
 """
 
 import os
@@ -24,13 +24,13 @@ CASES = {
     "two_rows": (2, 2, 70, torch.float32),
     "half": (2, 2, 33, torch.float16),
 }
-"""Parts, rows, queries and type."""
+"""Number of parts, rows, queries, and dtype."""
 
 
 def draw(
     count: int, rows: int, queries: int, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[list[attention_join.Part], torch.Tensor]:
-    """Parts and sinks: out token-major or not, some lse far below a sink and some far above."""
+    """Draw parts and sinks: out token-major or not, some lse far below or above the sink."""
     torch.manual_seed(0)
     parts = []
     for n in range(count):
@@ -41,7 +41,7 @@ def draw(
 
 
 def errors(count: int, rows: int, queries: int, dtype: torch.dtype, device: str) -> list[float]:
-    """Of out and lse."""
+    """Return the errors of out and lse."""
     parts, sinks = draw(count, rows, queries, dtype, device)
     every = torch.stack([*(lse.double() for _, lse in parts)])
     ends = sinks.double()[:, None].expand_as(every[0])

@@ -1,13 +1,13 @@
-"""Runs the masked weight's kernel in Triton's interpreter; test_masked_weight.py starts it.
+"""Runs the masked weight's kernel in Triton's interpreter; dense/test_masked_weight.py starts it.
 
-A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
-JSON document: for each case the share of elements that differ from the definition, and the same
-for the gradient's gate.
+Runs in its own process, because the interpreter must be chosen before Triton is imported. Prints
+one JSON document: for each case the fraction of elements that differ from the definition, in the
+weight and in the gradient's gate.
 """
 
 import os
 
-if __name__ == "__main__":  # tests/gpu takes the cases and compiles
+if __name__ == "__main__":  # tests/gpu imports the cases and compiles the kernel
     os.environ["TRITON_INTERPRET"] = "1"
 
 import json
@@ -22,11 +22,11 @@ from tests.references.masked_weight import masked_weight_reference
 
 @dataclass(frozen=True)
 class Case:
-    """One weight; shapes do not fill the kernel's tiles, ranks are powers of two and not.
+    """One weight; shapes leave partial tiles, and ranks include non-powers of two.
 
     Attributes:
-        even_scale: every second row's scale, where it is not drawn.
-        exponent: weights and scales are 2^exponent times as large.
+        even_scale: every second row's scale; drawn at random if None.
+        exponent: weights and scales are multiplied by 2^exponent.
     """
 
     bits: int
@@ -43,17 +43,17 @@ CASES = [
     Case(4, True, rank=20),
     Case(4, True, rows=1, columns=32),
     Case(4, True, even_scale=0.0),
-    # 1 / scale is beyond fp32, then quotients are.
+    # 1 / scale overflows fp32; then the quotients overflow.
     Case(4, False, even_scale=2.0**-130),
     Case(8, False, even_scale=2.0**-127),
-    Case(4, True, exponent=-128),  # scales without all of their bits
+    Case(4, True, exponent=-128),  # subnormal scales
     Case(8, True, exponent=-124),
     Case(4, True, exponent=120),
 ]
 
 
 def draw(case: Case, device: str = "cpu") -> MaskedWeight:
-    """Weights of which some saturate, in random patterns."""
+    """Draw weights with random patterns; some saturate."""
     generator = torch.Generator().manual_seed(case.bits + case.rank)
     shape = (case.rows, case.columns)
     master = torch.randn(shape, generator=generator).to(torch.bfloat16) * 2.0**case.exponent
@@ -76,9 +76,9 @@ def draw(case: Case, device: str = "cpu") -> MaskedWeight:
 
 
 def compare(case: Case, weight: MaskedWeight) -> dict[str, Any]:
-    """Shares of elements in which the kernel, launched directly, differs from the definition.
+    """Return the fractions of elements in which the kernel differs from the definition.
 
-    The interpreter cuts fp32 down to bf16 where a GPU rounds: here torch does it.
+    The interpreter truncates fp32 to bf16 where a GPU rounds, so torch rounds here.
     """
     rounded = torch.full_like(weight.master, float("nan"), dtype=torch.float32)
     weight._launch(rounded, gate=False)
@@ -96,7 +96,7 @@ def compare(case: Case, weight: MaskedWeight) -> dict[str, Any]:
 
 
 def widen(weight: MaskedWeight) -> MaskedWeight:
-    """The same numbers in fp32: the interpreter reads subnormal bf16 as zero, a GPU does not."""
+    """Convert to fp32: the interpreter, unlike a GPU, reads subnormal bf16 as zero."""
     scale = None if weight.scale is None else weight.scale.float()
     return replace(weight, master=weight.master.float(), scale=scale)
 

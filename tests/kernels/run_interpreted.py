@@ -1,6 +1,6 @@
-"""Starts a script that runs kernels in Triton's interpreter, and reads what it found.
+"""Starts a script that runs kernels in Triton's interpreter, and reads its results.
 
-In a process of its own, because the interpreter must be chosen before Triton is imported.
+The script runs in its own process, because the interpreter must be chosen before importing Triton.
 """
 
 import json
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_interpreted(name: str) -> Any:
-    """What `tests/kernels/<name>.py` prints last, a JSON document."""
+    """Run `tests/kernels/<name>.py` and return the JSON document it prints last."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", f"tests.kernels.{name}"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Which tables a GPU reads; no GPU is asked."""
+"""Table lookup by GPU; needs no GPU."""
 
 import pytest
 import torch
@@ -23,19 +23,19 @@ def test_every_supported_gpu_has_tiles(capability, tiles):
     assert tiles in attention_tiles.TILES and tiles in expert_tiles.TILES
 
 
-def test_an_older_gpu_is_refused_by_name():
+def test_an_older_gpu_is_refused():
     with pytest.raises(ValueError, match="sm_75; allowed: sm_80 and newer"):
         architecture.tiles_of_capability(7, 5)
 
 
-def test_without_a_gpu_there_are_torchs_backend_and_the_interpreters_tiles():
+def test_without_a_gpu_torch_and_interpreter_tiles_are_used():
     cpu = torch.device("cpu")
     assert (
         architecture.architecture_of(cpu) == "cpu" and architecture.tiles_of(cpu) == "interpreter"
     )
 
 
-def test_a_gpu_is_measured_by_itself_and_tiled_with_its_like(monkeypatch):
+def test_measurements_are_per_gpu_and_tiles_per_architecture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     device = torch.device("cuda:7")
     try:

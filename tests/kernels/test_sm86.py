@@ -1,8 +1,8 @@
 """Every attention kernel compiled for an RTX 3090 (sm_86), on a machine without a GPU.
 
-Read from the compiler's own report: shared memory within the 99 KB that a block may have there, and
-no register spills at all, so none in an inner loop. sm_90's tiles are held to sm_90's 227 KB; there
-a full layer's dk and dv spill a few bytes, and are the fastest measured even so.
+The compiler's report must show at most 99 KB of shared memory per block and no register spills, so
+none in an inner loop. sm_90's tiles must fit 227 KB; there dk and dv of a full layer spill a few
+bytes and are still the fastest measured.
 """
 
 import re
@@ -38,7 +38,7 @@ KERNELS = {
 
 
 def compile_for(arch: int, stage: str, kind: str, tile: Tile, dtype: str, docs: bool, sinks: bool):
-    """(shared memory in bytes, registers, spilled bytes stored and loaded) for gpt-oss's heads."""
+    """Return (shared memory in bytes, registers, spilled bytes) for gpt-oss's heads."""
     kernel = KERNELS[stage]
     constants = {
         "GROUP": 8,
@@ -71,7 +71,7 @@ def compile_for(arch: int, stage: str, kind: str, tile: Tile, dtype: str, docs: 
 
 
 def read_report(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers a thread, and bytes of spill stores and loads, from the assembler."""
+    """Return registers per thread and spilled bytes, as the assembler reports them."""
     command = [PTXAS, "-v", f"--gpu-name=sm_{arch}{'a' if arch == 90 else ''}", "-o", "/dev/null"]
     shown = subprocess.run([*command, "/dev/stdin"], input=ptx, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
@@ -82,7 +82,7 @@ def read_report(ptx: str, arch: int) -> tuple[int, int]:
 
 
 def variants(architecture: str):
-    """(stage, kind, tile, documents, sink gradients) of every kernel the launcher can ask for."""
+    """Yield (stage, kind, tile, documents, sink gradients) of every kernel that can launch."""
     for (stage, kind), tile in TILES[architecture].items():
         for docs in {"full": (False,), "packed": (True,), "window": (False, True)}[kind]:
             for sinks in (False, True) if stage == "dq" else (False,):
@@ -97,7 +97,7 @@ def name_of(value) -> str:
 @pytest.mark.parametrize(
     ("stage", "kind", "tile", "docs", "sinks"), list(variants("sm_80")), ids=name_of
 )
-def test_a_3090_holds_every_kernel(stage, kind, tile, docs, sinks):
+def test_every_kernel_fits_a_3090(stage, kind, tile, docs, sinks):
     shared, _, spilled = compile_for(86, stage, kind, tile, "bf16", docs, sinks)
     assert shared <= LIMIT_BYTES[86]
     assert spilled == 0
@@ -108,7 +108,7 @@ def test_a_3090_holds_every_kernel(stage, kind, tile, docs, sinks):
     [each for each in variants("sm_90") if not each[-1]],
     ids=name_of,
 )
-def test_an_h200_holds_its_tiles(stage, kind, tile, docs, sinks):
+def test_h200_tiles_fit_an_h200(stage, kind, tile, docs, sinks):
     shared, _, spilled = compile_for(90, stage, kind, tile, "bf16", docs, sinks)
     assert shared <= LIMIT_BYTES[90]
     assert spilled <= (64 if stage == "dkdv" else 0)
@@ -117,8 +117,8 @@ def test_an_h200_holds_its_tiles(stage, kind, tile, docs, sinks):
 def compile_simply(
     kernel, constants: dict, fp32: tuple[str, ...], arch: int, dtype="bf16", others=None
 ) -> tuple[int, int]:
-    """(shared memory in bytes, spilled bytes) with four warps; pointers are `dtype`'s but for those
-    named, numbers int32, and nothing is known to be divisible."""
+    """Return (shared memory, spilled) in bytes with four warps. Pointers have `dtype` unless named,
+    integers are int32, and no divisibility is assumed."""
     types = dict.fromkeys(fp32, "*fp32") | (others or {})
     signature = {
         name: "constexpr"
@@ -132,7 +132,7 @@ def compile_simply(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_a_3090_holds_the_kernel_that_puts_parts_together(dtype):
+def test_join_kernel_fits_a_3090(dtype):
     constants = {"PARTS": attention_split.MOST_PARTS, "D": 64}
     fp32 = ("part_out_ptr", "part_lse_ptr", "lse_ptr")
     shared, spilled = compile_simply(attention_split.combine_kernel, constants, fp32, 86, dtype)
@@ -140,7 +140,7 @@ def test_a_3090_holds_the_kernel_that_puts_parts_together(dtype):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_3090_holds_the_kernel_that_takes_sinks_in(parts):
+def test_sink_kernel_fits_a_3090(parts):
     constants = {"HAS_MORE": parts == 2, "QUERIES": attention_join.QUERIES, "D": 64}
     fp32 = ("lse_ptr", "more_lse_ptr", "sinks_ptr", "total_ptr")
     assert attention_join.WARPS == 4
@@ -157,7 +157,7 @@ def test_fp32_fits_a_3090(stage, kind, tile):
 
 
 def test_the_report_shows_a_tile_that_does_not_fit():
-    """The reading itself: a tile far too large must be seen as such."""
+    """Check the report reader: it must notice a tile that is far too large."""
     shared, _, spilled = compile_for(86, "dkdv", "full", Tile(128, 128, 4, 4), "bf16", False, False)
     assert shared > LIMIT_BYTES[86]
     assert spilled > 0
@@ -177,8 +177,8 @@ NEIGHBOURS = [
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(("kernel", "constants", "warps"), NEIGHBOURS, ids=lambda v: str(v)[:40])
-def test_a_3090_holds_the_neighbours_kernels(kernel, constants, warps, dtype):
-    """Norm, rotary and the loss as they are launched in gpt-oss's shape."""
+def test_norm_rotary_and_loss_kernels_fit_a_3090(kernel, constants, warps, dtype):
+    """Compile norm, rotary and loss as launched in gpt-oss's shape."""
     fixed = {"inverse_ptr": "fp32", "dweight_ptr": "fp32", "target_ptr": "i64", "loss_ptr": "fp32"}
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):

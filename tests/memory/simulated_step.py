@@ -1,13 +1,13 @@
-"""A training step of gpt-oss-20b's shape on no device: what it allocates, counted.
+"""Counts the memory that a training step of gpt-oss-20b's shape allocates, without a device.
 
-Run as a script, in a process of its own, because it puts other things in place of torch's and
-Triton's. Tensors are on the meta device, so they have sizes and no contents; kernels are launched
-into the void; every tensor's storage is counted from its making to its end. What runs is the code
-that trains on a GPU: checkpointing, its second pass, autograd, the launchers with their buffers.
+Runs as a script in its own process, because it patches torch and Triton. Tensors are on the meta
+device, so they have sizes but no contents; kernel launches do nothing; every storage is counted
+from allocation to release. The code that runs is the code that trains on a GPU: checkpointing,
+recomputation, autograd, and the launchers with their buffers.
 
     python tests/memory/simulated_step.py '[{"tokens": 4096, "layers": 4, "kept": true}]'
 
-prints, for each case, [bytes of the weights, most bytes at once after they were there].
+prints, for each case, [bytes of the weights, peak bytes once the weights are allocated].
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ROUNDED_TO = 512
 
 
 class Counter(TorchDispatchMode):
-    """Counts the bytes of live storages; answers what has no answer on the meta device."""
+    """Counts bytes of live storages; replaces operators without a meta implementation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Counter(TorchDispatchMode):
         name = func.name()
         if name.startswith("aten::_assert_async"):
             return None
-        if name == "aten::nonzero":  # of labels: the last token has none
+        if name == "aten::nonzero":  # of the labels: the last token has none
             out = torch.empty(args[0].numel() - 1, 1, dtype=torch.int64, device="meta")
         elif name.startswith("aten::mm.dtype"):
             out = args[0].new_empty(args[0].shape[0], args[1].shape[1], dtype=args[2])
@@ -87,7 +87,7 @@ class Counter(TorchDispatchMode):
 
 
 def pretend() -> None:
-    """Puts in place what makes the GPU's code run without one."""
+    """Patch torch, Triton and the package so that the GPU code runs without a GPU."""
     parts: list[tuple[Any, str, Any]] = [
         (torch.Tensor, "is_cuda", property(lambda _: True)),
         (torch, "is_autocast_enabled", lambda *_: False),
@@ -107,7 +107,7 @@ def pretend() -> None:
     ]
     for owner, name, value in parts:
         if not hasattr(owner, name):
-            sys.exit(f"{owner} has no {name} any more: mend this simulation")
+            sys.exit(f"{owner} no longer has {name}: update this simulation")
         setattr(owner, name, value)
 
 
@@ -116,7 +116,7 @@ def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | 
 
 
 def build(layers: int, kept: bool, r: int, experts: bool) -> nn.Module:
-    """`shape_20b.build("masked", ...)` on the meta device."""
+    """Build `shape_20b.build("masked", ...)` on the meta device."""
     config = shape_20b.config_20b(layers)
     model: Any = GptOssForCausalLM._from_config(
         config, dtype=torch.bfloat16, attn_implementation=door.NAME
@@ -144,7 +144,7 @@ def build(layers: int, kept: bool, r: int, experts: bool) -> nn.Module:
 def count_step(
     tokens: int, layers: int, kept: bool, batch: int = 1, r: int = 16, experts: bool = False
 ) -> tuple[int, int]:
-    """(bytes of the weights, most bytes at once in forward and backward pass)."""
+    """Return (bytes of the weights, peak bytes in forward and backward pass)."""
     counter = Counter()
     with torch.device("meta"):
         model = build(layers, kept, r, experts)

@@ -1,4 +1,4 @@
-"""Constants of the planner against the code that they describe, which it may not import."""
+"""Constants of the planner against the code they describe, which it may not import."""
 
 import inspect
 
@@ -14,7 +14,7 @@ from sparselong.memory import stages, storage, timing, training
 from sparselong.tiny.build import TinySpec
 
 
-def test_batches_and_chunks_are_those_of_the_stages():
+def test_batches_and_chunks_match_the_stages():
     assert stages.COMPRESS_BATCH_TOKENS == layer._TOKENS_PER_FORWARD
     assert stages.EVALUATE_BATCH_TOKENS == perplexity._BATCH_TOKENS
     assert training.LOSS_CHUNK_ROWS == cross_entropy.CHUNK_ROWS
@@ -22,8 +22,8 @@ def test_batches_and_chunks_are_those_of_the_stages():
     assert training.BUFFER_BYTES == triton_launch.BUFFER_BYTES
 
 
-def test_weights_are_decoded_where_the_table_says_so():
-    """At that many rows an expert the backend is another than just above it, which decodes."""
+def test_decoding_threshold_matches_the_table():
+    """The backend decodes above that many rows per expert, but not at it."""
     rows = training.DECODED_FROM_ROWS
     for architecture in ("sm_86", *choice.MEASURED):
         below, above = (
@@ -32,18 +32,18 @@ def test_weights_are_decoded_where_the_table_says_so():
         assert below != "decode" and above == "decode", architecture
 
 
-def test_shards_are_linked_up_to_the_same_share():
+def test_stale_share_for_links_matches_the_checkpoint():
     assert storage.LINKED_STALE_SHARE == checkpoint._LINKED_STALE_SHARE
 
 
-def test_the_small_models_work_is_what_it_does():
+def test_work_of_the_tiny_model_matches_its_spec():
     spec = TinySpec()
     assert timing.TINY_STEP_TOKENS == spec.batch_sequences * spec.sequence_len
     items = inspect.signature(demo.write_hellaswag).parameters["items"].default
     assert timing.DEMO_ITEMS == items
 
 
-def test_the_allocator_is_the_one_that_importing_sets(monkeypatch):
+def test_allocator_matches_the_setting_made_on_import(monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     registration.set_environment()
@@ -51,8 +51,8 @@ def test_the_allocator_is_the_one_that_importing_sets(monkeypatch):
     assert registration._ENVIRONMENT.items() <= registration.os.environ.items()
 
 
-def test_optimizers_states_are_those_of_their_tensors():
-    """Two fp32 moments a parameter; in 8 bits two bytes."""
+def test_optimizer_state_sizes_match_the_optimizers():
+    """Two fp32 moments per parameter, or two bytes with 8-bit states."""
     import torch
 
     parameter = torch.nn.Parameter(torch.zeros(64))

@@ -1,4 +1,4 @@
-"""What fits a card, what to change where it does not, and what is kept where there is room."""
+"""What fits a card, what to change if it does not, and what is kept if there is room."""
 
 from pathlib import Path
 
@@ -32,19 +32,19 @@ def test_20b_at_16384_tokens_fits_a_24_gb_card_with_attention_kept():
     assert not memory.suggest_changes(SMALL, load(), fit.CARD_BYTES)
 
 
-def test_four_24_gb_cards_that_share_20b_at_16384_tokens_keep_experts_too():
+def test_20b_at_16384_tokens_on_four_24_gb_cards_also_keeps_experts():
     assert decide(fit.CARD_BYTES, "sequence_parallel_degree=4") == BOTH
 
 
 @pytest.mark.parametrize(("kept", "before"), [(ATTENTION, NOTHING), (BOTH, ATTENTION)])
-def test_auto_keeps_attention_and_then_experts_where_they_fit_with_a_margin(kept, before):
+def test_auto_keeps_attention_then_experts_if_they_fit_with_a_margin(kept, before):
     needed = int(peak(kept=kept) * fit.MARGIN)
     assert decide(needed + 1) == kept
     assert decide(needed - 2) == before
 
 
 @pytest.mark.parametrize("key", ["keep_attention", "keep_experts"])
-def test_a_plain_word_is_followed_and_the_other_key_decided_beside_it(key):
+def test_always_and_never_are_followed_and_the_other_key_is_decided(key):
     always, never = (f"training.{key}={word}" for word in ("always", "never"))
     own = Kept(**{key.removeprefix("keep_"): True})
     other = Kept(*(not word for word in own))
@@ -52,18 +52,18 @@ def test_a_plain_word_is_followed_and_the_other_key_decided_beside_it(key):
     assert decide(100 * GIB, never) == other
     needed = int(peak(kept=BOTH) * fit.MARGIN)
     assert decide(needed + 1, always) == BOTH
-    assert decide(needed - 2, always) == own  # what is always kept takes its room
+    assert decide(needed - 2, always) == own  # what is always kept uses its memory
     needed = int(peak(kept=other) * fit.MARGIN)
     assert decide(needed + 1, never) == other
     assert decide(needed - 2, never) == NOTHING
 
 
-def test_keeping_attention_costs_its_outputs_in_every_second_layer():
+def test_kept_attention_costs_its_outputs_in_every_second_layer():
     parts = training.finetune_memory(SMALL, load(), kept=ATTENTION).components
     assert parts["kept_attention"] == 12 * 16384 * (2 * 4096 + 4 * 64)
 
 
-def test_keeping_experts_costs_their_gate_up_outputs_but_one_that_was_there_already():
+def test_kept_experts_cost_all_gate_up_outputs_but_the_live_one():
     parts, before = (
         training.finetune_memory(SMALL, load(), kept=kept).components for kept in (BOTH, ATTENTION)
     )
@@ -81,7 +81,7 @@ def test_without_checkpoints_or_a_gpu_nothing_is_kept():
     )
 
 
-def test_longest_sequence_is_the_longest():
+def test_largest_sequence_len_is_the_largest_that_fits():
     budget = 17 * GIB
     longest = fit.largest_sequence_len(SMALL, load(), budget)
     assert 0 < longest < 16384 and longest % fit.STEP_TOKENS == 0
@@ -90,9 +90,9 @@ def test_longest_sequence_is_the_longest():
     assert fit.largest_sequence_len(BIG, load("model.base=openai/gpt-oss-120b"), budget) == 0
 
 
-def test_65536_tokens_fit_with_checkpoints_in_host_memory_and_not_without():
-    """It ran on a card capped at 23.6 GiB (benchmarks/results/train_step_long-h200-*.json), by
-    attention that has no sums in fp32, as FlashAttention-2 has."""
+def test_65536_tokens_fit_only_with_checkpoints_in_host_memory():
+    """It ran on a card capped at 23.6 GiB (benchmarks/results/train_step_long-h200-*.json), with
+    attention that, unlike FlashAttention-2, needs no fp32 sums in memory."""
     long, budget = "sequence_len=65536", fit.CARD_BYTES
     assert peak(long, "training.offload_checkpoints=true", "attention_backend=triton") < budget
     assert budget < peak(long, "training.offload_checkpoints=true") < budget * fit.MARGIN
@@ -118,8 +118,8 @@ def test_65536_tokens_fit_with_checkpoints_in_host_memory_and_not_without():
         (["training.keep_experts=always"], "training.keep_experts=auto"),
     ],
 )
-def test_what_to_change_is_true(overrides, first):
-    """Every suggestion that says it fits, fits; and every one saves what it says."""
+def test_suggested_changes_keep_their_promises(overrides, first):
+    """A suggestion that claims to fit must fit, and must save what it claims."""
     budget = int(20.5 * GIB)
     config = load(*overrides)
     told = memory.suggest_changes(SMALL, config, budget)
@@ -139,7 +139,7 @@ def test_what_to_change_is_true(overrides, first):
     assert any("sequence_len=" in text for text in told)
 
 
-def test_nothing_helps_a_model_that_is_too_large():
+def test_no_change_fits_a_model_that_is_too_large():
     config = load("model.base=openai/gpt-oss-120b")
     told = memory.suggest_changes(BIG, config, fit.CARD_BYTES)
     assert told and not any(text.endswith(" fits") for text in told)
@@ -156,13 +156,13 @@ def test_nothing_helps_a_model_that_is_too_large():
         ),
     ],
 )
-def test_a_dry_run_says_how_much_is_missing_and_what_to_do(overrides, parts, tmp_path):
+def test_a_dry_run_reports_the_shortage_and_what_to_change(overrides, parts, tmp_path):
     notes = " ".join(memory.plan_stage(load(*overrides), tmp_path, "03_finetune")["notes"])
     for part in parts:
         assert part in notes
     assert "no change" not in notes or "instead of" not in notes
 
 
-def test_a_dry_run_of_what_fits_says_nothing_of_it(tmp_path):
+def test_a_dry_run_that_fits_has_no_such_note(tmp_path):
     notes = " ".join(memory.plan_stage(load(), tmp_path, "03_finetune")["notes"])
     assert "does not fit" not in notes

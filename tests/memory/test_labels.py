@@ -1,4 +1,4 @@
-"""Components are looked up by key; what they are called is for people."""
+"""Components are looked up by key; labels are only displayed."""
 
 import pytest
 
@@ -28,18 +28,18 @@ def parts_of(plan: memory.Plan) -> list[dict[str, int]]:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_component_has_a_name_of_its_own(config, device):
+def test_every_component_has_a_distinct_label(config, device):
     for parts in parts_of(memory.make_plan(config, device)):
         assert len(labels.label(parts)) == len(parts)
 
 
-def test_every_name_is_in_some_plan():
+def test_every_label_is_used_in_a_plan():
     plans = [memory.make_plan(c, d) for c in CONFIGS.values() for d in ("cpu", "cuda")]
     used = {key for plan in plans for parts in parts_of(plan) for key in parts}
     assert used == labels.LABELS.keys()
 
 
-def test_another_name_changes_no_number(monkeypatch, tmp_path):
+def test_changing_labels_changes_no_figure(monkeypatch, tmp_path):
     def figures() -> list:
         plan = memory.make_plan(CONFIGS["20b"])
         document = memory.plan_stage(CONFIGS["20b"], tmp_path, "03_finetune")

@@ -1,4 +1,4 @@
-"""The planner against published counts, exact storage, measured peaks and files really written."""
+"""The planner against published counts, exact storage, measured peaks and written files."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def load(name: str, *overrides: str):
 CONFIG = load("gpt-oss-120b-4x3090")
 
 
-def test_parameters_equal_the_published_checkpoints():
+def test_parameters_match_the_published_checkpoints():
     def counts(s):
         return (
             *(s.total, s.expert_weights, s.expert_biases, s.attention_weights, s.attention_biases),
@@ -45,7 +45,7 @@ def test_parameters_equal_the_published_checkpoints():
     assert [round(s.active / 1e9, 2) for s in (BIG, SMALL)] == [5.13, 3.61]
 
 
-def test_tiny_shape_is_the_one_that_is_made(untrained_base):
+def test_tiny_shape_matches_the_created_model(untrained_base):
     from sparselong.tiny.build import TinySpec
 
     spec, shape = TinySpec(layers=6), shape_module.tiny_shape(6)
@@ -56,7 +56,7 @@ def test_tiny_shape_is_the_one_that_is_made(untrained_base):
     assert shape_module.read_shape(untrained_base / "config.json") == shape_module.tiny_shape(4)
 
 
-def test_base_groups_equal_the_bytes_of_a_real_checkpoint(untrained_base):
+def test_base_groups_match_the_bytes_of_a_real_checkpoint(untrained_base):
     index = json.loads((untrained_base / "model.safetensors.index.json").read_text())
     planned = sum(storage.base_groups(shape_module.tiny_shape(4)).values())
     assert planned == index["metadata"]["total_size"]
@@ -74,7 +74,7 @@ def test_base_groups_equal_the_bytes_of_a_real_checkpoint(untrained_base):
         (16, "none", 64, 16.0),
     ],
 )
-def test_dense_bits_are_what_packing_stores(bits, sparsity, group, wanted):
+def test_dense_bits_match_packing(bits, sparsity, group, wanted):
     from sparselong.packing.dense import DenseFormat
 
     tensors = DenseFormat(bits, sparsity, group).empty(6, 128)
@@ -105,8 +105,8 @@ def test_compressed_120b_by_group():
     assert storage.masters_bytes(BIG, plain) == 0
 
 
-def test_compressed_tiny_is_what_stage_02_writes():
-    """2,071,904: the tensors that the index of a real compressed tiny model names."""
+def test_compressed_tiny_matches_what_stage_02_writes():
+    """2,071,904 bytes: the tensors in the index of a real compressed tiny model."""
     groups = storage.compressed_groups(shape_module.tiny_shape(4), load("tiny"))
     assert sum(groups.values()) == 2_071_904
 
@@ -134,8 +134,8 @@ def test_only_the_120b_base_can_be_linked():
 
 @pytest.mark.parametrize(("tokens", "measured_gib"), [(4096, 48.9), (8192, 58.8), (16384, 78.4)])
 def test_activations_and_loss_reproduce_the_measured_20b_peaks(tokens, measured_gib):
-    """transformers with bf16 weights: the plan's checkpoints and adapters, weights in bf16, and a
-    loss of whole logits (12 bytes each; alive when no layer is)."""
+    """transformers with bf16 weights: the plan's checkpoints and adapters, bf16 weights, and a loss
+    over all logits (12 bytes each, not alive at the same time as a layer)."""
     plan = training.finetune_memory(SMALL, load("gpt-oss-20b-1x3090", f"sequence_len={tokens}"))
     parts = plan.components
     rest = parts["checkpoints"] + parts["lora"]
@@ -158,15 +158,15 @@ def test_sharded_120b_weights_and_checkpoints():
     assert sharded.peak_bytes / GIB == pytest.approx(20.1, abs=0.05), "README says so"
 
 
-def test_this_version_shares_the_sequence_and_keeps_the_model_on_each_gpu():
+def test_the_sequence_is_sharded_and_the_model_replicated():
     present = training.finetune_memory(BIG, CONFIG)
     assert present.devices == 4
     assert present.components["experts"] == 60_914_073_600
     assert present.components["loss"] == 512 * 201_088 * 2 + 4096 * 2880 * 8
 
 
-def test_the_loss_is_what_was_measured():
-    """benchmarks/results: beside inputs and the gradient, at 16,384 supervised tokens and more."""
+def test_the_loss_matches_the_measurement():
+    """benchmarks/results, without inputs and gradient, from 16,384 supervised tokens."""
     path = sorted((ROOT / "benchmarks/results").glob("neighbours-h200-*.json"))[-1]
     chunks = f"ours, chunks of {training.LOSS_CHUNK_ROWS}"
     for entry in json.loads(path.read_text(encoding="utf-8"))["rows"]:
@@ -179,7 +179,7 @@ def test_the_loss_is_what_was_measured():
             assert entry["value"] + gradient <= 1.05 * planned
 
 
-def test_peak_counts_what_takes_turns_once():
+def test_peak_counts_alternating_parts_once():
     names = (training.LAYER, training.EXPERTS, training.ATTENTION, training.LOSS)
     parts: dict[str, int] = dict(zip((*names, "rest"), (5, 2, 3, 6, 1), strict=True))
     assert training.Memory("cuda", 1, parts).peak_bytes == 1 + 5 + 3
@@ -207,8 +207,8 @@ def test_evaluation_grows_with_the_batch_until_it_is_full():
 
 
 @pytest.mark.parametrize("stage", ["02_compress", "04_eval"])
-def test_only_eager_attention_has_scores(stage):
-    """Stage 04 was planned with eager attention's scores when it had long attended by kernels."""
+def test_only_eager_attention_stores_scores(stage):
+    """Regression: stage 04 was planned with eager scores although it uses kernels."""
     ours, eager = (
         memory.make_plan(load("gpt-oss-20b-1x3090", f"flash_attention={on}"), "cuda").stages[stage]
         for on in ("true", "false")
@@ -227,7 +227,7 @@ def test_time_reproduces_the_arithmetic_limits():
     assert 1.03 < extra < 1.06
 
 
-def test_rates_go_by_the_gpu_s_name():
+def test_rates_are_looked_up_by_gpu_name():
     assert timing.find_rate("NVIDIA H200").flops_per_second == 990e12
     assert timing.find_rate("NVIDIA GeForce RTX 3090").flops_per_second == 71e12
     assert timing.find_rate(None) is timing.CPU

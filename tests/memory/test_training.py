@@ -1,4 +1,4 @@
-"""Stage 03's predicted peak against the real step counted without a device, and against a GPU's."""
+"""Stage 03's predicted peak against a step counted without a device, and against GPUs."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from sparselong.memory import storage
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = memory.PUBLISHED["openai/gpt-oss-20b"]
 CASES = (
-    {"tokens": 256, "layers": 4, "kept": True},  # few rows: nothing is decoded ahead
+    {"tokens": 256, "layers": 4, "kept": True},  # few rows: no weight is decoded in advance
     {"tokens": 1024, "layers": 4, "kept": False, "batch": 2},
     {"tokens": 4096, "layers": 4, "kept": True, "r": 64},
     {"tokens": 16384, "layers": 6, "kept": True},
@@ -34,7 +34,7 @@ def planned(case: dict) -> memory.Memory:
     named = {"keep_attention": "always" if case["kept"] else "never", "rank": case.get("r", 16)}
     named |= {"keep_experts": "always" if case.get("experts") else "never"}
     named |= {name: case[name] for name in ("tokens", "layers", "batch") if name in case}
-    return predict(DEFAULTS | named, "attention_backend=triton")  # which is what is counted
+    return predict(DEFAULTS | named, "attention_backend=triton")  # as in the simulation
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def counted() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
-def test_the_plan_is_what_a_step_allocates(counted, number):
+def test_the_plan_matches_what_a_step_allocates(counted, number):
     weights, peak = counted[number]
     case = CASES[number]
     parts = planned(case).components
@@ -61,13 +61,13 @@ def test_the_plan_is_what_a_step_allocates(counted, number):
     fixed = list(parts)[: list(parts).index("lora") + 1]
     assert sum(parts[name] for name in fixed) - optimizer == pytest.approx(weights, rel=1e-4)
     expected = planned(case).peak_bytes - sum(parts[name] for name in unseen) - optimizer
-    # A gradient of the adapters may come before or after the peak.
+    # An adapter gradient may be allocated before or after the peak.
     assert expected - weights == pytest.approx(peak - weights, rel=0.04)
     assert expected == pytest.approx(peak, rel=0.02)
 
 
 def measured() -> list[tuple[dict, dict[str, float]]]:
-    """Each case of every file with what was measured."""
+    """Return each measured case of every file with its figures."""
     found: dict[str, dict[str, float]] = {}
     for path in sorted((ROOT / "benchmarks/results").glob("memory-*.json")):
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
@@ -86,7 +86,7 @@ def test_the_peak_is_predicted_within_five_percent(case, figures):
 
 
 @pytest.mark.parametrize(("case", "figures"), measured(), ids=str)
-def test_what_is_allocated_is_predicted_within_two_percent(case, figures):
+def test_allocated_memory_is_predicted_within_two_percent(case, figures):
     plan = predict(case)
     unseen = plan.components["context"] + plan.components["gaps"]
     assert plan.peak_bytes - unseen == pytest.approx(figures["allocated_bytes"], rel=0.02)

@@ -29,12 +29,12 @@ def test_every_pair_of_patterns_round_trips():
     assert torch.equal(two_four.unpack_mask(packed), mask)
 
 
-def test_first_pattern_lies_in_the_lowest_bits():
+def test_the_first_pattern_is_in_the_lowest_bits():
     mask = torch.tensor([[True, True, False, False]] * 7 + [[False, False, True, True]])
     assert two_four.pack_mask(mask.reshape(1, 32)).tolist() == [[0, 0, 5 << 5]]
 
 
-def test_gather_and_scatter_are_inverse():
+def test_gather_and_scatter_are_inverses():
     mask = random_mask(6, 64)
     values = torch.arange(6 * 64).reshape(6, 64)
     kept = two_four.gather_kept(values, mask)
@@ -66,8 +66,8 @@ def test_nibbles_round_trip_over_all_pairs():
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("exponent", [-60, -8, 0, 30])
-def test_every_code_survives_its_own_rounding(bits, exponent):
-    """quantize(dequantize(codes)) == codes, for all codes and scales of any mantissa."""
+def test_every_code_survives_dequantize_and_quantize(bits, exponent):
+    """quantize(dequantize(codes)) == codes for all codes and scale mantissas."""
     lowest, highest = integer.code_range(bits)
     codes = torch.arange(lowest, highest + 1, dtype=torch.int8).repeat(32, 1)
     mantissas = torch.linspace(1.0, 1.99, 32).reshape(32, 1)
@@ -86,7 +86,7 @@ def test_quantize_rounds_ties_to_even_and_saturates():
 
 @pytest.mark.parametrize(
     ("bits", "sparsity", "group", "bits_per_weight"),
-    [  # computed by hand: kept·bits + 0.75 for patterns + 16/group for scales
+    [  # by hand: kept·bits + 0.75 for patterns + 16/group for scales
         (4, "2:4", 64, 3.0),
         (4, "2:4", 32, 3.25),
         (4, "none", 64, 4.25),
@@ -96,7 +96,7 @@ def test_quantize_rounds_ties_to_even_and_saturates():
         (16, "none", 64, 16.0),
     ],
 )
-def test_stored_form_round_trips_at_its_promised_size(bits, sparsity, group, bits_per_weight):
+def test_stored_form_round_trips_at_the_expected_size(bits, sparsity, group, bits_per_weight):
     fmt = DenseFormat(bits, sparsity, group)
     rows, columns = 24, 192
     generator = torch.Generator().manual_seed(bits)
@@ -126,7 +126,7 @@ def test_stored_form_round_trips_at_its_promised_size(bits, sparsity, group, bit
         assert torch.equal(weight, product.bfloat16())
 
 
-def test_formats_that_do_not_fit_are_refused():
+def test_invalid_formats_are_refused():
     with pytest.raises(ValueError, match="group size"):
         DenseFormat(4, "none", 64).check("q", 96)
     with pytest.raises(ValueError, match="divisible by 32"):

@@ -1,4 +1,4 @@
-"""MXFP4: every byte under every scale, and rounding to the nearest code."""
+"""MXFP4: decoding of every byte at every scale, and rounding to the nearest code."""
 
 import pytest
 import torch
@@ -9,16 +9,16 @@ CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def all_bytes() -> torch.Tensor:
-    """[256, 1, 16]: row b holds byte b sixteen times."""
+    """Return [256, 1, 16]: row b contains byte b sixteen times."""
     return torch.arange(256, dtype=torch.uint8).reshape(256, 1, 1).expand(256, 1, 16).contiguous()
 
 
-def test_every_byte_under_every_scale_decodes_exactly():
-    """All 256 bytes under all 255 scales, both nibbles, against the format's text."""
+def test_every_byte_at_every_scale_decodes_exactly():
+    """All 256 bytes at all 255 scales, both nibbles, against the format's specification."""
     blocks, powers = all_bytes(), torch.arange(255, dtype=torch.float64) - 127
     values = torch.tensor([*CODES, *(-code for code in CODES)], dtype=torch.float64)
     halves = values[torch.stack([torch.arange(256) & 15, torch.arange(256) >> 4], 1)]
-    # float32 holds every product but those above its largest power of two
+    # float32 represents every product except those beyond its largest power of two
     exact = (halves * torch.exp2(powers)[:, None, None]).float()
     for scale in range(255):
         scales = torch.full((256, 1), scale, dtype=torch.uint8)
@@ -42,7 +42,7 @@ def test_packed_codes_round_trip():
 
 
 @pytest.mark.parametrize("exponent", [-100, -20, 0, 5, 100])
-def test_encode_chooses_the_nearest_code(exponent):
+def test_encode_rounds_to_the_nearest_code(exponent):
     generator = torch.Generator().manual_seed(exponent + 200)
     weight = torch.randn(64, 96, generator=generator) * 2.0**exponent
     blocks, scales = mxfp4.encode(weight)
@@ -53,10 +53,10 @@ def test_encode_chooses_the_nearest_code(exponent):
     nearest = distance.amin(-1) * step
     assert torch.allclose((decoded - weight.double().reshape(64, 3, 32)).abs(), nearest)
     largest = weight.reshape(64, 3, 32).abs().amax(-1).double() / step.squeeze(-1)
-    assert bool(((largest >= 4) & (largest < 8)).all())  # OCP: the largest lands in the top binade
+    assert bool(((largest >= 4) & (largest < 8)).all())  # OCP: the largest is in the top binade
 
 
-def test_ties_go_to_the_even_code():
+def test_ties_round_to_the_even_code():
     block = torch.zeros(32)
     block[:8] = torch.tensor([4.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     blocks, scales = mxfp4.encode(block)
@@ -73,7 +73,7 @@ def test_zeros_and_signs():
     assert torch.equal(positive, -negative)
 
 
-def test_bad_input():
+def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="divisible by 32"):
         mxfp4.encode(torch.zeros(31))
     with pytest.raises(ValueError, match="NaN"):

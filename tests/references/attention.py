@@ -1,6 +1,6 @@
-"""Attention with sinks by its definition in fp64: one head of one sequence at a time.
+"""Attention with sinks by definition, in fp64: one head of one sequence at a time.
 
-Gradients are torch's own. Shares no code with the package.
+autograd computes the gradients. Shares no code with the package.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ def attention_reference(
     scale: float | None = None,
     offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp, the sink included, of every query.
+    """Return output and log-sum-exp (including the sink) of every query.
 
-    A query at position p sees the key at j if j <= p, p - j < window, and both are tokens of one
-    document. Its weights are exp(score) over the sum of all it sees and of exp(sink).
+    A query at position p sees the key at j if j <= p, p - j < window, and both are in the same
+    document. Its weights are exp(score) over the sum of exp(score) of its keys and exp(sink).
 
     Args:
         q: [batch, heads, queries, head_dim]; query i has position offset + i.
-        k, v: [batch, kv_heads, keys, head_dim]; consecutive heads share one.
+        k: [batch, kv_heads, keys, head_dim]; consecutive heads share one KV head.
+        v: same shape as k.
         sinks: [heads].
-        boundaries: where documents begin on the flattened [batch, keys] axis, and its end.
-        scale: of the scores; 1 / sqrt(head_dim) if None.
+        boundaries: document starts on the flattened [batch, keys] axis, and its end.
+        scale: factor of the scores; 1 / sqrt(head_dim) if None.
 
     Returns:
         fp64 [batch, heads, queries, head_dim] and [batch, heads, queries].
@@ -49,7 +50,7 @@ def attention_reference(
             visible = visible & (position - key < window)
         if boundaries is not None:
             document = torch.zeros(keys, dtype=torch.int64, device=q.device)
-            for boundary in boundaries:  # counts those at or before each key
+            for boundary in boundaries:  # count the boundaries at or before each key
                 document += torch.arange(row * keys, (row + 1) * keys, device=q.device) >= boundary
             visible = visible & (document[position] == document[None, :])
         for head in range(heads):

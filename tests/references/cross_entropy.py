@@ -1,4 +1,4 @@
-"""Linear layer and cross-entropy in plain torch, every logit at once: what tests trust."""
+"""Reference for linear layer and cross-entropy: plain torch, all logits at once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from torch.nn import functional
 def linear_cross_entropy_reference(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Sum of the losses of the rows whose label is not -100, in fp32 (fp64 from fp64).
+    """Return the loss summed over rows with a label other than -100, in fp32 or fp64.
 
     Args:
-        hidden: [rows, width]; weight: [vocab, width]; labels: int64 [rows].
+        hidden: [rows, width]; fp64 input gives fp64 losses.
+        weight: [vocab, width].
+        labels: int64 [rows].
     """
     logits = functional.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,7 +1,7 @@
-"""The experts' pass in plain torch: what the kernels and the CPU's backend are checked against.
+"""Reference for the experts in plain torch, against which all backends are tested.
 
-The definition, and nothing else: every expert over all tokens, its weight read from a table of
-sixteen values. Gradients are torch's own. It shares no code with the backends.
+It follows the definition: every expert runs on all tokens, with weights decoded through a table of
+sixteen values. autograd computes the gradients. It shares no code with the backends.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def decode_reference(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """uint8 blocks [..., G, 16] and scales [..., G] → fp64 [..., 32 G], low nibble first."""
+    """Decode blocks [..., G, 16] and scales [..., G] to fp64 [..., 32 G], low nibble first."""
     table = torch.tensor(CODES + tuple(-c for c in CODES), dtype=torch.float64)
     table = table.to(blocks.device)
     values = torch.stack((table[(blocks % 16).long()], table[(blocks // 16).long()]), -1)
@@ -27,12 +27,14 @@ def expert_mlp_reference(
     adapters: tuple[tuple | None, tuple | None] = (None, None),
     gate: tuple[float, float] = (1.702, 7.0),
 ) -> torch.Tensor:
-    """Weighted sum of the chosen experts' outputs, fp64 [tokens, hidden].
+    """Return the weighted sum of the selected experts' outputs, fp64 [tokens, hidden].
 
     Args:
-        x, expert_indices, routing_weights: as in `expert_mlp`.
+        x: as in `expert_mlp`.
+        expert_indices: as in `expert_mlp`.
+        routing_weights: as in `expert_mlp`.
         stack: (blocks, scales, bias) of gate_up and of down.
-        adapters: (A, B, s) of gate_up and of down, or None. Each expert's W + s B A is made.
+        adapters: (A, B, s) of gate_up and of down, or None; forms W + s B A of each expert.
         gate: alpha and limit.
     """
 

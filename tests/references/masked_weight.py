@@ -1,4 +1,4 @@
-"""A masked LoRA layer's weight by its definition in fp64. Shares no code with the package."""
+"""Weight of a masked LoRA layer by definition, in fp64. Shares no code with the package."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ def masked_weight_reference(
     scale: torch.Tensor | None,
     bits: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight of the forward pass, and where the backward pass lets a gradient through.
+    """Return the weight of the forward pass, and where its gradient passes through.
 
-    W = M + s B A; what the pattern drops is zero; the rest is rounded to the nearest whole multiple
-    of its group's scale, ties to even, from -2^(bits-1) to 2^(bits-1) - 1 times it, then to bf16. A
-    gradient passes where the pattern keeps and the multiple was not cut off.
+    W = M + s B A. Elements dropped by the pattern are zero. The others are rounded to the nearest
+    integer multiple of their group's scale (ties to even), clamped to [-2^(bits-1), 2^(bits-1) - 1]
+    times the scale, then rounded to bf16. A gradient passes if the element is kept and not clamped.
 
     Args:
-        master: [out, in]; lora_a: [r, in]; lora_b: [out, r].
+        master: [out, in].
+        lora_a: [r, in].
+        lora_b: [out, r].
         patterns: uint8 [out, in / 32 * 3]; None keeps everything.
-        scale: [out, groups]; None with 16 bits, which are rounded to bf16 only.
+        scale: [out, groups]; None with 16 bits, which only round to bf16.
 
     Returns:
-        bf16 and bool [out, in].
+        Weight bf16 and mask bool, both [out, in].
     """
     weight = master.double() + scaling * (lora_b.double() @ lora_a.double())
     kept = torch.ones_like(weight, dtype=torch.bool)

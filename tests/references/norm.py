@@ -1,6 +1,6 @@
-"""RMSNorm, and a residual sum with its RMSNorm, by their definition in fp64.
+"""RMSNorm, and residual addition with RMSNorm, by definition in fp64.
 
-Gradients are torch's own. Shares no code with the package.
+autograd computes the gradients. Shares no code with the package.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x over the root of its mean square, times the weight: fp64 [..., hidden]."""
+    """Return x divided by its root mean square, times the weight: fp64 [..., hidden]."""
     x, weight = x.double(), weight.double()
     mean_square = (x * x).sum(-1, keepdim=True) / x.shape[-1]
     return weight * x / (mean_square + eps) ** 0.5
@@ -18,6 +18,6 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 def add_rms_norm_reference(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of the sum, and the sum, neither rounded: fp64 [..., hidden]."""
+    """Return the norm of the sum, and the sum, both unrounded: fp64 [..., hidden]."""
     total = x.double() + residual.double()
     return rms_norm_reference(total, weight, eps), total

@@ -1,5 +1,5 @@
-"""What `kernels/decode/gemv.py` computes, in fp64: the weight unpacked by its definition, then
-multiplied. Shares no code with the package."""
+"""fp64 reference for `kernels/decode/gemv.py`: unpacks the weight by definition and multiplies.
+Shares no code with the package."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def packed_gemv_reference(
     tensors: dict[str, torch.Tensor],
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[rows, in] → [rows, out] in fp64; `fmt` says weight_bits and sparsity (a DenseFormat)."""
+    """Map [rows, in] to fp64 [rows, out]; `fmt` is a DenseFormat (weight_bits and sparsity)."""
     out = x.double() @ _unpack(fmt.weight_bits, fmt.sparsity == "2:4", tensors).T
     return out if bias is None else out + bias.double()
 
 
 def _unpack(bits: int, is_sparse: bool, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """fp64 [out, in]: codes in their places, times their group's scale, rounded to bf16."""
+    """Return fp64 [out, in]: codes times their group's scale, rounded to bf16."""
     values = tensors["weight_packed"]
-    if bits == 4:  # two codes a byte, the low nibble first, from -8 to 7
+    if bits == 4:  # two codes per byte, low nibble first, from -8 to 7
         nibbles = torch.stack((values % 16, values // 16), -1).flatten(1).long()
         values = nibbles - 16 * (nibbles >= 8)
     weight = values.double()

@@ -1,6 +1,6 @@
-"""Rotary embedding by its definition in fp64: pairs as complex numbers, turned by an angle.
+"""Rotary embedding by definition, in fp64: pairs as complex numbers, rotated by an angle.
 
-Gradients are torch's own. Shares no code with the package.
+autograd computes the gradients. Shares no code with the package.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 def rotate_reference(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys [batch, heads, tokens, head_dim] turned, in fp64.
+    """Rotate queries and keys [batch, heads, tokens, head_dim] in fp64.
 
-    Element i of the first half and element i of the second are one complex number; it is multiplied
-    by cos + i sin, [batch or 1, tokens, head_dim / 2].
+    Element i of the first half and element i of the second half form a complex number, which is
+    multiplied by cos + i sin, [batch or 1, tokens, head_dim / 2].
     """
     turn = torch.complex(cos.double(), sin.double())
 

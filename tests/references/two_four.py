@@ -1,16 +1,16 @@
-"""The stored 2:4 patterns, read by their definition. Shares no code with the package."""
+"""Stored 2:4 patterns decoded by definition. Shares no code with the package."""
 
 from __future__ import annotations
 
 import torch
 
 KEPT = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
-"""Of four neighbouring weights, those that each pattern number keeps."""
+"""Positions kept of four adjacent weights, by pattern number."""
 
 
 def kept_reference(patterns: torch.Tensor) -> torch.Tensor:
-    """bool [out, in] from uint8 [out, in / 32 * 3]: eight patterns of three bits in three bytes,
-    the first in the lowest bits."""
+    """Decode uint8 [out, in / 32 * 3] to bool [out, in]: three bytes hold eight 3-bit patterns, the
+    first in the lowest bits."""
     first, second, third = (patterns[:, byte::3].long() for byte in range(3))
     word = first + 256 * second + 65536 * third
     columns = []

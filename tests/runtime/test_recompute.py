@@ -1,4 +1,4 @@
-"""What a recomputation skips: kept once, returned in order, the same bits."""
+"""Work that recomputation skips: computed once, returned in order, bit-identical."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ calls = []
 
 
 class Toy(torch.autograd.Function):
-    """exp, as attention stands in the autograd graph: what it saves comes out of `attend_once`."""
+    """exp, structured like attention in the autograd graph: it saves `attend_once`'s results."""
 
     @staticmethod
     def forward(ctx, x):
@@ -55,7 +55,7 @@ def gradient(x, **arguments):
     return x.grad
 
 
-def test_each_attention_of_a_checkpointed_layer_is_computed_once_and_gradients_are_the_same_bits():
+def test_kept_attention_runs_once_with_bit_identical_gradients():
     x = torch.randn(3, 4)
     plain = gradient(x)
     assert len(calls) == 4
@@ -64,14 +64,14 @@ def test_each_attention_of_a_checkpointed_layer_is_computed_once_and_gradients_a
     assert torch.equal(plain, kept)
 
 
-def test_windows_and_layers_that_are_not_to_keep_attend_twice():
-    gradient(torch.randn(2, 3), context_fn=keep)  # [2, 3] stands for a window layer, [2, 2] not
+def test_window_layers_and_layers_without_keeping_attend_twice():
+    gradient(torch.randn(2, 3), context_fn=keep)  # [2, 3] is a window layer, [2, 2] is not
     assert [tuple(shape) for shape in calls] == [(2, 3), (2, 2), (2, 3)]
     gradient(torch.randn(3, 4), context_fn=partial(checkpoint_contexts, False))
     assert len(calls) == 4
 
 
-def test_a_layer_knows_in_which_pass_it_is():
+def test_a_layer_knows_its_current_pass():
     seen = []
 
     def look(x):
@@ -85,7 +85,7 @@ def test_a_layer_knows_in_which_pass_it_is():
     assert seen == [(False, False), (True, False), (True, True), (False, False)]
 
 
-def test_backward_finds_what_the_recomputation_before_it_began():
+def test_backward_finds_what_its_recomputation_began():
     found = []
 
     class Begins(torch.autograd.Function):
@@ -109,8 +109,8 @@ def test_backward_finds_what_the_recomputation_before_it_began():
     assert found == [[0], [1], []]
 
 
-def test_two_layers_of_one_graph_keep_their_own():
-    """The backward pass comes to the later layer first."""
+def test_two_layers_of_one_graph_keep_separate_results():
+    """The backward pass reaches the later layer first."""
     calls.clear()
     x = torch.randn(3, 4, requires_grad=True)
     a = checkpoint(layer, x, use_reentrant=False, context_fn=keep)
@@ -122,7 +122,7 @@ def test_two_layers_of_one_graph_keep_their_own():
     assert torch.allclose(x.grad, expected.grad, rtol=1e-6)
 
 
-def test_a_graph_that_is_kept_can_be_gone_through_again():
+def test_a_retained_graph_can_run_backward_again():
     calls.clear()
     x = torch.randn(3, 4, requires_grad=True)
     loss = checkpoint(layer, x, use_reentrant=False, context_fn=keep)
@@ -142,36 +142,36 @@ def test_without_checkpointing_nothing_is_kept():
 
 @pytest.fixture(scope="module")
 def experts() -> dict[str, dict]:
-    """What the two ways differ in, by pass; a layer calls its experts twice, in two slices each."""
+    """Return the differences by pass; a layer calls its experts twice, in two slices each."""
     return run_interpreted("interpreted_recompute")
 
 
 @pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
-def test_kept_experts_have_the_same_gradients_and_no_second_product(experts, kind):
+def test_kept_experts_skip_the_gate_up_product_with_equal_gradients(experts, kind):
     found = experts[kind]
     assert found["finite"] and found["equal"] and found["equal_again"]
-    n = 2 if kind == "biases" else 4  # a bias's gradient is one sum over all tokens
+    n = 2 if kind == "biases" else 4  # a bias gradient is one sum over all tokens
     assert found["made"] == {
         "forward": n, "held": 0, "once": 2 * n, "left": 0, "twice": 3 * n, "left again": 0,
     }  # fmt: skip
-    # A graph gone through again makes again what the first time has used up.
+    # A second backward pass recomputes what the first one freed.
     assert found["kept"] == {
         "forward": n, "held": n, "once": n, "left": 0, "twice": 2 * n, "left again": 0,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
-def test_gradients_lie_as_their_tensors_do(experts, kind):
-    """Adapters are views of PEFT's matrices; a gradient of another layout would be copied."""
+def test_gradients_have_the_strides_of_their_tensors(experts, kind):
+    """Adapters are views of PEFT's matrices; gradients in another layout would be copied."""
     assert experts[kind]["laid_out_alike"]
 
 
-def test_what_is_trained_changes_no_other_gradient(experts):
-    """Checkpointed or not; what is frozen is not written to."""
+def test_the_set_of_trained_tensors_changes_no_gradient(experts):
+    """This holds with and without checkpointing; frozen tensors are not written to."""
     assert len(experts["some"]) == 6 and all(experts["some"].values())
 
 
 @pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
-def test_a_backward_pass_that_broke_off_leaves_nothing_to_the_next(experts, kind):
-    """Out of memory in one slice: what later slices kept must not stand for the first one's."""
+def test_an_interrupted_backward_pass_does_not_affect_the_next(experts, kind):
+    """After running out of memory in one slice, later slices' results must not be mixed up."""
     assert experts[kind]["equal_after_failure"]

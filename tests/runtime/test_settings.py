@@ -1,4 +1,4 @@
-"""What a pass must know: blocks nest and end, and backward passes and recomputations find them."""
+"""Settings: blocks nest and end; backward passes and recomputations use the right ones."""
 
 import sys
 import threading
@@ -12,11 +12,11 @@ from sparselong.runtime import settings as settings_module
 from sparselong.runtime.recompute import checkpoint_contexts
 from sparselong.runtime.settings import Settings, current, restoring, using
 
-REENTRANT_DEPTH = 70  # autograd runs backward passes within backward passes in new threads from 60
+REENTRANT_DEPTH = 70  # autograd starts new threads for backward passes nested deeper than 60
 
 
 def in_thread(function):
-    """Run the function in a thread of its own and return its result."""
+    """Run the function in a new thread and return its result."""
     results = []
     thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()
@@ -46,7 +46,7 @@ def test_an_exception_ends_its_block():
     assert current().inference_tokens is None
 
 
-def test_what_is_no_setting_is_refused_and_changes_nothing():
+def test_an_invalid_setting_is_refused_and_changes_nothing():
     with pytest.raises(TypeError, match="backend"):
         using(backend="triton")
     with pytest.raises(AttributeError):
@@ -54,7 +54,7 @@ def test_what_is_no_setting_is_refused_and_changes_nothing():
     assert current() == Settings()
 
 
-def test_generators_that_yield_inside_leave_nothing_behind_in_whatever_order_they_end():
+def test_generators_that_yield_inside_a_block_end_cleanly_in_any_order():
     def generate(tokens):
         with using(inference_tokens=tokens):
             yield current().inference_tokens
@@ -62,7 +62,7 @@ def test_generators_that_yield_inside_leave_nothing_behind_in_whatever_order_the
     first, second = generate(1), generate(2)
     assert (next(first), next(second)) == (1, 2)
     first.close()
-    assert current().inference_tokens == 2  # a generator lends its settings while it waits
+    assert current().inference_tokens == 2  # a suspended generator leaves its settings active
     second.close()
     assert current() == Settings()
     third = generate(3)
@@ -73,7 +73,7 @@ def test_generators_that_yield_inside_leave_nothing_behind_in_whatever_order_the
     assert current() == Settings()
 
 
-def test_a_thread_begins_with_the_defaults_and_keeps_its_settings_to_itself():
+def test_a_thread_starts_with_defaults_and_its_settings_are_local():
     def look():
         before = current()
         with using(inference_tokens=5):
@@ -100,7 +100,7 @@ def test_a_thread_begins_with_the_defaults_and_keeps_its_settings_to_itself():
 
 
 class _Deep(torch.autograd.Function):
-    """The identity, whose backward pass runs others within itself and notes what it finds."""
+    """Identity whose backward pass runs nested ones and records the settings it finds."""
 
     @staticmethod
     def forward(ctx, x, depth, seen):
@@ -117,7 +117,7 @@ class _Deep(torch.autograd.Function):
         return grad, None, None
 
 
-def test_threads_of_autograd_find_the_settings_of_who_asks_for_the_backward_pass():
+def test_autograd_threads_use_the_settings_of_the_calling_thread():
     seen = []
     x = torch.ones(1, requires_grad=True)
     with using(inference_tokens=7):
@@ -144,7 +144,7 @@ def test_autograd_does_not_guess_between_threads_with_different_settings():
     assert entered.wait(20)
     try:
         x = torch.ones(1, requires_grad=True)
-        with using(inference_tokens=5):  # the same: nothing to guess
+        with using(inference_tokens=5):  # equal settings: not ambiguous
             _Deep.apply(x, REENTRANT_DEPTH, seen := []).sum().backward()
         assert {found.inference_tokens for _, found in seen} == {5}
         with pytest.raises(RuntimeError, match="different"), using(inference_tokens=6):
@@ -158,8 +158,8 @@ def test_autograd_does_not_guess_between_threads_with_different_settings():
 
 
 @pytest.mark.parametrize("place", ["here", "in a thread", "in autograd's thread"])
-def test_a_recomputation_has_the_settings_of_its_forward_pass(place):
-    """Two layers under different settings, gone through backward under others again."""
+def test_recomputation_uses_the_settings_of_its_forward_pass(place):
+    """Two layers with different settings run backward under a third set of settings."""
     seen, threads = [], set()
 
     def layer(x, name):
@@ -192,7 +192,7 @@ def test_a_recomputation_has_the_settings_of_its_forward_pass(place):
 
 
 class _Within(torch.autograd.Function):
-    """The identity, in whose backward pass, some passes deep, `go_backward` is called."""
+    """Identity whose backward pass nests `depth` levels and then calls `go_backward`."""
 
     @staticmethod
     def forward(ctx, x, go_backward, depth):
@@ -210,7 +210,7 @@ class _Within(torch.autograd.Function):
         return grad, None, None
 
 
-def test_plain_checkpointing_has_the_settings_around_the_backward_pass():
+def test_plain_checkpointing_uses_the_settings_of_the_backward_pass():
     seen = []
 
     def layer(x):

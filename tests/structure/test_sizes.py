@@ -1,6 +1,6 @@
-"""Files of 400 lines, functions of 50 and nine arguments at most; Triton kernels of 150 lines.
+"""Limits: 400 lines per file, 50 lines and nine arguments per function, 150 lines per kernel.
 
-Arguments count `*args` and `**kwargs` as one each and a method's `self` not.
+`*args` and `**kwargs` count as one argument each; a method's `self` does not count.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ FIXED = {
     "sparselong/model/fused.py _forward": "transformers' GptOssForCausalLM.forward",
     "sparselong/model/attention.py attention_forward": "transformers' attention functions",
 }
-"""Signatures of more arguments that another library fixes, and which."""
+"""Longer signatures that another library fixes, with what fixes them."""
 
 
 def functions(path: Path) -> Iterator[tuple[Function, bool, bool]]:
-    """Functions of a file, whether each is a Triton kernel and whether it is a method."""
+    """Yield (function, is a Triton kernel, is a method) for each function of a file."""
     module = tree.parse(path)
     methods = {
         id(node)
@@ -48,7 +48,7 @@ def count_arguments(node: Function, is_method: bool) -> int:
 
 
 def too_large(root: Path) -> dict[str, int]:
-    """What is beyond the limits, and its size."""
+    """Return the sizes of everything beyond the limits, by name."""
     folders = [root / "sparselong", root / "benchmarks"]
     paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     found = {}
@@ -90,6 +90,6 @@ CASES = {
 
 
 @pytest.mark.parametrize(("text", "suffix", "size"), CASES.values(), ids=CASES)
-def test_what_is_too_large_is_noticed(tmp_path, text, suffix, size):
+def test_exceeding_a_limit_is_noticed(tmp_path, text, suffix, size):
     found = too_large(tree.write_tree(tmp_path, {"model/a.py": text}))
     assert found == ({} if suffix is None else {f"sparselong/model/a.py{suffix}": size})

@@ -1,4 +1,4 @@
-"""Strings that name modules: each leads to a module, and none goes around the floors."""
+"""Strings that name modules: each must resolve, and none may bypass the import rules."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ DOORS = {
     ("sparselong.registration", "sparselong.model.quantizer"),
     ("sparselong.registration", "sparselong.model.attention"),
 }
-"""Who may name a module of a higher floor, and which."""
+"""(module, name) pairs that may name a module of a higher floor."""
 
 
 def named(path: Path) -> list[tuple[int, str]]:
-    """Lines and dotted names of a file's strings that are names of our modules as a whole."""
+    """Return (line, dotted name) of the strings that are exactly a dotted name of ours."""
     docstrings = {
         id(node.body[0].value)
         for node in ast.walk(tree.parse(path))
@@ -41,7 +41,7 @@ def named(path: Path) -> list[tuple[int, str]]:
 
 
 def resolve(name: str, root: Path) -> str | None:
-    """The module that a dotted name leads to: itself, or one that defines its last part."""
+    """Return the module of a dotted name, or the one that defines its last part."""
     if tree.find_module(name, root) is not None:
         return name
     module, _, attribute = name.rpartition(".")
@@ -60,10 +60,10 @@ def string_breaches(root: Path) -> list[str]:
         for line, name in named(path):
             reached, where = resolve(name, root), f"{path.relative_to(root)}:{line}"
             if reached is None:
-                found.append(f"{where} names {name}, which there is not")
+                found.append(f"{where} names {name}, which does not exist")
             elif module.startswith(f"{PACKAGE}.") and (module, name) not in DOORS:
                 if breaks_a_floor(module.split(".")[1:], reached.split(".")[1:]):
-                    found.append(f"{where} names {name} of a higher floor, or beside its own")
+                    found.append(f"{where} names {name} of a higher or the same floor")
     return found
 
 
@@ -71,20 +71,20 @@ def test_strings_name_modules_that_exist_and_obey_the_floors():
     assert string_breaches(ROOT) == []
 
 
-def test_every_door_is_used():
+def test_every_exempt_pair_is_used():
     used = {(dotted(path, ROOT), name) for path in tree.sources(ROOT) for _, name in named(path)}
     assert used >= DOORS
 
 
-def test_the_plugin_and_the_ranks_program_are_among_them():
-    """The two that nothing but a string leads to."""
+def test_the_plugin_and_the_rank_program_are_found():
+    """Only strings refer to these two."""
     names = {name for path in tree.sources(ROOT) for _, name in named(path)}
     assert "sparselong.finetune.axolotl_plugin.SparseLongPlugin" in names
     assert "sparselong.finetune.rank" in names
 
 
-def test_imports_of_the_tests_resolve_also_where_they_need_a_gpu():
-    """tests/gpu is not collected without one, and a module that moved would go unnoticed."""
+def test_imports_of_tests_and_benchmarks_resolve_without_a_gpu():
+    """tests/gpu does not run without a GPU, so a moved module would go unnoticed."""
     missing = []
     for path in sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]):
         for each in tree.imports(path):
@@ -109,10 +109,10 @@ def test_imports_of_the_tests_resolve_also_where_they_need_a_gpu():
 @pytest.mark.parametrize(
     ("text", "breach"),
     [
-        ("x = 'sparselong.finetune.gone'\n", "which there is not"),
-        ("x = 'sparselong.finetune.rank.gone'\n", "which there is not"),
-        ("x = ['-m', 'sparselong.finetune.rank']\n", "of a higher floor"),
-        ("x = 'sparselong.finetune.rank.main'\n", "of a higher floor"),
+        ("x = 'sparselong.finetune.gone'\n", "which does not exist"),
+        ("x = 'sparselong.finetune.rank.gone'\n", "which does not exist"),
+        ("x = ['-m', 'sparselong.finetune.rank']\n", "of a higher or the same floor"),
+        ("x = 'sparselong.finetune.rank.main'\n", "of a higher or the same floor"),
         ("x = 'sparselong.config.schema'\n", None),
         ("'''sparselong.finetune.rank'''\n", None),
         ("x = 'see sparselong.finetune.rank'\n", None),

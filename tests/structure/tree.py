@@ -1,6 +1,6 @@
 """The repository as syntax trees: modules, what they import, and what they define.
 
-Every function takes the root of a tree, so that a test can point it at one that breaks a rule.
+Functions take a root or path, so that tests can pass a tree that breaks a rule.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Import(NamedTuple):
     module: str
     name: str | None
     bound: str
-    """What the name is called in the importing module."""
+    """Name bound in the importing module."""
 
 
 def parse(path: Path) -> ast.Module:
-    """The syntax tree of a file."""
+    """Return the syntax tree of a file."""
     return _parse(path.read_text(encoding="utf-8"))
 
 
@@ -39,24 +39,24 @@ def _parse(text: str) -> ast.Module:
 
 
 def sources(root: Path, *, inits: bool = False) -> list[Path]:
-    """Modules of the package; with `inits` the folders' `__init__` as well."""
+    """Return the package's modules, and with `inits` also each folder's `__init__`."""
     found = sorted((root / PACKAGE).rglob("*.py"))
     return [path for path in found if inits or path.name != "__init__.py"]
 
 
 def scripts(root: Path) -> list[Path]:
-    """Numbered scripts and examples."""
+    """Return the numbered scripts and the examples."""
     return sorted([*root.glob("[0-9]*.py"), *root.glob("examples/*.py")])
 
 
 def dotted(path: Path, root: Path) -> str:
-    """`sparselong.data.corpus` of sparselong/data/corpus.py; a folder's name of its `__init__`."""
+    """Return `sparselong.data.corpus` for sparselong/data/corpus.py, the folder for `__init__`."""
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def find_module(name: str, root: Path) -> Path | None:
-    """The file of a dotted name, a folder's `__init__` included."""
+    """Return the file of a dotted name; a folder's file is its `__init__`."""
     base = root.joinpath(*name.split("."))
     for path in (base.with_suffix(".py"), base / "__init__.py"):
         if path.is_file():
@@ -65,12 +65,12 @@ def find_module(name: str, root: Path) -> Path | None:
 
 
 def is_folder(name: str, root: Path) -> bool:
-    """Whether a dotted name is a folder of modules."""
+    """Return whether a dotted name is a folder of modules."""
     return (root.joinpath(*name.split(".")) / "__init__.py").is_file()
 
 
 def imports(path: Path) -> Iterator[Import]:
-    """Every import of a file, those inside functions and under TYPE_CHECKING included."""
+    """Yield every import of a file, including those in functions and under TYPE_CHECKING."""
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -84,14 +84,14 @@ def imports(path: Path) -> Iterator[Import]:
 
 
 def public(folder: str, root: Path) -> dict[str, str]:
-    """Public names of a folder and the modules that they come from."""
+    """Return the public names of a folder with the modules that define them."""
     return public_names(folder, root.joinpath(*folder.split("."), "__init__.py"))
 
 
 def target(found: Import, root: Path) -> str:
-    """The module that an import reaches: a name of a folder leads to the module it is listed from.
+    """Return the module that an import reaches; a folder's public name resolves to its module.
 
-    A folder that serves the name itself, and other packages, are returned as they are written.
+    Names that the folder's `__init__` defines, and other packages, are returned unchanged.
     """
     if found.name is None or not is_folder(found.module, root):
         return found.module
@@ -102,9 +102,9 @@ def target(found: Import, root: Path) -> str:
 
 
 def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
-    """Statements that run when a module is imported, those inside `if`, `try` and loops too.
+    """Yield the statements that run on import, including those in `if`, `try` and loops.
 
-    What runs in a script only, under `if __name__ == "__main__"`, is left out.
+    Excludes `if __name__ == "__main__"` blocks.
     """
     pending: list[ast.stmt] = list(tree.body)
     while pending:
@@ -120,7 +120,7 @@ def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
 
 
 def assigned(node: ast.stmt) -> Iterator[tuple[str, ast.expr | None]]:
-    """Names that a statement binds to values, one by one where it can tell them apart."""
+    """Yield names that a statement binds, with their values where they can be separated."""
     if isinstance(node, ast.Assign):
         for each in node.targets:
             names = each.elts if isinstance(each, ast.Tuple) else [each]
@@ -134,7 +134,7 @@ def assigned(node: ast.stmt) -> Iterator[tuple[str, ast.expr | None]]:
 
 
 def defined(path: Path) -> set[str]:
-    """Names that a module defines itself; imported ones are not among them."""
+    """Return the names that a module defines itself, without imported ones."""
     names: set[str] = set()
     for node in top_level(parse(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -144,7 +144,7 @@ def defined(path: Path) -> set[str]:
 
 
 def write_tree(root: Path, files: dict[str, str]) -> Path:
-    """A package in a temporary directory, for a test that breaks a rule."""
+    """Write a package to a temporary directory, for a test that breaks a rule."""
     for name, text in files.items():
         path = root / PACKAGE / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
-"""Gradients of assembled keys by where they belong; tests/distributed holds plain torch's to one
-process's, tests/gpu the compiled kernel to plain torch's."""
+"""Sorting the gradients of assembled keys: the kernel against plain torch, on a CPU.
+
+tests/distributed compares plain torch with one process, tests/gpu the compiled kernel with torch.
+"""
 
 import pytest
 
@@ -9,12 +11,12 @@ from tests.kernels.run_interpreted import run_interpreted
 from tests.kernels.test_sm86 import LIMIT_BYTES, compile_simply
 
 
-def test_the_kernel_gives_what_plain_torch_gives():
+def test_kernel_matches_plain_torch():
     assert run_interpreted("key_gradients_interpreted") == dict.fromkeys(CASES, [True, True])
 
 
 @pytest.mark.parametrize("arch", [86, 90])
-def test_gpus_hold_the_kernel(arch):
+def test_kernel_fits_each_gpu(arch):
     constants = {"KEYS": key_gradients.KEYS, "D": 64}
     assert key_gradients.WARPS == 4
     shared, spilled = compile_simply(

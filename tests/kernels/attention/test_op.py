@@ -1,5 +1,5 @@
 """Attention on a CPU: plain torch against the definition, the kernels in Triton's interpreter,
-what is refused, and who is chosen. The kernels as compiled are tested in tests/gpu."""
+argument checks and the choice of backend. tests/gpu covers the compiled kernels."""
 
 import dataclasses
 import math
@@ -37,8 +37,8 @@ def draw(queries=12, keys=12, batch=1, heads=4, kv_heads=2, head_dim=8, dtype=to
         (1, 11, None, [0, 3, 24]),
     ],
 )
-def test_plain_torch_is_the_definition(queries, offset, window, boundaries):
-    """Output, lse and every gradient; rows=4 puts chunk borders inside."""
+def test_plain_torch_matches_the_definition(queries, offset, window, boundaries):
+    """Compare output, lse and every gradient; rows=4 splits the queries into several chunks."""
     tensors = [t.requires_grad_() for t in draw(queries, 12, batch=2)]
     expected, expected_lse = attention_reference(
         *tensors, boundaries=boundaries, window=window, offset=offset
@@ -60,7 +60,7 @@ def test_plain_torch_is_the_definition(queries, offset, window, boundaries):
 
 
 def test_the_definition_by_hand():
-    """Two queries, two keys of one number each; the sink takes its share and gives nothing."""
+    """Two queries and keys with head_dim 1; the sink takes weight but adds no value."""
     q, k = torch.tensor([1.0, 2.0]).view(1, 1, 2, 1), torch.tensor([0.5, -1.0]).view(1, 1, 2, 1)
     v, sinks = torch.tensor([3.0, 5.0]).view(1, 1, 2, 1), torch.tensor([0.25])
     out, lse = attention_reference(q, k, v, sinks, scale=2.0)
@@ -78,22 +78,22 @@ def test_the_definition_by_hand():
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
-    """Errors of the kernels in Triton's interpreter, by case and result."""
+    """Return the kernels' errors in Triton's interpreter, by case and result."""
     return run_interpreted("interpreted")
 
 
-def test_the_kernels_agree_with_fp64_in_the_interpreter(interpreted):
-    """A NaN compares false, so an element that no program wrote fails here as well."""
+def test_interpreted_kernels_agree_with_fp64(interpreted):
+    """NaN compares false, so an element that no program wrote also fails."""
     assert len(interpreted) >= 30
     for name, errors in interpreted.items():
         limit = EXACT_LIMITS.get(name, 1.5e-6)
         wrong = {key: value for key, value in errors.items() if not value < limit}
         assert not wrong, f"{name}: {wrong}"
     for name in ("half", "half_window"):
-        assert interpreted[name]["dsinks"] < 2e-6, "the sinks' gradient is a sum in fp32"
+        assert interpreted[name]["dsinks"] < 2e-6, "the sinks' gradient is summed in fp32"
 
 
-def test_documents_are_found_once_and_anew_after_a_write():
+def test_documents_are_cached_until_the_boundaries_are_written_to():
     boundaries = torch.tensor([0, 3, 3, 10], dtype=torch.int32)
     first = find_documents(boundaries, 1, 10)
     assert find_documents(boundaries, 1, 10) is first
@@ -107,7 +107,7 @@ def test_documents_are_found_once_and_anew_after_a_write():
         find_documents(boundaries, 1, 11)
 
 
-def test_documents_of_inference_tensors_are_found_every_time():
+def test_documents_of_inference_tensors_are_not_cached():
     with torch.inference_mode():
         boundaries = torch.tensor([0, 3, 10])
         first = find_documents(boundaries, 1, 10)
@@ -116,7 +116,7 @@ def test_documents_of_inference_tensors_are_found_every_time():
 
 
 def test_second_derivatives_are_refused(monkeypatch):
-    """Kernels have none; the gradients of gradients would be silently incomplete."""
+    """The kernels have none, so gradients of gradients would silently be incomplete."""
     plain = kernels.load_backend("torch")
     monkeypatch.setattr(kernels, "load_backend", lambda _: plain)
     tensors = [t.requires_grad_() for t in draw()]
@@ -128,9 +128,9 @@ def test_second_derivatives_are_refused(monkeypatch):
         dq.sum().backward()
 
 
-def test_blocks_that_most_queries_see_come_first():
+def test_blocks_seen_by_most_queries_come_first():
     documents = find_documents(torch.tensor([0, 3, 10, 24]), 2, 12)
-    # Row 0: blocks from 0, 4, 8 end in documents that end at 10, 10, 12; row 1 is one document.
+    # Row 0: blocks at 0, 4, 8 lie in documents ending at 10, 10, 12; row 1 is one document.
     assert documents.order_blocks(4).tolist() == [[0, 1, 2], [0, 1, 2]]
     assert find_documents(torch.tensor([0, 2, 12]), 1, 12).order_blocks(2).tolist() == [
         [1, 2, 3, 4, 0, 5]
@@ -193,8 +193,8 @@ def test_bad_tensors_are_named():
             attention(*tensors)
 
 
-def test_the_choice_by_table():
-    """On paper: a tensor that says it is on a GPU is not needed to rank backends."""
+def test_backend_choice_follows_the_table():
+    """Rank the backends without a GPU: ranking needs no tensor on a device."""
     q = torch.zeros(1, 8, 300, 64, dtype=torch.bfloat16)
     assert choose_backend(q, AttentionCall(Mask(1, 300, 300, 0, None, None), 0.125)) == "torch"
     assert rank_backends("sm_90", "full", False, 16384).order[0] == "torch_cudnn"
@@ -207,8 +207,8 @@ def test_the_choice_by_table():
                 assert sizes == sorted(sizes) and sizes[-1] > 1 << 40
 
 
-def test_parts_are_put_together_with_their_sinks():
-    """By the kernel, and by plain torch on a CPU."""
+def test_parts_are_joined_with_their_sinks():
+    """Check the kernel and plain torch on a CPU."""
     found = run_interpreted("join_interpreted")
     for name, case in join_interpreted.CASES.items():
         limit = 1e-3 if case[-1] == torch.float16 else 1e-6
@@ -216,7 +216,7 @@ def test_parts_are_put_together_with_their_sinks():
             assert out < limit and lse < 1e-6, (name, out, lse)
 
 
-def test_cudnn_is_chosen_where_lengths_come_again(monkeypatch):
+def test_cudnn_is_chosen_for_recurring_lengths(monkeypatch):
     monkeypatch.setattr(kernels, "architecture_of", lambda _: "sm_90")
     q = torch.zeros(1, 8, 2048, 64, dtype=torch.bfloat16)
 
@@ -232,7 +232,7 @@ def test_cudnn_is_chosen_where_lengths_come_again(monkeypatch):
         assert choice(queries, offset) == "triton"
 
 
-def test_what_each_backend_cannot_take():
+def test_each_backend_refuses_unsupported_calls():
     from sparselong.kernels.attention import torch_operators as attention_torch
     from sparselong.kernels.attention import triton_launch as attention_triton
 
@@ -262,7 +262,7 @@ def test_what_each_backend_cannot_take():
     assert "float64" in str(attention_triton.refuse(q.double(), plain))
 
 
-def test_plain_torch_computes_in_fp32_under_autocast_too():
+def test_plain_torch_computes_in_fp32_under_autocast():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 40, 16, requires_grad=True) for heads in (4, 2, 2))
     sinks = torch.randn(4, requires_grad=True)

@@ -1,9 +1,9 @@
-"""The sink correction and the boundaries handed to torch's operators, with stand-ins for these.
+"""The sink correction and the boundaries passed to torch's operators, tested with stand-ins.
 
-The stand-ins do on a CPU what the operators document: plain attention without sinks, causal from
-the bottom right, a window to the left, documents by boundaries; and for the backward pass only
-P = exp(scores - lse) and rowsum(dO * O), as the real ones. That the real ones agree is shown on a
-GPU (tests/gpu/test_attention.py).
+The stand-ins do on a CPU what the operators document: attention without sinks, a causal mask
+aligned bottom-right, a window to the left, and documents given by boundaries. Like the operators,
+their backward pass uses only P = exp(scores - lse) and rowsum(dO * O). tests/gpu/test_attention.py
+tests the operators themselves.
 """
 
 import math
@@ -18,7 +18,7 @@ from tests.references.attention import attention_reference
 
 
 def scores_of(q, k, scale, left, unmasked=False):
-    """[heads, queries, keys] of one document, q and k as [tokens, heads, head_dim]."""
+    """Scores [heads, queries, keys] of one document; q and k are [tokens, heads, head_dim]."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     distance = torch.arange(q.shape[0])[:, None] + k.shape[0] - q.shape[0] - torch.arange(len(k))
@@ -27,7 +27,7 @@ def scores_of(q, k, scale, left, unmasked=False):
 
 
 def split(q, k, cu_q, cu_k):
-    """Slices of queries and keys, one pair a document; dense tensors are one a batch row."""
+    """Return query and key slices per document, or per batch row for dense tensors."""
     if cu_q is None:
         return [((b,), (b,)) for b in range(q.shape[0])]
     spans = zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)
@@ -36,7 +36,7 @@ def split(q, k, cu_q, cu_k):
 
 def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale, **window):
     assert causal and dropout == 0
-    assert max_q > 1 or cu_q is None or len(cu_q) == len(q) + 1  # the operator's own shortcut
+    assert max_q > 1 or cu_q is None or len(cu_q) == len(q) + 1  # the operator's shortcut
     left = window.get("window_size_left", 1 << 30)
     out = torch.empty_like(q).fill_(math.nan)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]) if cu_q is None else q.shape[1::-1], 9.0)
@@ -69,7 +69,7 @@ def backward(
 
 
 def cudnn_forward(q, k, v, bias, computes_lse, dropout, causal, debug, *, scale):
-    """Heads first, the mask from the top left; a square one when causal."""
+    """Heads come first; the mask is aligned top-left and square if causal."""
     assert bias is None and computes_lse and dropout == 0
     assert not causal or q.shape[2] == k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -83,7 +83,7 @@ def cudnn_forward(q, k, v, bias, computes_lse, dropout, causal, debug, *, scale)
 def cudnn_backward(
     dout, q, k, v, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, dropout, causal, *, scale
 ):
-    assert (seed, offset) == ("seed", causal), "what the same part's forward pass returned"
+    assert (seed, offset) == ("seed", causal), "not what the same part's forward pass returned"
     assert (max_q, max_k) == (q.shape[2], k.shape[2])
     dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, q, k, v, out))
     mask = {} if causal else {"unmasked": True}
@@ -111,10 +111,10 @@ def stand_ins(monkeypatch):
         (2, 20, 20, 0, None, None),
         (2, 20, 20, 0, 6, None),
         (1, 8, 30, 22, None, None),
-        (1, 8, 30, 10, 6, None),  # keys after the last query get zero gradients
+        (1, 8, 30, 10, 6, None),  # keys after the last query: zero gradients
         (1, 20, 20, 0, None, [0, 1, 2, 9, 20]),
         (2, 20, 20, 0, 5, [0, 7, 25, 40]),
-        (1, 8, 30, 12, None, [0, 5, 15, 16, 25, 30]),  # documents before, inside, after the shard
+        (1, 8, 30, 12, None, [0, 5, 15, 16, 25, 30]),  # documents before, in and after the shard
         (2, 8, 30, 12, 4, [0, 5, 15, 16, 25, 36, 60]),
         (2, 1, 30, 29, None, [0, 12, 30, 60]),  # decoding a padded batch: one document has no query
     ],
@@ -125,13 +125,13 @@ def test_output_and_gradients_with_sinks(batch, queries, keys, offset, window, b
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(2, 20, 20), (1, 8, 30), (2, 15, 30)])
-def test_cudnn_takes_the_keys_before_its_queries_apart(batch, queries, keys):
+def test_cudnn_splits_off_the_keys_before_its_queries(batch, queries, keys):
     functions = (backend.attend_cudnn, backend.attend_cudnn_backward)
     compare(functions, batch, queries, keys, keys - queries)
 
 
 def compare(functions, batch, queries, keys, offset, window=None, boundaries=None):
-    """Output, lse and gradients of a backend against the reference."""
+    """Compare output, lse and gradients of a backend with the reference."""
     attend, attend_backward = functions
     torch.manual_seed(0)
     q, dout = (torch.randn(batch, 4, queries, 8, dtype=torch.float64) for _ in range(2))
@@ -150,7 +150,7 @@ def compare(functions, batch, queries, keys, offset, window=None, boundaries=Non
     call = AttentionCall(mask, 8**-0.5)
     out, lse, kept = attend(q, k, v, sinks, call)
     got = attend_backward(dout, SavedForward(q, k, v, sinks, out, lse, kept), call)
-    close = {"rtol": 1e-4, "atol": 1e-5}  # sinks and lse are taken in fp32
+    close = {"rtol": 1e-4, "atol": 1e-5}  # sinks and lse are fp32
     torch.testing.assert_close(out, expected.detach(), **close)
     torch.testing.assert_close(lse.double(), expected_lse.detach(), **close)
     for mine, exact in zip(got, grads, strict=True):

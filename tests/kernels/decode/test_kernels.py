@@ -1,4 +1,4 @@
-"""The kernels of generation: in Triton's interpreter against fp64, and compiled for an RTX 3090."""
+"""Generation kernels: in Triton's interpreter against fp64, and compiled for an RTX 3090."""
 
 import pytest
 import triton
@@ -14,8 +14,8 @@ from tests.kernels.run_interpreted import run_interpreted
 from tests.kernels.test_sm86 import LIMIT_BYTES, read_report
 
 FP16_SUMS = 2e-3
-"""Experts sum eight products in fp16 and round the gate's output to fp16, at most 1.2e-3 in these
-cases. Sums of all that a lane has in fp16, twice as many, make 2.8e-3."""
+"""Experts sum eight products in fp16 and round the gate's output to fp16: at most 1.2e-3 in these
+cases. Summing all sixteen products of a lane in fp16 would give 2.8e-3."""
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +23,19 @@ def results():
     return run_interpreted("interpreted_generation")
 
 
-def test_products_with_packed_weights_are_exact_up_to_fp32_sums(results):
+def test_packed_gemv_is_exact_up_to_fp32_sums(results):
     cases = [row for name, row in results.items() if name.startswith("gemv")]
     assert len(cases) == 5
     for row in cases:
         assert row["out"] <= 1e-6 and row["with_residual"] <= 1e-6, row
 
 
-def test_unpacked_weights_are_those_of_plain_torch(results):
+def test_unpacked_weights_match_plain_torch(results):
     cases = [row for name, row in results.items() if name.startswith("unpack")]
     assert cases == [{"wrong": 0}] * 3
 
 
-def test_experts_of_a_few_tokens(results):
+def test_experts_with_few_tokens(results):
     cases = [row for name, row in results.items() if name.startswith("experts")]
     assert len(cases) == 4
     for row in cases:
@@ -44,18 +44,18 @@ def test_experts_of_a_few_tokens(results):
 
 
 @pytest.mark.parametrize("kind", ["full", "window"])
-def test_attention_over_a_cache_that_knows_its_position_on_the_device(results, kind):
+def test_attention_with_the_cache_position_on_the_device(results, kind):
     row = results[f"attention {kind}"]
     assert row["out"] <= 1e-6 and row["left_in_counter"] == 0, row
 
 
-def test_the_router_picks_as_a_stable_sort_does(results):
+def test_router_picks_like_a_stable_sort(results):
     row = results["route"]
     assert row["wrong_experts"] == row["left_in_counter"] == 0, row
     assert row["logits"] <= 1e-6 and row["weights"] <= 1e-6 and row["words"] <= 5e-4, row
 
 
-def test_the_head_finds_its_token_and_the_next_step_its_embedding(results):
+def test_head_returns_the_token_and_its_embedding(results):
     row = results["head"]
     assert row["logits"] <= 1e-6 and row["hidden"] == 0, row
     assert row["wrong_token"] == row["wrong_position"] == row["nan_not_seen"] == 0, row
@@ -119,7 +119,7 @@ FLOATS = ("eps", "alpha", "limit", "h_scale", "h_factor", "scale")
     KERNELS,
     ids=[f"{kernel.__name__}-{n}" for n, (kernel, *_) in enumerate(KERNELS)],
 )
-def test_a_3090_holds_every_kernel(kernel, constants, warps, types):
+def test_every_kernel_fits_a_3090(kernel, constants, warps, types):
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -1,5 +1,5 @@
-"""The masked weight: plain torch and the kernel in Triton's interpreter against the definition,
-and the kernel compiled for an RTX 3090."""
+"""The masked weight: plain torch and the interpreted kernel against the definition, and the
+kernel compiled for an RTX 3090."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from tests.kernels.test_sm86 import LIMIT_BYTES, read_report
 from tests.references.masked_weight import masked_weight_reference
 
 
-def test_the_kernel_gives_the_definitions_weight():
-    """Sums in fp32 instead of fp64 may move a code in a thousand."""
+def test_kernel_matches_the_definition():
+    """fp32 instead of fp64 sums may change one code in a thousand."""
     rows = run_interpreted("masked_weight_interpreted")
     assert len(rows) == 14
     for row in rows:
@@ -25,7 +25,7 @@ def test_the_kernel_gives_the_definitions_weight():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_plain_torch_gives_the_definitions_weight(case):
+def test_plain_torch_matches_the_definition(case):
     weight = draw(case)
     rounded, passing = masked_weight_reference(**vars(weight))
     assert (weight.round() != rounded).float().mean() <= 1e-3
@@ -49,7 +49,7 @@ def test_the_definition_by_hand():
 
 
 @pytest.mark.parametrize("gate", [False, True])
-def test_a_3090_holds_the_kernel(gate):
+def test_kernel_fits_a_3090(gate):
     types = {"result_ptr": "*fp32" if gate else "*bf16", "master_ptr": "*bf16", "a_ptr": "*fp32"}
     types |= {"b_ptr": "*fp32", "patterns_ptr": "*u8", "scale_ptr": "*bf16"}
     types |= dict.fromkeys(("scaling", "lowest", "highest"), "fp32")

@@ -1,5 +1,5 @@
-"""The experts' pass with adapters on a CPU: torch's backend against fp64, plain and checkpointed,
-the kernels in Triton's interpreter, what is refused. tests/gpu has the kernels as compiled."""
+"""Experts with adapters on a CPU: torch's backend against fp64, plain and checkpointed, the
+interpreted kernels, and argument checks. tests/gpu covers the compiled kernels."""
 
 import math
 from functools import partial
@@ -21,10 +21,10 @@ SCALINGS = (0.5, 2.0)
 
 
 def draw() -> dict:
-    """Leaves in fp64 by name (x, weights, biases, A and B of both projections), indices, and the
+    """Return fp64 leaves by name (x, weights, biases, both projections' A and B), indices and the
     stack."""
     torch.manual_seed(0)
-    picks = [torch.randperm(EXPERTS - 1)[:TOP_K] for _ in range(TOKENS)]  # the last has no rows
+    picks = [torch.randperm(EXPERTS - 1)[:TOP_K] for _ in range(TOKENS)]  # the last gets no rows
     leaves = {
         "x": torch.randn(TOKENS, HIDDEN, dtype=torch.float64) * 3,
         "weights": torch.rand(TOKENS, TOP_K, dtype=torch.float64),
@@ -32,7 +32,7 @@ def draw() -> dict:
     weights = []
     for name, out, width in (("gate_up", 2 * INNER, HIDDEN), ("down", HIDDEN, INNER)):
         leaves[f"{name}_a"] = torch.randn(EXPERTS, RANK, width, dtype=torch.float64) / 8
-        # PEFT's layout: [out, r, experts], seen by expert.
+        # PEFT's layout: [out, r, experts], viewed per expert.
         laid_out = torch.randn(out, RANK, EXPERTS, dtype=torch.float64)
         leaves[f"{name}_b"] = laid_out.permute(2, 0, 1)
         shape = (EXPERTS, out, width // 32)
@@ -61,7 +61,7 @@ def ours(case: dict, which: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("which", [("gate_up",), ("down",), ("gate_up", "down")], ids="+".join)
-def test_output_and_gradients_are_the_references(which, checkpointed):
+def test_output_and_gradients_match_the_reference(which, checkpointed):
     case = draw()
     factors = [f"{name}_{part}" for name in which for part in "ab"]
     used = ["x", "weights", "gate_up_bias", "down_bias", *factors]
@@ -85,7 +85,7 @@ def test_output_and_gradients_are_the_references(which, checkpointed):
 
 
 @pytest.mark.parametrize("which", [("gate_up",), ("down",), ("gate_up", "down")], ids="+".join)
-def test_an_adapter_of_zeros_changes_no_bit_of_the_output_and_of_no_other_gradient(which):
+def test_a_zero_adapter_changes_no_bit_of_output_or_other_gradients(which):
     case = draw()
     leaves = case["leaves"]
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_an_adapter_of_zeros_changes_no_bit_of_the_output_and_of_no_other_gradie
     assert all(map(torch.equal, got, wanted))
 
 
-def test_absent_adapters_are_what_one_gets_without_naming_any():
+def test_absent_adapters_equal_no_adapters_argument():
     case = draw()
     call = (case["leaves"]["x"], case["indices"], case["leaves"]["weights"], case["stack"])
     assert NO_ADAPTERS.are_absent and NO_ADAPTERS == Adapters(None, None)
@@ -114,8 +114,8 @@ def test_no_tokens_give_no_output():
     assert expert_mlp(*call, case["stack"], adapters).shape == (0, HIDDEN)
 
 
-def test_generation_leaves_adapters_to_the_small_tiles(monkeypatch):
-    """Chosen by the table it makes room; named, it refuses."""
+def test_generation_backend_refuses_adapters(monkeypatch):
+    """The table falls back to the small tiles; naming the generation backend raises."""
     case, seen = draw(), []
     call = (case["leaves"]["x"][:2].bfloat16(), case["indices"][:2], case["leaves"]["weights"][:2])
     adapters = adapters_of(case["leaves"], ("down",))
@@ -128,7 +128,7 @@ def test_generation_leaves_adapters_to_the_small_tiles(monkeypatch):
             expert_mlp(*call, case["stack"], adapters, backend="generation")
 
 
-def test_the_kernels_agree_with_fp64_in_the_interpreter():
+def test_interpreted_kernels_agree_with_fp64():
     results = run_interpreted("interpreted_expert_lora")
     assert len(results) == 6
     for name, errors in results.items():
@@ -147,7 +147,7 @@ def test_the_kernels_agree_with_fp64_in_the_interpreter():
         (lambda a: a._replace(scaling=math.nan), "adapters.gate_up.scaling: nan; allowed: finite"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(change, message):
+def test_bad_adapters_are_named(change, message):
     case = draw()
     leaves = case["leaves"]
     adapters = Adapters(gate_up=change(adapters_of(leaves, ("gate_up",)).gate_up))
@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused_by_name(change, message):
         expert_mlp(leaves["x"], case["indices"], leaves["weights"], case["stack"], adapters)
 
 
-def test_an_adapter_of_down_is_refused_by_its_own_name():
+def test_a_bad_down_adapter_is_named():
     case = draw()
     adapters = Adapters(down=adapters_of(case["leaves"], ("gate_up",)).gate_up)
     with pytest.raises(ValueError, match=r"adapters.down.a: .* \[5, 3, 64\].*\[5, 3, 96\]"):

@@ -1,5 +1,5 @@
-"""The experts' pass on a CPU: the reference by hand, torch's backend against it, the kernels in
-Triton's interpreter, what is refused, who is chosen. tests/gpu has the kernels as compiled."""
+"""Experts on a CPU: the reference by hand, torch's backend against it, the interpreted kernels,
+argument checks and the choice of backend. tests/gpu covers the compiled kernels."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ EXPERTS, HIDDEN, INNER = 5, 64, 96
 
 
 def draw(tokens: int = 37, top_k: int = 4) -> dict[str, Any]:
-    """expert_mlp's arguments by name; x in fp64 and large enough for the clamps to bite."""
+    """Return expert_mlp's arguments by name; x is fp64 and large enough to reach the clamps."""
     torch.manual_seed(0)
     picks = [torch.randperm(EXPERTS)[:top_k] for _ in range(tokens)]
     found = {
@@ -40,7 +40,7 @@ def draw(tokens: int = 37, top_k: int = 4) -> dict[str, Any]:
 
 
 def replace(stack: ExpertStack, **changes: torch.Tensor) -> ExpertStack:
-    """The stack with other tensors, by names such as gate_up_bias."""
+    """Return the stack with some tensors replaced, by names such as gate_up_bias."""
     for name, tensor in changes.items():
         weight, part = name.rsplit("_", 1)
         stack = stack._replace(**{weight: getattr(stack, weight)._replace(**{part: tensor})})
@@ -48,7 +48,7 @@ def replace(stack: ExpertStack, **changes: torch.Tensor) -> ExpertStack:
 
 
 def test_the_reference_by_hand():
-    """One token, one expert, weights that pick single inputs."""
+    """One token, one expert; each weight row selects one input."""
     codes = torch.zeros(64, 32, dtype=torch.uint8)
     codes[0, 3], codes[1, 4] = 2, 4  # gate 0 is x_3, up 0 is 2 x_4
     gate_up = mxfp4.pack_codes(codes)[None], torch.full((1, 64, 1), 127, dtype=torch.uint8)
@@ -67,20 +67,20 @@ def test_the_reference_by_hand():
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=0)
 
 
-def test_the_references_decoding_is_the_packings():
+def test_reference_decoding_matches_packing():
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(255, 1, 1)
     scales = torch.arange(255, dtype=torch.uint8).view(255, 1).repeat(1, 16)
     expected = mxfp4.decode(blocks, scales, torch.float32)
     assert torch.equal(decode_reference(blocks, scales).float(), expected)
 
 
-def test_the_ptx_looks_up_every_pair_of_codes_in_every_place():
-    """The text itself, emulated: eight codes a word, two bf16 values in each of four words."""
+def test_ptx_decodes_every_pair_of_codes_in_every_byte():
+    """Emulate the PTX text: eight codes per word become four words of two bf16 values."""
     from sparselong.kernels.experts import triton_products as expert_kernels
 
     generator = np.random.default_rng(0)
     words = generator.integers(0, 1 << 32, 4096, dtype=np.uint32)
-    words[:512:2] = np.arange(256, dtype=np.uint32) * 0x01010101  # every byte in every place
+    words[:512:2] = np.arange(256, dtype=np.uint32) * 0x01010101  # every byte in every position
     found = run_ptx(expert_kernels.LOOK_UP_PTX.value, 4, [words])
     halves = [half for word in found for half in (word & 0xFFFF, word >> 16)]
     bits = torch.from_numpy(np.stack(halves, 1).astype(np.uint16).view(np.int16))
@@ -90,7 +90,7 @@ def test_the_ptx_looks_up_every_pair_of_codes_in_every_place():
 
 
 @pytest.mark.parametrize("tokens", [1, 37])
-def test_torchs_backend_is_the_reference(tokens):
+def test_torch_backend_matches_the_reference(tokens):
     call = draw(tokens)
     stack, upstream = call["stack"], torch.randn_like(call["x"])
     given = (call["x"], call["routing_weights"], stack.gate_up.bias, stack.down.bias)
@@ -107,11 +107,11 @@ def test_torchs_backend_is_the_reference(tokens):
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
-    """Errors of the kernels in Triton's interpreter, by case and backend."""
+    """Return the kernels' errors in Triton's interpreter, by case and backend."""
     return run_interpreted("interpreted_experts")
 
 
-def test_the_kernels_agree_with_fp64_in_the_interpreter(interpreted):
+def test_interpreted_kernels_agree_with_fp64(interpreted):
     others = ("decoding", "held")
     cases = {name: errors for name, errors in interpreted.items() if name not in others}
     assert len(cases) == 20
@@ -120,11 +120,11 @@ def test_the_kernels_agree_with_fp64_in_the_interpreter(interpreted):
             assert error < 1e-6, f"{name}: {result} is off by {error:.1e}"
 
 
-def test_every_byte_at_every_scale_decodes_to_the_bit_in_the_interpreter(interpreted):
+def test_interpreted_decoding_is_exact_for_every_byte_and_scale(interpreted):
     assert interpreted["decoding"] == {"inexact": 0}
 
 
-def test_without_gradients_gate_ups_output_is_gone_before_downs_is_made(interpreted):
+def test_without_gradients_gate_up_output_is_freed_before_down_runs(interpreted):
     assert interpreted["held"] == {"kept": 1, "not kept": 0}
 
 
@@ -145,7 +145,7 @@ def test_without_gradients_gate_ups_output_is_gone_before_downs_is_made(interpre
         ({"backend": "packed"}, "backend: packed with cpu tensors; allowed: torch"),
     ],
 )
-def test_a_call_that_does_not_fit_is_refused_by_name(change, message):
+def test_bad_calls_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         expert_mlp(**(draw() | change))
 
@@ -188,7 +188,7 @@ def test_a_call_that_does_not_fit_is_refused_by_name(change, message):
         ("down_bias", torch.zeros(5, 64, device="meta"), "stack.down.bias: on meta; allowed: x's"),
     ],
 )
-def test_a_stack_that_does_not_fit_is_refused_by_name(name, tensor, message):
+def test_bad_stacks_are_named(name, tensor, message):
     call = draw()
     call["stack"] = replace(call["stack"], **{name: tensor})
     with pytest.raises(ValueError, match=message):
@@ -201,7 +201,7 @@ def test_no_tokens_give_no_output():
     assert expert_mlp(**(call | empty)).shape == (0, HIDDEN)
 
 
-def test_inference_goes_in_slices_where_it_is_told_to(monkeypatch):
+def test_inference_runs_in_slices_if_set(monkeypatch):
     call, sizes = draw(), []
 
     def run(part, operands, out, keep):
@@ -219,8 +219,8 @@ def test_inference_goes_in_slices_where_it_is_told_to(monkeypatch):
     assert sizes[3:] == [(37,) * 3]
 
 
-def test_kernels_are_given_what_lies_as_they_read_it(monkeypatch):
-    """They read rows, choices and weights flat."""
+def test_kernels_get_contiguous_inputs(monkeypatch):
+    """Kernels index rows, routed tokens and weights as flat arrays."""
     call, seen = draw(), []
     for name in ("x", "expert_indices", "routing_weights"):
         call[name] = call[name].T.contiguous().T
@@ -234,7 +234,7 @@ def test_kernels_are_given_what_lies_as_they_read_it(monkeypatch):
         )
 
 
-def test_every_call_finds_a_row_of_the_table():
+def test_every_call_matches_a_row_of_the_table():
     assert choose_backend("cpu", 1, 32).backend == "torch"
     for architecture in (*MEASURED, "sm_80", "sm_86", "sm_89"):
         rows = [

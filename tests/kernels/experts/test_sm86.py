@@ -1,7 +1,7 @@
-"""Every kernel of the experts' pass compiled for an RTX 3090 (sm_86), without a GPU.
+"""Every expert kernel compiled for an RTX 3090 (sm_86), without a GPU.
 
-As test_sm86.py: shared memory within 99 KB, no spills. sm_90's tiles, whose operands come through
-tensor descriptors, are held to sm_90's 227 KB.
+As in tests/kernels/test_sm86.py: at most 99 KB of shared memory, no spills. sm_90's tiles, which
+load operands through tensor descriptors, must fit sm_90's 227 KB.
 """
 
 import pytest
@@ -36,7 +36,7 @@ SINGLE = [
     (expert_glue_kernels.sum_rows_kernel, {"BLOCK": 32, "COLUMNS": 128, "WEIGHTED": True}, 4),
     (expert_kernels.decode_kernel, {"GROUPS": 64, "TURNS": 8, "PTX": True}, 8),
 ]
-ADAPTER = {"RANK": 64, "PRECISION": "tf32"}  # the largest rank that the config takes
+ADAPTER = {"RANK": 64, "PRECISION": "tf32"}  # the largest rank that the config accepts
 SINGLE += [
     (expert_lora_kernels.shrink_kernel, {"ROWS": 128, "DEPTH": 64, **ADAPTER}, 4),
     (expert_lora_kernels.expand_kernel, {"ROWS": 128, "COLUMNS": 64, **ADAPTER}, 4),
@@ -45,7 +45,7 @@ SINGLE += [
 
 
 def compile_kernel(kernel, constants: dict, arch: int, warps: int, stages: int, **operands: str):
-    """(shared memory in bytes, spilled bytes stored and loaded); bf16 unless TYPES says more."""
+    """Return (shared memory, spilled) in bytes; operands are bf16 unless TYPES names a type."""
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -66,7 +66,7 @@ def compile_kernel(kernel, constants: dict, arch: int, warps: int, stages: int, 
 
 
 def compile_product(arch: int, backend: str, direction: str, tile: Tile, dtype: str = "bf16"):
-    """The report on one product in gpt-oss's shape, as the launcher would ask for it."""
+    """Compile one product in gpt-oss's shape as the launcher would and return its report."""
     backward = direction == "backward"
     tma = arch == 90 and tile.rows >= 64 and dtype == "bf16"
     constants = {
@@ -117,14 +117,14 @@ def test_fp32_fits_a_3090(backend, direction):
 @pytest.mark.parametrize(
     ("kernel", "constants", "warps"), SINGLE, ids=[kernel.__name__ for kernel, *_ in SINGLE]
 )
-def test_the_other_kernels_fit_a_3090(kernel, constants, warps):
+def test_other_kernels_fit_a_3090(kernel, constants, warps):
     shared, spilled = compile_kernel(kernel, constants, 86, warps, 3)
     assert shared <= LIMIT_BYTES[86]
     assert spilled == 0
 
 
 def test_the_report_shows_a_tile_that_does_not_fit():
-    """The reading itself: a tile far too large must be seen as such."""
+    """Check the report reader: it must notice a tile that is far too large."""
     shared, spilled = compile_product(86, "decode", "forward", Tile(256, 256, 64, 4, 3))
     assert shared > LIMIT_BYTES[86]
     assert spilled > 0

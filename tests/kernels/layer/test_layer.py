@@ -1,5 +1,5 @@
-"""Norms, rotary embedding and the loss on a CPU: the references against transformers' and torch's
-own, the kernels in Triton's interpreter, and what is refused. Compiled kernels: tests/gpu."""
+"""Norms, rotary embedding and loss on a CPU: the references against transformers and torch, the
+interpreted kernels, and argument checks. tests/gpu covers the compiled kernels."""
 
 import pytest
 import torch
@@ -18,19 +18,19 @@ LIMITS = {"norm_half": 3e-4, "softmax_large_True": 2e-5}
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, list[float]]:
-    """Errors of the kernels in Triton's interpreter by case."""
+    """Return the kernels' errors in Triton's interpreter, by case."""
     return run_interpreted("neighbours_interpreted")
 
 
-def test_the_kernels_agree_with_fp64_in_the_interpreter(interpreted):
-    """A NaN compares false, so an element that no program wrote fails here as well."""
+def test_interpreted_kernels_agree_with_fp64(interpreted):
+    """NaN compares false, so an element that no program wrote also fails."""
     assert len(interpreted) >= 20
     for name, errors in interpreted.items():
         assert errors and all(e < LIMITS.get(name, 3e-7) for e in errors), f"{name}: {errors}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_is_transformers(dtype):
+def test_norm_matches_transformers(dtype):
     torch.manual_seed(0)
     module = modeling_gpt_oss.GptOssRMSNorm(96, eps=1e-5).to(dtype)
     module.weight.data.normal_()
@@ -41,7 +41,7 @@ def test_the_norm_is_transformers(dtype):
 
 
 def differentiate(function, inputs) -> tuple[torch.Tensor, ...]:
-    """Outputs, and gradients of every input under random upstream gradients."""
+    """Return outputs and every input's gradient under random upstream gradients."""
     torch.manual_seed(1)
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     outputs = function(*leaves)
@@ -50,7 +50,7 @@ def differentiate(function, inputs) -> tuple[torch.Tensor, ...]:
     return *outputs, *grads
 
 
-def test_plain_torch_is_the_definition_with_its_gradients():
+def test_plain_torch_matches_the_definition_and_its_gradients():
     torch.manual_seed(0)
     x, residual = torch.randn(2, 3, 5, 96, dtype=torch.float64)
     weight = torch.randn(96, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_plain_torch_is_the_definition_with_its_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotary_is_transformers(dtype):
+def test_rotary_matches_transformers(dtype):
     torch.manual_seed(0)
     q, k = torch.randn(2, 7, 4, 16).to(dtype).transpose(1, 2), torch.randn(2, 2, 7, 16).to(dtype)
     cos, sin = torch.randn(2, 2, 7, 8).to(dtype)
@@ -83,7 +83,7 @@ def test_rotary_is_transformers(dtype):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 512])
-def test_the_loss_in_chunks_is_torchs(chunk):
+def test_chunked_loss_matches_torch(chunk):
     torch.manual_seed(0)
     hidden = torch.randn(40, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(90, 16, dtype=torch.float64)
@@ -100,15 +100,15 @@ def test_the_loss_in_chunks_is_torchs(chunk):
         assert linear_cross_entropy(hidden, weight, labels, chunk) == results[0][0]
 
 
-def test_no_label_no_loss():
+def test_loss_without_labels_is_zero():
     hidden = torch.randn(4, 8, requires_grad=True)
     loss = linear_cross_entropy(hidden, torch.randn(9, 8), torch.full((4,), -100))
     loss.backward()
     assert loss == 0 and hidden.grad is not None and not hidden.grad.any()
 
 
-def test_only_a_chunk_of_rows_with_labels_meets_the_vocabulary(monkeypatch):
-    """The sizes of all products: no row without a label, never more rows than a chunk."""
+def test_logits_are_computed_for_one_chunk_of_labelled_rows(monkeypatch):
+    """No product includes a row without a label or more rows than a chunk."""
     sizes = []
     original = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **k: sizes.append(len(a)) or original(a, b, **k))

@@ -1,4 +1,4 @@
-"""The exchange worked out by `plan_exchange`, against the definition of what a query sees."""
+"""Plans of `plan_exchange` against the definition of which keys a query sees."""
 
 import random
 
@@ -21,7 +21,7 @@ def plans(
 
 
 def draw(seed: int) -> tuple[tuple[int, ...], int, int, int, int | None]:
-    """Boundaries, rows, tokens of a row, ranks and window."""
+    """Draw boundaries, rows, tokens per row, ranks and window."""
     chance = random.Random(seed)
     size, rows = chance.choice([2, 3, 4]), chance.choice([1, 1, 2])
     tokens = 2 * size * chance.choice([1, 3, 8])
@@ -39,7 +39,7 @@ def own_positions(rank: int, size: int, tokens: int) -> list[int]:
 def assembled_positions(
     rank: int, all_plans: list[ExchangePlan], size: int, tokens: int
 ) -> list[int]:
-    """Positions of the assembled keys, by carrying out what the plans of all ranks say."""
+    """Return the positions of the assembled keys after executing all ranks' plans."""
     received = []
     for source, plan in enumerate(all_plans):
         positions = own_positions(source, size, tokens)
@@ -52,14 +52,14 @@ def assembled_positions(
 
 
 def seen(query: int, boundaries: tuple[int, ...], row: int, tokens: int, window: int | None):
-    """Positions that a query of a row sees."""
+    """Return the positions that a query of a row sees."""
     start = max(b for b in boundaries if b <= row * tokens + query) - row * tokens
     start = start if window is None else max(start, query - window + 1)
     return list(range(start, query + 1))
 
 
 def seen_in(mask: Mask, row: int, query: int) -> list[int]:
-    """The same in the places of a call's keys."""
+    """Return the same as indices into a call's keys."""
     at = mask.offset + query
     start = 0 if mask.documents is None else int(mask.documents.starts[row, at])
     if mask.window is not None:
@@ -68,7 +68,7 @@ def seen_in(mask: Mask, row: int, query: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_every_query_sees_its_keys_and_each_gradient_goes_home(seed):
+def test_every_query_sees_its_keys_and_gradients_return_to_the_owner(seed):
     boundaries, rows, tokens, size, window = draw(seed)
     all_plans = plans(boundaries, rows, size, window)
     for rank, plan in enumerate(all_plans):
@@ -96,14 +96,14 @@ def test_no_rank_is_sent_what_it_cannot_see():
     whole = plans((0, 64), 1, 4, None)
     assert [sum(plan.sent_rows) for plan in whole] == [3 * 8, 4 * 8, 5 * 8, 6 * 8]
     assert [plan.received_rows[plan_rank] for plan_rank, plan in enumerate(whole)] == [0] * 4
-    # A document for each chunk: nobody needs anything.
+    # One document per chunk: no rank needs remote keys.
     alone = plans(tuple(range(0, 65, 8)), 1, 4, None)
     assert all(sum(plan.sent_rows) == 0 for plan in alone)
     halos = plans((0, 64), 1, 4, 5)
     assert [sum(plan.sent_rows) for plan in halos] == [4, 8, 8, 4]
 
 
-def test_both_runs_attend_alike_but_where_cudnn_would_plan_for_one_batch(monkeypatch):
+def test_chunks_share_a_backend_unless_cudnn_would_plan_for_one_batch(monkeypatch):
     monkeypatch.setattr(attention, "architecture_of", lambda _: "sm_90")
     q = torch.zeros(1, 8, 2048, 64, dtype=torch.bfloat16)
 
