@@ -220,11 +220,6 @@ def embed_kernel(
     tl.store(cleared_ptr, NO_TOKEN)
 
 
-def encode_token(token: int) -> int:
-    """Return a 64-bit word that decodes to `token`; its logit is not encoded."""
-    return 0x7FFFFFFF - token
-
-
 def decode_token(word: int) -> tuple[int, bool]:
     """Return (the token in the head's word, whether its logit was NaN)."""
     order = word >> 32  # the bits of a positive logit; NaN's exceed infinity's
