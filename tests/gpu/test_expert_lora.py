@@ -1,6 +1,6 @@
 """The experts' pass with adapters on a GPU: every backend against fp64, output and all gradients.
 
-The bound and the odd shapes are those of test_expert_gemm.py: at most twice the error of plain
+The bound and the odd shapes are those of test_experts.py: at most twice the error of plain
 torch in bf16 on the same inputs. Memory that kernels are to fill is filled with NaN first.
 """
 
@@ -11,13 +11,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sparselong.kernels.experts import lora_triton as expert_lora_kernels
-from sparselong.kernels.experts import op as expert_gemm
+from sparselong.kernels.experts import op as experts_op
 from sparselong.kernels.experts import routing as expert_routing
-from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts import triton_launch
 from sparselong.kernels.experts.lora import Adapter, Adapters
 from sparselong.kernels.experts.op import expert_mlp
 from sparselong.runtime.recompute import checkpoint_contexts
-from tests.gpu.test_expert_gemm import (
+from tests.gpu.test_experts import (
     CALL,
     CASES,
     OURS,
@@ -36,7 +36,7 @@ BOTH = ("gate_up", "down")
 
 
 def draw_adapted(case: Case, rank: int = 8, which=BOTH, dtype=torch.bfloat16) -> dict:
-    """test_expert_gemm's call, and fp32 factors near A's first values, B as PEFT lays it out."""
+    """test_experts.py's call, and fp32 factors near A's first values, B as PEFT lays it out."""
     call = draw(case, dtype)
     sizes = {"gate_up": (2 * case.inner, case.hidden), "down": (case.hidden, case.inner)}
     for name in which:
@@ -98,7 +98,7 @@ def checkpointed(function, *inputs, keep_experts=False):
 @pytest.fixture
 def poison(monkeypatch):
     """torch.empty and torch.empty_like, as the launchers see them, give NaN, or 77."""
-    for module in (expert_triton, expert_routing, expert_lora_kernels):
+    for module in (triton_launch, expert_routing, expert_lora_kernels):
         monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
@@ -106,7 +106,7 @@ def poison(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernels_err_no_more_than_twice_plain_torch(case, backend, poison, monkeypatch):
     if case.buffer_bytes is not None:
-        monkeypatch.setattr(expert_triton, "BUFFER_BYTES", case.buffer_bytes)
+        monkeypatch.setattr(triton_launch, "BUFFER_BYTES", case.buffer_bytes)
     call = draw_adapted(case)
     assert_close(case.name, run(call, backend), run(call, "torch"), run_exactly(call))
 
@@ -121,7 +121,7 @@ def test_every_rank_and_target(rank, which, poison):
 @pytest.mark.parametrize("backend", ["packed", "decode"])
 def test_a_checkpointed_layer_in_slices_has_the_same_gradients(backend, poison, monkeypatch):
     """Slices sum A's and B's gradients one after another; the last slice is shorter."""
-    monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", 300)
+    monkeypatch.setattr(experts_op, "SLICE_TOKENS", 300)
     call = draw_adapted(Case("slices", 1000))
     got = run(call, backend, checkpointed)
     assert_close("slices", got, run(call, "torch"), run_exactly(call))
