@@ -21,7 +21,7 @@ from triton.testing import do_bench
 from benchmarks.attention_cases import pack
 from benchmarks.command_line import add_result, has_device, machine_of
 from benchmarks.record import row, write
-from sparselong.kernels import gpu as architecture
+from sparselong.kernels import gpu
 from sparselong.kernels.attention import tiles as attention_tiles
 from sparselong.kernels.attention import triton_launch as attention_triton
 from sparselong.kernels.attention.mask import AttentionCall, Mask, SavedForward, find_documents
@@ -82,7 +82,7 @@ def make_call(stage: str, inputs: tuple, out: torch.Tensor, lse: torch.Tensor):
 
 def use(stage: str, kind: str, tile: Tile) -> None:
     """Enter the tile in this process's table."""
-    name = architecture.tiles_of(torch.device("cuda"))
+    name = gpu.tiles_of(torch.device("cuda"))
     attention_tiles.TILES[name][stage, kind] = tile
 
 

@@ -56,7 +56,7 @@ def build(
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     model.enable_input_require_grads()
     if arm in SPARSE:
-        beside = (
+        extra = (
             ExtraAdapters(EXPERT_WEIGHTS, EXPERT_R, router=True)
             if arm == "experts"
             else ExtraAdapters()
@@ -69,7 +69,7 @@ def build(
             alpha=ALPHA,
             master_of=masters,
             seed=0,
-            beside=beside,
+            extra=extra,
         )
     else:
         lora = LoraConfig(r=r, lora_alpha=ALPHA, target_modules=list(PROJECTIONS))

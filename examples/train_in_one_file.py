@@ -4,15 +4,12 @@
     python 02_compress.py --config configs/tiny.yaml --run-dir runs/demo
     python examples/train_in_one_file.py runs/demo/02_compress runs/demo/data/train.jsonl --out mine
 
-Read it from `train` down. The model is gpt-oss with experts packed in MXFP4 (4 bits a weight) and
-attention projections packed as 4-bit 2:4 (two of every four weights kept). Each projection gets a
-*masked LoRA*: the low-rank product is added to stage 02's dense master weight, and the sum is
-masked and rounded before it multiplies, so what is trained is what is stored. *Mask upkeep* chooses
-the 2:4 masks again from the changed weights at regular steps.
+Read from `train` down. The model is gpt-oss with MXFP4 experts (4 bits a weight) and 4-bit 2:4
+attention projections (two of every four weights kept). In a *masked LoRA*, the low-rank product is
+added to stage 02's dense master weight, and the sum is masked and rounded before it multiplies, so
+what is trained is what is stored. *Mask upkeep* reselects the 2:4 masks at regular intervals.
 
-On a GPU, attention, experts, norms and loss run in this project's kernels; on a CPU in plain torch.
 Each step's loss equals stage 03's with the same settings; tests/stages/test_example.py checks this.
-
 Only stage 03 has checkpoints and resuming, evaluation and the choice of the best step, gradient
 accumulation and checkpointing, adapters on experts and router, and several GPUs.
 
@@ -47,7 +44,7 @@ from sparselong.model import NAME, document_masks, load_model, load_tokenizer
 RANK, ALPHA, TARGETS = 16, 32.0, ("q_proj", "k_proj", "v_proj", "o_proj")
 PACKS, LENGTH = 4, 256  # B and T
 LEARNING_RATE, WARMUP, MAX_GRADIENT = 2e-3, 0.03, 1.0
-UPDATE_FREQUENCY = 0.05  # choose masks again after every 5 % of the steps
+UPDATE_FREQUENCY = 0.05  # reselect masks after every 5 % of the steps
 SEED, IGNORED = 42, -100
 
 Row = tuple[list[int], list[int]]  # a conversation's tokens and labels

@@ -87,7 +87,7 @@ def add_masked_lora(
     alpha: float,
     master_of: Callable[[str], torch.Tensor],
     seed: int,
-    beside: ExtraAdapters = ExtraAdapters(),
+    extra: ExtraAdapters = ExtraAdapters(),
 ) -> tuple[PeftModel, LoraConfig]:
     """Replace the target layers by MaskedLoraLinear and freeze everything else.
 
@@ -98,29 +98,29 @@ def add_masked_lora(
         alpha: sets their scale, alpha / r.
         master_of: module name → dense master of the packed layer (`Masters.read`).
         seed: seed that initializes A; B starts at zero.
-        beside: additional adapters on experts and router, with the same alpha.
+        extra: additional adapters on experts and router, with the same alpha.
 
     Raises:
         StageError: A target matches no layer, or a layer that cannot have an adapter.
     """
     _check_targets(model, targets)
-    _check_beside(model, beside)
+    _check_extra(model, extra)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType] -- PEFT only divides it by r
-        target_modules=[*targets, *beside.modules],
+        target_modules=[*targets, *extra.modules],
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )
-    config._register_custom_module(_layer_builders(config, master_of, beside))  # type: ignore[arg-type]
+    config._register_custom_module(_layer_builders(config, master_of, extra))  # type: ignore[arg-type]
     set_seed(seed)
     tuned: Any = get_peft_model(model, config)
-    name_targets(config, beside.expert_targets, beside.expert_r or 0, beside.router)
+    name_targets(config, extra.expert_targets, extra.expert_r or 0, extra.router)
     return tuned, config
 
 
 def _layer_builders(
-    config: LoraConfig, master_of: Callable[[str], torch.Tensor], beside: ExtraAdapters
+    config: LoraConfig, master_of: Callable[[str], torch.Tensor], extra: ExtraAdapters
 ) -> dict[type[nn.Module], Callable[..., TunedLayer]]:
     """Return, by type of the target, how PEFT builds the layer that replaces it."""
     r, alpha = config.r, config.lora_alpha
@@ -134,8 +134,8 @@ def _layer_builders(
 
     def build_experts(target: nn.Module, adapter_name: str, **arguments) -> ExpertLora:
         return add_expert_lora(
-            target, adapter_name, config, weights=beside.expert_targets,
-            name=arguments["target_name"], r=beside.expert_r or 0, lora_alpha=alpha,
+            target, adapter_name, config, weights=extra.expert_targets,
+            name=arguments["target_name"], r=extra.expert_r or 0, lora_alpha=alpha,
         )  # fmt: skip
 
     return {
@@ -166,9 +166,9 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
         )
 
 
-def _check_beside(model: nn.Module, beside: ExtraAdapters) -> None:
+def _check_extra(model: nn.Module, extra: ExtraAdapters) -> None:
     modules = dict(model.named_modules())
-    for name, kind in beside.modules.items():
+    for name, kind in extra.modules.items():
         found = [modules[path] for path in _matches(modules, name)]
         if not found or not all(isinstance(module, kind) for module in found):
             key = "lora.expert_targets" if name == "experts" else "lora.router"

@@ -19,8 +19,8 @@ from sparselong.errors import ConfigError
 class Incidental:
     """Mark, in a key's `Annotated`, that the key does not affect results.
 
-    No tensor depends on its value; at most, figures are logged more or less often. It may therefore
-    be changed when resuming a run, and the stages' hashes omit it.
+    Results agree up to the order of sums; logged figures may cover other windows. The key may
+    therefore be changed when resuming a run, and the stages' hashes omit it.
     """
 
 

@@ -180,7 +180,8 @@ class TrainingSection(Section):
     eval_steps: Positive = 50
     """Steps between evaluations on the validation conversations."""
     save_steps: Annotated[Positive, Incidental()] = 50
-    """Steps between checkpoints; a multiple of `eval_steps`, so that the best one is saved."""
+    """Steps between checkpoints; a multiple of `eval_steps`, which transformers requires for
+    loading the best model."""
     save_total_limit: Annotated[Positive, Incidental()] = 3
     """Number of checkpoints to keep; the best one is always kept."""
     early_stopping_patience: Positive | None = None
@@ -310,7 +311,8 @@ class Config(Section):
         if training.save_steps % training.eval_steps:
             raise ValueError(
                 f"training.save_steps ({training.save_steps}) must be a multiple of "
-                f"training.eval_steps ({training.eval_steps}): the best checkpoint must be saved"
+                f"training.eval_steps ({training.eval_steps}): transformers requires it for "
+                "loading the best model"
             )
         if training.offload_checkpoints and not training.gradient_checkpointing:
             raise ValueError("training.offload_checkpoints needs training.gradient_checkpointing")

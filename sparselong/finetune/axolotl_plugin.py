@@ -200,7 +200,7 @@ class SparseLongPlugin(BasePlugin):
             alpha=lora.alpha,
             master_of=Masters(self.run.masters).read,
             seed=self.run.config.seed,
-            beside=ExtraAdapters(lora.expert_targets, lora.expert_r, lora.router),
+            extra=ExtraAdapters(lora.expert_targets, lora.expert_r, lora.router),
         )
         tell(parameter_table(tuned))
         return tuned, config

@@ -61,7 +61,7 @@ class MaskedTraining(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # the loss divides by num_items_in_batch itself
+        self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
         self.progress = state.Progress()
         self.bake_only = self.run.is_trained()
         if self.mesh is not None:

@@ -33,6 +33,7 @@ from transformers import (
 from sparselong.errors import StageError
 from sparselong.generation.prompt_cache import make_prompt_cache
 from sparselong.generation.step import KernelStep, TorchStep, make_caches
+from sparselong.kernels.decode import decode_token, encode_token, holds_nan
 from sparselong.runtime import using
 
 WARM_UP_STEPS = 2
@@ -125,7 +126,7 @@ class Decoder:
 
     def put(self, token: int) -> None:
         """Set the token that the next `advance` takes as input."""
-        self.step.word.fill_(0x7FFFFFFF - token)
+        self.step.word.fill_(encode_token(token))
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -225,9 +226,9 @@ def _pick_greedily(decoder: Decoder, logits: torch.Tensor, count: int) -> Iterat
         if events:
             events[n % 2].synchronize()
         word = int(pinned[n % 2])
-        if word >> 32 > 0x7F800000:
+        if holds_nan(word):
             raise _nan_error(n + 1)
-        token = 0x7FFFFFFF - (word & 0x7FFFFFFF)
+        token = decode_token(word)
 
 
 def _sample(

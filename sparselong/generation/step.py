@@ -1,12 +1,12 @@
 """One decoding step of a gpt-oss model over a static cache, in kernels or in plain torch.
 
 Both steps have the same contract. `word` (int64 [1]) holds the last token, encoded as in
-`kernels/decode/glue.py`, and `position` (int64 [1]) the position before it. `run()` increments the
-position, writes the token's keys and values into the cache, sets `logits` [vocab], and stores the
-token with the largest logit in `word`. `KernelStep.run` never synchronizes with the host, so a CUDA
-graph can capture it: seven kernels per layer (norm; q, k and v; attention; o with the residual sum;
-norm and router; gate_up; down with the weighted and the residual sum), each packed weight read
-once. It rounds to bf16 where the model does.
+`kernels/decode/token_word.py`, and `position` (int64 [1]) the position before it. `run()`
+increments the position, writes the token's keys and values into the cache, sets `logits` [vocab],
+and stores the token with the largest logit in `word`. `KernelStep.run` never synchronizes with the
+host, so a CUDA graph can capture it: seven kernels per layer (norm; q, k and v; attention; o with
+the residual sum; norm and router; gate_up; down with the weighted and the residual sum), each
+packed weight read once. It rounds to bf16 where the model does.
 """
 
 from __future__ import annotations
@@ -20,15 +20,11 @@ from transformers import GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import _apply_rotary_emb
 
 from sparselong.kernels import Gate
+from sparselong.kernels.decode import decode_token, encode_token
 from sparselong.model import PackedExperts, PackedLinear
 
 if TYPE_CHECKING:
     from sparselong.kernels.decode import RouteBuffers
-
-FIRST_WORD = 0x7FFFFFFF
-"""Word that encodes token 0."""
-NAN_WORD = 0x7FC00000 << 32
-"""Upper half of the word of a NaN logit."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +76,14 @@ class TorchStep:
     def __init__(self, model: GptOssForCausalLM, caches: list[LayerCache], most_tokens: int):
         self.model, self.caches = model, caches
         self.angles = make_angles(model, most_tokens)
-        self.word = torch.full((1,), FIRST_WORD, dtype=torch.int64, device=model.device)
+        self.word = torch.full((1,), encode_token(0), dtype=torch.int64, device=model.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.logits = torch.empty(0)
 
     def run(self) -> None:
         """Run one step; see the module docstring."""
         self.position += 1
-        token = 0x7FFFFFFF - (self.word & 0x7FFFFFFF)
+        token = decode_token(self.word)
         hidden = self.model.model.embed_tokens(token)
         for layer, cache in zip(self.model.model.layers, self.caches, strict=True):
             module: Any = layer
@@ -97,8 +93,7 @@ class TorchStep:
             hidden = hidden + module.mlp(normed[None])[0][0]
         self.logits = self.model.lm_head(self.model.model.norm(hidden))[0]
         best = int(self.logits.argmax())
-        upper = NAN_WORD if bool(self.logits.isnan().any()) else 0
-        self.word.fill_(upper | (0x7FFFFFFF - best))
+        self.word.fill_(encode_token(best, is_nan=bool(self.logits.isnan().any())))
 
     def _attend(self, attention: Any, x: torch.Tensor, cache: LayerCache) -> torch.Tensor:
         position = int(self.position)
@@ -140,7 +135,7 @@ class KernelStep:
             config.head_dim,
         )
         _check_group(heads, kv_heads)
-        self.word = torch.full((1,), FIRST_WORD, dtype=torch.int64, device=device)
+        self.word = torch.full((1,), encode_token(0), dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.logits = torch.empty(config.vocab_size, **empty)
         self.hidden = torch.empty(width, **empty)

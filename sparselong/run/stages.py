@@ -3,7 +3,9 @@
 A stage's hash covers the config sections that it and the stages it reads depend on. Changing a
 training key therefore leaves a compressed model valid; changing a compression key does not. Keys
 that do not affect results (config.keys.Incidental) are left out of all hashes and may be changed
-when resuming a run. Whether a stage is up to date depends only on the stages it reads.
+when resuming a run. 01's hash leaves them out too, although its memory plan depends on some: this
+is harmless because 01 always runs again. Whether a stage is up to date depends only on what it
+reads.
 """
 
 from __future__ import annotations

@@ -40,10 +40,10 @@ def stage02(small_arguments, tmp_path_factory):
 
 def tuned_model(stage02, weights=BOTH, router=True) -> PeftModel:
     masters = Masters(stage02 / "masters")
-    beside = ExtraAdapters(weights, 2 if weights else None, router)
+    extra = ExtraAdapters(weights, 2 if weights else None, router)
     return add_masked_lora(
         load_model(stage02 / "model", device=CPU), targets=("q_proj",), r=4, alpha=8.0,
-        master_of=masters.read, seed=5, beside=beside,
+        master_of=masters.read, seed=5, extra=extra,
     )[0]  # fmt: skip
 
 
@@ -228,18 +228,18 @@ def test_baked_experts_are_the_rounded_sum_and_the_loss_is_reported(stage02, tmp
 
 
 @pytest.mark.parametrize(
-    ("beside", "message"),
+    ("extra", "message"),
     [
         (ExtraAdapters(BOTH, 2), "lora.expert_targets: the model's experts cannot have an adapter"),
         (ExtraAdapters(router=True), "lora.router: the model's router cannot have an adapter"),
     ],
 )
-def test_a_model_without_the_targeted_modules_is_refused(stage02, beside, message):
+def test_a_model_without_the_targeted_modules_is_refused(stage02, extra, message):
     model = load_model(stage02 / "model", device=CPU)
     for layer in model.model.layers:
         layer.mlp = torch.nn.ModuleDict({"router": torch.nn.Linear(8, 8)})
     with pytest.raises(StageError, match=message):
         add_masked_lora(
-            model, targets=("q_proj",), r=4, alpha=8.0, seed=5, beside=beside,
+            model, targets=("q_proj",), r=4, alpha=8.0, seed=5, extra=extra,
             master_of=Masters(stage02 / "masters").read,
         )  # fmt: skip

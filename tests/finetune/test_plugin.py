@@ -182,7 +182,7 @@ def test_adapters_match_the_config(plugins, plugin, run, monkeypatch):
     assert (given["r"], given["alpha"], given["seed"]) == (3, run.config.lora.alpha, 7)
     assert given["targets"] == list(run.config.lora.target_modules)
     assert given["master_of"] == run.directory / "02_compress/masters"
-    assert given["beside"] == ExtraAdapters((), None, True)
+    assert given["extra"] == ExtraAdapters((), None, True)
 
 
 def test_callbacks_match_the_config(plugins, plugin, run, monkeypatch):

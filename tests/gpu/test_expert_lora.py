@@ -11,13 +11,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sparselong.kernels.experts import lora_triton as expert_lora_kernels
-from sparselong.kernels.experts import op as expert_gemm
+from sparselong.kernels.experts import op as experts_op
 from sparselong.kernels.experts import routing as expert_routing
-from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts import triton_launch
 from sparselong.kernels.experts.lora import Adapter, Adapters
 from sparselong.kernels.experts.op import expert_mlp
 from sparselong.runtime.recompute import checkpoint_contexts
-from tests.gpu.test_expert_gemm import (
+from tests.gpu.test_experts import (
     CALL,
     CASES,
     OURS,
@@ -98,7 +98,7 @@ def checkpointed(function, *inputs, keep_experts=False):
 @pytest.fixture
 def poison(monkeypatch):
     """Make the launchers' torch.empty and torch.empty_like return NaN, or 77 for integers."""
-    for module in (expert_triton, expert_routing, expert_lora_kernels):
+    for module in (triton_launch, expert_routing, expert_lora_kernels):
         monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
@@ -106,7 +106,7 @@ def poison(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernels_err_no_more_than_twice_plain_torch(case, backend, poison, monkeypatch):
     if case.buffer_bytes is not None:
-        monkeypatch.setattr(expert_triton, "BUFFER_BYTES", case.buffer_bytes)
+        monkeypatch.setattr(triton_launch, "BUFFER_BYTES", case.buffer_bytes)
     call = draw_adapted(case)
     assert_close(case.name, run(call, backend), run(call, "torch"), run_exactly(call))
 
@@ -121,7 +121,7 @@ def test_every_rank_and_target(rank, which, poison):
 @pytest.mark.parametrize("backend", ["packed", "decode"])
 def test_slices_of_a_checkpointed_layer_have_the_same_gradients(backend, poison, monkeypatch):
     """Slices accumulate the gradients of A and B in order; the last slice is shorter."""
-    monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", 300)
+    monkeypatch.setattr(experts_op, "SLICE_TOKENS", 300)
     call = draw_adapted(Case("slices", 1000))
     got = run(call, backend, checkpointed)
     assert_close("slices", got, run(call, "torch"), run_exactly(call))

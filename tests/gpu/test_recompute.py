@@ -8,11 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 from sparselong.kernels.attention import triton_launch as attention_triton
 from sparselong.kernels.attention.op import attention, load_backend
-from sparselong.kernels.experts import op as expert_gemm
-from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts import op as experts_op
+from sparselong.kernels.experts import triton_launch
 from sparselong.kernels.experts.op import expert_mlp
 from sparselong.runtime.recompute import checkpoint_contexts
-from tests.gpu.test_expert_gemm import CALL, Case, draw, stack_of
+from tests.gpu.test_experts import CALL, Case, draw, stack_of
 
 CASE = Case("checkpointed", 300, hidden=288, inner=224)
 
@@ -32,8 +32,8 @@ def counted(monkeypatch):
 
         monkeypatch.setattr(module, name, counting)
 
-    count(expert_triton, "run_forward")
-    count(expert_triton, "run_gate_up")
+    count(triton_launch, "run_forward")
+    count(triton_launch, "run_gate_up")
     count(attention_triton, "attend")
     yield calls
     load_backend.cache_clear()
@@ -58,7 +58,7 @@ def gradients(layer, leaves, dout, **arguments):
 
 @pytest.mark.parametrize("slice_tokens", [1000, 300, 77])
 def test_experts_are_not_recomputed_and_gradients_are_the_same(slice_tokens, counted, monkeypatch):
-    monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", slice_tokens)
+    monkeypatch.setattr(experts_op, "SLICE_TOKENS", slice_tokens)
     run = experts(draw(CASE))
     plain = gradients(*run)
     counted.clear()
@@ -75,7 +75,7 @@ def test_kept_experts_skip_the_gate_up_product_with_equal_gradients(
     slice_tokens, backend, counted, monkeypatch
 ):
     """A second backward pass over the same graph recomputes the outputs already freed."""
-    monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", slice_tokens)
+    monkeypatch.setattr(experts_op, "SLICE_TOKENS", slice_tokens)
     layer, leaves, dout = experts(draw(CASE), backend)
     made = gradients(layer, leaves, dout, context_fn=partial(checkpoint_contexts, False))
     counted.clear()
@@ -112,7 +112,7 @@ def test_kept_experts_are_freed_after_their_layers_backward():
 
 
 def test_trained_biases_get_one_sum_over_all_slices(monkeypatch):
-    monkeypatch.setattr(expert_gemm, "SLICE_TOKENS", 77)
+    monkeypatch.setattr(experts_op, "SLICE_TOKENS", 77)
     call = draw(CASE)
     names = ("x", "routing_weights", "gate_up_bias", "down_bias")
     leaves = [call[name].detach().requires_grad_() for name in names]

@@ -15,7 +15,7 @@ import torch
 
 from sparselong.kernels.experts import lora_triton as expert_lora_kernels
 from sparselong.kernels.experts import routing as expert_routing
-from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts import triton_launch
 from sparselong.kernels.experts.call import ExpertOperands
 from sparselong.kernels.experts.lora import Adapter, Adapters
 from tests.kernels.interpreted_experts import GATE, Case, draw
@@ -50,10 +50,10 @@ def run(case: Case, scalings: tuple, backend: str) -> dict[str, float]:
     )
     operands = ExpertOperands(stack, adapters, GATE, backend).in_dtype(call.x.dtype)
     out, dx, dweights = (torch.full_like(t, torch.nan) for t in (call.x, call.x, call.weights))
-    made: Any = expert_triton.run_forward(call, operands, out, keep=True)
-    saved = expert_triton.SavedForward(*made, call.indices, call.weights, call.x)
-    gradients = expert_triton.Gradients(dx, dweights, (True, True), adapters.make_sums())
-    biases = expert_triton.run_backward(dout, saved, operands, gradients, overwrite=True)
+    made: Any = triton_launch.run_forward(call, operands, out, keep=True)
+    saved = triton_launch.SavedForward(*made, call.indices, call.weights, call.x)
+    gradients = triton_launch.Gradients(dx, dweights, (True, True), adapters.make_sums())
+    biases = triton_launch.run_backward(dout, saved, operands, gradients, overwrite=True)
     got = [out, dx, dweights, *biases]
     got += [sums for sums in gradients.adapters.factors if sums is not None]
 
@@ -75,7 +75,7 @@ def run(case: Case, scalings: tuple, backend: str) -> dict[str, float]:
 
 def main() -> None:
     patch_once()
-    for module in (expert_triton, expert_routing, expert_lora_kernels):
+    for module in (triton_launch, expert_routing, expert_lora_kernels):
         module.torch = PoisonedTorch()  # pyright: ignore[reportAttributeAccessIssue]
     results = {}
     for case, scalings in CASES:

@@ -18,7 +18,7 @@ import torch
 
 from sparselong.kernels.expert_stack import ExpertStack, Gate, PackedWeight
 from sparselong.kernels.experts import routing as expert_routing
-from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts import triton_launch
 from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
 from sparselong.kernels.experts.lora import NO_ADAPTERS
 from tests.kernels.interpreter import patch_once
@@ -83,12 +83,12 @@ def run(case: Case, backend: str) -> dict[str, float]:
     operands = ExpertOperands(stack, NO_ADAPTERS, GATE, backend)
     given = (call.x, call.x, call.x, call.weights)
     out, inferred, dx, dweights = (torch.full_like(tensor, torch.nan) for tensor in given)
-    made: Any = expert_triton.run_forward(call, operands, out, keep=True)
-    expert_triton.run_forward(call, operands, inferred, keep=False)
+    made: Any = triton_launch.run_forward(call, operands, out, keep=True)
+    triton_launch.run_forward(call, operands, inferred, keep=False)
     assert torch.equal(inferred, out)
-    saved = expert_triton.SavedForward(*made, call.indices, call.weights, None)
-    gradients = expert_triton.Gradients(dx, dweights, (True, True))
-    biases = expert_triton.run_backward(dout, saved, operands, gradients, overwrite=False)
+    saved = triton_launch.SavedForward(*made, call.indices, call.weights, None)
+    gradients = triton_launch.Gradients(dx, dweights, (True, True))
+    biases = triton_launch.run_backward(dout, saved, operands, gradients, overwrite=False)
     given = (call.x, call.weights, stack.gate_up.bias, stack.down.bias)
     leaves = [tensor.double().requires_grad_() for tensor in given]
     biased = ((*stack.gate_up[:2], leaves[2]), (*stack.down[:2], leaves[3]))
@@ -107,7 +107,7 @@ def count_inexact_decodings() -> int:
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 255, 1, 1)
     scales = torch.arange(255, dtype=torch.uint8).view(1, 255, 1).repeat(1, 1, 16)
     buffer = torch.full((1, 255, 512), float("nan"))
-    expert_triton.decode_into(buffer, PackedWeight(blocks, scales, scales), 0, 1)
+    triton_launch.decode_into(buffer, PackedWeight(blocks, scales, scales), 0, 1)
     exact = decode_reference(blocks, scales).float()
     return int((buffer.view(torch.int32) != exact.view(torch.int32)).sum())
 
@@ -117,7 +117,7 @@ def count_held() -> dict[str, int]:
     call = ExpertCall(torch.randn(3, 32), torch.tensor([[0], [1], [1]]), torch.rand(3, 1))
     stack = ExpertStack(draw_weight(2, 64, 32), draw_weight(2, 32, 32))
     operands = ExpertOperands(stack, NO_ADAPTERS, GATE, "packed")
-    multiply, found = expert_triton.multiply, []
+    multiply, found = triton_launch.multiply, []
 
     def watch(*args: Any, **kwargs: Any) -> torch.Tensor:
         alive = [ref() is not None for ref in made]
@@ -127,22 +127,22 @@ def count_held() -> dict[str, int]:
         return out
 
     held = {}
-    expert_triton.multiply = watch
+    triton_launch.multiply = watch
     for name, keep in (("kept", True), ("not kept", False)):
         made: list[weakref.ref[torch.Tensor]] = []
-        expert_triton.run_forward(call, operands, torch.empty(3, 32), keep)
+        triton_launch.run_forward(call, operands, torch.empty(3, 32), keep)
         held[name] = found[-1]
-    expert_triton.multiply = multiply
+    triton_launch.multiply = multiply
     return held
 
 
 def main() -> None:
     patch_once()
-    expert_triton.torch = expert_routing.torch = PoisonedTorch()  # pyright: ignore[reportAttributeAccessIssue]
+    triton_launch.torch = expert_routing.torch = PoisonedTorch()  # pyright: ignore[reportAttributeAccessIssue]
     results: dict[str, dict[str, float]] = {}
-    default = expert_triton.BUFFER_BYTES
+    default = triton_launch.BUFFER_BYTES
     for case in CASES:
-        expert_triton.BUFFER_BYTES = case.buffer_bytes or default
+        triton_launch.BUFFER_BYTES = case.buffer_bytes or default
         for backend in ("decode",) if case.buffer_bytes else ("decode", "packed"):
             results[f"{case.name} {backend}"] = run(case, backend)
     results["decoding"] = {"inexact": count_inexact_decodings()}

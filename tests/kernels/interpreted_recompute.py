@@ -20,8 +20,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sparselong.kernels.expert_stack import ExpertStack
-from sparselong.kernels.experts import op as expert_gemm
-from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts import op as experts_op
+from sparselong.kernels.experts import triton_launch
 from sparselong.kernels.experts.lora import Adapter, Adapters
 from sparselong.runtime.recompute import checkpoint_contexts
 from tests.kernels.interpreted_experts import draw_weight
@@ -37,7 +37,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.made: list[weakref.ref] = []
-        expert_triton.run_gate_up = partial(self.run, expert_triton.run_gate_up)
+        triton_launch.run_gate_up = partial(self.run, triton_launch.run_gate_up)
 
     def run(self, function: Callable, *args: object) -> tuple:
         made = function(*args)
@@ -78,7 +78,7 @@ def draw_call(kind: str, tokens: int = TOKENS) -> tuple[Callable, list[torch.Ten
         if kind != "plain":
             gate_up, down = rest[-4:-2], rest[-2:]
             adapters = Adapters(Adapter(*gate_up, 0.5), Adapter(*down, 2.0))
-        return expert_gemm.expert_mlp(x, indices, weights, with_biases(stack, *biases), adapters)
+        return experts_op.expert_mlp(x, indices, weights, with_biases(stack, *biases), adapters)
 
     return run, [leaf.requires_grad_() for leaf in leaves]
 
@@ -109,7 +109,7 @@ def differentiate_again(kind: str, breaks_off: bool) -> list[torch.Tensor]:
     contexts = partial(checkpoint_contexts, False, True)
     out = checkpoint(run, *leaves, use_reentrant=False, context_fn=contexts)
     dout = torch.linspace(-1, 1, out.numel()).view_as(out)
-    broken = mock.patch.object(expert_triton, "run_backward", side_effect=torch.OutOfMemoryError)
+    broken = mock.patch.object(triton_launch, "run_backward", side_effect=torch.OutOfMemoryError)
     with broken if breaks_off else contextlib.nullcontext():
         try:
             torch.autograd.grad(out, leaves, dout, retain_graph=True)
@@ -135,11 +135,11 @@ def differentiate_some() -> dict[str, bool]:
         x, weights, *biases = leaves
         call = (x, indices, weights, with_biases(stack, *biases))
         if way == "plain":
-            out = expert_gemm.expert_mlp(*call)
+            out = experts_op.expert_mlp(*call)
         else:
             contexts = partial(checkpoint_contexts, False, way == "kept")
             out = checkpoint(
-                *(expert_gemm.expert_mlp, *call), use_reentrant=False, context_fn=contexts
+                *(experts_op.expert_mlp, *call), use_reentrant=False, context_fn=contexts
             )
         asked = [leaf for leaf in leaves if leaf.requires_grad]
         grads = torch.autograd.grad(out, asked, dout)
@@ -159,8 +159,8 @@ def differentiate_some() -> dict[str, bool]:
 
 def main() -> None:
     patch_once()
-    expert_gemm.SLICE_TOKENS = -(-TOKENS // SLICES)
-    expert_gemm.choose = lambda *_: "packed"
+    experts_op.SLICE_TOKENS = -(-TOKENS // SLICES)
+    experts_op.choose = lambda *_: "packed"
     watch, results = Watch(), {}
     for kind in ("plain", "biases", "adapters"):
         made, made_counts = differentiate(kind, watch, keep_experts=False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparselong.kernels import gpu as architecture
+from sparselong.kernels import gpu
 from sparselong.kernels.attention import tiles as attention_tiles
 from sparselong.kernels.experts import tiles as expert_tiles
 
@@ -19,28 +19,26 @@ from sparselong.kernels.experts import tiles as expert_tiles
     ],
 )
 def test_every_supported_gpu_has_tiles(capability, tiles):
-    assert architecture.tiles_of_capability(*capability) == tiles
+    assert gpu.tiles_of_capability(*capability) == tiles
     assert tiles in attention_tiles.TILES and tiles in expert_tiles.TILES
 
 
 def test_an_older_gpu_is_refused():
     with pytest.raises(ValueError, match="sm_75; allowed: sm_80 and newer"):
-        architecture.tiles_of_capability(7, 5)
+        gpu.tiles_of_capability(7, 5)
 
 
 def test_without_a_gpu_torch_and_interpreter_tiles_are_used():
     cpu = torch.device("cpu")
-    assert (
-        architecture.architecture_of(cpu) == "cpu" and architecture.tiles_of(cpu) == "interpreter"
-    )
+    assert gpu.architecture_of(cpu) == "cpu" and gpu.tiles_of(cpu) == "interpreter"
 
 
 def test_measurements_are_per_gpu_and_tiles_per_architecture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     device = torch.device("cuda:7")
     try:
-        assert architecture.architecture_of(device) == "sm_86"
-        assert architecture.tiles_of(device) == "sm_80"
+        assert gpu.architecture_of(device) == "sm_86"
+        assert gpu.tiles_of(device) == "sm_80"
     finally:
-        architecture.architecture_of.cache_clear()
-        architecture.tiles_of.cache_clear()
+        gpu.architecture_of.cache_clear()
+        gpu.tiles_of.cache_clear()

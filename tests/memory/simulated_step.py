@@ -34,10 +34,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 from benchmarks import shape_20b
 from sparselong.adapters.lora import MaskedLoraLinear
 from sparselong.checkpoint.format import PROJECTIONS
-from sparselong.kernels import gpu as architecture
+from sparselong.kernels import gpu
 from sparselong.kernels.attention import op as attention
-from sparselong.kernels.experts import choice as expert_choice
-from sparselong.kernels.experts import op as expert_gemm
+from sparselong.kernels.experts import choice
+from sparselong.kernels.experts import op as experts_op
 from sparselong.kernels.layer import cross_entropy
 from sparselong.model import attention as door
 from sparselong.model import fused
@@ -95,9 +95,9 @@ def pretend() -> None:
         (torch, "equal", lambda *_: True),
         (torch.cuda, "device_of", lambda _: contextlib.nullcontext()),
         (triton.runtime.JITFunction, "__getitem__", lambda *_: lambda *__, **___: None),
-        (expert_gemm, "choose", choose),
-        (architecture, "tiles_of", lambda _: "sm_80"),
-        (architecture, "multiprocessors_of", lambda _: 132),
+        (experts_op, "choose", choose),
+        (gpu, "tiles_of", lambda _: "sm_80"),
+        (gpu, "multiprocessors_of", lambda _: 132),
         (attention, "_require_backend", lambda name, *_: name),
         (door, "_boundaries", lambda *_: None),
         (PackedExperts, "_check_scales", lambda _: None),
@@ -112,7 +112,7 @@ def pretend() -> None:
 
 
 def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | None) -> str:
-    return expert_choice.choose_backend("sm_90", indices.numel(), experts).backend
+    return choice.choose_backend("sm_90", indices.numel(), experts).backend
 
 
 def build(layers: int, kept: bool, r: int, experts: bool) -> nn.Module:

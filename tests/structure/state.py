@@ -5,12 +5,15 @@ in:
 
 - names rebound through `global`;
 - module-level objects, classes and imported objects that code inside functions changes: a mutating
-  method, an assignment to a subscript or attribute, `setattr`;
+  method, an in-place method or function of tensors (`zero_`), a function that changes its first
+  argument (`heappush`), an assignment to a subscript or attribute, `setattr`;
 - containers in a class body that methods change through `self`, `cls` or the class;
 - caches: functions under `functools.cache` or `lru_cache`, whose results outlive the call;
+- mutable default arguments;
 - module-level values that are state by their kind (ContextVar, thread-local, weak dictionaries,
   counters) or instances of classes whose methods write to `self`;
-- changes of other packages' objects when the module is imported, and calls for their effect.
+- changes of other packages' objects when the module is imported, and calls for their effect;
+- calls anywhere for an effect on the whole process (EFFECTS), by the called function's full name.
 
 An object that is reached through a parameter or a local name is the caller's affair.
 """
@@ -32,6 +35,27 @@ STATE_KINDS = frozenset(
     "ContextVar local Lock RLock Event Condition Semaphore WeakKeyDictionary WeakValueDictionary"
     " WeakSet ExitStack count cycle iter Generator deque Counter defaultdict".split()
 )
+CHANGE_ARGUMENT = frozenset(
+    "setattr delattr next shuffle copyto heapify heappop heappush heappushpop heapreplace"
+    " insort insort_left insort_right".split()
+)
+"""Functions that change their first argument."""
+CONTAINERS = frozenset("bytearray defaultdict deque dict list set Counter OrderedDict".split())
+DISPLAYS = ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp
+EFFECTS = frozenset(
+    "atexit.register faulthandler.enable gc.disable gc.freeze gc.set_threshold locale.setlocale"
+    " logging.basicConfig logging.captureWarnings logging.disable numpy.random.seed numpy.seterr"
+    " os.chdir os.nice os.putenv os.setpriority os.umask os.unsetenv random.seed"
+    " resource.setrlimit signal.signal socket.setdefaulttimeout sys.setprofile"
+    " sys.setrecursionlimit sys.settrace torch.cuda.manual_seed torch.cuda.manual_seed_all"
+    " torch.cuda.reset_peak_memory_stats torch.distributed.init_process_group torch.manual_seed"
+    " torch.random.manual_seed torch.seed torch.use_deterministic_algorithms"
+    " transformers.set_seed warnings.filterwarnings"
+    " warnings.resetwarnings warnings.simplefilter".split()
+)
+"""Calls whose effect is on the whole process; `torch.set_*` and `torch.x.set_*` belong to them."""
+METHOD_EFFECTS = frozenset("addFilter addHandler removeHandler setLevel".split())
+"""Methods of loggers, which belong to the process."""
 CACHES = frozenset({"cache", "lru_cache", "cached"})
 HARMLESS = frozenset({"expose"})
 """Calls at module level whose results hold no state beyond sys.modules."""
@@ -46,8 +70,8 @@ def find_state(path: Path, root: Path) -> dict[str, bool]:
     """
     module, reader = tree.dotted(path, root), _Reader(tree.parse(path))
     return {
-        f"{module}:{name}": name.partition(".")[0] in reader.imported
-        for name in sorted(reader.found)
+        f"{module}:{name}": name in reader.effects or name.partition(".")[0] in reader.imported
+        for name in sorted(reader.found | reader.effects)
     }
 
 
@@ -67,18 +91,26 @@ class _Reader:
         self.found: set[str] = set()
         self._read_values()
         self._read_import_time(module)
+        self.effects = set(_effects(module))
         for node in ast.walk(module):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 self._read_decorators(node)
+            if isinstance(node, Scope):
+                self._read_defaults(node)
         self._read_functions(module, frozenset(), None)
 
     def _read_values(self) -> None:
         for name, value in self.values.items():
-            calls = [n for n in ast.walk(value) if isinstance(n, ast.Call)] if value else []
-            kinds = {_last_name(call.func) for call in calls}
-            written = {kind for kind in kinds if kind in self.classes and self._writes_self(kind)}
-            if (kinds & STATE_KINDS or written) and not kinds & HARMLESS:
+            kinds = _called(value)
+            if (kinds & (STATE_KINDS | CACHES) or self._changing(kinds)) and not kinds & HARMLESS:
                 self.found.add(name)
+        for owner, node in self.classes.items():
+            held = [pair for each in node.body for pair in tree.assigned(each)]
+            self.found |= {f"{owner}.{name}" for name, value in held if _called(value) & CACHES}
+
+    def _changing(self, called: set[str]) -> set[str]:
+        """Those of the called names that are classes whose methods write to `self`."""
+        return {name for name in called if name in self.classes and self._writes_self(name)}
 
     def _writes_self(self, name: str) -> bool:
         for method in self.classes[name].body:
@@ -111,6 +143,19 @@ class _Reader:
             if _last_name(call) in CACHES:
                 self.found.add(node.name)
 
+    def _read_defaults(self, function: Scope) -> None:
+        arguments = function.args
+        positional = [*arguments.posonlyargs, *arguments.args]
+        defaults = [
+            *zip(reversed(positional), reversed(arguments.defaults), strict=False),
+            *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
+        ]
+        name = getattr(function, "name", "lambda")
+        for argument, value in defaults:
+            kinds = _called(value)
+            if isinstance(value, DISPLAYS) or kinds & CONTAINERS or self._changing(kinds):
+                self.found.add(f"{name}.{argument.arg}")
+
     def _read_functions(self, node: ast.AST, local: frozenset[str], owner: str | None) -> None:
         """Goes down with the names that are local there, and the class that methods belong to."""
         for child in ast.iter_child_nodes(node):
@@ -129,7 +174,7 @@ class _Reader:
     ) -> None:
         assigned = {n.id for n in _own(function) if isinstance(n, ast.Name) and _stores(n)}
         self.found |= shared & assigned
-        for chain in _written(function):
+        for chain in (*_written(function), *_in_place(function, self.imported)):
             first = chain[0]
             if first in ("self", "cls", "type(self)", "self.__class__") and owner:
                 self._read_class_write(chain, owner)
@@ -233,12 +278,51 @@ def _written(function: ast.AST) -> Iterator[tuple[str, ...]]:
     for node in nodes:
         if isinstance(node, ast.Attribute | ast.Subscript) and _stores(node):
             yield _chain(node)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr in MUTATORS:
+        elif isinstance(node, ast.Call):
+            name = _last_name(node.func)
+            if isinstance(node.func, ast.Attribute) and name in MUTATORS:
                 yield _chain(node.func.value)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
-            if node.func.id in ("setattr", "delattr"):
+            if node.args and name in CHANGE_ARGUMENT:
                 yield _chain(node.args[0])
+
+
+def _in_place(function: ast.AST, imported: set[str]) -> Iterator[tuple[str, ...]]:
+    """Chains of `x` in `x.zero_()`, in `zeros_(x)` and, of an imported module, `init.zeros_(x)`."""
+    for node in _own(function):
+        if not isinstance(node, ast.Call):
+            continue
+        name, is_method = _last_name(node.func), isinstance(node.func, ast.Attribute)
+        if name.endswith("_") and not name.endswith("__"):
+            if is_method and _chain(node.func)[0] not in imported:
+                yield _chain(node.func.value)
+            elif node.args:
+                yield _chain(node.args[0])
+
+
+def _called(value: ast.expr | None) -> set[str]:
+    """Last names of everything that an expression calls."""
+    calls = [node for node in ast.walk(value) if isinstance(node, ast.Call)] if value else []
+    return {_last_name(call.func) for call in calls}
+
+
+def _effects(module: ast.Module) -> Iterator[str]:
+    """Full names of the functions that are called for an effect on the process."""
+    origins: dict[str, str] = {}
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            origins |= {a.asname: a.name for a in node.names if a.asname}
+        elif isinstance(node, ast.ImportFrom):
+            origins |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    for node in ast.walk(module):
+        if not isinstance(node, ast.Call):
+            continue
+        first, *rest = _chain(node.func)
+        name = ".".join([origins.get(first, first), *rest])
+        is_torch_setting = name.startswith("torch.") and name.split(".")[-1].startswith("set_")
+        if name in EFFECTS or is_torch_setting:
+            yield name
+        elif rest and rest[-1] in METHOD_EFFECTS:
+            yield rest[-1]
 
 
 def _last_name(node: ast.expr) -> str:

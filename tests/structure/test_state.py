@@ -16,17 +16,21 @@ ROOMS = ("sparselong.runtime.", "sparselong.processes.")
 OUTWARD = ("sparselong.registration",)
 """Modules that may write to the environment and to registries of other packages, beside scripts."""
 DEVICE = "a property of a device, which never changes"
+RESTORED = "set back at the end of the block"
 ONCE = "a module that is imported on the first call"
 
 ALLOWED = {
     "sparselong:register_when_needed": "what `import sparselong` is for; see registration.py",
     "sparselong:set_environment": "what `import sparselong` is for; see registration.py",
+    "sparselong.adapters.attach:transformers.set_seed": "PEFT draws A from the global generators",
     "sparselong.data.corpus:documents": "the standard library's text, which never changes",
+    "sparselong.evaluate.harness:setLevel": "lm-eval's warnings would hide the stage's own lines",
     "sparselong.finetune.rank:sys.argv": "a rank's own program: Axolotl reads its command line",
     "sparselong.finetune.rank:sys.excepthook": "a rank's own program: it must end at once",
     "sparselong.generation.decoder:_make_stream": "one CUDA stream a device, as long as it lives",
     "sparselong.kernels.attention.mask:_known": "documents by boundary tensor, as long as it lives",
     "sparselong.kernels.attention.op:load_backend": ONCE,
+    "sparselong.kernels.attention.torch_operators:torch.use_deterministic_algorithms": RESTORED,
     "sparselong.kernels.gpu:architecture_of": DEVICE,
     "sparselong.kernels.gpu:multiprocessors_of": DEVICE,
     "sparselong.kernels.gpu:tiles_of": DEVICE,
@@ -40,8 +44,14 @@ ALLOWED = {
     "sparselong.parallel.collectives:_counters": "counters of bytes, inside `count_bytes` only",
     "sparselong.parallel.sequence.exchange:plan_exchange": "16 plans: all layers share a step's",
     "sparselong.processes.failure:sys.excepthook": "a failed rank leaves its explanation in a file",
+    "sparselong.processes.follow:signal.signal": RESTORED,
     "sparselong.processes.world:os.environ": "a rank hides the others from Axolotl and accelerate",
-    "sparselong.tiny.build:torch.utils": "set back at the end of the block",
+    "sparselong.processes.world:torch.distributed.init_process_group": "a rank joins the others",
+    "sparselong.provenance:torch.cuda.reset_peak_memory_stats": "a stage measures its own peak",
+    "sparselong.run.command:signal.signal": RESTORED,
+    "sparselong.tiny.build:torch.manual_seed": "in a fork of the generators' state",
+    "sparselong.tiny.build:torch.use_deterministic_algorithms": RESTORED,
+    "sparselong.tiny.build:torch.utils": RESTORED,
 }
 """State elsewhere, as module:name, and why it may be there."""
 
@@ -91,6 +101,18 @@ WRITES = {
     "weak keys": ("import weakref\nx = weakref.WeakKeyDictionary()\n", "x"),
     "counter": ("import itertools\nx = itertools.count()\n", "x"),
     "instance": ("class C:\n    def f(self):\n        self.n = 1\nx = C().f\n", "x"),
+    "cache as a call": ("from functools import lru_cache\nf = lru_cache(len)\n", "f"),
+    "cache of a size": ("import functools\nf = functools.lru_cache(maxsize=2)(len)\n", "f"),
+    "cache in a class": ("import functools\nclass C:\n    f = functools.cache(len)\n", "C.f"),
+    "default list": ("def f(v, x=[]): ...\n", "f.x"),
+    "default dict by keyword": ("def f(v=1, *, x=dict()): ...\n", "f.x"),
+    "a lambda's default": ("f = lambda v, x={}: x\n", "lambda.x"),
+    "default object": ("class C:\n    def g(self):\n        self.n = 1\ndef f(x=C()): 1\n", "f.x"),
+    "in place": ("import torch\nx = torch.zeros(1)\ndef f(v):\n    x.copy_(v)\n", "x"),
+    "in place, a part": ("x = {}\ndef f():\n    x['a'].zero_()\n", "x"),
+    "function": ("from torch.nn import init\nx = g()\ndef f():\n    init.zeros_(x)\n", "x"),
+    "heap": ("import heapq\nx = []\ndef f(v):\n    heapq.heappush(x, v)\n", "x"),
+    "next": ("x = (n for n in 'ab')\ndef f():\n    return next(x)\n", "x"),
     "in a block": ("if True:\n    x = []\ndef f():\n    x.append(1)\n", "x"),
 }  # fmt: skip
 OUTWARD_WRITES = {
@@ -102,6 +124,17 @@ OUTWARD_WRITES = {
     "imported inside": ("def f():\n    from transformers import ALL\n    ALL.register(1)\n", "ALL"),
     "registering call": ("from transformers import register\nregister('a')\n", "register"),
     "patch": ("from transformers import gpt\ndef f(x):\n    gpt.attention = x\n", "gpt.attention"),
+    "putenv": ("import os\ndef f():\n    os.putenv('A', '1')\n", "os.putenv"),
+    "hook": ("import sys\ndef f(x):\n    sys.excepthook = x\n", "sys.excepthook"),
+    "signal": ("import signal\ndef f(x):\n    return signal.signal(2, x)\n", "signal.signal"),
+    "seed": ("import torch\ndef f():\n    torch.manual_seed(1)\n", "torch.manual_seed"),
+    "alias": ("import numpy as np\ndef f():\n    np.random.seed(1)\n", "numpy.random.seed"),
+    "setting": ("import torch\ndef f():\n    torch.set_num_threads(1)\n", "torch.set_num_threads"),
+    "deeper": ("import torch\ndef f():\n    torch.cuda.set_device(1)\n", "torch.cuda.set_device"),
+    "from": ("def f():\n    from torch import set_flag as s\n    s(1)\n", "torch.set_flag"),
+    "determinism": ("import torch\ndef f():\n    torch.use_deterministic_algorithms(True)\n",
+                    "torch.use_deterministic_algorithms"),
+    "log level": ("import logging\ndef f():\n    logging.getLogger('a').setLevel(1)\n", "setLevel"),
 }  # fmt: skip
 HARMLESS = {
     "parameter": "x = []\ndef f(x):\n    x.append(1)\n",
@@ -113,6 +146,13 @@ HARMLESS = {
     "set on the instance": "class C:\n    x = 0\n    def f(self):\n        self.x = 1\n",
     "built at import": "x = []\nfor n in range(3):\n    x.append(n)\n",
     "read": "import os\nx = {}\ndef f():\n    return x.get(1), os.environ.get('A')\n",
+    "in place, a parameter": "def f(x):\n    x.zero_()\n    x.grad.copy_(x)\n",
+    "in place, with a constant": "N = -100\ndef f(x):\n    x.fill_(N)\n",
+    "in place, a local": "import torch\ndef f():\n    x = torch.empty(1)\n"
+    "    torch.nn.init.zeros_(x)\n",
+    "a generator's seed": "import torch\ndef f(n):\n    torch.Generator().manual_seed(n)\n",
+    "defaults": "class C: ...\ndef f(x=(), *, v=None, c=C()): ...\n",
+    "a local cache": "import functools\ndef f(g):\n    return functools.cache(g)\n",
     "a module's function": "import torch\ndef f(t):\n    return torch.sort(t)\n",
     "a script's main": "def main(): ...\nif __name__ == '__main__':\n    main()\n",
     "outer function's": "def f():\n    x = []\n    def g():\n        x.append(1)\n    return g\n",

@@ -13,17 +13,15 @@ from typing import Any
 
 import torch
 
-from sparselong.kernels import gpu as architecture
-from sparselong.kernels.attention import triton_backward as attention_backward
-from sparselong.kernels.attention import triton_forward as attention_kernels
-from sparselong.kernels.attention import triton_split as attention_split
+from sparselong.kernels import gpu
+from sparselong.kernels.attention import triton_backward, triton_forward, triton_split
 from sparselong.kernels.attention.mask import Attended, AttentionCall, Gradients, Mask, SavedForward
 from sparselong.kernels.attention.tiles import Tile, tile_for
 from sparselong.kernels.layout import with_unit_stride
 
-forward: Any = attention_kernels  # Triton's type hints do not cover launches
-backward: Any = attention_backward
-split: Any = attention_split
+forward: Any = triton_forward  # Triton's type hints do not cover launches
+backward: Any = triton_backward
+split: Any = triton_split
 HEAD_DIMS = (64,)
 FEW_QUERIES, SPLIT_KEYS = 16, 512  # most queries and fewest keys for a split
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -73,7 +71,7 @@ def _launch_split(
     mask, (batch, heads, queries) = call.mask, lse.shape
     tile, heads_a_tile = _choose_tile("split", q, k, mask)
     programs = heads // heads_a_tile * batch * _blocks(queries, tile.rows // heads_a_tile)
-    wanted = min(_blocks(2 * architecture.multiprocessors_of(q.device), programs), split.MOST_PARTS)
+    wanted = min(_blocks(2 * gpu.multiprocessors_of(q.device), programs), split.MOST_PARTS)
     span = max(_blocks(_blocks(mask.keys, wanted), tile.keys), 2) * tile.keys
     parts = _blocks(mask.keys, span)
     part_out = torch.empty((parts, *q.shape), dtype=torch.float32, device=q.device)
@@ -172,7 +170,7 @@ def _sizes(q: torch.Tensor, call: AttentionCall) -> tuple[int | float, ...]:
 def _choose_tile(stage: str, q: torch.Tensor, k: torch.Tensor, mask: Mask) -> tuple[Tile, int]:
     """Return the tile and the number of heads in it, a power of two that divides the group."""
     kind = "window" if mask.window is not None else "packed" if mask.documents else "full"
-    tile = tile_for(architecture.tiles_of(q.device), stage, kind, q.dtype == torch.float32)
+    tile = tile_for(gpu.tiles_of(q.device), stage, kind, q.dtype == torch.float32)
     group = q.shape[1] // k.shape[1]
     heads = min(tile.heads, group & -group)
     return tile, heads

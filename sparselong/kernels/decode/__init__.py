@@ -20,5 +20,6 @@ if TYPE_CHECKING:
         launch_pack,
         launch_route,
     )
+    from sparselong.kernels.decode.token_word import decode_token, encode_token, holds_nan
 
 __getattr__ = expose(__name__)

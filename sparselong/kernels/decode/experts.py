@@ -10,7 +10,7 @@ bits, summed in fp16 over four codes of a word, then in fp32. The inputs' powers
 and the weights' scales are applied to fp32 sums.
 
 Rounding within a word is 2^-11 of its sum, against 2^-8 in the bf16 output; the total error against
-fp64 is at most twice that of plain torch in bf16 (tests/gpu/test_expert_gemm.py).
+fp64 is at most twice that of plain torch in bf16 (tests/gpu/test_experts.py).
 
 The first kernel ends with the gate, the second with the weighted sum over a token's experts. Two
 tokens routed to the same expert both read its weight, the second time mostly from the cache.

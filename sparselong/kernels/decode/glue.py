@@ -11,7 +11,7 @@ which produce x, store it in that order:
 
 The router has one program per expert. Each normalizes the row and computes one logit, and the last
 one to finish selects the top k and takes their softmax. The head's programs combine their largest
-logits into one 64-bit word by an atomic maximum (`decode_token`), from which the next step's
+logits into one 64-bit word by an atomic maximum (`token_word.py`), from which the next step's
 embedding takes its token: greedy generation needs no host synchronization. All sums are fp32 and in
 a fixed order.
 """
@@ -218,17 +218,6 @@ def embed_kernel(
     tl.debug_barrier()  # every warp has read the token
     tl.store(position_ptr, tl.load(position_ptr) + 1)
     tl.store(cleared_ptr, NO_TOKEN)
-
-
-def encode_token(token: int) -> int:
-    """Return a 64-bit word that decodes to `token`; its logit is not encoded."""
-    return 0x7FFFFFFF - token
-
-
-def decode_token(word: int) -> tuple[int, bool]:
-    """Return (the token in the head's word, whether its logit was NaN)."""
-    order = word >> 32  # the bits of a positive logit; NaN's exceed infinity's
-    return 0x7FFFFFFF - (word & 0x7FFFFFFF), order > 0x7F800000
 
 
 def tile_of(blocks: int) -> int:

@@ -1,4 +1,4 @@
-"""Unpacks a dense int4 weight, with or without 2:4, to bf16 on a GPU in one pass over memory.
+"""Unpack a dense int4 weight, with or without 2:4, to bf16 on a GPU in one pass over memory.
 
 Training and prompts multiply many rows by the weight, so it pays to decode it once for all of them
 and to leave the product to cuBLAS (`model/packed_linear.py`). A program takes a tile of rows and

@@ -25,7 +25,7 @@ expert at a time, for CPUs (`torch_backend.py`). A measured table selects the ba
 expert (`choice.py`), or the caller names one; a named backend that cannot take the call raises. The
 Triton backends do not synchronize with the host and are bitwise reproducible. The error of output
 and gradients against fp64 is at most twice that of plain torch in the same dtype
-(tests/gpu/test_expert_gemm.py, test_expert_lora.py).
+(tests/gpu/test_experts.py, test_expert_lora.py).
 
 MXFP4 is the Open Compute Project's (Microscaling Formats v1.0), the gate is gpt-oss's; sorting rows
 by expert for one grouped product follows MegaBlocks (Gale et al., 2022, arXiv:2211.15841). The code
@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 from sparselong.kernels.expert_stack import ExpertStack, Gate
-from sparselong.kernels.experts import choice as expert_choice
+from sparselong.kernels.experts import choice
 from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
 from sparselong.kernels.experts.choice import BACKENDS
 from sparselong.kernels.experts.lora import NO_ADAPTERS, Adapters
@@ -122,13 +122,13 @@ def _generate(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
 
 
 def _infer(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
-    from sparselong.kernels.experts import triton_launch as expert_triton
+    from sparselong.kernels.experts import triton_launch
 
     operands = operands.in_dtype(call.x.dtype)
     out = torch.empty_like(call.x)
     with torch.cuda.device_of(out):
         for part in slices(len(out), current().inference_tokens or len(out)):
-            expert_triton.run_forward(call.part(part), operands, out[part], keep=False)
+            triton_launch.run_forward(call.part(part), operands, out[part], keep=False)
     return out
 
 
@@ -149,7 +149,7 @@ class _ExpertPass(torch.autograd.Function):
         weights: torch.Tensor,
         *trainable: torch.Tensor | None,
     ) -> torch.Tensor:
-        from sparselong.kernels.experts import triton_launch as expert_triton
+        from sparselong.kernels.experts import triton_launch
 
         call, needs = ExpertCall(x, indices, weights), ctx.needs_input_grad
         ctx.operands, ctx.kept = operands, []
@@ -163,7 +163,7 @@ class _ExpertPass(torch.autograd.Function):
         operands, out = operands.in_dtype(x.dtype), torch.empty_like(x)
         with torch.cuda.device_of(x):
             made: list[Any] = [
-                expert_triton.run_forward(call.part(part), operands, out[part], keeps)
+                triton_launch.run_forward(call.part(part), operands, out[part], keeps)
                 for part in slices(len(x), ctx.slice_tokens)
             ]
         if is_checkpointed() or not operands.adapters.are_absent:
@@ -176,11 +176,11 @@ class _ExpertPass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        from sparselong.kernels.experts import triton_launch as expert_triton
+        from sparselong.kernels.experts import triton_launch
 
         x, indices, weights, *saved = ctx.saved_tensors
         needs, operands = ctx.needs_input_grad, ctx.operands.in_dtype(dout.dtype)
-        gradients = expert_triton.Gradients(
+        gradients = triton_launch.Gradients(
             torch.empty_like(dout, memory_format=torch.contiguous_format) if needs[1] else None,
             torch.empty_like(weights) if needs[3] else None,
             needs[4:6],
@@ -189,19 +189,19 @@ class _ExpertPass(torch.autograd.Function):
         # If this pass is interrupted, the next must not reuse a kept output for another slice.
         kept, ctx.kept = ctx.kept, []
         if saved:
-            kept = [(saved[0], expert_triton.Routing(*saved[1:]))]
+            kept = [(saved[0], triton_launch.Routing(*saved[1:]))]
 
         def differentiate(part: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
             """Fill one slice's gradients, and free its gate_up output before the next slice."""
             rows: Any = None if x is None else x[part]
             gate_up, routing = (
-                kept.pop(0) if kept else expert_triton.run_gate_up(rows, indices[part], operands)
+                kept.pop(0) if kept else triton_launch.run_gate_up(rows, indices[part], operands)
             )
-            forward = expert_triton.SavedForward(
+            forward = triton_launch.SavedForward(
                 gate_up, routing, indices[part], weights[part], rows
             )
             is_recomputable = rows is not None
-            return expert_triton.run_backward(
+            return triton_launch.run_backward(
                 dout[part], forward, operands, gradients.part(part), overwrite=is_recomputable
             )
 
@@ -234,7 +234,7 @@ def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | 
         raise ValueError(f"backend: {backend!r}; allowed: None, {', '.join(BACKENDS)}")
     if backend is None:
         architecture = architecture_of(x.device)
-        backend = expert_choice.choose_backend(architecture, indices.numel(), experts).backend
+        backend = choice.choose_backend(architecture, indices.numel(), experts).backend
     if backend == "torch":
         return backend
     if x.device.type != "cuda":

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sparselong.kernels.experts import triton_glue as expert_glue_kernels
+from sparselong.kernels.experts import triton_glue
 
-kernels: Any = expert_glue_kernels  # triton's types do not cover launches
+kernels: Any = triton_glue  # triton's types do not cover launches
 BLOCK = 128
 
 

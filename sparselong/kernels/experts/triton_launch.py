@@ -15,18 +15,23 @@ from typing import Any, NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparselong.kernels import gpu as architecture
+from sparselong.kernels import gpu
 from sparselong.kernels.expert_stack import Gate, PackedWeight
-from sparselong.kernels.experts import routing as expert_routing
-from sparselong.kernels.experts import triton_products as expert_kernels
+from sparselong.kernels.experts import triton_glue, triton_products
 from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
 from sparselong.kernels.experts.lora import NO_ADAPTERS, Adapters
 from sparselong.kernels.experts.lora_triton import add_adapter_, add_gradients_, expand_
-from sparselong.kernels.experts.routing import Routing
+from sparselong.kernels.experts.routing import (
+    Routing,
+    combine,
+    gather,
+    sort_by_expert,
+    sum_by_expert,
+)
 from sparselong.kernels.experts.tiles import Tile, tile_for
 
-kernels: Any = expert_kernels  # triton's types do not cover launches
-glue = expert_routing.kernels
+kernels: Any = triton_products  # triton's types do not cover launches
+glue: Any = triton_glue
 BUFFER_BYTES = 1 << 28
 """Most bytes of decoded weights held at once."""
 _DECODE_GROUPS, _DECODE_TURNS = 64, 8
@@ -81,8 +86,8 @@ def run_gate_up(
     """
     stack, adapters, _, backend = operands
     tile_rows = choose_tile(x, backend, "forward").rows
-    routing = expert_routing.sort_by_expert(indices, stack.experts, tile_rows)
-    rows, _ = expert_routing.gather(x, routing, indices)
+    routing = sort_by_expert(indices, stack.experts, tile_rows)
+    rows, _ = gather(x, routing, indices)
     gate_up = multiply(rows, stack.gate_up, routing, backend, backward=False)
     if adapters.gate_up is not None:
         add_adapter_(gate_up, rows, adapters.gate_up, routing, tile_rows)
@@ -114,7 +119,7 @@ def run_forward(
         tile_rows = choose_tile(x, backend, "forward").rows
         add_adapter_(rows, h, adapters.down, routing, tile_rows)
     del h
-    expert_routing.combine(rows, routing, out, weights)
+    combine(rows, routing, out, weights)
     return made
 
 
@@ -138,10 +143,10 @@ def run_backward(
     gate_up, routing, indices, weights, _ = saved
     stack, adapters, gate, backend = operands
     bias = None if gradients.weights is None else stack.down.bias
-    rows, inner_products = expert_routing.gather(dout.contiguous(), routing, indices, bias)
+    rows, inner_products = gather(dout.contiguous(), routing, indices, bias)
     ddown_bias = None
     if gradients.biases[1]:
-        ddown_bias = expert_routing.sum_by_expert(rows, routing, stack.down.bias, weights)
+        ddown_bias = sum_by_expert(rows, routing, stack.down.bias, weights)
     dh = multiply(rows, stack.down, routing, backend, backward=True)
     if adapters.down is not None:
         _differentiate_down_adapter(rows, dh, saved, operands, gradients)
@@ -155,7 +160,7 @@ def run_backward(
     del dh
     dgate_up_bias = None
     if gradients.biases[0]:
-        dgate_up_bias = expert_routing.sum_by_expert(dgate_up, routing, stack.gate_up.bias)
+        dgate_up_bias = sum_by_expert(dgate_up, routing, stack.gate_up.bias)
     lora_grad = None
     if adapters.gate_up is not None:
         lora_grad = _differentiate_gate_up_adapter(dgate_up, saved, operands, gradients)
@@ -165,7 +170,7 @@ def run_backward(
         if adapters.gate_up is not None and lora_grad is not None:
             tile_rows = choose_tile(rows, backend, "forward").rows
             expand_(rows, lora_grad, adapters.gate_up.a, routing, tile_rows)
-        expert_routing.combine(rows, routing, gradients.x)
+        combine(rows, routing, gradients.x)
     return dgate_up_bias, ddown_bias
 
 
@@ -197,7 +202,7 @@ def _differentiate_gate_up_adapter(
     """Add the factors' gradients to their sums, and return g as `add_gradients_` does."""
     adapter, sums, x = operands.adapters.gate_up, gradients.adapters.gate_up, saved.x
     assert adapter is not None and sums is not None and x is not None
-    rows, _ = expert_routing.gather(x, saved.routing, saved.indices)
+    rows, _ = gather(x, saved.routing, saved.indices)
     tile_rows = choose_tile(rows, operands.backend, "forward").rows
     return add_gradients_(sums, adapter, rows, dgate_up, saved.routing, tile_rows)
 
@@ -221,11 +226,9 @@ def multiply(
     columns, depth = (groups * 32, out_features) if backward else (out_features, groups * 32)
     out = torch.empty((a.shape[0], columns), dtype=a.dtype, device=a.device)
     tile = choose_tile(a, backend, "backward" if backward else "forward")
-    tma = (
-        architecture.tiles_of(a.device) == "sm_90" and a.dtype == torch.bfloat16 and tile.rows >= 64
-    )
+    tma = gpu.tiles_of(a.device) == "sm_90" and a.dtype == torch.bfloat16 and tile.rows >= 64
     tiles = routing.tile_expert.numel() * -(-columns // tile.columns)
-    grid = (min(tiles, architecture.multiprocessors_of(a.device) * tile.programs),)
+    grid = (min(tiles, gpu.multiprocessors_of(a.device) * tile.programs),)
     a_tiles = TensorDescriptor.from_tensor(a, [tile.rows, tile.depth]) if tma else a
     lists = (routing.starts, routing.tile_expert, routing.tile_starts)
     constants = {
@@ -269,7 +272,7 @@ def decode_into(buffer: torch.Tensor, weight: PackedWeight, first: int, last: in
 
 def choose_tile(x: torch.Tensor, backend: str, direction: str) -> Tile:
     """Return the tile for a product with x's rows on x's device."""
-    return tile_for(architecture.tiles_of(x.device), backend, direction, x.dtype == torch.float32)
+    return tile_for(gpu.tiles_of(x.device), backend, direction, x.dtype == torch.float32)
 
 
 def _has_ptx(values: torch.Tensor) -> bool:

@@ -47,7 +47,7 @@ def linear_cross_entropy(
     Returns:
         fp32 scalar (fp64 from fp64), in nats; 0 if no row has a label. Its error and that of the
         gradient against fp64 are at most twice plain torch's in the same dtype
-        (tests/gpu/test_neighbours.py).
+        (tests/gpu/test_layer.py).
 
     Raises:
         ValueError: an argument is not as above, or weight requires a gradient; the message names

@@ -42,7 +42,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Returns:
         [..., hidden] in x's dtype, contiguous. Its error and that of the gradients against fp64
-        are at most twice plain torch's in the same dtype (tests/gpu/test_neighbours.py).
+        are at most twice plain torch's in the same dtype (tests/gpu/test_layer.py).
 
     Raises:
         ValueError: an argument is not as above; the message names it, its value and what is

@@ -45,7 +45,7 @@ def rotate(
     Returns:
         Rotated q and k in their shapes and dtype, laid out as [batch, tokens, heads, head_dim]. The
         error against fp64, gradients included, is at most twice plain torch's in the same dtype
-        (tests/gpu/test_neighbours.py).
+        (tests/gpu/test_layer.py).
 
     Raises:
         ValueError: an argument is not as above; the message names it, its value and what is

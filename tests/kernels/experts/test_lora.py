@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sparselong.kernels.expert_stack import ExpertStack, PackedWeight
-from sparselong.kernels.experts import op as expert_gemm
+from sparselong.kernels.experts import op as experts_op
 from sparselong.kernels.experts.lora import NO_ADAPTERS, Adapter, Adapters
 from sparselong.kernels.experts.op import expert_mlp
 from sparselong.runtime.recompute import checkpoint_contexts
@@ -119,8 +119,8 @@ def test_generation_backend_refuses_adapters(monkeypatch):
     case, seen = draw(), []
     call = (case["leaves"]["x"][:2].bfloat16(), case["indices"][:2], case["leaves"]["weights"][:2])
     adapters = adapters_of(case["leaves"], ("down",))
-    monkeypatch.setattr(expert_gemm, "choose", lambda *_: "generation")
-    monkeypatch.setattr(expert_gemm, "_infer", lambda _, operands: seen.append(operands.backend))
+    monkeypatch.setattr(experts_op, "choose", lambda *_: "generation")
+    monkeypatch.setattr(experts_op, "_infer", lambda _, operands: seen.append(operands.backend))
     with torch.no_grad():
         expert_mlp(*call, case["stack"], adapters)
         assert seen == ["small"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sparselong.kernels.expert_stack import ExpertStack, PackedWeight
-from sparselong.kernels.experts import op as expert_gemm
-from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts import op as experts_op
+from sparselong.kernels.experts import triton_launch
 from sparselong.kernels.experts.choice import BACKENDS, MEASURED, NO_LIMIT, choose_backend
 from sparselong.kernels.experts.op import expert_mlp
 from sparselong.packing import mxfp4
@@ -209,8 +209,8 @@ def test_inference_runs_in_slices_if_set(monkeypatch):
         sizes.append(tuple(map(len, part)))
         torch.mul(part.x, 2, out=out)
 
-    monkeypatch.setattr(expert_gemm, "choose", lambda *_: "packed")
-    monkeypatch.setattr(expert_triton, "run_forward", run)
+    monkeypatch.setattr(experts_op, "choose", lambda *_: "packed")
+    monkeypatch.setattr(triton_launch, "run_forward", run)
     with using(inference_tokens=16):
         out = expert_mlp(**call)
     assert sizes == [(12,) * 3, (12,) * 3, (13,) * 3]
@@ -224,8 +224,8 @@ def test_kernels_get_contiguous_inputs(monkeypatch):
     call, seen = draw(), []
     for name in ("x", "expert_indices", "routing_weights"):
         call[name] = call[name].T.contiguous().T
-    monkeypatch.setattr(expert_gemm, "choose", lambda *_: "packed")
-    monkeypatch.setattr(expert_triton, "run_forward", lambda given, *_, keep: seen.append(given))
+    monkeypatch.setattr(experts_op, "choose", lambda *_: "packed")
+    monkeypatch.setattr(triton_launch, "run_forward", lambda given, *_, keep: seen.append(given))
     expert_mlp(**call)
     (given,) = seen
     for got, name in zip(given, ("x", "expert_indices", "routing_weights"), strict=True):

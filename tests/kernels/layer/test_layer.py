@@ -19,7 +19,7 @@ LIMITS = {"norm_half": 3e-4, "softmax_large_True": 2e-5}
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, list[float]]:
     """Return the kernels' errors in Triton's interpreter, by case."""
-    return run_interpreted("neighbours_interpreted")
+    return run_interpreted("interpreted_layer")
 
 
 def test_interpreted_kernels_agree_with_fp64(interpreted):

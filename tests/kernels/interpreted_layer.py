@@ -1,4 +1,4 @@
-"""Runs norm, rotary and loss kernels in Triton's interpreter; test_neighbours.py starts it.
+"""Runs norm, rotary and loss kernels in Triton's interpreter; test_layer.py starts it.
 
 A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
 JSON document: for each case the relative L2 errors of results and gradients against fp64, NaN where

@@ -15,7 +15,7 @@ import torch
 from sparselong.kernels.decode import experts as expert_generation
 from sparselong.kernels.expert_stack import ExpertStack, Gate, PackedWeight
 from sparselong.kernels.experts import routing as expert_routing
-from sparselong.kernels.experts import triton_launch as expert_triton
+from sparselong.kernels.experts import triton_launch
 from sparselong.kernels.experts.call import ExpertOperands
 from sparselong.kernels.experts.lora import NO_ADAPTERS
 from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp
@@ -142,7 +142,7 @@ def assert_close(name: str, got: dict, yardstick: dict, exact: dict) -> None:
 @pytest.fixture
 def poison(monkeypatch):
     """torch.empty and torch.empty_like, as the launchers see them, give NaN, or 77."""
-    for module in (expert_triton, expert_routing, expert_generation):
+    for module in (triton_launch, expert_routing, expert_generation):
         monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
@@ -150,7 +150,7 @@ def poison(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernels_err_no_more_than_twice_plain_torch(case, backend, poison, monkeypatch):
     if case.buffer_bytes is not None:
-        monkeypatch.setattr(expert_triton, "BUFFER_BYTES", case.buffer_bytes)
+        monkeypatch.setattr(triton_launch, "BUFFER_BYTES", case.buffer_bytes)
     call = draw(case)
     assert_close(case.name, run(call, backend), run(call, "torch"), run_exactly(call))
 
@@ -184,7 +184,7 @@ def test_every_byte_at_every_scale_decodes_to_the_bit():
     scales = torch.arange(255, dtype=torch.uint8).view(1, 255, 1).repeat(1, 1, 16)
     weight = PackedWeight(blocks.cuda(), scales.cuda(), scales.cuda())
     buffer = torch.full((1, 255, 512), float("nan"), dtype=torch.bfloat16, device="cuda")
-    expert_triton.decode_into(buffer, weight, 0, 1)
+    triton_launch.decode_into(buffer, weight, 0, 1)
     exact = mxfp4.decode(blocks, scales, torch.bfloat16)
     assert torch.equal(buffer.cpu().view(torch.int16), exact.view(torch.int16))
 
@@ -199,9 +199,9 @@ def test_decoding_in_the_product_is_exact(backend, backward):
     weight = PackedWeight(blocks.cuda(), scales.cuda(), bias)
     unit = torch.eye(512, device="cuda", dtype=torch.bfloat16)
     indices = torch.zeros(512, 1, dtype=torch.int64, device="cuda")
-    rows = expert_triton.choose_tile(unit, backend, "forward").rows
+    rows = triton_launch.choose_tile(unit, backend, "forward").rows
     routing = expert_routing.sort_by_expert(indices, 1, rows)
-    got = expert_triton.multiply(unit, weight, routing, backend, backward)
+    got = triton_launch.multiply(unit, weight, routing, backend, backward)
     exact = mxfp4.decode(blocks, scales, torch.bfloat16)[0]
     assert torch.equal(got.cpu(), exact if backward else exact.T)
 
@@ -257,15 +257,15 @@ def test_d_gate_up_may_take_gate_ups_place():
     call = draw(Case("in_place", 4000, experts=4, hidden=2880, inner=2880))
     indices, weights = call["expert_indices"], call["routing_weights"]
     operands = ExpertOperands(stack_of(call), NO_ADAPTERS, Gate(ALPHA, LIMIT), "packed")
-    wide, routing = expert_triton.run_gate_up(call["x"], indices, operands)
-    saved = expert_triton.SavedForward(wide, routing, indices, weights, None)
+    wide, routing = triton_launch.run_gate_up(call["x"], indices, operands)
+    saved = triton_launch.SavedForward(wide, routing, indices, weights, None)
     results, peaks = [], []
     for overwrite in (False, True):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         results.append((torch.empty_like(call["x"]), torch.empty_like(weights)))
-        gradients = expert_triton.Gradients(*results[-1])
-        expert_triton.run_backward(call["dout"], saved, operands, gradients, overwrite)
+        gradients = triton_launch.Gradients(*results[-1])
+        triton_launch.run_backward(call["dout"], saved, operands, gradients, overwrite)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert peaks[0] - peaks[1] > 0.45 * wide.nbytes  # the rows beside it peak elsewhere

@@ -1,0 +1,32 @@
+"""The 64-bit word by which a greedy token goes from a decoding step's head to the next embedding.
+
+The upper half orders words by logit; the lower half is 2^31 - 1 minus the token, so that a maximum
+over words takes the largest logit and, among equal ones, the lowest token. The kernels of `glue.py`
+write and read the same format. This module imports no Triton, for steps on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+
+TOKEN_MASK = 0x7FFFFFFF
+NAN_BITS, INFINITY_BITS = 0x7FC00000, 0x7F800000
+"""Bits of an fp32 NaN and of infinity, which is below every NaN and above every other number."""
+Word = TypeVar("Word", int, torch.Tensor)
+
+
+def encode_token(token: int, *, is_nan: bool = False) -> int:
+    """Return a word that decodes to `token`; of its logit, only whether it is NaN is encoded."""
+    return (NAN_BITS << 32 if is_nan else 0) | (TOKEN_MASK - token)
+
+
+def decode_token(word: Word) -> Word:
+    """Return the token in a word, or the tokens in an int64 tensor of words."""
+    return TOKEN_MASK - (word & TOKEN_MASK)
+
+
+def holds_nan(word: int) -> bool:
+    """Return whether the logit in a word of the head is NaN."""
+    return word >> 32 > INFINITY_BITS
