@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from sparselong.run.directory import FORMAT_VERSION
 from sparselong.run.stages import STAGES
 from tests.conftest import ROOT
 
@@ -43,7 +44,8 @@ def test_a_refusal_imports_nothing_heavy(script, tmp_path):
     (tmp_path / "file").write_text("")
     other = tmp_path / "other" / script
     other.mkdir(parents=True)
-    (other / "started.json").write_text('{"config_hash": "0"}')
+    begun = {"format_version": FORMAT_VERSION, "config_hash": "0"}
+    (other / "started.json").write_text(json.dumps(begun))
     run_dirs = [tmp_path / "file", tmp_path / "file/run", "/proc/self"]
     cases = [[*config, "--run-dir", str(run_dir)] for run_dir in run_dirs]
     cases += [[*config, "sed=1"], [*config, "training.save_steps=7"], ["--config", "absent.yaml"]]
@@ -72,7 +74,8 @@ def write_stage_02(run_dir) -> None:
     from sparselong.config import load
     from sparselong.run.stages import stage_hash
 
-    made = {"config_hash": stage_hash(load(ROOT / "configs/tiny.yaml"), "02_compress")}
+    config = load(ROOT / "configs/tiny.yaml")
+    made = {"format_version": FORMAT_VERSION, "config_hash": stage_hash(config, "02_compress")}
     (run_dir / "02_compress").mkdir()
     (run_dir / "02_compress/manifest.json").write_text(json.dumps({**made, "outputs": []}))
 

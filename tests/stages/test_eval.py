@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sparselong.config import schema as config_module
+from sparselong.run.directory import FORMAT_VERSION
 from sparselong.run.stages import stage_hash
 from tests.conftest import load_script
 
@@ -26,7 +27,12 @@ def arguments(small_arguments) -> list[str]:
 def write_manifest(run_dir: Path, stage: str, arguments: list[str], label: str = "") -> None:
     config = config_module.load(arguments[1], arguments[2:])
     files = [{"path": "model", "bytes": 1, "sha256": f"{stage}{label}"}]
-    manifest = {"config_hash": stage_hash(config, stage), "inputs": files, "outputs": files}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "config_hash": stage_hash(config, stage),
+        "inputs": files,
+        "outputs": files,
+    }
     (run_dir / stage).mkdir(parents=True, exist_ok=True)
     (run_dir / stage / "manifest.json").write_text(json.dumps(manifest))
 
