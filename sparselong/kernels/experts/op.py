@@ -82,7 +82,6 @@ def expert_mlp(
         backend: one of `BACKENDS`; None selects by the measured table. "generation" takes at most
             64 routed tokens, no adapters and no gradients.
 
-
     Raises:
         ValueError: An argument does not fit; the message names it. An index out of range fails a
             device-side assertion on a GPU; with "generation" its token becomes NaN.
