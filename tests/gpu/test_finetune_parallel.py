@@ -24,7 +24,7 @@ DEGREE = 4 if torch.cuda.device_count() >= 4 else 2
 PACKAGES = ("axolotl", "llmcompressor", "pydantic")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 ARGUMENTS = [
-    *("--config", str(ROOT / "configs/tiny.yaml"), "flash_attention=true", "model.tiny_steps=150"),
+    *("--config", str(ROOT / "configs/tiny.yaml"), "flash_attention=true", "model.tiny_steps=40"),
     *("sequence_len=2048", "micro_batch_size=1", "training.gradient_accumulation_steps=2"),
     *("training.gradient_checkpointing=true", "training.max_steps=8", "deterministic=true"),
     *("training.eval_steps=4", "training.save_steps=4", "training.learning_rate=5e-4"),
