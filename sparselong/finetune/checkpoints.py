@@ -222,7 +222,7 @@ def publish(made: Path, folder: Path) -> Path | None:
     return aside
 
 
-def rotate(folder: Path, limit: int, keep: Set[str]) -> dict[Path, str]:
+def remove_oldest(folder: Path, limit: int, keep: Set[str]) -> dict[Path, str]:
     """Remove the oldest checkpoints beyond a number, if they are as training wrote them.
 
     Args:

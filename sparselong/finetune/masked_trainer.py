@@ -248,7 +248,7 @@ class MaskedTraining(Trainer):
             tell(f"{made.name} was in the way of the new one and is now {aside.name}")
         keep = {made.name, Path(self.state.best_model_checkpoint or made).name}
         limit = self.run.config.training.save_total_limit
-        for path, reason in checkpoints.rotate(folder, limit, keep).items():
+        for path, reason in checkpoints.remove_oldest(folder, limit, keep).items():
             tell(f"{path.name} is older than the newest {limit} but was not removed: {reason}")
 
     def _settle_best(self) -> None:

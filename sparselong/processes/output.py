@@ -37,23 +37,23 @@ def cause_of(lines: Iterable[str]) -> list[str]:
     """Return the lines that tell why a process ended, at most a dozen.
 
     Args:
-        lines: the last lines of its output, as written.
+        lines: the last lines of its output; what a carriage return overwrote is a line too.
     """
-    cleaned = [line for raw in lines for line in _clean(raw)]
+    cleaned = [_clean(line) for line in lines]
     starts = [number for number, (line, _) in enumerate(cleaned) if _TRACEBACK in line]
-    for start, end in reversed(list(zip(starts, [*starts[1:], len(cleaned)], strict=True))):
+    for start, end in reversed(list(zip(starts, [*starts, len(cleaned)][1:], strict=True))):
         cause, after = _read_traceback(cleaned[start + 1 : end])
         if cause and not _NO_CAUSE.match(cause[-1] if len(cause) < 2 else cause[1]):
             return (cause + _telling(after)[-(_LINES - _EXCEPTION_LINES) :])[:_LINES]
     return _telling(cleaned)[-_LINES:]
 
 
-def _clean(raw: str) -> Iterable[tuple[str, bool]]:
-    """Yield what a terminal would show of a line, and whether it is in a box."""
-    text = _CONTROL.sub("", raw.rstrip("\r\n")).rsplit("\r", 1)[-1]
+def _clean(line: str) -> tuple[str, bool]:
+    """Return the text of a line without what controls a terminal, and whether it is in a box."""
+    text = _CONTROL.sub("", line).rstrip()
     inside = text.strip().strip(_BOX)
     boxed = inside != text.strip()
-    yield (inside.strip() if boxed else text.rstrip()), boxed
+    return (inside.strip() if boxed else text), boxed
 
 
 def _read_traceback(
