@@ -19,9 +19,9 @@ _CONTROL = re.compile(
 )
 _BOX = "─━│┃┄┅┆┇┈┉┊┋╌╍╎╏╭╮╰╯┌┐└┘├┤┬┴┼┏┓┗┛┣┫┳┻╋═║╔╗╚╝╠╣╦╩╬▏▎▍▌▋▊▉█╸╺"
 _PROGRESS = re.compile(
-    r"\d+(\.\d+)?%\s*\|"  # tqdm:  50%|#####     | 5/10
-    r"|\d+(\.\d+)?[kMGT]?(/\d+(\.\d+)?[kMGT]?|it|B|\s?\w+)?\s*\[\d+:\d\d[^\]]*\]"  # 5/10 [00:01<…]
-    r"|\b\d+(\.\d+)?%.*\b\d+:\d\d"  # rich: Training ━━━ 50% 0:00:01
+    r"\d+%\|"  # tqdm:  50%|#####     | 5/10
+    r"|\[\d+:\d\d(:\d\d)?(<|, )[^\]]*\]"  # tqdm: 5/10 [00:01<00:01, 4.9it/s]
+    r"|[━╸╺█].*\d+%"  # rich: Training ━━━━━╸━━━━  50% 0:00:01
 )
 _ABORTED = re.compile(r"Aborted[!.]?")
 _TRACEBACK = "Traceback (most recent call last)"

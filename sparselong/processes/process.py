@@ -174,7 +174,7 @@ def _explain(
         return TrainerEnded(
             f"{who} ended with {_name(trainer.process.returncode)}",
             "exit code 0",
-            "\n  ".join([_introduce(trainer.process.returncode), *cause_of(trainer.last)]),
+            "\n  ".join(_tell_end(trainer.process.returncode, cause_of(trainer.last))),
             f"see {trainer.log}",
         )
     everywhere = len({each.what if each else None for _, each in failures}) == 1 < len(failures)
@@ -229,10 +229,11 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _introduce(code: int) -> str:
-    """Return what stands before a trainer's last lines."""
+def _tell_end(code: int, last: list[str]) -> list[str]:
+    """Return a trainer's last lines under a line that introduces them."""
     hint = "killed from outside, as Linux does when memory runs out; "
-    return f"{hint * (code == -signal.SIGKILL)}its last lines were:"
+    words = "its last lines were:" if last else "it wrote nothing that tells the cause"
+    return [f"{hint * (code == -signal.SIGKILL)}{words}", *last]
 
 
 def _name(code: int) -> str:

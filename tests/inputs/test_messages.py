@@ -74,6 +74,20 @@ def test_a_long_message_after_much_output_is_bounded():
     assert found[:2] == EXPECTED and len(found) <= 12 and found[-1] == "note 299"
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["loss 5 at 50% | 3 of 4 [10:30]", "step 12 [10:30] failed", "disk is 100% full at 10:30"],
+)
+def test_a_cause_is_not_taken_for_a_progress_bar(line):
+    assert cause_of([line, BAR]) == [line]
+
+
+def test_a_silent_end_is_said_to_be_one(stage):
+    with pytest.raises(TrainerEnded) as failure:
+        run_trainer(stage, [sys.executable, "-c", "raise SystemExit(3)"])
+    assert failure.value.found == "it wrote nothing that tells the cause"
+
+
 @pytest.fixture
 def stage(tmp_path) -> Stage:
     made = Stage("03_finetune", load(ROOT / "configs/tiny.yaml"), tmp_path)
@@ -95,7 +109,13 @@ def train(config, launcher):
 """
 
 
-def test_the_cause_survives_the_trainers_command_line(stage, tmp_path, monkeypatch):
+RANK = (
+    "from pathlib import Path; from sparselong.finetune.rank import _train; _train(Path('a.yaml'))"
+)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_cause_survives_the_trainers_command_line(stage, tmp_path, monkeypatch, ranks):
     """click turns an EOFError, such as that of an empty optimizer.pt, into "Aborted!"."""
     package = tmp_path / "path/axolotl/cli"
     package.mkdir(parents=True)
@@ -104,7 +124,8 @@ def test_the_cause_survives_the_trainers_command_line(stage, tmp_path, monkeypat
         (folder / "__init__.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
     with pytest.raises(TrainerEnded) as failure:
-        run_trainer(stage, [sys.executable, *trainer_arguments(stage)])
+        program = trainer_arguments(stage) if ranks == 1 else ["-c", RANK]
+        run_trainer(stage, [sys.executable, *program])
     assert "EOFError: Ran out of input" in failure.value.found
     assert "Aborted" not in failure.value.found and "it/s" not in failure.value.found
     assert failure.value.fix == f"see {stage.dir / 'log.txt'}"
