@@ -5,7 +5,7 @@ Reads stage 02's model and masters, and the conversations. Writes to runs/NAME/0
 (same compressed format, adapter merged into the codes), adapter, checkpoints, metrics.jsonl and
 loss.png. Axolotl trains in separate processes: `sequence_parallel_degree` of them, or those in
 which torchrun started this script (sparselong/processes/launch.py). After an interruption, the same
-command continues from the last complete checkpoint.
+command continues from the last whole checkpoint.
 """
 
 import sys

@@ -1,15 +1,28 @@
-"""Atomic writes of text files, and detection of a full disk."""
+"""Atomic writes of text files, detection of a full disk, and telling paths from hub names."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 
 _FULL_SENTENCES = (
     *("No space left on device", "Disk quota exceeded"),  # safetensors, from the system's message
     *("file write failed", "unexpected pos "),  # torch's zip writer
 )
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip", ".parquet")
+
+
+def is_local(name: str) -> bool:
+    """Return whether a name can only mean a local file or directory, which may be missing.
+
+    Any other name may be one on the Hugging Face Hub: `NAME` or `OWNER/NAME`.
+    """
+    return not _HUB_NAME.fullmatch(name) or name.endswith(_DATA_SUFFIXES) or os.path.exists(name)
 
 
 def write_atomically(path: Path, text: str) -> None:

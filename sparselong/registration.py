@@ -15,8 +15,10 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -33,10 +35,18 @@ _ENVIRONMENT = {
     # forward pass of a small model 60 times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+_HARMLESS_LOGGERS = {
+    # On processors with AVX-512 bf16, its import looks on the hub for a faster product of 4-bit
+    # layers of its own, which we do not use.
+    "bitsandbytes.backends.cpu.ops",
+}
+"""Loggers whose warnings would alarm people and mean nothing here; their errors are still shown."""
+_HARMLESS_WARNING = "Skipping publisher trust check for 'kernels-community/quantization-bits"
+"""The Python warning that precedes that logger's one if the hub cannot be used."""
 
 
 def set_environment() -> None:
-    """Set environment defaults for our dependencies, unless they are already set.
+    """Set environment defaults for our dependencies, unless they are already set; quiet some.
 
     Torch reads its allocator's setting at the first allocation. The value is `memory.ALLOCATOR`,
     repeated here because that module is slow to import. Without it, the blocks of the 20b model's
@@ -44,6 +54,9 @@ def set_environment() -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    for name in _HARMLESS_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=_HARMLESS_WARNING)
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 from sparselong.config import Config
 from sparselong.data.hub import explain_hub_failures
 from sparselong.errors import StageError
-from sparselong.files import write_atomically
+from sparselong.files import is_local, write_atomically
 from sparselong.provenance import hash_file
 
 Message = dict[str, str]
@@ -205,7 +205,7 @@ def _split(config: Config, folder: Path) -> tuple[list[list[Message]], list[list
 
 def _read_source(source: str) -> list[list[Message]]:
     path = Path(source)
-    if path.exists() or path.suffix in (".jsonl", ".json") or path.is_absolute():
+    if is_local(source):
         return list(_read_rows(path))
     return list(_read_hub(source))
 

@@ -52,7 +52,7 @@ from sparselong.adapters import (
 from sparselong.checkpoint import Checkpoint
 from sparselong.errors import StageError
 from sparselong.files import write_atomically
-from sparselong.finetune import state, supervision
+from sparselong.finetune import checkpoints, state, supervision
 from sparselong.finetune.axolotl_config import ADAPTER, attention_of
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, Recomputation, tell
 from sparselong.finetune.keeping import Keeping, decide_keeping
@@ -135,8 +135,6 @@ class SparseLongPlugin(BasePlugin):
     def get_training_args(self, cfg):
         """Return the training arguments that Axolotl must not choose."""
         return {
-            # The checkpoints' directory, also on ranks whose Axolotl has a temporary directory.
-            "output_dir": str(self.run.checkpoints),
             "logging_nan_inf_filter": False,
             "restore_callback_states_from_checkpoint": True,
             "eval_on_start": not cfg.resume_from_checkpoint,  # the curve begins at stage 02's model
@@ -264,21 +262,22 @@ class SparseLongPlugin(BasePlugin):
         if best is None:
             raise StageError(
                 "there is no best checkpoint",
-                "an evaluation with a finite loss before the end of training",
+                "a whole checkpoint of a step that was evaluated with a finite loss",
                 "none",
-                "check the validation conversations and training.eval_steps",
+                "check the validation conversations and training.eval_steps; if log.txt says that "
+                "a checkpoint is damaged, train again: python 03_finetune.py --force",
             )
         layers, rounding = tuned_layers(trainer.model), {}
         outcome = {
             "best_checkpoint": Path(best).name,
-            "best_step": state.step_of(Path(best)),
+            "best_step": checkpoints.step_of(Path(best)),
             "best_eval_loss": trainer.state.best_metric,
             "steps": trainer.state.global_step,
             "mask_updates": trainer.progress.mask_updates,
             "peak_bytes": ranks.merge_peaks(trainer.progress.note_peaks()),
         }
         if ranks.is_first():
-            write_atomically(work / TRAINED, "{}\n")
+            write_atomically(work / TRAINED, json.dumps({"newest": trainer.newest}) + "\n")
             tell(f"baking {Path(best).name} (validation loss {trainer.state.best_metric:.4f})")
             baked, rounding = bake_checkpoint(self.run.compressed, layers, work / "model")
             trainer.model.save_pretrained(str(work / "adapter"))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from sparselong.config import Config
 from sparselong.errors import ConfigError
+from sparselong.files import is_local
 from sparselong.health import resources
 from sparselong.health.machine import Machine
 from sparselong.health.packages import NEEDED, Package
@@ -253,9 +254,9 @@ def _source(source: Source) -> Row:
         key = {"base model": "model.base", "training data": "data.train"}.get(source.role)
         key = key or ("data.validation" if source.role == "validation data" else "evaluation.tasks")
         local = "[demo_hellaswag]" if key == "evaluation.tasks" else "something local"
-        return fail(
-            source.role, text, f"connect to the hub (HF_HUB_OFFLINE unset), or set {key} to {local}"
-        )
+        way = "correct the path" if is_local(source.name) else "connect to the hub"
+        way += "" if is_local(source.name) else " (HF_HUB_OFFLINE unset)"
+        return fail(source.role, text, f"{way}, or set {key} to {local}")
     if source.state == "unknown":
         return warn(source.role, text, "make sure that stage 04 can reach the hub")
     return ok(source.role, text)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparselong.config import Config
+from sparselong.files import is_local
 from sparselong.health.packages import is_installed
 
 State = Literal["here", "made", "reachable", "missing", "unknown"]
@@ -75,6 +76,9 @@ def _base(config: Config, run_dir: Path, hub: _Hub) -> Source:
         if lacking:
             return Source(role, name, "missing", f"{name} lacks {', '.join(lacking[:3])}")
         return Source(role, name, "here", f"directory {name}")
+    if is_local(name):
+        detail = "a file, not a directory" if Path(name).exists() else "no such directory"
+        return Source(role, name, "missing", detail)
     cached = _cached_checkpoint(name, config.model.revision)
     if cached:
         return Source(role, name, "here", f"in the hub cache, {cached}")
@@ -120,8 +124,9 @@ def _data(role: str, name: str, run_dir: Path, hub: _Hub) -> Source:
         return Source(role, name, "here", f"prepared in {run_dir / 'data'}")
     if Path(name).is_file():
         return Source(role, name, "here", f"file of {Path(name).stat().st_size:,} bytes")
-    if name.endswith((".jsonl", ".json")) or name.startswith((".", "/")):
-        return Source(role, name, "missing", f"file {name} does not exist")
+    if is_local(name):
+        detail = "not a file" if Path(name).exists() else f"file {name} does not exist"
+        return Source(role, name, "missing", detail)
     return _dataset(role, name, hub)
 
 

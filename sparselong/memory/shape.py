@@ -15,6 +15,7 @@ from typing import Any
 
 from sparselong.config import Config, ModelSection
 from sparselong.errors import ConfigError, StageError
+from sparselong.files import is_local
 
 
 @dataclass(frozen=True)
@@ -190,11 +191,17 @@ def _cached_config(model: ModelSection) -> Path:
         cached = None
     if isinstance(cached, str):
         return Path(cached)
+    found, fix = "no config.json there", "correct model.base"
+    if not is_local(model.base):
+        found = "no such directory, and no config.json in the hub cache"
+        fix += f", or download it first: hf download {model.base} config.json"
+    elif not Path(model.base).exists():
+        found = "no such directory"
     raise StageError(
         f"the shape of model.base {model.base!r} is unknown",
         f"{' or '.join(PUBLISHED)}, tiny, or a directory with a config.json",
-        "no such directory, and no config.json in the hub cache",
-        f"correct model.base, or download it first: hf download {model.base} config.json",
+        found,
+        fix,
     )
 
 

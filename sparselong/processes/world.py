@@ -164,8 +164,7 @@ def check_replicas(tensors: Mapping[str, torch.Tensor], step: int) -> None:
             f"the ranks' adapters or masks differ at step {step}",
             "the same values on every rank as on rank 0",
             f"different values on rank {', '.join(others)}, first in {first}",
-            "resume from the last checkpoint with the same command; if it happens again, a GPU "
-            "may be faulty: use other GPUs",
+            "run the same command again; if it happens again, a GPU may be faulty: use other GPUs",
         )
 
 

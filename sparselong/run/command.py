@@ -23,6 +23,12 @@ from sparselong.errors import ExpectedError, StageError
 from sparselong.files import is_disk_full
 from sparselong.run.directory import Stage, finish, locked, prepare, read_manifest
 
+_KEPT = {
+    "02_compress": ": finished layers are kept",
+    "03_finetune": ": training continues from its last whole checkpoint, if there is one",
+    "04_eval": ": models that were measured are not measured again",
+}
+"""What a stage that was interrupted need not repeat."""
 DEFAULT_CONFIG = "configs/gpt-oss-120b-4x3090.yaml"
 
 
@@ -76,7 +82,8 @@ def run_stage(
         else:
             if check is not None:
                 check(config)
-            document = _run_locked(Stage(name, config, arguments.run_dir), redo, execute)
+            stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
+            document = _run_locked(stage, redo, execute)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
@@ -117,6 +124,15 @@ def _note_failure(name: str, run_dir: Path, text: str) -> None:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} failed\n{text}\n")
 
 
+def _rerun(name: str, arguments: argparse.Namespace) -> str:
+    """Return which command continues the stage and what it need not repeat."""
+    again = "the same command again"
+    if arguments.dry_run or name not in _KEPT:
+        return again
+    begun = not (arguments.run_dir / name / "manifest.json").exists()
+    return f"{again}{' without --force' if arguments.force and begun else ''}{_KEPT[name]}"
+
+
 @contextmanager
 def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_Outcome]:
     """Turn expected failures into four lines and an exit code; others keep their traceback."""
@@ -135,7 +151,7 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
             f"{name} was interrupted",
             "the stage to finish",
             str(error) or "Ctrl-C",
-            "run the same command again: it continues from the last finished part",
+            f"run {_rerun(name, arguments)}",
         )
     except Exception as error:
         if not is_disk_full(error):
@@ -146,7 +162,7 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
             f"{name} could not write {file or f'to {arguments.run_dir}'}",
             "free disk space",
             getattr(error, "strerror", None) or str(error).splitlines()[0],
-            "free some space, then run the same command again: finished parts are kept",
+            f"free some space, then run {_rerun(name, arguments)}",
         )
     else:
         return

@@ -50,6 +50,8 @@ class Stage:
     """Files or directories; directories are listed file by file in the manifest."""
     peak_bytes: dict[str, int] = field(default_factory=dict)
     """Peak memory by device: `host`, `cuda:0`, …"""
+    forced: bool = False
+    """Whether `--force` was passed, with which a rerun would start over once more."""
 
     @property
     def dir(self) -> Path:
@@ -60,6 +62,11 @@ class Stage:
     def replaced_dir(self) -> Path:
         """`runs/NAME/0N_stage.replaced`: the previous result while `--force` makes a new one."""
         return self.run_dir / f"{self.name}.replaced"
+
+    @property
+    def same_command(self) -> str:
+        """The command line that continues this stage, in words."""
+        return f"the same command{' without --force' if self.forced else ''}"
 
     def log(self, message: str) -> None:
         """Write one line to stderr and to the stage's log.txt."""

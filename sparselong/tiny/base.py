@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sparselong.config import Config
 from sparselong.errors import StageError
+from sparselong.files import is_local
 from sparselong.tiny.build import TinySpec, build_tiny
 
 
@@ -17,13 +18,20 @@ def resolve_base(config: Config, run_dir: Path, progress: Callable[[str], None])
     cache, and a local directory is used as it is.
 
     Raises:
-        StageError: the hub cannot be reached, or has no such checkpoint.
+        StageError: there is no such directory, or the hub cannot be reached or has no such name.
     """
     if config.model.base == "tiny":
         spec = TinySpec(layers=config.model.tiny_layers, steps=config.model.tiny_steps)
         return build_tiny(run_dir / "base", spec, config.seed, progress)
     if Path(config.model.base).is_dir():
         return Path(config.model.base)
+    if is_local(config.model.base):
+        raise StageError(
+            f"the base model's directory {config.model.base} cannot be opened",
+            "a directory with a gpt-oss checkpoint",
+            "a file" if Path(config.model.base).exists() else "no such directory",
+            "correct model.base: a directory, or a hub name such as openai/gpt-oss-20b",
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

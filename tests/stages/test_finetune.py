@@ -37,6 +37,10 @@ TRAINING = [
 ]
 
 
+PERSONS = ("checkpoint-keep-2", "checkpoint-2.bak", "checkpoint-1 (copy)", "best.old")
+"""Folders beside the checkpoints that are not training's."""
+
+
 def command(arguments: list[str], run_dir: Path) -> list[str]:
     script = str(ROOT / "03_finetune.py")
     return [sys.executable, script, *arguments, "--run-dir", str(run_dir), "--json"]
@@ -92,11 +96,13 @@ def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
     while trainers_of(broken):
         assert time.monotonic() < deadline, "the trainer outlived the stage"
         time.sleep(0.1)
-    # A truncated checkpoint must not be taken for a complete one.
+    # A truncated checkpoint must not be taken for a whole one, nor a person's folder for ours.
     checkpoints = broken / "03_finetune/checkpoints"
     shutil.rmtree(checkpoints / "checkpoint-6", ignore_errors=True)
     shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-6")
     (checkpoints / "checkpoint-6/trainer_state.json").write_text('{"global_step": 6, "epo')
+    for name in PERSONS:
+        shutil.copytree(checkpoints / "checkpoint-4", checkpoints / name)
     again = subprocess.run(command(arguments, broken), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     return straight, broken, json.loads(done.stdout), again.stderr
@@ -104,8 +110,10 @@ def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
 
 def test_killed_run_resumes_with_the_same_curve(runs):
     straight, broken, _, told = runs
-    assert "removing the incomplete checkpoint-6" in told
+    assert "passing over checkpoint-6, which stays as it is: trainer_state.json" in told
     assert "resuming from checkpoint-4" in told
+    left = {path.name for path in (broken / "03_finetune/checkpoints").iterdir()}
+    assert left == {"checkpoint-4", "checkpoint-6", "checkpoint-6.set-aside", *PERSONS}
     epochs = {row["step"]: row["epoch"] for row in rows_of(straight)}
     assert 1 < epochs[4] < epochs[5] < 2
     assert curve(rows_of(broken)) == curve(rows_of(straight))

@@ -25,7 +25,6 @@ ALLOWED = {
     "sparselong.adapters.attach:transformers.set_seed": "PEFT draws A from the global generators",
     "sparselong.data.corpus:documents": "the standard library's text, which never changes",
     "sparselong.evaluate.harness:setLevel": "lm-eval's warnings would hide the stage's own lines",
-    "sparselong.finetune.rank:sys.argv": "a rank's own program: Axolotl reads its command line",
     "sparselong.finetune.rank:sys.excepthook": "a rank's own program: it must end at once",
     "sparselong.generation.decoder:_make_stream": "one CUDA stream a device, as long as it lives",
     "sparselong.kernels.attention.mask:_known": "documents by boundary tensor, as long as it lives",
