@@ -344,6 +344,15 @@ def dump(config: Config) -> str:
     return yaml12.dump(config.model_dump(mode="json"))
 
 
+def is_resolved(text: str) -> bool:
+    """Return whether a text has the form in which `dump` writes a config: no comments."""
+    try:
+        values = yaml12.parse(text, "the text")[0]
+    except ConfigError:
+        return False
+    return isinstance(values, dict) and bool(values) and yaml12.dump(values) == text
+
+
 def hash_sections(config: Config, keys: Iterable[str]) -> str:
     """Return a hash (16 hex digits) of the named top-level keys.
 
