@@ -11,8 +11,8 @@ command continues from the last whole checkpoint.
 import sys
 
 from sparselong.config import Config
-from sparselong.memory import check_heads, find_shape, plan_stage, show_plan
-from sparselong.processes import find_world, joined_rank
+from sparselong.memory import check_model, find_shape, plan_stage, show_plan
+from sparselong.processes import find_world, hide_launcher, is_joined
 from sparselong.run import Stage, run_stage
 
 NAME = "03_finetune"
@@ -26,14 +26,17 @@ def execute(stage: Stage) -> None:
 
 
 def check(config: Config) -> None:
-    """Raise if the processes or the model's heads do not fit the config."""
+    """Raise if the processes or the base model do not fit the config."""
     find_world(config)
-    check_heads(config, find_shape(config.model))
+    if not is_joined():
+        hide_launcher()
+    find_shape(config.model)
+    check_model(config)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stage, or under torchrun this process's part of it; return the exit code."""
-    if joined_rank() is None:
+    if not is_joined():
         return run(argv)
     from sparselong.finetune import trainer_arguments
     from sparselong.processes import follow_or_lead

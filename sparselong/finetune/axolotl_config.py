@@ -160,7 +160,7 @@ def _data(run: TrainingRun, data: conversations.DataFiles, rows: int) -> dict[st
         "test_datasets": [source(data.validation)],
         "val_set_size": 0,
         "dataset_prepared_path": str(run.work / "prepared"),
-        "dataset_num_proc": 1 if rows < _FEW_ROWS else os.cpu_count(),
+        "dataset_num_proc": 1 if rows < _FEW_ROWS else len(os.sched_getaffinity(0)),
         "sequence_len": run.config.sequence_len,
         "sample_packing": run.config.training.sample_packing,
         "eval_sample_packing": False,

@@ -11,6 +11,7 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.memory.fit import is_kept, kept_peaks, suggest_changes
+    from sparselong.memory.limits import check_model
     from sparselong.memory.plan import Plan, make_plan, plan_stage
     from sparselong.memory.shape import PUBLISHED, check_heads, find_shape
     from sparselong.memory.table import (

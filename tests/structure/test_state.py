@@ -44,7 +44,7 @@ ALLOWED = {
     "sparselong.parallel.sequence.exchange:plan_exchange": "16 plans: all layers share a step's",
     "sparselong.processes.failure:sys.excepthook": "a failed rank leaves its explanation in a file",
     "sparselong.processes.follow:signal.signal": RESTORED,
-    "sparselong.processes.world:os.environ": "a rank hides the others from Axolotl and accelerate",
+    "sparselong.processes.launch:os.environ": "a rank hides the others from Axolotl and accelerate",
     "sparselong.processes.world:torch.distributed.init_process_group": "a rank joins the others",
     "sparselong.provenance:torch.cuda.reset_peak_memory_stats": "a stage measures its own peak",
     "sparselong.run.command:signal.signal": RESTORED,
