@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparselong.model.projections import stored_projections, two_four_conforming
     from sparselong.model.quantizer import SparseLongConfig
     from sparselong.model.tokenizer import (
-        check_fit,
+        check_rows_kept,
         check_tokenizer_files,
         load_tokenizer,
         settle_template,

@@ -133,7 +133,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     _check_round_trip(tokenizer, directory)
     _check_template(tokenizer, directory)
     _check_added_tokens(tokenizer, directory)
-    check_fit(tokenizer, directory)
+    _check_fit(tokenizer, directory)
     return tokenizer
 
 
@@ -200,14 +200,8 @@ def _check_added_tokens(tokenizer: Any, directory: Path) -> None:
             raise _unusable(directory, expected, f"the id {names.get(name)} once it is loaded")
 
 
-def check_fit(tokenizer: Any, directory: Path) -> None:
-    """Raise if a tokenizer has tokens for which the model in `directory` has no embeddings.
-
-    More rows than tokens are fine: the published models have them.
-
-    Raises:
-        StageError: there are more tokens, or higher ids, than rows in the embeddings.
-    """
+def _check_fit(tokenizer: Any, directory: Path) -> None:
+    """Raise if there are more tokens than rows in the embeddings; the reverse is usual."""
     rows, names = _embedding_rows(directory), tokenizer.get_vocab()
     needed = max(len(tokenizer), max(names.values()) + 1)
     if needed > rows:
@@ -218,6 +212,29 @@ def check_fit(tokenizer: Any, directory: Path) -> None:
             f"at most {rows} tokens, since the embeddings have {rows} rows (vocab_size)",
             f"{needed} tokens; without a row: {shown}",
             "use the tokenizer files that belong to these weights",
+        )
+
+
+def check_rows_kept(rows: int, directory: Path) -> None:
+    """Raise if an opened model has another number of embeddings than its directory's files.
+
+    Axolotl appends random rows for tokens that its own opening of the tokenizer adds. They would be
+    trained through and never be stored.
+
+    Args:
+        rows: rows of the opened model's embeddings.
+        directory: the checkpoint from which it was opened.
+
+    Raises:
+        StageError: the embeddings were resized.
+    """
+    stored = _embedding_rows(directory)
+    if rows != stored:
+        raise StageError(
+            f"Axolotl resized the embeddings of {directory} to fit its tokenizer",
+            f"{stored} rows, as stored (vocab_size)",
+            f"{rows} rows",
+            "use tokenizer files that add no tokens when they are opened",
         )
 
 
