@@ -15,7 +15,10 @@ from sparselong.run import Stage, run_stage
 
 
 def execute(stage: Stage) -> None:
-    """Compress; torch is imported only after the command line and the config are validated."""
+    """Compress; torch is imported only after everything known without it is validated."""
+    from sparselong.tiny import check_early
+
+    check_early(stage.config, stage.run_dir)
     from sparselong.compress import compress
 
     compress(stage)

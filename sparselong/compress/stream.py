@@ -24,7 +24,6 @@ from sparselong.checkpoint import (
     Checkpoint,
     derive,
     layer_tensors,
-    open_upstream,
     pack_two_four_experts,
     unpack_two_four_experts,
     write_tensors,
@@ -34,12 +33,13 @@ from sparselong.compress.layer import CalibratedLayer
 from sparselong.compress.report import measure
 from sparselong.config import Config
 from sparselong.data import conversations
+from sparselong.errors import StageError
 from sparselong.files import write_atomically
-from sparselong.model import SparseLongConfig, implementation, load_tokenizer
+from sparselong.model import SparseLongConfig, implementation, settle_template
 from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.run import Stage
 from sparselong.runtime import compute_dtype, default_device, using
-from sparselong.tiny import resolve_base
+from sparselong.tiny import Inputs, open_inputs
 
 DENSE_FILE = "dense-{:05d}.safetensors"
 MASTER_FILE = "layer-{:05d}.safetensors"
@@ -62,31 +62,42 @@ def compress(stage: Stage) -> None:
     """Compress the configured base checkpoint into `02_compress/model`.
 
     Raises:
-        StageError: the checkpoint or the calibration data is unusable.
+        StageError: the checkpoint or the data is unusable.
     """
-    base = Checkpoint(resolve_base(stage.config, stage.run_dir, stage.log))
-    architecture = open_upstream(base)
+    inputs = _open_inputs(stage)
+    base = inputs.base
     reset_peaks()
     device = default_device()
     model = stage.dir / "model"
     if not model.exists():  # if it exists, it is complete
         backend, deterministic = stage.config.attention_backend, stage.config.deterministic
         with using(attention_backend=backend, deterministic=deterministic):
-            _compress_layers(stage, base, architecture, device)
-        _complete(stage, base, architecture)
+            _compress_layers(stage, inputs, device)
+        _complete(stage, inputs)
     _publish(stage, base, Checkpoint(model))
 
 
-def _compress_layers(
-    stage: Stage, base: Checkpoint, architecture: GptOssConfig, device: torch.device
-) -> None:
+def _open_inputs(stage: Stage) -> Inputs:
+    """Return the checked inputs; if a row is refused, a corrected file may replace it.
+
+    Prepared rows must not change once something was made of them, but nothing has been yet.
+    """
+    try:
+        return open_inputs(stage.config, stage.run_dir, stage.log)
+    except StageError:
+        if not (stage.dir / "work").exists():
+            (stage.run_dir / "data" / "source.json").unlink(missing_ok=True)
+        raise
+
+
+def _compress_layers(stage: Stage, inputs: Inputs, device: torch.device) -> None:
     """Compress the layers that are not finished yet."""
+    base, architecture, tokenizer = inputs
     for folder in ("model.partial", "masters", "work"):
         (stage.dir / folder).mkdir(exist_ok=True)
     for name in ("lm_head.weight", "model.norm.weight"):  # others are checked when used
         for _ in base.read_slices(name):
             pass
-    tokenizer = load_tokenizer(base.directory)
     tokens = calibration_tokens(stage.config, stage.run_dir, tokenizer)
     states = HiddenStates(stage.dir / "work" / "states.safetensors")
     states.start(base, tokens, compute_dtype(device))
@@ -147,8 +158,9 @@ def _drop_half_of_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
     return stored
 
 
-def _complete(stage: Stage, base: Checkpoint, architecture: GptOssConfig) -> None:
+def _complete(stage: Stage, inputs: Inputs) -> None:
     """Add upstream's unchanged tensors, index and config, and rename the result to `model`."""
+    base, architecture, tokenizer = inputs
     quantization = _quantization(stage.config)
     fmt = quantization.dense_format
     dropped: set[str] = set()
@@ -160,6 +172,7 @@ def _complete(stage: Stage, base: Checkpoint, architecture: GptOssConfig) -> Non
             dropped |= {f"{prefix}.mlp.experts.{n}_proj_blocks" for n in ("gate_up", "down")}
     partial = stage.dir / "model.partial"
     derive(base, partial, dropped, sorted(partial.glob("dense-*")), quantization.to_dict())
+    settle_template(tokenizer, partial)
     name = stage.dir / checkpoint_name(stage.config)
     name.unlink(missing_ok=True)
     name.symlink_to("model")

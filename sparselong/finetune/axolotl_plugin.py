@@ -4,6 +4,7 @@
 |------------------------------|-------------------------------------------------------------------|
 | `register`                   | open the run; report expected failures in failure.json            |
 | `load_datasets`              | Axolotl's loader with our labels; show and count supervised tokens|
+| `pre_lora_load`              | refuse embeddings that Axolotl has resized                        |
 | `get_adapter_capabilities`,  | our adapter: masked LoRA layers over stage 02's packed layers and |
 | `load_adapter`               | masters, built through PEFT's registry of custom modules          |
 | `get_trainer_cls`            | Axolotl's trainer with our data order, loss and checkpoints       |
@@ -70,6 +71,7 @@ from sparselong.finetune.training_run import (
 from sparselong.memory import find_shape, kept_peaks
 from sparselong.model import (
     FusedDecoderLayer,
+    check_rows_kept,
     chunk_loss,
     describe_weights,
     two_four_conforming,
@@ -185,6 +187,10 @@ class SparseLongPlugin(BasePlugin):
             given = sum(1 for _ in file)
         if given > len(dataset):
             tell(f"{name}: {given - len(dataset)} of {given} conversations left out (too long)")
+
+    def pre_lora_load(self, cfg, model):
+        """Raise if Axolotl has resized the embeddings."""
+        check_rows_kept(model.get_input_embeddings().num_embeddings, self.run.compressed)
 
     def load_adapter(self, model, cfg, inference=False, config_only=False):
         """Return the model with our adapters, and their PEFT config."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sparselong.config import Config
 from sparselong.health import packages, sources
+from sparselong.health.inputs import Finding, probe_inputs
 from sparselong.health.packages import Package
 from sparselong.health.sources import Source
 
@@ -85,6 +86,8 @@ class Machine:
     """Size of the files in the run directory."""
     base: Source
     data: tuple[Source, ...]
+    inputs: tuple[Finding, ...] = ()
+    """What became of opening the base, its tokenizer and the rows."""
     flash_attn: bool = False
     """Whether the optional flash-attn package is installed."""
 
@@ -114,8 +117,14 @@ def probe(config: Config, run_dir: Path) -> Machine:
         run_dir_bytes=_tree_bytes(run_dir),
         base=base,
         data=data,
+        inputs=probe_inputs(config, run_dir, base, _rows_of(data)),
         flash_attn=packages.is_installed("flash_attn"),
     )
+
+
+def _rows_of(data: tuple[Source, ...]) -> tuple[Source, ...]:
+    """Return the sources of rows; evaluation tasks are left to stage 04."""
+    return tuple(source for source in data if not source.role.startswith("evaluation task"))
 
 
 def runs_in_our_environment() -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, GptOssForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, GptOssForCausalLM
 
 from sparselong.checkpoint import METHOD
 from sparselong.errors import StageError
@@ -98,24 +98,3 @@ def load_model(
             "download the checkpoint again, or redo the stage that wrote it",
         )
     return model.requires_grad_(False).eval()
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Return the checkpoint's tokenizer, which has a chat template.
-
-    Raises:
-        StageError: Files are missing or damaged, or there is no chat template.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        found = "no chat template" if tokenizer.chat_template is None else None
-    except (OSError, ValueError) as error:
-        tokenizer, found = None, str(error).splitlines()[0]
-    if tokenizer is None or found:
-        raise StageError(
-            f"the tokenizer of {directory} cannot be used",
-            "tokenizer.json, tokenizer_config.json and a chat template",
-            found or "none",
-            "download the checkpoint's tokenizer files again",
-        )
-    return tokenizer

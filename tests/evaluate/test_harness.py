@@ -27,7 +27,7 @@ def harness():
 
 @pytest.fixture(scope="module")
 def tokenizer(untrained_base):
-    from sparselong.model.loading import load_tokenizer
+    from sparselong.model.tokenizer import load_tokenizer
 
     return load_tokenizer(untrained_base)
 

@@ -8,7 +8,7 @@ import pytest
 from sparselong.data import conversations
 from sparselong.errors import StageError
 from sparselong.finetune.supervision import IGNORED, relabel, supervised_fraction
-from sparselong.model.loading import load_tokenizer
+from sparselong.model.tokenizer import load_tokenizer
 from tests.conftest import write_rows
 
 CONVERSATIONS = {

@@ -274,9 +274,11 @@ def test_shape_refusals(tmp_path):
         return str(caught.value)
 
     assert "cannot be read" in refusal("{")
-    assert "not a gpt-oss config" in refusal('{"model_type": "llama"}')
-    assert "not a gpt-oss config" in refusal("[]")
-    assert "num_local_experts" in refusal('{"model_type": "gpt_oss", "num_hidden_layers": 2}')
+    assert "model_type 'llama'" in refusal('{"model_type": "llama"}')
+    assert "a JSON list" in refusal("[]")
+    method = '"quantization_config": {"quant_method": "mxfp4"}'
+    lacking = f'{{"model_type": "gpt_oss", "num_hidden_layers": 2, {method}}}'
+    assert "no num_local_experts" in refusal(lacking)
     with pytest.raises(StageError, match="is unknown"):
         memory.find_shape(ModelSection(base="nobody/nothing-here"))
     with pytest.raises(StageError, match="is unknown"):

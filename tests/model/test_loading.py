@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, Mxfp4Config, Trainer, TrainingArguments
 
 from sparselong.errors import StageError
-from sparselong.model.loading import load_model, load_tokenizer, packed_config
+from sparselong.model import load_model, load_tokenizer
+from sparselong.model.loading import packed_config
 from sparselong.model.packed_experts import PackedExperts
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.quantizer import SparseLongConfig, check_packed

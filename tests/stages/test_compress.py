@@ -83,7 +83,7 @@ def test_stored_weights_equal_those_of_calibration(compressed_run, small_argumen
     model = load_model(tmp_path / "run/02_compress/model")
     from sparselong.compress.calibration import calibration_tokens
     from sparselong.config.schema import load
-    from sparselong.model.loading import load_tokenizer
+    from sparselong.model.tokenizer import load_tokenizer
 
     overrides = [a for a in small_arguments if "=" in a]
     config = load(small_arguments[1], overrides)

@@ -237,7 +237,7 @@ def test_baked_model_has_the_reported_loss(runs):
     import torch
 
     from sparselong.data.conversations import read, tokenize
-    from sparselong.model.loading import load_model, load_tokenizer
+    from sparselong.model import load_model, load_tokenizer
 
     straight, _, manifest, _ = runs
     model = load_model(straight / "03_finetune/model", device=torch.device("cpu"))
