@@ -52,7 +52,7 @@ class Remarks:
         """Return what should be told about the source, a sentence each."""
         said = []
         if self.blank_lines:
-            said.append(f"{source}: {self.blank_lines:,} blank lines skipped")
+            said.append(f"{source}: blank lines skipped: {self.blank_lines:,}")
         if self.ignored:
             names = ", ".join(
                 f"{shown(key)[1:-1]} ({count:,} rows)" for key, count in self.ignored.most_common()
@@ -89,7 +89,7 @@ def read_rows(path: Path, remarks: Remarks, source: str | None = None) -> Iterat
         count += 1
         yield check_row(row, {"source": name, "line": line}, remarks)
     if not count:
-        found = f"{remarks.blank_lines:,} blank lines" if remarks.blank_lines else "no lines"
+        found = f"blank lines: {remarks.blank_lines:,}" if remarks.blank_lines else "no lines"
         raise empty(name, found)
 
 

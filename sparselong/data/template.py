@@ -164,11 +164,14 @@ def find_turns(
     turns = _turns(messages)
     if any("thinking" in messages[i] for i in turns if i + 1 < len(messages)):
         messages = without_dropped_thinking(template, messages, text)
+    # Measured after a question: without a prompt, a last answer ends otherwise than in history.
+    question = messages[: turns[0]]
+    prompt_length = len(template.render(question, True)) - len(template.render(question))
     if len(turns) > _FEW_TURNS:
-        spans = _find_by_kind(template, messages, text)
+        spans = _find_by_kind(template, messages, text, prompt_length)
         if spans is not None:
             return spans
-    return [_find_turn(template, messages, text, i) for i in turns]
+    return [_find_turn(template, messages, text, i, prompt_length) for i in turns]
 
 
 def _turns(messages: list[dict[str, Any]]) -> list[int]:
@@ -176,17 +179,16 @@ def _turns(messages: list[dict[str, Any]]) -> list[int]:
 
 
 def _find_turn(
-    template: Template, messages: list[dict[str, Any]], text: str, i: int
+    template: Template, messages: list[dict[str, Any]], text: str, i: int, prompt_length: int
 ) -> tuple[int, int]:
     """Return (start, end) of message i's turn by rendering the conversation up to it."""
     prompt = template.render(messages[:i], True)
-    suffix_length = len(prompt) - len(template.render(messages[:i]))
     if i + 1 < len(messages):  # render as history: with a generation prompt, which is cut off
         prefix = template.render(messages[: i + 1], True)
-        prefix = prefix[: len(prefix) - suffix_length]
+        prefix = prefix[: len(prefix) - prompt_length]
     else:
         prefix = text
-    if suffix_length < 0 or not prefix.startswith(prompt) or not text.startswith(prefix):
+    if prompt_length < 0 or not prefix.startswith(prompt) or not text.startswith(prefix):
         raise StageError(
             f"message {i + 1} of {template.where} cannot be located in the rendered text",
             "every shortened conversation renders as a prefix of the whole one",
@@ -213,7 +215,7 @@ class _Gap(NamedTuple):
 
 
 def _find_by_kind(
-    template: Template, messages: list[dict[str, Any]], text: str
+    template: Template, messages: list[dict[str, Any]], text: str, prompt_length: int
 ) -> list[tuple[int, int]] | None:
     """Return the turns located by the first and last turn of each kind.
 
@@ -229,7 +231,7 @@ def _find_by_kind(
     for members in kinds.values():
         places = set()
         for i in {members[0], members[-1]}:
-            start, end = _find_turn(template, messages, text, i)
+            start, end = _find_turn(template, messages, text, i, prompt_length)
             places.add((start - gaps[i].start, end - gaps[i + 1].start))
         start, end = places.pop()
         first = members[0]
