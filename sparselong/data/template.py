@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sparselong.data.rows import VARIABLES, Conversation, locate
@@ -123,7 +124,7 @@ def find_rendered_thinking(
     """
     (mark,) = unused(text, *(message.get("thinking", "") for message in messages), count=1)
     marked = [
-        {**message, "thinking": _enclose(message["thinking"], f"{mark}{i}{mark}", "")}
+        {**message, "thinking": _enclose(message["thinking"], f"{mark}{i}{mark}", "", str.strip)}
         if "thinking" in message
         else message
         for i, message in enumerate(messages)
@@ -221,7 +222,10 @@ def _find_by_kind(
 
     None if the template changes contents, or if turns of a kind lie differently.
     """
-    gaps = _find_gaps(template, messages, text)
+    # Templates that strip contents leave only marks inside the white space in place.
+    gaps = _find_gaps(template, messages, text, str) or _find_gaps(
+        template, messages, text, str.strip
+    )
     if gaps is None:
         return None
     kinds: dict[tuple[str, str], list[int]] = {}
@@ -242,16 +246,28 @@ def _find_by_kind(
     return [spans[i] for i in sorted(spans)]
 
 
-def _find_gaps(template: Template, messages: list[dict[str, Any]], text: str) -> list[_Gap] | None:
-    """Return the gaps before each content and after the last, or None if contents are changed."""
+def _find_gaps(
+    template: Template, messages: list[dict[str, Any]], text: str, cut: Callable[[str], str]
+) -> list[_Gap] | None:
+    """Return the gaps before each content and after the last, or None if contents are changed.
+
+    Args:
+        template: the template.
+        messages: the conversation.
+        text: the rendered conversation.
+        cut: returns the part of a content that gets marks around it; the rest is in the gaps.
+    """
     contents = [message["content"] for message in messages]
     thoughts = [message.get("thinking", "") for message in messages]
     begin, close, think, end = unused(text, *contents, *thoughts, count=4)
     marked = []
     for i, message in enumerate(messages):
-        copy = {**message, "content": _enclose(message["content"], f"{begin}{i}{begin}", close)}
+        copy = {
+            **message,
+            "content": _enclose(message["content"], f"{begin}{i}{begin}", close, cut),
+        }
         if "thinking" in message:
-            copy["thinking"] = _enclose(message["thinking"], think, end)
+            copy["thinking"] = _enclose(message["thinking"], think, end, cut)
         marked.append(copy)
     rendered = template.render(marked)
     pieces = re.split(f"{begin}(\\d+){begin}([^{close}]*){close}", rendered)
@@ -268,8 +284,8 @@ def _find_gaps(template: Template, messages: list[dict[str, Any]], text: str) ->
     return gaps
 
 
-def _enclose(text: str, before: str, after: str) -> str:
-    """Return text with marks inside the white space around it, which templates may strip."""
-    core = text.strip()
+def _enclose(text: str, before: str, after: str, cut: Callable[[str], str]) -> str:
+    """Return text with marks around the part that `cut` returns."""
+    core = cut(text)
     start = text.index(core)
     return f"{text[:start]}{before}{core}{after}{text[start + len(core) :]}"

@@ -1,5 +1,6 @@
 """Keys of rows and messages: used, refused by name with file and line, or reported as ignored."""
 
+import datetime
 import json
 
 import pytest
@@ -240,3 +241,15 @@ def test_a_prepared_conversation_means_the_same_and_knows_its_origin(data, tmp_p
     assert all(line["messages"] == row["messages"] for line in lines)
     places = sorted(conversations.locate(line) for line in lines)
     assert places == [f"{path}, line {number}" for number in range(1, 6)]
+
+
+def test_a_hub_dataset_that_was_read_as_dates_is_explained(tmp_path, monkeypatch):
+    import datasets
+
+    row = {"messages": [{**USER, "content": datetime.datetime(2024, 1, 31)}, ANSWER]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [row])
+    config = load(str(ROOT / "configs/tiny.yaml"), ["data.train=someone/chats"])
+    with pytest.raises(StageError) as raised:
+        conversations.prepare(config, tmp_path)
+    assert "dataset someone/chats, row 1" in raised.value.what
+    assert "the content of message 1 is datetime, not text" in raised.value.found
