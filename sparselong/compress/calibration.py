@@ -8,6 +8,7 @@ layer, so that an interrupted run resumes with identical values.
 
 from __future__ import annotations
 
+import datetime
 import random
 from pathlib import Path
 
@@ -36,10 +37,10 @@ def calibration_tokens(
     length = config.calibration.sequence_len
     wanted = config.calibration.samples * length
     stream: list[int] = []
-    for messages in rows:
+    for row in rows:
         if len(stream) >= wanted:
             break
-        stream += conversations.tokenize(messages, tokenizer, "all")[0]
+        stream += conversations.tokenize(row, tokenizer, "all", datetime.date.today())[0]
     if len(stream) < length:
         raise StageError(
             "the calibration data is shorter than one sequence",

@@ -15,6 +15,7 @@ those of 16,384 tokens would take 13 GB.
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,8 +50,9 @@ def load_samples(path: Path, tokenizer: Any, config: Config) -> list[Sample]:
         StageError: no conversation has a supervised token within `sequence_len`.
     """
     samples: list[Sample] = []
-    for messages in conversations.read(path):
-        ids, supervised = conversations.tokenize(messages, tokenizer, config.data.train_on)
+    for row in conversations.read(path):
+        today = datetime.date.today()
+        ids, supervised = conversations.tokenize(row, tokenizer, config.data.train_on, today)
         ids, supervised = ids[: config.sequence_len], supervised[: config.sequence_len]
         if any(supervised[1:]):
             samples.append(Sample(ids, supervised))

@@ -10,6 +10,7 @@ tokens, and give the same perplexity for the same model and split.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from array import array
 from collections.abc import Iterable, Mapping
@@ -40,8 +41,9 @@ def relabel(
         StageError: a row's tokens match no conversation of `source`.
     """
     learned: dict[bytes, bytes] = {}
-    for messages in conversations.read(source):
-        tokens, supervised = conversations.tokenize(messages, tokenizer, train_on)
+    for row in conversations.read(source):
+        today = datetime.date.today()
+        tokens, supervised = conversations.tokenize(row, tokenizer, train_on, today)
         learned[_digest(tokens)] = bytes(supervised)
 
     def label(row: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -1,5 +1,6 @@
 """Labels from our own tokenization, on the rows of Axolotl's chat strategy."""
 
+import datetime
 import json
 
 import datasets
@@ -84,8 +85,9 @@ def test_each_row_gets_its_own_labels_in_any_order(tokenizer, source):
 
 def test_stage_04_counts_the_same_tokens(tokenizer, source):
     rows = relabel(tokenized(list(CONVERSATIONS), tokenizer), source, tokenizer, "assistant")
-    for messages, row in zip(conversations.read(source), rows, strict=True):
-        _, supervised = conversations.tokenize(messages, tokenizer, "assistant")
+    today = datetime.date.today()
+    for read, row in zip(conversations.read(source), rows, strict=True):
+        _, supervised = conversations.tokenize(read, tokenizer, "assistant", today)
         assert supervised == [label != IGNORED for label in row["labels"]]
 
 

@@ -1,6 +1,7 @@
 """Stage 03 end to end: trained, killed, resumed, split over four processes and then two,
 and opened with transformers."""
 
+import datetime
 import json
 import math
 import os
@@ -243,8 +244,8 @@ def test_baked_model_has_the_reported_loss(runs):
     model = load_model(straight / "03_finetune/model", device=torch.device("cpu"))
     tokenizer = load_tokenizer(straight / "03_finetune/model")
     total = count = 0
-    for messages in read(straight / "data/validation.jsonl"):
-        tokens, supervised = tokenize(messages, tokenizer, "assistant")
+    for row in read(straight / "data/validation.jsonl"):
+        tokens, supervised = tokenize(row, tokenizer, "assistant", datetime.date.today())
         if len(tokens) > 128:
             continue
         with torch.no_grad():
