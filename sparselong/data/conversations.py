@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -53,7 +54,10 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
     folder = run_dir / "data"
     files = DataFiles(*(folder / name for name in _NAMES))
     record_path = folder / "source.json"
-    wanted = {"seed": config.seed, **config.data.model_dump(mode="json", exclude={"train_on"})}
+    wanted = {
+        "seed": config.seed,
+        **config.data.model_dump(mode="json", exclude={"train_on", "date"}),
+    }
     if record_path.exists() and files.train.exists() and files.validation.exists():
         record = json.loads(record_path.read_text(encoding="utf-8"))
         if record["config"] == wanted:
@@ -85,8 +89,34 @@ def read(path: Path) -> list[list[Message]]:
     return list(_read_rows(path))
 
 
+def read_line(path: Path, number: int) -> list[Message]:
+    """Return the conversation on one line of a JSON-lines file, counted from 1.
+
+    Raises:
+        StageError: the file cannot be read or has fewer lines, or the row is malformed.
+    """
+    lines = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for lines, line in enumerate(file, 1):
+                if lines == number:
+                    return _check(_parse(line, path, number), f"{path}, line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        fix = "name a JSON-lines file, for example runs/NAME/data/train.jsonl:1"
+        raise StageError(f"{path} cannot be read", "a UTF-8 text file", str(error), fix) from error
+    raise StageError(
+        f"{path} has no line {number:,}",
+        f"a line from 1 to {lines:,}" if lines else "a file with lines",
+        f"line {number:,}",
+        "name another line",
+    )
+
+
 def tokenize(
-    messages: list[Message], tokenizer: Any, train_on: Literal["assistant", "all"]
+    messages: list[Message],
+    tokenizer: Any,
+    train_on: Literal["assistant", "all"],
+    today: date | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Return the tokens of a conversation and which of them are supervised.
 
@@ -97,6 +127,7 @@ def tokenize(
         messages: a row as returned by `read`.
         tokenizer: a fast transformers tokenizer with a chat template.
         train_on: `assistant` marks the assistant turns, `all` marks every token.
+        today: the date that the template's `strftime_now` gives; None: the clock's.
 
     Returns:
         (input_ids, supervised), two lists of equal length.
@@ -105,9 +136,13 @@ def tokenize(
         StageError: the template rejects the conversation, or a shortened conversation does not
             render as a prefix of the whole one.
     """
-    messages = _without_dropped_thinking(messages, tokenizer)
-    text = _render(messages, tokenizer, False)
-    spans = [(0, len(text))] if train_on == "all" else _assistant_spans(messages, tokenizer, text)
+    messages = _without_dropped_thinking(messages, tokenizer, today)
+    text = _render(messages, tokenizer, False, today)
+    spans = (
+        [(0, len(text))]
+        if train_on == "all"
+        else _assistant_spans(messages, tokenizer, text, today)
+    )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     supervised, ahead = [], iter([*spans, (len(text), len(text))])
     start, end = next(ahead)
@@ -118,12 +153,16 @@ def tokenize(
     return list(encoded["input_ids"]), supervised
 
 
-def _render(messages: list[Message], tokenizer: Any, add_generation_prompt: bool) -> str:
+def _render(
+    messages: list[Message], tokenizer: Any, add_generation_prompt: bool, today: date | None
+) -> str:
     from jinja2 import TemplateError  # imported here: only needed with transformers
+
+    options = {"strftime_now": today.strftime} if today else {}
 
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
         )
     except (TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template
         raise StageError(
@@ -134,7 +173,9 @@ def _render(messages: list[Message], tokenizer: Any, add_generation_prompt: bool
         ) from error
 
 
-def _without_dropped_thinking(messages: list[Message], tokenizer: Any) -> list[Message]:
+def _without_dropped_thinking(
+    messages: list[Message], tokenizer: Any, today: date | None
+) -> list[Message]:
     """Return the messages without earlier turns' `thinking` if the template drops it anyway.
 
     A template that renders only the last assistant turn's reasoning would otherwise render it in a
@@ -147,20 +188,22 @@ def _without_dropped_thinking(messages: list[Message], tokenizer: Any) -> list[M
         {key: value for key, value in message.items() if key != "thinking" or i == turns[-1]}
         for i, message in enumerate(messages)
     ]
-    same = _render(stripped, tokenizer, False) == _render(messages, tokenizer, False)
+    same = _render(stripped, tokenizer, False, today) == _render(messages, tokenizer, False, today)
     return stripped if same else messages
 
 
-def _assistant_spans(messages: list[Message], tokenizer: Any, text: str) -> list[tuple[int, int]]:
+def _assistant_spans(
+    messages: list[Message], tokenizer: Any, text: str, today: date | None
+) -> list[tuple[int, int]]:
     """Return (start, end) in characters of each assistant turn in the rendered text."""
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(messages[:i], tokenizer, True)
-        suffix_length = len(prompt) - len(_render(messages[:i], tokenizer, False))
+        prompt = _render(messages[:i], tokenizer, True, today)
+        suffix_length = len(prompt) - len(_render(messages[:i], tokenizer, False, today))
         if i + 1 < len(messages):  # render as history: with a generation prompt, which is cut off
-            prefix = _render(messages[: i + 1], tokenizer, True)
+            prefix = _render(messages[: i + 1], tokenizer, True, today)
             prefix = prefix[: len(prefix) - suffix_length]
         else:
             prefix = text
