@@ -33,7 +33,7 @@ from sparselong.compress.calibration import HiddenStates, calibration_tokens
 from sparselong.compress.layer import CalibratedLayer
 from sparselong.compress.report import measure
 from sparselong.config import Config
-from sparselong.data import conversations
+from sparselong.data import conversations, encode_files, rendering_date, select_usable
 from sparselong.files import write_atomically
 from sparselong.model import SparseLongConfig, implementation, load_tokenizer
 from sparselong.provenance import read_peaks, reset_peaks
@@ -87,7 +87,10 @@ def _compress_layers(
         for _ in base.read_slices(name):
             pass
     tokenizer = load_tokenizer(base.directory)
-    tokens = calibration_tokens(stage.config, stage.run_dir, tokenizer)
+    encoded = encode_files(stage.config, stage.run_dir, tokenizer)
+    for sentence in select_usable(encoded, stage.config.sequence_len).left_out:
+        stage.log(sentence)
+    tokens = calibration_tokens(stage.config, encoded.train)
     states = HiddenStates(stage.dir / "work" / "states.safetensors")
     states.start(base, tokens, compute_dtype(device))
     stage.log(
@@ -184,5 +187,6 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     names = [*base.files, "config.json", "tokenizer.json"]
     stage.inputs = [base.directory / name for name in names]
     stage.inputs.append(conversations.prepare(stage.config, stage.run_dir).train)
+    stage.date = rendering_date(stage.config, stage.run_dir)
     stage.outputs = [model.directory, stage.dir / "masters"]
     (stage.dir / "work" / "states.safetensors").unlink(missing_ok=True)

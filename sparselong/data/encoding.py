@@ -22,11 +22,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pyarrow
-from pyarrow import compute
 
 from sparselong.config import Config
 from sparselong.data import conversations
@@ -68,24 +69,23 @@ class Encoded:
         return one["input_ids"][0], one["supervised"][0]
 
     @cached_property
-    def lengths(self) -> list[int]:
-        """Number of tokens of each conversation."""
-        return compute.list_value_length(self.table["input_ids"]).to_pylist()
+    def counts(self) -> list[Counts]:
+        """The token counts of each conversation."""
+        return [counts for batch in self.table.to_batches() for counts in _count(batch)]
 
-    @cached_property
-    def predicted(self) -> list[int]:
-        """Number of tokens of each conversation that a loss counts.
 
-        These are the supervised tokens except for the first token, which nothing predicts.
-        """
-        flags = self.table["supervised"].combine_chunks()
-        kept = compute.list_slice(flags, 1)
-        parents = compute.list_parent_indices(kept)
-        supervised = parents.filter(compute.list_flatten(kept))
-        counts = [0] * len(self)
-        for pair in compute.value_counts(supervised).to_pylist():
-            counts[pair["values"]] = pair["counts"]
-        return counts
+class Counts(NamedTuple):
+    """A conversation's number of tokens.
+
+    Attributes:
+        tokens: all of them.
+        supervised: those that are supervised.
+        predicted: the supervised ones except for the first token, which nothing predicts.
+    """
+
+    tokens: int
+    supervised: int
+    predicted: int
 
 
 class EncodedFiles(NamedTuple):
@@ -145,6 +145,15 @@ def encode_files(config: Config, run_dir: Path, tokenizer: Any) -> EncodedFiles:
     return EncodedFiles(train, validation, today)
 
 
+def _count(batch: pyarrow.RecordBatch) -> Iterator[Counts]:
+    flags = batch["supervised"]
+    ends = flags.offsets.to_numpy() - flags.offsets[0].as_py()
+    sums = numpy.concatenate([[0], numpy.cumsum(flags.flatten().to_numpy(zero_copy_only=False))])
+    for start, end in pairwise(ends.tolist()):
+        second = min(start + 1, end)
+        yield Counts(end - start, int(sums[end] - sums[start]), int(sums[end] - sums[second]))
+
+
 def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
     """Return the rows that fit into `sequence_len` tokens and have a supervised token to predict.
 
@@ -160,8 +169,8 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
     if train and validation:
         return Usable(train, validation, left_out)
     shortest = [
-        min((n for n, count in zip(e.lengths, e.predicted, strict=True) if count), default=0)
-        for e in files[:2]
+        min((count.tokens for count in encoded.counts if count.predicted), default=0)
+        for encoded in files[:2]
     ]
     raise StageError(
         f"no {'validation' if train else 'train'} conversation can be used",
@@ -174,13 +183,13 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
 
 
 def _fitting(encoded: Encoded, sequence_len: int) -> list[int]:
-    pairs = zip(encoded.lengths, encoded.predicted, strict=True)
-    return [row for row, (length, count) in enumerate(pairs) if count and length <= sequence_len]
+    counted = enumerate(encoded.counts)
+    return [row for row, n in counted if n.predicted and n.tokens <= sequence_len]
 
 
 def _describe_left_out(encoded: Encoded, used: int, sequence_len: int) -> str:
     total, reasons = len(encoded), []
-    long = [length for length in encoded.lengths if length > sequence_len]
+    long = [count.tokens for count in encoded.counts if count.tokens > sequence_len]
     if long:
         lengths = f"{min(long):,} to {max(long):,}" if len(long) > 1 else f"{long[0]:,}"
         reasons.append(
