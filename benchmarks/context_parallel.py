@@ -247,7 +247,7 @@ def make_step(
 
     def step() -> torch.Tensor:
         batch = {"input_ids": ids, "labels": ids}
-        count = count_step([batch], mesh, pad_token=-1).divisor
+        count = count_step([batch], mesh, tokens).divisor
         local, changes = share_batch(batch, mesh, stride)
         with using(**changes):
             loss = model(**local, num_items_in_batch=count, use_cache=False).loss

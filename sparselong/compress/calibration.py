@@ -1,38 +1,34 @@
 """Calibration sequences from the training data, and their hidden states between layers.
 
-The training conversations are rendered with the model's chat template, shuffled by the seed,
-concatenated and cut into sequences of equal length. Their hidden states after the last finished
-layer are the only state that compression carries from layer to layer. They are saved after each
-layer, so that an interrupted run resumes with identical values.
+The encoded training conversations, of any length, are shuffled by the seed, concatenated and cut
+into sequences of equal length. Their hidden states after the last finished layer are the only state
+that compression carries from layer to layer. They are saved after each layer, so that an
+interrupted run resumes with identical values.
 """
 
 from __future__ import annotations
 
-import datetime
 import random
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
 
 from sparselong.checkpoint import Checkpoint, write_tensors
 from sparselong.config import Config
-from sparselong.data import conversations
+from sparselong.data import Encoded
 from sparselong.errors import StageError
 
 
-def calibration_tokens(
-    config: Config, run_dir: Path, tokenizer: PreTrainedTokenizerBase
-) -> torch.Tensor:
+def calibration_tokens(config: Config, train: Encoded) -> torch.Tensor:
     """Return calibration sequences, int64 [sequences, sequence_len].
 
     There are fewer than `calibration.samples` if the training data is too small.
 
     Raises:
-        StageError: the data cannot be read, or is shorter than one sequence.
+        StageError: the data is shorter than one sequence.
     """
-    rows = conversations.read(conversations.prepare(config, run_dir).train)
+    rows = list(range(len(train)))
     random.Random(config.seed).shuffle(rows)
     length = config.calibration.sequence_len
     wanted = config.calibration.samples * length
@@ -40,7 +36,7 @@ def calibration_tokens(
     for row in rows:
         if len(stream) >= wanted:
             break
-        stream += conversations.tokenize(row, tokenizer, "all", datetime.date.today())[0]
+        stream += train[row][0]
     if len(stream) < length:
         raise StageError(
             "the calibration data is shorter than one sequence",

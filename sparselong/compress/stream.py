@@ -65,7 +65,7 @@ def compress(stage: Stage) -> None:
         StageError: the checkpoint or the data is unusable.
     """
     inputs = _open_inputs(stage)
-    base = inputs.base
+    base, stage.date = inputs.base, inputs.encoded.date
     reset_peaks()
     device = default_device()
     model = stage.dir / "model"
@@ -92,13 +92,13 @@ def _open_inputs(stage: Stage) -> Inputs:
 
 def _compress_layers(stage: Stage, inputs: Inputs, device: torch.device) -> None:
     """Compress the layers that are not finished yet."""
-    base, architecture, tokenizer = inputs
+    base, architecture, _, encoded = inputs
     for folder in ("model.partial", "masters", "work"):
         (stage.dir / folder).mkdir(exist_ok=True)
     for name in ("lm_head.weight", "model.norm.weight"):  # others are checked when used
         for _ in base.read_slices(name):
             pass
-    tokens = calibration_tokens(stage.config, stage.run_dir, tokenizer)
+    tokens = calibration_tokens(stage.config, encoded.train)
     states = HiddenStates(stage.dir / "work" / "states.safetensors")
     states.start(base, tokens, compute_dtype(device))
     stage.log(
@@ -160,7 +160,7 @@ def _drop_half_of_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 def _complete(stage: Stage, inputs: Inputs) -> None:
     """Add upstream's unchanged tensors, index and config, and rename the result to `model`."""
-    base, architecture, tokenizer = inputs
+    base, architecture, tokenizer, _ = inputs
     quantization = _quantization(stage.config)
     fmt = quantization.dense_format
     dropped: set[str] = set()

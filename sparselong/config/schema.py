@@ -13,6 +13,7 @@ command line. Later sources override earlier ones.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Iterable
@@ -103,6 +104,10 @@ class DataSection(Section):
     """Fraction of the conversations held out for validation if `validation` is null."""
     train_on: Literal["assistant", "all"] = "assistant"
     """`assistant` trains on the assistant's turns only, `all` on every token."""
+    date: datetime.date | None = None
+    """Date that the chat template writes into each conversation (gpt-oss's writes today's), as
+    2026-01-31. null takes the day on which the run's first stage read the conversations, and keeps
+    it for all later stages (`date.txt` in the run directory)."""
 
 
 class LoraSection(Section):

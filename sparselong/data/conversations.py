@@ -64,7 +64,10 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
     folder = run_dir / "data"
     files = DataFiles(*(folder / name for name in _NAMES))
     record_path = folder / "source.json"
-    wanted = {"seed": config.seed, **config.data.model_dump(mode="json", exclude={"train_on"})}
+    wanted = {
+        "seed": config.seed,
+        **config.data.model_dump(mode="json", exclude={"train_on", "date"}),
+    }
     if record_path.exists() and files.train.exists() and files.validation.exists():
         record = _read_record(record_path)
         if record["config"] == wanted:

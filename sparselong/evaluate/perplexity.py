@@ -7,6 +7,9 @@ reported: the supervised tokens (those fine-tuning trains on, normally the assis
 tokens. A token's position is the number of tokens before it. Every doubling has two buckets
 (…, 64-95, 96-127, …), because the value of context grows with its logarithm.
 
+The conversations are those of stage 03's evaluations (data/encoding.py says which are left out), so
+that a model has the same perplexity in both stages.
+
 Batches hold conversations of similar length, padded on the right, where causal attention does not
 look. Padding is dropped before the head, so it is neither computed there nor counted. The loss is
 stage 03's (kernels/layer/cross_entropy.py): it computes logits for 512 tokens at a time, because
@@ -15,19 +18,15 @@ those of 16,384 tokens would take 13 GB.
 
 from __future__ import annotations
 
-import datetime
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparselong.config import Config
-from sparselong.data import conversations
-from sparselong.errors import StageError
+from sparselong.data import Encoded
 from sparselong.kernels.layer import token_losses
 
 _BATCH_TOKENS = 16384
@@ -41,31 +40,9 @@ class Sample:
     supervised: list[bool]
 
 
-def load_samples(path: Path, tokenizer: Any, config: Config) -> list[Sample]:
-    """Return up to `evaluation.perplexity_samples` conversations, cut to `sequence_len` tokens.
-
-    A conversation whose supervised tokens all lie after the cut is skipped.
-
-    Raises:
-        StageError: no conversation has a supervised token within `sequence_len`.
-    """
-    samples: list[Sample] = []
-    for row in conversations.read(path):
-        today = datetime.date.today()
-        ids, supervised = conversations.tokenize(row, tokenizer, config.data.train_on, today)
-        ids, supervised = ids[: config.sequence_len], supervised[: config.sequence_len]
-        if any(supervised[1:]):
-            samples.append(Sample(ids, supervised))
-        if len(samples) == config.evaluation.perplexity_samples:
-            break
-    if not samples:
-        raise StageError(
-            f"no conversation of {path} can be measured",
-            f"a supervised token within the first {config.sequence_len} tokens",
-            "none",
-            "raise sequence_len, or use shorter validation conversations",
-        )
-    return samples
+def load_samples(encoded: Encoded, rows: Sequence[int]) -> list[Sample]:
+    """Return rows of the validation file as samples."""
+    return [Sample(*encoded[row]) for row in rows]
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from sparselong.data import conversations
+from sparselong.data import conversations, encode_files, select_usable
 from sparselong.evaluate import contamination, harness, models, perplexity, report
 from sparselong.files import write_atomically
 from sparselong.model import load_tokenizer
@@ -19,7 +19,13 @@ def evaluate(stage: Stage) -> None:
     base_dir = resolve_base(stage.config, stage.run_dir, stage.log)
     tokenizer = load_tokenizer(base_dir)
     suite = harness.load_suite(stage.config, stage.dir / "tasks", tokenizer)
-    samples = perplexity.load_samples(files.validation, tokenizer, stage.config)
+    encoded = encode_files(stage.config, stage.run_dir, tokenizer)
+    stage.date = encoded.date
+    usable = select_usable(encoded, stage.config.sequence_len)
+    for sentence in usable.left_out:
+        stage.log(sentence)
+    rows = usable.validation[: stage.config.evaluation.perplexity_samples]
+    samples = perplexity.load_samples(encoded.validation, rows)
     warnings = contamination.list_warnings(harness.list_items(suite), files.train)
     for warning in warnings:
         stage.log(f"warning: {warning}")

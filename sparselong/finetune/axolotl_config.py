@@ -2,7 +2,7 @@
 
 Some of Axolotl's defaults depend on the machine, so their keys are set explicitly: precision
 (`bf16: auto` or a missing key gives float16 on a CPU), its own LoRA kernels (they would bypass the
-masked layer), evaluation packing, number of processes. Keys of features that are wrong for gpt-oss
+masked layer), evaluation packing. Keys of features that are wrong for gpt-oss
 are left out: with `context_parallel_size` above 1 every rank attends only to its own shard, so
 `sequence_parallel_degree` is not passed to Axolotl.
 
@@ -11,12 +11,10 @@ Our plugin only needs the run directory (RUN_KEY), because it reads the run's co
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from sparselong.config import Config
-from sparselong.data import conversations
 from sparselong.errors import StageError
 from sparselong.finetune.training_run import RUN_KEY, TrainingRun
 from sparselong.model import NAME, implementation
@@ -24,7 +22,6 @@ from sparselong.runtime import compute_dtype, default_device
 
 PLUGIN = "sparselong.finetune.axolotl_plugin.SparseLongPlugin"
 ADAPTER = "sparselong_masked_lora"
-_FEW_ROWS = 5000
 
 
 def attention_of(config: Config) -> str:
@@ -65,16 +62,12 @@ def refuse_unsupported(config: Config, gpus: int, processes: int = 1) -> None:
             )
 
 
-def build(
-    run: TrainingRun, data: conversations.DataFiles, resume_from: Path | None, rows: int
-) -> dict[str, Any]:
+def build(run: TrainingRun, resume_from: Path | None) -> dict[str, Any]:
     """Return the YAML document for `axolotl train`.
 
     Args:
         run: the run; `refuse_unsupported` must have accepted its config.
-        data: the conversations.
         resume_from: checkpoint to resume from.
-        rows: number of training conversations; a small number is tokenized in one process.
     """
     config = run.config
     training, device = config.training, default_device()
@@ -90,7 +83,7 @@ def build(
         "lora_qkv_kernel": False,
         "lora_o_kernel": False,
         "lora_mlp_kernel": False,
-        **_data(run, data, rows),
+        **_data(run),
         "bf16": on_gpu,
         "fp16": False,
         "tf32": False,
@@ -138,29 +131,13 @@ def _schedule(config: Config) -> dict[str, Any]:
     }
 
 
-def _data(run: TrainingRun, data: conversations.DataFiles, rows: int) -> dict[str, Any]:
-    def source(path: Path) -> dict[str, Any]:
-        return {
-            "path": str(path.resolve()),
-            "ds_type": "json",
-            "split": "train",
-            "type": "chat_template",
-            "field_messages": "messages",
-            "message_property_mappings": {"role": "role", "content": "content"},
-            "field_thinking": "thinking",
-            "template_thinking_key": "thinking",
-            "roles_to_train": ["assistant"],
-            "train_on_eos": "turn",
-        }
-
+def _data(run: TrainingRun) -> dict[str, Any]:
+    # The plugin gives Axolotl the tokens; its schema wants a name for them, which it never opens.
+    tokens = {"path": str(run.directory / "data" / "encoded"), "type": "sparselong"}
     return {
-        "chat_template": "tokenizer_default",
-        "eot_tokens": ["<|end|>", "<|return|>"],
-        "datasets": [source(data.train)],
-        "test_datasets": [source(data.validation)],
+        "datasets": [tokens],
+        "test_datasets": [tokens],
         "val_set_size": 0,
-        "dataset_prepared_path": str(run.work / "prepared"),
-        "dataset_num_proc": 1 if rows < _FEW_ROWS else len(os.sched_getaffinity(0)),
         "sequence_len": run.config.sequence_len,
         "sample_packing": run.config.training.sample_packing,
         "eval_sample_packing": False,

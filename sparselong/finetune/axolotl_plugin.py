@@ -3,7 +3,7 @@
 | hook                         | what we do there                                                  |
 |------------------------------|-------------------------------------------------------------------|
 | `register`                   | open the run; report expected failures in failure.json            |
-| `load_datasets`              | Axolotl's loader with our labels; show and count supervised tokens|
+| `load_datasets`              | the encoded conversations; show and count supervised tokens       |
 | `pre_lora_load`              | refuse embeddings that Axolotl has resized                        |
 | `get_adapter_capabilities`,  | our adapter: masked LoRA layers over stage 02's packed layers and |
 | `load_adapter`               | masters, built through PEFT's registry of custom modules          |
@@ -31,11 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from axolotl.cli.args import TrainerCliArgs
-from axolotl.common.datasets import load_datasets
+from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from axolotl.loaders import load_tokenizer
 from pydantic import BaseModel
 
 import sparselong
@@ -51,14 +49,16 @@ from sparselong.adapters import (
     tuned_layers,
 )
 from sparselong.checkpoint import Checkpoint
+from sparselong.data import encode_files, select_usable
 from sparselong.errors import StageError
 from sparselong.files import write_atomically
-from sparselong.finetune import checkpoints, state, supervision
+from sparselong.finetune import checkpoints, state
 from sparselong.finetune.axolotl_config import ADAPTER, attention_of
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, Recomputation, tell
 from sparselong.finetune.keeping import Keeping, decide_keeping
 from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.finetune.routers import RouterWatch
+from sparselong.finetune.supervision import LabelledRows, preview
 from sparselong.finetune.training_run import (
     BAKED,
     METRICS,
@@ -74,6 +74,7 @@ from sparselong.model import (
     check_rows_kept,
     chunk_loss,
     describe_weights,
+    load_tokenizer,
     two_four_conforming,
 )
 from sparselong.processes import joined_rank, tell_failures
@@ -148,49 +149,27 @@ class SparseLongPlugin(BasePlugin):
         }
 
     def load_datasets(self, cfg, preprocess=False):
-        """Return the tokenized conversations with our labels."""
-        with ranks.first_alone():  # the other ranks reuse what rank 0 has prepared
-            return self._load_datasets(cfg)
-
-    def _load_datasets(self, cfg):
+        """Return the encoded conversations, which Axolotl's own loaders never open."""
         # Axolotl's schema accepts only its own names; this is the first hook after validation.
         cfg.attn_implementation = attention_of(self.run.config)
-        try:
-            meta: Any = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
-        except ValueError as error:
-            raise StageError(
-                "the conversations cannot be used for training",
-                "rows that fit into sequence_len and have supervised tokens",
-                str(error),
-                "raise sequence_len, or check the rows' roles and data.train_on",
-            ) from error
-        tokenizer = load_tokenizer(cfg)
-        for name, rows in (("train", cfg.datasets), ("eval", cfg.test_datasets)):
-            dataset, source = getattr(meta, f"{name}_dataset"), Path(rows[0]["path"])
-            self._report_dropped(name, dataset, source)
-            labelled = supervision.relabel(
-                dataset, source, tokenizer, self.run.config.data.train_on
-            )
-            setattr(meta, f"{name}_dataset", labelled)
-        first = meta.train_dataset.select(range(min(_PREVIEW_ROWS, len(meta.train_dataset))))
-        text = supervision.preview(first, tokenizer)
+        config, tokenizer = self.run.config, load_tokenizer(self.run.compressed)
+        with ranks.first_alone():  # the stage has encoded them, unless the files were lost
+            encoded = encode_files(config, self.run.directory, tokenizer)
+        usable = select_usable(encoded, config.sequence_len)
+        train = LabelledRows(encoded.train, usable.train, config.seed)
+        validation = LabelledRows(encoded.validation, usable.validation, config.seed)
+        text = preview([train[row] for row in range(min(_PREVIEW_ROWS, len(train)))], tokenizer)
         if ranks.is_first():
             write_atomically(self.run.work / SUPERVISION, text)
-        labels = meta.train_dataset.select_columns("labels")
-        self.supervised_token_fraction = supervision.supervised_fraction(labels)
+        self.supervised_token_fraction = train.supervised_fraction
         tell(f"{text}{self.supervised_token_fraction:.1%} of the tokens are supervised")
-        return meta
-
-    @staticmethod
-    def _report_dropped(name: str, dataset: Any, source: Path) -> None:
-        with source.open(encoding="utf-8") as file:
-            given = sum(1 for _ in file)
-        if given > len(dataset):
-            tell(f"{name}: {given - len(dataset)} of {given} conversations left out (too long)")
+        meta: Any = TrainDatasetMeta  # declared for datasets.Dataset, whose methods are not used
+        return meta(train, validation)
 
     def pre_lora_load(self, cfg, model):
         """Raise if Axolotl has resized the embeddings."""
-        check_rows_kept(model.get_input_embeddings().num_embeddings, self.run.compressed)
+        rows: Any = model.get_input_embeddings().num_embeddings
+        check_rows_kept(rows, self.run.compressed)
 
     def load_adapter(self, model, cfg, inference=False, config_only=False):
         """Return the model with our adapters, and their PEFT config."""

@@ -30,6 +30,8 @@ from torch.utils.data import BatchSampler, Dataset
 IGNORED = -100
 EMPTY = -1
 """The number of the empty batch."""
+TOKENS = "tokens"
+"""The entry of a batch that holds its number of tokens without padding."""
 
 Pack = list[int]
 
@@ -109,13 +111,14 @@ class EpochOrder(BatchSampler):
 
 
 class Batches(Dataset):
-    """Batches by number, collated on access.
+    """Batches by number, collated on access, each with its number of tokens under TOKENS.
 
     Args:
-        rows: a datasets.Dataset with the model's columns.
+        rows: rows with `input_ids` and `labels`, by number.
         batches: as returned by `make_batches`.
         collate: turns rows, or lists of rows for packs, into tensors by name.
-        packed: whether `collate` takes packs.
+        packed: whether `collate` takes packs; rows then have `position_ids`, else an
+            `attention_mask`.
         pad_token: token that fills the empty batch.
     """
 
@@ -135,12 +138,27 @@ class Batches(Dataset):
 
     def __getitem__(self, number: int) -> Any:
         packs = self.batches[max(number, 0)]
-        taken = [[self.rows[row] for row in pack] for pack in packs]
+        taken = [[self._complete(self.rows[row]) for row in pack] for pack in packs]
+        # Counted before padding: text may contain the padding token.
+        tokens = sum(len(row["input_ids"]) for pack in taken for row in pack)
         batch = self.collate(taken if self.packed else [pack[0] for pack in taken])
         if number == EMPTY:
             batch["input_ids"].fill_(self.pad_token)
             batch["labels"].fill_(IGNORED)
+            tokens = 0
+        batch[TOKENS] = tokens
         return batch
+
+    def _complete(self, row: dict[str, list[int]]) -> dict[str, list[int]]:
+        count = len(row["input_ids"])
+        if self.packed:
+            return {**row, "position_ids": list(range(count))}
+        return {**row, "attention_mask": [1] * count}
+
+
+def take_tokens(batch: Any) -> int:
+    """Remove the number of tokens from a batch, whose other entries the model takes."""
+    return batch.pop(TOKENS)
 
 
 def only(rows: list) -> Any:

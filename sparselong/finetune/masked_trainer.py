@@ -31,7 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from sparselong.adapters import MaskedLoraLinear, masked_layers
 from sparselong.errors import StageError
 from sparselong.finetune import checkpoints, state
-from sparselong.finetune.batches import Batches, EpochOrder, make_batches, only
+from sparselong.finetune.batches import Batches, EpochOrder, make_batches, only, take_tokens
 from sparselong.finetune.callbacks import tell
 from sparselong.finetune.training_run import TrainingRun
 from sparselong.model import NAME, document_masks
@@ -90,13 +90,13 @@ class MaskedTraining(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return packed or single conversations in an order that depends on seed and epoch."""
-        packed, rows = self.args.sample_packing, self.train_dataset
-        lengths = [len(tokens) for tokens in rows["input_ids"]]  # type: ignore[index]
+        rows: Any = self.train_dataset
+        packed = self.args.sample_packing
         capacity, packs = self.args.max_seq_length, self._train_batch_size
         if packed and not self.args.multipack_real_batches:
             capacity, packs = packs * capacity, 1
         seed = self.args.seed
-        batches = make_batches(lengths, capacity if packed else None, packs, seed)
+        batches = make_batches(rows.lengths, capacity if packed else None, packs, seed)
         return self._load(rows, batches, self.data_collator, packed, seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -116,14 +116,7 @@ class MaskedTraining(Trainer):
     def _load(
         self, rows: Any, batches: list, collate: Any, packed: bool, seed: int | None
     ) -> DataLoader:
-        columns = ["input_ids", "labels", "position_ids" if packed else "attention_mask"]
-        made = Batches(
-            rows.select_columns(columns),
-            batches,
-            collate,
-            packed,
-            self.processing_class.pad_token_id,
-        )
+        made = Batches(rows, batches, collate, packed, self.processing_class.pad_token_id)
         place = (self.mesh.data_rank, self.mesh.data_size) if self.mesh else (0, 1)
         return DataLoader(
             made,
@@ -135,7 +128,7 @@ class MaskedTraining(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return a step's micro-batches, and its number of supervised tokens over all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
-        counts = count_step(batches, self.mesh, self.processing_class.pad_token_id)
+        counts = count_step(batches, self.mesh, sum(map(take_tokens, batches)))
         self.progress.tokens += counts.tokens
         return batches, counts.divisor
 
@@ -200,6 +193,7 @@ class MaskedTraining(Trainer):
 
     def _measure(self, batch: Any) -> tuple[torch.Tensor, Any]:
         """Return the sum of token losses over this rank's shard of a batch, and the shard."""
+        take_tokens(batch)
         with self._pass_over(batch) as shard:
             inputs = self._prepare_inputs(shard)
             return self.compute_loss(self.model, inputs, num_items_in_batch=1), inputs  # type: ignore[return-value]

@@ -1,90 +1,66 @@
-"""Set the labels of supervised tokens, measure their fraction, and preview some conversations.
+"""The rows of training and evaluation with their labels, and how they are shown.
 
 `data.conversations.tokenize` defines which tokens are supervised: everything that the model must
-generate after the generation prompt, including the channel header. Axolotl's chat strategy labels a
-turn's text and end, but none of harmony's header (`<|channel|>final<|message|>`), or only a part of
-it in a turn with reasoning. So Axolotl tokenizes the rows and drops those that are too long, and
-`relabel` sets our labels before the rows are packed. Stages 03 and 04 therefore measure the same
-tokens, and give the same perplexity for the same model and split.
+generate after the generation prompt, including the channel header. `LabelledRows` gives the stored
+tokens (data/encoding.py) to the trainer, so that stages 03 and 04 measure the same tokens, and have
+the same perplexity for the same model and conversations.
 """
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-from array import array
 from collections.abc import Iterable, Mapping
 from itertools import groupby
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sparselong.data import conversations
-from sparselong.errors import StageError
+import numpy
+from torch.utils.data import Dataset
+
+from sparselong.data import Encoded
 
 IGNORED = -100
 _GREEN, _GREY, _OFF = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 
 
-def relabel(
-    dataset: Any, source: Path, tokenizer: Any, train_on: Literal["assistant", "all"]
-) -> Any:
-    """Return Axolotl's tokenized rows with the labels of `conversations.tokenize`.
+class LabelledRows(Dataset):
+    """Conversations as `input_ids` and `labels`, read from disk on access.
+
+    Their order is that of Axolotl's shuffle of the whole file by the seed, without the rows that
+    are left out.
 
     Args:
-        dataset: a datasets.Dataset with `input_ids` and `labels`; any subset of the rows, in any
-            order.
-        source: file of the conversations that were tokenized.
-        tokenizer: the tokenizer that was used.
-        train_on: as for `conversations.tokenize`.
-
-    Raises:
-        StageError: a row's tokens match no conversation of `source`.
+        encoded: a prepared file's tokens.
+        usable: the numbers of the rows that are used.
+        seed: decides the order.
     """
-    learned: dict[bytes, bytes] = {}
-    for row in conversations.read(source):
-        today = datetime.date.today()
-        tokens, supervised = conversations.tokenize(row, tokenizer, train_on, today)
-        learned[_digest(tokens)] = bytes(supervised)
 
-    def label(row: Mapping[str, Any]) -> dict[str, list[int]]:
-        tokens = row["input_ids"]
-        supervised = learned.get(_digest(tokens))
-        if supervised is None:
-            raise StageError(
-                "Axolotl renders a conversation differently from this project",
-                f"the tokens of a row of {source} in the model's chat template",
-                tokenizer.decode(tokens)[-200:],
-                "use gpt-oss's own chat_template.jinja in the model directory",
-            )
-        return {
-            "labels": [t if s else IGNORED for t, s in zip(tokens, supervised, strict=True)],
-        }
+    def __init__(self, encoded: Encoded, usable: Iterable[int], seed: int):
+        self.encoded = encoded
+        kept = set(usable)
+        shuffled = numpy.random.default_rng(seed).permutation(len(encoded)).tolist()
+        self.numbers = [number for number in shuffled if number in kept]
 
-    return dataset.map(label, load_from_cache_file=False)
+    def __len__(self) -> int:
+        return len(self.numbers)
 
+    def __getitem__(self, row: int) -> dict[str, list[int]]:
+        return label(*self.encoded[self.numbers[row]])
 
-def _digest(tokens: list[int]) -> bytes:
-    return hashlib.blake2b(array("q", tokens).tobytes(), digest_size=16).digest()
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each row."""
+        return [self.encoded.counts[number].tokens for number in self.numbers]
+
+    @property
+    def supervised_fraction(self) -> float:
+        """Fraction of supervised tokens."""
+        supervised = sum(self.encoded.counts[number].supervised for number in self.numbers)
+        return supervised / sum(self.lengths)
 
 
-def supervised_fraction(rows: Iterable[Mapping[str, Any]]) -> float:
-    """Return the fraction of supervised tokens in rows with `labels`.
-
-    Raises:
-        StageError: no token is supervised.
-    """
-    total = supervised = 0
-    for row in rows:
-        total += len(row["labels"])
-        supervised += sum(label != IGNORED for label in row["labels"])
-    if not supervised:
-        raise StageError(
-            "there is nothing to learn: 0 % of the tokens are supervised",
-            "assistant turns that the chat template renders and that fit into sequence_len",
-            f"{total} tokens, all masked",
-            "check the rows' roles and data.train_on, or raise sequence_len",
-        )
-    return supervised / total
+def label(tokens: list[int], supervised: list[bool]) -> dict[str, list[int]]:
+    """Return a row for the trainer: `input_ids`, and `labels` with IGNORED for context."""
+    labels = [t if s else IGNORED for t, s in zip(tokens, supervised, strict=True)]
+    return {"input_ids": tokens, "labels": labels}
 
 
 def preview(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> str:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import yaml
 
-from sparselong.data import conversations
+from sparselong.data import encode_files, select_usable
 from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.finetune import axolotl_config, checkpoints, plot
@@ -41,6 +41,7 @@ from sparselong.finetune.training_run import (
     TrainingRun,
     trainer_arguments,
 )
+from sparselong.model import load_tokenizer
 from sparselong.processes import TrainerEnded, find_world, train_together
 from sparselong.run import Stage
 
@@ -55,15 +56,20 @@ def finetune(stage: Stage) -> None:
     """
     here = find_world(stage.config).here
     axolotl_config.refuse_unsupported(stage.config, torch.cuda.device_count(), here)
-    data = conversations.prepare(stage.config, stage.run_dir)
-    if not (stage.dir / BAKED).exists():
-        _train(stage, data)
     earlier = stage.run_dir / "02_compress"
-    stage.inputs = [earlier / "model", earlier / "masters", data.train, data.validation]
+    data = encode_files(stage.config, stage.run_dir, load_tokenizer(earlier / "model"))
+    usable = select_usable(data, stage.config.sequence_len)
+    if not (stage.dir / BAKED).exists():
+        for sentence in usable.left_out:
+            stage.log(sentence)
+        _train(stage)
+    sources = (data.train.source, data.validation.source)
+    stage.inputs = [earlier / "model", earlier / "masters", *sources]
+    stage.date = data.date
     _publish(stage)
 
 
-def _train(stage: Stage, data: conversations.DataFiles) -> None:
+def _train(stage: Stage) -> None:
     run = TrainingRun.of_stage(stage)
     resume_from = find_resumable(stage, run.checkpoints)
     rows = keep_rows(stage.dir / METRICS, checkpoints.step_of(resume_from) if resume_from else None)
@@ -71,9 +77,7 @@ def _train(stage: Stage, data: conversations.DataFiles) -> None:
     if resume_from:
         stage.log(f"resuming from {resume_from.name} ({rows} rows of {METRICS} kept)")
     (stage.dir / RECEIPT).unlink(missing_ok=True)
-    with data.train.open(encoding="utf-8") as file:
-        conversations_count = sum(1 for _ in file)
-    document = axolotl_config.build(run, data, resume_from, conversations_count)
+    document = axolotl_config.build(run, resume_from)
     text = _HEADER + yaml.safe_dump(document, sort_keys=False)
     write_atomically(stage.dir / AXOLOTL_YAML, text)
     world = find_world(stage.config)

@@ -4,7 +4,7 @@ Every shard's loss is the sum over its own supervised tokens, divided by the num
 tokens in the whole step: all shards, data ranks and accumulated micro-batches. A shard without
 supervised tokens contributes exactly zero, because no shard divides by its own count. So
 
-    counts = count_step([every micro-batch], mesh, pad_token)
+    counts = count_step([every micro-batch], mesh, tokens)
     for each micro-batch: model(**shard, num_items_in_batch=counts.divisor).loss.backward()
     reduce_gradients(parameters, mesh)
 
@@ -62,30 +62,21 @@ class StepCounts:
     divisor: int
 
 
-def count_step(batches: Iterable[Batch], mesh: Mesh | None, pad_token: int) -> StepCounts:
+def count_step(batches: Iterable[Batch], mesh: Mesh | None, tokens: int) -> StepCounts:
     """Count a step's tokens over all data ranks.
 
     Args:
         batches: this data rank's micro-batches, not sharded.
         mesh: this process's place in the mesh; None if it trains alone.
-        pad_token: the padding in `input_ids`, for batches without an attention mask.
+        tokens: number of tokens in `batches` without padding. Whoever padded them knows it;
+            `input_ids` do not show it, because text may contain the padding token.
     """
-    counts = torch.tensor(
-        [
-            [_count_tokens(batch, pad_token), int(count_supervised(supervised_labels(batch)))]
-            for batch in batches
-        ]
-    ).sum(0)
+    supervised = sum(int(count_supervised(supervised_labels(batch))) for batch in batches)
+    counts = torch.tensor([tokens, supervised])
     if mesh is not None:
         counts = sum_over_ranks(counts, mesh.data_group, "token count")
     tokens, supervised = counts.tolist()
     return StepCounts(tokens, max(supervised, 1))
-
-
-def _count_tokens(batch: Batch, pad_token: int) -> int:
-    if "attention_mask" in batch:
-        return int(batch["attention_mask"].sum())
-    return int((batch["input_ids"] != pad_token).sum())
 
 
 def add_losses(local: torch.Tensor, mesh: Mesh) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The run directory: a stage with a manifest is done.
 
     runs/NAME/config.yaml                 resolved config of the stage that was started last
+    runs/NAME/date.txt                    the day that chat templates render (data/run_date.py)
     runs/NAME/0N_stage/started.json       config hash of the work in progress
     runs/NAME/0N_stage/log.txt            progress, and why the stage failed
     runs/NAME/0N_stage/manifest.json      written last, atomically
@@ -11,6 +12,7 @@ A stage may be interrupted at any point before the manifest is written.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import shutil
@@ -37,8 +39,9 @@ from sparselong.run.stages import STAGES, stage_hash
 
 LOG = "log.txt"
 _UNFINISHED = "unfinished work"
-FORMAT_VERSION = 2
-"""Of manifests and of what their hashes cover; 1 hashed keys that decide no result too."""
+FORMAT_VERSION = 3
+"""Of manifests and of what their hashes cover; 1 hashed keys that decide no result too, 2 had no
+date."""
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Stage:
     """Files or directories; directories are listed file by file in the manifest."""
     peak_bytes: dict[str, int] = field(default_factory=dict)
     """Peak memory by device: `host`, `cuda:0`, …"""
+    date: datetime.date | None = None
+    """The date that chat templates rendered, if the result depends on conversations."""
     forced: bool = False
     """Whether `--force` was passed, with which a rerun would start over once more."""
 
@@ -227,6 +232,7 @@ def finish(stage: Stage, seconds: float) -> dict[str, Any]:
         **provenance.describe_software(),
         "hardware": provenance.describe_hardware(),
         "seed": stage.config.seed,
+        **({"date": stage.date.isoformat()} if stage.date else {}),
         "seconds": round(seconds, 3),
         "peak_bytes": stage.peak_bytes,
         "metrics": stage.metrics,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparselong.config import Config
-from sparselong.data import conversations
+from sparselong.data import EncodedFiles, conversations, encode_files, select_usable
 from sparselong.memory import find_config, read_base_config
 from sparselong.tiny.base import resolve_base
 
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 
 class Inputs(NamedTuple):
-    """An opened and checked base checkpoint and its tokenizer; the rows can be encoded."""
+    """An opened and checked base checkpoint, its tokenizer and the encoded conversations."""
 
     base: Checkpoint
     architecture: GptOssConfig
     tokenizer: PreTrainedTokenizerBase
+    encoded: EncodedFiles
 
 
 def check_early(config: Config, run_dir: Path) -> None:
@@ -59,8 +60,10 @@ def open_inputs(config: Config, run_dir: Path, progress: Callable[[str], None]) 
     check_rows(config, run_dir)
     base, architecture = open_base(resolve_base(config, run_dir, progress))
     tokenizer = open_tokenizer(base.directory)
-    encode_rows(config, run_dir, tokenizer)
-    return Inputs(base, architecture, tokenizer)
+    encoded, left_out = encode_rows(config, run_dir, tokenizer)
+    for sentence in left_out:
+        progress(sentence)
+    return Inputs(base, architecture, tokenizer, encoded)
 
 
 def check_rows(config: Config, run_dir: Path) -> int:
@@ -97,12 +100,11 @@ def open_tokenizer(directory: Path) -> Any:
     return load_tokenizer(directory)
 
 
-def encode_rows(config: Config, run_dir: Path, tokenizer: Any) -> None:
-    """Encode every conversation as training does.
+def encode_rows(config: Config, run_dir: Path, tokenizer: Any) -> tuple[EncodedFiles, list[str]]:
+    """Return the encoded conversations, and what is to be told about rows left out.
 
     Raises:
-        StageError: a row cannot be rendered.
+        StageError: a row cannot be rendered, or no row of a file can be used.
     """
-    for path in conversations.prepare(config, run_dir):
-        for messages in conversations.read(path):
-            conversations.tokenize(messages, tokenizer, config.data.train_on)
+    encoded = encode_files(config, run_dir, tokenizer)
+    return encoded, select_usable(encoded, config.sequence_len).left_out

@@ -54,10 +54,12 @@ def shard_own(batches: list[dict[str, torch.Tensor]], context_size: int) -> str:
     return ""
 
 
-def count(batches: list[list[dict[str, torch.Tensor]]], context_size: int) -> StepCounts:
-    """Return the counts that normalize a step; `batches` are micro-batches by data rank."""
+def count(
+    batches: list[list[dict[str, torch.Tensor]]], tokens: list[int], context_size: int
+) -> StepCounts:
+    """Return the counts that normalize a step; micro-batches and their tokens by data rank."""
     mesh = mesh_of(context_size)
-    return count_step(batches[mesh.data_rank], mesh, pad_token=0)
+    return count_step(batches[mesh.data_rank], mesh, tokens[mesh.data_rank])
 
 
 def losses(context_size: int) -> tuple[float, float]:

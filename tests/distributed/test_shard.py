@@ -103,11 +103,10 @@ def test_tokens_are_counted_over_all_ranks_and_micro_batches(pools):
     ids = torch.tensor([[5, 6, 7, 0]])  # the first label belongs to a token that is never predicted
     some = {"input_ids": ids, "labels": torch.tensor([[3, IGNORED, 4, 5]])}
     none = {"input_ids": ids, "labels": torch.tensor([[3, IGNORED, IGNORED, IGNORED]])}
-    masked = some | {"attention_mask": torch.tensor([[1, 1, 0, 0]])}
     expected = [StepCounts(tokens=11, divisor=4)] * 4
-    assert pools[4].run(cases.count, [[some, none], [none, masked]], 2) == expected
-    assert pools[4].run(cases.count, [[some], [none], [masked], [none]], 1) == expected
-    assert pools[2].run(cases.count, [[none]], 2) == [StepCounts(tokens=3, divisor=1)] * 2
+    assert pools[4].run(cases.count, [[some, none], [none, some]], [6, 5], 2) == expected
+    assert pools[4].run(cases.count, [[some], [none], [some], [none]], [3, 3, 2, 3], 1) == expected
+    assert pools[2].run(cases.count, [[none]], [3], 2) == [StepCounts(tokens=3, divisor=1)] * 2
 
 
 def test_losses_are_sums_over_all_ranks(pools):

@@ -34,7 +34,6 @@ from sparselong.runtime.settings import using
 
 Batch = dict[str, torch.Tensor]
 mesh_of = functools.cache(build_mesh)  # create the groups once per process
-PAD_TOKEN = -1  # no batch here uses a padding token
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def train_sharded(run: Run, context_size: int) -> Result:
 
     def go(step: list[list[Batch]]) -> float:
         batches = [micro[mesh.data_rank] for micro in step]
-        count = count_step(batches, mesh, PAD_TOKEN).divisor
+        count = count_step(batches, mesh, sum(b["input_ids"].numel() for b in batches)).divisor
         total = torch.zeros((), device=run.device)
         for batch in batches:
             local, changes = _share(batch, mesh, run)

@@ -4,11 +4,11 @@ import functools
 import math
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 import torch
 
-from sparselong.config import schema as config_module
-from sparselong.errors import StageError
+from sparselong.data import Encoded
 from sparselong.evaluate import perplexity
 from sparselong.evaluate.perplexity import Sample
 
@@ -97,23 +97,6 @@ def test_long_conversations_use_smaller_batches(monkeypatch):
     assert model.shapes == [(1, 6), (2, 3)]
 
 
-def test_every_model_gets_the_same_samples(monkeypatch, tmp_path):
-    """The first rows of the file, truncated, without those with no supervised token left."""
-    rows = {
-        "answer after the cut": ([1] * 9, [False] * 8 + [True]),
-        "only the first token": ([1] * 3, [True, False, False]),
-        "long": ([1] * 9, [False] + [True] * 8),
-        "short": ([1] * 3, [False, False, True]),
-        "beyond the limit": ([1] * 3, [False, False, True]),
-    }
-    monkeypatch.setattr(perplexity.conversations, "read", lambda path: list(rows))
-    monkeypatch.setattr(perplexity.conversations, "tokenize", lambda name, *_: rows[name])
-    config = config_module.load(
-        "configs/tiny.yaml", ["sequence_len=4", "evaluation.perplexity_samples=2"]
-    )
-    samples = perplexity.load_samples(tmp_path, None, config)
-    assert [len(sample.input_ids) for sample in samples] == [4, 3]
-    assert samples[0].supervised == [False, True, True, True]
-    del rows["long"], rows["short"], rows["beyond the limit"]
-    with pytest.raises(StageError, match="within the first 4 tokens"):
-        perplexity.load_samples(tmp_path, None, config)
+def test_samples_are_the_files_rows(tmp_path):
+    table = pyarrow.Table.from_pylist([vars(sample) for sample in SAMPLES])
+    assert perplexity.load_samples(Encoded(tmp_path, table), [2, 0]) == [SAMPLES[2], SAMPLES[0]]

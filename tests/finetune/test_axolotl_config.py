@@ -9,16 +9,14 @@ import pytest
 
 from sparselong.config.keys import known_keys
 from sparselong.config.schema import Config, load
-from sparselong.data.conversations import DataFiles
 from sparselong.errors import StageError
 from sparselong.finetune.axolotl_config import PLUGIN, build, refuse_unsupported
 from sparselong.finetune.training_run import RUN_KEY, TrainingRun
 from tests.conftest import ROOT
 
-DATA = DataFiles(Path("/d/train.jsonl"), Path("/d/val.jsonl"))
 OURS = {
     **dict.fromkeys(("model", "shared_dense", "experts", "calibration"), "stage 02 has done it"),
-    "data": "the files and our labels on Axolotl's rows are made by this project",
+    "data": "the plugin gives Axolotl the tokens",
     "evaluation": "stage 04's",
     "profile": "a set of other keys' values",
     "finetuning_modifiers": "masks are updated by a callback of ours",
@@ -45,7 +43,7 @@ NEEDED = {
 
 def document(*overrides: str, resume_from: Path | None = None) -> dict:
     config = load(ROOT / "configs/tiny.yaml", list(overrides))
-    return build(TrainingRun(Path("/runs/a"), config), DATA, resume_from, 100)
+    return build(TrainingRun(Path("/runs/a"), config), resume_from)
 
 
 def leaves() -> list[str]:
@@ -90,7 +88,7 @@ def test_changing_a_key_that_axolotl_must_know_changes_the_document(key):
     for name in key.split("."):
         value = getattr(value, name)
     changed = change(config, key, another(key, value))
-    before, after = (build(TrainingRun(Path("/r"), c), DATA, None, 100) for c in (config, changed))
+    before, after = (build(TrainingRun(Path("/r"), c), None) for c in (config, changed))
     assert before != after
     json.dumps(after)  # plain values
 
@@ -103,7 +101,7 @@ def test_our_own_keys_are_known_and_not_in_the_document():
             value: Any = plain
             for name in key.split("."):
                 value = getattr(value, name)
-            made = build(TrainingRun(Path("/runs/a"), change(plain, key, "other")), DATA, None, 100)
+            made = build(TrainingRun(Path("/runs/a"), change(plain, key, "other")), None)
             assert made == document(), key
 
 
@@ -123,13 +121,8 @@ def test_paths_and_sections():
     assert made["base_model"] == "/runs/a/02_compress/model"
     assert made["plugins"] == [PLUGIN] and made[RUN_KEY] == "/runs/a"
     assert made["output_dir"] == "/runs/a/03_finetune/axolotl"
-    data = made["datasets"][0]
-    assert (data["path"], data["type"], data["roles_to_train"]) == (
-        "/d/train.jsonl",
-        "chat_template",
-        ["assistant"],
-    )
-    assert made["test_datasets"][0]["path"] == "/d/val.jsonl"
+    assert made["datasets"] == [{"path": "/runs/a/data/encoded", "type": "sparselong"}]
+    assert "chat_template" not in made  # the plugin gives Axolotl tokens
     assert made["load_best_model_at_end"] and made["metric_for_best_model"] == "eval_loss"
 
 

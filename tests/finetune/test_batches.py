@@ -8,7 +8,15 @@ import torch
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
 
-from sparselong.finetune.batches import EMPTY, IGNORED, Batches, EpochOrder, make_batches, only
+from sparselong.finetune.batches import (
+    EMPTY,
+    IGNORED,
+    Batches,
+    EpochOrder,
+    make_batches,
+    only,
+    take_tokens,
+)
 
 LENGTHS = random.Random(0).choices(range(3, 61), k=200)
 
@@ -75,5 +83,6 @@ def test_an_empty_batch_has_a_shape_and_no_supervised_token():
 
     batches = Batches(rows, [[[0]]], collate, packed=True, pad_token=0)
     assert batches[0]["labels"].tolist() == [[IGNORED, 6]]
+    assert (take_tokens(batches[0]), take_tokens(batches[EMPTY])) == (2, 0)
     assert batches[EMPTY]["input_ids"].tolist() == [[0, 0]]
     assert batches[EMPTY]["labels"].tolist() == [[IGNORED, IGNORED]]

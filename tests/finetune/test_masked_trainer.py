@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import Trainer
 
 from sparselong.errors import StageError
@@ -17,13 +16,15 @@ from sparselong.finetune.state import Progress
 from sparselong.model import NAME
 
 PAD = 0
-ROWS = {
-    "input_ids": [[1] * n for n in (5, 3, 2, 4, 1)],
-    "labels": [[1] * n for n in (5, 3, 2, 4, 1)],
-    "position_ids": [list(range(n)) for n in (5, 3, 2, 4, 1)],
-    "attention_mask": [[1] * n for n in (5, 3, 2, 4, 1)],
-    "length": [5, 3, 2, 4, 1],  # a column that no model accepts
-}
+
+
+class Rows(list):
+    """Labelled rows, as the plugin gives them."""
+
+    lengths = [5, 3, 2, 4, 1]
+
+    def __init__(self):
+        super().__init__({"input_ids": [1] * n, "labels": [1] * n} for n in self.lengths)
 
 
 def lengths(rows: list) -> dict:
@@ -53,7 +54,7 @@ class Training(MaskedTraining):
             config=SimpleNamespace(attention_backend="auto", deterministic=False, heads_k_stride=1)
         )
         self.processing_class = SimpleNamespace(pad_token_id=PAD)
-        self.train_dataset = self.eval_dataset = Dataset.from_dict(ROWS)
+        self.train_dataset = self.eval_dataset = Rows()
         self.data_collator = self.eval_data_collator = lengths
         self._train_batch_size = 2
         self.progress, self.mesh, self.bake_only = Progress(), None, False

@@ -1,17 +1,21 @@
 """The plugin's hooks, with stand-ins for Axolotl, the model and the trainer."""
 
+import datetime
 import importlib
 import json
 import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
+import pyarrow
 import pytest
 from transformers import Trainer, TrainerState
 
 from sparselong.adapters import ExtraAdapters
 from sparselong.config import dump, load
+from sparselong.data import Encoded, EncodedFiles
 from sparselong.errors import StageError
 from sparselong.finetune.keeping import Keeping
 from sparselong.finetune.masked_trainer import MaskedTraining
@@ -33,15 +37,21 @@ class AxolotlTrainer(Trainer):
     """Stands in for Axolotl's trainer."""
 
 
+class TrainDatasetMeta(NamedTuple):
+    """Stands in for Axolotl's class."""
+
+    train_dataset: Any
+    eval_dataset: Any
+    total_num_steps: int | None = None
+
+
 @pytest.fixture
 def plugins(monkeypatch):
     """The plugin's module with stand-ins for its Axolotl imports."""
     names = {
-        "axolotl.cli.args": {"TrainerCliArgs": object},
-        "axolotl.common.datasets": {"load_datasets": None},
+        "axolotl.common.datasets": {"TrainDatasetMeta": TrainDatasetMeta},
         "axolotl.core.trainers.base": {"AxolotlTrainer": AxolotlTrainer},
         "axolotl.integrations.base": {"AdapterCapabilities": dict, "BasePlugin": object},
-        "axolotl.loaders": {"load_tokenizer": lambda cfg: "tokenizer"},
     }
     for name, values in names.items():
         made = ModuleType(name)
@@ -107,59 +117,38 @@ def test_training_arguments(plugin, run, resume, starts):
     assert made["restore_callback_states_from_checkpoint"] is True
 
 
-class Rows(list):
-    """Stands in for a dataset."""
-
-    def select(self, numbers):
-        return Rows(self[number] for number in numbers)
-
-    def select_columns(self, name):
-        return [{name: row[name]} for row in self]
-
-
 @pytest.fixture
-def cfg(tmp_path) -> SimpleNamespace:
-    """The part of Axolotl's config that the hooks read."""
-    for name in ("train", "eval"):
-        (tmp_path / f"{name}.jsonl").write_text("{}\n" * 3)
-    return SimpleNamespace(
-        datasets=[{"path": str(tmp_path / "train.jsonl")}],
-        test_datasets=[{"path": str(tmp_path / "eval.jsonl")}],
-        attn_implementation="eager",
+def files(plugins, tmp_path, monkeypatch) -> EncodedFiles:
+    """Three training conversations and one for validation, of two tokens each."""
+    row = {"input_ids": [0, 1], "supervised": [False, True]}
+    train, validation = (
+        Encoded(tmp_path / name, pyarrow.Table.from_pylist([row] * count))
+        for name, count in (("train.jsonl", 3), ("validation.jsonl", 1))
     )
+    made = EncodedFiles(train, validation, datetime.date(2026, 1, 31))
+    monkeypatch.setattr(plugins, "load_tokenizer", lambda path: f"tokenizer of {path.name}")
+    monkeypatch.setattr(plugins, "encode_files", lambda *given: made)
+    monkeypatch.setattr(plugins, "preview", lambda rows, tokenizer: f"{len(rows)} {tokenizer}\n")
+    monkeypatch.setattr(plugins, "tell", lambda text: None)
+    return made
 
 
-def test_datasets_get_our_labels_and_attention_is_ours(plugins, plugin, run, cfg, monkeypatch):
-    rows = Rows({"input_ids": [0, 1], "labels": [-100, n]} for n in range(2))
-    meta = SimpleNamespace(train_dataset=rows, eval_dataset=rows)
-    relabelled, told = [], []
-    monkeypatch.setattr(plugins, "load_datasets", lambda cfg, cli_args: meta)
-    monkeypatch.setattr(plugins, "tell", told.append)
-    monkeypatch.setattr(
-        plugins.supervision, "relabel", lambda *given: relabelled.append(given[1:]) or given[0]
-    )
-    monkeypatch.setattr(plugins.supervision, "preview", lambda rows, tokenizer: f"{len(rows)}\n")
-    assert plugin.load_datasets(cfg) is meta
+def test_axolotl_gets_our_rows_and_our_attention(plugins, plugin, run, files):
+    cfg = SimpleNamespace(attn_implementation="flex_attention")
+    meta = plugin.load_datasets(cfg)
     assert cfg.attn_implementation == "eager"
-    assert [given[1:] for given in relabelled] == [("tokenizer", "all")] * 2
-    assert [given[0].stem for given in relabelled] == ["train", "eval"]
-    assert (run.work / "supervision.txt").read_text() == "2\n"
+    assert (len(meta.train_dataset), len(meta.eval_dataset)) == (3, 1)
+    assert meta.eval_dataset[0] == {"input_ids": [0, 1], "labels": [-100, 1]}
+    assert (run.work / "supervision.txt").read_text() == "3 tokenizer of model\n"
     assert plugin.supervised_token_fraction == 0.5
-    assert "train: 1 of 3 conversations left out (too long)" in told
 
 
-def test_a_split_sequence_uses_our_attention(plugins, plugin, run, cfg, monkeypatch):
+def test_a_split_sequence_uses_our_attention(plugins, plugin, run, files):
     plugin.run = TrainingRun(
         run.directory, run.config.model_copy(update={"sequence_parallel_degree": 4})
     )
-
-    def refuse(**given):
-        raise ValueError("nothing left")
-
-    monkeypatch.setattr(plugins, "load_datasets", refuse)
-    with pytest.raises(StageError, match="cannot be used for training") as failure:
-        plugin.load_datasets(cfg)
-    assert failure.value.found == "nothing left"
+    cfg = SimpleNamespace(attn_implementation="eager")
+    plugin.load_datasets(cfg)
     assert cfg.attn_implementation == "sparselong"
 
 

@@ -1,16 +1,13 @@
-"""Labels from our own tokenization, on the rows of Axolotl's chat strategy."""
-
-import datetime
-import json
+"""Rows with labels from our own tokenization, in Axolotl's order."""
 
 import datasets
 import pytest
 
-from sparselong.data import conversations
-from sparselong.errors import StageError
-from sparselong.finetune.supervision import IGNORED, relabel, supervised_fraction
+from sparselong.config import load
+from sparselong.data import Encoded, encode_files
+from sparselong.finetune.supervision import IGNORED, LabelledRows
 from sparselong.model.tokenizer import load_tokenizer
-from tests.conftest import write_rows
+from tests.conftest import ROOT, write_rows
 
 CONVERSATIONS = {
     "single": [
@@ -59,48 +56,29 @@ def tokenizer(untrained_base):
     return load_tokenizer(untrained_base)
 
 
-@pytest.fixture
-def source(tmp_path):
-    return write_rows(tmp_path / "rows.jsonl", [{"messages": m} for m in CONVERSATIONS.values()])
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory, untrained_base, tokenizer) -> Encoded:
+    folder = tmp_path_factory.mktemp("supervision")
+    path = write_rows(folder / "rows.jsonl", [{"messages": m} for m in CONVERSATIONS.values()])
+    config = load(ROOT / "configs/tiny.yaml", [f"data.train={path}", f"data.validation={path}"])
+    return encode_files(config, folder, tokenizer).train
 
 
-def tokenized(names, tokenizer) -> datasets.Dataset:
-    """Rows as Axolotl's loader produces them, with labels other than ours."""
-    texts = [tokenizer.apply_chat_template(CONVERSATIONS[n], tokenize=False) for n in names]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return datasets.Dataset.from_dict(
-        {"input_ids": ids, "labels": [[IGNORED] * len(i) for i in ids]}
-    )
-
-
-def test_each_row_gets_its_own_labels_in_any_order(tokenizer, source):
-    names = ["thinking in each turn", "single", "thinking", "several"]
-    rows = relabel(tokenized(names, tokenizer), source, tokenizer, "assistant")
-    for name, row in zip(names, rows, strict=True):
+def test_each_row_gets_its_own_labels(tokenizer, encoded):
+    rows = LabelledRows(encoded, range(len(encoded)), seed=5)
+    assert sorted(rows.numbers) == [0, 1, 2, 3] != rows.numbers
+    names = list(CONVERSATIONS)
+    for number, row in zip(rows.numbers, rows, strict=True):
         learned = [t for t in row["labels"] if t != IGNORED]
-        assert tokenizer.decode(learned) == "".join(LEARNED[name])
+        assert tokenizer.decode(learned) == "".join(LEARNED[names[number]])
         for token, label in zip(row["input_ids"], row["labels"], strict=True):
             assert label in (token, IGNORED)
+    learned = sum(label != IGNORED for row in rows for label in row["labels"])
+    assert rows.lengths == [len(row["labels"]) for row in rows]
+    assert rows.supervised_fraction == learned / sum(rows.lengths)
 
 
-def test_stage_04_counts_the_same_tokens(tokenizer, source):
-    rows = relabel(tokenized(list(CONVERSATIONS), tokenizer), source, tokenizer, "assistant")
-    today = datetime.date.today()
-    for read, row in zip(conversations.read(source), rows, strict=True):
-        _, supervised = conversations.tokenize(read, tokenizer, "assistant", today)
-        assert supervised == [label != IGNORED for label in row["labels"]]
-
-
-def test_train_on_all_learns_from_every_token(tokenizer, source):
-    rows = relabel(tokenized(["several", "thinking"], tokenizer), source, tokenizer, "all")
-    assert all(row["labels"] == row["input_ids"] for row in rows)
-    assert supervised_fraction(rows) == 1.0
-
-
-def test_omitted_rows_do_not_matter_and_foreign_rows_are_refused(tokenizer, source):
-    rows = relabel(tokenized(["thinking"], tokenizer), source, tokenizer, "assistant")
-    assert len(rows) == 1
-    source.write_text(json.dumps({"messages": CONVERSATIONS["single"]}) + "\n")
-    with pytest.raises(StageError, match="renders a conversation differently") as refusal:
-        relabel(tokenized(["thinking"], tokenizer), source, tokenizer, "assistant")
-    assert "Three?" in refusal.value.found
+def test_the_order_is_that_of_axolotls_shuffle(encoded):
+    """Axolotl shuffles a dataset by its seed, then drops rows; results of earlier versions hold."""
+    shuffled = datasets.Dataset.from_dict({"row": [0, 1, 2, 3]}).shuffle(seed=7)["row"]
+    assert LabelledRows(encoded, [0, 1, 3], seed=7).numbers == [n for n in shuffled if n != 2]

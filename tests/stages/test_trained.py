@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparselong.config.schema import load
-from sparselong.data import conversations
+from sparselong.data import encode_files, select_usable
 from sparselong.evaluate import harness, perplexity
 from sparselong.model import load_model, load_tokenizer
 from sparselong.model.packed_linear import PackedLinear
@@ -47,8 +47,10 @@ def run_dir(tmp_path_factory) -> Path:
 def measure(run_dir):
     """Measure perplexity on the demo's held-out conversations."""
     config = load(CONFIG)
-    validation = conversations.prepare(config, run_dir).validation
-    samples = perplexity.load_samples(validation, load_tokenizer(run_dir / "base"), config)
+    encoded = encode_files(config, run_dir, load_tokenizer(run_dir / "base"))
+    rows = select_usable(encoded, config.sequence_len).validation
+    rows = rows[: config.evaluation.perplexity_samples]
+    samples = perplexity.load_samples(encoded.validation, rows)
     return lambda model: perplexity.measure(model, samples, 32)["supervised"]["perplexity"]
 
 
