@@ -8,7 +8,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GptOssConfig
 
 from sparselong.checkpoint.checkpoint import Checkpoint
-from sparselong.checkpoint.format import METHOD, PROJECTIONS, expert_shapes
+from sparselong.checkpoint.format import PROJECTIONS, expert_shapes
+from sparselong.checkpoint.inventory import METHOD
 from sparselong.errors import StageError
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
