@@ -29,7 +29,7 @@ import yaml
 
 from sparselong.data import conversations
 from sparselong.errors import StageError
-from sparselong.files import write_atomically
+from sparselong.files import point_to, write_atomically
 from sparselong.finetune import axolotl_config, plot, state
 from sparselong.finetune.training_run import (
     AXOLOTL_YAML,
@@ -164,9 +164,7 @@ def _publish(stage: Stage) -> None:
     receipt = check_receipt(stage, {})
     baked = json.loads((stage.dir / BAKED).read_text(encoding="utf-8"))
     rows = read_rows(stage.dir / METRICS)
-    best = stage.dir / "best"
-    best.unlink(missing_ok=True)
-    best.symlink_to(Path("checkpoints") / baked["best_checkpoint"])
+    point_to(stage.dir / "best", f"checkpoints/{baked['best_checkpoint']}", stage.log)
     train = [row for row in rows if "loss" in row]
     curve = {row["step"]: row["eval_perplexity"] for row in rows if "eval_perplexity" in row}
     plot.draw(rows, baked["mask_updates"], baked["best_step"], stage.dir / "loss.png")

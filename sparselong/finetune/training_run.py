@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparselong.checkpoint import check_recorded, take_inventory
 from sparselong.config import Config, load
 from sparselong.processes import find_world
+from sparselong.provenance import refuse_changes
 from sparselong.run import Stage, read_manifest
 
 METRICS, SUPERVISION = "metrics.jsonl", "supervision.txt"
@@ -77,6 +79,19 @@ class TrainingRun:
     def is_trained(self) -> bool:
         """Return whether training is finished and only the result remains to be written."""
         return (self.work / TRAINED).exists()
+
+
+def check_compressed(stage: Stage) -> None:
+    """Raise unless stage 02's model and masters are still the files that it recorded.
+
+    Raises:
+        StageError: a file was changed, removed or added since, or the model is ambiguous.
+    """
+    rows = stage.manifests[_COMPRESS]["outputs"]
+    run = TrainingRun.of_stage(stage)
+    check_recorded(take_inventory(run.compressed), rows, _COMPRESS)
+    masters = [row for row in rows if Path(row["path"]).parent.name == run.masters.name]
+    refuse_changes(masters, stage.run_dir, _COMPRESS)
 
 
 def trainer_arguments(stage: Stage) -> list[str]:
