@@ -40,7 +40,8 @@ def describe_files(
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
-                whole, root = file.resolve(), run_dir.resolve()
+                # Of links in a hub cache, the target's name would be a hash.
+                whole, root = file.parent.resolve() / file.name, run_dir.resolve()
                 inside = whole.is_relative_to(root)
                 shown = whole.relative_to(root) if inside else os.path.abspath(file)
                 status = file.stat()

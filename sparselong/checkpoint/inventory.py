@@ -172,16 +172,14 @@ def _read_weight_map(directory: Path) -> dict[str, str]:
     """Return the index's map from tensor names to files of this directory."""
     path = directory / INDEX
     weight_map = read_json(path).get("weight_map")
-    names = weight_map.values() if isinstance(weight_map, dict) else ()
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in names):
-        found = f"weight_map: {weight_map!r}"[:200]
-    else:
-        found = "" if weight_map else "weight_map: empty"
-    if not isinstance(weight_map, dict) or found:
+    entries = weight_map.items() if isinstance(weight_map, dict) else ()
+    odd = [f"{file!r} for {name}" for name, file in entries if not isinstance(file, str)]
+    if not isinstance(weight_map, dict) or not weight_map or odd:
+        kind = "empty" if weight_map == {} else type(weight_map).__name__
         raise StageError(
             f"{path} is not an index",
             "weight_map: an object of tensor names and file names",
-            found,
+            f"weight_map: {odd[0] if odd else kind}",
             "download the index again",
         )
     for name, file in weight_map.items():

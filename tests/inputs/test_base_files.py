@@ -296,6 +296,22 @@ def test_files_that_do_not_belong_to_it_are_never_touched(base, tmp_path):
     assert {path.name for path in target.iterdir()} == wanted
 
 
+@pytest.mark.parametrize("case", ["single beside indexed shards", "adapter config", "gap"])
+def test_stage_02_explains_it(base, run_script, case):
+    change, words = REFUSED[case]
+    change(base)
+    run_script("02_compress", f"model.base={base}").assert_explained(*words)
+
+
+def test_stage_02_ends_well_beside_other_files(base, run_script, tmp_path):
+    """A dead link to a file that nobody needs was a traceback at the very end, on every rerun."""
+    unrelated(base)
+    outcome = run_script("02_compress", f"model.base={base}")
+    assert outcome.code == 0, outcome.err
+    made = {path.name for path in (tmp_path / "run/02_compress/model").iterdir()}
+    assert not made & {"notes.txt", "results.json", "dead.json", "pytorch_model.bin", "original"}
+
+
 def test_what_belongs_to_it_is_copied(base, tmp_path):
     (base / "LICENSE").write_text("free")
     (base / "additional_chat_templates").mkdir()

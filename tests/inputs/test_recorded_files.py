@@ -23,6 +23,7 @@ from sparselong.finetune import check_compressed
 from sparselong.run import Stage, read_manifest
 from sparselong.run.directory import finish, prepare
 from tests.conftest import load_script
+from tests.inputs.conftest import QUICK
 
 SHARD = "model-00001-of-00004.safetensors"
 
@@ -32,7 +33,7 @@ def finished(untrained_base, small_arguments, tmp_path_factory) -> Path:
     """A base and a finished stage 02 on it, with a stand-in for stage 03."""
     folder = tmp_path_factory.mktemp("recorded")
     shutil.copytree(untrained_base, folder / "base")
-    arguments = [*small_arguments, f"model.base={folder / 'base'}"]
+    arguments = [*small_arguments, *QUICK, f"model.base={folder / 'base'}"]
     assert load_script("02_compress").main([*arguments, "--run-dir", str(folder / "run")]) == 0
     trained = open_stage(folder, "03_finetune", arguments)
     assert not prepare(trained, redo=False)
@@ -57,7 +58,7 @@ def here(finished, tmp_path) -> Path:
 @pytest.fixture
 def stages(here, small_arguments) -> tuple[Stage, Stage]:
     """Stages 03 and 04 of the copy, about to begin."""
-    arguments = [*small_arguments, f"model.base={here / 'base'}"]
+    arguments = [*small_arguments, *QUICK, f"model.base={here / 'base'}"]
     found = []
     for name in ("03_finetune", "04_eval"):
         stage = open_stage(here, name, arguments)
@@ -181,6 +182,24 @@ def test_a_base_that_moved_is_the_same_base(here, stages):
     flip(here / "elsewhere" / SHARD)
     with pytest.raises(StageError, match="elsewhere/model-00001.*has changed"):
         check_recorded(take_inventory(here / "elsewhere"), rows, "02_compress")
+
+
+def test_a_hub_cache_in_the_run_directory_is_recorded_by_its_files_names(base, tmp_path):
+    """The snapshot's files are links to blobs that are named by hashes."""
+    run_dir = tmp_path / "run"
+    snapshot, blobs = run_dir / "cache/snapshots/1", run_dir / "cache/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(base.iterdir())):
+        shutil.move(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(blobs / str(number))
+    inventory = take_inventory(snapshot)
+    rows = provenance.describe_files(inventory.paths, run_dir)
+    assert [row["path"] for row in rows] == [f"cache/snapshots/1/{n}" for n in inventory.names]
+    check_recorded(inventory, rows, "02_compress")
+    flip((snapshot / "config.json").resolve())
+    with pytest.raises(StageError, match="config.json has changed"):
+        check_recorded(inventory, rows, "02_compress")
 
 
 def test_scripts_refuse_before_anything_is_imported(finished, here, run_script):
