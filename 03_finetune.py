@@ -20,6 +20,9 @@ NAME = "03_finetune"
 
 def execute(stage: Stage) -> None:
     """Fine-tune; torch is imported only after everything the config determines is validated."""
+    from sparselong.finetune import check_compressed
+
+    check_compressed(stage)
     from sparselong.finetune import finetune
 
     finetune(stage)

@@ -19,6 +19,9 @@ def execute(stage: Stage) -> None:
     """Evaluate; torch is imported only after the command line and the config are validated."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    from sparselong.evaluate import check_models
+
+    check_models(stage)
     stage.log("importing torch, transformers and lm-eval")
     from sparselong.evaluate import evaluate
 

@@ -8,6 +8,7 @@ layers after it to the same bytes.
     02_compress/model.partial/     grows; renamed to model/ when complete
     02_compress/masters/           dense bf16 masters by layer, for stage 03
     02_compress/work/              states (removed at the end) and per-layer records
+    02_compress/base.json          sizes, times and hashes of the base's files
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers import GptOssConfig
 from sparselong.checkpoint import (
     PROJECTIONS,
     Checkpoint,
+    check_recorded,
     derive,
     layer_tensors,
     pack_two_four_experts,
@@ -34,15 +36,16 @@ from sparselong.compress.report import measure
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.errors import StageError
-from sparselong.files import write_atomically
+from sparselong.files import point_to, write_atomically
 from sparselong.model import SparseLongConfig, implementation, settle_template
-from sparselong.provenance import read_peaks, reset_peaks
+from sparselong.provenance import describe_files, read_peaks, reset_peaks
 from sparselong.run import Stage
 from sparselong.runtime import compute_dtype, default_device, using
 from sparselong.tiny import Inputs, open_inputs
 
 DENSE_FILE = "dense-{:05d}.safetensors"
 MASTER_FILE = "layer-{:05d}.safetensors"
+BASE_RECORD = "base.json"
 
 
 def checkpoint_name(config: Config) -> str:
@@ -66,6 +69,7 @@ def compress(stage: Stage) -> None:
     """
     inputs = _open_inputs(stage)
     base, stage.date = inputs.base, inputs.encoded.date
+    record_base(stage, base)
     reset_peaks()
     device = default_device()
     model = stage.dir / "model"
@@ -88,6 +92,26 @@ def _open_inputs(stage: Stage) -> Inputs:
         if not (stage.dir / "work").exists():
             (stage.run_dir / "data" / "source.json").unlink(missing_ok=True)
         raise
+
+
+def record_base(stage: Stage, base: Checkpoint) -> None:
+    """Record the base's files before the first layer is read, and compare with them afterwards.
+
+    Layers that were compressed before an interruption must be of the same base as the others.
+
+    Raises:
+        StageError: the base has changed since this stage began.
+    """
+    path = stage.dir / BASE_RECORD
+    if path.exists():
+        stage.described = json.loads(path.read_text(encoding="utf-8"))
+        check_recorded(base.inventory, stage.described, stage.name)
+        return
+    paths = base.inventory.paths
+    size = sum(path.stat().st_size for path in paths)
+    stage.log(f"hashing the base checkpoint ({len(paths)} files, {size / 1e9:.1f} GB)")
+    stage.described = describe_files(paths, stage.run_dir)
+    write_atomically(path, json.dumps(stage.described, indent=1) + "\n")
 
 
 def _compress_layers(stage: Stage, inputs: Inputs, device: torch.device) -> None:
@@ -173,14 +197,13 @@ def _complete(stage: Stage, inputs: Inputs) -> None:
     partial = stage.dir / "model.partial"
     derive(base, partial, dropped, sorted(partial.glob("dense-*")), quantization.to_dict())
     settle_template(tokenizer, partial)
-    name = stage.dir / checkpoint_name(stage.config)
-    name.unlink(missing_ok=True)
-    name.symlink_to("model")
     partial.rename(stage.dir / "model")
 
 
 def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     """Fill the manifest from the files on disk and delete the states."""
+    record_base(stage, base)  # the base must not have changed meanwhile
+    point_to(stage.dir / checkpoint_name(stage.config), "model", stage.log)
     paths = sorted((stage.dir / "work").glob("layer-*.json"))
     records = [json.loads(path.read_text()) for path in paths]
     for peaks in [read_peaks(), *(record["peak_bytes"] for record in records)]:
@@ -194,8 +217,6 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
         "peak_host_bytes": stage.peak_bytes["host"],
         "peak_device_bytes": {k: v for k, v in stage.peak_bytes.items() if k != "host"},
     }
-    names = [*base.files, "config.json", "tokenizer.json"]
-    stage.inputs = [base.directory / name for name in names]
-    stage.inputs.append(conversations.prepare(stage.config, stage.run_dir).train)
+    stage.inputs = [*base.inventory.paths, conversations.prepare(stage.config, stage.run_dir).train]
     stage.outputs = [model.directory, stage.dir / "masters"]
     (stage.dir / "work" / "states.safetensors").unlink(missing_ok=True)

@@ -18,6 +18,6 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.finetune.batches import EpochOrder, make_batches
     from sparselong.finetune.trainer import finetune
-    from sparselong.finetune.training_run import trainer_arguments
+    from sparselong.finetune.training_run import check_compressed, trainer_arguments
 
 __getattr__ = expose(__name__)

@@ -30,7 +30,7 @@ import yaml
 
 from sparselong.data import encode_files, select_usable
 from sparselong.errors import StageError
-from sparselong.files import write_atomically
+from sparselong.files import point_to, write_atomically
 from sparselong.finetune import axolotl_config, checkpoints, plot
 from sparselong.finetune.training_run import (
     AXOLOTL_YAML,
@@ -258,9 +258,7 @@ def _publish(stage: Stage) -> None:
     again = f"remove {stage.dir / BAKED}: the same command then writes the result again"
     baked = read_json(stage.dir / BAKED, again)
     rows = read_rows(stage.dir / METRICS)
-    best = stage.dir / "best"
-    best.unlink(missing_ok=True)
-    best.symlink_to(Path("checkpoints") / baked["best_checkpoint"])
+    point_to(stage.dir / "best", f"checkpoints/{baked['best_checkpoint']}", stage.log)
     train = [row for row in rows if "loss" in row]
     curve = {row["step"]: row["eval_perplexity"] for row in rows if "eval_perplexity" in row}
     plot.draw(rows, baked["mask_updates"], baked["best_step"], stage.dir / "loss.png")

@@ -11,8 +11,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparselong.checkpoint import check_recorded, take_inventory
 from sparselong.config import Config, load
 from sparselong.processes import find_world
+from sparselong.provenance import refuse_changes
 from sparselong.run import Stage, read_manifest
 
 METRICS, SUPERVISION = "metrics.jsonl", "supervision.txt"
@@ -98,6 +100,19 @@ def _newest(note: Path) -> str | None:
         return json.loads(note.read_text(encoding="utf-8")).get("newest")
     except (ValueError, AttributeError):  # an edited note says nothing: training is looked at again
         return ""
+
+
+def check_compressed(stage: Stage) -> None:
+    """Raise unless stage 02's model and masters are still the files that it recorded.
+
+    Raises:
+        StageError: a file was changed, removed or added since, or the model is ambiguous.
+    """
+    rows = stage.manifests[_COMPRESS]["outputs"]
+    run = TrainingRun.of_stage(stage)
+    check_recorded(take_inventory(run.compressed), rows, _COMPRESS)
+    masters = [row for row in rows if Path(row["path"]).parent.name == run.masters.name]
+    refuse_changes(masters, stage.run_dir, _COMPRESS)
 
 
 def trainer_arguments(stage: Stage) -> list[str]:

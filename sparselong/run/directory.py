@@ -58,6 +58,8 @@ class Stage:
     inputs: list[Path] = field(default_factory=list)
     outputs: list[Path] = field(default_factory=list)
     """Files or directories; directories are listed file by file in the manifest."""
+    described: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of `provenance.describe_files` for files that the stage has hashed before its end."""
     peak_bytes: dict[str, int] = field(default_factory=dict)
     """Peak memory by device: `host`, `cuda:0`, …"""
     date: datetime.date | None = None
@@ -164,12 +166,14 @@ def _require(stage: Stage, name: str) -> dict[str, Any]:
 def _made_from(stage: Stage) -> dict[str, str | None]:
     """Return a hash of the output files of each stage that this one reads; None if not done.
 
-    The hash stays the same if an earlier stage is redone and produces the same bytes.
+    The hash stays the same if an earlier stage is redone and produces the same bytes, so it does
+    not cover the files' times.
     """
     hashes: dict[str, str | None] = {}
     for name in STAGES[stage.name].reads:
         manifest = _read_finished(stage.run_dir, name)
-        listed = json.dumps(manifest["outputs"]) if manifest else ""
+        rows = manifest["outputs"] if manifest else []
+        listed = json.dumps([{k: v for k, v in row.items() if k != "mtime_ns"} for row in rows])
         hashes[name] = hashlib.sha256(listed.encode()).hexdigest() if manifest else None
     return hashes
 
@@ -220,6 +224,10 @@ def _set_aside(stage: Stage) -> None:
 
 def finish(stage: Stage, seconds: float) -> dict[str, Any]:
     """Write the manifest, which marks the stage as done, and return it."""
+    known = [row for earlier in stage.manifests.values() for row in earlier["outputs"]]
+    known += stage.described
+    inputs = provenance.describe_files(stage.inputs, stage.run_dir, known)
+    outputs = provenance.describe_files(stage.outputs, stage.run_dir, [*known, *inputs])
     manifest = {
         "format_version": FORMAT_VERSION,
         "stage": stage.name,
@@ -227,8 +235,8 @@ def finish(stage: Stage, seconds: float) -> dict[str, Any]:
         "config_hash": stage_hash(stage.config, stage.name),
         "made_from": _made_from(stage),
         "config": stage.config.model_dump(mode="json"),
-        "inputs": provenance.describe_files(stage.inputs, stage.run_dir),
-        "outputs": provenance.describe_files(stage.outputs, stage.run_dir),
+        "inputs": inputs,
+        "outputs": outputs,
         **provenance.describe_software(),
         "hardware": provenance.describe_hardware(),
         "seed": stage.config.seed,
