@@ -153,7 +153,14 @@ def describe_hardware() -> dict[str, Any]:
 def _output(*command: str) -> str | None:
     """Return the command's output; None if the program is missing, fails or times out."""
     try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command,
+            check=False,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=60,
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -165,14 +172,16 @@ def reset_peak_host_memory() -> None:
     If the kernel does not permit it, the peak since the process started remains: an upper bound.
     """
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return
 
 
 def peak_host_bytes() -> int:
     """Return this process's peak resident memory in bytes since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in (
+        Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    ):
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/self/status has no VmHWM line")

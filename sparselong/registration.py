@@ -108,19 +108,18 @@ def set_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        elif type(stream) is io.TextIOWrapper and isinstance(stream.buffer, io.BufferedWriter):
+        elif type(stream) is io.TextIOWrapper:
             stream.flush()
-            raw = _Stream(stream.fileno(), "wb", closefd=False)
-            setattr(
-                sys,
-                name,
-                io.TextIOWrapper(
-                    io.BufferedWriter(raw),
-                    encoding=stream.encoding,
-                    errors="backslashreplace",
-                    line_buffering=stream.line_buffering,
-                ),
+            raw: Any = _Stream(stream.fileno(), "wb", closefd=False)
+            unbuffered = isinstance(stream.buffer, io.RawIOBase)  # python -u
+            made = io.TextIOWrapper(
+                raw if unbuffered else io.BufferedWriter(raw),
+                encoding=stream.encoding,
+                errors="backslashreplace",
+                line_buffering=stream.line_buffering,
+                write_through=unbuffered,
             )
+            setattr(sys, name, made)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     os.environ["PYTHONIOENCODING"] = "utf-8:backslashreplace"

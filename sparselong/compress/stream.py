@@ -205,7 +205,7 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     record_base(stage, base)  # the base must not have changed meanwhile
     point_to(stage.dir / checkpoint_name(stage.config), "model", stage.log)
     paths = sorted((stage.dir / "work").glob("layer-*.json"))
-    records = [json.loads(path.read_text()) for path in paths]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     for peaks in [read_peaks(), *(record["peak_bytes"] for record in records)]:
         for device, peak in peaks.items():
             stage.peak_bytes[device] = max(peak, stage.peak_bytes.get(device, 0))

@@ -14,6 +14,6 @@ if TYPE_CHECKING:
         is_resolved,
         load,
     )
-    from sparselong.config.texts import check_place
+    from sparselong.config.texts import UTF8_FIX, check_place
 
 __getattr__ = expose(__name__)

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
+from sparselong.config.texts import UTF8_FIX
 from sparselong.errors import ConfigError
 
 
@@ -150,7 +151,7 @@ def refuse_undecodable(
                         f"{key} is not valid ({places.get(tuple(key.split('.')), source)})",
                         "text in UTF-8",
                         ascii(text),
-                        "rename the file, or name it by a symbolic link",
+                        UTF8_FIX,
                     ) from None
 
 

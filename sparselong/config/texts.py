@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import types
 import unicodedata
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -11,6 +12,11 @@ from pydantic import AfterValidator
 
 _NAME_BYTES, _PATH_BYTES = 255, 4095
 """Longest name of a file, and longest path, that Linux accepts."""
+UTF8_FIX = (
+    "rename it, or name it by a symbolic link; if its name is UTF-8, use such a locale: "
+    "LC_ALL=C.UTF-8 PYTHONUTF8=1"
+)
+"""What to do about a name that Python could not decode."""
 _WANDB_REFUSES = "/\\#?%:"
 _WANDB_CHARACTERS = 128
 
@@ -37,6 +43,11 @@ def check_place(text: str) -> str:
         ValueError: as for `check_text`, the home is unknown, or no path can be that long.
     """
     check_text(text)
+    if not text.isascii() and sys.getfilesystemencoding() != "utf-8":
+        raise ValueError(
+            f"names in ASCII, because this process takes names for {sys.getfilesystemencoding()} "
+            "(LC_ALL=C.UTF-8 PYTHONUTF8=1 for other names)"
+        )
     place = os.path.expanduser(text)
     if place.startswith("~"):
         home = text.partition("/")[0]

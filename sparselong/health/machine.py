@@ -202,13 +202,13 @@ def _nvcc_version() -> str | None:
 def _host_memory() -> tuple[int, int]:
     """Return total and available host memory in bytes, from /proc/meminfo or the cgroup limit."""
     values = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         name, _, rest = line.partition(":")
         values[name] = int(rest.split()[0]) * 1024
     total, available = values["MemTotal"], values["MemAvailable"]
     limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        most = int(limit.read_text())
+    if limit.is_file() and limit.read_text(encoding="utf-8").strip().isdigit():
+        most = int(limit.read_text(encoding="utf-8"))
         total, available = min(total, most), min(available, most)
     return total, available
 

@@ -104,7 +104,7 @@ def _in_use(run_dir: Path, found: str, fix: str = "wait for it to end") -> Stage
 @contextmanager
 def _owned(run_dir: Path) -> Iterator[None]:
     """Hold the lock file."""
-    path, mine = run_dir / OWNER, json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+    path, mine = run_dir / OWNER, json.dumps(_describe(os.getpid()))
     if not _create(path, mine):
         _remove_stale(run_dir, path)
         if not _create(path, mine):
@@ -114,6 +114,19 @@ def _owned(run_dir: Path) -> Iterator[None]:
     finally:
         with suppress(FileNotFoundError):
             path.unlink()
+
+
+def _describe(pid: int) -> dict[str, str | int | None]:
+    return {"host": socket.gethostname(), "pid": pid, "started": _start_of(pid)}
+
+
+def _start_of(pid: int) -> str | None:
+    """Return when a process of this host started; it tells processes of one number apart."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]
 
 
 def _create(path: Path, content: str) -> bool:
@@ -148,7 +161,7 @@ def _remove_stale(run_dir: Path, path: Path) -> None:
             f"process {pid} of host {host} holds its lock",
             f"wait for it to end (or delete {path} if it was killed)",
         )
-    if _is_alive(pid):
+    if _is_alive(pid) and owner.get("started") in (None, _start_of(pid)):
         raise _in_use(run_dir, f"process {pid} holds its lock")
     aside = path.with_name(f"{OWNER}.{os.getpid()}")
     path.rename(aside)  # atomic, so that of two processes only one removes it
@@ -167,4 +180,4 @@ def _is_alive(pid: int) -> bool:
         return False
     except (PermissionError, OverflowError):
         return True
-    return pid != os.getpid()  # a lock of this number is not ours yet: the number was reused
+    return True

@@ -10,9 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparselong.config import Config, check_place, is_resolved
+from sparselong.config import UTF8_FIX, Config, check_place, is_resolved
 from sparselong.errors import ConfigError, StageError
-from sparselong.run.lock import LOCK
 from sparselong.run.stages import STAGES
 
 MANIFEST, STARTED = "manifest.json", "started.json"
@@ -32,25 +31,33 @@ def find_run_dir(text: str | None, config: str) -> Path:
         config: the argument of --config.
 
     Raises:
-        ConfigError: the name is blank, begins with a hyphen or cannot be a path.
+        ConfigError: a name is blank, begins with a hyphen or cannot be a path.
     """
-    given = str(Path("runs") / Path(config).stem) if text is None else text
+    _check_name("--config", config, "pass --config configs/tiny.yaml, or another file")
+    fix = "pass another --run-dir, such as runs/NAME"
+    if text is not None:
+        return Path(_check_name("--run-dir", text, fix))
+    name = Path(config).stem
+    if name in ("", ".", ".."):
+        raise ConfigError("--run-dir is missing", "a name for the run", f"--config {config}", fix)
+    return Path(_check_name("--run-dir", f"runs/{name}", fix))
+
+
+def _check_name(option: str, text: str, fix: str) -> str:
+    """Return an option's path, with its home directory expanded."""
     fault = ""
     try:
-        given.encode()
-        given = check_place(given)
+        text.encode()
+        text = check_place(text)
     except UnicodeEncodeError:
-        fault = "a path in UTF-8"
+        fault, fix = "a path in UTF-8", UTF8_FIX
     except ValueError as error:
         fault = str(error)
-    if given.startswith("-"):
-        fault = f"a name that is no option, for example ./{given}".replace("./-", "./run")
-    if text is None and Path(config).stem in ("", ".", ".."):
-        fault = "a config file with a name, after which the run is named"
+    if text.startswith("-"):
+        fault = "a name that does not look like an option"
     if fault:
-        what = "--run-dir cannot be used"
-        raise ConfigError(what, fault, ascii(given), "pass another --run-dir, such as runs/NAME")
-    return Path(given)
+        raise ConfigError(f"{option} cannot be used", fault, ascii(text), fix)
+    return text
 
 
 def refuse_overlap(config: Config, run_dir: Path) -> None:
@@ -116,7 +123,7 @@ def refuse_foreign(run_dir: Path) -> None:
     path = run_dir / "config.yaml"
     if path.exists() and not _is_ours(path):
         raise _foreign(path, "nothing, or the config that a stage has written")
-    if folders or path.exists() or (run_dir / LOCK).exists():
+    if folders or path.exists():
         return
     for name, mark in _MARKS.items():
         if (run_dir / name).exists() and not (run_dir / name / mark).exists():
