@@ -101,7 +101,7 @@ def test_what_the_base_model_decides(overrides, words, base, untrained_base):
         ({"hidden_size": 96}, ["shared_dense.group_size=32"], ""),
         ({"hidden_size": 96}, ["shared_dense.weight_bits=16"], ""),
         (
-            {"num_attention_heads": 2, "head_dim": 31, "hidden_size": 128},
+            {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 30},
             ["shared_dense.weight_bits=16", "lora.r=8"],
             "shared_dense.sparsity",
         ),
