@@ -11,6 +11,7 @@ command continues from the last whole checkpoint.
 import sys
 
 from sparselong.config import Config
+from sparselong.data import check_tasks
 from sparselong.memory import check_model, find_shape, plan_stage, show_plan
 from sparselong.processes import find_world, hide_launcher, is_joined
 from sparselong.run import Stage, run_stage
@@ -35,6 +36,7 @@ def check(config: Config) -> None:
         hide_launcher()
     find_shape(config.model)
     check_model(config)
+    check_tasks(config)
 
 
 def main(argv: list[str] | None = None) -> int:
