@@ -9,8 +9,8 @@ import pytest
 
 from sparselong import memory
 from sparselong.config import schema as config_module
-from sparselong.health import machine as machine_module
 from sparselong.health import inputs, packages, report, sources
+from sparselong.health import machine as machine_module
 from sparselong.health.check import check
 from sparselong.health.machine import Disk, Gpu, Machine, Torch
 from sparselong.health.packages import Package
