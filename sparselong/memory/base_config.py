@@ -133,7 +133,8 @@ def check_token_ids(path: Path, document: dict[str, Any], rows: int) -> None:
     for key, value in document.items():
         if not key.endswith("_token_id") or value is None:
             continue
-        for token in value if isinstance(value, list) else [value]:
+        tokens: list[Any] = value if isinstance(value, list) and value else [value]
+        for token in tokens:
             if not _is_int(token) or not 0 <= token < rows:
                 raise StageError(
                     f"{path}: {key} is not a token of the model",

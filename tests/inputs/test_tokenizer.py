@@ -85,7 +85,7 @@ def test_tokens_that_are_added_on_opening_count(folder, file, changes):
 
 
 @pytest.mark.parametrize("key", ["eos_token_id", "pad_token_id", "bos_token_id"])
-@pytest.mark.parametrize("value", [2048, -1, [2041, 2048], "2041", True], ids=str)
+@pytest.mark.parametrize("value", [2048, -1, [2041, 2048], [], "2041", True], ids=str)
 def test_ids_of_the_generation_config_are_tokens(folder, key, value):
     edit(folder / "generation_config.json", **{key: value})
     text = refusal(folder)
@@ -120,6 +120,8 @@ def _set(key, value):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
+        (lambda d: d.update(added_tokens=[]), "as several tokens"),
+        (lambda d: d["added_tokens"][0].update(content=[]), "added_tokens"),
         (lambda d: d["model"].pop("merges"), "0 merges"),
         (_set("merges", []), "0 merges"),
         (lambda d: d["model"]["merges"].pop(), "1782 merges"),
@@ -158,6 +160,26 @@ def test_an_lfs_pointer_is_recognized(folder, name):
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     text = refusal(folder)
     assert name in text and "Git LFS pointer" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"eos_token": None}, "eos_token"),
+        ({"model_input_names": None}, "TypeError"),
+        ({"model_max_length": {}}, "TypeError"),
+        ({"added_tokens_decoder": [1]}, "AttributeError"),
+        ({"added_tokens_decoder": {"x": {"content": "<|end|>"}}}, "ValueError"),
+        ({"chat_template": 5}, "template"),
+        ({"chat_template": [5]}, "TypeError"),
+    ],
+    ids=str,
+)
+def test_settings_that_transformers_cannot_use_are_refused(folder, changes, word):
+    if "chat_template" in changes:
+        (folder / "chat_template.jinja").unlink()
+    edit(folder / "tokenizer_config.json", **changes)
+    assert word in refusal(folder)
 
 
 def test_a_reason_is_never_cut(folder):
@@ -234,6 +256,23 @@ def test_named_templates_without_a_default_are_refused(folder):
 def test_a_template_that_drops_messages_is_refused(folder, template, word):
     (folder / "chat_template.jinja").write_text(template)
     assert word in refusal(folder)
+
+
+@pytest.mark.parametrize("gone", ["<|start|>", "<|message|>", "<|end|>"])
+def test_a_control_token_of_the_template_is_one_token(folder, gone):
+    def change(document):
+        added = document["added_tokens"]
+        document["added_tokens"] = [token for token in added if token["content"] != gone]
+
+    edit_tokenizer(folder, change)
+    edit(folder / "config.json", vocab_size=2304)
+    assert gone in refusal(folder) or "as its file says" in refusal(folder)
+
+
+def test_a_template_of_another_format_is_refused(folder):
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(text)
+    assert "<|im_start|> as several tokens" in refusal(folder)
 
 
 def test_a_missing_template_is_refused(folder):
