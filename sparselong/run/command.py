@@ -27,7 +27,7 @@ DEFAULT_CONFIG = "configs/gpt-oss-120b-4x3090.yaml"
 
 
 def parse_arguments(name: str, description: str, argv: list[str] | None) -> argparse.Namespace:
-    """Return the parsed command line, which is the same for every script."""
+    """Return the parsed command line, which is the same for every script but for --preview."""
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=description)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default %(default)s)")
     parser.add_argument("--run-dir", type=Path, help="default runs/<name of the config file>")
@@ -35,6 +35,10 @@ def parse_arguments(name: str, description: str, argv: list[str] | None) -> argp
     parser.add_argument("--dry-run", action="store_true", help="print the plan, touch nothing")
     parser.add_argument("--force", action="store_true", help="redo a finished stage")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    if name == "03_finetune":
+        text = "print a conversation with its supervised tokens marked, touch nothing"
+        parser.add_argument("--preview", metavar="FILE:LINE", help=text)
+    parser.set_defaults(preview=None)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.run_dir is None:
         arguments.run_dir = Path("runs") / Path(arguments.config).stem
@@ -50,6 +54,7 @@ def run_stage(
     show_plan: Callable[[dict[str, Any]], str],
     check: Callable[[Config], object] | None = None,
     keep_result: bool = True,
+    preview: Callable[[Config, Path, str], dict[str, Any]] | None = None,
 ) -> int:
     """Run one stage as a command line program.
 
@@ -62,6 +67,8 @@ def run_stage(
         show_plan: formats the plan for display.
         check: raises, before anything is changed, if the config cannot be executed here.
         keep_result: whether a finished stage is up to date; false repeats it on every call.
+        preview: (config, run directory, `FILE:LINE`) → document with `text` for `--preview`;
+            changes nothing.
 
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
@@ -73,6 +80,9 @@ def run_stage(
         if arguments.dry_run:
             document = plan(config, arguments.run_dir, name)
             text = show_plan(document)
+        elif preview is not None and arguments.preview is not None:
+            document = preview(config, arguments.run_dir, arguments.preview)
+            text = document["text"]
         else:
             if check is not None:
                 check(config)
@@ -153,7 +163,8 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
     finally:
         signal.signal(signal.SIGTERM, previous)
     print(failure, file=sys.stderr, flush=True)
-    _note_failure(name, arguments.run_dir, str(failure))
+    if arguments.preview is None:
+        _note_failure(name, arguments.run_dir, str(failure))
     if arguments.json:
         document = {"stage": name, "status": "failed", **failure.explanation(), **failure.details}
         print(json.dumps(document, indent=1))

@@ -181,13 +181,6 @@ def test_the_receipt_must_say_what_this_training_was_started_with(stage):
     assert "processes" not in failure.value.found
 
 
-def test_supervised_fraction_counts_tokens_and_refuses_none():
-    rows = [{"labels": [-100, -100, 5]}, {"labels": [7]}]
-    assert supervision.supervised_fraction(rows) == 0.5
-    with pytest.raises(StageError, match="0 % of the tokens"):
-        supervision.supervised_fraction([{"labels": [-100, -100]}])
-
-
 def test_preview_colours_supervised_tokens():
     class Words:
         def decode(self, tokens):
