@@ -10,7 +10,13 @@ import torch
 
 from sparselong.compress.calibration import calibration_tokens
 from sparselong.config import Config, load
-from sparselong.data import conversations, encode_files, encoding, select_usable
+from sparselong.data import (
+    conversations,
+    encode_files,
+    encoding,
+    rendering_date,
+    select_usable,
+)
 from sparselong.errors import StageError
 from sparselong.finetune.batches import Batches, take_tokens
 from sparselong.finetune.supervision import LabelledRows
@@ -123,8 +129,10 @@ def test_rows_are_encoded_once_unless_something_changed(
 
 
 def test_processes_that_encode_at_once_read_the_same_rows(config, tokenizer, tmp_path):
+    """As the ranks of a run, whose stage has prepared the files and fixed the date."""
     made = config(ROWS)
     conversations.prepare(made, tmp_path / "run")
+    rendering_date(made, tmp_path / "run")
     with ThreadPoolExecutor(3) as pool:
         several = list(
             pool.map(lambda _: encode_files(made, tmp_path / "run", tokenizer), range(3))
