@@ -10,13 +10,8 @@ import torch
 
 from sparselong.compress.calibration import calibration_tokens
 from sparselong.config import Config, load
-from sparselong.data import (
-    conversations,
-    encode_files,
-    encoding,
-    rendering_date,
-    select_usable,
-)
+from sparselong.data import conversations, encode_files, rendering_date, select_usable
+from sparselong.data.encoding import Encoded, EncodedFiles
 from sparselong.errors import StageError
 from sparselong.finetune.batches import Batches, take_tokens
 from sparselong.finetune.supervision import LabelledRows
@@ -184,10 +179,10 @@ def test_the_length_that_would_do_is_named(config, tokenizer, tmp_path, validati
 def test_rows_without_supervised_tokens_are_left_out(tmp_path):
     def encoded(name, *rows):
         columns = [{"input_ids": [1] * len(s), "supervised": list(map(bool, s))} for s in rows]
-        return encoding.Encoded(tmp_path / name, pyarrow.Table.from_pylist(columns))
+        return Encoded(tmp_path / name, pyarrow.Table.from_pylist(columns))
 
     train = encoded("train.jsonl", [0, 1], [0, 0], [1, 0, 0])  # nothing predicts a first token
-    files = encoding.EncodedFiles(train, train, datetime.date(2026, 1, 31))
+    files = EncodedFiles(train, train, datetime.date(2026, 1, 31))
     usable = select_usable(files, 8)
     assert usable.train == [0] and "2 without supervised tokens" in usable.left_out[0]
     none = encoded("validation.jsonl", [0, 0])
