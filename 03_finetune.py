@@ -6,9 +6,13 @@ Reads stage 02's model and masters, and the conversations. Writes to runs/NAME/0
 loss.png. Axolotl trains in separate processes: `sequence_parallel_degree` of them, or those in
 which torchrun started this script (sparselong/processes/launch.py). After an interruption, the same
 command continues from the last whole checkpoint.
+
+    python 03_finetune.py --preview FILE:LINE     print one conversation as it would be trained on
 """
 
 import sys
+from pathlib import Path
+from typing import Any
 
 from sparselong.config import Config
 from sparselong.data import check_tasks
@@ -39,6 +43,13 @@ def check(config: Config) -> None:
     check_tasks(config)
 
 
+def preview(config: Config, run_dir: Path, place: str) -> dict[str, Any]:
+    """Return what `--preview FILE:LINE` prints."""
+    from sparselong.finetune import preview_line
+
+    return preview_line(config, run_dir, place)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the stage, or under torchrun this process's part of it; return the exit code."""
     if not is_joined():
@@ -52,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None) -> int:
     """Run the stage in this process; return the exit code."""
     text = "Fine-tune the compressed model, including masks and rounding."
-    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check=check)
+    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check=check, preview=preview)
 
 
 if __name__ == "__main__":

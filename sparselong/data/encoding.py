@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -33,7 +34,6 @@ from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.data.run_date import rendering_date
 from sparselong.errors import StageError
-from sparselong.files import write_atomically
 from sparselong.provenance import hash_file
 
 _FORMAT = 1
@@ -136,11 +136,12 @@ def encode_files(config: Config, run_dir: Path, tokenizer: Any) -> EncodedFiles:
     }
     paths = [folder / f"{path.stem}.arrow" for path in files]
     if not _is_current(folder / _RECORD, wanted, paths):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for source, path in zip(files, paths, strict=True):
             _encode(source, path, tokenizer, config, today)
         record = {"made_from": wanted, "sha256": [hash_file(path) for path in paths]}
-        write_atomically(folder / _RECORD, json.dumps(record, indent=1) + "\n")
+        with _replacing(folder / _RECORD) as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     train, validation = (Encoded(*pair) for pair in zip(files, map(_map, paths), strict=True))
     return EncodedFiles(train, validation, today)
 
@@ -203,12 +204,22 @@ def _describe_left_out(encoded: Encoded, used: int, sequence_len: int) -> str:
 
 def _encode(source: Path, path: Path, tokenizer: Any, config: Config, today: date) -> None:
     """Tokenize the conversations of a prepared file into an Arrow file."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with (
+        _replacing(path) as partial,
+        pyarrow.OSFile(str(partial), "wb") as sink,
+        pyarrow.ipc.new_file(sink, _SCHEMA) as out,
+    ):
+        for batch in _batches(_tokenize(source, tokenizer, config, today)):
+            columns = dict(zip(_SCHEMA.names, zip(*batch, strict=True), strict=True))
+            out.write_table(pyarrow.table(columns, _SCHEMA))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a path of this call alone, which becomes `path` at the end, or vanishes."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with pyarrow.OSFile(str(partial), "wb") as sink, pyarrow.ipc.new_file(sink, _SCHEMA) as out:
-            for batch in _batches(_tokenize(source, tokenizer, config, today)):
-                columns = dict(zip(_SCHEMA.names, zip(*batch, strict=True), strict=True))
-                out.write_table(pyarrow.table(columns, _SCHEMA))
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ import difflib
 import hashlib
 import json
 import logging
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from sparselong.config import Config
 from sparselong.data import DEMO_TASK, explain_hub_failures, write_hellaswag
 from sparselong.errors import ConfigError, StageError
+from sparselong.evaluate import demo_items
 
 
 class _Model(HFLM):
@@ -149,16 +151,17 @@ def _item_text(task: Any, doc: dict[str, Any]) -> str:
 
 def _write_demo_task(folder: Path, tokenizer: Any, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    items = folder / "items.jsonl"
-    write_hellaswag(items, tokenizer, seed)
+    write_hellaswag(folder / demo_items.ITEMS, tokenizer, seed)
+    loader = Path(demo_items.__file__)
+    shutil.copyfile(loader, folder / loader.name)
     task = {
         "include": str(Path(lm_eval.__file__).parent / "tasks/hellaswag/hellaswag.yaml"),
         "task": DEMO_TASK,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"validation": str(items.resolve())}},
+        "dataset_path": DEMO_TASK,
         "training_split": None,
     }
-    (folder / f"{DEMO_TASK}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    text = f"{yaml.safe_dump(task)}custom_dataset: !function {loader.stem}.load\n"
+    (folder / f"{DEMO_TASK}.yaml").write_text(text, encoding="utf-8")
 
 
 def _check_task(name: str, task: Any, limit: int | None) -> None:

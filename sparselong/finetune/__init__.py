@@ -1,7 +1,8 @@
 """Stage 03: train LoRA through the 2:4 mask and the quantizer, with Axolotl as the trainer.
 
 trainer.py is the stage. It generates Axolotl's YAML (axolotl_config.py) and shares the run with the
-trainers (training_run.py). axolotl_plugin.py is the only file that imports axolotl;
+trainers (training_run.py). supervision.py labels the rows, and one_line.py shows one of them on
+request. axolotl_plugin.py is the only file that imports axolotl;
 masked_trainer.py changes its trainer, batches.py orders the data, callbacks.py, keeping.py and
 routers.py act at training steps, and state.py saves and restores checkpoints. The adapters are in
 sparselong/adapters.
@@ -17,6 +18,7 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.finetune.batches import EpochOrder, make_batches
+    from sparselong.finetune.one_line import preview_line
     from sparselong.finetune.trainer import finetune
     from sparselong.finetune.training_run import check_compressed, trainer_arguments
 

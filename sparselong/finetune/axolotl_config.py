@@ -133,10 +133,10 @@ def _schedule(config: Config) -> dict[str, Any]:
 
 def _data(run: TrainingRun) -> dict[str, Any]:
     # The plugin gives Axolotl the tokens; its schema wants a name for them, which it never opens.
-    tokens = {"path": str(run.directory / "data" / "encoded"), "type": "sparselong"}
+    path = str(run.directory / "data" / "encoded")
     return {
-        "datasets": [tokens],
-        "test_datasets": [tokens],
+        "datasets": [{"path": path, "type": "sparselong"}],
+        "test_datasets": [{"path": path, "type": "sparselong"}],
         "val_set_size": 0,
         "sequence_len": run.config.sequence_len,
         "sample_packing": run.config.training.sample_packing,

@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any
 
 import numpy
-from torch.utils.data import Dataset
 
 from sparselong.data import Encoded
 
@@ -21,7 +20,7 @@ IGNORED = -100
 _GREEN, _GREY, _OFF = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 
 
-class LabelledRows(Dataset):
+class LabelledRows:
     """Conversations as `input_ids` and `labels`, read from disk on access.
 
     Their order is that of Axolotl's shuffle of the whole file by the seed, without the rows that

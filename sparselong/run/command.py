@@ -26,6 +26,7 @@ from sparselong.registration import move_caches, set_streams
 from sparselong.run.directory import LOG, Stage, finish, prepare, read_manifest
 from sparselong.run.lock import locked, writing
 from sparselong.run.place import STARTED, find_run_dir, refuse_overlap
+from sparselong.run.stages import STAGES
 
 _KEPT = {
     "02_compress": ": finished layers are kept",
@@ -57,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(name: str, description: str, argv: list[str] | None) -> argparse.Namespace:
-    """Return the parsed command line, which is the same for every script.
+    """Return the parsed command line, which is the same for every script but for --preview.
 
     Raises:
         ConfigError: it cannot be read, or --run-dir cannot be a directory.
@@ -69,6 +70,10 @@ def parse_arguments(name: str, description: str, argv: list[str] | None) -> argp
     parser.add_argument("--dry-run", action="store_true", help="print the plan, touch nothing")
     parser.add_argument("--force", action="store_true", help="redo a finished stage")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    if STAGES[name].previews:
+        text = "print a conversation with its supervised tokens marked, touch nothing"
+        parser.add_argument("--preview", metavar="FILE:LINE", help=text)
+    parser.set_defaults(preview=None)
     arguments = parser.parse_intermixed_args(argv)
     arguments.run_dir = find_run_dir(arguments.run_dir, arguments.config)
     return arguments
@@ -83,6 +88,7 @@ def run_stage(
     show_plan: Callable[[dict[str, Any]], str],
     check: Callable[[Config], object] | None = None,
     keep_result: bool = True,
+    preview: Callable[[Config, Path, str], dict[str, Any]] | None = None,
 ) -> int:
     """Run one stage as a command line program.
 
@@ -95,6 +101,8 @@ def run_stage(
         show_plan: formats the plan for display.
         check: raises, before anything is changed, if the config cannot be executed here.
         keep_result: whether a finished stage is up to date; false repeats it on every call.
+        preview: (config, run directory, `FILE:LINE`) → document with `text` for `--preview`;
+            changes nothing.
 
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
@@ -105,7 +113,6 @@ def run_stage(
     except ConfigError as error:
         _report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
-    redo = arguments.force or not keep_result
     with _explained_failures(name, arguments) as outcome:
         config = load(arguments.config, arguments.overrides)
         with writing(arguments.run_dir):
@@ -113,17 +120,30 @@ def run_stage(
         if arguments.dry_run:
             document = plan(config, arguments.run_dir, name)
             text = show_plan(document)
+        elif preview is not None and arguments.preview is not None:
+            document = preview(config, arguments.run_dir, arguments.preview)
+            text = document["text"]
         else:
-            cache = arguments.run_dir / "cache"
-            named = (config.model.base, config.data.train, config.data.validation or "")
-            moved = move_caches(cache, named)
-            if check is not None:
-                check(config)
             stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
-            document = _run_locked(stage, redo, execute, cache if moved else None)
+            document = _run(stage, stage.forced or not keep_result, execute, check)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
+
+
+def _run(
+    stage: Stage,
+    redo: bool,
+    execute: Callable[[Stage], None],
+    check: Callable[[Config], object] | None,
+) -> dict[str, Any]:
+    """Check and execute a stage, and return its manifest."""
+    cache, config = stage.run_dir / "cache", stage.config
+    named = (config.model.base, config.data.train, config.data.validation or "")
+    moved = move_caches(cache, named)
+    if check is not None:
+        check(config)
+    return _run_locked(stage, redo, execute, cache if moved else None)
 
 
 def _run_locked(
@@ -211,7 +231,8 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
         for each, handler in previous.items():
             signal.signal(each, handler)
     _report(name, failure, arguments.json)
-    _note_failure(name, arguments.run_dir, str(failure))
+    if arguments.preview is None:
+        _note_failure(name, arguments.run_dir, str(failure))
     outcome.exit_code = failure.exit_code
 
 

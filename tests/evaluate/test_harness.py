@@ -34,7 +34,8 @@ def tokenizer(untrained_base):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tasks")
+    """A folder whose name nothing may read as a pattern, a URL, a variable or a home directory."""
+    return tmp_path_factory.mktemp("tasks") / "r*n [1] a::b $HOME ~c {d}"
 
 
 @pytest.fixture(scope="module")

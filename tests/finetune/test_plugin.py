@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerState
 
 from sparselong.adapters import ExtraAdapters
 from sparselong.config import dump, load
-from sparselong.data import Encoded, EncodedFiles
+from sparselong.data.encoding import Encoded, EncodedFiles
 from sparselong.errors import StageError
 from sparselong.finetune.keeping import Keeping
 from sparselong.finetune.masked_trainer import MaskedTraining

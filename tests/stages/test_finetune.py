@@ -5,6 +5,7 @@ import datetime
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -67,7 +68,7 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, seconds=2
 
 
 def trainers_of(run_dir: Path) -> list[int]:
-    pattern = f"(train|finetune.rank) {run_dir}"
+    pattern = f"(train|finetune.rank) {re.escape(str(run_dir))}"
     found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
     return [int(number) for number in found.stdout.split()]
 
@@ -75,7 +76,8 @@ def trainers_of(run_dir: Path) -> list[int]:
 @pytest.fixture(scope="module")
 def compressed(small_arguments, tmp_path_factory) -> tuple[Path, list[str]]:
     """A run directory with stage 02 done, and its arguments."""
-    run_dir = tmp_path_factory.mktemp("finetune") / "run"
+    # Nothing may read the run directory's name as a pattern, a URL, a variable or a home directory.
+    run_dir = tmp_path_factory.mktemp("finetune") / "r*n [1] a::b $HOME ~c {d}"
     arguments = [*small_arguments, *TRAINING]
     assert load_script("02_compress").main([*arguments, "--run-dir", str(run_dir)]) == 0
     return run_dir, arguments

@@ -1,0 +1,213 @@
+"""The encoded rows: the same tokens for every stage, one rule of length, no inferred types."""
+
+import datetime
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow
+import pytest
+import torch
+
+from sparselong.compress.calibration import calibration_tokens
+from sparselong.config import Config, load
+from sparselong.data import conversations, encode_files, rendering_date, select_usable
+from sparselong.data.encoding import Encoded, EncodedFiles
+from sparselong.errors import StageError
+from sparselong.finetune.batches import Batches, take_tokens
+from sparselong.finetune.supervision import LabelledRows
+from sparselong.model import load_tokenizer
+from tests.conftest import ROOT, write_rows
+
+
+def chat(question: str, answer: str, **more) -> dict:
+    assistant = {"role": "assistant", "content": answer, **more}
+    return {"messages": [{"role": "user", "content": question}, assistant]}
+
+
+ROWS = [chat(f"Count to {n}.", " ".join(map(str, range(n)))) for n in range(1, 41)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(untrained_base):
+    return load_tokenizer(untrained_base)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Return a function that makes the config of a run on rows, with overrides."""
+
+    def make(rows: list, *more: str, validation: list | None = None) -> Config:
+        data = [f"data.train={write_rows(tmp_path / 'rows.jsonl', rows)}"]
+        if validation:
+            path = write_rows(tmp_path / "held_out.jsonl", validation)
+            data.append(f"data.validation={path}")
+        return load(ROOT / "configs/tiny.yaml", [*data, "sequence_len=128", *more])
+
+    return make
+
+
+def tokens_of(encoded, tokenizer, train_on="assistant") -> list:
+    rows, today = conversations.read(encoded.source), datetime.date.today()
+    return [conversations.tokenize(row, tokenizer, train_on, today) for row in rows]
+
+
+LATE = [chat(f"{n}?", "Yes.") for n in range(1200)] + [chat("Last?", "No.", thinking="Hm.")]
+KINDS = {
+    "dates only": [chat("2026-01-31", f"2026-02-{day:02}") for day in range(1, 20)],
+    "numbers and null": [chat("1", "null"), chat("1.5", "true"), chat("", "NaN")] * 3,
+    "thinking only in the last row": LATE,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_mean_the_same_whatever_their_text_looks_like(config, tokenizer, tmp_path, kind):
+    files = encode_files(config(KINDS[kind], validation=KINDS[kind]), tmp_path / "run", tokenizer)
+    expected = tokens_of(files.train, tokenizer)
+    assert [files.train[row] for row in range(len(files.train))] == expected
+    assert files.train.counts == [(len(s), sum(s), sum(s[1:])) for _, s in expected]
+
+
+def test_calibration_has_the_tokens_that_it_had_before(config, tokenizer, tmp_path):
+    """Shuffled by the seed, with conversations of any length, concatenated and cut."""
+    settings = ("calibration.samples=6", "calibration.sequence_len=64", "sequence_len=110")
+    made = config(ROWS, *settings, "seed=3")
+    train = encode_files(made, tmp_path / "run", tokenizer).train
+    rows = tokens_of(train, tokenizer, "all")
+    random.Random(3).shuffle(rows)
+    stream = [token for tokens, _ in rows for token in tokens]
+    assert (
+        calibration_tokens(made, train).tolist()
+        == torch.tensor(stream[: 6 * 64]).reshape(6, 64).tolist()
+    )
+
+
+def change_template(tokenizer, run_dir):
+    tokenizer.chat_template = tokenizer.chat_template.replace("Reasoning", "Thinking")
+
+
+def cut_file(tokenizer, run_dir):
+    path = run_dir / "data/encoded/train.arrow"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change_token(tokenizer, run_dir):
+    path = run_dir / "data/encoded/validation.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_record(tokenizer, run_dir):
+    (run_dir / "data/encoded/encoded.json").write_text('{"made_from": ')
+
+
+@pytest.mark.parametrize(
+    "change", [None, change_template, cut_file, change_token, cut_record, "data.train_on=all"]
+)
+def test_rows_are_encoded_once_unless_something_changed(
+    config, untrained_base, tmp_path, monkeypatch, change
+):
+    tokenizer, run_dir = load_tokenizer(untrained_base), tmp_path / "run"
+    encode_files(config(ROWS), run_dir, tokenizer)
+    tokenizer(["some text"], padding=True, truncation=True, max_length=5)  # leaves its settings
+    encoded, tokenize = [], conversations.tokenize
+    monkeypatch.setattr(
+        conversations, "tokenize", lambda *given: encoded.append(given) or tokenize(*given)
+    )
+    if callable(change):
+        change(tokenizer, run_dir)
+    made = config(ROWS, change) if isinstance(change, str) else config(ROWS)
+    files = encode_files(made, run_dir, tokenizer)
+    assert len(encoded) == (40 if change else 0)
+    expected = tokens_of(files.validation, tokenizer, made.data.train_on)
+    assert [files.validation[row] for row in range(len(files.validation))] == expected
+
+
+def test_processes_that_encode_at_once_read_the_same_rows(config, tokenizer, tmp_path):
+    """As the ranks of a run, whose stage has prepared the files and fixed the date."""
+    made = config(ROWS)
+    conversations.prepare(made, tmp_path / "run")
+    rendering_date(made, tmp_path / "run")
+    with ThreadPoolExecutor(3) as pool:
+        several = list(
+            pool.map(lambda _: encode_files(made, tmp_path / "run", tokenizer), range(3))
+        )
+    assert all(files.train.table == several[0].train.table for files in several)
+    names = {path.name for path in (tmp_path / "run/data/encoded").iterdir()}
+    assert names == {"train.arrow", "validation.arrow", "encoded.json"}
+
+
+def test_an_interrupted_encoding_leaves_nothing_behind(config, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversations, "tokenize", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode_files(config(ROWS), tmp_path / "run", tokenizer)
+    assert list((tmp_path / "run/data/encoded").iterdir()) == []
+
+
+def test_stages_03_and_04_leave_out_the_same_rows_and_say_so(config, tokenizer, tmp_path):
+    made = config(ROWS, validation=ROWS[10:20])
+    files = encode_files(made, tmp_path / "run", tokenizer)
+    usable = select_usable(files, made.sequence_len)
+    lengths = [count.tokens for count in files.validation.counts]
+    assert usable.validation == [row for row, n in enumerate(lengths) if n <= 128]
+    assert 0 < len(usable.validation) < len(lengths)
+    rows = LabelledRows(files.validation, usable.validation, made.seed)
+    assert sorted(rows.numbers) == usable.validation
+    assert [text.partition(":")[0] for text in usable.left_out] == ["train", "validation"]
+    left_out = len(lengths) - len(usable.validation)
+    assert f"{left_out} of 10 conversations left out: {left_out} longer than" in usable.left_out[1]
+    assert select_usable(files, 4096).left_out == []
+
+
+@pytest.mark.parametrize("validation", [None, ROWS[38:]], ids=["all rows", "validation"])
+def test_the_length_that_would_do_is_named(config, tokenizer, tmp_path, validation):
+    files = encode_files(config(ROWS, validation=validation), tmp_path / "run", tokenizer)
+    limit = 20 if validation is None else max(c.tokens for c in files.train.counts[:20])
+    with pytest.raises(StageError) as refusal:
+        select_usable(files, limit)
+    name, total = ("validation", 2) if validation else ("train", len(files.train))
+    assert f"no {name} conversation can be used" in refusal.value.what
+    assert f"{name}: {total} of {total} conversations left out: {total} longer than" in (
+        refusal.value.found
+    )
+    needed = int(refusal.value.fix.partition("sequence_len=")[2].partition(",")[0])
+    assert select_usable(files, needed).train
+    with pytest.raises(StageError):
+        select_usable(files, needed - 1)
+
+
+def test_rows_without_supervised_tokens_are_left_out(tmp_path):
+    def encoded(name, *rows):
+        columns = [{"input_ids": [1] * len(s), "supervised": list(map(bool, s))} for s in rows]
+        return Encoded(tmp_path / name, pyarrow.Table.from_pylist(columns))
+
+    train = encoded("train.jsonl", [0, 1], [0, 0], [1, 0, 0])  # nothing predicts a first token
+    files = EncodedFiles(train, train, datetime.date(2026, 1, 31))
+    usable = select_usable(files, 8)
+    assert usable.train == [0] and "2 without supervised tokens" in usable.left_out[0]
+    none = encoded("validation.jsonl", [0, 0])
+    with pytest.raises(StageError) as refusal:
+        select_usable(files._replace(validation=none), 8)
+    assert "validation" in refusal.value.what and "weights" in refusal.value.fix
+
+
+def test_too_short_a_sequence_is_refused_before_any_work(run_script, tmp_path):
+    outcome = run_script("02_compress", "sequence_len=16", "evaluation.tasks=[demo_hellaswag]")
+    outcome.assert_explained("train: 38 of 38 conversations left out", "sequence_len=")
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_padding_tokens_in_text_are_tokens(packed):
+    """The count is taken before padding, not from the tokens."""
+    rows = [{"input_ids": [7, 0, 0], "labels": [7, 0, 0]}, {"input_ids": [0], "labels": [0]}]
+    seen = []
+
+    def collate(given):
+        seen.extend(given[0] if packed else given)
+        return {"input_ids": torch.zeros(2, 8), "labels": torch.zeros(2, 8)}
+
+    batches = Batches(rows, [[[0, 1]] if packed else [[0], [1]]], collate, packed, pad_token=0)
+    assert take_tokens(batches[0]) == 4
+    extra = {"position_ids": [0, 1, 2]} if packed else {"attention_mask": [1, 1, 1]}
+    assert seen[0] == rows[0] | extra
