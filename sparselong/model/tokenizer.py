@@ -114,7 +114,7 @@ def _check_merges(directory: Path, model: dict[str, Any], added: set[str]) -> No
         raise _unusable(directory, "the same tokens for the same text", found, "set it to null")
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
     """Return the checkpoint's tokenizer, with one chat template, after checking it.
 
     Of several named templates, the one named `default` is used.
@@ -123,6 +123,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         StageError: files are missing or damaged, the tokenizer does not return the text that it
             encoded, has more tokens than the model, or has no usable chat template.
     """
+    directory = Path(directory)
     check_tokenizer_files(directory)
     from transformers import AutoTokenizer
 
