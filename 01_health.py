@@ -13,7 +13,9 @@ Exit code 0 if the machine can run the config, 1 if it cannot, 2 for a usage or 
 
 import sys
 
-from sparselong.memory import plan_stage, show_plan
+from sparselong.config import Config
+from sparselong.memory import check_model, plan_stage, show_plan
+from sparselong.processes import check_alone
 from sparselong.run import Stage, run_stage
 
 
@@ -22,6 +24,12 @@ def execute(stage: Stage) -> None:
     from sparselong.health import examine
 
     examine(stage)
+
+
+def check(config: Config) -> None:
+    """Raise if several processes were started, or a key does not fit the base model."""
+    check_alone()
+    check_model(config)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         execute,
         plan_stage,
         show_plan,
+        check=check,
         keep_result=False,
     )
 

@@ -8,21 +8,32 @@ sparselong/compress/stream.py.
 
 import sys
 
-from sparselong.memory import plan_stage, show_plan
+from sparselong.config import Config
+from sparselong.memory import check_model, plan_stage, show_plan
+from sparselong.processes import check_alone
 from sparselong.run import Stage, run_stage
 
 
 def execute(stage: Stage) -> None:
-    """Compress; torch is imported only after the command line and the config are validated."""
+    """Compress; torch is imported only after everything known without it is validated."""
+    from sparselong.tiny import check_early
+
+    check_early(stage.config, stage.run_dir)
     from sparselong.compress import compress
 
     compress(stage)
 
 
+def check(config: Config) -> None:
+    """Raise if several processes were started, or a key does not fit the base model."""
+    check_alone()
+    check_model(config)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the stage; return its exit code."""
     text = "Compress the base checkpoint, layer by layer."
-    return run_stage("02_compress", text, argv, execute, plan_stage, show_plan)
+    return run_stage("02_compress", text, argv, execute, plan_stage, show_plan, check=check)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Reads stage 02's model and masters, and the conversations. Writes to runs/NAME/0
 (same compressed format, adapter merged into the codes), adapter, checkpoints, metrics.jsonl and
 loss.png. Axolotl trains in separate processes: `sequence_parallel_degree` of them, or those in
 which torchrun started this script (sparselong/processes/launch.py). After an interruption, the same
-command continues from the last complete checkpoint.
+command continues from the last whole checkpoint.
 
     python 03_finetune.py --preview FILE:LINE     print one conversation as it would be trained on
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sparselong.config import Config
-from sparselong.memory import check_heads, find_shape, plan_stage, show_plan
-from sparselong.processes import find_world, joined_rank
+from sparselong.memory import check_model, find_shape, plan_stage, show_plan
+from sparselong.processes import find_world, hide_launcher, is_joined
 from sparselong.run import Stage, run_stage
 
 NAME = "03_finetune"
@@ -24,15 +24,21 @@ NAME = "03_finetune"
 
 def execute(stage: Stage) -> None:
     """Fine-tune; torch is imported only after everything the config determines is validated."""
+    from sparselong.finetune import check_compressed
+
+    check_compressed(stage)
     from sparselong.finetune import finetune
 
     finetune(stage)
 
 
 def check(config: Config) -> None:
-    """Raise if the processes or the model's heads do not fit the config."""
+    """Raise if the processes or the base model do not fit the config."""
     find_world(config)
-    check_heads(config, find_shape(config.model))
+    if not is_joined():
+        hide_launcher()
+    find_shape(config.model)
+    check_model(config)
 
 
 def preview(config: Config, run_dir: Path, place: str) -> dict[str, Any]:
@@ -44,7 +50,7 @@ def preview(config: Config, run_dir: Path, place: str) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stage, or under torchrun this process's part of it; return the exit code."""
-    if joined_rank() is None:
+    if not is_joined():
         return run(argv)
     from sparselong.finetune import trainer_arguments
     from sparselong.processes import follow_or_lead

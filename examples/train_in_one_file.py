@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from datetime import date
 from itertools import count
 from pathlib import Path
 
@@ -103,9 +104,9 @@ def train(compressed: Path, data: Path, steps: int, out: Path | None = None) -> 
 
 def read_rows(path: Path, tokenizer) -> list[Row]:
     """Return the conversations that fit into a pack; only assistant tokens are supervised."""
-    rows, found = [], conversations.read(path)
+    rows, found, today = [], conversations.read(path), date.today()
     for number in numpy.random.default_rng(SEED).permutation(len(found)):  # Axolotl's shuffle
-        tokens, learned = conversations.tokenize(found[number], tokenizer, "assistant")
+        tokens, learned = conversations.tokenize(found[number], tokenizer, "assistant", today)
         if len(tokens) <= LENGTH:
             labels = [t if yes else IGNORED for t, yes in zip(tokens, learned, strict=True)]
             rows.append((tokens, labels))

@@ -6,10 +6,12 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from sparselong.errors import StageError
 
 PACKAGES = (
     *("torch", "triton", "transformers", "llmcompressor", "compressed-tensors", "axolotl", "peft"),
@@ -18,18 +20,95 @@ PACKAGES = (
 )
 
 
-def describe_files(paths: Iterable[Path], run_dir: Path) -> list[dict[str, Any]]:
-    """Return path (relative if inside the run directory), bytes and sha256 of every file."""
+def describe_files(
+    paths: Iterable[Path], run_dir: Path, known: Iterable[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Return path, bytes, mtime_ns and sha256 of every file.
+
+    Args:
+        paths: files, and directories that are listed file by file.
+        run_dir: paths inside it are relative to it in the result, others absolute.
+        known: rows from before. The hash of one is used again for the same file, or a hard link to
+            it, if size and time are still the same: a model of 65 GB is read only once.
+    """
+    hashes = {}
+    for row in known:
+        status = _status(run_dir / row["path"])
+        if status and _is_untouched(status, row):
+            hashes[_identity(status)] = row["sha256"]
     rows = []
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
-                whole, root = file.resolve(), run_dir.resolve()
-                shown = whole.relative_to(root) if whole.is_relative_to(root) else file
+                # Of links in a hub cache, the target's name would be a hash.
+                whole, root = file.parent.resolve() / file.name, run_dir.resolve()
+                inside = whole.is_relative_to(root)
+                shown = whole.relative_to(root) if inside else os.path.abspath(file)
+                status = file.stat()
                 rows.append(
-                    {"path": str(shown), "bytes": file.stat().st_size, "sha256": hash_file(file)}
+                    {
+                        "path": str(shown),
+                        "bytes": status.st_size,
+                        "mtime_ns": status.st_mtime_ns,
+                        "sha256": hashes.get(_identity(status)) or hash_file(file),
+                    }
                 )
     return rows
+
+
+def refuse_changes(rows: Iterable[Mapping[str, Any]], run_dir: Path, stage: str) -> None:
+    """Raise if a file is no longer the one that a stage recorded.
+
+    A file whose size and time are as recorded is not read. One that was only touched or copied
+    passes, because its content is compared.
+
+    Args:
+        rows: rows of `describe_files`.
+        run_dir: directory to which their relative paths refer.
+        stage: the stage that recorded them.
+
+    Raises:
+        StageError: a file was changed or removed since.
+    """
+    for row in rows:
+        path = run_dir / row["path"]
+        found = _find_change(path, row)
+        if found:
+            raise StageError(
+                f"{path} has changed since {stage} recorded it",
+                f"{row['bytes']} bytes with sha256 {row['sha256']}",
+                found,
+                f"restore this file, or redo the stages from {stage} on: python {stage}.py --force",
+            )
+
+
+def _find_change(path: Path, row: Mapping[str, Any]) -> str:
+    """Return how a file differs from its record, or an empty string."""
+    try:
+        status = path.stat()
+        if _is_untouched(status, row):
+            return ""
+        if status.st_size != row["bytes"]:
+            return f"{status.st_size} bytes"
+        found = hash_file(path)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if found == row["sha256"] else f"the same size, but sha256 {found}"
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _is_untouched(status: os.stat_result, row: Mapping[str, Any]) -> bool:
+    return (status.st_size, status.st_mtime_ns) == (row["bytes"], row.get("mtime_ns"))
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def hash_file(path: Path) -> str:
@@ -74,7 +153,14 @@ def describe_hardware() -> dict[str, Any]:
 def _output(*command: str) -> str | None:
     """Return the command's output; None if the program is missing, fails or times out."""
     try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command,
+            check=False,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=60,
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -86,14 +172,16 @@ def reset_peak_host_memory() -> None:
     If the kernel does not permit it, the peak since the process started remains: an upper bound.
     """
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return
 
 
 def peak_host_bytes() -> int:
     """Return this process's peak resident memory in bytes since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in (
+        Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    ):
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/self/status has no VmHWM line")

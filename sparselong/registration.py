@@ -1,4 +1,4 @@
-"""Everything that `import sparselong` changes outside the package: environment and registries.
+"""Everything that the package changes outside of itself: environment, streams and registries.
 
 The packed format, the attention and the experts' implementation are registered with transformers.
 Importing transformers and torch takes seconds, and a mistyped config key should be reported before
@@ -8,16 +8,25 @@ that, so nothing is imported here. Instead, a finder on `sys.meta_path` acts aft
 - each of our modules that transformers must know: its names are then registered.
 
 They may be imported in either order, also while the other is only partly imported.
+
+Stages also call `set_streams` and `move_caches`, so that neither a terminal's encoding nor a home
+directory that cannot be written ends them.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.abc
 import importlib.machinery
+import io
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,10 +42,32 @@ _ENVIRONMENT = {
     # forward pass of a small model 60 times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+_HARMLESS_LOGGERS = {
+    # On processors with AVX-512 bf16, its import looks on the hub for a faster product of 4-bit
+    # layers of its own, which we do not use.
+    "bitsandbytes.backends.cpu.ops",
+}
+"""Loggers whose warnings would alarm people and mean nothing here; their errors are still shown."""
+_HARMLESS_WARNING = "Skipping publisher trust check for 'kernels-community/quantization-bits"
+"""The Python warning that precedes that logger's one if the hub cannot be used."""
+
+_CACHES = {
+    "XDG_CACHE_HOME": "~/.cache",
+    "HF_HOME": "XDG_CACHE_HOME/huggingface",
+    "HF_HUB_CACHE": "HF_HOME/hub",
+    "HF_DATASETS_CACHE": "HF_HOME/datasets",
+    "HF_MODULES_CACHE": "HF_HOME/modules",
+    "HF_ASSETS_CACHE": "HF_HOME/assets",
+    "HF_XET_CACHE": "HF_HOME/xet",
+    "MPLCONFIGDIR": "~/.config/matplotlib",
+    "TRITON_CACHE_DIR": "~/.triton/cache",
+    "TORCHINDUCTOR_CACHE_DIR": "TMPDIR",
+}
+"""Environment variables of caches, and where each is by default."""
 
 
 def set_environment() -> None:
-    """Set environment defaults for our dependencies, unless they are already set.
+    """Set environment defaults for our dependencies, unless they are already set; quiet some.
 
     Torch reads its allocator's setting at the first allocation. The value is `memory.ALLOCATOR`,
     repeated here because that module is slow to import. Without it, the blocks of the 20b model's
@@ -44,8 +75,126 @@ def set_environment() -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    for name in _HARMLESS_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=_HARMLESS_WARNING)
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+class _Stream(io.FileIO):
+    """Output that is dropped once nobody reads it: a closed pipe, or a terminal that is gone."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return len(data)
+
+
+def set_streams() -> None:
+    """Make stdout and stderr, also those of child processes, accept any text and never end a stage.
+
+    Characters that the encoding lacks are escaped. A closed stream discards what is written.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file to be opened would get what libraries print
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif type(stream) is io.TextIOWrapper:
+            stream.flush()
+            raw: Any = _Stream(stream.fileno(), "wb", closefd=False)
+            unbuffered = isinstance(stream.buffer, io.RawIOBase)  # python -u
+            made = io.TextIOWrapper(
+                raw if unbuffered else io.BufferedWriter(raw),
+                encoding=stream.encoding,
+                errors="backslashreplace",
+                line_buffering=stream.line_buffering,
+                write_through=unbuffered,
+            )
+            setattr(sys, name, made)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    os.environ["PYTHONIOENCODING"] = "utf-8:backslashreplace"
+    if "error" in os.environ.get("PYTHONWARNINGS", ""):
+        os.environ["PYTHONWARNINGS"] = "default"
+    if any("error" in option for option in sys.warnoptions):
+        # Of our dependencies some warn when they are imported.
+        warnings.simplefilter("default")
+
+
+def move_caches(folder: Path, repositories: Iterable[str]) -> bool:
+    """Set the caches of our dependencies to `folder` as far as their own places cannot be written.
+
+    The home directory is set too if it does not exist or cannot be written, because libraries keep
+    more there than the caches listed here. If all can be written, nothing changes. Must be called
+    before those libraries are imported.
+
+    Args:
+        folder: where they go; it is not created here.
+        repositories: names on the hub that the config mentions. A hub cache that cannot be written
+            but holds one of them is still read.
+
+    Returns:
+        Whether anything goes to `folder`.
+    """
+    folder, moved = folder.resolve(), False
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:  # nothing that it tries can be written
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+        moved = True
+    hub, token = _cache("HF_HUB_CACHE"), _cache("HF_HOME") / "token"
+    home = Path(os.path.expanduser("~"))
+    if not (home.is_dir() and _is_writable(home)):
+        os.environ["HOME"], moved = str(folder), True
+    for name in _CACHES:
+        if not _is_writable(_cache(name)):
+            os.environ[name], moved = str(folder / name.lower()), True
+    if moved and _cache("HF_HUB_CACHE") != hub:
+        names = [name.replace("/", "--") for name in repositories]
+        kinds = ("models", "datasets")
+        if any(_is_dir(hub / f"{kind}--{name}") for kind in kinds for name in names):
+            os.environ["HF_HUB_CACHE"] = str(hub)
+        if os.access(token, os.R_OK):
+            os.environ.setdefault("HF_TOKEN_PATH", str(token))
+    return moved
+
+
+def _cache(name: str) -> Path:
+    """Return where a cache is now, as its library finds it."""
+    given = os.environ.get(name)
+    if not given:
+        parent, _, rest = _CACHES[name].partition("/")
+        if parent == "TMPDIR":
+            return Path(tempfile.gettempdir())
+        given = _CACHES[name] if parent == "~" else f"{_cache(parent)}/{rest}"
+    return Path(os.path.expandvars(os.path.expanduser(given)))
+
+
+def _is_writable(place: Path) -> bool:
+    """Return whether a directory can be written, or be made, by trying."""
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            return True
+    except OSError:
+        return False
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # an unreadable or overlong name
+        return False
 
 
 def _register_quantizer(module: Any) -> None:

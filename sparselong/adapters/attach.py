@@ -5,6 +5,7 @@ Shared dense layers get masked LoRA; experts and router get adapters if requeste
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 from sparselong.adapters.expert_lora import ExpertLora, RouterLora, add_expert_lora, name_targets
 from sparselong.adapters.lora import MaskedLoraLinear
+from sparselong.checkpoint import read_header
 from sparselong.errors import StageError
 from sparselong.model import PackedExperts, PackedLinear
 
+_MASTER_FILE = re.compile(r"layer-\d+\.safetensors")
 TunedLayer = MaskedLoraLinear | ExpertLora | RouterLora
 
 
@@ -51,15 +54,28 @@ class Masters:
     """Stage 02's dense master weights, read one at a time.
 
     Args:
-        directory: `02_compress/masters`, with one safetensors file per layer.
+        directory: `02_compress/masters`, with one safetensors file per layer. Files with other
+            names, such as copies, are not read.
+
+    Raises:
+        StageError: a file is damaged, or two hold the same weight.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self.files: dict[str, Path] = {}
-        for path in sorted(directory.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self.files |= dict.fromkeys(file.keys(), path)
+        for path in sorted(directory.glob("layer-*.safetensors")):
+            if not _MASTER_FILE.fullmatch(path.name):
+                continue
+            for name in read_header(path):
+                if name in self.files:
+                    raise StageError(
+                        f"{path} holds a master that another file holds too",
+                        f"one master of {name}",
+                        f"another in {self.files[name].name}",
+                        "remove the file that does not belong here",
+                    )
+                self.files[name] = path
 
     def read(self, module: str) -> torch.Tensor:
         """Return a module's master weight, bf16 [out, in].

@@ -6,13 +6,20 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.checkpoint.architecture import layer_tensors, open_upstream
-    from sparselong.checkpoint.checkpoint import Checkpoint, derive, same_bytes, write_tensors
+    from sparselong.checkpoint.checkpoint import Checkpoint, same_bytes, write_tensors
+    from sparselong.checkpoint.derivation import derive
     from sparselong.checkpoint.format import (
-        METHOD,
         PROJECTIONS,
         expert_shapes,
         pack_two_four_experts,
         unpack_two_four_experts,
+    )
+    from sparselong.checkpoint.header import read_header
+    from sparselong.checkpoint.inventory import (
+        METHOD,
+        Inventory,
+        check_recorded,
+        take_inventory,
     )
 
 __getattr__ = expose(__name__)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GptOssConfig
 
 from sparselong.checkpoint.checkpoint import Checkpoint
-from sparselong.checkpoint.format import METHOD, PROJECTIONS, expert_shapes
+from sparselong.checkpoint.format import PROJECTIONS, expert_shapes
 from sparselong.errors import StageError
+from sparselong.memory import read_base_config, read_json
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
+_LAYERS = "model.layers."
+_MALFORMED = (
+    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+    StrictDataclassError,
+)
+"""What transformers raises for a value that it cannot use."""
 
 
 def layer_tensors(config: GptOssConfig, layer: int) -> Shapes:
@@ -54,37 +61,58 @@ def open_upstream(checkpoint: Checkpoint) -> GptOssConfig:
     """Return the architecture of a published gpt-oss checkpoint after checking its tensors.
 
     Raises:
-        StageError: it is another model, is already compressed, or its tensors do not match.
+        StageError: it is another model, is already compressed, its config.json is faulty, or its
+            tensors do not match config.json.
     """
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method == METHOD:
-        raise _refuse(checkpoint, "already compressed (quant_method sparselong)", "the base model")
-    if checkpoint.config.get("model_type") != "gpt_oss":
-        found = f"model_type {checkpoint.config.get('model_type')!r}"
-        raise _refuse(checkpoint, found, "openai/gpt-oss-20b or -120b, or a fine-tune of them")
-    if method != "mxfp4":
-        raise _refuse(checkpoint, f"quant_method {method!r}", "a checkpoint with MXFP4 experts")
+    path = checkpoint.directory / "config.json"
+    read_base_config(path)  # refuses what transformers would read differently or not at all
+    document = read_json(path)
+    document.pop("quantization_config")
+    shadowing = [key for key in document if callable(getattr(GptOssConfig, key, None))]
+    if shadowing:
+        raise _refuse_config(path, f"{shadowing[0]}, the name of a method in transformers")
     try:
-        config = GptOssConfig(**_architecture(checkpoint.config))
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise StageError(
-            f"{checkpoint.directory / 'config.json'} does not describe a gpt-oss model",
-            "the keys of openai/gpt-oss's config.json",
-            str(error).splitlines()[0],
-            "download config.json again",
-        ) from error
+        config = GptOssConfig(**document)
+    except _MALFORMED as error:
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise _refuse_config(path, found) from error
+    _refuse_dequantized(checkpoint)
+    _check_layers(checkpoint, config)
     checkpoint.check(model_tensors(config))
     return config
 
 
-def _architecture(document: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in document.items() if key != "quantization_config"}
-
-
-def _refuse(checkpoint: Checkpoint, found: str, wanted: str) -> StageError:
+def _refuse_config(path: Path, found: str) -> StageError:
     return StageError(
-        f"{checkpoint.directory} cannot be compressed",
-        "a gpt-oss checkpoint as published: bf16 with MXFP4 experts",
+        f"{path} does not describe a gpt-oss model",
+        "the keys of openai/gpt-oss's config.json",
         found,
-        f"set model.base to {wanted}",
+        "restore config.json from the published checkpoint",
     )
+
+
+def _refuse_dequantized(checkpoint: Checkpoint) -> None:
+    """Raise if experts are stored in bf16, as after saving a dequantized model."""
+    plain = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+    names = [name for name in checkpoint.tensors if name.endswith(plain)]
+    if names:
+        record = checkpoint.tensors[names[0]]
+        raise StageError(
+            f"{checkpoint.directory} cannot be compressed: its experts are dequantized",
+            "experts in MXFP4 (tensors *_blocks and *_scales), as published",
+            f"{len(names)} tensors of whole experts, such as {names[0]}: {record.dtype} "
+            f"{list(record.shape)}",
+            "set model.base to a checkpoint with MXFP4 experts, e.g. the published one",
+        )
+
+
+def _check_layers(checkpoint: Checkpoint, config: GptOssConfig) -> None:
+    """Raise if config.json has another number of layers than the tensors."""
+    numbers = {name.split(".")[2] for name in checkpoint.tensors if name.startswith(_LAYERS)}
+    if len(numbers) != config.num_hidden_layers:
+        raise StageError(
+            f"{checkpoint.directory} does not have the layers of its config.json",
+            f"{config.num_hidden_layers} layers (num_hidden_layers)",
+            f"tensors of {len(numbers)} layers",
+            "check that config.json and the weights belong together",
+        )

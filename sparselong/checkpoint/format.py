@@ -7,7 +7,6 @@ from transformers import GptOssConfig
 
 from sparselong.packing import mxfp4, two_four
 
-METHOD = "sparselong"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """The shared dense layers: the attention projections."""
 

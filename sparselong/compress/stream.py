@@ -8,6 +8,7 @@ layers after it to the same bytes.
     02_compress/model.partial/     grows; renamed to model/ when complete
     02_compress/masters/           dense bf16 masters by layer, for stage 03
     02_compress/work/              states (removed at the end) and per-layer records
+    02_compress/base.json          sizes, times and hashes of the base's files
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from transformers import GptOssConfig
 from sparselong.checkpoint import (
     PROJECTIONS,
     Checkpoint,
+    check_recorded,
     derive,
     layer_tensors,
-    open_upstream,
     pack_two_four_experts,
     unpack_two_four_experts,
     write_tensors,
@@ -33,16 +34,18 @@ from sparselong.compress.calibration import HiddenStates, calibration_tokens
 from sparselong.compress.layer import CalibratedLayer
 from sparselong.compress.report import measure
 from sparselong.config import Config
-from sparselong.data import conversations, encode_files, rendering_date, select_usable
-from sparselong.files import write_atomically
-from sparselong.model import SparseLongConfig, implementation, load_tokenizer
-from sparselong.provenance import read_peaks, reset_peaks
+from sparselong.data import conversations
+from sparselong.errors import StageError
+from sparselong.files import point_to, write_atomically
+from sparselong.model import SparseLongConfig, implementation, settle_template
+from sparselong.provenance import describe_files, read_peaks, reset_peaks
 from sparselong.run import Stage
 from sparselong.runtime import compute_dtype, default_device, using
-from sparselong.tiny import resolve_base
+from sparselong.tiny import Inputs, open_inputs
 
 DENSE_FILE = "dense-{:05d}.safetensors"
 MASTER_FILE = "layer-{:05d}.safetensors"
+BASE_RECORD = "base.json"
 
 
 def checkpoint_name(config: Config) -> str:
@@ -62,34 +65,63 @@ def compress(stage: Stage) -> None:
     """Compress the configured base checkpoint into `02_compress/model`.
 
     Raises:
-        StageError: the checkpoint or the calibration data is unusable.
+        StageError: the checkpoint or the data is unusable.
     """
-    base = Checkpoint(resolve_base(stage.config, stage.run_dir, stage.log))
-    architecture = open_upstream(base)
+    inputs = _open_inputs(stage)
+    base, stage.date = inputs.base, inputs.encoded.date
+    record_base(stage, base)
     reset_peaks()
     device = default_device()
     model = stage.dir / "model"
     if not model.exists():  # if it exists, it is complete
         backend, deterministic = stage.config.attention_backend, stage.config.deterministic
         with using(attention_backend=backend, deterministic=deterministic):
-            _compress_layers(stage, base, architecture, device)
-        _complete(stage, base, architecture)
+            _compress_layers(stage, inputs, device)
+        _complete(stage, inputs)
     _publish(stage, base, Checkpoint(model))
 
 
-def _compress_layers(
-    stage: Stage, base: Checkpoint, architecture: GptOssConfig, device: torch.device
-) -> None:
+def _open_inputs(stage: Stage) -> Inputs:
+    """Return the checked inputs; if a row is refused, a corrected file may replace it.
+
+    Prepared rows must not change once something was made of them, but nothing has been yet.
+    """
+    try:
+        return open_inputs(stage.config, stage.run_dir, stage.log)
+    except StageError:
+        if not (stage.dir / "work").exists():
+            (stage.run_dir / "data" / "source.json").unlink(missing_ok=True)
+        raise
+
+
+def record_base(stage: Stage, base: Checkpoint) -> None:
+    """Record the base's files before the first layer is read, and compare with them afterwards.
+
+    Layers that were compressed before an interruption must be of the same base as the others.
+
+    Raises:
+        StageError: the base has changed since this stage began.
+    """
+    path = stage.dir / BASE_RECORD
+    if path.exists():
+        stage.described = json.loads(path.read_text(encoding="utf-8"))
+        check_recorded(base.inventory, stage.described, stage.name)
+        return
+    paths = base.inventory.paths
+    size = sum(path.stat().st_size for path in paths)
+    stage.log(f"hashing the base checkpoint ({len(paths)} files, {size / 1e9:.1f} GB)")
+    stage.described = describe_files(paths, stage.run_dir)
+    write_atomically(path, json.dumps(stage.described, indent=1) + "\n")
+
+
+def _compress_layers(stage: Stage, inputs: Inputs, device: torch.device) -> None:
     """Compress the layers that are not finished yet."""
+    base, architecture, _, encoded = inputs
     for folder in ("model.partial", "masters", "work"):
         (stage.dir / folder).mkdir(exist_ok=True)
     for name in ("lm_head.weight", "model.norm.weight"):  # others are checked when used
         for _ in base.read_slices(name):
             pass
-    tokenizer = load_tokenizer(base.directory)
-    encoded = encode_files(stage.config, stage.run_dir, tokenizer)
-    for sentence in select_usable(encoded, stage.config.sequence_len).left_out:
-        stage.log(sentence)
     tokens = calibration_tokens(stage.config, encoded.train)
     states = HiddenStates(stage.dir / "work" / "states.safetensors")
     states.start(base, tokens, compute_dtype(device))
@@ -150,8 +182,9 @@ def _drop_half_of_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
     return stored
 
 
-def _complete(stage: Stage, base: Checkpoint, architecture: GptOssConfig) -> None:
+def _complete(stage: Stage, inputs: Inputs) -> None:
     """Add upstream's unchanged tensors, index and config, and rename the result to `model`."""
+    base, architecture, tokenizer, _ = inputs
     quantization = _quantization(stage.config)
     fmt = quantization.dense_format
     dropped: set[str] = set()
@@ -163,16 +196,16 @@ def _complete(stage: Stage, base: Checkpoint, architecture: GptOssConfig) -> Non
             dropped |= {f"{prefix}.mlp.experts.{n}_proj_blocks" for n in ("gate_up", "down")}
     partial = stage.dir / "model.partial"
     derive(base, partial, dropped, sorted(partial.glob("dense-*")), quantization.to_dict())
-    name = stage.dir / checkpoint_name(stage.config)
-    name.unlink(missing_ok=True)
-    name.symlink_to("model")
+    settle_template(tokenizer, partial)
     partial.rename(stage.dir / "model")
 
 
 def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     """Fill the manifest from the files on disk and delete the states."""
+    record_base(stage, base)  # the base must not have changed meanwhile
+    point_to(stage.dir / checkpoint_name(stage.config), "model", stage.log)
     paths = sorted((stage.dir / "work").glob("layer-*.json"))
-    records = [json.loads(path.read_text()) for path in paths]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     for peaks in [read_peaks(), *(record["peak_bytes"] for record in records)]:
         for device, peak in peaks.items():
             stage.peak_bytes[device] = max(peak, stage.peak_bytes.get(device, 0))
@@ -184,9 +217,6 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
         "peak_host_bytes": stage.peak_bytes["host"],
         "peak_device_bytes": {k: v for k, v in stage.peak_bytes.items() if k != "host"},
     }
-    names = [*base.files, "config.json", "tokenizer.json"]
-    stage.inputs = [base.directory / name for name in names]
-    stage.inputs.append(conversations.prepare(stage.config, stage.run_dir).train)
-    stage.date = rendering_date(stage.config, stage.run_dir)
+    stage.inputs = [*base.inventory.paths, conversations.prepare(stage.config, stage.run_dir).train]
     stage.outputs = [model.directory, stage.dir / "masters"]
     (stage.dir / "work" / "states.safetensors").unlink(missing_ok=True)

@@ -6,6 +6,14 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.config import schema
-    from sparselong.config.schema import Config, ModelSection, dump, hash_sections, load
+    from sparselong.config.schema import (
+        Config,
+        ModelSection,
+        dump,
+        hash_sections,
+        is_resolved,
+        load,
+    )
+    from sparselong.config.texts import UTF8_FIX, check_place
 
 __getattr__ = expose(__name__)

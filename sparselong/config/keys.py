@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
+from sparselong.config.texts import UTF8_FIX
 from sparselong.errors import ConfigError
 
 
@@ -22,6 +23,19 @@ class Incidental:
     Results agree up to the order of sums; logged figures may cover other windows. The key may
     therefore be changed when resuming a run, and the stages' hashes omit it.
     """
+
+
+class KeyFault(ValueError):
+    """A value that does not fit other keys, raised while a section is validated.
+
+    Args:
+        key: the dotted key to change.
+        message: what is expected.
+    """
+
+    def __init__(self, key: str, message: str):
+        super().__init__(message)
+        self.key = key
 
 
 class Section(BaseModel):
@@ -88,7 +102,7 @@ def refuse(
     error: ValidationError,
     schema: type[Section],
     source: str,
-    lines: dict[tuple[str, ...], int],
+    places: dict[tuple[str, ...], str],
 ) -> ConfigError:
     """Convert pydantic's first complaint to a four-line error with the key and its line.
 
@@ -96,25 +110,65 @@ def refuse(
         error: pydantic's complaints.
         schema: the model that the values were checked against.
         source: the file's name.
-        lines: line number of each key path in the file.
+        places: where each key path was set: file and line, or an override.
     """
     known = known_keys(schema)
     first = error.errors()[0]
+    fault = first.get("ctx", {}).get("error")
     path = tuple(str(part) for part in first["loc"] if not isinstance(part, int))
-    unknown = first["type"] == "extra_forbidden"
+    unknown, found = first["type"] == "extra_forbidden", first["input"]
+    if isinstance(fault, KeyFault):
+        path = tuple(fault.key.split("."))
+        found = _value_at(found, path)
     while path and not unknown and ".".join(path) not in known:
         path = path[:-1]  # pydantic appends the name of the union branch
     dotted = ".".join(path)
-    where = f"{source}, line {lines[path]}" if path in lines and path else source
+    where = places.get(path, source) if path else source
     if unknown:
-        close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
-        if not close:
-            ends = {key.rsplit(".", 1)[-1]: key for key in known}
-            close = [ends[k] for k in difflib.get_close_matches(path[-1], ends, n=1, cutoff=0.5)]
-        near = f"did you mean {close[0]}?" if close else "see configs/schema.json for all keys"
-        return ConfigError(f"unknown key {dotted} ({where})", "a known key", dotted, near)
+        return refuse_unknown(dotted, schema, where)
     message = first["msg"].removeprefix("Value error, ")
     field = known[dotted].model_fields[path[-1]] if dotted in known else None
     fix = f"{dotted}: {' '.join((field.description or '').split())}" if field else "change one"
-    found = f"{first['input']!r}" if dotted else "the values above"
-    return ConfigError(f"{dotted or 'config'} is not valid ({where})", message, found, fix)
+    return ConfigError(f"{dotted or 'config'} is not valid ({where})", message, f"{found!r}", fix)
+
+
+def refuse_undecodable(
+    values: dict, schema: type[Section], source: str, places: dict[tuple[str, ...], str]
+) -> None:
+    """Raise if a string holds bytes that are not UTF-8, which neither JSON nor a manifest can.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for key in known_keys(schema):
+        value = _value_at(values, tuple(key.split(".")))
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.isascii():
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    raise ConfigError(
+                        f"{key} is not valid ({places.get(tuple(key.split('.')), source)})",
+                        "text in UTF-8",
+                        ascii(text),
+                        UTF8_FIX,
+                    ) from None
+
+
+def _value_at(values: Any, path: tuple[str, ...]) -> Any:
+    """Return a nested value; None if it is not set."""
+    for part in path:
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def refuse_unknown(dotted: str, schema: type[Section], where: str) -> ConfigError:
+    """Return the error for an unknown dotted key, with the closest known one."""
+    known = known_keys(schema)
+    close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
+    if not close:
+        ends = {key.rsplit(".", 1)[-1]: key for key in known}
+        last = dotted.rsplit(".", 1)[-1]
+        close = [ends[k] for k in difflib.get_close_matches(last, ends, n=1, cutoff=0.5)]
+    near = f"did you mean {close[0]}?" if close else "see configs/schema.json for all keys"
+    return ConfigError(f"unknown key {dotted} ({where})", "a known key", dotted, near)

@@ -16,10 +16,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -30,27 +29,34 @@ from sparselong.config.keys import (
     deciding_values,
     fill_sections,
     refuse,
+    refuse_undecodable,
     set_key,
 )
+from sparselong.config.overrides import apply_overrides
 from sparselong.config.profiles import PROFILES
+from sparselong.config.rules import check_rules
+from sparselong.config.texts import Place, Project, Text, check_place
 from sparselong.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-Names = Annotated[tuple[str, ...], Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Length = Annotated[int, Field(ge=2, le=2**31 - 1)]
+Scale = Annotated[float, Field(gt=0.0, le=1e6)]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 class ModelSection(Section):
     """Base model to compress and fine-tune."""
 
-    base: str = "openai/gpt-oss-120b"
+    base: Place = "openai/gpt-oss-120b"
     """Base checkpoint: a hub name, a local directory in openai/gpt-oss's format (experts in MXFP4,
     everything else in bf16), or `tiny` for a small gpt-oss that stage 02 creates and trains."""
-    revision: str = "main"
+    revision: Text = "main"
     """Branch, tag or commit of the base checkpoint on the hub."""
     tiny_layers: Positive = 4
     """Number of layers in the `tiny` model."""
-    tiny_steps: Annotated[int, Field(ge=0)] = 600
+    tiny_steps: Count = 600
     """Optimizer steps for which the `tiny` model is trained before compression."""
 
 
@@ -80,7 +86,7 @@ class CalibrationSection(Section):
 
     samples: Positive = 128
     """Number of calibration sequences, taken from the training data."""
-    sequence_len: Annotated[int, Field(ge=2)] = 2048
+    sequence_len: Length = 2048
     """Length of a calibration sequence, in tokens."""
     dampening: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Fraction of the Hessian's mean diagonal that is added to the diagonal before inversion."""
@@ -89,10 +95,10 @@ class CalibrationSection(Section):
 class DataSection(Section):
     """Conversations to fine-tune on."""
 
-    train: str = "HuggingFaceH4/Multilingual-Thinking"
+    train: Place = "HuggingFaceH4/Multilingual-Thinking"
     """A JSON Lines file of `{"messages": [{"role", "content"}, …]}` rows, a hub dataset with a
     `messages` column, or `demo` for conversations made from the Python library's documentation."""
-    validation: str | None = None
+    validation: Place | None = None
     """A JSON Lines file in the same format; null holds out `validation_fraction` of `train`."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Fraction of the conversations held out for validation if `validation` is null."""
@@ -112,10 +118,10 @@ class LoraSection(Section):
 
     r: Positive = 16
     """Rank of the adapters."""
-    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    alpha: Scale = 32.0
     """Adapter outputs are scaled by alpha / r."""
-    target_modules: Names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Names of the layers that get an adapter. A name that matches no layer is an error."""
+    target_modules: Annotated[tuple[Projection, ...], Field(min_length=1)] = get_args(Projection)
+    """Attention projections that get an adapter: any of `q_proj`, `k_proj`, `v_proj`, `o_proj`."""
     expert_targets: tuple[Literal["gate_up_proj", "down_proj"], ...] = ()
     """Expert weights that get an adapter in every expert: `gate_up_proj`, `down_proj`, both or
     none. Training adds the adapter to the MXFP4 weights without rounding the sum. The final model
@@ -149,19 +155,19 @@ class ModifiersSection(Section):
 class TrainingSection(Section):
     """Optimizer, schedule, checkpoints and logging, under Axolotl's names."""
 
-    num_epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    num_epochs: Scale = 1.0
     """Number of passes over the training data."""
     max_steps: Positive | None = None
     """Number of optimizer steps; null derives it from `num_epochs`."""
     gradient_accumulation_steps: Positive = 8
     """Micro-batches per optimizer step."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 2e-4
     """Peak learning rate."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate schedule after warm-up."""
     warmup_ratio: Fraction = 0.03
     """Fraction of the steps over which the learning rate rises from zero."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
     """Decoupled weight decay of the adapters."""
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch_fused"
     """Optimizer, under transformers' name. `adamw_bnb_8bit` saves memory and needs a GPU."""
@@ -191,22 +197,22 @@ class TrainingSection(Section):
     """Number of checkpoints to keep; the best one is always kept."""
     early_stopping_patience: Positive | None = None
     """Number of evaluations without improvement after which training stops; null disables it."""
-    loss_target: Annotated[float | None, Incidental()] = None
+    loss_target: Annotated[Scale | None, Incidental()] = None
     """Training loss at which an alert is logged once; null disables it."""
     use_tensorboard: Annotated[bool, Incidental()] = False
     """Also write TensorBoard event files."""
-    wandb_project: Annotated[str | None, Incidental()] = None
+    wandb_project: Annotated[Project | None, Incidental()] = None
     """Also log to this Weights & Biases project; null disables it."""
 
 
 class EvaluationSection(Section):
     """What stage 04 measures on the base, compressed and fine-tuned models."""
 
-    tasks: Names = ("hellaswag",)
+    tasks: Annotated[tuple[Text, ...], Field(min_length=1)] = ("hellaswag",)
     """lm-eval task names; `demo_hellaswag` is made from the demo's held-out text."""
-    limit: Positive | None = None
-    """Maximum number of items per task; null uses all."""
-    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    limit: Length | None = None
+    """Maximum number of items per task, at least 2; null uses all."""
+    num_fewshot: Annotated[int, Field(ge=0, le=64)] = 0
     """Number of solved examples shown before each item."""
     batch_size: Positive = 8
     """Requests per forward pass."""
@@ -220,14 +226,14 @@ class Config(Section):
     profile: Literal["quick_test", "standard", "high_quality", "memory_efficient"] = "standard"
     """A set of defaults: `quick_test` shows that everything works, `high_quality` takes longer, and
     `memory_efficient` fits smaller GPUs. Keys that are set explicitly override the profile."""
-    seed: Annotated[int, Field(ge=0)] = 42
-    """Random seed."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
+    """Random seed, below 2^32 as NumPy requires."""
     model: ModelSection = ModelSection()
     shared_dense: SharedDenseSection = SharedDenseSection()
     experts: ExpertsSection = ExpertsSection()
     calibration: CalibrationSection = CalibrationSection()
     data: DataSection = DataSection()
-    sequence_len: Annotated[int, Field(ge=2)] = 16384
+    sequence_len: Length = 16384
     """Training context in tokens, summed over all GPUs that share a sequence."""
     sequence_parallel_degree: Annotated[Positive, Incidental()] = 4
     """Number of processes, each with its own GPU, that share one sequence. `python 03_finetune.py`
@@ -261,37 +267,6 @@ class Config(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
 
-    @model_validator(mode="after")
-    def _check_attention(self) -> Config:
-        if self.attention_backend == "torch_cudnn":
-            raise ValueError(
-                "attention_backend: torch_cudnn supports neither sliding windows, which every "
-                "second layer of gpt-oss has, nor packed documents; `auto` uses it where it can"
-            )
-        if self.attention_backend != "auto" and not self.flash_attention:
-            raise ValueError(
-                f"attention_backend: {self.attention_backend} needs flash_attention: true"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_expert_adapters(self) -> Config:
-        targets, rank = self.lora.expert_targets, self.lora.expert_r
-        if len(set(targets)) < len(targets):
-            raise ValueError(f"lora.expert_targets: {', '.join(targets)} lists a weight twice")
-        if targets and rank is None:
-            raise ValueError("lora.expert_targets need lora.expert_r, the rank of their adapters")
-        if rank is not None and not targets:
-            raise ValueError(
-                f"lora.expert_r: {rank} has no effect because lora.expert_targets is empty"
-            )
-        if targets and self.experts.sparsity != "none":
-            raise ValueError(
-                f"lora.expert_targets need experts.sparsity: none, not {self.experts.sparsity}: "
-                "an expert's adapter would fill the weights that 2:4 has dropped"
-            )
-        return self
-
     def nothing_to_keep(self, device: Literal["cuda", "cpu"]) -> dict[str, str]:
         """Return why training.keep_attention or keep_experts has no effect on a device, by key."""
         keys = ("keep_attention", "keep_experts")
@@ -304,28 +279,8 @@ class Config(Section):
         return {}
 
     @model_validator(mode="after")
-    def _check_kept(self) -> Config:
-        for key, why in self.nothing_to_keep("cuda").items():
-            if getattr(self.training, key) == "always":
-                raise ValueError(f"training.{key}: use auto or never; nothing can be kept: {why}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_steps(self) -> Config:
-        training = self.training
-        if training.save_steps % training.eval_steps:
-            raise ValueError(
-                f"training.save_steps ({training.save_steps}) must be a multiple of "
-                f"training.eval_steps ({training.eval_steps}): transformers requires it for "
-                "loading the best model"
-            )
-        if training.offload_checkpoints and not training.gradient_checkpointing:
-            raise ValueError("training.offload_checkpoints needs training.gradient_checkpointing")
-        if training.save_steps % training.logging_steps:
-            raise ValueError(
-                f"training.save_steps ({training.save_steps}) must be a multiple of "
-                f"training.logging_steps ({training.logging_steps}): resumed curves must continue"
-            )
+    def _check_rules(self) -> Config:
+        check_rules(self)
         return self
 
 
@@ -343,7 +298,7 @@ def load_with_source(
     path: str | Path, overrides: list[str] | tuple[str, ...] = ()
 ) -> tuple[Config, dict[str, Any]]:
     """Return the config as `load` does, and the nested values that file and overrides set."""
-    path = Path(path)
+    path = _find(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -359,25 +314,29 @@ def load_with_source(
             f"{path} is not a config", "key: value lines", type(values).__name__, "see configs/"
         )
     fill_sections(values, Config)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-            raise ConfigError(
-                f"override {override!r} is malformed",
-                "key.path=value, for example training.max_steps=20",
-                override,
-                "quote it if the shell splits it",
-            )
-        set_key(values, key, yaml12.parse(value, f"override {key}")[0] if value else "")
-        for depth in range(1, key.count(".") + 2):
-            lines.pop(tuple(key.split(".")[:depth]), None)
+    places = {key: f"{path}, line {line}" for key, line in lines.items()}
+    apply_overrides(values, overrides, Config, places)
+    refuse_undecodable(values, Config, str(path), places)
     resolved = json.loads(json.dumps(values))
     for key, value in PROFILES.get(str(values.get("profile", "standard")), {}).items():
         set_key(resolved, key, value, keep=True)
     try:
         return _validate(resolved), values
     except ValidationError as error:
-        raise refuse(error, Config, str(path), lines) from error
+        raise refuse(error, Config, str(path), places) from error
+
+
+def _find(path: str | Path) -> Path:
+    """Return the path with its home directory expanded."""
+    try:
+        return Path(check_place(str(path)))
+    except ValueError as error:
+        raise ConfigError(
+            "the name of the config file cannot be used",
+            str(error),
+            repr(str(path)),
+            "pass --config configs/tiny.yaml, or one of the other files in configs/",
+        ) from error
 
 
 def _validate(values: dict[str, Any]) -> Config:
@@ -388,6 +347,15 @@ def _validate(values: dict[str, Any]) -> Config:
 def dump(config: Config) -> str:
     """Return the resolved config as YAML text that `load` reads back to an equal config."""
     return yaml12.dump(config.model_dump(mode="json"))
+
+
+def is_resolved(text: str) -> bool:
+    """Return whether a text has the form in which `dump` writes a config: no comments."""
+    try:
+        values = yaml12.parse(text, "the text")[0]
+    except ConfigError:
+        return False
+    return isinstance(values, dict) and bool(values) and yaml12.dump(values) == text
 
 
 def hash_sections(config: Config, keys: Iterable[str]) -> str:

@@ -76,7 +76,12 @@ def _read(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], i
         return values
     if isinstance(node, yaml.SequenceNode):
         return [_read(item, path, lines) for item in node.value]
-    return _Loader("").construct_object(node)
+    value = _Loader("").construct_object(node)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise yaml.constructor.ConstructorError(
+        None, None, f"{node.tag} is not a plain value", node.start_mark
+    )
 
 
 def parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], int]]:
@@ -88,8 +93,12 @@ def parse(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], int]]:
     lines: dict[tuple[str, ...], int] = {}
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        return ({} if node is None else _read(node, (), lines)), lines
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: a tag that its value does not fit, or an integer of thousands of digits.
         raise ConfigError(
-            f"{source} is not valid YAML", "key: value lines", str(error), "correct that line"
+            f"{source} is not valid YAML",
+            "key: value lines",
+            " ".join(str(error).split()),
+            "correct that line",
         ) from error
-    return ({} if node is None else _read(node, (), lines)), lines

@@ -7,7 +7,7 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.data import conversations, corpus, demo
     from sparselong.data.demo import write_hellaswag
-    from sparselong.data.encoding import Encoded, encode_files, select_usable
+    from sparselong.data.encoding import Encoded, EncodedFiles, encode_files, select_usable
     from sparselong.data.hub import explain_hub_failures
     from sparselong.data.run_date import rendering_date
 

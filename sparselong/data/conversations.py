@@ -1,17 +1,14 @@
 """Conversations: two checked files from the configured data source, and tokens from their rows.
 
 Every stage that needs text calls `prepare` first. It turns the demo, a JSON-lines file or a hub
-dataset into `runs/NAME/data/train.jsonl` and `validation.jsonl`, with one checked
-`{"messages": [...]}` row per line. `source.json` is written last and records the sources. Later or
-repeated stages find the same rows. If a config key changes, the files are rebuilt; finished stages
-are stale then, because their hashes cover these keys. If the *content* of a source file changes,
-`prepare` refuses, because no hash would show that earlier stages of the run used other rows.
+dataset into `runs/NAME/data/train.jsonl` and `validation.jsonl`, with one checked conversation per
+line (rows.py). `source.json` is written last and records the sources. Later or repeated stages find
+the same rows. If a config key changes, the files are rebuilt; finished stages are stale then,
+because their hashes cover these keys. If the *content* of a source file changes, `prepare` refuses,
+because no hash would show that earlier stages of the run used other rows.
 
-`tokenize` renders a conversation with the model's own chat template and marks the assistant's
-tokens. In harmony, a shortened conversation does not render as a prefix of the whole one (a final
-`<|return|>` becomes `<|end|>`, earlier `thinking` is dropped). A turn is therefore located between
-two renderings *with* a generation prompt, both of which must be prefixes of the whole. A template
-that rewrites history in any other way is refused, because its mask would be wrong.
+`tokenize` (tokens.py) renders a conversation with the model's own chat template and marks the
+assistant's tokens. `locate` names the file and line that a conversation comes from.
 
 Left out: tool calls, images, other row layouts (convert them), and filtering by content.
 """
@@ -20,21 +17,32 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Iterable, Iterator
-from datetime import date
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from sparselong.config import Config
 from sparselong.data.hub import explain_hub_failures
+from sparselong.data.lines import empty, read_lines
+from sparselong.data.rows import Conversation, Remarks, check_row, locate, read_rows
+from sparselong.data.tokens import count_dropped_thinking, tokenize
 from sparselong.errors import StageError
-from sparselong.files import write_atomically
+from sparselong.files import is_local, write_atomically
 from sparselong.provenance import hash_file
 
-Message = dict[str, str]
-ROLES = ("system", "developer", "user", "assistant")
+__all__ = [
+    "Conversation",
+    "DataFiles",
+    "count_dropped_thinking",
+    "locate",
+    "prepare",
+    "read",
+    "tokenize",
+]
+
 _NAMES = ("train.jsonl", "validation.jsonl")
-_SHAPE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+_FORMAT = 2  # of the prepared lines
 
 
 class DataFiles(NamedTuple):
@@ -47,8 +55,10 @@ class DataFiles(NamedTuple):
 def prepare(config: Config, run_dir: Path) -> DataFiles:
     """Return `run_dir/data/{train,validation}.jsonl`, written first unless up to date.
 
+    Blank lines and ignored keys are reported on stderr when the files are written.
+
     Raises:
-        StageError: a source is missing, unreachable, empty or has changed, or a row is malformed
+        StageError: a source is missing, unreachable, empty or has changed, or a row is refused
             (the message names file and line).
     """
     folder = run_dir / "data"
@@ -59,18 +69,22 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
         **config.data.model_dump(mode="json", exclude={"train_on", "date"}),
     }
     if record_path.exists() and files.train.exists() and files.validation.exists():
-        record = json.loads(record_path.read_text(encoding="utf-8"))
+        record = _read_record(record_path)
         if record["config"] == wanted:
             _refuse_changed(record, folder)
-            return files
+            if record.get("format") == _FORMAT:
+                return files
     record_path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     sources = [source for source in (config.data.train, config.data.validation) if source]
-    described = [_describe(Path(source)) for source in sources if Path(source).is_file()]
+    described = [
+        _describe(Path(source)) for source in sources if source != "demo" and Path(source).is_file()
+    ]
     train, validation = _split(config, folder)
     for path, rows in zip(files, (train, validation), strict=True):
-        write_atomically(path, "".join(_dump(row) + "\n" for row in rows))
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     record = {
+        "format": _FORMAT,
         "config": wanted,
         "sources": described,
         "files": [_describe(path) for path in files],
@@ -80,151 +94,43 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
     return files
 
 
-def read(path: Path) -> list[list[Message]]:
+def read(path: Path) -> list[Conversation]:
     """Return the conversations of a JSON-lines file after checking every row.
 
     Raises:
-        StageError: the file cannot be read or is empty, or a row is malformed.
+        StageError: the file cannot be read or is empty, or a row is refused.
     """
-    return list(_read_rows(path))
+    return list(read_rows(path, Remarks()))
 
 
-def read_line(path: Path, number: int) -> list[Message]:
+def read_line(path: Path, number: int) -> Conversation:
     """Return the conversation on one line of a JSON-lines file, counted from 1.
 
     Raises:
-        StageError: the file cannot be read or has fewer lines, or the row is malformed.
+        StageError: the file cannot be read or has fewer lines, the line is blank, it or an earlier
+            one is not JSON, or the row is refused.
     """
     lines = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for lines, line in enumerate(file, 1):
-                if lines == number:
-                    return _check(_parse(line, path, number), f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        fix = "name a JSON-lines file, for example runs/NAME/data/train.jsonl:1"
-        raise StageError(f"{path} cannot be read", "a UTF-8 text file", str(error), fix) from error
-    raise StageError(
-        f"{path} has no line {number:,}",
-        f"a line from 1 to {lines:,}" if lines else "a file with lines",
-        f"line {number:,}",
-        "name another line",
-    )
+    for lines, row in read_lines(path):
+        if lines == number and row is not None:
+            return check_row(row, {"source": str(path), "line": number}, Remarks())
+        if lines == number:
+            break
+    fix = "name another line"
+    if lines == number:
+        raise StageError(f"{path}, line {number:,} is blank", "a conversation", "no text", fix)
+    raise StageError(f"{path} has no line {number:,}", f"1 to {lines:,}", f"{number:,}", fix)
 
 
-def tokenize(
-    messages: list[Message],
-    tokenizer: Any,
-    train_on: Literal["assistant", "all"],
-    today: date | None = None,
-) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a conversation and which of them are supervised.
-
-    An assistant turn is everything that the model must generate after the generation prompt: in
-    harmony, the channel, the reasoning if it is rendered, the answer and the closing token.
-
-    Args:
-        messages: a row as returned by `read`.
-        tokenizer: a fast transformers tokenizer with a chat template.
-        train_on: `assistant` marks the assistant turns, `all` marks every token.
-        today: the date that the template's `strftime_now` gives; None: the clock's.
-
-    Returns:
-        (input_ids, supervised), two lists of equal length.
-
-    Raises:
-        StageError: the template rejects the conversation, or a shortened conversation does not
-            render as a prefix of the whole one.
-    """
-    messages = _without_dropped_thinking(messages, tokenizer, today)
-    text = _render(messages, tokenizer, False, today)
-    spans = (
-        [(0, len(text))]
-        if train_on == "all"
-        else _assistant_spans(messages, tokenizer, text, today)
-    )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    supervised, ahead = [], iter([*spans, (len(text), len(text))])
-    start, end = next(ahead)
-    for token_start, _ in encoded["offset_mapping"]:
-        while token_start >= end and end < len(text):
-            start, end = next(ahead)
-        supervised.append(start <= token_start < end)
-    return list(encoded["input_ids"]), supervised
-
-
-def _render(
-    messages: list[Message], tokenizer: Any, add_generation_prompt: bool, today: date | None
-) -> str:
-    from jinja2 import TemplateError  # imported here: only needed with transformers
-
-    options = {"strftime_now": today.strftime} if today else {}
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-        )
-    except (TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template
-        raise StageError(
-            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} rejects a row",
-            "a template for system, developer, user and assistant messages with text",
-            str(error),
-            "fix the row, or use a model directory with gpt-oss's chat_template.jinja",
-        ) from error
-
-
-def _without_dropped_thinking(
-    messages: list[Message], tokenizer: Any, today: date | None
-) -> list[Message]:
-    """Return the messages without earlier turns' `thinking` if the template drops it anyway.
-
-    A template that renders only the last assistant turn's reasoning would otherwise render it in a
-    shortened conversation, where an earlier turn is the last one.
-    """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not any("thinking" in messages[i] for i in turns[:-1]):
-        return messages
-    stripped = [
-        {key: value for key, value in message.items() if key != "thinking" or i == turns[-1]}
-        for i, message in enumerate(messages)
-    ]
-    same = _render(stripped, tokenizer, False, today) == _render(messages, tokenizer, False, today)
-    return stripped if same else messages
-
-
-def _assistant_spans(
-    messages: list[Message], tokenizer: Any, text: str, today: date | None
-) -> list[tuple[int, int]]:
-    """Return (start, end) in characters of each assistant turn in the rendered text."""
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _render(messages[:i], tokenizer, True, today)
-        suffix_length = len(prompt) - len(_render(messages[:i], tokenizer, False, today))
-        if i + 1 < len(messages):  # render as history: with a generation prompt, which is cut off
-            prefix = _render(messages[: i + 1], tokenizer, True, today)
-            prefix = prefix[: len(prefix) - suffix_length]
-        else:
-            prefix = text
-        if suffix_length < 0 or not prefix.startswith(prompt) or not text.startswith(prefix):
-            raise StageError(
-                f"message {i + 1} of a conversation cannot be located in the rendered text",
-                "every shortened conversation renders as a prefix of the whole one",
-                f"the template rewrites earlier turns: {messages[i]['content'][:60]!r}",
-                "use data.train_on=all, rows with one assistant turn, or gpt-oss's own template",
-            )
-        spans.append((len(prompt), len(prefix)))
-    return spans
-
-
-def _split(config: Config, folder: Path) -> tuple[list[list[Message]], list[list[Message]]]:
+def _split(config: Config, folder: Path) -> tuple[list[Conversation], list[Conversation]]:
     """Return training and validation conversations from the configured sources."""
     if config.data.train == "demo":
         from sparselong.data.demo import write_demo_data
 
         write_demo_data(folder / "demo", config.seed)
-        train, validation = (read(folder / "demo" / name) for name in _NAMES)
+        train, validation = (
+            list(read_rows(folder / "demo" / name, Remarks(), f"demo/{name}")) for name in _NAMES
+        )
     else:
         train, validation = _read_source(config.data.train), []
     if config.data.validation:
@@ -246,40 +152,17 @@ def _split(config: Config, folder: Path) -> tuple[list[list[Message]], list[list
     )
 
 
-def _read_source(source: str) -> list[list[Message]]:
-    path = Path(source)
-    if path.exists() or path.suffix in (".jsonl", ".json") or path.is_absolute():
-        return list(_read_rows(path))
-    return list(_read_hub(source))
+def _read_source(source: str) -> list[Conversation]:
+    remarks = Remarks()
+    rows = list(
+        read_rows(Path(source), remarks) if is_local(source) else _read_hub(source, remarks)
+    )
+    for sentence in remarks.sentences(source):
+        print(sentence, file=sys.stderr, flush=True)
+    return rows
 
 
-def _read_rows(path: Path) -> Iterator[list[Message]]:
-    fix = "data.train and data.validation take a JSON-lines file, a hub dataset, or demo"
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                yield _check(_parse(line, path, number), f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        where = f"{path}, after line {number}" if number else f"{path}"
-        raise StageError(f"{where} cannot be read", "a UTF-8 text file", str(error), fix) from error
-    if not number:
-        raise StageError(f"{path} is empty", f"one row per line: {_SHAPE}", "no lines", fix)
-
-
-def _parse(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise StageError(
-            f"{path}, line {number} is not JSON",
-            f"one row per line: {_SHAPE}",
-            f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}",
-            "fix or remove the line; turn a JSON array into one object per line",
-        ) from error
-
-
-def _read_hub(name: str) -> Iterator[list[Message]]:
+def _read_hub(name: str, remarks: Remarks) -> Iterator[Conversation]:
     import datasets
 
     with explain_hub_failures(
@@ -291,51 +174,27 @@ def _read_hub(name: str) -> Iterator[list[Message]]:
         rows: Iterable[Any] = datasets.load_dataset(name, split="train")
     number = 0
     for number, row in enumerate(rows, 1):
-        yield _check(row, f"dataset {name}, row {number}")
+        yield check_row(row, {"source": f"dataset {name}", "row": number}, remarks)
     if not number:
-        raise StageError(f"dataset {name} is empty", "rows", "none", "name another dataset")
+        raise empty(f"dataset {name}", "no rows")
 
 
-def _check(row: Any, where: str) -> list[Message]:
-    """Return the row's messages with only the known keys; raise if the row is malformed."""
-    fault = _find_fault(row)
-    if fault:
-        raise StageError(f"{where} is not a conversation", _SHAPE, fault, "fix or remove the row")
-    return [
-        {key: message[key] for key in ("role", "thinking", "content") if message.get(key)}
-        | {"content": message["content"]}
-        for message in row["messages"]
-    ]
-
-
-def _find_fault(row: Any) -> str | None:
-    """Return what is wrong with a row, or None."""
-    if not isinstance(row, dict):
-        return f"a JSON {type(row).__name__} instead of an object"
-    if not isinstance(messages := row.get("messages"), list):
-        return f"no list under `messages`; the row's keys are {sorted(row)}"
-    for i, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            return f"message {i} is a {type(message).__name__} instead of an object"
-        if (role := message.get("role")) not in ROLES:
-            return f"message {i} has the role {role!r}; known roles are {', '.join(ROLES)}"
-        if not isinstance(content := message.get("content"), str):
-            return f"the content of message {i} is {type(content).__name__}, not text"
-        if role in ("system", "developer") and i > 1:
-            return f"message {i} is a {role} message; only the first message may be one"
-        if role == "assistant" and not content.strip():
-            return f"message {i} (assistant) is empty"
-        thinking = message.get("thinking")
-        if thinking and (role != "assistant" or not isinstance(thinking, str)):
-            return f"the thinking of message {i} ({role}) is not text in an assistant message"
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        return "no assistant turn"
-    return "it starts with an assistant message" if roles[0] == "assistant" else None
-
-
-def _dump(messages: list[Message]) -> str:
-    return json.dumps({"messages": messages}, ensure_ascii=False)
+def _read_record(path: Path) -> dict[str, Any]:
+    """Return source.json; raise if it is not what `prepare` wrote."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        known = record["config"], record["sources"], record["files"]
+        if all(isinstance(part, dict | list) for part in known):
+            return record
+        reason = "other values"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise StageError(
+        f"{path} is damaged",
+        "the record of the sources that this run read",
+        reason,
+        f"use another --run-dir, or delete {path.parent} and rerun the stages",
+    )
 
 
 def _describe(path: Path) -> dict[str, Any]:

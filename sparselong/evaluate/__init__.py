@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
+    from sparselong.evaluate.inputs import check_models
     from sparselong.evaluate.stage import evaluate
 
 __getattr__ = expose(__name__)

@@ -19,7 +19,9 @@ _NGRAM_WORDS = 13
 
 def list_warnings(items_by_task: dict[str, list[str]], train_path: Path) -> list[str]:
     """Return one warning for each task with items in the training conversations."""
-    texts = [message["content"] for row in conversations.read(train_path) for message in row]
+    texts = [
+        message["content"] for row in conversations.read(train_path) for message in row["messages"]
+    ]
     warnings = []
     for task, items in items_by_task.items():
         if found := find_contaminated(items, texts):

@@ -6,6 +6,7 @@ import json
 
 from sparselong.data import conversations, encode_files, select_usable
 from sparselong.evaluate import contamination, harness, models, perplexity, report
+from sparselong.evaluate.inputs import check_base
 from sparselong.files import write_atomically
 from sparselong.model import load_tokenizer
 from sparselong.run import Stage
@@ -17,6 +18,7 @@ def evaluate(stage: Stage) -> None:
     compressed, finetuned = stage.manifests["02_compress"], stage.manifests["03_finetune"]
     files = conversations.prepare(stage.config, stage.run_dir)
     base_dir = resolve_base(stage.config, stage.run_dir, stage.log)
+    check_base(stage, base_dir)
     tokenizer = load_tokenizer(base_dir)
     suite = harness.load_suite(stage.config, stage.dir / "tasks", tokenizer)
     encoded = encode_files(stage.config, stage.run_dir, tokenizer)

@@ -20,6 +20,6 @@ if TYPE_CHECKING:
     from sparselong.finetune.batches import EpochOrder, make_batches
     from sparselong.finetune.one_line import preview_line
     from sparselong.finetune.trainer import finetune
-    from sparselong.finetune.training_run import trainer_arguments
+    from sparselong.finetune.training_run import check_compressed, trainer_arguments
 
 __getattr__ = expose(__name__)

@@ -4,6 +4,7 @@
 |------------------------------|-------------------------------------------------------------------|
 | `register`                   | open the run; report expected failures in failure.json            |
 | `load_datasets`              | the encoded conversations; show and count supervised tokens       |
+| `pre_lora_load`              | refuse embeddings that Axolotl has resized                        |
 | `get_adapter_capabilities`,  | our adapter: masked LoRA layers over stage 02's packed layers and |
 | `load_adapter`               | masters, built through PEFT's registry of custom modules          |
 | `get_trainer_cls`            | Axolotl's trainer with our data order, loss and checkpoints       |
@@ -51,7 +52,7 @@ from sparselong.checkpoint import Checkpoint
 from sparselong.data import encode_files, select_usable
 from sparselong.errors import StageError
 from sparselong.files import write_atomically
-from sparselong.finetune import state
+from sparselong.finetune import checkpoints, state
 from sparselong.finetune.axolotl_config import ADAPTER, attention_of
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, Recomputation, tell
 from sparselong.finetune.keeping import Keeping, decide_keeping
@@ -70,6 +71,7 @@ from sparselong.finetune.training_run import (
 from sparselong.memory import find_shape, kept_peaks
 from sparselong.model import (
     FusedDecoderLayer,
+    check_rows_kept,
     chunk_loss,
     describe_weights,
     load_tokenizer,
@@ -136,8 +138,6 @@ class SparseLongPlugin(BasePlugin):
     def get_training_args(self, cfg):
         """Return the training arguments that Axolotl must not choose."""
         return {
-            # The checkpoints' directory, also on ranks whose Axolotl has a temporary directory.
-            "output_dir": str(self.run.checkpoints),
             "logging_nan_inf_filter": False,
             "restore_callback_states_from_checkpoint": True,
             "eval_on_start": not cfg.resume_from_checkpoint,  # the curve begins at stage 02's model
@@ -165,6 +165,11 @@ class SparseLongPlugin(BasePlugin):
         tell(f"{text}{self.supervised_token_fraction:.1%} of the tokens are supervised")
         meta: Any = TrainDatasetMeta  # declared for datasets.Dataset, whose methods are not used
         return meta(train, validation)
+
+    def pre_lora_load(self, cfg, model):
+        """Raise if Axolotl has resized the embeddings."""
+        rows: Any = model.get_input_embeddings().num_embeddings
+        check_rows_kept(rows, self.run.compressed)
 
     def load_adapter(self, model, cfg, inference=False, config_only=False):
         """Return the model with our adapters, and their PEFT config."""
@@ -242,21 +247,22 @@ class SparseLongPlugin(BasePlugin):
         if best is None:
             raise StageError(
                 "there is no best checkpoint",
-                "an evaluation with a finite loss before the end of training",
+                "a whole checkpoint of a step that was evaluated with a finite loss",
                 "none",
-                "check the validation conversations and training.eval_steps",
+                "check the validation conversations and training.eval_steps; if log.txt says that "
+                "a checkpoint is damaged, train again: python 03_finetune.py --force",
             )
         layers, rounding = tuned_layers(trainer.model), {}
         outcome = {
             "best_checkpoint": Path(best).name,
-            "best_step": state.step_of(Path(best)),
+            "best_step": checkpoints.step_of(Path(best)),
             "best_eval_loss": trainer.state.best_metric,
             "steps": trainer.state.global_step,
             "mask_updates": trainer.progress.mask_updates,
             "peak_bytes": ranks.merge_peaks(trainer.progress.note_peaks()),
         }
         if ranks.is_first():
-            write_atomically(work / TRAINED, "{}\n")
+            write_atomically(work / TRAINED, json.dumps({"newest": trainer.newest}) + "\n")
             tell(f"baking {Path(best).name} (validation loss {trainer.state.best_metric:.4f})")
             baked, rounding = bake_checkpoint(self.run.compressed, layers, work / "model")
             trainer.model.save_pretrained(str(work / "adapter"))

@@ -106,10 +106,7 @@ class Metrics(TrainerCallback):
         self.updates = len(progress.mask_updates)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Continue from a resumed run's counters and best checkpoint."""
-        if state.best_model_checkpoint:  # the run directory may have been moved
-            best = Path(state.best_model_checkpoint).name
-            state.best_model_checkpoint = str(Path(args.output_dir or "") / best)
+        """Continue from a resumed run's counters."""
         self.tokens, self.updates = self.progress.tokens, len(self.progress.mask_updates)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -182,8 +179,8 @@ class Metrics(TrainerCallback):
                     f"training diverged at step {step}",
                     f"a finite {name}",
                     f"{name} {logs[name]}",
-                    "lower training.learning_rate, or look for bad rows in the data; running the "
-                    "same command again resumes from the last checkpoint",
+                    "lower training.learning_rate and pass --force, or look for bad rows in the "
+                    "data; the same command would diverge again",
                 )
 
     def _alert(self, step: int, loss: float) -> None:

@@ -6,7 +6,8 @@ It changes:
 - the data order (batches.py), so that a run resumed inside an epoch continues exactly;
 - the loss, in training and evaluation: every supervised token of a step has the same weight, while
   Axolotl averages the mean losses of micro-batches;
-- checkpoints, which also hold masks, scales and counters (state.py).
+- checkpoints, which also hold masks, scales and counters (state.py), appear whole or not at all,
+  and of which only our own are ever removed (checkpoints.py).
 
 With several ranks (processes/world.py) each takes its data rank's batches and its shard of each
 sequence. The base class does not know of the other ranks, so all communication is here: the loss's
@@ -25,12 +26,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
 
 from sparselong.adapters import MaskedLoraLinear, masked_layers
 from sparselong.errors import StageError
-from sparselong.finetune import state
+from sparselong.finetune import checkpoints, state
 from sparselong.finetune.batches import Batches, EpochOrder, make_batches, only, take_tokens
+from sparselong.finetune.callbacks import tell
 from sparselong.finetune.training_run import TrainingRun
 from sparselong.model import NAME, document_masks
 from sparselong.parallel import (
@@ -51,10 +53,14 @@ class MaskedTraining(Trainer):
     Attributes:
         run: the run, whose config applies to every pass.
         mesh: this process's place in the mesh; None if it trains alone.
+        writing: the directory in which a checkpoint is being written; None between checkpoints.
+        newest: name of the checkpoint that was written or read last.
     """
 
     run: TrainingRun
     mesh: Mesh | None = None
+    writing: Path | None = None
+    newest: str | None = None
     args: Any
     model: Any
     processing_class: Any
@@ -62,6 +68,7 @@ class MaskedTraining(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
+        self.args.save_total_limit = None  # transformers removes any name with checkpoint-N in it
         self.progress = state.Progress()
         self.bake_only = self.run.is_trained()
         if self.mesh is not None:
@@ -195,6 +202,7 @@ class MaskedTraining(Trainer):
         epochs_and_steps = super()._init_training_state(max_steps, *args, **kwargs)
         # A resumed state has the intervals of the checkpoint's config, which may differ.
         self.state.compute_steps(self.args, max_steps)
+        self._settle_best()
         return epochs_and_steps
 
     def _run_epoch(self, **kwargs):
@@ -208,9 +216,62 @@ class MaskedTraining(Trainer):
     def _save_checkpoint(self, model, trial):
         ranks.check_replicas(self.replicated(), self.state.global_step)
         if ranks.is_first():
-            super()._save_checkpoint(model, trial)
+            self._write_checkpoint(model, trial)
         (best, *_) = ranks.collect(self.state.best_model_checkpoint)
         self.state.best_model_checkpoint = best
+
+    def _get_output_dir(self, trial):
+        return str(self.writing or self.run.checkpoints)
+
+    def _write_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint that appears whole under its name, and remove the oldest ones."""
+        folder, step = self.run.checkpoints, self.state.global_step
+        self.writing = checkpoints.begin(folder)
+        try:
+            super()._save_checkpoint(model, trial)
+            made = self.writing / f"checkpoint-{step}"
+        finally:
+            self.writing = None
+        if self.state.best_global_step == step:  # transformers has noted the temporary path
+            self.state.best_model_checkpoint = str(folder / made.name)
+            self.state.save_to_json(str(made / checkpoints.TRAINER_STATE))
+        checkpoints.seal(made)
+        self.newest = made.name
+        aside = checkpoints.publish(made, folder)
+        if aside is not None:
+            tell(f"{made.name} was in the way of the new one and is now {aside.name}")
+        keep = {made.name, Path(self.state.best_model_checkpoint or made).name}
+        limit = self.run.config.training.save_total_limit
+        for path, reason in checkpoints.remove_oldest(folder, limit, keep).items():
+            tell(f"{path.name} is older than the newest {limit} but was not removed: {reason}")
+
+    def _settle_best(self) -> None:
+        """Replace a best checkpoint that is damaged or gone by the best one that is whole."""
+        if self.state.best_model_checkpoint is None:
+            return
+        (found, *_) = ranks.collect(self._find_best() if ranks.is_first() else None)
+        step, self.state.best_metric = found or (None, None)
+        self.state.best_global_step = step
+        place = None if step is None else str(self.run.checkpoints / f"checkpoint-{step}")
+        self.state.best_model_checkpoint = place
+
+    def _find_best(self) -> tuple[int, float] | None:
+        """Return step and validation loss of the best whole checkpoint, None if there is none."""
+        folder = self.run.checkpoints  # not the recorded folder: the run may have been moved
+        recorded = folder / Path(self.state.best_model_checkpoint or "").name
+        fault = checkpoints.find_fault(recorded)
+        step = checkpoints.step_of(recorded)
+        if fault is None and step is not None and self.state.best_metric is not None:
+            return step, self.state.best_metric
+        rows = [row for row in self.state.log_history if "eval_loss" in row]
+        losses = {int(row["step"]): float(row["eval_loss"]) for row in rows}
+        found = checkpoints.find_best(folder, losses)
+        step = checkpoints.step_of(found) if found else None
+        other = "none of the others is whole"
+        if step is not None:
+            other = f"checkpoint-{step} (validation loss {losses[step]:.4f}) takes its place"
+        tell(f"the best checkpoint, {recorded.name}, cannot be used: {fault}; {other}")
+        return None if step is None else (step, losses[step])
 
     def replicated(self) -> dict[str, torch.Tensor]:
         """Return the tensors that all ranks replicate: trained parameters, masks and scales."""
@@ -220,14 +281,18 @@ class MaskedTraining(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         directory = Path(output_dir or str(self.args.output_dir))
-        if directory.name.startswith(PREFIX_CHECKPOINT_DIR):
+        if checkpoints.step_of(directory) is not None:
             state.write(directory, self.layers, self.progress)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._restore(Path(resume_from_checkpoint))
+        self.newest = Path(resume_from_checkpoint).name
 
     def _load_best_model(self):
+        self._settle_best()
+        if self.state.best_model_checkpoint is None:
+            return  # the plugin refuses to bake
         super()._load_best_model()
         counters = vars(self.progress).copy()
         self._restore(Path(str(self.state.best_model_checkpoint)))

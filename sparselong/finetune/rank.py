@@ -8,8 +8,8 @@ loggers are off. See processes/world.py and processes/launch.py.
 
 from __future__ import annotations
 
+import importlib
 import os
-import runpy
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -58,12 +58,9 @@ def _end_at_once() -> None:
 
 
 def _train(path: Path) -> None:
-    sys.argv = ["axolotl", "train", str(path), "--launcher", "python"]
-    try:
-        runpy.run_module(_RUN, run_name="__main__")
-    except SystemExit as end:  # click's commands return by raising it
-        if end.code:
-            raise
+    command = importlib.import_module(_RUN).cli
+    # Not standalone: click would print "Aborted!" in place of an EOFError, and no traceback.
+    command(["train", str(path), "--launcher", "python"], standalone_mode=False)
 
 
 if __name__ == "__main__":

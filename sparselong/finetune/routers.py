@@ -57,6 +57,6 @@ class RouterWatch(TrainerCallback):
                 f"the router {first} computed non-finite logits in {when}",
                 "finite router logits in every layer",
                 f"NaN or infinity in {len(broken)} of {len(self.names)} layers, this one first",
-                "lower training.learning_rate; at the first step, the checkpoint is damaged: redo "
-                "stage 02. Running the same command again resumes from the last checkpoint",
+                "lower training.learning_rate and pass --force; at the first step, the compressed "
+                "model is damaged: redo stage 02. The same command would fail again",
             )

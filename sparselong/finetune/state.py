@@ -2,8 +2,7 @@
 
 Axolotl and transformers save A and B (adapter_model.safetensors), optimizer, scheduler, random
 state and trainer_state.json. We add the current masks and scales in masks.safetensors and the
-counters in progress.json. trainer_state.json is written last, so a checkpoint is complete if and
-only if its trainer_state.json is readable and has the checkpoint's step.
+counters in progress.json. checkpoints.py records and checks that a checkpoint is whole.
 """
 
 from __future__ import annotations
@@ -21,23 +20,11 @@ from safetensors.torch import load_file
 from sparselong.checkpoint import write_tensors
 from sparselong.errors import StageError
 from sparselong.files import write_atomically
+from sparselong.finetune.checkpoints import MASKS, PROGRESS
 from sparselong.provenance import read_peaks
 
 if TYPE_CHECKING:  # the stage's process needs no PEFT, whose import takes seconds
     from sparselong.adapters import MaskedLoraLinear
-
-MASKS = "masks.safetensors"
-PROGRESS = "progress.json"
-TRAINER_STATE = "trainer_state.json"
-_NEEDED = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    MASKS,
-    PROGRESS,
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-)
 
 
 @dataclass
@@ -103,22 +90,6 @@ def read(directory: Path, layers: Mapping[str, MaskedLoraLinear], data_ranks: in
     return progress
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Return whether a `checkpoint-N` directory is complete."""
-    if not all((checkpoint / name).is_file() for name in _NEEDED):
-        return False
-    try:
-        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return state.get("global_step") == step_of(checkpoint)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return N of `checkpoint-N`."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def buffers(layers: Mapping[str, MaskedLoraLinear]) -> dict[str, torch.Tensor]:
     """Return the current masks and scales by name."""
     found = {}
@@ -134,5 +105,5 @@ def _unusable(directory: Path, found: str) -> StageError:
         f"checkpoint {directory} cannot be used",
         f"{MASKS} and {PROGRESS} of this model's masked layers",
         found,
-        f"delete {directory} to resume from the checkpoint before it",
+        f"move {directory} away: the same command then passes it over",
     )

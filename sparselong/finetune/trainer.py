@@ -5,20 +5,21 @@
                 receipt.json      what the plugin replaced and attached; required for a result
                 metrics.jsonl     a row per logged step and per evaluation
                 checkpoints/      checkpoint-N: adapter, masks, scales, optimizer, random state
+                axolotl/          what else Axolotl writes; nothing reads it
                 best -> checkpoints/checkpoint-N
                 model/  adapter/  the results
                 loss.png
 
-If interrupted, the same command resumes from the last complete checkpoint. It removes incomplete
-checkpoint directories and the rows of metrics.jsonl after that checkpoint's step. If only baking
-was interrupted, only baking is repeated.
+If interrupted, the same command resumes from the last whole checkpoint (checkpoints.py). It leaves
+damaged ones as they are, and drops the rows of metrics.jsonl after that checkpoint's step. If only
+baking was interrupted, only baking is repeated.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
+import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,20 +30,19 @@ import yaml
 
 from sparselong.data import encode_files, select_usable
 from sparselong.errors import StageError
-from sparselong.files import write_atomically
-from sparselong.finetune import axolotl_config, plot, state
+from sparselong.files import point_to, write_atomically
+from sparselong.finetune import axolotl_config, checkpoints, plot
 from sparselong.finetune.training_run import (
     AXOLOTL_YAML,
     BAKED,
     METRICS,
     RECEIPT,
     SUPERVISION,
-    TRAINED,
     TrainingRun,
     trainer_arguments,
 )
 from sparselong.model import load_tokenizer
-from sparselong.processes import find_world, train_together
+from sparselong.processes import TrainerEnded, find_world, train_together
 from sparselong.run import Stage
 
 _CALLBACKS = ("MaskUpkeep", "Recomputation", "RouterWatch", "Metrics")
@@ -71,11 +71,9 @@ def finetune(stage: Stage) -> None:
 
 def _train(stage: Stage) -> None:
     run = TrainingRun.of_stage(stage)
-    remove_unfinished_checkpoints(stage, run.checkpoints)
-    resume_from = find_last_checkpoint(run.checkpoints)
-    if resume_from is None:  # training starts over
-        (stage.dir / TRAINED).unlink(missing_ok=True)
-    rows = keep_rows(stage.dir / METRICS, state.step_of(resume_from) if resume_from else None)
+    resume_from = find_resumable(stage, run.checkpoints)
+    rows = keep_rows(stage.dir / METRICS, checkpoints.step_of(resume_from) if resume_from else None)
+    run.forget_end(resume_from)
     if resume_from:
         stage.log(f"resuming from {resume_from.name} ({rows} rows of {METRICS} kept)")
     (stage.dir / RECEIPT).unlink(missing_ok=True)
@@ -85,7 +83,7 @@ def _train(stage: Stage) -> None:
     world = find_world(stage.config)
     processes = f" in {world.size} processes" if world.size > 1 else ""
     stage.log(f"starting Axolotl{processes} (importing it takes a while)")
-    train_together(stage, trainer_arguments(stage))
+    _train_explained(stage, run)
     asked = {
         "processes": world.size,
         "attention": axolotl_config.attention_of(stage.config),
@@ -97,21 +95,62 @@ def _train(stage: Stage) -> None:
         raise
 
 
+def _train_explained(stage: Stage, run: TrainingRun) -> None:
+    """Train; if that is interrupted or fails, say what the same command will do next."""
+    try:
+        train_together(stage, trainer_arguments(stage))
+    except KeyboardInterrupt as signalled:
+        raise StageError(
+            f"{stage.name} was interrupted",
+            "the stage to finish",
+            str(signalled) or "Ctrl-C",
+            f"run {stage.same_command} again: it {_next_time(run)}",
+        ) from None
+    except TrainerEnded as failure:
+        raise StageError(
+            failure.what,
+            failure.expected,
+            failure.found,
+            f"{failure.fix}; with the cause removed, {stage.same_command} {_next_time(run)}",
+        ) from failure
+
+
+def _next_time(run: TrainingRun) -> str:
+    """Return what a rerun does, as the end of a sentence."""
+    found, _ = checkpoints.find_last(run.checkpoints)
+    if found is None:
+        return "trains from the start, because there is no whole checkpoint yet"
+    if run.is_trained():
+        return f"only writes the result, from {found.name} on"
+    return f"continues from {found.name}"
+
+
 _HEADER = "# Generated from config.yaml by sparselong/finetune/axolotl_config.py; edits are lost.\n"
 
 
-def remove_unfinished_checkpoints(stage: Stage, checkpoints: Path) -> None:
-    """Remove incomplete checkpoint directories."""
-    for path in sorted(checkpoints.glob("checkpoint-*"), key=state.step_of):
-        if not state.is_whole(path):
-            stage.log(f"removing the incomplete {path.name}")
-            shutil.rmtree(path)
+def find_resumable(stage: Stage, folder: Path) -> Path | None:
+    """Return the last whole checkpoint, and report each later one with what is wrong with it.
 
-
-def find_last_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the latest complete checkpoint, or None if there is none."""
-    whole = filter(state.is_whole, checkpoints.glob("checkpoint-*"))
-    return max(whole, key=state.step_of, default=None)
+    Raises:
+        StageError: the folder of the checkpoints cannot be read.
+    """
+    try:
+        if folder.is_symlink() or folder.exists():
+            os.listdir(folder)
+        checkpoints.clean(folder)
+        found, faults = checkpoints.find_last(folder)
+    except OSError as error:
+        raise StageError(
+            f"the checkpoints in {folder} cannot be read",
+            "a directory that this user can read and write, or none yet",
+            f"{error.strerror or error}: {error.filename or folder}",
+            "restore the directory (or what its link points to), or pass --force to start over",
+        ) from error
+    for path, fault in faults.items():
+        stage.log(f"passing over {path.name}, which stays as it is: {fault}")
+    if faults and found is None:
+        stage.log("no whole checkpoint is left: training starts over")
+    return found
 
 
 def keep_rows(path: Path, last_step: int | None) -> int:
@@ -122,11 +161,60 @@ def keep_rows(path: Path, last_step: int | None) -> int:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl, without an incomplete last line."""
+    """Return the rows of metrics.jsonl, without an incomplete last line.
+
+    Raises:
+        StageError: the file cannot be read, or a line is no row that training wrote.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    rows: list[dict[str, Any]] = []
+    place = ""
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        for line in lines:
+            place = f", line {len(rows) + 1},"
+            rows.append(_check_row(json.loads(line)))
+    except (OSError, ValueError, TypeError) as error:
+        raise StageError(
+            f"{path}{place} is not what training wrote",
+            "a JSON object with `step` and the figures of a training or evaluation row",
+            str(error),
+            f"remove the line, or move {path.name} away: its curves then begin at the checkpoint",
+        ) from error
+    return rows
+
+
+def _check_row(row: Any) -> dict[str, Any]:
+    """Return a row; raise TypeError if it lacks a figure that publishing reads."""
+    if not isinstance(row, dict):
+        raise TypeError(f"a JSON {type(row).__name__}")
+    names = ["step"]
+    if "loss" in row:
+        names += ["loss", "tokens", "tokens_per_second"]
+    elif "eval_loss" in row:
+        names += ["eval_loss", "eval_perplexity"]
+    for name in names:
+        if not isinstance(row.get(name), int | float) or isinstance(row[name], bool):
+            raise TypeError(f"`{name}` is {row.get(name)!r}")
+    return row
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """Return the object in a file that the trainer wrote.
+
+    Raises:
+        StageError: the file is damaged; with the given fix.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        document = error
+    if not isinstance(document, dict):
+        raise StageError(
+            f"{path} is damaged", "the JSON object that training wrote", f"{document}", fix
+        )
+    return document
 
 
 def check_receipt(stage: Stage, trained_with: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +229,8 @@ def check_receipt(stage: Stage, trained_with: Mapping[str, Any]) -> dict[str, An
             trained something else.
     """
     path = stage.dir / RECEIPT
-    receipt = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    again = f"remove {stage.dir / BAKED}, then run the same command again"
+    receipt = read_json(path, again) if path.exists() else {}
     missing = [name for name in _CALLBACKS if name not in receipt.get("callbacks", ())]
     replaced = {name.rpartition(".")[2] for name in receipt.get("modules_replaced", ())}
     lora = stage.config.lora
@@ -166,11 +255,10 @@ def check_receipt(stage: Stage, trained_with: Mapping[str, Any]) -> dict[str, An
 
 def _publish(stage: Stage) -> None:
     receipt = check_receipt(stage, {})
-    baked = json.loads((stage.dir / BAKED).read_text(encoding="utf-8"))
+    again = f"remove {stage.dir / BAKED}: the same command then writes the result again"
+    baked = read_json(stage.dir / BAKED, again)
     rows = read_rows(stage.dir / METRICS)
-    best = stage.dir / "best"
-    best.unlink(missing_ok=True)
-    best.symlink_to(Path("checkpoints") / baked["best_checkpoint"])
+    point_to(stage.dir / "best", f"checkpoints/{baked['best_checkpoint']}", stage.log)
     train = [row for row in rows if "loss" in row]
     curve = {row["step"]: row["eval_perplexity"] for row in rows if "eval_perplexity" in row}
     plot.draw(rows, baked["mask_updates"], baked["best_step"], stage.dir / "loss.png")
@@ -182,7 +270,9 @@ def _publish(stage: Stage) -> None:
         "best_step": baked["best_step"],
         "best_eval_perplexity": math.exp(baked["best_eval_loss"]),
         "tokens": train[-1]["tokens"] if train else 0,
-        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in train),
+        "tokens_per_second": statistics.median(
+            row["tokens_per_second"] for row in train or [{"tokens_per_second": math.nan}]
+        ),
         "mask_updates": baked["mask_updates"],
         "two_four_conforming": baked["two_four_conforming"],
         "keep_attention": receipt["keep_attention"],

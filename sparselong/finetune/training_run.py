@@ -7,11 +7,14 @@ Axolotl itself must know.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparselong.checkpoint import check_recorded, take_inventory
 from sparselong.config import Config, load
 from sparselong.processes import find_world
+from sparselong.provenance import refuse_changes
 from sparselong.run import Stage, read_manifest
 
 METRICS, SUPERVISION = "metrics.jsonl", "supervision.txt"
@@ -22,7 +25,8 @@ RUN_KEY = "sparselong_run"
 _COMPRESS, _FINETUNE = "02_compress", "03_finetune"
 # Not `-m axolotl.cli.main`: to save conversations, datasets starts four processes, each of which
 # would import that main module again, which takes seconds.
-_AXOLOTL = "from axolotl.cli.main import main; main()"
+# Not standalone: click would print "Aborted!" in place of an EOFError, and no traceback.
+_AXOLOTL = "from axolotl.cli.main import cli; cli(standalone_mode=False)"
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,44 @@ class TrainingRun:
 
     @property
     def checkpoints(self) -> Path:
-        """Axolotl's output directory, which holds `checkpoint-N/`."""
+        """The directory of `checkpoint-N/`."""
         return self.work / "checkpoints"
+
+    @property
+    def axolotl(self) -> Path:
+        """Axolotl's output directory: what it writes besides checkpoints, which nothing reads."""
+        return self.work / "axolotl"
 
     def is_trained(self) -> bool:
         """Return whether training is finished and only the result remains to be written."""
         return (self.work / TRAINED).exists()
+
+    def forget_end(self, resume_from: Path | None) -> None:
+        """Remove the note that training is finished unless that was at this checkpoint."""
+        note = self.work / TRAINED
+        if resume_from is None or (note.exists() and _newest(note) not in (None, resume_from.name)):
+            note.unlink(missing_ok=True)
+
+
+def _newest(note: Path) -> str | None:
+    """Return the last checkpoint of a finished training; None if an earlier version noted none."""
+    try:
+        return json.loads(note.read_text(encoding="utf-8")).get("newest")
+    except (ValueError, AttributeError):  # an edited note says nothing: training is looked at again
+        return ""
+
+
+def check_compressed(stage: Stage) -> None:
+    """Raise unless stage 02's model and masters are still the files that it recorded.
+
+    Raises:
+        StageError: a file was changed, removed or added since, or the model is ambiguous.
+    """
+    rows = stage.manifests[_COMPRESS]["outputs"]
+    run = TrainingRun.of_stage(stage)
+    check_recorded(take_inventory(run.compressed), rows, _COMPRESS)
+    masters = [row for row in rows if Path(row["path"]).parent.name == run.masters.name]
+    refuse_changes(masters, stage.run_dir, _COMPRESS)
 
 
 def trainer_arguments(stage: Stage) -> list[str]:

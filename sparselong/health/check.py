@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 from sparselong.config import Config
 from sparselong.errors import ConfigError
+from sparselong.files import is_local
 from sparselong.health import resources
+from sparselong.health.inputs import Finding
 from sparselong.health.machine import Machine
 from sparselong.health.packages import NEEDED, Package
 from sparselong.health.rows import Row, fail, ok, warn
@@ -50,6 +52,7 @@ def check(config: Config, machine: Machine, plan: Plan) -> list[Row]:
         *resources.check_disk(machine, plan),
         *_base(machine.base),
         *(_source(source) for source in machine.data),
+        *(_opened(finding) for finding in machine.inputs),
     ]
 
 
@@ -253,9 +256,18 @@ def _source(source: Source) -> Row:
         key = {"base model": "model.base", "training data": "data.train"}.get(source.role)
         key = key or ("data.validation" if source.role == "validation data" else "evaluation.tasks")
         local = "[demo_hellaswag]" if key == "evaluation.tasks" else "something local"
-        return fail(
-            source.role, text, f"connect to the hub (HF_HUB_OFFLINE unset), or set {key} to {local}"
-        )
+        way = "correct the path" if is_local(source.name) else "connect to the hub"
+        way += "" if is_local(source.name) else " (HF_HUB_OFFLINE unset)"
+        return fail(source.role, text, f"{way}, or set {key} to {local}")
     if source.state == "unknown":
         return warn(source.role, text, "make sure that stage 04 can reach the hub")
     return ok(source.role, text)
+
+
+def _opened(finding: Finding) -> Row:
+    """Return the row of an opened input; a refusal is told in stage 02's words."""
+    error = finding.error
+    if error is None:
+        return ok(finding.role, finding.detail)
+    found = f"{error.what}; expected: {error.expected}; found: {error.found}"
+    return fail(finding.role, found, error.fix)

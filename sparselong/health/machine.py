@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sparselong.config import Config
 from sparselong.health import packages, sources
+from sparselong.health.inputs import Finding, probe_inputs
 from sparselong.health.packages import Package
 from sparselong.health.sources import Source
 
@@ -85,6 +86,8 @@ class Machine:
     """Size of the files in the run directory."""
     base: Source
     data: tuple[Source, ...]
+    inputs: tuple[Finding, ...] = ()
+    """What became of opening the base, its tokenizer and the rows."""
     flash_attn: bool = False
     """Whether the optional flash-attn package is installed."""
 
@@ -114,8 +117,14 @@ def probe(config: Config, run_dir: Path) -> Machine:
         run_dir_bytes=_tree_bytes(run_dir),
         base=base,
         data=data,
+        inputs=probe_inputs(config, run_dir, base, _rows_of(data)),
         flash_attn=packages.is_installed("flash_attn"),
     )
+
+
+def _rows_of(data: tuple[Source, ...]) -> tuple[Source, ...]:
+    """Return the sources of rows; evaluation tasks are left to stage 04."""
+    return tuple(source for source in data if not source.role.startswith("evaluation task"))
 
 
 def runs_in_our_environment() -> bool:
@@ -193,13 +202,13 @@ def _nvcc_version() -> str | None:
 def _host_memory() -> tuple[int, int]:
     """Return total and available host memory in bytes, from /proc/meminfo or the cgroup limit."""
     values = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         name, _, rest = line.partition(":")
         values[name] = int(rest.split()[0]) * 1024
     total, available = values["MemTotal"], values["MemAvailable"]
     limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        most = int(limit.read_text())
+    if limit.is_file() and limit.read_text(encoding="utf-8").strip().isdigit():
+        most = int(limit.read_text(encoding="utf-8"))
         total, available = min(total, most), min(available, most)
     return total, available
 

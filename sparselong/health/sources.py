@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from sparselong.config import Config
+from sparselong.files import is_local
 from sparselong.health.packages import is_installed
+from sparselong.tiny import find_tiny
 
 State = Literal["here", "made", "reachable", "missing", "unknown"]
 _TIMEOUT_SECONDS = 4.0
@@ -33,6 +35,7 @@ class Source:
         gated: whether the hub requires accepting its licence.
         licence: licence according to the hub.
         account: hub account whose token is set; None without a token.
+        path: directory of a model on this machine.
     """
 
     role: str
@@ -42,6 +45,7 @@ class Source:
     gated: bool = False
     licence: str = ""
     account: str | None = None
+    path: Path | None = None
 
 
 def _cache_home() -> Path:
@@ -67,17 +71,18 @@ def probe_sources(config: Config, run_dir: Path) -> tuple[Source, tuple[Source, 
 def _base(config: Config, run_dir: Path, hub: _Hub) -> Source:
     role, name = "base model", config.model.base
     if name == "tiny":
-        made = (run_dir / "base" / "tiny.json").is_file()
-        where = f"in {run_dir / 'base'}" if made else "created and trained by stage 02"
-        return Source(role, name, "here" if made else "made", where)
+        made = find_tiny(config, run_dir)
+        if made is None:
+            return Source(role, name, "made", "created and trained by stage 02")
+        return Source(role, name, "here", f"in {made}", path=made)
     if Path(name).is_dir():
-        lacking = _missing_files(Path(name))
-        if lacking:
-            return Source(role, name, "missing", f"{name} lacks {', '.join(lacking[:3])}")
-        return Source(role, name, "here", f"directory {name}")
+        return Source(role, name, "here", f"directory {name}", path=Path(name))
+    if is_local(name):
+        detail = "a file, not a directory" if Path(name).exists() else "no such directory"
+        return Source(role, name, "missing", detail)
     cached = _cached_checkpoint(name, config.model.revision)
     if cached:
-        return Source(role, name, "here", f"in the hub cache, {cached}")
+        return Source(role, name, "here", f"in the hub cache, {cached}", path=cached)
     return hub.ask(role, name, "model", config.model.revision)
 
 
@@ -90,7 +95,7 @@ def _missing_files(directory: Path) -> list[str]:
             names += sorted(
                 set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             )
-        except (ValueError, KeyError, AttributeError):
+        except (OSError, ValueError, KeyError, AttributeError):
             return [f"a readable {index.name}"]
     else:
         names.append("model.safetensors")
@@ -120,8 +125,9 @@ def _data(role: str, name: str, run_dir: Path, hub: _Hub) -> Source:
         return Source(role, name, "here", f"prepared in {run_dir / 'data'}")
     if Path(name).is_file():
         return Source(role, name, "here", f"file of {Path(name).stat().st_size:,} bytes")
-    if name.endswith((".jsonl", ".json")) or name.startswith((".", "/")):
-        return Source(role, name, "missing", f"file {name} does not exist")
+    if is_local(name):
+        detail = "not a file" if Path(name).exists() else f"file {name} does not exist"
+        return Source(role, name, "missing", detail)
     return _dataset(role, name, hub)
 
 
@@ -174,9 +180,9 @@ class _Hub:
         except HFValidationError:
             return Source(role, name, "missing", "neither a local file or directory nor a hub name")
         except HfHubHTTPError as error:
-            return Source(role, name, "missing", f"the hub refused: {_first_line(error)}")
+            return Source(role, name, "missing", f"the hub refused: {_reason(error)}")
         except (httpx.HTTPError, OSError) as error:
-            self._unreachable = f"the hub cannot be reached ({_first_line(error)})"
+            self._unreachable = f"the hub cannot be reached ({_reason(error)})"
             return Source(role, name, "missing", f"not on this machine, and {self._unreachable}")
         gated = bool(getattr(info, "gated", False))
         card = getattr(info, "card_data", None)
@@ -207,5 +213,5 @@ def _account() -> str | None:
         return None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

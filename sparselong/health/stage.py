@@ -1,13 +1,15 @@
 """Stage 01: check whether this machine can run a config before anything is downloaded or computed.
 
-machine.py gathers facts (with packages.py and sources.py), check.py and resources.py compare them
-with the plan, and report.py prints the result. `examine` is the stage: it always writes report.json
-and report.md; the manifest is written only if the machine can run the config.
+machine.py gathers facts (with packages.py, sources.py and inputs.py), check.py and resources.py
+compare them with the plan, and report.py prints the result. `examine` is the stage: it writes
+report.json and report.md if there is a plan; the manifest is written only if the machine can run
+the config.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from sparselong import memory
 from sparselong.config import Config
@@ -15,10 +17,14 @@ from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.health import report
 from sparselong.health.check import check
+from sparselong.health.inputs import BASE, ROWS, TOKENIZER
 from sparselong.health.machine import Machine, probe
 from sparselong.health.rows import Row
 from sparselong.memory import Plan
 from sparselong.run import Stage
+
+_DETAILED = ("GPU", "GPU memory", "host memory", "disk", BASE, TOKENIZER, ROWS)
+"""Checks whose finding is part of the failure, not only their name."""
 
 
 def plan_for(config: Config, machine: Machine) -> Plan:
@@ -44,21 +50,33 @@ def examine(stage: Stage) -> None:
     write_atomically(stage.dir / "report.md", report.markdown(document))
     failed = [row for row in rows if row.status == "fail"]
     if failed:
-        raise StageError(
-            f"this machine cannot run this config ({stage.config.model.base})",
-            "no failed check",
-            _summary(failed),
-            "; ".join(dict.fromkeys(row.fix for row in failed)),
-            details={"rows": document["rows"], "plan": document["plan"]},
-        )
+        raise _refusal(stage.config, machine, failed, document)
     stage.log(report.verdict(document))
     stage.outputs += [stage.dir / "report.json", stage.dir / "report.md"]
     counts = {status: sum(row.status == status for row in rows) for status in ("ok", "warn")}
     stage.metrics |= {"ready": True, **counts, "rows": document["rows"], "plan": document["plan"]}
 
 
+def _refusal(
+    config: Config, machine: Machine, failed: list[Row], document: dict[str, Any]
+) -> StageError:
+    """Return the failure of the stage: that of stage 02 if one input is all that is wrong."""
+    details = {"rows": document["rows"], "plan": document["plan"]}
+    errors = [finding.error for finding in machine.inputs if finding.error is not None]
+    if len(errors) == len(failed) == 1:
+        error = errors[0]
+        return StageError(error.what, error.expected, error.found, error.fix, details)
+    return StageError(
+        f"this machine cannot run this config ({config.model.base})",
+        "no failed check",
+        _summary(failed),
+        "; ".join(dict.fromkeys(row.fix for row in failed)),
+        details=details,
+    )
+
+
 def _summary(failed: list[Row]) -> str:
-    """Return the names of failed checks, with details for GPUs, memory and disk."""
+    """Return the names of failed checks, with details for GPUs, memory, disk and inputs."""
     names = ", ".join(row.check for row in failed)
-    lacking = [row for row in failed if row.check in ("GPU", "GPU memory", "host memory", "disk")]
+    lacking = [row for row in failed if row.check in _DETAILED]
     return "; ".join([names, *(f"{row.check}: {row.found}" for row in lacking)])

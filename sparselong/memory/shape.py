@@ -1,20 +1,20 @@
 """The sizes of a gpt-oss model, as integers, without loading it.
 
-All plans follow from ten numbers of the model's configuration. The two published models are built
-in under their hub names, the `tiny` model is that of sparselong.tiny.build, and any other base is
-read from its config.json. Parameter counts are exact: for the published models they equal the
-checkpoints' to the last parameter.
+All plans follow from eleven numbers of the model's configuration. The two published models are
+built in under their hub names, the `tiny` model is that of sparselong.tiny.build, and any other
+base is read from its config.json. Parameter counts are exact: for the published models they equal
+the checkpoints' to the last parameter.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sparselong.config import Config, ModelSection
 from sparselong.errors import ConfigError, StageError
+from sparselong.files import is_local
+from sparselong.memory.base_config import read_base_config
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class ModelShape:
 
     layers: int
     experts: int
+    full_layers: int
+    """Layers with full attention; the others have the sliding window."""
     hidden: int = 2880
     heads: int = 64
     kv_heads: int = 8
@@ -41,11 +43,6 @@ class ModelShape:
     def kv_width(self) -> int:
         """Width of all key heads (or value heads) together."""
         return self.kv_heads * self.head_dim
-
-    @property
-    def full_layers(self) -> int:
-        """Number of layers with full attention: every second one, starting with the second."""
-        return self.layers // 2
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
@@ -115,8 +112,8 @@ class ModelShape:
 
 
 PUBLISHED = {
-    "openai/gpt-oss-120b": ModelShape(layers=36, experts=128),
-    "openai/gpt-oss-20b": ModelShape(layers=24, experts=32),
+    "openai/gpt-oss-120b": ModelShape(layers=36, experts=128, full_layers=18),
+    "openai/gpt-oss-20b": ModelShape(layers=24, experts=32, full_layers=12),
 }
 
 _FIELDS = {
@@ -139,6 +136,7 @@ def tiny_shape(layers: int) -> ModelShape:
     return ModelShape(
         layers=layers,
         experts=8,
+        full_layers=layers // 2,
         hidden=128,
         heads=4,
         kv_heads=2,
@@ -159,9 +157,18 @@ def find_shape(model: ModelSection) -> ModelShape:
         return tiny_shape(model.tiny_layers)
     if model.base in PUBLISHED:
         return PUBLISHED[model.base]
-    path = Path(model.base) / "config.json"
-    if not path.is_file():
-        path = _cached_config(model)
+    path = find_config(model)
+    if path is None:
+        found, fix = "no such directory or file", "correct model.base"
+        if not is_local(model.base):
+            found = "no such directory, and no config.json in the hub cache"
+            fix += f", or download it first: hf download {model.base} config.json"
+        raise StageError(
+            f"the shape of model.base {model.base!r} is unknown",
+            f"{' or '.join(PUBLISHED)}, tiny, or a directory with a config.json",
+            found,
+            fix,
+        )
     return read_shape(path)
 
 
@@ -180,50 +187,33 @@ def check_heads(config: Config, shape: ModelShape) -> None:
         )
 
 
-def _cached_config(model: ModelSection) -> Path:
+def find_config(model: ModelSection) -> Path | None:
+    """Return the path of the base's config.json, or None if the base is not on this machine.
+
+    A base directory is on this machine even if it lacks that file; `tiny` is not looked for.
+    """
+    if model.base == "tiny":
+        return None
+    if Path(model.base).is_dir():
+        return Path(model.base) / "config.json"
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         cached = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
     except HFValidationError:  # a path, not a hub name
-        cached = None
-    if isinstance(cached, str):
-        return Path(cached)
-    raise StageError(
-        f"the shape of model.base {model.base!r} is unknown",
-        f"{' or '.join(PUBLISHED)}, tiny, or a directory with a config.json",
-        "no such directory, and no config.json in the hub cache",
-        f"correct model.base, or download it first: hf download {model.base} config.json",
-    )
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def read_shape(path: Path) -> ModelShape:
     """Return the shape described by a gpt-oss checkpoint's config.json.
 
     Raises:
-        StageError: the file cannot be read, does not describe a gpt-oss model or lacks a key.
+        StageError: see `read_base_config`.
     """
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StageError(
-            f"{path} cannot be read",
-            "the JSON configuration of a gpt-oss checkpoint",
-            str(error),
-            "download the checkpoint again, or correct model.base",
-        ) from error
-    kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-    if kind != "gpt_oss":
-        raise StageError(
-            f"{path} is not a gpt-oss config", "model_type gpt_oss", f"{kind}", "set model.base"
-        )
-    lacking = [key for key in _FIELDS.values() if not isinstance(values.get(key), int)]
-    if lacking:
-        raise StageError(
-            f"{path} is incomplete",
-            f"integers for {', '.join(_FIELDS.values())}",
-            f"none for {', '.join(lacking)}",
-            "use the config.json of the published checkpoint",
-        )
-    return ModelShape(**{field: values[key] for field, key in _FIELDS.items()})
+    sizes, layer_types = read_base_config(path)
+    return ModelShape(
+        **{field: sizes[key] for field, key in _FIELDS.items()},
+        full_layers=layer_types.count("full_attention"),
+    )

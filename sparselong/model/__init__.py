@@ -9,10 +9,16 @@ if TYPE_CHECKING:
     from sparselong.model.description import describe_weights
     from sparselong.model.documents import document_masks
     from sparselong.model.fused import FusedDecoderLayer, chunk_loss, fuse
-    from sparselong.model.loading import load_model, load_tokenizer
+    from sparselong.model.loading import load_model
     from sparselong.model.packed_experts import PackedExperts
     from sparselong.model.packed_linear import PackedLinear
     from sparselong.model.projections import stored_projections, two_four_conforming
     from sparselong.model.quantizer import SparseLongConfig
+    from sparselong.model.tokenizer import (
+        check_rows_kept,
+        check_tokenizer_files,
+        load_tokenizer,
+        settle_template,
+    )
 
 __getattr__ = expose(__name__)

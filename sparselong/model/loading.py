@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, GptOssForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, GptOssForCausalLM
 
-from sparselong.checkpoint import METHOD
+from sparselong.checkpoint import METHOD, take_inventory
 from sparselong.errors import StageError
 from sparselong.model.quantizer import SparseLongConfig
 from sparselong.runtime import compute_dtype, default_device
@@ -27,9 +28,20 @@ def packed_config(name: Path | str) -> Any:
         name: a directory, or a hub name such as openai/gpt-oss-20b.
 
     Raises:
-        StageError: The model is not a supported gpt-oss, or tokens use more experts than it has.
+        StageError: The model is not a supported gpt-oss, its files are damaged or ambiguous, or
+            tokens use more experts than it has.
     """
-    config = AutoConfig.from_pretrained(name)
+    if Path(name).is_dir():
+        take_inventory(Path(name))
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise StageError(
+            f"config.json of {name} cannot be used",
+            "the config.json of a gpt-oss checkpoint",
+            " ".join(str(error).split()),
+            "restore config.json from the published checkpoint, or redo the stage that wrote it",
+        ) from error
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if config.model_type != "gpt_oss" or method not in ("mxfp4", METHOD):
         raise StageError(
@@ -79,13 +91,13 @@ def load_model(
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
-    except (SafetensorError, RuntimeError) as error:  # a truncated file; a wrong shape
+    except (SafetensorError, RuntimeError, ValueError) as error:  # ValueError: the quantizer's
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise StageError(
-            f"{directory} contains a damaged shard or a tensor of the wrong shape",
+            f"{directory} cannot be opened as a model",
             "complete safetensors files whose tensors match config.json",
-            " ".join(str(error).split())[:600],
+            " ".join(str(error).split()),
             "download the checkpoint again, or redo the stage that wrote it",
         ) from error
     model, info = opened
@@ -98,24 +110,3 @@ def load_model(
             "download the checkpoint again, or redo the stage that wrote it",
         )
     return model.requires_grad_(False).eval()
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Return the checkpoint's tokenizer, which has a chat template.
-
-    Raises:
-        StageError: Files are missing or damaged, or there is no chat template.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        found = "no chat template" if tokenizer.chat_template is None else None
-    except (OSError, ValueError) as error:
-        tokenizer, found = None, str(error).splitlines()[0]
-    if tokenizer is None or found:
-        raise StageError(
-            f"the tokenizer of {directory} cannot be used",
-            "tokenizer.json, tokenizer_config.json and a chat template",
-            found or "none",
-            "download the checkpoint's tokenizer files again",
-        )
-    return tokenizer

@@ -1,9 +1,10 @@
 """transformers quantizer for packed checkpoints, which `from_pretrained` opens like any other.
 
 Importing `sparselong` registers the quantization method `sparselong`. Before weights are loaded,
-the quantizer replaces the attention projections by PackedLinear and the experts by PackedExperts;
-the checkpoint's tensors then load by name. Nothing is decoded or falls back to bf16; the format and
-size of each group of weights are printed to stderr. If the model attends through `sparselong`, its
+the quantizer replaces the attention projections by PackedLinear and the experts by PackedExperts,
+and raises unless the checkpoint holds exactly these tensors (stored.py); they then load by name.
+Nothing is decoded or falls back to bf16; the format and size of each group of weights are printed
+to stderr. If the model attends through `sparselong`, its
 norms and rotary embeddings are fused too (fused.py).
 
 The same quantizer opens an upstream checkpoint with packed experts (`weight_bits=16`,
@@ -27,6 +28,7 @@ from sparselong.errors import StageError
 from sparselong.model.description import describe_weights
 from sparselong.model.packed_experts import IMPLEMENTATION, PackedExperts
 from sparselong.model.packed_linear import PackedLinear
+from sparselong.model.stored import refuse_mismatch
 from sparselong.packing import DenseFormat, mxfp4, two_four
 
 _FIELDS: dict[str, tuple[int | str, ...]] = {
@@ -104,8 +106,13 @@ class SparseLongQuantizer(HfQuantizer):
             )
         return dtype
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
+    ) -> None:
         replace_with_packed(model, self.quantization_config.dense_format)
+        if checkpoint_files:  # none if the caller passes a state dict
+            sparse_experts = self.quantization_config.expert_sparsity == "2:4"
+            refuse_mismatch(model, checkpoint_files, sparse_experts)
         # A shard that is hard-linked from the base still contains the dense weights that the packed
         # ones replace; the index does not list them.
         model._keys_to_ignore_on_load_unexpected = {

@@ -6,9 +6,15 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.processes import world
-    from sparselong.processes.failure import tell_failures, write_failure
+    from sparselong.processes.failure import TrainerEnded, tell_failures, write_failure
     from sparselong.processes.follow import follow_or_lead, train_together
-    from sparselong.processes.launch import find_world, joined_rank
+    from sparselong.processes.launch import (
+        check_alone,
+        find_world,
+        hide_launcher,
+        is_joined,
+        joined_rank,
+    )
     from sparselong.processes.process import MARK
     from sparselong.processes.world import check_replicas
 

@@ -22,6 +22,10 @@ from sparselong.files import is_disk_full
 FAILURE = "failure.json"
 
 
+class TrainerEnded(StageError):
+    """A trainer's end that it did not explain itself; whether it comes again is not known."""
+
+
 def failure_path(work: Path, rank: int) -> Path:
     """Return the path of a rank's failure file in the stage's directory."""
     return work / (FAILURE if rank == 0 else f"failure.rank{rank}.json")
@@ -84,5 +88,5 @@ def _disk_is_full(work: Path, found: str) -> StageError:
         f"{work.name} could not write to {work}",
         "enough free disk space",
         found,
-        "free some space, then run the same command again: complete checkpoints are kept",
+        "free some space, then run the same command again: finished parts are kept",
     )

@@ -22,6 +22,7 @@ from sparselong.config import load
 from sparselong.errors import ExpectedError, StageError
 from sparselong.processes.launch import joined_rank
 from sparselong.processes.process import train_ranks
+from sparselong.registration import move_caches, set_streams
 from sparselong.run import Stage, parse_arguments
 
 if TYPE_CHECKING:  # refusing a config needs no torch
@@ -108,12 +109,14 @@ def _interrupt(signum: int, _frame: object) -> None:
 
 
 def _follow(name: str, argv: list[str] | None, trainer: Callable[[Stage], Sequence[str]]) -> int:
+    set_streams()
     arguments = parse_arguments(name, "", argv)
     store, key = _store(name)
     store.wait([key], _PATIENCE)
     status, _, code = store.get(key).decode().partition(" ")
     if status == _TRAIN:
         stage = Stage(name, load(arguments.config, arguments.overrides), arguments.run_dir)
+        move_caches(stage.run_dir / "cache", [stage.config.model.base])
         try:
             train_together(stage, trainer(stage))
         except KeyboardInterrupt as signalled:

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from sparselong.config import Config
 from sparselong.errors import ConfigError
 
-WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_HIDDEN = (*_VARIABLES, "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
+_MOST = {"WORLD_SIZE": 2**20, "MASTER_PORT": 65535}
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,85 @@ class World:
 
 
 def joined_rank() -> int | None:
-    """Return this process's rank if torchrun started several processes, else None."""
-    return int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    """Return this process's rank if a launcher started several processes, else None.
+
+    Raises:
+        ConfigError: a variable that torchrun sets is missing or contradicts the others.
+    """
+    if not os.environ.get("WORLD_SIZE") or _read("WORLD_SIZE", 1, _MOST["WORLD_SIZE"]) == 1:
+        return None
+    size = _read("WORLD_SIZE", 1, _MOST["WORLD_SIZE"])
+    here = _read("LOCAL_WORLD_SIZE", 1, size)
+    _read("LOCAL_RANK", 0, here - 1)
+    _read("MASTER_PORT", 1, _MOST["MASTER_PORT"])
+    if not os.environ.get("MASTER_ADDR"):
+        raise _wrong("MASTER_ADDR", "the name of the machine of rank 0")
+    return _read("RANK", 0, size - 1)
+
+
+def _read(name: str, least: int, most: int) -> int:
+    """Return an integer from the environment; raise unless it is in the range."""
+    text = os.environ.get(name, "")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and least <= int(text) <= most):
+        raise _wrong(name, f"an integer from {least} to {most}")
+    return int(text)
+
+
+def _wrong(name: str, expected: str) -> ConfigError:
+    names = [*_VARIABLES, "MASTER_ADDR", "MASTER_PORT"]
+    found = [f"{each}={os.environ[each]}" for each in names if each in os.environ]
+    return ConfigError(
+        f"the environment does not describe processes that train together: {name}",
+        f"{name}: {expected}",
+        " ".join(found),
+        "start several processes with torchrun, or one with: "
+        f"env {' '.join(f'-u {each}' for each in names if each in os.environ)} python ...",
+    )
+
+
+def is_joined() -> bool:
+    """Return whether a launcher started this process as one of several.
+
+    False also if its variables are not valid, which `find_world` and `check_alone` explain.
+    """
+    try:
+        return joined_rank() is not None
+    except ConfigError:
+        return False
+
+
+def hide_launcher() -> None:
+    """Remove a launcher's variables, so that no library waits for other processes."""
+    for name in list(os.environ):
+        if name in _HIDDEN or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
+
+
+def check_alone() -> None:
+    """Raise if several processes were started for a stage that is one process.
+
+    Variables that describe a single process are removed.
+
+    Raises:
+        ConfigError: they were, or the environment says so.
+    """
+    rank = joined_rank()
+    if rank is not None:
+        raise ConfigError(
+            f"only 03_finetune.py runs in several processes (this is rank {rank})",
+            "one process",
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+            "start it with python, not torchrun, and with WORLD_SIZE unset",
+        )
+    hide_launcher()
 
 
 def find_world(config: Config) -> World:
     """Return the processes that the config and torchrun's environment variables specify.
 
     Raises:
-        ConfigError: torchrun's number of processes is not a multiple of sequence_parallel_degree.
+        ConfigError: torchrun's number of processes is not a multiple of sequence_parallel_degree,
+            or its variables are not valid.
     """
     degree, rank = config.sequence_parallel_degree, joined_rank()
     if rank is None:
@@ -90,7 +162,7 @@ def rank_environments(world: World, gpus: int) -> dict[int, dict[str, str]]:
 def _share_of_machine(local: int, world: World, gpus: int) -> dict[str, str]:
     share = {}
     if world.size > 1 and not world.joined and "OMP_NUM_THREADS" not in os.environ:
-        share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world.size))
+        share["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // world.size))
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = visible.split(",") if visible else [str(number) for number in range(gpus)]

@@ -28,14 +28,16 @@ from pathlib import Path
 
 from sparselong.errors import StageError
 from sparselong.memory import ALLOCATOR
-from sparselong.processes.failure import failure_path, read_failure
+from sparselong.processes.failure import TrainerEnded, failure_path, read_failure
 from sparselong.processes.launch import find_world, joined_rank, rank_environments
+from sparselong.processes.output import cause_of
 from sparselong.run import Stage
 
 MARK = "[sparselong] "
 """Prefix of the trainer's output lines that the stage shows; `callbacks.tell` writes it."""
 _PR_SET_PDEATHSIG = 1
-_LAST_LINES = 12
+_LAST_LINES = 400
+"""Lines of output that are searched for the cause of a failure."""
 _GRACE_SECONDS = 20
 _SETTLE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
@@ -62,7 +64,7 @@ class _Trainer:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,
             preexec_fn=_die_with_parent,
@@ -169,11 +171,11 @@ def _explain(
     trainer, failure = (own or failures)[0]
     if failure is None:
         who = f"rank {trainer.rank} of the trainer" if several else "the trainer"
-        return StageError(
+        return TrainerEnded(
             f"{who} ended with {_name(trainer.process.returncode)}",
             "exit code 0",
-            "its last lines were:\n  " + "\n  ".join(trainer.last),
-            f"see {trainer.log}; the same command resumes from the last complete checkpoint",
+            "\n  ".join(_tell_end(trainer.process.returncode, cause_of(trainer.last))),
+            f"see {trainer.log}",
         )
     everywhere = len({each.what if each else None for _, each in failures}) == 1 < len(failures)
     if own and several and not everywhere:
@@ -181,17 +183,17 @@ def _explain(
     elif unfinished and f"rank {unfinished[0]}" not in failure.found:
         names = ", ".join(map(str, unfinished))
         failure.found += f"; rank {names} was still running, see its log.rankN.txt"
-    return StageError(failure.what, failure.expected, failure.found, failure.fix)
+    return type(failure)(failure.what, failure.expected, failure.found, failure.fix)
 
 
 def _failure_of(stage: Stage, trainer: _Trainer) -> StageError | None:
     failure = read_failure(stage.dir, trainer.rank)
     if failure is None and trainer.timed_out:  # NCCL's watchdog ended the process
-        return StageError(
+        return TrainerEnded(
             f"rank {trainer.rank} could not finish the exchange with the other ranks over NCCL",
             "every rank to reach the same exchange within the timeout",
             "NCCL's watchdog ended the rank",
-            f"see {trainer.log}; the same command resumes from the last complete checkpoint",
+            f"see {trainer.log}",
             consequence=True,
         )
     return failure
@@ -213,6 +215,7 @@ def _environment(stage: Stage) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8:backslashreplace",  # as the reader of its output expects
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str((stage.dir / "prepared" / "cache").resolve()),
         "AXOLOTL_DO_NOT_TRACK": "1",
@@ -224,6 +227,13 @@ def _die_with_parent() -> None:
     """Ask the kernel, in the child before exec, to kill it when its parent dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _tell_end(code: int, last: list[str]) -> list[str]:
+    """Return a trainer's last lines under a line that introduces them."""
+    hint = "killed from outside, as Linux does when memory runs out; "
+    words = "its last lines were:" if last else "it wrote nothing that tells the cause"
+    return [f"{hint * (code == -signal.SIGKILL)}{words}", *last]
 
 
 def _name(code: int) -> str:

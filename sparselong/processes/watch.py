@@ -135,7 +135,7 @@ class _Watch:
             f"rank {self.rank} stops because rank {failure['rank']} of {self.size} failed",
             "every rank to run to the end",
             f"rank {failure['rank']}: {failure['cause']}",
-            "fix the cause named here and start again: training resumes from the last checkpoint",
+            "fix the cause named here, then run the same command again",
             consequence=True,
         )
 

@@ -14,7 +14,6 @@ ranks wait for it in a separate process group, which the watch does not count.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -24,7 +23,7 @@ import torch.distributed as dist
 
 from sparselong.errors import StageError
 from sparselong.parallel import Mesh, all_gather, build_mesh, explain_exchange
-from sparselong.processes.launch import WORLD_VARIABLES
+from sparselong.processes.launch import hide_launcher
 from sparselong.processes.watch import watch_ranks
 
 EXCHANGE_SECONDS = 600
@@ -32,7 +31,6 @@ EXCHANGE_SECONDS = 600
 _SILENCE_SECONDS = 120.0
 """How long a busy rank may write no heartbeat."""
 _PATIENCE = timedelta(days=2)
-_HIDDEN = (*WORLD_VARIABLES, "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
 _mesh: Mesh | None = None
 _watch = ExitStack()
 
@@ -53,9 +51,7 @@ def join(context_size: int, exchange_seconds: float = EXCHANGE_SECONDS) -> Mesh:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
     _mesh = build_mesh(context_size, timedelta(seconds=2 * exchange_seconds))
-    for name in list(os.environ):
-        if name in _HIDDEN or name.startswith("TORCHELASTIC_"):
-            del os.environ[name]
+    hide_launcher()
     return _mesh
 
 
@@ -164,8 +160,7 @@ def check_replicas(tensors: Mapping[str, torch.Tensor], step: int) -> None:
             f"the ranks' adapters or masks differ at step {step}",
             "the same values on every rank as on rank 0",
             f"different values on rank {', '.join(others)}, first in {first}",
-            "resume from the last checkpoint with the same command; if it happens again, a GPU "
-            "may be faulty: use other GPUs",
+            "run the same command again; if it happens again, a GPU may be faulty: use other GPUs",
         )
 
 

@@ -16,21 +16,48 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sparselong.config import Config, load
-from sparselong.errors import ExpectedError, StageError
+from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.files import is_disk_full
-from sparselong.run.directory import Stage, finish, locked, prepare, read_manifest
+from sparselong.registration import move_caches, set_streams
+from sparselong.run.directory import LOG, Stage, finish, prepare, read_manifest
+from sparselong.run.lock import locked, writing
+from sparselong.run.place import STARTED, find_run_dir, refuse_overlap
 
-DEFAULT_CONFIG = "configs/gpt-oss-120b-4x3090.yaml"
+_KEPT = {
+    "02_compress": ": finished layers are kept",
+    "03_finetune": ": training continues from its last whole checkpoint, if there is one",
+    "04_eval": ": models that were measured are not measured again",
+}
+"""What a stage that was interrupted need not repeat."""
+DEFAULT_CONFIG = str(Path(__file__).resolve().parents[2] / "configs/gpt-oss-120b-4x3090.yaml")
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that interrupt a stage as Ctrl-C does."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parser whose errors are explained as those of the config are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(
+            "the command line cannot be read",
+            " ".join(self.format_usage().split()),
+            message,
+            f"see python {self.prog} --help",
+        )
 
 
 def parse_arguments(name: str, description: str, argv: list[str] | None) -> argparse.Namespace:
-    """Return the parsed command line, which is the same for every script but for --preview."""
-    parser = argparse.ArgumentParser(prog=f"{name}.py", description=description)
+    """Return the parsed command line, which is the same for every script but for --preview.
+
+    Raises:
+        ConfigError: it cannot be read, or --run-dir cannot be a directory.
+    """
+    parser = _Parser(prog=f"{name}.py", description=description)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default %(default)s)")
-    parser.add_argument("--run-dir", type=Path, help="default runs/<name of the config file>")
+    parser.add_argument("--run-dir", help="default runs/<name of the config file>")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="config overrides")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, touch nothing")
     parser.add_argument("--force", action="store_true", help="redo a finished stage")
@@ -40,8 +67,7 @@ def parse_arguments(name: str, description: str, argv: list[str] | None) -> argp
         parser.add_argument("--preview", metavar="FILE:LINE", help=text)
     parser.set_defaults(preview=None)
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.run_dir is None:
-        arguments.run_dir = Path("runs") / Path(arguments.config).stem
+    arguments.run_dir = find_run_dir(arguments.run_dir, arguments.config)
     return arguments
 
 
@@ -73,10 +99,17 @@ def run_stage(
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
     """
-    arguments = parse_arguments(name, description, argv)
+    set_streams()
+    try:
+        arguments = parse_arguments(name, description, argv)
+    except ConfigError as error:
+        _report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
+        return error.exit_code
     redo = arguments.force or not keep_result
     with _explained_failures(name, arguments) as outcome:
         config = load(arguments.config, arguments.overrides)
+        with writing(arguments.run_dir):
+            refuse_overlap(config, arguments.run_dir)
         if arguments.dry_run:
             document = plan(config, arguments.run_dir, name)
             text = show_plan(document)
@@ -84,20 +117,30 @@ def run_stage(
             document = preview(config, arguments.run_dir, arguments.preview)
             text = document["text"]
         else:
+            cache = arguments.run_dir / "cache"
+            named = (config.model.base, config.data.train, config.data.validation or "")
+            moved = move_caches(cache, named)
             if check is not None:
                 check(config)
-            document = _run_locked(Stage(name, config, arguments.run_dir), redo, execute)
+            stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
+            document = _run_locked(stage, redo, execute, cache if moved else None)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
 
 
-def _run_locked(stage: Stage, redo: bool, execute: Callable[[Stage], None]) -> dict[str, Any]:
+def _run_locked(
+    stage: Stage, redo: bool, execute: Callable[[Stage], None], cache: Path | None
+) -> dict[str, Any]:
     with locked(stage.run_dir):
         if prepare(stage, redo):
             stage.log(f"{stage.name} is up to date in {stage.run_dir} for this config")
             return read_manifest(stage.run_dir, stage.name) or {}
         start = time.monotonic()
+        if cache is not None:
+            with writing(cache):
+                cache.mkdir(exist_ok=True)
+            stage.log(f"caches go to {cache}: the home directory or a cache cannot be written")
         execute(stage)
         return finish(stage, time.monotonic() - start)
 
@@ -120,11 +163,20 @@ class _Outcome:
 
 def _note_failure(name: str, run_dir: Path, text: str) -> None:
     """Append a failure to the stage's log if the stage has started; ignore a full disk."""
-    log = run_dir / name / "log.txt"
+    log = run_dir / name / LOG
     with suppress(OSError):
-        if log.parent.exists():
-            with log.open("a", encoding="utf-8") as file:
+        if (log.parent / STARTED).exists():
+            with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} failed\n{text}\n")
+
+
+def _rerun(name: str, arguments: argparse.Namespace) -> str:
+    """Return which command continues the stage and what it need not repeat."""
+    again = "the same command again"
+    if arguments.dry_run or name not in _KEPT:
+        return again
+    begun = not (arguments.run_dir / name / "manifest.json").exists()
+    return f"{again}{' without --force' if arguments.force and begun else ''}{_KEPT[name]}"
 
 
 @contextmanager
@@ -135,7 +187,9 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
         raise KeyboardInterrupt(signal.Signals(signum).name)
 
     outcome = _Outcome()
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    # nohup ignores SIGHUP, and so must the stage.
+    heard = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    previous = {each: signal.signal(each, interrupt) for each in heard}
     try:
         yield outcome
     except ExpectedError as error:
@@ -145,7 +199,7 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
             f"{name} was interrupted",
             "the stage to finish",
             str(error) or "Ctrl-C",
-            "run the same command again: it continues from the last finished part",
+            f"run {_rerun(name, arguments)}",
         )
     except Exception as error:
         if not is_disk_full(error):
@@ -156,16 +210,22 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
             f"{name} could not write {file or f'to {arguments.run_dir}'}",
             "free disk space",
             getattr(error, "strerror", None) or str(error).splitlines()[0],
-            "free some space, then run the same command again: finished parts are kept",
+            f"free some space, then run {_rerun(name, arguments)}",
         )
     else:
         return
     finally:
-        signal.signal(signal.SIGTERM, previous)
-    print(failure, file=sys.stderr, flush=True)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+    _report(name, failure, arguments.json)
     if arguments.preview is None:
         _note_failure(name, arguments.run_dir, str(failure))
-    if arguments.json:
-        document = {"stage": name, "status": "failed", **failure.explanation(), **failure.details}
-        print(json.dumps(document, indent=1))
     outcome.exit_code = failure.exit_code
+
+
+def _report(name: str, failure: ExpectedError, as_json: bool) -> None:
+    """Print a failure: four lines to stderr, and a JSON document to stdout on request."""
+    print(failure, file=sys.stderr, flush=True)
+    if as_json:
+        document = {"stage": name, "status": "failed", **failure.explanation(), **failure.details}
+        print(json.dumps(document, indent=1), flush=True)

@@ -1,4 +1,4 @@
-"""The run directory: one process at a time, and a stage with a manifest is done.
+"""The run directory: a stage with a manifest is done.
 
     runs/NAME/config.yaml                 resolved config of the stage that was started last
     runs/NAME/date.txt                    the day that chat templates render (data/run_date.py)
@@ -13,15 +13,11 @@ A stage may be interrupted at any point before the manifest is written.
 from __future__ import annotations
 
 import datetime
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +25,20 @@ from typing import Any
 from sparselong import provenance
 from sparselong.config import Config, dump
 from sparselong.errors import StageError
-from sparselong.files import is_disk_full, write_atomically
+from sparselong.files import write_atomically
+from sparselong.run.lock import writing
+from sparselong.run.place import (
+    MANIFEST,
+    STARTED,
+    check_manifest,
+    check_started,
+    read_document,
+    refuse_foreign,
+)
 from sparselong.run.stages import STAGES, stage_hash
 
+LOG = "log.txt"
+_UNFINISHED = "unfinished work"
 FORMAT_VERSION = 3
 """Of manifests and of what their hashes cover; 1 hashed keys that decide no result too, 2 had no
 date."""
@@ -51,10 +58,14 @@ class Stage:
     inputs: list[Path] = field(default_factory=list)
     outputs: list[Path] = field(default_factory=list)
     """Files or directories; directories are listed file by file in the manifest."""
+    described: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of `provenance.describe_files` for files that the stage has hashed before its end."""
     peak_bytes: dict[str, int] = field(default_factory=dict)
     """Peak memory by device: `host`, `cuda:0`, …"""
     date: datetime.date | None = None
     """The date that chat templates rendered, if the result depends on conversations."""
+    forced: bool = False
+    """Whether `--force` was passed, with which a rerun would start over once more."""
 
     @property
     def dir(self) -> Path:
@@ -66,63 +77,30 @@ class Stage:
         """`runs/NAME/0N_stage.replaced`: the previous result while `--force` makes a new one."""
         return self.run_dir / f"{self.name}.replaced"
 
+    @property
+    def same_command(self) -> str:
+        """The command line that continues this stage, in words."""
+        return f"the same command{' without --force' if self.forced else ''}"
+
     def log(self, message: str) -> None:
         """Write one line to stderr and to the stage's log.txt."""
         print(message, file=sys.stderr, flush=True)
-        with (self.dir / "log.txt").open("a", encoding="utf-8") as file:
+        with (self.dir / LOG).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
 
 def read_manifest(run_dir: Path, name: str) -> dict[str, Any] | None:
     """Return the stage's manifest, or None if the stage is not done."""
-    return _read(run_dir / name / "manifest.json")
+    return read_document(run_dir / name / MANIFEST)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Make the run directory and hold its lock, which the system releases when the process ends.
-
-    Raises:
-        StageError: another process holds the lock, or the directory cannot be created or written.
-    """
-    with _writing(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a+", encoding="utf-8")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise StageError(
-                f"run directory {run_dir} is in use",
-                "one process at a time in a run directory",
-                f"process {file.read().strip() or 'unknown'} holds its lock",
-                "wait for it to end, or pass another --run-dir",
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Raise StageError if a directory cannot be written; a full disk is left to the caller."""
-    try:
-        yield
-    except OSError as error:
-        if is_disk_full(error):
-            raise
-        raise StageError(
-            f"{directory} cannot be created or written",
-            "a directory that this user can create and write",
-            f"{error.strerror or type(error).__name__}: {error.filename or directory}",
-            "pass another --run-dir, or correct the path or its permissions",
-        ) from error
+def _read_finished(run_dir: Path, name: str) -> dict[str, Any] | None:
+    """Return the stage's manifest after checking it, or None if the stage is not done."""
+    manifest = read_manifest(run_dir, name)
+    if manifest is not None:
+        _refuse_other_version(run_dir / name, name, manifest)
+        check_manifest(run_dir / name / MANIFEST, name, manifest)
+    return manifest
 
 
 def prepare(stage: Stage, redo: bool) -> bool:
@@ -140,11 +118,12 @@ def prepare(stage: Stage, redo: bool) -> bool:
             directory holds work for another config or from inputs that no longer exist, or it
             cannot be written. Nothing is changed in these cases.
     """
-    manifest = None if redo else read_manifest(stage.run_dir, stage.name)
-    started = stage.dir / "started.json"
-    present = manifest or (None if redo else _read(started))
-    if present:
-        _refuse_other_work(stage, present, "a result" if manifest else "unfinished work")
+    refuse_foreign(stage.run_dir)
+    manifest = None if redo else _read_finished(stage.run_dir, stage.name)
+    started = stage.dir / STARTED
+    present = manifest or (None if redo else read_document(started))
+    if present is not None:
+        _refuse_other_work(stage, present, "a result" if manifest else _UNFINISHED)
     if manifest:
         return True
     stage.manifests = {name: _require(stage, name) for name in STAGES[stage.name].reads}
@@ -153,10 +132,11 @@ def prepare(stage: Stage, redo: bool) -> bool:
         "config_hash": stage_hash(stage.config, stage.name),
         "made_from": _made_from(stage),
     }
-    with _writing(stage.dir):
+    with writing(stage.dir):
         if redo and stage.dir.exists():
             _set_aside(stage)
         stage.dir.mkdir(parents=True, exist_ok=True)
+        (stage.dir / LOG).open("a", encoding="utf-8").close()
         write_atomically(started, json.dumps(beginning))
         write_atomically(stage.run_dir / "config.yaml", dump(stage.config))
     return False
@@ -164,7 +144,7 @@ def prepare(stage: Stage, redo: bool) -> bool:
 
 def _require(stage: Stage, name: str) -> dict[str, Any]:
     """Return the manifest of a stage that this one reads; raise unless it is of this config."""
-    manifest = read_manifest(stage.run_dir, name)
+    manifest = _read_finished(stage.run_dir, name)
     if manifest is None:
         raise StageError(
             f"{stage.name} needs {name}, which is not done in {stage.run_dir}",
@@ -172,7 +152,6 @@ def _require(stage: Stage, name: str) -> dict[str, Any]:
             "no manifest",
             f"run python {name}.py with the same --config and --run-dir first",
         )
-    _refuse_other_version(stage.run_dir / name, name, manifest)
     wanted = stage_hash(stage.config, name)
     if manifest["config_hash"] != wanted:
         raise StageError(
@@ -187,12 +166,14 @@ def _require(stage: Stage, name: str) -> dict[str, Any]:
 def _made_from(stage: Stage) -> dict[str, str | None]:
     """Return a hash of the output files of each stage that this one reads; None if not done.
 
-    The hash stays the same if an earlier stage is redone and produces the same bytes.
+    The hash stays the same if an earlier stage is redone and produces the same bytes, so it does
+    not cover the files' times.
     """
     hashes: dict[str, str | None] = {}
     for name in STAGES[stage.name].reads:
-        manifest = read_manifest(stage.run_dir, name)
-        listed = json.dumps(manifest["outputs"]) if manifest else ""
+        manifest = _read_finished(stage.run_dir, name)
+        rows = manifest["outputs"] if manifest else []
+        listed = json.dumps([{k: v for k, v in row.items() if k != "mtime_ns"} for row in rows])
         hashes[name] = hashlib.sha256(listed.encode()).hexdigest() if manifest else None
     return hashes
 
@@ -212,6 +193,7 @@ def _refuse_other_version(directory: Path, name: str, found: dict[str, Any]) -> 
 def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None:
     """Raise if the stage's directory holds work for another config or from other inputs."""
     _refuse_other_version(stage.dir, stage.name, present)
+    check_started(stage.dir / (STARTED if kind == _UNFINISHED else MANIFEST), present)
     wanted = stage_hash(stage.config, stage.name)
     if present["config_hash"] != wanted:
         raise StageError(
@@ -233,7 +215,7 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
 
 def _set_aside(stage: Stage) -> None:
     """Move a finished result aside until a new one replaces it; delete unfinished work."""
-    if read_manifest(stage.run_dir, stage.name) is None:
+    if not (stage.dir / MANIFEST).exists():
         shutil.rmtree(stage.dir)
         return
     shutil.rmtree(stage.replaced_dir, ignore_errors=True)
@@ -242,6 +224,10 @@ def _set_aside(stage: Stage) -> None:
 
 def finish(stage: Stage, seconds: float) -> dict[str, Any]:
     """Write the manifest, which marks the stage as done, and return it."""
+    known = [row for earlier in stage.manifests.values() for row in earlier["outputs"]]
+    known += stage.described
+    inputs = provenance.describe_files(stage.inputs, stage.run_dir, known)
+    outputs = provenance.describe_files(stage.outputs, stage.run_dir, [*known, *inputs])
     manifest = {
         "format_version": FORMAT_VERSION,
         "stage": stage.name,
@@ -249,8 +235,8 @@ def finish(stage: Stage, seconds: float) -> dict[str, Any]:
         "config_hash": stage_hash(stage.config, stage.name),
         "made_from": _made_from(stage),
         "config": stage.config.model_dump(mode="json"),
-        "inputs": provenance.describe_files(stage.inputs, stage.run_dir),
-        "outputs": provenance.describe_files(stage.outputs, stage.run_dir),
+        "inputs": inputs,
+        "outputs": outputs,
         **provenance.describe_software(),
         "hardware": provenance.describe_hardware(),
         "seed": stage.config.seed,
@@ -259,6 +245,6 @@ def finish(stage: Stage, seconds: float) -> dict[str, Any]:
         "peak_bytes": stage.peak_bytes,
         "metrics": stage.metrics,
     }
-    write_atomically(stage.dir / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    write_atomically(stage.dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     shutil.rmtree(stage.replaced_dir, ignore_errors=True)
     return manifest

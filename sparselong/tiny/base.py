@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparselong.config import Config
 from sparselong.errors import StageError
-from sparselong.tiny.build import TinySpec, build_tiny
+from sparselong.files import is_local
+
+if TYPE_CHECKING:
+    from sparselong.tiny.build import TinySpec
 
 
 def resolve_base(config: Config, run_dir: Path, progress: Callable[[str], None]) -> Path:
@@ -17,13 +21,21 @@ def resolve_base(config: Config, run_dir: Path, progress: Callable[[str], None])
     cache, and a local directory is used as it is.
 
     Raises:
-        StageError: the hub cannot be reached, or has no such checkpoint.
+        StageError: there is no such directory, or the hub cannot be reached or has no such name.
     """
     if config.model.base == "tiny":
-        spec = TinySpec(layers=config.model.tiny_layers, steps=config.model.tiny_steps)
-        return build_tiny(run_dir / "base", spec, config.seed, progress)
+        from sparselong.tiny.build import build_tiny  # imports torch
+
+        return build_tiny(run_dir / "base", _tiny_spec(config), config.seed, progress)
     if Path(config.model.base).is_dir():
         return Path(config.model.base)
+    if is_local(config.model.base):
+        raise StageError(
+            f"the base model's directory {config.model.base} cannot be opened",
+            "a directory with a gpt-oss checkpoint",
+            "a file" if Path(config.model.base).exists() else "no such directory",
+            "correct model.base: a directory, or a hub name such as openai/gpt-oss-20b",
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -39,7 +51,23 @@ def resolve_base(config: Config, run_dir: Path, progress: Callable[[str], None])
         raise StageError(
             f"base model {config.model.base} is not local and could not be downloaded",
             "a local directory, or a hub name that can be reached",
-            str(error).splitlines()[0],
+            " ".join(str(error).split()),
             "check the name and the network (HF_HUB_OFFLINE must be unset), or download it "
             "elsewhere and set model.base to its directory",
         ) from error
+
+
+def find_tiny(config: Config, run_dir: Path) -> Path | None:
+    """Return the small model's directory if the run already has the one that is configured."""
+    folder = run_dir / "base"
+    if not (folder / "tiny.json").is_file():
+        return None
+    from sparselong.tiny.build import is_built  # imports torch
+
+    return folder if is_built(folder, _tiny_spec(config), config.seed) else None
+
+
+def _tiny_spec(config: Config) -> TinySpec:
+    from sparselong.tiny.build import TinySpec
+
+    return TinySpec(layers=config.model.tiny_layers, steps=config.model.tiny_steps)

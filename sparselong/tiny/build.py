@@ -111,10 +111,10 @@ def build_tiny(
     """
     spec = spec or TinySpec()
     say = progress or (lambda message: print(message, file=sys.stderr))
-    wanted = {"recipe": _RECIPE, "spec": asdict(spec), "seed": seed}
-    record = read_record(out_dir)
-    if record is not None and {key: record.get(key) for key in wanted} == wanted:
+    if is_built(out_dir, spec, seed):
         return out_dir
+    wanted = _identity(spec, seed)
+    record = read_record(out_dir)
     if record is None and out_dir.exists() and any(out_dir.iterdir()):
         raise StageError(
             f"the small model cannot be written to {out_dir}",
@@ -133,6 +133,16 @@ def build_tiny(
         shutil.rmtree(out_dir)
     building.rename(out_dir)
     return out_dir
+
+
+def is_built(folder: Path, spec: TinySpec, seed: int) -> bool:
+    """Return whether the folder contains the small model of this spec and seed."""
+    record, wanted = read_record(folder), _identity(spec, seed)
+    return record is not None and {key: record.get(key) for key in wanted} == wanted
+
+
+def _identity(spec: TinySpec, seed: int) -> dict[str, Any]:
+    return {"recipe": _RECIPE, "spec": asdict(spec), "seed": seed}
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Conversations: refused rows and their location, reproducibility, and supervised tokens."""
 
+import datetime
 import json
 
 import pytest
@@ -56,7 +57,7 @@ def tokenizer():
     ("line", "reason"),
     [
         ("{not json", "not JSON"),
-        ("", "not JSON"),
+        ("null", "null"),
         ("[1]", "list instead of an object"),
         ('{"conversations": []}', "no list under `messages`"),
         ('{"messages": ["x"]}', "message 1 is a str"),
@@ -119,7 +120,8 @@ def test_hub_rows_are_checked_and_reduced_to_messages(tmp_path, monkeypatch):
     rows = [{"lang": "x", "messages": [{**USER, "thinking": None}, {**ASSISTANT, "thinking": "t"}]}]
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows * 2)
     files = conversations.prepare(load_config(train="someone/chats"), tmp_path)
-    assert conversations.read(files.train) == [[USER, {**ASSISTANT, "thinking": "t"}]]
+    (row,) = conversations.read(files.train)
+    assert row["messages"] == [USER, {**ASSISTANT, "thinking": "t"}]
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [*rows, {"messages": []}])
     with pytest.raises(StageError, match="someone/chats, row 2"):
         conversations.prepare(load_config(train="someone/chats"), tmp_path / "other")
@@ -131,7 +133,8 @@ def test_split_is_seeded_complete_and_reused(tmp_path):
     files = conversations.prepare(config, tmp_path / "a")
     train, validation = conversations.read(files.train), conversations.read(files.validation)
     assert (len(train), len(validation)) == (36, 4)
-    assert sorted(map(str, train + validation)) == sorted(str(row["messages"]) for row in chats(40))
+    found = sorted(str(row["messages"]) for row in train + validation)
+    assert found == sorted(str(row["messages"]) for row in chats(40))
     again = conversations.prepare(config, tmp_path / "b")
     assert files.validation.read_bytes() == again.validation.read_bytes()
     other_seed = config.model_copy(update={"seed": 1})
@@ -164,8 +167,13 @@ def test_interrupted_preparation_does_not_count_as_done(tmp_path):
     assert conversations.prepare(load_config(train=path), run_dir).train.read_text() == whole
 
 
+def tokenize(messages, tokenizer, train_on="assistant"):
+    row = {"messages": messages}
+    return conversations.tokenize(row, tokenizer, train_on, datetime.date(2025, 8, 5))
+
+
 def supervised_text(messages, tokenizer):
-    ids, supervised = conversations.tokenize(messages, tokenizer, "assistant")
+    ids, supervised = tokenize(messages, tokenizer)
     assert len(ids) == len(supervised)
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(ids) == rendered
@@ -221,7 +229,7 @@ def test_template_that_shows_reasoning_of_the_last_assistant_turn_only(tokenizer
 
 
 def test_all_tokens_are_supervised_on_request(tokenizer):
-    ids, supervised = conversations.tokenize([USER, ASSISTANT], tokenizer, "all")
+    ids, supervised = tokenize([USER, ASSISTANT], tokenizer, "all")
     assert ids and all(supervised)
 
 
@@ -229,9 +237,9 @@ def test_template_that_rewrites_history_is_refused(tokenizer):
     rewriting = "{{ messages | length }}" + HARMONY
     strange = type(tokenizer)(tokenizer_object=tokenizer._tokenizer, chat_template=rewriting)
     with pytest.raises(StageError, match="rewrites earlier turns"):
-        conversations.tokenize([USER, ASSISTANT], strange, "assistant")
+        tokenize([USER, ASSISTANT], strange)
     refusing = type(tokenizer)(
         tokenizer_object=tokenizer._tokenizer, chat_template="{{ raise_exception('no roles') }}"
     )
     with pytest.raises(StageError, match="no roles"):
-        conversations.tokenize([USER, ASSISTANT], refusing, "assistant")
+        tokenize([USER, ASSISTANT], refusing)

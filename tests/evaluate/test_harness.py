@@ -27,7 +27,7 @@ def harness():
 
 @pytest.fixture(scope="module")
 def tokenizer(untrained_base):
-    from sparselong.model.loading import load_tokenizer
+    from sparselong.model.tokenizer import load_tokenizer
 
     return load_tokenizer(untrained_base)
 
@@ -112,5 +112,7 @@ def test_unreachable_hub_is_explained(harness, tokenizer, tmp_path, monkeypatch)
 
 
 def test_single_item_is_refused(harness, tokenizer, tmp_path):
+    config = load_config()
+    single = config.evaluation.model_copy(update={"limit": 1})  # stands for a task with one item
     with pytest.raises(StageError, match="at least 2 items"):
-        harness.load_suite(load_config("evaluation.limit=1"), tmp_path, tokenizer)
+        harness.load_suite(config.model_copy(update={"evaluation": single}), tmp_path, tokenizer)

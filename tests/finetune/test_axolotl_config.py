@@ -31,6 +31,7 @@ OURS = {
     "training.keep_attention": "a callback of ours tells layers what to keep",
     "training.keep_experts": "as keep_attention",
     "training.loss_target": "a callback of ours gives the alert",
+    "training.save_total_limit": "transformers would remove any name with checkpoint-N in it",
 }
 """Keys and sections that are not passed to Axolotl, and why."""
 NEEDED = {
@@ -119,7 +120,7 @@ def test_paths_and_sections():
     made = document()
     assert made["base_model"] == "/runs/a/02_compress/model"
     assert made["plugins"] == [PLUGIN] and made[RUN_KEY] == "/runs/a"
-    assert made["output_dir"] == "/runs/a/03_finetune/checkpoints"
+    assert made["output_dir"] == "/runs/a/03_finetune/axolotl"
     assert made["datasets"] == [{"path": "/runs/a/data/encoded", "type": "sparselong"}]
     assert "chat_template" not in made  # the plugin gives Axolotl tokens
     assert made["load_best_model_at_end"] and made["metric_for_best_model"] == "eval_loss"
@@ -133,7 +134,6 @@ def test_paths_and_sections():
         ("training.optimizer=adamw_torch_fused", "optimizer", "adamw_torch_fused"),
         ("training.lr_scheduler=constant", "lr_scheduler", "constant"),
         ("training.early_stopping_patience=2", "early_stopping_patience", 2),
-        ("training.save_total_limit=5", "save_total_limit", 5),
         ("training.sample_packing=false", "sample_packing", False),
         ("training.use_tensorboard=true", "use_tensorboard", True),
         ("training.wandb_project=trial", "wandb_project", "trial"),

@@ -216,9 +216,10 @@ def test_only_the_first_rank_writes_and_all_know_the_best_checkpoint(calls, monk
         collect=lambda own: ["first's", own],
     )
     monkeypatch.setattr(masked_trainer, "ranks", world)
+    monkeypatch.setattr(MaskedTraining, "_write_checkpoint", lambda *_: calls.append("written"))
     training._save_checkpoint(None, None)
     assert checked == [({"weight"}, 3)]
-    assert calls == (["_save_checkpoint"] if is_first else [])
+    assert calls == (["written"] if is_first else [])
     assert training.state.best_model_checkpoint == "first's"
 
 
@@ -244,6 +245,7 @@ def test_masks_and_counters_are_saved_in_checkpoints_and_restored(calls, monkeyp
     training._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
     assert torch.equal(layers["q_proj"].patterns, saved)
     assert (training.progress.tokens, training.progress.alerted) == (70, True)
+    assert training.newest == "checkpoint-3"
     assert calls == ["_save", "_save", "_load_from_checkpoint"]
 
 
@@ -258,9 +260,10 @@ def test_the_best_masks_are_restored_and_the_history_is_kept(calls, monkeypatch,
     layers["q_proj"].patterns.zero_()
     training.progress.tokens = 90
     training.state.best_model_checkpoint = str(best)
+    monkeypatch.setattr(MaskedTraining, "_settle_best", lambda _: calls.append("_settle_best"))
     training._load_best_model()
     assert torch.equal(layers["q_proj"].patterns, saved) and training.progress.tokens == 90
-    assert calls == ["_save", "_load_best_model"]
+    assert calls == ["_save", "_settle_best", "_load_best_model"]
 
 
 @pytest.mark.parametrize(("log", "summed"), [(True, 6.0), (False, 2.0)])

@@ -111,7 +111,6 @@ def test_the_trainer_finds_its_config(plugins, plugin, run):
 def test_training_arguments(plugin, run, resume, starts):
     cfg = SimpleNamespace(resume_from_checkpoint=resume, max_steps=None, warmup_ratio=0.25)
     made = plugin.get_training_args(cfg)
-    assert made["output_dir"] == str(run.checkpoints)
     assert made["eval_on_start"] is starts
     assert (made["max_steps"], made["warmup_steps"]) == (-1, 0.25)
     assert made["logging_nan_inf_filter"] is False
@@ -209,6 +208,7 @@ def fake_trainer(**state) -> SimpleNamespace:
         state=SimpleNamespace(global_step=6, best_metric=0.5, **state),
         progress=Progress(),
         layers={},
+        newest="checkpoint-6",
         settings=lambda: using(attention_backend="triton", deterministic=True),
     )
 
@@ -241,6 +241,10 @@ def test_the_best_checkpoint_is_baked_once(plugins, plugin, run, monkeypatch):
     document = json.loads((run.work / "baked.json").read_text())
     assert (document["best_checkpoint"], document["best_step"]) == ("checkpoint-4", 4)
     assert run.is_trained()  # from now on, a resumed run only bakes
+    run.forget_end(Path("checkpoint-6"))
+    assert run.is_trained()
+    run.forget_end(Path("checkpoint-4"))
+    assert not run.is_trained(), "its last checkpoint is damaged: the last steps are trained again"
 
 
 def test_without_a_best_checkpoint_there_is_no_result(plugin, run):

@@ -6,7 +6,7 @@ import pytest
 from sparselong.config import load
 from sparselong.data import Encoded, encode_files
 from sparselong.finetune.supervision import IGNORED, LabelledRows
-from sparselong.model.loading import load_tokenizer
+from sparselong.model.tokenizer import load_tokenizer
 from tests.conftest import ROOT, write_rows
 
 CONVERSATIONS = {

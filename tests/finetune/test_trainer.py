@@ -11,13 +11,8 @@ import pytest
 
 from sparselong.config.schema import load
 from sparselong.errors import StageError
-from sparselong.finetune import state, supervision
-from sparselong.finetune.trainer import (
-    check_receipt,
-    find_last_checkpoint,
-    keep_rows,
-    remove_unfinished_checkpoints,
-)
+from sparselong.finetune import supervision
+from sparselong.finetune.trainer import check_receipt, keep_rows
 from sparselong.processes.failure import explain, read_failure
 from sparselong.processes.process import run_trainer
 from sparselong.run import Stage
@@ -29,33 +24,6 @@ def stage(tmp_path) -> Stage:
     made = Stage("03_finetune", load(ROOT / "configs/tiny.yaml"), tmp_path)
     made.dir.mkdir()
     return made
-
-
-def make_checkpoint(folder: Path, step: int) -> Path:
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    for name in (
-        *("adapter_config.json", "adapter_model.safetensors", state.MASKS, state.PROGRESS),
-        *("optimizer.pt", "scheduler.pt", "rng_state.pth"),
-    ):
-        (path / name).write_bytes(b"x")
-    (path / state.TRAINER_STATE).write_text(json.dumps({"global_step": step}))
-    return path
-
-
-def test_the_last_complete_checkpoint_is_found_and_partial_ones_removed(stage):
-    folder = stage.dir / "checkpoints"
-    assert find_last_checkpoint(folder) is None
-    for step in (9, 10, 100, 200, 300):
-        make_checkpoint(folder, step)
-    (folder / "checkpoint-200/optimizer.pt").unlink()
-    (folder / "checkpoint-300" / state.TRAINER_STATE).write_text('{"global_step": 30')
-    found = find_last_checkpoint(folder)
-    assert found and found.name == "checkpoint-100"  # by number, not by name
-    assert len(list(folder.iterdir())) == 5, "finding must change nothing"
-    remove_unfinished_checkpoints(stage, folder)
-    left = sorted(path.name for path in folder.iterdir())
-    assert left == ["checkpoint-10", "checkpoint-100", "checkpoint-9"]
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 
 from sparselong import memory
 from sparselong.config import schema as config_module
+from sparselong.health import inputs, packages, report, sources
 from sparselong.health import machine as machine_module
-from sparselong.health import packages, report, sources
 from sparselong.health.check import check
 from sparselong.health.machine import Disk, Gpu, Machine, Torch
 from sparselong.health.packages import Package
@@ -418,17 +418,22 @@ def test_prepared_data_of_the_run_is_available(offline, chat_file):
     assert states(BIG, offline)["training data"] == "missing"
 
 
-def test_a_base_directory_that_lacks_a_shard_is_missing(offline, tmp_path, untrained_base):
+def test_a_base_directory_that_lacks_a_shard_fails_as_in_stage_02(
+    offline, tmp_path, untrained_base, chat_file
+):
     copy = tmp_path / "base"
     copy.mkdir()
     for file in untrained_base.iterdir():
         os.link(file, copy / file.name)
-    config = load("tiny", f"model.base={copy}")
-    assert states(config, offline)["base model"] == "here"
+    config = load("tiny", f"model.base={copy}", f"data.train={chat_file}")
     shard = sorted(copy.glob("model-*.safetensors"))[0]
     shard.unlink()
-    base, _ = sources.probe_sources(config, offline)
-    assert base.state == "missing" and shard.name in base.detail
+    base, data = sources.probe_sources(config, offline)
+    findings = inputs.probe_inputs(config, offline, base, data[:1])
+    assert [finding.role for finding in findings if finding.error] == ["base checkpoint"]
+    facts = machine(base=base, data=data, inputs=findings)
+    assert failures(config, facts) == {"base checkpoint"}
+    assert shard.name in judge(config, facts)["base checkpoint"].found
 
 
 def test_an_unresponsive_hub_is_queried_once(offline, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import load_script, write_rows
 
 QUICK = (
-    *("sequence_len=128", "micro_batch_size=2", "evaluation.tasks=[]"),
+    *("sequence_len=128", "micro_batch_size=2", "evaluation.limit=4"),
     *("training.max_steps=2", "training.eval_steps=2", "training.save_steps=2"),
     *("evaluation.perplexity_samples=8",),
 )

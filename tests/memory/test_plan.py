@@ -126,7 +126,7 @@ def test_adapters_of_experts_and_router_are_counted():
 def test_only_the_120b_base_can_be_linked():
     assert storage.linkable_bytes(BIG, CONFIG)["compressed_model"] == 63_337_785_984
     assert storage.linkable_bytes(SMALL, CONFIG)["compressed_model"] == 0
-    half = load("gpt-oss-120b-4x3090", "experts.sparsity='2:4'")
+    half = load("gpt-oss-120b-4x3090", "experts.sparsity=2:4")
     assert storage.linkable_bytes(BIG, half)["compressed_model"] == 0
     routed = load("gpt-oss-120b-4x3090", "lora.router=true")
     assert storage.linkable_bytes(BIG, routed)["finetuned_model"] == 0
@@ -274,9 +274,11 @@ def test_shape_refusals(tmp_path):
         return str(caught.value)
 
     assert "cannot be read" in refusal("{")
-    assert "not a gpt-oss config" in refusal('{"model_type": "llama"}')
-    assert "not a gpt-oss config" in refusal("[]")
-    assert "num_local_experts" in refusal('{"model_type": "gpt_oss", "num_hidden_layers": 2}')
+    assert "model_type 'llama'" in refusal('{"model_type": "llama"}')
+    assert "a JSON list" in refusal("[]")
+    method = '"quantization_config": {"quant_method": "mxfp4"}'
+    lacking = f'{{"model_type": "gpt_oss", "num_hidden_layers": 2, {method}}}'
+    assert "no num_local_experts" in refusal(lacking)
     with pytest.raises(StageError, match="is unknown"):
         memory.find_shape(ModelSection(base="nobody/nothing-here"))
     with pytest.raises(StageError, match="is unknown"):

@@ -42,6 +42,8 @@ def config(*overrides: str) -> Config:
 
 def join_torchrun(monkeypatch, rank: int, size: int, local: int, here: int) -> None:
     values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": here}
+    values |= {"MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1")}
+    values |= {"MASTER_PORT": os.environ.get("MASTER_PORT", "29500")}
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
 

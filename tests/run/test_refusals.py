@@ -75,15 +75,23 @@ def write_stage_02(run_dir) -> None:
     from sparselong.run.stages import stage_hash
 
     config = load(ROOT / "configs/tiny.yaml")
-    made = {"format_version": FORMAT_VERSION, "config_hash": stage_hash(config, "02_compress")}
+    made: dict[str, object] = {
+        "format_version": FORMAT_VERSION,
+        "config_hash": stage_hash(config, "02_compress"),
+    }
     (run_dir / "02_compress").mkdir()
-    (run_dir / "02_compress/manifest.json").write_text(json.dumps({**made, "outputs": []}))
+    made |= {"stage": "02_compress", "status": "done", "seconds": 1.0, "metrics": {}}
+    (run_dir / "02_compress/manifest.json").write_text(
+        json.dumps({**made, "inputs": [], "outputs": []})
+    )
 
 
 def test_processes_that_cannot_rendezvous_are_refused_early(tmp_path):
     """Several processes that torchrun did not start."""
     config = ["--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", str(tmp_path)]
-    codes, modules = refuse("03_finetune", [config], RANK="0", WORLD_SIZE="2")
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    codes, modules = refuse("03_finetune", [config], **world, **master)
     assert codes == [1] and not modules & HEAVY
 
 

@@ -83,7 +83,7 @@ def test_stored_weights_equal_those_of_calibration(compressed_run, small_argumen
     model = load_model(tmp_path / "run/02_compress/model")
     from sparselong.compress.calibration import calibration_tokens
     from sparselong.config.schema import load
-    from sparselong.model.loading import load_tokenizer
+    from sparselong.model.tokenizer import load_tokenizer
 
     overrides = [a for a in small_arguments if "=" in a]
     config = load(small_arguments[1], overrides)
@@ -200,7 +200,7 @@ def test_mixed_shards_are_linked_if_little_of_them_is_replaced(tmp_path, small_a
 
 def test_a_shard_with_an_old_version_is_never_linked(untrained_base, tmp_path):
     """transformers would read both versions and use the one in the last file."""
-    from sparselong.checkpoint.checkpoint import Checkpoint, derive, write_tensors
+    from sparselong.checkpoint import Checkpoint, derive, write_tensors
 
     base = Checkpoint(untrained_base)
     name = "model.layers.0.self_attn.sinks"

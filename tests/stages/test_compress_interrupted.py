@@ -70,10 +70,10 @@ def test_an_interrupted_and_resumed_run_gives_the_same_bytes(deep, tmp_path, num
 @pytest.mark.parametrize("moment", ["take_over", "derive", "measure", "HiddenStates.save"])
 def test_interruption_at_any_moment(compressed_run, small_arguments, tmp_path, monkeypatch, moment):
     """Interrupted while a layer, the shards, the index or the figures are being written."""
-    from sparselong.checkpoint import checkpoint
+    from sparselong.checkpoint import derivation
     from sparselong.compress import stream
 
-    owner = checkpoint if moment == "take_over" else stream
+    owner = derivation if moment == "take_over" else stream
     owner, name = (stream.HiddenStates, "save") if "." in moment else (owner, moment)
     original, calls = getattr(owner, name), []
 

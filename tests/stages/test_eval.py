@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sparselong.config import schema as config_module
+from sparselong.provenance import describe_files
 from sparselong.run.directory import FORMAT_VERSION
 from sparselong.run.stages import stage_hash
 from tests.conftest import load_script
@@ -26,12 +27,12 @@ def arguments(small_arguments) -> list[str]:
 
 def write_manifest(run_dir: Path, stage: str, arguments: list[str], label: str = "") -> None:
     config = config_module.load(arguments[1], arguments[2:])
-    files = [{"path": "model", "bytes": 1, "sha256": f"{stage}{label}"}]
+    mark = {"path": "mark", "bytes": 1, "sha256": label}
     manifest = {
         "format_version": FORMAT_VERSION,
         "config_hash": stage_hash(config, stage),
-        "inputs": files,
-        "outputs": files,
+        "inputs": describe_files([Path(config.model.base)], run_dir),
+        "outputs": [*describe_files([run_dir / stage / "model"], run_dir), mark],
     }
     (run_dir / stage).mkdir(parents=True, exist_ok=True)
     (run_dir / stage / "manifest.json").write_text(json.dumps(manifest))
@@ -53,8 +54,9 @@ def run_dir(tmp_path_factory, untrained_base, arguments) -> Path:
     run_dir = tmp_path_factory.mktemp("eval") / "run"
     for stage in ("02_compress", "03_finetune"):
         shutil.copytree(untrained_base, run_dir / stage / "model")
-        write_manifest(run_dir, stage, arguments)
     silence_attention(run_dir / "03_finetune/model")
+    for stage in ("02_compress", "03_finetune"):
+        write_manifest(run_dir, stage, arguments)
     assert eval_script.main([*arguments, "--run-dir", str(run_dir)]) == 0
     return run_dir
 

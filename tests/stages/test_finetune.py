@@ -1,6 +1,7 @@
 """Stage 03 end to end: trained, killed, resumed, split over four processes and then two,
 and opened with transformers."""
 
+import datetime
 import json
 import math
 import os
@@ -36,6 +37,10 @@ TRAINING = [
     "lora.expert_r=2",
     "lora.router=true",
 ]
+
+
+PERSONS = ("checkpoint-keep-2", "checkpoint-2.bak", "checkpoint-1 (copy)", "best.old")
+"""Folders beside the checkpoints that are not training's."""
 
 
 def command(arguments: list[str], run_dir: Path) -> list[str]:
@@ -94,11 +99,13 @@ def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
     while trainers_of(broken):
         assert time.monotonic() < deadline, "the trainer outlived the stage"
         time.sleep(0.1)
-    # A truncated checkpoint must not be taken for a complete one.
+    # A truncated checkpoint must not be taken for a whole one, nor a person's folder for ours.
     checkpoints = broken / "03_finetune/checkpoints"
     shutil.rmtree(checkpoints / "checkpoint-6", ignore_errors=True)
     shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-6")
     (checkpoints / "checkpoint-6/trainer_state.json").write_text('{"global_step": 6, "epo')
+    for name in PERSONS:
+        shutil.copytree(checkpoints / "checkpoint-4", checkpoints / name)
     again = subprocess.run(command(arguments, broken), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     return straight, broken, json.loads(done.stdout), again.stderr
@@ -106,8 +113,10 @@ def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
 
 def test_killed_run_resumes_with_the_same_curve(runs):
     straight, broken, _, told = runs
-    assert "removing the incomplete checkpoint-6" in told
+    assert "passing over checkpoint-6, which stays as it is: trainer_state.json" in told
     assert "resuming from checkpoint-4" in told
+    left = {path.name for path in (broken / "03_finetune/checkpoints").iterdir()}
+    assert left == {"checkpoint-4", "checkpoint-6", "checkpoint-6.set-aside", *PERSONS}
     epochs = {row["step"]: row["epoch"] for row in rows_of(straight)}
     assert 1 < epochs[4] < epochs[5] < 2
     assert curve(rows_of(broken)) == curve(rows_of(straight))
@@ -231,14 +240,14 @@ def test_baked_model_has_the_reported_loss(runs):
     import torch
 
     from sparselong.data.conversations import read, tokenize
-    from sparselong.model.loading import load_model, load_tokenizer
+    from sparselong.model import load_model, load_tokenizer
 
     straight, _, manifest, _ = runs
     model = load_model(straight / "03_finetune/model", device=torch.device("cpu"))
     tokenizer = load_tokenizer(straight / "03_finetune/model")
     total = count = 0
-    for messages in read(straight / "data/validation.jsonl"):
-        tokens, supervised = tokenize(messages, tokenizer, "assistant")
+    for row in read(straight / "data/validation.jsonl"):
+        tokens, supervised = tokenize(row, tokenizer, "assistant", datetime.date.today())
         if len(tokens) > 128:
             continue
         with torch.no_grad():

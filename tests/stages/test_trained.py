@@ -13,7 +13,7 @@ import torch
 from sparselong.config.schema import load
 from sparselong.data import encode_files, select_usable
 from sparselong.evaluate import harness, perplexity
-from sparselong.model.loading import load_model, load_tokenizer
+from sparselong.model import load_model, load_tokenizer
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import dense, integer
 from tests.conftest import ROOT, load_script

@@ -1,0 +1,60 @@
+"""`key.path=value` arguments of the command line, which override a config file.
+
+What follows the equals sign is the value. For a key that holds a string it is taken as it is, so
+that `model.base=/data/base #2` and `model.revision=1e5` need no quotes; quotes would be part of it.
+The one exception is `null`, for a key that may be null (a file of that name is `./null`). For any
+other key the value is read as YAML. The last of several values for one key is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sparselong.config import yaml12
+from sparselong.config.keys import Section, known_keys, refuse_unknown, set_key
+from sparselong.config.texts import is_optional, is_text
+from sparselong.errors import ConfigError
+
+
+def apply_overrides(
+    values: dict[str, Any],
+    overrides: Sequence[str],
+    schema: type[Section],
+    places: dict[tuple[str, ...], str],
+) -> None:
+    """Set the overridden keys in nested values.
+
+    Args:
+        values: the file's values.
+        overrides: the arguments, in their order.
+        schema: the model of the whole config.
+        places: where each key path was set, for messages; is updated.
+
+    Raises:
+        ConfigError: an argument is not `key.path=value`, its key is unknown or its value no YAML.
+    """
+    known = known_keys(schema)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+            raise ConfigError(
+                f"override {override!r} is malformed",
+                "key.path=value, for example training.max_steps=20",
+                override,
+                "quote it if the shell splits it",
+            )
+        if key not in known:
+            raise refuse_unknown(key, schema, f"override {override!r}")
+        path = tuple(key.split("."))
+        set_key(values, key, _value(text, key, known[key].model_fields[path[-1]].annotation))
+        for each in [each for each in places if each[: len(path)] == path]:
+            del places[each]
+        places[path] = f"override {key}"
+
+
+def _value(text: str, key: str, annotation: Any) -> Any:
+    if is_text(annotation):
+        return None if text == "null" and is_optional(annotation) else text
+    return yaml12.parse(text, f"override {key}")[0] if text else ""

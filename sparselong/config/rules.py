@@ -1,0 +1,105 @@
+"""Rules between keys: combinations of values that could only fail later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparselong.config.keys import KeyFault
+
+if TYPE_CHECKING:
+    from sparselong.config.schema import Config
+
+
+def check_rules(config: Config) -> None:
+    """Raise if a key does not fit the others.
+
+    Raises:
+        KeyFault: names the key; its message says what is expected.
+    """
+    _check_attention(config)
+    _check_adapters(config)
+    _check_kept(config)
+    _check_steps(config)
+    _check_tasks(config)
+
+
+def _check_attention(config: Config) -> None:
+    backend = config.attention_backend
+    if backend == "torch_cudnn":
+        raise KeyFault(
+            "attention_backend",
+            "attention_backend: torch_cudnn supports neither sliding windows, which every "
+            "second layer of gpt-oss has, nor packed documents; `auto` uses it where it can",
+        )
+    if backend != "auto" and not config.flash_attention:
+        raise KeyFault(
+            "attention_backend", f"attention_backend: {backend} needs flash_attention: true"
+        )
+
+
+def _check_adapters(config: Config) -> None:
+    lora = config.lora
+    for key in ("target_modules", "expert_targets"):
+        names = getattr(lora, key)
+        if len(set(names)) < len(names):
+            raise KeyFault(f"lora.{key}", f"lora.{key}: {', '.join(names)} lists a weight twice")
+    if lora.expert_targets and lora.expert_r is None:
+        raise KeyFault(
+            "lora.expert_r", "lora.expert_targets need lora.expert_r, the rank of their adapters"
+        )
+    if lora.expert_r is not None and not lora.expert_targets:
+        raise KeyFault(
+            "lora.expert_r",
+            f"lora.expert_r: {lora.expert_r} has no effect because lora.expert_targets is empty",
+        )
+    if lora.expert_targets and config.experts.sparsity != "none":
+        raise KeyFault(
+            "lora.expert_targets",
+            f"lora.expert_targets need experts.sparsity: none, not {config.experts.sparsity}: "
+            "an expert's adapter would fill the weights that 2:4 has dropped",
+        )
+
+
+def _check_kept(config: Config) -> None:
+    for key, why in config.nothing_to_keep("cuda").items():
+        if getattr(config.training, key) == "always":
+            raise KeyFault(
+                f"training.{key}",
+                f"training.{key}: use auto or never; nothing can be kept: {why}",
+            )
+
+
+def _check_steps(config: Config) -> None:
+    training = config.training
+    if training.save_steps % training.eval_steps:
+        raise KeyFault(
+            "training.save_steps",
+            f"training.save_steps ({training.save_steps}) must be a multiple of "
+            f"training.eval_steps ({training.eval_steps}): transformers requires it for "
+            "loading the best model",
+        )
+    if training.offload_checkpoints and not training.gradient_checkpointing:
+        raise KeyFault(
+            "training.offload_checkpoints",
+            "training.offload_checkpoints needs training.gradient_checkpointing",
+        )
+    if training.save_steps % training.logging_steps:
+        raise KeyFault(
+            "training.logging_steps",
+            f"training.save_steps ({training.save_steps}) must be a multiple of "
+            f"training.logging_steps ({training.logging_steps}): resumed curves must continue",
+        )
+
+
+def _check_tasks(config: Config) -> None:
+    tasks = config.evaluation.tasks
+    if len(set(tasks)) < len(tasks):
+        raise KeyFault(
+            "evaluation.tasks", f"evaluation.tasks: {', '.join(tasks)} names a task twice"
+        )
+    for name in tasks:
+        if "/" in name or name.endswith((".yaml", ".yml", ".json")):
+            raise KeyFault(
+                "evaluation.tasks",
+                f"evaluation.tasks: names of lm-eval's tasks, not files such as {name}",
+            )

@@ -1,0 +1,109 @@
+"""JSON objects from the lines of a file that somebody else wrote.
+
+A line is what ends in a line feed or carriage return; U+2028 and its like may stand inside JSON
+strings. Accepted: a byte order mark (also inside, where files were concatenated), CRLF, blank
+lines, which the caller counts, and NaN, which Python writes into columns that have no value.
+Refused with file and line: bytes that are not UTF-8, keys that occur twice in an object, numbers
+and nesting that Python does not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparselong.errors import StageError
+
+SHAPE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+_TAKEN = "data.train and data.validation take a JSON-lines file, a hub dataset, or demo"
+_FIX = "fix or remove the line; turn a JSON array into one object per line"
+_FORMATS = (
+    (b"\x1f\x8b", "gzip-compressed data", "unpack the file with gunzip"),
+    (b"PK\x03\x04", "a zip archive", "unpack the file"),
+    (b"BZh", "bzip2-compressed data", "unpack the file with bunzip2"),
+    (b"\xfd7zXZ", "xz-compressed data", "unpack the file with unxz"),
+    (b"\x28\xb5\x2f\xfd", "zstandard-compressed data", "unpack the file with unzstd"),
+    (b"PAR1", "a Parquet file", "convert it to JSON lines"),
+    (b"ARROW1", "an Arrow file", "convert it to JSON lines"),
+    (b"version https://git-lfs", "a Git LFS pointer", "fetch the file with git lfs pull"),
+    (b"\xff\xfe", "UTF-16 text", "save the file as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "save the file as UTF-8"),
+    (b"\0\0\xfe\xff", "UTF-32 text", "save the file as UTF-8"),
+    (b"{\0", "UTF-16 text", "save the file as UTF-8"),
+    (b"\0{", "UTF-16 text", "save the file as UTF-8"),
+)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, parsed line); a blank line is parsed as None.
+
+    Raises:
+        StageError: the file cannot be read, or a line is not JSON.
+    """
+    _refuse_other_formats(path)
+    try:
+        # Bytes that are not UTF-8 become surrogates, so that their line is known.
+        with path.open(encoding="utf-8", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix("\ufeff")
+                # A line that holds null means something; it must not pass for a blank one.
+                yield number, _parse(line, f"{path}, line {number}") if line.strip() else None
+    except OSError as error:
+        raise _unreadable(path, str(error)) from error
+
+
+def empty(source: str, found: str) -> StageError:
+    """Return the error about a source without rows."""
+    return StageError(f"{source} is empty", f"one row per line: {SHAPE}", found, _TAKEN)
+
+
+def _unreadable(path: Path, found: str, fix: str = _TAKEN) -> StageError:
+    return StageError(f"{path} cannot be read", "a UTF-8 text file", found, fix)
+
+
+def _refuse_other_formats(path: Path) -> None:
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe twice would wait for ever
+            raise _unreadable(path, "a directory" if path.is_dir() else "not a regular file")
+        with path.open("rb") as file:
+            head = file.read(32)
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        raise _unreadable(path, str(error)) from error
+    for start, found, fix in _FORMATS:
+        if head.startswith(start):
+            raise _unreadable(path, found, fix)
+
+
+def _parse(line: str, where: str) -> Any:
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(line[error.start]) - 0xDC00
+        found = f"byte 0x{byte:02x} at column {error.start + 1}"
+        raise StageError(f"{where} is not UTF-8", "UTF-8 text", found, _FIX) from error
+    try:
+        row = json.loads(line, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        found = f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}"
+        if "\0" in line:
+            found = f"NUL bytes: {line.strip()[:60]!r}"
+    except RecursionError:
+        found = "lists or objects nested too deeply for Python to read"
+    except ValueError as error:  # a duplicate key, or an integer of more than 4,300 digits
+        found = str(error)
+    else:
+        if row is None:
+            raise StageError(f"{where} is not a conversation", SHAPE, "null", _FIX)
+        return row
+    raise StageError(f"{where} is not JSON", f"one row per line: {SHAPE}", found, _FIX)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {ascii(twice)} occurs twice in one object")
+    return found

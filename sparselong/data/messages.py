@@ -1,0 +1,269 @@
+"""The messages of a row: what their keys mean for training, or why a message is refused.
+
+| key                                             | meaning                                        |
+|-------------------------------------------------|------------------------------------------------|
+| `role`                                          | system, developer, user or assistant           |
+| `content`                                       | text, or a list of text parts, to be joined    |
+| `thinking`, `reasoning_content`, `reasoning`,   | an assistant's reasoning, as is text between   |
+| `analysis`                                      | `<think>` and `</think>` before its answer     |
+| `channel`                                       | final; or analysis, for a message that is the  |
+|                                                 | reasoning of the next one                      |
+| `weight`, `train`, `training`, `loss`           | 0 or false: this turn is not supervised        |
+| `tool_calls`, `images` and others with content  | refused, because the text alone would train    |
+|                                                 | something else                                 |
+
+All other keys mean nothing for training. They are ignored and counted.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections import Counter
+from typing import Any
+
+from sparselong.data.lines import SHAPE
+
+ROLES = ("system", "developer", "user", "assistant")
+EMPTY = (None, "", [], {})
+_REASONING = ("thinking", "reasoning_content", "reasoning", "analysis")
+_WEIGHTS = ("weight", "train", "training", "loss")
+_UNSUPPORTED = (
+    *("tool_calls", "tool_call", "tool_call_id", "tool_responses", "tools", "functions"),
+    *("function_call", "recipient", "image", "images", "video", "videos", "audio", "audios"),
+    *("reasoning_details", "thinking_blocks", "train_detail", "training_detail"),
+    *("mask", "loss_mask", "loss_weight"),
+)
+_UNDERSTOOD = {"role", "content", "channel", *_REASONING, *_WEIGHTS, *_UNSUPPORTED}
+# `<|channel|>` with its header, also that of a tool call.
+_HEADER = re.compile(r"<\|channel\|>[^<]*(<\|constrain\|>[^<]*)?<\|message\|>")
+_THINK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
+_THINK_OPENED = re.compile(r"\s*<think>")
+# On a line of its own; within one, the tag is named, not used.
+_THINK_CLOSED = re.compile(r"^[ \t]*</think>[ \t]*$", re.MULTILINE)
+
+
+class Fault(Exception):
+    """What is wrong with a row.
+
+    Args:
+        found: what was found.
+        fix: what to do about it.
+        expected: what was expected.
+    """
+
+    def __init__(self, found: str, fix: str = "fix or remove the row", expected: str = SHAPE):
+        super().__init__(found)
+        self.found, self.fix, self.expected = found, fix, expected
+
+
+def check_messages(messages: Any, ignored: Counter[str]) -> list[dict[str, Any]]:
+    """Return messages with `role`, `content` and, where given, `thinking` and `weight` 0.
+
+    Args:
+        messages: what a row has under `messages`.
+        ignored: count of rows by the name of a key that was ignored; this row is added.
+
+    Raises:
+        Fault: the messages are not a conversation, or something in them is not understood.
+    """
+    if not isinstance(messages, list):
+        raise Fault(f"`messages` is {type(messages).__name__}, not a list")
+    checked = [_check(message, i) for i, message in enumerate(messages, 1)]
+    ignored.update(
+        {
+            f"messages.{key}"
+            for message in messages
+            for key, value in message.items()
+            if key not in _UNDERSTOOD and value not in EMPTY
+        }
+    )
+    checked = _join_channels(checked)
+    roles = [message["role"] for message in checked]
+    if "assistant" not in roles:
+        raise Fault("no assistant turn")
+    if roles[0] == "assistant":
+        raise Fault("it starts with an assistant message")
+    if all(message.get("weight") == 0 for message in checked if message["role"] == "assistant"):
+        raise Fault("no assistant turn is supervised: all have weight 0")
+    return checked
+
+
+def check_text(text: str, name: str) -> str:
+    """Return the text; raise if it contains half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Fault(
+            f"{name} has half of a surrogate pair, \\u{ord(text[error.start]):04x}, at character "
+            f"{error.start + 1}",
+            "write the whole character, or remove the row",
+            "Unicode text",
+        ) from error
+    return text
+
+
+def check_unsupported(holder: dict[str, Any], names: tuple[str, ...], where: str) -> None:
+    """Raise if one of the named keys has content."""
+    for name in names:
+        if holder.get(name) not in EMPTY and holder[name] is not False:
+            raise Fault(
+                f"{where} has `{name}`: {shown(holder[name])}",
+                "remove the row, or the key if the row means the same without it",
+                "text conversations without tool calls, images or sound",
+            )
+
+
+def check_weight(holder: dict[str, Any], names: tuple[str, ...], where: str) -> int | None:
+    """Return 0 or 1 as the weights under these names say, or None if there are none."""
+    given = {name: holder[name] for name in names if holder.get(name) not in EMPTY}
+    for name, value in given.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise Fault(
+                f"{where} has `{name}` {shown(value)}",
+                "use 0 for a turn that is context only, 1 or nothing for the others",
+                f"`{name}` 0 or 1",
+            )
+    if len(set(given.values())) > 1:
+        raise Fault(f"{where} contradicts itself: {given}")
+    return int(next(iter(given.values()))) if given else None
+
+
+def shown(value: Any) -> str:
+    """Return a value as short text that can be printed anywhere."""
+    return reprlib.repr(value).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _check(message: Any, i: int) -> dict[str, Any]:
+    """Return a message with its `channel`, which `_join_channels` removes."""
+    if not isinstance(message, dict):
+        raise Fault(f"message {i} is a {type(message).__name__} instead of an object")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise Fault(f"message {i} has the role {shown(role)}; known roles are {', '.join(ROLES)}")
+    where = f"message {i} ({role})"
+    if message.get("recipient") == "all":
+        message = {key: value for key, value in message.items() if key != "recipient"}
+    check_unsupported(message, _UNSUPPORTED, where)
+    content = _text(message.get("content"), i)
+    if role in ("system", "developer") and i > 1:
+        raise Fault(f"message {i} is a {role} message; only the first message may be one")
+    thinking, content = _split_reasoning(message, content, i)
+    weight = check_weight(message, _WEIGHTS, where)
+    if weight == 1 and role != "assistant":
+        raise Fault(
+            f"{where} has weight 1",
+            "remove it; data.train_on=all supervises every message",
+            "weights of assistant messages",
+        )
+    checked = {"role": role, "number": i, "channel": _channel(message, i), "content": content}
+    if thinking:
+        checked["thinking"] = thinking
+    if weight == 0:
+        checked["weight"] = 0
+    return checked
+
+
+def _text(content: Any, i: int) -> str:
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise Fault(
+                    f"the content of message {i} has a part of type {shown(kind)}",
+                    "remove the row, or write its content as one text",
+                    'text, or parts {"type": "text", "text": "…"}',
+                )
+            others = {key for key, value in part.items() if value not in EMPTY} - {"type", "text"}
+            if others:
+                raise Fault(f"a part of message {i} has {shown(sorted(others))} beside its text")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise Fault(f"the content of message {i} is {type(content).__name__}, not text")
+    return check_text(content, f"the content of message {i}")
+
+
+def _split_reasoning(message: dict[str, Any], content: str, i: int) -> tuple[str, str]:
+    """Return an assistant's reasoning and answer, which are "" and the content for others."""
+    given = {name: message[name] for name in _REASONING if message.get(name) not in EMPTY}
+    for name, text in given.items():
+        if message["role"] != "assistant" or not isinstance(text, str):
+            raise Fault(
+                f"the {name} of message {i} ({message['role']}) is not text in an assistant message"
+            )
+        check_text(text, f"the {name} of message {i}")
+    if len(set(given.values())) > 1:
+        raise Fault(f"message {i} has different texts under {' and '.join(given)}")
+    thinking = next(iter(given.values()), "")
+    if message["role"] != "assistant":
+        return "", content
+    if found := _THINK.fullmatch(content):
+        if thinking:
+            raise Fault(f"message {i} has reasoning under {next(iter(given))} and in <think> tags")
+        thinking, content = found[1].strip(), found[2]
+    elif _THINK_OPENED.match(content) or (
+        "<think>" not in content and _THINK_CLOSED.search(content)
+    ):
+        raise Fault(
+            f"message {i} has only one of the tags <think> and </think>",
+            "put the reasoning under `thinking`, the answer alone under `content`",
+        )
+    for text in (thinking, content):
+        _refuse_spelled_channel(text, i)
+    return thinking, content
+
+
+def _refuse_spelled_channel(text: str, i: int) -> None:
+    """Raise if harmony's channels are written out in an assistant's text."""
+    fix = "put the reasoning under `thinking`, the answer alone under `content`"
+    if found := _HEADER.search(text):
+        raise Fault(f"message {i} spells a channel header: {shown(found[0])}", fix)
+    if text.startswith("analysis") and "assistantfinal" in text:  # decoded without control tokens
+        raise Fault(f"message {i} spells `analysis…assistantfinal…`, what is left of channels", fix)
+
+
+def _channel(message: dict[str, Any], i: int) -> str:
+    channel = message.get("channel")
+    if channel in EMPTY:
+        return "final"
+    if message["role"] != "assistant" or channel not in ("analysis", "final"):
+        raise Fault(
+            f"message {i} ({message['role']}) has the channel {shown(channel)}",
+            expected="the channels analysis and final, for assistant messages",
+        )
+    return channel
+
+
+def _join_channels(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with each one on the analysis channel as `thinking` of the next."""
+    joined: list[dict[str, Any]] = []
+    before: dict[str, Any] | None = None
+    for message in messages:
+        i = message["number"]
+        if before is not None:
+            _refuse_separate(before, message)
+            message = {**message, "thinking": before["content"]}
+        if message["channel"] == "analysis":
+            before = message
+            if "thinking" in message or not message["content"].strip():
+                raise Fault(f"message {i} is on the analysis channel: its reasoning is its content")
+            continue
+        before = None
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise Fault(f"message {i} (assistant) is empty")
+        kept = ("role", "thinking", "content", "weight")
+        joined.append({key: message[key] for key in kept if key in message})
+    if before is not None:
+        raise Fault(f"message {before['number']} is on the analysis channel, without an answer")
+    return joined
+
+
+def _refuse_separate(analysis: dict[str, Any], answer: dict[str, Any]) -> None:
+    """Raise unless a message can be the answer that follows an analysis message."""
+    i, j = analysis["number"], answer["number"]
+    if answer["role"] != "assistant" or answer["channel"] != "final":
+        raise Fault(f"message {i} is on the analysis channel, but no answer follows it")
+    if "thinking" in answer:
+        raise Fault(f"message {j} has reasoning of its own after message {i} on the same channel")
+    if analysis.get("weight") != answer.get("weight"):
+        raise Fault(f"messages {i} and {j} are one turn, but have different weights")

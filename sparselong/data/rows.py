@@ -1,0 +1,171 @@
+"""Rows as conversations: every key is used, refused by name, or counted as ignored.
+
+A conversation is what a line of a prepared file holds: `messages` (messages.py says what is in
+them), `origin` (file and line, or dataset and row, for later messages) and, where given, the
+template's variables `reasoning_effort` and `model_identity`. Checking a conversation again returns
+it unchanged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparselong.data.lines import empty, read_lines
+from sparselong.data.messages import (
+    EMPTY,
+    Fault,
+    check_messages,
+    check_text,
+    check_unsupported,
+    check_weight,
+    shown,
+)
+from sparselong.errors import StageError
+
+Conversation = dict[str, Any]
+VARIABLES = ("reasoning_effort", "model_identity")
+_EFFORTS = ("low", "medium", "high")
+_UNSUPPORTED = (
+    *("tools", "functions", "builtin_tools", "tool_calls", "function_call"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+)
+_WEIGHTS = ("weight", "train")
+_UNDERSTOOD = {
+    *("messages", "origin", "chat_template_kwargs"),
+    *(*VARIABLES, *_UNSUPPORTED, *_WEIGHTS),
+}
+
+
+@dataclass
+class Remarks:
+    """What was passed over while a source was read."""
+
+    blank_lines: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Count of rows by the name of a key without meaning for training."""
+
+    def sentences(self, source: str) -> list[str]:
+        """Return what should be told about the source, a sentence each."""
+        said = []
+        if self.blank_lines:
+            said.append(f"{source}: blank lines skipped: {self.blank_lines:,}")
+        if self.ignored:
+            names = ", ".join(
+                f"{shown(key)[1:-1]} ({count:,} rows)" for key, count in self.ignored.most_common()
+            )
+            said.append(f"{source}: keys without meaning for training are ignored: {names}")
+        return said
+
+
+def locate(conversation: Conversation) -> str:
+    """Return where a conversation comes from: `FILE, line N` or `dataset NAME, row N`."""
+    origin = conversation.get("origin")
+    if not isinstance(origin, dict) or not _is_origin(origin):
+        return "a conversation"
+    unit = "line" if "line" in origin else "row"
+    return f"{origin['source']}, {unit} {origin[unit]}"
+
+
+def read_rows(path: Path, remarks: Remarks, source: str | None = None) -> Iterator[Conversation]:
+    """Yield the conversations of a JSON-lines file.
+
+    Args:
+        path: the file.
+        remarks: what was passed over is added.
+        source: name of the file for messages; the path if None.
+
+    Raises:
+        StageError: the file cannot be read or has no rows, or a row is refused.
+    """
+    name, count = source or str(path), 0
+    for line, row in read_lines(path):
+        if row is None:
+            remarks.blank_lines += 1
+            continue
+        count += 1
+        yield check_row(row, {"source": name, "line": line}, remarks)
+    if not count:
+        found = f"blank lines: {remarks.blank_lines:,}" if remarks.blank_lines else "no lines"
+        raise empty(name, found)
+
+
+def check_row(row: Any, origin: dict[str, Any], remarks: Remarks) -> Conversation:
+    """Return the conversation that a row means.
+
+    Args:
+        row: a parsed line of a file, or a row of a dataset.
+        origin: `source` with `line` or `row`; a prepared row has its own, which is kept.
+        remarks: the keys that were ignored are added.
+
+    Raises:
+        StageError: the row is malformed, or something in it is not understood.
+    """
+    if isinstance(row, dict) and _is_origin(row.get("origin")):
+        origin = row["origin"]
+    try:
+        return {**_check(row, remarks.ignored), "origin": origin}
+    except Fault as fault:
+        where = locate({"origin": origin})
+        raise StageError(
+            f"{where} is not a conversation that can be used",
+            fault.expected,
+            fault.found,
+            fault.fix,
+        ) from fault
+
+
+def _is_origin(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) in ({"source", "line"}, {"source", "row"})
+
+
+def _check(row: Any, ignored: Counter[str]) -> Conversation:
+    if not isinstance(row, dict):
+        fix = "turn a JSON array into one object per line"
+        raise Fault(f"a JSON {type(row).__name__} instead of an object", fix)
+    if row.get("messages") is None:
+        raise Fault(f"no list under `messages`; the row's keys are {shown(sorted(row))}")
+    check_unsupported(row, _UNSUPPORTED, "the row")
+    weight = check_weight(row, _WEIGHTS, "the row")
+    if weight == 0:
+        raise Fault("the row has weight 0", "remove the row", "rows to train on")
+    messages = check_messages(row["messages"], ignored)
+    ignored.update(
+        key for key, value in row.items() if key not in _UNDERSTOOD and value not in EMPTY
+    )
+    return {"messages": messages, **_variables(row)}
+
+
+def _variables(row: dict[str, Any]) -> dict[str, str]:
+    """Return the template's variables from the row and its `chat_template_kwargs`."""
+    nested = row.get("chat_template_kwargs")
+    nested = {} if nested in EMPTY else nested
+    if not isinstance(nested, dict):
+        raise Fault(f"`chat_template_kwargs` is {type(nested).__name__}, not an object")
+    for name, value in nested.items():
+        if name not in VARIABLES and value not in EMPTY:
+            raise Fault(
+                f"`chat_template_kwargs` has {shown(name)}: {shown(value)}",
+                "remove it, or the row",
+                f"only {' and '.join(VARIABLES)}",
+            )
+    found = {}
+    for name in VARIABLES:
+        given = [holder[name] for holder in (row, nested) if holder.get(name) not in EMPTY]
+        if not given:
+            continue
+        if any(value != given[0] for value in given):
+            raise Fault(f"`{name}` and `chat_template_kwargs` contradict each other")
+        if not isinstance(given[0], str):
+            raise Fault(f"`{name}` is {type(given[0]).__name__}, not text")
+        found[name] = check_text(given[0], f"`{name}`")
+    if found.get("reasoning_effort", "low") not in _EFFORTS:
+        raise Fault(
+            f"`reasoning_effort` is {shown(found['reasoning_effort'])}",
+            "correct or remove it",
+            " or ".join(_EFFORTS),
+        )
+    return found

@@ -1,0 +1,88 @@
+"""Config keys against the sizes of the base model: what would fail, or do nothing, later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sparselong.config import Config, ModelSection
+from sparselong.errors import ConfigError, StageError
+from sparselong.memory.shape import ModelShape, check_heads, find_shape
+
+_PUBLISHED_POSITIONS = 131_072
+"""max_position_embeddings of the published models and of `tiny`."""
+
+
+def check_model(config: Config) -> None:
+    """Raise if a key does not fit the base model.
+
+    A base that is not on this machine, or whose config.json is not valid, is not checked here: the
+    stage that opens it explains that.
+
+    Raises:
+        ConfigError: names the key and the model's size.
+    """
+    try:
+        shape = find_shape(config.model)
+    except StageError:
+        return
+    check_heads(config, shape)
+    _check_ranks(config, shape)
+    _check_groups(config, shape)
+    _check_lengths(config)
+
+
+def _check_ranks(config: Config, shape: ModelShape) -> None:
+    lora = config.lora
+    narrowest = min(min(shape.projections[name]) for name in lora.target_modules)
+    limits = [("lora.r", lora.r, narrowest, "width of the layers in lora.target_modules")]
+    if lora.expert_r is not None:
+        width = min(shape.hidden, shape.intermediate)
+        limits.append(("lora.expert_r", lora.expert_r, width, "width of an expert"))
+    for key, rank, most, what in limits:
+        if rank > most:
+            raise ConfigError(
+                f"{key} is too large for {config.model.base}",
+                f"at most {most}, the smallest {what}",
+                f"{key}: {rank}",
+                f"set {key} to {most} or less",
+            )
+
+
+def _check_groups(config: Config, shape: ModelShape) -> None:
+    dense = config.shared_dense
+    parts = {"group_size": dense.group_size if dense.weight_bits < 16 else 1}
+    parts["sparsity"] = 4 if dense.sparsity == "2:4" else 1
+    for key, size in parts.items():
+        for name, (_, inputs) in shape.projections.items():
+            if inputs % size:
+                raise ConfigError(
+                    f"shared_dense.{key} does not fit {config.model.base}",
+                    f"a number of input weights of {name} that is a multiple of {size}",
+                    f"{inputs}",
+                    f"change shared_dense.{key}, or use another base model",
+                )
+
+
+def _check_lengths(config: Config) -> None:
+    most = _positions(config.model)
+    lengths = {
+        "sequence_len": config.sequence_len,
+        "calibration.sequence_len": config.calibration.sequence_len,
+    }
+    for key, length in lengths.items():
+        if length > most:
+            raise ConfigError(
+                f"{key} is longer than {config.model.base} supports",
+                f"at most {most:,} tokens, its max_position_embeddings",
+                f"{key}: {length:,}",
+                f"set {key} to {most} or less",
+            )
+
+
+def _positions(model: ModelSection) -> int:
+    path = Path(model.base) / "config.json"
+    if not path.is_file():
+        return _PUBLISHED_POSITIONS
+    found = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
+    return found if type(found) is int else _PUBLISHED_POSITIONS

@@ -1,0 +1,211 @@
+"""Which directory a run may use: none that holds other things, or that a stage reads.
+
+A stage replaces `config.yaml`, the data and its own directory. So whatever bears one of these names
+in the run directory must be what Sparse-Long has written; nothing else is overwritten or deleted.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparselong.config import UTF8_FIX, Config, check_place, is_resolved
+from sparselong.errors import ConfigError, StageError
+from sparselong.run.stages import STAGES
+
+MANIFEST, STARTED = "manifest.json", "started.json"
+_MARKS = {"data": "source.json", "base": "tiny.json"}
+"""Folders that stages write in the run directory, with a file that shows that it was a stage."""
+_MANIFEST_KEYS = {
+    **{"stage": str, "status": str, "config_hash": str, "seconds": (int, float)},
+    **{"metrics": dict, "inputs": list, "outputs": list},
+}
+
+
+def find_run_dir(text: str | None, config: str) -> Path:
+    """Return the run directory of the command line.
+
+    Args:
+        text: the argument of --run-dir; None takes `runs/<name of the config file>`.
+        config: the argument of --config.
+
+    Raises:
+        ConfigError: a name is blank, begins with a hyphen or cannot be a path.
+    """
+    _check_name("--config", config, "pass --config configs/tiny.yaml, or another file")
+    fix = "pass another --run-dir, such as runs/NAME"
+    if text is not None:
+        return Path(_check_name("--run-dir", text, fix))
+    name = Path(config).stem
+    if name in ("", ".", ".."):
+        raise ConfigError("--run-dir is missing", "a name for the run", f"--config {config}", fix)
+    return Path(_check_name("--run-dir", f"runs/{name}", fix))
+
+
+def _check_name(option: str, text: str, fix: str) -> str:
+    """Return an option's path, with its home directory expanded."""
+    fault = ""
+    try:
+        text.encode()
+        text = check_place(text)
+    except UnicodeEncodeError:
+        fault, fix = "a path in UTF-8", UTF8_FIX
+    except ValueError as error:
+        fault = str(error)
+    if text.startswith("-"):
+        fault = "a name that does not look like an option"
+    if fault:
+        raise ConfigError(f"{option} cannot be used", fault, ascii(text), fix)
+    return text
+
+
+def refuse_overlap(config: Config, run_dir: Path) -> None:
+    """Raise if writing the run directory would touch what a stage reads, or another run.
+
+    Raises:
+        ConfigError: the directory is that of the base model or of a stage, or is inside of it, or a
+            stage would replace the base model or the data.
+    """
+    try:
+        place = run_dir.resolve()
+        place.as_posix().encode()
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:
+        raise _overlap(run_dir, "a path that can be resolved", ascii(str(error))) from error
+    for folder in (place, *place.parents):
+        if _stage_name(folder) in STAGES and any(
+            (folder / n).exists() for n in (MANIFEST, STARTED)
+        ):
+            raise _overlap(run_dir, "a directory outside of any stage's", f"{folder} is a stage's")
+    base = Path(config.model.base)
+    if base.is_dir() and place.is_relative_to(base.resolve()):
+        raise _overlap(run_dir, "a directory outside of model.base", f"model.base: {base}")
+    for key, name in _sources(config):
+        path = Path(name)
+        if not path.exists() or not path.resolve().is_relative_to(place):
+            continue
+        (first, *_) = (*path.resolve().relative_to(place).parts, "")
+        if _stage_name(Path(first)) in STAGES or (first == "data" and key != "model.base"):
+            raise _overlap(run_dir, f"{key} outside of folders that the run replaces", str(path))
+
+
+def _stage_name(folder: Path) -> str:
+    return folder.name.removesuffix(".replaced")
+
+
+def _sources(config: Config) -> list[tuple[str, str]]:
+    found = [("model.base", config.model.base), ("data.train", config.data.train)]
+    return (
+        [*found, ("data.validation", config.data.validation)] if config.data.validation else found
+    )
+
+
+def _overlap(run_dir: Path, expected: str, found: str) -> ConfigError:
+    return ConfigError(
+        f"{ascii(str(run_dir))[1:-1]} cannot be the run directory",
+        expected,
+        found,
+        "pass another --run-dir, such as runs/NAME",
+    )
+
+
+def refuse_foreign(run_dir: Path) -> None:
+    """Raise if something in the run directory that stages replace is not theirs.
+
+    Raises:
+        StageError: names the file or folder.
+    """
+    names = [*STAGES, *(f"{name}.replaced" for name in STAGES)]
+    folders = [run_dir / name for name in names if (run_dir / name).exists()]
+    for folder in folders:
+        if not _is_a_stages(folder):
+            raise _foreign(folder, f"nothing, or a folder with {STARTED} or {MANIFEST}")
+    path = run_dir / "config.yaml"
+    if path.exists() and not _is_ours(path):
+        raise _foreign(path, "nothing, or the config that a stage has written")
+    if folders or path.exists():
+        return
+    for name, mark in _MARKS.items():
+        if (run_dir / name).exists() and not (run_dir / name / mark).exists():
+            raise _foreign(run_dir / name, f"nothing, or a folder with {mark}")
+
+
+def _is_a_stages(folder: Path) -> bool:
+    """Return whether a stage made the folder; one that was killed at once left at most a log."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return bool(names & {STARTED, MANIFEST}) or names <= {"log.txt", f"{STARTED}.partial"}
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a config.yaml is as a stage writes it, without comments."""
+    try:
+        return is_resolved(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _foreign(path: Path, expected: str) -> StageError:
+    return StageError(
+        f"{path} was not written by a stage and would be replaced",
+        expected,
+        "something else",
+        "pass another --run-dir, or move it away",
+    )
+
+
+def read_document(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object of a file in the run directory; None if there is no such file.
+
+    Raises:
+        StageError: the file cannot be read, or is no JSON object.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, "a JSON object", str(error)) from error
+    if not isinstance(document, dict):
+        raise _damaged(path, "a JSON object", f"JSON of another kind: {text[:60]!r}")
+    return document
+
+
+def check_manifest(path: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Raise unless a manifest has the keys of a finished stage.
+
+    Raises:
+        StageError: a key is missing or has another type, or the manifest is another stage's.
+    """
+    wrong = [key for key, kind in _MANIFEST_KEYS.items() if not isinstance(manifest.get(key), kind)]
+    if wrong:
+        raise _damaged(path, f"{', '.join(_MANIFEST_KEYS)}", f"no valid {', '.join(wrong)}")
+    if manifest["stage"] != name:
+        raise _damaged(path, f"the manifest of {name}", f"that of {manifest['stage']}")
+    rows = [*manifest["inputs"], *manifest["outputs"]]
+    if not all(isinstance(row, dict) and {"path", "bytes", "sha256"} <= row.keys() for row in rows):
+        raise _damaged(path, "path, bytes and sha256 of each file", "other rows")
+
+
+def check_started(path: Path, started: dict[str, Any]) -> None:
+    """Raise unless a started.json names the config of the work that it began.
+
+    Raises:
+        StageError: a key is missing or has another type.
+    """
+    if not isinstance(started.get("config_hash"), str):
+        raise _damaged(path, "the hash of a config", "none")
+    if not isinstance(started.get("made_from", {}), dict):
+        raise _damaged(path, "hashes of the results that it was made from", "something else")
+
+
+def _damaged(path: Path, expected: str, found: str) -> StageError:
+    return StageError(
+        f"{path} is damaged, or was not written by Sparse-Long",
+        expected,
+        found,
+        f"restore the file, redo the stage with --force: python {path.parent.name}.py, or pass "
+        "another --run-dir",
+    )

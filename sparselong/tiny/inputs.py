@@ -1,0 +1,110 @@
+"""Everything that stage 02 reads, opened and checked before any work.
+
+Stage 02 calls `check_early`, which needs no torch, and then `open_inputs`. Stage 01 takes the same
+steps one by one, so that its verdict is that of stage 02. Reading headers, opening the tokenizer
+and encoding the rows takes seconds, and on a resumed run the same seconds again: whatever changed
+in between is found before it is mixed with finished work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sparselong.config import Config
+from sparselong.data import EncodedFiles, conversations, encode_files, select_usable
+from sparselong.memory import find_config, read_base_config
+from sparselong.tiny.base import resolve_base
+
+if TYPE_CHECKING:
+    from transformers import GptOssConfig, PreTrainedTokenizerBase
+
+    from sparselong.checkpoint import Checkpoint
+
+
+class Inputs(NamedTuple):
+    """An opened and checked base checkpoint, its tokenizer and the encoded conversations."""
+
+    base: Checkpoint
+    architecture: GptOssConfig
+    tokenizer: PreTrainedTokenizerBase
+    encoded: EncodedFiles
+
+
+def check_early(config: Config, run_dir: Path) -> None:
+    """Raise for every fault that is known without torch: config.json, tokenizer files, rows.
+
+    A base that is not on this machine yet is left out. The data files are prepared.
+
+    Raises:
+        StageError: a file is missing or damaged, or a row is malformed.
+    """
+    from sparselong.model import check_tokenizer_files
+
+    path = find_config(config.model)
+    if path is not None:
+        read_base_config(path)
+        if path.parent == Path(config.model.base):  # a cached snapshot may still be incomplete
+            check_tokenizer_files(path.parent)
+    check_rows(config, run_dir)
+
+
+def open_inputs(config: Config, run_dir: Path, progress: Callable[[str], None]) -> Inputs:
+    """Return the base and its tokenizer after checking them and all rows.
+
+    Raises:
+        StageError: the base cannot be found or built, a file is missing or damaged, the parts do
+            not fit together, or a row cannot be encoded.
+    """
+    check_rows(config, run_dir)
+    base, architecture = open_base(resolve_base(config, run_dir, progress))
+    tokenizer = open_tokenizer(base.directory)
+    encoded, left_out = encode_rows(config, run_dir, tokenizer)
+    for sentence in left_out:
+        progress(sentence)
+    return Inputs(base, architecture, tokenizer, encoded)
+
+
+def check_rows(config: Config, run_dir: Path) -> int:
+    """Prepare the data files and return their number of conversations.
+
+    Raises:
+        StageError: a source is missing or has changed, or a row is malformed.
+    """
+    return sum(len(conversations.read(path)) for path in conversations.prepare(config, run_dir))
+
+
+def open_base(directory: Path) -> tuple[Checkpoint, GptOssConfig]:
+    """Return a base checkpoint and its architecture after checking every header.
+
+    Raises:
+        StageError: a file is missing or damaged, or it is not a base gpt-oss.
+    """
+    # Here because they import torch, which refusals of `check_early` do not wait for.
+    from sparselong.checkpoint import Checkpoint, open_upstream
+
+    read_base_config(directory / "config.json")
+    base = Checkpoint(directory)
+    return base, open_upstream(base)
+
+
+def open_tokenizer(directory: Path) -> Any:
+    """Return a base's tokenizer after checking that it works and fits the model.
+
+    Raises:
+        StageError: see `load_tokenizer`.
+    """
+    from sparselong.model import load_tokenizer
+
+    return load_tokenizer(directory)
+
+
+def encode_rows(config: Config, run_dir: Path, tokenizer: Any) -> tuple[EncodedFiles, list[str]]:
+    """Return the encoded conversations, and what is to be told about rows left out.
+
+    Raises:
+        StageError: a row cannot be rendered, or no row of a file can be used.
+    """
+    encoded = encode_files(config, run_dir, tokenizer)
+    return encoded, select_usable(encoded, config.sequence_len).left_out
