@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselong.config import Config
+from sparselong.data import check_tasks
 from sparselong.memory import check_model, find_shape, plan_stage, show_plan
 from sparselong.processes import find_world, hide_launcher, is_joined
 from sparselong.run import Stage, run_stage
@@ -39,6 +40,7 @@ def check(config: Config) -> None:
         hide_launcher()
     find_shape(config.model)
     check_model(config)
+    check_tasks(config)
 
 
 def preview(config: Config, run_dir: Path, place: str) -> dict[str, Any]:

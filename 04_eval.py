@@ -10,6 +10,7 @@ import os
 import sys
 
 from sparselong.config import Config
+from sparselong.data import check_tasks
 from sparselong.memory import check_model, plan_stage, show_plan
 from sparselong.processes import check_alone
 from sparselong.run import Stage, run_stage
@@ -29,9 +30,10 @@ def execute(stage: Stage) -> None:
 
 
 def check(config: Config) -> None:
-    """Raise if several processes were started, or a key does not fit the base model."""
+    """Raise if several processes were started, or the config names what is not there."""
     check_alone()
     check_model(config)
+    check_tasks(config)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,11 +36,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager, get_task_dict
 
 from sparselong.config import Config
-from sparselong.data import explain_hub_failures, write_hellaswag
+from sparselong.data import DEMO_TASK, explain_hub_failures, write_hellaswag
 from sparselong.errors import ConfigError, StageError
 from sparselong.evaluate import demo_items
-
-DEMO_TASK = "demo_hellaswag"
 
 
 class _Model(HFLM):

@@ -7,6 +7,7 @@ config has been read, the run directory locked and the stage's inputs found.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import signal
 import sys
@@ -35,6 +36,12 @@ _KEPT = {
 DEFAULT_CONFIG = str(Path(__file__).resolve().parents[2] / "configs/gpt-oss-120b-4x3090.yaml")
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 """Signals that interrupt a stage as Ctrl-C does."""
+
+_REFUSALS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE),
+)
+"""Errors of files that people cause by names and permissions, and that file systems cause."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -202,16 +209,12 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
             f"run {_rerun(name, arguments)}",
         )
     except Exception as error:
-        if not is_disk_full(error):
+        found = _explain_system(error, name, arguments)
+        if found is None or not is_disk_full(error):
             _note_failure(name, arguments.run_dir, traceback.format_exc())
+        if found is None:
             raise
-        file = getattr(error, "filename", None)
-        failure = StageError(
-            f"{name} could not write {file or f'to {arguments.run_dir}'}",
-            "free disk space",
-            getattr(error, "strerror", None) or str(error).splitlines()[0],
-            f"free some space, then run {_rerun(name, arguments)}",
-        )
+        failure = found
     else:
         return
     finally:
@@ -221,6 +224,29 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
     if arguments.preview is None:
         _note_failure(name, arguments.run_dir, str(failure))
     outcome.exit_code = failure.exit_code
+
+
+def _explain_system(
+    error: Exception, name: str, arguments: argparse.Namespace
+) -> StageError | None:
+    """Return a full disk, or a file that the system refuses, as an expected failure."""
+    file = getattr(error, "filename", None)
+    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    if is_disk_full(error):
+        return StageError(
+            f"{name} could not write {file or f'to {arguments.run_dir}'}",
+            "free disk space",
+            reason,
+            f"free some space, then run {_rerun(name, arguments)}",
+        )
+    if isinstance(error, OSError) and file and error.errno in _REFUSALS:
+        return StageError(
+            f"{name} could not use {file}",
+            "a file or folder, as the stage needs it, that this user can read and write",
+            reason,
+            f"correct it or its permissions, then run {_rerun(name, arguments)}",
+        )
+    return None
 
 
 def _report(name: str, failure: ExpectedError, as_json: bool) -> None:

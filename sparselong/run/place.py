@@ -123,6 +123,9 @@ def refuse_foreign(run_dir: Path) -> None:
     path = run_dir / "config.yaml"
     if path.exists() and not _is_ours(path):
         raise _foreign(path, "nothing, or the config that a stage has written")
+    for name in ("data", "base", "cache"):
+        if (run_dir / name).exists() and not (run_dir / name).is_dir():
+            raise _foreign(run_dir / name, "nothing, or a folder")
     if folders or path.exists():
         return
     for name, mark in _MARKS.items():

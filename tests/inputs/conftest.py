@@ -69,3 +69,9 @@ def base(untrained_base, tmp_path) -> Path:
 def data(tmp_path) -> Callable[[list], Path]:
     """Return a function that writes rows as a JSON Lines file and returns its path."""
     return lambda rows, name="rows.jsonl": write_rows(tmp_path / name, rows)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-mutations", action="store_true", help="all mutations, and four stages on twelve"
+    )

@@ -201,6 +201,27 @@ def test_the_written_config_can_be_passed_again(tmp_path):
     assert run_stage("02_compress", "test", arguments, work, **PLAN) == 0
 
 
+@pytest.mark.parametrize("name", ["data", "base", "cache"])
+def test_a_file_in_the_place_of_a_folder_is_explained(name, tmp_path, capsys):
+    assert run(tmp_path) == 0
+    (tmp_path / name).write_text("mine")
+    capsys.readouterr()
+    assert run(tmp_path, "--force") == 1
+    refused(capsys, str(tmp_path / name))
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO, errno.EISDIR])
+def test_a_file_that_the_system_refuses_is_explained(number, tmp_path, capsys):
+    def fail(stage: Stage) -> None:
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    arguments = ["--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", str(tmp_path)]
+    assert run_stage("02_compress", "test", arguments, fail, **PLAN) == 1
+    refused(capsys, "/some/file", os.strerror(number))
+    assert "Traceback" in (tmp_path / "02_compress/log.txt").read_text()
+
+
 LACKING = [errno.ENOSYS, errno.ENOLCK, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL]
 
 

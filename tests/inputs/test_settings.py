@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from sparselong.config import load
+from sparselong.data import check_tasks
 from sparselong.errors import ConfigError
 from sparselong.memory import check_model
 from tests.conftest import ROOT
@@ -99,7 +100,11 @@ def test_what_the_base_model_decides(overrides, words, base, untrained_base):
         ({"hidden_size": 96}, [], "shared_dense.group_size"),
         ({"hidden_size": 96}, ["shared_dense.group_size=32"], ""),
         ({"hidden_size": 96}, ["shared_dense.weight_bits=16"], ""),
-        ({"hidden_size": 98}, ["shared_dense.weight_bits=16"], "shared_dense.sparsity"),
+        (
+            {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 30},
+            ["shared_dense.weight_bits=16", "lora.r=8"],
+            "shared_dense.sparsity",
+        ),
         ({"max_position_embeddings": 100}, ["sequence_len=101"], "sequence_len"),
         ({"max_position_embeddings": "x"}, [], ""),
         ({"intermediate_size": 32}, ["lora.expert_targets=[down_proj]", "lora.expert_r=33"], "exp"),
@@ -119,10 +124,18 @@ def test_sizes_of_other_models(changes, overrides, word, untrained_base, tmp_pat
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_refuses_alike(script, run_script, tmp_path):
-    for override, word in (("lora.r=129", "lora.r"), ("seed=4294967296", "seed")):
+    unknown = ("evaluation.tasks=[hellasvag]", "hellaswag?")
+    for override, word in (("lora.r=129", "lora.r"), ("seed=4294967296", "seed"), unknown):
         outcome = run_script(script, override)
         outcome.assert_explained(word)
         assert outcome.code == 2 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["hellaswag", "arc_easy", "mmlu", "mmlu_anatomy", "winogrande", "ai2_arc", "piqa"]
+)
+def test_tasks_of_lm_eval_are_known(name):
+    check_tasks(load(TINY, [f"evaluation.tasks=[{name}]"]))
 
 
 def test_workers_are_counted_by_the_cores_that_the_process_may_use(monkeypatch):

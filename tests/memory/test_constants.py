@@ -3,7 +3,7 @@
 import inspect
 
 from sparselong import registration
-from sparselong.checkpoint import checkpoint
+from sparselong.checkpoint import derivation
 from sparselong.compress import layer
 from sparselong.data import demo
 from sparselong.evaluate import perplexity
@@ -33,7 +33,7 @@ def test_decoding_threshold_matches_the_table():
 
 
 def test_stale_share_for_links_matches_the_checkpoint():
-    assert storage.LINKED_STALE_SHARE == checkpoint._LINKED_STALE_SHARE
+    assert storage.LINKED_STALE_SHARE == derivation._LINKED_STALE_SHARE
 
 
 def test_work_of_the_tiny_model_matches_its_spec():

@@ -401,7 +401,7 @@ _SIZES = {
     "num_experts_per_tok": (9, 0, -1, "4", None),
     "head_dim": (32, 128, 0, None),
     "vocab_size": (2047, 2049, 0, None),
-    "layer_types": (["full_attention"], [], ["full_attention"] * 5, ["other"] * 4, "full", None),
+    "layer_types": (["full_attention"], [], ["full_attention"] * 5, ["other"] * 4, "full"),
     "num_experts": (4,),
     "sliding_window": (0, -1, "64"),
     "rms_norm_eps": (0.0, -1e-5, "small", None),
@@ -419,7 +419,7 @@ REFUSED |= {
     for key in (
         *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "num_local_experts", "num_experts_per_tok", "vocab_size"),
-        *("model_type", "sliding_window", "rms_norm_eps", "rope_parameters"),
+        *("model_type", "sliding_window", "rope_parameters"),
     )
 }
 EITHER = {
@@ -430,6 +430,8 @@ EITHER = {
     "template-byte": _flip_json_byte("chat_template.jinja"),
     "no-architectures": _remove("architectures"),
     "no-layer-types": _remove("layer_types"),
+    "layer-types-null": _set("layer_types", None),
+    "no-eps": _remove("rms_norm_eps"),
     "no-head-dim": _remove("head_dim"),
     "no-eos": _remove("eos_token_id"),
     "no-tokenizer-config": _delete("tokenizer_config.json"),
