@@ -4,9 +4,10 @@
     python 01_health.py [--config FILE] [--run-dir DIR] [key.path=value …] [--dry-run] [--json]
 
 Prints one row per check (ok, warn or fail, with a fix), then what the config needs: bytes per GPU
-by component, bytes on disk, estimated time. Writes runs/NAME/01_health/report.json and report.md,
-and a manifest if the machine can run the config. The checks are repeated on every call because the
-machine may have changed.
+by component, bytes on disk, estimated time. What is on this machine of the base checkpoint, its
+tokenizer and the training data is opened as stage 02 opens it. Writes
+runs/NAME/01_health/report.json and report.md, and a manifest if the machine can run the config. The
+checks are repeated on every call because the machine may have changed.
 
 Exit code 0 if the machine can run the config, 1 if it cannot, 2 for a usage or config error.
 """

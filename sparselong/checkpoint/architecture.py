@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import GptOssConfig
+from transformers import GenerationConfig, GptOssConfig
 
 from sparselong.checkpoint.checkpoint import Checkpoint
 from sparselong.checkpoint.format import PROJECTIONS, expert_shapes
@@ -76,6 +76,7 @@ def open_upstream(checkpoint: Checkpoint) -> GptOssConfig:
     except _MALFORMED as error:
         found = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise _refuse_config(path, found) from error
+    _check_generation(checkpoint.directory)
     _refuse_dequantized(checkpoint)
     _check_layers(checkpoint, config)
     checkpoint.check(model_tensors(config))
@@ -89,6 +90,22 @@ def _refuse_config(path: Path, found: str) -> StageError:
         found,
         "restore config.json from the published checkpoint",
     )
+
+
+def _check_generation(directory: Path) -> None:
+    """Raise if transformers cannot use generation_config.json, which it opens with the model."""
+    if not (directory / "generation_config.json").exists():
+        return
+    read_json(directory / "generation_config.json")
+    try:
+        GenerationConfig.from_pretrained(directory)
+    except (*_MALFORMED, OSError) as error:
+        raise StageError(
+            f"{directory / 'generation_config.json'} cannot be used",
+            "generation parameters that transformers accepts",
+            f"{type(error).__name__}: {' '.join(str(error).split())}",
+            "restore generation_config.json from the published checkpoint",
+        ) from error
 
 
 def _refuse_dequantized(checkpoint: Checkpoint) -> None:

@@ -168,8 +168,8 @@ class SparseLongPlugin(BasePlugin):
 
     def pre_lora_load(self, cfg, model):
         """Raise if Axolotl has resized the embeddings."""
-        rows: Any = model.get_input_embeddings().num_embeddings
-        check_rows_kept(rows, self.run.compressed)
+        embeddings: Any = model.get_input_embeddings()
+        check_rows_kept(embeddings.num_embeddings, self.run.compressed)
 
     def load_adapter(self, model, cfg, inference=False, config_only=False):
         """Return the model with our adapters, and their PEFT config."""

@@ -60,10 +60,10 @@ def examine(stage: Stage) -> None:
 def _refusal(
     config: Config, machine: Machine, failed: list[Row], document: dict[str, Any]
 ) -> StageError:
-    """Return the failure of the stage: that of stage 02 if one input is all that is wrong."""
+    """Return the failure of the stage: that of stage 02 if only inputs are wrong."""
     details = {"rows": document["rows"], "plan": document["plan"]}
     errors = [finding.error for finding in machine.inputs if finding.error is not None]
-    if len(errors) == len(failed) == 1:
+    if len(errors) == len(failed):
         error = errors[0]
         return StageError(error.what, error.expected, error.found, error.fix, details)
     return StageError(

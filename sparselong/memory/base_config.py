@@ -21,6 +21,7 @@ SIZES = (
     *("num_key_value_heads", "head_dim", "intermediate_size", "num_experts_per_tok"),
     *("vocab_size", "sliding_window"),
 )
+_MOST_LAYERS = 1000
 _ALIASES = {"num_experts": "num_local_experts"}
 """Keys that transformers reads as another one."""
 _REPEATED = {"experts_per_token": "num_experts_per_tok"}
@@ -132,7 +133,8 @@ def check_token_ids(path: Path, document: dict[str, Any], rows: int) -> None:
     for key, value in document.items():
         if not key.endswith("_token_id") or value is None:
             continue
-        for token in value if isinstance(value, list) else [value]:
+        tokens: list[Any] = value if isinstance(value, list) and value else [value]
+        for token in tokens:
             if not _is_int(token) or not 0 <= token < rows:
                 raise StageError(
                     f"{path}: {key} is not a token of the model",
@@ -182,6 +184,9 @@ def _check_sizes(values: dict[str, Any]) -> None:
             f"{key}: {_show(values[key])}" if key in values else f"no {key}" for key in wrong
         )
         raise _Fault(f"positive integers for {', '.join(SIZES)}", found)
+    if values["num_hidden_layers"] > _MOST_LAYERS:
+        expected = f"at most {_MOST_LAYERS} layers"
+        raise _Fault(expected, f"num_hidden_layers: {values['num_hidden_layers']}")
     longest = values.get("max_position_embeddings", 1)
     if not _is_int(longest) or longest < 1:
         expected = "a positive integer for max_position_embeddings"

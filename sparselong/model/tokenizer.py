@@ -24,6 +24,7 @@ _REQUIRED = ("tokenizer.json", "tokenizer_config.json")
 _OPTIONAL = ("special_tokens_map.json", "added_tokens.json")
 _TEMPLATE = "chat_template.jinja"
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_CONTROL = re.compile(r"<\|[^|<>\s]+\|>")
 _PROBE = "Sparse 2:4,  naïve 日本語 🙂\n\tx = 'Y'\n"
 
 
@@ -80,7 +81,8 @@ def _check_vocabulary(directory: Path, document: dict[str, Any]) -> None:
     model, added = document.get("model"), document.get("added_tokens", [])
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     listed = isinstance(added, list) and all(
-        isinstance(token, dict) and {"id", "content"} <= set(token) for token in added
+        isinstance(token, dict) and "id" in token and isinstance(token.get("content"), str)
+        for token in added
     )
     if not isinstance(model, dict) or not vocabulary or not listed:
         expected = "tokenizer.json with model.vocab, and added_tokens with id and content"
@@ -126,15 +128,35 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
+        fault = _find_fault(tokenizer)
     except Exception as error:  # the tokenizers library raises bare `Exception`s
         found = f"{type(error).__name__}: {error}"
         raise _unusable(directory, "files that transformers can open", found) from error
+    if fault:
+        raise _unusable(directory, *fault)
     tokenizer.chat_template = _default_template(tokenizer.chat_template, directory)
-    _check_round_trip(tokenizer, directory)
     _check_template(tokenizer, directory)
     _check_added_tokens(tokenizer, directory)
     _check_fit(tokenizer, directory)
     return tokenizer
+
+
+def _find_fault(tokenizer: Any) -> tuple[str, str] | None:
+    """Return what was expected and found unless text survives encoding and decoding."""
+    expected = "a fast tokenizer that decodes to the text that it encoded, with offsets"
+    if not tokenizer.is_fast:
+        return expected, f"{type(tokenizer).__name__}, which has no offsets"
+    encoded = tokenizer(_PROBE, add_special_tokens=False, return_offsets_mapping=True)
+    decoded = tokenizer.decode(encoded["input_ids"])
+    if decoded != _PROBE:
+        return expected, f"{_PROBE!r} becomes {decoded!r}"
+    offsets = encoded["offset_mapping"]
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    if starts != sorted(starts) or (starts[0], ends[-1]) != (0, len(_PROBE)):
+        return expected, f"offsets {offsets}"
+    if tokenizer.eos_token_id is None:
+        return "tokenizer_config.json with an eos_token", "none"
+    return None
 
 
 def _default_template(template: Any, directory: Path) -> str:
@@ -149,23 +171,8 @@ def _default_template(template: Any, directory: Path) -> str:
     return template
 
 
-def _check_round_trip(tokenizer: Any, directory: Path) -> None:
-    """Raise unless decoding returns the encoded text and each token knows its characters."""
-    expected = "a fast tokenizer that decodes to the text that it encoded, with offsets"
-    if not tokenizer.is_fast:
-        raise _unusable(directory, expected, f"{type(tokenizer).__name__}, which has no offsets")
-    encoded = tokenizer(_PROBE, add_special_tokens=False, return_offsets_mapping=True)
-    decoded = tokenizer.decode(encoded["input_ids"])
-    if decoded != _PROBE:
-        raise _unusable(directory, expected, f"{_PROBE!r} becomes {decoded!r}")
-    offsets = encoded["offset_mapping"]
-    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    if starts != sorted(starts) or (starts[0], ends[-1]) != (0, len(_PROBE)):
-        raise _unusable(directory, expected, f"offsets {offsets}")
-
-
 def _check_template(tokenizer: Any, directory: Path) -> None:
-    """Raise unless the chat template renders what a conversation says.
+    """Raise unless the chat template renders what a conversation says, in tokens that exist.
 
     A template may reject the conversation, for example because it requires a system message;
     whether it accepts the configured rows is found when they are rendered.
@@ -185,6 +192,11 @@ def _check_template(tokenizer: Any, directory: Path) -> None:
     if lost:
         found = f"the message of the {' and the '.join(lost)} is left out"
         raise _unusable(directory, expected, found)
+    written = dict.fromkeys(_CONTROL.findall(text))
+    split = [name for name in written if len(tokenizer.encode(name, add_special_tokens=False)) != 1]
+    if split:
+        expected = "a control token for each one that the chat template writes"
+        raise _unusable(directory, expected, f"{', '.join(split)} as several tokens")
 
 
 def _check_added_tokens(tokenizer: Any, directory: Path) -> None:

@@ -26,6 +26,7 @@ from sparselong.registration import move_caches, set_streams
 from sparselong.run.directory import LOG, Stage, finish, prepare, read_manifest
 from sparselong.run.lock import locked, writing
 from sparselong.run.place import STARTED, find_run_dir, refuse_overlap
+from sparselong.run.stages import STAGES
 
 _KEPT = {
     "02_compress": ": finished layers are kept",
@@ -69,7 +70,7 @@ def parse_arguments(name: str, description: str, argv: list[str] | None) -> argp
     parser.add_argument("--dry-run", action="store_true", help="print the plan, touch nothing")
     parser.add_argument("--force", action="store_true", help="redo a finished stage")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    if name == "03_finetune":
+    if STAGES[name].previews:
         text = "print a conversation with its supervised tokens marked, touch nothing"
         parser.add_argument("--preview", metavar="FILE:LINE", help=text)
     parser.set_defaults(preview=None)
@@ -112,7 +113,6 @@ def run_stage(
     except ConfigError as error:
         _report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
-    redo = arguments.force or not keep_result
     with _explained_failures(name, arguments) as outcome:
         config = load(arguments.config, arguments.overrides)
         with writing(arguments.run_dir):
@@ -124,16 +124,26 @@ def run_stage(
             document = preview(config, arguments.run_dir, arguments.preview)
             text = document["text"]
         else:
-            cache = arguments.run_dir / "cache"
-            named = (config.model.base, config.data.train, config.data.validation or "")
-            moved = move_caches(cache, named)
-            if check is not None:
-                check(config)
             stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
-            document = _run_locked(stage, redo, execute, cache if moved else None)
+            document = _run(stage, stage.forced or not keep_result, execute, check)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
+
+
+def _run(
+    stage: Stage,
+    redo: bool,
+    execute: Callable[[Stage], None],
+    check: Callable[[Config], object] | None,
+) -> dict[str, Any]:
+    """Check and execute a stage, and return its manifest."""
+    cache, config = stage.run_dir / "cache", stage.config
+    named = (config.model.base, config.data.train, config.data.validation or "")
+    moved = move_caches(cache, named)
+    if check is not None:
+        check(config)
+    return _run_locked(stage, redo, execute, cache if moved else None)
 
 
 def _run_locked(

@@ -22,10 +22,12 @@ class Declaration:
     Attributes:
         reads: earlier stages whose results it opens; they must be done first.
         sections: top-level config keys that affect its result, besides those of what it reads.
+        previews: whether its command line has `--preview FILE:LINE`.
     """
 
     reads: tuple[str, ...]
     sections: tuple[str, ...]
+    previews: bool = False
 
 
 STAGES: dict[str, Declaration] = {
@@ -40,6 +42,7 @@ STAGES: dict[str, Declaration] = {
     "03_finetune": Declaration(
         ("02_compress",),
         ("sequence_len", "micro_batch_size", "lora", "finetuning_modifiers", "training"),
+        previews=True,
     ),
     "04_eval": Declaration(("02_compress", "03_finetune"), ("evaluation",)),
 }

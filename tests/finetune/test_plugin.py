@@ -117,6 +117,20 @@ def test_training_arguments(plugin, run, resume, starts):
     assert made["restore_callback_states_from_checkpoint"] is True
 
 
+def test_resized_embeddings_are_refused(plugin, run):
+    """Axolotl appends random rows for tokens that it adds; they would never be stored."""
+    (run.compressed).mkdir(exist_ok=True)
+    (run.compressed / "config.json").write_text('{"vocab_size": 2048}')
+
+    def model(rows: int) -> SimpleNamespace:
+        return SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(num_embeddings=rows))
+
+    plugin.pre_lora_load(None, model(2048))
+    with pytest.raises(StageError, match="resized") as caught:
+        plugin.pre_lora_load(None, model(2049))
+    assert "2048 rows" in caught.value.expected and caught.value.found == "2049 rows"
+
+
 @pytest.fixture
 def files(plugins, tmp_path, monkeypatch) -> EncodedFiles:
     """Three training conversations and one for validation, of two tokens each."""
