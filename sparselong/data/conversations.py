@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from sparselong.config import Config
 from sparselong.data.hub import explain_hub_failures
-from sparselong.data.lines import empty
+from sparselong.data.lines import empty, read_lines
 from sparselong.data.rows import Conversation, Remarks, check_row, locate, read_rows
 from sparselong.data.tokens import count_dropped_thinking, tokenize
 from sparselong.errors import StageError
@@ -101,6 +101,25 @@ def read(path: Path) -> list[Conversation]:
         StageError: the file cannot be read or is empty, or a row is refused.
     """
     return list(read_rows(path, Remarks()))
+
+
+def read_line(path: Path, number: int) -> Conversation:
+    """Return the conversation on one line of a JSON-lines file, counted from 1.
+
+    Raises:
+        StageError: the file cannot be read or has fewer lines, the line is blank, it or an earlier
+            one is not JSON, or the row is refused.
+    """
+    lines = 0
+    for lines, row in read_lines(path):
+        if lines == number and row is not None:
+            return check_row(row, {"source": str(path), "line": number}, Remarks())
+        if lines == number:
+            break
+    fix = "name another line"
+    if lines == number:
+        raise StageError(f"{path}, line {number:,} is blank", "a conversation", "no text", fix)
+    raise StageError(f"{path} has no line {number:,}", f"1 to {lines:,}", f"{number:,}", fix)
 
 
 def _split(config: Config, folder: Path) -> tuple[list[Conversation], list[Conversation]]:

@@ -12,6 +12,7 @@ from typing import Any
 from sparselong.config import Config
 from sparselong.data import conversations, rendering_date
 from sparselong.errors import ConfigError, StageError
+from sparselong.memory import find_config
 from sparselong.run import read_manifest
 
 _TOKENIZER = "tokenizer.json"
@@ -71,25 +72,17 @@ def preview_line(config: Config, run_dir: Path, place: str) -> dict[str, Any]:
 def _find_tokenizer(config: Config, run_dir: Path) -> Path:
     """Return a directory of this machine that has the base model's tokenizer."""
     base = config.model.base
-    known = [run_dir / "base" if base == "tiny" else Path(base)]
+    described = run_dir / "base" / "config.json" if base == "tiny" else find_config(config.model)
+    known = [described.parent] if described else []
     compressed = read_manifest(run_dir, "02_compress")
     if compressed and compressed["config"]["model"] == config.model.model_dump(mode="json"):
         known.append(run_dir / "02_compress" / "model")
     for folder in known:
         if (folder / _TOKENIZER).is_file():
             return folder
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(base, _TOKENIZER, revision=config.model.revision)
-    except HFValidationError:  # a path, not a hub name
-        cached = None
-    if isinstance(cached, str):
-        return Path(cached).parent
     raise StageError(
         f"the tokenizer of {base} is not on this machine",
-        f"{_TOKENIZER} in {' or '.join(map(str, known))}, or in the hub's cache",
-        "none of them",
+        f"{_TOKENIZER} in {' or '.join(map(str, known)) or 'the hub cache'}",
+        "no such file",
         "run python 02_compress.py with the same --config and --run-dir first",
     )
