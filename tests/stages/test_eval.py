@@ -30,6 +30,7 @@ def write_manifest(run_dir: Path, stage: str, arguments: list[str], label: str =
     mark = {"path": "mark", "bytes": 1, "sha256": label}
     manifest = {
         "format_version": FORMAT_VERSION,
+        **{"stage": stage, "status": "done", "seconds": 1.0, "metrics": {}},
         "config_hash": stage_hash(config, stage),
         "inputs": describe_files([Path(config.model.base)], run_dir),
         "outputs": [*describe_files([run_dir / stage / "model"], run_dir), mark],
