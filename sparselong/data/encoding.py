@@ -36,13 +36,14 @@ from sparselong.data.run_date import rendering_date
 from sparselong.errors import StageError
 from sparselong.provenance import hash_file
 
-_FORMAT = 1
-"""Increased when `conversations.tokenize` gives other tokens for the same row."""
+_FORMAT = 2
+"""Increased with other columns, or other tokens from `conversations.tokenize` for the same row."""
 _ROWS_PER_BATCH = 1000
 _SCHEMA = pyarrow.schema(
     {
         "input_ids": pyarrow.large_list(pyarrow.int32()),
         "supervised": pyarrow.large_list(pyarrow.bool_()),
+        "dropped_thinking": pyarrow.int32(),  # messages whose reasoning the template leaves out
     }
 )
 _RECORD = "encoded.json"
@@ -54,7 +55,8 @@ class Encoded:
 
     Attributes:
         source: the prepared file.
-        table: a row per conversation: `input_ids` and, of the same length, `supervised`.
+        table: a row per conversation: `input_ids`, of the same length `supervised`, and
+            `dropped_thinking`.
     """
 
     source: Path
@@ -102,7 +104,8 @@ class Usable(NamedTuple):
     Attributes:
         train: row numbers of `EncodedFiles.train`.
         validation: row numbers of `EncodedFiles.validation`.
-        left_out: a sentence with counts and reasons for each file that has other rows too.
+        left_out: sentences about what is left out, with counts: other rows, and reasoning that the
+            template does not write.
     """
 
     train: list[int]
@@ -168,7 +171,8 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
         if len(rows) < len(encoded)
     ]
     if train and validation:
-        return Usable(train, validation, left_out)
+        dropped = filter(None, map(_describe_dropped, files[:2]))
+        return Usable(train, validation, [*left_out, *dropped])
     shortest = [
         min((count.tokens for count in encoded.counts if count.predicted), default=0)
         for encoded in files[:2]
@@ -180,6 +184,16 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
         f"use shorter conversations, or sequence_len={max(shortest)}, the smallest that would do"
         if all(shortest)
         else "check the rows' roles and weights, or pass data.train_on=all",
+    )
+
+
+def _describe_dropped(encoded: Encoded) -> str | None:
+    counts = [count for count in encoded.table["dropped_thinking"].to_pylist() if count]
+    if not counts:
+        return None
+    return (
+        f"{encoded.source.stem}: the chat template leaves out the thinking of {sum(counts):,} "
+        f"earlier turns, in {len(counts):,} of {len(encoded):,} conversations"
     )
 
 
@@ -227,12 +241,15 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def _tokenize(
     source: Path, tokenizer: Any, config: Config, today: date
-) -> Iterator[tuple[list[int], list[bool]]]:
-    for conversation in conversations.read(source):
-        yield conversations.tokenize(conversation, tokenizer, config.data.train_on, today)
+) -> Iterator[tuple[list[int], list[bool], int]]:
+    """Yield the values of each row's columns."""
+    for row in conversations.read(source):
+        tokens, supervised = conversations.tokenize(row, tokenizer, config.data.train_on, today)
+        dropped = conversations.count_dropped_thinking(row, tokenizer, today)
+        yield tokens, supervised, dropped
 
 
-def _batches(rows: Iterator[tuple[list[int], list[bool]]]) -> Iterator[list]:
+def _batches(rows: Iterator[tuple]) -> Iterator[list[tuple]]:
     batch = []
     for row in rows:
         batch.append(row)
