@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,17 @@ def is_local(name: str) -> bool:
     Any other name may be one on the Hugging Face Hub: `NAME` or `OWNER/NAME`.
     """
     return not _HUB_NAME.fullmatch(name) or name.endswith(_DATA_SUFFIXES) or os.path.exists(name)
+
+
+def why_unusable(path: str | Path, wanted: str) -> str:
+    """Return why a path does not lead to a `wanted` (such as `directory`), in a few words."""
+    try:
+        found = "a file" if stat.S_ISREG(os.stat(path).st_mode) else "something else"
+        return "a directory" if os.path.isdir(path) else found
+    except FileNotFoundError:
+        return f"no such {wanted}"
+    except (OSError, ValueError) as error:  # ValueError: characters that no name can have
+        return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def write_atomically(path: Path, text: str) -> None:

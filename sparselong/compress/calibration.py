@@ -12,6 +12,7 @@ import random
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sparselong.checkpoint import Checkpoint, write_tensors
@@ -23,10 +24,8 @@ from sparselong.errors import StageError
 def calibration_tokens(config: Config, train: Encoded) -> torch.Tensor:
     """Return calibration sequences, int64 [sequences, sequence_len].
 
-    There are fewer than `calibration.samples` if the training data is too small.
-
-    Raises:
-        StageError: the data is shorter than one sequence.
+    There are fewer than `calibration.samples` if the training data is too small, but at least one:
+    `open_inputs` has refused less.
     """
     rows = list(range(len(train)))
     random.Random(config.seed).shuffle(rows)
@@ -37,13 +36,6 @@ def calibration_tokens(config: Config, train: Encoded) -> torch.Tensor:
         if len(stream) >= wanted:
             break
         stream += train[row][0]
-    if len(stream) < length:
-        raise StageError(
-            "the calibration data is shorter than one sequence",
-            f"at least {length} tokens (calibration.sequence_len)",
-            f"{len(stream)} tokens in {len(rows)} conversations of {config.data.train}",
-            "use more training data, or lower calibration.sequence_len",
-        )
     count = min(wanted, len(stream)) // length
     return torch.tensor(stream[: count * length]).reshape(count, length)
 
@@ -61,14 +53,29 @@ class HiddenStates:
         self.states: torch.Tensor = torch.empty(0)
 
     def start(self, checkpoint: Checkpoint, tokens: torch.Tensor, dtype: torch.dtype) -> None:
-        """Load the saved states, or embed the tokens [sequences, length] if there are none."""
+        """Load the saved states, or embed the tokens [sequences, length] if there are none.
+
+        Raises:
+            StageError: the saved states are damaged.
+        """
         if self.path.exists():
-            saved = load_file(self.path)
-            self.layers_done, self.states = int(saved["layers_done"]), saved["states"]
+            self.layers_done, self.states = self._load()
             return
         distinct, place = tokens.unique(return_inverse=True)
         rows = checkpoint.read_rows("model.embed_tokens.weight", distinct)
         self.states = rows.to(dtype)[place]
+
+    def _load(self) -> tuple[int, torch.Tensor]:
+        try:
+            saved = load_file(self.path)
+            return int(saved["layers_done"]), saved["states"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise StageError(
+                f"{self.path} is damaged",
+                "the states of the calibration sequences, as this stage saved them",
+                str(error),
+                f"remove {self.path}: the same command then begins at the first layer",
+            ) from error
 
     def save(self, layers_done: int) -> None:
         """Save the current states atomically as those after `layers_done` layers."""

@@ -104,7 +104,7 @@ def record_base(stage: Stage, base: Checkpoint) -> None:
     """
     path = stage.dir / BASE_RECORD
     if path.exists():
-        stage.described = json.loads(path.read_text(encoding="utf-8"))
+        stage.described = _read_own(path, "path", "bytes", "sha256")
         check_recorded(base.inventory, stage.described, stage.name)
         return
     paths = base.inventory.paths
@@ -112,6 +112,24 @@ def record_base(stage: Stage, base: Checkpoint) -> None:
     stage.log(f"hashing the base checkpoint ({len(paths)} files, {size / 1e9:.1f} GB)")
     stage.described = describe_files(paths, stage.run_dir)
     write_atomically(path, json.dumps(stage.described, indent=1) + "\n")
+
+
+def _read_own(path: Path, *keys: str) -> Any:
+    """Return the JSON object, or list of objects, with these keys that this stage wrote."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        objects = document if isinstance(document, list) else [document]
+        if objects and all(isinstance(one, dict) and set(keys) <= set(one) for one in objects):
+            return document
+        found = "JSON without them"
+    except (OSError, ValueError, RecursionError) as error:
+        found = " ".join(str(error).split())
+    raise StageError(
+        f"{path} is damaged",
+        f"the JSON with {', '.join(keys)} that this stage wrote",
+        found,
+        "restore the file, or redo the stage: python 02_compress.py --force",
+    )
 
 
 def _compress_layers(stage: Stage, inputs: Inputs, device: torch.device) -> None:
@@ -205,7 +223,8 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     record_base(stage, base)  # the base must not have changed meanwhile
     point_to(stage.dir / checkpoint_name(stage.config), "model", stage.log)
     paths = sorted((stage.dir / "work").glob("layer-*.json"))
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    keys = ("calibration_sequences", "relative_error", "peak_bytes")
+    records = [_read_own(path, *keys) for path in paths]
     for peaks in [read_peaks(), *(record["peak_bytes"] for record in records)]:
         for device, peak in peaks.items():
             stage.peak_bytes[device] = max(peak, stage.peak_bytes.get(device, 0))

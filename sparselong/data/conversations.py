@@ -16,6 +16,7 @@ Left out: tool calls, images, other row layouts (convert them), and filtering by
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -78,7 +79,7 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
     folder.mkdir(parents=True, exist_ok=True)
     sources = [source for source in (config.data.train, config.data.validation) if source]
     described = [
-        _describe(Path(source)) for source in sources if source != "demo" and Path(source).is_file()
+        _describe(Path(source)) for source in sources if source != "demo" and os.path.isfile(source)
     ]
     train, validation = _split(config, folder)
     for path, rows in zip(files, (train, validation), strict=True):
@@ -209,7 +210,7 @@ def _refuse_changed(record: dict[str, Any], folder: Path) -> None:
     ]
     for was in [*record["sources"], *prepared]:
         path = Path(was["path"])
-        if path.exists() and _describe(path)["sha256"] != was["sha256"]:
+        if os.path.exists(path) and _describe(path)["sha256"] != was["sha256"]:
             raise StageError(
                 f"{path} has changed since this run read it",
                 f"sha256 {was['sha256'][:16]}… ({was['bytes']:,} bytes)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sparselong.checkpoint import check_recorded, take_inventory
@@ -18,7 +19,7 @@ def check_models(stage: Stage) -> None:
     """
     base = stage.config.model.base
     local = stage.run_dir / "base" if base == "tiny" else Path(base)
-    if local.is_dir():
+    if os.path.isdir(local):
         check_base(stage, local)
     for name in (COMPRESS, FINETUNE):
         inventory = take_inventory(stage.run_dir / name / "model")

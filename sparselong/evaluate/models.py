@@ -25,6 +25,9 @@ from sparselong.model import implementation, load_model
 from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.runtime import using
 
+_RESULT = ("fingerprint", "perplexity", "tasks", "seconds", "peak_bytes")
+"""Keys of a model's kept result."""
+
 
 @dataclass(frozen=True)
 class Measurements:
@@ -53,8 +56,10 @@ def measure(
     """
     path = folder / f"{name}.json"
     if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["fingerprint"] == fingerprint:
+        kept = _read_kept(path)
+        if kept is None:
+            progress(f"{name}: {path} is damaged, so the model is measured again")
+        elif kept["fingerprint"] == fingerprint:
             progress(f"{name}: already measured, result kept")
             return kept
     start = time.monotonic()
@@ -78,6 +83,15 @@ def measure(
     write_atomically(path, json.dumps(result) + "\n")
     progress(f"{name}: {_one_line(result)}")
     return result
+
+
+def _read_kept(path: Path) -> dict[str, Any] | None:
+    """Return the result in a file that `measure` wrote, or None if it is damaged."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return kept if isinstance(kept, dict) and set(_RESULT) <= set(kept) else None
 
 
 def fingerprint(files: list[dict[str, Any]]) -> str:

@@ -45,6 +45,11 @@ from sparselong.model import load_tokenizer
 from sparselong.processes import TrainerEnded, find_world, train_together
 from sparselong.run import Stage
 
+_BAKED = (
+    *("best_checkpoint", "best_step", "best_eval_loss", "steps", "mask_updates", "peak_bytes"),
+    "two_four_conforming",
+)
+"""Keys of baked.json that every result has."""
 _CALLBACKS = ("MaskUpkeep", "Recomputation", "RouterWatch", "Metrics")
 
 
@@ -257,6 +262,10 @@ def _publish(stage: Stage) -> None:
     receipt = check_receipt(stage, {})
     again = f"remove {stage.dir / BAKED}: the same command then writes the result again"
     baked = read_json(stage.dir / BAKED, again)
+    lacking = [key for key in _BAKED if key not in baked]
+    if lacking:
+        found = f"no {', '.join(lacking)}"
+        raise StageError(f"{stage.dir / BAKED} is damaged", ", ".join(_BAKED), found, again)
     rows = read_rows(stage.dir / METRICS)
     point_to(stage.dir / "best", f"checkpoints/{baked['best_checkpoint']}", stage.log)
     train = [row for row in rows if "loss" in row]

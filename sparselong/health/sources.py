@@ -10,10 +10,10 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sparselong.config import Config
-from sparselong.files import is_local
+from sparselong.files import is_local, why_unusable
 from sparselong.health.packages import is_installed
 from sparselong.tiny import find_tiny
 
@@ -75,11 +75,10 @@ def _base(config: Config, run_dir: Path, hub: _Hub) -> Source:
         if made is None:
             return Source(role, name, "made", "created and trained by stage 02")
         return Source(role, name, "here", f"in {made}", path=made)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Source(role, name, "here", f"directory {name}", path=Path(name))
     if is_local(name):
-        detail = "a file, not a directory" if Path(name).exists() else "no such directory"
-        return Source(role, name, "missing", detail)
+        return Source(role, name, "missing", why_unusable(name, "directory"))
     cached = _cached_checkpoint(name, config.model.revision)
     if cached:
         return Source(role, name, "here", f"in the hub cache, {cached}", path=cached)
@@ -87,19 +86,28 @@ def _base(config: Config, run_dir: Path, hub: _Hub) -> Source:
 
 
 def _missing_files(directory: Path) -> list[str]:
-    """Return files of a checkpoint that its directory lacks, including the index's shards."""
+    """Return files of a checkpoint that its directory lacks, including the index's shards.
+
+    What an index that is damaged names cannot be missed: opening the checkpoint explains it.
+    """
     index = directory / "model.safetensors.index.json"
     names = ["config.json", "tokenizer.json"]
     if index.is_file():
-        try:
-            names += sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (OSError, ValueError, KeyError, AttributeError):
-            return [f"a readable {index.name}"]
+        weight_map = _read_object(index).get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else ()
+        names += sorted({file for file in files if isinstance(file, str)})
     else:
         names.append("model.safetensors")
-    return [name for name in names if not (directory / name).is_file()]
+    return [name for name in names if not os.path.isfile(directory / name)]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one if it is damaged."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def _cached_checkpoint(name: str, revision: str) -> Path | None:
@@ -123,11 +131,10 @@ def _data(role: str, name: str, run_dir: Path, hub: _Hub) -> Source:
         return Source(role, name, "made", "made from the Python library's documentation")
     if _is_prepared(name, run_dir):
         return Source(role, name, "here", f"prepared in {run_dir / 'data'}")
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Source(role, name, "here", f"file of {Path(name).stat().st_size:,} bytes")
     if is_local(name):
-        detail = "not a file" if Path(name).exists() else f"file {name} does not exist"
-        return Source(role, name, "missing", detail)
+        return Source(role, name, "missing", why_unusable(name, "file"))
     return _dataset(role, name, hub)
 
 
@@ -136,8 +143,8 @@ def _is_prepared(name: str, run_dir: Path) -> bool:
     record = run_dir / "data" / "source.json"
     if not record.is_file():
         return False
-    config = json.loads(record.read_text(encoding="utf-8"))["config"]
-    return name in (config["train"], config["validation"])
+    config = _read_object(record).get("config")
+    return isinstance(config, dict) and name in (config.get("train"), config.get("validation"))
 
 
 def _task(task: str, hub: _Hub) -> Source:

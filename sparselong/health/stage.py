@@ -23,7 +23,10 @@ from sparselong.health.rows import Row
 from sparselong.memory import Plan
 from sparselong.run import Stage
 
-_DETAILED = ("GPU", "GPU memory", "host memory", "disk", BASE, TOKENIZER, ROWS)
+_DETAILED = (
+    *("GPU", "GPU memory", "host memory", "disk", BASE, TOKENIZER, ROWS),
+    *("base model", "training data", "validation data"),
+)
 """Checks whose finding is part of the failure, not only their name."""
 
 

@@ -8,12 +8,13 @@ the checkpoints' to the last parameter.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparselong.config import Config, ModelSection
 from sparselong.errors import ConfigError, StageError
-from sparselong.files import is_local
+from sparselong.files import is_local, why_unusable
 from sparselong.memory.base_config import read_base_config
 
 
@@ -155,11 +156,11 @@ def find_shape(model: ModelSection) -> ModelShape:
     """
     if model.base == "tiny":
         return tiny_shape(model.tiny_layers)
-    if model.base in PUBLISHED:
+    if model.base in PUBLISHED and not os.path.isdir(model.base):
         return PUBLISHED[model.base]
     path = find_config(model)
     if path is None:
-        found, fix = "no such directory or file", "correct model.base"
+        found, fix = why_unusable(model.base, "directory"), "correct model.base"
         if not is_local(model.base):
             found = "no such directory, and no config.json in the hub cache"
             fix += f", or download it first: hf download {model.base} config.json"
@@ -194,7 +195,7 @@ def find_config(model: ModelSection) -> Path | None:
     """
     if model.base == "tiny":
         return None
-    if Path(model.base).is_dir():
+    if os.path.isdir(model.base):
         return Path(model.base) / "config.json"
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def packed_config(name: Path | str) -> Any:
         StageError: The model is not a supported gpt-oss, its files are damaged or ambiguous, or
             tokens use more experts than it has.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         take_inventory(Path(name))
     try:
         config = AutoConfig.from_pretrained(name)

@@ -7,6 +7,7 @@ in the run directory must be what Sparse-Long has written; nothing else is overw
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,11 @@ def refuse_overlap(config: Config, run_dir: Path) -> None:
         ):
             raise _overlap(run_dir, "a directory outside of any stage's", f"{folder} is a stage's")
     base = Path(config.model.base)
-    if base.is_dir() and place.is_relative_to(base.resolve()):
+    if os.path.isdir(base) and place.is_relative_to(base.resolve()):
         raise _overlap(run_dir, "a directory outside of model.base", f"model.base: {base}")
     for key, name in _sources(config):
         path = Path(name)
-        if not path.exists() or not path.resolve().is_relative_to(place):
+        if not os.path.exists(path) or not path.resolve().is_relative_to(place):
             continue
         (first, *_) = (*path.resolve().relative_to(place).parts, "")
         if _stage_name(Path(first)) in STAGES or (first == "data" and key != "model.base"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparselong.config import Config
 from sparselong.errors import StageError
-from sparselong.files import is_local
+from sparselong.files import is_local, why_unusable
 
 if TYPE_CHECKING:
     from sparselong.tiny.build import TinySpec
@@ -27,13 +28,13 @@ def resolve_base(config: Config, run_dir: Path, progress: Callable[[str], None])
         from sparselong.tiny.build import build_tiny  # imports torch
 
         return build_tiny(run_dir / "base", _tiny_spec(config), config.seed, progress)
-    if Path(config.model.base).is_dir():
+    if os.path.isdir(config.model.base):
         return Path(config.model.base)
     if is_local(config.model.base):
         raise StageError(
             f"the base model's directory {config.model.base} cannot be opened",
             "a directory with a gpt-oss checkpoint",
-            "a file" if Path(config.model.base).exists() else "no such directory",
+            why_unusable(config.model.base, "directory"),
             "correct model.base: a directory, or a hub name such as openai/gpt-oss-20b",
         )
     from huggingface_hub import snapshot_download

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparselong.config import Config
-from sparselong.data import EncodedFiles, conversations, encode_files, select_usable
+from sparselong.data import Encoded, EncodedFiles, conversations, encode_files, select_usable
+from sparselong.errors import StageError
 from sparselong.memory import find_config, read_base_config
 from sparselong.tiny.base import resolve_base
 
@@ -104,7 +105,21 @@ def encode_rows(config: Config, run_dir: Path, tokenizer: Any) -> tuple[EncodedF
     """Return the encoded conversations, and what is to be told about rows left out.
 
     Raises:
-        StageError: a row cannot be rendered, or no row of a file can be used.
+        StageError: a row cannot be rendered, no row of a file can be used, or the training rows are
+            too few to calibrate with.
     """
     encoded = encode_files(config, run_dir, tokenizer)
+    _check_calibration(config, encoded.train)
     return encoded, select_usable(encoded, config.sequence_len).left_out
+
+
+def _check_calibration(config: Config, train: Encoded) -> None:
+    """Raise unless the training rows together fill one calibration sequence."""
+    found, wanted = sum(count.tokens for count in train.counts), config.calibration.sequence_len
+    if found < wanted:
+        raise StageError(
+            "the calibration data is shorter than one sequence",
+            f"at least {wanted} tokens (calibration.sequence_len)",
+            f"{found} tokens in {len(train)} conversations of {config.data.train}",
+            "use more training data, or lower calibration.sequence_len",
+        )

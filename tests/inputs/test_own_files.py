@@ -1,0 +1,172 @@
+"""Files that stages write for themselves, damaged between two runs: used, redone or explained."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sparselong.config.schema import load
+from sparselong.errors import StageError
+from sparselong.evaluate import models
+from sparselong.files import why_unusable
+from sparselong.finetune import trainer
+from sparselong.health.sources import _missing_files, probe_sources
+from sparselong.memory import find_shape
+from sparselong.run import Stage
+from sparselong.tiny import resolve_base
+from tests.conftest import ROOT
+
+INDEX = "model.safetensors.index.json"
+TASKS = "evaluation.tasks=[demo_hellaswag]"
+
+
+@pytest.fixture(scope="module")
+def compressed(small_arguments, tmp_path_factory) -> Path:
+    """A run directory in which stage 02 has compressed all layers and then was interrupted."""
+    from tests.conftest import load_script
+
+    run = tmp_path_factory.mktemp("compressed") / "run"
+    assert load_script("02_compress").main([*small_arguments, "--run-dir", str(run)]) == 0
+    (run / "02_compress/manifest.json").unlink()
+    return run
+
+
+@pytest.mark.parametrize(("name", "text"), [("base.json", "{"), ("work/layer-00000.json", "[1]")])
+def test_a_damaged_record_of_stage_02_is_explained(compressed, run_script, tmp_path, name, text):
+    run = shutil.copytree(compressed, tmp_path / "run", symlinks=True)
+    (run / "02_compress" / name).write_text(text)
+    short = ("sequence_len=2048", "micro_batch_size=1")  # as in the config of `compressed`
+    run_script("02_compress", *short).assert_explained(Path(name).name, "--force")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"bytes": 1}', "[" * 99999])
+def test_every_damage_of_a_record_of_stage_02_is_explained(tmp_path, text):
+    from sparselong.compress.stream import _read_own
+
+    (tmp_path / "base.json").write_text(text)
+    with pytest.raises(StageError, match="base.json is damaged"):
+        _read_own(tmp_path / "base.json", "path", "bytes")
+
+
+@pytest.mark.parametrize("content", [b"", b"xx", b"\x02\0\0\0\0\0\0\0{}"])
+def test_damaged_states_of_stage_02_are_explained(tmp_path, content):
+    from sparselong.compress.calibration import HiddenStates
+
+    path = tmp_path / "states.safetensors"
+    path.write_bytes(content)
+    nothing = SimpleNamespace()
+    with pytest.raises(StageError, match=r"(?s)states.*is damaged.*remove .*first layer"):
+        HiddenStates(path).start(nothing, nothing, nothing)  # type: ignore[arg-type]
+
+
+def test_too_few_calibration_tokens_are_refused_by_01_as_by_02(run_script, tmp_path):
+    one, two = (
+        run_script(name, "calibration.sequence_len=8192", TASKS)
+        for name in ("01_health", "02_compress")
+    )
+    one.assert_explained("at least 8192 tokens (calibration.sequence_len)", "conversations of")
+    assert one.err[one.err.rindex("error: ") :] == two.err[two.err.rindex("error: ") :]
+    assert not (tmp_path / "run/02_compress/base.json").exists()  # before the base is hashed
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"config": 3}'])
+def test_01_explains_a_damaged_record_of_the_rows(run_script, data, tmp_path, text):
+    (tmp_path / "run/data").mkdir(parents=True)
+    (tmp_path / "run/data/source.json").write_text(text)
+    for name in ("train.jsonl", "validation.jsonl"):
+        (tmp_path / "run/data" / name).write_text("{}\n")
+    outcome = run_script("01_health", TASKS)
+    assert "Traceback" not in outcome.err
+    if outcome.code:
+        outcome.assert_explained("source.json")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"weight_map": {"a": 1, "b": "x"}}', '{"weight_map": {"a": ["x"]}}']
+)
+def test_a_damaged_index_of_a_hub_cache_is_left_to_the_opening(untrained_base, tmp_path, text):
+    shutil.copytree(untrained_base, tmp_path / "base")
+    (tmp_path / "base" / INDEX).write_text(text)
+    assert _missing_files(tmp_path / "base") in ([], ["x"])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"fingerprint": "f"}'])
+def test_a_damaged_kept_result_is_measured_again(tmp_path, monkeypatch, text):
+    def load_again(*args, **kwargs):
+        raise InterruptedError
+
+    monkeypatch.setattr(models, "load_model", load_again)
+    (tmp_path / "base.json").write_text(text)
+    config = load(ROOT / "configs/tiny.yaml")
+    measurements = SimpleNamespace(suite=SimpleNamespace(config=config))
+    told = []
+    with pytest.raises(InterruptedError):
+        models.measure("base", tmp_path, "f", measurements, tmp_path, told.append)  # type: ignore[arg-type]
+    assert "base.json is damaged, so the model is measured again" in told[0]
+
+
+def test_a_baked_record_without_its_figures_is_explained(tmp_path, monkeypatch):
+    stage = Stage("03_finetune", load(ROOT / "configs/tiny.yaml"), tmp_path)
+    stage.dir.mkdir()
+    (stage.dir / "baked.json").write_text(json.dumps({"best_step": 2}))
+    monkeypatch.setattr(trainer, "check_receipt", lambda stage, asked: {})
+    with pytest.raises(StageError, match=r"(?s)baked.json is damaged.*no best_checkpoint"):
+        trainer._publish(stage)
+
+
+# Paths that lead nowhere, or where this user may not look
+
+
+@pytest.fixture
+def closed(monkeypatch, tmp_path) -> Path:
+    """A folder that this user cannot search, even if the user is root."""
+    folder, look = tmp_path / "closed", os.stat
+
+    def stat(path, *args, **kwargs):
+        if not isinstance(path, int) and os.fspath(path).startswith(f"{folder}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, *args, **kwargs)
+
+    folder.mkdir()
+    monkeypatch.setattr(os, "stat", stat)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["01_health", "02_compress"])
+@pytest.mark.parametrize("key", ["model.base", "data.train"])
+def test_what_cannot_be_looked_at_is_named(run_script, closed, tmp_path, name, key):
+    outcome = run_script(name, f"{key}={closed / 'inside'}", TASKS)
+    outcome.assert_explained("Permission denied")
+    assert "run cannot be" not in outcome.err  # the run directory is not to blame
+
+
+def test_the_reason_is_that_of_the_system(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    reasons = {
+        "file": "a file",
+        ".": "a directory",
+        "none": "no such directory",
+        "file/x": "Not a directory",
+        "loop": "Too many levels of symbolic links",
+    }
+    for name, reason in reasons.items():
+        assert why_unusable(tmp_path / name, "directory") == reason
+        if name != ".":
+            config = load(ROOT / "configs/tiny.yaml", [f"model.base={tmp_path / name}"])
+            with pytest.raises(StageError) as caught:
+                resolve_base(config, tmp_path, print)
+            assert caught.value.found == reason
+            assert probe_sources(config, tmp_path)[0].detail == reason
+
+
+def test_a_directory_named_as_a_published_model_is_what_counts(
+    untrained_base, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(untrained_base, "openai/gpt-oss-20b")
+    config = load(ROOT / "configs/tiny.yaml", ["model.base=openai/gpt-oss-20b"])
+    assert find_shape(config.model).hidden == 128
