@@ -10,7 +10,8 @@ files with the same tokenizer, template, date and `data.train_on`; otherwise the
 
 All rows are stored, because calibration uses conversations of any length. Training, its evaluations
 and stage 04's perplexity use the rows that `select_usable` returns: one rule, so that a model has
-one perplexity.
+one perplexity. It leaves out those longer than `sequence_len`, so their turns are not looked for,
+and no token of them is marked.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from sparselong.data.run_date import rendering_date
 from sparselong.errors import StageError
 from sparselong.provenance import hash_file
 
-_FORMAT = 1
+_FORMAT = 2
 """Increased when `conversations.tokenize` gives other tokens for the same row."""
 _ROWS_PER_BATCH = 1000
 _SCHEMA = pyarrow.schema(
@@ -89,11 +90,19 @@ class Counts(NamedTuple):
 
 
 class EncodedFiles(NamedTuple):
-    """Both prepared files as tokens, and the date that their template rendered."""
+    """Both prepared files as tokens.
+
+    Attributes:
+        train: the training conversations.
+        validation: the held-out conversations.
+        date: the date that their template rendered.
+        remarks: a sentence with counts for each file with reasoning that the template drops.
+    """
 
     train: Encoded
     validation: Encoded
     date: date
+    remarks: tuple[str, ...] = ()
 
 
 class Usable(NamedTuple):
@@ -132,18 +141,24 @@ def encode_files(config: Config, run_dir: Path, tokenizer: Any) -> EncodedFiles:
         "conversations": [hash_file(path) for path in files],
         "tokenizer": _fingerprint(tokenizer),
         "train_on": config.data.train_on,
+        "sequence_len": config.sequence_len,
         "date": today.isoformat(),
     }
     paths = [folder / f"{path.stem}.arrow" for path in files]
-    if not _is_current(folder / _RECORD, wanted, paths):
+    remarks = _read_remarks(folder / _RECORD, wanted, paths)
+    if remarks is None:
         folder.mkdir(parents=True, exist_ok=True)
-        for source, path in zip(files, paths, strict=True):
+        told = [
             _encode(source, path, tokenizer, config, today)
-        record = {"made_from": wanted, "sha256": [hash_file(path) for path in paths]}
+            for source, path in zip(files, paths, strict=True)
+        ]
+        remarks = [sentence for sentence in told if sentence]
+        hashes = [hash_file(path) for path in paths]
+        record = {"made_from": wanted, "sha256": hashes, "remarks": remarks}
         with _replacing(folder / _RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     train, validation = (Encoded(*pair) for pair in zip(files, map(_map, paths), strict=True))
-    return EncodedFiles(train, validation, today)
+    return EncodedFiles(train, validation, today, tuple(remarks))
 
 
 def _count(batch: pyarrow.RecordBatch) -> Iterator[Counts]:
@@ -158,6 +173,10 @@ def _count(batch: pyarrow.RecordBatch) -> Iterator[Counts]:
 def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
     """Return the rows that fit into `sequence_len` tokens and have a supervised token to predict.
 
+    Args:
+        files: the encoded files.
+        sequence_len: the length with which they were encoded, or less.
+
     Raises:
         StageError: a file has no such row.
     """
@@ -170,7 +189,7 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
     if train and validation:
         return Usable(train, validation, left_out)
     shortest = [
-        min((count.tokens for count in encoded.counts if count.predicted), default=0)
+        min((n.tokens for n in encoded.counts if n.predicted or n.tokens > sequence_len), default=0)
         for encoded in files[:2]
     ]
     raise StageError(
@@ -202,16 +221,28 @@ def _describe_left_out(encoded: Encoded, used: int, sequence_len: int) -> str:
     return f"{name}: {total - used:,} of {total:,} conversations left out: {', '.join(reasons)}"
 
 
-def _encode(source: Path, path: Path, tokenizer: Any, config: Config, today: date) -> None:
-    """Tokenize the conversations of a prepared file into an Arrow file."""
+def _encode(source: Path, path: Path, tokenizer: Any, config: Config, today: date) -> str:
+    """Tokenize the conversations of a prepared file into an Arrow file.
+
+    Returns:
+        A sentence about reasoning that the template drops; empty if there is none.
+    """
+    dropped: list[int] = []
     with (
         _replacing(path) as partial,
         pyarrow.OSFile(str(partial), "wb") as sink,
         pyarrow.ipc.new_file(sink, _SCHEMA) as out,
     ):
-        for batch in _batches(_tokenize(source, tokenizer, config, today)):
+        for batch in _batches(_tokenize(source, tokenizer, config, today, dropped)):
             columns = dict(zip(_SCHEMA.names, zip(*batch, strict=True), strict=True))
             out.write_table(pyarrow.table(columns, _SCHEMA))
+    rows = sum(1 for count in dropped if count)
+    return (
+        f"{source.stem}: the chat template drops the reasoning of {sum(dropped):,} assistant "
+        f"messages, in {rows:,} of {len(dropped):,} conversations"
+        if rows
+        else ""
+    )
 
 
 @contextmanager
@@ -226,10 +257,13 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _tokenize(
-    source: Path, tokenizer: Any, config: Config, today: date
+    source: Path, tokenizer: Any, config: Config, today: date, dropped: list[int]
 ) -> Iterator[tuple[list[int], list[bool]]]:
+    """Yield each conversation's tokens, and add its count of dropped reasoning to `dropped`."""
+    train_on, longest = config.data.train_on, config.sequence_len
     for conversation in conversations.read(source):
-        yield conversations.tokenize(conversation, tokenizer, config.data.train_on, today)
+        yield conversations.tokenize(conversation, tokenizer, train_on, today, longest)
+        dropped.append(conversations.count_dropped_thinking(conversation, tokenizer, today))
 
 
 def _batches(rows: Iterator[tuple[list[int], list[bool]]]) -> Iterator[list]:
@@ -247,16 +281,18 @@ def _map(path: Path) -> pyarrow.Table:
     return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
 
 
-def _is_current(record_path: Path, wanted: dict[str, Any], paths: list[Path]) -> bool:
-    """Return whether the stored tokens are whole and were made from what is wanted."""
+def _read_remarks(record_path: Path, wanted: dict[str, Any], paths: list[Path]) -> list[str] | None:
+    """Return the remarks on the stored tokens; None unless they are whole and what is wanted."""
     if not all(path.is_file() for path in (record_path, *paths)):
-        return False
+        return None
     try:
         record = json.loads(record_path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
+        remarks = [str(each) for each in record["remarks"]]
+    except (ValueError, TypeError, KeyError):
+        return None
     hashes = [hash_file(path) for path in paths]
-    return record == {"made_from": wanted, "sha256": hashes}
+    current = record == {"made_from": wanted, "sha256": hashes, "remarks": remarks}
+    return remarks if current else None
 
 
 def _fingerprint(tokenizer: Any) -> str:

@@ -101,10 +101,11 @@ def open_tokenizer(directory: Path) -> Any:
 
 
 def encode_rows(config: Config, run_dir: Path, tokenizer: Any) -> tuple[EncodedFiles, list[str]]:
-    """Return the encoded conversations, and what is to be told about rows left out.
+    """Return the encoded conversations, and what is to be told about what is left out.
 
     Raises:
         StageError: a row cannot be rendered, or no row of a file can be used.
     """
     encoded = encode_files(config, run_dir, tokenizer)
-    return encoded, select_usable(encoded, config.sequence_len).left_out
+    left_out = select_usable(encoded, config.sequence_len).left_out
+    return encoded, [*encoded.remarks, *left_out]

@@ -156,6 +156,8 @@ def test_stages_03_and_04_leave_out_the_same_rows_and_say_so(config, tokenizer, 
     assert [text.partition(":")[0] for text in usable.left_out] == ["train", "validation"]
     left_out = len(lengths) - len(usable.validation)
     assert f"{left_out} of 10 conversations left out: {left_out} longer than" in usable.left_out[1]
+    longer = config(ROWS, "sequence_len=4096", validation=ROWS[10:20])
+    files = encode_files(longer, tmp_path / "run", tokenizer)
     assert select_usable(files, 4096).left_out == []
 
 
@@ -171,7 +173,8 @@ def test_the_length_that_would_do_is_named(config, tokenizer, tmp_path, validati
         refusal.value.found
     )
     needed = int(refusal.value.fix.partition("sequence_len=")[2].partition(",")[0])
-    assert select_usable(files, needed).train
+    longer = config(ROWS, f"sequence_len={needed}", validation=validation)
+    assert select_usable(encode_files(longer, tmp_path / "run", tokenizer), needed).train
     with pytest.raises(StageError):
         select_usable(files, needed - 1)
 
@@ -211,3 +214,41 @@ def test_padding_tokens_in_text_are_tokens(packed):
     assert take_tokens(batches[0]) == 4
     extra = {"position_ids": [0, 1, 2]} if packed else {"attention_mask": [1, 1, 1]}
     assert seen[0] == rows[0] | extra
+
+
+def test_reasoning_that_the_template_drops_is_told_with_a_count(config, tokenizer, tmp_path):
+    """gpt-oss's template writes the reasoning of the last answer only."""
+    rows = [
+        {"messages": [*chat("a", "b", thinking="Hm.")["messages"] * turns]} for turns in (3, 2, 1)
+    ]
+    made = config([*rows, chat("c", "d")], validation=[chat("e", "f", thinking="Hm.")])
+    told = (
+        "train: the chat template drops the reasoning of 3 assistant messages, in 2 of 4 "
+        "conversations",
+    )
+    assert encode_files(made, tmp_path / "run", tokenizer).remarks == told
+    assert encode_files(made, tmp_path / "run", tokenizer).remarks == told  # also where it is read
+
+
+def test_a_conversation_that_is_too_long_is_encoded_without_being_located(
+    config, untrained_base, tmp_path
+):
+    """Otherwise a template that must be rendered for each turn takes minutes for nothing."""
+    tokenizer = load_tokenizer(untrained_base)
+    tokenizer.chat_template = (
+        "{{ messages | length if messages | length > 2 }}" + tokenizer.chat_template
+    )
+    long = {"messages": chat("Why?", "Because.")["messages"] * 40}
+    made = config([chat("a", "b"), long], validation=[chat("c", "d")])
+    first, second = encode_files(made, tmp_path, tokenizer).train.counts
+    assert first.supervised and second.tokens > 128 and not second.supervised
+
+
+def test_the_shortest_length_that_would_do_is_that_of_a_long_conversation(
+    config, tokenizer, tmp_path
+):
+    made = config(ROWS, "sequence_len=16", validation=ROWS[:1])
+    files = encode_files(made, tmp_path / "run", tokenizer)
+    with pytest.raises(StageError) as refusal:
+        select_usable(files, 16)
+    assert f"sequence_len={min(count.tokens for count in files.train.counts)}," in refusal.value.fix
