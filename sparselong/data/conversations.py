@@ -119,7 +119,8 @@ def read_line(path: Path, number: int) -> Conversation:
     fix = "name another line"
     if lines == number:
         raise StageError(f"{path}, line {number:,} is blank", "a conversation", "no text", fix)
-    raise StageError(f"{path} has no line {number:,}", f"1 to {lines:,}", f"{number:,}", fix)
+    known = f"a line from 1 to {lines:,}" if lines else "a file with lines"
+    raise StageError(f"{path} has no line {number:,}", known, f"line {number:,}", fix)
 
 
 def _split(config: Config, folder: Path) -> tuple[list[Conversation], list[Conversation]]:

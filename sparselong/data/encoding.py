@@ -38,12 +38,13 @@ from sparselong.errors import StageError
 from sparselong.provenance import hash_file
 
 _FORMAT = 2
-"""Increased when `conversations.tokenize` gives other tokens for the same row."""
+"""Increased with other columns, or other tokens from `conversations.tokenize` for the same row."""
 _ROWS_PER_BATCH = 1000
 _SCHEMA = pyarrow.schema(
     {
         "input_ids": pyarrow.large_list(pyarrow.int32()),
         "supervised": pyarrow.large_list(pyarrow.bool_()),
+        "dropped_thinking": pyarrow.int32(),  # messages whose reasoning the template leaves out
     }
 )
 _RECORD = "encoded.json"
@@ -55,7 +56,8 @@ class Encoded:
 
     Attributes:
         source: the prepared file.
-        table: a row per conversation: `input_ids` and, of the same length, `supervised`.
+        table: a row per conversation: `input_ids`, of the same length `supervised`, and
+            `dropped_thinking`.
     """
 
     source: Path
@@ -90,19 +92,11 @@ class Counts(NamedTuple):
 
 
 class EncodedFiles(NamedTuple):
-    """Both prepared files as tokens.
-
-    Attributes:
-        train: the training conversations.
-        validation: the held-out conversations.
-        date: the date that their template rendered.
-        remarks: a sentence with counts for each file with reasoning that the template drops.
-    """
+    """Both prepared files as tokens, and the date that their template rendered."""
 
     train: Encoded
     validation: Encoded
     date: date
-    remarks: tuple[str, ...] = ()
 
 
 class Usable(NamedTuple):
@@ -111,7 +105,8 @@ class Usable(NamedTuple):
     Attributes:
         train: row numbers of `EncodedFiles.train`.
         validation: row numbers of `EncodedFiles.validation`.
-        left_out: a sentence with counts and reasons for each file that has other rows too.
+        left_out: sentences about what is left out, with counts: other rows, and reasoning that the
+            template does not write.
     """
 
     train: list[int]
@@ -145,20 +140,15 @@ def encode_files(config: Config, run_dir: Path, tokenizer: Any) -> EncodedFiles:
         "date": today.isoformat(),
     }
     paths = [folder / f"{path.stem}.arrow" for path in files]
-    remarks = _read_remarks(folder / _RECORD, wanted, paths)
-    if remarks is None:
+    if not _is_current(folder / _RECORD, wanted, paths):
         folder.mkdir(parents=True, exist_ok=True)
-        told = [
+        for source, path in zip(files, paths, strict=True):
             _encode(source, path, tokenizer, config, today)
-            for source, path in zip(files, paths, strict=True)
-        ]
-        remarks = [sentence for sentence in told if sentence]
-        hashes = [hash_file(path) for path in paths]
-        record = {"made_from": wanted, "sha256": hashes, "remarks": remarks}
+        record = {"made_from": wanted, "sha256": [hash_file(path) for path in paths]}
         with _replacing(folder / _RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     train, validation = (Encoded(*pair) for pair in zip(files, map(_map, paths), strict=True))
-    return EncodedFiles(train, validation, today, tuple(remarks))
+    return EncodedFiles(train, validation, today)
 
 
 def _count(batch: pyarrow.RecordBatch) -> Iterator[Counts]:
@@ -187,7 +177,8 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
         if len(rows) < len(encoded)
     ]
     if train and validation:
-        return Usable(train, validation, left_out)
+        dropped = filter(None, map(_describe_dropped, files[:2]))
+        return Usable(train, validation, [*left_out, *dropped])
     shortest = [
         min((n.tokens for n in encoded.counts if n.predicted or n.tokens > sequence_len), default=0)
         for encoded in files[:2]
@@ -199,6 +190,16 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
         f"use shorter conversations, or sequence_len={max(shortest)}, the smallest that would do"
         if all(shortest)
         else "check the rows' roles and weights, or pass data.train_on=all",
+    )
+
+
+def _describe_dropped(encoded: Encoded) -> str | None:
+    counts = [count for count in encoded.table["dropped_thinking"].to_pylist() if count]
+    if not counts:
+        return None
+    return (
+        f"{encoded.source.stem}: the chat template leaves out the thinking of {sum(counts):,} "
+        f"earlier turns, in {len(counts):,} of {len(encoded):,} conversations"
     )
 
 
@@ -221,28 +222,16 @@ def _describe_left_out(encoded: Encoded, used: int, sequence_len: int) -> str:
     return f"{name}: {total - used:,} of {total:,} conversations left out: {', '.join(reasons)}"
 
 
-def _encode(source: Path, path: Path, tokenizer: Any, config: Config, today: date) -> str:
-    """Tokenize the conversations of a prepared file into an Arrow file.
-
-    Returns:
-        A sentence about reasoning that the template drops; empty if there is none.
-    """
-    dropped: list[int] = []
+def _encode(source: Path, path: Path, tokenizer: Any, config: Config, today: date) -> None:
+    """Tokenize the conversations of a prepared file into an Arrow file."""
     with (
         _replacing(path) as partial,
         pyarrow.OSFile(str(partial), "wb") as sink,
         pyarrow.ipc.new_file(sink, _SCHEMA) as out,
     ):
-        for batch in _batches(_tokenize(source, tokenizer, config, today, dropped)):
+        for batch in _batches(_tokenize(source, tokenizer, config, today)):
             columns = dict(zip(_SCHEMA.names, zip(*batch, strict=True), strict=True))
             out.write_table(pyarrow.table(columns, _SCHEMA))
-    rows = sum(1 for count in dropped if count)
-    return (
-        f"{source.stem}: the chat template drops the reasoning of {sum(dropped):,} assistant "
-        f"messages, in {rows:,} of {len(dropped):,} conversations"
-        if rows
-        else ""
-    )
 
 
 @contextmanager
@@ -257,16 +246,17 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _tokenize(
-    source: Path, tokenizer: Any, config: Config, today: date, dropped: list[int]
-) -> Iterator[tuple[list[int], list[bool]]]:
-    """Yield each conversation's tokens, and add its count of dropped reasoning to `dropped`."""
+    source: Path, tokenizer: Any, config: Config, today: date
+) -> Iterator[tuple[list[int], list[bool], int]]:
+    """Yield the values of each row's columns."""
     train_on, longest = config.data.train_on, config.sequence_len
-    for conversation in conversations.read(source):
-        yield conversations.tokenize(conversation, tokenizer, train_on, today, longest)
-        dropped.append(conversations.count_dropped_thinking(conversation, tokenizer, today))
+    for row in conversations.read(source):
+        tokens, supervised = conversations.tokenize(row, tokenizer, train_on, today, longest)
+        dropped = conversations.count_dropped_thinking(row, tokenizer, today)
+        yield tokens, supervised, dropped
 
 
-def _batches(rows: Iterator[tuple[list[int], list[bool]]]) -> Iterator[list]:
+def _batches(rows: Iterator[tuple]) -> Iterator[list[tuple]]:
     batch = []
     for row in rows:
         batch.append(row)
@@ -281,18 +271,16 @@ def _map(path: Path) -> pyarrow.Table:
     return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
 
 
-def _read_remarks(record_path: Path, wanted: dict[str, Any], paths: list[Path]) -> list[str] | None:
-    """Return the remarks on the stored tokens; None unless they are whole and what is wanted."""
+def _is_current(record_path: Path, wanted: dict[str, Any], paths: list[Path]) -> bool:
+    """Return whether the stored tokens are whole and were made from what is wanted."""
     if not all(path.is_file() for path in (record_path, *paths)):
-        return None
+        return False
     try:
         record = json.loads(record_path.read_text(encoding="utf-8"))
-        remarks = [str(each) for each in record["remarks"]]
-    except (ValueError, TypeError, KeyError):
-        return None
+    except ValueError:
+        return False
     hashes = [hash_file(path) for path in paths]
-    current = record == {"made_from": wanted, "sha256": hashes, "remarks": remarks}
-    return remarks if current else None
+    return record == {"made_from": wanted, "sha256": hashes}
 
 
 def _fingerprint(tokenizer: Any) -> str:

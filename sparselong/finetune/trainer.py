@@ -61,7 +61,7 @@ def finetune(stage: Stage) -> None:
     stage.note_date(data.date)
     usable = select_usable(data, stage.config.sequence_len)
     if not (stage.dir / BAKED).exists():
-        for sentence in (*data.remarks, *usable.left_out):
+        for sentence in usable.left_out:
             stage.log(sentence)
         _train(stage)
     sources = (data.train.source, data.validation.source)

@@ -107,5 +107,4 @@ def encode_rows(config: Config, run_dir: Path, tokenizer: Any) -> tuple[EncodedF
         StageError: a row cannot be rendered, or no row of a file can be used.
     """
     encoded = encode_files(config, run_dir, tokenizer)
-    left_out = select_usable(encoded, config.sequence_len).left_out
-    return encoded, [*encoded.remarks, *left_out]
+    return encoded, select_usable(encoded, config.sequence_len).left_out

@@ -161,6 +161,19 @@ def test_stages_03_and_04_leave_out_the_same_rows_and_say_so(config, tokenizer, 
     assert select_usable(files, 4096).left_out == []
 
 
+def test_thinking_that_the_template_drops_is_told_with_counts(config, tokenizer, tmp_path):
+    twice = chat("One?", "Yes.", thinking="Dropped.")["messages"] * 2
+    rows = [{"messages": [*twice, *chat("Two?", "No.", thinking="Kept.")["messages"]]}, *ROWS[:3]]
+    files = encode_files(
+        config(rows, "sequence_len=4096", validation=ROWS[:3]), tmp_path / "run", tokenizer
+    )
+    (told,) = select_usable(files, 4096).left_out
+    assert told == (
+        "train: the chat template leaves out the thinking of 2 earlier turns, in 1 of 4 "
+        "conversations"
+    )
+
+
 @pytest.mark.parametrize("validation", [None, ROWS[38:]], ids=["all rows", "validation"])
 def test_the_length_that_would_do_is_named(config, tokenizer, tmp_path, validation):
     files = encode_files(config(ROWS, validation=validation), tmp_path / "run", tokenizer)
@@ -181,7 +194,10 @@ def test_the_length_that_would_do_is_named(config, tokenizer, tmp_path, validati
 
 def test_rows_without_supervised_tokens_are_left_out(tmp_path):
     def encoded(name, *rows):
-        columns = [{"input_ids": [1] * len(s), "supervised": list(map(bool, s))} for s in rows]
+        columns = [
+            {"input_ids": [1] * len(s), "supervised": list(map(bool, s)), "dropped_thinking": 0}
+            for s in rows
+        ]
         return Encoded(tmp_path / name, pyarrow.Table.from_pylist(columns))
 
     train = encoded("train.jsonl", [0, 1], [0, 0], [1, 0, 0])  # nothing predicts a first token
@@ -214,20 +230,6 @@ def test_padding_tokens_in_text_are_tokens(packed):
     assert take_tokens(batches[0]) == 4
     extra = {"position_ids": [0, 1, 2]} if packed else {"attention_mask": [1, 1, 1]}
     assert seen[0] == rows[0] | extra
-
-
-def test_reasoning_that_the_template_drops_is_told_with_a_count(config, tokenizer, tmp_path):
-    """gpt-oss's template writes the reasoning of the last answer only."""
-    rows = [
-        {"messages": [*chat("a", "b", thinking="Hm.")["messages"] * turns]} for turns in (3, 2, 1)
-    ]
-    made = config([*rows, chat("c", "d")], validation=[chat("e", "f", thinking="Hm.")])
-    told = (
-        "train: the chat template drops the reasoning of 3 assistant messages, in 2 of 4 "
-        "conversations",
-    )
-    assert encode_files(made, tmp_path / "run", tokenizer).remarks == told
-    assert encode_files(made, tmp_path / "run", tokenizer).remarks == told  # also where it is read
 
 
 def test_a_conversation_that_is_too_long_is_encoded_without_being_located(
