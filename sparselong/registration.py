@@ -38,6 +38,8 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
+    # Its warnings, such as that there is no accelerator, go to stdout, which holds our results.
+    "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",
     # By default, waiting threads of libgomp spin. On a busy machine with few cores that made the
     # forward pass of a small model 60 times slower.
     "OMP_WAIT_POLICY": "PASSIVE",

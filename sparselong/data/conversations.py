@@ -96,12 +96,12 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
 
 
 def read(path: Path) -> list[Conversation]:
-    """Return the conversations of a JSON-lines file after checking every row.
+    """Return the conversations of a prepared file after checking every row again.
 
     Raises:
         StageError: the file cannot be read or is empty, or a row is refused.
     """
-    return list(read_rows(path, Remarks()))
+    return list(read_rows(path, Remarks(), prepared=True))
 
 
 def read_line(path: Path, number: int) -> Conversation:

@@ -10,7 +10,8 @@ files with the same tokenizer, template, date and `data.train_on`; otherwise the
 
 All rows are stored, because calibration uses conversations of any length. Training, its evaluations
 and stage 04's perplexity use the rows that `select_usable` returns: one rule, so that a model has
-one perplexity.
+one perplexity. It leaves out those longer than `sequence_len`, so their turns are not looked for,
+and no token of them is marked.
 """
 
 from __future__ import annotations
@@ -135,6 +136,7 @@ def encode_files(config: Config, run_dir: Path, tokenizer: Any) -> EncodedFiles:
         "conversations": [hash_file(path) for path in files],
         "tokenizer": _fingerprint(tokenizer),
         "train_on": config.data.train_on,
+        "sequence_len": config.sequence_len,
         "date": today.isoformat(),
     }
     paths = [folder / f"{path.stem}.arrow" for path in files]
@@ -161,6 +163,10 @@ def _count(batch: pyarrow.RecordBatch) -> Iterator[Counts]:
 def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
     """Return the rows that fit into `sequence_len` tokens and have a supervised token to predict.
 
+    Args:
+        files: the encoded files.
+        sequence_len: the length with which they were encoded, or less.
+
     Raises:
         StageError: a file has no such row.
     """
@@ -174,7 +180,7 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
         dropped = filter(None, map(_describe_dropped, files[:2]))
         return Usable(train, validation, [*left_out, *dropped])
     shortest = [
-        min((count.tokens for count in encoded.counts if count.predicted), default=0)
+        min((n.tokens for n in encoded.counts if n.predicted or n.tokens > sequence_len), default=0)
         for encoded in files[:2]
     ]
     raise StageError(
@@ -243,8 +249,9 @@ def _tokenize(
     source: Path, tokenizer: Any, config: Config, today: date
 ) -> Iterator[tuple[list[int], list[bool], int]]:
     """Yield the values of each row's columns."""
+    train_on, longest = config.data.train_on, config.sequence_len
     for row in conversations.read(source):
-        tokens, supervised = conversations.tokenize(row, tokenizer, config.data.train_on, today)
+        tokens, supervised = conversations.tokenize(row, tokenizer, train_on, today, longest)
         dropped = conversations.count_dropped_thinking(row, tokenizer, today)
         yield tokens, supervised, dropped
 

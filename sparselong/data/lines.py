@@ -2,9 +2,9 @@
 
 A line is what ends in a line feed or carriage return; U+2028 and its like may stand inside JSON
 strings. Accepted: a byte order mark (also inside, where files were concatenated), CRLF, blank
-lines, which the caller counts, and NaN, which Python writes into columns that have no value.
-Refused with file and line: bytes that are not UTF-8, keys that occur twice in an object, numbers
-and nesting that Python does not read.
+lines, which the caller counts, and NaN, which Python writes into columns that have no value and
+which is read as null. Refused with file and line: bytes that are not UTF-8, keys that occur twice
+in an object, numbers and nesting that Python does not read.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _parse(line: str, where: str) -> Any:
         found = f"byte 0x{byte:02x} at column {error.start + 1}"
         raise StageError(f"{where} is not UTF-8", "UTF-8 text", found, _FIX) from error
     try:
-        row = json.loads(line, object_pairs_hook=_without_duplicates)
+        row = json.loads(line, object_pairs_hook=_without_duplicates, parse_constant=_constant)
     except json.JSONDecodeError as error:
         found = f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}"
         if "\0" in line:
@@ -98,6 +98,10 @@ def _parse(line: str, where: str) -> Any:
             raise StageError(f"{where} is not a conversation", SHAPE, "null", _FIX)
         return row
     raise StageError(f"{where} is not JSON", f"one row per line: {SHAPE}", found, _FIX)
+
+
+def _constant(name: str) -> float | None:
+    return None if name == "NaN" else float(name)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

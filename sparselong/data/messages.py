@@ -35,8 +35,11 @@ _UNSUPPORTED = (
     *("mask", "loss_mask", "loss_weight"),
 )
 _UNDERSTOOD = {"role", "content", "channel", *_REASONING, *_WEIGHTS, *_UNSUPPORTED}
-# `<|channel|>` with its header, also that of a tool call.
-_HEADER = re.compile(r"<\|channel\|>[^<]*(<\|constrain\|>[^<]*)?<\|message\|>")
+# `<|channel|>` with its header, also that of a tool call; not a sentence about both tokens.
+_HEADER = re.compile(
+    r"<\|channel\|>(\s*(analysis|commentary|final)\b[^<]*|\w[^<\s]*)"
+    r"(<\|constrain\|>[^<]*)?<\|message\|>"
+)
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
 _THINK_OPENED = re.compile(r"\s*<think>")
 # On a line of its own; within one, the tag is named, not used.

@@ -35,7 +35,7 @@ _UNSUPPORTED = (
 )
 _WEIGHTS = ("weight", "train")
 _UNDERSTOOD = {
-    *("messages", "origin", "chat_template_kwargs"),
+    *("messages", "chat_template_kwargs"),
     *(*VARIABLES, *_UNSUPPORTED, *_WEIGHTS),
 }
 
@@ -63,20 +63,23 @@ class Remarks:
 
 def locate(conversation: Conversation) -> str:
     """Return where a conversation comes from: `FILE, line N` or `dataset NAME, row N`."""
-    origin = conversation.get("origin")
-    if not isinstance(origin, dict) or not _is_origin(origin):
+    origin: Any = conversation.get("origin")
+    if not _is_origin(origin):
         return "a conversation"
     unit = "line" if "line" in origin else "row"
     return f"{origin['source']}, {unit} {origin[unit]}"
 
 
-def read_rows(path: Path, remarks: Remarks, source: str | None = None) -> Iterator[Conversation]:
+def read_rows(
+    path: Path, remarks: Remarks, source: str | None = None, *, prepared: bool = False
+) -> Iterator[Conversation]:
     """Yield the conversations of a JSON-lines file.
 
     Args:
         path: the file.
         remarks: what was passed over is added.
         source: name of the file for messages; the path if None.
+        prepared: whether a row's `origin` says where it comes from; else it means nothing.
 
     Raises:
         StageError: the file cannot be read or has no rows, or a row is refused.
@@ -87,7 +90,11 @@ def read_rows(path: Path, remarks: Remarks, source: str | None = None) -> Iterat
             remarks.blank_lines += 1
             continue
         count += 1
-        yield check_row(row, {"source": name, "line": line}, remarks)
+        origin = {"source": name, "line": line}
+        if prepared and isinstance(row, dict):
+            own = row.pop("origin", None)
+            origin = own if _is_origin(own) else origin
+        yield check_row(row, origin, remarks)
     if not count:
         found = f"blank lines: {remarks.blank_lines:,}" if remarks.blank_lines else "no lines"
         raise empty(name, found)
@@ -98,14 +105,12 @@ def check_row(row: Any, origin: dict[str, Any], remarks: Remarks) -> Conversatio
 
     Args:
         row: a parsed line of a file, or a row of a dataset.
-        origin: `source` with `line` or `row`; a prepared row has its own, which is kept.
+        origin: `source` with `line` or `row`.
         remarks: the keys that were ignored are added.
 
     Raises:
         StageError: the row is malformed, or something in it is not understood.
     """
-    if isinstance(row, dict) and _is_origin(row.get("origin")):
-        origin = row["origin"]
     try:
         return {**_check(row, remarks.ignored), "origin": origin}
     except Fault as fault:
@@ -119,7 +124,10 @@ def check_row(row: Any, origin: dict[str, Any], remarks: Remarks) -> Conversatio
 
 
 def _is_origin(value: Any) -> bool:
-    return isinstance(value, dict) and set(value) in ({"source", "line"}, {"source", "row"})
+    if not isinstance(value, dict) or set(value) not in ({"source", "line"}, {"source", "row"}):
+        return False
+    number = value.get("line", value.get("row"))
+    return isinstance(value["source"], str) and isinstance(number, int)
 
 
 def _check(row: Any, ignored: Counter[str]) -> Conversation:

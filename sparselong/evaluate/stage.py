@@ -22,7 +22,7 @@ def evaluate(stage: Stage) -> None:
     tokenizer = load_tokenizer(base_dir)
     suite = harness.load_suite(stage.config, stage.dir / "tasks", tokenizer)
     encoded = encode_files(stage.config, stage.run_dir, tokenizer)
-    stage.date = encoded.date
+    stage.note_date(encoded.date)
     usable = select_usable(encoded, stage.config.sequence_len)
     for sentence in usable.left_out:
         stage.log(sentence)

@@ -63,6 +63,7 @@ def finetune(stage: Stage) -> None:
     axolotl_config.refuse_unsupported(stage.config, torch.cuda.device_count(), here)
     earlier = stage.run_dir / "02_compress"
     data = encode_files(stage.config, stage.run_dir, load_tokenizer(earlier / "model"))
+    stage.note_date(data.date)
     usable = select_usable(data, stage.config.sequence_len)
     if not (stage.dir / BAKED).exists():
         for sentence in usable.left_out:
@@ -70,7 +71,6 @@ def finetune(stage: Stage) -> None:
         _train(stage)
     sources = (data.train.source, data.validation.source)
     stage.inputs = [earlier / "model", earlier / "masters", *sources]
-    stage.date = data.date
     _publish(stage)
 
 

@@ -82,6 +82,24 @@ class Stage:
         """The command line that continues this stage, in words."""
         return f"the same command{' without --force' if self.forced else ''}"
 
+    def note_date(self, date: datetime.date) -> None:
+        """Take the date that chat templates render as that of the result.
+
+        Raises:
+            StageError: a stage that this one reads rendered another one: date.txt was removed or
+                changed.
+        """
+        for name, manifest in self.manifests.items():
+            before = manifest.get("date", date.isoformat())
+            if before != date.isoformat():
+                raise StageError(
+                    f"{self.run_dir / 'date.txt'} has changed since {name} read it",
+                    f"{before}, which {name} used",
+                    date.isoformat(),
+                    f"write {before} into it, or use another --run-dir",
+                )
+        self.date = date
+
     def log(self, message: str) -> None:
         """Write one line to stderr and to the stage's log.txt."""
         print(message, file=sys.stderr, flush=True)

@@ -102,7 +102,7 @@ def open_tokenizer(directory: Path) -> Any:
 
 
 def encode_rows(config: Config, run_dir: Path, tokenizer: Any) -> tuple[EncodedFiles, list[str]]:
-    """Return the encoded conversations, and what is to be told about rows left out.
+    """Return the encoded conversations, and what is to be told about what is left out.
 
     Raises:
         StageError: a row cannot be rendered, no row of a file can be used, or the training rows are

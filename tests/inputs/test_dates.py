@@ -113,3 +113,14 @@ def test_a_preview_shows_the_runs_date_and_fixes_none(config, dated, chat_file, 
     assert "Today is 2026-03-01. " in shown and not (tmp_path / "date.txt").exists()
     (tmp_path / "date.txt").write_text("2026-01-31\n")
     assert "Today is 2026-01-31. " in preview_line(made, tmp_path, f"{chat_file}:1")["text"]
+
+
+def test_a_date_that_changed_after_an_earlier_stage_is_refused(config, tmp_path):
+    """Its tokens would be others: date.txt was removed, or edited, between two stages."""
+    stage = Stage("04_eval", config(), tmp_path)
+    stage.manifests = {"02_compress": {"date": "2026-01-31"}, "03_finetune": {}}
+    stage.note_date(datetime.date(2026, 1, 31))
+    assert stage.date == datetime.date(2026, 1, 31)
+    with pytest.raises(StageError, match="since 02_compress read it") as refusal:
+        stage.note_date(datetime.date(2026, 2, 1))
+    assert "write 2026-01-31 into it" in refusal.value.fix

@@ -156,13 +156,17 @@ def test_stages_03_and_04_leave_out_the_same_rows_and_say_so(config, tokenizer, 
     assert [text.partition(":")[0] for text in usable.left_out] == ["train", "validation"]
     left_out = len(lengths) - len(usable.validation)
     assert f"{left_out} of 10 conversations left out: {left_out} longer than" in usable.left_out[1]
+    longer = config(ROWS, "sequence_len=4096", validation=ROWS[10:20])
+    files = encode_files(longer, tmp_path / "run", tokenizer)
     assert select_usable(files, 4096).left_out == []
 
 
 def test_thinking_that_the_template_drops_is_told_with_counts(config, tokenizer, tmp_path):
     twice = chat("One?", "Yes.", thinking="Dropped.")["messages"] * 2
     rows = [{"messages": [*twice, *chat("Two?", "No.", thinking="Kept.")["messages"]]}, *ROWS[:3]]
-    files = encode_files(config(rows, validation=ROWS[:3]), tmp_path / "run", tokenizer)
+    files = encode_files(
+        config(rows, "sequence_len=4096", validation=ROWS[:3]), tmp_path / "run", tokenizer
+    )
     (told,) = select_usable(files, 4096).left_out
     assert told == (
         "train: the chat template leaves out the thinking of 2 earlier turns, in 1 of 4 "
@@ -182,7 +186,8 @@ def test_the_length_that_would_do_is_named(config, tokenizer, tmp_path, validati
         refusal.value.found
     )
     needed = int(refusal.value.fix.partition("sequence_len=")[2].partition(",")[0])
-    assert select_usable(files, needed).train
+    longer = config(ROWS, f"sequence_len={needed}", validation=validation)
+    assert select_usable(encode_files(longer, tmp_path / "run", tokenizer), needed).train
     with pytest.raises(StageError):
         select_usable(files, needed - 1)
 
@@ -225,3 +230,27 @@ def test_padding_tokens_in_text_are_tokens(packed):
     assert take_tokens(batches[0]) == 4
     extra = {"position_ids": [0, 1, 2]} if packed else {"attention_mask": [1, 1, 1]}
     assert seen[0] == rows[0] | extra
+
+
+def test_a_conversation_that_is_too_long_is_encoded_without_being_located(
+    config, untrained_base, tmp_path
+):
+    """Otherwise a template that must be rendered for each turn takes minutes for nothing."""
+    tokenizer = load_tokenizer(untrained_base)
+    tokenizer.chat_template = (
+        "{{ messages | length if messages | length > 2 }}" + tokenizer.chat_template
+    )
+    long = {"messages": chat("Why?", "Because.")["messages"] * 40}
+    made = config([chat("a", "b"), long], validation=[chat("c", "d")])
+    first, second = encode_files(made, tmp_path, tokenizer).train.counts
+    assert first.supervised and second.tokens > 128 and not second.supervised
+
+
+def test_the_shortest_length_that_would_do_is_that_of_a_long_conversation(
+    config, tokenizer, tmp_path
+):
+    made = config(ROWS, "sequence_len=16", validation=ROWS[:1])
+    files = encode_files(made, tmp_path / "run", tokenizer)
+    with pytest.raises(StageError) as refusal:
+        select_usable(files, 16)
+    assert f"sequence_len={min(count.tokens for count in files.train.counts)}," in refusal.value.fix

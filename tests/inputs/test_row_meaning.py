@@ -12,6 +12,8 @@ from tests.conftest import ROOT
 
 USER = {"role": "user", "content": "Two and two?"}
 ANSWER = {"role": "assistant", "content": "Four."}
+NAN = float("nan")
+"""What pandas has in a column without a value."""
 THOUGHTFUL = {"role": "assistant", "thinking": "Hm.", "content": "Four."}
 
 
@@ -113,6 +115,8 @@ def test_text_parts_are_joined(read):
         (assistant(content="<think>Hm.</think>Four.", thinking="Ah."), "in <think> tags"),
         (assistant(content="analysisHm.assistantfinalFour."), "assistantfinal"),
         (assistant(content="<|channel|>analysis<|message|>Hm."), "channel header"),
+        (assistant(content="Hm. <|channel|> final <|message|>Four."), "channel header"),
+        (assistant(content="<|channel|>thoughts<|message|>Hm."), "channel header"),
         (assistant(thinking="<|channel|>final<|message|>Four."), "channel header"),
         (
             assistant(
@@ -137,7 +141,6 @@ def test_text_parts_are_joined(read):
         ),
         (assistant(weight=0.5), "`weight` 0.5"),
         (assistant(weight="0"), "`weight` '0'"),
-        (assistant(weight=float("nan")), "`weight` nan"),
         (assistant(weight=1, train=False), "contradicts itself"),
         (assistant(weight=0), "all have weight 0"),
         ({"messages": [{**USER, "weight": 1}, ANSWER]}, "message 1 (user) has weight 1"),
@@ -189,6 +192,7 @@ def test_what_is_not_understood_is_refused_by_name(read, row, named, tmp_path):
         assistant(thinking="", reasoning_content=None, channel=None),
         {**assistant(), "tools": [], "functions": None, "chat_template_kwargs": {}},
         {**assistant(), "weight": 1},
+        {**assistant(tool_calls=NAN), "tools": NAN, "reasoning_effort": NAN, "weight": NAN},
         {"messages": [{**USER, "weight": 0}, ANSWER]},
     ],
 )
@@ -204,6 +208,8 @@ def test_nulls_and_empty_lists_are_allowed(read, row):
     "content",
     [
         "`<|channel|>` marks a channel.",
+        "First `<|channel|>`, then `<|message|>`.",
+        "Write <|channel|> and <|message|> before the text.",
         "Write <|end|> at the end of <|message|>.",
         "The tags are <think> and </think>",
         "analysis is a word",
@@ -214,7 +220,12 @@ def test_words_about_control_tokens_stay_as_they_are(read, content):
 
 
 def test_ignored_keys_are_reported_once_with_a_count(data, tmp_path, capsys):
-    row = {"messages": [{**USER, "name": "Ann"}, ANSWER], "id": 7, "score": float("nan")}
+    row = {
+        "messages": [{**USER, "name": "Ann"}, ANSWER],
+        "id": 7,
+        "score": 0.5,
+        "none": float("nan"),
+    }
     path = data([row, {**row, "label": None}, {"messages": [USER, ANSWER], "id": 8}])
     config = load(str(ROOT / "configs/tiny.yaml"), [f"data.train={path}"])
     conversations.prepare(config, tmp_path / "run")
@@ -253,3 +264,16 @@ def test_a_hub_dataset_that_was_read_as_dates_is_explained(tmp_path, monkeypatch
         conversations.prepare(config, tmp_path)
     assert "dataset someone/chats, row 1" in raised.value.what
     assert "the content of message 1 is datetime, not text" in raised.value.found
+
+
+@pytest.mark.parametrize(
+    "origin", [{"source": "others.jsonl", "line": 7}, {"source": 1, "row": []}]
+)
+def test_a_column_that_is_called_origin_does_not_move_a_row(data, tmp_path, capsys, origin):
+    """It looks like what prepared rows have, but messages must name this file."""
+    path = data([{**assistant(), "origin": origin}] * 3)
+    config = load(str(ROOT / "configs/tiny.yaml"), [f"data.train={path}"])
+    files = conversations.prepare(config, tmp_path / "run")
+    places = [conversations.locate(row) for file in files for row in conversations.read(file)]
+    assert sorted(places) == [f"{path}, line {number}" for number in (1, 2, 3)]
+    assert "origin (3 rows)" in capsys.readouterr().err
