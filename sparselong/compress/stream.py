@@ -36,7 +36,7 @@ from sparselong.compress.report import measure
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.errors import StageError
-from sparselong.files import point_to, write_atomically
+from sparselong.files import point_to, read_json, write_atomically
 from sparselong.model import SparseLongConfig, implementation, settle_template
 from sparselong.provenance import describe_files, read_peaks, reset_peaks
 from sparselong.run import Stage
@@ -104,14 +104,15 @@ def record_base(stage: Stage, base: Checkpoint) -> None:
     """
     path = stage.dir / BASE_RECORD
     if path.exists():
-        stage.described = json.loads(path.read_text(encoding="utf-8"))
+        again = f"run python {stage.name}.py --force, which begins this stage again"
+        stage.described = read_json(path, again)["files"]
         check_recorded(base.inventory, stage.described, stage.name)
         return
     paths = base.inventory.paths
     size = sum(path.stat().st_size for path in paths)
     stage.log(f"hashing the base checkpoint ({len(paths)} files, {size / 1e9:.1f} GB)")
     stage.described = describe_files(paths, stage.run_dir)
-    write_atomically(path, json.dumps(stage.described, indent=1) + "\n")
+    write_atomically(path, json.dumps({"files": stage.described}, indent=1) + "\n")
 
 
 def _compress_layers(stage: Stage, inputs: Inputs, device: torch.device) -> None:

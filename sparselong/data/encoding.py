@@ -34,15 +34,17 @@ from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.data.run_date import rendering_date
 from sparselong.errors import StageError
+from sparselong.files import load_json
 from sparselong.provenance import hash_file
 
-_FORMAT = 1
-"""Increased when `conversations.tokenize` gives other tokens for the same row."""
+_FORMAT = 2
+"""Increased with the schema, or when `conversations.tokenize` gives other tokens for a row."""
 _ROWS_PER_BATCH = 1000
 _SCHEMA = pyarrow.schema(
     {
         "input_ids": pyarrow.large_list(pyarrow.int32()),
         "supervised": pyarrow.large_list(pyarrow.bool_()),
+        "dropped_thinking": pyarrow.int32(),
     }
 )
 _RECORD = "encoded.json"
@@ -54,7 +56,8 @@ class Encoded:
 
     Attributes:
         source: the prepared file.
-        table: a row per conversation: `input_ids` and, of the same length, `supervised`.
+        table: a row per conversation: `input_ids`, of the same length `supervised`, and
+            `dropped_thinking`, the number of messages whose reasoning the template leaves out.
     """
 
     source: Path
@@ -89,11 +92,19 @@ class Counts(NamedTuple):
 
 
 class EncodedFiles(NamedTuple):
-    """Both prepared files as tokens, and the date that their template rendered."""
+    """Both prepared files as tokens.
+
+    Attributes:
+        train: the training conversations.
+        validation: the held-out conversations.
+        date: the date that the template rendered.
+        remarks: sentences about what of the sources is not trained on, for the stage's log.
+    """
 
     train: Encoded
     validation: Encoded
     date: date
+    remarks: list[str]
 
 
 class Usable(NamedTuple):
@@ -143,7 +154,16 @@ def encode_files(config: Config, run_dir: Path, tokenizer: Any) -> EncodedFiles:
         with _replacing(folder / _RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     train, validation = (Encoded(*pair) for pair in zip(files, map(_map, paths), strict=True))
-    return EncodedFiles(train, validation, today)
+    dropped = [_describe_dropped(encoded) for encoded in (train, validation)]
+    remarks = [*conversations.read_remarks(run_dir), *filter(None, dropped)]
+    return EncodedFiles(train, validation, today, remarks)
+
+
+def _describe_dropped(encoded: Encoded) -> str:
+    count = int(encoded.table["dropped_thinking"].to_numpy().sum())
+    if not count:
+        return ""
+    return f"{encoded.source.stem}: thinking of {count:,} messages is not rendered by the template"
 
 
 def _count(batch: pyarrow.RecordBatch) -> Iterator[Counts]:
@@ -227,12 +247,13 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def _tokenize(
     source: Path, tokenizer: Any, config: Config, today: date
-) -> Iterator[tuple[list[int], list[bool]]]:
+) -> Iterator[tuple[list[int], list[bool], int]]:
     for conversation in conversations.read(source):
-        yield conversations.tokenize(conversation, tokenizer, config.data.train_on, today)
+        tokens = conversations.tokenize(conversation, tokenizer, config.data.train_on, today)
+        yield *tokens, conversations.count_dropped_thinking(conversation, tokenizer, today)
 
 
-def _batches(rows: Iterator[tuple[list[int], list[bool]]]) -> Iterator[list]:
+def _batches(rows: Iterator[tuple]) -> Iterator[list[tuple]]:
     batch = []
     for row in rows:
         batch.append(row)
@@ -252,7 +273,7 @@ def _is_current(record_path: Path, wanted: dict[str, Any], paths: list[Path]) ->
     if not all(path.is_file() for path in (record_path, *paths)):
         return False
     try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
+        record = load_json(record_path)
     except ValueError:
         return False
     hashes = [hash_file(path) for path in paths]

@@ -48,7 +48,6 @@ def tokenize(
     tokenizer: Any,
     train_on: Literal["assistant", "all"],
     today: datetime.date,
-    longest: int | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Return the tokens of a conversation and which of them are supervised.
 
@@ -61,8 +60,6 @@ def tokenize(
         train_on: `assistant` marks the assistant turns, `all` marks every token; turns of weight 0
             are never marked.
         today: the date for templates that write one.
-        longest: number of tokens above which the caller leaves a conversation out; its turns are
-            not located, and no token of it is marked.
 
     Returns:
         (input_ids, supervised), two lists of equal length.
@@ -75,8 +72,6 @@ def tokenize(
     messages = _plain(conversation)
     text = template.render(messages)
     ids, starts = _encode(_hide_spelled(template, messages, text), template)
-    if longest is not None and len(ids) > longest:
-        return ids, [False] * len(ids)
     everything = train_on == "all"
     weights = [message.get("weight", 1) for message in conversation["messages"]]
     if everything and all(weights):

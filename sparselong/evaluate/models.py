@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from sparselong.evaluate import harness, perplexity
-from sparselong.files import write_atomically
+from sparselong.files import read_json, write_atomically
 from sparselong.model import implementation, load_model
 from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.runtime import using
@@ -53,8 +53,8 @@ def measure(
     """
     path = folder / f"{name}.json"
     if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["fingerprint"] == fingerprint:
+        kept = read_json(path, "remove this file: the model is then measured again")
+        if kept.get("fingerprint") == fingerprint:
             progress(f"{name}: already measured, result kept")
             return kept
     start = time.monotonic()

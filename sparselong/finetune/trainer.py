@@ -30,7 +30,7 @@ import yaml
 
 from sparselong.data import encode_files, select_usable
 from sparselong.errors import StageError
-from sparselong.files import point_to, write_atomically
+from sparselong.files import point_to, read_json, write_atomically
 from sparselong.finetune import axolotl_config, checkpoints, plot
 from sparselong.finetune.training_run import (
     AXOLOTL_YAML,
@@ -60,7 +60,7 @@ def finetune(stage: Stage) -> None:
     data = encode_files(stage.config, stage.run_dir, load_tokenizer(earlier / "model"))
     usable = select_usable(data, stage.config.sequence_len)
     if not (stage.dir / BAKED).exists():
-        for sentence in usable.left_out:
+        for sentence in [*data.remarks, *usable.left_out]:
             stage.log(sentence)
         _train(stage)
     sources = (data.train.source, data.validation.source)
@@ -198,23 +198,6 @@ def _check_row(row: Any) -> dict[str, Any]:
         if not isinstance(row.get(name), int | float) or isinstance(row[name], bool):
             raise TypeError(f"`{name}` is {row.get(name)!r}")
     return row
-
-
-def read_json(path: Path, fix: str) -> dict[str, Any]:
-    """Return the object in a file that the trainer wrote.
-
-    Raises:
-        StageError: the file is damaged; with the given fix.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        document = error
-    if not isinstance(document, dict):
-        raise StageError(
-            f"{path} is damaged", "the JSON object that training wrote", f"{document}", fix
-        )
-    return document
 
 
 def check_receipt(stage: Stage, trained_with: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,15 +6,16 @@ with a timeout of a few seconds, and never if HF_HUB_OFFLINE is set. Nothing is 
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sparselong.config import Config
-from sparselong.files import is_local
+from sparselong.checkpoint import missing_files
+from sparselong.config import Config, ModelSection
+from sparselong.files import is_local, load_json
 from sparselong.health.packages import is_installed
+from sparselong.memory import find_config
 from sparselong.tiny import find_tiny
 
 State = Literal["here", "made", "reachable", "missing", "unknown"]
@@ -80,42 +81,16 @@ def _base(config: Config, run_dir: Path, hub: _Hub) -> Source:
     if is_local(name):
         detail = "a file, not a directory" if Path(name).exists() else "no such directory"
         return Source(role, name, "missing", detail)
-    cached = _cached_checkpoint(name, config.model.revision)
+    cached = _cached_checkpoint(config.model)
     if cached:
         return Source(role, name, "here", f"in the hub cache, {cached}", path=cached)
     return hub.ask(role, name, "model", config.model.revision)
 
 
-def _missing_files(directory: Path) -> list[str]:
-    """Return files of a checkpoint that its directory lacks, including the index's shards."""
-    index = directory / "model.safetensors.index.json"
-    names = ["config.json", "tokenizer.json"]
-    if index.is_file():
-        try:
-            names += sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (OSError, ValueError, KeyError, AttributeError):
-            return [f"a readable {index.name}"]
-    else:
-        names.append("model.safetensors")
-    return [name for name in names if not (directory / name).is_file()]
-
-
-def _cached_checkpoint(name: str, revision: str) -> Path | None:
+def _cached_checkpoint(model: ModelSection) -> Path | None:
     """Return the snapshot directory if all files of the checkpoint are in the hub cache."""
-    if not is_installed("huggingface_hub"):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    if not isinstance(found, str) or _missing_files(Path(found).parent):
-        return None
-    return Path(found).parent
+    config = find_config(model) if is_installed("huggingface_hub") else None
+    return None if config is None or missing_files(config.parent) else config.parent
 
 
 def _data(role: str, name: str, run_dir: Path, hub: _Hub) -> Source:
@@ -136,8 +111,11 @@ def _is_prepared(name: str, run_dir: Path) -> bool:
     record = run_dir / "data" / "source.json"
     if not record.is_file():
         return False
-    config = json.loads(record.read_text(encoding="utf-8"))["config"]
-    return name in (config["train"], config["validation"])
+    try:
+        config = load_json(record)["config"]
+        return name in (config["train"], config["validation"])
+    except (OSError, ValueError, KeyError, TypeError):  # opening the rows explains it
+        return False
 
 
 def _task(task: str, hub: _Hub) -> Source:

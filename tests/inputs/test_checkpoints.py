@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerState
 
 from sparselong.config.schema import load
 from sparselong.errors import StageError
+from sparselong.files import read_json
 from sparselong.finetune import checkpoints, masked_trainer, plot, trainer
 from sparselong.finetune.checkpoints import find_fault, find_last, remove_oldest
 from sparselong.finetune.masked_trainer import MaskedTraining
@@ -394,7 +395,7 @@ def test_a_damaged_result_note_is_explained(stage, name, text):
     (stage.dir / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(StageError) as failure:
         trainer.check_receipt(stage, {})
-        trainer.read_json(stage.dir / name, "remove it")
+        read_json(stage.dir / name, "remove it")
     assert name in failure.value.what or "without this project's plugin" in failure.value.what
 
 

@@ -182,7 +182,7 @@ def test_rows_without_supervised_tokens_are_left_out(tmp_path):
         return Encoded(tmp_path / name, pyarrow.Table.from_pylist(columns))
 
     train = encoded("train.jsonl", [0, 1], [0, 0], [1, 0, 0])  # nothing predicts a first token
-    files = EncodedFiles(train, train, datetime.date(2026, 1, 31))
+    files = EncodedFiles(train, train, datetime.date(2026, 1, 31), [])
     usable = select_usable(files, 8)
     assert usable.train == [0] and "2 without supervised tokens" in usable.left_out[0]
     none = encoded("validation.jsonl", [0, 0])

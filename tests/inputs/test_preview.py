@@ -67,7 +67,7 @@ def test_a_row_that_would_be_left_out_says_so(preview, data):
         ("{path}:" + "9" * 5000, ("FILE:LINE",)),
         (":1", ("FILE:LINE",)),
         ("", ("FILE:LINE",)),
-        ("{path}:4", ("no line 4", "from 1 to 3")),
+        ("{path}:4", ("no line 4", "1 to 3")),
         ("{path}:2", ("rows.jsonl, line 2", "no assistant turn")),
         ("{path}.gone:1", ("rows.jsonl.gone", "cannot be read")),
         ("{folder}:1", ("cannot be read",)),

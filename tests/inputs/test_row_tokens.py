@@ -250,13 +250,6 @@ def test_6000_turns_take_seconds(tokenizer, template):
         assert len(pieces) == 3000 and all("Because." in piece for piece in pieces)
 
 
-def test_a_conversation_that_is_left_out_is_not_located(tokenizer):
-    rewriting = with_template(tokenizer, "{{ messages | length }}" + tokenizer.chat_template)
-    conversation = row(user("a"), assistant("b"))
-    ids, supervised = tokenize(conversation, rewriting, longest=3)
-    assert len(ids) > 3 and supervised == [False] * len(ids)
-
-
 @pytest.mark.parametrize(
     "template", ["{{ raise_exception('no') }}", "{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{% for %}", None]
 )

@@ -145,7 +145,7 @@ def test_a_row_that_cannot_be_rendered_may_be_corrected(base, data, tmp_path, ru
     path = data(rows)
     more = (f"model.base={base}", f"data.train={path}", "evaluation.tasks=[demo_hellaswag]")
     one, two = run_script("01_health", *more), run_script("02_compress", *more)
-    one.assert_explained("rejects a row")
+    one.assert_explained("rejects", "line 2")
     assert refusal(one.err) == refusal(two.err)
     assert ".health-" not in one.err
     rows[1]["messages"][0]["content"] = "fine too"
