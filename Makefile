@@ -2,6 +2,7 @@
 # make demo      install, then all four stages on a small gpt-oss (no GPU needed)
 # make check     install, then formatting, lint and types
 # make test      install, then all tests that run on a CPU
+# make test-mutations  470 damaged or rewritten bases and data files, twelve through all stages
 # make test-gpu  tests that need a CUDA device, with $(PYTHON) and without .venv
 # make bench     the demo, every benchmark that this machine can run, then BENCHMARKS.md
 # make lock      resolve requirements/requirements.lock again, keeping versions that still fit
@@ -30,7 +31,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
 BENCHMARKS := demo attention attention_tiles expert_gemm neighbours generation memory train_step \
               context_parallel
 
-.PHONY: demo check test test-long test-short test-gpu bench lock clean
+.PHONY: demo check test test-long test-short test-mutations test-gpu bench lock clean
 
 $(STAMP): install.sh pyproject.toml $(LOCK) requirements/overrides.txt
 	./install.sh
@@ -57,6 +58,9 @@ test-long: $(STAMP)
 
 test-short: $(STAMP)
 	$(PYTEST) --ignore tests/gpu $(LONG:%=--ignore %) tests
+
+test-mutations: $(STAMP)
+	$(PYTEST) --all-mutations tests/inputs/test_mutations.py
 
 test-gpu:
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu: no CUDA device, nothing tested')"

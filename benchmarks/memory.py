@@ -62,7 +62,10 @@ def predict(case: dict[str, Any], *further: str) -> memory.Memory:
         "training.offload_checkpoints": str(case["offload"]).lower(),
     }
     asked = config.load(FILE, [f"{key}={value}" for key, value in overrides.items()] + [*further])
-    shape = dataclasses.replace(memory.PUBLISHED["openai/gpt-oss-20b"], layers=case["layers"])
+    layers = case["layers"]
+    shape = dataclasses.replace(
+        memory.PUBLISHED["openai/gpt-oss-20b"], layers=layers, full_layers=layers // 2
+    )
     kept = memory.Kept(*(case.get(key) == "always" for key in ("keep_attention", "keep_experts")))
     return memory.finetune_memory(shape, asked, kept=kept)
 

@@ -20,6 +20,7 @@ Shape suffixes of tensors: B packs in a batch, T tokens in a pack. `labels_BT[b,
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from datetime import date
 from itertools import count
@@ -52,20 +53,18 @@ Row = tuple[list[int], list[int]]  # a conversation's tokens and labels
 
 
 def train(compressed: Path, data: Path, steps: int, out: Path | None = None) -> Iterator[float]:
-    """Train for `steps` optimizer steps.
+    """Train for `steps` steps; yield each step's loss in nats per supervised token.
 
     Args:
-        compressed: stage 02's folder, with `model/` (packed) and `masters/` (dense bf16).
+        compressed: stage 02's folder: `model/` (packed), `masters/` (dense bf16), `manifest.json`.
         data: JSON lines of `{"messages": [...]}`.
         steps: optimizer steps; learning rate schedule and mask updates depend on their number.
         out: where to write the fine-tuned model, in the same compressed format.
-
-    Yields:
-        Each step's loss in nats per supervised token.
     """
     attention = NAME if torch.cuda.is_available() else "eager"
     base = load_model(compressed / "model", attn_implementation=attention)
     tokenizer = load_tokenizer(compressed / "model")
+    today = date.fromisoformat(json.loads((compressed / "manifest.json").read_text())["date"])
     sparselong.chunk_loss(base)  # never holds a whole batch's logits in memory
     master_of = Masters(compressed / "masters").read
     model, _ = add_masked_lora(
@@ -75,7 +74,7 @@ def train(compressed: Path, data: Path, steps: int, out: Path | None = None) -> 
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
     updates = set(update_steps(steps, UPDATE_FREQUENCY))
-    batches = make_epochs(read_rows(data, tokenizer), tokenizer.pad_token_id)
+    batches = make_epochs(read_rows(data, tokenizer, today), tokenizer.pad_token_id)
 
     model.train()
     for step in range(1, steps + 1):
@@ -102,9 +101,9 @@ def train(compressed: Path, data: Path, steps: int, out: Path | None = None) -> 
         bake_checkpoint(compressed / "model", tuned_layers(model), out)
 
 
-def read_rows(path: Path, tokenizer) -> list[Row]:
+def read_rows(path: Path, tokenizer, today: date) -> list[Row]:
     """Return the conversations that fit into a pack; only assistant tokens are supervised."""
-    rows, found, today = [], conversations.read(path), date.today()
+    rows, found = [], conversations.read(path)
     for number in numpy.random.default_rng(SEED).permutation(len(found)):  # Axolotl's shuffle
         tokens, learned = conversations.tokenize(found[number], tokenizer, "assistant", today)
         if len(tokens) <= LENGTH:

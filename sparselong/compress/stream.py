@@ -46,6 +46,7 @@ from sparselong.tiny import Inputs, open_inputs
 DENSE_FILE = "dense-{:05d}.safetensors"
 MASTER_FILE = "layer-{:05d}.safetensors"
 BASE_RECORD = "base.json"
+_AGAIN = "run python {}.py --force, which begins this stage again"
 
 
 def checkpoint_name(config: Config) -> str:
@@ -104,8 +105,7 @@ def record_base(stage: Stage, base: Checkpoint) -> None:
     """
     path = stage.dir / BASE_RECORD
     if path.exists():
-        again = f"run python {stage.name}.py --force, which begins this stage again"
-        stage.described = read_json(path, again)["files"]
+        stage.described = read_json(path, _AGAIN.format(stage.name))["files"]
         check_recorded(base.inventory, stage.described, stage.name)
         return
     paths = base.inventory.paths
@@ -206,7 +206,7 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     record_base(stage, base)  # the base must not have changed meanwhile
     point_to(stage.dir / checkpoint_name(stage.config), "model", stage.log)
     paths = sorted((stage.dir / "work").glob("layer-*.json"))
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    records = [read_json(path, _AGAIN.format(stage.name)) for path in paths]
     for peaks in [read_peaks(), *(record["peak_bytes"] for record in records)]:
         for device, peak in peaks.items():
             stage.peak_bytes[device] = max(peak, stage.peak_bytes.get(device, 0))

@@ -106,9 +106,9 @@ def read(path: Path) -> list[Conversation]:
     return list(read_rows(path, Remarks()))
 
 
-def read_remarks(run_dir: Path) -> list[str]:
+def read_remarks(run_dir: Path) -> tuple[str, ...]:
     """Return what was passed over while the prepared files' sources were read, as sentences."""
-    return _read_record(run_dir / "data" / "source.json").get("remarks", [])
+    return tuple(_read_record(run_dir / "data" / "source.json").get("remarks", ()))
 
 
 def read_line(path: Path, number: int) -> Conversation:
@@ -127,7 +127,8 @@ def read_line(path: Path, number: int) -> Conversation:
     fix = "name another line"
     if lines == number:
         raise StageError(f"{path}, line {number:,} is blank", "a conversation", "no text", fix)
-    raise StageError(f"{path} has no line {number:,}", f"1 to {lines:,}", f"{number:,}", fix)
+    known = f"a line from 1 to {lines:,}" if lines else "a file with lines"
+    raise StageError(f"{path} has no line {number:,}", known, f"line {number:,}", fix)
 
 
 def _split(

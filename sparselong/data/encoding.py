@@ -38,13 +38,13 @@ from sparselong.files import load_json
 from sparselong.provenance import hash_file
 
 _FORMAT = 2
-"""Increased with the schema, or when `conversations.tokenize` gives other tokens for a row."""
+"""Increased with other columns, or other tokens from `conversations.tokenize` for the same row."""
 _ROWS_PER_BATCH = 1000
 _SCHEMA = pyarrow.schema(
     {
         "input_ids": pyarrow.large_list(pyarrow.int32()),
         "supervised": pyarrow.large_list(pyarrow.bool_()),
-        "dropped_thinking": pyarrow.int32(),
+        "dropped_thinking": pyarrow.int32(),  # messages whose reasoning the template leaves out
     }
 )
 _RECORD = "encoded.json"
@@ -57,7 +57,7 @@ class Encoded:
     Attributes:
         source: the prepared file.
         table: a row per conversation: `input_ids`, of the same length `supervised`, and
-            `dropped_thinking`, the number of messages whose reasoning the template leaves out.
+            `dropped_thinking`.
     """
 
     source: Path
@@ -98,13 +98,13 @@ class EncodedFiles(NamedTuple):
         train: the training conversations.
         validation: the held-out conversations.
         date: the date that the template rendered.
-        remarks: sentences about what of the sources is not trained on, for the stage's log.
+        remarks: sentences about what was passed over while the sources were read.
     """
 
     train: Encoded
     validation: Encoded
     date: date
-    remarks: list[str]
+    remarks: tuple[str, ...] = ()
 
 
 class Usable(NamedTuple):
@@ -113,7 +113,8 @@ class Usable(NamedTuple):
     Attributes:
         train: row numbers of `EncodedFiles.train`.
         validation: row numbers of `EncodedFiles.validation`.
-        left_out: a sentence with counts and reasons for each file that has other rows too.
+        left_out: sentences about what is left out, with counts: blank lines and keys of the
+            sources, other rows, and reasoning that the template does not write.
     """
 
     train: list[int]
@@ -154,16 +155,7 @@ def encode_files(config: Config, run_dir: Path, tokenizer: Any) -> EncodedFiles:
         with _replacing(folder / _RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     train, validation = (Encoded(*pair) for pair in zip(files, map(_map, paths), strict=True))
-    dropped = [_describe_dropped(encoded) for encoded in (train, validation)]
-    remarks = [*conversations.read_remarks(run_dir), *filter(None, dropped)]
-    return EncodedFiles(train, validation, today, remarks)
-
-
-def _describe_dropped(encoded: Encoded) -> str:
-    count = int(encoded.table["dropped_thinking"].to_numpy().sum())
-    if not count:
-        return ""
-    return f"{encoded.source.stem}: thinking of {count:,} messages is not rendered by the template"
+    return EncodedFiles(train, validation, today, conversations.read_remarks(run_dir))
 
 
 def _count(batch: pyarrow.RecordBatch) -> Iterator[Counts]:
@@ -188,7 +180,8 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
         if len(rows) < len(encoded)
     ]
     if train and validation:
-        return Usable(train, validation, left_out)
+        dropped = filter(None, map(_describe_dropped, files[:2]))
+        return Usable(train, validation, [*files.remarks, *left_out, *dropped])
     shortest = [
         min((count.tokens for count in encoded.counts if count.predicted), default=0)
         for encoded in files[:2]
@@ -200,6 +193,16 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
         f"use shorter conversations, or sequence_len={max(shortest)}, the smallest that would do"
         if all(shortest)
         else "check the rows' roles and weights, or pass data.train_on=all",
+    )
+
+
+def _describe_dropped(encoded: Encoded) -> str | None:
+    counts = [count for count in encoded.table["dropped_thinking"].to_pylist() if count]
+    if not counts:
+        return None
+    return (
+        f"{encoded.source.stem}: the chat template leaves out the thinking of {sum(counts):,} "
+        f"turns, in {len(counts):,} of {len(encoded):,} conversations"
     )
 
 
@@ -248,9 +251,11 @@ def _replacing(path: Path) -> Iterator[Path]:
 def _tokenize(
     source: Path, tokenizer: Any, config: Config, today: date
 ) -> Iterator[tuple[list[int], list[bool], int]]:
-    for conversation in conversations.read(source):
-        tokens = conversations.tokenize(conversation, tokenizer, config.data.train_on, today)
-        yield *tokens, conversations.count_dropped_thinking(conversation, tokenizer, today)
+    """Yield the values of each row's columns."""
+    for row in conversations.read(source):
+        tokens, supervised = conversations.tokenize(row, tokenizer, config.data.train_on, today)
+        dropped = conversations.count_dropped_thinking(row, tokenizer, today)
+        yield tokens, supervised, dropped
 
 
 def _batches(rows: Iterator[tuple]) -> Iterator[list[tuple]]:

@@ -24,7 +24,7 @@ def evaluate(stage: Stage) -> None:
     encoded = encode_files(stage.config, stage.run_dir, tokenizer)
     stage.date = encoded.date
     usable = select_usable(encoded, stage.config.sequence_len)
-    for sentence in [*encoded.remarks, *usable.left_out]:
+    for sentence in usable.left_out:
         stage.log(sentence)
     rows = usable.validation[: stage.config.evaluation.perplexity_samples]
     samples = perplexity.load_samples(encoded.validation, rows)

@@ -30,7 +30,7 @@ import yaml
 
 from sparselong.data import encode_files, select_usable
 from sparselong.errors import StageError
-from sparselong.files import point_to, read_json, write_atomically
+from sparselong.files import parse_json, point_to, read_json, write_atomically
 from sparselong.finetune import axolotl_config, checkpoints, plot
 from sparselong.finetune.training_run import (
     AXOLOTL_YAML,
@@ -60,7 +60,7 @@ def finetune(stage: Stage) -> None:
     data = encode_files(stage.config, stage.run_dir, load_tokenizer(earlier / "model"))
     usable = select_usable(data, stage.config.sequence_len)
     if not (stage.dir / BAKED).exists():
-        for sentence in [*data.remarks, *usable.left_out]:
+        for sentence in usable.left_out:
             stage.log(sentence)
         _train(stage)
     sources = (data.train.source, data.validation.source)
@@ -174,7 +174,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         *lines, _ = path.read_text(encoding="utf-8").split("\n")
         for line in lines:
             place = f", line {len(rows) + 1},"
-            rows.append(_check_row(json.loads(line)))
+            rows.append(_check_row(parse_json(line)))
     except (OSError, ValueError, TypeError) as error:
         raise StageError(
             f"{path}{place} is not what training wrote",

@@ -102,8 +102,8 @@ def _describe_tokenizer(directory: Path, opened: list[Any]) -> str:
 def _describe_rows(config: Config, run_dir: Path, opened: list[Any]) -> str:
     count = check_rows(config, run_dir)
     for tokenizer in opened:
-        _, remarks = encode_rows(config, run_dir, tokenizer)
-        return "; ".join([f"{count} well-formed conversations can be encoded", *remarks])
+        _, left_out = encode_rows(config, run_dir, tokenizer)
+        return "; ".join([f"{count} well-formed conversations can be encoded", *left_out])
     said = f"{count} well-formed conversations; not encoded, since no tokenizer could be opened"
     return "; ".join([said, *conversations.read_remarks(run_dir)])
 

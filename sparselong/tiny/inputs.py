@@ -60,8 +60,8 @@ def open_inputs(config: Config, run_dir: Path, progress: Callable[[str], None]) 
     check_rows(config, run_dir)
     base, architecture = open_base(resolve_base(config, run_dir, progress))
     tokenizer = open_tokenizer(base.directory)
-    encoded, remarks = encode_rows(config, run_dir, tokenizer)
-    for sentence in remarks:
+    encoded, left_out = encode_rows(config, run_dir, tokenizer)
+    for sentence in left_out:
         progress(sentence)
     return Inputs(base, architecture, tokenizer, encoded)
 
@@ -101,11 +101,10 @@ def open_tokenizer(directory: Path) -> Any:
 
 
 def encode_rows(config: Config, run_dir: Path, tokenizer: Any) -> tuple[EncodedFiles, list[str]]:
-    """Return the encoded conversations, and what is to be told about the rows.
+    """Return the encoded conversations, and what is to be told about rows left out.
 
     Raises:
         StageError: a row cannot be rendered, or no row of a file can be used.
     """
     encoded = encode_files(config, run_dir, tokenizer)
-    left_out = select_usable(encoded, config.sequence_len).left_out
-    return encoded, [*encoded.remarks, *left_out]
+    return encoded, select_usable(encoded, config.sequence_len).left_out

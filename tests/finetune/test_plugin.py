@@ -134,12 +134,12 @@ def test_resized_embeddings_are_refused(plugin, run):
 @pytest.fixture
 def files(plugins, tmp_path, monkeypatch) -> EncodedFiles:
     """Three training conversations and one for validation, of two tokens each."""
-    row = {"input_ids": [0, 1], "supervised": [False, True]}
+    row = {"input_ids": [0, 1], "supervised": [False, True], "dropped_thinking": 0}
     train, validation = (
         Encoded(tmp_path / name, pyarrow.Table.from_pylist([row] * count))
         for name, count in (("train.jsonl", 3), ("validation.jsonl", 1))
     )
-    made = EncodedFiles(train, validation, datetime.date(2026, 1, 31), [])
+    made = EncodedFiles(train, validation, datetime.date(2026, 1, 31))
     monkeypatch.setattr(plugins, "load_tokenizer", lambda path: f"tokenizer of {path.name}")
     monkeypatch.setattr(plugins, "encode_files", lambda *given: made)
     monkeypatch.setattr(plugins, "preview", lambda rows, tokenizer: f"{len(rows)} {tokenizer}\n")

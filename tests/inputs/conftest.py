@@ -5,6 +5,7 @@ explained refusal.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,3 +76,16 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all-mutations", action="store_true", help="all mutations, and four stages on twelve"
     )
+
+
+OUTCOMES = pytest.StashKey[Counter]()
+"""Count of mutations by (what they are of, what was expected, what happened)."""
+
+
+def pytest_configure(config):
+    config.stash[OUTCOMES] = Counter()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for (subject, expected, outcome), count in sorted(config.stash[OUTCOMES].items()):
+        terminalreporter.write_line(f"{subject}, expected {expected}: {count} {outcome}")

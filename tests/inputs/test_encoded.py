@@ -159,6 +159,16 @@ def test_stages_03_and_04_leave_out_the_same_rows_and_say_so(config, tokenizer, 
     assert select_usable(files, 4096).left_out == []
 
 
+def test_thinking_that_the_template_drops_is_told_with_counts(config, tokenizer, tmp_path):
+    twice = chat("One?", "Yes.", thinking="Dropped.")["messages"] * 2
+    rows = [{"messages": [*twice, *chat("Two?", "No.", thinking="Kept.")["messages"]]}, *ROWS[:3]]
+    files = encode_files(config(rows, validation=ROWS[:3]), tmp_path / "run", tokenizer)
+    (told,) = select_usable(files, 4096).left_out
+    assert told == (
+        "train: the chat template leaves out the thinking of 2 turns, in 1 of 4 conversations"
+    )
+
+
 @pytest.mark.parametrize("validation", [None, ROWS[38:]], ids=["all rows", "validation"])
 def test_the_length_that_would_do_is_named(config, tokenizer, tmp_path, validation):
     files = encode_files(config(ROWS, validation=validation), tmp_path / "run", tokenizer)
@@ -178,11 +188,14 @@ def test_the_length_that_would_do_is_named(config, tokenizer, tmp_path, validati
 
 def test_rows_without_supervised_tokens_are_left_out(tmp_path):
     def encoded(name, *rows):
-        columns = [{"input_ids": [1] * len(s), "supervised": list(map(bool, s))} for s in rows]
+        columns = [
+            {"input_ids": [1] * len(s), "supervised": list(map(bool, s)), "dropped_thinking": 0}
+            for s in rows
+        ]
         return Encoded(tmp_path / name, pyarrow.Table.from_pylist(columns))
 
     train = encoded("train.jsonl", [0, 1], [0, 0], [1, 0, 0])  # nothing predicts a first token
-    files = EncodedFiles(train, train, datetime.date(2026, 1, 31), [])
+    files = EncodedFiles(train, train, datetime.date(2026, 1, 31))
     usable = select_usable(files, 8)
     assert usable.train == [0] and "2 without supervised tokens" in usable.left_out[0]
     none = encoded("validation.jsonl", [0, 0])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sparselong.config import load
-from sparselong.data import encode_files
+from sparselong.data import encode_files, select_usable
 from sparselong.finetune import trainer
 from sparselong.model import load_tokenizer
 from sparselong.run import Stage
@@ -25,8 +25,8 @@ DEMO = "evaluation.tasks=[demo_hellaswag]"
 TOLD = (
     "rows.jsonl: blank lines skipped: 2",
     "rows.jsonl: keys without meaning for training are ignored: topic (6 rows)",
-    "train: thinking of 10 messages is not rendered by the template",
-    "validation: thinking of 2 messages is not rendered by the template",
+    "train: the chat template leaves out the thinking of 10 turns, in 5 of 5 conversations",
+    "validation: the chat template leaves out the thinking of 2 turns, in 1 of 1 conversations",
 )
 
 
@@ -69,4 +69,4 @@ def test_nothing_is_told_of_rows_that_are_used_whole(untrained_base, rows, tmp_p
     rows.write_text(f"{json.dumps(row)}\n" * 4, encoding="utf-8")
     config = load(ROOT / "configs/tiny.yaml", [f"data.train={rows}", "sequence_len=256"])
     tokenizer = load_tokenizer(untrained_base)
-    assert encode_files(config, tmp_path / "run", tokenizer).remarks == []
+    assert select_usable(encode_files(config, tmp_path / "run", tokenizer), 128).left_out == []

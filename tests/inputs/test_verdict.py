@@ -143,9 +143,9 @@ def test_a_row_that_cannot_be_rendered_may_be_corrected(base, data, tmp_path, ru
         for t in said
     ]
     path = data(rows)
-    more = (f"model.base={base}", f"data.train={path}", "evaluation.tasks=[demo_hellaswag]")
+    more = (f"model.base={base}", f"data.train={path}", "sequence_len=512")
     one, two = run_script("01_health", *more), run_script("02_compress", *more)
-    one.assert_explained("rejects", "line 2")
+    one.assert_explained("rejects", f"{path}, line 2")
     assert refusal(one.err) == refusal(two.err)
     assert ".health-" not in one.err
     rows[1]["messages"][0]["content"] = "fine too"

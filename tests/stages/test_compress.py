@@ -83,11 +83,13 @@ def test_stored_weights_equal_those_of_calibration(compressed_run, small_argumen
     model = load_model(tmp_path / "run/02_compress/model")
     from sparselong.compress.calibration import calibration_tokens
     from sparselong.config.schema import load
+    from sparselong.data import encode_files
     from sparselong.model.tokenizer import load_tokenizer
 
     overrides = [a for a in small_arguments if "=" in a]
     config = load(small_arguments[1], overrides)
-    tokens = calibration_tokens(config, tmp_path / "run", load_tokenizer(model.name_or_path))
+    tokenizer = load_tokenizer(model.name_or_path)
+    tokens = calibration_tokens(config, encode_files(config, tmp_path / "run", tokenizer).train)
     with torch.no_grad():
         inner = model.model(tokens, output_hidden_states=True)
     assert torch.equal(inner.last_hidden_state, model.model.norm(kept["states"]))
