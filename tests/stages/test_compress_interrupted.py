@@ -217,14 +217,14 @@ DAMAGES = {
         ),
         "is not an index",
     ),
-    "config.json a list": (lambda f: (f / "config.json").write_text("[]"), "found:    list"),
+    "config.json a list": (lambda f: (f / "config.json").write_text("[]"), "found:    a JSON list"),
     "config.json nonsense": (
         lambda f: edit_json(f / "config.json", lambda d: d.update(layer_types=["square"] * 4)),
         "does not describe a gpt-oss model",
     ),
     "tokenizer gone": (
         lambda f: [p.unlink() for p in f.glob("*token*.json")],
-        "the tokenizer of",
+        "tokenizer.json cannot be read",
     ),
     "config.json gone": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
 }
