@@ -64,7 +64,8 @@ def train(compressed: Path, data: Path, steps: int, out: Path | None = None) -> 
     attention = NAME if torch.cuda.is_available() else "eager"
     base = load_model(compressed / "model", attn_implementation=attention)
     tokenizer = load_tokenizer(compressed / "model")
-    today = date.fromisoformat(json.loads((compressed / "manifest.json").read_text())["date"])
+    manifest = json.loads((compressed / "manifest.json").read_text(encoding="utf-8"))
+    today = date.fromisoformat(manifest["date"])
     sparselong.chunk_loss(base)  # never holds a whole batch's logits in memory
     master_of = Masters(compressed / "masters").read
     model, _ = add_masked_lora(

@@ -1,22 +1,99 @@
-"""Atomic writes of text files, links, a full disk, and telling paths from hub names."""
+"""JSON read strictly, atomic writes, links, a full disk, and telling paths from hub names."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from sparselong.errors import StageError
 
 _FULL_SENTENCES = (
     *("No space left on device", "Disk quota exceeded"),  # safetensors, from the system's message
     *("file write failed", "unexpected pos "),  # torch's zip writer
 )
-
-
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip", ".parquet")
+
+LFS_POINTER = "version https://git-lfs"
+"""How the small text file begins that git leaves in place of a large one."""
+
+
+def parse_json(text: str, constant: Callable[[str], Any] | None = None) -> Any:
+    """Return a JSON document in which no object has a key twice.
+
+    Of two equal keys, one reader takes the first and another the last.
+
+    Args:
+        text: the document.
+        constant: gives the value of NaN and the infinities by name; None: that of `float`.
+
+    Raises:
+        ValueError: the text is not JSON, has a key twice, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=constant)
+    except RecursionError as error:
+        raise ValueError("lists or objects nested too deeply for Python to read") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {ascii(twice)} occurs twice in one object")
+    return found
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else; the text says what.
+    """
+    refuse_special(path)
+    text = path.read_text(encoding="utf-8")
+    if text.startswith(LFS_POINTER):
+        raise ValueError("a Git LFS pointer instead of the file: run git lfs pull")
+    document = parse_json(text)
+    if not isinstance(document, dict):
+        raise ValueError(f"a JSON {type(document).__name__}")
+    return document
+
+
+def read_json(path: Path, fix: str = "download the checkpoint again") -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        StageError: the file cannot be read or holds something else; with the given fix.
+    """
+    try:
+        return load_json(path)
+    except (OSError, ValueError) as error:
+        found = reason_of(error)
+        raise StageError(f"{path} cannot be read", "a JSON object in a file", found, fix) from error
+
+
+def refuse_special(path: Path) -> None:
+    """Raise OSError unless the path leads to a regular file; opening a pipe would wait for ever."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "a directory", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a file could not be read, on one line and without its path."""
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def is_local(name: str) -> bool:

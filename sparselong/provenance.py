@@ -72,7 +72,7 @@ def refuse_changes(rows: Iterable[Mapping[str, Any]], run_dir: Path, stage: str)
     """
     for row in rows:
         path = run_dir / row["path"]
-        found = _find_change(path, row)
+        found = find_change(path, row)
         if found:
             raise StageError(
                 f"{path} has changed since {stage} recorded it",
@@ -82,8 +82,8 @@ def refuse_changes(rows: Iterable[Mapping[str, Any]], run_dir: Path, stage: str)
             )
 
 
-def _find_change(path: Path, row: Mapping[str, Any]) -> str:
-    """Return how a file differs from its record, or an empty string."""
+def find_change(path: Path, row: Mapping[str, Any]) -> str:
+    """Return how a file differs from its row of `describe_files`, or an empty string."""
     try:
         status = path.stat()
         if _is_untouched(status, row):

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     )
     from sparselong.checkpoint.header import read_header
     from sparselong.checkpoint.inventory import (
+        DOWNLOADED,
         METHOD,
+        TOKENIZER,
         Inventory,
         check_recorded,
+        missing_files,
         take_inventory,
     )
 

@@ -10,7 +10,8 @@ from transformers import GenerationConfig, GptOssConfig
 from sparselong.checkpoint.checkpoint import Checkpoint
 from sparselong.checkpoint.format import PROJECTIONS, expert_shapes
 from sparselong.errors import StageError
-from sparselong.memory import read_base_config, read_json
+from sparselong.files import read_json
+from sparselong.memory import read_base_config
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 _LAYERS = "model.layers."

@@ -1,22 +1,20 @@
-"""JSON documents and safetensors headers, read strictly. No torch.
+"""Headers of safetensors files, read strictly. No torch.
 
-Readers differ in what they make of a damaged file: of two equal keys one takes the first and
-another the last, and bytes that no tensor claims are ignored by some. Here, a file either has one
-meaning or is refused, with the reason.
+Readers differ in what they make of a damaged file: some ignore bytes that no tensor claims. Here, a
+file either has one meaning or is refused, with the reason.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparselong.errors import StageError
+from sparselong.files import LFS_POINTER, parse_json, reason_of, refuse_special
 
 _BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -29,9 +27,7 @@ _BITS = {
 }
 """Bits of an element by safetensors dtype."""
 _LARGEST_HEADER_BYTES = 100_000_000
-_LFS = b"version https://git-lfs.github.com/spec/"
-_LFS_FOUND = "a git-lfs pointer, a small text file in place of the file itself"
-_LFS_FIX = "fetch the file itself: git lfs pull, or hf download"
+_LFS = LFS_POINTER.encode()
 
 
 @dataclass(frozen=True)
@@ -53,27 +49,6 @@ def damaged(
     return StageError(f"{path} cannot be read", expected, found, fix)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        StageError: the file is missing, unreadable, not one JSON object, or repeats a key.
-    """
-    expected = "a JSON object in a file"
-    try:
-        _refuse_special(path)
-        raw = path.read_bytes()
-        if raw.startswith(_LFS):
-            raise damaged(path, _LFS_FOUND, expected, _LFS_FIX)
-        document = _parse(raw)
-        found = type(document).__name__
-    except (OSError, ValueError, RecursionError) as error:
-        document, found = None, _reason(error)
-    if not isinstance(document, dict):
-        raise damaged(path, found, expected, "download the checkpoint again")
-    return document
-
-
 def read_header(path: Path) -> dict[str, TensorRecord]:
     """Return the tensor records of one safetensors file without reading the tensors.
 
@@ -82,7 +57,7 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
             do not fill it exactly.
     """
     try:
-        _refuse_special(path)
+        refuse_special(path)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
@@ -91,52 +66,26 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
             file.seek(8)
             raw = file.read(length) if 0 < length <= _LARGEST_HEADER_BYTES else b""
     except OSError as error:
-        raise damaged(path, _reason(error)) from error
+        raise damaged(path, reason_of(error)) from error
     if is_pointer:
-        raise damaged(path, _LFS_FOUND, fix=_LFS_FIX)
+        found = "a Git LFS pointer, a small text file in place of the file itself"
+        raise damaged(path, found, fix="fetch the file itself: git lfs pull, or hf download")
     if 0 < len(raw) < length:
         raise damaged(path, f"{size} bytes, but its header requires {8 + length}: truncated")
     try:
-        header = _parse(raw)
+        header = parse_json(raw.decode("utf-8"))
         metadata = header.pop("__metadata__", None)
         if not isinstance(metadata, dict | None) or not all(
             isinstance(value, str) for value in (metadata or {}).values()
         ):
             raise ValueError("__metadata__ is not an object of strings")
         records = {name: _record(path.name, name, header[name], 8 + length) for name in header}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f": {error}" if raw and isinstance(error, ValueError) else ""
         found = f"a header that is not in safetensors format{reason}"
         raise damaged(path, found) from error
     _check_layout(path, records, 8 + length, size)
     return records
-
-
-def _refuse_special(path: Path) -> None:
-    """Raise OSError unless the path leads to a regular file; opening a pipe would wait for ever."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise OSError("a directory" if stat.S_ISDIR(mode) else "not a regular file")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "values nested too deeply"
-    return (isinstance(error, OSError) and error.strerror) or str(error)
-
-
-def _parse(raw: bytes) -> Any:
-    """Return a JSON document whose objects have no key twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        document = dict(pairs)
-        if len(document) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice!r} occurs twice")
-        return document
-
-    return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
 
 
 def _record(file: str, name: str, entry: Any, start: int) -> TensorRecord:

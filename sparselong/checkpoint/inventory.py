@@ -20,16 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparselong.checkpoint.header import TensorRecord, damaged, read_header, read_json
+from sparselong.checkpoint.header import TensorRecord, damaged, read_header
 from sparselong.errors import StageError
+from sparselong.files import read_json
 from sparselong.provenance import refuse_changes
 
 METHOD = "sparselong"
 """quant_method of packed checkpoints in config.json."""
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+TOKENIZER = "tokenizer.json"
 _ADAPTER = "adapter_config.json"
 _NEEDED = (
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("generation_config.json", TOKENIZER, "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "tiktoken.model"),
 )
@@ -37,6 +39,11 @@ _DOCUMENTS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USAGE_POLICY")
 _VERSIONED_TOKENIZER = re.compile(r"tokenizer\.\d+(\.\d+)*\.json")
 _TEMPLATES = "additional_chat_templates"
 _SHARD = re.compile(r"model-.*\.safetensors")
+DOWNLOADED = (
+    *(CONFIG, INDEX, "model*.safetensors", *_NEEDED, *_DOCUMENTS),
+    *("tokenizer.*.json", f"{_TEMPLATES}/*.jinja"),
+)
+"""Patterns of what is downloaded from the hub: the files that are the checkpoint, and no others."""
 STALE = re.compile(r"\.self_attn\.[qkvo]_proj\.weight$")
 """Names that a packed checkpoint's linked shards may hold in addition to the index's."""
 
@@ -122,6 +129,21 @@ def take_inventory(directory: Path) -> Inventory:
     _refuse_strays(directory, present, named, has_index, has_single)
     tensors = _locate(directory, weight_map, quantization.get("quant_method") == METHOD)
     return Inventory(directory, config, tensors, _side_files(directory, present), has_index)
+
+
+def missing_files(directory: Path) -> list[str]:
+    """Return names of weights, config.json and tokenizer that a checkpoint's directory lacks.
+
+    A snapshot in the hub cache may be incomplete. Nothing is opened but the index; if that cannot
+    be read, it counts as missing.
+    """
+    names = [CONFIG, TOKENIZER, SINGLE]
+    if os.path.isfile(directory / INDEX):
+        try:
+            names[2:] = sorted(set(_read_weight_map(directory).values()))
+        except StageError:
+            return [INDEX]
+    return [name for name in names if not os.path.isfile(directory / name)]
 
 
 def check_recorded(inventory: Inventory, rows: Iterable[Mapping[str, Any]], stage: str) -> None:

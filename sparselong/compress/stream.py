@@ -36,7 +36,7 @@ from sparselong.compress.report import measure
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.errors import StageError
-from sparselong.files import point_to, write_atomically
+from sparselong.files import point_to, read_json, write_atomically
 from sparselong.model import SparseLongConfig, implementation, settle_template
 from sparselong.provenance import describe_files, read_peaks, reset_peaks
 from sparselong.run import Stage
@@ -104,32 +104,26 @@ def record_base(stage: Stage, base: Checkpoint) -> None:
     """
     path = stage.dir / BASE_RECORD
     if path.exists():
-        stage.described = _read_own(path, "path", "bytes", "sha256")
+        stage.described = _read_own(path, "files")["files"]
         check_recorded(base.inventory, stage.described, stage.name)
         return
     paths = base.inventory.paths
     size = sum(path.stat().st_size for path in paths)
     stage.log(f"hashing the base checkpoint ({len(paths)} files, {size / 1e9:.1f} GB)")
     stage.described = describe_files(paths, stage.run_dir)
-    write_atomically(path, json.dumps(stage.described, indent=1) + "\n")
+    write_atomically(path, json.dumps({"files": stage.described}, indent=1) + "\n")
 
 
-def _read_own(path: Path, *keys: str) -> Any:
-    """Return the JSON object, or list of objects, with these keys that this stage wrote."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        objects = document if isinstance(document, list) else [document]
-        if objects and all(isinstance(one, dict) and set(keys) <= set(one) for one in objects):
-            return document
-        found = "JSON without them"
-    except (OSError, ValueError, RecursionError) as error:
-        found = " ".join(str(error).split())
-    raise StageError(
-        f"{path} is damaged",
-        f"the JSON with {', '.join(keys)} that this stage wrote",
-        found,
-        "restore the file, or redo the stage: python 02_compress.py --force",
-    )
+def _read_own(path: Path, *keys: str) -> dict[str, Any]:
+    """Return the JSON object with these keys that this stage wrote."""
+    again = "restore the file, or redo the stage: python 02_compress.py --force"
+    document = read_json(path, again)
+    lacking = [key for key in keys if key not in document]
+    if lacking:
+        raise StageError(
+            f"{path} is damaged", f"{', '.join(keys)}", f"no {', '.join(lacking)}", again
+        )
+    return document
 
 
 def _compress_layers(stage: Stage, inputs: Inputs, device: torch.device) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +28,8 @@ from sparselong.data.lines import empty, read_lines
 from sparselong.data.rows import Conversation, Remarks, check_row, locate, read_rows
 from sparselong.data.tokens import count_dropped_thinking, tokenize
 from sparselong.errors import StageError
-from sparselong.files import is_local, write_atomically
-from sparselong.provenance import hash_file
+from sparselong.files import is_local, load_json, write_atomically
+from sparselong.provenance import find_change, hash_file
 
 __all__ = [
     "Conversation",
@@ -39,6 +38,8 @@ __all__ = [
     "locate",
     "prepare",
     "read",
+    "read_line",
+    "read_remarks",
     "tokenize",
 ]
 
@@ -56,7 +57,7 @@ class DataFiles(NamedTuple):
 def prepare(config: Config, run_dir: Path) -> DataFiles:
     """Return `run_dir/data/{train,validation}.jsonl`, written first unless up to date.
 
-    Blank lines and ignored keys are reported on stderr when the files are written.
+    What was passed over while the sources were read is recorded for `read_remarks`.
 
     Raises:
         StageError: a source is missing, unreachable, empty or has changed, or a row is refused
@@ -81,7 +82,8 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
     described = [
         _describe(Path(source)) for source in sources if source != "demo" and os.path.isfile(source)
     ]
-    train, validation = _split(config, folder)
+    said: list[str] = []
+    train, validation = _split(config, folder, said)
     for path, rows in zip(files, (train, validation), strict=True):
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     record = {
@@ -90,6 +92,7 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
         "sources": described,
         "files": [_describe(path) for path in files],
         "conversations": {"train": len(train), "validation": len(validation)},
+        "remarks": said,
     }
     write_atomically(record_path, json.dumps(record, indent=1) + "\n")
     return files
@@ -102,6 +105,11 @@ def read(path: Path) -> list[Conversation]:
         StageError: the file cannot be read or is empty, or a row is refused.
     """
     return list(read_rows(path, Remarks(), prepared=True))
+
+
+def read_remarks(run_dir: Path) -> tuple[str, ...]:
+    """Return what was passed over while the prepared files' sources were read, as sentences."""
+    return tuple(_read_record(run_dir / "data" / "source.json").get("remarks", ()))
 
 
 def read_line(path: Path, number: int) -> Conversation:
@@ -124,8 +132,10 @@ def read_line(path: Path, number: int) -> Conversation:
     raise StageError(f"{path} has no line {number:,}", known, f"line {number:,}", fix)
 
 
-def _split(config: Config, folder: Path) -> tuple[list[Conversation], list[Conversation]]:
-    """Return training and validation conversations from the configured sources."""
+def _split(
+    config: Config, folder: Path, said: list[str]
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Return training and validation conversations; add what was passed over to `said`."""
     if config.data.train == "demo":
         from sparselong.data.demo import write_demo_data
 
@@ -134,9 +144,9 @@ def _split(config: Config, folder: Path) -> tuple[list[Conversation], list[Conve
             list(read_rows(folder / "demo" / name, Remarks(), f"demo/{name}")) for name in _NAMES
         )
     else:
-        train, validation = _read_source(config.data.train), []
+        train, validation = _read_source(config.data.train, said), []
     if config.data.validation:
-        return train, _read_source(config.data.validation)
+        return train, _read_source(config.data.validation, said)
     if validation:
         return train, validation
     if len(train) < 2:
@@ -154,13 +164,12 @@ def _split(config: Config, folder: Path) -> tuple[list[Conversation], list[Conve
     )
 
 
-def _read_source(source: str) -> list[Conversation]:
+def _read_source(source: str, said: list[str]) -> list[Conversation]:
     remarks = Remarks()
     rows = list(
         read_rows(Path(source), remarks) if is_local(source) else _read_hub(source, remarks)
     )
-    for sentence in remarks.sentences(source):
-        print(sentence, file=sys.stderr, flush=True)
+    said += remarks.sentences(source)
     return rows
 
 
@@ -184,12 +193,12 @@ def _read_hub(name: str, remarks: Remarks) -> Iterator[Conversation]:
 def _read_record(path: Path) -> dict[str, Any]:
     """Return source.json; raise if it is not what `prepare` wrote."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = load_json(path)
         known = record["config"], record["sources"], record["files"]
         if all(isinstance(part, dict | list) for part in known):
             return record
         reason = "other values"
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise StageError(
         f"{path} is damaged",
@@ -210,10 +219,10 @@ def _refuse_changed(record: dict[str, Any], folder: Path) -> None:
     ]
     for was in [*record["sources"], *prepared]:
         path = Path(was["path"])
-        if os.path.exists(path) and _describe(path)["sha256"] != was["sha256"]:
+        if os.path.exists(path) and (change := find_change(path, was)):
             raise StageError(
                 f"{path} has changed since this run read it",
-                f"sha256 {was['sha256'][:16]}… ({was['bytes']:,} bytes)",
-                f"sha256 {hash_file(path)[:16]}… ({path.stat().st_size:,} bytes)",
+                f"{was['bytes']} bytes with sha256 {was['sha256']}",
+                change,
                 f"use another --run-dir for the new rows, or delete {folder} and rerun the stages",
             )

@@ -35,6 +35,7 @@ from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.data.run_date import rendering_date
 from sparselong.errors import StageError
+from sparselong.files import load_json
 from sparselong.provenance import hash_file
 
 _FORMAT = 2
@@ -92,11 +93,19 @@ class Counts(NamedTuple):
 
 
 class EncodedFiles(NamedTuple):
-    """Both prepared files as tokens, and the date that their template rendered."""
+    """Both prepared files as tokens.
+
+    Attributes:
+        train: the training conversations.
+        validation: the held-out conversations.
+        date: the date that the template rendered.
+        remarks: sentences about what was passed over while the sources were read.
+    """
 
     train: Encoded
     validation: Encoded
     date: date
+    remarks: tuple[str, ...] = ()
 
 
 class Usable(NamedTuple):
@@ -105,8 +114,8 @@ class Usable(NamedTuple):
     Attributes:
         train: row numbers of `EncodedFiles.train`.
         validation: row numbers of `EncodedFiles.validation`.
-        left_out: sentences about what is left out, with counts: other rows, and reasoning that the
-            template does not write.
+        left_out: sentences about what is left out, with counts: blank lines and keys of the
+            sources, other rows, and reasoning that the template does not write.
     """
 
     train: list[int]
@@ -148,7 +157,7 @@ def encode_files(config: Config, run_dir: Path, tokenizer: Any) -> EncodedFiles:
         with _replacing(folder / _RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     train, validation = (Encoded(*pair) for pair in zip(files, map(_map, paths), strict=True))
-    return EncodedFiles(train, validation, today)
+    return EncodedFiles(train, validation, today, conversations.read_remarks(run_dir))
 
 
 def _count(batch: pyarrow.RecordBatch) -> Iterator[Counts]:
@@ -178,7 +187,7 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
     ]
     if train and validation:
         dropped = filter(None, map(_describe_dropped, files[:2]))
-        return Usable(train, validation, [*left_out, *dropped])
+        return Usable(train, validation, [*files.remarks, *left_out, *dropped])
     shortest = [
         min((n.tokens for n in encoded.counts if n.predicted or n.tokens > sequence_len), default=0)
         for encoded in files[:2]
@@ -199,7 +208,7 @@ def _describe_dropped(encoded: Encoded) -> str | None:
         return None
     return (
         f"{encoded.source.stem}: the chat template leaves out the thinking of {sum(counts):,} "
-        f"earlier turns, in {len(counts):,} of {len(encoded):,} conversations"
+        f"turns, in {len(counts):,} of {len(encoded):,} conversations"
     )
 
 
@@ -276,7 +285,7 @@ def _is_current(record_path: Path, wanted: dict[str, Any], paths: list[Path]) ->
     if not all(path.is_file() for path in (record_path, *paths)):
         return False
     try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
+        record = load_json(record_path)
     except ValueError:
         return False
     hashes = [hash_file(path) for path in paths]

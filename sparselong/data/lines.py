@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselong.errors import StageError
+from sparselong.files import LFS_POINTER, parse_json
 
 SHAPE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 _TAKEN = "data.train and data.validation take a JSON-lines file, a hub dataset, or demo"
@@ -27,7 +28,7 @@ _FORMATS = (
     (b"\x28\xb5\x2f\xfd", "zstandard-compressed data", "unpack the file with unzstd"),
     (b"PAR1", "a Parquet file", "convert it to JSON lines"),
     (b"ARROW1", "an Arrow file", "convert it to JSON lines"),
-    (b"version https://git-lfs", "a Git LFS pointer", "fetch the file with git lfs pull"),
+    (LFS_POINTER.encode(), "a Git LFS pointer", "fetch the file with git lfs pull"),
     (b"\xff\xfe", "UTF-16 text", "save the file as UTF-8"),
     (b"\xfe\xff", "UTF-16 text", "save the file as UTF-8"),
     (b"\0\0\xfe\xff", "UTF-32 text", "save the file as UTF-8"),
@@ -84,14 +85,12 @@ def _parse(line: str, where: str) -> Any:
         found = f"byte 0x{byte:02x} at column {error.start + 1}"
         raise StageError(f"{where} is not UTF-8", "UTF-8 text", found, _FIX) from error
     try:
-        row = json.loads(line, object_pairs_hook=_without_duplicates, parse_constant=_constant)
+        row = parse_json(line, _constant)
     except json.JSONDecodeError as error:
         found = f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}"
         if "\0" in line:
             found = f"NUL bytes: {line.strip()[:60]!r}"
-    except RecursionError:
-        found = "lists or objects nested too deeply for Python to read"
-    except ValueError as error:  # a duplicate key, or an integer of more than 4,300 digits
+    except ValueError as error:  # a key twice, deep nesting, or an integer of over 4,300 digits
         found = str(error)
     else:
         if row is None:
@@ -102,12 +101,3 @@ def _parse(line: str, where: str) -> Any:
 
 def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {ascii(twice)} occurs twice in one object")
-    return found

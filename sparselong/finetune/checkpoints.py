@@ -30,7 +30,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sparselong.files import write_atomically
+from sparselong.files import load_json, write_atomically
 from sparselong.provenance import hash_file
 
 RECORD = "whole.json"
@@ -137,7 +137,7 @@ def _compare(checkpoint: Path) -> str | None:
 def _read_record(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
     """Return bytes and sha256 of every file by whole.json; None if it is no such record."""
     try:
-        files = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))["files"]
+        files = load_json(checkpoint / RECORD)["files"]
         return {
             str(name): {"bytes": int(one["bytes"]), "sha256": str(one["sha256"])}
             for name, one in files.items()
@@ -156,7 +156,7 @@ def _open_all(checkpoint: Path) -> str | None:
                 with safe_open(path, framework="numpy"):
                     continue
             if path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
+                load_json(path)
                 continue
             with zipfile.ZipFile(path) as archive:  # torch.save's format
                 if archive.testzip() is not None:
@@ -168,7 +168,7 @@ def _open_all(checkpoint: Path) -> str | None:
 
 def _check_step(checkpoint: Path) -> str | None:
     try:
-        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+        state = load_json(checkpoint / TRAINER_STATE)
         step = state["global_step"]
     except (ValueError, TypeError, KeyError):
         return f"{TRAINER_STATE} is damaged"

@@ -9,13 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sparselong.checkpoint import TOKENIZER
 from sparselong.config import Config
 from sparselong.data import conversations, rendering_date
 from sparselong.errors import ConfigError, StageError
 from sparselong.memory import find_config
 from sparselong.run import read_manifest
-
-_TOKENIZER = "tokenizer.json"
 
 
 def preview_line(config: Config, run_dir: Path, place: str) -> dict[str, Any]:
@@ -78,11 +77,11 @@ def _find_tokenizer(config: Config, run_dir: Path) -> Path:
     if compressed and compressed["config"]["model"] == config.model.model_dump(mode="json"):
         known.append(run_dir / "02_compress" / "model")
     for folder in known:
-        if (folder / _TOKENIZER).is_file():
+        if (folder / TOKENIZER).is_file():
             return folder
     raise StageError(
         f"the tokenizer of {base} is not on this machine",
-        f"{_TOKENIZER} in {' or '.join(map(str, known)) or 'the hub cache'}",
+        f"{TOKENIZER} in {' or '.join(map(str, known)) or 'the hub cache'}",
         "no such file",
         "run python 02_compress.py with the same --config and --run-dir first",
     )

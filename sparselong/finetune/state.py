@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from sparselong.checkpoint import write_tensors
 from sparselong.errors import StageError
-from sparselong.files import write_atomically
+from sparselong.files import load_json, write_atomically
 from sparselong.finetune.checkpoints import MASKS, PROGRESS
 from sparselong.provenance import read_peaks
 
@@ -70,7 +70,7 @@ def read(directory: Path, layers: Mapping[str, MaskedLoraLinear], data_ranks: in
     here = buffers(layers)
     try:
         stored = load_file(directory / MASKS)
-        progress = Progress(**json.loads((directory / PROGRESS).read_text(encoding="utf-8")))
+        progress = Progress(**load_json(directory / PROGRESS))
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise _unusable(directory, str(error)) from error
     wanted = {name: tensor.shape for name, tensor in here.items()}

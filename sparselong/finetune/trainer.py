@@ -30,7 +30,7 @@ import yaml
 
 from sparselong.data import encode_files, select_usable
 from sparselong.errors import StageError
-from sparselong.files import point_to, write_atomically
+from sparselong.files import parse_json, point_to, read_json, write_atomically
 from sparselong.finetune import axolotl_config, checkpoints, plot
 from sparselong.finetune.training_run import (
     AXOLOTL_YAML,
@@ -179,7 +179,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         *lines, _ = path.read_text(encoding="utf-8").split("\n")
         for line in lines:
             place = f", line {len(rows) + 1},"
-            rows.append(_check_row(json.loads(line)))
+            rows.append(_check_row(parse_json(line)))
     except (OSError, ValueError, TypeError) as error:
         raise StageError(
             f"{path}{place} is not what training wrote",
@@ -203,23 +203,6 @@ def _check_row(row: Any) -> dict[str, Any]:
         if not isinstance(row.get(name), int | float) or isinstance(row[name], bool):
             raise TypeError(f"`{name}` is {row.get(name)!r}")
     return row
-
-
-def read_json(path: Path, fix: str) -> dict[str, Any]:
-    """Return the object in a file that the trainer wrote.
-
-    Raises:
-        StageError: the file is damaged; with the given fix.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        document = error
-    if not isinstance(document, dict):
-        raise StageError(
-            f"{path} is damaged", "the JSON object that training wrote", f"{document}", fix
-        )
-    return document
 
 
 def check_receipt(stage: Stage, trained_with: Mapping[str, Any]) -> dict[str, Any]:

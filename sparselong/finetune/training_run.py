@@ -7,12 +7,12 @@ Axolotl itself must know.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparselong.checkpoint import check_recorded, take_inventory
 from sparselong.config import Config, load
+from sparselong.files import load_json
 from sparselong.processes import find_world
 from sparselong.provenance import refuse_changes
 from sparselong.run import Stage, read_manifest
@@ -97,8 +97,8 @@ class TrainingRun:
 def _newest(note: Path) -> str | None:
     """Return the last checkpoint of a finished training; None if an earlier version noted none."""
     try:
-        return json.loads(note.read_text(encoding="utf-8")).get("newest")
-    except (ValueError, AttributeError):  # an edited note says nothing: training is looked at again
+        return load_json(note).get("newest")
+    except ValueError:  # an edited note says nothing: training is looked at again
         return ""
 
 

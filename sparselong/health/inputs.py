@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselong.config import Config
+from sparselong.data import conversations
 from sparselong.errors import StageError
 from sparselong.health.sources import Source
 from sparselong.tiny import check_rows, encode_rows, open_base, open_tokenizer
@@ -103,7 +104,8 @@ def _describe_rows(config: Config, run_dir: Path, opened: list[Any]) -> str:
     for tokenizer in opened:
         _, left_out = encode_rows(config, run_dir, tokenizer)
         return "; ".join([f"{count} well-formed conversations can be encoded", *left_out])
-    return f"{count} well-formed conversations; not encoded, since no tokenizer could be opened"
+    said = f"{count} well-formed conversations; not encoded, since no tokenizer could be opened"
+    return "; ".join([said, *conversations.read_remarks(run_dir)])
 
 
 @contextmanager

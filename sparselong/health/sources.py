@@ -6,15 +6,16 @@ with a timeout of a few seconds, and never if HF_HUB_OFFLINE is set. Nothing is 
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from sparselong.config import Config
-from sparselong.files import is_local, why_unusable
+from sparselong.checkpoint import missing_files
+from sparselong.config import Config, ModelSection
+from sparselong.files import is_local, load_json, why_unusable
 from sparselong.health.packages import is_installed
+from sparselong.memory import find_config
 from sparselong.tiny import find_tiny
 
 State = Literal["here", "made", "reachable", "missing", "unknown"]
@@ -79,51 +80,16 @@ def _base(config: Config, run_dir: Path, hub: _Hub) -> Source:
         return Source(role, name, "here", f"directory {name}", path=Path(name))
     if is_local(name):
         return Source(role, name, "missing", why_unusable(name, "directory"))
-    cached = _cached_checkpoint(name, config.model.revision)
+    cached = _cached_checkpoint(config.model)
     if cached:
         return Source(role, name, "here", f"in the hub cache, {cached}", path=cached)
     return hub.ask(role, name, "model", config.model.revision)
 
 
-def _missing_files(directory: Path) -> list[str]:
-    """Return files of a checkpoint that its directory lacks, including the index's shards.
-
-    What an index that is damaged names cannot be missed: opening the checkpoint explains it.
-    """
-    index = directory / "model.safetensors.index.json"
-    names = ["config.json", "tokenizer.json"]
-    if index.is_file():
-        weight_map = _read_object(index).get("weight_map")
-        files = weight_map.values() if isinstance(weight_map, dict) else ()
-        names += sorted({file for file in files if isinstance(file, str)})
-    else:
-        names.append("model.safetensors")
-    return [name for name in names if not os.path.isfile(directory / name)]
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one if it is damaged."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
-
-
-def _cached_checkpoint(name: str, revision: str) -> Path | None:
+def _cached_checkpoint(model: ModelSection) -> Path | None:
     """Return the snapshot directory if all files of the checkpoint are in the hub cache."""
-    if not is_installed("huggingface_hub"):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    if not isinstance(found, str) or _missing_files(Path(found).parent):
-        return None
-    return Path(found).parent
+    config = find_config(model) if is_installed("huggingface_hub") else None
+    return None if config is None or missing_files(config.parent) else config.parent
 
 
 def _data(role: str, name: str, run_dir: Path, hub: _Hub) -> Source:
@@ -143,8 +109,11 @@ def _is_prepared(name: str, run_dir: Path) -> bool:
     record = run_dir / "data" / "source.json"
     if not record.is_file():
         return False
-    config = _read_object(record).get("config")
-    return isinstance(config, dict) and name in (config.get("train"), config.get("validation"))
+    try:
+        config = load_json(record)["config"]
+        return name in (config["train"], config["validation"])
+    except (OSError, ValueError, KeyError, TypeError):  # opening the rows explains it
+        return False
 
 
 def _task(task: str, hub: _Hub) -> Source:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.memory.base_config import check_token_ids, read_base_config, read_json
+    from sparselong.memory.base_config import check_token_ids, read_base_config
     from sparselong.memory.fit import is_kept, kept_peaks, suggest_changes
     from sparselong.memory.limits import check_model
     from sparselong.memory.plan import Plan, make_plan, plan_stage

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparselong.errors import StageError
+from sparselong.files import read_json
 
 SIZES = (
     *("num_hidden_layers", "num_local_experts", "hidden_size", "num_attention_heads"),
@@ -62,34 +63,6 @@ class BaseConfig(NamedTuple):
 
     sizes: dict[str, int]
     layer_types: list[str]
-
-
-def read_json(path: Path, fix: str = "download the checkpoint again") -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        StageError: the file cannot be read, holds something else, or an object has a key twice.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = "a Git LFS pointer instead of the file: run git lfs pull"
-        if not text.startswith("version https://git-lfs"):
-            document = json.loads(text, object_pairs_hook=_without_duplicates)
-            if isinstance(document, dict):
-                return document
-            found = f"a JSON {type(document).__name__}"
-    except (OSError, ValueError, RecursionError) as error:
-        found = " ".join(str(error).split()) or type(error).__name__
-    raise StageError(f"{path} cannot be read", "a JSON object in a file", found, fix)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in document:
-            raise ValueError(f"the key {name!r} occurs twice in one object")
-        document[name] = value
-    return document
 
 
 def read_base_config(path: Path) -> BaseConfig:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from sparselong.config import Config, ModelSection
 from sparselong.errors import ConfigError, StageError
-from sparselong.memory.shape import ModelShape, check_heads, find_shape
+from sparselong.files import read_json
+from sparselong.memory.shape import (
+    PUBLISHED,
+    ModelShape,
+    check_heads,
+    find_config,
+    find_shape,
+)
 
 _PUBLISHED_POSITIONS = 131_072
 """max_position_embeddings of the published models and of `tiny`."""
@@ -81,8 +85,8 @@ def _check_lengths(config: Config) -> None:
 
 
 def _positions(model: ModelSection) -> int:
-    path = Path(model.base) / "config.json"
-    if not path.is_file():
+    path = None if model.base in PUBLISHED else find_config(model)
+    if path is None:
         return _PUBLISHED_POSITIONS
-    found = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
+    found = read_json(path).get("max_position_embeddings")
     return found if type(found) is int else _PUBLISHED_POSITIONS

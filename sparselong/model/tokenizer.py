@@ -12,15 +12,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparselong.checkpoint import TOKENIZER
 from sparselong.errors import StageError
-from sparselong.files import write_atomically
-from sparselong.memory import check_token_ids, read_json
+from sparselong.files import LFS_POINTER, read_json, write_atomically
+from sparselong.memory import check_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FIX = "download the checkpoint's tokenizer files again"
-_REQUIRED = ("tokenizer.json", "tokenizer_config.json")
+_REQUIRED = (TOKENIZER, "tokenizer_config.json")
 _OPTIONAL = ("special_tokens_map.json", "added_tokens.json")
 _TEMPLATE = "chat_template.jinja"
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -49,7 +50,7 @@ def check_tokenizer_files(directory: Path) -> None:
     generation = directory / "generation_config.json"
     if generation.exists():
         check_token_ids(generation, read_json(generation), _embedding_rows(directory))
-    _check_vocabulary(directory, documents["tokenizer.json"])
+    _check_vocabulary(directory, documents[TOKENIZER])
 
 
 def _read_template(path: Path) -> None:
@@ -57,7 +58,7 @@ def _read_template(path: Path) -> None:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise _unusable(path.parent, f"{_TEMPLATE}: a UTF-8 text file", str(error)) from error
-    if not text.strip() or text.startswith("version https://git-lfs"):
+    if not text.strip() or text.startswith(LFS_POINTER):
         found = f"{_TEMPLATE} is {'a Git LFS pointer' if text.strip() else 'empty'}"
         raise _unusable(path.parent, f"{_TEMPLATE}: a chat template", found)
 
@@ -202,7 +203,7 @@ def _check_template(tokenizer: Any, directory: Path) -> None:
 
 def _check_added_tokens(tokenizer: Any, directory: Path) -> None:
     """Raise if a token has another id than its file says, as after a gap in the ids."""
-    added = read_json(directory / "tokenizer.json")["added_tokens"]
+    added = read_json(directory / TOKENIZER)["added_tokens"]
     wanted = {token["content"]: token["id"] for token in added}
     listed = read_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
     wanted |= {entry["content"]: int(token) for token, entry in listed.items()}

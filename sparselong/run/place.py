@@ -6,13 +6,13 @@ in the run directory must be what Sparse-Long has written; nothing else is overw
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from sparselong.config import UTF8_FIX, Config, check_place, is_resolved
 from sparselong.errors import ConfigError, StageError
+from sparselong.files import load_json, reason_of
 from sparselong.run.stages import STAGES
 
 MANIFEST, STARTED = "manifest.json", "started.json"
@@ -166,15 +166,11 @@ def read_document(path: Path) -> dict[str, Any] | None:
         StageError: the file cannot be read, or is no JSON object.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        document = json.loads(text)
+        return load_json(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, "a JSON object", str(error)) from error
-    if not isinstance(document, dict):
-        raise _damaged(path, "a JSON object", f"JSON of another kind: {text[:60]!r}")
-    return document
+    except (OSError, ValueError) as error:
+        raise _damaged(path, "a JSON object", reason_of(error)) from error
 
 
 def check_manifest(path: Path, name: str, manifest: dict[str, Any]) -> None:

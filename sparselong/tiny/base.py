@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparselong.checkpoint import DOWNLOADED
 from sparselong.config import Config
 from sparselong.errors import StageError
 from sparselong.files import is_local, why_unusable
@@ -45,7 +46,7 @@ def resolve_base(config: Config, run_dir: Path, progress: Callable[[str], None])
             snapshot_download(
                 config.model.base,
                 revision=config.model.revision,
-                allow_patterns=["*.json", "*.jinja", "*.txt", "model*.safetensors", "LICENSE"],
+                allow_patterns=list(DOWNLOADED),
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:

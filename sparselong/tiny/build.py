@@ -31,7 +31,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFas
 
 from sparselong.data import corpus, demo
 from sparselong.errors import StageError
-from sparselong.files import write_atomically
+from sparselong.files import load_json, write_atomically
 from sparselong.tiny.checkpoint import write_configs, write_weights
 from sparselong.tiny.measure import measure
 from sparselong.tiny.tokenizer import train_tokenizer
@@ -146,10 +146,10 @@ def _identity(spec: TinySpec, seed: int) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the content of the folder's tiny.json, or None if it is missing or not JSON."""
+    """Return the content of the folder's tiny.json, or None if it is missing or damaged."""
     try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return load_json(folder / RECORD)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

@@ -214,13 +214,13 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "config LFS pointer": (
         lambda b: (b / "config.json").write_text(LFS),
-        ("config.json cannot be read", "git-lfs pointer", "git lfs pull"),
+        ("config.json cannot be read", "Git LFS pointer", "git lfs pull"),
     ),
     "shard LFS pointer": (
         lambda b: shards(b)[1].write_text(LFS),
-        ("model-00002", "git-lfs pointer", "git lfs pull"),
+        ("model-00002", "Git LFS pointer", "git lfs pull"),
     ),
-    "index LFS pointer": (lambda b: (b / INDEX).write_text(LFS), (INDEX, "git-lfs pointer")),
+    "index LFS pointer": (lambda b: (b / INDEX).write_text(LFS), (INDEX, "Git LFS pointer")),
     "trailing bytes": (
         lambda b: edit_header(shards(b)[0], lambda h: h, tail=b"1234"),
         ("model-00001", "trailing bytes"),

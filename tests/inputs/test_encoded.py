@@ -169,8 +169,7 @@ def test_thinking_that_the_template_drops_is_told_with_counts(config, tokenizer,
     )
     (told,) = select_usable(files, 4096).left_out
     assert told == (
-        "train: the chat template leaves out the thinking of 2 earlier turns, in 1 of 4 "
-        "conversations"
+        "train: the chat template leaves out the thinking of 2 turns, in 1 of 4 conversations"
     )
 
 

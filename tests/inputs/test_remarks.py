@@ -1,0 +1,72 @@
+"""What of the rows is not trained on is told by every stage that reads them, once, in its log."""
+
+import json
+
+import pytest
+
+from sparselong.config import load
+from sparselong.data import encode_files, select_usable
+from sparselong.finetune import trainer
+from sparselong.model import load_tokenizer
+from sparselong.run import Stage
+from tests.conftest import ROOT
+
+
+def turns(*thoughts: str) -> list[dict]:
+    said = []
+    for thought in thoughts:
+        answer = {"role": "assistant", "content": "Yes."}
+        said += [{"role": "user", "content": "One?"}, answer | {"thinking": thought}]
+    return said
+
+
+ROW = {"messages": turns("First.", "Second.", "Third."), "topic": "numbers"}
+DEMO = "evaluation.tasks=[demo_hellaswag]"
+TOLD = (
+    "rows.jsonl: blank lines skipped: 2",
+    "rows.jsonl: keys without meaning for training are ignored: topic (6 rows)",
+    "train: the chat template leaves out the thinking of 10 turns, in 5 of 5 conversations",
+    "validation: the chat template leaves out the thinking of 2 turns, in 1 of 1 conversations",
+)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n" + f"{json.dumps(ROW)}\n" * 6, encoding="utf-8")
+    return path
+
+
+def test_stages_01_and_02_tell_it_once(base, rows, tmp_path, run_script):
+    more = (f"model.base={base}", f"data.train={rows}", "sequence_len=256", DEMO)
+    assert run_script("01_health", *more).code == 0
+    report = json.loads((tmp_path / "run/01_health/report.json").read_text())
+    (found,) = [row["found"] for row in report["rows"] if row["check"] == "conversations"]
+    done = run_script("02_compress", *more)
+    assert done.code == 0, done.err
+    log = (tmp_path / "run/02_compress/log.txt").read_text(encoding="utf-8")
+    for text in TOLD:
+        assert found.count(text) == log.count(text) == done.err.count(text) == 1, (found, log)
+
+
+def test_stage_03_tells_it_of_rows_that_an_earlier_stage_encoded(
+    untrained_base, rows, tmp_path, monkeypatch
+):
+    config = load(ROOT / "configs/tiny.yaml", [f"data.train={rows}", "sequence_len=256"])
+    stage = Stage("03_finetune", config, tmp_path / "run")
+    stage.dir.mkdir(parents=True)
+    encode_files(config, stage.run_dir, load_tokenizer(untrained_base))
+    monkeypatch.setattr(trainer, "load_tokenizer", lambda _: load_tokenizer(untrained_base))
+    for name in ("_train", "_publish"):
+        monkeypatch.setattr(trainer, name, lambda _: None)
+    trainer.finetune(stage)
+    log = (stage.dir / "log.txt").read_text(encoding="utf-8")
+    assert [log.count(text) for text in TOLD] == [1] * len(TOLD), log
+
+
+def test_nothing_is_told_of_rows_that_are_used_whole(untrained_base, rows, tmp_path):
+    row = {"messages": turns("Only.")}
+    rows.write_text(f"{json.dumps(row)}\n" * 4, encoding="utf-8")
+    config = load(ROOT / "configs/tiny.yaml", [f"data.train={rows}", "sequence_len=256"])
+    tokenizer = load_tokenizer(untrained_base)
+    assert select_usable(encode_files(config, tmp_path / "run", tokenizer), 128).left_out == []
