@@ -267,11 +267,11 @@ def test_a_hub_dataset_that_was_read_as_dates_is_explained(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "origin", [{"source": "others.jsonl", "line": 7}, {"source": 1, "row": []}]
 )
-def test_a_column_that_is_called_origin_does_not_move_a_row(data, tmp_path, capsys, origin):
+def test_a_column_that_is_called_origin_does_not_move_a_row(data, tmp_path, origin):
     """It looks like what prepared rows have, but messages must name this file."""
     path = data([{**assistant(), "origin": origin}] * 3)
     config = load(str(ROOT / "configs/tiny.yaml"), [f"data.train={path}"])
     files = conversations.prepare(config, tmp_path / "run")
     places = [conversations.locate(row) for file in files for row in conversations.read(file)]
     assert sorted(places) == [f"{path}, line {number}" for number in (1, 2, 3)]
-    assert "origin (3 rows)" in capsys.readouterr().err
+    assert "origin (3 rows)" in conversations.read_remarks(tmp_path / "run")[0]
