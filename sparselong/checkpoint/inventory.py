@@ -134,15 +134,15 @@ def take_inventory(directory: Path) -> Inventory:
 def missing_files(directory: Path) -> list[str]:
     """Return names of weights, config.json and tokenizer that a checkpoint's directory lacks.
 
-    A snapshot in the hub cache may be incomplete. Nothing is opened but the index; if that cannot
-    be read, it counts as missing.
+    A snapshot in the hub cache may be incomplete. What a damaged index names cannot be missed:
+    opening the checkpoint explains it.
     """
     names = [CONFIG, TOKENIZER, SINGLE]
     if os.path.isfile(directory / INDEX):
         try:
             names[2:] = sorted(set(_read_weight_map(directory).values()))
         except StageError:
-            return [INDEX]
+            names[2:] = []
     return [name for name in names if not os.path.isfile(directory / name)]
 
 

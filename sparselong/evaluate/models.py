@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from sparselong.evaluate import harness, perplexity
-from sparselong.files import write_atomically
+from sparselong.files import load_json, write_atomically
 from sparselong.model import implementation, load_model
 from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.runtime import using
@@ -88,10 +88,10 @@ def measure(
 def _read_kept(path: Path) -> dict[str, Any] | None:
     """Return the result in a file that `measure` wrote, or None if it is damaged."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        kept = load_json(path)
+    except (OSError, ValueError):
         return None
-    return kept if isinstance(kept, dict) and set(_RESULT) <= set(kept) else None
+    return kept if set(_RESULT) <= set(kept) else None
 
 
 def fingerprint(files: list[dict[str, Any]]) -> str:

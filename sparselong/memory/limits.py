@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from sparselong.config import Config, ModelSection
 from sparselong.errors import ConfigError, StageError
 from sparselong.files import read_json
@@ -85,7 +87,8 @@ def _check_lengths(config: Config) -> None:
 
 
 def _positions(model: ModelSection) -> int:
-    path = None if model.base in PUBLISHED else find_config(model)
+    is_built_in = model.base in PUBLISHED and not os.path.isdir(model.base)
+    path = None if is_built_in else find_config(model)
     if path is None:
         return _PUBLISHED_POSITIONS
     found = read_json(path).get("max_position_embeddings")
