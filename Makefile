@@ -2,7 +2,7 @@
 # make demo      install, then all four stages on a small gpt-oss (no GPU needed)
 # make check     install, then formatting, lint and types
 # make test      install, then all tests that run on a CPU
-# make test-mutations  470 damaged or rewritten bases and data files, twelve through all stages
+# make test-mutations  480 damaged or rewritten bases and data files, twelve through all stages
 # make test-gpu  tests that need a CUDA device, with $(PYTHON) and without .venv
 # make bench     the demo, every benchmark that this machine can run, then BENCHMARKS.md
 # make lock      resolve requirements/requirements.lock again, keeping versions that still fit

@@ -1,6 +1,6 @@
 """Independent reading of a checkpoint folder, and the edits that mutations are made of.
 
-Only json, hashlib and the safetensors package read here: none of this project's own readers.
+Only json, hashlib, torch and the safetensors package read here: none of this project's own readers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 INDEX = "model.safetensors.index.json"
@@ -47,7 +48,7 @@ def read_tensors(folder: Path) -> dict[str, str]:
         with safe_open(folder / shard, "pt") as file:
             tensor = file.get_tensor(name)
         shape = f"{tensor.dtype} {list(tensor.shape)} "
-        data = tensor.contiguous().view(-1).view(dtype=__import__("torch").uint8).numpy().tobytes()
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         hashes[name] = hashlib.sha256(shape.encode() + data).hexdigest()
     return hashes
 
