@@ -46,8 +46,7 @@ from sparselong.model import NAME, document_masks, load_model, load_tokenizer
 RANK, ALPHA, TARGETS = 16, 32.0, ("q_proj", "k_proj", "v_proj", "o_proj")
 PACKS, LENGTH = 4, 256  # B and T
 LEARNING_RATE, WARMUP, MAX_GRADIENT = 2e-3, 0.03, 1.0
-UPDATE_FREQUENCY = 0.05  # reselect masks after every 5 % of the steps
-SEED, IGNORED = 42, -100
+UPDATE_FREQUENCY, SEED, IGNORED = 0.05, 42, -100  # reselect masks after every 5 % of the steps
 
 Row = tuple[list[int], list[int]]  # a conversation's tokens and labels
 
@@ -64,8 +63,8 @@ def train(compressed: Path, data: Path, steps: int, out: Path | None = None) -> 
     attention = NAME if torch.cuda.is_available() else "eager"
     base = load_model(compressed / "model", attn_implementation=attention)
     tokenizer = load_tokenizer(compressed / "model")
-    manifest = json.loads((compressed / "manifest.json").read_text(encoding="utf-8"))
-    today = date.fromisoformat(manifest["date"])
+    manifest = (compressed / "manifest.json").read_text(encoding="utf-8")
+    today = date.fromisoformat(json.loads(manifest)["date"])
     sparselong.chunk_loss(base)  # never holds a whole batch's logits in memory
     master_of = Masters(compressed / "masters").read
     model, _ = add_masked_lora(
