@@ -48,5 +48,5 @@ def draw(
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Return x and y of points, of which there may be none if metrics.jsonl was lost."""
+    """Return the x and y values of points; both are empty if metrics.jsonl was lost."""
     return [x for x, _ in points], [y for _, y in points]

@@ -68,10 +68,10 @@ def judge(config: Config, run_dir: Path) -> Verdict:
         check_early(config, run_dir)
         inputs = open_inputs(config, run_dir, lambda text: None)
     except StageError as error:
-        assert early, f"01 says ready, 02 says\n{error}"
-        assert str(error) in map(str, early), f"02 says\n{error}\n01 says\n{early[0]}"
+        assert early, f"01 accepts what 02 refuses:\n{error}"
+        assert str(error) in map(str, early), f"02 refuses with\n{error}\n01 with\n{early[0]}"
         return Verdict(refusal=str(error))
-    assert not early, f"02 goes on, 01 says\n{early[0]}"
+    assert not early, f"02 accepts what 01 refuses:\n{early[0]}"
     try:
         return _describe(inputs)
     except StageError as error:  # found only when a tensor's values are read
