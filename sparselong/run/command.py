@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import signal
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.files import is_disk_full
 from sparselong.registration import move_caches, set_streams
 from sparselong.run.directory import LOG, Stage, finish, prepare, read_manifest
+from sparselong.run.interruption import interruptible
 from sparselong.run.lock import locked, writing
 from sparselong.run.place import STARTED, find_run_dir, refuse_overlap
 from sparselong.run.stages import STAGES
@@ -35,9 +35,6 @@ _KEPT = {
 }
 """What a stage that was interrupted need not repeat."""
 DEFAULT_CONFIG = str(Path(__file__).resolve().parents[2] / "configs/gpt-oss-120b-4x3090.yaml")
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that interrupt a stage as Ctrl-C does."""
-
 _REFUSALS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE),
@@ -113,7 +110,12 @@ def run_stage(
     except ConfigError as error:
         _report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
-    with _explained_failures(name, arguments) as outcome:
+
+    def execute_whole(stage: Stage) -> None:
+        execute(stage)
+        interruption.check()  # before the manifest says that the stage is done
+
+    with _explained_failures(name, arguments) as outcome, interruptible() as interruption:
         config = load(arguments.config, arguments.overrides)
         with writing(arguments.run_dir):
             refuse_overlap(config, arguments.run_dir)
@@ -125,7 +127,7 @@ def run_stage(
             text = document["text"]
         else:
             stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
-            document = _run(stage, stage.forced or not keep_result, execute, check)
+            document = _run(stage, stage.forced or not keep_result, execute_whole, check)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
@@ -199,19 +201,14 @@ def _rerun(name: str, arguments: argparse.Namespace) -> str:
 @contextmanager
 def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_Outcome]:
     """Turn expected failures into four lines and an exit code; others keep their traceback."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(signum).name)
-
     outcome = _Outcome()
-    # nohup ignores SIGHUP, and so must the stage.
-    heard = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
-    previous = {each: signal.signal(each, interrupt) for each in heard}
     try:
         yield outcome
     except ExpectedError as error:
         failure = error
     except KeyboardInterrupt as error:
+        if error.__cause__ is not None:  # what became of the signal, in case it is a fault
+            _note_failure(name, arguments.run_dir, traceback.format_exc())
         failure = StageError(
             f"{name} was interrupted",
             "the stage to finish",
@@ -227,9 +224,6 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
         failure = found
     else:
         return
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
     _report(name, failure, arguments.json)
     if arguments.preview is None:
         _note_failure(name, arguments.run_dir, str(failure))
