@@ -23,7 +23,7 @@ from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.files import is_disk_full
 from sparselong.registration import move_caches, set_streams
 from sparselong.run.directory import LOG, Stage, finish, prepare, read_manifest
-from sparselong.run.interruption import interruptible
+from sparselong.run.interruption import Interruption, interruptible
 from sparselong.run.lock import locked, writing
 from sparselong.run.place import STARTED, find_run_dir, refuse_overlap
 from sparselong.run.stages import STAGES
@@ -110,11 +110,6 @@ def run_stage(
     except ConfigError as error:
         _report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
-
-    def execute_whole(stage: Stage) -> None:
-        execute(stage)
-        interruption.check()  # before the manifest says that the stage is done
-
     with _explained_failures(name, arguments) as outcome, interruptible() as interruption:
         config = load(arguments.config, arguments.overrides)
         with writing(arguments.run_dir):
@@ -127,7 +122,7 @@ def run_stage(
             text = document["text"]
         else:
             stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
-            document = _run(stage, stage.forced or not keep_result, execute_whole, check)
+            document = _run(stage, stage.forced or not keep_result, execute, check, interruption)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
@@ -138,6 +133,7 @@ def _run(
     redo: bool,
     execute: Callable[[Stage], None],
     check: Callable[[Config], object] | None,
+    interruption: Interruption,
 ) -> dict[str, Any]:
     """Check and execute a stage, and return its manifest."""
     cache, config = stage.run_dir / "cache", stage.config
@@ -145,11 +141,15 @@ def _run(
     moved = move_caches(cache, named)
     if check is not None:
         check(config)
-    return _run_locked(stage, redo, execute, cache if moved else None)
+    return _run_locked(stage, redo, execute, cache if moved else None, interruption)
 
 
 def _run_locked(
-    stage: Stage, redo: bool, execute: Callable[[Stage], None], cache: Path | None
+    stage: Stage,
+    redo: bool,
+    execute: Callable[[Stage], None],
+    cache: Path | None,
+    interruption: Interruption,
 ) -> dict[str, Any]:
     with locked(stage.run_dir):
         if prepare(stage, redo):
@@ -161,6 +161,7 @@ def _run_locked(
                 cache.mkdir(exist_ok=True)
             stage.log(f"caches go to {cache}: the home directory or a cache cannot be written")
         execute(stage)
+        interruption.check()  # before the manifest says that the stage is done
         return finish(stage, time.monotonic() - start)
 
 
