@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 from sparselong.config import Config, load
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.files import is_disk_full
-from sparselong.registration import move_caches, set_streams
+from sparselong.registration import OutputError, move_caches, set_streams
 from sparselong.run.directory import LOG, Stage, finish, prepare, read_manifest
 from sparselong.run.interruption import Interruption, interruptible
 from sparselong.run.lock import locked, writing
-from sparselong.run.place import STARTED, find_run_dir, refuse_overlap
+from sparselong.run.place import STARTED, check_run_dir, find_run_dir
 from sparselong.run.stages import STAGES
 
 _KEPT = {
@@ -107,13 +107,13 @@ def run_stage(
     set_streams()
     try:
         arguments = parse_arguments(name, description, argv)
-    except ConfigError as error:
+    except (ConfigError, OutputError) as error:  # the latter from --help
         _report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
     with _explained_failures(name, arguments) as outcome, interruptible() as interruption:
         config = load(arguments.config, arguments.overrides)
         with writing(arguments.run_dir):
-            refuse_overlap(config, arguments.run_dir)
+            check_run_dir(config, arguments.run_dir, arguments.config)
         if arguments.dry_run:
             document = plan(config, arguments.run_dir, name)
             text = show_plan(document)
@@ -195,8 +195,11 @@ def _rerun(name: str, arguments: argparse.Namespace) -> str:
     again = "the same command again"
     if arguments.dry_run or name not in _KEPT:
         return again
-    begun = not (arguments.run_dir / name / "manifest.json").exists()
-    return f"{again}{' without --force' if arguments.force and begun else ''}{_KEPT[name]}"
+    if not arguments.force:
+        return f"{again}{_KEPT[name]}"
+    if (arguments.run_dir / name / "manifest.json").exists():
+        return again  # the old result is still in place: nothing has begun
+    return f"{again} without --force{_KEPT[name]}"
 
 
 @contextmanager
@@ -255,8 +258,13 @@ def _explain_system(
 
 
 def _report(name: str, failure: ExpectedError, as_json: bool) -> None:
-    """Print a failure: four lines to stderr, and a JSON document to stdout on request."""
-    print(failure, file=sys.stderr, flush=True)
+    """Print a failure: four lines to stderr, and a JSON document to stdout on request.
+
+    Where one of the two cannot be written, the exit code and the other one still tell.
+    """
+    with suppress(OutputError):
+        print(failure, file=sys.stderr, flush=True)
     if as_json:
         document = {"stage": name, "status": "failed", **failure.explanation(), **failure.details}
-        print(json.dumps(document, indent=1), flush=True)
+        with suppress(OutputError):
+            print(json.dumps(document, indent=1), flush=True)
