@@ -19,7 +19,7 @@ from typing import NamedTuple
 from sparselong.adapters.attach import TunedLayer
 from sparselong.adapters.expert_lora import ExpertLora
 from sparselong.checkpoint import Checkpoint, derive, write_tensors
-from sparselong.files import write_atomically
+from sparselong.files import load_json, write_atomically
 
 _README = """# Adapter of {base}
 
@@ -104,7 +104,7 @@ def name_adapter(directory: Path, base: str) -> None:
         base: stage 02's name for the checkpoint.
     """
     path = directory / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = load_json(path)
     config["base_model_name_or_path"] = base
     write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     (directory / "README.md").write_text(_README.format(base=base), encoding="utf-8")

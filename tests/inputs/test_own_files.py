@@ -35,7 +35,10 @@ def compressed(small_arguments, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.parametrize(("name", "text"), [("base.json", "{"), ("work/layer-00000.json", "[1]")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("base.json", "{"), ("work/layer-00000.json", "[1]"), ("work/model.json", '{"files": [3]}')],
+)
 def test_a_damaged_record_of_stage_02_is_explained(compressed, run_script, tmp_path, name, text):
     run = shutil.copytree(compressed, tmp_path / "run", symlinks=True)
     (run / "02_compress" / name).write_text(text)
