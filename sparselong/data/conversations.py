@@ -224,5 +224,6 @@ def _refuse_changed(record: dict[str, Any], folder: Path) -> None:
                 f"{path} has changed since this run read it",
                 f"{was['bytes']} bytes with sha256 {was['sha256']}",
                 change,
-                f"use another --run-dir for the new rows, or delete {folder} and rerun the stages",
+                "use another --run-dir for the new rows, or delete "
+                f"{folder} and redo all stages: python 02_compress.py --force",
             )
