@@ -65,12 +65,13 @@ def finetune(stage: Stage) -> None:
     earlier = stage.run_dir / "02_compress"
     data = encode_files(stage.config, stage.run_dir, load_tokenizer(earlier / "model"))
     stage.note_date(data.date)
+    sources = (data.train.source, data.validation.source)
+    stage.check_rows(sources)
     usable = select_usable(data, stage.config.sequence_len)
     if not (stage.dir / BAKED).exists():
         for sentence in usable.left_out:
             stage.log(sentence)
         _train(stage)
-    sources = (data.train.source, data.validation.source)
     stage.inputs = [earlier / "model", earlier / "masters", *sources]
     _publish(stage)
 
