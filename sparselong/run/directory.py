@@ -27,6 +27,7 @@ from sparselong import provenance
 from sparselong.config import Config, dump
 from sparselong.errors import StageError
 from sparselong.files import write_atomically
+from sparselong.run.changes import refuse_changed_inputs
 from sparselong.run.lock import writing
 from sparselong.run.place import (
     MANIFEST,
@@ -57,6 +58,8 @@ class Stage:
     metrics: dict[str, Any] = field(default_factory=dict)
     """Figures for the manifest, by name."""
     inputs: list[Path] = field(default_factory=list)
+    sources: dict[str, Any] = field(default_factory=dict)
+    """Rows of `provenance.describe_files` for the files that `data` names, by config key."""
     outputs: list[Path] = field(default_factory=list)
     """Files or directories; directories are listed file by file in the manifest."""
     described: list[dict[str, Any]] = field(default_factory=list)
@@ -148,9 +151,10 @@ def prepare(stage: Stage, redo: bool) -> bool:
         Whether the stage is up to date.
 
     Raises:
-        StageError: a stage that this one reads is not done or was done with another config, the
-            directory holds work for another config or from inputs that no longer exist, or it
-            cannot be written. Nothing is changed in these cases.
+        StageError: a stage that this one reads is not done or was done with another config, an
+            input has changed since it was read, the directory holds work for another config or
+            from inputs that no longer exist, or it cannot be written. Nothing is changed in these
+            cases.
     """
     refuse_foreign(stage.run_dir)
     manifest = None if redo else _read_finished(stage.run_dir, stage.name)
@@ -159,8 +163,10 @@ def prepare(stage: Stage, redo: bool) -> bool:
     if present is not None:
         _refuse_other_work(stage, present, "a result" if manifest else _UNFINISHED)
     if manifest:
+        _refuse_changed_inputs(stage, manifest)
         return True
     stage.manifests = {name: _require(stage, name) for name in STAGES[stage.name].reads}
+    refuse_changed_inputs(stage.config, stage.run_dir, stage.manifests)
     beginning = {
         "format_version": FORMAT_VERSION,
         "config_hash": stage_hash(stage.config, stage.name),
@@ -174,6 +180,26 @@ def prepare(stage: Stage, redo: bool) -> bool:
         write_atomically(started, json.dumps(beginning))
         write_atomically(stage.run_dir / "config.yaml", dump(stage.config))
     return False
+
+
+def check_finished(stage: Stage) -> None:
+    """Raise if the stage is done with this config, but from inputs that have changed since.
+
+    Raises:
+        StageError: an input has changed, or the manifest is damaged.
+    """
+    manifest = read_manifest(stage.run_dir, stage.name)
+    wanted = stage_hash(stage.config, stage.name)
+    if manifest is not None and manifest.get("config_hash") == wanted:
+        manifest = _read_finished(stage.run_dir, stage.name) or {}
+        _refuse_changed_inputs(stage, manifest)
+
+
+def _refuse_changed_inputs(stage: Stage, manifest: dict[str, Any]) -> None:
+    """Raise if what a finished stage or an earlier one read has changed since."""
+    earlier = {name: _read_finished(stage.run_dir, name) for name in STAGES[stage.name].reads}
+    manifests = {name: found for name, found in earlier.items() if found is not None}
+    refuse_changed_inputs(stage.config, stage.run_dir, {**manifests, stage.name: manifest})
 
 
 def _require(stage: Stage, name: str) -> dict[str, Any]:
@@ -270,6 +296,7 @@ def finish(stage: Stage, seconds: float) -> dict[str, Any]:
         "made_from": _made_from(stage),
         "config": stage.config.model_dump(mode="json"),
         "inputs": inputs,
+        **({"sources": stage.sources} if stage.sources else {}),
         "outputs": outputs,
         **provenance.describe_software(),
         "hardware": provenance.describe_hardware(),
