@@ -6,6 +6,7 @@
     runs/NAME/0N_stage/log.txt            progress, and why the stage failed
     runs/NAME/0N_stage/manifest.json      written last, atomically
     runs/NAME/0N_stage.replaced/          the previous result while --force makes a new one
+    runs/NAME/0N_stage.kept-N/            files of such a result that the stage did not write
 
 A stage may be interrupted at any point before the manifest is written.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -29,6 +29,7 @@ from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.run.changes import refuse_changed_inputs
 from sparselong.run.lock import writing
+from sparselong.run.own_files import keep_others
 from sparselong.run.place import (
     MANIFEST,
     STARTED,
@@ -173,12 +174,13 @@ def prepare(stage: Stage, redo: bool) -> bool:
         "made_from": _made_from(stage),
     }
     with writing(stage.dir):
-        if redo and stage.dir.exists():
-            _set_aside(stage)
+        told = _set_aside(stage) if redo and stage.dir.exists() else []
         stage.dir.mkdir(parents=True, exist_ok=True)
         (stage.dir / LOG).open("a", encoding="utf-8").close()
         write_atomically(started, json.dumps(beginning))
         write_atomically(stage.run_dir / "config.yaml", dump(stage.config))
+    for sentence in told:
+        stage.log(sentence)
     return False
 
 
@@ -273,13 +275,30 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
             )
 
 
-def _set_aside(stage: Stage) -> None:
-    """Move a finished result aside until a new one replaces it; delete unfinished work."""
-    if not (stage.dir / MANIFEST).exists():
-        shutil.rmtree(stage.dir)
-        return
-    shutil.rmtree(stage.replaced_dir, ignore_errors=True)
-    stage.dir.rename(stage.replaced_dir)
+def _set_aside(stage: Stage) -> list[str]:
+    """Move a finished result aside until a new one replaces it; delete unfinished work.
+
+    Returns:
+        What is to be told about files that the stage did not write, which are kept.
+    """
+    told = []
+    if (stage.dir / MANIFEST).exists():
+        if stage.replaced_dir.exists():
+            told.append(keep_others(stage.replaced_dir, stage.name))
+        stage.dir.rename(stage.replaced_dir)
+    else:
+        told.append(keep_others(stage.dir, stage.name))
+    return [sentence for sentence in told if sentence]
+
+
+def _remove_replaced(stage: Stage) -> None:
+    """Remove the previous result, which a new one has replaced."""
+    try:
+        kept = keep_others(stage.replaced_dir, stage.name) if stage.replaced_dir.exists() else None
+    except OSError as error:  # the new result is whole
+        kept = f"{stage.replaced_dir} could not be removed: {error.strerror or error}"
+    if kept:
+        stage.log(kept)
 
 
 def finish(stage: Stage, seconds: float) -> dict[str, Any]:
@@ -307,5 +326,5 @@ def finish(stage: Stage, seconds: float) -> dict[str, Any]:
         "metrics": stage.metrics,
     }
     write_atomically(stage.dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    shutil.rmtree(stage.replaced_dir, ignore_errors=True)
+    _remove_replaced(stage)
     return manifest
