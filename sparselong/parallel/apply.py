@@ -1,5 +1,7 @@
-"""Apply each kind of parallelism to a batch, in order.
+"""Apply each kind of parallelism to a model and to a batch, in order.
 
+    with using(**share_model(mesh)):
+        model = from_pretrained(...)
     shard, changes = share_batch(batch, mesh, heads_k_stride)
     with using(**changes):
         model(**shard, num_items_in_batch=count).loss.backward()
@@ -15,8 +17,12 @@ from typing import Any
 
 import torch
 
+from sparselong.parallel.collectives import all_gather
+from sparselong.parallel.experts import SharedExperts
 from sparselong.parallel.mesh import Mesh
+from sparselong.parallel.placement import Placement
 from sparselong.parallel.sequence import Context, shard_batch, take_layout
+from sparselong.parallel.vocabulary import SharedVocabulary
 
 
 def share_batch(
@@ -41,4 +47,34 @@ def share_batch(
         shard = shard_batch(dict(batch), mesh)
         changes["sequence"] = Context(mesh, take_layout(shard, heads_k_stride))
         batch = shard
+    if mesh is not None and mesh.expert_size > 1:
+        changes |= share_model(mesh, _count_rows(batch["input_ids"].numel(), mesh))
     return batch, changes
+
+
+def share_model(mesh: Mesh | None, rows: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """Return changes for `runtime.using` that share experts and vocabulary over an expert group.
+
+    Args:
+        mesh: this process's place in the mesh; None or an expert size of 1: nothing is shared.
+        rows: number of tokens of each rank of the group in a pass; None: all have the same.
+    """
+    if mesh is None or mesh.expert_size == 1:
+        return {}
+    placement = Placement(mesh.expert_rank, mesh.expert_size)
+    return {
+        "experts": SharedExperts(placement, mesh.expert_group, rows),
+        "vocabulary": SharedVocabulary(placement, mesh.expert_group, rows),
+    }
+
+
+def _count_rows(tokens: int, mesh: Mesh) -> tuple[int, ...] | None:
+    """Return the number of tokens of each rank of the expert group; None if all have the same.
+
+    Ranks that share sequences have equal shards, so that nothing is exchanged.
+    """
+    if mesh.context_size % mesh.expert_size == 0:
+        return None
+    counts = all_gather(torch.tensor([tokens]), mesh.expert_group, "row counts")
+    found = tuple(int(count) for count in counts)
+    return None if len(set(found)) == 1 else found
