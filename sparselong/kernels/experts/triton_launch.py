@@ -18,8 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparselong.kernels import gpu
 from sparselong.kernels.expert_stack import Gate, PackedWeight
 from sparselong.kernels.experts import triton_glue, triton_products
-from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
-from sparselong.kernels.experts.lora import NO_ADAPTERS, Adapters
+from sparselong.kernels.experts.call import ExpertCall, ExpertOperands, Gradients
 from sparselong.kernels.experts.lora_triton import add_adapter_, add_gradients_, expand_
 from sparselong.kernels.experts.routing import (
     Routing,
@@ -54,27 +53,6 @@ class SavedForward(NamedTuple):
     indices: torch.Tensor
     weights: torch.Tensor
     x: torch.Tensor | None
-
-
-class Gradients(NamedTuple):
-    """Gradients that a backward pass computes, and the tensors that receive them.
-
-    Attributes:
-        x: [tokens, hidden], contiguous, overwritten; None if not needed.
-        weights: [tokens, top_k], likewise.
-        biases: whether the gradients of gate_up's and down's bias are needed.
-        adapters: fp32 sums of the factors' shapes, accumulated into.
-    """
-
-    x: torch.Tensor | None
-    weights: torch.Tensor | None
-    biases: tuple[bool, bool] = (False, False)
-    adapters: Adapters = NO_ADAPTERS
-
-    def part(self, tokens: slice) -> Gradients:
-        """Return the gradients for a slice of the tokens; the tensors are views."""
-        x, weights = (None if tensor is None else tensor[tokens] for tensor in self[:2])
-        return self._replace(x=x, weights=weights)
 
 
 def run_gate_up(
