@@ -1,5 +1,6 @@
 """Arguments of one expert pass: the routed tokens, the weights and settings applied to them, and
-the tensors that receive gradients."""
+the tensors that receive gradients.
+"""
 
 from __future__ import annotations
 

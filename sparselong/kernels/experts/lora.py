@@ -71,7 +71,8 @@ class Adapter(NamedTuple):
 
     def make_sums(self) -> Adapter:
         """Return zeros of the factors' shapes, to accumulate their gradients: fp32, or fp64 as they
-        are."""
+        are.
+        """
         a, b = (
             torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
             for tensor in (self.a, self.b)

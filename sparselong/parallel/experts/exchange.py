@@ -20,7 +20,7 @@ import torch.distributed as dist
 from sparselong.kernels import ExpertStack, Gate
 from sparselong.kernels.experts import Adapters, ExpertCall, ExpertOperands, run_held, sum_parts
 from sparselong.parallel.collectives import all_gather
-from sparselong.parallel.experts.pipeline import Job, SharedPass, run_forward
+from sparselong.parallel.experts.pipeline import Job, run_forward, run_shared
 from sparselong.parallel.placement import Placement
 from sparselong.runtime import is_checkpointed
 
@@ -84,7 +84,7 @@ class SharedExperts:
         """
         held = self.held(experts)
         call = ExpertCall(x, indices, weights)
-        self._check(call, stack, adapters, held, experts)
+        self._check(call, stack, held, experts)
         operands = ExpertOperands(stack, adapters, Gate(float(alpha), float(limit)), "")
         rows = self.rows or (len(x),) * self.placement.size
         job = Job(operands, held, experts, rows, self.group)
@@ -95,20 +95,17 @@ class SharedExperts:
         if self.replicated:
             return self._add_shares(call, job, needs_gradient)
         if needs_gradient or is_checkpointed():
-            return SharedPass.apply(job, *call, *adapters.factors)  # pyright: ignore[reportReturnType]
+            return run_shared(call, job)
         return run_forward(call, job)[0]
 
     def _check(
         self,
         call: ExpertCall,
         stack: ExpertStack,
-        adapters: Adapters,
         held: range,
         experts: int,
     ) -> None:
         call.check(experts)
-        stack.check(call.x)
-        adapters.check(stack)
         if stack.experts != len(held):
             raise ValueError(
                 f"stack: {stack.experts} experts; allowed: the {len(held)} that this process holds"
@@ -127,6 +124,6 @@ class SharedExperts:
             raise ValueError("x: requires a gradient; allowed with replicated rows: none")
         call = call.contiguous()
         share, out = torch.empty_like(call.x), torch.empty_like(call.x)
-        run_held(call, job.operands_for(call), job.held, share)
+        run_held(call, job.operands_for(call), job.held, share, experts=job.experts)
         sum_parts(torch.stack(all_gather(share, self.group, TAG)), out)
         return out

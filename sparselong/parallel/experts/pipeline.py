@@ -35,7 +35,7 @@ from sparselong.kernels.experts import (
     ExpertCall,
     ExpertOperands,
     Gradients,
-    choose,
+    choose_held,
     differentiate_held,
     run_held,
     slices,
@@ -85,8 +85,7 @@ class Job:
 
     def operands_for(self, call: ExpertCall) -> ExpertOperands:
         """Return the operands for calls as large as this: backend, and dtype of the adapters."""
-        backend = choose(call.x, call.indices, self.experts, None)
-        backend = "small" if backend == "generation" else backend
+        backend = choose_held(call.x, call.indices, self.experts)
         return self.operands._replace(backend=backend).in_dtype(call.x.dtype)
 
 
@@ -107,7 +106,12 @@ class Routing(NamedTuple):
         return ExpertCall(x, *flat)
 
 
-class SharedPass(torch.autograd.Function):
+def run_shared(call: ExpertCall, job: Job) -> torch.Tensor:
+    """Return the weighted sums of this process's rows, differentiable, [rows, hidden]."""
+    return _SharedPass.apply(job, *call, *job.operands.adapters.factors)  # pyright: ignore[reportReturnType]
+
+
+class _SharedPass(torch.autograd.Function):
     """A layer's experts over the rows of all processes of the group, with gradients.
 
     Saved for the backward pass: x. Weights and adapters are referenced, not saved: the optimizer
@@ -156,7 +160,7 @@ def run_forward(call: ExpertCall, job: Job) -> tuple[torch.Tensor, Routing]:
         part = routing.call(whole, chunk)
         operands = operands or job.operands_for(part)
         share = torch.empty_like(part.x)
-        run_held(part, operands, job.held, share)
+        run_held(part, operands, job.held, share, experts=job.experts)
         home.append((chunk, _send_home(share, job, "expert sums")))
         if len(home) > 1:
             _add(*home.pop(0), out, job)
@@ -178,7 +182,7 @@ def _run_backward(
         operands = operands or job.operands_for(part)
         dout = douts.pop(0).wait().flatten(0, 1)
         share = Gradients(torch.empty_like(part.x), torch.empty_like(part.weights), adapters=sums)
-        differentiate_held(dout, part, operands, job.held, share)
+        differentiate_held(dout, part, operands, job.held, share, experts=job.experts)
         assert share.x is not None and share.weights is not None
         dweights[:, chunk] = share.weights.view(job.size, -1, part.weights.shape[1])
         home.append((chunk, _send_home(share.x, job, "expert row gradients")))
@@ -203,11 +207,11 @@ def _arriving(x: torch.Tensor, job: Job) -> Iterator[tuple[slice, torch.Tensor]]
 def _gather_routing(call: ExpertCall, job: Job) -> Routing:
     """Gather every process's indices and weights in one exchange."""
     indices, weights = job.pad(call.indices.int(), -1), job.pad(call.weights)
-    parts = [part.view(torch.uint8).view(len(part), -1) for part in (indices, weights)]
+    parts = [part.view(torch.uint8) for part in (indices, weights)]
     sent = torch.cat(parts, 1)
     received = start_all_gather(sent, job.group, "expert routing").wait()
     widths = [part.shape[1] for part in parts]
-    both = [part.contiguous() for part in received.split(widths, 2)]
+    both = [part.clone(memory_format=torch.contiguous_format) for part in received.split(widths, 2)]
     return Routing(both[0].view(torch.int32), both[1].view(weights.dtype))
 
 
