@@ -162,13 +162,13 @@ def prepare(
 ) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
     """Return a function that makes a step, and the bytes of what is resident, by component."""
     from benchmarks.shape_20b import build_sharded, config_of
-    from sparselong.parallel.apply import share_model
+    from sparselong.parallel.apply import shard_model
     from sparselong.runtime.settings import using
 
     _, experts, vocab = SHAPES[args.shape]
     torch.manual_seed(0)  # the same replicated weights on every rank
     before = torch.cuda.memory_allocated()
-    with using(**share_model(mesh)):
+    with using(**shard_model(mesh)):
         model, sharded = build_sharded(
             config_of(args.layers, experts, vocab), args.arm, args.keep_attention == "always"
         )

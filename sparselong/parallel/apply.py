@@ -1,6 +1,6 @@
 """Apply each kind of parallelism to a model and to a batch, in order.
 
-    with using(**share_model(mesh)):
+    with using(**shard_model(mesh)):
         model = from_pretrained(...)
     shard, changes = share_batch(batch, mesh, heads_k_stride)
     with using(**changes):
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from sparselong.parallel.collectives import all_gather
-from sparselong.parallel.experts import SharedExperts
+from sparselong.parallel.experts import ShardedExperts
 from sparselong.parallel.mesh import Mesh
 from sparselong.parallel.placement import Placement
 from sparselong.parallel.sequence import Context, shard_batch, take_layout
-from sparselong.parallel.vocabulary import SharedVocabulary
+from sparselong.parallel.vocabulary import ShardedVocabulary
 
 
 def share_batch(
@@ -48,11 +48,11 @@ def share_batch(
         changes["sequence"] = Context(mesh, take_layout(shard, heads_k_stride))
         batch = shard
     if mesh is not None and mesh.expert_size > 1:
-        changes |= share_model(mesh, _count_rows(batch["input_ids"].numel(), mesh))
+        changes |= shard_model(mesh, _count_rows(batch["input_ids"].numel(), mesh))
     return batch, changes
 
 
-def share_model(mesh: Mesh | None, rows: tuple[int, ...] | None = None) -> dict[str, Any]:
+def shard_model(mesh: Mesh | None, rows: tuple[int, ...] | None = None) -> dict[str, Any]:
     """Return changes for `runtime.using` that share experts and vocabulary over an expert group.
 
     Args:
@@ -63,8 +63,8 @@ def share_model(mesh: Mesh | None, rows: tuple[int, ...] | None = None) -> dict[
         return {}
     placement = Placement(mesh.expert_rank, mesh.expert_size)
     return {
-        "experts": SharedExperts(placement, mesh.expert_group, rows),
-        "vocabulary": SharedVocabulary(placement, mesh.expert_group, rows),
+        "experts": ShardedExperts(placement, mesh.expert_group, rows),
+        "vocabulary": ShardedVocabulary(placement, mesh.expert_group, rows),
     }
 
 

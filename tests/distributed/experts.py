@@ -18,7 +18,7 @@ from sparselong.kernels.experts.lora import Adapter, Adapters
 from sparselong.kernels.experts.op import expert_mlp
 from sparselong.parallel.collectives import count_bytes
 from sparselong.parallel.experts import pipeline
-from sparselong.parallel.experts.exchange import SharedExperts
+from sparselong.parallel.experts.exchange import ShardedExperts
 from sparselong.parallel.placement import Placement
 from sparselong.runtime.recompute import checkpoint_contexts
 
@@ -136,7 +136,7 @@ def hold(tensors: Any, held: slice) -> Any:
     return Adapters(*(one and Adapter(one.a[held], one.b[held], one.scaling) for one in tensors))
 
 
-def run_shared(layer: Layer, size: int) -> dict[str, Any]:
+def run_sharded(layer: Layer, size: int) -> dict[str, Any]:
     """Return this process's part: its rows' output and gradients, its experts' adapter gradients.
 
     `sent` is the number of bytes sent, by tag.
@@ -144,7 +144,7 @@ def run_shared(layer: Layer, size: int) -> dict[str, Any]:
     rank = dist.get_rank() % size
     found = draw(layer)
     equal = len(set(layer.rows)) == 1
-    shared = SharedExperts(Placement(rank, size), group_of(size), None if equal else layer.rows)
+    shared = ShardedExperts(Placement(rank, size), group_of(size), None if equal else layer.rows)
     held = shared.held(layer.experts)
     part = slice(held.start, held.stop)
     first = sum(layer.rows[:rank])
@@ -164,7 +164,7 @@ def run_shared(layer: Layer, size: int) -> dict[str, Any]:
 def run_replicated(layer: Layer, size: int) -> torch.Tensor:
     """Return the output when every process has all rows."""
     found, rank = draw(layer), dist.get_rank() % size
-    shared = SharedExperts(Placement(rank, size), group_of(size), replicated=True)
+    shared = ShardedExperts(Placement(rank, size), group_of(size), replicated=True)
     held = shared.held(layer.experts)
     part = slice(held.start, held.stop)
     stack, adapters = (hold(found[name], part) for name in ("stack", "adapters"))

@@ -5,6 +5,6 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.parallel.experts.exchange import SharedExperts
+    from sparselong.parallel.experts.exchange import ShardedExperts
 
 __getattr__ = expose(__name__)

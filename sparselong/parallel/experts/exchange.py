@@ -20,7 +20,7 @@ import torch.distributed as dist
 from sparselong.kernels import ExpertStack, Gate
 from sparselong.kernels.experts import Adapters, ExpertCall, ExpertOperands, run_held, sum_parts
 from sparselong.parallel.collectives import all_gather
-from sparselong.parallel.experts.pipeline import Job, run_forward, run_shared
+from sparselong.parallel.experts.pipeline import Job, run_forward, run_sharded
 from sparselong.parallel.placement import Placement
 from sparselong.runtime import is_checkpointed
 
@@ -28,7 +28,7 @@ TAG = "expert sums"
 
 
 @dataclass(frozen=True)
-class SharedExperts:
+class ShardedExperts:
     """A process's place in an expert group, and what the group's processes bring to a pass.
 
     Attributes:
@@ -95,7 +95,7 @@ class SharedExperts:
         if self.replicated:
             return self._add_shares(call, job, needs_gradient)
         if needs_gradient or is_checkpointed():
-            return run_shared(call, job)
+            return run_sharded(call, job)
         return run_forward(call, job)[0]
 
     def _check(

@@ -106,12 +106,12 @@ class Routing(NamedTuple):
         return ExpertCall(x, *flat)
 
 
-def run_shared(call: ExpertCall, job: Job) -> torch.Tensor:
+def run_sharded(call: ExpertCall, job: Job) -> torch.Tensor:
     """Return the weighted sums of this process's rows, differentiable, [rows, hidden]."""
-    return _SharedPass.apply(job, *call, *job.operands.adapters.factors)  # pyright: ignore[reportReturnType]
+    return _ShardedPass.apply(job, *call, *job.operands.adapters.factors)  # pyright: ignore[reportReturnType]
 
 
-class _SharedPass(torch.autograd.Function):
+class _ShardedPass(torch.autograd.Function):
     """A layer's experts over the rows of all processes of the group, with gradients.
 
     Saved for the backward pass: x. Weights and adapters are referenced, not saved: the optimizer
