@@ -7,7 +7,7 @@ import torch
 
 from sparselong.errors import StageError
 from sparselong.parallel.placement import Placement
-from tests.distributed.experts import PIECES, Layer, run_alone, run_replicated, run_shared
+from tests.distributed.experts import PIECES, Layer, run_alone, run_replicated, run_sharded
 
 TOLERANCE = 1e-12
 LAYERS = {
@@ -45,7 +45,7 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", LAYERS)
 def test_outputs_and_gradients_are_one_process_s(pools, size, name):
     layer = on(size, LAYERS[name])
-    found, wanted = whole(pools[size].run(run_shared, layer, size)), run_alone(layer)
+    found, wanted = whole(pools[size].run(run_sharded, layer, size)), run_alone(layer)
     assert found.keys() == wanted.keys()
     for part, tensor in wanted.items():
         assert error(found[part], tensor) < TOLERANCE, part
@@ -54,7 +54,7 @@ def test_outputs_and_gradients_are_one_process_s(pools, size, name):
 @pytest.mark.parametrize("piece", PIECES)
 def test_every_piece_is_needed(pools, piece):
     layer = LAYERS["equal rows"]
-    found = whole(pools[4].run(run_shared, replace(layer, broken=piece), 4))
+    found = whole(pools[4].run(run_sharded, replace(layer, broken=piece), 4))
     wanted = run_alone(layer)
     assert max(error(found[part], wanted[part]) for part in wanted) > 0.01
 
@@ -62,7 +62,7 @@ def test_every_piece_is_needed(pools, piece):
 def test_two_groups_of_two_do_not_mix(pools):
     """Each pair of four processes computes the same rows on its own."""
     layer = on(2, LAYERS["ragged rows"])
-    parts, wanted = pools[4].run(run_shared, layer, 2), run_alone(layer)
+    parts, wanted = pools[4].run(run_sharded, layer, 2), run_alone(layer)
     for pair in (parts[:2], parts[2:]):
         found = whole(pair)
         assert max(error(found[part], wanted[part]) for part in wanted) < TOLERANCE
@@ -80,7 +80,7 @@ def test_bytes_are_those_of_the_rows(pools):
     """Forward: rows out, sums back; backward: rows and gradients out, row gradients back."""
     layer = Layer((6, 6, 6, 6), dtype=torch.float32, checkpointed=True)
     rows = 3 * 6 * 64 * 4
-    for part in pools[4].run(run_shared, layer, 4):
+    for part in pools[4].run(run_sharded, layer, 4):
         sent = part["sent"]
         assert sent.pop("expert rows") == 2 * rows
         for tag in ("expert sums", "expert gradients", "expert row gradients"):
