@@ -161,20 +161,24 @@ def prepare(
     args: argparse.Namespace, mesh: Any
 ) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
     """Return a function that makes a step, and the bytes of what is resident, by component."""
-    from benchmarks.shape_20b import build_sharded, config_of
+    from benchmarks.shape_20b import adapt, build_packed, config_of
+    from sparselong.adapters.expert_factors import sharded_parameters
+    from sparselong.memory import Kept
     from sparselong.parallel.apply import shard_model
     from sparselong.runtime.settings import using
 
     _, experts, vocab = SHAPES[args.shape]
     torch.manual_seed(0)  # the same replicated weights on every rank
     before = torch.cuda.memory_allocated()
+    kept = Kept(args.keep_attention == "always", False)
     with using(**shard_model(mesh)):
-        model, sharded = build_sharded(
-            config_of(args.layers, experts, vocab), args.arm, args.keep_attention == "always"
-        )
-    resident = {"weight_bytes": torch.cuda.memory_allocated() - before}
+        packed = build_packed(config_of(args.layers, experts, vocab), args.arm)
+        resident = {"packed_bytes": torch.cuda.memory_allocated() - before}
+        model = adapt(packed, args.arm, kept)
+    resident["weight_bytes"] = torch.cuda.memory_allocated() - before
+    sharded = list(sharded_parameters(model).values())
     trained = [p for p in model.parameters() if p.requires_grad]
-    resident["adapter_bytes"] = sum(p.nbytes for p in trained)
+    resident["adapter_bytes"] = sum(p.nbytes for p in trained)  # included in the weights
     optimizer = make_optimizer(args.arm, trained)
     return make_step(model, optimizer, sharded, args, mesh), resident
 

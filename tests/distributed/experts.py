@@ -115,8 +115,11 @@ def _differentiate(layer: Layer, found: dict[str, Any], run: Any) -> dict[str, t
     else:
         out = compute(leaves["x"])
     out.backward(found["dout"])
-    grads = {name: leaf.grad for name, leaf in (leaves | factors).items()}
-    return {"out": out.detach(), **{f"d {name}": grad for name, grad in grads.items()}}  # type: ignore[dict-item]
+    grads = {
+        f"d {name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        for name, leaf in (leaves | factors).items()
+    }
+    return {"out": out.detach(), **grads}
 
 
 @functools.cache
