@@ -120,10 +120,12 @@ def find_world(config: Config) -> World:
 
     Raises:
         ConfigError: torchrun's number of processes is not a multiple of sequence_parallel_degree,
-            or its variables are not valid.
+            its variables are not valid, or expert_parallel_degree does not divide the number of
+            processes on a machine.
     """
     degree, rank = config.sequence_parallel_degree, joined_rank()
     if rank is None:
+        _check_expert_groups(config, degree, "")
         return World(degree, {rank: rank for rank in range(degree)}, degree, joined=False)
     size = int(os.environ["WORLD_SIZE"])
     if size % degree:
@@ -134,7 +136,28 @@ def find_world(config: Config) -> World:
             f"torchrun --nproc_per_node={degree}, or another sequence_parallel_degree",
         )
     here = int(os.environ["LOCAL_WORLD_SIZE"])
+    _check_expert_groups(config, here, f" (this is rank {rank})")
     return World(size, {rank: int(os.environ["LOCAL_RANK"])}, here, joined=True)
+
+
+def _check_expert_groups(config: Config, here: int, who: str) -> None:
+    """Raise if the processes of this machine cannot form groups that share experts.
+
+    Raises:
+        ConfigError: `expert_parallel_degree` is a number that does not divide theirs.
+    """
+    degree = config.expert_parallel_degree
+    if degree == "auto" or here % degree == 0:
+        return
+    divisors = ", ".join(str(n) for n in range(1, here + 1) if here % n == 0)
+    more = "" if who else f", or torchrun --nproc_per_node={degree}, or more processes a sequence"
+    raise ConfigError(
+        f"{here} process{'es' * (here > 1)} of one machine cannot form groups of {degree} that "
+        f"share experts{who}",
+        f"expert_parallel_degree: auto, or a divisor of {here}: {divisors}",
+        f"expert_parallel_degree: {degree}",
+        f"set expert_parallel_degree=auto{more}",
+    )
 
 
 def rank_environments(world: World, gpus: int) -> dict[int, dict[str, str]]:

@@ -75,6 +75,32 @@ def test_a_world_size_not_divisible_by_the_degree_is_refused_naming_the_rank(mon
         find_world(config("sequence_parallel_degree=4"))
 
 
+@pytest.mark.parametrize("degree", ["auto", "1", "2", "4"])
+def test_processes_of_one_machine_form_groups_that_share_experts(monkeypatch, degree):
+    keys = ("sequence_parallel_degree=4", f"expert_parallel_degree={degree}")
+    assert find_world(config(*keys)).size == 4
+    join_torchrun(monkeypatch, rank=6, size=8, local=2, here=4)
+    keys = ("sequence_parallel_degree=1", f"expert_parallel_degree={degree}")
+    assert find_world(config(*keys)).here == 4
+
+
+@pytest.mark.parametrize(("size", "here", "degree"), [(8, 4, 8), (6, 6, 4), (4, 4, 3)])
+def test_an_expert_group_must_divide_the_processes_of_a_machine(monkeypatch, size, here, degree):
+    join_torchrun(monkeypatch, rank=1, size=size, local=1, here=here)
+    with pytest.raises(ConfigError) as refused:
+        find_world(config(f"expert_parallel_degree={degree}"))
+    assert f"{here} processes of one machine cannot form groups of {degree}" in refused.value.what
+    assert "rank 1" in refused.value.what and "auto" in refused.value.fix
+
+
+def test_an_expert_group_must_divide_the_processes_that_the_script_starts():
+    with pytest.raises(ConfigError) as refused:
+        find_world(config("sequence_parallel_degree=2", "expert_parallel_degree=4"))
+    assert "2 processes" in refused.value.what and "torchrun" in refused.value.fix
+    with pytest.raises(ConfigError, match="1 process of one machine"):
+        find_world(config("expert_parallel_degree=2"))
+
+
 def run_ranks(stage: Stage, code: str, ranks=THREE) -> StageError:
     """Run this code on all ranks and return the reported error."""
     started = time.monotonic()
