@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         check_fit,
         decide_evaluation_parallel,
         decide_expert_parallel,
+        decided_memory,
         is_kept,
         kept_peaks,
         suggest_changes,

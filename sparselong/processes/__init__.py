@@ -6,7 +6,12 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.processes import world
-    from sparselong.processes.failure import TrainerEnded, tell_failures, write_failure
+    from sparselong.processes.failure import (
+        TrainerEnded,
+        tell_failures,
+        telling_memory,
+        write_failure,
+    )
     from sparselong.processes.follow import follow_or_lead, train_together
     from sparselong.processes.launch import (
         check_alone,
@@ -16,6 +21,12 @@ if TYPE_CHECKING:
         joined_rank,
     )
     from sparselong.processes.process import MARK
+    from sparselong.processes.sharing import (
+        Sharing,
+        available_bytes,
+        decide_sharing,
+        decided_sharing,
+    )
     from sparselong.processes.world import check_replicas
 
 __getattr__ = expose(__name__)
