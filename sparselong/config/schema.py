@@ -131,7 +131,8 @@ class LoraSection(Section):
     alpha / expert_r."""
     expert_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the experts' adapters. `bfloat16` halves the memory of the adapters and of their
-    gradients, but updates smaller than 1/256 of a weight are lost."""
+    gradients, but updates smaller than 1/512 of a weight are lost. The moments of AdamW are then
+    bfloat16 too, and lose changes as small; `adamw_bnb_8bit` has its own format."""
     router: bool = False
     """Whether each layer's router also gets an adapter of rank r."""
 

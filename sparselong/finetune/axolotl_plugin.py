@@ -183,7 +183,12 @@ class SparseLongPlugin(BasePlugin):
             alpha=lora.alpha,
             master_of=Masters(self.run.masters).read,
             seed=self.run.config.seed,
-            extra=ExtraAdapters(lora.expert_targets, lora.expert_r, lora.router),
+            extra=ExtraAdapters(
+                lora.expert_targets,
+                lora.expert_r,
+                lora.router,
+                getattr(torch, lora.expert_dtype),
+            ),
         )
         tell(parameter_table(tuned))
         return tuned, config
