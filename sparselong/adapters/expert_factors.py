@@ -28,7 +28,13 @@ class ExpertFactor(Part):
         dtype: in which the weight is trained.
     """
 
-    def __init__(self, whole: torch.Tensor, held: range, total: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        whole: torch.Tensor,
+        held: range,
+        total: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__(held, total)
         self.dtype = dtype
         self.weight = nn.Parameter(self._take(whole.detach(), total, held).to(dtype, copy=True))

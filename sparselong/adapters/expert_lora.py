@@ -150,6 +150,15 @@ class ExpertLora(nn.Module, LoraLayer):
             tensors |= {f"{self.name}.{n}": t for n, t in zip(names, merged, strict=True)}
         return Merged(tensors, rounding)
 
+    def merged_shapes(self) -> dict[str, torch.Tensor]:
+        """Return what `merge_packed` makes, of all the layer's experts, on the meta device."""
+        experts, found = self.packed_experts, {}
+        for name in (n for w in self.adapters() for n in (f"{w}_blocks", f"{w}_scales")):
+            held: torch.Tensor = getattr(experts, name)
+            whole = held.new_empty((experts.total, *held.shape[1:]), device="meta")
+            found[f"{self.name}.{name}"] = whole
+        return found
+
 
 class _Round(torch.autograd.Function):
     """Rounds fp32 to bf16, stored in `dtype`, with a straight-through gradient."""

@@ -58,6 +58,7 @@ class Training(MaskedTraining):
         self.data_collator = self.eval_data_collator = lengths
         self._train_batch_size = 2
         self.progress, self.mesh, self.bake_only = Progress(), None, False
+        self.model = torch.nn.Linear(1, 1)
         self.state = SimpleNamespace(global_step=3, max_steps=10, best_model_checkpoint=None)
         self.control = SimpleNamespace(should_training_stop=False, should_log=True)
 
@@ -211,7 +212,7 @@ def test_only_the_first_rank_writes_and_all_know_the_best_checkpoint(calls, monk
     training.model.bias.requires_grad_(False)
     monkeypatch.setattr(MaskedTraining, "layers", {})
     world = SimpleNamespace(
-        check_replicas=lambda tensors, step: checked.append((set(tensors), step)),
+        check_replicas=lambda tensors, step, _: checked.append((set(tensors), step)),
         is_first=lambda: is_first,
         collect=lambda own: ["first's", own],
     )
