@@ -1,4 +1,4 @@
-"""Context and data parallelism: mesh, sequence shards, attention across shards, gradients, loss."""
+"""Several processes: mesh, sequence and vocabulary shards, collectives, gradients, loss."""
 
 from typing import TYPE_CHECKING
 
