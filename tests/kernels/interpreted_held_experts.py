@@ -15,7 +15,7 @@ import torch
 from sparselong.kernels.experts import held as held_experts
 from sparselong.kernels.experts import lora_triton, routing, triton_launch, triton_parts
 from sparselong.kernels.experts.routing import sort_held_experts
-from tests.kernels.held_experts import CASES, draw, measure, run
+from tests.kernels.held_experts import CASES, measure
 from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
 
@@ -31,11 +31,6 @@ def find_refused_indices() -> list[int]:
         except RuntimeError:
             refused.append(index)
     return refused
-
-
-def count_decoded() -> int:
-    """Count the windows of a pass that decode weights, where rows fill the first of three."""
-    return 0
 
 
 def sum_of_parts(parts: int, rows: int) -> float:
