@@ -66,6 +66,8 @@ def run_held(
             fails a device-side assertion on a GPU.
     """
     _check(call, operands, held, experts)
+    if call.x.shape[0] == 0:
+        return
     if operands.backend == "torch":
         with torch.no_grad():
             for part in _parts(call):
@@ -105,6 +107,8 @@ def differentiate_held(
     _check(call, operands, held, experts)
     if any(gradients.biases):
         raise ValueError("gradients.biases: requested; allowed: none, held experts' are frozen")
+    if call.x.shape[0] == 0:
+        return
     if operands.backend == "torch":
         for part in _parts(call):
             _differentiate_torch(
