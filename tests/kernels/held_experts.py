@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import torch
 
@@ -160,7 +161,7 @@ def run_exactly(layer: Layer, held: range) -> dict[str, torch.Tensor]:
         return leaves[-1]
 
     x, weights = leaf(layer.call.x), leaf(layer.call.weights)
-    adapters = tuple(one and (leaf(one.a), leaf(one.b), one.scaling) for one in operands.adapters)
+    adapters: Any = tuple(one and (*map(leaf, one[:2]), one.scaling) for one in operands.adapters)
     local = layer.call.indices - held.start
     out = expert_mlp_reference(x, local, weights, operands.stack, adapters, GATE)
     grads = torch.autograd.grad(out, leaves, layer.dout.double())
