@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 
+from sparselong.kernels.experts import sum_parts
 from sparselong.kernels.layer.cross_entropy import linear_cross_entropy
 from sparselong.parallel.collectives import count_bytes
 from sparselong.parallel.mesh import build_mesh
@@ -21,7 +22,6 @@ from sparselong.parallel.placement import Placement
 from sparselong.parallel.vocabulary import embedding as embedding_module
 from sparselong.parallel.vocabulary import loss as loss_module
 from sparselong.parallel.vocabulary.replicated import ReplicatedVocabulary
-from sparselong.parallel.vocabulary.rows import add_parts
 from sparselong.parallel.vocabulary.sharded import ShardedVocabulary
 from tests.distributed.training import Largest
 from tests.poisoned import PoisonedTorch
@@ -299,7 +299,7 @@ def _piece_off(piece: str | None) -> Iterator[None]:
         patch = mock.patch.object(loss_module, "combine_statistics", without_maximum)
     elif piece == "sum of parts":
         patch = mock.patch.object(
-            loss_module, "add_parts", lambda parts, out: add_parts(parts[:1], out)
+            loss_module, "sum_parts", lambda parts, out: sum_parts(parts[:1], out)
         )
     elif piece == "home":
         start = loss_module.start_return

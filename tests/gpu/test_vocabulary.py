@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparselong.kernels.experts import sum_parts
 from sparselong.kernels.layer import cross_entropy_shard
-from sparselong.parallel.vocabulary.rows import add_parts
 from tests.distributed import vocabulary
 from tests.distributed.pool import Pool
 from tests.distributed.test_vocabulary import CASES, close, differences
@@ -74,7 +74,7 @@ def in_shards(hidden, weight, labels, widths) -> tuple[torch.Tensor, torch.Tenso
         cross_entropy_shard.turn_into_shard_gradients(part, labels, first, normalizers)
         partial.append(part @ shard)
     dhidden = torch.empty_like(hidden)
-    add_parts(torch.stack(partial), dhidden)
+    sum_parts(torch.stack(partial), dhidden)
     return losses.sum(), dhidden
 
 
