@@ -13,14 +13,7 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.memory.base_config import check_token_ids, read_base_config
-    from sparselong.memory.fit import (
-        check_fit,
-        decide_evaluation_parallel,
-        decide_expert_parallel,
-        is_kept,
-        kept_peaks,
-        suggest_changes,
-    )
+    from sparselong.memory.fit import is_kept, kept_peaks, suggest_changes
     from sparselong.memory.limits import check_model
     from sparselong.memory.plan import Plan, make_plan, plan_stage
     from sparselong.memory.shape import PUBLISHED, check_heads, find_config, find_shape
