@@ -111,6 +111,7 @@ def test_rows_that_pass_through_the_experts_are_bounded():
         routing = (long - short) * 4 * exchange.ROUTING_BYTES
         assert more["experts_work"] - less["experts_work"] == routing
     assert exchange.window_rows(BIG, 4096, 4) == exchange.WINDOW_ROWS
+    assert exchange.window_rows(BIG, 4096, 8) == exchange.WINDOW_ROWS
     assert exchange.window_rows(BIG, 4096, 2) == 2 * exchange.CHUNK_ROWS * 4
     assert exchange.window_rows(BIG, 100, 2) == 2 * 100 * 4
 
