@@ -150,13 +150,13 @@ def _check_expert_groups(config: Config, here: int, who: str) -> None:
     if degree == "auto" or here % degree == 0:
         return
     divisors = ", ".join(str(n) for n in range(1, here + 1) if here % n == 0)
-    more = "" if who else f", or torchrun --nproc_per_node={degree}, or more processes a sequence"
     raise ConfigError(
         f"{here} process{'es' * (here > 1)} of one machine cannot form groups of {degree} that "
         f"share experts{who}",
         f"expert_parallel_degree: auto, or a divisor of {here}: {divisors}",
         f"expert_parallel_degree: {degree}",
-        f"set expert_parallel_degree=auto{more}",
+        f"set expert_parallel_degree=auto, or start a multiple of {degree} processes: "
+        f"torchrun --nproc_per_node={degree} ...",
     )
 
 

@@ -23,7 +23,7 @@ from sparselong.adapters.expert_factors import (
     whole_state_dict,
 )
 from sparselong.adapters.expert_lora import ExpertLora
-from sparselong.model.loading import load_model
+from sparselong.model import chunk_loss, load_model
 from sparselong.runtime import using
 from tests.conftest import load_script
 from tests.model.exchanges import exchanges
@@ -161,6 +161,40 @@ def test_a_matrix_of_another_number_of_experts_is_refused(kind):
     wrong = whole[: 3 * R] if kind is ExpertA else whole[:, : 3 * R]
     with pytest.raises(RuntimeError, match="size mismatch"):
         factor.load_state_dict({"weight": wrong})
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_of_held_experts_are_the_slices_of_the_whole(stage02, checkpointed):
+    """The adapters of other ranks' experts change nothing, since their B is zero."""
+    base = load_model(stage02 / "model", device=CPU)
+    ids = torch.arange(3, 40)[None]
+    for rank in range(2):
+        whole, part = tuned_model(stage02), tuned_model(stage02, rank, 2)
+        train(whole)
+        kept = share(torch.arange(EXPERTS), rank, 2)
+        with torch.no_grad():
+            for name, parameter in whole.named_parameters():
+                if ".experts." in name and "lora_B" in name:
+                    parameter[[e for e in range(EXPERTS) if e not in kept]] = 0
+        set_peft_model_state_dict(part, get_peft_model_state_dict(whole))
+        losses = []
+        for model, settings in ((whole, {}), (part, exchanges(rank, 2, base))):
+            chunk_loss(model.get_base_model())
+            model.train()
+            if checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            with using(**settings):
+                losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss)
+                losses[-1].backward()
+        assert torch.equal(*losses)
+        sharded, gradients = sharded_parameters(part), dict(whole.named_parameters())
+        for name, parameter in part.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            expected = gradients[name].grad
+            expected = share(expected, rank, 2) if name in sharded else expected
+            assert expected.any() or "down_proj" in name, name
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-9)
 
 
 def test_counts_are_those_of_the_whole_model(stage02):

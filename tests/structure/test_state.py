@@ -34,6 +34,7 @@ ALLOWED = {
     "sparselong.kernels.gpu:multiprocessors_of": DEVICE,
     "sparselong.kernels.gpu:tiles_of": DEVICE,
     "sparselong.kernels.layer.cross_entropy:_kernels": ONCE,
+    "sparselong.kernels.layer.cross_entropy_shard:_kernels": ONCE,
     "sparselong.kernels.layer.norm:_kernels": ONCE,
     "sparselong.kernels.layer.rotary:_kernels": ONCE,
     "sparselong.lazy:sys.modules": "a public name, once it has been imported",
