@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from sparselong.memory.base_config import check_token_ids, read_base_config
     from sparselong.memory.fit import (
         check_fit,
-        decide_evaluation_parallel,
         decide_expert_parallel,
         decided_memory,
         is_kept,
