@@ -174,3 +174,17 @@ def fail_while_saving(where: str, which: int, run: Run, folder: Path, told: Path
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "none"
+
+
+def compare(which: int | None, name: str) -> str:
+    """Compare tensors of which rank `which` has others; experts are shared by pairs of ranks."""
+    mesh, rank = mesh_of(4, 2), dist.get_rank()
+    tensors = {"a": torch.ones(3), "own": torch.full((2,), float(mesh.expert_rank))}
+    if rank == which:
+        tensors[name] = tensors[name] + 1
+    try:
+        with mock.patch.object(world, "_mesh", mesh):
+            world.check_replicas(tensors, 7, {"own"})
+    except Exception as error:
+        return f"{error}"
+    return "none"

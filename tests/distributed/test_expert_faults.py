@@ -86,3 +86,16 @@ def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(run, tmp_path, 
     assert found == folder / "checkpoint-2" and not faults
     left = {path.name for path in folder.iterdir()}
     assert left == {"checkpoint-2"} | ({".unfinished"} if where == "writing" else set())
+
+
+@pytest.mark.parametrize(
+    ("which", "name", "found"),
+    [
+        (None, "", None),
+        (1, "a", "different values on rank 1, first in a"),
+        (3, "own", "different values on rank 3, first in own"),
+    ],
+)
+def test_ranks_compare_what_they_share_and_replicas_of_experts(pools, which, name, found):
+    for message in pools[4].run(expert_faults.compare, which, name):
+        assert message == "none" if found is None else found in message

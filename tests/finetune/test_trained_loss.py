@@ -130,6 +130,6 @@ def test_a_training_step_runs_forward_and_backward_under_its_settings(monkeypatc
         assert settings.sequence.mesh is mesh
         assert settings.sequence.layout.boundaries == (0, 4)
         assert settings.sequence.layout.heads_k_stride == 2
-        assert reduced[0][1] is mesh
+        assert reduced[0][1] is mesh and [*reduced[0][2]] == []
     else:
         assert settings.sequence is None and inputs is first and not reduced
