@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparselong.finetune import checkpoints
+from sparselong.parallel import explain_exchange
 from sparselong.tiny.build import TinySpec, build_tiny
 from tests.distributed import expert_faults
 from tests.distributed.expert_training import Run, draw_adapters
@@ -47,6 +48,16 @@ def test_a_rank_that_fails_in_an_exchange_of_experts_is_named(run, tmp_path, how
     else:
         own = message_of(outcomes[1], tmp_path, 1)
         assert "the GPU ran out of memory" in own and "21.00 GiB by the plan" in own
+
+
+def test_a_lack_of_memory_inside_a_collective_is_this_ranks_own_failure():
+    """NCCL's collectives allocate too; as an ExchangeError, it would be blamed on another rank."""
+
+    def gather() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        explain_exchange("expert rows", gather)
 
 
 def same(left, right) -> bool:
