@@ -68,8 +68,8 @@ def cut_states(
         mesh: this process's place in the mesh.
     """
 
-    def cut(name: str, state: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-        if name not in _BLOCK_STATES and state.dim() < parameter.dim():
+    def cut(name: str, state: torch.Tensor, _: nn.Parameter) -> torch.Tensor:
+        if name not in _BLOCK_STATES and state.dim() < 2:  # not one for each value
             return state
         part = len(state) // mesh.expert_size
         return state[mesh.expert_rank * part : (mesh.expert_rank + 1) * part].clone()
@@ -81,11 +81,12 @@ def check_states(optimizer: Any, checkpoint: Path) -> None:
     """Raise unless every loaded state has the shape of its parameter.
 
     Raises:
-        StageError: one has another shape, which optimizers do not check.
+        StageError: one has another shape, which optimizers do not check; earlier versions kept B
+            of experts in another layout.
     """
     for parameter, states in optimizer.state.items():
         for name, state in states.items():
-            if not isinstance(state, torch.Tensor) or state.dim() < parameter.dim():
+            if not isinstance(state, torch.Tensor) or state.dim() < 2:  # not one for each value
                 continue
             if state.shape != parameter.shape:
                 raise StageError(

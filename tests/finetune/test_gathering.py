@@ -121,6 +121,18 @@ def test_states_of_another_shape_are_refused(tmp_path):
     assert "[4, 1280]" in caught.value.expected and "[8, 1280]" in caught.value.found
 
 
+def test_states_of_an_earlier_layout_are_refused(tmp_path):
+    """B of all experts was a matrix [out, r * experts]."""
+    process = Process(None)
+    process.train(range(1, 2))
+    gathering.check_states(process.optimizer, tmp_path)
+    states = process.optimizer.state[process.model["b"]]
+    states["state1"] = states["state1"].permute(1, 2, 0).flatten(1)
+    with pytest.raises(StageError, match="do not fit the adapters") as caught:
+        gathering.check_states(process.optimizer, tmp_path)
+    assert caught.value.found == "[1280, 8]"
+
+
 def test_experts_whose_values_would_share_a_block_are_refused():
     fits, crosses = nn.Parameter(torch.empty(4, 320)), nn.Parameter(torch.empty(2, 320))
     gathering.check_blocks({"fits": fits})
