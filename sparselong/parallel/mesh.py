@@ -17,7 +17,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-
 MOST_BLOCKS = 8
 """Thread blocks of NCCL's kernels while experts are shared, when every GiB is needed.
 
