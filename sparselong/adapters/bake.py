@@ -23,7 +23,7 @@ from sparselong.adapters.attach import TunedLayer
 from sparselong.adapters.expert_lora import ExpertLora
 from sparselong.adapters.merge import Rounding
 from sparselong.checkpoint import Checkpoint, begin_file, derive, read_header, write_rows
-from sparselong.files import write_atomically
+from sparselong.files import load_json, write_atomically
 from sparselong.processes import world as ranks
 
 _Roundings = dict[str, dict[str, Rounding]]
@@ -137,7 +137,7 @@ def name_adapter(directory: Path, base: str) -> None:
         base: stage 02's name for the checkpoint.
     """
     path = directory / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = load_json(path)
     config["base_model_name_or_path"] = base
     write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     (directory / "README.md").write_text(_README.format(base=base), encoding="utf-8")

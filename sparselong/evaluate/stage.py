@@ -17,6 +17,7 @@ def evaluate(stage: Stage) -> None:
     """Measure the base, compressed and fine-tuned models and write the report."""
     compressed, finetuned = stage.manifests["02_compress"], stage.manifests["03_finetune"]
     files = conversations.prepare(stage.config, stage.run_dir)
+    stage.check_rows(files)
     base_dir = resolve_base(stage.config, stage.run_dir, stage.log)
     check_base(stage, base_dir)
     tokenizer = load_tokenizer(base_dir)

@@ -300,6 +300,7 @@ class SparseLongPlugin(BasePlugin):
             loss = outcome["baked_eval_loss"] = evaluated.metrics["eval_loss"]
             tell(f"experts rounded to MXFP4 again: validation loss is now {loss:.4f}")
         if ranks.is_first():
+            outcome["files"] = self.run.describe_result()
             write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")
         ranks.leave()
 

@@ -43,11 +43,12 @@ from sparselong.finetune.training_run import (
 )
 from sparselong.model import load_tokenizer
 from sparselong.processes import TrainerEnded, find_world, train_together
+from sparselong.provenance import are_rows, refuse_changes
 from sparselong.run import Stage
 
 _BAKED = (
     *("best_checkpoint", "best_step", "best_eval_loss", "steps", "mask_updates", "peak_bytes"),
-    "two_four_conforming",
+    *("two_four_conforming", "files"),
 )
 """Keys of baked.json that every result has."""
 _CALLBACKS = ("MaskUpkeep", "Recomputation", "RouterWatch", "Metrics")
@@ -64,12 +65,13 @@ def finetune(stage: Stage) -> None:
     earlier = stage.run_dir / "02_compress"
     data = encode_files(stage.config, stage.run_dir, load_tokenizer(earlier / "model"))
     stage.note_date(data.date)
+    sources = (data.train.source, data.validation.source)
+    stage.check_rows(sources)
     usable = select_usable(data, stage.config.sequence_len)
     if not (stage.dir / BAKED).exists():
         for sentence in usable.left_out:
             stage.log(sentence)
         _train(stage)
-    sources = (data.train.source, data.validation.source)
     stage.inputs = [earlier / "model", earlier / "masters", *sources]
     _publish(stage)
 
@@ -250,9 +252,11 @@ def _publish(stage: Stage) -> None:
     again = f"remove {stage.dir / BAKED}: the same command then writes the result again"
     baked = read_json(stage.dir / BAKED, again)
     lacking = [key for key in _BAKED if key not in baked]
-    if lacking:
-        found = f"no {', '.join(lacking)}"
+    if lacking or not are_rows(baked["files"]):
+        found = f"no {', '.join(lacking or ['valid files'])}"
         raise StageError(f"{stage.dir / BAKED} is damaged", ", ".join(_BAKED), found, again)
+    refuse_changes(baked["files"], stage.run_dir, stage.name, again)
+    stage.described += baked["files"]
     rows = read_rows(stage.dir / METRICS)
     point_to(stage.dir / "best", f"checkpoints/{baked['best_checkpoint']}", stage.log)
     train = [row for row in rows if "loss" in row]

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from sparselong.processes.follow import follow_or_lead, train_together
     from sparselong.processes.launch import (
         check_alone,
+        check_cores,
         find_world,
         hide_launcher,
         is_joined,
         joined_rank,
+        usable_cores,
     )
     from sparselong.processes.process import MARK
     from sparselong.processes.sharing import (

@@ -39,6 +39,11 @@ TRAINING = [
 ]
 
 
+FOUR_CORES = (
+    "import os, runpy, sys; sys.argv.pop(0); os.sched_getaffinity = lambda _: range(4); "
+    "sys.path[0] = os.path.dirname(sys.argv[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+"""Runs a script as on a machine with four cores; without them it refuses four processes."""
 PERSONS = ("checkpoint-keep-2", "checkpoint-2.bak", "checkpoint-1 (copy)", "best.old")
 """Folders beside the checkpoints that are not training's."""
 
@@ -138,6 +143,7 @@ def split(runs, compressed, tmp_path_factory) -> tuple[Path, str, str]:
     run_dir = tmp_path_factory.mktemp("split") / "run"
     shutil.copytree(straight, run_dir, symlinks=True, ignore=shutil.ignore_patterns("03_finetune"))
     four = command([*arguments, "sequence_parallel_degree=4"], run_dir)
+    four[1:1] = ["-c", FOUR_CORES]
     process = subprocess.Popen(four, stderr=subprocess.PIPE, text=True)
     wait_for_step(process, run_dir, 5, seconds=400)
     victim = [p for p in trainers_of(run_dir) if b"RANK=2" in environment_of(p)]

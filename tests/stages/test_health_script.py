@@ -58,6 +58,15 @@ def test_120b_without_a_gpu_exits_1_and_json_has_everything(tmp_path, capsys):
     assert "cannot run" in (folder / "report.md").read_text()
 
 
+def test_more_processes_than_cores_are_explained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    arguments = [*TINY, "--run-dir", str(tmp_path / "run")]
+    assert script.main([*arguments, "sequence_parallel_degree=64"]) == 1
+    error, _, found, fix = capsys.readouterr().err.splitlines()[-4:]
+    assert error.startswith("error:    ") and "too few cores for 64 processes" in found
+    assert "(2)" in found and "sequence_parallel_degree=2 or less" in fix
+
+
 def test_the_check_is_repeated_every_time(tmp_path):
     arguments = [*TINY, "--run-dir", str(tmp_path / "run")]
     manifest = tmp_path / "run/01_health/manifest.json"
