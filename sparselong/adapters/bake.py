@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from sparselong.adapters.attach import TunedLayer
 from sparselong.adapters.expert_lora import ExpertLora
 from sparselong.checkpoint import Checkpoint, derive, write_tensors
@@ -80,17 +82,17 @@ def bake_checkpoint(compressed: Path, layers: Mapping[str, TunedLayer], target: 
 
 
 def put_baked_experts(baked: Checkpoint, layers: Mapping[str, TunedLayer]) -> None:
-    """Load a trained model's baked experts and disable their adapters.
+    """Load a trained model's baked experts, those that it holds, and disable their adapters.
 
     From then on its losses are those of the baked model.
     """
     for layer in layers.values():
         if not isinstance(layer, ExpertLora):
             continue
-        names = [n for w in layer.adapters() for n in (f"{w}_blocks", f"{w}_scales")]
-        stored = baked.read(f"{layer.name}.{name}" for name in names)
-        for name in names:
-            getattr(layer.packed_experts, name).copy_(stored[f"{layer.name}.{name}"])
+        experts = layer.packed_experts
+        for name in (n for w in layer.adapters() for n in (f"{w}_blocks", f"{w}_scales")):
+            stored = [*baked.read_slices(f"{layer.name}.{name}", experts.held)]
+            getattr(experts, name).copy_(torch.cat(stored))
         layer.enable_adapters(False)
 
 

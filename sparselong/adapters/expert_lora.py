@@ -10,6 +10,9 @@ modules, multiply by A and B without a delta (`kernels/experts/lora.py`), and ke
     lora_A.weight              [experts * r, in], expert by expert
     lora_B.weight              [out, r * experts], one rank's columns for all experts at a time
 
+In memory B is [experts, out, r] (expert_factors.py). Around packed experts of which this process
+holds some, the matrices are those of the held experts, with the values that one process draws.
+
 `name_targets` sets PEFT's config to match, so a saved adapter opens in plain PEFT on transformers'
 gpt-oss in bf16; for its attention layers, see the caveat in bake.py.
 
@@ -30,6 +33,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
+from sparselong.adapters.expert_factors import ExpertA, ExpertB
 from sparselong.adapters.merge import Rounding, merge_adapter
 from sparselong.kernels.dense import sum_weight
 from sparselong.kernels.experts import Adapter, Adapters
@@ -47,7 +51,7 @@ class Merged(NamedTuple):
 
 
 class ExpertLora(nn.Module, LoraLayer):
-    """Adapters of one weight of all experts in a layer, wrapped around the packed experts.
+    """Adapters of one weight of a layer's held experts, wrapped around the packed experts.
 
     Args:
         base_layer: PackedExperts, or another weight's ExpertLora around them.
@@ -88,10 +92,14 @@ class ExpertLora(nn.Module, LoraLayer):
         return 32 * groups, out_features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: Any, config: Any, **_: Any):
-        """Create A (random) and B (zero), each one matrix for all experts; called by PEFT."""
+        """Create A (random) and B (zero) of the held experts; called by PEFT.
+
+        The values of all experts are drawn, as by PEFT, whatever part is held.
+        """
         if config.lora_dropout:
             raise ValueError(f"{self.name}: dropout on expert adapters is not supported")
-        columns = r * self.packed_experts.num_experts
+        held, experts = self.packed_experts.held, self.packed_experts.total
+        columns = r * experts
         width, out = self._get_in_out_features(self.packed_experts)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / r
@@ -100,15 +108,19 @@ class ExpertLora(nn.Module, LoraLayer):
         self.lora_A[adapter_name] = nn.Linear(width, columns, **like)
         self.lora_B[adapter_name] = nn.Linear(columns, out, **like)
         self.reset_lora_parameters(adapter_name, True)
+        for part, kind in ((self.lora_A, ExpertA), (self.lora_B, ExpertB)):
+            matrix: Any = part[adapter_name].weight
+            part[adapter_name] = kind(matrix, held, experts)
         self.set_adapter(self.active_adapters)
 
     def adapter(self) -> Adapter:
-        """Return A [experts, r, in], B [experts, out, r] and s; views of the parameters."""
-        name, experts = self.active_adapters[0], self.packed_experts.num_experts
+        """Return A [experts, r, in], B [experts, out, r] and s; views of the parameters.
+
+        Experts are those that this process holds.
+        """
+        name = self.active_adapters[0]
         a, b = (getattr(self, part)[name].weight for part in ("lora_A", "lora_B"))
-        a = a.view(experts, -1, self.in_features)
-        b = b.view(self.out_features, -1, experts).permute(2, 0, 1)
-        return Adapter(a, b, self.scaling[name])
+        return Adapter(a.view(len(b), -1, self.in_features), b, self.scaling[name])
 
     def adapters(self) -> dict[str, Adapter]:
         """Return this weight's adapter and the inner layer's, by weight name."""
@@ -124,7 +136,10 @@ class ExpertLora(nn.Module, LoraLayer):
         return self.packed_experts(hidden_states, *routing, adapters=adapters)
 
     def merge_packed(self) -> Merged:
-        """Merge all adapters of these experts into new MXFP4 weights; the layer is unchanged."""
+        """Merge all adapters of these experts into new MXFP4 weights; the layer is unchanged.
+
+        The tensors are those of the experts that this process holds.
+        """
         tensors, rounding = {}, {}
         for weight, adapter in self.adapters().items():
             names = (f"{weight}_blocks", f"{weight}_scales")

@@ -49,11 +49,11 @@ class Part(nn.Module):
         """
         expected = range(self.total) if exchange is None else exchange.held(self.total)
         if expected != self.held:
+            runs = "without the setting" if exchange is None else "with another setting"
             raise ValueError(
                 f"{setting}: this model holds {show_rows(self.held)} of {self.total}, but the pass "
-                f"runs {'without the setting' if exchange is None else f'with {exchange}'}, which "
-                f"expects {show_rows(expected)}; allowed: passes inside using({setting}=...) of "
-                "the exchange with which the model was opened"
+                f"runs {runs}, which expects {show_rows(expected)}; allowed: a pass inside "
+                f"using({setting}=...) of the exchange with which the model was opened"
             )
 
 

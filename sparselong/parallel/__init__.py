@@ -21,5 +21,6 @@ if TYPE_CHECKING:
         shift_labels,
     )
     from sparselong.parallel.mesh import Mesh, build_mesh
+    from sparselong.parallel.vocabulary import ReplicatedVocabulary, ShardedVocabulary
 
 __getattr__ = expose(__name__)
