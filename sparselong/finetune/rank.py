@@ -15,12 +15,11 @@ import tempfile
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 import yaml
 
 from sparselong.finetune.training_run import RUN_KEY, TrainingRun
-from sparselong.processes import tell_failures, write_failure
+from sparselong.processes import end_at_once, tell_failures, write_failure
 from sparselong.processes import world as ranks
 
 _RUN = "axolotl.cli.main"
@@ -32,7 +31,7 @@ def main(path: Path) -> None:
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     run = TrainingRun.open(Path(document[RUN_KEY]))
     tell_failures(run.work, rank)
-    _end_at_once()
+    end_at_once()
     ranks.join(run.config.sequence_parallel_degree)
     with ExitStack() as stack:
         if rank > 0:
@@ -42,19 +41,6 @@ def main(path: Path) -> None:
             path.write_text(yaml.safe_dump(document), encoding="utf-8")
         stack.enter_context(ranks.watched(partial(write_failure, run.work, rank)))
         _train(path)
-
-
-def _end_at_once() -> None:
-    """Install an excepthook that exits at once, so that backend threads cannot delay the exit."""
-    tell = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        tell(kind, error, trace)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-    sys.excepthook = hook
 
 
 def _train(path: Path) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sparselong.memory.limits import check_model
     from sparselong.memory.plan import Plan, make_plan, plan_stage
     from sparselong.memory.shape import PUBLISHED, check_heads, find_config, find_shape
+    from sparselong.memory.stages import evaluation_memory
     from sparselong.memory.table import (
         WIDTH,
         format_bytes,

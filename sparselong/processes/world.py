@@ -35,13 +35,16 @@ _mesh: Mesh | None = None
 _watch = ExitStack()
 
 
-def join(context_size: int, exchange_seconds: float = EXCHANGE_SECONDS) -> Mesh:
+def join(
+    context_size: int, exchange_seconds: float = EXCHANGE_SECONDS, *, expert_size: int = 1
+) -> Mesh:
     """Join the other ranks, named by torchrun's environment variables, and remove the variables.
 
     Args:
         context_size: number of ranks that share a sequence.
         exchange_seconds: timeout of an exchange. The backend's own timeout is twice as long,
             because its error would name no rank.
+        expert_size: number of ranks that share experts and vocabulary.
 
     Returns:
         This process's place in the mesh.
@@ -50,7 +53,8 @@ def join(context_size: int, exchange_seconds: float = EXCHANGE_SECONDS) -> Mesh:
     # Small CPU tensors are sent over gloo even on machines with GPUs.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
-    _mesh = build_mesh(context_size, timedelta(seconds=2 * exchange_seconds))
+    timeout = timedelta(seconds=2 * exchange_seconds)
+    _mesh = build_mesh(context_size, timeout, expert_size=expert_size)
     hide_launcher()
     return _mesh
 
