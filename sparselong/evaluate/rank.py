@@ -27,7 +27,13 @@ from sparselong.evaluate.work import Work, scores_path
 from sparselong.files import write_atomically
 from sparselong.model import implementation, load_model
 from sparselong.parallel import Mesh, shard_model
-from sparselong.processes import MARK, end_at_once, tell_failures, write_failure
+from sparselong.processes import (
+    MARK,
+    decide_evaluation_sharing,
+    end_at_once,
+    tell_failures,
+    write_failure,
+)
 from sparselong.processes import world as ranks
 from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.runtime import using
@@ -40,7 +46,12 @@ def main(path: Path) -> None:
     end_at_once()
     work = Work.read(path)
     config = load(Path(work.run_dir) / "config.yaml")
-    mesh = ranks.join(1, expert_size=work.expert_size)
+    ranks.connect()
+    mesh = ranks.join(1, decide_evaluation_sharing(config))
+    if ranks.is_first():
+        shared = mesh.expert_size > 1
+        how = f"{mesh.expert_size} share experts and vocabulary" * shared or "each holds all"
+        print(f"{MARK}{mesh.data_size} processes: {how}", flush=True)
     for name, directory, _ in work.models:
         try:
             result = _measure(name, Path(directory), work, config, mesh, folder)

@@ -11,23 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparselong.errors import StageError
 from sparselong.evaluate import harness, models
 from sparselong.evaluate.work import WORK, Work, rank_arguments, scores_path
 from sparselong.files import load_json, read_json
-from sparselong.memory import (
-    decide_evaluation_parallel,
-    evaluation_memory,
-    find_shape,
-    format_bytes,
-)
 from sparselong.processes import World, train_together
 from sparselong.run import Stage
-
-_MARGIN = 1.05
-"""Factor by which a predicted peak may exceed a GPU's memory before it is refused."""
 
 
 def measure(
@@ -64,10 +53,8 @@ def _measure(
     measurements: models.Measurements,
 ) -> dict[str, dict[str, Any]]:
     positions = read_json(marks[0][1] / "config.json")["max_position_embeddings"]
-    shared = choose_expert_size(stage, world)
     work = Work(
         str(stage.run_dir.resolve()),
-        shared,
         [(name, str(path.resolve()), mark) for name, path, mark in marks],
         harness.list_requests(measurements.suite, positions),
         [(sample.input_ids, sample.supervised) for sample in measurements.samples],
@@ -100,10 +87,7 @@ def _measure(
 
 
 def _run_ranks(stage: Stage, world: World, work: Work, todo: list[tuple[str, str, str]]) -> None:
-    how = "each holds whole models"
-    if work.expert_size > 1:
-        how = f"{work.expert_size} share experts and vocabulary"
-    stage.log(f"measuring in {world.size} processes: {how}")
+    stage.log(f"measuring in {world.size} processes")
     Work(**{**vars(work), "models": todo}).write(stage.dir / WORK)
     train_together(stage, rank_arguments(stage), world)
 
@@ -115,28 +99,3 @@ def _find_scores(stage: Stage, work: Work, name: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if found.get("digest") == work.digest(name) else None
-
-
-def choose_expert_size(stage: Stage, world: World) -> int:
-    """Return how many processes share a copy of experts and vocabulary; 1: each holds all.
-
-    Raises:
-        StageError: the base, the largest of the models, does not fit the GPUs even if shared.
-    """
-    config, shape = stage.config, find_shape(stage.config.model)
-    gpus = torch.cuda.device_count()
-    if not gpus:
-        return 1 if config.expert_parallel_degree == "auto" else config.expert_parallel_degree
-    # Their size rather than what is free, which only a process with a context on each can ask.
-    budget = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(gpus))
-    shared = decide_evaluation_parallel(shape, config, world.here, budget, "cuda")
-    peak = sum(evaluation_memory(shape, config, "cuda", shared).values())
-    if peak > budget * _MARGIN:
-        raise StageError(
-            f"evaluating {config.model.base} does not fit in memory",
-            f"at most {format_bytes(budget)} on each GPU",
-            f"{format_bytes(peak)} by the plan, with experts and vocabulary shared by {shared} of "
-            f"{world.size} processes: {format_bytes(peak - budget)} short",
-            "lower evaluation.batch_size, or use more or larger GPUs",
-        )
-    return shared

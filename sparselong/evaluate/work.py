@@ -31,14 +31,12 @@ class Work:
 
     Attributes:
         run_dir: the run's directory; its config.yaml has the settings.
-        expert_size: number of processes that share a copy of experts and vocabulary.
         models: name, directory and fingerprint of each model.
         requests: those of all tasks.
         samples: tokens of each conversation, and which of them are supervised.
     """
 
     run_dir: str
-    expert_size: int
     models: list[tuple[str, str, str]]
     requests: list[Request]
     samples: list[tuple[list[int], list[bool]]]

@@ -14,9 +14,11 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.memory.base_config import check_token_ids, read_base_config
     from sparselong.memory.fit import (
+        MARGIN,
         check_fit,
         decide_evaluation_parallel,
         decide_expert_parallel,
+        decided_memory,
         is_kept,
         kept_peaks,
         suggest_changes,

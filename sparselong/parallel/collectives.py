@@ -196,9 +196,12 @@ def explain_exchange(tag: str, call: Callable[[], Any]) -> Any:
 
     Raises:
         ExchangeError: a rank is gone, or did not take part in time.
+        torch.OutOfMemoryError: this rank has no memory for the exchange.
     """
     try:
         return call()
+    except torch.OutOfMemoryError:  # this rank's own failure, not one of the exchange
+        raise
     except RuntimeError as error:  # torch.distributed raises this for every backend failure
         first = str(error).strip().split("\n")[0]
         raise ExchangeError(

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         TrainerEnded,
         end_at_once,
         tell_failures,
+        telling_memory,
         write_failure,
     )
     from sparselong.processes.follow import follow_or_lead, train_together
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
         local_rank,
     )
     from sparselong.processes.process import MARK
+    from sparselong.processes.sharing import (
+        Sharing,
+        available_bytes,
+        decide_evaluation_sharing,
+        decide_sharing,
+        decided_sharing,
+    )
     from sparselong.processes.world import check_replicas
 
 __getattr__ = expose(__name__)

@@ -1,6 +1,4 @@
-"""Arguments of one expert pass: the routed tokens, the weights and settings applied to them, and
-the tensors that receive gradients.
-"""
+"""Arguments of one expert pass: routed tokens, weights and settings, and gradients to fill."""
 
 from __future__ import annotations
 

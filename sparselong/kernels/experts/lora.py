@@ -70,9 +70,7 @@ class Adapter(NamedTuple):
         return Adapter(a, b, self.scaling)
 
     def make_sums(self) -> Adapter:
-        """Return zeros of the factors' shapes, to accumulate their gradients: fp32, or fp64 as they
-        are.
-        """
+        """Return zeros to accumulate the factors' gradients: fp32, or fp64 for factors in fp64."""
         a, b = (
             torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
             for tensor in (self.a, self.b)

@@ -170,7 +170,7 @@ class _ExpertPass(torch.autograd.Function):
             ctx.kept = made if keeps else []
         else:
             ((gate_up, routing),) = made
-            ctx.save_for_backward(None, indices, weights, gate_up, *routing)
+            ctx.save_for_backward(None, indices, weights, gate_up, *routing.tensors)
         return out
 
     @staticmethod

@@ -27,7 +27,7 @@ def sum_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
     if not parts.is_contiguous() or not out.is_contiguous():
         raise ValueError("parts, out: strided; allowed: contiguous")
     if out.device.type == "cuda" and out.dtype != torch.float64:
-        from sparselong.kernels.experts.routing import add_parts
+        from sparselong.kernels.experts.triton_parts import add_parts
 
         add_parts(parts, out)
         return
