@@ -170,7 +170,7 @@ def _explain(
     own = [pair for pair in failures if pair[1] is None or not pair[1].consequence]
     trainer, failure = (own or failures)[0]
     if failure is None:
-        who = f"rank {trainer.rank} of the trainer" if several else "the trainer"
+        who = f"rank {trainer.rank} of {stage.name}" if several else "the trainer"
         return TrainerEnded(
             f"{who} ended with {_name(trainer.process.returncode)}",
             "exit code 0",

@@ -126,7 +126,7 @@ def failure_code(stage: Stage, what: str, consequence: bool = False) -> str:
 def test_a_killed_rank_is_named_and_the_others_are_stopped(stage):
     code = f"# {stage.dir}\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(120)"
     failure = run_ranks(stage, code)
-    assert failure.what == "rank 1 of the trainer ended with signal SIGKILL"
+    assert failure.what == "rank 1 of 03_finetune ended with signal SIGKILL"
     assert "log.rank1.txt" in failure.fix
 
 
