@@ -161,9 +161,8 @@ def prepare(
     args: argparse.Namespace, mesh: Any
 ) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
     """Return a function that makes a step, and the bytes of what is resident, by component."""
-    from sparselong.adapters.expert_factors import sharded_parameters
-
     from benchmarks.shape_20b import adapt, build_packed, config_of
+    from sparselong.adapters.expert_factors import sharded_parameters
     from sparselong.memory import Kept
     from sparselong.parallel.apply import shard_model
     from sparselong.runtime.settings import using

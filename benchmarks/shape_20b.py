@@ -18,7 +18,6 @@ from sparselong.memory import Kept
 from sparselong.model.fused import chunk_loss, fuse
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.quantizer import replace_with_packed
-from sparselong.model.vocabulary import divide_vocabulary
 from sparselong.packing import dense, integer
 from sparselong.packing.dense import DenseFormat
 from sparselong.runtime.recompute import checkpoint_contexts
@@ -116,7 +115,6 @@ def build_packed(config: GptOssConfig, arm: str, attention: str = "sparselong"):
             config, dtype=torch.bfloat16, attn_implementation=attention
         )
         replace_with_packed(model, COMPRESSED if arm in SPARSE else PUBLISHED)
-        divide_vocabulary(model)
         model.bfloat16()
     model.to_empty(device="cuda")
     with torch.no_grad(), torch.device("cuda"):

@@ -56,7 +56,18 @@ def describe_files(
     return rows
 
 
-def refuse_changes(rows: Iterable[Mapping[str, Any]], run_dir: Path, stage: str) -> None:
+def are_rows(value: object) -> bool:
+    """Return whether a value read from a file has the shape of rows of `describe_files`."""
+    kinds = {"path": str, "bytes": int, "sha256": str}
+    return isinstance(value, list) and all(
+        isinstance(row, dict) and all(isinstance(row.get(k), kind) for k, kind in kinds.items())
+        for row in value
+    )
+
+
+def refuse_changes(
+    rows: Iterable[Mapping[str, Any]], run_dir: Path, stage: str, fix: str | None = None
+) -> None:
     """Raise if a file is no longer the one that a stage recorded.
 
     A file whose size and time are as recorded is not read. One that was only touched or copied
@@ -66,10 +77,12 @@ def refuse_changes(rows: Iterable[Mapping[str, Any]], run_dir: Path, stage: str)
         rows: rows of `describe_files`.
         run_dir: directory to which their relative paths refer.
         stage: the stage that recorded them.
+        fix: what to do if the file cannot be restored; None: redo the stages from that one on.
 
     Raises:
         StageError: a file was changed or removed since.
     """
+    redo = fix or f"redo the stages from {stage} on: python {stage}.py --force"
     for row in rows:
         path = run_dir / row["path"]
         found = find_change(path, row)
@@ -78,7 +91,7 @@ def refuse_changes(rows: Iterable[Mapping[str, Any]], run_dir: Path, stage: str)
                 f"{path} has changed since {stage} recorded it",
                 f"{row['bytes']} bytes with sha256 {row['sha256']}",
                 found,
-                f"restore this file, or redo the stages from {stage} on: python {stage}.py --force",
+                f"restore this file, or {redo}",
             )
 
 

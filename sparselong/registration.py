@@ -30,6 +30,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sparselong.errors import StageError
+
 _TRIGGER = "transformers.modeling_utils"
 
 _ENVIRONMENT = {
@@ -84,16 +86,36 @@ def set_environment() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
+class OutputError(StageError):
+    """What a stage prints cannot be written."""
+
+
 class _Stream(io.FileIO):
-    """Output that is dropped once nobody reads it: a closed pipe, or a terminal that is gone."""
+    """Output that is dropped once nobody reads it: a closed pipe, or a terminal that is gone.
+
+    Any other failure is raised once, and what follows is dropped: Python would otherwise try to
+    write its buffer again when it ends.
+    """
+
+    label = ""
+    failed = False
 
     def write(self, data: Any) -> int:
+        if self.failed:
+            return len(data)
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            return len(data)
+            self.failed = True
+            if error.errno in (errno.EPIPE, errno.EIO):
+                return len(data)
+            raise OutputError(
+                f"{self.label} cannot be written",
+                f"a terminal, a pipe, or a file with space left, as {self.label}",
+                error.strerror or str(error),
+                f"free some space where {self.label} goes, or send it elsewhere; then run the same "
+                "command again",
+            ) from error
 
 
 def set_streams() -> None:
@@ -113,6 +135,7 @@ def set_streams() -> None:
         elif type(stream) is io.TextIOWrapper:
             stream.flush()
             raw: Any = _Stream(stream.fileno(), "wb", closefd=False)
+            raw.label = name
             unbuffered = isinstance(stream.buffer, io.RawIOBase)  # python -u
             made = io.TextIOWrapper(
                 raw if unbuffered else io.BufferedWriter(raw),

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
-from sparselong.adapters.expert_factors import count_whole
+from sparselong.adapters.expert_factors import count_whole, keep_dtypes
 from sparselong.adapters.expert_lora import ExpertLora, RouterLora, add_expert_lora, name_targets
 from sparselong.adapters.lora import MaskedLoraLinear
 from sparselong.checkpoint import read_header
@@ -39,6 +39,9 @@ class ExtraAdapters:
     expert_r: int | None = None
     """Rank of each expert's adapter."""
     router: bool = False
+    expert_dtype: torch.dtype = torch.float32
+    """In which the experts' adapters are trained. Gradients are summed in fp32 and rounded to it;
+    updates smaller than its precision are lost."""
 
     @property
     def modules(self) -> dict[str, type[nn.Module]]:
@@ -132,6 +135,7 @@ def add_masked_lora(
     config._register_custom_module(_layer_builders(config, master_of, extra))  # type: ignore[arg-type]
     set_seed(seed)
     tuned: Any = get_peft_model(model, config)
+    keep_dtypes(tuned)
     name_targets(config, extra.expert_targets, extra.expert_r or 0, extra.router)
     return tuned, config
 
@@ -153,6 +157,7 @@ def _layer_builders(
         return add_expert_lora(
             target, adapter_name, config, weights=extra.expert_targets,
             name=arguments["target_name"], r=extra.expert_r or 0, lora_alpha=alpha,
+            dtype=extra.expert_dtype,
         )  # fmt: skip
 
     return {

@@ -5,14 +5,15 @@ Only the dense layers are rewritten; every other tensor comes from stage 02, har
 system allows. The codes equal those of the last forward pass: both come from
 `MaskedLoraLinear.codes` on the training device. The same holds for the weight of a router with an
 adapter. Experts with adapters are the exception: their sum is rounded to MXFP4 here, and `Baked`
-reports the rounding loss.
+reports the rounding loss. If several processes share them, each rounds those that it holds, a layer
+at a time, and writes them to their place in the layer's file; they are never gathered.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +21,13 @@ import torch
 
 from sparselong.adapters.attach import TunedLayer
 from sparselong.adapters.expert_lora import ExpertLora
-from sparselong.checkpoint import Checkpoint, derive, write_tensors
-from sparselong.files import write_atomically
+from sparselong.adapters.merge import Rounding
+from sparselong.checkpoint import Checkpoint, begin_file, derive, read_header, write_rows
+from sparselong.files import load_json, write_atomically
+from sparselong.processes import world as ranks
+
+_Roundings = dict[str, dict[str, Rounding]]
+"""Rounding by experts module and weight."""
 
 _README = """# Adapter of {base}
 
@@ -46,39 +52,64 @@ class Baked(NamedTuple):
 
 
 def bake_checkpoint(compressed: Path, layers: Mapping[str, TunedLayer], target: Path) -> Baked:
-    """Write the compressed checkpoint with the trained layers in place of stage 02's.
+    """Write the compressed checkpoint with the trained layers in place of stage 02's; collective.
 
     Args:
         compressed: stage 02's `model/`.
         layers: the model's layers with adapters, in the state to store.
         target: directory, created atomically; an existing one is replaced.
     """
-    source = Checkpoint(compressed)
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    by_file: dict[str, list[TunedLayer]] = {}
+    files: dict[Path, list[TunedLayer]] = {}
     for name, layer in layers.items():
         index = int(name.split(".layers.")[1].split(".")[0])
-        by_file.setdefault(f"tuned-{index:05d}.safetensors", []).append(layer)
-    replaced: set[str] = set()
-    rounding: dict[str, dict[str, dict[str, float]]] = {}
-    for file, group in by_file.items():
-        tensors = {}
+        files.setdefault(partial / f"tuned-{index:05d}.safetensors", []).append(layer)
+    if ranks.is_first():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for path, group in files.items():
+            _begin(path, group)
+    ranks.wait_for_all()
+    parts = ranks.collect(_write_experts(files) if ranks.holds_first_replica() else {})
+    if ranks.is_first():
+        source = Checkpoint(compressed)
+        replaced = {name for path in files for name in read_header(path)}
+        derive(source, partial, replaced, files, source.config["quantization_config"])
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    ranks.wait_for_all()
+    return Baked(Checkpoint(target), _summarize(parts))
+
+
+def _begin(path: Path, group: Iterable[TunedLayer]) -> None:
+    """Write a layer's file, in which only the data of its experts is missing."""
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in group:
+        tensors |= layer.merged_shapes() if isinstance(layer, ExpertLora) else layer.packed()
+    begin_file(path, tensors)
+
+
+def _write_experts(files: Mapping[Path, list[TunedLayer]]) -> _Roundings:
+    """Merge and write this process's experts; return their rounding by module and weight."""
+    rounding: _Roundings = {}
+    for path, group in files.items():
         for layer in group:
             if isinstance(layer, ExpertLora):
-                merged, lost = layer.merge_packed()
-                rounding[layer.name] = {weight: one.summarize() for weight, one in lost.items()}
-                tensors |= merged
-            else:
-                tensors |= layer.packed()
-        write_tensors(partial / file, tensors)
-        replaced |= set(tensors)
-    quantization = source.config["quantization_config"]
-    derive(source, partial, replaced, [partial / file for file in by_file], quantization)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    return Baked(Checkpoint(target), rounding)
+                tensors, rounding[layer.name] = layer.merge_packed()
+                for name, tensor in tensors.items():
+                    write_rows(path, name, tensor, layer.packed_experts.held.start)
+    return rounding
+
+
+def _summarize(parts: Iterable[_Roundings]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the rounding loss of all processes' experts."""
+    total: _Roundings = {}
+    for part in parts:
+        for name, weights in part.items():
+            sums = total.setdefault(name, {})
+            for weight, one in weights.items():
+                sums[weight] = sums.get(weight, Rounding()) + one
+    return {name: {w: one.summarize() for w, one in sums.items()} for name, sums in total.items()}
 
 
 def put_baked_experts(baked: Checkpoint, layers: Mapping[str, TunedLayer]) -> None:
@@ -106,7 +137,7 @@ def name_adapter(directory: Path, base: str) -> None:
         base: stage 02's name for the checkpoint.
     """
     path = directory / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = load_json(path)
     config["base_model_name_or_path"] = base
     write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     (directory / "README.md").write_text(_README.format(base=base), encoding="utf-8")

@@ -25,11 +25,19 @@ class ExpertFactor(Part):
         whole: the matrix of all experts, in PEFT's layout.
         held: the experts that this process holds.
         total: the layer's number of experts.
+        dtype: in which the weight is trained.
     """
 
-    def __init__(self, whole: torch.Tensor, held: range, total: int):
+    def __init__(
+        self,
+        whole: torch.Tensor,
+        held: range,
+        total: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__(held, total)
-        self.weight = nn.Parameter(self._take(whole.detach(), total, held).clone())
+        self.dtype = dtype
+        self.weight = nn.Parameter(self._take(whole.detach(), total, held).to(dtype, copy=True))
 
     def _take(self, matrix: torch.Tensor, experts: int, wanted: range) -> torch.Tensor:
         """Return the weight of the wanted experts, from a matrix of `experts` in PEFT's layout."""
@@ -81,6 +89,13 @@ class ExpertB(ExpertFactor):
     def to_peft(self, weight: torch.Tensor) -> torch.Tensor:
         """[experts, out, r] → [out, r * experts]."""
         return weight.permute(1, 2, 0).flatten(1)
+
+
+def keep_dtypes(model: nn.Module) -> None:
+    """Give the matrices of experts their dtype again, which PEFT changes to fp32 when it loads."""
+    for module in model.modules():
+        if isinstance(module, ExpertFactor):
+            module.weight.data = module.weight.data.to(module.dtype)
 
 
 def _sharded_factors(model: nn.Module) -> dict[str, ExpertFactor]:

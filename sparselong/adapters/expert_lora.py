@@ -61,6 +61,7 @@ class ExpertLora(nn.Module, LoraLayer):
         name: name of the experts in the model.
         r: rank.
         lora_alpha: sets the scale, s = lora_alpha / r.
+        dtype: in which A and B are trained.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class ExpertLora(nn.Module, LoraLayer):
         name: str,
         r: int,
         lora_alpha: float,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.weight_name, self.name = weight_name, name
+        self.weight_name, self.name, self.dtype = weight_name, name, dtype
         LoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
@@ -110,7 +112,7 @@ class ExpertLora(nn.Module, LoraLayer):
         self.reset_lora_parameters(adapter_name, True)
         for part, kind in ((self.lora_A, ExpertA), (self.lora_B, ExpertB)):
             matrix: Any = part[adapter_name].weight
-            part[adapter_name] = kind(matrix, held, experts)
+            part[adapter_name] = kind(matrix, held, experts, self.dtype)
         self.set_adapter(self.active_adapters)
 
     def adapter(self) -> Adapter:
@@ -147,6 +149,15 @@ class ExpertLora(nn.Module, LoraLayer):
             *merged, rounding[weight] = merge_adapter(blocks, scales, adapter)
             tensors |= {f"{self.name}.{n}": t for n, t in zip(names, merged, strict=True)}
         return Merged(tensors, rounding)
+
+    def merged_shapes(self) -> dict[str, torch.Tensor]:
+        """Return what `merge_packed` makes, of all the layer's experts, on the meta device."""
+        experts, found = self.packed_experts, {}
+        for name in (n for w in self.adapters() for n in (f"{w}_blocks", f"{w}_scales")):
+            held: torch.Tensor = getattr(experts, name)
+            whole = held.new_empty((experts.total, *held.shape[1:]), device="meta")
+            found[f"{self.name}.{name}"] = whole
+        return found
 
 
 class _Round(torch.autograd.Function):
@@ -231,6 +242,7 @@ def add_expert_lora(
     name: str,
     r: int,
     lora_alpha: float,
+    dtype: torch.dtype = torch.float32,
 ) -> ExpertLora:
     """Wrap PackedExperts in one ExpertLora per weight, nested as PEFT nests its wrappers."""
     for weight in EXPERT_WEIGHTS:
@@ -243,6 +255,7 @@ def add_expert_lora(
                 name=name,
                 r=r,
                 lora_alpha=lora_alpha,
+                dtype=dtype,
             )
     assert isinstance(experts, ExpertLora)
     return experts

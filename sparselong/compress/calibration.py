@@ -8,6 +8,7 @@ interrupted run resumes with identical values.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 
@@ -68,8 +69,10 @@ class HiddenStates:
     def _load(self) -> tuple[int, torch.Tensor]:
         try:
             saved = load_file(self.path)
+            if not torch.equal(_hash(saved["states"]), saved["sha256"]):
+                raise ValueError("states with another sha256")
             return int(saved["layers_done"]), saved["states"]
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise StageError(
                 f"{self.path} is damaged",
                 "the states of the calibration sequences, as this stage saved them",
@@ -80,6 +83,11 @@ class HiddenStates:
     def save(self, layers_done: int) -> None:
         """Save the current states atomically as those after `layers_done` layers."""
         self.layers_done = layers_done
-        write_tensors(
-            self.path, {"states": self.states, "layers_done": torch.tensor(self.layers_done)}
-        )
+        saved = {"states": self.states, "sha256": _hash(self.states)}
+        write_tensors(self.path, {**saved, "layers_done": torch.tensor(self.layers_done)})
+
+
+def _hash(states: torch.Tensor) -> torch.Tensor:
+    """Return the sha256 of the states' bytes, uint8 [32]."""
+    raw = states.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return torch.tensor(list(hashlib.sha256(raw).digest()), dtype=torch.uint8)

@@ -7,7 +7,8 @@ layers after it to the same bytes.
 
     02_compress/model.partial/     grows; renamed to model/ when complete
     02_compress/masters/           dense bf16 masters by layer, for stage 03
-    02_compress/work/              states (removed at the end) and per-layer records
+    02_compress/work/              states (removed at the end), per-layer records with the hashes of
+                                   the layer's files, model.json with those of the whole model
     02_compress/base.json          sizes, times and hashes of the base's files
 """
 
@@ -31,6 +32,7 @@ from sparselong.checkpoint import (
     write_tensors,
 )
 from sparselong.compress.calibration import HiddenStates, calibration_tokens
+from sparselong.compress.finished import check_finished, describe_finished
 from sparselong.compress.layer import CalibratedLayer
 from sparselong.compress.report import measure
 from sparselong.config import Config
@@ -38,14 +40,19 @@ from sparselong.data import conversations
 from sparselong.errors import StageError
 from sparselong.files import point_to, read_json, write_atomically
 from sparselong.model import SparseLongConfig, implementation, settle_template
-from sparselong.provenance import describe_files, read_peaks, reset_peaks
+from sparselong.provenance import are_rows, describe_files, read_peaks, reset_peaks
 from sparselong.run import Stage
 from sparselong.runtime import compute_dtype, default_device, using
 from sparselong.tiny import Inputs, open_inputs
 
 DENSE_FILE = "dense-{:05d}.safetensors"
 MASTER_FILE = "layer-{:05d}.safetensors"
-BASE_RECORD = "base.json"
+LAYER_RECORD = "layer-{:05d}.json"
+BASE_RECORD, MODEL_RECORD = "base.json", "model.json"
+_RECORDED = ("calibration_sequences", "relative_error", "peak_bytes", "stored", "masters")
+"""Keys of a layer's record."""
+_ROWS = ("files", "stored", "masters")
+"""Keys that hold rows of `describe_files`, in any record."""
 
 
 def checkpoint_name(config: Config) -> str:
@@ -78,6 +85,8 @@ def compress(stage: Stage) -> None:
         with using(attention_backend=backend, deterministic=deterministic):
             _compress_layers(stage, inputs, device)
         _complete(stage, inputs)
+    rows = _read_own(stage.dir / "work" / MODEL_RECORD, "files")["files"]
+    check_finished(stage, model, rows)  # before it is opened
     _publish(stage, base, Checkpoint(model))
 
 
@@ -104,24 +113,28 @@ def record_base(stage: Stage, base: Checkpoint) -> None:
     """
     path = stage.dir / BASE_RECORD
     if path.exists():
-        stage.described = _read_own(path, "files")["files"]
-        check_recorded(base.inventory, stage.described, stage.name)
+        rows = _read_own(path, "files")["files"]
+        check_recorded(base.inventory, rows, stage.name)
+        stage.described += rows
         return
     paths = base.inventory.paths
     size = sum(path.stat().st_size for path in paths)
     stage.log(f"hashing the base checkpoint ({len(paths)} files, {size / 1e9:.1f} GB)")
-    stage.described = describe_files(paths, stage.run_dir)
-    write_atomically(path, json.dumps({"files": stage.described}, indent=1) + "\n")
+    rows = describe_files(paths, stage.run_dir)
+    write_atomically(path, json.dumps({"files": rows}, indent=1) + "\n")
+    stage.described += rows
 
 
 def _read_own(path: Path, *keys: str) -> dict[str, Any]:
     """Return the JSON object with these keys that this stage wrote."""
     again = "restore the file, or redo the stage: python 02_compress.py --force"
     document = read_json(path, again)
-    lacking = [key for key in keys if key not in document]
+    lacking = [
+        key for key in keys if key not in document or (key in _ROWS and not are_rows(document[key]))
+    ]
     if lacking:
         raise StageError(
-            f"{path} is damaged", f"{', '.join(keys)}", f"no {', '.join(lacking)}", again
+            f"{path} is damaged", f"{', '.join(keys)}", f"no valid {', '.join(lacking)}", again
         )
     return document
 
@@ -141,9 +154,18 @@ def _compress_layers(stage: Stage, inputs: Inputs, device: torch.device) -> None
         f"{tokens.shape[0]} calibration sequences of {tokens.shape[1]} tokens on {device}; "
         f"{states.layers_done} of {architecture.num_hidden_layers} layers already done"
     )
+    _check_layers(stage, states.layers_done)
     for index in range(states.layers_done, architecture.num_hidden_layers):
         _compress_layer(stage, base, architecture, index, states, device)
         states.save(index + 1)
+
+
+def _check_layers(stage: Stage, count: int) -> None:
+    """Raise if a file of the first `count` layers has changed since its layer was finished."""
+    for index in range(count):
+        record = _read_own(stage.dir / "work" / LAYER_RECORD.format(index), *_RECORDED)
+        check_finished(stage, stage.dir / "model.partial", record["stored"])
+        check_finished(stage, stage.dir / "masters", record["masters"])
 
 
 def _quantization(config: Config) -> SparseLongConfig:
@@ -171,16 +193,20 @@ def _compress_layer(
     del tensors
     fmt = _quantization(stage.config).dense_format
     record: dict[str, Any] = {"calibration_sequences": len(states.states), "relative_error": {}}
+    dense_file = stage.dir / "model.partial" / DENSE_FILE.format(index)
+    master_file = stage.dir / "masters" / MASTER_FILE.format(index)
     if fmt.is_sparse or fmt.is_quantized:
         made = layer.compress(states.states, fmt, stage.config.calibration.dampening, stage.log)
         stored |= made.stored
         record["relative_error"] = made.relative_error
-        write_tensors(stage.dir / "masters" / MASTER_FILE.format(index), made.masters)
+        write_tensors(master_file, made.masters)
     if stored:
-        write_tensors(stage.dir / "model.partial" / DENSE_FILE.format(index), stored)
+        write_tensors(dense_file, stored)
+    record["stored"] = describe_finished(stage, dense_file.parent, [dense_file])
+    record["masters"] = describe_finished(stage, master_file.parent, [master_file])
     states.states = layer.run(states.states)
     record["peak_bytes"] = read_peaks()
-    write_atomically(stage.dir / "work" / f"layer-{index:05d}.json", json.dumps(record))
+    write_atomically(stage.dir / "work" / LAYER_RECORD.format(index), json.dumps(record))
 
 
 def _drop_half_of_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -209,6 +235,9 @@ def _complete(stage: Stage, inputs: Inputs) -> None:
     partial = stage.dir / "model.partial"
     derive(base, partial, dropped, sorted(partial.glob("dense-*")), quantization.to_dict())
     settle_template(tokenizer, partial)
+    _check_layers(stage, architecture.num_hidden_layers)
+    rows = describe_finished(stage, partial, [partial])
+    write_atomically(stage.dir / "work" / MODEL_RECORD, json.dumps({"files": rows}, indent=1))
     partial.rename(stage.dir / "model")
 
 
@@ -217,8 +246,9 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     record_base(stage, base)  # the base must not have changed meanwhile
     point_to(stage.dir / checkpoint_name(stage.config), "model", stage.log)
     paths = sorted((stage.dir / "work").glob("layer-*.json"))
-    keys = ("calibration_sequences", "relative_error", "peak_bytes")
-    records = [_read_own(path, *keys) for path in paths]
+    records = [_read_own(path, *_RECORDED) for path in paths]
+    for record in records:
+        check_finished(stage, stage.dir / "masters", record["masters"])
     for peaks in [read_peaks(), *(record["peak_bytes"] for record in records)]:
         for device, peak in peaks.items():
             stage.peak_bytes[device] = max(peak, stage.peak_bytes.get(device, 0))
@@ -230,6 +260,6 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
         "peak_host_bytes": stage.peak_bytes["host"],
         "peak_device_bytes": {k: v for k, v in stage.peak_bytes.items() if k != "host"},
     }
-    stage.inputs = [*base.inventory.paths, conversations.prepare(stage.config, stage.run_dir).train]
+    stage.inputs = [*base.inventory.paths, *conversations.prepare(stage.config, stage.run_dir)]
     stage.outputs = [model.directory, stage.dir / "masters"]
     (stage.dir / "work" / "states.safetensors").unlink(missing_ok=True)

@@ -131,7 +131,8 @@ class LoraSection(Section):
     alpha / expert_r."""
     expert_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the experts' adapters. `bfloat16` halves the memory of the adapters and of their
-    gradients, but updates smaller than 1/256 of a weight are lost."""
+    gradients, but updates smaller than 1/512 of a weight are lost. The moments of AdamW are then
+    bfloat16 too, and lose changes as small; `adamw_bnb_8bit` has its own format."""
     router: bool = False
     """Whether each layer's router also gets an adapter of rank r."""
 
@@ -185,7 +186,8 @@ class TrainingSection(Section):
     keep_experts: Annotated[Literal["auto", "always", "never"], Incidental()] = "auto"
     """Whether checkpointed layers keep the experts' gate_up output, so that the backward pass does
     not recompute it: 45 KiB per token and layer (20b at 4,096 tokens per GPU: 4.2 GiB). `auto`
-    decides as for `keep_attention`, which comes first because it saves more time per byte."""
+    decides as for `keep_attention`, which comes first because it saves more time per byte. Nothing
+    is kept if processes share the experts; `always` therefore lets none share under `auto`."""
     offload_checkpoints: Annotated[bool, Incidental()] = False
     """Keep the inputs of checkpointed layers in pinned host memory, for contexts that would not
     otherwise fit."""

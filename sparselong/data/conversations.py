@@ -25,7 +25,14 @@ from typing import Any, NamedTuple
 from sparselong.config import Config
 from sparselong.data.hub import explain_hub_failures
 from sparselong.data.lines import empty, read_lines
-from sparselong.data.rows import Conversation, Remarks, check_row, locate, read_rows
+from sparselong.data.rows import (
+    Conversation,
+    Remarks,
+    check_row,
+    is_prepared,
+    locate,
+    read_rows,
+)
 from sparselong.data.tokens import count_dropped_thinking, tokenize
 from sparselong.errors import StageError
 from sparselong.files import is_local, load_json, write_atomically
@@ -76,6 +83,8 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
             _refuse_changed(record, folder)
             if record.get("format") == _FORMAT:
                 return files
+    else:  # a kill may have left prepared files without their record
+        _refuse_foreign(files)
     record_path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     sources = [source for source in (config.data.train, config.data.validation) if source]
@@ -208,6 +217,18 @@ def _read_record(path: Path) -> dict[str, Any]:
     )
 
 
+def _refuse_foreign(files: DataFiles) -> None:
+    """Raise if a file that is about to be replaced is not a prepared one."""
+    for path in files:
+        if path.exists() and not is_prepared(path):
+            raise StageError(
+                f"{path} was not written by a stage and would be replaced",
+                "no such file, or conversations that a stage prepared",
+                "something else",
+                "pass another --run-dir, or move the file away",
+            )
+
+
 def _describe(path: Path) -> dict[str, Any]:
     return {"path": str(path), "bytes": path.stat().st_size, "sha256": hash_file(path)}
 
@@ -224,5 +245,6 @@ def _refuse_changed(record: dict[str, Any], folder: Path) -> None:
                 f"{path} has changed since this run read it",
                 f"{was['bytes']} bytes with sha256 {was['sha256']}",
                 change,
-                f"use another --run-dir for the new rows, or delete {folder} and rerun the stages",
+                "use another --run-dir for the new rows, or delete "
+                f"{folder} and redo all stages: python 02_compress.py --force",
             )

@@ -123,6 +123,15 @@ def check_row(row: Any, origin: dict[str, Any], remarks: Remarks) -> Conversatio
         ) from fault
 
 
+def is_prepared(path: Path) -> bool:
+    """Return whether a file begins with a conversation that says where it comes from."""
+    try:
+        _, row = next(read_lines(path), (1, None))
+    except StageError:
+        return False
+    return isinstance(row, dict) and _is_origin(row.get("origin"))
+
+
 def _is_origin(value: Any) -> bool:
     if not isinstance(value, dict) or set(value) not in ({"source", "line"}, {"source", "row"}):
         return False

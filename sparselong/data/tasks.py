@@ -30,9 +30,10 @@ def check_tasks(config: Config) -> None:
         return
     folder = Path(spec.origin).parent / "tasks"
     for name in config.evaluation.tasks:
-        if name != DEMO_TASK and not (folder / name).is_dir() and not _is_spelled_out(name, folder):
-            known = [path.name for path in folder.iterdir() if path.is_dir()]
-            close = difflib.get_close_matches(name, known, n=3)
+        if name != DEMO_TASK and not _is_defined(name, folder):
+            known = [path.name for path in folder.iterdir() if path.is_dir() and path.name != name]
+            inside = sorted(path.stem for path in (folder / name).glob("*.yaml"))[:3]
+            close = inside or difflib.get_close_matches(name, known, n=3)
             raise ConfigError(
                 f"evaluation.tasks names {name}, which lm-eval does not have",
                 "lm-eval task names",
@@ -41,7 +42,13 @@ def check_tasks(config: Config) -> None:
             )
 
 
-def _is_spelled_out(name: str, folder: Path) -> bool:
-    word = re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")
-    paths = (path for path in folder.rglob("*") if path.suffix != ".py" and path.is_file())
-    return any(word.search(path.read_bytes()) for path in paths)
+def _is_defined(name: str, folder: Path) -> bool:
+    """Return whether a name is the value of `task`, `group` or `tag`, or an entry of a list."""
+    key = rb"""['"]?(?:task|group|tag)['"]?:[ \t]*"""
+    word = rb"""['"]?""" + re.escape(name.encode()) + rb"""['"]?[ \t]*(?:[,#].*)?\r?$"""
+    line = re.compile(rb"^[ \t]*(?:-[ \t]+(?:" + key + rb")?|" + key + rb")" + word, re.MULTILINE)
+    for place in (folder / name, folder):  # usually in the folder of that name
+        paths = (path for path in place.rglob("*") if path.suffix in ("", ".yaml", ".yml"))
+        if any(line.search(path.read_bytes()) for path in paths if path.is_file()):
+            return True
+    return False

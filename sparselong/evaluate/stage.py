@@ -21,6 +21,7 @@ def evaluate(stage: Stage) -> None:
     world = evaluation_world(stage.config, torch.cuda.device_count())
     compressed, finetuned = stage.manifests["02_compress"], stage.manifests["03_finetune"]
     files = conversations.prepare(stage.config, stage.run_dir)
+    stage.check_rows(files)
     base_dir = resolve_base(stage.config, stage.run_dir, stage.log)
     check_base(stage, base_dir)
     tokenizer = load_tokenizer(base_dir)

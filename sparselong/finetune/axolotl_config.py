@@ -18,6 +18,7 @@ from sparselong.config import Config
 from sparselong.errors import StageError
 from sparselong.finetune.training_run import RUN_KEY, TrainingRun
 from sparselong.model import NAME, implementation
+from sparselong.processes import check_cores, usable_cores
 from sparselong.runtime import compute_dtype, default_device
 
 PLUGIN = "sparselong.finetune.axolotl_plugin.SparseLongPlugin"
@@ -38,8 +39,10 @@ def refuse_unsupported(config: Config, gpus: int, processes: int = 1) -> None:
         processes: number of processes that will train on this machine.
 
     Raises:
-        StageError: a key needs a GPU and there is none, or there are fewer GPUs than processes.
+        StageError: a key needs a GPU and there is none, or there are fewer GPUs, or without any
+            fewer cores, than processes.
     """
+    check_cores(processes, gpus, usable_cores())
     if 0 < gpus < processes:
         raise StageError(
             f"this machine has too few GPUs for {processes} processes, one GPU each",

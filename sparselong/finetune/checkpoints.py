@@ -38,10 +38,11 @@ UNFINISHED = ".unfinished"
 TRAINER_STATE = "trainer_state.json"
 MASKS = "masks.safetensors"
 PROGRESS = "progress.json"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _NEEDED = (
     *("adapter_config.json", "adapter_model.safetensors", MASKS, PROGRESS),
-    *("optimizer.pt", "scheduler.pt", "rng_state.pth", TRAINER_STATE),
+    *(OPTIMIZER, SCHEDULER, "rng_state.pth", TRAINER_STATE),
 )
 _OPENED = (*_NEEDED, "rng_state_*.pth", "scaler.pt", "tokens_state.json")
 _FOR_READERS = "README.md"
@@ -167,14 +168,20 @@ def _open_all(checkpoint: Path) -> str | None:
 
 
 def _check_step(checkpoint: Path) -> str | None:
-    try:
-        state = load_json(checkpoint / TRAINER_STATE)
-        step = state["global_step"]
-    except (ValueError, TypeError, KeyError):
+    step = _read_step(checkpoint)
+    if step is None:
         return f"{TRAINER_STATE} is damaged"
     if step != step_of(checkpoint):
         return f"{TRAINER_STATE} is of step {step}"
     return None
+
+
+def _read_step(checkpoint: Path) -> Any:
+    """Return the step at which a checkpoint was written; None if it does not say."""
+    try:
+        return load_json(checkpoint / TRAINER_STATE)["global_step"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def begin(folder: Path) -> Path:
@@ -250,18 +257,24 @@ def remove_oldest(folder: Path, limit: int, keep: Set[str]) -> dict[Path, str]:
 
 
 def _holds_only_ours(path: Path) -> bool:
-    """Return whether a path is a checkpoint with exactly the files that training wrote."""
+    """Return whether a path is a checkpoint with exactly the files that training wrote there.
+
+    A copy under another number, which somebody made, holds the same files.
+    """
     if path.is_symlink() or not path.is_dir():
+        return False
+    if _read_step(path) not in (None, step_of(path)):
         return False
     files = _read_record(path)
     return files is not None and _list_files(path) == files.keys()
 
 
 def _is_changed(checkpoint: Path) -> bool:
-    return any(
-        hash_file(checkpoint / name) != one["sha256"]
-        for name, one in (_read_record(checkpoint) or {}).items()
-    )
+    files = _read_record(checkpoint) or {}
+    try:
+        return any(hash_file(checkpoint / n) != one["sha256"] for n, one in files.items())
+    except OSError:
+        return True
 
 
 def _list_files(checkpoint: Path) -> set[str]:

@@ -43,11 +43,12 @@ from sparselong.finetune.training_run import (
 )
 from sparselong.model import load_tokenizer
 from sparselong.processes import TrainerEnded, find_world, train_together
+from sparselong.provenance import are_rows, refuse_changes
 from sparselong.run import Stage
 
 _BAKED = (
     *("best_checkpoint", "best_step", "best_eval_loss", "steps", "mask_updates", "peak_bytes"),
-    "two_four_conforming",
+    *("two_four_conforming", "files"),
 )
 """Keys of baked.json that every result has."""
 _CALLBACKS = ("MaskUpkeep", "Recomputation", "RouterWatch", "Metrics")
@@ -64,12 +65,13 @@ def finetune(stage: Stage) -> None:
     earlier = stage.run_dir / "02_compress"
     data = encode_files(stage.config, stage.run_dir, load_tokenizer(earlier / "model"))
     stage.note_date(data.date)
+    sources = (data.train.source, data.validation.source)
+    stage.check_rows(sources)
     usable = select_usable(data, stage.config.sequence_len)
     if not (stage.dir / BAKED).exists():
         for sentence in usable.left_out:
             stage.log(sentence)
         _train(stage)
-    sources = (data.train.source, data.validation.source)
     stage.inputs = [earlier / "model", earlier / "masters", *sources]
     _publish(stage)
 
@@ -92,6 +94,7 @@ def _train(stage: Stage) -> None:
     asked = {
         "processes": world.size,
         "attention": axolotl_config.attention_of(stage.config),
+        "expert_parallel_degree": stage.config.expert_parallel_degree,
     }
     try:
         check_receipt(stage, asked)
@@ -230,7 +233,10 @@ def check_receipt(stage: Stage, trained_with: Mapping[str, Any]) -> dict[str, An
         "attention_backend": stage.config.attention_backend,
         "deterministic": stage.config.deterministic,
     }
-    missing += [f"{key} {asked}" for key, asked in attends.items() if receipt.get(key) != asked]
+    sharing = receipt.get("expert_parallel_degree") or {}
+    shared = "auto" if sharing.get("asked") == "auto" else sharing.get("chosen")
+    found = {**receipt, "expert_parallel_degree": shared}
+    missing += [f"{key} {asked}" for key, asked in attends.items() if found.get(key) != asked]
     if missing or not (stage.dir / BAKED).exists():
         raise StageError(
             "Axolotl ran without this project's plugin, or did not finish",
@@ -246,9 +252,11 @@ def _publish(stage: Stage) -> None:
     again = f"remove {stage.dir / BAKED}: the same command then writes the result again"
     baked = read_json(stage.dir / BAKED, again)
     lacking = [key for key in _BAKED if key not in baked]
-    if lacking:
-        found = f"no {', '.join(lacking)}"
+    if lacking or not are_rows(baked["files"]):
+        found = f"no {', '.join(lacking or ['valid files'])}"
         raise StageError(f"{stage.dir / BAKED} is damaged", ", ".join(_BAKED), found, again)
+    refuse_changes(baked["files"], stage.run_dir, stage.name, again)
+    stage.described += baked["files"]
     rows = read_rows(stage.dir / METRICS)
     point_to(stage.dir / "best", f"checkpoints/{baked['best_checkpoint']}", stage.log)
     train = [row for row in rows if "loss" in row]
@@ -267,6 +275,7 @@ def _publish(stage: Stage) -> None:
         ),
         "mask_updates": baked["mask_updates"],
         "two_four_conforming": baked["two_four_conforming"],
+        "expert_parallel_degree": receipt["expert_parallel_degree"],
         "keep_attention": receipt["keep_attention"],
         "keep_experts": receipt["keep_experts"],
         "trainable_parameters": receipt["trainable_parameters"],

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparselong.checkpoint import check_recorded, take_inventory
 from sparselong.config import Config, load
 from sparselong.files import load_json
 from sparselong.processes import find_world
-from sparselong.provenance import refuse_changes
+from sparselong.provenance import describe_files, refuse_changes
 from sparselong.run import Stage, read_manifest
 
 METRICS, SUPERVISION = "metrics.jsonl", "supervision.txt"
@@ -64,9 +65,20 @@ class TrainingRun:
     @property
     def compressed_name(self) -> str:
         """Stage 02's name for its checkpoint."""
+        return self._compress_manifest()["metrics"]["name"]
+
+    def _compress_manifest(self) -> dict[str, Any]:
         manifest = read_manifest(self.directory, _COMPRESS)
         assert manifest is not None, "stage 03 begins once stage 02 is done"
-        return manifest["metrics"]["name"]
+        return manifest
+
+    def describe_result(self) -> list[dict[str, Any]]:
+        """Return rows of `describe_files` for `model/` and `adapter/`.
+
+        Files linked from stage 02 are not read: their hashes are in its manifest.
+        """
+        known = self._compress_manifest()["outputs"]
+        return describe_files([self.work / "model", self.work / "adapter"], self.directory, known)
 
     @property
     def work(self) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sparselong.config import Config
-from sparselong.errors import ConfigError
+from sparselong.errors import ConfigError, StageError
 from sparselong.files import is_local
 from sparselong.health import resources
 from sparselong.health.inputs import Finding
@@ -20,6 +20,7 @@ from sparselong.health.sources import Source
 from sparselong.kernels.attention import describe_choice
 from sparselong.kernels.experts import choose_backend
 from sparselong.memory import Plan, check_heads
+from sparselong.processes import check_cores
 
 _PYTHONS = ((3, 11), (3, 12))
 _DRIVERS = {12: "530.30", 13: "580"}
@@ -148,7 +149,9 @@ def _parallel(config: Config, machine: Machine, plan: Plan) -> Row:
         return ok("sequence parallel", "off: one device holds the whole sequence")
     try:
         check_heads(config, plan.shape)
-    except ConfigError as error:
+        if plan.device == "cpu":
+            check_cores(degree, have, machine.cores)
+    except (ConfigError, StageError) as error:
         return fail("sequence parallel", f"{error.what} ({error.found})", error.fix)
     if plan.device == "cpu" and not have:
         return ok("sequence parallel", f"{degree} processes on this machine share each sequence")

@@ -19,6 +19,7 @@ from sparselong.health import packages, sources
 from sparselong.health.inputs import Finding, probe_inputs
 from sparselong.health.packages import Package
 from sparselong.health.sources import Source
+from sparselong.processes import usable_cores
 
 _MIB = 2**20
 _GPU_FIELDS = (
@@ -78,6 +79,8 @@ class Machine:
     driver: str | None
     nvcc: str | None
     gpus: tuple[Gpu, ...]
+    cores: int
+    """Number of cores that this process may use."""
     host_total_bytes: int
     host_available_bytes: int
     run_disk: Disk
@@ -110,6 +113,7 @@ def probe(config: Config, run_dir: Path) -> Machine:
         driver=driver,
         nvcc=_nvcc_version(),
         gpus=gpus,
+        cores=usable_cores(),
         host_total_bytes=total,
         host_available_bytes=available,
         run_disk=probe_disk(run_dir),

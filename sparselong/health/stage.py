@@ -25,7 +25,7 @@ from sparselong.run import Stage
 
 _DETAILED = (
     *("GPU", "GPU memory", "host memory", "disk", BASE, TOKENIZER, ROWS),
-    *("base model", "training data", "validation data"),
+    *("base model", "training data", "validation data", "sequence parallel"),
 )
 """Checks whose finding is part of the failure, not only their name."""
 

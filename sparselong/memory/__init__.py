@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from sparselong.memory.fit import (
         MARGIN,
         check_fit,
-        decide_evaluation_parallel,
         decide_expert_parallel,
         decided_memory,
         is_kept,

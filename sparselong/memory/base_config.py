@@ -37,13 +37,17 @@ _FIXED: dict[str, Any] = {
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "is_encoder_decoder": False,
+    "is_causal": True,
+    "output_router_logits": False,  # stage 03's loss is that of the tokens alone
     "return_dict": True,
     "output_attentions": False,
     "output_hidden_states": False,
     **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder", "per_layer_config")),
     "transformers_weights": None,
 }
-"""Keys that may be left out, and the only value that this project's kernels compute with."""
+"""Keys that may be left out or null, and the only value that this project computes with."""
+_NOT_NULL = {"is_causal"}
+"""Of these, keys whose null transformers takes for false."""
 _ROPE = ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
 _ROPE_OPTIONAL = ("rope_theta", "attention_factor", "mscale", "mscale_all_dim")
 _PRECISIONS = ("bfloat16", "float16", "float32")
@@ -201,7 +205,8 @@ def _check_layer_types(values: dict[str, Any]) -> None:
 
 def _check_fixed(values: dict[str, Any]) -> None:
     for key, only in _FIXED.items():
-        if key in values and values[key] is not None and not _equal(values[key], only):
+        is_given = key in values and (values[key] is not None or key in _NOT_NULL)
+        if is_given and not _equal(values[key], only):
             expected = f"{key}: {_show(only)}" if only is not None else f"no {key}"
             raise _Fault(expected, f"{key}: {_show(values[key])}")
     for key in ("dtype", "torch_dtype"):
@@ -237,6 +242,7 @@ def _check_rope(values: dict[str, Any]) -> None:
     for key, inner in (
         ("rope_theta", "rope_theta"),
         ("initial_context_length", "original_max_position_embeddings"),
+        ("original_max_position_embeddings", "original_max_position_embeddings"),
     ):
         if values.get(key) is not None and inner in rope and not _equal(values[key], rope[inner]):
             found = f"{_show(values[key])} and {_show(rope[inner])}"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from sparselong.config import Config
 from sparselong.memory import fit, stages, storage, timing, training
 from sparselong.memory.labels import label
+from sparselong.memory.limits import check_experts
 from sparselong.memory.shape import ModelShape, find_shape
 from sparselong.memory.table import format_bytes
 from sparselong.memory.training import Device, Memory
@@ -150,7 +151,7 @@ def make_plan(
     config: Config,
     device: Device | None = None,
     gpu_name: str | None = None,
-    gpu_bytes: int | None = None,
+    gpu_bytes: int = fit.CARD_BYTES,
 ) -> Plan:
     """Return the plan of a config.
 
@@ -158,9 +159,10 @@ def make_plan(
         config: the config to plan.
         device: kind of device to plan for; None takes `configured_device`.
         gpu_name: GPU for the time estimate; None takes an RTX 3090.
-        gpu_bytes: usable memory of the GPU; None takes that of a 24 GB card.
+        gpu_bytes: usable memory of the GPU; by default that of a 24 GB card.
 
     Raises:
+        ConfigError: `expert_parallel_degree` does not divide the number of experts.
         StageError: the base model's shape is unknown.
     """
     shape = find_shape(config.model)
@@ -169,11 +171,8 @@ def make_plan(
     disk = storage.disk_bytes(shape, config)
     disk["compress_work"] = 2 * stages.state_bytes(shape, config, device)
     tokens, note = timing.training_tokens(config, _size(Path(config.data.train)))
-    card_bytes = fit.CARD_BYTES if gpu_bytes is None else gpu_bytes
-
-    shared = _choose(shape, config, card_bytes, device)
-    processes = shared.replicated.devices
-    evaluation = fit.decide_evaluation_parallel(shape, config, processes, card_bytes, device)
+    shared = _choose(shape, config, gpu_bytes, device)
+    gpus = shared.replicated.devices if device == "cuda" else 1
     return Plan(
         shape=shape,
         device=device,
@@ -181,38 +180,38 @@ def make_plan(
         disk=disk,
         bits_per_weight=storage.bits_by_group(config),
         compressed=storage.compressed_groups(shape, config),
-        card_bytes=card_bytes,
+        card_bytes=gpu_bytes,
         replicated=shared.replicated,
         sharded=shared.sharded,
         expert_parallel=shared.degree,
         expert_parallel_reason=shared.reason,
-        evaluation_parallel=evaluation,
-        changes=fit.suggest_changes(shape, config, card_bytes) if device == "cuda" else [],
-        stages=_working_memory(shape, config, device, evaluation),
+        evaluation_parallel=shared.evaluation,
+        changes=fit.suggest_changes(shape, config, gpu_bytes) if device == "cuda" else [],
+        stages=_working_memory(shape, config, device, shared.evaluation),
         offloaded_bytes=training.offloaded_bytes(shape, config),
         compress_host=stages.compress_host_memory(shape, config, device),
         linkable=storage.linkable_bytes(shape, config),
         tokens=tokens,
         tokens_note=note,
         seconds=timing.stage_seconds(
-            *(shape, config, rate, disk, tokens),
-            gpus=processes if device == "cuda" else 1,
-            expert_parallel=shared.degree,
+            shape, config, rate, disk, tokens, gpus=gpus, expert_parallel=shared.degree
         ),
     )
 
 
 class _Shared(NamedTuple):
-    """Stage 03's memory with and without shared experts, and the choice between them."""
+    """Stage 03's memory with and without shared experts, and what stages 03 and 04 choose."""
 
     replicated: Memory
     sharded: Memory | None
     degree: int
     reason: str
+    evaluation: int
 
 
 def _choose(shape: ModelShape, config: Config, card_bytes: int, device: Device) -> _Shared:
     """Plan stage 03 replicated and sharded for the fewest processes that the config needs."""
+    check_experts(config, shape)
     processes, asked = fit.planned_processes(config), config.expert_parallel_degree
     most = fit.most_expert_parallel(shape, config, processes)
     if asked != "auto" and asked > 1:
@@ -236,7 +235,8 @@ def _choose(shape: ModelShape, config: Config, card_bytes: int, device: Device) 
         outcome = "fits" if chosen == 1 else "does not fit with a margin"
         peak, card = format_bytes(replicated.peak_bytes), format_bytes(card_bytes)
         reason = f"auto: replicated, {peak} of {card}, {outcome}"
-    return _Shared(replicated, sharded, chosen, reason)
+    evaluation = fit.decide_evaluation_parallel(shape, config, processes, card_bytes, device)
+    return _Shared(replicated, sharded, chosen, reason, evaluation)
 
 
 def _working_memory(

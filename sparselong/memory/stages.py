@@ -1,8 +1,10 @@
 """Working memory of stages 02 and 04, by component.
 
-Stage 02 processes one layer at a time, stage 04 loads whole models. Components are keys of LABELS.
-Weights are exact, everything else is an estimate. Both stages compute attention as stage 03 does:
-without a score matrix under `flash_attention`, otherwise by transformers' eager attention.
+Stage 02 processes one layer at a time. Stage 04 loads a whole model at a time; if processes share
+experts and vocabulary, each loads its share, and works in chunks as in exchange.py. Components are
+keys of LABELS. Weights are exact, everything else is an estimate. Both stages compute attention as
+stage 03 does: without a score matrix under `flash_attention`, otherwise by transformers' eager
+attention.
 """
 
 from __future__ import annotations

@@ -129,7 +129,8 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        # Otherwise code in the directory is offered to be run, and the answer waited for.
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         fault = _find_fault(tokenizer)
     except Exception as error:  # the tokenizers library raises bare `Exception`s
         found = f"{type(error).__name__}: {error}"

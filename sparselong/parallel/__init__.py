@@ -1,4 +1,4 @@
-"""Context and data parallelism: mesh, sequence shards, attention across shards, gradients, loss."""
+"""Several processes: mesh, sequence and vocabulary shards, collectives, gradients, loss."""
 
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,6 @@ if TYPE_CHECKING:
         shift_labels,
     )
     from sparselong.parallel.mesh import Mesh, build_mesh
-    from sparselong.parallel.vocabulary import ReplicatedVocabulary, ShardedVocabulary
+    from sparselong.parallel.vocabulary import ReplicatedVocabulary
 
 __getattr__ = expose(__name__)

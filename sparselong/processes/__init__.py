@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparselong.processes.launch import (
         World,
         check_alone,
+        check_cores,
         check_launcher,
         evaluation_world,
         find_world,
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
         is_joined,
         is_one_machine,
         joined_rank,
-        joined_world,
         local_rank,
+        usable_cores,
     )
     from sparselong.processes.process import MARK
     from sparselong.processes.sharing import (

@@ -135,5 +135,6 @@ def _disk_is_full(work: Path, found: str) -> StageError:
         f"{work.name} could not write to {work}",
         "enough free disk space",
         found,
-        "free some space, then run the same command again: finished parts are kept",
+        "free some space, then run the same command again: training continues from its last whole "
+        "checkpoint, if there is one",
     )

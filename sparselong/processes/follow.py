@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -24,7 +23,7 @@ from sparselong.errors import ExpectedError, StageError
 from sparselong.processes.launch import World, find_world, joined_rank, joined_world
 from sparselong.processes.process import train_ranks
 from sparselong.registration import move_caches, set_streams
-from sparselong.run import Stage, parse_arguments
+from sparselong.run import Stage, interruptible, parse_arguments
 
 if TYPE_CHECKING:  # refusing a config needs no torch
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -85,9 +84,9 @@ def train_together(stage: Stage, arguments: Sequence[str], world: World | None =
     if rank == 0:
         _set_status(stage.name, _TRAIN)
     store, key = _store(stage.name)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        train_ranks(stage, arguments, world)
+        with interruptible():
+            train_ranks(stage, arguments, world)
     except ExpectedError as error:
         store.compare_set(f"{key}/failure", "", json.dumps([error.what, error.found, error.fix]))
         raise
@@ -102,12 +101,6 @@ def train_together(stage: Stage, arguments: Sequence[str], world: World | None =
             fix,
             consequence=True,
         ) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _interrupt(signum: int, _frame: object) -> None:
-    raise KeyboardInterrupt(signal.Signals(signum).name)
 
 
 def _follow(name: str, argv: list[str] | None, trainer: Callable[[Stage], Sequence[str]]) -> int:

@@ -17,7 +17,7 @@ import socket
 from dataclasses import dataclass
 
 from sparselong.config import Config
-from sparselong.errors import ConfigError
+from sparselong.errors import ConfigError, StageError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _HIDDEN = (*_VARIABLES, "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
@@ -203,14 +203,41 @@ def _check_expert_groups(config: Config, here: int, who: str) -> None:
     if degree == "auto" or here % degree == 0:
         return
     divisors = ", ".join(str(n) for n in range(1, here + 1) if here % n == 0)
-    more = "" if who else f", or torchrun --nproc_per_node={degree}, or more processes a sequence"
     raise ConfigError(
         f"{here} process{'es' * (here > 1)} of one machine cannot form groups of {degree} that "
         f"share experts{who}",
         f"expert_parallel_degree: auto, or a divisor of {here}: {divisors}",
         f"expert_parallel_degree: {degree}",
-        f"set expert_parallel_degree=auto{more}",
+        f"set expert_parallel_degree=auto, or start a multiple of {degree} processes: "
+        f"torchrun --nproc_per_node={degree} ...",
     )
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def check_cores(processes: int, gpus: int, cores: int) -> None:
+    """Raise if a machine without GPUs has fewer cores than processes that train on it.
+
+    Args:
+        processes: number of processes that will train on this machine.
+        gpus: number of GPUs that torch can use.
+        cores: number of cores that they may use.
+
+    Raises:
+        StageError: it has; the processes would wait for each other.
+    """
+    if not gpus and processes > max(1, cores):
+        raise StageError(
+            f"this machine has too few cores for {processes} processes without GPUs",
+            f"{processes} cores that this process may use (sequence_parallel_degree, or the "
+            "processes that torchrun starts here)",
+            f"{cores}",
+            f"pass sequence_parallel_degree={cores} or less, or run on a machine with GPUs or "
+            "more cores",
+        )
 
 
 def rank_environments(world: World, gpus: int) -> dict[int, dict[str, str]]:
@@ -238,7 +265,7 @@ def rank_environments(world: World, gpus: int) -> dict[int, dict[str, str]]:
 def _share_of_machine(local: int, world: World, gpus: int) -> dict[str, str]:
     share = {}
     if world.size > 1 and not world.joined and "OMP_NUM_THREADS" not in os.environ:
-        share["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // world.size))
+        share["OMP_NUM_THREADS"] = str(max(1, usable_cores() // world.size))
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = visible.split(",") if visible else [str(number) for number in range(gpus)]

@@ -31,6 +31,7 @@ from sparselong.memory import ALLOCATOR
 from sparselong.processes.failure import TrainerEnded, failure_path, read_failure
 from sparselong.processes.launch import World, joined_rank, rank_environments
 from sparselong.processes.output import cause_of
+from sparselong.registration import OutputError
 from sparselong.run import Stage
 
 MARK = "[sparselong] "
@@ -60,7 +61,7 @@ class _Trainer:
         self.log = stage.dir / name
         self.process = subprocess.Popen(
             command,
-            env={**_environment(stage), **extra},
+            env={**_environment(), **extra},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -83,7 +84,8 @@ class _Trainer:
                     if line.strip():
                         self.last.append(line.rstrip())
                 elif self.rank == 0:
-                    print(line.removeprefix(MARK), end="", file=sys.stderr, flush=True)
+                    with suppress(OutputError):  # unread output would stop the trainer
+                        print(line.removeprefix(MARK), end="", file=sys.stderr, flush=True)
 
     def _wait(self) -> None:
         self.process.wait()
@@ -183,7 +185,9 @@ def _explain(
     elif unfinished and f"rank {unfinished[0]}" not in failure.found:
         names = ", ".join(map(str, unfinished))
         failure.found += f"; rank {names} was still running, see its log.rankN.txt"
-    return type(failure)(failure.what, failure.expected, failure.found, failure.fix)
+    # A trainer does not know of --force, with which the same command would start over.
+    fix = failure.fix.replace("the same command", stage.same_command)
+    return type(failure)(failure.what, failure.expected, failure.found, fix)
 
 
 def _failure_of(stage: Stage, trainer: _Trainer) -> StageError | None:
@@ -199,8 +203,8 @@ def _failure_of(stage: Stage, trainer: _Trainer) -> StageError | None:
     return failure
 
 
-def _environment(stage: Stage) -> dict[str, str]:
-    """Return the trainer's environment: offline, with caches in the run directory.
+def _environment() -> dict[str, str]:
+    """Return the trainer's environment, which is offline.
 
     The hub is not needed, because all files are local by now. Waiting threads sleep instead of
     spinning: on a busy CPU, spinning for a thread that is not scheduled costs up to 60 times the
@@ -217,7 +221,6 @@ def _environment(stage: Stage) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8:backslashreplace",  # as the reader of its output expects
         "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str((stage.dir / "prepared" / "cache").resolve()),
         "AXOLOTL_DO_NOT_TRACK": "1",
     }
     return environment

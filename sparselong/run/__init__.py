@@ -3,7 +3,8 @@
 stages.py is the table of stages: what each reads and which config keys affect its result.
 directory.py maintains the run directory. command.py is the program behind every numbered script: it
 reads the config, locks the run directory, checks whether the stage is up to date and its inputs
-exist, executes the stage, and writes `manifest.json` last.
+exist, executes the stage, and writes `manifest.json` last. interruption.py makes signals end a
+block as interruptions.
 """
 
 from typing import TYPE_CHECKING
@@ -13,5 +14,6 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.run.command import parse_arguments, run_stage
     from sparselong.run.directory import Stage, read_manifest
+    from sparselong.run.interruption import interruptible
 
 __getattr__ = expose(__name__)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import signal
 import sys
 import time
 import traceback
@@ -22,10 +21,11 @@ from typing import Any, NoReturn
 from sparselong.config import Config, load
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.files import is_disk_full
-from sparselong.registration import move_caches, set_streams
+from sparselong.registration import OutputError, move_caches, set_streams
 from sparselong.run.directory import LOG, Stage, finish, prepare, read_manifest
+from sparselong.run.interruption import Interruption, interruptible
 from sparselong.run.lock import locked, writing
-from sparselong.run.place import STARTED, find_run_dir, refuse_overlap
+from sparselong.run.place import STARTED, check_run_dir, find_run_dir
 from sparselong.run.stages import STAGES
 
 _KEPT = {
@@ -35,9 +35,6 @@ _KEPT = {
 }
 """What a stage that was interrupted need not repeat."""
 DEFAULT_CONFIG = str(Path(__file__).resolve().parents[2] / "configs/gpt-oss-120b-4x3090.yaml")
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that interrupt a stage as Ctrl-C does."""
-
 _REFUSALS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE),
@@ -110,13 +107,13 @@ def run_stage(
     set_streams()
     try:
         arguments = parse_arguments(name, description, argv)
-    except ConfigError as error:
+    except (ConfigError, OutputError) as error:  # the latter from --help
         _report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
-    with _explained_failures(name, arguments) as outcome:
+    with _explained_failures(name, arguments) as outcome, interruptible() as interruption:
         config = load(arguments.config, arguments.overrides)
         with writing(arguments.run_dir):
-            refuse_overlap(config, arguments.run_dir)
+            check_run_dir(config, arguments.run_dir, arguments.config)
         if arguments.dry_run:
             document = plan(config, arguments.run_dir, name)
             text = show_plan(document)
@@ -125,7 +122,7 @@ def run_stage(
             text = document["text"]
         else:
             stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
-            document = _run(stage, stage.forced or not keep_result, execute, check)
+            document = _run(stage, stage.forced or not keep_result, execute, check, interruption)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
@@ -136,6 +133,7 @@ def _run(
     redo: bool,
     execute: Callable[[Stage], None],
     check: Callable[[Config], object] | None,
+    interruption: Interruption,
 ) -> dict[str, Any]:
     """Check and execute a stage, and return its manifest."""
     cache, config = stage.run_dir / "cache", stage.config
@@ -143,11 +141,15 @@ def _run(
     moved = move_caches(cache, named)
     if check is not None:
         check(config)
-    return _run_locked(stage, redo, execute, cache if moved else None)
+    return _run_locked(stage, redo, execute, cache if moved else None, interruption)
 
 
 def _run_locked(
-    stage: Stage, redo: bool, execute: Callable[[Stage], None], cache: Path | None
+    stage: Stage,
+    redo: bool,
+    execute: Callable[[Stage], None],
+    cache: Path | None,
+    interruption: Interruption,
 ) -> dict[str, Any]:
     with locked(stage.run_dir):
         if prepare(stage, redo):
@@ -159,6 +161,7 @@ def _run_locked(
                 cache.mkdir(exist_ok=True)
             stage.log(f"caches go to {cache}: the home directory or a cache cannot be written")
         execute(stage)
+        interruption.check()  # before the manifest says that the stage is done
         return finish(stage, time.monotonic() - start)
 
 
@@ -192,26 +195,24 @@ def _rerun(name: str, arguments: argparse.Namespace) -> str:
     again = "the same command again"
     if arguments.dry_run or name not in _KEPT:
         return again
-    begun = not (arguments.run_dir / name / "manifest.json").exists()
-    return f"{again}{' without --force' if arguments.force and begun else ''}{_KEPT[name]}"
+    if not arguments.force:
+        return f"{again}{_KEPT[name]}"
+    if (arguments.run_dir / name / "manifest.json").exists():
+        return again  # the old result is still in place: nothing has begun
+    return f"{again} without --force{_KEPT[name]}"
 
 
 @contextmanager
 def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_Outcome]:
     """Turn expected failures into four lines and an exit code; others keep their traceback."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(signum).name)
-
     outcome = _Outcome()
-    # nohup ignores SIGHUP, and so must the stage.
-    heard = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
-    previous = {each: signal.signal(each, interrupt) for each in heard}
     try:
         yield outcome
     except ExpectedError as error:
         failure = error
     except KeyboardInterrupt as error:
+        if error.__cause__ is not None:  # what became of the signal, in case it is a fault
+            _note_failure(name, arguments.run_dir, traceback.format_exc())
         failure = StageError(
             f"{name} was interrupted",
             "the stage to finish",
@@ -227,9 +228,6 @@ def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_O
         failure = found
     else:
         return
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
     _report(name, failure, arguments.json)
     if arguments.preview is None:
         _note_failure(name, arguments.run_dir, str(failure))
@@ -260,8 +258,13 @@ def _explain_system(
 
 
 def _report(name: str, failure: ExpectedError, as_json: bool) -> None:
-    """Print a failure: four lines to stderr, and a JSON document to stdout on request."""
-    print(failure, file=sys.stderr, flush=True)
+    """Print a failure: four lines to stderr, and a JSON document to stdout on request.
+
+    Where one of the two cannot be written, the exit code and the other one still tell.
+    """
+    with suppress(OutputError):
+        print(failure, file=sys.stderr, flush=True)
     if as_json:
         document = {"stage": name, "status": "failed", **failure.explanation(), **failure.details}
-        print(json.dumps(document, indent=1), flush=True)
+        with suppress(OutputError):
+            print(json.dumps(document, indent=1), flush=True)

@@ -18,6 +18,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,21 @@ class Stage:
                     f"write {before} into it, or use another --run-dir",
                 )
         self.date = date
+
+    def check_rows(self, files: Iterable[Path]) -> None:
+        """Raise unless prepared conversations are still those that earlier stages read.
+
+        Raises:
+            StageError: `data` was deleted and made again from a source that has changed.
+        """
+        for name, manifest in self.manifests.items():
+            recorded = {Path(row["path"]).parts[-2:]: row for row in manifest["inputs"]}
+            rows = [
+                {**recorded[file.parts[-2:]], "path": file.absolute()}
+                for file in files
+                if file.parts[-2:] in recorded
+            ]
+            provenance.refuse_changes(rows, self.run_dir, name)
 
     def log(self, message: str) -> None:
         """Write one line to stderr and to the stage's log.txt."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from sparselong.errors import StageError
-from sparselong.files import is_disk_full
+from sparselong.files import is_disk_full, parse_json
 
 LOCK, OWNER = ".lock", ".lock.owner"
 """The file that flock locks, and the one that replaces flock."""
@@ -145,7 +145,7 @@ def _remove_stale(run_dir: Path, path: Path) -> None:
     """Remove the lock file of a dead process of this host; raise if its owner may be alive."""
     try:
         content = path.read_text(encoding="utf-8")
-        owner = json.loads(content)
+        owner = parse_json(content)
         host, pid = str(owner["host"]), int(owner["pid"])
     except FileNotFoundError:
         return

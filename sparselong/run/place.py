@@ -18,6 +18,10 @@ from sparselong.run.stages import STAGES
 MANIFEST, STARTED = "manifest.json", "started.json"
 _MARKS = {"data": "source.json", "base": "tiny.json"}
 """Folders that stages write in the run directory, with a file that shows that it was a stage."""
+_BESIDE = frozenset({*_MARKS, "cache", "date.txt", "date.txt.partial", "lost+found"})
+"""Other things that stages write in the run directory before they begin, and that disks have."""
+_NOTES = (".log", ".txt", ".out", ".err", ".md")
+"""How files end that people keep beside a run."""
 _MANIFEST_KEYS = {
     **{"stage": str, "status": str, "config_hash": str, "seconds": (int, float)},
     **{"metrics": dict, "inputs": list, "outputs": list},
@@ -61,7 +65,22 @@ def _check_name(option: str, text: str, fix: str) -> str:
     return text
 
 
-def refuse_overlap(config: Config, run_dir: Path) -> None:
+def check_run_dir(config: Config, run_dir: Path, config_file: str) -> None:
+    """Raise if a directory holds what is not the run's, or a stage reads or has written it.
+
+    Args:
+        config: names what the stages read.
+        run_dir: the run directory, which need not exist.
+        config_file: the argument of --config.
+
+    Raises:
+        ConfigError: it may not be the run directory.
+    """
+    _refuse_overlap(config, run_dir)
+    _refuse_occupied(config, run_dir, config_file)
+
+
+def _refuse_overlap(config: Config, run_dir: Path) -> None:
     """Raise if writing the run directory would touch what a stage reads, or another run.
 
     Raises:
@@ -88,6 +107,35 @@ def refuse_overlap(config: Config, run_dir: Path) -> None:
         (first, *_) = (*path.resolve().relative_to(place).parts, "")
         if _stage_name(Path(first)) in STAGES or (first == "data" and key != "model.base"):
             raise _overlap(run_dir, f"{key} outside of folders that the run replaces", str(path))
+
+
+def _refuse_occupied(config: Config, run_dir: Path, config_file: str) -> None:
+    """Raise if a directory without any stage's work holds somebody's things, as a home does.
+
+    Hidden files, notes and logs, and what config and command line name may be there.
+
+    Raises:
+        ConfigError: names some of the things.
+    """
+    if not run_dir.is_dir():
+        return
+    names = set(os.listdir(run_dir))
+    ours = {*STAGES, *(f"{name}.replaced" for name in STAGES), "config.yaml"}
+    if names & ours:
+        return
+    named = [os.path.realpath(path) for path in (config_file, *dict(_sources(config)).values())]
+    place = os.path.realpath(run_dir)
+    foreign = [
+        name
+        for name in sorted(names - _BESIDE)
+        if not name.startswith(".")
+        and not (name.lower().endswith(_NOTES) and (run_dir / name).is_file())
+        and not any(Path(path).is_relative_to(Path(place, name)) for path in named)
+    ]
+    if foreign:
+        more = f" and {len(foreign) - 4} more" if len(foreign) > 4 else ""
+        expected = "a new or empty directory, or one in which a stage has worked"
+        raise _overlap(run_dir, expected, f"{ascii(', '.join(foreign[:4]))[1:-1]}{more}")
 
 
 def _stage_name(folder: Path) -> str:

@@ -23,7 +23,7 @@ from sparselong.adapters.expert_factors import (
     whole_state_dict,
 )
 from sparselong.adapters.expert_lora import ExpertLora
-from sparselong.model.loading import load_model
+from sparselong.model import chunk_loss, load_model
 from sparselong.runtime import using
 from tests.conftest import load_script
 from tests.model.exchanges import exchanges
@@ -39,11 +39,11 @@ def stage02(small_arguments, tmp_path_factory):
     return run_dir / "02_compress"
 
 
-def tuned_model(stage02, rank: int = 0, size: int = 1) -> Any:
+def tuned_model(stage02, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32) -> Any:
     """Open stage 02's model as one rank of a group, with adapters."""
     with using(**(exchanges(rank, size) if size > 1 else {})):
         model = load_model(stage02 / "model", device=CPU)
-    extra = ExtraAdapters(("gate_up_proj", "down_proj"), R, True)
+    extra = ExtraAdapters(("gate_up_proj", "down_proj"), R, True, dtype)
     read = Masters(stage02 / "masters").read
     return add_masked_lora(
         model, targets=("q_proj",), r=4, alpha=8.0, master_of=read, seed=5, extra=extra
@@ -163,6 +163,40 @@ def test_a_matrix_of_another_number_of_experts_is_refused(kind):
         factor.load_state_dict({"weight": wrong})
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_of_held_experts_are_the_slices_of_the_whole(stage02, checkpointed):
+    """The adapters of other ranks' experts change nothing, since their B is zero."""
+    base = load_model(stage02 / "model", device=CPU)
+    ids = torch.arange(3, 40)[None]
+    for rank in range(2):
+        whole, part = tuned_model(stage02), tuned_model(stage02, rank, 2)
+        train(whole)
+        kept = share(torch.arange(EXPERTS), rank, 2)
+        with torch.no_grad():
+            for name, parameter in whole.named_parameters():
+                if ".experts." in name and "lora_B" in name:
+                    parameter[[e for e in range(EXPERTS) if e not in kept]] = 0
+        set_peft_model_state_dict(part, get_peft_model_state_dict(whole))
+        losses = []
+        for model, settings in ((whole, {}), (part, exchanges(rank, 2, base))):
+            chunk_loss(model.get_base_model())
+            model.train()
+            if checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            with using(**settings):
+                losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss)
+                losses[-1].backward()
+        assert torch.equal(*losses)
+        sharded, gradients = sharded_parameters(part), dict(whole.named_parameters())
+        for name, parameter in part.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            expected = gradients[name].grad
+            expected = share(expected, rank, 2) if name in sharded else expected
+            assert expected.any() or "down_proj" in name, name
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-9)
+
+
 def test_counts_are_those_of_the_whole_model(stage02):
     whole, part = tuned_model(stage02), tuned_model(stage02, 3, 4)
     assert count_trainable(part) == count_trainable(whole)
@@ -189,3 +223,31 @@ def test_merging_gives_the_slices_of_the_whole(stage02, tmp_path):
         experts: Any = tuned_layers(part)["model.layers.3.mlp.experts"]
         stored = baked.read(["model.layers.3.mlp.experts.down_proj_blocks"]).popitem()[1]
         assert torch.equal(experts.packed_experts.down_proj_blocks, share(stored, rank, 2))
+
+
+def test_adapters_in_bfloat16_have_the_rounded_gradients_of_float32(stage02):
+    """Sums over rows are in fp32 and rounded once; the adapters of other layers stay in fp32."""
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tuned = tuned_model(stage02, dtype=dtype)
+        train(tuned)
+        trained = {n: p for n, p in tuned.named_parameters() if ".lora_" in n}
+        kinds = {n: p.dtype for n, p in trained.items()}
+        assert {kind for n, kind in kinds.items() if "experts" in n} == {dtype}
+        assert {kind for n, kind in kinds.items() if "experts" not in n} == {torch.float32}
+        experts = tuned.base_model.model.model.layers[0].mlp.experts
+        factors = dict(experts.named_parameters())
+        with torch.no_grad():
+            for factor in factors.values():
+                factor.copy_(factor.bfloat16())  # the same values in both types
+        generator = torch.Generator().manual_seed(7)
+        x = torch.randn(20, 128, generator=generator)
+        indices = torch.rand(20, EXPERTS, generator=generator).argsort(1)[:, :4]
+        out = experts(x, indices, torch.rand(20, 4, generator=generator))
+        out.backward(torch.randn(out.shape, generator=generator))
+        grads.append({n: p.grad for n, p in factors.items() if ".weight" in n and "lora_" in n})
+    exact, rounded = grads
+    assert len(exact) == 4 and exact.keys() == rounded.keys()
+    for name, grad in exact.items():
+        assert rounded[name].dtype == torch.bfloat16
+        assert torch.equal(rounded[name], grad.bfloat16()), name

@@ -163,7 +163,8 @@ def test_interrupted_preparation_does_not_count_as_done(tmp_path):
     files = conversations.prepare(load_config(train=path), run_dir)
     whole = files.train.read_text()
     (run_dir / "data/source.json").unlink()
-    files.train.write_text(whole[:30])
+    files.validation.unlink()
+    files.train.with_name("validation.jsonl.partial").write_text(whole[:30])
     assert conversations.prepare(load_config(train=path), run_dir).train.read_text() == whole
 
 

@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 
+from sparselong.kernels.experts import sum_parts
 from sparselong.kernels.layer.cross_entropy import linear_cross_entropy
 from sparselong.parallel.collectives import count_bytes
 from sparselong.parallel.mesh import build_mesh
@@ -21,9 +22,9 @@ from sparselong.parallel.placement import Placement
 from sparselong.parallel.vocabulary import embedding as embedding_module
 from sparselong.parallel.vocabulary import loss as loss_module
 from sparselong.parallel.vocabulary.replicated import ReplicatedVocabulary
-from sparselong.parallel.vocabulary.rows import add_parts
 from sparselong.parallel.vocabulary.sharded import ShardedVocabulary
 from tests.distributed.training import Largest
+from tests.poisoned import PoisonedTorch
 
 mesh_of = functools.cache(lambda size: build_mesh(1, expert_size=size))
 
@@ -135,7 +136,8 @@ def compute(case: Case, device: str = "cpu") -> Outcome:
     embedding, head = (t[held.start : held.stop].clone().to(device) for t in tables)
     ids, labels = mine.ids.to(device), mine.labels.to(device)
     hidden = mine.hidden.to(device).requires_grad_()
-    with Largest(case.vocab) as seen, count_bytes() as sent, _piece_off(case.broken):
+    poisoned = mock.patch.object(loss_module, "torch", PoisonedTorch())
+    with Largest(case.vocab) as seen, count_bytes() as sent, _piece_off(case.broken), poisoned:
         embedded = vocabulary.embed(ids, embedding, case.vocab)
         loss = vocabulary.sum_losses(hidden, head, labels, case.vocab)
         (dhidden,) = torch.autograd.grad(loss * mine.upstream, hidden)
@@ -143,9 +145,17 @@ def compute(case: Case, device: str = "cpu") -> Outcome:
         with torch.no_grad():
             again = vocabulary.sum_losses(hidden, head, labels, case.vocab)
         scores, best = vocabulary.score(hidden, head, labels.clamp(min=0), case.vocab)
-    values = (embedded, loss.detach(), dhidden, again, scores, best)
-    shown = [value.cpu() for value in values]
-    return Outcome(*shown, counted, seen.of_all, seen.of_vocabulary)
+    return Outcome(
+        embedded.cpu(),
+        loss.detach().cpu(),
+        dhidden.cpu(),
+        again.cpu(),
+        scores.cpu(),
+        best.cpu(),
+        counted,
+        seen.of_all,
+        seen.of_vocabulary,
+    )
 
 
 def compute_replicated(case: Case, device: str = "cpu") -> list[torch.Tensor]:
@@ -170,7 +180,41 @@ def compute_replicated(case: Case, device: str = "cpu") -> list[torch.Tensor]:
     return [each.cpu() for each in found]
 
 
-def refused(case: Case, what: str) -> str:
+def replicated_never_synchronizes() -> bool:
+    """Return True if embedding and logits of replicated rows do not wait for the GPU."""
+    mesh = mesh_of(2)
+    vocabulary = ReplicatedVocabulary(Placement(mesh.expert_rank, 2), mesh.expert_group)
+    ids, table = torch.tensor([7], device="cuda"), torch.ones(5, 4, device="cuda")
+
+    def step() -> torch.Tensor:
+        return vocabulary.logits(vocabulary.embed(ids, table, 10), table, 10)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logits = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return logits.tolist() == [[4.0] * 10]
+
+
+def peak_bytes(rows: int, vocab: int, width: int, chunk_rows: int) -> int:
+    """Return the peak bytes that a loss in bf16 allocates on this rank's GPU of two."""
+    mesh = mesh_of(2)
+    place, group = Placement(mesh.expert_rank, 2), mesh.expert_group
+    vocabulary = ShardedVocabulary(place, group, chunk_rows=chunk_rows)
+    hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    held = len(vocabulary.held(vocab))
+    table = torch.randn(held, width, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(0, vocab, (rows,), device="cuda")
+    vocabulary.sum_losses(hidden, table, labels, vocab)  # cuBLAS's workspace
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    vocabulary.sum_losses(hidden, table, labels, vocab).backward()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def refused(case: Case, what: str, device: str = "cpu") -> str:
     """Return the error that this rank raises for an id or label out of range on the last rank."""
     size = len(case.rows)
     mesh = mesh_of(size)
@@ -184,7 +228,8 @@ def refused(case: Case, what: str) -> str:
     rows = slice(held.start, held.stop)
     try:
         if what.startswith("id"):
-            vocabulary.embed(mine.ids, embedding[rows], case.vocab)
+            ids, table = mine.ids.to(device), embedding[rows].to(device)
+            vocabulary.embed(ids, table, case.vocab).cpu()
         elif what.startswith("label"):
             vocabulary.sum_losses(mine.hidden, head[rows], mine.labels, case.vocab)
         elif what.startswith("score"):
@@ -205,7 +250,7 @@ def refused_alone(name: str) -> str:
     calls = {
         "placement": lambda: ShardedVocabulary(Placement(0, 3), group),
         "rows": lambda: ShardedVocabulary(place, group, (3, 4)).embed(labels[:2], table, 10),
-        "share": lambda: vocabulary.embed(labels, table, 11),
+        "share": lambda: vocabulary.embed(labels, table, 13),
         "trained embedding": lambda: vocabulary.embed(labels, trained, 10),
         "trained head": lambda: vocabulary.sum_losses(hidden, trained, labels, 10),
         "dtype": lambda: vocabulary.score(hidden.half(), table, labels, 10),
@@ -254,7 +299,7 @@ def _piece_off(piece: str | None) -> Iterator[None]:
         patch = mock.patch.object(loss_module, "combine_statistics", without_maximum)
     elif piece == "sum of parts":
         patch = mock.patch.object(
-            loss_module, "add_parts", lambda parts, out: add_parts(parts[:1], out)
+            loss_module, "sum_parts", lambda parts, out: sum_parts(parts[:1], out)
         )
     elif piece == "home":
         start = loss_module.start_return

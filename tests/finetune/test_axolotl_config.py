@@ -176,11 +176,21 @@ def test_settings_that_need_a_gpu_are_accepted_with_one():
 
 def test_each_process_needs_its_own_gpu_if_there_are_any():
     config = load(ROOT / "configs/tiny.yaml", ["sequence_parallel_degree=4"])
-    refuse_unsupported(config, gpus=0, processes=4)
     refuse_unsupported(config, gpus=4, processes=4)
     with pytest.raises(StageError, match="4 visible GPUs") as refusal:
         refuse_unsupported(config, gpus=3, processes=4)
     assert "sequence_parallel_degree=3" in refusal.value.fix
+
+
+def test_without_gpus_each_process_needs_a_core(monkeypatch):
+    config = load(ROOT / "configs/tiny.yaml", ["sequence_parallel_degree=4"])
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    refuse_unsupported(config, gpus=0, processes=4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 2})
+    refuse_unsupported(config, gpus=4, processes=4)
+    with pytest.raises(StageError, match="too few cores for 4 processes") as refusal:
+        refuse_unsupported(config, gpus=0, processes=4)
+    assert refusal.value.found == "2" and "sequence_parallel_degree=2" in refusal.value.fix
 
 
 def test_axolotl_never_splits_sequences():

@@ -21,6 +21,7 @@ from sparselong.finetune.keeping import Keeping
 from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.finetune.state import Progress
 from sparselong.finetune.training_run import RUN_KEY, TrainingRun
+from sparselong.provenance import refuse_changes
 from sparselong.runtime import using
 from tests.conftest import ROOT
 
@@ -69,7 +70,7 @@ def run(tmp_path) -> TrainingRun:
     (tmp_path / "config.yaml").write_text(dump(config))
     compressed = tmp_path / "02_compress"
     compressed.mkdir()
-    (compressed / "manifest.json").write_text('{"metrics": {"name": "tiny-w4a16"}}')
+    (compressed / "manifest.json").write_text('{"metrics": {"name": "tiny-w4a16"}, "outputs": []}')
     return TrainingRun(tmp_path, config)
 
 
@@ -213,7 +214,7 @@ def fake_trainer(**state) -> SimpleNamespace:
     model = SimpleNamespace(
         get_base_model=lambda: inner,
         modules=list,
-        save_pretrained=lambda path: Path(path).mkdir(),
+        save_pretrained=lambda path, state_dict: Path(path).mkdir(),
     )
     return SimpleNamespace(
         model=model,
@@ -222,6 +223,8 @@ def fake_trainer(**state) -> SimpleNamespace:
         state=SimpleNamespace(global_step=6, best_metric=0.5, **state),
         progress=Progress(),
         layers={},
+        mesh=None,
+        sharded={},
         newest="checkpoint-6",
         settings=lambda: using(attention_backend="triton", deterministic=True),
     )
@@ -246,6 +249,8 @@ def test_the_best_checkpoint_is_baked_once(plugins, plugin, run, monkeypatch):
     monkeypatch.setattr(plugins, "two_four_conforming", lambda model: 1.0)
     monkeypatch.setattr(plugins, "name_adapter", lambda *given: named.append(given))
     monkeypatch.setattr(plugins, "bake_checkpoint", lambda *g: baked.append(g) or ("model", {}))
+    (run.work / "model").mkdir()
+    (run.work / "model/config.json").write_text("{}")
     plugin.trainer = fake_trainer(best_model_checkpoint="/elsewhere/checkpoint-4")
     assert not run.is_trained()
     plugin.post_train(None, None)
@@ -254,6 +259,9 @@ def test_the_best_checkpoint_is_baked_once(plugins, plugin, run, monkeypatch):
     assert named == [(run.work / "adapter", "tiny-w4a16")]
     document = json.loads((run.work / "baked.json").read_text())
     assert (document["best_checkpoint"], document["best_step"]) == ("checkpoint-4", 4)
+    files = {row["path"] for row in document["files"]}
+    assert {"03_finetune/model/config.json", "03_finetune/adapter/masks.safetensors"} <= files
+    refuse_changes(document["files"], run.directory, "03_finetune")
     assert run.is_trained()  # from now on, a resumed run only bakes
     run.forget_end(Path("checkpoint-6"))
     assert run.is_trained()

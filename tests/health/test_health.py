@@ -1,76 +1,34 @@
-"""The health check's verdicts on simulated machines, and its probes on fakes."""
+"""The health check's verdicts on simulated machines, and its report."""
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from sparselong import memory
-from sparselong.config import schema as config_module
-from sparselong.health import inputs, packages, report, sources
-from sparselong.health import machine as machine_module
+from sparselong.health import report
 from sparselong.health.check import check
-from sparselong.health.machine import Disk, Gpu, Machine, Torch
+from sparselong.health.machine import Disk, Torch
 from sparselong.health.packages import Package
 from sparselong.health.rows import Row
 from sparselong.health.sources import Source
 from sparselong.health.stage import plan_for
-
-ROOT = Path(__file__).resolve().parents[2]
-GIB = 2**30
-
-
-def load(name: str, *overrides: str):
-    return config_module.load(ROOT / f"configs/{name}.yaml", overrides)
-
-
-def gpu(index=0, name="NVIDIA GeForce RTX 3090", gib=24.0, free=23.6, capability=(8, 6)):
-    return Gpu(index, name, capability, int(gib * GIB), int(free * GIB), "4.0 x16")
-
-
-def machine(gpus=(), **changes) -> Machine:
-    """Describe a well-equipped machine with these GPUs."""
-    gpus = tuple(gpus)
-    cuda = "13.0" if gpus else None
-    facts = {
-        "python": (3, 11, 9),
-        "own_python": False,
-        "packages": (Package("torch", "2.13.0", "2.13.0+cpu"), Package("rich", "15.0.0", "15.0.0")),
-        "torch": Torch("2.13.0", cuda, len(gpus), bool(gpus), True),
-        "driver": "580.95.05" if gpus else None,
-        "nvcc": None,
-        "gpus": gpus,
-        "host_total_bytes": 64 * GIB,
-        "host_available_bytes": 60 * GIB,
-        "run_disk": Disk(Path("/data"), 900 * GIB, 1),
-        "hub_disk": Disk(Path("/data"), 900 * GIB, 1),
-        "run_dir_bytes": 0,
-        "base": Source("base model", "openai/gpt-oss-120b", "here", "in the hub cache"),
-        "data": (Source("training data", "x.jsonl", "here", "file of 9 bytes"),),
-    }
-    return Machine(**{**facts, **changes})
-
-
-FOUR_3090 = machine(gpu(index) for index in range(4))
-H200 = machine([gpu(0, "NVIDIA H200", 140.0, 139.0, (9, 0))])
-NONE = machine()
-
-
-def judge(config, facts: Machine) -> dict[str, Row]:
-    rows = check(config, facts, plan_for(config, facts))
-    assert all(row.fix for row in rows if row.status != "ok")
-    assert len({row.check for row in rows}) == len(rows)
-    return {row.check: row for row in rows}
-
-
-def failures(config, facts: Machine) -> set[str]:
-    return {row.check for row in judge(config, facts).values() if row.status == "fail"}
-
-
-BIG, SMALL, TINY = load("gpt-oss-120b-4x3090"), load("gpt-oss-20b-1x3090"), load("tiny")
-ALONE = "sequence_parallel_degree=1"
+from tests.health.machines import (
+    ALONE,
+    BIG,
+    FOUR_3090,
+    GIB,
+    H200,
+    NONE,
+    SMALL,
+    TINY,
+    failures,
+    gpu,
+    judge,
+    load,
+    machine,
+)
 
 
 def test_tiny_runs_without_a_gpu():
@@ -167,6 +125,9 @@ def test_a_split_sequence_is_checked_against_gpus_heads_and_collectives():
     split = load("tiny", "sequence_parallel_degree=4")
     assert judge(split, NONE)["sequence parallel"].status == "ok"
     assert judge(split, NONE)["collectives"].found.endswith("gloo in use")
+    few = judge(split, dataclasses.replace(NONE, cores=3))["sequence parallel"]
+    assert few.status == "fail" and "too few cores for 4 processes" in few.found
+    assert "(3)" in few.found and "sequence_parallel_degree=3 or less" in few.fix
     bare = dataclasses.replace(FOUR_3090, torch=Torch("2.13.0", "13.0", 4, False, True))
     assert judge(BIG, bare)["collectives"].status == "fail"
 
@@ -314,173 +275,6 @@ def test_sources_and_licence():
     assert row.status == "fail" and "data.train" in row.fix
     task = Source("evaluation task arc", "arc", "unknown", "")
     assert rows(known, task)["evaluation task arc"].status == "warn"
-
-
-# Probes
-
-
-def fake_program(folder: Path, name: str, text: str, code: int = 0) -> None:
-    program = folder / name
-    program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {code}\n")
-    program.chmod(0o755)
-
-
-@pytest.fixture
-def programs(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return tmp_path
-
-
-TWO = (
-    "0, NVIDIA GeForce RTX 3090, 8.6, 24576, 24258, 570.86.10, 4, 16\n"
-    "1, NVIDIA H200, 9.0, 143771, 143000, 570.86.10, [N/A], [N/A]"
-)
-
-
-def test_nvidia_smi_is_read(programs, monkeypatch):
-    fake_program(programs, "nvidia-smi", TWO)
-    gpus, driver = machine_module.probe_gpus()
-    assert driver == "570.86.10"
-    assert gpus[0] == Gpu(
-        0, "NVIDIA GeForce RTX 3090", (8, 6), 24576 * 2**20, 24258 * 2**20, "4.0 x16"
-    )
-    assert gpus[1].name == "NVIDIA H200" and gpus[1].pcie == "unknown"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert [g.index for g in machine_module.probe_gpus()[0]] == [1]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert machine_module.probe_gpus()[0] == ()
-
-
-def test_no_driver_is_no_gpu(programs):
-    fake_program(programs, "nvidia-smi", "NVIDIA-SMI has failed because", 9)
-    assert machine_module.probe_gpus() == ((), None)
-
-
-def test_another_environment_is_distinguished_from_ours(monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.prefix", str(ROOT / ".venv"))
-    assert machine_module.runs_in_our_environment()
-    monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
-    assert not machine_module.runs_in_our_environment()
-
-
-def test_disk_space_is_that_of_the_nearest_existing_parent(tmp_path):
-    disk = machine_module.probe_disk(tmp_path / "not/there/yet")
-    stats = os.statvfs(tmp_path)
-    assert disk.path == tmp_path
-    assert disk.free_bytes == pytest.approx(stats.f_bavail * stats.f_frsize, rel=0.05)
-
-
-def test_hard_links_are_counted_once(tmp_path):
-    (tmp_path / "a").write_bytes(bytes(1000))
-    os.link(tmp_path / "a", tmp_path / "b")
-    (tmp_path / "c").symlink_to("a")
-    assert machine_module._tree_bytes(tmp_path) == 1000
-    assert machine_module._tree_bytes(tmp_path / "none") == 0
-
-
-def test_lock_is_compared_with_what_is_installed(tmp_path):
-    import pydantic
-
-    lock = tmp_path / "requirements.lock"
-    lock.write_text(
-        "# a comment\n"
-        f"pydantic=={pydantic.__version__}\n"
-        "PyYAML==0.0.1 ; python_full_version < '4'\n"
-        "no-such-package==1.0  # why\n"
-        "only-on-windows==1.0 ; sys_platform == 'win32'\n"
-    )
-    rows = {row.name: row for row in packages.compare_with_lock(lock)}
-    assert set(rows) == {"pydantic", "pyyaml", "no-such-package"}
-    assert rows["pydantic"].matches and not rows["pyyaml"].matches
-    assert rows["no-such-package"].installed is None
-    assert packages.compare_with_lock(tmp_path / "none") == ()
-    assert Package("torch", "2.13.0", "2.13.0+cu130").matches
-    assert not Package("torch", "2.13.0", "2.13.01").matches
-
-
-def test_the_lock_pins_everything_the_stages_need():
-    assert packages.NEEDED <= {row.name for row in packages.compare_with_lock()}
-
-
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """An empty cache and no network."""
-    monkeypatch.setattr(sources, "_is_offline", lambda: True)
-    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
-        monkeypatch.setenv(name, str(tmp_path / name))
-    return tmp_path
-
-
-def states(config, run_dir: Path) -> dict[str, str]:
-    base, data = sources.probe_sources(config, run_dir)
-    return {source.role: source.state for source in (base, *data)}
-
-
-def test_offline_hub_names_are_missing_and_local_ones_are_not(offline, untrained_base, chat_file):
-    assert states(BIG, offline) == {
-        "base model": "missing",
-        "training data": "missing",
-        "evaluation task hellaswag": "missing",
-    }
-    base, _ = sources.probe_sources(BIG, offline)
-    assert "HF_HUB_OFFLINE" in base.detail
-    local = load("tiny", f"model.base={untrained_base}", f"data.train={chat_file}")
-    assert set(states(local, offline).values()) == {"here", "made"}
-    assert states(TINY, offline)["base model"] == "made"
-    lost = load("tiny", "data.train=./nowhere.jsonl", "data.validation=/nowhere", "seed=1")
-    assert states(lost, offline)["training data"] == "missing"
-    assert states(lost, offline)["validation data"] == "missing"
-    (offline / "HF_DATASETS_CACHE/HuggingFaceH4___Multilingual-Thinking/default").mkdir(
-        parents=True
-    )
-    assert states(BIG, offline)["training data"] == "here"
-
-
-def test_prepared_data_of_the_run_is_available(offline, chat_file):
-    from sparselong.data import conversations
-
-    config = load("tiny", f"data.train={chat_file}")
-    conversations.prepare(config, offline)
-    _, data = sources.probe_sources(config, offline)
-    assert data[0].state == "here" and "prepared" in data[0].detail
-    assert states(BIG, offline)["training data"] == "missing"
-
-
-def test_a_base_directory_that_lacks_a_shard_fails_as_in_stage_02(
-    offline, tmp_path, untrained_base, chat_file
-):
-    copy = tmp_path / "base"
-    copy.mkdir()
-    for file in untrained_base.iterdir():
-        os.link(file, copy / file.name)
-    config = load("tiny", f"model.base={copy}", f"data.train={chat_file}")
-    shard = sorted(copy.glob("model-*.safetensors"))[0]
-    shard.unlink()
-    base, data = sources.probe_sources(config, offline)
-    findings = inputs.probe_inputs(config, offline, base, data[:1])
-    assert [finding.role for finding in findings if finding.error] == ["base checkpoint"]
-    facts = machine(base=base, data=data, inputs=findings)
-    assert failures(config, facts) == {"base checkpoint"}
-    assert shard.name in judge(config, facts)["base checkpoint"].found
-
-
-def test_an_unresponsive_hub_is_queried_once(offline, monkeypatch):
-    import httpx
-    from huggingface_hub import HfApi
-
-    asked = []
-
-    def refuse(self, name, **options):
-        asked.append((name, options["timeout"]))
-        raise httpx.ConnectError("no route")
-
-    monkeypatch.setattr(sources, "_is_offline", lambda: False)
-    monkeypatch.setattr(HfApi, "repo_info", refuse)
-    base, data = sources.probe_sources(BIG, offline)
-    assert asked == [("openai/gpt-oss-120b", 4.0)]
-    assert {base.state, *(source.state for source in data)} == {"missing"}
-    assert "no route" in data[0].detail
 
 
 def test_report_is_json_and_fits_its_width():

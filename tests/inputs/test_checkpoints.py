@@ -175,6 +175,13 @@ def test_a_checkpoint_copied_to_another_number_is_none(folder):
     assert faults == {folder / "checkpoint-6": "trainer_state.json is of step 4"}
 
 
+def test_a_copy_under_a_lower_number_is_its_makers(folder):
+    newest = make(folder, 4)
+    shutil.copytree(newest, folder / "checkpoint-2")
+    assert remove_oldest(folder, 1, {"checkpoint-4"}) == {}
+    assert (folder / "checkpoint-2").is_dir()
+
+
 def test_an_edited_description_does_not_matter_to_training(folder):
     path = make(folder, 2)
     (path / "README.md").write_text("my best one so far")
@@ -192,12 +199,24 @@ def test_the_newest_and_the_best_are_kept(folder):
     assert len(list(folder.iterdir())) == 2
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "README.md", "optimizer.pt", "plots/a.png", "link"])
+CHANGED = (
+    "notes.txt",
+    "README.md",
+    "optimizer.pt",
+    "plots/a.png",
+    "link",
+    "optimizer.pt as a link",
+)
+
+
+@pytest.mark.parametrize("name", CHANGED)
 def test_a_checkpoint_that_someone_changed_is_not_removed(folder, name):
     """Neither counted, so that as many others are kept as without it."""
     changed, *_ = (make(folder, step) for step in range(1, 5))
-    if name == "link":
-        (changed / name).symlink_to("/somewhere/else")
+    if name.endswith("link"):
+        file = changed / name.removesuffix(" as a link")
+        file.unlink(missing_ok=True)
+        file.symlink_to("/somewhere/else")
     else:
         (changed / name).parent.mkdir(exist_ok=True)
         (changed / name).write_text("mine")

@@ -105,7 +105,8 @@ def test_stage_03_ends_well_without_the_link_to_the_best(tmp_path, monkeypatch, 
     stage.dir.mkdir()
     figures = ("mask_updates", "best_step", "steps", "best_eval_loss", "two_four_conforming")
     baked = dict.fromkeys(figures, 1) | {"best_checkpoint": "checkpoint-2"}
-    (stage.dir / "baked.json").write_text(json.dumps({**baked, "peak_bytes": {"host": 1}}))
+    baked |= {"peak_bytes": {"host": 1}, "files": []}
+    (stage.dir / "baked.json").write_text(json.dumps(baked))
     row = {"step": 1, "loss": 1.0, "tokens": 1, "tokens_per_second": 1.0}
     (stage.dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     keys = ("keep_attention", "keep_experts", "trainable_parameters", "supervised_token_fraction")

@@ -10,6 +10,7 @@ import pytest
 
 from sparselong.checkpoint import missing_files
 from sparselong.config.schema import load
+from sparselong.data import conversations
 from sparselong.errors import ConfigError, StageError
 from sparselong.evaluate import models
 from sparselong.files import why_unusable
@@ -21,6 +22,7 @@ from sparselong.tiny import resolve_base
 from tests.conftest import ROOT
 
 INDEX = "model.safetensors.index.json"
+TINY = ROOT / "configs/tiny.yaml"
 TASKS = "evaluation.tasks=[demo_hellaswag]"
 
 
@@ -35,7 +37,10 @@ def compressed(small_arguments, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.parametrize(("name", "text"), [("base.json", "{"), ("work/layer-00000.json", "[1]")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("base.json", "{"), ("work/layer-00000.json", "[1]"), ("work/model.json", '{"files": [3]}')],
+)
 def test_a_damaged_record_of_stage_02_is_explained(compressed, run_script, tmp_path, name, text):
     run = shutil.copytree(compressed, tmp_path / "run", symlinks=True)
     (run / "02_compress" / name).write_text(text)
@@ -101,7 +106,7 @@ def test_a_damaged_kept_result_is_measured_again(tmp_path, monkeypatch, text):
 
     monkeypatch.setattr(models, "load_model", load_again)
     (tmp_path / "base.json").write_text(text)
-    config = load(ROOT / "configs/tiny.yaml")
+    config = load(TINY)
     measurements = SimpleNamespace(suite=SimpleNamespace(config=config))
     told = []
     with pytest.raises(InterruptedError):
@@ -110,7 +115,7 @@ def test_a_damaged_kept_result_is_measured_again(tmp_path, monkeypatch, text):
 
 
 def test_a_baked_record_without_its_figures_is_explained(tmp_path, monkeypatch):
-    stage = Stage("03_finetune", load(ROOT / "configs/tiny.yaml"), tmp_path)
+    stage = Stage("03_finetune", load(TINY), tmp_path)
     stage.dir.mkdir()
     (stage.dir / "baked.json").write_text(json.dumps({"best_step": 2}))
     monkeypatch.setattr(trainer, "check_receipt", lambda stage, asked: {})
@@ -157,7 +162,7 @@ def test_the_reason_is_that_of_the_system(tmp_path):
     for name, reason in reasons.items():
         assert why_unusable(tmp_path / name, "directory") == reason
         if name != ".":
-            config = load(ROOT / "configs/tiny.yaml", [f"model.base={tmp_path / name}"])
+            config = load(TINY, [f"model.base={tmp_path / name}"])
             with pytest.raises(StageError) as caught:
                 resolve_base(config, tmp_path, print)
             assert caught.value.found == reason
@@ -169,9 +174,25 @@ def test_a_directory_named_as_a_published_model_is_what_counts(
 ):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(untrained_base, "openai/gpt-oss-20b")
-    config = load(ROOT / "configs/tiny.yaml", ["model.base=openai/gpt-oss-20b"])
+    config = load(TINY, ["model.base=openai/gpt-oss-20b"])
     assert find_shape(config.model).hidden == 128
     path = tmp_path / "openai/gpt-oss-20b/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 64}))
     with pytest.raises(ConfigError, match="sequence_len is longer than"):
         check_model(config)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "validation.jsonl"])
+@pytest.mark.parametrize("text", ["", "notes\n", '{"messages": [], "origin": "me"}\n'])
+def test_a_persons_file_in_the_data_folder_is_not_replaced(chat_file, tmp_path, name, text):
+    """The run directory may be a project's folder, with a `data` of its own beside a stage's."""
+    config = load(TINY, [f"data.train={chat_file}"])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_text(text)
+    with pytest.raises(StageError, match="would be replaced"):
+        conversations.prepare(config, tmp_path)
+    assert (tmp_path / "data" / name).read_text() == text
+    (tmp_path / "data" / name).unlink()
+    made = conversations.prepare(config, tmp_path)
+    (tmp_path / "data/source.json").unlink()  # as a kill leaves them
+    assert conversations.prepare(config, tmp_path) == made

@@ -18,8 +18,9 @@ from sparselong.checkpoint import check_recorded, take_inventory
 from sparselong.compress import stream
 from sparselong.config import load
 from sparselong.errors import StageError
+from sparselong.evaluate import evaluate
 from sparselong.evaluate.inputs import check_models
-from sparselong.finetune import check_compressed
+from sparselong.finetune import check_compressed, finetune
 from sparselong.run import Stage, read_manifest
 from sparselong.run.directory import finish, prepare
 from tests.conftest import load_script
@@ -321,3 +322,21 @@ def test_torch_is_not_needed_to_refuse():
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "validation.jsonl"])
+def test_rows_that_were_made_again_from_a_changed_source_are_refused(stages, name):
+    """Otherwise a model would be measured on conversations that it was trained on."""
+    data = stages[0].run_dir / "data"
+    files = [data / "train.jsonl", data / "validation.jsonl"]
+    touch(data / name)
+    stages[1].check_rows(files)
+    with (data / name).open("a") as file:
+        file.write("\n")
+    record = json.loads((data / "source.json").read_text())
+    record["files"] = provenance.describe_files(files, data)
+    (data / "source.json").write_text(json.dumps(record))
+    for stage, execute in zip(stages, (finetune, evaluate), strict=True):
+        with pytest.raises(StageError, match="since 02_compress recorded it") as refusal:
+            execute(stage)
+        assert name in refusal.value.what and "02_compress.py --force" in refusal.value.fix

@@ -135,6 +135,37 @@ def test_other_files_in_the_run_directory_stay(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_directory_of_other_things_is_no_run_directory(tmp_path, capsys):
+    home = tmp_path / "home"
+    for name in ("Documents", "Pictures", ".cache", "data"):
+        (home / name).mkdir(parents=True)
+    (home / "taxes.ods").write_text("mine")
+    before = sorted(home.rglob("*"))
+    for more in ((), ("--dry-run",), ("--force",)):
+        assert run(home, *more) == 2
+        refused(capsys, f"{home} cannot be the run directory", "Documents, Pictures, taxes.ods")
+    assert run("/", "--dry-run") == 2
+    refused(capsys, "/ cannot be the run directory", "more")
+    assert sorted(home.rglob("*")) == before
+
+
+def test_what_is_found_beside_a_run_is_no_obstacle(tmp_path):
+    """A mounted disk, notes, the shell's logs, the rows, the config and the base of the run."""
+    place = tmp_path / "run"
+    for name in ("lost+found", "cache", "models/base", ".ipynb_checkpoints"):
+        (place / name).mkdir(parents=True)
+    for name in (".gitkeep", "date.txt", "nohup.out", "README.md", "Run 1.LOG"):
+        (place / name).write_text("")
+    config = place / "my.yaml"
+    config.write_text((ROOT / "configs/tiny.yaml").read_text())
+    (place / "rows.jsonl").write_text("mine")
+    named = (f"data.train={place}/rows.jsonl", f"model.base={place}/models/base")
+    arguments = ["--config", str(config), "--run-dir", str(place), *named]
+    assert run_stage("02_compress", "test", arguments, work, **PLAN) == 0
+    (place / "pictures").mkdir()  # it is a run directory now
+    assert run_stage("02_compress", "test", arguments, work, **PLAN) == 0
+
+
 DAMAGES = ["", "{", "[]", "null", "{}", '{"config_hash": 3}', "\x00\xff", "[" * 100_000, '"x"']
 
 
@@ -269,6 +300,7 @@ def test_the_lock_file_of_a_killed_process_is_taken_over(no_flock, kind, tmp_pat
         (json.dumps({"host": socket.gethostname(), "pid": 1}), "process 1 "),
         (json.dumps({"host": socket.gethostname(), "pid": 2**70}), "process "),
         *(("", "cannot be read"), ("[]", "cannot be read"), ('{"host": 1}', "cannot be read")),
+        ("[" * 99_999, "nested too deeply"),
     ],
 )
 def test_any_other_lock_file_is_explained(no_flock, content, word, tmp_path):

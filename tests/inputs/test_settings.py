@@ -144,6 +144,13 @@ def test_tasks_of_lm_eval_are_known(name):
     check_tasks(load(TINY, [f"evaluation.tasks=[{name}]"]))
 
 
+@pytest.mark.parametrize("name", ["arc", "validation", "default"])
+def test_words_and_folders_of_lm_eval_are_no_tasks(name):
+    """Its files mention them, but stage 04 would refuse them after hours of training."""
+    with pytest.raises(ConfigError, match=f"names {name}, which lm-eval does not have"):
+        check_tasks(load(TINY, [f"evaluation.tasks=[{name}]"]))
+
+
 def test_workers_are_counted_by_the_cores_that_the_process_may_use(monkeypatch):
     from sparselong.processes.launch import find_world, rank_environments
 

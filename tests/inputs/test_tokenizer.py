@@ -278,3 +278,12 @@ def test_a_template_of_another_format_is_refused(folder):
 def test_a_missing_template_is_refused(folder):
     (folder / "chat_template.jinja").unlink()
     assert "no chat template" in refusal(folder)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_asking(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "n")
+    (folder / "mine.py").write_text("raise SystemExit\n")
+    code = {"AutoTokenizer": ["mine.Mine", None]}
+    edit(folder / "tokenizer_config.json", auto_map=code, tokenizer_class="Mine")
+    assert "cannot be used" in refusal(folder) and not asked

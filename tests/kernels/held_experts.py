@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import torch
 
@@ -37,6 +38,7 @@ class Case:
         empty: index of rows that are routed to no expert, and hold NaN.
         adapted: which projections have adapters.
         window_rows: `WINDOW_ROWS`.
+        interpreted: backends for which the case is worth the interpreter's time.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Case:
     empty: tuple[int, ...] = ()
     adapted: tuple[bool, bool] = (True, True)
     window_rows: int = 1024
+    interpreted: tuple[str, ...] = ()
     hidden: int = 64
     inner: int = 32
 
@@ -57,20 +60,20 @@ class Case:
 
 
 CASES = [
-    Case("one_row", 1),
+    Case("one_row", 1, interpreted=("decode",)),
     Case("ragged", 37),
-    Case("no_adapters", 37, adapted=(False, False)),
+    Case("no_adapters", 37, adapted=(False, False), interpreted=("packed",)),
     Case("gate_up_adapter", 19, adapted=(True, False)),
     Case("down_adapter", 19, adapted=(False, True)),
     Case("one_part_holds_all", 19, ends=(5,)),
-    Case("more_choices_than_held_experts", 21, ends=(1, 2, 6), top_k=5),
+    Case("more_choices_than_held_experts", 21, ends=(1, 2, 6), top_k=5, interpreted=("packed",)),
     Case("empty_experts", 40, ends=(4, 9), top_k=2, only=(1, 2, 7)),
     Case("all_on_one_expert", 70, top_k=1, only=(3,)),
-    Case("padding_rows", 37, empty=(0, 5, 6, 36)),
-    Case("only_padding_rows", 3, empty=(0, 1, 2)),
-    Case("windows", 37, window_rows=24),
+    Case("padding_rows", 37, empty=(0, 5, 6, 36), interpreted=("packed",)),
+    Case("only_padding_rows", 3, empty=(0, 1, 2), interpreted=("packed",)),
+    Case("windows", 25, window_rows=20, interpreted=("packed", "decode")),
     Case("windows_that_hold_few_rows", 37, window_rows=7, empty=(0, 5, 36)),
-    Case("windows_of_one_expert", 70, top_k=1, only=(3,), window_rows=32),
+    Case("windows_of_one_expert", 70, top_k=1, only=(3,), window_rows=48, interpreted=("packed",)),
     Case("last_window_is_full", 32, top_k=2, window_rows=16, only=(0, 1)),
     Case("more_than_a_block_of_choices", 70, ends=(1, 3), top_k=2, hidden=32, window_rows=50),
 ]
@@ -158,7 +161,7 @@ def run_exactly(layer: Layer, held: range) -> dict[str, torch.Tensor]:
         return leaves[-1]
 
     x, weights = leaf(layer.call.x), leaf(layer.call.weights)
-    adapters = tuple(one and (leaf(one.a), leaf(one.b), one.scaling) for one in operands.adapters)
+    adapters: Any = tuple(one and (*map(leaf, one[:2]), one.scaling) for one in operands.adapters)
     local = layer.call.indices - held.start
     out = expert_mlp_reference(x, local, weights, operands.stack, adapters, GATE)
     grads = torch.autograd.grad(out, leaves, layer.dout.double())

@@ -15,7 +15,7 @@ import torch
 from sparselong.kernels.experts import held as held_experts
 from sparselong.kernels.experts import lora_triton, routing, triton_launch, triton_parts
 from sparselong.kernels.experts.routing import sort_held_experts
-from tests.kernels.held_experts import CASES, draw, measure, run
+from tests.kernels.held_experts import CASES, GATE, draw, measure
 from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
 
@@ -33,9 +33,21 @@ def find_refused_indices() -> list[int]:
     return refused
 
 
-def count_decoded() -> int:
-    """Count the windows of a pass that decode weights, where rows fill the first of three."""
-    return 0
+def count_work() -> dict[str, list[int]]:
+    """Count the rows (experts) that kernels write in windows: full, half full and empty."""
+    indices = torch.full((48, 1), 4)
+    indices[:24] = 1
+    x, weight = torch.randn(48, 64), draw(CASES[0], torch.float32).stack.gate_up
+    weight = weight._replace(**{k: v[1:3] for k, v in weight._asdict().items()})
+    work: dict[str, list[int]] = {"gather": [], "gate": [], "decode": []}
+    for window in sort_held_experts(indices, range(1, 3), 5, 32, 16):
+        gathered, _ = routing.gather(x, window, indices)
+        h = triton_launch.apply_gate(torch.ones(16, 64), window, GATE)
+        buffer = torch.full((2, 64, 64), torch.nan)
+        triton_launch.decode_into(buffer, weight, 0, 2, window)
+        for name, values in (("gather", gathered), ("gate", h), ("decode", buffer)):
+            work[name].append(int(values.isfinite().sum()) // values[0].numel())
+    return work
 
 
 def sum_of_parts(parts: int, rows: int) -> float:
@@ -56,8 +68,9 @@ def main() -> None:
     results = {}
     for case in CASES:
         held_experts.WINDOW_ROWS = case.window_rows
-        for backend in ("packed", "decode")[: 2 if case.name.startswith("windows") else 1]:
+        for backend in case.interpreted:
             results[f"{case.name} {backend}"] = measure(case, torch.float32, backend)
+    results["work"] = count_work()
     results["refused"] = find_refused_indices()
     results["parts"] = [sum_of_parts(*shape) for shape in ((1, 5), (2, 70), (5, 3))]
     print(json.dumps(results))

@@ -111,6 +111,7 @@ def test_rows_that_pass_through_the_experts_are_bounded():
         routing = (long - short) * 4 * exchange.ROUTING_BYTES
         assert more["experts_work"] - less["experts_work"] == routing
     assert exchange.window_rows(BIG, 4096, 4) == exchange.WINDOW_ROWS
+    assert exchange.window_rows(BIG, 4096, 8) == exchange.WINDOW_ROWS
     assert exchange.window_rows(BIG, 4096, 2) == 2 * exchange.CHUNK_ROWS * 4
     assert exchange.window_rows(BIG, 100, 2) == 2 * 100 * 4
 
@@ -138,17 +139,17 @@ def test_kept_experts_are_not_available():
 )
 def test_the_degree_is_the_fastest_that_fits(overrides, processes, budget, degree):
     config = load(*overrides)
-    assert memory.decide_expert_parallel(BIG, config, processes, budget) == degree
+    assert fit.decide_expert_parallel(BIG, config, processes, budget) == degree
 
 
 def test_auto_shares_just_below_the_peak_with_its_margin():
     config = load("training.keep_attention=never", "training.keep_experts=never")
     needed = int(training.finetune_memory(BIG, config).peak_bytes * fit.MARGIN)
-    assert memory.decide_expert_parallel(BIG, config, 4, needed + 1) == 1
-    assert memory.decide_expert_parallel(BIG, config, 4, needed - 2) == 4
+    assert fit.decide_expert_parallel(BIG, config, 4, needed + 1) == 1
+    assert fit.decide_expert_parallel(BIG, config, 4, needed - 2) == 4
     needed = int(sum(stages.evaluation_memory(BIG, config, "cuda").values()) * fit.MARGIN)
-    assert memory.decide_evaluation_parallel(BIG, config, 4, needed + 1) == 1
-    assert memory.decide_evaluation_parallel(BIG, config, 4, needed - 2) == 4
+    assert fit.decide_evaluation_parallel(BIG, config, 4, needed + 1) == 1
+    assert fit.decide_evaluation_parallel(BIG, config, 4, needed - 2) == 4
 
 
 @pytest.mark.parametrize("degree", [2, 4, 8])
@@ -173,7 +174,7 @@ def test_what_cannot_fit_is_refused_with_the_missing_bytes_and_what_helps(
 ):
     config = load(*overrides)
     with pytest.raises(StageError) as refused:
-        memory.check_fit(BIG, config, processes, CARD)
+        fit.check_fit(BIG, config, processes, CARD)
     short = fit.least_peak_bytes(BIG, config, CARD) - CARD
     assert f"{memory.format_bytes(short)} short" in refused.value.found
     assert "23.60 GiB on each GPU" in refused.value.expected
@@ -184,16 +185,16 @@ def test_what_cannot_fit_is_refused_with_the_missing_bytes_and_what_helps(
             key = text.split()[0]
             kept = [each for each in overrides if each.split("=")[0] != key.split("=")[0]]
             changed = load(*kept, key)
-            memory.check_fit(BIG, changed, fit.planned_processes(changed), CARD)
+            fit.check_fit(BIG, changed, fit.planned_processes(changed), CARD)
 
 
 def test_what_may_fit_is_not_refused():
     config = load()
-    memory.check_fit(BIG, config, 4, CARD)
+    fit.check_fit(BIG, config, 4, CARD)
     least = training.finetune_memory(BIG, config, expert_parallel=4).peak_bytes
-    memory.check_fit(BIG, config, 4, int(least / fit.MARGIN) + 1)
+    fit.check_fit(BIG, config, 4, int(least / fit.MARGIN) + 1)
     with pytest.raises(StageError, match="shared by 4 processes"):
-        memory.check_fit(BIG, config, 4, int(least / fit.MARGIN) - 1)
+        fit.check_fit(BIG, config, 4, int(least / fit.MARGIN) - 1)
 
 
 def test_the_plan_shows_both_and_the_choice(tmp_path):

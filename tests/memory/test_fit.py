@@ -147,7 +147,7 @@ def test_no_change_fits_a_model_that_is_too_large():
     told = memory.suggest_changes(BIG, config, 12 * GIB)
     assert told and not any(text.endswith(" fits") for text in told)
     with pytest.raises(StageError) as refused:
-        memory.check_fit(BIG, config, 1, 12 * GIB)
+        fit.check_fit(BIG, config, 1, 12 * GIB)
     assert refused.value.fix.endswith("use a larger GPU or a smaller model")
 
 

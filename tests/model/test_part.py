@@ -25,6 +25,7 @@ from sparselong.kernels.experts import expert_mlp
 from sparselong.model import Part, chunk_loss, describe_weights, load_model
 from sparselong.model.loading import packed_config
 from sparselong.model.packed_experts import PackedExperts
+from sparselong.model.part import read_withheld
 from sparselong.model.vocabulary import PartialEmbedding, PartialHead
 from sparselong.parallel.placement import Placement
 from sparselong.runtime import using
@@ -343,6 +344,14 @@ def test_a_state_dict_is_not_cut(untrained_base):
             state_dict=tensors,
         )
     assert "state dict" in caught.value.found
+
+
+def test_a_part_over_several_devices_is_refused(untrained_base):
+    model = load_model(untrained_base)
+    model.model.norm.to("meta")
+    with pytest.raises(StageError, match="needs one device") as caught:
+        read_withheld(model, {}, untrained_base, False)
+    assert "cpu, meta" in caught.value.found
 
 
 def test_experts_are_made_with_the_held_ones_only(untrained_base):

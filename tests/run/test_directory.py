@@ -124,6 +124,21 @@ def test_a_full_disk_is_explained(tmp_path, capsys, failure, place):
     assert f"could not write {place}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kept", ["", " without --force: finished layers are kept"])
+def test_a_full_disk_says_what_is_kept_under_force(tmp_path, capsys, kept, monkeypatch):
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert run(tmp_path, write_output) == 0
+    if kept:
+        assert run(tmp_path, fill, "--force") == 1
+    else:  # before the old result is set aside
+        monkeypatch.setattr("sparselong.run.command.prepare", fill)
+        assert run(tmp_path, write_output, "--force") == 1
+    fix = f"free some space, then run the same command again{kept}\n"
+    assert capsys.readouterr().err.endswith(fix)
+
+
 def test_an_os_error_with_another_number_is_a_bug(tmp_path):
     def miss(stage: Stage) -> None:
         raise OSError(errno.ENOENT, "No space left on device")
@@ -137,7 +152,7 @@ def test_an_os_error_with_another_number_is_a_bug(tmp_path):
     [
         ("file", "File exists"),
         ("file/run", "Not a directory"),
-        ("/proc/self", "No such file"),  # not writable, and root ignores permissions
+        ("/proc/self/run", "No such file"),  # not writable, and root ignores permissions
     ],
 )
 def test_a_run_directory_that_cannot_be_used_is_refused(tmp_path, capsys, place, found):

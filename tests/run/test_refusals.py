@@ -46,10 +46,10 @@ def test_a_refusal_imports_nothing_heavy(script, tmp_path):
     other.mkdir(parents=True)
     begun = {"format_version": FORMAT_VERSION, "config_hash": "0"}
     (other / "started.json").write_text(json.dumps(begun))
-    run_dirs = [tmp_path / "file", tmp_path / "file/run", "/proc/self"]
+    run_dirs = [tmp_path / "file", tmp_path / "file/run", "/proc/self/run", "/proc/self"]
     cases = [[*config, "--run-dir", str(run_dir)] for run_dir in run_dirs]
     cases += [[*config, "sed=1"], [*config, "training.save_steps=7"], ["--config", "absent.yaml"]]
-    expected = [1, 1, 1, 2, 2, 2]
+    expected = [1, 1, 1, 2, 2, 2, 2]
     if script != "01_health":  # always repeated, and reads no other stage
         cases.append([*config, "--run-dir", str(tmp_path / "other")])
         expected.append(1)
@@ -93,6 +93,29 @@ def test_processes_that_cannot_rendezvous_are_refused_early(tmp_path):
     master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     codes, modules = refuse("03_finetune", [config], **world, **master)
     assert codes == [1] and not modules & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("more", "full", "code"),
+    [
+        *((["--dry-run"], "stdout", 1), (["--help"], "stdout", 1)),
+        *((["sed=1", "--json"], "stderr", 2), (["sed=1", "--json"], "stdout", 2)),
+    ],
+)
+def test_output_that_cannot_be_written_is_named(tmp_path, more, full, code):
+    """The run directory is not to blame."""
+    command = [sys.executable, "02_compress.py", "--run-dir", str(tmp_path / "run"), *more]
+    other = "stderr" if full == "stdout" else "stdout"
+    with open("/dev/full", "w") as device:
+        streams = {full: device, other: subprocess.PIPE}
+        done = subprocess.run(command, cwd=ROOT, **streams, text=True)
+    assert done.returncode == code
+    if other == "stdout":
+        assert json.loads(done.stdout)["what"].startswith("unknown key sed")
+        return
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 4, done.stderr
+    expected = "stdout cannot be written" if code == 1 else "unknown key sed"
+    assert expected in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

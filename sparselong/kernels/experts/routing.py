@@ -129,23 +129,24 @@ def _sort(
 
     All routed tokens to held experts get rows, even if they are more than the window's.
     """
-    entries, experts, others = indices.numel(), len(held), int(window is not None)
-    sorts = experts + others
+    entries, experts, others = indices.numel(), len(held), window is not None
+    counted = experts + others
     blocks = -(-entries // BLOCK)
     empty = lambda *shape: torch.empty(shape, dtype=torch.int32, device=indices.device)  # noqa: E731
-    ranks, counts, totals, valid = empty(entries), empty(sorts, blocks), empty(sorts), empty(1)
+    ranks, counts, totals, valid = empty(entries), empty(counted, blocks), empty(counted), empty(1)
     routing = _allocate(indices, experts, tile_rows, window, entries)
-    constants = {"BLOCK": BLOCK, "EXPERTS": max(16, _power_of_two(sorts)), "OTHERS": others}
+    constants = {"BLOCK": BLOCK, "EXPERTS": max(16, _power_of_two(experts)), "OTHERS": others}
     kernels.count_kernel[(blocks,)](
-        *(indices, ranks, counts, entries, experts, held.start, layer_experts), **constants
-    )
-    kernels.scan_kernel[(sorts,)](counts, totals, blocks, BLOCK=1024)
+        *(indices, ranks, counts, entries, experts, held.start, layer_experts),
+        **constants, num_warps=8 if others else 4,  # with four and 128 experts, registers spill
+    )  # fmt: skip
+    kernels.scan_kernel[(counted,)](counts, totals, blocks, BLOCK=1024)
     kernels.place_kernel[(blocks + experts,)](
         *(indices, ranks, counts, totals, *routing.tensors, valid, entries, experts, blocks),
         *(held.start, layer_experts),
         ROWS=tile_rows, **constants,
     )  # fmt: skip
-    message = f"expert_indices: an index is outside [{-others}, experts)"
+    message = f"expert_indices: an index is outside [{-int(others)}, experts)"
     torch._assert_async(valid, message)  # pyright: ignore[reportPrivateImportUsage]
     return routing
 

@@ -40,8 +40,8 @@ def count_kernel(
 ):  # fmt: skip
     """Write each entry's rank among its block's entries of the same expert, and block counts.
 
-    counts: [experts + OTHERS, blocks]. A wrong index is not counted. OTHERS: 1 if entries of other
-    experts than the held ones are sorted behind all others, 0 if all experts are held.
+    counts: [experts, blocks]. A wrong index is not counted. With OTHERS some experts are not held;
+    one more row of counts is for the entries of these.
     """
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -55,8 +55,10 @@ def count_kernel(
     tl.store(ranks_ptr + at, tl.sum(before.to(tl.int32), 1), mask=real)
     every = tl.arange(0, EXPERTS)
     counts = tl.sum((expert[:, None] == every[None, :]).to(tl.int32), 0)
-    counted = every < experts + OTHERS
-    tl.store(counts_ptr + every * tl.num_programs(0) + block, counts, mask=counted)
+    tl.store(counts_ptr + every * tl.num_programs(0) + block, counts, mask=every < experts)
+    if OTHERS:
+        count = tl.sum((expert == experts).to(tl.int32), 0)
+        tl.store(counts_ptr + experts * tl.num_programs(0) + block, count)
 
 
 @triton.jit
@@ -108,7 +110,7 @@ def place_kernel(
     valid: 1 if no index is wrong. With OTHERS an entry of another expert has no row.
     """
     every = tl.arange(0, EXPERTS)
-    totals = tl.load(totals_ptr + every, mask=every < experts + OTHERS, other=0)
+    totals = tl.load(totals_ptr + every, mask=every < experts, other=0)
     if tl.program_id(0) < blocks:
         block = tl.program_id(0)
         at = block * BLOCK + tl.arange(0, BLOCK)
@@ -119,16 +121,19 @@ def place_kernel(
         real = (at < entries) & inside
         earlier = tl.load(counts_ptr + expert * blocks + block, mask=real, other=0)
         rank = tl.load(ranks_ptr + at, mask=real, other=0)
-        position = tl.where(inside, start + earlier + rank, -OTHERS)
+        position = tl.where(inside, start + earlier + rank, -1 if OTHERS else 0)
         tl.store(positions_ptr + at, position, mask=at < entries)
     else:
         own = tl.program_id(0) - blocks
         _list_tiles(
-            tl.where(every < experts, totals, 0), own, experts,
+            totals, own, experts,
             starts_ptr, tile_starts_ptr, tile_expert_ptr, ROWS, BLOCK, EXPERTS,
         )  # fmt: skip
         if own == experts - 1:
-            tl.store(valid_ptr, (tl.sum(totals, 0) == entries).to(tl.int32))
+            valid = tl.sum(totals, 0)
+            if OTHERS:
+                valid += tl.load(totals_ptr + experts)
+            tl.store(valid_ptr, (valid == entries).to(tl.int32))
 
 
 @triton.jit

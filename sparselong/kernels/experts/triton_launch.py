@@ -60,10 +60,9 @@ class SavedForward(NamedTuple):
 def sort_held(
     call: ExpertCall, operands: ExpertOperands, held: range, experts: int, window_rows: int
 ) -> Iterator[Routing]:
-    """Yield the routing to the held experts in windows, as `sort_held_experts`; none if no rows."""
-    if len(call.x):
-        tile_rows = choose_tile(call.x, operands.backend, "forward").rows
-        yield from sort_held_experts(call.indices, held, experts, tile_rows, window_rows)
+    """Return the windows of `sort_held_experts` for the products' tiles."""
+    tile_rows = choose_tile(call.x, operands.backend, "forward").rows
+    return sort_held_experts(call.indices, held, experts, tile_rows, window_rows)
 
 
 def run_gate_up(

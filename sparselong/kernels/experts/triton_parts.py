@@ -16,9 +16,10 @@ def add_parts_kernel(parts_ptr, out_ptr, numel, PARTS: tl.constexpr, BLOCK: tl.c
     """Add PARTS tensors of `numel` values in fp32. Grid: numel / BLOCK."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < numel
-    total = tl.load(parts_ptr + at, mask=real, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):  # pyright: ignore[reportGeneralTypeIssues]
-        pointers = parts_ptr + tl.cast(numel, tl.int64) * part + at
+    pointers = parts_ptr + at
+    total = tl.load(pointers, mask=real, other=0.0).to(tl.float32)
+    for _ in tl.static_range(1, PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        pointers += numel
         total += tl.load(pointers, mask=real, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=real)
 

@@ -44,7 +44,7 @@ from sparselong.kernels.experts import (
 from sparselong.parallel.collectives import Pending, start_all_gather, start_all_to_all
 from sparselong.runtime import is_recomputing
 
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 2048
 """Most rows of a process in a chunk. More make products faster, fewer hide more of the exchange."""
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from sparselong.kernels.experts import sum_parts
 from sparselong.kernels.layer import (
     combine_statistics,
     shard_statistics,
@@ -32,7 +33,6 @@ from sparselong.parallel.collectives import Group, Pending, start_all_gather
 from sparselong.parallel.vocabulary.rows import (
     Chunk,
     Labels,
-    add_parts,
     gather_chunks,
     start_return,
 )
@@ -128,7 +128,7 @@ def _finish(returning: tuple[Pending, slice], dhidden: torch.Tensor | None) -> N
     out = dhidden[place]
     parts = pending.wait()
     if len(out):
-        add_parts(parts.view(-1, *out.shape), out)
+        sum_parts(parts.view(-1, *out.shape), out)
 
 
 def make_buffer(

@@ -34,7 +34,7 @@ class ReplicatedVocabulary(Share):
     def embed(self, ids: torch.Tensor, table: torch.Tensor, vocab: int) -> torch.Tensor:
         """Return the embeddings of the tokens, [..., width], as `ShardedVocabulary.embed`.
 
-        Does not synchronize with the host on a GPU, so a CUDA graph can capture it.
+        On a GPU the host does not wait for the result.
         """
         self.check_table(table, vocab)
         return embed_replicated(ids, table, vocab, self)
@@ -60,7 +60,7 @@ class ReplicatedVocabulary(Share):
     def gather_logits(self, part: torch.Tensor, vocab: int) -> torch.Tensor:
         """Return [..., vocab], one row's logits, from this process's columns [..., held] of them.
 
-        Does not synchronize with the host on a GPU, so a CUDA graph can capture it.
+        On a GPU the host does not wait for the result.
         """
         held, most = len(self.held(vocab)), self.most_held(vocab)
         if part.numel() != held or part.shape[-1:] != (held,):

@@ -157,11 +157,3 @@ def start_return(
         The running exchange of [P * counts[rank], width], in rank order.
     """
     return start_all_to_all(partial, list(counts), [counts[rank]] * len(counts), group, tag)
-
-
-def add_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the sum of every rank's part, [P, rows, width], to `out`; fp32, in rank order."""
-    total = parts[0].to(torch.promote_types(parts.dtype, torch.float32), copy=True)
-    for part in parts[1:]:
-        total += part
-    out.copy_(total)

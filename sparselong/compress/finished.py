@@ -1,0 +1,41 @@
+"""Hashes of what stage 02 has finished, so that no file changes while it is interrupted.
+
+Each layer's record holds the rows of its files, and the model's record those of all its files. They
+are compared when the work is continued and before it is published; files whose size and time are
+the same are not read again, neither here nor for the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparselong.provenance import describe_files, refuse_changes
+from sparselong.run import Stage
+
+
+def describe_finished(stage: Stage, folder: Path, paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Return rows of `describe_files` for files in a folder that may be renamed.
+
+    Args:
+        stage: the running stage; its `described` files need not be read again.
+        folder: the rows' paths are relative to it.
+        paths: files and folders in it.
+    """
+    return describe_files(paths, folder, _absolute(stage.run_dir, stage.described))
+
+
+def check_finished(stage: Stage, folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Raise unless files are as they were described, and note them as described.
+
+    Raises:
+        StageError: a file was changed or removed since.
+    """
+    rows = list(rows)
+    refuse_changes(rows, folder, stage.name)
+    stage.described += _absolute(folder, rows)
+
+
+def _absolute(folder: Path, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{**row, "path": str((folder / row["path"]).absolute())} for row in rows]
