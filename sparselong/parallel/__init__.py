@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.parallel.apply import shard_model, share_batch
+    from sparselong.parallel.apply import replicate_rows, shard_model, share_batch
     from sparselong.parallel.collectives import (
         ExchangeError,
         all_gather,
