@@ -72,7 +72,7 @@ def run_stage(stage: str, args: argparse.Namespace, run_dir: Path, processes: in
     }
     command = [sys.executable, f"{stage}.py", "--config", CONFIGS[args.widths]]
     command += ["--run-dir", str(run_dir), *(f"{key}={value}" for key, value in overrides.items())]
-    tell(f"{stage} in {processes} processes")
+    tell(f"{stage} for {processes} processes")
     begin = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
     seconds = time.monotonic() - begin
@@ -97,6 +97,13 @@ def read_rows(stage: str, case: dict[str, Any], run_dir: Path, seconds: float) -
     for device, peak in manifest["peak_bytes"].items():
         rows.append(row(case, "sparselong", f"peak_bytes: {device}", peak, "bytes"))
     return rows
+
+
+def check_shared(run_dir: Path, processes: int) -> None:
+    """Raise ValueError unless stage 04 measured in these processes, which its log says."""
+    said = f"measuring in {processes} processes"
+    if said not in (run_dir / "04_eval/log.txt").read_text(encoding="utf-8"):
+        raise ValueError(f"04_eval did not say that it was {said}")
 
 
 def link_run(run_dir: Path, folder: Path) -> None:
@@ -200,10 +207,11 @@ def measure(args: argparse.Namespace, processes: int) -> bool:
             seconds = run_stage(stage, args, run_dir, processes)
             rows += read_rows(stage, case, run_dir, seconds)
             write("true_widths", machine, command, rows, args.folder)
+        check_shared(run_dir, processes)
         link_run(run_dir, alone)
         seconds = run_stage("04_eval", args, alone, 1)
         rows += read_rows("04_eval", case | {"processes": 1}, alone, seconds)
-    except (subprocess.CalledProcessError, FileNotFoundError) as error:
+    except (subprocess.CalledProcessError, FileNotFoundError, ValueError) as error:
         tell(f"failed: {error}")
         write("true_widths", machine, command, rows, args.folder)
         return False
