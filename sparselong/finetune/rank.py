@@ -16,13 +16,18 @@ import tempfile
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 import yaml
 
 from sparselong.finetune.training_run import RUN_KEY, TrainingRun
 from sparselong.parallel import shard_model
-from sparselong.processes import decide_sharing, tell_failures, telling_memory, write_failure
+from sparselong.processes import (
+    decide_sharing,
+    end_at_once,
+    tell_failures,
+    telling_memory,
+    write_failure,
+)
 from sparselong.processes import world as ranks
 from sparselong.runtime import using
 
@@ -35,7 +40,7 @@ def main(path: Path) -> None:
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     run = TrainingRun.open(Path(document[RUN_KEY]))
     tell_failures(run.work, rank)
-    _end_at_once()
+    end_at_once()
     ranks.connect()
     shared_by = decide_sharing(run.config).chosen
     mesh = ranks.join(run.config.sequence_parallel_degree, shared_by)
@@ -49,19 +54,6 @@ def main(path: Path) -> None:
         stack.enter_context(telling_memory())
         stack.enter_context(using(**shard_model(mesh)))
         _train(path)
-
-
-def _end_at_once() -> None:
-    """Install an excepthook that exits at once, so that backend threads cannot delay the exit."""
-    tell = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        tell(kind, error, trace)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-    sys.excepthook = hook
 
 
 def _train(path: Path) -> None:

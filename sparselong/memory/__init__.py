@@ -14,7 +14,9 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.memory.base_config import check_token_ids, read_base_config
     from sparselong.memory.fit import (
+        MARGIN,
         check_fit,
+        decide_evaluation_parallel,
         decide_expert_parallel,
         decided_memory,
         is_kept,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from sparselong.memory.limits import check_model
     from sparselong.memory.plan import Plan, make_plan, plan_stage
     from sparselong.memory.shape import PUBLISHED, check_heads, find_config, find_shape
+    from sparselong.memory.stages import evaluation_memory
     from sparselong.memory.table import (
         WIDTH,
         format_bytes,

@@ -21,5 +21,6 @@ if TYPE_CHECKING:
         load_tokenizer,
         settle_template,
     )
+    from sparselong.model.vocabulary import PartialHead
 
 __getattr__ = expose(__name__)

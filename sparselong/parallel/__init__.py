@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.parallel.apply import shard_model, share_batch
+    from sparselong.parallel.apply import replicate_rows, shard_model, share_batch
     from sparselong.parallel.collectives import (
         ExchangeError,
         all_gather,
@@ -21,6 +21,5 @@ if TYPE_CHECKING:
         shift_labels,
     )
     from sparselong.parallel.mesh import Mesh, build_mesh
-    from sparselong.parallel.vocabulary import ReplicatedVocabulary
 
 __getattr__ = expose(__name__)

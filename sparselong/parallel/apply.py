@@ -22,7 +22,7 @@ from sparselong.parallel.experts import ShardedExperts
 from sparselong.parallel.mesh import Mesh
 from sparselong.parallel.placement import Placement
 from sparselong.parallel.sequence import Context, shard_batch, take_layout
-from sparselong.parallel.vocabulary import ShardedVocabulary
+from sparselong.parallel.vocabulary import ReplicatedVocabulary, ShardedVocabulary
 
 
 def share_batch(
@@ -65,6 +65,18 @@ def shard_model(mesh: Mesh | None, rows: tuple[int, ...] | None = None) -> dict[
     return {
         "experts": ShardedExperts(placement, mesh.expert_group, rows),
         "vocabulary": ShardedVocabulary(placement, mesh.expert_group, rows),
+    }
+
+
+def replicate_rows(mesh: Mesh) -> dict[str, Any]:
+    """Return the same changes for passes without gradients in which all ranks have the same rows.
+
+    A model is opened with them too.
+    """
+    placement = Placement(mesh.expert_rank, mesh.expert_size)
+    return {
+        "experts": ShardedExperts(placement, mesh.expert_group, replicated=True),
+        "vocabulary": ReplicatedVocabulary(placement, mesh.expert_group),
     }
 
 

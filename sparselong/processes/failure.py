@@ -11,6 +11,7 @@ their failures are marked as a consequence.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -41,6 +42,19 @@ def tell_failures(work: Path, rank: int = 0) -> None:
         failure = explain(error, work)
         if failure is not None:
             write_failure(work, rank, failure)
+
+    sys.excepthook = hook
+
+
+def end_at_once() -> None:
+    """Make an uncaught exception exit at once, so that backend threads cannot delay the exit."""
+    tell = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        tell(kind, error, trace)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
     sys.excepthook = hook
 

@@ -1,4 +1,4 @@
-"""Decide how many ranks share one copy of experts and vocabulary in stage 03, and record why.
+"""Decide how many ranks share one copy of experts and vocabulary, and record why.
 
 Ranks of an expert group exchange rows in every pass, so all ranks must decide the same: the rank
 with the least memory decides. Only ranks of one machine may share, because a layer's exchange moves
@@ -17,9 +17,12 @@ from sparselong.config import Config
 from sparselong.errors import StageError
 from sparselong.memory import (
     CONTEXT_BYTES,
+    MARGIN,
     check_fit,
+    decide_evaluation_parallel,
     decide_expert_parallel,
     decided_memory,
+    evaluation_memory,
     find_shape,
     format_bytes,
 )
@@ -96,6 +99,41 @@ def decide_sharing(config: Config) -> Sharing:
     )
     _decided = Sharing(asked, chosen, replicated, predicted, budget)
     return _decided
+
+
+def decide_evaluation_sharing(config: Config) -> int:
+    """Return how many ranks share experts and vocabulary in stage 04; called as `decide_sharing`.
+
+    Raises:
+        StageError: the largest model cannot fit on the GPUs, or ranks that would share experts run
+            on different machines.
+    """
+    on_gpu, asked = torch.cuda.is_available(), config.expert_parallel_degree
+    places = ranks.collect((*_place(), available_bytes() if on_gpu else None))
+    if not on_gpu:
+        chosen = 1 if asked == "auto" else asked
+    else:
+        here = math.gcd(*(count for _, count, _ in places))
+        chosen = _fit_evaluation(config, here, min(free for *_, free in places))
+    _check_machines([first for first, *_ in places], chosen)
+    return chosen
+
+
+def _fit_evaluation(config: Config, here: int, budget_bytes: int) -> int:
+    """Return the planner's choice for stage 04; raise StageError if it does not fit."""
+    shape = find_shape(config.model)
+    chosen = decide_evaluation_parallel(shape, config, here, budget_bytes, "cuda")
+    peak = sum(evaluation_memory(shape, config, "cuda", chosen).values())
+    if peak <= budget_bytes * MARGIN:
+        return chosen
+    how = f"shared by {chosen} processes" if chosen > 1 else "whole on each GPU"
+    raise StageError(
+        f"evaluating {config.model.base} does not fit in memory",
+        f"at most {format_bytes(budget_bytes)} on each GPU",
+        f"{format_bytes(peak)} by the plan, with experts and vocabulary {how}: "
+        f"{format_bytes(peak - budget_bytes)} short",
+        "lower evaluation.batch_size, or use more or larger GPUs",
+    )
 
 
 def available_bytes() -> int:

@@ -137,7 +137,7 @@ def test_a_killed_rank_is_named_and_half_the_gpus_resume(alone, tmp_path):
     os.kill(victim, signal.SIGKILL)
     assert process.wait(60) == 1
     print(f"ended {time.monotonic() - killed:.1f} s after the rank")
-    assert f"rank {rank} of the trainer ended with signal SIGKILL" in told(run_dir)
+    assert f"rank {rank} of 03_finetune ended with signal SIGKILL" in told(run_dir)
     assert not ranks_of(run_dir)
     run(run_dir, "03_finetune", f"sequence_parallel_degree={DEGREE // 2}")
     assert "resuming from checkpoint-4" in told(run_dir)

@@ -187,7 +187,7 @@ def numbers_of(row: dict) -> dict:
 
 def test_a_dead_rank_is_named_and_another_number_of_ranks_resumes(split):
     run_dir, told, again = split
-    assert "error:    rank 2 of the trainer ended with signal SIGKILL" in told
+    assert "error:    rank 2 of 03_finetune ended with signal SIGKILL" in told
     assert "resuming from checkpoint-4" in again
     receipt = json.loads((run_dir / "03_finetune/receipt.json").read_text())
     assert (receipt["processes"], receipt["attention"]) == (2, "sparselong")
