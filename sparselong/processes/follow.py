@@ -1,8 +1,9 @@
 """Run a stage in several processes started by torchrun: rank 0 leads, the others follow.
 
-Rank 0 runs the stage. The other ranks cannot know when training begins, or whether it begins at all
-(the stage may be up to date, or refuse the config). Rank 0 therefore reports its status through
-torchrun's rendezvous store: `train`, and finally `ended` with its exit code.
+Rank 0 runs the stage. The other ranks cannot know when the ranks' work (training, or evaluating)
+begins, or whether it begins at all (the stage may be up to date, or refuse the config). Rank 0
+therefore reports its status through torchrun's rendezvous store: `train`, and finally `ended` with
+its exit code.
 
 A process whose trainer fails also writes the failure to the store, because torchrun then ends the
 other processes by a signal, which does not tell the cause.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from sparselong.config import load
 from sparselong.errors import ExpectedError, StageError
-from sparselong.processes.launch import joined_rank
+from sparselong.processes.launch import World, find_world, joined_rank, joined_world
 from sparselong.processes.process import train_ranks
 from sparselong.registration import move_caches, set_streams
 from sparselong.run import Stage, interruptible, parse_arguments
@@ -43,7 +44,7 @@ def follow_or_lead(
         name: name of the stage.
         argv: the command line, the same in all processes.
         run: runs the stage; called on rank 0.
-        trainer: returns the Python arguments that train a rank; called on the other ranks.
+        trainer: returns the Python arguments that run a rank; called on the other ranks.
 
     Returns:
         The exit code.
@@ -65,26 +66,27 @@ def _lead(name: str, argv: list[str] | None, run: Callable[[list[str] | None], i
     return code
 
 
-def train_together(stage: Stage, arguments: Sequence[str]) -> None:
+def train_together(stage: Stage, arguments: Sequence[str], world: World | None = None) -> None:
     """Run `train_ranks`, coordinated with the other processes if torchrun started several.
 
     Args:
         stage: the running stage.
-        arguments: the Python arguments that train a rank.
+        arguments: the Python arguments that run a rank.
+        world: the processes that work together; None: those of `find_world`.
 
     Raises:
-        StageError: training failed here, or on another rank, which the message names.
+        StageError: a rank failed here, or elsewhere, which the message names.
     """
-    rank = joined_rank()
+    rank, world = joined_rank(), world or find_world(stage.config)
     if rank is None:
-        train_ranks(stage, arguments)
+        train_ranks(stage, arguments, world)
         return
     if rank == 0:
         _set_status(stage.name, _TRAIN)
     store, key = _store(stage.name)
     try:
         with interruptible():
-            train_ranks(stage, arguments)
+            train_ranks(stage, arguments, world)
     except ExpectedError as error:
         store.compare_set(f"{key}/failure", "", json.dumps([error.what, error.found, error.fix]))
         raise
@@ -111,7 +113,7 @@ def _follow(name: str, argv: list[str] | None, trainer: Callable[[Stage], Sequen
         stage = Stage(name, load(arguments.config, arguments.overrides), arguments.run_dir)
         move_caches(stage.run_dir / "cache", [stage.config.model.base])
         try:
-            train_together(stage, trainer(stage))
+            train_together(stage, trainer(stage), joined_world(stage.config))
         except KeyboardInterrupt as signalled:
             print(f"rank {joined_rank()} was interrupted: {signalled}", file=sys.stderr, flush=True)
             return 1

@@ -153,7 +153,7 @@ def test_every_script_explains_it(script, changes, launcher, run_script, tmp_pat
     assert outcome.code == 2 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("script", ["01_health", "02_compress", "04_eval"])
+@pytest.mark.parametrize("script", ["01_health", "02_compress"])
 def test_stages_of_one_process_refuse_several(script, launcher, run_script):
     launcher(RANK="1", LOCAL_RANK="1")
     run_script(script).assert_explained("rank 1", "WORLD_SIZE=2")
