@@ -275,7 +275,7 @@ def _publish(stage: Stage) -> None:
         ),
         "mask_updates": baked["mask_updates"],
         "two_four_conforming": baked["two_four_conforming"],
-        "expert_parallel_degree": receipt["expert_parallel_degree"],
+        "expert_parallel_degree": receipt.get("expert_parallel_degree"),
         "keep_attention": receipt["keep_attention"],
         "keep_experts": receipt["keep_experts"],
         "trainable_parameters": receipt["trainable_parameters"],
