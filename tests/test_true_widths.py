@@ -65,7 +65,7 @@ RESULT = {
 def compare(change) -> dict:
     other = copy.deepcopy(RESULT)
     change(other)
-    return true_widths.compare(RESULT, other)
+    return true_widths.compare(RESULT, other, 1e-3)
 
 
 def test_equal_evaluations_pass():
