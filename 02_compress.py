@@ -17,8 +17,11 @@ from sparselong.run import Stage, run_stage
 
 def execute(stage: Stage) -> None:
     """Compress; torch is imported only after everything known without it is validated."""
+    from sparselong.data import conversations
     from sparselong.tiny import check_early
 
+    if stage.forced:
+        conversations.accept_new_sources(stage.run_dir)
     check_early(stage.config, stage.run_dir)
     from sparselong.compress import compress
 

@@ -261,5 +261,6 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
         "peak_device_bytes": {k: v for k, v in stage.peak_bytes.items() if k != "host"},
     }
     stage.inputs = [*base.inventory.paths, *conversations.prepare(stage.config, stage.run_dir)]
+    stage.sources = conversations.find_sources(stage.config, stage.run_dir)
     stage.outputs = [model.directory, stage.dir / "masters"]
     (stage.dir / "work" / "states.safetensors").unlink(missing_ok=True)

@@ -10,6 +10,6 @@ if TYPE_CHECKING:
     from sparselong.data.encoding import Encoded, EncodedFiles, encode_files, select_usable
     from sparselong.data.hub import explain_hub_failures
     from sparselong.data.run_date import rendering_date
-    from sparselong.data.tasks import DEMO_TASK, check_tasks
+    from sparselong.data.tasks import DEMO_TASK, check_output_type, check_tasks
 
 __getattr__ = expose(__name__)

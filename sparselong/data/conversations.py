@@ -5,7 +5,8 @@ dataset into `runs/NAME/data/train.jsonl` and `validation.jsonl`, with one check
 line (rows.py). `source.json` is written last and records the sources. Later or repeated stages find
 the same rows. If a config key changes, the files are rebuilt; finished stages are stale then,
 because their hashes cover these keys. If the *content* of a source file changes, `prepare` refuses,
-because no hash would show that earlier stages of the run used other rows.
+because no hash would show that earlier stages of the run used other rows; when stage 02 starts
+over, `accept_new_sources` lets it read the new content.
 
 `tokenize` (tokens.py) renders a conversation with the model's own chat template and marks the
 assistant's tokens. `locate` names the file and line that a conversation comes from.
@@ -41,7 +42,9 @@ from sparselong.provenance import find_change, hash_file
 __all__ = [
     "Conversation",
     "DataFiles",
+    "accept_new_sources",
     "count_dropped_thinking",
+    "find_sources",
     "locate",
     "prepare",
     "read",
@@ -51,6 +54,7 @@ __all__ = [
 ]
 
 _NAMES = ("train.jsonl", "validation.jsonl")
+_RECORD = "source.json"
 _FORMAT = 2  # of the prepared lines
 
 
@@ -72,7 +76,7 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
     """
     folder = run_dir / "data"
     files = DataFiles(*(folder / name for name in _NAMES))
-    record_path = folder / "source.json"
+    record_path = folder / _RECORD
     wanted = {
         "seed": config.seed,
         **config.data.model_dump(mode="json", exclude={"train_on", "date"}),
@@ -107,6 +111,34 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
     return files
 
 
+def find_sources(config: Config, run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return rows of the local files from which the rows were prepared, by config key."""
+    record = _read_record(run_dir / "data" / _RECORD)
+    rows = {row["path"]: row for row in record["sources"]}
+    named = {"data.train": config.data.train, "data.validation": config.data.validation}
+    return {
+        key: {**rows[path], "path": os.path.abspath(path)}
+        for key, source in named.items()
+        if source and (path := str(Path(source))) in rows
+    }
+
+
+def accept_new_sources(run_dir: Path) -> None:
+    """Let `prepare` read sources again that have changed, because all stages are redone.
+
+    Raises:
+        StageError: a prepared file has changed, which would be replaced.
+    """
+    folder = run_dir / "data"
+    if not (folder / _RECORD).exists():
+        return
+    record = _read_record(folder / _RECORD)
+    _refuse_changed({**record, "sources": []}, folder)
+    places = [(Path(was["path"]), was) for was in record["sources"]]
+    if any(os.path.exists(path) and find_change(path, was) for path, was in places):
+        (folder / _RECORD).unlink()
+
+
 def read(path: Path) -> list[Conversation]:
     """Return the conversations of a prepared file after checking every row again.
 
@@ -118,7 +150,7 @@ def read(path: Path) -> list[Conversation]:
 
 def read_remarks(run_dir: Path) -> tuple[str, ...]:
     """Return what was passed over while the prepared files' sources were read, as sentences."""
-    return tuple(_read_record(run_dir / "data" / "source.json").get("remarks", ()))
+    return tuple(_read_record(run_dir / "data" / _RECORD).get("remarks", ()))
 
 
 def read_line(path: Path, number: int) -> Conversation:
@@ -230,7 +262,13 @@ def _refuse_foreign(files: DataFiles) -> None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    return {"path": str(path), "bytes": path.stat().st_size, "sha256": hash_file(path)}
+    status = path.stat()
+    return {
+        "path": str(path),
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "sha256": hash_file(path),
+    }
 
 
 def _refuse_changed(record: dict[str, Any], folder: Path) -> None:
@@ -238,13 +276,16 @@ def _refuse_changed(record: dict[str, Any], folder: Path) -> None:
     prepared = [
         {**was, "path": folder / name} for was, name in zip(record["files"], _NAMES, strict=True)
     ]
-    for was in [*record["sources"], *prepared]:
+    for was, delete in [
+        *((was, "") for was in record["sources"]),
+        *((was, f"delete {folder} and ") for was in prepared),
+    ]:
         path = Path(was["path"])
         if os.path.exists(path) and (change := find_change(path, was)):
             raise StageError(
                 f"{path} has changed since this run read it",
                 f"{was['bytes']} bytes with sha256 {was['sha256']}",
                 change,
-                "use another --run-dir for the new rows, or delete "
-                f"{folder} and redo all stages: python 02_compress.py --force",
+                f"use another --run-dir for the new rows, or {delete}redo all stages: "
+                "python 02_compress.py --force",
             )

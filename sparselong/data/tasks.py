@@ -1,16 +1,21 @@
-"""Whether lm-eval has the evaluation tasks that a config names, without importing it.
+"""Whether lm-eval can measure the evaluation tasks that a config names, without importing it.
 
-Stage 04 comes last, so an unknown name would be noticed hours after it could have been. Importing
-lm-eval takes many seconds. Its tasks are defined in YAML files, in which the name of every task,
-group and tag is spelled out, usually in a folder of that name.
+Stage 04 comes last, so an unknown name, or a task whose answers are generated, would be noticed
+hours after it could have been. Importing lm-eval takes many seconds. Its tasks are defined in YAML
+files, in which the name of every task, group and tag is spelled out, usually in a folder of that
+name, and with it, directly or in an included file, how a task is measured.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from sparselong.config import Config
 from sparselong.errors import ConfigError
@@ -19,18 +24,27 @@ DEMO_TASK = "demo_hellaswag"
 """The task that is made from the demo's held-out text."""
 
 
+_MEASURED, _DEFAULT = "multiple_choice", "generate_until"
+"""The output type that stage 04 measures, and that of tasks which name none."""
+_DEEPEST = 9
+"""Groups within groups that are followed."""
+
+
 def check_tasks(config: Config) -> None:
-    """Raise if a name in `evaluation.tasks` is in none of lm-eval's files.
+    """Raise if a name in `evaluation.tasks` is none of lm-eval's, or is not multiple choice.
 
     Raises:
-        ConfigError: names the task and similar ones.
+        ConfigError: names the task, and similar ones if lm-eval does not have it.
     """
     spec = find_spec("lm_eval")
     if spec is None or spec.origin is None:  # 01_health reports missing packages
         return
     folder = Path(spec.origin).parent / "tasks"
+    definitions = _Definitions()
     for name in config.evaluation.tasks:
-        if name != DEMO_TASK and not _is_defined(name, folder):
+        if name == DEMO_TASK:
+            continue
+        if not _is_defined(name, folder, definitions):
             known = [path.name for path in folder.iterdir() if path.is_dir() and path.name != name]
             inside = sorted(path.stem for path in (folder / name).glob("*.yaml"))[:3]
             close = inside or difflib.get_close_matches(name, known, n=3)
@@ -40,15 +54,134 @@ def check_tasks(config: Config) -> None:
                 name,
                 f"did you mean {', '.join(close)}?" if close else "see `lm-eval ls tasks`",
             )
+        for leaf, output_type in definitions.output_types(name, [folder / name, folder]):
+            check_output_type(leaf, output_type)
 
 
-def _is_defined(name: str, folder: Path) -> bool:
+def check_output_type(task: str, output_type: str) -> None:
+    """Raise unless a task is multiple choice.
+
+    Raises:
+        ConfigError: its answers are generated, or text as a whole is scored.
+    """
+    if output_type != _MEASURED:
+        raise ConfigError(
+            f"task {task} of evaluation.tasks cannot be measured",
+            "a multiple-choice task",
+            f"output type {output_type}",
+            "remove it from evaluation.tasks, or run it with lm-eval itself",
+        )
+
+
+def _is_defined(name: str, folder: Path, definitions: _Definitions) -> bool:
     """Return whether a name is the value of `task`, `group` or `tag`, or an entry of a list."""
-    key = rb"""['"]?(?:task|group|tag)['"]?:[ \t]*"""
-    word = rb"""['"]?""" + re.escape(name.encode()) + rb"""['"]?[ \t]*(?:[,#].*)?\r?$"""
-    line = re.compile(rb"^[ \t]*(?:-[ \t]+(?:" + key + rb")?|" + key + rb")" + word, re.MULTILINE)
-    for place in (folder / name, folder):  # usually in the folder of that name
-        paths = (path for path in place.rglob("*") if path.suffix in ("", ".yaml", ".yml"))
-        if any(line.search(path.read_bytes()) for path in paths if path.is_file()):
-            return True
-    return False
+    return any(
+        next(definitions.files_with(name, place), None) is not None
+        for place in (folder / name, folder)  # usually in the folder of that name
+    )
+
+
+class _Definitions:
+    """lm-eval's definitions, each file read once."""
+
+    def __init__(self):
+        self.texts: dict[Path, dict[Path, bytes]] = {}
+        """Content of the files of each folder."""
+
+    def files_with(self, name: str, folder: Path) -> Iterator[Path]:
+        """Yield the files below a folder that spell a name where definitions do."""
+        key = rb"""['"]?(?:task|group|tag)['"]?:[ \t]*"""
+        word = rb"""['"]?""" + re.escape(name.encode()) + rb"""['"]?[ \t]*(?:[,#].*)?\r?$"""
+        line = rb"^[ \t]*(?:-[ \t]+(?:" + key + rb")?|" + key + rb")" + word
+        pattern = re.compile(line, re.MULTILINE)
+        for path, text in self._read(folder):
+            if pattern.search(text):
+                yield path
+
+    def _read(self, folder: Path) -> Iterator[tuple[Path, bytes]]:
+        if folder in self.texts:
+            yield from self.texts[folder].items()
+            return
+        texts = {}
+        for path in folder.rglob("*"):
+            if path.suffix in ("", ".yaml", ".yml") and path.is_file():
+                texts[path] = path.read_bytes()
+                yield path, texts[path]
+        self.texts[folder] = texts
+
+    def output_types(
+        self, name: str, places: list[Path], given: str | None = None, depth: int = 0
+    ) -> Iterator[tuple[str, str]]:
+        """Yield the tasks that a name stands for, each with its output type.
+
+        Args:
+            name: of a task, a group or a tag.
+            places: folders to search, until one has the definition.
+            given: the output type that a group sets for its members.
+            depth: number of groups around the name.
+        """
+        for place in places:
+            found = False
+            for path in self.files_with(name, place):
+                document = _load(path)
+                listed = document.get("task")
+                if document.get("group") == name and isinstance(listed, list):
+                    found = True
+                    inside = [path.parent, *places]
+                    yield from self._members(document, inside, given, depth)
+                elif isinstance(listed, str) and (
+                    listed == name or name in _as_list(document.get("tag"))
+                ):
+                    found = True
+                    yield listed, given or _output_type(document)
+            if found:
+                return
+
+    def _members(
+        self, group: dict[str, Any], places: list[Path], given: str | None, depth: int
+    ) -> Iterator[tuple[str, str]]:
+        given = given or group.get("output_type")
+        for member in _as_list(group.get("task")) if depth < _DEEPEST else ():
+            if isinstance(member, str):
+                yield from self.output_types(member, places, given, depth + 1)
+            elif isinstance(member.get("task"), list):
+                yield from self._members(member, places, given, depth + 1)
+            elif isinstance(member.get("task"), str):
+                own = given or member.get("output_type")
+                yield from self.output_types(member["task"], places, own, depth + 1)
+
+
+def _output_type(document: dict[str, Any]) -> str:
+    # None of lm-eval's classes sets one.
+    return str(document.get("output_type", _DEFAULT))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Return the keys of a definition and of what it includes; none if it cannot be read.
+
+    Stage 04 explains what cannot be read. Values stay text, and tags such as `!function` unread.
+    """
+    try:
+        node = yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
+    except (OSError, yaml.YAMLError):
+        return {}
+    document = _plain(node)
+    if not isinstance(document, dict):
+        return {}
+    included: dict[str, Any] = {}
+    names = _as_list(document.get("include")) if "include" in document else []
+    for name in reversed(names):
+        included |= _load(path.parent / str(name))
+    return included | document
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return {str(_plain(key)): _plain(value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(value) for value in node.value]
+    return node.value if node is not None else None

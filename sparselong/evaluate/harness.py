@@ -40,7 +40,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager, get_task_dict
 
 from sparselong.config import Config
-from sparselong.data import DEMO_TASK, explain_hub_failures, write_hellaswag
+from sparselong.data import (
+    DEMO_TASK,
+    check_output_type,
+    explain_hub_failures,
+    write_hellaswag,
+)
 from sparselong.errors import ConfigError, StageError
 from sparselong.evaluate import demo_items
 from sparselong.evaluate.work import Request
@@ -98,8 +103,8 @@ def load_suite(config: Config, folder: Path, tokenizer: Any) -> Suite:
     """Load `config.evaluation.tasks`, writing the demo's items to `folder` if it is one of them.
 
     Raises:
-        ConfigError: lm-eval has no task of that name.
-        StageError: a task's data is unavailable, it is not multiple choice, or has too few items.
+        ConfigError: lm-eval has no task of that name, or it is not multiple choice.
+        StageError: a task's data is unavailable, or it has too few items.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names: list[Any] = list(config.evaluation.tasks)
@@ -233,13 +238,7 @@ def _write_demo_task(folder: Path, tokenizer: Any, seed: int) -> None:
 
 
 def _check_task(name: str, task: Any, limit: int | None) -> None:
-    if task.OUTPUT_TYPE != "multiple_choice":
-        raise StageError(
-            f"task {name} cannot be measured",
-            "a multiple-choice task",
-            f"output type {task.OUTPUT_TYPE}",
-            "remove it from evaluation.tasks, or run it with lm-eval itself",
-        )
+    check_output_type(name, str(task.OUTPUT_TYPE))
     items = min(len(task.eval_docs), limit or len(task.eval_docs))
     if items < 2:
         raise StageError(

@@ -62,5 +62,6 @@ def evaluate(stage: Stage) -> None:
     report.draw(document, outputs[2])
     stage.log(f"{report.summarize(document)}\nreport: {outputs[1]}")
     stage.metrics = report.list_metrics(document)
-    stage.inputs = [files.train, files.validation]
+    models_read = [stage.run_dir / name / "model" for name in ("02_compress", "03_finetune")]
+    stage.inputs = [files.train, files.validation, *models_read]
     stage.outputs = [*outputs, *(stage.dir / f"{name}.json" for name in results)]

@@ -3,8 +3,8 @@
 stages.py is the table of stages: what each reads and which config keys affect its result.
 directory.py maintains the run directory. command.py is the program behind every numbered script: it
 reads the config, locks the run directory, checks whether the stage is up to date and its inputs
-exist, executes the stage, and writes `manifest.json` last. interruption.py makes signals end a
-block as interruptions.
+exist, executes the stage, and writes `manifest.json` last. changes.py compares the inputs with what
+finished stages recorded. interruption.py makes signals end a block as interruptions.
 """
 
 from typing import TYPE_CHECKING

@@ -22,7 +22,14 @@ from sparselong.config import Config, load
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.files import is_disk_full
 from sparselong.registration import OutputError, move_caches, set_streams
-from sparselong.run.directory import LOG, Stage, finish, prepare, read_manifest
+from sparselong.run.directory import (
+    LOG,
+    Stage,
+    check_finished,
+    finish,
+    prepare,
+    read_manifest,
+)
 from sparselong.run.interruption import Interruption, interruptible
 from sparselong.run.lock import locked, writing
 from sparselong.run.place import STARTED, check_run_dir, find_run_dir
@@ -114,18 +121,27 @@ def run_stage(
         config = load(arguments.config, arguments.overrides)
         with writing(arguments.run_dir):
             check_run_dir(config, arguments.run_dir, arguments.config)
+        stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
         if arguments.dry_run:
-            document = plan(config, arguments.run_dir, name)
+            document = _plan(stage, stage.forced or not keep_result, plan)
             text = show_plan(document)
         elif preview is not None and arguments.preview is not None:
             document = preview(config, arguments.run_dir, arguments.preview)
             text = document["text"]
         else:
-            stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
             document = _run(stage, stage.forced or not keep_result, execute, check, interruption)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
+
+
+def _plan(
+    stage: Stage, redo: bool, plan: Callable[[Config, Path, str], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the plan of a stage; raise if it is done, but from inputs that have changed."""
+    if not redo:
+        check_finished(stage)
+    return plan(stage.config, stage.run_dir, stage.name)
 
 
 def _run(

@@ -6,6 +6,7 @@
     runs/NAME/0N_stage/log.txt            progress, and why the stage failed
     runs/NAME/0N_stage/manifest.json      written last, atomically
     runs/NAME/0N_stage.replaced/          the previous result while --force makes a new one
+    runs/NAME/0N_stage.kept-N/            files of such a result that the stage did not write
 
 A stage may be interrupted at any point before the manifest is written.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -27,7 +27,9 @@ from sparselong import provenance
 from sparselong.config import Config, dump
 from sparselong.errors import StageError
 from sparselong.files import write_atomically
+from sparselong.run.changes import refuse_changed_inputs
 from sparselong.run.lock import writing
+from sparselong.run.own_files import keep_others
 from sparselong.run.place import (
     MANIFEST,
     STARTED,
@@ -57,6 +59,8 @@ class Stage:
     metrics: dict[str, Any] = field(default_factory=dict)
     """Figures for the manifest, by name."""
     inputs: list[Path] = field(default_factory=list)
+    sources: dict[str, Any] = field(default_factory=dict)
+    """Rows of `provenance.describe_files` for the files that `data` names, by config key."""
     outputs: list[Path] = field(default_factory=list)
     """Files or directories; directories are listed file by file in the manifest."""
     described: list[dict[str, Any]] = field(default_factory=list)
@@ -148,9 +152,10 @@ def prepare(stage: Stage, redo: bool) -> bool:
         Whether the stage is up to date.
 
     Raises:
-        StageError: a stage that this one reads is not done or was done with another config, the
-            directory holds work for another config or from inputs that no longer exist, or it
-            cannot be written. Nothing is changed in these cases.
+        StageError: a stage that this one reads is not done or was done with another config, an
+            input has changed since it was read, the directory holds work for another config or
+            from inputs that no longer exist, or it cannot be written. Nothing is changed in these
+            cases.
     """
     refuse_foreign(stage.run_dir)
     manifest = None if redo else _read_finished(stage.run_dir, stage.name)
@@ -159,21 +164,44 @@ def prepare(stage: Stage, redo: bool) -> bool:
     if present is not None:
         _refuse_other_work(stage, present, "a result" if manifest else _UNFINISHED)
     if manifest:
+        _refuse_changed_inputs(stage, manifest)
         return True
     stage.manifests = {name: _require(stage, name) for name in STAGES[stage.name].reads}
+    refuse_changed_inputs(stage.config, stage.run_dir, stage.manifests)
     beginning = {
         "format_version": FORMAT_VERSION,
         "config_hash": stage_hash(stage.config, stage.name),
         "made_from": _made_from(stage),
     }
     with writing(stage.dir):
-        if redo and stage.dir.exists():
-            _set_aside(stage)
+        told = _set_aside(stage) if redo and stage.dir.exists() else []
         stage.dir.mkdir(parents=True, exist_ok=True)
         (stage.dir / LOG).open("a", encoding="utf-8").close()
         write_atomically(started, json.dumps(beginning))
         write_atomically(stage.run_dir / "config.yaml", dump(stage.config))
+    for sentence in told:
+        stage.log(sentence)
     return False
+
+
+def check_finished(stage: Stage) -> None:
+    """Raise if the stage is done with this config, but from inputs that have changed since.
+
+    Raises:
+        StageError: an input has changed, or the manifest is damaged.
+    """
+    manifest = read_manifest(stage.run_dir, stage.name)
+    wanted = stage_hash(stage.config, stage.name)
+    if manifest is not None and manifest.get("config_hash") == wanted:
+        manifest = _read_finished(stage.run_dir, stage.name) or {}
+        _refuse_changed_inputs(stage, manifest)
+
+
+def _refuse_changed_inputs(stage: Stage, manifest: dict[str, Any]) -> None:
+    """Raise if what a finished stage or an earlier one read has changed since."""
+    earlier = {name: _read_finished(stage.run_dir, name) for name in STAGES[stage.name].reads}
+    manifests = {name: found for name, found in earlier.items() if found is not None}
+    refuse_changed_inputs(stage.config, stage.run_dir, {**manifests, stage.name: manifest})
 
 
 def _require(stage: Stage, name: str) -> dict[str, Any]:
@@ -247,13 +275,30 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
             )
 
 
-def _set_aside(stage: Stage) -> None:
-    """Move a finished result aside until a new one replaces it; delete unfinished work."""
-    if not (stage.dir / MANIFEST).exists():
-        shutil.rmtree(stage.dir)
-        return
-    shutil.rmtree(stage.replaced_dir, ignore_errors=True)
-    stage.dir.rename(stage.replaced_dir)
+def _set_aside(stage: Stage) -> list[str]:
+    """Move a finished result aside until a new one replaces it; delete unfinished work.
+
+    Returns:
+        What is to be told about files that the stage did not write, which are kept.
+    """
+    told = []
+    if (stage.dir / MANIFEST).exists():
+        if stage.replaced_dir.exists():
+            told.append(keep_others(stage.replaced_dir, stage.name))
+        stage.dir.rename(stage.replaced_dir)
+    else:
+        told.append(keep_others(stage.dir, stage.name))
+    return [sentence for sentence in told if sentence]
+
+
+def _remove_replaced(stage: Stage) -> None:
+    """Remove the previous result, which a new one has replaced."""
+    try:
+        kept = keep_others(stage.replaced_dir, stage.name) if stage.replaced_dir.exists() else None
+    except OSError as error:  # the new result is whole
+        kept = f"{stage.replaced_dir} could not be removed: {error.strerror or error}"
+    if kept:
+        stage.log(kept)
 
 
 def finish(stage: Stage, seconds: float) -> dict[str, Any]:
@@ -270,6 +315,7 @@ def finish(stage: Stage, seconds: float) -> dict[str, Any]:
         "made_from": _made_from(stage),
         "config": stage.config.model_dump(mode="json"),
         "inputs": inputs,
+        **({"sources": stage.sources} if stage.sources else {}),
         "outputs": outputs,
         **provenance.describe_software(),
         "hardware": provenance.describe_hardware(),
@@ -280,5 +326,5 @@ def finish(stage: Stage, seconds: float) -> dict[str, Any]:
         "metrics": stage.metrics,
     }
     write_atomically(stage.dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    shutil.rmtree(stage.replaced_dir, ignore_errors=True)
+    _remove_replaced(stage)
     return manifest

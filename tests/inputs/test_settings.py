@@ -131,7 +131,9 @@ def test_sizes_of_other_models(changes, overrides, word, untrained_base, tmp_pat
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_refuses_alike(script, run_script, tmp_path):
     unknown = ("evaluation.tasks=[hellasvag]", "hellaswag?")
-    for override, word in (("lora.r=129", "lora.r"), ("seed=4294967296", "seed"), unknown):
+    generated = ("evaluation.tasks=[gsm8k]", "output type generate_until")
+    wrong = (("lora.r=129", "lora.r"), ("seed=4294967296", "seed"), unknown, generated)
+    for override, word in wrong:
         outcome = run_script(script, override)
         outcome.assert_explained(word)
         assert outcome.code == 2 and not (tmp_path / "run").exists()
@@ -149,6 +151,24 @@ def test_words_and_folders_of_lm_eval_are_no_tasks(name):
     """Its files mention them, but stage 04 would refuse them after hours of training."""
     with pytest.raises(ConfigError, match=f"names {name}, which lm-eval does not have"):
         check_tasks(load(TINY, [f"evaluation.tasks=[{name}]"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "leaf", "kind"),
+    [
+        ("gsm8k", "gsm8k", "generate_until"),
+        ("wikitext", "wikitext", "loglikelihood_rolling"),
+        ("lambada_openai", "lambada_openai", "loglikelihood"),
+        ("squadv2", "squadv2", "generate_until"),  # a class
+        ("mmlu_flan_cot_zeroshot", "mmlu_flan_cot_zeroshot_", "generate_until"),  # groups, includes
+        ("math_word_problems", "", "generate_until"),  # a tag
+    ],
+)
+def test_tasks_that_are_not_multiple_choice_are_refused_by_their_definition(name, leaf, kind):
+    """Stages 01 to 03 let them pass, and stage 04 refused them after hours of training."""
+    with pytest.raises(ConfigError, match=f"task {leaf}.* cannot be measured") as refusal:
+        check_tasks(load(TINY, [f"evaluation.tasks=[hellaswag,{name}]"]))
+    assert refusal.value.found == f"output type {kind}"
 
 
 def test_workers_are_counted_by_the_cores_that_the_process_may_use(monkeypatch):

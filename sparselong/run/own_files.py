@@ -1,0 +1,144 @@
+"""Which files in a stage's directory the stage wrote, so that --force deletes no others.
+
+A finished stage's manifest lists its results, and a checkpoint's whole.json its files, both with
+hashes: a file that was changed since is a person's. Other files are known by exact names. What is
+in doubt is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparselong.files import load_json
+from sparselong.provenance import are_rows, find_change
+
+_SIDE = (
+    r"(README|LICENSE|NOTICE|USAGE_POLICY)(\.md|\.txt)?|(generation_|adapter_)?config\.json|"
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
+    r"merges\.txt|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja|"
+    r"tokenizer(\.\d+)+\.json|(tokenizer|tiktoken)\.model|debug\.log"
+)
+_MODEL = (
+    rf"({_SIDE}|model\.safetensors(\.index\.json)?|model-\d+-of-\d+\.safetensors|"
+    r"(dense|tuned)-\d{5}\.safetensors)(\.partial)?"
+)
+_ADAPTER = rf"{_SIDE}|(adapter_model|masks)\.safetensors|progress\.json"
+_CHECKPOINT = (
+    rf"{_ADAPTER}|whole\.json|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|"
+    r"(trainer_state|tokens_state)\.json|training_args\.bin"
+)
+_NAMES: Mapping[str, str] = {
+    "01_health": r"report\.(json|md)",
+    "02_compress": rf"base\.json|work/(states\.safetensors|model\.json|layer-\d+\.json)|"
+    rf"masters/layer-\d+\.safetensors|model(\.partial)?/({_MODEL})",
+    "03_finetune": r"axolotl\.yaml|supervision\.txt|metrics\.jsonl|loss\.png|log\.rank\d+\.txt|"
+    r"failure(\.rank\d+)?\.json|(receipt|baked|trained)\.json|"
+    rf"axolotl/({_ADAPTER})|adapter/({_ADAPTER})|model(\.partial)?/({_MODEL})|"
+    rf"checkpoints/(\.unfinished/.+|checkpoint-\d+/({_CHECKPOINT}))",
+    "04_eval": r"(base|compressed|finetuned|results)\.json|report\.md|evaluation\.png|"
+    r"tasks/(demo_hellaswag\.yaml|demo_items\.py|items\.jsonl|__pycache__/.+\.pyc)",
+}
+_EVERY = r"log\.txt|(started|manifest)\.json"
+_LINKS: Mapping[str, tuple[str, str]] = {
+    "02_compress": (r"[^/]+", "model"),
+    "03_finetune": (r"best", r"checkpoints/checkpoint-\d+"),
+}
+"""Name and target of the link that a stage makes for people."""
+
+
+def remove_own(folder: Path, stage: str) -> list[str]:
+    """Remove a stage's files and the directories in it that are empty then; follow no links.
+
+    Args:
+        folder: the stage's directory, under its own or another name.
+        stage: the stage's name.
+
+    Returns:
+        Sorted relative paths of what is left, because the stage did not write it.
+    """
+    recorded = _recorded(folder, stage)
+    own, left = [], []
+    for place, folders, names in os.walk(folder):
+        for name in [*names, *(name for name in folders if Path(place, name).is_symlink())]:
+            path = Path(place, name)
+            relative = path.relative_to(folder).as_posix()
+            if _is_own(path, relative, stage, recorded):
+                own.append(path)
+            else:
+                left.append(relative)
+    for path in own:
+        path.unlink()
+    for place, _, _ in os.walk(folder, topdown=False):
+        if Path(place) != folder and not os.listdir(place):
+            os.rmdir(place)
+    return sorted(left)
+
+
+def keep_others(folder: Path, stage: str) -> str | None:
+    """Remove a stage's files, and move the others to a directory `0N_stage.kept-N` beside it.
+
+    Returns:
+        What is to be told about it; None if there were no others.
+    """
+    left = remove_own(folder, stage)
+    if not left:
+        if not folder.is_symlink():
+            folder.rmdir()
+        elif folder.name != stage:  # else a person chose the place, and the stage goes on there
+            folder.unlink()
+        return None
+    number = 1
+    while os.path.lexists(kept := folder.with_name(f"{stage}.kept-{number}")):
+        number += 1
+    folder.rename(kept)
+    names = ", ".join(ascii(name)[1:-1] for name in left[:4])
+    more = f" and {len(left) - 4:,} more" if len(left) > 4 else ""
+    return f"{len(left):,} files that {stage} did not write are kept in {kept}: {names}{more}"
+
+
+def _recorded(folder: Path, stage: str) -> dict[str, Mapping[str, Any]]:
+    """Return rows of the files whose content was recorded, by path relative to the folder."""
+    rows = {}
+    for record in sorted(folder.glob("checkpoints/**/whole.json")):
+        inside = record.parent.relative_to(folder).as_posix()
+        files = _read(record).get("files")
+        for name, row in files.items() if isinstance(files, dict) else ():
+            if isinstance(row, dict) and are_rows([{**row, "path": name}]):
+                rows[f"{inside}/{name}"] = row
+    outputs = _read(folder / "manifest.json").get("outputs")
+    for row in outputs if isinstance(outputs, list) and are_rows(outputs) else ():
+        path = Path(row["path"])
+        if path.parts[:1] == (stage,):
+            rows[path.relative_to(stage).as_posix()] = row
+    return rows
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return load_json(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def _is_own(
+    path: Path, relative: str, stage: str, recorded: Mapping[str, Mapping[str, Any]]
+) -> bool:
+    if path.is_symlink():
+        name, target = _LINKS.get(stage, ("", ""))
+        is_named = re.fullmatch(name, relative) and re.fullmatch(target, os.readlink(path))
+        return bool(is_named)
+    checkpoint = re.match(r"checkpoints/checkpoint-(\d+)/", relative)
+    if checkpoint and not _is_step(path.parents[relative.count("/") - 2], int(checkpoint[1])):
+        return False
+    if relative in recorded:
+        return not find_change(path, recorded[relative])
+    return re.fullmatch(rf"({_EVERY}|{_NAMES.get(stage, '')})(\.partial)?", relative) is not None
+
+
+def _is_step(checkpoint: Path, number: int) -> bool:
+    """Return whether a checkpoint is no copy of another one under a number of its own."""
+    return _read(checkpoint / "trainer_state.json").get("global_step") in (None, number)
