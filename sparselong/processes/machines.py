@@ -204,7 +204,7 @@ def find_directory(
         MachinesError: the token does not appear: the directory is not rank 0's.
     """
     token, deadline = store.get(f"{key}/token").decode(), time.monotonic() + seconds
-    while (found := _read_token(directory)) != token:
+    while found := _why_foreign(directory, token):
         if time.monotonic() > deadline:
             first = json.loads(store.get(f"{key}/place/0"))["host"]
             error = StageError(
@@ -218,13 +218,14 @@ def find_directory(
         time.sleep(_POLL_SECONDS)
 
 
-def _read_token(directory: Path) -> str:
-    """Return the token in a directory, or why there is none."""
+def _why_foreign(directory: Path, token: str) -> str | None:
+    """Return what is wrong with the token in a directory; None if it is this one."""
     try:
         os.listdir(directory)  # has NFS look again for files that it knew to be missing
-        return load_json(directory / FILE).get("token", "no token")
+        found = load_json(directory / FILE).get("token")
     except (OSError, ValueError) as error:
         return reason_of(error)
+    return None if found == token else "the file of another run"
 
 
 @contextmanager
