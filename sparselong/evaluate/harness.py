@@ -142,7 +142,8 @@ def measure(model: Any, suite: Suite) -> dict[str, dict[str, Any]]:
     Returns:
         By task: `acc` (most likely ending) and `acc_norm` (the same per character) with
         `acc_stderr` and `acc_norm_stderr`, `items`, `chance`, `right` and `right_norm` (1 or 0 by
-        item), `requests_sha256`. Tasks without length-normalized accuracy lack its keys.
+        item), `log_likelihoods` (those of an item's endings, in nats), `requests_sha256`. Tasks
+        without length-normalized accuracy lack its keys.
     """
     open_model: Any = _Model
     return _run(open_model(**_settings(model, suite)), suite)
@@ -256,6 +257,9 @@ def _summarize(result: dict[str, Any], samples: list[dict[str, Any]]) -> dict[st
         "items": len(samples),
         "chance": sum(1 / len(sample["arguments"]) for sample in samples) / len(samples),
         "requests_sha256": hashlib.sha256(requests.encode()).hexdigest(),
+        "log_likelihoods": [
+            [float(likelihood) for likelihood, _ in sample["filtered_resps"]] for sample in samples
+        ],
     }
     for metric, kept in (("acc", "right"), ("acc_norm", "right_norm")):
         if f"{metric},none" in result:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from transformers import GptOssForCausalLM
 
 from sparselong.errors import StageError
+from sparselong.files import why_unusable
 from sparselong.generation.decoder import Decoder
 from sparselong.model import NAME, load_model
 from sparselong.parallel import Mesh, replicate_rows
@@ -122,10 +123,17 @@ def share_model(directory: Path | str, lead: Callable[[Any], Result]) -> Result 
         What `lead` returns; None in the other processes.
 
     Raises:
-        StageError: the experts cannot be split evenly over the processes, these are on several
-            machines, or the checkpoint is damaged.
+        StageError: there is no such directory, the experts cannot be split evenly over the
+            processes, these are on several machines, or the checkpoint is damaged.
     """
     rank, directory = joined_rank(), Path(directory)
+    if not directory.is_dir():
+        raise StageError(
+            f"{directory} cannot be shared",
+            "a directory with a checkpoint",
+            why_unusable(directory, "directory"),
+            "correct it; download a model of the hub first, and pass the directory",
+        )
     if rank is None:
         return lead(load_model(directory, attn_implementation=NAME))
     if not is_one_machine():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparselong.memory.fit import (
         MARGIN,
         check_fit,
+        decide_evaluation_parallel,
         decide_expert_parallel,
         decided_memory,
         is_kept,

@@ -21,6 +21,5 @@ if TYPE_CHECKING:
         shift_labels,
     )
     from sparselong.parallel.mesh import Mesh, build_mesh
-    from sparselong.parallel.vocabulary import ReplicatedVocabulary
 
 __getattr__ = expose(__name__)

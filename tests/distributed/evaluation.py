@@ -49,12 +49,18 @@ def prefer(model: Any, requests: list[Request]) -> list[Request]:
 
 
 def measure(
-    base: Path, requests: Any, samples: Any, expert_size: int, broken: str | None = None
+    base: Path,
+    requests: Any,
+    samples: Any,
+    expert_size: int,
+    broken: str | None = None,
+    on_gpu: bool = False,
 ) -> dict[str, Any]:
     """Return this process's figures; every process computes a part and has all of them."""
     mesh = mesh_of(expert_size)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     with using(**shard_model(mesh)), PIECES[broken]() if broken else nullcontext():
-        model = load_model(base, device=torch.device("cpu"))
+        model = load_model(base, device=device)
         assert isinstance(model.lm_head, PartialHead) == (expert_size > 1)
         return measure_with(model, requests, samples, Spread(mesh))
 

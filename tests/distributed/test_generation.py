@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from sparselong.errors import StageError
+from sparselong.generation.shared import share_model
 from tests.conftest import ROOT
 from tests.distributed.generation import COUNT, PIECES, talk_alone, talk_together
 
@@ -29,6 +31,16 @@ def test_tokens_are_one_process_s(pools, untrained_base, wanted, size):
 def test_every_piece_is_needed(pools, untrained_base, wanted, piece):
     found, _ = pools[2].run(talk_together, untrained_base, 2, piece)
     assert found["greedy"] != wanted["greedy"]
+
+
+def test_what_cannot_be_shared_is_refused_before_anything_is_opened(untrained_base, monkeypatch):
+    with pytest.raises(StageError, match=r"(?s)openai/gpt-oss-120b.*no such directory"):
+        share_model("openai/gpt-oss-120b", print)
+    values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
+    for name, value in {**values, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(StageError, match="several machines"):
+        share_model(untrained_base, print)
 
 
 SCRIPT = """

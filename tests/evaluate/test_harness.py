@@ -69,9 +69,10 @@ def test_answers_follow_the_models_likelihoods(harness, suite, model, tokenizer,
     result = harness.measure(model, suite)["demo_hellaswag"]
     rows = read_items(folder)[:ITEMS]
     right, right_norm = [], []
-    for row in rows:
+    for row, kept in zip(rows, result["log_likelihoods"], strict=True):
         context = f"{row['activity_label']}: {row['ctx_a']}"
         scores = ending_log_likelihoods(model, tokenizer, context, row["endings"])
+        assert kept == pytest.approx(scores, rel=1e-5)
         right.append(int(max(range(4), key=scores.__getitem__) == row["label"]))
         per_byte = [s / len(e.encode()) for s, e in zip(scores, row["endings"], strict=True)]
         right_norm.append(int(max(range(4), key=per_byte.__getitem__) == row["label"]))
