@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -40,7 +39,6 @@ if TYPE_CHECKING:  # refusing a config needs no torch
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 _PATIENCE = timedelta(days=2)
-_POLL_SECONDS = 0.2
 _TRAIN = "train"
 
 
@@ -94,6 +92,8 @@ def _lead(name: str, argv: list[str] | None, run: Callable[[list[str] | None], i
         code = run(argv)
     finally:
         _set_status(name, f"ended {code}")
+        store, key = _store(name)
+        store.set(f"{key}/ended", str(code))
     return code
 
 
@@ -167,14 +167,11 @@ def _await_end(store: TCPStore, key: str) -> str:
     """Return rank 0's exit code; this machine may hold the store, which rank 0 needs until then."""
     from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]
 
-    status, code = _TRAIN, "1"
-    while status == _TRAIN:
-        time.sleep(_POLL_SECONDS)
-        try:
-            status, _, code = store.get(key).decode().partition(" ")
-        except DistError:  # rank 0's machine held it, and torchrun has ended there
-            return "1"
-    return code
+    try:
+        store.wait([f"{key}/ended"], _PATIENCE)
+        return store.get(f"{key}/ended").decode()
+    except DistError:  # rank 0's machine held it, and torchrun has ended there
+        return "1"
 
 
 def _set_status(name: str, status: str) -> None:
