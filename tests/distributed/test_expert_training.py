@@ -105,7 +105,7 @@ def test_five_steps_match_one_process(pools, alone, processes, context_size, exp
             assert torch.equal(weight, results[0].weights[name]), name
 
 
-@pytest.mark.parametrize(("context_size", "expert_size"), [(2, 2), (1, 2), (2, 1), (1, 1)])
+@pytest.mark.parametrize(("context_size", "expert_size"), [(2, 2), (1, 2), (2, 1)])
 def test_two_machines_match_one_process(pools, alone, context_size, expert_size):
     """What shares a sequence or experts is on one machine; only gradients pass between the two."""
     run, expected = alone[4 // context_size]
