@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     from sparselong.evaluate import rank_arguments
     from sparselong.processes import follow_or_lead
 
-    return follow_or_lead(NAME, argv, run, rank_arguments)
+    return follow_or_lead(NAME, argv, run, rank_arguments, check_launcher)
 
 
 def run(argv: list[str] | None) -> int:

@@ -242,9 +242,9 @@ class Config(Section):
     """Training context in tokens, summed over all GPUs that share a sequence."""
     sequence_parallel_degree: Annotated[Positive, Incidental()] = 4
     """Number of processes, each with its own GPU, that share one sequence. `python 03_finetune.py`
-    starts them on this machine. `torchrun` may start a multiple of that number, also on several
-    machines; several sequences are then trained in parallel. `python 04_eval.py` starts as many,
-    but at most one for each GPU, and any number will do."""
+    starts them on this machine. `torchrun` may start a multiple of that number, the same on
+    each of several machines; several sequences are then trained in parallel. `python 04_eval.py`
+    starts as many, but at most one for each GPU, and any number will do."""
     expert_parallel_degree: Annotated[Literal["auto"] | Positive, Incidental()] = "auto"
     """Number of processes of one machine that share one copy of experts and vocabulary, whatever
     sequences they work on. 1: each process holds all of them. A larger number must divide the

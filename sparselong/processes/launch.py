@@ -2,12 +2,14 @@
 
     python 0N_stage.py              one process, or `sequence_parallel_degree` on this machine
     torchrun ... 0N_stage.py        the processes that torchrun (or accelerate) started, on one or
-                                    several machines: stage 03 takes data ranks times the degree
+                                    several machines: stage 03 takes data ranks times the degree,
+                                    as many on each machine; what shares a sequence, or experts, is
+                                    on one
 
 Either way each rank has its own process, separate from the stage's (process.py). Under
 torchrun only the first process runs the stage: it locks, prepares, writes and publishes. The other
 processes wait until it reports that training begins, then start their rank's trainer (follow.py).
-All machines must share the file system of the run directory.
+All machines must share the file system of the run directory, which machines.py makes sure of.
 """
 
 from __future__ import annotations
@@ -119,20 +121,20 @@ def find_world(config: Config) -> World:
     """Return the processes that the config and torchrun's environment variables specify.
 
     Raises:
-        ConfigError: torchrun's number of processes is not a multiple of sequence_parallel_degree,
-            its variables are not valid, or expert_parallel_degree does not divide the number of
-            processes on a machine.
+        ConfigError: torchrun's variables are not valid, or sequence_parallel_degree or
+            expert_parallel_degree does not divide the number of processes on a machine.
     """
     degree, rank = config.sequence_parallel_degree, joined_rank()
     if rank is None:
         _check_expert_groups(config, degree, "")
         return World(degree, {rank: rank for rank in range(degree)}, degree, joined=False)
-    size = int(os.environ["WORLD_SIZE"])
-    if size % degree:
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    if here % degree:
         raise ConfigError(
-            f"{size} processes cannot form groups of {degree} (this is rank {rank})",
-            f"a multiple of sequence_parallel_degree: {degree} processes",
-            f"WORLD_SIZE={size}",
+            f"{here} process{'es' * (here > 1)} of one machine cannot form groups of {degree} that "
+            f"share a sequence (this is rank {rank})",
+            f"a multiple of sequence_parallel_degree: {degree} processes on each machine",
+            f"LOCAL_WORLD_SIZE={here}, WORLD_SIZE={os.environ['WORLD_SIZE']}",
             f"torchrun --nproc_per_node={degree}, or another sequence_parallel_degree",
         )
     return joined_world(config)

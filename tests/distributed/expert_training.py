@@ -5,6 +5,7 @@ notice."""
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 from sparselong.adapters import expert_lora, sharded_parameters
 from sparselong.adapters.expert_lora import EXPERT_WEIGHTS, RouterLora, add_expert_lora
+from sparselong.config import Config
 from sparselong.finetune import gathering
 from sparselong.kernels.layer import IGNORED
 from sparselong.model import PackedExperts, chunk_loss, load_model
@@ -31,7 +33,7 @@ from sparselong.parallel.gradients import gradient_norm, reduce_gradients
 from sparselong.parallel.loss import add_losses, count_step, mean_loss
 from sparselong.parallel.mesh import Mesh, build_mesh
 from sparselong.parallel.vocabulary import sharded as vocabulary
-from sparselong.processes import world
+from sparselong.processes import find_world, sharing, world
 from sparselong.runtime import checkpoint_contexts, using
 
 Batch = dict[str, torch.Tensor]
@@ -130,6 +132,30 @@ def train_alone(run: Run) -> Result:
 def train_sharded(run: Run, context_size: int, expert_size: int) -> Result:
     """Run this rank's part of the same training."""
     return _train(run, mesh_of(context_size, expert_size))
+
+
+def train_on_machines(run: Run, here: int, config: Config) -> tuple[dict[str, list[int]], Result]:
+    """Join with the variables that torchrun sets on machines of `here` processes, and train.
+
+    Returns:
+        The ranks of this process's groups, and its result.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    local = {"LOCAL_RANK": str(rank % here), "LOCAL_WORLD_SIZE": str(here)}
+    with (
+        mock.patch.dict(os.environ, {"RANK": str(rank), "WORLD_SIZE": str(size), **local}),
+        mock.patch.object(world, "_mesh", None),
+        mock.patch.object(sharing, "_decided", None),
+    ):
+        assert find_world(config).local == {rank: rank % here}
+        shared_by = sharing.decide_sharing(config).chosen
+        mesh = world.join(config.sequence_parallel_degree, shared_by)
+        assert "LOCAL_WORLD_SIZE" not in os.environ and world.is_first() == (rank == 0)
+        kinds = ("context", "data", "expert", "replica")
+        groups = {
+            kind: dist.get_process_group_ranks(getattr(mesh, f"{kind}_group")) for kind in kinds
+        }
+        return groups, _train(run, mesh)
 
 
 def _train(run: Run, mesh: Mesh | None) -> Result:

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparselong.config import load
 from sparselong.tiny.build import TinySpec, build_tiny
+from tests.conftest import ROOT
 from tests.distributed.expert_training import (
     PIECES,
     Result,
     Run,
     draw_adapters,
     train_alone,
+    train_on_machines,
     train_sharded,
 )
 from tests.distributed.test_parity import IGNORED, far
@@ -100,6 +103,25 @@ def test_five_steps_match_one_process(pools, alone, processes, context_size, exp
         assert result.norms == results[0].norms and result.losses == results[0].losses
         for name, weight in result.weights.items():
             assert torch.equal(weight, results[0].weights[name]), name
+
+
+@pytest.mark.parametrize(("context_size", "expert_size"), [(2, 2), (1, 2), (2, 1)])
+def test_two_machines_match_one_process(pools, alone, context_size, expert_size):
+    """What shares a sequence or experts is on one machine; only gradients pass between the two."""
+    run, expected = alone[4 // context_size]
+    keys = [f"sequence_parallel_degree={context_size}", f"expert_parallel_degree={expert_size}"]
+    config = load(ROOT / "configs/tiny.yaml", keys)
+    outcomes = pools[4].run(train_on_machines, run, 2, config)
+    for rank, (groups, result) in enumerate(outcomes):
+        machine = rank - rank % 2
+        assert groups["context"] == ([machine, machine + 1] if context_size == 2 else [rank])
+        assert groups["expert"] == ([machine, machine + 1] if expert_size == 2 else [rank])
+        every = [rank % 2, rank % 2 + 2]
+        assert groups["data"] == (every if context_size == 2 else [0, 1, 2, 3])
+        assert groups["replica"] == (every if expert_size == 2 else [0, 1, 2, 3])
+        assert differences(result, expected) == {}
+        for name, weight in result.weights.items():
+            assert torch.equal(weight, outcomes[0][1].weights[name]), name
 
 
 @pytest.mark.parametrize("piece", PIECES)

@@ -76,10 +76,13 @@ def test_under_torchrun_a_process_starts_its_own_rank(monkeypatch):
     assert rank_environments(world, gpus=4) == {6: {"CUDA_VISIBLE_DEVICES": "2"}}
 
 
-def test_a_world_size_not_divisible_by_the_degree_is_refused_naming_the_rank(monkeypatch):
-    join_torchrun(monkeypatch, rank=1, size=6, local=1, here=6)
-    with pytest.raises(ConfigError, match=r"6 processes cannot form groups of 4 .*rank 1"):
+@pytest.mark.parametrize(("size", "here"), [(6, 6), (4, 2), (12, 6)])
+def test_a_sequence_must_stay_on_one_machine(monkeypatch, size, here):
+    join_torchrun(monkeypatch, rank=1, size=size, local=1, here=here)
+    with pytest.raises(ConfigError) as refused:
         find_world(config("sequence_parallel_degree=4"))
+    assert f"{here} processes of one machine cannot form groups of 4" in refused.value.what
+    assert "rank 1" in refused.value.what and f"WORLD_SIZE={size}" in refused.value.found
 
 
 @pytest.mark.parametrize("degree", ["auto", "1", "2", "4"])
