@@ -66,22 +66,27 @@ class Place:
         local: its number among the processes of its machine.
         here: number of processes that were started on its machine.
         host: name of its machine.
+        gpus: number of GPUs there that torch can use.
         refused: what, expected, found and fix of what the process refuses, and its exit code.
     """
 
     local: int
     here: int
     host: str
+    gpus: int = 0
     refused: tuple[str, str, str, str, int] | None = None
 
     @classmethod
     def of_process(cls, refused: ExpectedError | None = None) -> Place:
         """Return this process's place by torchrun's variables."""
+        import torch
+
         local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         texts = None
         if refused is not None:
-            texts = (*refused.explanation().values(), refused.exit_code)
-        return cls(local, here, socket.gethostname(), texts)  # type: ignore[arg-type]
+            what, expected, found, fix = refused.explanation().values()
+            texts = (what, expected, found, fix, refused.exit_code)
+        return cls(local, here, socket.gethostname(), torch.cuda.device_count(), texts)
 
 
 def meet(store: TCPStore, key: str, place: Place, seconds: float = _MEETING_SECONDS) -> None:
@@ -94,8 +99,7 @@ def meet(store: TCPStore, key: str, place: Place, seconds: float = _MEETING_SECO
         seconds: how long to wait for the other processes.
 
     Raises:
-        MachinesError: on every process: one has refused the config, or is missing, or the ranks are
-            not numbered machine by machine with as many on each.
+        MachinesError: on every process: one is missing, or as from `check_places`.
     """
     texts = gather(store, f"{key}/place", json.dumps(asdict(place)), seconds)
     check_places([Place(**json.loads(text)) for text in texts])
@@ -133,13 +137,14 @@ def gather(
 
 
 def check_places(places: list[Place]) -> None:
-    """Raise unless no process refuses, and ranks are numbered machine by machine, equally many.
+    """Raise unless the machines fit together.
 
     Args:
         places: the place of each rank.
 
     Raises:
-        MachinesError: as said.
+        MachinesError: a process refuses the config; the ranks are not numbered machine by machine
+            with as many on each; or some have a GPU, but not all.
     """
     for rank, place in enumerate(places):
         if place.refused is not None:
@@ -156,6 +161,19 @@ def check_places(places: list[Place]) -> None:
         counts = {place.here for place in block}
         if locals_ != list(range(here)) or len(hosts) > 1 or counts != {here}:
             raise MachinesError(_uneven(places))
+    if any(place.gpus for place in places) and any(place.gpus < here for place in places):
+        raise MachinesError(_too_few_gpus(places))
+
+
+def _too_few_gpus(places: list[Place]) -> StageError:
+    here = places[0].here
+    short = [place for place in places if place.gpus < here and place.local == 0]
+    return StageError(
+        f"{here} processes on each machine need as many GPUs there",
+        f"{here} GPUs that torch can use on every machine, or none on any",
+        ", ".join(f"{place.gpus} on {place.host}" for place in short),
+        "run nvidia-smi on that machine, or start torchrun with a smaller --nproc_per_node",
+    )
 
 
 def _uneven(places: list[Place]) -> StageError:

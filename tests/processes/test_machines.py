@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,15 @@ def test_machines_that_differ_are_refused(found, told):
     assert told in refused.value.found and "--nproc_per_node" in refused.value.fix
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_machine_with_too_few_gpus_is_refused(gpus):
+    found = [replace(place, gpus=2) for place in places(2, 2)]
+    check_places(found)
+    with pytest.raises(MachinesError, match="2 processes on each machine need") as refused:
+        check_places([*found[:2], *(replace(place, gpus=gpus) for place in found[2:])])
+    assert refused.value.found == f"{gpus} on node1"
+
+
 def test_what_one_machine_refuses_ends_all_with_its_exit_code(be, store):
     be(2)
     error = ConfigError("no such file", "a config", "none", "copy it")
@@ -137,7 +147,7 @@ def test_a_degree_that_no_machine_can_hold_is_refused_on_each(
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     what = "2 processes of one machine cannot form groups of 4 that share a sequence"
-    refused = Place(0, 2, "node1", (what, "e", "f", "x", 2))
+    refused = Place(0, 2, "node1", 0, (what, "e", "f", "x", 2))
     for other, place in enumerate(places(2, 2)):
         known = refused if rank == 3 and other == 2 else place
         if other != rank:
