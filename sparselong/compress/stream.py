@@ -95,12 +95,12 @@ def _open_inputs(stage: Stage) -> Inputs:
 
     Prepared rows must not change once something was made of them, but nothing has been yet.
     """
-    try:
-        return open_inputs(stage.config, stage.run_dir, stage.log)
-    except StageError:
+
+    def forget_rows() -> None:
         if not (stage.dir / "work").exists():
-            (stage.run_dir / "data" / "source.json").unlink(missing_ok=True)
-        raise
+            conversations.forget(stage.run_dir)
+
+    return open_inputs(stage.config, stage.run_dir, stage.log, forget_rows)
 
 
 def record_base(stage: Stage, base: Checkpoint) -> None:

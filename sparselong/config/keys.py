@@ -131,6 +131,8 @@ def refuse(
     same = [e["msg"] for e in error.errors() if (e["loc"][: len(path)], e["input"]) == place]
     same = same or [first["msg"]]  # a KeyFault is placed elsewhere
     message = " or: ".join(dict.fromkeys(same)).removeprefix("Value error, ")
+    if first["type"] == "date_type":
+        message = "a date in the format YYYY-MM-DD, such as 2026-01-31"
     field = known[dotted].model_fields[path[-1]] if dotted in known else None
     fix = f"{dotted}: {' '.join((field.description or '').split())}" if field else "change one"
     return ConfigError(f"{dotted or 'config'} is not valid ({where})", message, f"{found!r}", fix)

@@ -45,6 +45,7 @@ __all__ = [
     "accept_new_sources",
     "count_dropped_thinking",
     "find_sources",
+    "forget",
     "locate",
     "prepare",
     "read",
@@ -88,7 +89,7 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
             if record.get("format") == _FORMAT:
                 return files
     else:  # a kill may have left prepared files without their record
-        _refuse_foreign(files)
+        _refuse_replacing_unprepared(files)
     record_path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     sources = [source for source in (config.data.train, config.data.validation) if source]
@@ -137,6 +138,11 @@ def accept_new_sources(run_dir: Path) -> None:
     places = [(Path(was["path"]), was) for was in record["sources"]]
     if any(os.path.exists(path) and find_change(path, was) for path, was in places):
         (folder / _RECORD).unlink()
+
+
+def forget(run_dir: Path) -> None:
+    """Let `prepare` read the sources again, because a row was refused before anything was made."""
+    (run_dir / "data" / _RECORD).unlink(missing_ok=True)
 
 
 def read(path: Path) -> list[Conversation]:
@@ -249,7 +255,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     )
 
 
-def _refuse_foreign(files: DataFiles) -> None:
+def _refuse_replacing_unprepared(files: DataFiles) -> None:
     """Raise if a file that is about to be replaced is not a prepared one."""
     for path in files:
         if path.exists() and not is_prepared(path):

@@ -40,6 +40,8 @@ _HEADER = re.compile(
     r"<\|channel\|>(\s*(analysis|commentary|final)\b[^<]*|\w[^<\s]*)"
     r"(<\|constrain\|>[^<]*)?<\|message\|>"
 )
+# What is left of channels once control tokens are gone: nothing separates names and texts.
+_RUN_TOGETHER = re.compile(r"analysis[^\W\d_a-z].*[^\s`'\"]assistantfinal[^\s`'\".,:;]", re.DOTALL)
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
 _THINK_OPENED = re.compile(r"\s*<think>")
 # On a line of its own; within one, the tag is named, not used.
@@ -221,7 +223,7 @@ def _refuse_spelled_channel(text: str, i: int) -> None:
     fix = "put the reasoning under `thinking`, the answer alone under `content`"
     if found := _HEADER.search(text):
         raise Fault(f"message {i} spells a channel header: {shown(found[0])}", fix)
-    if text.startswith("analysis") and "assistantfinal" in text:  # decoded without control tokens
+    if _RUN_TOGETHER.match(text):
         raise Fault(f"message {i} spells `analysis…assistantfinal…`, what is left of channels", fix)
 
 

@@ -7,6 +7,7 @@ take.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from sparselong.tiny import check_rows, encode_rows, open_base, open_tokenizer
 
 BASE, TOKENIZER, ROWS = "base checkpoint", "tokenizer", "conversations"
 _HERE = ("here", "made")
+_SCRATCH = re.compile(r"\.health-[a-z0-9_]{8}")
+"""Names that tempfile gives to temporary run directories."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,9 @@ def _describe_rows(config: Config, run_dir: Path, opened: list[Any]) -> str:
 def _scratch_copy(run_dir: Path) -> Iterator[Path]:
     """Provide a temporary run directory with a copy of the run's prepared data."""
     parent = run_dir if run_dir.is_dir() else None
+    for left in run_dir.glob(".health-*") if parent else ():  # by a kill; the run is locked
+        if _SCRATCH.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".health-", dir=parent) as folder:
         if (run_dir / "data").is_dir():
             shutil.copytree(run_dir / "data", Path(folder) / "data")

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from sparselong.errors import ExpectedError, StageError
 from sparselong.files import is_disk_full
@@ -77,14 +78,25 @@ def telling_memory() -> Iterator[None]:
 
 
 def read_failure(work: Path, rank: int = 0) -> StageError | None:
-    """Return the failure that a rank's trainer wrote, or None if it wrote none."""
+    """Return the failure that a rank's trainer wrote, or None if there is none of its making."""
     path = failure_path(work, rank)
     if not path.exists():
         return None
     try:
-        return StageError(**json.loads(path.read_text(encoding="utf-8")))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # cut off by a full disk
         return _disk_is_full(work, f"an unfinished {path.name}")
+    return _parse(document)
+
+
+def _parse(document: Any) -> StageError | None:
+    """Return the failure that `write_failure` wrote; None for anything else."""
+    texts = ("what", "expected", "found", "fix")
+    if not isinstance(document, dict) or set(document) - {"consequence"} != set(texts):
+        return None
+    if not all(isinstance(document[key], str) for key in texts):
+        return None
+    return StageError(**document)
 
 
 def explain(error: BaseException, work: Path) -> ExpectedError | None:

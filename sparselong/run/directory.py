@@ -36,7 +36,7 @@ from sparselong.run.place import (
     check_manifest,
     check_started,
     read_document,
-    refuse_foreign,
+    refuse_replacing_others,
 )
 from sparselong.run.stages import STAGES, stage_hash
 
@@ -157,7 +157,7 @@ def prepare(stage: Stage, redo: bool) -> bool:
             from inputs that no longer exist, or it cannot be written. Nothing is changed in these
             cases.
     """
-    refuse_foreign(stage.run_dir)
+    refuse_replacing_others(stage.run_dir)
     manifest = None if redo else _read_finished(stage.run_dir, stage.name)
     started = stage.dir / STARTED
     present = manifest or (None if redo else read_document(started))

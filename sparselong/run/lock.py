@@ -52,7 +52,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / LOCK).open("a+", encoding="utf-8", errors="replace")
     with file:
-        _refuse_foreign(run_dir, file)
+        _refuse_other_lock_file(run_dir, file)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -81,7 +81,7 @@ def _content(file: IO[str]) -> str:
     return file.read(100).strip()
 
 
-def _refuse_foreign(run_dir: Path, file: IO[str]) -> None:
+def _refuse_other_lock_file(run_dir: Path, file: IO[str]) -> None:
     content = _content(file)
     if content and not content.isdecimal():
         raise StageError(

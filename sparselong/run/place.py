@@ -158,7 +158,7 @@ def _overlap(run_dir: Path, expected: str, found: str) -> ConfigError:
     )
 
 
-def refuse_foreign(run_dir: Path) -> None:
+def refuse_replacing_others(run_dir: Path) -> None:
     """Raise if something in the run directory that stages replace is not theirs.
 
     Raises:

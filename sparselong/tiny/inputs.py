@@ -51,8 +51,19 @@ def check_early(config: Config, run_dir: Path) -> None:
     check_rows(config, run_dir)
 
 
-def open_inputs(config: Config, run_dir: Path, progress: Callable[[str], None]) -> Inputs:
+def open_inputs(
+    config: Config,
+    run_dir: Path,
+    progress: Callable[[str], None],
+    rows_refused: Callable[[], None] | None = None,
+) -> Inputs:
     """Return the base and its tokenizer after checking them and all rows.
+
+    Args:
+        config: names them.
+        run_dir: the run directory.
+        progress: receives what is to be told.
+        rows_refused: called before the error if it is the rows that are refused.
 
     Raises:
         StageError: the base cannot be found or built, a file is missing or damaged, the parts do
@@ -61,7 +72,12 @@ def open_inputs(config: Config, run_dir: Path, progress: Callable[[str], None]) 
     check_rows(config, run_dir)
     base, architecture = open_base(resolve_base(config, run_dir, progress))
     tokenizer = open_tokenizer(base.directory)
-    encoded, left_out = encode_rows(config, run_dir, tokenizer)
+    try:
+        encoded, left_out = encode_rows(config, run_dir, tokenizer)
+    except StageError:
+        if rows_refused is not None:
+            rows_refused()
+        raise
     for sentence in left_out:
         progress(sentence)
     return Inputs(base, architecture, tokenizer, encoded)

@@ -80,6 +80,7 @@ def test_what_is_no_date_is_refused_by_key(config, value):
     with pytest.raises(ConfigError) as refusal:
         config(f"data.date={value}")
     assert "data.date" in str(refusal.value) and "2026-01-31" in refusal.value.fix
+    assert "YYYY-MM-DD" in refusal.value.expected
 
 
 def test_a_config_with_a_date_is_read_back(config):

@@ -17,6 +17,7 @@ from sparselong.files import why_unusable
 from sparselong.finetune import trainer
 from sparselong.health.sources import probe_sources
 from sparselong.memory import check_model, find_shape
+from sparselong.processes.failure import read_failure, write_failure
 from sparselong.run import Stage
 from sparselong.tiny import resolve_base
 from tests.conftest import ROOT
@@ -196,3 +197,45 @@ def test_a_persons_file_in_the_data_folder_is_not_replaced(chat_file, tmp_path, 
     made = conversations.prepare(config, tmp_path)
     (tmp_path / "data/source.json").unlink()  # as a kill leaves them
     assert conversations.prepare(config, tmp_path) == made
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "null", "{}", '{"what": "a"}', '{"what": 1, "expected": 2}', '["what"]']
+)
+def test_a_failure_record_of_another_shape_is_none_of_the_trainers(tmp_path, text):
+    """The trainer's end is then told by its last lines."""
+    (tmp_path / "failure.json").write_text(text)
+    assert read_failure(tmp_path) is None
+
+
+def test_what_a_trainer_wrote_is_read_back(tmp_path):
+    write_failure(tmp_path, 0, StageError("a", "b", "c", "d", consequence=True))
+    failure = read_failure(tmp_path)
+    assert failure is not None and failure.consequence
+    assert failure.explanation() == {"what": "a", "expected": "b", "found": "c", "fix": "d"}
+
+
+def test_01_removes_what_a_killed_01_left(run_script, tmp_path):
+    run = tmp_path / "run"
+    (run / "01_health").mkdir(parents=True)
+    (run / ".health-ab3_xy9z/data").mkdir(parents=True)
+    (run / ".health-ab3_xy9z/data/train.jsonl").write_text("{}")
+    (run / ".health-notes").mkdir()  # a person's
+    (run / ".health-ab3_xy9y").write_text("a person's")
+    run_script("01_health", TASKS)
+    left = {path.name for path in run.iterdir() if path.name.startswith(".health-")}
+    assert left == {".health-notes", ".health-ab3_xy9y"}
+
+
+def test_rows_are_read_again_only_if_they_were_refused(base, run_script, tmp_path):
+    """A damaged base says nothing about the rows that other stages may have used."""
+    record = tmp_path / "run/data/source.json"
+    more = (f"model.base={base}", "calibration.sequence_len=8192")  # too few tokens for that
+    shard = base / "model-00001-of-00004.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    run_script("02_compress", *more).assert_explained(shard.name)
+    assert record.exists()
+    shard.write_bytes(whole)
+    run_script("02_compress", *more).assert_explained("calibration.sequence_len")
+    assert not record.exists()

@@ -114,6 +114,7 @@ def test_text_parts_are_joined(read):
         (assistant(content="<think>Hm.</think>"), "is empty"),
         (assistant(content="<think>Hm.</think>Four.", thinking="Ah."), "in <think> tags"),
         (assistant(content="analysisHm.assistantfinalFour."), "assistantfinal"),
+        (assistant(content="analysisWe add.\nSo 4assistantfinalFour."), "assistantfinal"),
         (assistant(content="<|channel|>analysis<|message|>Hm."), "channel header"),
         (assistant(content="Hm. <|channel|> final <|message|>Four."), "channel header"),
         (assistant(content="<|channel|>thoughts<|message|>Hm."), "channel header"),
@@ -213,6 +214,10 @@ def test_nulls_and_empty_lists_are_allowed(read, row):
         "Write <|end|> at the end of <|message|>.",
         "The tags are <think> and </think>",
         "analysis is a word",
+        "analysis of the word assistantfinal: it has fourteen letters",
+        "analysis: decoded text has `assistantfinal` in it",
+        "analysisHm. The word is assistantfinal",
+        "analysis\nassistantfinal ends it",
     ],
 )
 def test_words_about_control_tokens_stay_as_they_are(read, content):
