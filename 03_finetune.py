@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     from sparselong.finetune import trainer_arguments
     from sparselong.processes import follow_or_lead
 
-    return follow_or_lead(NAME, argv, run, trainer_arguments)
+    return follow_or_lead(NAME, argv, run, trainer_arguments, find_world)
 
 
 def run(argv: list[str] | None) -> int:

@@ -4,6 +4,10 @@
 The base, compressed and fine-tuned models answer the same multiple-choice items through lm-eval,
 and their perplexity is measured on the same held-out conversations. Reads the models of stages 02
 and 03; writes results.json, report.md and evaluation.png to runs/NAME/04_eval.
+
+On several GPUs, one process each (`sequence_parallel_degree`, or those in which torchrun started
+this script) measures some rows of every batch. A model that does not fit on one GPU is shared: each
+process holds some of its experts and of its vocabulary. The figures are those of one process.
 """
 
 import os
@@ -12,8 +16,10 @@ import sys
 from sparselong.config import Config
 from sparselong.data import check_tasks
 from sparselong.memory import check_model, plan_stage, show_plan
-from sparselong.processes import check_alone
+from sparselong.processes import check_launcher, hide_launcher, is_joined
 from sparselong.run import Stage, run_stage
+
+NAME = "04_eval"
 
 
 def execute(stage: Stage) -> None:
@@ -30,16 +36,28 @@ def execute(stage: Stage) -> None:
 
 
 def check(config: Config) -> None:
-    """Raise if several processes were started, or the config names what is not there."""
-    check_alone()
+    """Raise if the processes do not fit the config, or it names what is not there."""
+    check_launcher(config)
+    if not is_joined():
+        hide_launcher()
     check_model(config)
     check_tasks(config)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stage; return its exit code."""
+    """Run the stage, or under torchrun this process's part of it; return the exit code."""
+    if not is_joined():
+        return run(argv)
+    from sparselong.evaluate import rank_arguments
+    from sparselong.processes import follow_or_lead
+
+    return follow_or_lead(NAME, argv, run, rank_arguments, check_launcher)
+
+
+def run(argv: list[str] | None) -> int:
+    """Run the stage in this process; return the exit code."""
     text = "Compare the base, compressed and fine-tuned models."
-    return run_stage("04_eval", text, argv, execute, plan_stage, show_plan, check=check)
+    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check=check)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models in gpt-oss-20b's shape with random weights, for each arm of the benchmarks."""
+"""Models in gpt-oss's shapes with random weights, for each arm of the benchmarks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from sparselong.adapters.attach import ExtraAdapters, add_masked_lora
 from sparselong.adapters.expert_lora import EXPERT_WEIGHTS
 from sparselong.checkpoint.format import PROJECTIONS
+from sparselong.memory import Kept
 from sparselong.model.fused import chunk_loss, fuse
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.quantizer import replace_with_packed
@@ -32,8 +33,15 @@ COMPRESSED = DenseFormat(4, "2:4", 64)
 
 def config_20b(layers: int = 24) -> GptOssConfig:
     """Return openai/gpt-oss-20b's published configuration."""
+    return config_of(layers, 32)
+
+
+def config_of(layers: int, experts: int, vocab: int = 201_088) -> GptOssConfig:
+    """Return gpt-oss's published configuration with other numbers of layers, experts and tokens."""
     kinds = ["sliding_attention", "full_attention"] * (layers // 2)
-    return GptOssConfig(num_hidden_layers=layers, num_local_experts=32, layer_types=kinds)
+    return GptOssConfig(
+        num_hidden_layers=layers, num_local_experts=experts, layer_types=kinds, vocab_size=vocab
+    )
 
 
 def build(
@@ -46,13 +54,24 @@ def build(
 ) -> nn.Module:
     """Return the arm's model on the GPU, ready for training."""
     config = config_20b(layers)
-    model = build_baseline(config, arm) if arm in BASELINES else build_packed(config, arm)
-    arguments: dict[str, Any] = {"use_reentrant": False}
     if arm in OURS:
-        fuse(model)
-        chunk_loss(model)  # type: ignore[arg-type]
-        arguments["context_fn"] = partial(checkpoint_contexts, keep_attention, keep_experts)
-        arguments["preserve_rng_state"] = False  # as stage 03
+        return adapt(build_packed(config, arm), arm, Kept(keep_attention, keep_experts), r)
+    model = build_baseline(config, arm)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    lora = LoraConfig(r=r, lora_alpha=ALPHA, target_modules=list(PROJECTIONS))
+    return get_peft_model(model, lora).train()
+
+
+def adapt(
+    model: Any, arm: str, kept: Kept, r: int = R, expert_dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Return one of this project's models with checkpointing and the arm's adapters."""
+    fuse(model)
+    chunk_loss(model)
+    arguments: dict[str, Any] = {"use_reentrant": False}
+    arguments["context_fn"] = partial(checkpoint_contexts, *kept)
+    arguments["preserve_rng_state"] = False  # as stage 03
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     model.enable_input_require_grads()
     if arm in SPARSE:

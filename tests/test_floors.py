@@ -42,7 +42,7 @@ INNER = {
         {"dense", "experts"},
     ),
     "parallel": (
-        *({"mesh", "collectives", "gradients", "loss"}, {"sequence"}),
+        *({"mesh", "collectives", "gradients", "loss", "placement"}, {"sequence"}),
         *({"experts", "vocabulary"}, {"apply"}),
     ),
 }

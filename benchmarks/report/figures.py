@@ -155,8 +155,9 @@ def _load(source: Source, name: str) -> config.Config:
 def _planned(source: Source) -> tuple[float, str]:
     """Return a value of the memory plan, with its unit.
 
-    `what` is `peak` (of stage 03 in this version), `sharded` (once the GPUs shard the weights),
-    `model` (the compressed model on disk), or a key of `bits_per_weight`.
+    `what` is `peak` (of stage 03 as the planner chooses), `replicated` or `sharded` (of stage 03
+    with experts and vocabulary held so), `model` (the compressed model on disk), or a key of
+    `bits_per_weight`.
     """
     asked = _load(source, "plan")
     if "kept" in source:
@@ -166,6 +167,8 @@ def _planned(source: Source) -> tuple[float, str]:
     plan, what = memory.make_plan(asked), source.get("what", "peak")
     if what == "peak":
         return plan.memory.peak_bytes, "bytes"
+    if what == "replicated":
+        return plan.replicated.peak_bytes, "bytes"
     if what == "sharded":
         assert plan.sharded is not None
         return plan.sharded.peak_bytes, "bytes"

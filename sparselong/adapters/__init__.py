@@ -14,6 +14,11 @@ if TYPE_CHECKING:
         tuned_layers,
     )
     from sparselong.adapters.bake import bake_checkpoint, name_adapter, put_baked_experts
+    from sparselong.adapters.expert_factors import (
+        keep_dtypes,
+        sharded_parameters,
+        whole_state_dict,
+    )
     from sparselong.adapters.lora import MaskedLoraLinear, masked_layers
     from sparselong.adapters.masks import Criterion, update_steps
 

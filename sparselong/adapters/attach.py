@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
+from sparselong.adapters.expert_factors import count_whole, keep_dtypes
 from sparselong.adapters.expert_lora import ExpertLora, RouterLora, add_expert_lora, name_targets
 from sparselong.adapters.lora import MaskedLoraLinear
 from sparselong.checkpoint import read_header
@@ -38,6 +39,9 @@ class ExtraAdapters:
     expert_r: int | None = None
     """Rank of each expert's adapter."""
     router: bool = False
+    expert_dtype: torch.dtype = torch.float32
+    """In which the experts' adapters are trained. Gradients are summed in fp32 and rounded to it;
+    updates smaller than its precision are lost."""
 
     @property
     def modules(self) -> dict[str, type[nn.Module]]:
@@ -131,6 +135,7 @@ def add_masked_lora(
     config._register_custom_module(_layer_builders(config, master_of, extra))  # type: ignore[arg-type]
     set_seed(seed)
     tuned: Any = get_peft_model(model, config)
+    keep_dtypes(tuned)
     name_targets(config, extra.expert_targets, extra.expert_r or 0, extra.router)
     return tuned, config
 
@@ -152,6 +157,7 @@ def _layer_builders(
         return add_expert_lora(
             target, adapter_name, config, weights=extra.expert_targets,
             name=arguments["target_name"], r=extra.expert_r or 0, lora_alpha=alpha,
+            dtype=extra.expert_dtype,
         )  # fmt: skip
 
     return {
@@ -210,23 +216,25 @@ def tuned_layers(model: nn.Module) -> dict[str, TunedLayer]:
 
 
 def count_trainable(model: nn.Module) -> int:
-    """Return the number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Return the number of trainable parameters of the whole model, whatever experts are held."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return count_whole(trainable, model)
 
 
 def parameter_table(model: nn.Module) -> str:
-    """Format a table of trainable parameters by kind of layer."""
+    """Format a table of trainable parameters by kind of layer, with all experts."""
     counts: Counter[str] = Counter()
     layers: Counter[str] = Counter()
     shapes: dict[str, str] = {}
     for name, layer in tuned_layers(model).items():
         if isinstance(layer, ExpertLora):
-            experts = layer.packed_experts.num_experts
+            held, experts = len(layer.packed_experts.held), layer.packed_experts.total
             adapters = {part: tuple(one[:2]) for part, one in layer.adapters().items()}
         else:
-            experts, adapters = 1, {name.rpartition(".")[2]: layer.adapter()[:2]}
+            held, experts = 1, 1
+            adapters = {name.rpartition(".")[2]: layer.adapter()[:2]}
         for kind, (lora_a, lora_b) in adapters.items():
-            counts[kind] += lora_a.numel() + lora_b.numel()
+            counts[kind] += (lora_a.numel() + lora_b.numel()) * experts // held
             layers[kind] += experts
             shapes[kind] = f"{lora_b.shape[-2]} x {lora_a.shape[-1]}"
     rows = [f"{'layer':12} {'count':>6} {'weight':>14} {'trainable':>14}"]

@@ -10,6 +10,9 @@ modules, multiply by A and B without a delta (`kernels/experts/lora.py`), and ke
     lora_A.weight              [experts * r, in], expert by expert
     lora_B.weight              [out, r * experts], one rank's columns for all experts at a time
 
+In memory B is [experts, out, r] (expert_factors.py). Around packed experts of which this process
+holds some, the matrices are those of the held experts, with the values that one process draws.
+
 `name_targets` sets PEFT's config to match, so a saved adapter opens in plain PEFT on transformers'
 gpt-oss in bf16; for its attention layers, see the caveat in bake.py.
 
@@ -30,6 +33,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
+from sparselong.adapters.expert_factors import ExpertA, ExpertB
 from sparselong.adapters.merge import Rounding, merge_adapter
 from sparselong.kernels.dense import sum_weight
 from sparselong.kernels.experts import Adapter, Adapters
@@ -47,7 +51,7 @@ class Merged(NamedTuple):
 
 
 class ExpertLora(nn.Module, LoraLayer):
-    """Adapters of one weight of all experts in a layer, wrapped around the packed experts.
+    """Adapters of one weight of a layer's held experts, wrapped around the packed experts.
 
     Args:
         base_layer: PackedExperts, or another weight's ExpertLora around them.
@@ -57,6 +61,7 @@ class ExpertLora(nn.Module, LoraLayer):
         name: name of the experts in the model.
         r: rank.
         lora_alpha: sets the scale, s = lora_alpha / r.
+        dtype: in which A and B are trained.
     """
 
     def __init__(
@@ -69,9 +74,10 @@ class ExpertLora(nn.Module, LoraLayer):
         name: str,
         r: int,
         lora_alpha: float,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.weight_name, self.name = weight_name, name
+        self.weight_name, self.name, self.dtype = weight_name, name, dtype
         LoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
@@ -88,10 +94,14 @@ class ExpertLora(nn.Module, LoraLayer):
         return 32 * groups, out_features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: Any, config: Any, **_: Any):
-        """Create A (random) and B (zero), each one matrix for all experts; called by PEFT."""
+        """Create A (random) and B (zero) of the held experts; called by PEFT.
+
+        The values of all experts are drawn, as by PEFT, whatever part is held.
+        """
         if config.lora_dropout:
             raise ValueError(f"{self.name}: dropout on expert adapters is not supported")
-        columns = r * self.packed_experts.num_experts
+        held, experts = self.packed_experts.held, self.packed_experts.total
+        columns = r * experts
         width, out = self._get_in_out_features(self.packed_experts)
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / r
@@ -100,15 +110,19 @@ class ExpertLora(nn.Module, LoraLayer):
         self.lora_A[adapter_name] = nn.Linear(width, columns, **like)
         self.lora_B[adapter_name] = nn.Linear(columns, out, **like)
         self.reset_lora_parameters(adapter_name, True)
+        for part, kind in ((self.lora_A, ExpertA), (self.lora_B, ExpertB)):
+            matrix: Any = part[adapter_name].weight
+            part[adapter_name] = kind(matrix, held, experts, self.dtype)
         self.set_adapter(self.active_adapters)
 
     def adapter(self) -> Adapter:
-        """Return A [experts, r, in], B [experts, out, r] and s; views of the parameters."""
-        name, experts = self.active_adapters[0], self.packed_experts.num_experts
+        """Return A [experts, r, in], B [experts, out, r] and s; views of the parameters.
+
+        Experts are those that this process holds.
+        """
+        name = self.active_adapters[0]
         a, b = (getattr(self, part)[name].weight for part in ("lora_A", "lora_B"))
-        a = a.view(experts, -1, self.in_features)
-        b = b.view(self.out_features, -1, experts).permute(2, 0, 1)
-        return Adapter(a, b, self.scaling[name])
+        return Adapter(a.view(len(b), -1, self.in_features), b, self.scaling[name])
 
     def adapters(self) -> dict[str, Adapter]:
         """Return this weight's adapter and the inner layer's, by weight name."""
@@ -124,7 +138,10 @@ class ExpertLora(nn.Module, LoraLayer):
         return self.packed_experts(hidden_states, *routing, adapters=adapters)
 
     def merge_packed(self) -> Merged:
-        """Merge all adapters of these experts into new MXFP4 weights; the layer is unchanged."""
+        """Merge all adapters of these experts into new MXFP4 weights; the layer is unchanged.
+
+        The tensors are those of the experts that this process holds.
+        """
         tensors, rounding = {}, {}
         for weight, adapter in self.adapters().items():
             names = (f"{weight}_blocks", f"{weight}_scales")
@@ -132,6 +149,15 @@ class ExpertLora(nn.Module, LoraLayer):
             *merged, rounding[weight] = merge_adapter(blocks, scales, adapter)
             tensors |= {f"{self.name}.{n}": t for n, t in zip(names, merged, strict=True)}
         return Merged(tensors, rounding)
+
+    def merged_shapes(self) -> dict[str, torch.Tensor]:
+        """Return what `merge_packed` makes, of all the layer's experts, on the meta device."""
+        experts, found = self.packed_experts, {}
+        for name in (n for w in self.adapters() for n in (f"{w}_blocks", f"{w}_scales")):
+            held: torch.Tensor = getattr(experts, name)
+            whole = held.new_empty((experts.total, *held.shape[1:]), device="meta")
+            found[f"{self.name}.{name}"] = whole
+        return found
 
 
 class _Round(torch.autograd.Function):
@@ -216,6 +242,7 @@ def add_expert_lora(
     name: str,
     r: int,
     lora_alpha: float,
+    dtype: torch.dtype = torch.float32,
 ) -> ExpertLora:
     """Wrap PackedExperts in one ExpertLora per weight, nested as PEFT nests its wrappers."""
     for weight in EXPERT_WEIGHTS:
@@ -228,6 +255,7 @@ def add_expert_lora(
                 name=name,
                 r=r,
                 lora_alpha=lora_alpha,
+                dtype=dtype,
             )
     assert isinstance(experts, ExpertLora)
     return experts

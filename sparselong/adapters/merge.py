@@ -9,7 +9,7 @@ measures the loss and stage 03 reports it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -39,6 +39,10 @@ class Rounding:
         self.change_squares += _sum(change, change)
         self.error_squares += _sum(moved - change, moved - change)
         self.kept += _sum(moved, change)
+
+    def __add__(self, other: Rounding) -> Rounding:
+        """Return the sums over the weights of both."""
+        return Rounding(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def summarize(self) -> dict[str, float]:
         """Return the statistics for the manifest.

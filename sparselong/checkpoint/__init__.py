@@ -24,5 +24,6 @@ if TYPE_CHECKING:
         missing_files,
         take_inventory,
     )
+    from sparselong.checkpoint.slices import begin_file, write_rows
 
 __getattr__ = expose(__name__)

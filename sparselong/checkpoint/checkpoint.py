@@ -22,7 +22,7 @@ from sparselong.errors import StageError
 from sparselong.packing import mxfp4
 
 _COMPARED_BYTES = 1 << 24
-_SLICE_ROWS = 8192
+_SLICE_BYTES = 1 << 26
 
 
 class Checkpoint:
@@ -114,15 +114,27 @@ class Checkpoint:
                 "download its shard again",
             )
 
-    def read_slices(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield a large tensor in slices of its first dimension, checked as in `read`."""
+    def read_slices(
+        self, name: str, rows: range | None = None, step: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Yield a large tensor in slices of its first dimension, checked as in `read`.
+
+        Args:
+            name: the tensor.
+            rows: consecutive rows to read; None reads all. Bytes of others are not read.
+            step: rows of a slice; None takes as many as fit in 64 MiB.
+        """
         record = self.tensors[name]
+        rows = range(record.shape[0]) if rows is None else rows
+        if step is None:
+            row_bytes = (record.end - record.begin) // max(1, record.shape[0])
+            step = max(1, _SLICE_BYTES // max(1, row_bytes))
         path = self.directory / record.file
         try:
             with safe_open(path, framework="pt") as shard:
-                rows = shard.get_slice(name)
-                for start in range(0, record.shape[0], _SLICE_ROWS):
-                    part = rows[start : start + _SLICE_ROWS]
+                stored = shard.get_slice(name)
+                for start in range(rows.start, rows.stop, step):
+                    part = stored[start : min(rows.stop, start + step)]
                     self._check_finite(name, part)
                     yield part
         except (SafetensorError, OSError) as error:

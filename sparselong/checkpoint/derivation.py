@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from sparselong.checkpoint.checkpoint import Checkpoint
 from sparselong.checkpoint.header import TensorRecord, damaged, read_header
 from sparselong.checkpoint.inventory import CONFIG, INDEX, SINGLE, STALE
+from sparselong.checkpoint.slices import Entry, make_header
 from sparselong.files import link_file, write_atomically
 
 _LINKED_STALE_SHARE = 0.05
@@ -54,20 +54,9 @@ def take_over(source: Path, target: Path, kept: set[str], renewed: set[str]) -> 
 def _copy_tensors(source: Path, target: Path, records: dict[str, TensorRecord]) -> None:
     """Stream tensors into a new safetensors file, byte for byte, in their original order."""
     ordered = sorted(records.items(), key=lambda item: item[1].begin)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, record in ordered:
-        size = record.end - record.begin
-        header[name] = {
-            "dtype": record.dtype,
-            "shape": list(record.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    header = make_header((n, Entry(r.dtype, r.shape, r.end - r.begin)) for n, r in ordered)
     with _reading(source), source.open("rb") as reader, target.open("wb") as writer:
-        writer.write(struct.pack("<Q", len(raw)) + raw)
+        writer.write(header)
         for _, record in ordered:
             reader.seek(record.begin)
             left = record.end - record.begin

@@ -126,7 +126,11 @@ def refuse(
     where = places.get(path, source) if path else source
     if unknown:
         return refuse_unknown(dotted, schema, where)
-    message = first["msg"].removeprefix("Value error, ")
+    # A key that takes values of several types has a complaint for each of them.
+    place = (first["loc"][: len(path)], found)
+    same = [e["msg"] for e in error.errors() if (e["loc"][: len(path)], e["input"]) == place]
+    same = same or [first["msg"]]  # a KeyFault is placed elsewhere
+    message = " or: ".join(dict.fromkeys(same)).removeprefix("Value error, ")
     if first["type"] == "date_type":
         message = "a date in the format YYYY-MM-DD, such as 2026-01-31"
     field = known[dotted].model_fields[path[-1]] if dotted in known else None

@@ -52,6 +52,12 @@ def _check_adapters(config: Config) -> None:
             "lora.expert_r",
             f"lora.expert_r: {lora.expert_r} has no effect because lora.expert_targets is empty",
         )
+    if lora.expert_dtype != "float32" and not lora.expert_targets:
+        raise KeyFault(
+            "lora.expert_dtype",
+            f"lora.expert_dtype: {lora.expert_dtype} has no effect because lora.expert_targets is "
+            "empty",
+        )
     if lora.expert_targets and config.experts.sparsity != "none":
         raise KeyFault(
             "lora.expert_targets",

@@ -129,6 +129,10 @@ class LoraSection(Section):
     expert_r: Annotated[int, Field(ge=1, le=64)] | None = None
     """Rank of each expert's adapter, required with `expert_targets`. Outputs are scaled by
     alpha / expert_r."""
+    expert_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the experts' adapters. `bfloat16` halves the memory of the adapters and of their
+    gradients, but updates smaller than 1/512 of a weight are lost. The moments of AdamW are then
+    bfloat16 too, and lose changes as small; `adamw_bnb_8bit` has its own format."""
     router: bool = False
     """Whether each layer's router also gets an adapter of rank r."""
 
@@ -182,7 +186,8 @@ class TrainingSection(Section):
     keep_experts: Annotated[Literal["auto", "always", "never"], Incidental()] = "auto"
     """Whether checkpointed layers keep the experts' gate_up output, so that the backward pass does
     not recompute it: 45 KiB per token and layer (20b at 4,096 tokens per GPU: 4.2 GiB). `auto`
-    decides as for `keep_attention`, which comes first because it saves more time per byte."""
+    decides as for `keep_attention`, which comes first because it saves more time per byte. Nothing
+    is kept if processes share the experts; `always` therefore lets none share under `auto`."""
     offload_checkpoints: Annotated[bool, Incidental()] = False
     """Keep the inputs of checkpointed layers in pinned host memory, for contexts that would not
     otherwise fit."""
@@ -237,8 +242,15 @@ class Config(Section):
     """Training context in tokens, summed over all GPUs that share a sequence."""
     sequence_parallel_degree: Annotated[Positive, Incidental()] = 4
     """Number of processes, each with its own GPU, that share one sequence. `python 03_finetune.py`
-    starts them on this machine. `torchrun` may start a multiple of that number, also on several
-    machines; several sequences are then trained in parallel."""
+    starts them on this machine. `torchrun` may start a multiple of that number, the same on
+    each of several machines; several sequences are then trained in parallel. `python 04_eval.py`
+    starts as many, but at most one for each GPU, and any number will do."""
+    expert_parallel_degree: Annotated[Literal["auto"] | Positive, Incidental()] = "auto"
+    """Number of processes of one machine that share one copy of experts and vocabulary, whatever
+    sequences they work on. 1: each process holds all of them. A larger number must divide the
+    number of processes on a machine and the number of experts. `auto` takes 1 if the planner says
+    that the stage then fits the GPUs, otherwise as many processes of the machine as can share;
+    01_health and `--dry-run` show both."""
     flash_attention: bool = True
     """Compute attention without a quadratic score matrix (needs a GPU). false uses transformers'
     eager attention, except that a split sequence always uses this project's attention."""
@@ -267,16 +279,33 @@ class Config(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
 
-    def nothing_to_keep(self, device: Literal["cuda", "cpu"]) -> dict[str, str]:
-        """Return why training.keep_attention or keep_experts has no effect on a device, by key."""
+    def nothing_to_keep(
+        self, device: Literal["cuda", "cpu"], expert_parallel: int | None = None
+    ) -> dict[str, str]:
+        """Return why training.keep_attention or keep_experts has no effect, by key.
+
+        Args:
+            device: kind of device that trains.
+            expert_parallel: number of processes that share the experts; None takes
+                `expert_parallel_degree` if that is a number, otherwise 1.
+        """
         keys = ("keep_attention", "keep_experts")
         if not self.training.gradient_checkpointing:
             return dict.fromkeys(keys, "training.gradient_checkpointing is false")
         if device == "cpu":
             return dict.fromkeys(keys, "no GPU: only results of GPU kernels can be kept")
+        if expert_parallel is None:
+            degree = self.expert_parallel_degree
+            expert_parallel = 1 if degree == "auto" else degree
+        found = {}
         if not self.flash_attention and self.sequence_parallel_degree == 1:
-            return {"keep_attention": "flash_attention is false: eager attention keeps nothing"}
-        return {}
+            found["keep_attention"] = "flash_attention is false: eager attention keeps nothing"
+        if expert_parallel > 1:
+            found["keep_experts"] = (
+                f"{expert_parallel} processes share the experts (expert_parallel_degree): each "
+                "would keep rows of all of them"
+            )
+        return found
 
     @model_validator(mode="after")
     def _check_rules(self) -> Config:

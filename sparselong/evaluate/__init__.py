@@ -7,5 +7,6 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.evaluate.inputs import check_models
     from sparselong.evaluate.stage import evaluate
+    from sparselong.evaluate.work import rank_arguments
 
 __getattr__ = expose(__name__)

@@ -14,7 +14,9 @@ Importing lm-eval takes longer than measuring a small model, so the tasks are lo
 
 `demo_hellaswag` is lm-eval's own hellaswag task over a local file, written as a task YAML in the
 stage's directory; `lm-eval run --include_path` also accepts it. All other names are lm-eval tasks
-that load their items from the hub. Left out: tasks whose answers are generated rather than chosen.
+that load their items from the hub. If several processes measure a model, they get lm-eval's
+requests as tokens (`list_requests`), and lm-eval gets their answers (`grade`). Left out: tasks
+whose answers are generated rather than chosen.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
+import torch
 import yaml
 from lm_eval.evaluator_utils import get_task_list
 from lm_eval.models.huggingface import HFLM
@@ -44,6 +48,7 @@ from sparselong.data import (
 )
 from sparselong.errors import ConfigError, StageError
 from sparselong.evaluate import demo_items
+from sparselong.evaluate.work import Request
 
 
 class _Model(HFLM):
@@ -52,6 +57,34 @@ class _Model(HFLM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         parent: Any = super()
         return parent.loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+
+
+class _Elsewhere(_Model):
+    """lm-eval's model for likelihoods that other processes compute.
+
+    `requests` collects what lm-eval asks for, by context and continuation. Without answers every
+    request gets the same one.
+    """
+
+    def __init__(self, suite: Suite, positions: int, answers: list[tuple[float, bool]] | None):
+        config = SimpleNamespace(model_type="gpt_oss", max_position_embeddings=positions)
+        stand_in = SimpleNamespace(device=torch.device("cpu"), config=config)
+        parent: Any = super()
+        parent.__init__(**_settings(stand_in, suite))
+        self.positions, self.answers = positions, answers
+        self.requests: dict[tuple[tuple[int, ...], tuple[int, ...]], Request] = {}
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        keys = [(tuple(context), tuple(scored)) for _, context, scored in requests]
+        for context, scored in keys:
+            tokens = [*context, *scored][-(self.positions + 1) :]  # as lm-eval cuts them
+            self.requests.setdefault((context, scored), Request(tokens, len(scored)))
+        if self.answers is None:
+            return [(0.0, False)] * len(requests)
+        found = dict(zip(self.requests, self.answers, strict=False))  # the same order every time
+        return [found[key] for key in keys]
 
 
 @dataclass(frozen=True)
@@ -114,25 +147,60 @@ def measure(model: Any, suite: Suite) -> dict[str, dict[str, Any]]:
     Returns:
         By task: `acc` (most likely ending) and `acc_norm` (the same per character) with
         `acc_stderr` and `acc_norm_stderr`, `items`, `chance`, `right` and `right_norm` (1 or 0 by
-        item), `requests_sha256`. Tasks without length-normalized accuracy lack its keys.
+        item), `log_likelihoods` (those of an item's endings, in nats), `requests_sha256`. Tasks
+        without length-normalized accuracy lack its keys.
     """
-    evaluation = suite.config.evaluation
+    open_model: Any = _Model
+    return _run(open_model(**_settings(model, suite)), suite)
+
+
+def list_requests(suite: Suite, positions: int) -> list[Request]:
+    """Return the texts whose likelihoods lm-eval wants of a model, none of them twice.
+
+    Args:
+        suite: the loaded tasks.
+        positions: the model's max_position_embeddings; longer texts are cut on the left.
+    """
+    lm: Any = _elsewhere(suite, positions, None)
+    _run(lm, suite)
+    return list(lm.requests.values())
+
+
+def grade(
+    suite: Suite, positions: int, answers: list[tuple[float, bool]]
+) -> dict[str, dict[str, Any]]:
+    """Return what `measure` returns, from the answers to `list_requests`.
+
+    Args:
+        suite: the loaded tasks.
+        positions: as for `list_requests`.
+        answers: log-likelihood of each request, and whether its tokens are the most likely ones.
+    """
+    return _run(_elsewhere(suite, positions, answers), suite)
+
+
+def _elsewhere(suite: Suite, positions: int, answers: list[tuple[float, bool]] | None) -> Any:
+    open_model: Any = _Elsewhere  # lm-eval declares methods abstract that HFLM has
+    return open_model(suite, positions, answers)
+
+
+def _settings(model: Any, suite: Suite) -> dict[str, Any]:
+    return {
+        "pretrained": model,
+        "tokenizer": suite.tokenizer,
+        "backend": "causal",
+        "batch_size": suite.config.evaluation.batch_size,
+        "add_bos_token": False,
+        "softmax_dtype": "float32",
+    }
+
+
+def _run(lm: Any, suite: Suite) -> dict[str, dict[str, Any]]:
     for task in suite.tasks.values():
         task.set_fewshot_seed(suite.config.seed)
     run_tasks: Any = lm_eval.evaluate  # lm-eval's decorators hide these signatures
-    open_model: Any = _Model
-    results = run_tasks(
-        lm=open_model(
-            pretrained=model,
-            tokenizer=suite.tokenizer,
-            backend="causal",
-            batch_size=evaluation.batch_size,
-            add_bos_token=False,
-            softmax_dtype="float32",
-        ),
-        task_dict=suite.tree,
-        limit=evaluation.limit,
-    )
+    limit = suite.config.evaluation.limit
+    results = run_tasks(lm=lm, task_dict=suite.tree, limit=limit)
     return {
         name: _summarize(results["results"][name], results["samples"][name]) for name in suite.tasks
     }
@@ -188,6 +256,9 @@ def _summarize(result: dict[str, Any], samples: list[dict[str, Any]]) -> dict[st
         "items": len(samples),
         "chance": sum(1 / len(sample["arguments"]) for sample in samples) / len(samples),
         "requests_sha256": hashlib.sha256(requests.encode()).hexdigest(),
+        "log_likelihoods": [
+            [float(likelihood) for likelihood, _ in sample["filtered_resps"]] for sample in samples
+        ],
     }
     for metric, kept in (("acc", "right"), ("acc_norm", "right_norm")):
         if f"{metric},none" in result:

@@ -54,14 +54,8 @@ def measure(
     Raises:
         StageError: the checkpoint cannot be opened.
     """
-    path = folder / f"{name}.json"
-    if path.exists():
-        kept = _read_kept(path)
-        if kept is None:
-            progress(f"{name}: {path} is damaged, so the model is measured again")
-        elif kept["fingerprint"] == fingerprint:
-            progress(f"{name}: already measured, result kept")
-            return kept
+    if kept := find_kept(name, fingerprint, folder, progress):
+        return kept
     start = time.monotonic()
     reset_peaks()
     config = measurements.suite.config
@@ -80,7 +74,31 @@ def measure(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    write_atomically(path, json.dumps(result) + "\n")
+    return keep(name, result, folder, progress)
+
+
+def find_kept(
+    name: str, fingerprint: str, folder: Path, progress: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Return one model's result from `folder/<name>.json`, or None if it must be measured."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return None
+    kept = _read_kept(path)
+    if kept is None:
+        progress(f"{name}: {path} is damaged, so the model is measured again")
+        return None
+    if kept["fingerprint"] != fingerprint:
+        return None
+    progress(f"{name}: already measured, result kept")
+    return kept
+
+
+def keep(
+    name: str, result: dict[str, Any], folder: Path, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write a model's result to `folder/<name>.json`, and return it."""
+    write_atomically(folder / f"{name}.json", json.dumps(result) + "\n")
     progress(f"{name}: {_one_line(result)}")
     return result
 

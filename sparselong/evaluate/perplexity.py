@@ -14,6 +14,8 @@ Batches hold conversations of similar length, padded on the right, where causal 
 look. Padding is dropped before the head, so it is neither computed there nor counted. The loss is
 stage 03's (kernels/layer/cross_entropy.py): it computes logits for 512 tokens at a time, because
 those of 16,384 tokens would take 13 GB.
+
+Several processes may share the work (`spread.py`): each computes some rows of every batch.
 """
 
 from __future__ import annotations
@@ -21,13 +23,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 
 from sparselong.data import Encoded
+from sparselong.evaluate.scoring import score_tokens
+from sparselong.evaluate.spread import Spread
 from sparselong.kernels.layer import token_losses
+from sparselong.model import PartialHead
 
 _BATCH_TOKENS = 16384
 
@@ -46,13 +51,16 @@ def load_samples(encoded: Encoded, rows: Sequence[int]) -> list[Sample]:
 
 
 @torch.inference_mode()
-def measure(model: Any, samples: list[Sample], batch_size: int) -> dict[str, Any]:
+def measure(
+    model: Any, samples: list[Sample], batch_size: int, spread: Spread | None = None
+) -> dict[str, Any]:
     """Return the negative log-likelihood of the samples under a causal model, as JSON-ready sums.
 
     Args:
         model: a GptOssForCausalLM (its `model` is called and its `lm_head` weight is read).
         samples: the tokenized conversations.
         batch_size: maximum number of conversations per forward pass; fewer if they are long.
+        spread: the processes among which conversations are spread; all get the whole result.
 
     Returns:
         `supervised` and `all`: {nll (summed, in nats), tokens, perplexity}; `by_position`: the same
@@ -63,15 +71,20 @@ def measure(model: Any, samples: list[Sample], batch_size: int) -> dict[str, Any
     by_position = torch.zeros(len(bounds) - 1, 2, dtype=torch.float64)
     by_sample = torch.zeros(len(samples), 2, dtype=torch.float64)
     everything = torch.zeros(2, dtype=torch.float64)
-    for batch in _batches(samples, batch_size):
-        owner, position, losses = _losses(model, [samples[i].input_ids for i in batch])
+    spread = spread or Spread()
+    measured = [
+        (batch, *_losses(model, [samples[i].input_ids for i in batch], spread))
+        for batch in _batches(samples, batch_size, spread.size)
+    ]
+    for batch, owner, position, losses in chain(*spread.collect(measured)):
         pairs = torch.stack([losses, torch.ones_like(losses)], dim=1)
         everything += pairs.sum(dim=0)
         counted = torch.tensor(
             [
                 samples[batch[row]].supervised[column]
                 for row, column in zip(owner.tolist(), position.tolist(), strict=True)
-            ]
+            ],
+            dtype=torch.bool,
         )
         rows = torch.tensor(batch)[owner[counted]]
         by_sample.index_add_(0, rows, pairs[counted])
@@ -97,30 +110,36 @@ def _bucket_bounds(most_tokens: int) -> list[int]:
     return bounds
 
 
-def _batches(samples: list[Sample], batch_size: int) -> Iterator[list[int]]:
-    """Yield indices of samples, longest first, in groups that fit one forward pass."""
+def _batches(samples: list[Sample], batch_size: int, processes: int) -> Iterator[list[int]]:
+    """Yield indices of samples, longest first, in groups that fit one pass of each process."""
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids))
     while order:
         longest_tokens = len(samples[order[0]].input_ids)
-        count = max(1, min(batch_size, _BATCH_TOKENS // longest_tokens))
+        count = processes * max(1, min(batch_size, _BATCH_TOKENS // longest_tokens))
         yield order[:count]
         order = order[count:]
 
 
-def _losses(model: Any, batch: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return row in the batch, position and float64 loss (nats) of each predicted token, on CPU."""
-    device = model.lm_head.weight.device
-    ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
-    present = torch.zeros_like(ids, dtype=torch.bool)
-    for row, tokens in enumerate(batch):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        present[row, : len(tokens)] = True
-    hidden = model.model(ids.to(device), use_cache=False).last_hidden_state
-    owner, before = present[:, 1:].nonzero(as_tuple=True)
-    position = before + 1
-    states, targets = hidden[owner.to(device), before.to(device)], ids[owner, position].to(device)
-    losses = token_losses(states, model.lm_head.weight, targets)
-    return owner, position, losses.double().cpu()
+def _losses(
+    model: Any, batch: list[list[int]], spread: Spread
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return row in the batch, position and float64 loss (nats) of each predicted token, on CPU.
+
+    With several processes these are the tokens of this process's rows.
+    """
+    device, head = model.lm_head.weight.device, model.lm_head
+    ids, present = spread.pad(batch)
+    with spread.settings(batch):
+        hidden = model.model(ids.to(device), use_cache=False).last_hidden_state
+        owner, before = present[:, 1:].nonzero(as_tuple=True)
+        position = before + 1
+        states, targets = hidden[owner.to(device), before.to(device)], ids[owner, position]
+        if isinstance(head, PartialHead):
+            losses = -score_tokens(head, states, targets.to(device))[0]
+        else:
+            losses = token_losses(states, head.weight, targets.to(device))
+    own = torch.tensor(spread.own(len(batch)), dtype=torch.long)
+    return own[owner], position, losses.double().cpu()
 
 
 def _summary(pair: torch.Tensor) -> dict[str, float]:

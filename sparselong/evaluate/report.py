@@ -13,6 +13,8 @@ from typing import Any
 from sparselong.config import Config
 from sparselong.evaluate import paired
 
+_BY_ITEM = ("right", "right_norm", "log_likelihoods")
+"""What `<model>.json` holds for each item of a task, and the report leaves out."""
 _COLOURS = {"base": "#4c72b0", "compressed": "#dd8452", "finetuned": "#55a868"}
 
 
@@ -161,7 +163,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def _compare_task(base: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
     if base["requests_sha256"] != task["requests_sha256"]:
         raise ValueError("the models were asked different questions")
-    figures = {key: value for key, value in task.items() if not key.startswith("right")}
+    figures = {key: value for key, value in task.items() if key not in _BY_ITEM}
     figures["acc_to_base"] = paired.compare_answers(base["right"], task["right"])
     if "right_norm" in task:
         figures["acc_norm_to_base"] = paired.compare_answers(base["right_norm"], task["right_norm"])

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 from sparselong.data import conversations, encode_files, select_usable
-from sparselong.evaluate import contamination, harness, models, perplexity, report
+from sparselong.evaluate import contamination, harness, models, perplexity, report, together
 from sparselong.evaluate.inputs import check_base
 from sparselong.files import write_atomically
 from sparselong.model import load_tokenizer
+from sparselong.processes import evaluation_world
 from sparselong.run import Stage
 from sparselong.tiny import resolve_base
 
 
 def evaluate(stage: Stage) -> None:
     """Measure the base, compressed and fine-tuned models and write the report."""
+    world = evaluation_world(stage.config, torch.cuda.device_count())
     compressed, finetuned = stage.manifests["02_compress"], stage.manifests["03_finetune"]
     files = conversations.prepare(stage.config, stage.run_dir)
     stage.check_rows(files)
@@ -33,21 +37,22 @@ def evaluate(stage: Stage) -> None:
     for warning in warnings:
         stage.log(f"warning: {warning}")
 
-    results = {}
-    for name, directory, its_files in (
+    measured = (
         ("base", base_dir, compressed["inputs"]),
         ("compressed", stage.run_dir / "02_compress" / "model", compressed["outputs"]),
         ("finetuned", stage.run_dir / "03_finetune" / "model", finetuned["outputs"]),
-    ):
-        results[name] = models.measure(
-            name,
-            directory,
-            models.fingerprint(its_files),
-            models.Measurements(suite, samples),
-            stage.dir,
-            stage.log,
-        )
-        for device, peak_bytes in results[name]["peak_bytes"].items():
+    )
+    marks = [(name, path, models.fingerprint(files)) for name, path, files in measured]
+    measurements = models.Measurements(suite, samples)
+    if world.size > 1:
+        results = together.measure(stage, world, marks, measurements)
+    else:
+        results = {
+            name: models.measure(name, path, mark, measurements, stage.dir, stage.log)
+            for name, path, mark in marks
+        }
+    for result in results.values():
+        for device, peak_bytes in result["peak_bytes"].items():
             stage.peak_bytes[device] = max(peak_bytes, stage.peak_bytes.get(device, 0))
 
     document = report.build_results(stage.config, results, warnings)

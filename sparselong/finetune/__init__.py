@@ -8,8 +8,9 @@ routers.py act at training steps, and state.py saves and restores checkpoints. T
 sparselong/adapters.
 
 For several processes, processes/launch.py finds them, processes/process.py starts and watches them,
-rank.py runs in each, processes/world.py exchanges values between them, and processes/follow.py runs
-the other ranks of torchrun.
+rank.py runs in each, processes/sharing.py decides whether they share experts and vocabulary,
+processes/world.py exchanges values between them, and processes/follow.py runs the other ranks of
+torchrun. gathering.py makes checkpoints of shared experts whole.
 """
 
 from typing import TYPE_CHECKING

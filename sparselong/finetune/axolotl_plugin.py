@@ -48,13 +48,13 @@ from sparselong.adapters import (
     put_baked_experts,
     tuned_layers,
 )
-from sparselong.checkpoint import Checkpoint
 from sparselong.data import encode_files, select_usable
 from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.finetune import checkpoints, state
 from sparselong.finetune.axolotl_config import ADAPTER, attention_of
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, Recomputation, tell
+from sparselong.finetune.gathering import gather_model
 from sparselong.finetune.keeping import Keeping, decide_keeping
 from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.finetune.routers import RouterWatch
@@ -77,11 +77,18 @@ from sparselong.model import (
     load_tokenizer,
     two_four_conforming,
 )
-from sparselong.processes import joined_rank, tell_failures
+from sparselong.processes import (
+    Sharing,
+    decide_sharing,
+    decided_sharing,
+    joined_rank,
+    tell_failures,
+)
 from sparselong.processes import world as ranks
 from sparselong.runtime import current
 
 _PREVIEW_ROWS = 3
+_ADAPTER_FILE = "adapter_model.safetensors"
 _PACKAGES = ("axolotl", "transformers", "peft", "torch", "accelerate", "datasets")
 
 
@@ -99,6 +106,7 @@ class SparseLongPlugin(BasePlugin):
     """The hooks listed in the module's docstring."""
 
     run: TrainingRun  # from `register`, the first hook
+    sharing: Sharing
 
     def __init__(self):
         super().__init__()
@@ -110,8 +118,10 @@ class SparseLongPlugin(BasePlugin):
     def register(self, cfg):
         """Open the run and report expected failures."""
         self.run = TrainingRun.open(Path(cfg[RUN_KEY]))
-        if ranks.mesh() is not None:
-            return  # rank.py has already called tell_failures
+        sharing = decided_sharing()
+        if ranks.mesh() is not None and sharing is not None:  # rank.py has told failures
+            self.sharing = sharing
+            return
         if joined_rank() is not None:
             raise StageError(
                 "several processes would train independently of each other",
@@ -120,6 +130,7 @@ class SparseLongPlugin(BasePlugin):
                 "torchrun --nproc_per_node=N 03_finetune.py ...",
             )
         tell_failures(self.run.work)
+        self.sharing = decide_sharing(self.run.config)
 
     def get_input_args(self):
         """Return the schema of our keys."""
@@ -174,6 +185,7 @@ class SparseLongPlugin(BasePlugin):
     def load_adapter(self, model, cfg, inference=False, config_only=False):
         """Return the model with our adapters, and their PEFT config."""
         tell(describe_weights(model))
+        tell(f"expert_parallel_degree {self.sharing}")
         chunk_loss(model)
         lora = self.run.config.lora
         tuned, config = add_masked_lora(
@@ -183,7 +195,12 @@ class SparseLongPlugin(BasePlugin):
             alpha=lora.alpha,
             master_of=Masters(self.run.masters).read,
             seed=self.run.config.seed,
-            extra=ExtraAdapters(lora.expert_targets, lora.expert_r, lora.router),
+            extra=ExtraAdapters(
+                lora.expert_targets,
+                lora.expert_r,
+                lora.router,
+                getattr(torch, lora.expert_dtype),
+            ),
         )
         tell(parameter_table(tuned))
         return tuned, config
@@ -191,9 +208,10 @@ class SparseLongPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg, trainer: Any):
         """Return our callbacks."""
         config, device = self.run.config, "cuda" if torch.cuda.is_available() else "cpu"
-        peaks = kept_peaks(find_shape(config.model), config, device)
+        sharing = self.sharing.chosen
+        peaks = kept_peaks(find_shape(config.model), config, device, expert_parallel=sharing)
         asked = {key: getattr(config.training, key) for key in peaks}
-        self.keeping = decide_keeping(asked, peaks, config.nothing_to_keep(device))
+        self.keeping = decide_keeping(asked, peaks, config.nothing_to_keep(device, sharing))
         upkeep = config.finetuning_modifiers.MagnitudePruningModifier
         for key, decision in self.keeping.items():
             tell(f"{key} {decision}")
@@ -224,6 +242,7 @@ class SparseLongPlugin(BasePlugin):
             "fused_layers": sum(isinstance(m, FusedDecoderLayer) for m in trainer.model.modules()),
             "attention_backend": settings.attention_backend,
             "deterministic": settings.deterministic,
+            "expert_parallel_degree": asdict(self.sharing),
             **{key: asdict(decision) for key, decision in self.keeping.items()},
             "processes": ranks.count(),
             "trainable_parameters": count_trainable(trainer.model),
@@ -239,7 +258,11 @@ class SparseLongPlugin(BasePlugin):
 
     def post_train(self, cfg, model):
         """Bake the best checkpoint, and write the adapter and baked.json."""
-        if self.done or self.trainer is None:  # Axolotl calls this hook twice
+        if self.trainer is None:
+            return
+        if self.done:  # Axolotl calls this hook twice, the second time after it has saved itself
+            if self.trainer.sharded:  # this rank's experts only, which nobody should take for all
+                (self.run.axolotl / _ADAPTER_FILE).unlink(missing_ok=True)
             return
         self.done = True
         trainer, work = self.trainer, self.run.work
@@ -252,7 +275,6 @@ class SparseLongPlugin(BasePlugin):
                 "check the validation conversations and training.eval_steps; if log.txt says that "
                 "a checkpoint is damaged, train again: python 03_finetune.py --force",
             )
-        layers, rounding = tuned_layers(trainer.model), {}
         outcome = {
             "best_checkpoint": Path(best).name,
             "best_step": checkpoints.step_of(Path(best)),
@@ -264,14 +286,13 @@ class SparseLongPlugin(BasePlugin):
         if ranks.is_first():
             write_atomically(work / TRAINED, json.dumps({"newest": trainer.newest}) + "\n")
             tell(f"baking {Path(best).name} (validation loss {trainer.state.best_metric:.4f})")
-            baked, rounding = bake_checkpoint(self.run.compressed, layers, work / "model")
-            trainer.model.save_pretrained(str(work / "adapter"))
-            state.write(work / "adapter", trainer.layers, trainer.progress)
-            name_adapter(work / "adapter", self.run.compressed_name)
+        layers = tuned_layers(trainer.model)
+        baked, rounding = bake_checkpoint(self.run.compressed, layers, work / "model")
+        self._write_adapter(trainer)
+        if ranks.is_first():
             outcome["two_four_conforming"] = two_four_conforming(baked)
-        (rounding, *_) = ranks.collect(rounding)  # the other ranks wait here for the files
         if rounding:  # the best loss was measured before rounding
-            put_baked_experts(Checkpoint(work / "model"), layers)
+            put_baked_experts(baked, layers)
             with torch.no_grad():
                 loader = trainer.get_eval_dataloader()
                 evaluated = trainer.evaluation_loop(loader, "baked experts")
@@ -282,3 +303,13 @@ class SparseLongPlugin(BasePlugin):
             outcome["files"] = self.run.describe_result()
             write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")
         ranks.leave()
+
+    def _write_adapter(self, trainer: MaskedTrainer) -> None:
+        """Write the adapter with all experts; every rank calls this."""
+        whole, folder = None, self.run.work / "adapter"
+        if trainer.mesh is not None and trainer.sharded:
+            whole = gather_model(trainer.model, trainer.mesh)
+        if ranks.is_first():
+            trainer.model.save_pretrained(str(folder), state_dict=whole)
+            state.write(folder, trainer.layers, trainer.progress)
+            name_adapter(folder, self.run.compressed_name)

@@ -38,10 +38,11 @@ UNFINISHED = ".unfinished"
 TRAINER_STATE = "trainer_state.json"
 MASKS = "masks.safetensors"
 PROGRESS = "progress.json"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _NEEDED = (
     *("adapter_config.json", "adapter_model.safetensors", MASKS, PROGRESS),
-    *("optimizer.pt", "scheduler.pt", "rng_state.pth", TRAINER_STATE),
+    *(OPTIMIZER, SCHEDULER, "rng_state.pth", TRAINER_STATE),
 )
 _OPENED = (*_NEEDED, "rng_state_*.pth", "scaler.pt", "tokens_state.json")
 _FOR_READERS = "README.md"

@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
-from sparselong.memory import CONTEXT_BYTES, format_bytes, is_kept
+from sparselong.memory import format_bytes, is_kept
+from sparselong.processes import available_bytes
 from sparselong.processes import world as ranks
 
 
@@ -68,13 +67,3 @@ def decide_keeping(
         kept = key in possible and available is not None and is_kept(word, peak, available)
         made[key] = Keeping(word, kept, peak, available, nothing_to_keep.get(key))
     return made
-
-
-def available_bytes() -> int:
-    """Return the current GPU's memory available to this process.
-
-    It is the sum of free memory, torch's reserved memory and the CUDA context, which the planner
-    counts too.
-    """
-    free, _ = torch.cuda.mem_get_info()
-    return free + torch.cuda.memory_reserved() + CONTEXT_BYTES

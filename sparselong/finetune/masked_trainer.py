@@ -12,7 +12,9 @@ It changes:
 With several ranks (processes/world.py) each takes its data rank's batches and its shard of each
 sequence. The base class does not know of the other ranks, so all communication is here: the loss's
 divisor and the counters are summed over ranks, gradients once per step, logged losses when they are
-logged, and only rank 0 writes checkpoints.
+logged, and only rank 0 writes checkpoints. If ranks share experts, adapters of these are reduced
+over the ranks that hold the same ones, count once in the gradient's norm, and are gathered for
+checkpoints (gathering.py).
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from sparselong.adapters import MaskedLoraLinear, masked_layers
+from sparselong.adapters import MaskedLoraLinear, keep_dtypes, masked_layers, sharded_parameters
 from sparselong.errors import StageError
-from sparselong.finetune import checkpoints, state
+from sparselong.finetune import checkpoints, gathering, state
 from sparselong.finetune.batches import Batches, EpochOrder, make_batches, only, take_tokens
 from sparselong.finetune.callbacks import tell
 from sparselong.finetune.training_run import TrainingRun
@@ -39,6 +41,7 @@ from sparselong.parallel import (
     Mesh,
     add_losses,
     count_step,
+    gradient_norm,
     mean_loss,
     reduce_gradients,
     share_batch,
@@ -55,12 +58,15 @@ class MaskedTraining(Trainer):
         mesh: this process's place in the mesh; None if it trains alone.
         writing: the directory in which a checkpoint is being written; None between checkpoints.
         newest: name of the checkpoint that was written or read last.
+        whole: what a checkpoint that is being written holds of all ranks' experts; None if ranks
+            do not share experts with adapters.
     """
 
     run: TrainingRun
     mesh: Mesh | None = None
     writing: Path | None = None
     newest: str | None = None
+    whole: gathering.Whole | None = None
     args: Any
     model: Any
     processing_class: Any
@@ -88,6 +94,11 @@ class MaskedTraining(Trainer):
         """Masked layers by name."""
         return masked_layers(self.model)
 
+    @property
+    def sharded(self) -> dict[str, torch.nn.Parameter]:
+        """Trained parameters of which this rank holds a part, by name."""
+        return sharded_parameters(self.model)
+
     def get_train_dataloader(self) -> DataLoader:
         """Return packed or single conversations in an order that depends on seed and epoch."""
         rows: Any = self.train_dataset
@@ -106,6 +117,12 @@ class MaskedTraining(Trainer):
         numbers = range(len(rows))
         batches = [[[row] for row in numbers[at : at + size]] for at in range(0, len(rows), size)]
         return self._load(rows, batches, self.eval_data_collator, False, None)  # type: ignore[attr-defined]
+
+    def create_optimizer(self, *args, **kwargs):
+        """Create the optimizer; raise if its states could not be saved whole."""
+        if self.run.config.training.optimizer == "adamw_bnb_8bit":
+            gathering.check_blocks(self.sharded)
+        return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Create the scheduler, with the warmup as a fraction of the exact number of steps."""
@@ -145,8 +162,16 @@ class MaskedTraining(Trainer):
         with self._pass_over(inputs) as shard:
             loss = super().training_step(model, shard, num_items_in_batch)
         if self.mesh is not None and self.accelerator.sync_gradients:
-            reduce_gradients(self.model.parameters(), self.mesh)
+            reduce_gradients(self.model.parameters(), self.mesh, self.sharded.values())
         return loss
+
+    def _clip_grad_norm(self, model):
+        if self.mesh is None or not self.sharded:
+            return super()._clip_grad_norm(model)
+        trained = [p for p in model.parameters() if p.grad is not None]
+        norm = gradient_norm(trained, self.mesh, self.sharded.values())
+        torch.nn.utils.clip_grads_with_norm_(trained, self.args.max_grad_norm, norm)
+        return norm
 
     @contextmanager
     def _pass_over(self, inputs: Any) -> Iterator[Any]:
@@ -214,9 +239,13 @@ class MaskedTraining(Trainer):
         super()._run_epoch(**kwargs)
 
     def _save_checkpoint(self, model, trial):
-        ranks.check_replicas(self.replicated(), self.state.global_step)
+        sharded = self.sharded
+        ranks.check_replicas(self.trained(), self.state.global_step, sharded)
+        if self.mesh is not None and sharded:  # before rank 0 writes anything
+            self.whole = gathering.gather_whole(self.model, self.optimizer, self.mesh)
         if ranks.is_first():
             self._write_checkpoint(model, trial)
+        self.whole = None
         (best, *_) = ranks.collect(self.state.best_model_checkpoint)
         self.state.best_model_checkpoint = best
 
@@ -273,16 +302,35 @@ class MaskedTraining(Trainer):
         tell(f"the best checkpoint, {recorded.name}, cannot be used: {fault}; {other}")
         return None if step is None else (step, losses[step])
 
-    def replicated(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that all ranks replicate: trained parameters, masks and scales."""
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Return what training changes: trained parameters, masks and scales."""
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         return trained | state.buffers(self.layers)
 
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, self.whole.model if self.whole else state_dict)
         directory = Path(output_dir or str(self.args.output_dir))
         if checkpoints.step_of(directory) is not None:
             state.write(directory, self.layers, self.progress)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.whole is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        torch.save(self.whole.optimizer, Path(output_dir) / checkpoints.OPTIMIZER)
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / checkpoints.SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or self.mesh is None or not self.sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            folder, optimizer = Path(checkpoint), self.optimizer
+            options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+            whole = torch.load(folder / checkpoints.OPTIMIZER, mmap=True, **options)
+            optimizer.load_state_dict(gathering.cut_states(whole, self.model, optimizer, self.mesh))
+            self.lr_scheduler.load_state_dict(torch.load(folder / checkpoints.SCHEDULER, **options))
+        if checkpoint is not None:
+            gathering.check_states(self.optimizer, Path(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -299,5 +347,6 @@ class MaskedTraining(Trainer):
         vars(self.progress).update(counters)  # only the weights go back, not the run's counters
 
     def _restore(self, directory: Path) -> None:
+        keep_dtypes(self.model)
         stored = state.read(directory, self.layers, self.progress.data_ranks)
         vars(self.progress).update(vars(stored))

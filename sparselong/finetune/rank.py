@@ -3,7 +3,8 @@
     RANK=r WORLD_SIZE=n ... python -m sparselong.finetune.rank AXOLOTL_YAML
 
 Ranks other than 0 leave no files: Axolotl's own output goes to a temporary directory, and its
-loggers are off. See processes/world.py and processes/launch.py.
+loggers are off. Ranks that share experts and vocabulary load only their part: the whole run is
+inside the settings block that says so. See processes/world.py and processes/launch.py.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ import tempfile
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 import yaml
 
 from sparselong.finetune.training_run import RUN_KEY, TrainingRun
-from sparselong.processes import tell_failures, write_failure
+from sparselong.parallel import shard_model
+from sparselong.processes import (
+    decide_sharing,
+    end_at_once,
+    tell_failures,
+    telling_memory,
+    write_failure,
+)
 from sparselong.processes import world as ranks
+from sparselong.runtime import using
 
 _RUN = "axolotl.cli.main"
 
@@ -32,8 +40,10 @@ def main(path: Path) -> None:
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     run = TrainingRun.open(Path(document[RUN_KEY]))
     tell_failures(run.work, rank)
-    _end_at_once()
-    ranks.join(run.config.sequence_parallel_degree)
+    end_at_once()
+    ranks.connect()
+    shared_by = decide_sharing(run.config).chosen
+    mesh = ranks.join(run.config.sequence_parallel_degree, shared_by)
     with ExitStack() as stack:
         if rank > 0:
             own = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparselong-rank-"))
@@ -41,20 +51,9 @@ def main(path: Path) -> None:
             path = Path(own) / "axolotl.yaml"
             path.write_text(yaml.safe_dump(document), encoding="utf-8")
         stack.enter_context(ranks.watched(partial(write_failure, run.work, rank)))
+        stack.enter_context(telling_memory())
+        stack.enter_context(using(**shard_model(mesh)))
         _train(path)
-
-
-def _end_at_once() -> None:
-    """Install an excepthook that exits at once, so that backend threads cannot delay the exit."""
-    tell = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        tell(kind, error, trace)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-    sys.excepthook = hook
 
 
 def _train(path: Path) -> None:

@@ -94,6 +94,7 @@ def _train(stage: Stage) -> None:
     asked = {
         "processes": world.size,
         "attention": axolotl_config.attention_of(stage.config),
+        "expert_parallel_degree": stage.config.expert_parallel_degree,
     }
     try:
         check_receipt(stage, asked)
@@ -232,7 +233,10 @@ def check_receipt(stage: Stage, trained_with: Mapping[str, Any]) -> dict[str, An
         "attention_backend": stage.config.attention_backend,
         "deterministic": stage.config.deterministic,
     }
-    missing += [f"{key} {asked}" for key, asked in attends.items() if receipt.get(key) != asked]
+    sharing = receipt.get("expert_parallel_degree") or {}
+    shared = "auto" if sharing.get("asked") == "auto" else sharing.get("chosen")
+    found = {**receipt, "expert_parallel_degree": shared}
+    missing += [f"{key} {asked}" for key, asked in attends.items() if found.get(key) != asked]
     if missing or not (stage.dir / BAKED).exists():
         raise StageError(
             "Axolotl ran without this project's plugin, or did not finish",
@@ -271,6 +275,7 @@ def _publish(stage: Stage) -> None:
         ),
         "mask_updates": baked["mask_updates"],
         "two_four_conforming": baked["two_four_conforming"],
+        "expert_parallel_degree": receipt.get("expert_parallel_degree"),
         "keep_attention": receipt["keep_attention"],
         "keep_experts": receipt["keep_experts"],
         "trainable_parameters": receipt["trainable_parameters"],

@@ -9,6 +9,9 @@ that step runs. On a CPU the same loop runs the step in plain torch.
 The prompt is prefilled in chunks, and keys and values go directly into the step's cache
 (`prompt_cache.py`), so temporary memory does not grow with the prompt.
 
+Several processes may share a model (`shared.py`). A step then contains exchanges: it is not
+captured, and runs through the model's modules.
+
 Sampling uses transformers' logits processors. Not supported: batches, beams, unmerged adapters,
 models whose cache does not fit the device.
 """
@@ -19,7 +22,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -32,9 +35,13 @@ from transformers import (
 
 from sparselong.errors import StageError
 from sparselong.generation.prompt_cache import make_prompt_cache
-from sparselong.generation.step import KernelStep, TorchStep, make_caches
+from sparselong.generation.step import KernelStep, TorchStep, compute_logits, make_caches
 from sparselong.kernels.decode import decode_token, encode_token, holds_nan
+from sparselong.model import PartialHead
 from sparselong.runtime import using
+
+if TYPE_CHECKING:
+    from sparselong.generation.shared import SharedModel
 
 WARM_UP_STEPS = 2
 PROMPT_TOKENS = 1024
@@ -52,7 +59,8 @@ class Decoder:
     Args:
         model: gpt-oss in eval mode, on one device.
         most_tokens: prompt and generated tokens together.
-        use_graph: on a GPU, replay a captured step; False launches its kernels individually.
+        use_graph: on a GPU, replay a captured step; False launches its kernels individually. A
+            model of which this process holds a part is never captured.
 
     Raises:
         ValueError: `most_tokens` exceeds the model's positions, the model is on a GPU other than
@@ -70,10 +78,11 @@ class Decoder:
         if self.is_cuda:
             _check_current(model.device.index, torch.cuda.current_device())
         self.caches = make_caches(model, most_tokens)
-        kind = KernelStep if self.is_cuda else TorchStep
+        has_kernels = self.is_cuda and not isinstance(model.lm_head, PartialHead)
+        kind = KernelStep if has_kernels else TorchStep
         with torch.no_grad():
             self.step = kind(model, self.caches, most_tokens)
-            self._graph = self._capture() if self.is_cuda and use_graph else None
+            self._graph = self._capture() if has_kernels and use_graph else None
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Compile the kernels, then capture a step; `start` overwrites what these steps write."""
@@ -104,6 +113,16 @@ class Decoder:
         Raises:
             ValueError: The prompt is empty, has several rows or does not fit the cache.
         """
+        self.check_prompt(input_ids)
+        tokens = input_ids.shape[1]
+        past = make_prompt_cache(self.caches)
+        for chunk in input_ids.to(self.model.device).split(PROMPT_TOKENS, 1):
+            last = self._read(chunk, past)
+        self.step.position.fill_(tokens - 1)
+        return compute_logits(self.model, last)[0, -1]
+
+    def check_prompt(self, input_ids: torch.Tensor) -> None:
+        """Raise ValueError unless these are a prompt [1, tokens] that fits the cache."""
         if input_ids.dim() != 2 or len(input_ids) != 1:
             raise ValueError(f"input_ids: {list(input_ids.shape)}; allowed: [1, tokens]")
         tokens = input_ids.shape[1]
@@ -112,11 +131,6 @@ class Decoder:
                 f"input_ids: {tokens} tokens; allowed: 1 to {self.most_tokens - 1}, one less than "
                 "the cache holds"
             )
-        past = make_prompt_cache(self.caches)
-        for chunk in input_ids.to(self.model.device).split(PROMPT_TOKENS, 1):
-            last = self._read(chunk, past)
-        self.step.position.fill_(tokens - 1)
-        return self.model.lm_head(last)[0, -1]
 
     def _read(self, chunk: torch.Tensor, past: Cache) -> torch.Tensor:
         """Prefill a chunk [1, tokens]; return its last token's hidden state [1, 1, width]."""
@@ -155,7 +169,7 @@ def _make_stream(device: int) -> torch.cuda.Stream:
 
 @torch.no_grad()
 def generate(
-    model: GptOssForCausalLM,
+    model: GptOssForCausalLM | SharedModel,
     input_ids: torch.Tensor,
     max_new_tokens: int,
     *,
@@ -168,7 +182,8 @@ def generate(
     """Yield the tokens that follow a prompt as they are generated.
 
     Args:
-        model: gpt-oss in eval mode; packed, or on a CPU also transformers' unpacked model.
+        model: gpt-oss in eval mode; packed, or on a CPU also transformers' unpacked model; or the
+            one that `share_model` passes.
         input_ids: int64 [1, tokens].
         max_new_tokens: most tokens to generate.
         temperature: 0 takes the token with the largest logit, the first of ties; above 0 samples.
@@ -187,7 +202,9 @@ def generate(
             "allowed: at least 1, at least 0 and finite, above 0 and at most 1"
         )
     needed = input_ids.shape[-1] + max_new_tokens
-    decoder = decoder or Decoder(model, needed)
+    if decoder is None:
+        is_whole = isinstance(model, GptOssForCausalLM)
+        decoder = Decoder(model, needed) if is_whole else model.open_decoder(needed)
     if decoder.most_tokens < needed:
         raise ValueError(f"decoder: room for {decoder.most_tokens} tokens; required: {needed}")
     logits = decoder.start(input_ids)

@@ -21,7 +21,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import _apply_rotary_emb
 
 from sparselong.kernels import Gate
 from sparselong.kernels.decode import decode_token, encode_token
-from sparselong.model import PackedExperts, PackedLinear
+from sparselong.model import PackedExperts, PackedLinear, PartialHead
+from sparselong.runtime import current
 
 if TYPE_CHECKING:
     from sparselong.kernels.decode import RouteBuffers
@@ -70,8 +71,22 @@ def make_angles(model: GptOssForCausalLM, most_tokens: int) -> tuple[torch.Tenso
     return cos[0].contiguous(), sin[0].contiguous()
 
 
+def compute_logits(model: GptOssForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
+    """Return one row's logits [..., vocab]; collective if this process holds a part of lm_head.
+
+    Args:
+        model: the model.
+        hidden: final hidden state [..., width] of one token.
+    """
+    head: Any = model.lm_head
+    if not isinstance(head, PartialHead):
+        return head(hidden)
+    exchange: Any = current().vocabulary
+    return exchange.logits(hidden, head.weight, head.total)
+
+
 class TorchStep:
-    """Decoding step in plain torch through the model's modules, for CPUs."""
+    """Decoding step in plain torch through the model's modules, for CPUs and for shared models."""
 
     def __init__(self, model: GptOssForCausalLM, caches: list[LayerCache], most_tokens: int):
         self.model, self.caches = model, caches
@@ -91,7 +106,7 @@ class TorchStep:
             hidden = hidden + attended
             normed = module.post_attention_layernorm(hidden)
             hidden = hidden + module.mlp(normed[None])[0][0]
-        self.logits = self.model.lm_head(self.model.model.norm(hidden))[0]
+        self.logits = compute_logits(self.model, self.model.model.norm(hidden))[0]
         best = int(self.logits.argmax())
         self.word.fill_(encode_token(best, is_nan=bool(self.logits.isnan().any())))
 
@@ -108,9 +123,10 @@ class TorchStep:
         cache.values[:, position % slots] = v
         keys, values = cache.keys[:, :seen], cache.values[:, :seen]
         q = _apply_rotary_emb(q, cos, sin).view(len(keys), -1, attention.head_dim)
-        scores = q @ keys.transpose(1, 2) * attention.scaling
-        scores = torch.cat([scores, attention.sinks.view(len(keys), -1, 1)], -1)
-        return attention.o_proj((scores.softmax(-1)[..., :-1] @ values).view(1, -1))
+        scores = q.float() @ keys.float().transpose(1, 2) * attention.scaling
+        scores = torch.cat([scores, attention.sinks.float().view(len(keys), -1, 1)], -1)
+        attended = scores.softmax(-1)[..., :-1] @ values.float()
+        return attention.o_proj(attended.to(x.dtype).view(1, -1))
 
 
 class KernelStep:

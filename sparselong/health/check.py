@@ -45,7 +45,8 @@ def check(config: Config, machine: Machine, plan: Plan) -> list[Row]:
         *_driver(machine, plan),
         *resources.check_gpus(machine, plan),
         _parallel(config, machine, plan),
-        _collectives(config, machine),
+        _experts_shared(config, machine, plan),
+        _collectives(plan.memory.devices, machine),
         _attention(config, machine),
         _experts(config, machine, plan),
         _optimizer(config, machine),
@@ -161,21 +162,41 @@ def _parallel(config: Config, machine: Machine, plan: Plan) -> Row:
             f"set sequence_parallel_degree={max(1, have)}, or start 03_finetune.py with torchrun "
             "on several machines",
         )
-    return ok(
-        "sequence parallel",
-        f"{degree} GPUs share each sequence; each holds the whole model",
-    )
+    return ok("sequence parallel", f"{degree} GPUs share each sequence")
+
+
+def _experts_shared(config: Config, machine: Machine, plan: Plan) -> Row:
+    """Return the row for the processes that share one copy of experts and vocabulary."""
+    name, degree, have = "expert parallel", plan.expert_parallel, len(machine.usable_gpus)
+    if degree == 1:
+        return ok(name, f"off: each process holds all experts ({plan.expert_parallel_reason})")
+    text = f"{degree} processes share experts and vocabulary ({plan.expert_parallel_reason})"
+    needs_gpus = plan.device == "cuda" or have > 0
+    if needs_gpus and have < degree and config.expert_parallel_degree != "auto":
+        return fail(
+            name,
+            f"{text}, with as many GPUs; here: {_count(have)}",
+            "use a machine with more GPUs, or set expert_parallel_degree=auto",
+        )
+    if config.sequence_parallel_degree % degree:
+        return warn(
+            name,
+            f"{text}: only torchrun starts a multiple of {degree} processes, "
+            f"03_finetune.py starts {config.sequence_parallel_degree}",
+            f"torchrun --nproc_per_node={plan.memory.devices} 03_finetune.py",
+        )
+    return ok(name, text)
 
 
 def _count(gpus: int) -> str:
     return f"{gpus} usable GPU{'' if gpus == 1 else 's'}"
 
 
-def _collectives(config: Config, machine: Machine) -> Row:
+def _collectives(processes: int, machine: Machine) -> Row:
     have = [name for name in ("nccl", "gloo") if getattr(machine.torch, name)]
     wanted = "nccl" if machine.usable_gpus else "gloo"
     text = f"{' and '.join(have) or 'none'} available"
-    if config.sequence_parallel_degree == 1:
+    if processes == 1:
         text = f"{text}; one process needs none"
         if len(machine.usable_gpus) > 1 and wanted not in have:
             return warn("collectives", text, "run ./install.sh for a torch build with NCCL")
@@ -183,7 +204,7 @@ def _collectives(config: Config, machine: Machine) -> Row:
     if wanted not in have:
         return fail(
             "collectives",
-            f"{text}; processes that share a sequence need {wanted}",
+            f"{text}; processes that train together need {wanted}",
             "run ./install.sh to install a torch build that has it",
         )
     return ok("collectives", f"{text}; {wanted} in use")

@@ -33,7 +33,7 @@ def check_gpus(machine: Machine, plan: Plan) -> Iterator[Row]:
             yield warn(
                 "peer access",
                 f"not between GPUs {pairs}: copies between them go through host memory",
-                "none needed; split sequences are slower on these GPUs",
+                "none needed; split sequences and shared experts are slower on these GPUs",
             )
         else:
             yield ok("peer access", "between all GPUs")
@@ -61,11 +61,11 @@ def _wanted(plan: Plan) -> str:
     text = f"{gpus} (compute capability 8.0 or newer) with {format_bytes(need)} free{each}"
     if plan.sharded is None:
         return text
-    shared = format_bytes(plan.sharded.peak_bytes)
-    return (
-        f"{text} in this version, which keeps the whole model on each; "
-        f"{shared} on each once experts and vocabulary are sharded"
-    )
+    if plan.expert_parallel == 1:
+        peak = format_bytes(plan.sharded.peak_bytes)
+        return f"{text}; stage 03 needs {peak} on each with experts and vocabulary sharded"
+    peak = format_bytes(plan.replicated.peak_bytes)
+    return f"{text}, with experts and vocabulary sharded over them (replicated: {peak})"
 
 
 def _gpu_need(plan: Plan) -> tuple[str, int]:

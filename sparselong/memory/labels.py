@@ -27,6 +27,7 @@ LABELS = {
     "attention_work": "attention, working memory",
     "loss": "logits and cross-entropy",
     "workspaces": "cuBLAS workspaces",
+    "nccl": "NCCL buffers",
     "context": "CUDA context",
     "libraries": "Python and libraries",
     "decoded": "decoded weights",

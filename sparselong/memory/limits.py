@@ -33,9 +33,28 @@ def check_model(config: Config) -> None:
     except StageError:
         return
     check_heads(config, shape)
+    check_experts(config, shape)
     _check_ranks(config, shape)
     _check_groups(config, shape)
     _check_lengths(config)
+
+
+def check_experts(config: Config, shape: ModelShape) -> None:
+    """Raise if the model's experts cannot be split evenly over `expert_parallel_degree`.
+
+    Raises:
+        ConfigError: that number does not divide theirs.
+    """
+    degree = config.expert_parallel_degree
+    if degree != "auto" and shape.experts % degree:
+        divisors = [n for n in range(1, shape.experts + 1) if shape.experts % n == 0]
+        raise ConfigError(
+            f"expert_parallel_degree does not divide the {shape.experts} experts of "
+            f"{config.model.base}",
+            f"auto, or one of {', '.join(map(str, divisors))}",
+            f"expert_parallel_degree: {degree}",
+            "set expert_parallel_degree=auto, or another divisor",
+        )
 
 
 def _check_ranks(config: Config, shape: ModelShape) -> None:

@@ -7,13 +7,14 @@ compares it with the machine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparselong.config import Config
 from sparselong.memory import fit, stages, storage, timing, training
 from sparselong.memory.labels import label
+from sparselong.memory.limits import check_experts
 from sparselong.memory.shape import ModelShape, find_shape
 from sparselong.memory.table import format_bytes
 from sparselong.memory.training import Device, Memory
@@ -24,6 +25,8 @@ _SHOWS_TRAINING = ("01_health", "03_finetune")
 """Stages whose plan shows stage 03's memory."""
 _HOST_BYTES = 2 * training.GIB
 """Host memory for Python, libraries and file buffers while a GPU computes (estimate)."""
+_LOADING_BYTES = 4 * training.GIB
+"""Most host memory of a process that reads its slices of the weights, page cache aside."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,13 @@ class Plan:
         bits_per_weight: bits per weight of the compressed model, by group.
         compressed: bytes of the compressed model, by group.
         card_bytes: usable memory of the device.
-        memory: stage 03 in this version, with the whole model on each device.
+        replicated: stage 03 with all experts and the whole vocabulary on each device.
+        sharded: stage 03 on each device if processes share them: as many as
+            `expert_parallel_degree` says, or as can; None if only one could.
+        expert_parallel: number of processes that share them in stage 03.
+        expert_parallel_reason: why that number.
+        evaluation_parallel: number of processes that share them in stage 04.
         changes: changes that make stage 03 fit, the cheapest first; empty if it fits.
-        sharded: stage 03 on each of `sequence_parallel_degree` GPUs once experts and vocabulary
-            are sharded; None if the degree is 1.
         stages: bytes of the other stages' working memory, by stage and component.
         offloaded_bytes: pinned host memory for stage 03's offloaded checkpoints.
         compress_host: bytes that stage 02 keeps in host memory on any device.
@@ -58,9 +64,12 @@ class Plan:
     bits_per_weight: dict[str, float]
     compressed: dict[str, int]
     card_bytes: int
-    memory: Memory
-    changes: list[str]
+    replicated: Memory
     sharded: Memory | None
+    expert_parallel: int
+    expert_parallel_reason: str
+    evaluation_parallel: int
+    changes: list[str]
     stages: dict[str, dict[str, int]]
     offloaded_bytes: int
     compress_host: dict[str, int]
@@ -70,11 +79,18 @@ class Plan:
     seconds: dict[str, float]
 
     @property
+    def memory(self) -> Memory:
+        """Stage 03 as it was chosen, replicated or sharded."""
+        return self.sharded if self.sharded and self.expert_parallel > 1 else self.replicated
+
+    @property
     def host_bytes(self) -> int:
-        """Host memory of the stage that needs most, in bytes; with a GPU that is stage 02."""
+        """Host memory of the stage that needs most, in bytes; with a GPU often that is stage 02."""
         if self.device == "cpu":
             return max(self.stage_memory(name)[1] for name in ("03_finetune", *self.stages))
-        return max(_total(self.compress_host), self.offloaded_bytes) + _HOST_BYTES
+        shared = max(self.expert_parallel, self.evaluation_parallel) > 1
+        loading = self.memory.devices * _LOADING_BYTES if shared else _HOST_BYTES
+        return max(_total(self.compress_host) + _HOST_BYTES, self.offloaded_bytes + loading)
 
     def stage_memory(self, name: str) -> tuple[dict[str, int], int]:
         """Return the components of a stage's memory and their peak, in bytes."""
@@ -82,6 +98,19 @@ class Plan:
             return self.memory.components, self.memory.peak_bytes
         components = self.stages.get(name, {})
         return components, _total(components)
+
+    def both(self) -> dict[str, Any]:
+        """Return stage 03's memory replicated and sharded, and which was chosen, as JSON."""
+        sharded = self.sharded
+        return {
+            "processes": self.replicated.devices,
+            "expert_parallel_degree": self.expert_parallel,
+            "expert_parallel_reason": self.expert_parallel_reason,
+            "replicated_bytes_per_gpu": label(self.replicated.components),
+            "replicated_peak_bytes_per_gpu": self.replicated.peak_bytes,
+            "sharded_bytes_per_gpu": label(sharded.components) if sharded else None,
+            "sharded_peak_bytes_per_gpu": sharded.peak_bytes if sharded else None,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a JSON document."""
@@ -96,8 +125,7 @@ class Plan:
             "peak_bytes_per_gpu": self.memory.peak_bytes,
             "card_bytes": self.card_bytes,
             "changes_to_fit": self.changes,
-            "sharded_bytes_per_gpu": label(self.sharded.components) if self.sharded else None,
-            "sharded_peak_bytes_per_gpu": self.sharded.peak_bytes if self.sharded else None,
+            **self.both(),
             "stage_bytes": {name: _total(parts) for name, parts in self.stages.items()},
             "host_bytes": self.host_bytes,
             "training_tokens": self.tokens,
@@ -123,7 +151,7 @@ def make_plan(
     config: Config,
     device: Device | None = None,
     gpu_name: str | None = None,
-    gpu_bytes: int | None = None,
+    gpu_bytes: int = fit.CARD_BYTES,
 ) -> Plan:
     """Return the plan of a config.
 
@@ -131,9 +159,10 @@ def make_plan(
         config: the config to plan.
         device: kind of device to plan for; None takes `configured_device`.
         gpu_name: GPU for the time estimate; None takes an RTX 3090.
-        gpu_bytes: usable memory of the GPU; None takes that of a 24 GB card.
+        gpu_bytes: usable memory of the GPU; by default that of a 24 GB card.
 
     Raises:
+        ConfigError: `expert_parallel_degree` does not divide the number of experts.
         StageError: the base model's shape is unknown.
     """
     shape = find_shape(config.model)
@@ -142,13 +171,8 @@ def make_plan(
     disk = storage.disk_bytes(shape, config)
     disk["compress_work"] = 2 * stages.state_bytes(shape, config, device)
     tokens, note = timing.training_tokens(config, _size(Path(config.data.train)))
-    shared = config.sequence_parallel_degree > 1 and device == "cuda"
-    card_bytes = fit.CARD_BYTES if gpu_bytes is None else gpu_bytes
-
-    def finetuning(sharded: bool) -> Memory:
-        kept = fit.decide_kept(shape, config, card_bytes, device, sharded=sharded)
-        return training.finetune_memory(shape, config, device, sharded=sharded, kept=kept)
-
+    shared = _choose(shape, config, gpu_bytes, device)
+    gpus = shared.replicated.devices if device == "cuda" else 1
     return Plan(
         shape=shape,
         device=device,
@@ -156,28 +180,75 @@ def make_plan(
         disk=disk,
         bits_per_weight=storage.bits_by_group(config),
         compressed=storage.compressed_groups(shape, config),
-        card_bytes=card_bytes,
-        memory=finetuning(sharded=False),
-        changes=fit.suggest_changes(shape, config, card_bytes) if device == "cuda" else [],
-        sharded=finetuning(sharded=True) if shared else None,
-        stages=_working_memory(shape, config, device),
+        card_bytes=gpu_bytes,
+        replicated=shared.replicated,
+        sharded=shared.sharded,
+        expert_parallel=shared.degree,
+        expert_parallel_reason=shared.reason,
+        evaluation_parallel=shared.evaluation,
+        changes=fit.suggest_changes(shape, config, gpu_bytes) if device == "cuda" else [],
+        stages=_working_memory(shape, config, device, shared.evaluation),
         offloaded_bytes=training.offloaded_bytes(shape, config),
         compress_host=stages.compress_host_memory(shape, config, device),
         linkable=storage.linkable_bytes(shape, config),
         tokens=tokens,
         tokens_note=note,
-        seconds=timing.stage_seconds(shape, config, rate, disk, tokens),
+        seconds=timing.stage_seconds(
+            shape, config, rate, disk, tokens, gpus=gpus, expert_parallel=shared.degree
+        ),
     )
 
 
-def _working_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, dict[str, int]]:
+class _Shared(NamedTuple):
+    """Stage 03's memory with and without shared experts, and what stages 03 and 04 choose."""
+
+    replicated: Memory
+    sharded: Memory | None
+    degree: int
+    reason: str
+    evaluation: int
+
+
+def _choose(shape: ModelShape, config: Config, card_bytes: int, device: Device) -> _Shared:
+    """Plan stage 03 replicated and sharded for the fewest processes that the config needs."""
+    check_experts(config, shape)
+    processes, asked = fit.planned_processes(config), config.expert_parallel_degree
+    most = fit.most_expert_parallel(shape, config, processes)
+    if asked != "auto" and asked > 1:
+        most = asked
+    replicated = fit.decided_memory(shape, config, card_bytes, device)
+    # Replicated experts do not change how many processes there are.
+    replicated = replace(replicated, devices=processes)
+    sharded = None
+    if most > 1:
+        sharded = fit.decided_memory(shape, config, card_bytes, device, expert_parallel=most)
+    chosen = fit.decide_expert_parallel(shape, config, processes, card_bytes, device)
+    if asked != "auto":
+        reason = f"expert_parallel_degree: {asked}"
+    elif processes == 1:
+        reason = "auto: one process holds them all"
+    elif config.training.keep_experts == "always":
+        reason = "auto: training.keep_experts: always needs all of them on each GPU"
+    elif most == 1:
+        reason = f"auto: {processes} processes cannot share {shape.experts} experts"
+    else:
+        outcome = "fits" if chosen == 1 else "does not fit with a margin"
+        peak, card = format_bytes(replicated.peak_bytes), format_bytes(card_bytes)
+        reason = f"auto: replicated, {peak} of {card}, {outcome}"
+    evaluation = fit.decide_evaluation_parallel(shape, config, processes, card_bytes, device)
+    return _Shared(replicated, sharded, chosen, reason, evaluation)
+
+
+def _working_memory(
+    shape: ModelShape, config: Config, device: Device, evaluation_parallel: int
+) -> dict[str, dict[str, int]]:
     """Return components of the other stages' memory by stage; on a CPU they include the host's."""
     compress = stages.compress_memory(shape, config, device)
     if device == "cpu":
         compress |= stages.compress_host_memory(shape, config, device)
     return {
         "02_compress": compress,
-        "04_eval": stages.evaluate_memory(shape, config, device),
+        "04_eval": stages.evaluation_memory(shape, config, device, evaluation_parallel),
     }
 
 
@@ -210,12 +281,7 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
         "bytes_per_gpu": label(components),
         "peak_bytes_per_gpu": peak,
         "changes_to_fit": made.changes if name in _SHOWS_TRAINING else [],
-        "sharded_bytes_per_gpu": label(made.sharded.components)
-        if made.sharded and name == "03_finetune"
-        else None,
-        "sharded_peak_bytes_per_gpu": made.sharded.peak_bytes
-        if made.sharded and name == "03_finetune"
-        else None,
+        **(made.both() if name in _SHOWS_TRAINING else {}),
         "estimated_seconds": round(made.seconds[name]),
         "notes": _notes(config, name, made),
         "config": config.model_dump(mode="json"),
@@ -266,11 +332,7 @@ def _memory_notes(made: Plan) -> list[str]:
         notes.append("The experts' gate_up outputs are kept and not recomputed.")
     short = made.memory.peak_bytes - made.card_bytes
     if made.device == "cuda" and short > 0:
-        remedies = list(made.changes)
-        if not any(text.endswith(" fits") for text in remedies):
-            remedies.append(
-                "no change of the config is enough: use a larger GPU or a smaller model"
-            )
+        remedies = fit.add_last_resort(made.changes)
         notes.append(
             f"It does not fit a card with {format_bytes(made.card_bytes)} of usable memory: "
             f"{format_bytes(short)} short; {'; '.join(remedies)}."
@@ -288,12 +350,18 @@ def _notes(config: Config, name: str, made: Plan) -> list[str]:
     if name == "03_finetune":
         notes.append(f"{made.tokens:,} training tokens ({made.tokens_note}).")
         if config.sequence_parallel_degree > 1:
+            notes.append(f"{config.sequence_parallel_degree} GPUs share each sequence.")
+        if config.lora.expert_targets:
             notes.append(
-                f"{config.sequence_parallel_degree} GPUs share each sequence; each holds the whole "
-                "model. Sharding the model is not implemented yet."
+                f"Experts have adapters: all {format_bytes(made.compressed['experts'])} of them "
+                "are written anew, and none is a link."
             )
+    if name == "04_eval" and made.evaluation_parallel > 1:
+        notes.append(
+            f"{made.evaluation_parallel} processes share one copy of experts and vocabulary."
+        )
     model = {"02_compress": "compressed_model", "03_finetune": "finetuned_model"}.get(name)
-    if model is not None:
+    if model is not None and made.linkable[model]:
         notes.append(
             f"Of the model, {format_bytes(made.linkable[model])} take no disk space if the file "
             "system can hard-link shards."

@@ -1,14 +1,16 @@
 """Working memory of stages 02 and 04, by component.
 
-Stage 02 processes one layer at a time, stage 04 loads whole models. Components are keys of LABELS.
-Weights are exact, everything else is an estimate. Both stages compute attention as stage 03 does:
-without a score matrix under `flash_attention`, otherwise by transformers' eager attention.
+Stage 02 processes one layer at a time. Stage 04 loads a whole model at a time; if processes share
+experts and vocabulary, each loads its share, and works in chunks as in exchange.py. Components are
+keys of LABELS. Weights are exact, everything else is an estimate. Both stages compute attention as
+stage 03 does: without a score matrix under `flash_attention`, otherwise by transformers' eager
+attention.
 """
 
 from __future__ import annotations
 
 from sparselong.config import Config
-from sparselong.memory import storage
+from sparselong.memory import exchange, storage
 from sparselong.memory.shape import ModelShape
 from sparselong.memory.training import (
     BUFFER_BYTES,
@@ -27,6 +29,8 @@ COMPRESS_BATCH_TOKENS = 4096
 """Calibration tokens that stage 02 runs through a layer at once."""
 EVALUATED_TOKENS = 1024
 """Length of a conversation in stage 04 that the plan assumes."""
+LIVE_WIDTHS = 6
+"""Live activations of a token outside the experts, in hidden sizes, if processes share them."""
 EVALUATE_BATCH_TOKENS = 16_384
 """Maximum number of tokens that stage 04 runs through a model at once."""
 
@@ -72,23 +76,44 @@ def layer_bytes(shape: ModelShape) -> int:
     return (whole - 2 * shape.embedding * storage.BF16_BYTES) // shape.layers
 
 
-def evaluate_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
-    """Return bytes of stage 04 by component, for the largest of its three models, the base.
+def evaluation_memory(
+    shape: ModelShape, config: Config, device: Device, expert_parallel: int = 1
+) -> dict[str, int]:
+    """Return bytes of stage 04 on a device by component, for the largest of its models, the base.
 
     With eager attention, conversations longer than EVALUATED_TOKENS need more.
+
+    Args:
+        shape: sizes of the base model.
+        config: the config of the run.
+        device: `cuda` computes in bf16, `cpu` in fp32.
+        expert_parallel: number of processes that share one copy of experts and vocabulary.
     """
     width = _width(device)
     base = storage.base_groups(shape)
+    rest = base["attention"] + base["small"] - shape.expert_biases * storage.BF16_BYTES
+    rest += shape.expert_biases * storage.BF16_BYTES // expert_parallel
+    rest += 2 * exchange.vocabulary_rows(shape, expert_parallel) * shape.hidden * storage.BF16_BYTES
     length = min(config.sequence_len, EVALUATED_TOKENS)
     tokens = min(EVALUATE_BATCH_TOKENS, config.evaluation.batch_size * length)
-    answers = config.evaluation.batch_size * min(length, 256)
-    logits = max(answers * 8, LOSS_CHUNK_ROWS * width * LOSS_CHUNK_WIDTHS[device])
+    if expert_parallel == 1:
+        live = _live(shape, tokens, device, 4)
+        answers = config.evaluation.batch_size * min(length, 256)
+        logits = max(answers * 8, LOSS_CHUNK_ROWS * width * LOSS_CHUNK_WIDTHS[device])
+        logits *= shape.vocab
+    else:
+        live = exchange.forward_bytes(shape, tokens, width, expert_parallel)
+        live += LIVE_WIDTHS * tokens * shape.hidden * width
+        copies = LOSS_CHUNK_WIDTHS[device]
+        logits = exchange.loss_chunk_bytes(shape, tokens, width, expert_parallel, copies)
+    exchanged = {"nccl": exchange.NCCL_BYTES} if expert_parallel > 1 and device == "cuda" else {}
     return {
-        "experts": base["experts"],
-        "base_rest": (sum(base.values()) - base["experts"]) * (width // storage.BF16_BYTES),
-        "live": _live(shape, tokens, device, 4),
+        "experts": base["experts"] // expert_parallel,
+        "base_rest": rest * (width // storage.BF16_BYTES),
+        "live": live,
         "attention": _attention(shape, config, tokens, length, device),
-        "logits": logits * shape.vocab,
+        "logits": logits,
+        **exchanged,
         **_at_work(shape, device),
     }
 

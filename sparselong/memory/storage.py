@@ -20,7 +20,7 @@ BF16_BYTES = 2
 BF16_BITS = 16
 _PATTERN_BITS = 0.75
 LINKED_STALE_SHARE = 0.05
-_LORA_BYTES = 4
+_LORA_BYTES = {"float32": 4, "bfloat16": 2}
 _ADAM_BYTES = 8
 _ADAM_8BIT_BYTES = 2
 
@@ -104,24 +104,64 @@ def lora_parameters(shape: ModelShape, config: Config) -> int:
     sizes = [shape.projections[name] for name in lora.target_modules if name in shape.projections]
     if lora.router:
         sizes.append((shape.experts, shape.hidden))
+    dense = lora.r * sum(rows + columns for rows, columns in sizes)
+    return shape.layers * dense + expert_lora_parameters(shape, config)
+
+
+def expert_lora_parameters(shape: ModelShape, config: Config) -> int:
+    """Return the number of parameters of the experts' adapters."""
+    lora = config.lora
     widths = {
         "gate_up_proj": 2 * shape.intermediate + shape.hidden,
         "down_proj": shape.hidden + shape.intermediate,
     }
-    expert = (lora.expert_r or 0) * sum(widths[name] for name in lora.expert_targets)
-    dense = lora.r * sum(rows + columns for rows, columns in sizes)
-    return shape.layers * (dense + shape.experts * expert)
+    each = (lora.expert_r or 0) * sum(widths[name] for name in lora.expert_targets)
+    return shape.layers * shape.experts * each
 
 
-def optimizer_bytes(config: Config) -> int:
-    """Return bytes of optimizer state per trainable parameter."""
-    return _ADAM_8BIT_BYTES if config.training.optimizer == "adamw_bnb_8bit" else _ADAM_BYTES
+def adapter_bytes(shape: ModelShape, config: Config) -> int:
+    """Return bytes of all adapters: fp32, those of experts in `lora.expert_dtype`."""
+    experts = expert_lora_parameters(shape, config)
+    dense = lora_parameters(shape, config) - experts
+    return dense * _LORA_BYTES["float32"] + experts * _LORA_BYTES[config.lora.expert_dtype]
+
+
+def trained_bytes(
+    shape: ModelShape, config: Config, expert_parallel: int = 1, *, gradients: bool = True
+) -> int:
+    """Return bytes of a process's adapters and optimizer states, and of their gradients.
+
+    Args:
+        shape: sizes of the base model.
+        config: the config of the run.
+        expert_parallel: number of processes that share the experts, and so their adapters.
+        gradients: whether to count the gradients, which no checkpoint holds.
+    """
+    experts = expert_lora_parameters(shape, config)
+    dense = lora_parameters(shape, config) - experts
+    return sum(
+        count * (_LORA_BYTES[dtype] * (1 + gradients) + optimizer_bytes(config, dtype))
+        for count, dtype in (
+            (dense, "float32"),
+            (experts // expert_parallel, config.lora.expert_dtype),
+        )
+    )
+
+
+def optimizer_bytes(config: Config, dtype: str = "float32") -> int:
+    """Return bytes of optimizer state per trainable parameter of a type.
+
+    torch's AdamW keeps two moments in the parameter's type, the 8-bit one two bytes.
+    """
+    if config.training.optimizer == "adamw_bnb_8bit":
+        return _ADAM_8BIT_BYTES
+    return _ADAM_BYTES * _LORA_BYTES[dtype] // _LORA_BYTES["float32"]
 
 
 def checkpoint_bytes(shape: ModelShape, config: Config) -> int:
     """Return bytes of a training checkpoint: adapters, optimizer state and masks, not the base."""
     masks = int(shape.attention_weights * _PATTERN_BITS / 8)
-    state = lora_parameters(shape, config) * (_LORA_BYTES + optimizer_bytes(config))
+    state = trained_bytes(shape, config, gradients=False)
     return state + (masks if config.shared_dense.sparsity == "2:4" else 0)
 
 
@@ -135,7 +175,7 @@ def disk_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
         "finetuned_model": model,
         "finetune_checkpoints": (config.training.save_total_limit + 1)
         * checkpoint_bytes(shape, config),
-        "adapter": lora_parameters(shape, config) * _LORA_BYTES,
+        "adapter": adapter_bytes(shape, config),
     }
 
 

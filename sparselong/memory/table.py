@@ -37,23 +37,38 @@ def format_table(title: str, rows: dict[str, str]) -> list[str]:
 
 
 def memory_lines(document: dict[str, Any]) -> list[str]:
-    """Return the lines of the memory tables of a plan document (plan_stage or Plan.to_dict)."""
-    place = "GPU" if document["device"] == "cuda" else "host"
-    title = "Memory on each GPU" if place == "GPU" else "Host memory"
+    """Return the lines of the memory table of a plan document (plan_stage or Plan.to_dict).
+
+    A document of stage 03 with several processes has a column each for replicated and for shared
+    experts and vocabulary, and a line that says which was chosen.
+    """
+    title = "Memory on each GPU" if document["device"] == "cuda" else "Host memory"
+    if document.get("sharded_bytes_per_gpu"):
+        return _two_columns(title, document)
     parts = {name: format_bytes(size) for name, size in document["bytes_per_gpu"].items() if size}
-    lines = []
-    if parts:
-        peak = format_bytes(document["peak_bytes_per_gpu"])
-        lines = format_table(f"{title} (this version)", {**parts, "peak": peak})
-    sharded = document.get("sharded_bytes_per_gpu")
-    if sharded:
-        parts = {name: format_bytes(size) for name, size in sharded.items()}
-        peak = format_bytes(document["sharded_peak_bytes_per_gpu"])
-        lines += format_table(
-            "Memory on each GPU with experts and vocabulary sharded (not implemented yet)",
-            {**parts, "peak": peak},
-        )
-    return lines
+    if not parts:
+        return []
+    return format_table(title, {**parts, "peak": format_bytes(document["peak_bytes_per_gpu"])})
+
+
+def _two_columns(title: str, document: dict[str, Any]) -> list[str]:
+    """Return the table of stage 03's memory, replicated and sharded, and the choice."""
+    left, right = document["replicated_bytes_per_gpu"], document["sharded_bytes_per_gpu"]
+    names = [name for name in left | right if left.get(name) or right.get(name)]
+    pairs = {name: (left.get(name, 0), right.get(name, 0)) for name in names}
+    pairs["peak"] = tuple(
+        document[f"{how}_peak_bytes_per_gpu"] for how in ("replicated", "sharded")
+    )
+    columns = {
+        name: "".join(f"{format_bytes(size) if size else '-':>12}" for size in sizes)
+        for name, sizes in pairs.items()
+    }
+    head = {"": f"{'replicated':>12}{'sharded':>12}"}
+    degree = document["expert_parallel_degree"]
+    chosen = f"sharded over {degree} processes" if degree > 1 else "replicated"
+    text = f"Chosen for experts and vocabulary: {chosen} ({document['expert_parallel_reason']})"
+    wrapped = textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return [*format_table(title, head | columns), *wrapped]
 
 
 def show_plan(document: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparselong.config import Config
+from sparselong.memory import exchange
 from sparselong.memory.shape import ModelShape
 
 EFFICIENCY = 0.2
@@ -25,6 +26,9 @@ ITEM_TOKENS = 400
 SAMPLE_TOKENS = 1_000
 """Tokens of a validation conversation, at most `sequence_len`."""
 
+EXCHANGED_BYTES_PER_SECOND = 23e9
+"""Rate at which GPUs without peer access exchange hidden states: NCCL's between four H200 with
+NCCL_P2P_DISABLE=1, the regime of PCIe 4.0 x16 (with NVLink 277e9)."""
 TINY_STEP_TOKENS = 1_024
 """Tokens of a step that makes the small model."""
 DEMO_ITEMS = 400
@@ -100,9 +104,18 @@ def training_tokens(config: Config, data_bytes: int | None) -> tuple[int, str]:
 
 
 def stage_seconds(
-    shape: ModelShape, config: Config, rate: Rate, disk: dict[str, int], tokens: int
+    shape: ModelShape,
+    config: Config,
+    rate: Rate,
+    disk: dict[str, int],
+    tokens: int,
+    *,
+    gpus: int = 1,
+    expert_parallel: int = 1,
 ) -> dict[str, float]:
     """Return the estimated seconds of each stage.
+
+    The exchange of shared experts is counted as if no computation overlapped with it.
 
     Args:
         shape: sizes of the base model.
@@ -110,8 +123,12 @@ def stage_seconds(
         rate: speed of the device and disk.
         disk: bytes by artifact, from storage.disk_bytes.
         tokens: number of tokens that stage 03 trains on.
+        gpus: number of GPUs that compute in stages 03 and 04.
+        expert_parallel: number of processes that share one copy of the experts in stage 03.
     """
+    exchanged = exchange.sent_bytes(shape, expert_parallel) / EXCHANGED_BYTES_PER_SECOND
     speed = rate.flops_per_second * rate.efficiency
+    train = tokens / gpus * (training_flops(shape, config) / speed + exchanged)
     tiny = config.model.base == "tiny"
     calibration = config.calibration.samples * config.calibration.sequence_len
     products, scores = forward_flops(shape, config.calibration.sequence_len)
@@ -131,6 +148,6 @@ def stage_seconds(
     return {
         "01_health": 10.0,
         "02_compress": start + (made + compress) / speed + moved / rate.disk_bytes_per_second,
-        "03_finetune": 3 * start + tokens * training_flops(shape, config) / speed + load,
-        "04_eval": 2 * start + evaluate / speed + 3 * load,
+        "03_finetune": 3 * start + train + load,
+        "04_eval": 2 * start + evaluate / speed / gpus + 3 * load,
     }

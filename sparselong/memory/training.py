@@ -23,19 +23,24 @@ that the allocator cannot reuse: fragmentation between kept attention outputs, a
 checkpoints copied back for layers that the GPU has not finished. Both are set from measurements.
 Fragmentation between kept outputs of experts is not counted (0.1 GiB at 4,096 tokens on an H200).
 Figures without checkpointing, without our attention or on a CPU are estimates; activations of
-adapters on experts are not counted. With several `sequence_parallel_degree` ranks, each holds the
-whole model and its share of the sequence; the keys and values of other ranks (a few megabytes, one
-group of heads at a time) are not counted. `sharded=True` computes the memory of a GPU once experts
-and vocabulary are sharded as well.
+adapters on experts are not counted. With several `sequence_parallel_degree` ranks, each holds its
+share of the sequence; the keys and values of other ranks (a few megabytes, one group of heads at a
+time) are not counted.
+
+With `expert_parallel` above 1, that many processes share one copy of experts and vocabulary. Each
+then holds its share of the experts with their biases and adapters (masters, gradients, optimizer
+states), and of the rows of embedding and lm_head; projections, masters, router and norms are whole
+on each. Experts and loss work on chunks of all processes' rows: see exchange.py.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from sparselong.config import Config
-from sparselong.memory import storage
+from sparselong.memory import exchange, storage
 from sparselong.memory.shape import ModelShape
 
 Device = Literal["cuda", "cpu"]
@@ -116,7 +121,7 @@ def finetune_memory(
     config: Config,
     device: Device = "cuda",
     *,
-    sharded: bool = False,
+    expert_parallel: int = 1,
     kept: Kept = Kept(),  # noqa: B008
 ) -> Memory:
     """Return the memory of stage 03 on each device.
@@ -125,70 +130,75 @@ def finetune_memory(
         shape: sizes of the base model.
         config: the config of the run.
         device: `cuda` computes in bf16, `cpu` in fp32.
-        sharded: whether ranks shard experts and vocabulary as well; in this version they share
-            only the sequence.
+        expert_parallel: number of processes that share one copy of experts and vocabulary.
         kept: what layers keep, as far as device and config allow; see `fit.decide_kept`.
     """
     degree = config.sequence_parallel_degree
-    ranks = degree if sharded else 1
+    devices = math.lcm(degree, expert_parallel)
     width = 2 if device == "cuda" else 4
     tokens = config.micro_batch_size * -(-config.sequence_len // degree)
-    nothing = config.nothing_to_keep(device)
+    nothing = config.nothing_to_keep(device, expert_parallel)
     kept = Kept(
         kept.attention and "keep_attention" not in nothing,
         kept.experts and "keep_experts" not in nothing,
     )
+    if expert_parallel > 1:
+        experts = _shared_experts(shape, tokens, device, expert_parallel)
+    else:
+        experts = _experts(shape, config, tokens, device, kept)
     return Memory(
         device,
-        degree,
+        devices,
         {
-            **_weights(shape, config, width, ranks),
-            **_trained(shape, config),
-            **_left(shape, config, tokens, width, kept),
+            **weight_bytes(shape, config, width, expert_parallel),
+            "masters": storage.adapted_bytes(shape, config),
+            "lora": storage.trained_bytes(shape, config, expert_parallel),
+            **_left(shape, config, tokens, width, kept, expert_parallel),
             LAYER: _layer(shape, config, tokens, width, kept),
-            EXPERTS: _experts(shape, config, tokens, device, kept),
+            EXPERTS: experts,
             ATTENTION: _attention(shape, config, tokens, width, kept),
-            LOSS: _loss(shape, tokens, device),
-            **_overhead(shape, device),
+            LOSS: _loss(shape, tokens, device, expert_parallel),
+            **_overhead(shape, device, devices),
         },
     )
 
 
-def _overhead(shape: ModelShape, device: Device) -> dict[str, int]:
-    if device == "cuda":
-        return {"workspaces": WORKSPACE_BYTES, "context": CONTEXT_BYTES}
-    return {"libraries": CPU_OVERHEAD_BYTES, "decoded": decoded(shape, 4)}
+def _overhead(shape: ModelShape, device: Device, devices: int) -> dict[str, int]:
+    if device == "cpu":
+        return {"libraries": CPU_OVERHEAD_BYTES, "decoded": decoded(shape, 4)}
+    exchanged = {"nccl": exchange.NCCL_BYTES} if devices > 1 else {}
+    return {"workspaces": WORKSPACE_BYTES, **exchanged, "context": CONTEXT_BYTES}
 
 
-def _weights(shape: ModelShape, config: Config, width: int, ranks: int) -> dict[str, int]:
-    """Return bytes as loaded: 2:4 experts expand to plain MXFP4, other weights on a CPU to fp32."""
+def weight_bytes(
+    shape: ModelShape, config: Config, width: int, expert_parallel: int
+) -> dict[str, int]:
+    """Return bytes of a process's weights as loaded.
+
+    2:4 experts expand to plain MXFP4, other weights on a CPU to fp32.
+    """
     packed = storage.compressed_groups(shape, config)
     experts = int(shape.expert_weights * storage.expert_bits("none") / 8)
     unpacked = width // storage.BF16_BYTES  # fp32 copies of weights stored in bf16
-    shared_biases = shape.expert_biases * storage.BF16_BYTES
-    small = packed["small"] - shared_biases + shared_biases // ranks
+    biases = shape.expert_biases * storage.BF16_BYTES
+    rows = exchange.vocabulary_rows(shape, expert_parallel)
     return {
-        "experts": experts // ranks,
+        "experts": experts // expert_parallel,
         "projections": packed["attention"],
-        "embedding": packed["embedding"] * unpacked // ranks,
-        "small": small * unpacked,
+        "embedding": 2 * rows * shape.hidden * width,
+        "small": (packed["small"] - biases + biases // expert_parallel) * unpacked,
     }
 
 
-def _trained(shape: ModelShape, config: Config) -> dict[str, int]:
-    parameters = storage.lora_parameters(shape, config)
-    return {
-        "masters": storage.adapted_bytes(shape, config),
-        "lora": parameters * (4 + 4 + storage.optimizer_bytes(config)),
-    }
-
-
-def _left(shape: ModelShape, config: Config, tokens: int, width: int, kept: Kept) -> dict[str, int]:
+def _left(
+    shape: ModelShape, config: Config, tokens: int, width: int, kept: Kept, expert_parallel: int
+) -> dict[str, int]:
     """Return bytes that the forward pass of all layers leaves for the backward pass."""
     training = config.training
     if not training.gradient_checkpointing:
         saved = 3 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width
-        saved += shape.experts_per_token * 2 * shape.intermediate
+        if expert_parallel == 1:  # shared experts recompute their rows
+            saved += shape.experts_per_token * 2 * shape.intermediate
         layer = tokens * saved * width + _scores(shape, config, tokens, width)
         return {"activations": (shape.layers - 1) * layer}
     offloaded = training.offload_checkpoints
@@ -255,6 +265,16 @@ def _experts(shape: ModelShape, config: Config, tokens: int, device: Device, kep
     return max(moments) + rows * top_k * 12
 
 
+def _shared_experts(shape: ModelShape, tokens: int, device: Device, expert_parallel: int) -> int:
+    """Return the peak bytes of the experts' backward pass if processes share them."""
+    if device == "cpu":  # decoded weights are a component of their own
+        return exchange.backward_bytes(shape, tokens, 4, expert_parallel)
+    held = shape.experts // expert_parallel
+    decodes = exchange.window_rows(shape, tokens, expert_parallel) > DECODED_FROM_ROWS * held
+    before = _buffer(shape, 2 * shape.intermediate * shape.hidden) if decodes else 0
+    return exchange.backward_bytes(shape, tokens, 2, expert_parallel) + before
+
+
 def _buffer(shape: ModelShape, weights: int) -> int:
     """Return bytes of the buffer for decoded bf16 experts, each of `weights` weights."""
     return max(1, min(shape.experts, BUFFER_BYTES // (2 * weights))) * 2 * weights
@@ -281,15 +301,18 @@ def _scores(shape: ModelShape, config: Config, tokens: int, width: int) -> int:
     return 0 if config.flash_attention else tokens * config.sequence_len * shape.heads * width
 
 
-def _loss(shape: ModelShape, tokens: int, device: Device) -> int:
+def _loss(shape: ModelShape, tokens: int, device: Device, expert_parallel: int) -> int:
     """Return the peak bytes of the loss, with every token supervised.
 
     The forward pass holds a chunk's logits, the last layer's output, its norm, its supervised rows
     and their gradient. The backward pass holds the output, and the gradient in bf16, in fp32 and
     scaled.
     """
-    width = 2 if device == "cuda" else 4
-    chunk = min(tokens, LOSS_CHUNK_ROWS) * shape.vocab * width * LOSS_CHUNK_WIDTHS[device]
+    width, copies = 2 if device == "cuda" else 4, LOSS_CHUNK_WIDTHS[device]
+    if expert_parallel > 1:
+        chunk = exchange.loss_chunk_bytes(shape, tokens, width, expert_parallel, copies)
+    else:
+        chunk = min(tokens, LOSS_CHUNK_ROWS) * shape.vocab * width * copies
     rows = tokens * shape.hidden
     return max(chunk + 4 * rows * width, rows * (10 if device == "cuda" else 3 * width))
 

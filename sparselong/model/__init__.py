@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sparselong.model.loading import load_model
     from sparselong.model.packed_experts import PackedExperts
     from sparselong.model.packed_linear import PackedLinear
+    from sparselong.model.part import Part
     from sparselong.model.projections import stored_projections, two_four_conforming
     from sparselong.model.quantizer import SparseLongConfig
     from sparselong.model.tokenizer import (
@@ -20,5 +21,6 @@ if TYPE_CHECKING:
         load_tokenizer,
         settle_template,
     )
+    from sparselong.model.vocabulary import PartialHead
 
 __getattr__ = expose(__name__)

@@ -14,12 +14,14 @@ from torch import nn
 from sparselong.memory import format_bytes
 from sparselong.model.packed_experts import PackedExperts
 from sparselong.model.packed_linear import PackedLinear
+from sparselong.model.part import Part, show_rows
+from sparselong.model.vocabulary import PartialEmbedding
 
 GROUPS = ("experts", "attention", "embedding and lm_head", "router, norms, biases, sinks")
 
 
 def describe_weights(model: nn.Module) -> str:
-    """Return one line with each group's formats and bytes, and the devices.
+    """Return one line with each group's formats and bytes, the devices, and what part is held.
 
     Args:
         model: a gpt-oss model, packed or not.
@@ -40,7 +42,16 @@ def describe_weights(model: nn.Module) -> str:
         for group in GROUPS
         if group in sizes
     ]
-    return f"weights as loaded on {', '.join(sorted(devices))}: {'; '.join(groups)}"
+    found = "; ".join(groups + _held_parts(model))
+    return f"weights as loaded on {', '.join(sorted(devices))}: {found}"
+
+
+def _held_parts(model: nn.Module) -> list[str]:
+    """Return which experts and vocabulary rows the model holds, if not all."""
+    kinds: dict[type, str] = {PackedExperts: "experts", PartialEmbedding: "vocabulary rows"}
+    parts = [m for m in model.modules() if isinstance(m, Part) and not m.is_whole]
+    found = {(kinds.get(type(part)), show_rows(part.held), part.total) for part in parts}
+    return sorted(f"only {name} {rows} of {total}" for name, rows, total in found if name)
 
 
 def _group(path: str, name: str) -> str:

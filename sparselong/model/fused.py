@@ -31,6 +31,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 from transformers.utils.generic import can_return_tuple
 
 from sparselong.kernels.layer import add_rms_norm, linear_cross_entropy, rms_norm, rotate
+from sparselong.model.vocabulary import PartialHead
 from sparselong.parallel import count_supervised, shift_labels
 
 
@@ -201,9 +202,7 @@ def _forward(
         )
     shifted = kwargs.pop("shift_labels", None)
     outputs: Any = self.model(**given, output_router_logits=False, **kwargs)
-    loss = causal_loss(
-        outputs.last_hidden_state, self.lm_head.weight, labels, shifted, num_items_in_batch
-    )
+    loss = causal_loss(outputs.last_hidden_state, self.lm_head, labels, shifted, num_items_in_batch)
     return MoeCausalLMOutputWithPast(
         loss=loss,  # pyright: ignore[reportArgumentType]
         past_key_values=outputs.past_key_values,
@@ -214,7 +213,7 @@ def _forward(
 
 def causal_loss(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: nn.Linear | PartialHead,
     labels: torch.Tensor,
     shifted: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
@@ -223,18 +222,19 @@ def causal_loss(
 
     Args:
         hidden: [batch, tokens, width].
-        weight: [vocab, width].
+        head: lm_head, [vocab, width], or the part of it that this process holds.
         labels: int64 [batch, tokens], label t is the token at t; -100 is ignored.
         shifted: the labels shifted so that label t is the token after t, if already available.
         num_items_in_batch: divisor of the sum; None divides by the number of labels here.
     """
     if shifted is None:
         shifted = shift_labels(labels)
-    shifted = shifted.reshape(-1).to(hidden.device)
+    shifted, weight = shifted.reshape(-1).to(hidden.device), head.weight
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    total = linear_cross_entropy(hidden.flatten(0, 1), weight, shifted)
+    sum_losses = head.sum_losses if isinstance(head, PartialHead) else linear_cross_entropy
+    total = sum_losses(hidden.flatten(0, 1), weight, shifted)
     if num_items_in_batch is None:
         return total / count_supervised(shifted)
     if isinstance(num_items_in_batch, torch.Tensor):

@@ -72,14 +72,16 @@ def load_model(
 ) -> GptOssForCausalLM:
     """Open a gpt-oss checkpoint, upstream's (MXFP4) or one of stage 02 or 03, frozen.
 
-    Experts stay in four bits in either case.
+    Experts stay in four bits in either case. Inside `using(experts=..., vocabulary=...)` the model
+    has, and reads, only this process's experts and rows of embedding and lm_head; its passes run
+    inside the same setting.
 
     Returns:
         The model in eval mode on `device`, in `compute_dtype(device)`.
 
     Raises:
         StageError: See `packed_config`; or tensors are missing, unexpected, truncated or of the
-            wrong shape.
+            wrong shape, in whatever part of the checkpoint; or the experts cannot be split evenly.
     """
     device = device or default_device()
     config = packed_config(directory)

@@ -6,6 +6,9 @@ keep the checkpoint's names, shapes and layout, so loading only copies bytes. Th
 `kernels/experts/op.py`: on a GPU weights are decoded as they are multiplied, on a CPU one expert at
 a time.
 
+A module that is made inside `using(experts=...)` holds only this process's experts. Its passes run
+inside the same setting, whose exchange computes the others' share in the processes that hold them.
+
 transformers registers them as the experts implementation `sparselong`, which a packed model's
 configuration names. If the experts are not packed, its function raises and names the fix.
 """
@@ -21,20 +24,24 @@ from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from sparselong.checkpoint import expert_shapes
 from sparselong.kernels import ExpertStack, PackedWeight
 from sparselong.kernels.experts import ALPHA, LIMIT, NO_ADAPTERS, Adapters, expert_mlp
+from sparselong.model.part import Part
 from sparselong.packing import mxfp4
+from sparselong.runtime import current
 
 IMPLEMENTATION = "sparselong"
 
 
-class PackedExperts(nn.Module):
-    """Packed experts of one layer; see the module docstring."""
+class PackedExperts(Part):
+    """Packed experts of one layer, or the part of them that `using(experts=...)` says."""
 
     def __init__(self, config: GptOssConfig):
-        super().__init__()
-        self.num_experts = config.num_local_experts
+        exchange, self.num_experts = current().experts, config.num_local_experts
+        whole = range(self.num_experts)
+        super().__init__(exchange.held(len(whole)) if exchange else whole, len(whole))
         self.alpha, self.limit = ALPHA, LIMIT
         self._sound_scales: tuple[tuple[int, int], ...] | None = None
-        for name, shape in expert_shapes(config).items():
+        for name, (_, *shape) in expert_shapes(config).items():
+            shape = (len(self.held), *shape)
             if name.endswith("_bias"):
                 parameter = nn.Parameter(torch.empty(shape), requires_grad=False)
                 self.register_parameter(name, parameter)
@@ -80,19 +87,20 @@ class PackedExperts(nn.Module):
             routing_weights: [tokens, top_k].
             adapters: low-rank adapters of gate_up and down, applied alongside the weights.
 
+        If this process holds only some of the layer's experts, the call is collective.
+
         Raises:
-            ValueError: A scale is NaN, or an argument's shape or dtype does not fit.
+            ValueError: A scale is NaN, an argument's shape or dtype does not fit, or the pass's
+                setting `experts` is not that with which the module was made.
         """
+        exchange = current().experts
+        self.check_setting("experts", exchange)
         self._check_scales()
-        return expert_mlp(
-            hidden_states,
-            router_indices,
-            routing_weights,
-            self.stack(),
-            adapters,
-            alpha=self.alpha,
-            limit=self.limit,
-        )
+        call = (hidden_states, router_indices, routing_weights, self.stack(), adapters)
+        gate: dict[str, Any] = {"alpha": self.alpha, "limit": self.limit}
+        if exchange is None or self.is_whole:
+            return expert_mlp(*call, **gate)
+        return exchange.run(*call, experts=self.num_experts, **gate)
 
 
 def refuse_unpacked(experts: nn.Module, *_: Any, **__: Any) -> NoReturn:

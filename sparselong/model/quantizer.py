@@ -3,6 +3,7 @@
 Importing `sparselong` registers the quantization method `sparselong`. Before weights are loaded,
 the quantizer replaces the attention projections by PackedLinear and the experts by PackedExperts,
 and raises unless the checkpoint holds exactly these tensors (stored.py); they then load by name.
+Inside `using(experts=..., vocabulary=...)` only this process's part of them is read (part.py).
 Nothing is decoded or falls back to bf16; the format and size of each group of weights are printed
 to stderr. If the model attends through `sparselong`, its
 norms and rotary embeddings are fused too (fused.py).
@@ -13,7 +14,9 @@ The same quantizer opens an upstream checkpoint with packed experts (`weight_bit
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
 import torch
@@ -28,7 +31,9 @@ from sparselong.errors import StageError
 from sparselong.model.description import describe_weights
 from sparselong.model.packed_experts import IMPLEMENTATION, PackedExperts
 from sparselong.model.packed_linear import PackedLinear
+from sparselong.model.part import read_withheld, withhold
 from sparselong.model.stored import refuse_mismatch
+from sparselong.model.vocabulary import divide_vocabulary
 from sparselong.packing import DenseFormat, mxfp4, two_four
 
 _FIELDS: dict[str, tuple[int | str, ...]] = {
@@ -96,6 +101,17 @@ class SparseLongQuantizer(HfQuantizer):
     """Quantizer that installs packed modules before loading; gradients flow through them."""
 
     quantization_config: SparseLongConfig
+    _directory: Path
+    _is_partial: bool = False
+
+    def __init__(self, quantization_config: SparseLongConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._withheld: dict[str, torch.Tensor] = {}
+
+    @property
+    def _has_sparse_experts(self) -> bool:
+        """Whether experts are stored in 2:4 form."""
+        return self.quantization_config.expert_sparsity == "2:4"
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the model's dtype; raise ValueError unless it is bfloat16 or float32."""
@@ -111,13 +127,23 @@ class SparseLongQuantizer(HfQuantizer):
     ) -> None:
         replace_with_packed(model, self.quantization_config.dense_format)
         if checkpoint_files:  # none if the caller passes a state dict
-            sparse_experts = self.quantization_config.expert_sparsity == "2:4"
-            refuse_mismatch(model, checkpoint_files, sparse_experts)
+            refuse_mismatch(model, checkpoint_files, self._has_sparse_experts)
+            self._directory = Path(checkpoint_files[0]).parent
+        self._withheld = withhold(model)
+        self._is_partial = bool(self._withheld)
+        if self._withheld and not checkpoint_files:
+            _refuse(
+                "a model that holds a part of the experts or the vocabulary cannot be opened",
+                "safetensors files, of which each process reads its part",
+                "a state dict",
+                "pass the checkpoint's directory to from_pretrained",
+            )
         # A shard that is hard-linked from the base still contains the dense weights that the packed
         # ones replace; the index does not list them.
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             r"self_attn\.[qkvo]_proj\.weight$",
+            *{rf"^{re.escape(name.rpartition('.')[0])}\." for name in self._withheld},
         }
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> None:
@@ -125,14 +151,17 @@ class SparseLongQuantizer(HfQuantizer):
         from sparselong.model.attention import NAME
         from sparselong.model.fused import fuse
 
+        if self._withheld:
+            read_withheld(model, self._withheld, self._directory, self._has_sparse_experts)
+            self._withheld = {}
         if model.config._attn_implementation == NAME:
             fuse(model)
         check_packed(model)
         print(describe_weights(model), file=sys.stderr, flush=True)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """Return the conversions that expand 2:4 experts while loading."""
-        if self.quantization_config.expert_sparsity == "none":
+        """Return the conversions that expand 2:4 experts while transformers loads them."""
+        if not self._has_sparse_experts or any("experts" in name for name in self._withheld):
             return []
         return [
             WeightConverter(
@@ -145,7 +174,7 @@ class SparseLongQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         """Return whether the loaded tensors can be saved as they are."""
-        return self.quantization_config.expert_sparsity == "none"
+        return not (self._has_sparse_experts or self._is_partial)
 
     @property
     def is_trainable(self) -> bool:
@@ -166,7 +195,8 @@ def check_packed(model: PreTrainedModel) -> None:
     """
     for path, module in model.named_modules():
         if isinstance(module, PackedExperts):
-            wanted = expert_shapes(cast(Any, model.config))
+            shapes = expert_shapes(cast(Any, model.config))
+            wanted = {name: (len(module.held), *shape[1:]) for name, shape in shapes.items()}
             kinds = {name: torch.uint8 for name in wanted if not name.endswith("_bias")}
         elif isinstance(module, PackedLinear):
             empty = module.fmt.empty(module.out_features, module.in_features)
@@ -202,13 +232,20 @@ def _check_codes(path: str, module: PackedExperts | PackedLinear) -> None:
             _refuse(f"{path}.weight_mask is damaged", "2:4 patterns from 0 to 5", str(error))
 
 
-def _refuse(what: str, expected: str, found: str) -> NoReturn:
-    fix = "download the checkpoint again, or redo the stage that wrote it"
+def _refuse(
+    what: str,
+    expected: str,
+    found: str,
+    fix: str = "download the checkpoint again, or redo the stage that wrote it",
+) -> NoReturn:
     raise StageError(what, expected, found, fix)
 
 
 def replace_with_packed(model: nn.Module, fmt: DenseFormat) -> None:
     """Replace gpt-oss's experts, and its attention projections if packed, in place.
+
+    Inside `using(experts=..., vocabulary=...)` the experts, the embedding and lm_head that replace
+    the model's hold only this process's part.
 
     Raises:
         ValueError: The model has no gpt-oss experts.
@@ -228,3 +265,4 @@ def replace_with_packed(model: nn.Module, fmt: DenseFormat) -> None:
                 linear.in_features, linear.out_features, linear.bias is not None, fmt
             )
             setattr(attention, name, packed)
+    divide_vocabulary(model)

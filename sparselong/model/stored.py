@@ -16,6 +16,7 @@ from torch import nn
 
 from sparselong.checkpoint import Inventory, take_inventory
 from sparselong.errors import StageError
+from sparselong.model.part import Part
 
 _DTYPES = {
     **{"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64},
@@ -91,10 +92,13 @@ def _check_tensor(
 def _expected(
     model: nn.Module, sparse_experts: bool
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of each stored tensor by name."""
+    """Return dtype and shape of each stored tensor by name, whatever part the model holds."""
     wanted = {}
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, Part):
+            shape = (owner.total, *shape[1:])
         if sparse_experts and name.endswith("_proj_blocks"):
             stem = name.removesuffix("_blocks")
             wanted[f"{stem}_kept"] = tensor.dtype, (*shape[:-1], _KEPT_BYTES)

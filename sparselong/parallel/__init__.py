@@ -1,18 +1,18 @@
-"""Context and data parallelism: mesh, sequence shards, attention across shards, gradients, loss."""
+"""Several processes: mesh, sequence and vocabulary shards, collectives, gradients, loss."""
 
 from typing import TYPE_CHECKING
 
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.parallel.apply import share_batch
+    from sparselong.parallel.apply import replicate_rows, shard_model, share_batch
     from sparselong.parallel.collectives import (
         ExchangeError,
         all_gather,
         explain_exchange,
         progress,
     )
-    from sparselong.parallel.gradients import reduce_gradients
+    from sparselong.parallel.gradients import gradient_norm, reduce_gradients
     from sparselong.parallel.loss import (
         add_losses,
         count_step,

@@ -1,5 +1,7 @@
-"""Apply each kind of parallelism to a batch, in order.
+"""Apply each kind of parallelism to a model and to a batch, in order.
 
+    with using(**shard_model(mesh)):
+        model = from_pretrained(...)
     shard, changes = share_batch(batch, mesh, heads_k_stride)
     with using(**changes):
         model(**shard, num_items_in_batch=count).loss.backward()
@@ -15,8 +17,12 @@ from typing import Any
 
 import torch
 
+from sparselong.parallel.collectives import all_gather
+from sparselong.parallel.experts import ShardedExperts
 from sparselong.parallel.mesh import Mesh
+from sparselong.parallel.placement import Placement
 from sparselong.parallel.sequence import Context, shard_batch, take_layout
+from sparselong.parallel.vocabulary import ReplicatedVocabulary, ShardedVocabulary
 
 
 def share_batch(
@@ -41,4 +47,46 @@ def share_batch(
         shard = shard_batch(dict(batch), mesh)
         changes["sequence"] = Context(mesh, take_layout(shard, heads_k_stride))
         batch = shard
+    if mesh is not None and mesh.expert_size > 1:
+        changes |= shard_model(mesh, _count_rows(batch["input_ids"].numel(), mesh))
     return batch, changes
+
+
+def shard_model(mesh: Mesh | None, rows: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """Return changes for `runtime.using` that share experts and vocabulary over an expert group.
+
+    Args:
+        mesh: this process's place in the mesh; None or an expert size of 1: nothing is shared.
+        rows: number of tokens of each rank of the group in a pass; None: all have the same.
+    """
+    if mesh is None or mesh.expert_size == 1:
+        return {}
+    placement = Placement(mesh.expert_rank, mesh.expert_size)
+    return {
+        "experts": ShardedExperts(placement, mesh.expert_group, rows),
+        "vocabulary": ShardedVocabulary(placement, mesh.expert_group, rows),
+    }
+
+
+def replicate_rows(mesh: Mesh) -> dict[str, Any]:
+    """Return the same changes for passes without gradients in which all ranks have the same rows.
+
+    A model is opened with them too.
+    """
+    placement = Placement(mesh.expert_rank, mesh.expert_size)
+    return {
+        "experts": ShardedExperts(placement, mesh.expert_group, replicated=True),
+        "vocabulary": ReplicatedVocabulary(placement, mesh.expert_group),
+    }
+
+
+def _count_rows(tokens: int, mesh: Mesh) -> tuple[int, ...] | None:
+    """Return the number of tokens of each rank of the expert group; None if all have the same.
+
+    Ranks that share sequences have equal shards, so that nothing is exchanged.
+    """
+    if mesh.context_size % mesh.expert_size == 0:
+        return None
+    counts = all_gather(torch.tensor([tokens]), mesh.expert_group, "row counts")
+    found = tuple(int(count) for count in counts)
+    return None if len(set(found)) == 1 else found

@@ -103,6 +103,34 @@ def start_all_to_all(
     return Pending(explain_exchange(tag, start), rows, received, tag)
 
 
+def start_all_gather(tensor: torch.Tensor, group: Group, tag: str) -> Pending:
+    """Send this rank's tensor to every rank; all must have the same shape and dtype.
+
+    Args:
+        tensor: contiguous, on the group's device; must not be modified before `wait`.
+        group: the process group, of P ranks.
+        tag: the tag under which `count_bytes` counts.
+
+    Returns:
+        The running exchange of [P, *tensor.shape], in rank order.
+
+    Raises:
+        ExchangeError: a rank is gone, or did not take part in time.
+    """
+    _begin(tag)
+    size = dist.get_world_size(group)
+    record_bytes(tensor.numel() * tensor.element_size() * (size - 1), tag)
+    received = tensor.new_empty(size, *tensor.shape)
+    # torch 2.13 renamed it; 2.11 knows only the old name.
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+    def start() -> Any:
+        # Flat, because gloo takes only an output whose first axis is `size` times the input's.
+        return gather(received.view(-1), tensor.view(-1), group=group, async_op=True)
+
+    return Pending(explain_exchange(tag, start), tensor, received, tag)
+
+
 def all_gather(tensor: torch.Tensor, group: Group, tag: str) -> list[torch.Tensor]:
     """Gather every rank's tensor, in rank order; all must have the same shape and dtype.
 
@@ -168,9 +196,12 @@ def explain_exchange(tag: str, call: Callable[[], Any]) -> Any:
 
     Raises:
         ExchangeError: a rank is gone, or did not take part in time.
+        torch.OutOfMemoryError: this rank has no memory for the exchange.
     """
     try:
         return call()
+    except torch.OutOfMemoryError:  # this rank's own failure, not one of the exchange
+        raise
     except RuntimeError as error:  # torch.distributed raises this for every backend failure
         first = str(error).strip().split("\n")[0]
         raise ExchangeError(

@@ -6,18 +6,36 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.processes import world
-    from sparselong.processes.failure import TrainerEnded, tell_failures, write_failure
+    from sparselong.processes.failure import (
+        TrainerEnded,
+        end_at_once,
+        tell_failures,
+        telling_memory,
+        write_failure,
+    )
     from sparselong.processes.follow import follow_or_lead, train_together
     from sparselong.processes.launch import (
+        World,
         check_alone,
         check_cores,
+        check_launcher,
+        evaluation_world,
         find_world,
         hide_launcher,
         is_joined,
+        is_one_machine,
         joined_rank,
+        local_rank,
         usable_cores,
     )
     from sparselong.processes.process import MARK
+    from sparselong.processes.sharing import (
+        Sharing,
+        available_bytes,
+        decide_evaluation_sharing,
+        decide_sharing,
+        decided_sharing,
+    )
     from sparselong.processes.world import check_replicas
 
 __getattr__ = expose(__name__)

@@ -11,8 +11,11 @@ their failures are marked as a consequence.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,10 +47,34 @@ def tell_failures(work: Path, rank: int = 0) -> None:
     sys.excepthook = hook
 
 
+def end_at_once() -> None:
+    """Make an uncaught exception exit at once, so that backend threads cannot delay the exit."""
+    tell = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        tell(kind, error, trace)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    sys.excepthook = hook
+
+
 def write_failure(work: Path, rank: int, failure: ExpectedError) -> None:
     """Write a failure for the stage's process to report."""
     document = {**failure.explanation(), "consequence": failure.consequence}
     failure_path(work, rank).write_text(json.dumps(document), encoding="utf-8")
+
+
+@contextmanager
+def telling_memory() -> Iterator[None]:
+    """Raise a GPU's lack of memory as a StageError with plan and use, for all ranks to see."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(error) from error
 
 
 def read_failure(work: Path, rank: int = 0) -> StageError | None:
@@ -84,15 +111,35 @@ def explain(error: BaseException, work: Path) -> ExpectedError | None:
     import torch  # here, so that the stage's process can read failures without importing torch
 
     if isinstance(error, torch.OutOfMemoryError):
-        return StageError(
-            "the GPU ran out of memory",
-            "enough memory for the model and one micro-batch",
-            str(error).splitlines()[0],
-            "lower sequence_len or micro_batch_size, or set training.gradient_checkpointing=true",
-        )
+        return _out_of_memory(error)
     if is_disk_full(error):
         return _disk_is_full(work, str(error).splitlines()[0])
     return None
+
+
+def _out_of_memory(error: BaseException) -> StageError:
+    """Return the failure of a GPU without memory, with what was planned and what was in use."""
+    import torch
+
+    from sparselong.memory import format_bytes
+    from sparselong.processes.sharing import decided_sharing
+
+    plan, expected = decided_sharing(), "enough memory for the model and one micro-batch"
+    if plan is not None:
+        expected = f"a peak of {format_bytes(plan.predicted_peak_bytes)} by the plan"
+        if plan.available_bytes is not None:
+            expected += f", of at least {format_bytes(plan.available_bytes)} available on each GPU"
+    found = (str(error) or type(error).__name__).splitlines()[0]
+    if torch.cuda.is_available():
+        peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+        allocated, reserved = map(format_bytes, peaks)
+        found = f"{allocated} allocated and {reserved} reserved at most; {found}"
+    return StageError(
+        "the GPU ran out of memory",
+        expected,
+        f"{found} (plan: {format_bytes(plan.predicted_peak_bytes)})" if plan else found,
+        "lower sequence_len or micro_batch_size, or set training.gradient_checkpointing=true",
+    )
 
 
 def _disk_is_full(work: Path, found: str) -> StageError:

@@ -1,11 +1,13 @@
 """Run a stage in several processes started by torchrun: rank 0 leads, the others follow.
 
-Rank 0 runs the stage. The other ranks cannot know when training begins, or whether it begins at all
-(the stage may be up to date, or refuse the config). Rank 0 therefore reports its status through
-torchrun's rendezvous store: `train`, and finally `ended` with its exit code.
+Rank 0 runs the stage. The other ranks cannot know when the ranks' work (training, or evaluating)
+begins, or whether it begins at all (the stage may be up to date, or refuse the config). Rank 0
+therefore reports its status through torchrun's rendezvous store: `train`, and finally `ended` with
+its exit code.
 
 A process whose trainer fails also writes the failure to the store, because torchrun then ends the
-other processes by a signal, which does not tell the cause.
+other processes by a signal, which does not tell the cause, and on other machines not at all. What
+several machines need beside that is in machines.py.
 """
 
 from __future__ import annotations
@@ -14,12 +16,21 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from sparselong.config import load
+from sparselong.config import Config, load
 from sparselong.errors import ExpectedError, StageError
-from sparselong.processes.launch import joined_rank
+from sparselong.processes import machines
+from sparselong.processes.launch import (
+    World,
+    find_world,
+    is_one_machine,
+    joined_rank,
+    joined_world,
+    local_rank,
+)
 from sparselong.processes.process import train_ranks
 from sparselong.registration import move_caches, set_streams
 from sparselong.run import Stage, interruptible, parse_arguments
@@ -36,6 +47,7 @@ def follow_or_lead(
     argv: list[str] | None,
     run: Callable[[list[str] | None], int],
     trainer: Callable[[Stage], Sequence[str]],
+    check: Callable[[Config], object],
 ) -> int:
     """Run this process's part of a stage that torchrun started in several processes.
 
@@ -43,17 +55,35 @@ def follow_or_lead(
         name: name of the stage.
         argv: the command line, the same in all processes.
         run: runs the stage; called on rank 0.
-        trainer: returns the Python arguments that train a rank; called on the other ranks.
+        trainer: returns the Python arguments that run a rank; called on the other ranks.
+        check: raises if the processes do not fit the config; called on each of several machines.
 
     Returns:
         The exit code.
     """
     try:
         _check_launcher(name)
+        if not is_one_machine():
+            _meet(name, argv, check)
         return _lead(name, argv, run) if joined_rank() == 0 else _follow(name, argv, trainer)
+    except machines.MachinesError as error:
+        print(error.show(), file=sys.stderr, flush=True)
+        return error.exit_code
     except ExpectedError as error:
         print(error, file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def _meet(name: str, argv: list[str] | None, check: Callable[[Config], object]) -> None:
+    """Raise on every machine if they do not fit together, or one refuses the config."""
+    arguments = parse_arguments(name, "", argv)
+    refused = None
+    if local_rank() == 0:
+        try:
+            check(load(arguments.config, arguments.overrides))
+        except ExpectedError as error:
+            refused = error
+    machines.meet(*_store(name), machines.Place.of_process(refused))
 
 
 def _lead(name: str, argv: list[str] | None, run: Callable[[list[str] | None], int]) -> int:
@@ -62,29 +92,39 @@ def _lead(name: str, argv: list[str] | None, run: Callable[[list[str] | None], i
         code = run(argv)
     finally:
         _set_status(name, f"ended {code}")
+        store, key = _store(name)
+        store.set(f"{key}/ended", str(code))
     return code
 
 
-def train_together(stage: Stage, arguments: Sequence[str]) -> None:
+def train_together(stage: Stage, arguments: Sequence[str], world: World | None = None) -> None:
     """Run `train_ranks`, coordinated with the other processes if torchrun started several.
 
     Args:
         stage: the running stage.
-        arguments: the Python arguments that train a rank.
+        arguments: the Python arguments that run a rank.
+        world: the processes that work together; None: those of `find_world`.
 
     Raises:
-        StageError: training failed here, or on another rank, which the message names.
+        StageError: a rank failed here, or elsewhere, which the message names.
     """
-    rank = joined_rank()
+    rank, world = joined_rank(), world or find_world(stage.config)
     if rank is None:
-        train_ranks(stage, arguments)
+        train_ranks(stage, arguments, world)
         return
-    if rank == 0:
-        _set_status(stage.name, _TRAIN)
     store, key = _store(stage.name)
+    if rank == 0:
+        if not is_one_machine():
+            machines.mark_directory(stage.dir, store, key)
+        _set_status(stage.name, _TRAIN)
     try:
-        with interruptible():
-            train_ranks(stage, arguments)
+        with interruptible(), ExitStack() as stack:
+            if not is_one_machine():
+                own, _ = _store(stage.name)
+                stack.enter_context(machines.stopped_with_others(own, f"{key}/failure"))
+                machines.find_directory(stage.dir, store, key)
+                machines.gather(store, f"{key}/ready")
+            train_ranks(stage, arguments, world)
     except ExpectedError as error:
         store.compare_set(f"{key}/failure", "", json.dumps([error.what, error.found, error.fix]))
         raise
@@ -111,14 +151,27 @@ def _follow(name: str, argv: list[str] | None, trainer: Callable[[Stage], Sequen
         stage = Stage(name, load(arguments.config, arguments.overrides), arguments.run_dir)
         move_caches(stage.run_dir / "cache", [stage.config.model.base])
         try:
-            train_together(stage, trainer(stage))
+            train_together(stage, trainer(stage), joined_world(stage.config))
         except KeyboardInterrupt as signalled:
             print(f"rank {joined_rank()} was interrupted: {signalled}", file=sys.stderr, flush=True)
             return 1
-        return 0
+        if is_one_machine():
+            return 0
+        code = _await_end(store, key)
     if code != "0":
         print(f"rank {joined_rank()}: rank 0 failed, see its message", file=sys.stderr)
     return int(code)
+
+
+def _await_end(store: TCPStore, key: str) -> str:
+    """Return rank 0's exit code; this machine may hold the store, which rank 0 needs until then."""
+    from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]
+
+    try:
+        store.wait([f"{key}/ended"], _PATIENCE)
+        return store.get(f"{key}/ended").decode()
+    except DistError:  # rank 0's machine held it, and torchrun has ended there
+        return "1"
 
 
 def _set_status(name: str, status: str) -> None:

@@ -1,13 +1,15 @@
-"""Find the processes that train together, and those that this one starts. Needs no torch.
+"""Find the processes that work together, and those that this one starts. Needs no torch.
 
     python 0N_stage.py              one process, or `sequence_parallel_degree` on this machine
     torchrun ... 0N_stage.py        the processes that torchrun (or accelerate) started, on one or
-                                    several machines: data ranks times the degree
+                                    several machines: stage 03 takes data ranks times the degree,
+                                    as many on each machine; what shares a sequence, or experts, is
+                                    on one
 
-Either way each rank trains in its own process, separate from the stage's (process.py). Under
+Either way each rank has its own process, separate from the stage's (process.py). Under
 torchrun only the first process runs the stage: it locks, prepares, writes and publishes. The other
 processes wait until it reports that training begins, then start their rank's trainer (follow.py).
-All machines must share the file system of the run directory.
+All machines must share the file system of the run directory, which machines.py makes sure of.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ def check_alone() -> None:
     rank = joined_rank()
     if rank is not None:
         raise ConfigError(
-            f"only 03_finetune.py runs in several processes (this is rank {rank})",
+            f"only 03_finetune.py and 04_eval.py run in several processes (this is rank {rank})",
             "one process",
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
             "start it with python, not torchrun, and with WORLD_SIZE unset",
@@ -119,22 +121,98 @@ def find_world(config: Config) -> World:
     """Return the processes that the config and torchrun's environment variables specify.
 
     Raises:
-        ConfigError: torchrun's number of processes is not a multiple of sequence_parallel_degree,
-            or its variables are not valid.
+        ConfigError: torchrun's variables are not valid, or sequence_parallel_degree or
+            expert_parallel_degree does not divide the number of processes on a machine.
     """
     degree, rank = config.sequence_parallel_degree, joined_rank()
     if rank is None:
+        _check_expert_groups(config, degree, "")
         return World(degree, {rank: rank for rank in range(degree)}, degree, joined=False)
-    size = int(os.environ["WORLD_SIZE"])
-    if size % degree:
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    if here % degree:
         raise ConfigError(
-            f"{size} processes cannot form groups of {degree} (this is rank {rank})",
-            f"a multiple of sequence_parallel_degree: {degree} processes",
-            f"WORLD_SIZE={size}",
+            f"{here} process{'es' * (here > 1)} of one machine cannot form groups of {degree} that "
+            f"share a sequence (this is rank {rank})",
+            f"a multiple of sequence_parallel_degree: {degree} processes on each machine",
+            f"LOCAL_WORLD_SIZE={here}, WORLD_SIZE={os.environ['WORLD_SIZE']}",
             f"torchrun --nproc_per_node={degree}, or another sequence_parallel_degree",
         )
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
-    return World(size, {rank: int(os.environ["LOCAL_RANK"])}, here, joined=True)
+    return joined_world(config)
+
+
+def evaluation_world(config: Config, gpus: int) -> World:
+    """Return the processes that evaluate together.
+
+    Any number of processes that torchrun started will do. Without torchrun there are as many as
+    share a sequence in stage 03, or experts if those are more, but no more than GPUs. On a CPU
+    there are several only if `expert_parallel_degree` is their number.
+
+    Args:
+        config: the config of the run.
+        gpus: number of GPUs that this process can use; 0 on a CPU machine.
+
+    Raises:
+        ConfigError: as from `find_world`, except that the size may be any.
+    """
+    if joined_rank() is not None:
+        return joined_world(config)
+    shared = 1 if config.expert_parallel_degree == "auto" else config.expert_parallel_degree
+    size = min(max(config.sequence_parallel_degree, shared), gpus) if gpus else shared
+    _check_expert_groups(config, size, "")
+    return World(size, {rank: rank for rank in range(size)}, size, joined=False)
+
+
+def check_launcher(config: Config) -> None:
+    """Raise if a launcher's variables are not valid, or its processes do not fit the config.
+
+    Raises:
+        ConfigError: as from `joined_rank` and `joined_world`.
+    """
+    if joined_rank() is not None:
+        joined_world(config)
+
+
+def joined_world(config: Config) -> World:
+    """Return the processes that torchrun started, of which this is one.
+
+    Raises:
+        ConfigError: expert_parallel_degree does not divide the number of processes on a machine.
+    """
+    rank, here = joined_rank(), int(os.environ["LOCAL_WORLD_SIZE"])
+    assert rank is not None, "torchrun started this process"
+    _check_expert_groups(config, here, f" (this is rank {rank})")
+    local = {rank: int(os.environ["LOCAL_RANK"])}
+    return World(int(os.environ["WORLD_SIZE"]), local, here, joined=True)
+
+
+def local_rank() -> int:
+    """Return this process's number among those that torchrun started on its machine."""
+    return 0 if joined_rank() is None else int(os.environ["LOCAL_RANK"])
+
+
+def is_one_machine() -> bool:
+    """Return whether all processes that torchrun started are on this machine."""
+    return joined_rank() is None or os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+
+
+def _check_expert_groups(config: Config, here: int, who: str) -> None:
+    """Raise if the processes of this machine cannot form groups that share experts.
+
+    Raises:
+        ConfigError: `expert_parallel_degree` is a number that does not divide theirs.
+    """
+    degree = config.expert_parallel_degree
+    if degree == "auto" or here % degree == 0:
+        return
+    divisors = ", ".join(str(n) for n in range(1, here + 1) if here % n == 0)
+    raise ConfigError(
+        f"{here} process{'es' * (here > 1)} of one machine cannot form groups of {degree} that "
+        f"share experts{who}",
+        f"expert_parallel_degree: auto, or a divisor of {here}: {divisors}",
+        f"expert_parallel_degree: {degree}",
+        f"set expert_parallel_degree=auto, or start a multiple of {degree} processes: "
+        f"torchrun --nproc_per_node={degree} ...",
+    )
 
 
 def usable_cores() -> int:

@@ -29,7 +29,7 @@ from pathlib import Path
 from sparselong.errors import StageError
 from sparselong.memory import ALLOCATOR
 from sparselong.processes.failure import TrainerEnded, failure_path, read_failure
-from sparselong.processes.launch import find_world, joined_rank, rank_environments
+from sparselong.processes.launch import World, joined_rank, rank_environments
 from sparselong.processes.output import cause_of
 from sparselong.registration import OutputError
 from sparselong.run import Stage
@@ -110,20 +110,20 @@ class _Trainer:
         self.listener.join(_SETTLE_SECONDS)
 
 
-def train_ranks(stage: Stage, arguments: Sequence[str]) -> None:
+def train_ranks(stage: Stage, arguments: Sequence[str], world: World) -> None:
     """Run the stage's trainer on each rank that this process starts.
 
     Args:
         stage: the running stage.
         arguments: the Python arguments, the same for each rank.
+        world: the processes that work together.
 
     Raises:
-        ConfigError: the number of processes does not fit the config.
-        StageError: training failed.
+        StageError: a rank failed.
     """
     import torch  # here, so that refusing a config needs no torch
 
-    environments = rank_environments(find_world(stage.config), torch.cuda.device_count())
+    environments = rank_environments(world, torch.cuda.device_count())
     run_trainer(stage, [sys.executable, *arguments], environments)
 
 
@@ -172,7 +172,7 @@ def _explain(
     own = [pair for pair in failures if pair[1] is None or not pair[1].consequence]
     trainer, failure = (own or failures)[0]
     if failure is None:
-        who = f"rank {trainer.rank} of the trainer" if several else "the trainer"
+        who = f"rank {trainer.rank} of {stage.name}" if several else "the trainer"
         return TrainerEnded(
             f"{who} ended with {_name(trainer.process.returncode)}",
             "exit code 0",

@@ -97,6 +97,7 @@ class _Watch:
         self.failure: dict[str, Any] | None = None
         self.seen: dict[int, tuple[str, float]] = {}
         self.counts: tuple[tuple[int, ...], float] = ((), time.monotonic())
+        self.before, _ = progress()  # in an earlier block ranks may differ
         self.thread = threading.Thread(target=self._run, name="watch_ranks", daemon=True)
 
     def stop(self) -> None:
@@ -160,7 +161,7 @@ class _Watch:
 
     def _look(self, beats: int) -> None:
         begun, tag = progress()
-        mine = {"beat": beats, "begun": begun, "tag": tag}
+        mine = {"beat": beats, "begun": begun - self.before, "tag": tag}
         self.store.set(f"{self.rank}", json.dumps(mine))
         if self.store.check([_FAILURE]):
             self.failure = json.loads(self.store.get(_FAILURE))

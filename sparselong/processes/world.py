@@ -14,7 +14,7 @@ ranks wait for it in a separate process group, which the watch does not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
@@ -35,11 +35,24 @@ _mesh: Mesh | None = None
 _watch = ExitStack()
 
 
-def join(context_size: int, exchange_seconds: float = EXCHANGE_SECONDS) -> Mesh:
-    """Join the other ranks, named by torchrun's environment variables, and remove the variables.
+def connect() -> None:
+    """Find the other ranks, named by torchrun's environment variables.
+
+    Ranks can then collect values, for example to decide how to `join`.
+    """
+    # Small CPU tensors are sent over gloo even on machines with GPUs.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+
+
+def join(
+    context_size: int, expert_size: int = 1, exchange_seconds: float = EXCHANGE_SECONDS
+) -> Mesh:
+    """Join the other ranks, and remove torchrun's environment variables.
 
     Args:
         context_size: number of ranks that share a sequence.
+        expert_size: number of ranks that share experts and vocabulary.
         exchange_seconds: timeout of an exchange. The backend's own timeout is twice as long,
             because its error would name no rank.
 
@@ -47,10 +60,10 @@ def join(context_size: int, exchange_seconds: float = EXCHANGE_SECONDS) -> Mesh:
         This process's place in the mesh.
     """
     global _mesh
-    # Small CPU tensors are sent over gloo even on machines with GPUs.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
-    _mesh = build_mesh(context_size, timedelta(seconds=2 * exchange_seconds))
+    if not dist.is_initialized():
+        connect()
+    timeout = timedelta(seconds=2 * exchange_seconds)
+    _mesh = build_mesh(context_size, timeout, expert_size=expert_size)
     hide_launcher()
     return _mesh
 
@@ -111,7 +124,7 @@ def first_alone() -> Iterator[None]:
 
 def collect(value: object) -> list:
     """Gather every rank's value, in rank order."""
-    if _mesh is None:
+    if not dist.is_initialized():
         return [value]
     values: list[object] = [None] * dist.get_world_size()
     explain_exchange("collecting", lambda: dist.all_gather_object(values, value))
@@ -135,31 +148,45 @@ def merge_peaks(peaks: dict[str, int]) -> dict[str, int]:
     return merged
 
 
-def check_replicas(tensors: Mapping[str, torch.Tensor], step: int) -> None:
-    """Raise unless every rank's adapters, masks and scales have the same fingerprints.
+def holds_first_replica() -> bool:
+    """Return whether no lower rank holds the same experts as this process."""
+    return _mesh is None or dist.get_rank(_mesh.replica_group) == 0
+
+
+def check_replicas(
+    tensors: Mapping[str, torch.Tensor], step: int, sharded: Container[str] = ()
+) -> None:
+    """Raise unless ranks that hold the same adapters, masks and scales have the same fingerprints.
 
     Every rank computes them from the same values; they are never sent. Without this check a rank
     that diverged would keep training unnoticed, because only rank 0 logs and writes.
 
     Args:
-        tensors: the replicated tensors by name, in the same order on every rank.
+        tensors: the trained tensors by name, in the same order on every rank.
         step: the optimizer step, for the message.
+        sharded: names of those that are compared only with the ranks that hold the same experts.
 
     Raises:
-        StageError: on every rank, naming the ranks that differ from rank 0 and the first tensor.
+        StageError: on every rank, naming the ranks that differ from the first one that holds the
+            same, and the first such tensor.
     """
     if _mesh is None:
         return
     mine = torch.stack([_fingerprint(tensor) for tensor in tensors.values()])
-    prints = [each.cpu() for each in all_gather(mine, _mesh.world_group, "replica check")]
-    differ = [(each != prints[0]).tolist() for each in prints]
-    others = [str(rank) for rank, marks in enumerate(differ) if any(marks)]
+    prints = [each.tolist() for each in all_gather(mine, _mesh.world_group, "replica check")]
+    others = []
+    for rank, each in enumerate(prints):
+        firsts = (rank % _mesh.expert_size if name in sharded else 0 for name in tensors)
+        models = (prints[first][place] for place, first in enumerate(firsts))
+        differing = [n for n, a, b in zip(tensors, each, models, strict=True) if a != b]
+        if differing:
+            others.append((rank, differing[0]))
     if others:
-        first = next(n for n, *marks in zip(tensors, *differ, strict=True) if any(marks))
         raise StageError(
             f"the ranks' adapters or masks differ at step {step}",
-            "the same values on every rank as on rank 0",
-            f"different values on rank {', '.join(others)}, first in {first}",
+            "the same values on every rank that holds them",
+            f"different values on rank {', '.join(str(rank) for rank, _ in others)}, first in "
+            f"{min((name for _, name in others), key=list(tensors).index)}",
             "run the same command again; if it happens again, a GPU may be faulty: use other GPUs",
         )
 

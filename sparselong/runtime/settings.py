@@ -50,11 +50,61 @@ class SequenceShard(Protocol):
 
 
 class ExpertExchange(Protocol):
-    """The experts that this process holds, and the exchange of tokens with other processes."""
+    """The experts that this process holds, and the exchange of rows with those that hold others.
+
+    A model that is opened while the setting applies holds only these experts; its passes need it.
+    """
+
+    def held(self, experts: int) -> range:
+        """Return which of a layer's experts this process holds."""
+        ...
+
+    def run(
+        self,
+        x: torch.Tensor,
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+        stack: Any,
+        adapters: Any,
+        *,
+        experts: int,
+        alpha: float,
+        limit: float,
+    ) -> torch.Tensor:
+        """Return all experts' weighted sum for this process's rows.
+
+        The arguments are those of `kernels.experts.expert_mlp`, with the held experts in the stack
+        and the adapters, and the layer's number of experts.
+        """
+        ...
 
 
 class VocabularyExchange(Protocol):
-    """The vocabulary shard that this process holds, and how losses over shards are combined."""
+    """The vocabulary shard that this process holds, and how results over shards are combined.
+
+    Tables are the rows of embedding and lm_head that this process holds. A model that is opened
+    while the setting applies holds only these rows; its passes need it.
+    """
+
+    def held(self, vocab: int) -> range:
+        """Return which of the vocabulary's rows this process holds."""
+        ...
+
+    def embed(self, ids: torch.Tensor, table: torch.Tensor, vocab: int) -> torch.Tensor:
+        """Return the embeddings of this process's tokens, [..., width]."""
+        ...
+
+    def sum_losses(
+        self, hidden: torch.Tensor, table: torch.Tensor, labels: torch.Tensor, vocab: int
+    ) -> torch.Tensor:
+        """Return the summed cross-entropy of this process's rows, as `linear_cross_entropy`."""
+        ...
+
+    def score(
+        self, hidden: torch.Tensor, table: torch.Tensor, labels: torch.Tensor, vocab: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each row's log-probability of its label, and the token of its largest logit."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,9 @@ def test_yaml_values_are_read_as_intended(tmp_path):
             "experts:\n  sparsity: '2:4'\nlora:\n  expert_targets: [down_proj]\n  expert_r: 8\n",
             ["experts.sparsity: none", "dropped"],
         ),
+        ("lora:\n  expert_dtype: bfloat16\n", ["bfloat16 has no effect"]),
+        ("expert_parallel_degree: all\n", ["line 1", "'auto'", "integer", "'all'"]),
+        ("expert_parallel_degree: 0\n", ["line 1", "'auto'", "greater than or equal to 1"]),
         ("training:\n  logging_steps: 7\n", ["multiple", "logging_steps"]),
         ("profile: fast\n", ["profile", "quick_test"]),
     ],
@@ -140,6 +143,7 @@ def keep(key: str, *overrides: str) -> Config:
         ("keep_attention", "training.gradient_checkpointing=false", "gradient_checkpointing"),
         ("keep_experts", "training.gradient_checkpointing=false", "gradient_checkpointing"),
         ("keep_attention", "flash_attention=false", "flash_attention"),
+        ("keep_experts", "expert_parallel_degree=2", "2 processes share the experts"),
     ],
 )
 def test_always_is_refused_for_what_cannot_be_kept(key, override, why):
@@ -159,6 +163,18 @@ def test_always_is_accepted_for_what_can_be_kept():
         always = {key for key in asked if getattr(config.training, key) == "always"}
         assert always and not always & set(config.nothing_to_keep("cuda"))
         assert set(config.nothing_to_keep("cpu")) == set(asked)
+
+
+def test_shared_experts_keep_nothing():
+    """With `auto`, the number of processes is known only where the stage runs."""
+    config = load(CONFIGS / "gpt-oss-20b-1x3090.yaml")
+    assert config.expert_parallel_degree == "auto" and not config.nothing_to_keep("cuda")
+    assert not config.nothing_to_keep("cuda", 1)
+    assert list(config.nothing_to_keep("cuda", 4)) == ["keep_experts"]
+    number = load(CONFIGS / "gpt-oss-20b-1x3090.yaml", ["expert_parallel_degree=4"])
+    assert number.expert_parallel_degree == 4
+    assert list(number.nothing_to_keep("cuda")) == ["keep_experts"]
+    assert not number.nothing_to_keep("cuda", 1)
 
 
 def test_missing_file():

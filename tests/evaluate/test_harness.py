@@ -69,9 +69,10 @@ def test_answers_follow_the_models_likelihoods(harness, suite, model, tokenizer,
     result = harness.measure(model, suite)["demo_hellaswag"]
     rows = read_items(folder)[:ITEMS]
     right, right_norm = [], []
-    for row in rows:
+    for row, kept in zip(rows, result["log_likelihoods"], strict=True):
         context = f"{row['activity_label']}: {row['ctx_a']}"
         scores = ending_log_likelihoods(model, tokenizer, context, row["endings"])
+        assert kept == pytest.approx(scores, rel=1e-5)
         right.append(int(max(range(4), key=scores.__getitem__) == row["label"]))
         per_byte = [s / len(e.encode()) for s, e in zip(scores, row["endings"], strict=True)]
         right_norm.append(int(max(range(4), key=per_byte.__getitem__) == row["label"]))
@@ -87,6 +88,32 @@ def test_second_model_gets_the_same_requests_with_examples_too(harness, model, t
     suite = harness.load_suite(config, tmp_path, tokenizer)
     first, second = (harness.measure(model, suite)["demo_hellaswag"] for _ in range(2))
     assert first == second
+
+
+def test_answers_of_other_processes_give_the_same_figures(harness, model, tokenizer, tmp_path):
+    """lm-eval asks for tokens, which ranks answer, and makes the figures of a whole model."""
+    from sparselong.evaluate import scoring
+    from sparselong.evaluate.spread import Spread
+
+    config = load_config("evaluation.num_fewshot=1", "evaluation.limit=4")
+    suite = harness.load_suite(config, tmp_path, tokenizer)
+    positions = model.config.max_position_embeddings
+    requests = harness.list_requests(suite, positions)
+    assert len(requests) == 4 * 4 and harness.list_requests(suite, positions) == requests
+    answers = scoring.score(model, requests, 3, Spread())
+    ((_, ours),) = harness.grade(suite, positions, answers).items()
+    ((_, theirs),) = harness.measure(model, suite).items()
+    pairs = zip(ours.pop("log_likelihoods"), theirs.pop("log_likelihoods"), strict=True)
+    assert all(item == pytest.approx(other, rel=1e-6) for item, other in pairs)
+    assert ours == theirs
+    worst = [(-score, is_greedy) for score, is_greedy in answers]
+    ((_, reversed_),) = harness.grade(suite, positions, worst).items()
+    assert reversed_["right"] != theirs["right"]
+
+
+def test_a_text_longer_than_the_model_supports_loses_its_beginning(harness, suite):
+    whole, cut = (harness.list_requests(suite, positions) for positions in (4096, 20))
+    assert [request.tokens[-21:] for request in whole] == [request.tokens for request in cut]
 
 
 def test_items_carry_their_right_answer(harness, suite, folder):

@@ -1,6 +1,7 @@
 """What layers keep depends on the GPU's available memory and is equal on all ranks."""
 
 import pytest
+import torch
 
 from sparselong import memory
 from sparselong.config.schema import load
@@ -21,8 +22,8 @@ def decide(asked: str, size: int) -> keeping.Keeping:
 @pytest.fixture
 def card(monkeypatch):
     """A 24 GiB GPU with 10 GiB free and 13 GiB reserved by this process."""
-    monkeypatch.setattr(keeping.torch.cuda, "mem_get_info", lambda: (10 * GIB, 24 * GIB))
-    monkeypatch.setattr(keeping.torch.cuda, "memory_reserved", lambda: 13 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 13 * GIB)
     return 23 * GIB + memory.CONTEXT_BYTES
 
 

@@ -58,6 +58,7 @@ class Training(MaskedTraining):
         self.data_collator = self.eval_data_collator = lengths
         self._train_batch_size = 2
         self.progress, self.mesh, self.bake_only = Progress(), None, False
+        self.model = torch.nn.Linear(1, 1)
         self.state = SimpleNamespace(global_step=3, max_steps=10, best_model_checkpoint=None)
         self.control = SimpleNamespace(should_training_stop=False, should_log=True)
 
@@ -123,6 +124,21 @@ def test_each_data_rank_has_its_own_batches():
         every.append([int(batch["labels"]) for batch in training.get_train_dataloader()])
     assert len(every[0]) == len(every[1]) == 3
     assert sorted(every[0] + every[1]) == [-100, 1, 2, 3, 4, 5]  # one is the empty batch
+
+
+def test_every_data_rank_evaluates_as_many_batches():
+    """Ranks that share experts exchange rows in every pass; one without a batch gets padding."""
+    every = []
+    for rank in range(2):
+        training = Training()
+        training.mesh = SimpleNamespace(data_rank=rank, data_size=2)
+        training.eval_data_collator = lambda rows: {
+            "input_ids": torch.ones(len(rows), 5),
+            "labels": torch.tensor([len(row["labels"]) for row in rows]),
+        }
+        loader = training.get_eval_dataloader()
+        every.append([batch["labels"].tolist() for batch in loader])
+    assert every == [[[5, 3], [1]], [[2, 4], [-100, -100]]]
 
 
 def test_evaluation_covers_all_rows_in_order():
@@ -211,7 +227,7 @@ def test_only_the_first_rank_writes_and_all_know_the_best_checkpoint(calls, monk
     training.model.bias.requires_grad_(False)
     monkeypatch.setattr(MaskedTraining, "layers", {})
     world = SimpleNamespace(
-        check_replicas=lambda tensors, step: checked.append((set(tensors), step)),
+        check_replicas=lambda tensors, step, _: checked.append((set(tensors), step)),
         is_first=lambda: is_first,
         collect=lambda own: ["first's", own],
     )
@@ -221,6 +237,33 @@ def test_only_the_first_rank_writes_and_all_know_the_best_checkpoint(calls, monk
     assert checked == [({"weight"}, 3)]
     assert calls == (["written"] if is_first else [])
     assert training.state.best_model_checkpoint == "first's"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_of_shared_experts_count_once_and_all_are_clipped(calls, monkeypatch, shared):
+    training = Training(max_grad_norm=0.5)
+    training.model, training.mesh = torch.nn.Linear(2, 1), "mesh"
+    sharded = {"weight": training.model.weight} if shared else {}
+    monkeypatch.setattr(masked_trainer, "sharded_parameters", lambda model: sharded)
+    given = []
+
+    def norm(parameters, mesh, parts):
+        given.append(([*parameters], mesh, [*parts]))
+        return torch.tensor(2.0)
+
+    monkeypatch.setattr(masked_trainer, "gradient_norm", norm)
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", lambda self, model: "transformers' own")
+    weight, bias = training.model.weight, training.model.bias
+    weight.grad, bias.grad = torch.ones(1, 2), torch.ones(1)
+    found = training._clip_grad_norm(training.model)
+    if not shared:
+        assert found == "transformers' own" and not given
+        return
+    assert found == 2.0 and len(given) == 1
+    parameters, mesh, parts = given[0]
+    assert parameters == [weight, bias] and mesh == "mesh" and parts == [weight]
+    for grad in (weight.grad, bias.grad):
+        assert torch.allclose(grad, torch.full_like(grad, 0.25))
 
 
 def layer() -> SimpleNamespace:

@@ -214,7 +214,7 @@ def fake_trainer(**state) -> SimpleNamespace:
     model = SimpleNamespace(
         get_base_model=lambda: inner,
         modules=list,
-        save_pretrained=lambda path: Path(path).mkdir(),
+        save_pretrained=lambda path, state_dict: Path(path).mkdir(),
     )
     return SimpleNamespace(
         model=model,
@@ -223,6 +223,8 @@ def fake_trainer(**state) -> SimpleNamespace:
         state=SimpleNamespace(global_step=6, best_metric=0.5, **state),
         progress=Progress(),
         layers={},
+        mesh=None,
+        sharded={},
         newest="checkpoint-6",
         settings=lambda: using(attention_backend="triton", deterministic=True),
     )

@@ -86,7 +86,9 @@ def test_counts_and_sums_cover_all_ranks(monkeypatch):
         return tensor * 2
 
     monkeypatch.setattr(loss, "sum_over_ranks", add)
-    mesh = SimpleNamespace(context_size=1, data_size=2, data_group="data", world_group="world")
+    mesh = SimpleNamespace(
+        context_size=1, data_size=2, expert_size=1, data_group="data", world_group="world"
+    )
     training = Training(mesh)
     assert training.get_batch_samples(iter(step()), 2, None)[1] == 10
     assert training.progress.tokens == 24
@@ -116,7 +118,7 @@ def test_a_training_step_runs_forward_and_backward_under_its_settings(monkeypatc
     monkeypatch.setattr(
         apply, "shard_batch", lambda given, _: {**given, "cu_seqlens": torch.tensor([0, 4])}
     )
-    mesh = SimpleNamespace(context_size=2, data_size=1) if sharded else None
+    mesh = SimpleNamespace(context_size=2, data_size=1, expert_size=1) if sharded else None
     training = Training(mesh, deterministic=True)
     first = step()[0]
     take_tokens(first)
@@ -128,6 +130,6 @@ def test_a_training_step_runs_forward_and_backward_under_its_settings(monkeypatc
         assert settings.sequence.mesh is mesh
         assert settings.sequence.layout.boundaries == (0, 4)
         assert settings.sequence.layout.heads_k_stride == 2
-        assert reduced[0][1] is mesh
+        assert reduced[0][1] is mesh and [*reduced[0][2]] == []
     else:
         assert settings.sequence is None and inputs is first and not reduced

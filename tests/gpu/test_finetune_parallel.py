@@ -1,4 +1,5 @@
-"""Stage 03 over NCCL: one sequence on several GPUs trains as on one; a dead rank is named.
+"""Stage 03 over NCCL: one sequence on several GPUs trains as on one, also if they share experts and
+vocabulary; a dead rank is named.
 
 Uses four GPUs if available, otherwise two, and needs axolotl in addition to the machine's torch.
 The small model computes in bf16 here, so curves agree up to bf16 rounding, amplified over the
@@ -95,6 +96,7 @@ def alone(tmp_path_factory) -> Path:
 
 def copy_compressed(alone: Path, tmp_path: Path) -> Path:
     target = tmp_path / "run"
+    tmp_path.mkdir(exist_ok=True)
     shutil.copytree(alone, target, symlinks=True, ignore=shutil.ignore_patterns("03_finetune"))
     return target
 
@@ -135,8 +137,38 @@ def test_a_killed_rank_is_named_and_half_the_gpus_resume(alone, tmp_path):
     os.kill(victim, signal.SIGKILL)
     assert process.wait(60) == 1
     print(f"ended {time.monotonic() - killed:.1f} s after the rank")
-    assert f"rank {rank} of the trainer ended with signal SIGKILL" in told(run_dir)
+    assert f"rank {rank} of 03_finetune ended with signal SIGKILL" in told(run_dir)
     assert not ranks_of(run_dir)
     run(run_dir, "03_finetune", f"sequence_parallel_degree={DEGREE // 2}")
     assert "resuming from checkpoint-4" in told(run_dir)
     assert_same_curve(run_dir, alone)
+
+
+ADAPTED = [
+    *("lora.expert_targets=[gate_up_proj, down_proj]", "lora.expert_r=4", "lora.router=true"),
+    *("lora.expert_dtype=bfloat16", "training.optimizer=adamw_bnb_8bit"),
+]
+
+
+@pytest.mark.timeout(700)
+def test_gpus_that_share_experts_train_as_one_and_one_bakes_the_same(alone, tmp_path):
+    """One GPU reads the adapters and the 8-bit states that several wrote."""
+    one, shared = (copy_compressed(alone, tmp_path / name) for name in ("one", "shared"))
+    run(one, "03_finetune", "sequence_parallel_degree=1", *ADAPTED)
+    degrees = (f"sequence_parallel_degree={DEGREE}", f"expert_parallel_degree={DEGREE}")
+    run(shared, "03_finetune", *degrees, *ADAPTED)
+    assert_same_curve(shared, one)
+    sharing = json.loads((shared / "03_finetune/receipt.json").read_text())
+    assert sharing["expert_parallel_degree"]["chosen"] == DEGREE
+    assert sharing["expert_parallel_degree"]["available_bytes"] > 10 * 2**30
+    again = tmp_path / "again"
+    shutil.copytree(shared, again, symlinks=True)
+    stage = again / "03_finetune"
+    shutil.rmtree(stage / "model")
+    for name in ("baked.json", "manifest.json"):
+        (stage / name).unlink()
+    run(again, "03_finetune", "sequence_parallel_degree=1", *ADAPTED)
+    files = [*(stage / "model").glob("*.safetensors")]
+    assert files and "resuming from checkpoint-8" in told(again)
+    for path in files:
+        assert path.read_bytes() == (shared / path.relative_to(again)).read_bytes(), path.name

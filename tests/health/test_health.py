@@ -64,12 +64,9 @@ def test_120b_without_a_gpu_says_what_is_missing():
     assert failures(BIG, NONE) == {"CUDA driver", "GPU", "sequence parallel", "attention kernel"}
     found = rows["GPU"].found
     plan = memory.make_plan(BIG)
-    assert plan.sharded
-    stages = ("02_compress", "03_finetune", "04_eval")
-    one = max(plan.stage_memory(name)[1] for name in stages) / GIB
-    each = plan.sharded.peak_bytes / GIB
-    assert f"4 GPUs (compute capability 8.0 or newer) with {one:.2f} GiB free on each" in found
-    assert f"{each:.2f} GiB on each once experts and vocabulary are sharded" in found
+    each, whole = plan.memory.peak_bytes / GIB, plan.replicated.peak_bytes / GIB
+    assert f"4 GPUs (compute capability 8.0 or newer) with {each:.2f} GiB free on each" in found
+    assert f"sharded over them (replicated: {whole:.2f} GiB)" in found
 
 
 def test_20b_without_a_gpu_fails_even_with_eager_attention():
@@ -77,14 +74,46 @@ def test_20b_without_a_gpu_fails_even_with_eager_attention():
     assert {"CUDA driver", "GPU"} <= failures(eager, NONE)
 
 
-def test_120b_on_four_3090_shares_the_sequence_but_not_yet_the_weights():
+def test_120b_on_four_3090_shares_sequence_experts_and_vocabulary():
     rows = judge(BIG, FOUR_3090)
-    assert failures(BIG, FOUR_3090) == {"GPU memory"}
+    assert failures(BIG, FOUR_3090) == set()
     assert "4 GPUs share each sequence" in rows["sequence parallel"].found
+    assert rows["expert parallel"].found.startswith("4 processes share experts and vocabulary")
+    assert "does not fit with a margin" in rows["expert parallel"].found
     assert rows["collectives"].found.endswith("nccl in use")
-    assert "once experts and vocabulary are sharded" in rows["GPU memory"].found
     assert rows["peer access"].status == "ok"
     assert {f"GPU {index}" for index in range(4)} <= set(rows)
+    plan = plan_for(BIG, FOUR_3090)
+    assert plan.expert_parallel == plan.evaluation_parallel == 4
+    text = report.plan_text(report.build(BIG, FOUR_3090, plan, list(rows.values())))
+    assert "replicated     sharded" in text and "Chosen for experts and vocabulary: sharded" in text
+
+
+def test_120b_replicated_on_four_3090_says_what_is_missing_and_that_sharding_fits():
+    row = judge(load("gpt-oss-120b-4x3090", "expert_parallel_degree=1"), FOUR_3090)["GPU memory"]
+    assert row.status == "fail" and "GiB short" in row.found
+    assert "with experts and vocabulary sharded" in row.found
+
+
+def test_experts_that_fit_are_not_shared():
+    four = load("gpt-oss-20b-1x3090", "sequence_parallel_degree=4")
+    row = judge(four, FOUR_3090)["expert parallel"]
+    assert row.status == "ok" and row.found.startswith("off: each process holds all experts")
+    assert failures(four, FOUR_3090) == set()
+
+
+def test_a_number_of_sharing_processes_is_checked_against_gpus_and_launcher():
+    two = load("gpt-oss-120b-4x3090", "expert_parallel_degree=2")
+    assert failures(two, FOUR_3090) == {"GPU memory"}
+    few = judge(load("gpt-oss-20b-1x3090", "expert_parallel_degree=4"), machine([gpu()]))
+    assert few["expert parallel"].status == "fail"
+    assert "here: 1 usable GPU" in few["expert parallel"].found
+    row = judge(load("gpt-oss-20b-1x3090", "expert_parallel_degree=4"), FOUR_3090)
+    assert row["expert parallel"].status == "warn"
+    assert row["expert parallel"].fix == "torchrun --nproc_per_node=4 03_finetune.py"
+    bare = dataclasses.replace(FOUR_3090, torch=Torch("2.13.0", "13.0", 4, False, True))
+    shared = load("gpt-oss-20b-1x3090", "expert_parallel_degree=4")
+    assert judge(shared, bare)["collectives"].status == "fail"
 
 
 def test_a_split_sequence_is_checked_against_gpus_heads_and_collectives():
@@ -249,9 +278,10 @@ def test_sources_and_licence():
 
 
 def test_report_is_json_and_fits_its_width():
-    plan = plan_for(BIG, FOUR_3090)
-    rows = check(BIG, FOUR_3090, plan)
-    document = report.build(BIG, FOUR_3090, plan, rows)
+    config = load("gpt-oss-120b-4x3090", "expert_parallel_degree=1")
+    plan = plan_for(config, FOUR_3090)
+    rows = check(config, FOUR_3090, plan)
+    document = report.build(config, FOUR_3090, plan, rows)
     assert json.loads(json.dumps(document))["ready"] is False
     text = f"{report.rows_text(document)}\n{report.plan_text(document)}"
     assert max(map(len, text.splitlines())) <= 100

@@ -38,6 +38,9 @@ REFUSED = [
     *("model.tiny_layers=0", "model.tiny_steps=-1", "calibration.samples=0"),
     *("calibration.sequence_len=1", "calibration.dampening=0", "shared_dense.group_size=48"),
     *("experts.weight_bits=8", "model.revision="),
+    *("expert_parallel_degree=0", "expert_parallel_degree=-1", "expert_parallel_degree=1.5"),
+    *("expert_parallel_degree=all", "expert_parallel_degree=true", "expert_parallel_degree="),
+    *("lora.expert_dtype=float16", "lora.expert_dtype=bfloat16"),
 ]
 
 
@@ -77,6 +80,9 @@ MODEL_DEPENDENT = [
     (["calibration.sequence_len=131073"], ["calibration.sequence_len", "131,072"]),
     (["sequence_parallel_degree=2", "heads_k_stride=4"], ["heads_k_stride"]),
     (["model.tiny_layers=4", "lora.r=128"], []),
+    (["expert_parallel_degree=8"], []),
+    (["expert_parallel_degree=3"], ["expert_parallel_degree", "8 experts", "1, 2, 4, 8"]),
+    (["expert_parallel_degree=16"], ["expert_parallel_degree", "8 experts"]),
 ]
 
 

@@ -210,7 +210,7 @@ def test_a_tokenizer_without_offsets_is_refused(folder, monkeypatch):
     from transformers import AutoTokenizer
 
     slow = SimpleNamespace(is_fast=False, chat_template="x")
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda directory: slow)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda directory, **_: slow)
     assert "no offsets" in refusal(folder)
 
 

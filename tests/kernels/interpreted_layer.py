@@ -15,7 +15,8 @@ import json
 import numpy
 import torch
 
-from sparselong.kernels.layer import cross_entropy, rotary
+from sparselong.kernels.layer import cross_entropy, cross_entropy_shard, rotary
+from sparselong.kernels.layer import cross_entropy_shard_triton as shard_kernels
 from sparselong.kernels.layer import cross_entropy_triton as cross_entropy_kernels
 from sparselong.kernels.layer import norm as rms_norm
 from tests.poisoned import PoisonedTorch
@@ -133,12 +134,49 @@ def softmax_cases() -> dict[str, list[float]]:
     return found
 
 
+def shard_cases() -> dict[str, list[float]]:
+    """The softmax over logits that are split into shards, one of them without columns."""
+    found = {}
+    for name, rows, widths, scale in (
+        ("one_shard", 3, (100,), 1.0),
+        ("uneven", 5, (70, 4097, 0, 33), 3.0),
+        ("large", 2, (2500, 2500), 100.0),
+    ):
+        vocab = sum(widths)
+        logits, targets = torch.randn(rows, vocab) * scale, torch.randint(0, vocab, (rows,))
+        targets[0], targets[1] = vocab - 1, 0
+        leaf = logits.double().requires_grad_()
+        identity = torch.eye(vocab, dtype=torch.float64)
+        loss = linear_cross_entropy_reference(leaf, identity, targets)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        shards = [part.contiguous() for part in logits.split(widths, 1)]
+        firsts = [sum(widths[:n]) for n in range(len(widths))]
+        statistics = torch.full((len(widths), rows, 3), float("nan"))
+        for shard, first, into in zip(shards, firsts, statistics, strict=True):
+            shard_kernels.statistics_kernel[(rows,)](
+                shard, targets, into, shard.shape[1], first, BLOCK=4096
+            )
+        losses, normalizers = cross_entropy_shard.combine_statistics(statistics)
+        for shard, first in zip(shards, firsts, strict=True):
+            grid = (rows, -(-shard.shape[1] // 64))
+            if shard.numel():
+                shard_kernels.gradient_kernel[grid](
+                    shard, targets, normalizers, shard.shape[1], first, BLOCK=64
+                )
+        got = torch.cat(shards, 1).double()
+        found[f"shard_{name}"] = [
+            (losses.double().sum() - loss).abs().item() / loss.item(),
+            ((got - gradient).norm() / gradient.norm()).item(),
+        ]
+    return found
+
+
 def main() -> None:
     torch.manual_seed(0)
-    for module in (rms_norm, rotary, cross_entropy):
+    for module in (rms_norm, rotary, cross_entropy, cross_entropy_shard):
         module.torch = Poisoned()
     numpy.seterr(all="ignore")
-    print(json.dumps(norm_cases() | rotary_cases() | softmax_cases()))
+    print(json.dumps(norm_cases() | rotary_cases() | softmax_cases() | shard_cases()))
 
 
 if __name__ == "__main__":

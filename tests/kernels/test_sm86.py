@@ -19,6 +19,7 @@ from sparselong.kernels.attention import triton_backward as attention_backward
 from sparselong.kernels.attention import triton_forward as attention_kernels
 from sparselong.kernels.attention import triton_split as attention_split
 from sparselong.kernels.attention.tiles import FLOAT32, FLOAT32_WINDOW, SPLIT, TILES, Tile
+from sparselong.kernels.layer import cross_entropy_shard_triton as cross_entropy_shard_kernels
 from sparselong.kernels.layer import cross_entropy_triton as cross_entropy_kernels
 from sparselong.kernels.layer import norm_triton as norm_kernels
 from sparselong.kernels.layer import rotary_triton as rotary_kernels
@@ -172,6 +173,8 @@ NEIGHBOURS = [
     ),
     (rotary_kernels.rotate_kernel, {"BACK": True, "TOKENS": 4, "HEADS": 8, "BLOCK": 32}, 4),
     (cross_entropy_kernels.softmax_kernel, {"NEEDS_GRADIENT": True, "BLOCK": 4096}, 8),
+    (cross_entropy_shard_kernels.statistics_kernel, {"BLOCK": 4096}, 8),
+    (cross_entropy_shard_kernels.gradient_kernel, {"BLOCK": 4096}, 8),
 ]
 
 
@@ -179,7 +182,9 @@ NEIGHBOURS = [
 @pytest.mark.parametrize(("kernel", "constants", "warps"), NEIGHBOURS, ids=lambda v: str(v)[:40])
 def test_norm_rotary_and_loss_kernels_fit_a_3090(kernel, constants, warps, dtype):
     """Compile norm, rotary and loss as launched in gpt-oss's shape."""
-    fixed = {"inverse_ptr": "fp32", "dweight_ptr": "fp32", "target_ptr": "i64", "loss_ptr": "fp32"}
+    fixed = {"target_ptr": "i64"} | dict.fromkeys(
+        ("inverse_ptr", "dweight_ptr", "loss_ptr", "statistics_ptr", "normalizer_ptr"), "fp32"
+    )
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:

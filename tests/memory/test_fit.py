@@ -6,6 +6,7 @@ import pytest
 
 from sparselong import memory
 from sparselong.config import schema as config_module
+from sparselong.errors import StageError
 from sparselong.memory import Kept, fit, training
 
 GIB = 2**30
@@ -103,8 +104,9 @@ def test_65536_tokens_fit_only_with_checkpoints_in_host_memory():
     assert memory.format_bytes(saved) in told[0]
     assert told[1].startswith("attention_backend=triton saves")
     both = "with all other changes, sequence_len="
-    length = int(told[-1].removeprefix(both).split()[0])
-    assert told[-1].startswith(both) and length > 50_000
+    length = int(told[-2].removeprefix(both).split()[0])
+    assert told[-2].startswith(both) and length > 50_000
+    assert told[-1].startswith("sequence_parallel_degree=2 on 2 GPUs saves")
     both = ("training.offload_checkpoints=true", "attention_backend=triton")
     assert peak(f"sequence_len={length}", *both) <= budget
 
@@ -140,19 +142,30 @@ def test_suggested_changes_keep_their_promises(overrides, first):
 
 
 def test_no_change_fits_a_model_that_is_too_large():
+    """Even eight GPUs with 12 GiB each hold too much of the model."""
+    config = load("model.base=openai/gpt-oss-120b")
+    told = memory.suggest_changes(BIG, config, 12 * GIB)
+    assert told and not any(text.endswith(" fits") for text in told)
+    with pytest.raises(StageError) as refused:
+        fit.check_fit(BIG, config, 1, 12 * GIB)
+    assert refused.value.fix.endswith("use a larger GPU or a smaller model")
+
+
+def test_120b_on_one_card_is_told_to_use_four():
     config = load("model.base=openai/gpt-oss-120b")
     told = memory.suggest_changes(BIG, config, fit.CARD_BYTES)
-    assert told and not any(text.endswith(" fits") for text in told)
+    assert [text for text in told if text.endswith(" fits")] == [told[-1]]
+    assert told[-1].startswith("sequence_parallel_degree=4 on 4 GPUs saves")
 
 
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
         (["sequence_len=131072"], ["18.08 GiB short", "sequence_len=44928 instead of 131072 fits"]),
-        (["model.base=openai/gpt-oss-120b"], ["short", "no change of the config is enough"]),
+        (["model.base=openai/gpt-oss-120b"], ["short", "sequence_parallel_degree=4 on 4 GPUs"]),
         (
             ["model.base=openai/gpt-oss-120b", "training.offload_checkpoints=true"],
-            ["short; no change of the config is enough"],
+            ["short; sequence_parallel_degree=4 on 4 GPUs saves"],
         ),
     ],
 )

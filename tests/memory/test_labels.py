@@ -50,5 +50,5 @@ def test_changing_labels_changes_no_figure(monkeypatch, tmp_path):
     for key in labels.LABELS:
         monkeypatch.setitem(labels.LABELS, key, f"renamed {key}")
     assert figures() == before
-    shown = stages.evaluate_memory(memory.PUBLISHED["openai/gpt-oss-20b"], CONFIGS["20b"], "cuda")
+    shown = stages.evaluation_memory(memory.PUBLISHED["openai/gpt-oss-20b"], CONFIGS["20b"], "cuda")
     assert all(name.startswith("renamed ") for name in labels.label(shown))

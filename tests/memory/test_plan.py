@@ -143,21 +143,6 @@ def test_activations_and_loss_reproduce_the_measured_20b_peaks(tokens, measured_
     assert peak / GIB == pytest.approx(measured_gib, rel=0.02)
 
 
-def test_sharded_120b_weights_and_checkpoints():
-    """16.55 GiB with bf16 attention, 0.79 GiB of checkpoints, 0.18 of LoRA; it fits 23.6 GiB."""
-    sharded = training.finetune_memory(
-        BIG, CONFIG, sharded=True, kept=training.Kept(attention=True)
-    )
-    parts = sharded.components
-    weights = parts["experts"] + parts["embedding"]
-    weights += parts["small"] + 2 * BIG.attention_weights
-    assert weights / GIB == pytest.approx(16.55, abs=0.01)
-    assert parts["checkpoints"] / GIB == pytest.approx(0.79, abs=0.005)
-    assert parts["lora"] / GIB == pytest.approx(0.18, abs=0.005)
-    assert sharded.devices == 4 and sharded.peak_bytes < 23.6 * GIB
-    assert sharded.peak_bytes / GIB == pytest.approx(20.1, abs=0.05), "README says so"
-
-
 def test_the_sequence_is_sharded_and_the_model_replicated():
     present = training.finetune_memory(BIG, CONFIG)
     assert present.devices == 4
@@ -199,7 +184,7 @@ def test_eager_attention_and_kept_activations_cost_more():
 def test_evaluation_grows_with_the_batch_until_it_is_full():
     def parts(batch):
         config = load("gpt-oss-20b-1x3090", f"evaluation.batch_size={batch}")
-        return stages.evaluate_memory(SMALL, config, "cuda")
+        return stages.evaluation_memory(SMALL, config, "cuda")
 
     assert 13 * GIB < sum(parts(1).values()) < sum(parts(8).values()) < 24 * GIB
     live = [parts(batch)["live"] for batch in (8, 16, 32)]

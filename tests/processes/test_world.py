@@ -14,7 +14,14 @@ from sparselong.config.schema import Config, load
 from sparselong.errors import ConfigError, StageError
 from sparselong.processes import follow
 from sparselong.processes.failure import failure_path
-from sparselong.processes.launch import World, find_world, joined_rank, rank_environments
+from sparselong.processes.launch import (
+    World,
+    check_launcher,
+    evaluation_world,
+    find_world,
+    joined_rank,
+    rank_environments,
+)
 from sparselong.processes.process import run_trainer
 from sparselong.run import Stage
 from tests.conftest import ROOT
@@ -69,10 +76,70 @@ def test_under_torchrun_a_process_starts_its_own_rank(monkeypatch):
     assert rank_environments(world, gpus=4) == {6: {"CUDA_VISIBLE_DEVICES": "2"}}
 
 
-def test_a_world_size_not_divisible_by_the_degree_is_refused_naming_the_rank(monkeypatch):
-    join_torchrun(monkeypatch, rank=1, size=6, local=1, here=6)
-    with pytest.raises(ConfigError, match=r"6 processes cannot form groups of 4 .*rank 1"):
+@pytest.mark.parametrize(("size", "here"), [(6, 6), (4, 2), (12, 6)])
+def test_a_sequence_must_stay_on_one_machine(monkeypatch, size, here):
+    join_torchrun(monkeypatch, rank=1, size=size, local=1, here=here)
+    with pytest.raises(ConfigError) as refused:
         find_world(config("sequence_parallel_degree=4"))
+    assert f"{here} processes of one machine cannot form groups of 4" in refused.value.what
+    assert "rank 1" in refused.value.what and f"WORLD_SIZE={size}" in refused.value.found
+
+
+@pytest.mark.parametrize("degree", ["auto", "1", "2", "4"])
+def test_processes_of_one_machine_form_groups_that_share_experts(monkeypatch, degree):
+    keys = ("sequence_parallel_degree=4", f"expert_parallel_degree={degree}")
+    assert find_world(config(*keys)).size == 4
+    join_torchrun(monkeypatch, rank=6, size=8, local=2, here=4)
+    keys = ("sequence_parallel_degree=1", f"expert_parallel_degree={degree}")
+    assert find_world(config(*keys)).here == 4
+
+
+@pytest.mark.parametrize(("size", "here", "degree"), [(8, 4, 8), (6, 6, 4), (4, 4, 3)])
+def test_an_expert_group_must_divide_the_processes_of_a_machine(monkeypatch, size, here, degree):
+    join_torchrun(monkeypatch, rank=1, size=size, local=1, here=here)
+    with pytest.raises(ConfigError) as refused:
+        find_world(config(f"expert_parallel_degree={degree}"))
+    assert f"{here} processes of one machine cannot form groups of {degree}" in refused.value.what
+    assert "rank 1" in refused.value.what and "auto" in refused.value.fix
+
+
+def test_an_expert_group_must_divide_the_processes_that_the_script_starts():
+    with pytest.raises(ConfigError) as refused:
+        find_world(config("sequence_parallel_degree=2", "expert_parallel_degree=4"))
+    assert "2 processes" in refused.value.what and "torchrun" in refused.value.fix
+    with pytest.raises(ConfigError, match="1 process of one machine"):
+        find_world(config("expert_parallel_degree=2"))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "keys", "size"),
+    [
+        (0, (), 1),
+        (0, ("sequence_parallel_degree=4",), 1),
+        (0, ("expert_parallel_degree=2",), 2),
+        (8, (), 1),
+        (8, ("sequence_parallel_degree=4",), 4),
+        (2, ("sequence_parallel_degree=4",), 2),
+        (4, ("sequence_parallel_degree=4", "expert_parallel_degree=2"), 4),
+        (4, ("expert_parallel_degree=2",), 2),
+    ],
+)
+def test_evaluation_uses_the_gpus_of_training_that_are_there(gpus, keys, size):
+    world = evaluation_world(config(*keys), gpus)
+    assert world == World(size, {rank: rank for rank in range(size)}, size, joined=False)
+
+
+def test_evaluation_takes_any_number_of_processes_from_torchrun(monkeypatch):
+    join_torchrun(monkeypatch, rank=5, size=6, local=2, here=3)
+    world = evaluation_world(config("sequence_parallel_degree=4"), gpus=3)
+    assert world == World(6, {5: 2}, 3, joined=True)
+    with pytest.raises(ConfigError, match="3 processes of one machine cannot form groups of 2"):
+        check_launcher(config("expert_parallel_degree=2"))
+
+
+def test_evaluation_refuses_fewer_gpus_than_share_experts():
+    with pytest.raises(ConfigError, match="1 process of one machine cannot form groups of 2"):
+        evaluation_world(config("expert_parallel_degree=2"), gpus=1)
 
 
 def run_ranks(stage: Stage, code: str, ranks=THREE) -> StageError:
@@ -100,7 +167,7 @@ def failure_code(stage: Stage, what: str, consequence: bool = False) -> str:
 def test_a_killed_rank_is_named_and_the_others_are_stopped(stage):
     code = f"# {stage.dir}\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(120)"
     failure = run_ranks(stage, code)
-    assert failure.what == "rank 1 of the trainer ended with signal SIGKILL"
+    assert failure.what == "rank 1 of 03_finetune ended with signal SIGKILL"
     assert "log.rank1.txt" in failure.fix
 
 
@@ -194,12 +261,12 @@ def test_a_rank_stopped_by_torchrun_names_the_one_that_failed(stage, monkeypatch
             follow.train_together(stage, ["-c", "pass"])
         return str(ended.value)
 
-    def be_ended(_: Stage, arguments: list[str]) -> None:
-        assert arguments == ["-c", "pass"]
+    def be_ended(_: Stage, arguments: list[str], world: World) -> None:
+        assert arguments == ["-c", "pass"] and world.size == 2
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-    def fail(_: Stage, arguments: list[str]) -> None:
+    def fail(*_: object) -> None:
         raise StageError("rank 1: it broke", "e", "a loss of NaN", "x")
 
     assert train_as(0, be_ended) == "SIGTERM"  # the stage explains it
@@ -210,15 +277,16 @@ def test_a_rank_stopped_by_torchrun_names_the_one_that_failed(stage, monkeypatch
 
 
 @pytest.mark.timeout(180)
-def test_under_torchrun_every_process_ends_when_the_stage_refuses(tmp_path):
+@pytest.mark.parametrize("name", ["03_finetune", "04_eval"])
+def test_under_torchrun_every_process_ends_when_the_stage_refuses(tmp_path, name):
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
-        *(str(ROOT / "03_finetune.py"), "--config", str(ROOT / "configs/tiny.yaml")),
+        *(str(ROOT / f"{name}.py"), "--config", str(ROOT / "configs/tiny.yaml")),
         *("--run-dir", str(tmp_path / "run"), "sequence_parallel_degree=2"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
     assert ended.returncode == 1
-    assert ended.stderr.count("03_finetune needs 02_compress") == 1
+    assert ended.stderr.count(f"{name} needs 02_compress") == 1
     assert "rank 1: rank 0 failed, see its message" in ended.stderr
-    assert not Path(tmp_path / "run/03_finetune/axolotl.yaml").exists()
+    assert not Path(tmp_path / f"run/{name}").exists()

@@ -16,6 +16,7 @@ from sparselong.run.stages import STAGES, Declaration, deciding_sections, stage_
 TINY = str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")
 CHANGED = {
     "sequence_parallel_degree": "2",
+    "expert_parallel_degree": "1",
     "heads_k_stride": "2",
     "ring_attn_func": "varlen_llama3",  # the only value so far
     "training.gradient_checkpointing": "true",

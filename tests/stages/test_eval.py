@@ -5,7 +5,12 @@ the first must equal the base in every figure, the second must not.
 """
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,7 @@ from sparselong.config import schema as config_module
 from sparselong.provenance import describe_files
 from sparselong.run.directory import FORMAT_VERSION
 from sparselong.run.stages import stage_hash
-from tests.conftest import load_script
+from tests.conftest import ROOT, load_script
 
 eval_script = load_script("04_eval")
 
@@ -103,6 +108,50 @@ def test_finished_results_are_kept_and_changed_models_measured_again(run_dir, ar
     assert eval_script.main([*arguments, "--run-dir", str(copy)]) == 0
     before, after = read_metrics(run_dir)["perplexity"], read_metrics(copy)["perplexity"]
     assert after == {**before, "compressed": 12345.0}
+
+
+def rank_ids(folder: Path) -> dict[str, int]:
+    """Process id by rank."""
+    listed = subprocess.run(
+        ["pgrep", "-f", f"evaluate.rank {folder}"], capture_output=True, text=True
+    )
+    found = {}
+    for process in listed.stdout.split():
+        environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        (rank,) = (each[5:].decode() for each in environment if each.startswith(b"RANK="))
+        found[rank] = int(process)
+    return found
+
+
+@pytest.mark.timeout(400)
+def test_two_processes_that_share_a_model_have_the_same_figures(run_dir, arguments, tmp_path):
+    """Also after one of them was killed, which is named; models measured before it are kept."""
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "04_eval")
+    command = [sys.executable, str(ROOT / "04_eval.py"), *arguments, "--run-dir", str(copy)]
+    command.append("expert_parallel_degree=2")
+    scores = copy / "04_eval/base.scores.json"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not scores.exists():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.02)
+        os.kill(rank_ids(copy / "04_eval")["1"], signal.SIGKILL)
+        _, told = process.communicate()
+    assert process.returncode == 1
+    assert "2 processes: 2 share experts and vocabulary" in told
+    assert "error:    rank 1 of 04_eval ended with signal SIGKILL" in told
+
+    assert eval_script.main([*arguments, "--run-dir", str(copy), "expert_parallel_degree=2"]) == 0
+    log = (copy / "04_eval/log.txt").read_text()
+    assert "only experts 4 to 7 of 8" in (copy / "04_eval/log.rank1.txt").read_text()
+    assert log.count("base: loaded") == 1
+    wanted, found = read_metrics(run_dir), read_metrics(copy)
+    assert found["tasks"] == wanted["tasks"]
+    for name, perplexity in wanted["perplexity"].items():
+        assert found["perplexity"][name] == pytest.approx(perplexity, rel=1e-6)
+    left = {path.name for path in (copy / "04_eval").iterdir()}
+    assert not [name for name in left if "scores" in name or name == "work.json"]
 
 
 @pytest.mark.parametrize("missing", ["02_compress", "03_finetune"])

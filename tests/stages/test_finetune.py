@@ -1,5 +1,5 @@
-"""Stage 03 end to end: trained, killed, resumed, split over four processes and then two,
-and opened with transformers."""
+"""Stage 03 end to end: trained, killed, resumed, split over four processes and then over two that
+share experts and vocabulary, baked again by one, and opened with transformers."""
 
 import datetime
 import json
@@ -17,8 +17,8 @@ import pytest
 
 from tests.conftest import ROOT, load_script
 
-# Axolotl is started five times: three times for half a minute on an idle machine, and for a minute
-# each in four and in two processes.
+# Axolotl is started six times: four times for half a minute or less on an idle machine, and for a
+# minute each in four and in two processes.
 pytestmark = pytest.mark.timeout(900)
 
 TRAINING = [
@@ -137,8 +137,8 @@ def test_killed_run_bakes_the_same_model(runs):
 
 @pytest.fixture(scope="module")
 def split(runs, compressed, tmp_path_factory) -> tuple[Path, str, str]:
-    """A run in four processes, one of them killed, resumed in two: (run, stderr of the killed
-    run, stderr of the resumed run)."""
+    """A run in four processes, one of them killed, resumed in two that share experts and
+    vocabulary: (run, stderr of the killed run, stderr of the resumed run)."""
     (straight, *_), (_, arguments) = runs, compressed
     run_dir = tmp_path_factory.mktemp("split") / "run"
     shutil.copytree(straight, run_dir, symlinks=True, ignore=shutil.ignore_patterns("03_finetune"))
@@ -150,7 +150,8 @@ def split(runs, compressed, tmp_path_factory) -> tuple[Path, str, str]:
     os.kill(victim[0], signal.SIGKILL)
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and not trainers_of(run_dir)
-    two = command([*arguments, "sequence_parallel_degree=2"], run_dir)
+    shared = ["sequence_parallel_degree=2", "expert_parallel_degree=2"]
+    two = command([*arguments, *shared], run_dir)
     again = subprocess.run(two, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     return run_dir, told, again.stderr
@@ -161,7 +162,8 @@ def environment_of(process: int) -> list[bytes]:
 
 
 def test_four_processes_that_share_sequences_train_like_one(runs, split):
-    """Rows up to the checkpoint come from four processes, later ones from two.
+    """Rows up to the checkpoint come from four processes with all experts each, later ones from two
+    that share them.
 
     Another summation order changes the last bits. Once that flips a weight's code, which depends
     on the processor, a loss differs in its fourth digit. (Without codes, tests/distributed holds
@@ -185,12 +187,43 @@ def numbers_of(row: dict) -> dict:
 
 def test_a_dead_rank_is_named_and_another_number_of_ranks_resumes(split):
     run_dir, told, again = split
-    assert "error:    rank 2 of the trainer ended with signal SIGKILL" in told
+    assert "error:    rank 2 of 03_finetune ended with signal SIGKILL" in told
     assert "resuming from checkpoint-4" in again
     receipt = json.loads((run_dir / "03_finetune/receipt.json").read_text())
     assert (receipt["processes"], receipt["attention"]) == (2, "sparselong")
+    sharing = receipt["expert_parallel_degree"]
+    assert (sharing["asked"], sharing["chosen"]) == (2, 2)
     left = sorted(path.name for path in (run_dir / "03_finetune/checkpoints").glob("checkpoint-*"))
     assert left == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_one_process_bakes_the_same_from_a_checkpoint_of_shared_experts(
+    split, compressed, tmp_path
+):
+    """It reads adapters and optimizer states that two processes wrote, each with half of them."""
+    (run_dir, _, _), (_, arguments) = split, compressed
+    again = tmp_path / "run"
+    shutil.copytree(run_dir, again, symlinks=True)
+    stage = again / "03_finetune"
+    for path in (stage / "model", stage / "adapter"):
+        shutil.rmtree(path)
+    for name in ("baked.json", "manifest.json"):
+        (stage / name).unlink()
+    done = subprocess.run(command(arguments, again), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from checkpoint-6" in done.stderr and "step 6/6" not in done.stderr
+    files = [*(stage / "model").glob("*.safetensors"), *(stage / "adapter").glob("*.safetensors")]
+    assert len(files) == 8 + 2
+    for path in files:
+        assert path.read_bytes() == (run_dir / path.relative_to(again)).read_bytes(), path.name
+    ours, theirs = (
+        json.loads((folder / "03_finetune/baked.json").read_text()) for folder in (run_dir, again)
+    )
+    assert ours["baked_eval_loss"] == pytest.approx(theirs["baked_eval_loss"], rel=1e-5)
+    name = "model.layers.0.mlp.experts"
+    for weight, one in theirs["expert_rounding"][name].items():
+        assert ours["expert_rounding"][name][weight] == pytest.approx(one, rel=1e-9)
+    assert not (run_dir / "03_finetune/axolotl/adapter_model.safetensors").exists()
 
 
 def test_manifest_records_the_run(runs):
@@ -213,6 +246,8 @@ def test_manifest_records_the_run(runs):
     assert paths and all(path.startswith(("02_compress/", "data/")) for path in paths)
     for key in ("train_loss", "tokens_per_second", "peak_device_bytes"):
         assert key in metrics
+    assert metrics["expert_parallel_degree"]["asked"] == "auto"
+    assert metrics["expert_parallel_degree"]["chosen"] == 1
     for key in ("keep_attention", "keep_experts"):
         assert (metrics[key]["asked"], metrics[key]["kept"]) == ("auto", False)
         assert "no GPU" in metrics[key]["nothing_to_keep"]

@@ -48,7 +48,10 @@ def test_120b_without_a_gpu_exits_1_and_json_has_everything(tmp_path, capsys):
     failed = {row["check"] for row in document["rows"] if row["status"] == "fail"}
     assert {"GPU", "sequence parallel", "base model", "training data"} <= failed
     assert "4 GPUs (compute capability 8.0 or newer)" in document["found"]
-    assert document["plan"]["sharded_peak_bytes_per_gpu"] < document["plan"]["peak_bytes_per_gpu"]
+    plan = document["plan"]
+    assert plan["sharded_peak_bytes_per_gpu"] < plan["replicated_peak_bytes_per_gpu"]
+    assert plan["peak_bytes_per_gpu"] == plan["sharded_peak_bytes_per_gpu"]
+    assert "Chosen for experts and vocabulary: sharded over 4" in captured.err
     assert "fix:      " in captured.err and "Traceback" not in captured.err
     folder = tmp_path / "run/01_health"
     assert not (folder / "manifest.json").exists()
@@ -75,6 +78,21 @@ def test_the_check_is_repeated_every_time(tmp_path):
 def test_dry_run_touches_nothing(tmp_path, capsys):
     assert script.main([*BIG, "--run-dir", str(tmp_path / "run"), "--dry-run"]) == 0
     assert "Plan of 01_health" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_stage_03_plans_both_ways_and_refuses_a_number_that_does_not_divide(tmp_path, capsys):
+    arguments = [*BIG, "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    finetune = load_script("03_finetune")
+    assert finetune.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "replicated     sharded" in shown and "(auto: replicated, 63.88 GiB of" in shown
+    split = ["sequence_parallel_degree=3", "expert_parallel_degree=3"]
+    for further in ([], ["--dry-run"]):  # neither trains nor plans what cannot be
+        assert finetune.main([*arguments[:-1], *further, *split]) == 2
+        assert "does not divide the 128 experts" in capsys.readouterr().err
+    assert finetune.main([*arguments[:-1], "expert_parallel_degree=8"]) == 2
+    assert "4 processes of one machine cannot form groups of 8" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

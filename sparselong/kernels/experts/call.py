@@ -1,4 +1,4 @@
-"""Arguments of one expert pass: the routed tokens, and the weights and settings applied to them."""
+"""Arguments of one expert pass: routed tokens, weights and settings, and gradients to fill."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from sparselong.kernels.expert_stack import ExpertStack, Gate
-from sparselong.kernels.experts.lora import Adapters
+from sparselong.kernels.experts.lora import NO_ADAPTERS, Adapters
 
 
 class ExpertCall(NamedTuple):
@@ -85,3 +85,24 @@ class ExpertOperands(NamedTuple):
     def in_dtype(self, dtype: torch.dtype) -> ExpertOperands:
         """Return the operands with the adapters as the kernels read them for rows of `dtype`."""
         return self._replace(adapters=self.adapters.in_dtype(dtype))
+
+
+class Gradients(NamedTuple):
+    """Gradients that a backward pass computes, and the tensors that receive them.
+
+    Attributes:
+        x: [tokens, hidden], contiguous, overwritten; None if not needed.
+        weights: [tokens, top_k], likewise.
+        biases: whether the gradients of gate_up's and down's bias are needed.
+        adapters: sums of the factors' shapes as `Adapters.make_sums` returns, accumulated into.
+    """
+
+    x: torch.Tensor | None
+    weights: torch.Tensor | None
+    biases: tuple[bool, bool] = (False, False)
+    adapters: Adapters = NO_ADAPTERS
+
+    def part(self, tokens: slice) -> Gradients:
+        """Return the gradients for a slice of the tokens; the tensors are views."""
+        x, weights = (None if tensor is None else tensor[tokens] for tensor in self[:2])
+        return self._replace(x=x, weights=weights)

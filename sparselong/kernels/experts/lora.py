@@ -70,8 +70,11 @@ class Adapter(NamedTuple):
         return Adapter(a, b, self.scaling)
 
     def make_sums(self) -> Adapter:
-        """Return fp32 zeros of the factors' shapes, to accumulate their gradients."""
-        a, b = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (self.a, self.b))
+        """Return zeros to accumulate the factors' gradients: fp32, or fp64 for factors in fp64."""
+        a, b = (
+            torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            for tensor in (self.a, self.b)
+        )
         return Adapter(a, b, self.scaling)
 
 
@@ -103,7 +106,7 @@ class Adapters(NamedTuple):
         return Adapters(*(one and one.in_dtype(dtype) for one in self))
 
     def make_sums(self) -> Adapters:
-        """Return fp32 zeros to accumulate each adapter's gradients."""
+        """Return zeros to accumulate each adapter's gradients, by `Adapter.make_sums`."""
         return Adapters(*(one and one.make_sums() for one in self))
 
 

@@ -30,6 +30,7 @@ and gradients against fp64 is at most twice that of plain torch in the same dtyp
 MXFP4 is the Open Compute Project's (Microscaling Formats v1.0), the gate is gpt-oss's; sorting rows
 by expert for one grouped product follows MegaBlocks (Gale et al., 2022, arXiv:2211.15841). The code
 is ours, under this repository's licence. Not supported: gradients of the packed weights, fp16.
+Processes that hold only some of the experts use the passes of `held.py`.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ class _ExpertPass(torch.autograd.Function):
             ctx.kept = made if keeps else []
         else:
             ((gate_up, routing),) = made
-            ctx.save_for_backward(None, indices, weights, gate_up, *routing)
+            ctx.save_for_backward(None, indices, weights, gate_up, *routing.tensors)
         return out
 
     @staticmethod

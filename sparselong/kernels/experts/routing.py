@@ -7,6 +7,7 @@ counts give each expert's first row and its row tiles; the host allocates for th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,20 +18,52 @@ kernels: Any = triton_glue  # triton's types do not cover launches
 BLOCK = 128
 
 
-class Routing(NamedTuple):
-    """Rows of the routed tokens after sorting by expert; all int32 on the device.
+class Window(NamedTuple):
+    """Some of the rows sorted by expert, of experts that are some of the layer's.
 
     Attributes:
-        positions: [tokens, top_k], row of each routed token among the rows sorted by expert.
+        first_row: the first of the rows.
+        rows: the most rows; there may be fewer, or none.
+        first_expert: the layer's index of the first expert.
+    """
+
+    first_row: int
+    rows: int
+    first_expert: int
+
+
+class Routing(NamedTuple):
+    """Rows of the routed tokens after sorting by expert; tensors are int32 on the device.
+
+    Attributes:
+        positions: [tokens, top_k], row of each routed token among the rows sorted by expert; -1 if
+            it is not in the window.
         starts: [experts + 1], first row of each expert.
         tile_starts: [experts + 1], first row tile of each expert.
         tile_expert: [most row tiles], expert of each row tile; entries past the last are undefined.
+        window: which rows these are, numbered from 0; None: all routed tokens have one.
     """
 
     positions: torch.Tensor
     starts: torch.Tensor
     tile_starts: torch.Tensor
     tile_expert: torch.Tensor
+    window: Window | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The four tensors in order."""
+        return self.positions, self.starts, self.tile_starts, self.tile_expert
+
+    @property
+    def rows(self) -> int:
+        """Number of rows to allocate."""
+        return self.positions.numel() if self.window is None else self.window.rows
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether routed tokens may have no row."""
+        return self.window is not None
 
 
 def sort_by_expert(indices: torch.Tensor, experts: int, tile_rows: int) -> Routing:
@@ -39,27 +72,81 @@ def sort_by_expert(indices: torch.Tensor, experts: int, tile_rows: int) -> Routi
     An index outside [0, experts) fails a device-side assertion (`torch._assert_async`), as indices
     out of range do elsewhere in torch; a check on the host would cost a synchronization.
     """
-    indices = indices.contiguous()
-    entries, device = indices.numel(), indices.device
+    return _sort(indices.contiguous(), range(experts), experts, tile_rows, None)
+
+
+def sort_held_experts(
+    indices: torch.Tensor, held: range, experts: int, tile_rows: int, window_rows: int
+) -> Iterator[Routing]:
+    """Sort the routed tokens of some of a layer's experts, and yield the routing by windows.
+
+    There is one window for every `window_rows` of all routed tokens, however many go to held
+    experts. An index outside [-1, experts) fails a device-side assertion.
+
+    Args:
+        indices: [tokens, top_k], not empty.
+        held: the experts whose tokens get rows.
+        experts: number of experts in the layer.
+        tile_rows: rows per tile.
+        window_rows: most rows in a window.
+    """
+    entries = indices.numel()
+    window = Window(0, min(window_rows, entries), held.start)
+    whole = _sort(indices.contiguous(), held, experts, tile_rows, window)
+    if entries <= window_rows:
+        yield whole
+        return
     blocks = -(-entries // BLOCK)
-    padded = max(16, _power_of_two(experts))
-    empty = lambda *shape: torch.empty(shape, dtype=torch.int32, device=device)  # noqa: E731
-    ranks, counts, totals, valid = empty(entries), empty(experts, blocks), empty(experts), empty(1)
-    routing = Routing(
-        empty(*indices.shape),
-        empty(experts + 1),
-        empty(experts + 1),
-        empty(entries // tile_rows + min(experts, entries)),
+    for first in range(0, entries, window_rows):
+        window = window._replace(first_row=first)
+        routing = _allocate(indices, len(held), tile_rows, window, window.rows)
+        kernels.window_kernel[(blocks + len(held),)](
+            *(whole.positions, whole.starts, *routing.tensors, entries, len(held), blocks),
+            *window[:2],
+            ROWS=tile_rows, BLOCK=BLOCK, EXPERTS=max(16, _power_of_two(len(held))),
+        )  # fmt: skip
+        yield routing
+
+
+def _allocate(
+    indices: torch.Tensor, experts: int, tile_rows: int, window: Window | None, rows: int
+) -> Routing:
+    """Return a routing without values, whose list of tiles is long enough for `rows`."""
+    shapes = (
+        indices.shape,
+        (experts + 1,),
+        (experts + 1,),
+        (rows // tile_rows + min(experts, rows),),
     )
+    make = lambda shape: torch.empty(shape, dtype=torch.int32, device=indices.device)  # noqa: E731
+    return Routing(*map(make, shapes), window=window)
+
+
+def _sort(
+    indices: torch.Tensor, held: range, layer_experts: int, tile_rows: int, window: Window | None
+) -> Routing:
+    """Return the routing to the held experts; without a window all of the layer's are held.
+
+    All routed tokens to held experts get rows, even if they are more than the window's.
+    """
+    entries, experts, others = indices.numel(), len(held), window is not None
+    counted = experts + others
+    blocks = -(-entries // BLOCK)
+    empty = lambda *shape: torch.empty(shape, dtype=torch.int32, device=indices.device)  # noqa: E731
+    ranks, counts, totals, valid = empty(entries), empty(counted, blocks), empty(counted), empty(1)
+    routing = _allocate(indices, experts, tile_rows, window, entries)
+    constants = {"BLOCK": BLOCK, "EXPERTS": max(16, _power_of_two(experts)), "OTHERS": others}
     kernels.count_kernel[(blocks,)](
-        indices, ranks, counts, entries, experts, BLOCK=BLOCK, EXPERTS=padded
-    )
-    kernels.scan_kernel[(experts,)](counts, totals, blocks, BLOCK=1024)
-    kernels.place_kernel[(blocks + experts,)](
-        *(indices, ranks, counts, totals, *routing, valid, entries, experts, blocks),
-        ROWS=tile_rows, BLOCK=BLOCK, EXPERTS=padded,
+        *(indices, ranks, counts, entries, experts, held.start, layer_experts),
+        **constants, num_warps=8 if others else 4,  # with four and 128 experts, registers spill
     )  # fmt: skip
-    message = "expert_indices: an index is outside [0, experts)"
+    kernels.scan_kernel[(counted,)](counts, totals, blocks, BLOCK=1024)
+    kernels.place_kernel[(blocks + experts,)](
+        *(indices, ranks, counts, totals, *routing.tensors, valid, entries, experts, blocks),
+        *(held.start, layer_experts),
+        ROWS=tile_rows, **constants,
+    )  # fmt: skip
+    message = f"expert_indices: an index is outside [{-int(others)}, experts)"
     torch._assert_async(valid, message)  # pyright: ignore[reportPrivateImportUsage]
     return routing
 
@@ -70,17 +157,19 @@ def gather(
     indices: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy x [tokens, width] to rows [tokens * top_k, width] sorted by expert.
+    """Copy x [tokens, width] to rows [routing.rows, width] sorted by expert.
 
-    With a bias [experts, width], also return <x, bias of the expert> for each routed token, fp32
-    [tokens, top_k]; without one, that tensor is uninitialized.
+    With a bias [experts, width], also return <x, bias of the expert> for each routed token with a
+    row, fp32 [tokens, top_k]; without one, that tensor is uninitialized.
     """
     tokens, width = x.shape
-    rows = torch.empty((routing.positions.numel(), width), dtype=x.dtype, device=x.device)
+    rows = torch.empty((routing.rows, width), dtype=x.dtype, device=x.device)
     inner = torch.empty(routing.positions.shape, dtype=torch.float32, device=x.device)
     kernels.gather_kernel[(tokens,)](
         *(x, routing.positions, rows, indices, rows if bias is None else bias, inner, width),
+        0 if routing.window is None else routing.window.first_expert,
         TOP_K=routing.positions.shape[1], BLOCK=_power_of_two(width), INNER=bias is not None,
+        PARTIAL=routing.is_partial,
     )  # fmt: skip
     return rows, inner
 
@@ -88,15 +177,17 @@ def gather(
 def combine(
     rows: torch.Tensor, routing: Routing, out: torch.Tensor, weights: torch.Tensor | None = None
 ) -> None:
-    """Sum rows [tokens * top_k, width] by token, optionally with weights [tokens, top_k].
+    """Sum rows [routing.rows, width] by token, optionally with weights [tokens, top_k].
 
-    The sums go to `out` [tokens, width], contiguous.
+    The sums go to `out` [tokens, width], contiguous. Those of a window that does not begin with
+    the first row are added to it.
     """
     tokens, top_k = routing.positions.shape
     width = rows.shape[1]
     kernels.combine_kernel[(tokens,)](
         *(rows, routing.positions, rows if weights is None else weights, out, width),
         TOP_K=top_k, BLOCK=_power_of_two(width), WEIGHTED=weights is not None,
+        PARTIAL=routing.is_partial, ADD=routing.window is not None and routing.window.first_row > 0,
     )  # fmt: skip
 
 

@@ -67,16 +67,39 @@ def expert_mlp_torch(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor
     Raises:
         ValueError: An index is outside [0, experts).
     """
+    experts = operands.stack.experts
+    return sum_held_torch(call, operands, range(experts), range(experts))
+
+
+def sum_held_torch(
+    call: ExpertCall, operands: ExpertOperands, held: range, allowed: range
+) -> torch.Tensor:
+    """Return the held experts' share of each token's weighted sum, [tokens, hidden].
+
+    Args:
+        call: its indices are those of the layer's experts.
+        operands: weights and adapters of the held experts, in order.
+        held: which of the layer's experts those are.
+        allowed: the values that an index may have.
+
+    Raises:
+        ValueError: An index is not allowed.
+    """
     x, indices, weights = call
     stack, adapters, gate, _ = operands
     result = torch.zeros_like(x)
     gate_up_adapter, down_adapter = (_split(adapter, x.dtype) for adapter in adapters)
     for expert in torch.unique(indices).tolist():
-        if not 0 <= expert < stack.experts:
-            raise ValueError(f"expert_indices: holds {expert}; allowed: 0 to {stack.experts - 1}")
+        if expert not in allowed:
+            raise ValueError(
+                f"expert_indices: holds {expert}; allowed: {allowed.start} to {allowed.stop - 1}"
+            )
+        if expert not in held:
+            continue
         token, position = torch.where(indices == expert)
-        gate_up = _multiply(x[token], stack.gate_up, gate_up_adapter, expert)
-        y = _multiply(apply_gate(gate_up, *gate), stack.down, down_adapter, expert)
+        local = expert - held.start
+        gate_up = _multiply(x[token], stack.gate_up, gate_up_adapter, local)
+        y = _multiply(apply_gate(gate_up, *gate), stack.down, down_adapter, local)
         weighted = y * weights[token, position, None]
         result = result.index_add(0, token, weighted.to(result.dtype))
     return result

@@ -5,6 +5,9 @@ Entry i of the flattened [tokens, top_k] routing is a (token, expert) pair of to
 sort is stable and reproducible. One program per token moves its rows: it reads the token once and
 writes it top_k times, or reads its top_k rows and sums them in fp32 in the order of the routing.
 
+If this process holds only some of the experts, or a window of the sorted rows is processed, some
+entries have no row: their position is -1. Kernels skip these with PARTIAL.
+
 These kernels are memory-bound, so each reads its inputs once: the gate's backward kernel computes
 the gradient of the routing weight in the same pass.
 """
@@ -16,25 +19,46 @@ import triton.language as tl
 
 
 @triton.jit
+def _find_local(index, first_expert, experts, layer_experts, OTHERS: tl.constexpr):
+    """Return held experts' numbers from 0; -1 for a wrong index.
+
+    With OTHERS, all that is not held, which includes an index of -1, becomes `experts`.
+    """
+    expert = index.to(tl.int32)
+    if OTHERS:
+        local = expert - first_expert
+        held = (local >= 0) & (local < experts)
+        valid = (expert >= -1) & (expert < layer_experts)
+        expert = tl.where(held, local, tl.where(valid, experts, -1))
+    return expert
+
+
+@triton.jit
 def count_kernel(
-    indices_ptr, ranks_ptr, counts_ptr, entries, experts,
-    BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+    indices_ptr, ranks_ptr, counts_ptr, entries, experts, first_expert, layer_experts,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     """Write each entry's rank among its block's entries of the same expert, and block counts.
 
-    counts: [experts, blocks]. An index outside [0, experts) is not counted.
+    counts: [experts, blocks]. A wrong index is not counted. With OTHERS some experts are not held;
+    one more row of counts is for the entries of these.
     """
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
     real = at < entries
-    expert = tl.load(indices_ptr + at, mask=real, other=-1).to(tl.int32)
+    index = tl.load(indices_ptr + at, mask=real, other=-2)
+    expert = _find_local(index, first_expert, experts, layer_experts, OTHERS)
     other = block * BLOCK + tl.arange(0, BLOCK)
-    others = tl.load(indices_ptr + other, mask=other < entries, other=-1).to(tl.int32)
+    index = tl.load(indices_ptr + other, mask=other < entries, other=-2)
+    others = _find_local(index, first_expert, experts, layer_experts, OTHERS)
     before = (expert[:, None] == others[None, :]) & (other[None, :] < at[:, None])
     tl.store(ranks_ptr + at, tl.sum(before.to(tl.int32), 1), mask=real)
     every = tl.arange(0, EXPERTS)
     counts = tl.sum((expert[:, None] == every[None, :]).to(tl.int32), 0)
     tl.store(counts_ptr + every * tl.num_programs(0) + block, counts, mask=every < experts)
+    if OTHERS:
+        count = tl.sum((expert == experts).to(tl.int32), 0)
+        tl.store(counts_ptr + experts * tl.num_programs(0) + block, count)
 
 
 @triton.jit
@@ -55,83 +79,161 @@ def scan_kernel(counts_ptr, totals_ptr, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _list_tiles(
+    totals, own, experts, starts_ptr, tile_starts_ptr, tile_expert_ptr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Write an expert's first row and row tiles, from the numbers of rows of all experts."""
+    every = tl.arange(0, EXPERTS)
+    tiles = (totals + ROWS - 1) // ROWS
+    begin = tl.sum(tl.where(every < own, tiles, 0), 0)
+    end = begin + tl.sum(tl.where(every == own, tiles, 0), 0)
+    row = tl.sum(tl.where(every < own, totals, 0), 0)
+    tl.store(starts_ptr + own, row)
+    tl.store(tile_starts_ptr + own, begin)
+    if own == experts - 1:
+        tl.store(starts_ptr + experts, tl.sum(totals, 0))
+        tl.store(tile_starts_ptr + experts, end)
+    for first in range(begin, end, BLOCK):
+        tile = first + tl.arange(0, BLOCK)
+        tl.store(tile_expert_ptr + tile, tl.zeros_like(tile) + own, mask=tile < end)
+
+
+@triton.jit
 def place_kernel(
     indices_ptr, ranks_ptr, counts_ptr, totals_ptr, positions_ptr, starts_ptr, tile_starts_ptr,
-    tile_expert_ptr, valid_ptr, entries, experts, blocks,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+    tile_expert_ptr, valid_ptr, entries, experts, blocks, first_expert, layer_experts,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     """Write each entry's row and each expert's first row and row tiles. Grid: blocks + experts.
 
-    valid: 1 if every index is in [0, experts).
+    valid: 1 if no index is wrong. With OTHERS an entry of another expert has no row.
     """
     every = tl.arange(0, EXPERTS)
     totals = tl.load(totals_ptr + every, mask=every < experts, other=0)
     if tl.program_id(0) < blocks:
         block = tl.program_id(0)
         at = block * BLOCK + tl.arange(0, BLOCK)
-        expert = tl.load(indices_ptr + at, mask=at < entries, other=0).to(tl.int32)
+        index = tl.load(indices_ptr + at, mask=at < entries, other=0)
+        expert = _find_local(index, first_expert, experts, layer_experts, OTHERS)
         inside = (expert >= 0) & (expert < experts)
         start = tl.sum(tl.where(every[None, :] < expert[:, None], totals[None, :], 0), 1)
         real = (at < entries) & inside
         earlier = tl.load(counts_ptr + expert * blocks + block, mask=real, other=0)
         rank = tl.load(ranks_ptr + at, mask=real, other=0)
-        tl.store(positions_ptr + at, tl.where(inside, start + earlier + rank, 0), mask=at < entries)
+        position = tl.where(inside, start + earlier + rank, -1 if OTHERS else 0)
+        tl.store(positions_ptr + at, position, mask=at < entries)
     else:
         own = tl.program_id(0) - blocks
-        tiles = (totals + ROWS - 1) // ROWS
-        begin = tl.sum(tl.where(every < own, tiles, 0), 0)
-        end = begin + tl.sum(tl.where(every == own, tiles, 0), 0)
-        row = tl.sum(tl.where(every < own, totals, 0), 0)
-        tl.store(starts_ptr + own, row)
-        tl.store(tile_starts_ptr + own, begin)
+        _list_tiles(
+            totals, own, experts,
+            starts_ptr, tile_starts_ptr, tile_expert_ptr, ROWS, BLOCK, EXPERTS,
+        )  # fmt: skip
         if own == experts - 1:
-            tl.store(starts_ptr + experts, tl.sum(totals, 0))
-            tl.store(valid_ptr, (tl.sum(totals, 0) == entries).to(tl.int32))
-            tl.store(tile_starts_ptr + experts, end)
-        for first in range(begin, end, BLOCK):
-            tile = first + tl.arange(0, BLOCK)
-            tl.store(tile_expert_ptr + tile, tl.zeros_like(tile) + own, mask=tile < end)
+            valid = tl.sum(totals, 0)
+            if OTHERS:
+                valid += tl.load(totals_ptr + experts)
+            tl.store(valid_ptr, (valid == entries).to(tl.int32))
+
+
+@triton.jit
+def window_kernel(
+    all_positions_ptr, all_starts_ptr, positions_ptr, starts_ptr, tile_starts_ptr, tile_expert_ptr,
+    entries, experts, blocks, first_row, rows,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Restrict what `place_kernel` wrote to sorted rows [first_row, first_row + rows).
+
+    They are numbered from 0. Grid: blocks + experts.
+    """
+    if tl.program_id(0) < blocks:
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        row = tl.load(all_positions_ptr + at, mask=at < entries, other=-1) - first_row
+        inside = (row >= 0) & (row < rows)
+        tl.store(positions_ptr + at, tl.where(inside, row, -1), mask=at < entries)
+    else:
+        every = tl.arange(0, EXPERTS)
+        real = every < experts
+        begin = tl.load(all_starts_ptr + every, mask=real, other=0) - first_row
+        end = tl.load(all_starts_ptr + every + 1, mask=real, other=0) - first_row
+        begin, end = (  # pyright: ignore[reportGeneralTypeIssues]
+            tl.minimum(tl.maximum(begin, 0), rows), tl.minimum(tl.maximum(end, 0), rows),
+        )  # fmt: skip
+        _list_tiles(
+            end - begin, tl.program_id(0) - blocks, experts,
+            starts_ptr, tile_starts_ptr, tile_expert_ptr, ROWS, BLOCK, EXPERTS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _has_row(positions_ptr, token, TOP_K: tl.constexpr):
+    """Return whether any of a token's entries has a row."""
+    last = tl.load(positions_ptr + token * TOP_K)
+    for choice in tl.static_range(1, TOP_K):  # pyright: ignore[reportGeneralTypeIssues]
+        last = tl.maximum(last, tl.load(positions_ptr + token * TOP_K + choice))
+    return last >= 0
 
 
 @triton.jit
 def gather_kernel(
-    x_ptr, positions_ptr, rows_ptr, experts_ptr, bias_ptr, inner_ptr, width,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
+    x_ptr, positions_ptr, rows_ptr, experts_ptr, bias_ptr, inner_ptr, width, first_expert,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Copy each token's row to the rows of its entries. Grid: tokens.
 
     With INNER, also write <x, bias of the entry's expert>, the bias's share of the routing weight's
-    gradient, to inner [tokens, top_k].
+    gradient, to inner [tokens, top_k]. `first_expert` is the expert of the first bias.
     """
     token = tl.program_id(0).to(tl.int64)
+    if PARTIAL:
+        if not _has_row(positions_ptr, token, TOP_K):
+            return
     at = tl.arange(0, BLOCK)
     real = at < width
     x = tl.load(x_ptr + token * width + at, mask=real, other=0.0)
     for choice in tl.static_range(TOP_K):  # pyright: ignore[reportGeneralTypeIssues]
         entry = token * TOP_K + choice
         row = tl.load(positions_ptr + entry).to(tl.int64)
-        tl.store(rows_ptr + row * width + at, x, mask=real)
+        mask = real
+        if PARTIAL:
+            mask = real & (row >= 0)
+        tl.store(rows_ptr + row * width + at, x, mask=mask)
         if INNER:
-            expert = tl.load(experts_ptr + entry).to(tl.int64)
-            bias = tl.load(bias_ptr + expert * width + at, mask=real, other=0.0)
+            expert = tl.load(experts_ptr + entry).to(tl.int64) - first_expert
+            bias = tl.load(bias_ptr + expert * width + at, mask=mask, other=0.0)
             tl.store(inner_ptr + entry, tl.sum(x.to(tl.float32) * bias.to(tl.float32), 0))
 
 
 @triton.jit
 def combine_kernel(
     rows_ptr, positions_ptr, weights_ptr, out_ptr, width,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, PARTIAL: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
-    """Sum weight * row over each token's entries, in fp32. Grid: tokens."""
+    """Sum weight * row over each token's entries, in fp32. Grid: tokens.
+
+    With ADD, the sum starts with `out` instead of zero.
+    """
     token = tl.program_id(0).to(tl.int64)
+    if ADD:
+        if not _has_row(positions_ptr, token, TOP_K):
+            return
     at = tl.arange(0, BLOCK)
     real = at < width
     total = tl.zeros([BLOCK], tl.float32)
+    if ADD:
+        total += tl.load(out_ptr + token * width + at, mask=real, other=0.0).to(tl.float32)
     for choice in tl.static_range(TOP_K):  # pyright: ignore[reportGeneralTypeIssues]
         entry = token * TOP_K + choice
         row = tl.load(positions_ptr + entry).to(tl.int64)
-        value = tl.load(rows_ptr + row * width + at, mask=real, other=0.0).to(tl.float32)
-        if WEIGHTED:
+        mask = real
+        if PARTIAL:
+            mask = real & (row >= 0)
+        value = tl.load(rows_ptr + row * width + at, mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED and PARTIAL:
+            # A weight without a row may be NaN.
+            value *= tl.load(weights_ptr + entry, mask=row >= 0, other=0.0).to(tl.float32)
+        elif WEIGHTED:
             value *= tl.load(weights_ptr + entry).to(tl.float32)
         total += value
     tl.store(out_ptr + token * width + at, total.to(out_ptr.dtype.element_ty), mask=real)
@@ -146,9 +248,18 @@ def _load_gate_up(gate_up_ptr, row, first, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gate_kernel(gate_up_ptr, out_ptr, width, alpha, limit, BLOCK: tl.constexpr):
-    """Write (up + 1) * gate * sigmoid(alpha * gate) with gate and up clamped. Grid: rows."""
+def gate_kernel(
+    gate_up_ptr, out_ptr, starts_ptr, experts, width, alpha, limit,
+    BLOCK: tl.constexpr, PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """Write (up + 1) * gate * sigmoid(alpha * gate) with gate and up clamped.
+
+    Grid: rows, or with PARTIAL an upper bound on them.
+    """
     row = tl.program_id(0).to(tl.int64)
+    if PARTIAL:
+        if row >= tl.load(starts_ptr + experts):
+            return
     for first in range(0, width, BLOCK):
         gate, up = _load_gate_up(gate_up_ptr, row, first, width, BLOCK)  # pyright: ignore[reportGeneralTypeIssues]
         gate = tl.minimum(gate, limit)
@@ -161,15 +272,20 @@ def gate_kernel(gate_up_ptr, out_ptr, width, alpha, limit, BLOCK: tl.constexpr):
 @triton.jit
 def gate_backward_kernel(
     gate_up_ptr, dh_ptr, positions_ptr, weights_ptr, inner_ptr, dgate_up_ptr, dweights_ptr,
-    width, alpha, limit, BLOCK: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr,
+    width, alpha, limit,
+    BLOCK: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Write d gate_up of a row from dh, the gradient of h before the routing weight. Grid: entries.
 
-    d weight = <dh, h> + inner, with h recomputed. dgate_up may alias gate_up: each row belongs to
-    one program, and a barrier ensures that its threads have read a block before any writes it.
+    d weight = <dh, h> + inner, with h recomputed; not written for an entry without a row. dgate_up
+    may alias gate_up: each row belongs to one program, and a barrier ensures that its threads have
+    read a block before any writes it.
     """
     entry = tl.program_id(0).to(tl.int64)
     row = tl.load(positions_ptr + entry).to(tl.int64)
+    if PARTIAL:
+        if row < 0:
+            return
     weight = tl.load(weights_ptr + entry).to(tl.float32)
     products = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):

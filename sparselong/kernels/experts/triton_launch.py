@@ -10,6 +10,7 @@ summed over each token's experts it gives dx. `SavedForward` lists what backward
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +19,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparselong.kernels import gpu
 from sparselong.kernels.expert_stack import Gate, PackedWeight
 from sparselong.kernels.experts import triton_glue, triton_products
-from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
-from sparselong.kernels.experts.lora import NO_ADAPTERS, Adapters
+from sparselong.kernels.experts.call import ExpertCall, ExpertOperands, Gradients
 from sparselong.kernels.experts.lora_triton import add_adapter_, add_gradients_, expand_
 from sparselong.kernels.experts.routing import (
     Routing,
     combine,
     gather,
     sort_by_expert,
+    sort_held_experts,
     sum_by_expert,
 )
 from sparselong.kernels.experts.tiles import Tile, tile_for
@@ -56,37 +57,29 @@ class SavedForward(NamedTuple):
     x: torch.Tensor | None
 
 
-class Gradients(NamedTuple):
-    """Gradients that a backward pass computes, and the tensors that receive them.
-
-    Attributes:
-        x: [tokens, hidden], contiguous, overwritten; None if not needed.
-        weights: [tokens, top_k], likewise.
-        biases: whether the gradients of gate_up's and down's bias are needed.
-        adapters: fp32 sums of the factors' shapes, accumulated into.
-    """
-
-    x: torch.Tensor | None
-    weights: torch.Tensor | None
-    biases: tuple[bool, bool] = (False, False)
-    adapters: Adapters = NO_ADAPTERS
-
-    def part(self, tokens: slice) -> Gradients:
-        """Return the gradients for a slice of the tokens; the tensors are views."""
-        x, weights = (None if tensor is None else tensor[tokens] for tensor in self[:2])
-        return self._replace(x=x, weights=weights)
+def sort_held(
+    call: ExpertCall, operands: ExpertOperands, held: range, experts: int, window_rows: int
+) -> Iterator[Routing]:
+    """Return the windows of `sort_held_experts` for the products' tiles."""
+    tile_rows = choose_tile(call.x, operands.backend, "forward").rows
+    return sort_held_experts(call.indices, held, experts, tile_rows, window_rows)
 
 
 def run_gate_up(
-    x: torch.Tensor, indices: torch.Tensor, operands: ExpertOperands
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    operands: ExpertOperands,
+    routing: Routing | None = None,
 ) -> tuple[torch.Tensor, Routing]:
-    """Return gate_up's output with its adapter, [entries, 2 * inner], and the routing.
+    """Return gate_up's output with its adapter, [routing.rows, 2 * inner], and the routing.
 
-    The backend is "small", "packed" or "decode" throughout this module.
+    The backend is "small", "packed" or "decode" throughout this module. Without a routing, that of
+    all indices is made.
     """
     stack, adapters, _, backend = operands
     tile_rows = choose_tile(x, backend, "forward").rows
-    routing = sort_by_expert(indices, stack.experts, tile_rows)
+    if routing is None:
+        routing = sort_by_expert(indices, stack.experts, tile_rows)
     rows, _ = gather(x, routing, indices)
     gate_up = multiply(rows, stack.gate_up, routing, backend, backward=False)
     if adapters.gate_up is not None:
@@ -95,7 +88,11 @@ def run_gate_up(
 
 
 def run_forward(
-    call: ExpertCall, operands: ExpertOperands, out: torch.Tensor, keep: bool
+    call: ExpertCall,
+    operands: ExpertOperands,
+    out: torch.Tensor,
+    keep: bool,
+    routing: Routing | None = None,
 ) -> tuple[torch.Tensor, Routing] | None:
     """Write the weighted sums to `out`.
 
@@ -104,14 +101,15 @@ def run_forward(
         operands: its adapters are in x's dtype.
         out: [tokens, hidden], contiguous.
         keep: whether to return gate_up's output; if not, it is freed before down's is allocated.
+        routing: of a window; None: all routed tokens.
 
     Returns:
         The result of `run_gate_up`, or None.
     """
     x, indices, weights = call
     stack, adapters, gate, backend = operands
-    gate_up, routing = run_gate_up(x, indices, operands)
-    h = apply_gate(gate_up, gate)
+    gate_up, routing = run_gate_up(x, indices, operands, routing)
+    h = apply_gate(gate_up, routing, gate)
     made = (gate_up, routing) if keep else None
     del gate_up
     rows = multiply(h, stack.down, routing, backend, backward=False)
@@ -152,10 +150,11 @@ def run_backward(
         _differentiate_down_adapter(rows, dh, saved, operands, gradients)
     del rows
     dgate_up = gate_up if overwrite else torch.empty_like(gate_up)
-    glue.gate_backward_kernel[(gate_up.shape[0],)](
+    glue.gate_backward_kernel[(routing.positions.numel(),)](
         *(gate_up, dh, routing.positions, weights, inner_products, dgate_up),
         *(weights if gradients.weights is None else gradients.weights, dh.shape[1], *gate),
         BLOCK=GATE_BLOCK, WEIGHT_GRADIENT=gradients.weights is not None,
+        PARTIAL=routing.is_partial,
     )  # fmt: skip
     del dh
     dgate_up_bias = None
@@ -189,9 +188,11 @@ def _differentiate_down_adapter(
     assert adapter is not None and sums is not None
     routing, weights = saved.routing, saved.weights
     tile_rows = choose_tile(rows, operands.backend, "forward").rows
-    h = apply_gate(saved.gate_up, operands.gate)
-    row_weights = torch.empty(weights.numel(), dtype=torch.float32, device=weights.device)
+    h = apply_gate(saved.gate_up, routing, operands.gate)
+    # A position of -1 writes to the element past the rows.
+    row_weights = torch.empty(routing.rows + 1, dtype=torch.float32, device=weights.device)
     row_weights[routing.positions.flatten().long()] = weights.flatten().float()
+    row_weights = row_weights[:-1]
     lora_grad = add_gradients_(sums, adapter, h, rows, routing, tile_rows, row_weights[:, None])
     expand_(dh, lora_grad, adapter.a, routing, tile_rows)
 
@@ -207,11 +208,15 @@ def _differentiate_gate_up_adapter(
     return add_gradients_(sums, adapter, rows, dgate_up, saved.routing, tile_rows)
 
 
-def apply_gate(gate_up: torch.Tensor, gate: Gate) -> torch.Tensor:
-    """Apply the gate to gate_up's output [entries, 2 * inner]; return [entries, inner]."""
+def apply_gate(gate_up: torch.Tensor, routing: Routing, gate: Gate) -> torch.Tensor:
+    """Apply the gate to gate_up's output [rows, 2 * inner]; return [rows, inner]."""
     inner = gate_up.shape[1] // 2
     h = torch.empty((gate_up.shape[0], inner), dtype=gate_up.dtype, device=gate_up.device)
-    glue.gate_kernel[(gate_up.shape[0],)](gate_up, h, inner, *gate, BLOCK=GATE_BLOCK)
+    starts = routing.starts
+    glue.gate_kernel[(gate_up.shape[0],)](
+        *(gate_up, h, starts, starts.numel() - 1, inner, *gate),
+        BLOCK=GATE_BLOCK, PARTIAL=routing.is_partial,
+    )  # fmt: skip
     return h
 
 
@@ -253,20 +258,32 @@ def multiply(
     w_tiles = TensorDescriptor.from_tensor(buffer, block) if tma else buffer
     for first in range(0, experts, chunk):
         last = min(experts, first + chunk)
-        decode_into(buffer, weight, first, last)
+        decode_into(buffer, weight, first, last, routing)
         kernels.dense_kernel[grid](
             *(a_tiles, w_tiles, weight.bias, out, *lists, first, last, columns, depth), **constants
         )
     return out
 
 
-def decode_into(buffer: torch.Tensor, weight: PackedWeight, first: int, last: int) -> None:
-    """Decode the weights of experts [first, last) to the start of buffer [experts, out, in]."""
+def decode_into(
+    buffer: torch.Tensor,
+    weight: PackedWeight,
+    first: int,
+    last: int,
+    routing: Routing | None = None,
+) -> None:
+    """Decode the weights of experts [first, last) to the start of buffer [experts, out, in].
+
+    If none of these experts has rows in the window of a routing, nothing is decoded.
+    """
     words, scales = weight.blocks[first:last].view(torch.int32), weight.scales[first:last]
     grid = (-(-scales.numel() // (_DECODE_GROUPS * _DECODE_TURNS)),)
+    is_partial = routing is not None and routing.is_partial
     kernels.decode_kernel[grid](
         *(words, scales, buffer, scales.numel()),
-        GROUPS=_DECODE_GROUPS, TURNS=_DECODE_TURNS, PTX=_has_ptx(buffer), num_warps=8,
+        *(words if routing is None else routing.tile_starts, first, last),
+        GROUPS=_DECODE_GROUPS, TURNS=_DECODE_TURNS, PTX=_has_ptx(buffer), PARTIAL=is_partial,
+        num_warps=8,
     )  # fmt: skip
 
 

@@ -91,12 +91,19 @@ def _decode(words, scales, PTX: tl.constexpr):
     return tl.reshape(values, [A, 32 * G])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def decode_kernel(
-    words_ptr, scales_ptr, out_ptr, groups,
-    GROUPS: tl.constexpr, TURNS: tl.constexpr, PTX: tl.constexpr,
+    words_ptr, scales_ptr, out_ptr, groups, tile_starts_ptr, first_expert, last_expert,
+    GROUPS: tl.constexpr, TURNS: tl.constexpr, PTX: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Expand groups of 32 weights in TURNS steps. Grid: groups / (GROUPS * TURNS)."""
+    """Expand groups of 32 weights in TURNS steps. Grid: groups / (GROUPS * TURNS).
+
+    With PARTIAL nothing is done if experts [first_expert, last_expert) have no row tiles.
+    """
+    if PARTIAL:
+        begin = tl.load(tile_starts_ptr + first_expert)
+        if begin == tl.load(tile_starts_ptr + last_expert):
+            return
     first = tl.program_id(0).to(tl.int64) * (GROUPS * TURNS)
     word = tl.arange(0, 4)
     value = tl.arange(0, 32)

@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.kernels.layer.cross_entropy import IGNORED, linear_cross_entropy, token_losses
+    from sparselong.kernels.layer.cross_entropy import (
+        CHUNK_ROWS,
+        IGNORED,
+        check_loss_arguments,
+        linear_cross_entropy,
+        token_losses,
+    )
+    from sparselong.kernels.layer.cross_entropy_shard import (
+        combine_statistics,
+        shard_statistics,
+        turn_into_shard_gradients,
+    )
     from sparselong.kernels.layer.norm import add_rms_norm, rms_norm
     from sparselong.kernels.layer.rotary import rotate
 

@@ -53,7 +53,7 @@ def linear_cross_entropy(
         ValueError: an argument is not as above, or weight requires a gradient; the message names
             it, its value and what is allowed.
     """
-    _check(hidden, weight, labels, chunk_rows)
+    check_loss_arguments(hidden, weight, labels, chunk_rows)
     kept = (labels != IGNORED).nonzero().flatten()
     targets = labels[kept]
     _check_labels(targets, len(weight))
@@ -70,14 +70,18 @@ def token_losses(
 
     Arguments and errors as for `linear_cross_entropy`; every row needs a label.
     """
-    _check(hidden, weight, labels, chunk_rows)
+    check_loss_arguments(hidden, weight, labels, chunk_rows)
     _check_labels(labels, len(weight))
     return _row_losses(hidden, weight, labels.contiguous(), chunk_rows, needs_gradient=False)[0]
 
 
-def _check(
+def check_loss_arguments(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int
 ) -> None:
+    """Raise ValueError unless the arguments are as for `linear_cross_entropy`.
+
+    The labels' values are not looked at, nor is the number of weight's rows.
+    """
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(
             f"hidden: {hidden.dtype} {list(hidden.shape)}; allowed: floating [rows, width]"

@@ -11,13 +11,14 @@ from triton.compiler import ASTSource
 
 from sparselong.kernels.experts import lora_triton as expert_lora_kernels
 from sparselong.kernels.experts import triton_glue as expert_glue_kernels
+from sparselong.kernels.experts import triton_parts as expert_part_kernels
 from sparselong.kernels.experts import triton_products as expert_kernels
 from sparselong.kernels.experts.tiles import FLOAT32, TILES, Tile
 from tests.kernels.test_sm86 import LIMIT_BYTES, read_report
 
 INTEGERS = (
     *("words", "starts", "tile_expert", "tile_starts", "positions", "ranks", "counts", "totals"),
-    "valid",
+    *("valid", "all_positions", "all_starts"),
 )
 TYPES = {
     **dict.fromkeys(INTEGERS, "*i32"),
@@ -26,16 +27,35 @@ TYPES = {
     **dict.fromkeys(("inner", "narrow", "grad"), "*fp32"),
 }
 SINGLE = [
-    (expert_glue_kernels.count_kernel, {"BLOCK": 128, "EXPERTS": 128}, 4),
     (expert_glue_kernels.scan_kernel, {"BLOCK": 1024}, 4),
-    (expert_glue_kernels.place_kernel, {"ROWS": 64, "BLOCK": 128, "EXPERTS": 128}, 4),
-    (expert_glue_kernels.gather_kernel, {"TOP_K": 4, "BLOCK": 4096, "INNER": True}, 4),
-    (expert_glue_kernels.combine_kernel, {"TOP_K": 4, "BLOCK": 4096, "WEIGHTED": True}, 4),
-    (expert_glue_kernels.gate_kernel, {"BLOCK": 1024}, 4),
-    (expert_glue_kernels.gate_backward_kernel, {"BLOCK": 1024, "WEIGHT_GRADIENT": True}, 4),
     (expert_glue_kernels.sum_rows_kernel, {"BLOCK": 32, "COLUMNS": 128, "WEIGHTED": True}, 4),
-    (expert_kernels.decode_kernel, {"GROUPS": 64, "TURNS": 8, "PTX": True}, 8),
+    (expert_part_kernels.add_parts_kernel, {"PARTS": 8, "BLOCK": 2048}, 4),
+    (expert_glue_kernels.window_kernel, {"ROWS": 64, "BLOCK": 128, "EXPERTS": 128}, 4),
 ]
+SORT = {"BLOCK": 128, "EXPERTS": 128}
+TOKEN = {"TOP_K": 4, "BLOCK": 4096}
+for partial in (False, True):  # in the second form, this process holds some of the experts
+    SINGLE += [
+        (expert_glue_kernels.count_kernel, {**SORT, "OTHERS": partial}, 8 if partial else 4),
+        (expert_glue_kernels.place_kernel, {"ROWS": 64, **SORT, "OTHERS": partial}, 4),
+        (expert_glue_kernels.gather_kernel, {**TOKEN, "INNER": True, "PARTIAL": partial}, 4),
+        (
+            expert_glue_kernels.combine_kernel,
+            {**TOKEN, "WEIGHTED": True, "PARTIAL": partial, "ADD": partial},
+            4,
+        ),
+        (expert_glue_kernels.gate_kernel, {"BLOCK": 1024, "PARTIAL": partial}, 4),
+        (
+            expert_glue_kernels.gate_backward_kernel,
+            {"BLOCK": 1024, "WEIGHT_GRADIENT": True, "PARTIAL": partial},
+            4,
+        ),
+        (
+            expert_kernels.decode_kernel,
+            {"GROUPS": 64, "TURNS": 8, "PTX": True, "PARTIAL": partial},
+            8,
+        ),
+    ]
 ADAPTER = {"RANK": 64, "PRECISION": "tf32"}  # the largest rank that the config accepts
 SINGLE += [
     (expert_lora_kernels.shrink_kernel, {"ROWS": 128, "DEPTH": 64, **ADAPTER}, 4),

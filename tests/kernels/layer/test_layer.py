@@ -6,6 +6,11 @@ import torch
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from sparselong.kernels.layer.cross_entropy import linear_cross_entropy
+from sparselong.kernels.layer.cross_entropy_shard import (
+    combine_statistics,
+    shard_statistics,
+    turn_into_shard_gradients,
+)
 from sparselong.kernels.layer.norm import add_rms_norm, rms_norm
 from sparselong.kernels.layer.rotary import rotate
 from tests.kernels.run_interpreted import run_interpreted
@@ -24,7 +29,7 @@ def interpreted() -> dict[str, list[float]]:
 
 def test_interpreted_kernels_agree_with_fp64(interpreted):
     """NaN compares false, so an element that no program wrote also fails."""
-    assert len(interpreted) >= 20
+    assert len(interpreted) >= 23
     for name, errors in interpreted.items():
         assert errors and all(e < LIMITS.get(name, 3e-7) for e in errors), f"{name}: {errors}"
 
@@ -98,6 +103,24 @@ def test_chunked_loss_matches_torch(chunk):
     torch.testing.assert_close(*results)
     with torch.no_grad():
         assert linear_cross_entropy(hidden, weight, labels, chunk) == results[0][0]
+
+
+@pytest.mark.parametrize("widths", [(90,), (30, 30, 30), (1, 0, 88, 1)])
+def test_loss_of_shards_matches_torch(widths):
+    torch.manual_seed(0)
+    logits = (20 * torch.randn(40, 90, dtype=torch.float64)).requires_grad_()
+    targets = torch.arange(40) + 50
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), logits)
+    shards = [part.detach().clone() for part in logits.split(widths, 1)]
+    firsts = [sum(widths[:n]) for n in range(len(widths))]
+    statistics = [
+        shard_statistics(shard, targets, first) for shard, first in zip(shards, firsts, strict=True)
+    ]
+    losses, normalizers = combine_statistics(torch.stack(statistics))
+    for shard, first in zip(shards, firsts, strict=True):
+        turn_into_shard_gradients(shard, targets, first, normalizers)
+    torch.testing.assert_close((losses, torch.cat(shards, 1)), (expected, gradient))
 
 
 def test_loss_without_labels_is_zero():

@@ -1,0 +1,102 @@
+"""Measure models on one of several ranks that work together.
+
+    RANK=r WORLD_SIZE=n ... python -m sparselong.evaluate.rank WORK
+
+Each rank opens its part of a model, or all of it if it fits, and computes some rows of every batch.
+All ranks have all results in the end; rank 0 writes them. See processes/world.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparselong.config import Config, load
+from sparselong.errors import StageError
+from sparselong.evaluate import perplexity, scoring
+from sparselong.evaluate.spread import Spread
+from sparselong.evaluate.work import Work, scores_path
+from sparselong.files import write_atomically
+from sparselong.model import implementation, load_model
+from sparselong.parallel import Mesh, shard_model
+from sparselong.processes import (
+    MARK,
+    decide_evaluation_sharing,
+    end_at_once,
+    tell_failures,
+    write_failure,
+)
+from sparselong.processes import world as ranks
+from sparselong.provenance import read_peaks, reset_peaks
+from sparselong.runtime import using
+
+
+def main(path: Path) -> None:
+    """Measure the models of the work at `path`, as the rank given by the environment variables."""
+    rank, folder = int(os.environ["RANK"]), path.parent
+    tell_failures(folder, rank)
+    end_at_once()
+    work = Work.read(path)
+    config = load(Path(work.run_dir) / "config.yaml")
+    ranks.connect()
+    mesh = ranks.join(1, decide_evaluation_sharing(config))
+    if ranks.is_first():
+        shared = mesh.expert_size > 1
+        how = f"{mesh.expert_size} share experts and vocabulary" * shared or "each holds all"
+        print(f"{MARK}{mesh.data_size} processes: {how}", flush=True)
+    for name, directory, _ in work.models:
+        try:
+            result = _measure(name, Path(directory), work, config, mesh, folder)
+        except torch.OutOfMemoryError as error:
+            raise StageError(
+                f"the GPU ran out of memory while {name} was measured",
+                "enough memory for the model, or this rank's part of it, and a batch",
+                str(error).splitlines()[0],
+                "lower evaluation.batch_size, or share experts and vocabulary among more processes "
+                "(expert_parallel_degree)",
+            ) from error
+        if ranks.is_first():
+            document = {"digest": work.digest(name), **result}
+            write_atomically(scores_path(folder, name), json.dumps(document) + "\n")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    ranks.leave()
+
+
+def _measure(
+    name: str, directory: Path, work: Work, config: Config, mesh: Mesh, folder: Path
+) -> dict[str, Any]:
+    """Return a model's {perplexity, answers, seconds, peak_bytes}, the same on every rank."""
+    start = time.monotonic()
+    reset_peaks()
+    passes = {"attention_backend": config.attention_backend, "deterministic": config.deterministic}
+    with using(**passes, **shard_model(mesh)):
+        model = load_model(directory, attn_implementation=implementation(config))
+        if ranks.is_first():
+            seconds = time.monotonic() - start
+            print(f"{MARK}{name}: loaded from {directory} in {seconds:.1f} s", flush=True)
+        rank, spread = mesh.data_rank, Spread(mesh)
+        samples = [perplexity.Sample(*sample) for sample in work.samples]
+        batch_size = config.evaluation.batch_size
+        # Watched one model at a time: ranks may take longer to load than an exchange may.
+        with ranks.watched(partial(write_failure, folder, rank)):
+            found = perplexity.measure(model, samples, batch_size, spread)
+            answers = scoring.score(model, work.requests, batch_size, spread)
+            peak_bytes = ranks.merge_peaks(read_peaks())
+    seconds = round(time.monotonic() - start, 1)
+    return {
+        "perplexity": found, "answers": answers, "seconds": seconds, "peak_bytes": peak_bytes,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,94 @@
+"""Likelihoods of texts' last tokens under a model, for processes that answer lm-eval together.
+
+They are what lm-eval computes in one process: log-softmax in float32 of logits in the model's
+dtype, and whether every scored token is the most likely one. No process ever holds a batch's
+logits: they exist for a chunk of the scored tokens at a time, or are sharded.
+
+Texts of similar length share a batch, padded on the right, where causal attention does not look.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from sparselong.evaluate.spread import Spread
+from sparselong.evaluate.work import Request
+from sparselong.kernels.layer import combine_statistics, shard_statistics
+from sparselong.model import PartialHead
+from sparselong.runtime import current
+
+_CHUNK_ROWS = 512
+
+
+@torch.inference_mode()
+def score(
+    model: Any, requests: list[Request], batch_size: int, spread: Spread
+) -> list[tuple[float, bool]]:
+    """Return each request's log-likelihood in nats, and whether its tokens are the most likely.
+
+    Args:
+        model: a GptOssForCausalLM (its `model` is called and its `lm_head` weight is read).
+        requests: the texts; each has at least one token before the scored ones.
+        batch_size: maximum number of texts per pass and process.
+        spread: the processes among which texts are spread; all get all results.
+    """
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
+    found: dict[int, tuple[float, bool]] = {}
+    for first in range(0, len(order), batch_size * spread.size):
+        batch = order[first : first + batch_size * spread.size]
+        own = [batch[row] for row in spread.own(len(batch))]
+        answers = _score_batch(model, [requests[i] for i in batch], spread)
+        found |= dict(zip(own, answers, strict=True))
+    everything = {i: answer for part in spread.collect(found) for i, answer in part.items()}
+    return [everything[i] for i in range(len(requests))]
+
+
+def _score_batch(model: Any, batch: list[Request], spread: Spread) -> list[tuple[float, bool]]:
+    """Return the results of this process's texts."""
+    device = model.lm_head.weight.device
+    inputs = [request.tokens[:-1] for request in batch]
+    own = [batch[row] for row in spread.own(len(batch))]
+    with spread.settings(inputs):
+        ids, _ = spread.pad(inputs)
+        hidden = model.model(ids.to(device), use_cache=False).last_hidden_state
+        states = hidden[:0].flatten(0, 1)
+        if own:
+            states = torch.cat(
+                [
+                    row[len(request.tokens) - 1 - request.scored : len(request.tokens) - 1]
+                    for row, request in zip(hidden, own, strict=True)
+                ]
+            )
+        del hidden
+        labels = [token for request in own for token in request.tokens[-request.scored :]]
+        targets = torch.tensor(labels, dtype=torch.long, device=device)
+        scores, best = score_tokens(model.lm_head, states, targets)
+    lengths = [request.scored for request in own]
+    sums = [part.double().sum().item() for part in scores.cpu().split(lengths)]
+    greedy = [bool(part.all()) for part in (best == targets).cpu().split(lengths)]
+    return list(zip(sums, greedy, strict=True))
+
+
+def score_tokens(
+    head: Any, states: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's log-probability of its target, and the token of its largest logit.
+
+    Args:
+        head: lm_head, or the part of it that this process holds; then the call is collective.
+        states: [rows, width], final hidden states.
+        targets: int64 [rows].
+    """
+    if isinstance(head, PartialHead):
+        exchange: Any = current().vocabulary
+        return exchange.score(states, head.weight, targets, head.total)
+    parts = []
+    for rows, labels in zip(states.split(_CHUNK_ROWS), targets.split(_CHUNK_ROWS), strict=True):
+        logits = functional.linear(rows, head.weight)
+        losses, _ = combine_statistics(shard_statistics(logits, labels, 0)[None])
+        parts.append((-losses, logits.argmax(1)))
+    scores, best = zip(*parts, strict=True)
+    return torch.cat(scores), torch.cat(best)

@@ -1,0 +1,208 @@
+"""Generation by several processes that share one model's experts and vocabulary.
+
+    torchrun --nproc_per_node=4 answer.py
+
+    def answer(model):
+        for token in sparselong.generate(model, input_ids, 256): ...
+
+    sparselong.share_model("runs/NAME/03_finetune/model", answer)
+
+Every process opens its part. Only the first one calls `answer`; the others repeat each step of its
+decoder, which tells them what it does. All have the same rows, so none are gathered: each adds its
+experts' share of every token, and its columns of the logits. Attention, its cache and everything
+else is computed by each. Tokens are those of one process.
+
+Steps are not captured in a CUDA graph: they contain exchanges, and run through the model's modules.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from transformers import GptOssForCausalLM
+
+from sparselong.errors import StageError
+from sparselong.files import why_unusable
+from sparselong.generation.decoder import Decoder
+from sparselong.model import NAME, load_model
+from sparselong.parallel import Mesh, replicate_rows
+from sparselong.processes import is_one_machine, joined_rank, local_rank
+from sparselong.processes import world as ranks
+from sparselong.runtime import default_device, using
+
+Result = TypeVar("Result")
+
+
+class _Step(IntEnum):
+    """What the first process's decoder does."""
+
+    OPEN, START, PUT, ADVANCE, END = range(5)
+
+
+class SharedModel:
+    """A model of which each process holds a part, for `generate` in the first process.
+
+    Args:
+        model: this process's part.
+        settings: those with which it was opened (`parallel.replicate_rows`).
+    """
+
+    def __init__(self, model: GptOssForCausalLM, settings: dict[str, Any]):
+        self.model, self.settings = model, settings
+        self._opened: weakref.ref[Decoder] | None = None
+
+    def open_decoder(self, most_tokens: int) -> Decoder:
+        """Return a decoder that the other processes follow; it takes the place of an earlier one.
+
+        Args:
+            most_tokens: as for `Decoder`.
+
+        Raises:
+            ValueError: as from `Decoder`.
+        """
+        made = _LeadingDecoder(self, most_tokens)
+        self._opened = weakref.ref(made)
+        return made
+
+    def is_open(self, decoder: Decoder) -> bool:
+        """Return whether a decoder is the one that the other processes follow."""
+        return self._opened is not None and self._opened() is decoder
+
+
+class _LeadingDecoder(Decoder):
+    """The first process's decoder."""
+
+    def __init__(self, shared: SharedModel, most_tokens: int):
+        self.shared = shared
+        super().__init__(shared.model, most_tokens)  # raises before the others are told
+        _tell(_Step.OPEN, most_tokens)
+
+    def start(self, input_ids: torch.Tensor) -> torch.Tensor:
+        self._check_open()
+        self.check_prompt(input_ids)
+        _tell(_Step.START, input_ids.shape[1])
+        _broadcast(input_ids.to("cpu", torch.int64).contiguous())
+        with using(**self.shared.settings):
+            return super().start(input_ids)
+
+    def put(self, token: int) -> None:
+        self._check_open()
+        _tell(_Step.PUT, token)
+        super().put(token)
+
+    def advance(self) -> None:
+        self._check_open()
+        _tell(_Step.ADVANCE)
+        with using(**self.shared.settings):
+            super().advance()
+
+    def _check_open(self) -> None:
+        if not self.shared.is_open(self):
+            raise ValueError(
+                "decoder: another one of the same shared model was made after it; allowed: the "
+                "last one, because the other processes hold only its cache"
+            )
+
+
+def share_model(directory: Path | str, lead: Callable[[Any], Result]) -> Result | None:
+    """Open a checkpoint in all processes that torchrun started, and call `lead` in the first.
+
+    Without torchrun this process holds the whole model, and `lead` is called with it.
+
+    Args:
+        directory: a checkpoint, upstream's or that of a stage.
+        lead: gets the model for `sparselong.generate`.
+
+    Returns:
+        What `lead` returns; None in the other processes.
+
+    Raises:
+        StageError: there is no such directory, the experts cannot be split evenly over the
+            processes, these are on several machines, or the checkpoint is damaged.
+    """
+    rank, directory = joined_rank(), Path(directory)
+    if not directory.is_dir():
+        raise StageError(
+            f"{directory} cannot be shared",
+            "a directory with a checkpoint",
+            why_unusable(directory, "directory"),
+            "correct it; download a model of the hub first, and pass the directory",
+        )
+    if rank is None:
+        return lead(load_model(directory, attn_implementation=NAME))
+    if not is_one_machine():
+        raise StageError(
+            "a model cannot be shared by processes on several machines",
+            "processes on one machine, which exchange in every layer",
+            "LOCAL_WORLD_SIZE is less than WORLD_SIZE",
+            "torchrun --standalone --nproc_per_node=N ...",
+        )
+    device = default_device()
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+    ranks.connect()
+    mesh = ranks.join(1, dist.get_world_size())
+    settings = replicate_rows(mesh)
+    with using(**settings):
+        model = load_model(directory, device=device, attn_implementation=NAME)
+    with ranks.watched(lambda _: None):
+        result = lead_or_follow(model, settings, mesh, lead)
+        ranks.leave()
+    return result
+
+
+def lead_or_follow(
+    model: GptOssForCausalLM, settings: dict[str, Any], mesh: Mesh, lead: Callable[[Any], Result]
+) -> Result | None:
+    """Call `lead` in the first process, and follow its decoders in the others until it returns.
+
+    If it raises, the others are not told: they end as ranks do when one fails.
+    """
+    if mesh.data_rank > 0:
+        _follow(model, settings)
+        return None
+    result = lead(SharedModel(model, settings))
+    _tell(_Step.END)
+    return result
+
+
+def _follow(model: GptOssForCausalLM, settings: dict[str, Any]) -> None:
+    decoder: Decoder | None = None
+    while True:
+        message = torch.empty(2, dtype=torch.int64)
+        _broadcast(message)
+        kind, value = message.tolist()
+        if kind == _Step.END:
+            return
+        if kind == _Step.OPEN:
+            del decoder  # before the next one's cache takes memory
+            decoder = Decoder(model, value)
+            continue
+        assert decoder is not None
+        if kind == _Step.PUT:
+            decoder.put(value)
+            continue
+        with using(**settings):
+            if kind == _Step.ADVANCE:
+                decoder.advance()
+            else:
+                ids = torch.empty((1, value), dtype=torch.int64)
+                _broadcast(ids)
+                decoder.start(ids)
+
+
+def _tell(step: _Step, value: int = 0) -> None:
+    """Tell the other processes what this one does next."""
+    _broadcast(torch.tensor([step, value]))
+
+
+def _broadcast(tensor: torch.Tensor) -> None:
+    """Send the first process's CPU tensor to all, however long the others wait for it."""
+    dist.broadcast(tensor, 0)

@@ -1,0 +1,184 @@
+"""Passes over some of a layer's experts: the share of one process that holds only those.
+
+Rows arrive with the layer's expert indices; an index of -1 routes to no expert. Of each row's
+weighted sum, only the terms of the held experts are computed here; added over the processes that
+share the layer's experts they make the whole (`parts.py`).
+
+Any number of the routed tokens may go to held experts, from none to all. So that memory does not
+depend on that number, the products run over windows of at most `WINDOW_ROWS` of the rows sorted by
+expert. The number of windows is fixed by the number of routed tokens; nothing is read back to the
+host, and the kernels of a window without rows return at once. Each routed token to a held expert
+lies in exactly one window. `torch` divides the tokens instead, which bounds memory as well.
+
+A window's rows take, beside lists of integers, hidden + 2 * inner or 3 * inner values each in the
+forward pass, and hidden + 3 * inner in the backward pass, hidden + 4 * inner with an adapter of
+down: at most 0.47 GB in gpt-oss's shape in bf16. `decode` adds its buffer of weights.
+
+Nothing is saved between the two passes: `differentiate_held` computes gate_up's output again, as a
+checkpointed layer does. The biases are frozen.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparselong.kernels.experts.call import ExpertCall, ExpertOperands, Gradients
+from sparselong.kernels.experts.choice import BACKENDS
+from sparselong.kernels.experts.lora import Adapters
+from sparselong.kernels.experts.op import choose, slices
+from sparselong.kernels.experts.torch_backend import sum_held_torch
+
+WINDOW_ROWS = 16_384
+"""Most rows sorted by expert that are processed at once."""
+
+
+def choose_held(x: torch.Tensor, indices: torch.Tensor, experts: int) -> str:
+    """Return the measured table's backend for `run_held` and `differentiate_held`.
+
+    The held experts' expected rows per expert are those of the whole layer.
+
+    Args:
+        x: [rows, hidden], the rows of all processes.
+        indices: [rows, top_k].
+        experts: number of experts in the layer.
+
+    Raises:
+        ValueError: x's dtype does not suit its device.
+    """
+    backend = choose(x, indices, experts, None)
+    return "small" if backend == "generation" else backend
+
+
+def run_held(
+    call: ExpertCall, operands: ExpertOperands, held: range, out: torch.Tensor, *, experts: int
+) -> None:
+    """Write the held experts' share of each row's weighted sum to `out`.
+
+    It is zero for rows that are routed to none of them. A row whose routed tokens lie in several
+    windows is rounded to out's dtype once per window.
+
+    Args:
+        call: rows and their routing; indices are the layer's, -1 is no expert.
+        operands: weights and adapters of the held experts, in order; its backend is "torch",
+            "small", "packed" or "decode".
+        held: which of the layer's experts those are.
+        out: [rows, hidden], floating, contiguous, overwritten.
+        experts: number of experts in the layer.
+
+    Raises:
+        ValueError: An argument does not fit; the message names it. An index outside [-1, experts)
+            fails a device-side assertion on a GPU.
+    """
+    _check(call, operands, held, experts)
+    if call.x.shape[0] == 0:
+        return
+    if operands.backend == "torch":
+        with torch.no_grad():
+            for part in _parts(call):
+                out[part] = sum_held_torch(call.part(part), operands, held, range(-1, experts))
+        return
+    from sparselong.kernels.experts import triton_launch
+
+    call, operands = call.contiguous(), operands.in_dtype(call.x.dtype)
+    with torch.cuda.device_of(out):
+        for routing in triton_launch.sort_held(call, operands, held, experts, WINDOW_ROWS):
+            triton_launch.run_forward(call, operands, out, keep=False, routing=routing)
+
+
+def differentiate_held(
+    dout: torch.Tensor,
+    call: ExpertCall,
+    operands: ExpertOperands,
+    held: range,
+    gradients: Gradients,
+    *,
+    experts: int,
+) -> None:
+    """Fill `gradients` with the held experts' share.
+
+    Args:
+        dout: [rows, hidden], the gradient of `run_held`'s output.
+        call: as in `run_held`.
+        operands: as in `run_held`.
+        held: as in `run_held`.
+        gradients: the gradient of a routing weight is zero where the expert is not held; the sums
+            of adapters are accumulated into, and have the factors' order and shapes.
+        experts: as in `run_held`.
+
+    Raises:
+        ValueError: As for `run_held`, or the gradient of a bias is asked for.
+    """
+    _check(call, operands, held, experts)
+    if any(gradients.biases):
+        raise ValueError("gradients.biases: requested; allowed: none, held experts' are frozen")
+    if call.x.shape[0] == 0:
+        return
+    if operands.backend == "torch":
+        for part in _parts(call):
+            _differentiate_torch(
+                dout[part], call.part(part), operands, held, gradients.part(part), experts
+            )
+        return
+    from sparselong.kernels.experts import triton_launch
+
+    call, operands = call.contiguous(), operands.in_dtype(call.x.dtype)
+    x, indices, weights = call
+    if gradients.weights is not None:
+        gradients.weights.zero_()  # each window then writes those of its own routed tokens
+    with torch.cuda.device_of(dout):
+        for routing in triton_launch.sort_held(call, operands, held, experts, WINDOW_ROWS):
+            gate_up, _ = triton_launch.run_gate_up(x, indices, operands, routing)
+            saved = triton_launch.SavedForward(gate_up, routing, indices, weights, x)
+            triton_launch.run_backward(dout, saved, operands, gradients, overwrite=True)
+            del gate_up, saved  # before the next window's are allocated
+
+
+def _parts(call: ExpertCall) -> list[slice]:
+    """Return slices of the rows with at most WINDOW_ROWS routed tokens each."""
+    return slices(len(call.x), max(1, WINDOW_ROWS // call.indices.shape[1]))
+
+
+def _differentiate_torch(
+    dout: torch.Tensor,
+    call: ExpertCall,
+    operands: ExpertOperands,
+    held: range,
+    gradients: Gradients,
+    experts: int,
+) -> None:
+    """Fill `gradients` by autograd over the pass in plain torch."""
+
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    leaves: list[torch.Tensor] = []
+    call = call._replace(x=leaf(call.x), weights=leaf(call.weights))
+    adapters = Adapters(
+        *(one and one._replace(a=leaf(one.a), b=leaf(one.b)) for one in operands.adapters)
+    )
+    operands = operands._replace(adapters=adapters)
+    with torch.enable_grad():
+        out = sum_held_torch(call, operands, held, range(-1, experts))
+        # Adds nothing, but connects every leaf, which may have no part in the sum.
+        out = out + sum((part.flatten()[:0].sum() for part in leaves), start=0.0)
+    x, weights, *factors = torch.autograd.grad(out, leaves, dout)
+    for target, gradient in ((gradients.x, x), (gradients.weights, weights)):
+        if target is not None:
+            target.copy_(gradient)
+    sums = [one for one in gradients.adapters.factors if one is not None]
+    for target, gradient in zip(sums, factors, strict=True):
+        target += gradient
+
+
+def _check(call: ExpertCall, operands: ExpertOperands, held: range, experts: int) -> None:
+    """Raise ValueError if an argument of a pass does not fit; the message names it."""
+    call.check(experts)
+    operands.stack.check(call.x)
+    operands.adapters.check(operands.stack)
+    if operands.backend == "generation" or operands.backend not in BACKENDS:
+        raise ValueError(f"backend: {operands.backend!r}; allowed: torch, small, packed, decode")
+    if held.step != 1 or not 0 <= held.start < held.stop <= experts:
+        raise ValueError(f"held: {held}; allowed: consecutive experts of the layer's {experts}")
+    if len(held) != operands.stack.experts:
+        raise ValueError(f"held: {held}; allowed: as many as the stack's {operands.stack.experts}")

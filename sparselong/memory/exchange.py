@@ -1,0 +1,96 @@
+"""What sharing experts and vocabulary costs a process: working memory, and bytes exchanged.
+
+The processes of an expert group hold its experts and vocabulary rows in equal shares. A layer's
+hidden states are processed in chunks of CHUNK_ROWS rows from each process, so that the exchange of
+one chunk overlaps the computation of another. Of two chunks at once, a process holds the gathered
+hidden states and its experts' partial outputs (in the backward pass also the gathered gradients of
+the outputs); of one, the parts that come home. The rows that its experts compute are sorted by
+expert and pass through in windows of at most WINDOW_ROWS: imbalance makes more windows, not larger
+ones. The loss gathers LOSS_ROWS rows of all processes at a time and computes their logits against
+the process's own rows of the vocabulary.
+
+All figures here are estimates: they follow the order of the computation, not yet a measurement.
+"""
+
+from __future__ import annotations
+
+from sparselong.memory.shape import ModelShape
+
+CHUNK_ROWS = 1_024
+"""Rows of each process that are exchanged at once."""
+WINDOW_ROWS = 16_384
+"""Largest number of routed rows that pass through a process's experts at once."""
+LOSS_ROWS = 2_048
+"""Rows, of all processes together, whose logits exist at once."""
+NCCL_BYTES = 2**28
+"""Buffers of all NCCL communicators of a process (estimate)."""
+ROUTING_BYTES = 12
+"""Bytes of a routed token's expert and weight, and of its place in the sorted order."""
+EXCHANGES = 5
+"""Exchanges of a layer's hidden states in a step: forward, the inputs and the outputs; backward,
+the inputs again, the gradients of the outputs and those of the inputs."""
+
+
+def vocabulary_rows(shape: ModelShape, expert_parallel: int) -> int:
+    """Return the most rows of embedding, or of lm_head, that a process holds."""
+    return -(-shape.vocab // expert_parallel)
+
+
+def window_rows(shape: ModelShape, tokens: int, expert_parallel: int) -> int:
+    """Return the rows that pass through a process's experts at once."""
+    chunk = min(CHUNK_ROWS, tokens)
+    return min(expert_parallel * chunk * shape.experts_per_token, WINDOW_ROWS)
+
+
+def forward_bytes(shape: ModelShape, tokens: int, width: int, expert_parallel: int) -> int:
+    """Return the peak bytes of a layer's forward pass, without decoded weights.
+
+    Args:
+        shape: sizes of the base model.
+        tokens: rows of each process.
+        width: bytes of an activation.
+        expert_parallel: number of processes in an expert group.
+    """
+    window = window_rows(shape, tokens, expert_parallel)
+    rows = 2 * shape.hidden + 3 * shape.intermediate  # inputs and outputs; gate_up's output, h
+    return window * rows * width + _exchanged(shape, tokens, width, expert_parallel, 5)
+
+
+def backward_bytes(shape: ModelShape, tokens: int, width: int, expert_parallel: int) -> int:
+    """Return the peak bytes of a layer's backward pass, without decoded weights.
+
+    gate_up's output is recomputed and overwritten by its gradient. Arguments: see `forward_bytes`.
+    """
+    window = window_rows(shape, tokens, expert_parallel)
+    rows = 2 * shape.hidden + 3 * shape.intermediate  # gradients of outputs and inputs; gate_up, dh
+    return window * rows * width + _exchanged(shape, tokens, width, expert_parallel, 7)
+
+
+def _exchanged(
+    shape: ModelShape, tokens: int, width: int, expert_parallel: int, chunks: int
+) -> int:
+    """Return bytes of `chunks` gathered or partial chunks, and of all processes' routing."""
+    chunk = expert_parallel * min(CHUNK_ROWS, tokens) * shape.hidden * width
+    routing = expert_parallel * tokens * shape.experts_per_token * ROUTING_BYTES
+    return chunks * chunk + routing
+
+
+def loss_chunk_bytes(
+    shape: ModelShape, tokens: int, width: int, expert_parallel: int, copies: int
+) -> int:
+    """Return bytes of the loss's current chunk.
+
+    They are the logits of the process's own vocabulary rows (`copies` times), the gathered rows,
+    the partial gradients of these rows, and the parts that come home.
+    """
+    rows = min(LOSS_ROWS, expert_parallel * tokens)
+    logits = rows * vocabulary_rows(shape, expert_parallel) * width * copies
+    return logits + 3 * rows * shape.hidden * width
+
+
+def sent_bytes(shape: ModelShape, expert_parallel: int) -> int:
+    """Return bytes that a process sends for each of its tokens in a step of training, in bf16.
+
+    That is to each of the other processes, in every layer and exchange.
+    """
+    return shape.layers * EXCHANGES * (expert_parallel - 1) * shape.hidden * 2

@@ -1,0 +1,110 @@
+"""Embedding and lm_head of which a process holds some rows.
+
+Both take the place of transformers' modules in a model that is opened inside
+`using(vocabulary=...)`, and are frozen. What needs rows of other processes is done by the setting's
+exchange. `num_embeddings`, `out_features` and the configuration name the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from sparselong.model.part import Part, show_rows
+from sparselong.runtime import current
+
+
+class _VocabularyPart(Part):
+    """Rows `held` of a table [vocab, width].
+
+    Args:
+        held: the rows.
+        vocab: number of rows of the whole table.
+        width: columns.
+    """
+
+    def __init__(self, held: range, vocab: int, width: int):
+        super().__init__(held, vocab)
+        self.weight = nn.Parameter(torch.empty(len(held), width), requires_grad=False)
+
+    def _exchange(self) -> Any:
+        """Return the pass's exchange; raise ValueError unless it is that of these rows."""
+        exchange = current().vocabulary
+        self.check_setting("vocabulary", exchange)
+        return exchange
+
+    def extra_repr(self) -> str:
+        """Return the held rows for the module's repr."""
+        return f"rows {show_rows(self.held)} of {self.total}"
+
+
+class PartialEmbedding(_VocabularyPart):
+    """Embedding of all tokens, of which this process holds some rows."""
+
+    def __init__(self, held: range, vocab: int, width: int):
+        super().__init__(held, vocab, width)
+        self.num_embeddings, self.embedding_dim = vocab, width
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of any tokens, [..., width]; collective.
+
+        Raises:
+            ValueError: the pass runs outside `using(vocabulary=...)`, or in that of other rows.
+        """
+        return self._exchange().embed(input_ids, self.weight, self.total)
+
+
+class PartialHead(_VocabularyPart):
+    """lm_head of which this process holds some rows; it never returns full logits."""
+
+    def __init__(self, held: range, vocab: int, width: int):
+        super().__init__(held, vocab, width)
+        self.in_features, self.out_features = width, vocab
+
+    def sum_losses(
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the summed cross-entropy of this process's rows; collective.
+
+        Args:
+            hidden: [rows, width].
+            weight: this module's weight, in the dtype of the products.
+            labels: int64 [rows], -100 is ignored.
+
+        Raises:
+            ValueError: the pass runs outside `using(vocabulary=...)`, or in that of other rows.
+        """
+        return self._exchange().sum_losses(hidden, weight, labels, self.total)
+
+    def forward(self, hidden: torch.Tensor) -> NoReturn:
+        """Refuse to compute logits.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"lm_head: holds the rows {show_rows(self.held)} of {self.total}, so there are no full "
+            "logits; allowed: the loss of a model after sparselong.model.chunk_loss(model), or "
+            "runtime.current().vocabulary.score on the hidden states of model.model"
+        )
+
+
+def divide_vocabulary(model: nn.Module) -> None:
+    """Replace a model's embedding and lm_head by the parts that `using(vocabulary=...)` says.
+
+    Without the setting, or if this process holds all rows, they are left as they are.
+    """
+    exchange = current().vocabulary
+    if exchange is None:
+        return
+    whole: Any = model
+    embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    rows, width = embedding.weight.shape
+    held = exchange.held(rows)
+    if len(held) == rows:
+        return
+    whole.set_input_embeddings(PartialEmbedding(held, rows, width))
+    if head is not None:
+        whole.set_output_embeddings(PartialHead(held, rows, width))

@@ -1,0 +1,231 @@
+"""Move rows to the processes that hold their experts, and the results back, in chunks.
+
+Forward, for each chunk of at most CHUNK_ROWS rows of every process:
+
+    gather    every process gets every process's rows (all-gather)
+    compute   its experts' share of each row's weighted sum
+    return    the shares go home (all-to-all, the bytes of a reduce-scatter), added in rank order
+
+The chunk after is gathered, and the one before returned, while a chunk is computed. Sizes do not
+depend on the routing, so the host never waits: a process with many rows for its experts takes
+longer, but needs no more memory. Where processes have different numbers of rows, the missing ones
+are padded with rows that are routed to no expert.
+
+Backward gathers rows and gradients of the outputs, and returns gradients of the rows. The gradients
+of the outputs are requested first: they travel while a checkpointed layer recomputes its attention.
+The recomputation itself exchanges nothing: the layer ends with the experts, and the backward pass
+needs only their input. Gathered routing is kept from the forward pass (24 bytes a row).
+
+An adapter's gradient is complete once backward is: it covers the rows of the whole group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from sparselong.kernels.experts import (
+    Adapters,
+    ExpertCall,
+    ExpertOperands,
+    Gradients,
+    choose_held,
+    differentiate_held,
+    run_held,
+    slices,
+    sum_parts,
+)
+from sparselong.parallel.collectives import Pending, start_all_gather, start_all_to_all
+from sparselong.runtime import is_recomputing
+
+CHUNK_ROWS = 2048
+"""Most rows of a process in a chunk. More make products faster, fewer hide more of the exchange."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an exchange's passes have in common.
+
+    Attributes:
+        operands: the held experts' weights and adapters; the backend is chosen for each chunk.
+        held: the experts that this process holds.
+        experts: the layer's number of experts.
+        rows: number of rows of each process.
+        group: the processes.
+    """
+
+    operands: ExpertOperands
+    held: range
+    experts: int
+    rows: tuple[int, ...]
+    group: dist.ProcessGroup
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return len(self.rows)
+
+    @property
+    def chunks(self) -> list[slice]:
+        """The chunks of every process's rows, padded to the largest number."""
+        return slices(max(self.rows), CHUNK_ROWS) if max(self.rows) else []
+
+    def pad(self, rows: torch.Tensor, value: float = 0) -> torch.Tensor:
+        """Return this process's rows [rows, ...], padded to the largest number."""
+        missing = max(self.rows) - len(rows)
+        if missing:
+            rows = functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing), value=value)
+        return rows.contiguous()
+
+    def operands_for(self, call: ExpertCall) -> ExpertOperands:
+        """Return the operands for calls as large as this: backend, and dtype of the adapters."""
+        backend = choose_held(call.x, call.indices, self.experts)
+        return self.operands._replace(backend=backend).in_dtype(call.x.dtype)
+
+
+class Routing(NamedTuple):
+    """Every process's routing, gathered; chunks are views of [processes, rows, top_k].
+
+    Attributes:
+        indices: int32, -1 in padding.
+        weights: floating.
+    """
+
+    indices: torch.Tensor
+    weights: torch.Tensor
+
+    def call(self, x: torch.Tensor, chunk: slice) -> ExpertCall:
+        """Return the call for a gathered chunk of rows."""
+        flat = (part[:, chunk].flatten(0, 1).contiguous() for part in self)
+        return ExpertCall(x, *flat)
+
+
+def run_sharded(call: ExpertCall, job: Job) -> torch.Tensor:
+    """Return the weighted sums of this process's rows, differentiable, [rows, hidden]."""
+    return _ShardedPass.apply(job, *call, *job.operands.adapters.factors)  # pyright: ignore[reportReturnType]
+
+
+class _ShardedPass(torch.autograd.Function):
+    """A layer's experts over the rows of all processes of the group, with gradients.
+
+    Saved for the backward pass: x. Weights and adapters are referenced, not saved: the optimizer
+    changes them only after a step's backward passes. `factors` repeats the adapters' tensors,
+    because autograd tracks only tensors passed as separate arguments.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        job: Job,
+        x: torch.Tensor,
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+        *factors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.job = job
+        ctx.save_for_backward(x)
+        if is_recomputing():  # backward runs through the forward pass's node, which has the routing
+            return torch.full_like(x, math.nan)  # unused; NaN would reveal any use
+        out, ctx.routing = run_forward(ExpertCall(x, indices, weights), job)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        job, needs = ctx.job, ctx.needs_input_grad
+        padded = job.pad(dout)
+        douts = [_gather(padded, chunk, job, "expert gradients") for chunk in job.chunks]
+        (x,) = ctx.saved_tensors  # a checkpointed layer is recomputed here
+        sums = job.operands.adapters.make_sums()
+        dx, dweights = _run_backward(x, douts, ctx.routing, job, sums)
+        factors = [
+            None if total is None else total.to(factor.dtype)
+            for total, factor in zip(sums.factors, job.operands.adapters.factors, strict=True)
+        ]
+        return None, dx if needs[1] else None, None, dweights if needs[3] else None, *factors
+
+
+def run_forward(call: ExpertCall, job: Job) -> tuple[torch.Tensor, Routing]:
+    """Return the weighted sums of this process's rows, and every process's routing."""
+    x, routing = job.pad(call.x), _gather_routing(call, job)
+    out = torch.empty_like(x)
+    home: list[tuple[slice, Pending]] = []
+    operands = None
+    for chunk, whole in _arriving(x, job):
+        part = routing.call(whole, chunk)
+        operands = operands or job.operands_for(part)
+        share = torch.empty_like(part.x)
+        run_held(part, operands, job.held, share, experts=job.experts)
+        home.append((chunk, _send_home(share, job, "expert sums")))
+        if len(home) > 1:
+            _add(*home.pop(0), out, job)
+    for chunk, pending in home:
+        _add(chunk, pending, out, job)
+    return out[: len(call.x)], routing
+
+
+def _run_backward(
+    x: torch.Tensor, douts: list[Pending], routing: Routing, job: Job, sums: Adapters
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of this process's rows and routing weights; add to the adapters'."""
+    rows, x = len(x), job.pad(x)
+    dx, dweights = torch.empty_like(x), torch.empty_like(routing.weights)
+    home: list[tuple[slice, Pending]] = []
+    operands = None
+    for chunk, whole in _arriving(x, job):
+        part = routing.call(whole, chunk)
+        operands = operands or job.operands_for(part)
+        dout = douts.pop(0).wait().flatten(0, 1)
+        share = Gradients(torch.empty_like(part.x), torch.empty_like(part.weights), adapters=sums)
+        differentiate_held(dout, part, operands, job.held, share, experts=job.experts)
+        assert share.x is not None and share.weights is not None
+        dweights[:, chunk] = share.weights.view(job.size, -1, part.weights.shape[1])
+        home.append((chunk, _send_home(share.x, job, "expert row gradients")))
+        if len(home) > 1:
+            _add(*home.pop(0), dx, job)
+    back = _send_home(dweights.flatten(0, 1), job, "routing gradients")
+    for chunk, pending in home:
+        _add(chunk, pending, dx, job)
+    total = back.wait().view_as(dweights).sum(0)  # all but one are zero
+    return dx[:rows], total[:rows]
+
+
+def _arriving(x: torch.Tensor, job: Job) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield each chunk with its gathered rows [processes * rows, hidden], the next on its way."""
+    chunks = job.chunks
+    pending = [_gather(x, chunk, job, "expert rows") for chunk in chunks[:1]]
+    for number, chunk in enumerate(chunks):
+        pending += [_gather(x, after, job, "expert rows") for after in chunks[number + 1 :][:1]]
+        yield chunk, pending.pop(0).wait().flatten(0, 1)
+
+
+def _gather_routing(call: ExpertCall, job: Job) -> Routing:
+    """Gather every process's indices and weights in one exchange."""
+    indices, weights = job.pad(call.indices.int(), -1), job.pad(call.weights)
+    parts = [part.view(torch.uint8) for part in (indices, weights)]
+    sent = torch.cat(parts, 1)
+    received = start_all_gather(sent, job.group, "expert routing").wait()
+    widths = [part.shape[1] for part in parts]
+    both = [part.clone(memory_format=torch.contiguous_format) for part in received.split(widths, 2)]
+    return Routing(both[0].view(torch.int32), both[1].view(weights.dtype))
+
+
+def _gather(rows: torch.Tensor, chunk: slice, job: Job, tag: str) -> Pending:
+    return start_all_gather(rows[chunk], job.group, tag)
+
+
+def _send_home(shares: torch.Tensor, job: Job, tag: str) -> Pending:
+    """Send each process the shares [processes * rows, ...] of its own rows."""
+    counts = [len(shares) // job.size] * job.size
+    return start_all_to_all(shares, counts, counts, job.group, tag)
+
+
+def _add(chunk: slice, pending: Pending, out: torch.Tensor, job: Job) -> None:
+    """Write the sum of the shares that arrived for a chunk of this process's rows."""
+    received = pending.wait()
+    sum_parts(received.view(job.size, -1, received.shape[1]), out[chunk])

@@ -1,0 +1,104 @@
+"""Measures a small model in one process, or in several that hold parts of it or all of it."""
+
+from __future__ import annotations
+
+import functools
+import random
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sparselong.evaluate import perplexity, scoring
+from sparselong.evaluate.spread import Spread
+from sparselong.evaluate.work import Request
+from sparselong.model.loading import load_model
+from sparselong.model.vocabulary import PartialHead
+from sparselong.parallel.apply import shard_model
+from sparselong.parallel.mesh import build_mesh
+from sparselong.runtime.settings import using
+
+VOCAB, BATCH_SIZE = 2048, 2
+mesh_of = functools.cache(lambda size: build_mesh(1, expert_size=size))
+
+
+def draw(count: int, seed: int = 0) -> tuple[list[Request], list[perplexity.Sample]]:
+    """Return texts with one to six scored tokens, and conversations."""
+    source = random.Random(seed)
+    texts = [[source.randrange(VOCAB) for _ in range(source.randint(8, 90))] for _ in range(count)]
+    samples = [
+        perplexity.Sample(text, [source.random() < 0.6 for _ in text]) for text in texts[::-1]
+    ]
+    return [Request(text, source.randint(1, 6)) for text in texts], samples
+
+
+@torch.no_grad()
+def prefer(model: Any, requests: list[Request]) -> list[Request]:
+    """Return the texts, the scored tokens of every second one replaced by the most likely ones."""
+    changed = []
+    for number, (tokens, scored) in enumerate(requests):
+        if number % 2:
+            tokens = tokens[:-scored]
+            for _ in range(scored):
+                logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+                tokens = [*tokens, int(logits.argmax())]
+        changed.append(Request(tokens, scored))
+    return changed
+
+
+def measure(
+    base: Path,
+    requests: Any,
+    samples: Any,
+    expert_size: int,
+    broken: str | None = None,
+    on_gpu: bool = False,
+) -> dict[str, Any]:
+    """Return this process's figures; every process computes a part and has all of them."""
+    mesh = mesh_of(expert_size)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    with using(**shard_model(mesh)), PIECES[broken]() if broken else nullcontext():
+        model = load_model(base, device=device)
+        assert isinstance(model.lm_head, PartialHead) == (expert_size > 1)
+        return measure_with(model, requests, samples, Spread(mesh))
+
+
+def measure_with(model: Any, requests: Any, samples: Any, spread: Spread) -> dict[str, Any]:
+    """Return the figures of an opened model, and the number of passes of this process."""
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    model.model.register_forward_pre_hook(count)
+    answers = scoring.score(model, requests, BATCH_SIZE, spread)
+    found = perplexity.measure(model, samples, BATCH_SIZE, spread)
+    return {"answers": answers, "perplexity": found, "passes": passes}
+
+
+@contextmanager
+def _own_results_only() -> Any:
+    """Take this process's results for all."""
+    with mock.patch.object(Spread, "collect", lambda self, value: [value] * self.size):
+        yield
+
+
+@contextmanager
+def _first_token_of_shard() -> Any:
+    """Take the shard's most likely token for the vocabulary's."""
+    from sparselong.parallel.vocabulary.sharded import ShardedVocabulary
+
+    original = ShardedVocabulary.score
+
+    def score(self: Any, hidden: Any, table: Any, labels: Any, vocab: int) -> Any:
+        scores, _ = original(self, hidden, table, labels, vocab)
+        return scores, (hidden @ table.T).argmax(1)
+
+    with mock.patch.object(ShardedVocabulary, "score", score):
+        yield
+
+
+PIECES = {"results of others": _own_results_only, "best token of all": _first_token_of_shard}

@@ -1,0 +1,210 @@
+"""One layer's experts over the rows of several processes, and over all rows in one process."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from sparselong.kernels.expert_stack import ExpertStack, PackedWeight
+from sparselong.kernels.experts.lora import Adapter, Adapters
+from sparselong.kernels.experts.op import expert_mlp
+from sparselong.parallel.collectives import count_bytes
+from sparselong.parallel.experts import pipeline
+from sparselong.parallel.experts.exchange import ShardedExperts
+from sparselong.parallel.placement import Placement
+from sparselong.runtime.recompute import checkpoint_contexts
+
+HIDDEN, INNER, TOP_K, RANK = 64, 32, 3, 4
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer and its rows.
+
+    Attributes:
+        rows: number of rows of each process.
+        experts: number of experts.
+        routing: "spread", "one" (all rows use expert 1 and its neighbours) or "last" (the last
+            experts only).
+        adapted: whether the experts have adapters.
+        chunk: most rows of a process in a chunk.
+        checkpointed: whether the layer is recomputed.
+        broken: piece to disable, one of `PIECES`.
+    """
+
+    rows: tuple[int, ...]
+    experts: int = 8
+    routing: str = "spread"
+    adapted: bool = True
+    chunk: int = 4
+    checkpointed: bool = False
+    broken: str | None = None
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+
+
+def draw(layer: Layer) -> dict[str, Any]:
+    """Return stack, adapters and all rows with routing and the gradient of the outputs."""
+    generator = torch.Generator().manual_seed(sum(layer.rows) + layer.experts)
+    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+
+    def weight(out: int, inside: int) -> PackedWeight:
+        shape = (layer.experts, out, inside // 32)
+        return PackedWeight(
+            torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8),
+            torch.randint(121, 125, shape, generator=generator, dtype=torch.uint8),
+            normal(*shape[:2]).to(layer.dtype).to(layer.device),
+        )
+
+    def adapter(out: int, inside: int) -> Adapter:
+        a, b = normal(layer.experts, RANK, inside), normal(layer.experts, out, RANK)
+        return Adapter(*(0.3 * one.to(layer.dtype).to(layer.device) for one in (a, b)), 0.7)
+
+    rows = sum(layer.rows)
+    order = torch.rand(rows, layer.experts, generator=generator).argsort(1)[:, :TOP_K]
+    fixed = torch.arange(TOP_K) + (1 if layer.routing == "one" else layer.experts - TOP_K)
+    sizes = (2 * INNER, HIDDEN), (HIDDEN, INNER)
+    stack = ExpertStack(*(weight(*size) for size in sizes))
+    stack = ExpertStack(*(PackedWeight(*(t.to(layer.device) for t in weight)) for weight in stack))
+    return {
+        "stack": stack,
+        "adapters": Adapters(*(adapter(*size) for size in sizes)) if layer.adapted else Adapters(),
+        "indices": (order if layer.routing == "spread" else fixed.expand(rows, -1)).to(
+            layer.device
+        ),
+        **{
+            name: normal(rows, width).to(layer.dtype).to(layer.device)
+            for name, width in (("x", HIDDEN), ("weights", TOP_K), ("dout", HIDDEN))
+        },
+    }
+
+
+def run_alone(layer: Layer) -> dict[str, torch.Tensor]:
+    """Return output and gradients of one process that holds all experts and rows."""
+    found = draw(layer)
+    backend = "torch" if layer.device == "cpu" else None
+    return _differentiate(layer, found, partial(expert_mlp, backend=backend))
+
+
+def _differentiate(layer: Layer, found: dict[str, Any], run: Any) -> dict[str, torch.Tensor]:
+    leaves = {name: found[name].detach().clone().requires_grad_() for name in ("x", "weights")}
+    factors = {}
+    adapters = []
+    for name, adapter in zip(Adapters._fields, found["adapters"], strict=True):
+        if adapter is not None:
+            a, b = (t.detach().clone().requires_grad_() for t in adapter[:2])
+            factors |= {f"{name}.a": a, f"{name}.b": b}
+            adapter = Adapter(a, b, adapter.scaling)
+        adapters.append(adapter)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        inputs = (x, found["indices"], leaves["weights"], found["stack"], Adapters(*adapters))
+        return run(*inputs)
+
+    if layer.checkpointed:
+        contexts = partial(checkpoint_contexts, False)
+        out = checkpoint(compute, leaves["x"], use_reentrant=False, context_fn=contexts)
+    else:
+        out = compute(leaves["x"])
+    out.backward(found["dout"])
+    grads = {
+        f"d {name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        for name, leaf in (leaves | factors).items()
+    }
+    return {"out": out.detach(), **grads}
+
+
+@functools.cache
+def group_of(size: int) -> dist.ProcessGroup:
+    """Return this process's group of `size` consecutive ranks, created once."""
+    groups = [
+        dist.new_group(list(range(first, first + size)))
+        for first in range(0, dist.get_world_size(), size)
+    ]
+    return groups[dist.get_rank() // size]  # type: ignore[return-value]
+
+
+def hold(tensors: Any, held: slice) -> Any:
+    """Return the held experts of a stack or of adapters."""
+    if isinstance(tensors, ExpertStack):
+        return ExpertStack(*(PackedWeight(*(t[held] for t in w)) for w in tensors))
+    return Adapters(*(one and Adapter(one.a[held], one.b[held], one.scaling) for one in tensors))
+
+
+def run_sharded(layer: Layer, size: int) -> dict[str, Any]:
+    """Return this process's part: its rows' output and gradients, its experts' adapter gradients.
+
+    `sent` is the number of bytes sent, by tag.
+    """
+    rank = dist.get_rank() % size
+    found = draw(layer)
+    equal = len(set(layer.rows)) == 1
+    shared = ShardedExperts(Placement(rank, size), group_of(size), None if equal else layer.rows)
+    held = shared.held(layer.experts)
+    part = slice(held.start, held.stop)
+    first = sum(layer.rows[:rank])
+    rows = slice(first, first + layer.rows[rank])
+    own = {name: found[name][rows] for name in ("x", "indices", "weights", "dout")}
+    own |= {name: hold(found[name], part) for name in ("stack", "adapters")}
+    run = partial(shared.run, experts=layer.experts, alpha=1.702, limit=7.0)
+    with (
+        mock.patch.object(pipeline, "CHUNK_ROWS", layer.chunk),
+        PIECES[layer.broken]() if layer.broken else nullcontext(),
+        count_bytes() as sent,
+    ):
+        result = _differentiate(layer, own, run)
+    return {**result, "sent": dict(sent)}
+
+
+def run_replicated(layer: Layer, size: int) -> torch.Tensor:
+    """Return the output when every process has all rows."""
+    found, rank = draw(layer), dist.get_rank() % size
+    shared = ShardedExperts(Placement(rank, size), group_of(size), replicated=True)
+    held = shared.held(layer.experts)
+    part = slice(held.start, held.stop)
+    stack, adapters = (hold(found[name], part) for name in ("stack", "adapters"))
+    with torch.no_grad():
+        return shared.run(
+            found["x"], found["indices"], found["weights"], stack, adapters,
+            experts=layer.experts, alpha=1.702, limit=7.0,
+        )  # fmt: skip
+
+
+@contextmanager
+def _only_own_shares() -> Any:
+    """Take only the first process's share of each row instead of the sum."""
+
+    def take_first(parts: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(parts[0])
+
+    with mock.patch.object(pipeline, "sum_parts", take_first):
+        yield
+
+
+@contextmanager
+def _own_gradients() -> Any:
+    """Use this process's gradients of the outputs for every process's rows."""
+    original = pipeline._gather
+
+    def gather(rows: torch.Tensor, chunk: slice, job: Any, tag: str) -> Any:
+        if tag != "expert gradients":
+            return original(rows, chunk, job, tag)
+        own = rows[chunk].expand(job.size, *rows[chunk].shape).contiguous()
+        return mock.Mock(wait=lambda: own)
+
+    with mock.patch.object(pipeline, "_gather", gather):
+        yield
+
+
+PIECES = {
+    "sum of shares": _only_own_shares,
+    "gathered gradients": _own_gradients,
+}

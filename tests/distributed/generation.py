@@ -1,0 +1,97 @@
+"""Generates with a model that several processes share, or that one process holds."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sparselong.generation import decoder as decoding
+from sparselong.generation import shared
+from sparselong.generation.decoder import generate
+from sparselong.model.loading import load_model
+from sparselong.parallel.apply import replicate_rows
+from sparselong.parallel.mesh import build_mesh
+from sparselong.parallel.vocabulary.replicated import ReplicatedVocabulary
+from sparselong.runtime.settings import using
+
+PROMPT, COUNT, CHUNK = 150, 12, 64
+"""The prompt is longer than a sliding window, and is read in chunks."""
+mesh_of = functools.cache(lambda size: build_mesh(1, expert_size=size))
+
+
+def talk(model: Any) -> dict[str, Any]:
+    """Return what several requests give, one of them abandoned, one ended by a stop token."""
+    source = torch.Generator().manual_seed(5)
+    prompt = torch.randint(1, 2048, (1, PROMPT), generator=source)
+    greedy = list(generate(model, prompt, COUNT))
+    abandoned = generate(model, prompt[:, :20], COUNT)
+    begun = [next(abandoned) for _ in range(3)]
+    sampled = list(generate(model, prompt[:, :9], COUNT, temperature=1.5, top_p=0.9, seed=3))
+    stop = (greedy[4],)
+    return {
+        "greedy": greedy,
+        "begun": begun,
+        "sampled": sampled,
+        "stopped": list(generate(model, prompt, COUNT, stop=stop)),
+        "abandoned": resume(abandoned),
+    }
+
+
+def resume(tokens: Any) -> str:
+    """Return why an older generation cannot be continued, or that it can."""
+    try:
+        next(tokens)
+    except ValueError as error:
+        return str(error)
+    return "continued"
+
+
+def talk_alone(base: Path) -> dict[str, Any]:
+    """Return what one process with the whole model says."""
+    with mock.patch.object(decoding, "PROMPT_TOKENS", CHUNK):
+        return talk(load_model(base, device=torch.device("cpu")))
+
+
+def talk_together(base: Path, size: int, broken: str | None = None) -> dict[str, Any] | None:
+    """Return what the first process says; the others follow and return None."""
+    mesh = mesh_of(size)
+    settings = replicate_rows(mesh)
+    with using(**settings):
+        model = load_model(base, device=torch.device("cpu"))
+    with (
+        mock.patch.object(decoding, "PROMPT_TOKENS", CHUNK),
+        PIECES[broken]() if broken else nullcontext(),
+    ):
+        return shared.lead_or_follow(model, settings, mesh, talk)
+
+
+@contextmanager
+def _own_columns_only() -> Any:
+    """Take this process's columns of the logits for those of all."""
+
+    def gather(self: Any, part: torch.Tensor, vocab: int) -> torch.Tensor:
+        missing = vocab - part.shape[-1]
+        return torch.nn.functional.pad(part, (0, missing), value=-100.0)
+
+    with mock.patch.object(ReplicatedVocabulary, "gather_logits", gather):
+        yield
+
+
+@contextmanager
+def _own_experts_only() -> Any:
+    """Take this process's share of the experts' sum for all of it."""
+    from sparselong.parallel.experts import exchange
+
+    def first(parts: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(parts[0])
+
+    with mock.patch.object(exchange, "sum_parts", first):
+        yield
+
+
+PIECES = {"logits of all": _own_columns_only, "experts of all": _own_experts_only}

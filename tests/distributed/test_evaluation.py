@@ -1,0 +1,89 @@
+"""Likelihoods and perplexity measured in several processes are those of one."""
+
+import pytest
+import torch
+
+from sparselong.evaluate.spread import Spread
+from tests.distributed.evaluation import draw, measure, measure_with, prefer
+
+COUNT = 9  # not a multiple of any number of rows in a batch
+RELATIVE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def model(untrained_base):
+    from sparselong.model.loading import load_model
+
+    return load_model(untrained_base)
+
+
+@pytest.fixture(scope="module")
+def texts(model):
+    """Requests, of which every second one is greedy, and conversations."""
+    requests, samples = draw(COUNT)
+    return prefer(model, requests), samples
+
+
+@pytest.fixture(scope="module")
+def wanted(model, texts) -> dict:
+    """One process's figures."""
+    return measure_with(model, *texts, Spread())
+
+
+def assert_equal(found: dict, wanted: dict) -> None:
+    for (score, greedy), (right, right_greedy) in zip(
+        found["answers"], wanted["answers"], strict=True
+    ):
+        assert score == pytest.approx(right, rel=RELATIVE) and greedy == right_greedy
+    for key in ("supervised", "all"):
+        mine, theirs = found["perplexity"][key], wanted["perplexity"][key]
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["perplexity"] == pytest.approx(theirs["perplexity"], rel=RELATIVE)
+    for mine, theirs in zip(
+        found["perplexity"]["by_position"], wanted["perplexity"]["by_position"], strict=True
+    ):
+        assert (mine["first"], mine["tokens"]) == (theirs["first"], theirs["tokens"])
+        assert mine["nll"] == pytest.approx(theirs["nll"], rel=RELATIVE)
+    pairs = zip(
+        found["perplexity"]["conversations"], wanted["perplexity"]["conversations"], strict=True
+    )
+    for (mine, tokens), (theirs, right_tokens) in pairs:
+        assert tokens == right_tokens and mine == pytest.approx(theirs, rel=RELATIVE)
+
+
+def test_one_process_s_answers_are_those_of_the_logits(model, texts, wanted):
+    for number, (request, (score, greedy)) in enumerate(
+        zip(texts[0], wanted["answers"], strict=True)
+    ):
+        with torch.no_grad():
+            logits = model(torch.tensor([request.tokens]), use_cache=False).logits[0].double()
+        ends = torch.tensor(request.tokens[-request.scored :])
+        picked = logits[-request.scored - 1 : -1].log_softmax(-1).gather(1, ends[:, None])
+        assert score == pytest.approx(float(picked.sum()), rel=RELATIVE)
+        assert greedy == bool(number % 2)
+
+
+@pytest.mark.parametrize(("size", "expert_size"), [(2, 2), (4, 1), (4, 2), (4, 4)])
+def test_figures_of_several_processes_are_one_process_s(
+    pools, untrained_base, texts, wanted, size, expert_size
+):
+    found = pools[size].run(measure, untrained_base, *texts, expert_size)
+    for each in found:
+        assert_equal(each, wanted)
+    assert all(each["passes"] < wanted["passes"] for each in found), "the work was not divided"
+
+
+@pytest.mark.parametrize("expert_size", [1, 4])
+def test_fewer_rows_than_processes(pools, model, untrained_base, texts, expert_size):
+    few = [rows[:2] for rows in texts]
+    for each in pools[4].run(measure, untrained_base, *few, expert_size):
+        assert_equal(each, measure_with(model, *few, Spread()))
+
+
+def test_every_piece_is_needed(pools, untrained_base, texts, wanted):
+    run = (measure, untrained_base, *texts, 2)
+    for outcome, error in pools[2].try_run(*run, "results of others"):
+        assert outcome == "raised" and "KeyError" in error
+    found = pools[2].run(*run, "best token of all")
+    with pytest.raises(AssertionError):
+        assert_equal(found[1], wanted)

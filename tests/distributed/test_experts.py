@@ -1,0 +1,95 @@
+"""Experts shared by two and four processes give one process's outputs and gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparselong.errors import StageError
+from sparselong.parallel.placement import Placement
+from tests.distributed.experts import PIECES, Layer, run_alone, run_replicated, run_sharded
+
+TOLERANCE = 1e-12
+LAYERS = {
+    "equal rows": Layer((6, 6, 6, 6)),
+    "one chunk": Layer((5, 5, 5, 5), chunk=64),
+    "without adapters": Layer((6, 6, 6, 6), adapted=False),
+    "recomputed": Layer((6, 6, 6, 6), checkpointed=True),
+    "ragged rows": Layer((3, 9, 1, 6)),
+    "ragged rows, recomputed": Layer((3, 9, 1, 6), checkpointed=True),
+    "ranks without rows": Layer((0, 9, 0, 2)),
+    "no rows at all": Layer((0, 0, 0, 0)),
+    "one expert gets everything": Layer((6, 6, 6, 6), routing="one"),
+    "a rank whose experts get nothing": Layer((6, 5, 6, 6), routing="last"),
+    "fewer experts than choices": Layer((6, 6, 6, 6), experts=4),
+}
+
+
+def on(size: int, layer: Layer) -> Layer:
+    """Return the layer for `size` processes: the last two of four bring no rows of their own."""
+    return layer if size == 4 else replace(layer, rows=layer.rows[:size])
+
+
+def whole(parts: list[dict]) -> dict[str, torch.Tensor]:
+    """Join the processes' parts: rows and experts in rank order."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "sent"}
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert found.shape == wanted.shape
+    scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+    return float((found - wanted).abs().max()) / (scale or 1.0) if wanted.numel() else 0.0
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_and_gradients_are_one_process_s(pools, size, name):
+    layer = on(size, LAYERS[name])
+    found, wanted = whole(pools[size].run(run_sharded, layer, size)), run_alone(layer)
+    assert found.keys() == wanted.keys()
+    for part, tensor in wanted.items():
+        assert error(found[part], tensor) < TOLERANCE, part
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_every_piece_is_needed(pools, piece):
+    layer = LAYERS["equal rows"]
+    found = whole(pools[4].run(run_sharded, replace(layer, broken=piece), 4))
+    wanted = run_alone(layer)
+    assert max(error(found[part], wanted[part]) for part in wanted) > 0.01
+
+
+def test_two_groups_of_two_do_not_mix(pools):
+    """Each pair of four processes computes the same rows on its own."""
+    layer = on(2, LAYERS["ragged rows"])
+    parts, wanted = pools[4].run(run_sharded, layer, 2), run_alone(layer)
+    for pair in (parts[:2], parts[2:]):
+        found = whole(pair)
+        assert max(error(found[part], wanted[part]) for part in wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_replicated_rows_are_computed_by_all(pools, size):
+    layer = Layer((5,) * size)
+    wanted = run_alone(layer)["out"]
+    for found in pools[size].run(run_replicated, layer, size):
+        assert error(found, wanted) < TOLERANCE
+
+
+def test_bytes_are_those_of_the_rows(pools):
+    """Forward: rows out, sums back; backward: rows and gradients out, row gradients back."""
+    layer = Layer((6, 6, 6, 6), dtype=torch.float32, checkpointed=True)
+    rows = 3 * 6 * 64 * 4
+    for part in pools[4].run(run_sharded, layer, 4):
+        sent = part["sent"]
+        assert sent.pop("expert rows") == 2 * rows
+        for tag in ("expert sums", "expert gradients", "expert row gradients"):
+            assert sent.pop(tag) == rows
+        assert sent.pop("expert routing") == 3 * 6 * 3 * (4 + 4)
+        assert sent.pop("routing gradients") == 3 * 6 * 3 * 4
+        assert not sent
+
+
+def test_experts_that_cannot_be_split_evenly_are_refused():
+    with pytest.raises(StageError, match="6 experts cannot be split evenly over 4 processes"):
+        Placement(0, 4).experts(6)

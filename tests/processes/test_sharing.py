@@ -1,0 +1,84 @@
+"""All ranks decide alike whether to share experts: by the least memory, within one machine."""
+
+import pytest
+
+from sparselong.config.schema import load
+from sparselong.errors import StageError
+from sparselong.memory import CONTEXT_BYTES, find_shape, finetune_memory
+from sparselong.processes import sharing
+from tests.conftest import ROOT
+
+GIB = 2**30
+BIG = "configs/gpt-oss-120b-4x3090.yaml"
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Return a function that sets the ranks' places and available GiB; None: no GPU."""
+
+    def be(places: list[tuple[int, int]], gib: list[float | None]) -> None:
+        on_gpu = gib[0] is not None
+        monkeypatch.setattr(sharing.torch.cuda, "is_available", lambda: on_gpu)
+        monkeypatch.setattr(sharing.torch.cuda, "mem_get_info", lambda: (5 * GIB, 24 * GIB))
+        monkeypatch.setattr(sharing.torch.cuda, "memory_reserved", lambda: 0)
+        monkeypatch.setattr(sharing, "_decided", None)
+        free = [None if one is None else int(one * GIB) for one in gib]
+        found = [(*place, one) for place, one in zip(places, free, strict=True)]
+        monkeypatch.setattr(sharing.ranks, "collect", lambda own: found)
+
+    return be
+
+
+def test_on_a_cpu_auto_shares_nothing_and_a_number_is_followed(ranks):
+    ranks([(0, 2)] * 2, [None] * 2)
+    made = sharing.decide_sharing(load(ROOT / "configs/tiny.yaml"))
+    assert (made.asked, made.chosen, made.available_bytes) == ("auto", 1, None)
+    assert sharing.decided_sharing() is made
+    asked = load(
+        ROOT / "configs/tiny.yaml", ["sequence_parallel_degree=2", "expert_parallel_degree=2"]
+    )
+    made = sharing.decide_sharing(asked)
+    assert made.chosen == 2 and "shared by 2" in str(made)
+
+
+@pytest.mark.parametrize(("gib", "chosen"), [([80] * 4, 1), ([80, 80, 23.6, 80], 4)])
+def test_the_rank_with_the_least_memory_decides(ranks, gib, chosen):
+    ranks([(0, 4)] * 4, gib)
+    config = load(ROOT / BIG)
+    made = sharing.decide_sharing(config)
+    assert made.chosen == chosen and made.available_bytes == int(min(gib) * GIB)
+    whole, shared = (
+        finetune_memory(find_shape(config.model), config, expert_parallel=n).peak_bytes
+        for n in (1, 4)
+    )
+    assert made.replicated_peak_bytes >= whole > 60 * GIB
+    assert made.predicted_peak_bytes >= (shared if chosen == 4 else whole)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(ranks):
+    ranks([(0, 4)] * 4, [12.0] * 4)
+    with pytest.raises(StageError, match="does not fit in memory") as caught:
+        sharing.decide_sharing(load(ROOT / BIG))
+    assert "short" in caught.value.found and "shared by 4" in caught.value.found
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(0, 2), (0, 2), (2, 2), (2, 2)],  # two machines of two
+        [(0, 2), (1, 2), (-1, 2), (0, 2)],  # ranks dealt out to two machines in turn
+    ],
+)
+def test_experts_are_shared_within_one_machine_only(ranks, places):
+    ranks(places, [None] * 4)
+    config = load(
+        ROOT / "configs/tiny.yaml", ["sequence_parallel_degree=4", "expert_parallel_degree=4"]
+    )
+    with pytest.raises(StageError, match="ranks 0 to 3 would share experts"):
+        sharing.decide_sharing(config)
+
+
+def test_available_memory_includes_this_processs_own(monkeypatch):
+    monkeypatch.setattr(sharing.torch.cuda, "mem_get_info", lambda: (5 * GIB, 24 * GIB))
+    monkeypatch.setattr(sharing.torch.cuda, "memory_reserved", lambda: 2 * GIB)
+    assert sharing.available_bytes() == 7 * GIB + CONTEXT_BYTES
