@@ -9,7 +9,10 @@ import pytest
 
 from sparselong import provenance
 from sparselong.config import load
+from sparselong.evaluate.work import WORK, scores_path
 from sparselong.finetune import checkpoints
+from sparselong.processes import machines
+from sparselong.processes.failure import failure_path
 from sparselong.run import Stage
 from sparselong.run.directory import finish, prepare
 from sparselong.run.own_files import remove_own
@@ -124,6 +127,18 @@ def test_nothing_of_a_stages_own_is_kept(stage, capsys, done):
     names = {path.name for path in stage.run_dir.iterdir()}
     assert names == {"02_compress", "03_finetune", "config.yaml"}
     assert "kept" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage_name", ["02_compress", "03_finetune", "04_eval"])
+def test_what_stages_leave_for_their_processes_is_their_own(tmp_path, stage_name):
+    paths = [failure_path(tmp_path, rank) for rank in (0, 1, 12)]
+    paths += [tmp_path / "log.rank1.txt", tmp_path / machines.FILE]
+    if stage_name == "04_eval":
+        paths += [scores_path(tmp_path, name) for name in ("base", "compressed", "finetuned")]
+        paths += [tmp_path / WORK, tmp_path / f"{WORK}.partial"]
+    for path in paths:
+        write(path)
+    assert remove_own(tmp_path, stage_name) == []
 
 
 def test_links_are_not_followed(stage, tmp_path):
