@@ -98,7 +98,8 @@ def keep_others(folder: Path, stage: str) -> str | None:
     folder.rename(kept)
     names = ", ".join(ascii(name)[1:-1] for name in left[:4])
     more = f" and {len(left) - 4:,} more" if len(left) > 4 else ""
-    return f"{len(left):,} files that {stage} did not write are kept in {kept}: {names}{more}"
+    count = "1 file" if len(left) == 1 else f"{len(left):,} files"
+    return f"kept in {kept}: {count} that {stage} did not write: {names}{more}"
 
 
 def _recorded(folder: Path, stage: str) -> dict[str, Mapping[str, Any]]:

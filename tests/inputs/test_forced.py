@@ -96,7 +96,7 @@ def test_forcing_unfinished_work_keeps_what_the_stage_did_not_write(stage, capsy
     assert set(contents(stage.dir)) == {"started.json", "log.txt"}
     told = capsys.readouterr().err
     assert told.count("did not write") == 1
-    assert f"{len(theirs)} files that 03_finetune did not write are kept in {kept}" in told
+    assert f"kept in {kept}: {len(theirs)} files that 03_finetune did not write: " in told
 
 
 def test_a_finished_redo_keeps_what_the_stage_did_not_write(stage, capsys):
@@ -110,7 +110,7 @@ def test_a_finished_redo_keeps_what_the_stage_did_not_write(stage, capsys):
     finish(stage, 1.0)
     assert not stage.replaced_dir.exists()
     assert contents(stage.run_dir / "03_finetune.kept-1") == theirs
-    assert "did not write are kept" in capsys.readouterr().err
+    assert "files that 03_finetune did not write" in capsys.readouterr().err
     write(stage.dir / "again.txt")
     assert not prepare(stage, redo=True)
     finish(stage, 1.0)
