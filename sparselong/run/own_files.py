@@ -35,14 +35,15 @@ _NAMES: Mapping[str, str] = {
     "01_health": r"report\.(json|md)",
     "02_compress": rf"base\.json|work/(states\.safetensors|model\.json|layer-\d+\.json)|"
     rf"masters/layer-\d+\.safetensors|model(\.partial)?/({_MODEL})",
-    "03_finetune": r"axolotl\.yaml|supervision\.txt|metrics\.jsonl|loss\.png|log\.rank\d+\.txt|"
-    r"failure(\.rank\d+)?\.json|(receipt|baked|trained)\.json|"
+    "03_finetune": r"axolotl\.yaml|supervision\.txt|metrics\.jsonl|loss\.png|"
+    r"(receipt|baked|trained)\.json|"
     rf"axolotl/({_ADAPTER})|adapter/({_ADAPTER})|model(\.partial)?/({_MODEL})|"
     rf"checkpoints/(\.unfinished/.+|checkpoint-\d+/({_CHECKPOINT}))",
-    "04_eval": r"(base|compressed|finetuned|results)\.json|report\.md|evaluation\.png|"
+    "04_eval": r"(base|compressed|finetuned)(\.scores)?\.json|(results|work)\.json|report\.md|"
+    r"evaluation\.png|"
     r"tasks/(demo_hellaswag\.yaml|demo_items\.py|items\.jsonl|__pycache__/.+\.pyc)",
 }
-_EVERY = r"log\.txt|(started|manifest)\.json"
+_EVERY = r"log(\.rank\d+)?\.txt|failure(\.rank\d+)?\.json|(started|manifest|machines)\.json"
 _LINKS: Mapping[str, tuple[str, str]] = {
     "02_compress": (r"[^/]+", "model"),
     "03_finetune": (r"best", r"checkpoints/checkpoint-\d+"),
@@ -97,7 +98,8 @@ def keep_others(folder: Path, stage: str) -> str | None:
     folder.rename(kept)
     names = ", ".join(ascii(name)[1:-1] for name in left[:4])
     more = f" and {len(left) - 4:,} more" if len(left) > 4 else ""
-    return f"{len(left):,} files that {stage} did not write are kept in {kept}: {names}{more}"
+    count = "1 file" if len(left) == 1 else f"{len(left):,} files"
+    return f"kept in {kept}: {count} that {stage} did not write: {names}{more}"
 
 
 def _recorded(folder: Path, stage: str) -> dict[str, Mapping[str, Any]]:

@@ -9,7 +9,10 @@ import pytest
 
 from sparselong import provenance
 from sparselong.config import load
+from sparselong.evaluate.work import WORK, scores_path
 from sparselong.finetune import checkpoints
+from sparselong.processes import machines
+from sparselong.processes.failure import failure_path
 from sparselong.run import Stage
 from sparselong.run.directory import finish, prepare
 from sparselong.run.own_files import remove_own
@@ -93,7 +96,7 @@ def test_forcing_unfinished_work_keeps_what_the_stage_did_not_write(stage, capsy
     assert set(contents(stage.dir)) == {"started.json", "log.txt"}
     told = capsys.readouterr().err
     assert told.count("did not write") == 1
-    assert f"{len(theirs)} files that 03_finetune did not write are kept in {kept}" in told
+    assert f"kept in {kept}: {len(theirs)} files that 03_finetune did not write: " in told
 
 
 def test_a_finished_redo_keeps_what_the_stage_did_not_write(stage, capsys):
@@ -107,7 +110,7 @@ def test_a_finished_redo_keeps_what_the_stage_did_not_write(stage, capsys):
     finish(stage, 1.0)
     assert not stage.replaced_dir.exists()
     assert contents(stage.run_dir / "03_finetune.kept-1") == theirs
-    assert "did not write are kept" in capsys.readouterr().err
+    assert "files that 03_finetune did not write" in capsys.readouterr().err
     write(stage.dir / "again.txt")
     assert not prepare(stage, redo=True)
     finish(stage, 1.0)
@@ -124,6 +127,18 @@ def test_nothing_of_a_stages_own_is_kept(stage, capsys, done):
     names = {path.name for path in stage.run_dir.iterdir()}
     assert names == {"02_compress", "03_finetune", "config.yaml"}
     assert "kept" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage_name", ["02_compress", "03_finetune", "04_eval"])
+def test_what_stages_leave_for_their_processes_is_their_own(tmp_path, stage_name):
+    paths = [failure_path(tmp_path, rank) for rank in (0, 1, 12)]
+    paths += [tmp_path / "log.rank1.txt", tmp_path / machines.FILE]
+    if stage_name == "04_eval":
+        paths += [scores_path(tmp_path, name) for name in ("base", "compressed", "finetuned")]
+        paths += [tmp_path / WORK, tmp_path / f"{WORK}.partial"]
+    for path in paths:
+        write(path)
+    assert remove_own(tmp_path, stage_name) == []
 
 
 def test_links_are_not_followed(stage, tmp_path):
