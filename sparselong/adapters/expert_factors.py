@@ -9,6 +9,7 @@ from a state dict of all experts; its own state dict has only them (`whole_state
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from sparselong.model import Part
 
 
-class ExpertFactor(Part):
+class ExpertFactor(Part, ABC):
     """One of the two matrices for the held experts of a layer.
 
     Args:
@@ -39,13 +40,13 @@ class ExpertFactor(Part):
         self.dtype = dtype
         self.weight = nn.Parameter(self._take(whole.detach(), total, held).to(dtype, copy=True))
 
+    @abstractmethod
     def _take(self, matrix: torch.Tensor, experts: int, wanted: range) -> torch.Tensor:
         """Return the weight of the wanted experts, from a matrix of `experts` in PEFT's layout."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_peft(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight of any number of experts in PEFT's layout."""
-        raise NotImplementedError
 
     def _count_experts(self, matrix: torch.Tensor) -> float:
         """Return the number of experts of a matrix in PEFT's layout."""
@@ -99,7 +100,7 @@ def keep_dtypes(model: nn.Module) -> None:
 
 
 def _sharded_factors(model: nn.Module) -> dict[str, ExpertFactor]:
-    """Return the factors of which this process holds some experts, by name of their weight."""
+    """Return the factors that hold only some experts, by name of their weight."""
     return {
         f"{name}.weight": module
         for name, module in model.named_modules()

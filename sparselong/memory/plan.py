@@ -354,7 +354,7 @@ def _notes(config: Config, name: str, made: Plan) -> list[str]:
         if config.lora.expert_targets:
             notes.append(
                 f"Experts have adapters: all {format_bytes(made.compressed['experts'])} of them "
-                "are written anew, and none is a link."
+                "are written as new files, not as links."
             )
     if name == "04_eval" and made.evaluation_parallel > 1:
         notes.append(

@@ -41,7 +41,7 @@ class _VocabularyPart(Part):
 
 
 class PartialEmbedding(_VocabularyPart):
-    """Embedding of all tokens, of which this process holds some rows."""
+    """Embedding that holds some of the vocabulary's rows."""
 
     def __init__(self, held: range, vocab: int, width: int):
         super().__init__(held, vocab, width)
@@ -57,7 +57,7 @@ class PartialEmbedding(_VocabularyPart):
 
 
 class PartialHead(_VocabularyPart):
-    """lm_head of which this process holds some rows; it never returns full logits."""
+    """lm_head that holds some of the vocabulary's rows; it never returns full logits."""
 
     def __init__(self, held: range, vocab: int, width: int):
         super().__init__(held, vocab, width)

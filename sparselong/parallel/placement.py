@@ -1,7 +1,7 @@
 """Which experts and which rows of the vocabulary a process holds.
 
 Experts are split evenly over the processes of an expert group, in order; so are the rows of
-embedding and lm_head, of which the last processes may hold fewer.
+embedding and lm_head, but the last processes may hold fewer.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def check_launcher(config: Config) -> None:
 
 
 def joined_world(config: Config) -> World:
-    """Return the processes that torchrun started, of which this is one.
+    """Return the processes that torchrun started, including this one.
 
     Raises:
         ConfigError: expert_parallel_degree does not divide the number of processes on a machine.

@@ -84,9 +84,6 @@ class FakeVocabulary:
         assert len(whole) == vocab
         return linear_cross_entropy(hidden, self._fill(table, whole), labels)
 
-    def score(self, hidden, table, labels, vocab):
-        raise NotImplementedError
-
 
 def exchanges(rank: int, size: int, whole: Any = None) -> dict[str, Any]:
     """Return the settings of one rank of a group; `whole` provides the other ranks' tensors."""
