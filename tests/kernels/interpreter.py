@@ -1,19 +1,31 @@
-"""Speeds up Triton's interpreter by a third: triton.language is patched once per kernel launch.
+"""Makes Triton's interpreter about twice as fast, with bit-identical results.
 
-The interpreter patches all of triton.language again at every function call inside a kernel, where
-it is already patched. Skipping this leaves the results bit-identical.
+Most of its time goes to types, not to numbers: it describes a block's type anew for every value,
+and it patches triton.language again at every function call inside a kernel, where it is already
+patched. Here types are made once, and triton.language is patched once per kernel launch.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import triton.language as tl
+from triton.language import core
 from triton.runtime import interpreter
+
+internals: Any = core  # triton's types do not cover these
 
 
 def patch_once() -> None:
-    """Make this process's interpreter skip what it has already patched."""
+    """Make this process's interpreter skip what it has already done."""
+    _skip_patches()
+    _remember_types()
+    _remember_dtypes()
+
+
+def _skip_patches() -> None:
     original = interpreter._patch_lang
 
     def patch(function: Callable) -> interpreter._LangPatchScope:
@@ -23,3 +35,46 @@ def patch_once() -> None:
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch
+
+
+def _remember_types() -> None:
+    original = internals.block_type.__init__
+    blocks: dict[tuple, dict[str, Any]] = {}
+
+    def describe_block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (_name(element_ty), *internals._unwrap_shape(shape))
+        if key not in blocks:
+            original(self, element_ty, shape)
+            blocks[key] = dict(self.__dict__)
+        self.__dict__.update(blocks[key])
+
+    @functools.cache
+    def describe_shape(shape: tuple) -> tuple[Any, Any]:
+        made = internals.tuple([internals.constexpr(length) for length in shape])
+        size = functools.reduce(lambda one, other: one * other, shape, 1)
+        return made, internals.constexpr(size)
+
+    def hold(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = describe_shape(type.shape if type.is_block() else ())
+
+    internals.block_type.__init__ = describe_block
+    internals.tensor.__init__ = hold
+
+
+def _remember_dtypes() -> None:
+    original = interpreter._get_np_dtype
+    known: dict[tuple, Any] = {}
+
+    def get(tt_dtype: Any) -> Any:
+        key = _name(tt_dtype.scalar)
+        if key not in known:
+            known[key] = original(tt_dtype)
+        return known[key]
+
+    interpreter._get_np_dtype = get
+
+
+def _name(dtype: Any) -> tuple:
+    """Return what distinguishes a scalar type; block types and pointers cannot be hashed."""
+    return dtype.name, getattr(dtype, "address_space", None)
