@@ -233,7 +233,7 @@ def test_the_plan_says_why(overrides, degree, reason):
 
 
 def test_a_dry_run_counts_experts_that_are_baked(tmp_path):
-    """With adapters, all 60.9 GB of experts are written as new files; without, they can be links."""
+    """With adapters, all 60.9 GB of experts become new files; without, they can be links."""
     linked = memory.plan_stage(load(), tmp_path, "03_finetune")
     baked = memory.plan_stage(load(*EXPERT_LORA), tmp_path, "03_finetune")
     rows = {row["what"]: row["bytes"] for row in baked["writes"]}

@@ -160,6 +160,18 @@ def test_a_degree_that_no_machine_can_hold_is_refused_on_each(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_failure_of_rank_0_ends_the_others(be, store, monkeypatch, capsys, tmp_path):
+    be(1, here=4)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    store.set("sparselong/03_finetune/0", "ended 1")
+    arguments = ["--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", str(tmp_path / "run")]
+    assert load_script("03_finetune").main(arguments) == 1
+    assert capsys.readouterr().err == "rank 1: rank 0 failed, see its message\n"
+    assert not (tmp_path / "run").exists()
+
+
 SCRIPT = """
 import os, sys, time
 from sparselong.config import load
@@ -173,8 +185,11 @@ from sparselong.processes import world as ranks
 from sparselong.processes.sharing import decide_sharing
 from sparselong.config import load
 rank = int(os.environ["RANK"])
-if rank == 3 and sys.argv[2] == "lost":
-    sys.exit("a broken disk")
+if sys.argv[2] == "lost":
+    if rank == 1:
+        sys.exit("a broken disk")
+    ranks.connect()
+    sys.exit("not reached")
 ranks.connect()
 config = load(sys.argv[1], ["sequence_parallel_degree=2", "expert_parallel_degree=2"])
 mesh = ranks.join(2, decide_sharing(config).chosen)
@@ -205,16 +220,17 @@ sys.exit(follow_or_lead(NAME, None, run, arguments, find_world))
 """
 
 
-def run_machines(folder: Path, how: str = "") -> list[tuple[int, str]]:
-    """Run the script under one torchrun a machine; return their exit codes and output."""
+def run_machines(folder: Path, each: int, how: str = "") -> list[tuple[int, str]]:
+    """Run the script under one torchrun a machine, each with this many processes; return their exit
+    codes and output."""
     script, port = folder / "stage.py", free_port()
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOW": how}
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--rdzv_backend=c10d"),
-        *(f"--rdzv_endpoint=127.0.0.1:{port}", "--nproc_per_node=2", str(script)),
+        *(f"--rdzv_endpoint=127.0.0.1:{port}", f"--nproc_per_node={each}", str(script)),
         *("--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", str(folder / "run")),
-        "sequence_parallel_degree=2",
+        f"sequence_parallel_degree={each}",
     ]
 
     def run(_: int) -> tuple[int, str]:
@@ -229,7 +245,7 @@ def run_machines(folder: Path, how: str = "") -> list[tuple[int, str]]:
 
 @pytest.mark.timeout(180)
 def test_two_torchruns_work_together(tmp_path):
-    outcomes = run_machines(tmp_path)
+    outcomes = run_machines(tmp_path, 2)
     assert [code for code, _ in outcomes] == [0, 0], outcomes
     assert "sums [101, 1010, 101, 1010]" in outcomes[0][1] + outcomes[1][1]
     assert (tmp_path / "run/03_finetune/done").exists()
@@ -240,6 +256,6 @@ def test_two_torchruns_work_together(tmp_path):
 @pytest.mark.timeout(180)
 def test_a_rank_lost_on_one_machine_ends_both(tmp_path):
     """Before the ranks have met, so that only the stage's processes can tell."""
-    outcomes = run_machines(tmp_path, how="lost")
+    outcomes = run_machines(tmp_path, 1, how="lost")
     for code, text in outcomes:
         assert code == 1 and "a broken disk" in text

@@ -288,5 +288,5 @@ def test_under_torchrun_every_process_ends_when_the_stage_refuses(tmp_path, name
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
     assert ended.returncode == 1
     assert ended.stderr.count(f"{name} needs 02_compress") == 1
-    assert "rank 1: rank 0 failed, see its message" in ended.stderr
+    assert ended.stderr.count("error:    ") == 1  # torchrun may stop rank 1 before it says more
     assert not Path(tmp_path / f"run/{name}").exists()

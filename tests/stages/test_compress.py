@@ -156,7 +156,7 @@ def test_two_four_experts_are_stored_compactly_and_open(small_arguments, tmp_pat
 
 
 def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments):
-    """Twelve more layers add 80 MB of experts; the peak must not grow with them.
+    """Eight more layers add 53 MB of experts; the peak must not grow with them.
 
     Each run is a separate process, since memory cached from earlier runs would count too.
     """
@@ -164,7 +164,7 @@ def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments):
 
     spec = TinySpec(layers=2, hidden=256, intermediate=1024, experts=16, steps=0)
     base, peaks = build_tiny(tmp_path / "base", spec, seed=1), []
-    for layers in (2, 14):
+    for layers in (2, 10):
         deep = stretch(base, tmp_path / f"deep{len(peaks)}", layers)
         run_dir = tmp_path / f"run{len(peaks)}"
         arguments = [*small_arguments, f"model.base={deep}", "calibration.samples=4"]
@@ -173,7 +173,7 @@ def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments):
         metrics = json.loads((run_dir / "02_compress/manifest.json").read_text())["metrics"]
         assert metrics["base_bytes_on_disk"] > layers * 6_500_000
         peaks.append(metrics["peak_host_bytes"])
-    assert peaks[1] - peaks[0] < 30_000_000, peaks
+    assert peaks[1] - peaks[0] < 20_000_000, peaks
 
 
 def test_mixed_shards_are_linked_if_little_of_them_is_replaced(tmp_path, small_arguments):
