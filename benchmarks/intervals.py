@@ -21,7 +21,7 @@ def measure_overlap(step: Callable[[], Any], layers: int) -> dict[str, float]:
 
     Returns:
         Seconds in which any kernel but NCCL's runs, in which NCCL's run, and in which both do; the
-        hidden share of the collectives; launches, in all and per layer; the longest kernels.
+        hidden share of the collectives; launches, in all and per layer.
     """
     from torch.profiler import ProfilerActivity, profile
 

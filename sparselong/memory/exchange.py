@@ -6,7 +6,7 @@ one chunk overlaps the computation of another. Of two chunks at once, a process 
 hidden states and its experts' partial outputs (in the backward pass also the gathered gradients of
 the outputs); of one, the parts that come home. The rows that its experts compute are sorted by
 expert and pass through in windows of at most WINDOW_ROWS: imbalance makes more windows, not larger
-ones. The loss gathers LOSS_ROWS rows of all processes at a time and computes their logits against
+ones. The loss gathers LOSS_ROWS rows of each process at a time and computes their logits against
 the process's own rows of the vocabulary.
 
 All figures here are estimates: they follow the order of the computation, not yet a measurement.
@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from sparselong.memory.shape import ModelShape
 
-CHUNK_ROWS = 1_024
-"""Rows of each process that are exchanged at once."""
-WINDOW_ROWS = 16_384
-"""Largest number of routed rows that pass through a process's experts at once."""
-LOSS_ROWS = 2_048
-"""Rows, of all processes together, whose logits exist at once."""
+CHUNK_ROWS = 2_048
+"""Rows of each process that are exchanged at once: CHUNK_ROWS of parallel/experts/pipeline.py."""
+WINDOW_ROWS = 18_432
+"""Most routed rows that pass through a process's experts at once: WINDOW_ROWS of
+kernels/experts/held.py."""
+LOSS_ROWS = 512
+"""Rows of each process whose logits exist at once: CHUNK_ROWS of kernels/layer/cross_entropy.py."""
 NCCL_BYTES = 2**28
 """Buffers of all NCCL communicators of a process (estimate)."""
 ROUTING_BYTES = 12
@@ -83,7 +84,7 @@ def loss_chunk_bytes(
     They are the logits of the process's own vocabulary rows (`copies` times), the gathered rows,
     the partial gradients of these rows, and the parts that come home.
     """
-    rows = min(LOSS_ROWS, expert_parallel * tokens)
+    rows = expert_parallel * min(LOSS_ROWS, tokens)
     logits = rows * vocabulary_rows(shape, expert_parallel) * width * copies
     return logits + 3 * rows * shape.hidden * width
 

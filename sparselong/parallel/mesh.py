@@ -11,11 +11,15 @@ of one sequence, or different sequences. Its ranks share one copy of experts and
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from sparselong.parallel.collectives import all_gather
 
 MOST_BLOCKS = 8
 """Thread blocks of NCCL's kernels while experts are shared, when every GiB is needed.
@@ -41,6 +45,7 @@ class Mesh:
         expert_rank: index of the experts and vocabulary rows that it holds.
         expert_size: number of processes that share experts and vocabulary; 1: each holds all.
         expert_group: these processes.
+        expert_near: whether they all reach each other's GPU memory without the host's.
         replica_group: the processes that hold the same experts.
     """
 
@@ -54,6 +59,7 @@ class Mesh:
     expert_rank: int
     expert_size: int
     expert_group: dist.ProcessGroup
+    expert_near: bool
     replica_group: dist.ProcessGroup
 
 
@@ -103,8 +109,19 @@ def build_mesh(
         rank % expert_size,
         expert_size,
         experts[rank // expert_size],
+        expert_size > 1 and _is_near(experts[rank // expert_size]),
         replicas[rank % expert_size],
     )
+
+
+def _is_near(group: dist.ProcessGroup) -> bool:
+    """Return whether NCCL may use peer access between all GPUs of a group, which each must ask."""
+    near = "nccl" in dist.get_backend(group) and os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
+    if near:
+        own = torch.cuda.current_device()
+        others = [other for other in range(torch.cuda.device_count()) if other != own]
+        near = all(torch.cuda.can_device_access_peer(own, other) for other in others)
+    return all(bool(each) for each in all_gather(torch.tensor([int(near)]), group, "peer access"))
 
 
 def _neighbours(world: int, size: int) -> list[range]:

@@ -147,7 +147,9 @@ def run_sharded(layer: Layer, size: int) -> dict[str, Any]:
     rank = dist.get_rank() % size
     found = draw(layer)
     equal = len(set(layer.rows)) == 1
-    shared = ShardedExperts(Placement(rank, size), group_of(size), None if equal else layer.rows)
+    rows_of_all = None if equal else layer.rows
+    placement = Placement(rank, size)
+    shared = ShardedExperts(placement, group_of(size), rows_of_all, chunk_rows=layer.chunk)
     held = shared.held(layer.experts)
     part = slice(held.start, held.stop)
     first = sum(layer.rows[:rank])
@@ -156,7 +158,6 @@ def run_sharded(layer: Layer, size: int) -> dict[str, Any]:
     own |= {name: hold(found[name], part) for name in ("stack", "adapters")}
     run = partial(shared.run, experts=layer.experts, alpha=1.702, limit=7.0)
     with (
-        mock.patch.object(pipeline, "CHUNK_ROWS", layer.chunk),
         PIECES[layer.broken]() if layer.broken else nullcontext(),
         count_bytes() as sent,
     ):

@@ -111,7 +111,8 @@ def test_memory_does_not_depend_on_the_routing(routed):
         assert peaks[-1] <= columns * window_bytes + (4 << 20), step
 
 
-def test_a_pass_does_not_wait_for_the_device(monkeypatch):
+def test_a_pass_waits_for_no_result(monkeypatch):
+    """Only for the number of windows, by an event, which is not reported as a synchronization."""
     monkeypatch.setattr(held_experts, "WINDOW_ROWS", 512)
     case = Case("no_wait", 700, ends=(4, 16), top_k=4, hidden=256, inner=256)
     layer = draw(case, torch.bfloat16, "cuda")

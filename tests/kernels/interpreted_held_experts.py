@@ -34,7 +34,7 @@ def find_refused_indices() -> list[int]:
 
 
 def count_work() -> dict[str, list[int]]:
-    """Count the rows (experts) that kernels write in windows: full, half full and empty."""
+    """Count the rows (experts) that kernels write in windows: full and half full; 24 of 48 rows."""
     indices = torch.full((48, 1), 4)
     indices[:24] = 1
     x, weight = torch.randn(48, 64), draw(CASES[0], torch.float32).stack.gate_up

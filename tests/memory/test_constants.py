@@ -7,10 +7,11 @@ from sparselong.checkpoint import derivation
 from sparselong.compress import layer
 from sparselong.data import demo
 from sparselong.evaluate import perplexity
-from sparselong.kernels.experts import choice, triton_launch
+from sparselong.kernels.experts import choice, held, triton_launch
 from sparselong.kernels.experts import op as experts
 from sparselong.kernels.layer import cross_entropy
-from sparselong.memory import stages, storage, timing, training
+from sparselong.memory import exchange, stages, storage, timing, training
+from sparselong.parallel.experts import pipeline
 from sparselong.tiny.build import TinySpec
 
 
@@ -20,6 +21,12 @@ def test_batches_and_chunks_match_the_stages():
     assert training.LOSS_CHUNK_ROWS == cross_entropy.CHUNK_ROWS
     assert training.SLICE_TOKENS == experts.SLICE_TOKENS
     assert training.BUFFER_BYTES == triton_launch.BUFFER_BYTES
+
+
+def test_what_is_exchanged_at_once_matches_the_exchange():
+    assert exchange.CHUNK_ROWS == pipeline.CHUNK_ROWS
+    assert exchange.WINDOW_ROWS == held.WINDOW_ROWS
+    assert exchange.LOSS_ROWS == cross_entropy.CHUNK_ROWS
 
 
 def test_decoding_threshold_matches_the_table():

@@ -74,7 +74,7 @@ def test_120b_on_four_cards():
     assert found["checkpoints"] / GIB == pytest.approx(0.79, abs=0.005)
     assert found["lora"] / GIB == pytest.approx(0.18, abs=0.005)
     assert made.devices == 4 and made.peak_bytes < 22 * GIB
-    assert made.peak_bytes / GIB == pytest.approx(20.6, abs=0.05), "README says so"
+    assert made.peak_bytes / GIB == pytest.approx(21.1, abs=0.05), "README says so"
 
 
 @pytest.mark.parametrize("shape", [BIG, SMALL], ids=["120b", "20b"])
@@ -112,7 +112,7 @@ def test_rows_that_pass_through_the_experts_are_bounded():
         assert more["experts_work"] - less["experts_work"] == routing
     assert exchange.window_rows(BIG, 4096, 4) == exchange.WINDOW_ROWS
     assert exchange.window_rows(BIG, 4096, 8) == exchange.WINDOW_ROWS
-    assert exchange.window_rows(BIG, 4096, 2) == 2 * exchange.CHUNK_ROWS * 4
+    assert exchange.window_rows(BIG, 4096, 2) == 2 * exchange.CHUNK_ROWS * 4 < exchange.WINDOW_ROWS
     assert exchange.window_rows(BIG, 100, 2) == 2 * 100 * 4
 
 

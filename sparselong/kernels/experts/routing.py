@@ -3,11 +3,14 @@
 The sort is a stable counting sort in three kernel launches, without atomics or host
 synchronization: counts per block, their prefix sums per expert, then each entry's row. The same
 counts give each expert's first row and its row tiles; the host allocates for the upper bound.
+
+Windows of some experts' rows are the exception: how many there are depends on the routing. The host
+reads it, but only after it has launched the first window's kernels, so the device is not idle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -80,8 +83,8 @@ def sort_held_experts(
 ) -> Iterator[Routing]:
     """Sort the routed tokens of some of a layer's experts, and yield the routing by windows.
 
-    There is one window for every `window_rows` of all routed tokens, however many go to held
-    experts. An index outside [-1, experts) fails a device-side assertion.
+    There is at least one window; all others have rows. Asking for the second waits until the device
+    has sorted. An index outside [-1, experts) fails a device-side assertion.
 
     Args:
         indices: [tokens, top_k], not empty.
@@ -96,8 +99,10 @@ def sort_held_experts(
     if entries <= window_rows:
         yield whole
         return
-    blocks = -(-entries // BLOCK)
+    blocks, count_rows = -(-entries // BLOCK), _start_reading(whole.starts[-1:])
     for first in range(0, entries, window_rows):
+        if first > 0 and first >= count_rows():
+            return
         window = window._replace(first_row=first)
         routing = _allocate(indices, len(held), tile_rows, window, window.rows)
         kernels.window_kernel[(blocks + len(held),)](
@@ -106,6 +111,22 @@ def sort_held_experts(
             ROWS=tile_rows, BLOCK=BLOCK, EXPERTS=max(16, _power_of_two(len(held))),
         )  # fmt: skip
         yield routing
+
+
+def _start_reading(number: torch.Tensor) -> Callable[[], int]:
+    """Return a function that waits for a number [1] on the device; until then the host goes on."""
+    if number.device.type != "cuda":
+        return number.item  # pyright: ignore[reportReturnType]
+    copy = torch.empty(1, dtype=number.dtype, pin_memory=True)
+    copy.copy_(number, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> int:
+        copied.synchronize()
+        return int(copy)
+
+    return read
 
 
 def _allocate(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from sparselong.kernels import ExpertStack, Gate
 from sparselong.kernels.experts import Adapters, ExpertCall, ExpertOperands, run_held, sum_parts
 from sparselong.parallel.collectives import all_gather
-from sparselong.parallel.experts.pipeline import Job, run_forward, run_sharded
+from sparselong.parallel.experts.pipeline import CHUNK_ROWS, Job, run_forward, run_sharded
 from sparselong.parallel.placement import Placement
 from sparselong.runtime import is_checkpointed
 
@@ -36,12 +36,14 @@ class ShardedExperts:
         group: the processes that share the experts.
         rows: number of rows of each process in the pass; None: all bring as many as this one.
         replicated: whether all bring the same rows. Such passes have no gradients.
+        chunk_rows: most rows of a process that are exchanged at once; the same in all.
     """
 
     placement: Placement
     group: dist.ProcessGroup
     rows: tuple[int, ...] | None = None
     replicated: bool = False
+    chunk_rows: int = CHUNK_ROWS
 
     def held(self, experts: int) -> range:
         """Return which of a layer's experts this process holds.
@@ -87,7 +89,7 @@ class ShardedExperts:
         self._check(call, stack, held, experts)
         operands = ExpertOperands(stack, adapters, Gate(float(alpha), float(limit)), "")
         rows = self.rows or (len(x),) * self.placement.size
-        job = Job(operands, held, experts, rows, self.group)
+        job = Job(operands, held, experts, rows, self.group, self.chunk_rows)
         needs_gradient = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad
             for tensor in (x, weights, *adapters.factors)

@@ -1,14 +1,14 @@
 """Move rows to the processes that hold their experts, and the results back, in chunks.
 
-Forward, for each chunk of at most CHUNK_ROWS rows of every process:
+Forward, for each chunk of rows of every process:
 
     gather    every process gets every process's rows (all-gather)
     compute   its experts' share of each row's weighted sum
     return    the shares go home (all-to-all, the bytes of a reduce-scatter), added in rank order
 
 The chunk after is gathered, and the one before returned, while a chunk is computed. Sizes do not
-depend on the routing, so the host never waits: a process with many rows for its experts takes
-longer, but needs no more memory. Where processes have different numbers of rows, the missing ones
+depend on the routing: a process with many rows for its experts takes longer, but needs no more
+memory. Where processes have different numbers of rows, the missing ones
 are padded with rows that are routed to no expert.
 
 Backward gathers rows and gradients of the outputs, and returns gradients of the rows. The gradients
@@ -44,8 +44,12 @@ from sparselong.kernels.experts import (
 from sparselong.parallel.collectives import Pending, start_all_gather, start_all_to_all
 from sparselong.runtime import is_recomputing
 
-CHUNK_ROWS = 2048
-"""Most rows of a process in a chunk. More make products faster, fewer hide more of the exchange."""
+CHUNK_ROWS, NEAR_CHUNK_ROWS = 2048, 4096
+"""Most rows of a process in a chunk; the second where GPUs reach each other's memory.
+
+More rows make products faster, fewer hide more of the exchange. Where it is quick, little is left
+to hide: four H100 computed a step of gpt-oss-120b in 0.51 s with the first, 0.45 s with the second.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Job:
         experts: the layer's number of experts.
         rows: number of rows of each process.
         group: the processes.
+        chunk_rows: most rows of a process in a chunk.
     """
 
     operands: ExpertOperands
@@ -65,6 +70,7 @@ class Job:
     experts: int
     rows: tuple[int, ...]
     group: dist.ProcessGroup
+    chunk_rows: int
 
     @property
     def size(self) -> int:
@@ -74,7 +80,7 @@ class Job:
     @property
     def chunks(self) -> list[slice]:
         """The chunks of every process's rows, padded to the largest number."""
-        return slices(max(self.rows), CHUNK_ROWS) if max(self.rows) else []
+        return slices(max(self.rows), self.chunk_rows) if max(self.rows) else []
 
     def pad(self, rows: torch.Tensor, value: float = 0) -> torch.Tensor:
         """Return this process's rows [rows, ...], padded to the largest number."""
