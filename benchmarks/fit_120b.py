@@ -6,6 +6,9 @@ over the GPUs that share the sequence, everything else is on each. A step shards
 computes the loss, runs backward, reduces gradients and takes an optimizer step, as stage 03 does.
 Torch may reserve only what 23.6 GiB leave after the CUDA context and NCCL.
 
+A degree below the number of GPUs trains several sequences at once, each shared by that many GPUs,
+which all still share one copy of experts and vocabulary.
+
 `half` needs two GPUs: half the experts, vocabulary and tokens of `whole` put the same weights,
 adapters, tokens and rows per expert on each GPU as `whole` does on four. It says nothing about the
 exchanges' bytes, full attention at 16,384 tokens, or NCCL's buffers for four.
@@ -60,10 +63,11 @@ def work(args: argparse.Namespace) -> None:
     timeout = timedelta(seconds=args.timeout_seconds)
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     size = dist.get_world_size()
-    mesh = build_mesh(size, timeout, expert_size=size)
+    mesh = build_mesh(args.degree or size, timeout, expert_size=size)
     torch.cuda.set_per_process_memory_fraction((CAP_BYTES - args.spare) / total_bytes())
     case = {"shape": args.shape, "arm": args.arm, "tokens": args.tokens, "layers": args.layers}
-    case |= {"gpus": size, "peer": args.peer, "keep_attention": args.keep_attention}
+    case |= {"gpus": size, "degree": mesh.context_size, "peer": args.peer}
+    case["keep_attention"] = args.keep_attention
     try:
         rows = measure(case, args, mesh)
     except torch.OutOfMemoryError as error:
@@ -123,8 +127,8 @@ def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
     mine = torch.tensor([float(found[name]) for name in names], dtype=torch.float64)
     ranks = torch.stack([each.cpu() for each in all_gather(mine, mesh.world_group, "figures")])
     worst = dict(zip(names, ranks.amax(0).tolist(), strict=True))
-    worst["throughput"] = case["tokens"] / worst["step_seconds"]
-    per_gpu = case["tokens"] / case["gpus"]
+    worst["throughput"] = case["tokens"] * mesh.data_size / worst["step_seconds"]
+    per_gpu = case["tokens"] / case["degree"]
     for name in ("compute", "step"):
         rate = per_gpu / worst[f"{name}_seconds"]
         worst[f"{name}_share_of_limit"] = rate / LIMIT_TOKENS_PER_SECOND
@@ -174,7 +178,7 @@ def prepare(
     with using(**shard_model(mesh)):
         packed = build_packed(config_of(args.layers, experts, vocab), args.arm)
         resident = {"packed_bytes": torch.cuda.memory_allocated() - before}
-        model = adapt(packed, args.arm, kept)
+        model = adapt(packed, args.arm, kept, expert_dtype=torch.bfloat16)
     resident["weight_bytes"] = torch.cuda.memory_allocated() - before
     sharded = list(sharded_parameters(model).values())
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -202,7 +206,7 @@ def make_step(
     from sparselong.runtime.settings import using
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(mesh.data_rank)
     ids = torch.randint(SHAPES[args.shape][2], (1, args.tokens), generator=generator).cuda()
 
     def step() -> torch.Tensor:
@@ -227,6 +231,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", default="whole", choices=SHAPES)
     parser.add_argument("--arms", nargs="+", default=["masked", "experts"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[16_384, 4096])
+    parser.add_argument("--degree", type=int, help="GPUs that share a sequence; by default all")
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--keep-attention", default="never", choices=("always", "never"))
     parser.add_argument("--no-peer", action="store_true", help="also with NCCL_P2P_DISABLE=1")

@@ -76,7 +76,7 @@ def adapt(
     model.enable_input_require_grads()
     if arm in SPARSE:
         extra = (
-            ExtraAdapters(EXPERT_WEIGHTS, EXPERT_R, router=True)
+            ExtraAdapters(EXPERT_WEIGHTS, EXPERT_R, router=True, expert_dtype=expert_dtype)
             if arm == "experts"
             else ExtraAdapters()
         )
