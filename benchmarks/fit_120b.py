@@ -26,6 +26,7 @@ its own processes; one that does not fit is recorded as such. Needs two or four 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -47,9 +48,17 @@ from benchmarks.intervals import measure_overlap
 from benchmarks.record import row, write
 from sparselong.files import write_atomically
 
+CONFIG = Path(__file__).resolve().parent.parent / "configs/gpt-oss-120b-4x3090.yaml"
 CAP_BYTES = int(23.6 * 2**30)
 LIMIT_TOKENS_PER_SECOND = 23_774
 """Arithmetic limit of one H200 for the 120b at 16,384 tokens: forward, recomputation and dX."""
+EXPERT_LORA = (
+    "lora.expert_targets=[gate_up_proj, down_proj]",
+    "lora.expert_r=8",
+    "lora.expert_dtype=bfloat16",
+    "lora.router=true",
+    "training.optimizer=adamw_bnb_8bit",
+)
 SHAPES = {"whole": (4, 128, 201_088), "half": (2, 64, 100_544), "tiny": (2, 8, 4_096)}
 """GPUs, experts and vocabulary."""
 Rows = list[dict[str, Any]]
@@ -127,6 +136,7 @@ def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
     mine = torch.tensor([float(found[name]) for name in names], dtype=torch.float64)
     ranks = torch.stack([each.cpu() for each in all_gather(mine, mesh.world_group, "figures")])
     worst = dict(zip(names, ranks.amax(0).tolist(), strict=True))
+    worst |= plan(case)
     worst["throughput"] = case["tokens"] * mesh.data_size / worst["step_seconds"]
     per_gpu = case["tokens"] / case["degree"]
     for name in ("compute", "step"):
@@ -139,6 +149,27 @@ def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
         for name, value in worst.items()
     ]
     return [*rows, row(case, "sparselong", "loss", loss, "nats")]
+
+
+def plan(case: dict[str, Any]) -> dict[str, int]:
+    """Return what stage 03's planner says of a case: the peak, and its largest components."""
+    from sparselong import memory
+    from sparselong.config import load
+
+    overrides = [f"sequence_len={case['tokens']}", f"sequence_parallel_degree={case['degree']}"]
+    overrides += ["lora.r=16", *(EXPERT_LORA if case["arm"] == "experts" else ())]
+    _, experts, vocab = SHAPES[case["shape"]]
+    layers = {"layers": case["layers"], "full_layers": case["layers"] // 2}
+    published = memory.PUBLISHED["openai/gpt-oss-120b"]
+    shape = dataclasses.replace(published, experts=experts, vocab=vocab, **layers)
+    made = memory.finetune_memory(
+        shape,
+        load(CONFIG, overrides),
+        expert_parallel=case["gpus"],
+        kept=memory.Kept(case["keep_attention"] == "always", False),
+    )
+    components = {f"planned_bytes: {name}": size for name, size in made.components.items()}
+    return {"planned_bytes": made.peak_bytes, **components}
 
 
 def tell(case: dict[str, Any], worst: dict[str, float], loss: float) -> None:
