@@ -11,7 +11,7 @@ from sparselong.evaluate import contamination, harness, models, perplexity, repo
 from sparselong.evaluate.inputs import check_base
 from sparselong.files import write_atomically
 from sparselong.model import load_tokenizer
-from sparselong.processes import evaluation_world
+from sparselong.processes import decide_evaluation_sharing, evaluation_world
 from sparselong.run import Stage
 from sparselong.tiny import resolve_base
 
@@ -47,6 +47,7 @@ def evaluate(stage: Stage) -> None:
     if world.size > 1:
         results = together.measure(stage, world, marks, measurements)
     else:
+        decide_evaluation_sharing(stage.config)  # refuses what cannot fit before it is loaded
         results = {
             name: models.measure(name, path, mark, measurements, stage.dir, stage.log)
             for name, path, mark in marks

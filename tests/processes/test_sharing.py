@@ -62,6 +62,17 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(ranks):
     assert "short" in caught.value.found and "shared by 4" in caught.value.found
 
 
+@pytest.mark.parametrize("processes", [1, 4])
+def test_an_evaluation_that_cannot_fit_is_refused_too(ranks, processes):
+    ranks([(0, processes)] * processes, [12.0] * processes)
+    with pytest.raises(StageError, match=r"evaluating .* does not fit in memory") as caught:
+        sharing.decide_evaluation_sharing(load(ROOT / BIG))
+    how = "whole on each GPU" if processes == 1 else "shared by 4 processes"
+    assert how in caught.value.found and "short" in caught.value.found
+    ranks([(0, processes)] * processes, [80.0] * processes)
+    assert sharing.decide_evaluation_sharing(load(ROOT / BIG)) == 1
+
+
 @pytest.mark.parametrize(
     "places",
     [

@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sparselong.config import schema as config_module
+from sparselong.errors import StageError
 from sparselong.provenance import describe_files
 from sparselong.run.directory import FORMAT_VERSION
 from sparselong.run.stages import stage_hash
@@ -108,6 +109,21 @@ def test_finished_results_are_kept_and_changed_models_measured_again(run_dir, ar
     assert eval_script.main([*arguments, "--run-dir", str(copy)]) == 0
     before, after = read_metrics(run_dir)["perplexity"], read_metrics(copy)["perplexity"]
     assert after == {**before, "compressed": 12345.0}
+
+
+def test_models_that_cannot_fit_are_not_loaded(run_dir, arguments, tmp_path, monkeypatch, capsys):
+    from sparselong.evaluate import stage
+
+    def refuse(_: object) -> None:
+        raise StageError("evaluating it does not fit in memory", "e", "f", "x")
+
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "04_eval")
+    monkeypatch.setattr(stage, "decide_evaluation_sharing", refuse)
+    assert eval_script.main([*arguments, "--run-dir", str(copy)]) == 1
+    assert "evaluating it does not fit in memory" in capsys.readouterr().err
+    assert "loaded" not in (copy / "04_eval/log.txt").read_text()
 
 
 def rank_ids(folder: Path) -> dict[str, int]:
