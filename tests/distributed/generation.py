@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
+import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
+from sparselong.errors import StageError
 from sparselong.generation import decoder as decoding
 from sparselong.generation import shared
 from sparselong.generation.decoder import generate
@@ -17,6 +22,7 @@ from sparselong.model.loading import load_model
 from sparselong.parallel.apply import replicate_rows
 from sparselong.parallel.mesh import build_mesh
 from sparselong.parallel.vocabulary.replicated import ReplicatedVocabulary
+from sparselong.processes.watch import watch_ranks
 from sparselong.runtime.settings import using
 
 PROMPT, COUNT, CHUNK = 150, 12, 64
@@ -68,6 +74,36 @@ def talk_together(base: Path, size: int, broken: str | None = None) -> dict[str,
         PIECES[broken]() if broken else nullcontext(),
     ):
         return shared.lead_or_follow(model, settings, mesh, talk)
+
+
+def generate_until_one_is_killed(base: Path, which: int, folder: Path) -> str:
+    """Kill process `which` at the third token; return why this one ended.
+
+    Others write stderr to `folder`, so that the output of one ended from outside is available.
+    """
+    mesh = build_mesh(1, expert_size=dist.get_world_size())
+    settings = replicate_rows(mesh)
+    with using(**settings):
+        model = load_model(base, device=torch.device("cpu"))
+    sys.stderr = (folder / f"{dist.get_rank()}.txt").open("w", buffering=1)
+    advance, steps = decoding.Decoder.advance, []
+
+    def advance_or_die(self: decoding.Decoder) -> None:
+        steps.append(None)
+        if dist.get_rank() == which and len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        advance(self)
+
+    def answer(model: Any) -> list[int]:
+        return list(generate(model, torch.arange(1, 12)[None], COUNT))
+
+    with mock.patch.object(decoding.Decoder, "advance", advance_or_die):
+        try:
+            with watch_ranks(60.0, silence_seconds=2.0, beat_seconds=0.2):
+                shared.lead_or_follow(model, settings, mesh, answer)
+        except StageError as error:
+            return str(error)
+    return "none"
 
 
 @contextmanager

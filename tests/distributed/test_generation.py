@@ -10,7 +10,14 @@ import pytest
 from sparselong.errors import StageError
 from sparselong.generation.shared import share_model
 from tests.conftest import ROOT
-from tests.distributed.generation import COUNT, PIECES, talk_alone, talk_together
+from tests.distributed.generation import (
+    COUNT,
+    PIECES,
+    generate_until_one_is_killed,
+    talk_alone,
+    talk_together,
+)
+from tests.distributed.pool import Pool
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +39,20 @@ def test_tokens_are_one_process_s(pools, untrained_base, wanted, size):
 def test_every_piece_is_needed(pools, untrained_base, wanted, piece):
     found, _ = pools[2].run(talk_together, untrained_base, 2, piece)
     assert found["greedy"] != wanted["greedy"]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_killed_while_it_generates_is_named(untrained_base, tmp_path, which):
+    pool = Pool(2)
+    outcomes = pool.try_run(generate_until_one_is_killed, untrained_base, which, tmp_path)
+    pool.close()
+    assert outcomes[which] == ("died", -9)
+    outcome, result = outcomes[1 - which]
+    if outcome == "died":
+        assert result == 1
+        result = (tmp_path / f"{1 - which}.txt").read_text()
+    assert result.count("error: ") == 1
+    assert f"rank {1 - which} stops because rank {which} of 2 failed" in result
 
 
 def test_what_cannot_be_shared_is_refused_before_anything_is_opened(untrained_base, monkeypatch):
