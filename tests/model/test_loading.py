@@ -199,7 +199,6 @@ def test_tokenizer_has_the_chat_template(untrained_base):
 @pytest.mark.parametrize(
     "first",
     [
-        "transformers.modeling_utils",
         # Partly imported when registration runs: transformers' own model file, and one of ours.
         "transformers.models.gpt_oss.modeling_gpt_oss",
         "sparselong.model.quantizer",
