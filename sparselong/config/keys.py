@@ -6,6 +6,7 @@ The schema itself is in schema.py; nothing here knows its keys.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,12 @@ def deciding_values(section: Section) -> dict[str, Any]:
         elif isinstance(value, Section):
             values[name] = deciding_values(value)
     return values
+
+
+def pick_sections(section: Section, keys: Iterable[str]) -> dict[str, Any]:
+    """Return the values of some of a section's keys that affect results, as plain JSON."""
+    values = deciding_values(section)
+    return {key: values[key] for key in sorted(keys) if key in values}
 
 
 def refuse(

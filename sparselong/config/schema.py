@@ -26,8 +26,8 @@ from sparselong.config import yaml12
 from sparselong.config.keys import (
     Incidental,
     Section,
-    deciding_values,
     fill_sections,
+    pick_sections,
     refuse,
     refuse_undecodable,
     set_key,
@@ -392,6 +392,5 @@ def hash_sections(config: Config, keys: Iterable[str]) -> str:
 
     Keys that do not affect results are left out at every level.
     """
-    values = deciding_values(config)
-    picked = {key: values[key] for key in sorted(keys) if key in values}
+    picked = pick_sections(config, keys)
     return hashlib.sha256(json.dumps(picked, sort_keys=True).encode()).hexdigest()[:16]

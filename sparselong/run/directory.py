@@ -2,7 +2,7 @@
 
     runs/NAME/config.yaml                 resolved config of the stage that was started last
     runs/NAME/date.txt                    the day that chat templates render (data/run_date.py)
-    runs/NAME/0N_stage/started.json       config hash of the work in progress
+    runs/NAME/0N_stage/started.json       config of the work in progress
     runs/NAME/0N_stage/log.txt            progress, and why the stage failed
     runs/NAME/0N_stage/manifest.json      written last, atomically
     runs/NAME/0N_stage.replaced/          the previous result while --force makes a new one
@@ -38,7 +38,7 @@ from sparselong.run.place import (
     read_document,
     refuse_replacing_others,
 )
-from sparselong.run.stages import STAGES, stage_hash
+from sparselong.run.stages import STAGES, name_changes, stage_hash
 
 LOG = "log.txt"
 _UNFINISHED = "unfinished work"
@@ -171,6 +171,7 @@ def prepare(stage: Stage, redo: bool) -> bool:
     beginning = {
         "format_version": FORMAT_VERSION,
         "config_hash": stage_hash(stage.config, stage.name),
+        "config": stage.config.model_dump(mode="json"),
         "made_from": _made_from(stage),
     }
     with writing(stage.dir):
@@ -214,13 +215,12 @@ def _require(stage: Stage, name: str) -> dict[str, Any]:
             "no manifest",
             f"run python {name}.py with the same --config and --run-dir first",
         )
-    wanted = stage_hash(stage.config, name)
-    if manifest["config_hash"] != wanted:
+    if manifest["config_hash"] != stage_hash(stage.config, name):
         raise StageError(
             f"{name} in {stage.run_dir} was made with another config",
-            f"config hash {wanted}",
-            manifest["config_hash"],
-            f"use another --run-dir, or redo it: python {name}.py --force",
+            *name_changes(stage.config, name, manifest),
+            "pass what it was made with, or another --run-dir, or redo it: "
+            f"python {name}.py --force",
         )
     return manifest
 
@@ -256,13 +256,12 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
     """Raise if the stage's directory holds work for another config or from other inputs."""
     _refuse_other_version(stage.dir, stage.name, present)
     check_started(stage.dir / (STARTED if kind == _UNFINISHED else MANIFEST), present)
-    wanted = stage_hash(stage.config, stage.name)
-    if present["config_hash"] != wanted:
+    if present["config_hash"] != stage_hash(stage.config, stage.name):
         raise StageError(
             f"{stage.dir} holds {kind} of another config",
-            f"config hash {wanted}",
-            present["config_hash"],
-            "pass another --run-dir to keep it, or --force to redo this stage",
+            *name_changes(stage.config, stage.name, present),
+            "pass what it was made with, or another --run-dir to keep it, or --force to redo this "
+            "stage",
         )
     before = present.get("made_from", {})
     for name, now in _made_from(stage).items():

@@ -10,9 +10,12 @@ reads.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from sparselong.config import Config, hash_sections
+from sparselong.config import Config, hash_sections, pick_sections
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,36 @@ def deciding_sections(name: str) -> set[str]:
 def stage_hash(config: Config, name: str) -> str:
     """Return the hash of the config keys that affect the stage's result."""
     return hash_sections(config, deciding_sections(name))
+
+
+def name_changes(config: Config, name: str, before: dict[str, Any]) -> tuple[str, str]:
+    """Return the values that differ, now and in an earlier work of the stage, as overrides.
+
+    Args:
+        config: the config of now.
+        name: the stage.
+        before: the earlier work's manifest.json or started.json; older ones hold only the hash.
+    """
+    if not isinstance(before.get("config"), dict):
+        return f"config hash {stage_hash(config, name)}", str(before["config_hash"])
+    then = dict(_leaves(before["config"]))
+    changed = {
+        key: (value, then.get(key))
+        for key, value in _leaves(pick_sections(config, deciding_sections(name)))
+        if then.get(key) != value
+    }
+    now, old = zip(*changed.values(), strict=True) if changed else ((), ())
+    return _as_overrides(changed, now), _as_overrides(changed, old)
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _as_overrides(keys: Iterable[str], values: Iterable[Any]) -> str:
+    shown = [f"{key}={json.dumps(value)}" for key, value in zip(keys, values, strict=True)]
+    return " ".join(shown) or "the same values, but another version's keys"

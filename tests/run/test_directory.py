@@ -75,7 +75,10 @@ def test_a_rerun_does_nothing_and_force_repeats_the_stage(tmp_path):
 def test_another_config_is_refused_and_nothing_is_lost(tmp_path, capsys):
     assert run(tmp_path, write_output) == 0
     assert run(tmp_path, write_output, "shared_dense.sparsity=none") == 1
-    assert "of another config" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "of another config" in told
+    assert 'expected: shared_dense.sparsity="none"\n' in told
+    assert 'found:    shared_dense.sparsity="2:4"\n' in told
     assert (tmp_path / "run/02_compress/out.bin").exists()
     assert run(tmp_path, fail, "training.max_steps=7") == 0  # stage 02 does not read this key
     assert run(tmp_path, write_output, "shared_dense.sparsity=none", "--force") == 0

@@ -131,8 +131,28 @@ def test_incidental_keys_may_change_when_a_run_resumes(start, tmp_path, key):
 def test_keys_that_affect_a_result_may_not_change(start, capsys):
     assert start("02_compress", write("model")) == 0
     assert start("03_finetune", stop) == 1
-    assert start("03_finetune", bug, "training.learning_rate=0.5") == 1
-    assert "unfinished work of another config" in capsys.readouterr().err
+    change = ["training.learning_rate=0.5", "lora.r=4", "training.save_steps=40"]
+    assert start("03_finetune", bug, *change) == 1
+    told = capsys.readouterr().err
+    assert "unfinished work of another config" in told
+    before = load(TINY)
+    rate, r = before.training.learning_rate, before.lora.r
+    assert "expected: lora.r=4 training.learning_rate=0.5\n" in told
+    assert f"found:    lora.r={r} training.learning_rate={rate}\n" in told
+
+
+def test_work_that_recorded_only_a_hash_is_refused_by_it(start, tmp_path, capsys):
+    """As an older version wrote it."""
+    assert start("02_compress", write("model")) == 0
+    assert start("03_finetune", stop) == 1
+    (path,) = tmp_path.glob("**/03_finetune/started.json")
+    started = json.loads(path.read_text())
+    del started["config"]
+    path.write_text(json.dumps(started))
+    assert start("03_finetune", bug, "lora.r=4") == 1
+    told = capsys.readouterr().err
+    assert f"expected: config hash {stage_hash(load(TINY, ['lora.r=4']), '03_finetune')}" in told
+    assert f"found:    {started['config_hash']}\n" in told
 
 
 def test_only_input_stages_make_a_stage_stale(start, monkeypatch, capsys):
