@@ -5,19 +5,19 @@
 The first process leads. The others compute their parts of its requests until `answer` returns.
 """
 
+import argparse
 import sys
 
 from transformers import AutoTokenizer
 
 import sparselong
-
-MODEL, PROMPT = sys.argv[1], sys.argv[2]
+from sparselong.errors import StageError
 
 
 def answer(model) -> None:
     """Print the model's answer as it is generated; only the first process calls this."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    turns = [{"role": "user", "content": PROMPT}]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    turns = [{"role": "user", "content": args.prompt}]
     prompt = tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -28,4 +28,11 @@ def answer(model) -> None:
 
 
 if __name__ == "__main__":
-    sparselong.share_model(MODEL, answer)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder of a checkpoint, upstream's or a stage's")
+    parser.add_argument("prompt", help="the user's message")
+    args = parser.parse_args()
+    try:
+        sparselong.share_model(args.model, answer)
+    except StageError as error:
+        sys.exit(str(error))

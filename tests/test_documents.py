@@ -1,10 +1,13 @@
 """README's commands run as written, and the files and names it mentions exist."""
 
 import re
+import runpy
 import shlex
+import sys
 
 import pytest
 
+from sparselong.errors import StageError
 from tests.conftest import ROOT, load_script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +52,18 @@ def test_python_blocks_compile():
     assert blocks
     for text in blocks:
         compile(text, "README.md", "exec")
+
+
+@pytest.mark.parametrize("name", ["train_in_one_file", "generate_together"])
+def test_examples_explain_how_they_are_called(name, tmp_path, monkeypatch, capsys):
+    path = str(ROOT / f"examples/{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(path, run_name="__main__")
+    assert ended.value.code == 0 and f"usage: {name}.py" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [path, str(tmp_path / "gone"), "text"])
+    with pytest.raises((SystemExit, StageError), match="(?s)gone.*found: +no such directory"):
+        runpy.run_path(path, run_name="__main__")
 
 
 def test_named_files_exist():

@@ -19,7 +19,7 @@ from sparselong.health.rows import Row, fail, ok, warn
 from sparselong.health.sources import Source
 from sparselong.kernels.attention import describe_choice
 from sparselong.kernels.experts import choose_backend
-from sparselong.memory import Plan, check_heads
+from sparselong.memory import Plan, check_heads, least_peak_bytes
 from sparselong.processes import check_cores
 
 _PYTHONS = ((3, 11), (3, 12))
@@ -156,11 +156,14 @@ def _parallel(config: Config, machine: Machine, plan: Plan) -> Row:
     if plan.device == "cpu" and not have:
         return ok("sequence parallel", f"{degree} processes on this machine share each sequence")
     if have < degree:
+        fix = f"use a machine with {degree} GPUs, since a sequence stays on one machine"
+        fewer = config.model_copy(update={"sequence_parallel_degree": max(1, have)})
+        if least_peak_bytes(plan.shape, fewer, plan.card_bytes) <= plan.card_bytes:
+            fix += f", or set sequence_parallel_degree={max(1, have)}"
         return fail(
             "sequence parallel",
             f"sequence_parallel_degree {degree} needs as many GPUs; here: {_count(have)}",
-            f"set sequence_parallel_degree={max(1, have)}, or start 03_finetune.py with torchrun "
-            "on several machines",
+            fix,
         )
     return ok("sequence parallel", f"{degree} GPUs share each sequence")
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         decided_memory,
         is_kept,
         kept_peaks,
+        least_peak_bytes,
         suggest_changes,
     )
     from sparselong.memory.limits import check_model

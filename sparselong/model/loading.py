@@ -13,6 +13,7 @@ from transformers import AutoConfig, GptOssForCausalLM
 
 from sparselong.checkpoint import METHOD, take_inventory
 from sparselong.errors import StageError
+from sparselong.files import is_local, why_unusable
 from sparselong.model.quantizer import SparseLongConfig
 from sparselong.runtime import compute_dtype, default_device
 
@@ -29,11 +30,10 @@ def packed_config(name: Path | str) -> Any:
         name: a directory, or a hub name such as openai/gpt-oss-20b.
 
     Raises:
-        StageError: The model is not a supported gpt-oss, its files are damaged or ambiguous, or
-            tokens use more experts than it has.
+        StageError: There is no such directory, the model is not a supported gpt-oss, its files are
+            damaged or ambiguous, or tokens use more experts than it has.
     """
-    if os.path.isdir(name):
-        take_inventory(Path(name))
+    _check_files(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
@@ -62,6 +62,19 @@ def packed_config(name: Path | str) -> Any:
     if method == "mxfp4":
         config.quantization_config = SparseLongConfig(16, "none").to_dict()
     return config
+
+
+def _check_files(name: Path | str) -> None:
+    """Raise if a directory is not there, or its files are damaged or ambiguous."""
+    if os.path.isdir(name):
+        take_inventory(Path(name))
+    elif isinstance(name, Path) or is_local(name):
+        raise StageError(
+            f"{name} cannot be opened as a model",
+            "a directory with a checkpoint",
+            why_unusable(name, "directory"),
+            "correct the path, or run the stage that makes it",
+        )
 
 
 def load_model(

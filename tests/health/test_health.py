@@ -117,9 +117,13 @@ def test_a_number_of_sharing_processes_is_checked_against_gpus_and_launcher():
 
 
 def test_a_split_sequence_is_checked_against_gpus_heads_and_collectives():
-    three = judge(BIG, machine(gpu(index) for index in range(3)))["sequence parallel"]
-    assert three.status == "fail" and "here: 3 usable GPUs" in three.found
-    assert "sequence_parallel_degree=3" in three.fix and "torchrun" in three.fix
+    three = machine(gpu(index) for index in range(3))
+    small = load("gpt-oss-20b-1x3090", "sequence_parallel_degree=4")
+    for config, fewer_fit in ((BIG, False), (small, True)):  # 128 experts are not shared by three
+        row = judge(config, three)["sequence parallel"]
+        assert row.status == "fail" and "here: 3 usable GPUs" in row.found
+        assert "a machine with 4 GPUs" in row.fix
+        assert ("sequence_parallel_degree=3" in row.fix) == fewer_fit
     stride = judge(load("gpt-oss-120b-4x3090", "heads_k_stride=3"), FOUR_3090)["sequence parallel"]
     assert stride.status == "fail" and "8 KV heads" in stride.found
     split = load("tiny", "sequence_parallel_degree=4")

@@ -24,6 +24,13 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 2000, (2, 150), generator=torch.Generator().manual_seed(0))
 
 
+def test_a_directory_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
+    for open_it in (load_model, packed_config, lambda path: packed_config(str(path))):
+        with pytest.raises(StageError) as refused:
+            open_it(tmp_path / "gone")
+        assert refused.value.found == "no such directory"
+
+
 def test_upstream_form_gives_transformers_logits(untrained_base, tokens):
     """Relative error ≤ 1e-5 in fp32 to transformers' eager model on the decoded weights."""
     ours = load_model(untrained_base)
