@@ -152,7 +152,7 @@ def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
 
 
 def plan(case: dict[str, Any]) -> dict[str, int]:
-    """Return what stage 03's planner says of a case: the peak, and its largest components."""
+    """Return what stage 03's planner says of a case: the peak, and bytes by component."""
     from sparselong import memory
     from sparselong.config import load
 

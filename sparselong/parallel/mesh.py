@@ -115,7 +115,7 @@ def build_mesh(
 
 
 def _is_near(group: dist.ProcessGroup) -> bool:
-    """Return whether NCCL may use peer access between all GPUs of a group, which each must ask."""
+    """Return whether NCCL may use peer access between all GPUs; every process must call this."""
     near = "nccl" in dist.get_backend(group) and os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
     if near:
         own = torch.cuda.current_device()

@@ -89,7 +89,7 @@ def keep_others(folder: Path, stage: str) -> str | None:
     if not left:
         if not folder.is_symlink():
             folder.rmdir()
-        elif folder.name != stage:  # else a person chose the place, and the stage goes on there
+        elif folder.name != stage:  # a link named as the stage is a person's: kept
             folder.unlink()
         return None
     number = 1

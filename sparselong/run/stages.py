@@ -65,26 +65,25 @@ def stage_hash(config: Config, name: str) -> str:
 
 
 def name_changes(config: Config, name: str, before: dict[str, Any]) -> tuple[str, str]:
-    """Return the values that differ, now and in an earlier work of the stage, as overrides.
+    """Return, as overrides, the values that differ: those of now, and those of earlier work.
 
     Args:
         config: the config of now.
         name: the stage.
-        before: the earlier work's manifest.json or started.json; older ones hold only the hash.
+        before: the earlier work's manifest.json or started.json. Older ones hold only the config's
+            hash: then both hashes are returned.
     """
-    if not isinstance(before.get("config"), dict):
+    now = dict(_leaves(pick_sections(config, deciding_sections(name))))
+    recorded = before.get("config")
+    then = dict(_leaves(recorded)) if isinstance(recorded, dict) else now
+    changed = [key for key in now if then.get(key) != now[key]]
+    if not changed:  # not recorded, or another version's keys
         return f"config hash {stage_hash(config, name)}", str(before["config_hash"])
-    then = dict(_leaves(before["config"]))
-    changed = {
-        key: (value, then.get(key))
-        for key, value in _leaves(pick_sections(config, deciding_sections(name)))
-        if then.get(key) != value
-    }
-    now, old = zip(*changed.values(), strict=True) if changed else ((), ())
-    return _as_overrides(changed, now), _as_overrides(changed, old)
+    return _as_overrides(changed, now), _as_overrides(changed, then)
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key that is not a section, with its value."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
@@ -92,6 +91,5 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
-def _as_overrides(keys: Iterable[str], values: Iterable[Any]) -> str:
-    shown = [f"{key}={json.dumps(value)}" for key, value in zip(keys, values, strict=True)]
-    return " ".join(shown) or "the same values, but another version's keys"
+def _as_overrides(keys: Iterable[str], values: dict[str, Any]) -> str:
+    return " ".join(f"{key}={json.dumps(values.get(key))}" for key in keys)

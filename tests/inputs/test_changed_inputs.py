@@ -58,7 +58,7 @@ def finished(untrained_base, small_arguments, tmp_path_factory) -> Path:
 
 
 def arguments_of(small_arguments) -> list[str]:
-    """Arguments with relative names, of which the current directory decides."""
+    """Arguments with relative paths, which depend on the current directory."""
     named = ("data.train=train.jsonl", "data.validation=validation.jsonl", "model.base=base")
     return [*small_arguments, *QUICK, *named]
 

@@ -1,9 +1,9 @@
 """Makes Triton's interpreter about twice as fast, with bit-identical results.
 
-Most of its time goes to types, not to numbers: it describes a block's type anew for every value,
-compares shapes element by element, and patches triton.language again at every function call inside
-a kernel, where it is already patched. Here types are made once, and triton.language is patched once
-per kernel launch. Overflow is not computed, since the interpreter asserts it only in debug mode.
+The interpreter spends most of its time on types: it builds a new type for every value, compares
+shapes element by element, and patches triton.language at every function call inside a kernel,
+although it is already patched. Here each type is built once, and triton.language is patched once
+per kernel launch. Overflow is not computed, since the interpreter checks it only in debug mode.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def sort_held_experts(
 
 
 def _start_reading(number: torch.Tensor) -> Callable[[], int]:
-    """Return a function that waits for a number [1] on the device; until then the host goes on."""
+    """Start copying a number [1] to the host; return a function that waits for it."""
     if number.device.type != "cuda":
         return number.item  # pyright: ignore[reportReturnType]
     copy = torch.empty(1, dtype=number.dtype, pin_memory=True)

@@ -8,8 +8,8 @@ Forward, for each chunk of rows of every process:
 
 The chunk after is gathered, and the one before returned, while a chunk is computed. Sizes do not
 depend on the routing: a process with many rows for its experts takes longer, but needs no more
-memory. Where processes have different numbers of rows, the missing ones
-are padded with rows that are routed to no expert.
+memory. Where processes have different numbers of rows, the missing ones are padded with rows that
+are routed to no expert.
 
 Backward gathers rows and gradients of the outputs, and returns gradients of the rows. The gradients
 of the outputs are requested first: they travel while a checkpointed layer recomputes its attention.
