@@ -1,7 +1,8 @@
 """Held experts' passes on a GPU: every backend against fp64, memory, reproducible bits.
 
 The bound is that of the tests of whole layers: at most twice the error of plain torch in bf16 on
-the same inputs. Memory that kernels must fill is filled with NaN first.
+the same inputs. The largest error of a case with few rows is luck, so there the bound is on the RMS
+error alone. Memory that kernels must fill is filled with NaN first.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from tests.gpu.test_experts import OURS, assert_close, deviations
 from tests.kernels.held_experts import CASES, Case, Layer, draw, run, run_exactly, take
 from tests.poisoned import PoisonedTorch
 
+FEW_ROWS, ROUNDING = 100, torch.finfo(torch.bfloat16).eps / 2
 LARGE = [
     Case("gpt_oss_widths", 300, ends=(2, 6), top_k=4, hidden=2880, inner=2880, window_rows=500),
     Case("widths_no_multiple_of_a_tile", 300, hidden=96, inner=160, window_rows=333),
@@ -50,7 +52,13 @@ def test_kernels_err_no_more_than_twice_plain_torch(case, backend, poison, monke
     layer = draw(case, torch.bfloat16, "cuda")
     for held in case.parts:
         got, plain = run(layer, held, backend), run(layer, held, "torch")
-        assert_close(f"{case.name} {held}", got, plain, run_exactly(layer, held))
+        exact = run_exactly(layer, held)
+        if case.rows >= FEW_ROWS:
+            assert_close(f"{case.name} {held}", got, plain, exact)
+            continue
+        for name, want in exact.items():
+            rms, allowed = (deviations(each[name], want)[1] for each in (got, plain))
+            assert rms <= max(2 * allowed, ROUNDING), (case.name, held, name, rms, allowed)
 
 
 @pytest.mark.parametrize("backend", OURS)
@@ -99,14 +107,17 @@ def test_memory_does_not_depend_on_the_routing(routed):
     out, gradients = torch.empty_like(x), Gradients(torch.empty_like(x), torch.empty_like(weights))
     window_bytes = 2 * held_experts.WINDOW_ROWS * 2880  # of one value per column
     peaks = []
+    rows = None
     for step, columns in (("forward", 3), ("backward", 4)):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         if step == "forward":
-            run_held(layer.call, operands, held, out, experts=16)
+            rows = run_held(layer.call, operands, held, out, experts=16)
         else:
-            differentiate_held(layer.dout, layer.call, operands, held, gradients, experts=16)
+            differentiate_held(
+                layer.dout, layer.call, operands, held, gradients, experts=16, rows=rows
+            )
         peaks.append(torch.cuda.max_memory_allocated() - before)
         assert peaks[-1] <= columns * window_bytes + (4 << 20), step
 
@@ -126,9 +137,9 @@ def test_a_pass_waits_for_no_result(monkeypatch):
 
 def test_an_index_outside_the_layer_stops_the_device():
     code = (
-        "import torch; from sparselong.kernels.experts.routing import sort_held_experts;"
+        "import torch; from sparselong.kernels.experts.routing import HeldRows;"
         "indices = torch.full((3, 1), {}, device='cuda');"
-        "list(sort_held_experts(indices, range(4, 8), 16, 64, 128)); torch.cuda.synchronize()"
+        "HeldRows(indices, range(4, 8), 16, 64, 128); torch.cuda.synchronize()"
     )
     for index, is_wrong in ((-1, False), (15, False), (16, True), (-2, True)):
         command = [sys.executable, "-c", code.format(index)]

@@ -14,7 +14,7 @@ import torch
 
 from sparselong.kernels.experts import held as held_experts
 from sparselong.kernels.experts import lora_triton, routing, triton_launch, triton_parts
-from sparselong.kernels.experts.routing import sort_held_experts
+from sparselong.kernels.experts.routing import HeldRows
 from tests.kernels.held_experts import CASES, GATE, draw, measure
 from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
@@ -27,7 +27,7 @@ def find_refused_indices() -> list[int]:
         indices = torch.full((3, 2), 1)
         indices[2, 1] = index
         try:
-            list(sort_held_experts(indices, range(1, 3), 5, 32, 4))
+            HeldRows(indices, range(1, 3), 5, 32, 4)
         except RuntimeError:
             refused.append(index)
     return refused
@@ -40,7 +40,7 @@ def count_work() -> dict[str, list[int]]:
     x, weight = torch.randn(48, 64), draw(CASES[0], torch.float32).stack.gate_up
     weight = weight._replace(**{k: v[1:3] for k, v in weight._asdict().items()})
     work: dict[str, list[int]] = {"gather": [], "gate": [], "decode": []}
-    for window in sort_held_experts(indices, range(1, 3), 5, 32, 16):
+    for window in HeldRows(indices, range(1, 3), 5, 32, 16).windows():
         gathered, _ = routing.gather(x, window, indices)
         h = triton_launch.apply_gate(torch.ones(16, 64), window, GATE)
         buffer = torch.full((2, 64, 64), torch.nan)

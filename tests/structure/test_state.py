@@ -33,6 +33,7 @@ ALLOWED = {
     "sparselong.kernels.gpu:architecture_of": DEVICE,
     "sparselong.kernels.gpu:multiprocessors_of": DEVICE,
     "sparselong.kernels.gpu:tiles_of": DEVICE,
+    "sparselong.kernels.launch:_variants": "compiled kernels, which never change",
     "sparselong.kernels.layer.cross_entropy:_kernels": ONCE,
     "sparselong.kernels.layer.cross_entropy_shard:_kernels": ONCE,
     "sparselong.kernels.layer.norm:_kernels": ONCE,

@@ -13,11 +13,11 @@ are taken in fp32 and rounded once. Source: online softmax (Milakov and Gimelshe
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
+
+from sparselong.kernels.launch import launch
 
 Part = tuple[torch.Tensor, torch.Tensor]
 QUERIES, WARPS = 32, 4
@@ -36,8 +36,9 @@ def join(parts: list[Part], sinks: torch.Tensor) -> Part:
     (out, lse), (more, more_lse) = ((out, lse.contiguous()) for out, lse in (parts[0], parts[-1]))
     batch, heads, queries, dim = out.shape
     total = torch.empty_like(lse)
-    launch: Any = join_kernel  # Triton's type hints do not cover launches
-    launch[(-(-queries // QUERIES), heads, batch)](
+    launch(
+        join_kernel,
+        (-(-queries // QUERIES), heads, batch),
         *(out, lse, more, more_lse, sinks.contiguous(), total),
         *(*out.stride()[:3], *more.stride()[:3], queries),
         HAS_MORE=len(parts) == 2,

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparselong.kernels.launch import launch
 from sparselong.kernels.layout import with_unit_stride
 
 KEYS, WARPS = 32, 4
@@ -57,9 +58,13 @@ def sort_gradients(
         pair = with_unit_stride(*pair)
         given += [*pair, first, first + pair[0].shape[2]]
         given += [stride for tensor in pair for stride in tensor.stride()[:3]]
-    launch: Any = sort_kernel  # Triton's type hints do not cover launches
-    launch[(-(-len(places) // KEYS), heads, rows)](
-        *(others, own, places, len(places), *given), KEYS=KEYS, D=dim, num_warps=WARPS
+    launch(
+        sort_kernel,
+        (-(-len(places) // KEYS), heads, rows),
+        *(others, own, places, len(places), *given),
+        KEYS=KEYS,
+        D=dim,
+        num_warps=WARPS,
     )
     return others, own
 

@@ -17,11 +17,9 @@ from sparselong.kernels import gpu
 from sparselong.kernels.attention import triton_backward, triton_forward, triton_split
 from sparselong.kernels.attention.mask import Attended, AttentionCall, Gradients, Mask, SavedForward
 from sparselong.kernels.attention.tiles import Tile, tile_for
+from sparselong.kernels.launch import launch
 from sparselong.kernels.layout import with_unit_stride
 
-forward: Any = triton_forward  # Triton's type hints do not cover launches
-backward: Any = triton_backward
-split: Any = triton_split
 HEAD_DIMS = (64,)
 FEW_QUERIES, SPLIT_KEYS = 16, 512  # most queries and fewest keys for a split
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,7 +47,9 @@ def attend(
         return out, lse, ()
     tile, heads = _choose_tile("forward", q, k, mask)
     grid = _grid(_blocks(mask.queries, tile.rows // heads), q.shape[1] // heads, mask)
-    forward.forward_kernel[grid](
+    launch(
+        triton_forward.forward_kernel,
+        grid,
         *(q, k, v, sinks, _positions(mask, "starts", lse), out, lse),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
         *_sizes(q, call),
@@ -71,20 +71,24 @@ def _launch_split(
     mask, (batch, heads, queries) = call.mask, lse.shape
     tile, heads_a_tile = _choose_tile("split", q, k, mask)
     programs = heads // heads_a_tile * batch * _blocks(queries, tile.rows // heads_a_tile)
-    wanted = min(_blocks(2 * gpu.multiprocessors_of(q.device), programs), split.MOST_PARTS)
+    wanted = min(_blocks(2 * gpu.multiprocessors_of(q.device), programs), triton_split.MOST_PARTS)
     span = max(_blocks(_blocks(mask.keys, wanted), tile.keys), 2) * tile.keys
     parts = _blocks(mask.keys, span)
     part_out = torch.empty((parts, *q.shape), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((parts, *lse.shape), dtype=torch.float32, device=q.device)
-    split.part_kernel[(parts, heads // heads_a_tile, programs * heads_a_tile // heads)](
+    launch(
+        triton_split.part_kernel,
+        (parts, heads // heads_a_tile, programs * heads_a_tile // heads),
         *(q, k, v, _positions(mask, "starts", lse), part_out, part_lse),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(*_sizes(q, call), batch, span),
         **_constants(tile, heads_a_tile, q, k, mask, "SPLIT"),
     )
-    split.combine_kernel[(queries, heads, batch)](
+    launch(
+        triton_split.combine_kernel,
+        (queries, heads, batch),
         *(part_out, part_lse, sinks, out, lse, *out.stride()[:3], batch, parts),
-        **{"PARTS": split.MOST_PARTS, "D": q.shape[-1], "num_warps": 4},
+        **{"PARTS": triton_split.MOST_PARTS, "D": q.shape[-1], "num_warps": 4},
     )
 
 
@@ -109,7 +113,9 @@ def launch_dq(
     dsinks = lse
     if call.needs_dsinks:
         dsinks = torch.empty((*q.shape[:2], tiles), dtype=torch.float32, device=q.device)
-    backward.dq_kernel[_grid(tiles, q.shape[1] // heads, mask)](
+    launch(
+        triton_backward.dq_kernel,
+        _grid(tiles, q.shape[1] // heads, mask),
         *(q, k, v, sinks, _positions(mask, "starts", lse), out, dout, lse, dq, delta, dsinks),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(*out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3]),
@@ -131,7 +137,9 @@ def launch_dkdv(
     grid = _grid(_blocks(mask.keys, tile.keys), k.shape[1], mask)
     packed = mask.documents is not None and mask.window is None
     order = mask.documents.order_blocks(tile.keys) if packed else lse
-    backward.dkdv_kernel[grid](
+    launch(
+        triton_backward.dkdv_kernel,
+        grid,
         *(q, k, v, _positions(mask, "ends", lse), order, dout, lse, delta, dk, dv),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(*dout.stride()[:3], *dk.stride()[:3], *dv.stride()[:3]),

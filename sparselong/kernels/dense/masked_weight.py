@@ -16,13 +16,13 @@ al., 2024) prunes the sum; the gate at saturation is that of LSQ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from sparselong.kernels.dense import masked_weight_torch as torch_backend
+from sparselong.kernels.launch import launch
 from sparselong.packing import integer
 
 ROWS, BLOCKS, WARPS = 32, 4, 4
@@ -88,9 +88,10 @@ class MaskedWeight:
         lowest, highest = (0, 0) if self.scale is None else integer.code_range(self.bits)
         grid = (-(-columns // (32 * BLOCKS)), -(-rows // ROWS))
         rank = self.lora_a.shape[0]
-        launch: Any = masked_weight_kernel  # Triton's type hints do not cover launches
         with torch.cuda.device_of(result):
-            launch[grid](
+            launch(
+                masked_weight_kernel,
+                grid,
                 *(result, self.master, self.lora_a, self.lora_b),
                 self.master if self.patterns is None else self.patterns,
                 self.master if self.scale is None else self.scale,

@@ -10,14 +10,13 @@ unpacks. The code is ours, under this repository's licence.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from sparselong.kernels.decode import Matrix, as_matrix
 from sparselong.kernels.dense.masked_weight import PATTERN_MASKS
+from sparselong.kernels.launch import launch
 from sparselong.packing import DenseFormat
 
 UNPACK_ROWS, UNPACK_BLOCKS = 8, 8
@@ -66,8 +65,9 @@ def launch_unpack(matrix: Matrix, out: torch.Tensor) -> None:
     """Decode a weight into out [rows, in]; patterns were checked when stored and are trusted."""
     rows, width = out.shape
     blocks = width // 32
-    kernel: Any = unpack_kernel  # Triton's type hints do not cover launches
-    kernel[(-(-blocks // UNPACK_BLOCKS), -(-rows // UNPACK_ROWS))](
+    launch(
+        unpack_kernel,
+        (-(-blocks // UNPACK_BLOCKS), -(-rows // UNPACK_ROWS)),
         *(out, matrix.codes.view(torch.uint8), matrix.patterns, matrix.scales, rows),
         BLOCKS=blocks,
         GROUP=blocks // matrix.scales.shape[1],

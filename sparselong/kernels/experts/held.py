@@ -14,11 +14,14 @@ A window's rows take, beside lists of integers, hidden + 2 * inner or 3 * inner 
 forward pass, and hidden + 3 * inner in the backward pass, hidden + 4 * inner with an adapter of
 down: at most 0.53 GB in gpt-oss's shape in bf16. `decode` adds its buffer of weights.
 
-Nothing is saved between the two passes: `differentiate_held` computes gate_up's output again, as a
-checkpointed layer does. The biases are frozen.
+Between the two passes only the order of the rows is kept, 4 bytes a routed token.
+`differentiate_held` computes gate_up's output again, as a checkpointed layer does. The biases are
+frozen.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +30,9 @@ from sparselong.kernels.experts.choice import BACKENDS
 from sparselong.kernels.experts.lora import Adapters
 from sparselong.kernels.experts.op import choose, slices
 from sparselong.kernels.experts.torch_backend import sum_held_torch
+
+if TYPE_CHECKING:
+    from sparselong.kernels.experts.routing import HeldRows
 
 WINDOW_ROWS = 18_432
 """Most rows sorted by expert that are processed at once.
@@ -54,7 +60,7 @@ def choose_held(x: torch.Tensor, indices: torch.Tensor, experts: int) -> str:
 
 def run_held(
     call: ExpertCall, operands: ExpertOperands, held: range, out: torch.Tensor, *, experts: int
-) -> None:
+) -> HeldRows | None:
     """Write the held experts' share of each row's weighted sum to `out`.
 
     It is zero for rows that are routed to none of them. A row whose routed tokens lie in several
@@ -68,24 +74,29 @@ def run_held(
         out: [rows, hidden], floating, contiguous, overwritten.
         experts: number of experts in the layer.
 
+    Returns:
+        The sorted rows, for `differentiate_held`; None if they were not sorted.
+
     Raises:
         ValueError: An argument does not fit; the message names it. An index outside [-1, experts)
             fails a device-side assertion on a GPU.
     """
     _check(call, operands, held, experts)
     if call.x.shape[0] == 0:
-        return
+        return None
     if operands.backend == "torch":
         with torch.no_grad():
             for part in _parts(call):
                 out[part] = sum_held_torch(call.part(part), operands, held, range(-1, experts))
-        return
+        return None
     from sparselong.kernels.experts import triton_launch
 
     call, operands = call.contiguous(), operands.in_dtype(call.x.dtype)
     with torch.cuda.device_of(out):
-        for routing in triton_launch.sort_held(call, operands, held, experts, WINDOW_ROWS):
+        rows = triton_launch.sort_held(call, operands, held, experts, WINDOW_ROWS)
+        for routing in rows.windows():
             triton_launch.run_forward(call, operands, out, keep=False, routing=routing)
+    return rows
 
 
 def differentiate_held(
@@ -96,6 +107,7 @@ def differentiate_held(
     gradients: Gradients,
     *,
     experts: int,
+    rows: HeldRows | None,
 ) -> None:
     """Fill `gradients` with the held experts' share.
 
@@ -107,6 +119,7 @@ def differentiate_held(
         gradients: the gradient of a routing weight is zero where the expert is not held; the sums
             of adapters are accumulated into, and have the factors' order and shapes.
         experts: as in `run_held`.
+        rows: what `run_held` returned for this call.
 
     Raises:
         ValueError: As for `run_held`, or the gradient of a bias is asked for.
@@ -129,7 +142,8 @@ def differentiate_held(
     if gradients.weights is not None:
         gradients.weights.zero_()  # each window then writes those of its own routed tokens
     with torch.cuda.device_of(dout):
-        for routing in triton_launch.sort_held(call, operands, held, experts, WINDOW_ROWS):
+        assert rows is not None  # the backend sorts
+        for routing in rows.windows():
             gate_up, _ = triton_launch.run_gate_up(x, indices, operands, routing)
             saved = triton_launch.SavedForward(gate_up, routing, indices, weights, x)
             triton_launch.run_backward(dout, saved, operands, gradients, overwrite=True)

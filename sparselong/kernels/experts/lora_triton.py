@@ -17,14 +17,13 @@ product for many users' adapters.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 import triton
 import triton.language as tl
 
 from sparselong.kernels.experts.lora import Adapter
 from sparselong.kernels.experts.routing import Routing
+from sparselong.kernels.launch import launch
 
 DEPTH, COLUMNS, BLOCK = 64, 64, 64
 
@@ -187,7 +186,7 @@ def shrink(
     """
     rank = factor.shape[1]
     narrow = torch.empty((wide.shape[0], rank), dtype=torch.float32, device=wide.device)
-    cast(Any, shrink_kernel)[(routing.tile_expert.numel(),)](
+    launch(shrink_kernel, (routing.tile_expert.numel(),),
         *(wide, factor, narrow, *_lists(routing), factor.shape[0], wide.shape[1], rank, scaling),
         *factor.stride(),
         ROWS=tile_rows, DEPTH=DEPTH, RANK=_padded(rank), PRECISION=_precision(wide),
@@ -200,7 +199,7 @@ def expand_(
 ) -> None:
     """Add narrow F by expert to wide, in place; arguments as in `shrink`."""
     width, rank = wide.shape[1], narrow.shape[1]
-    cast(Any, expand_kernel)[(routing.tile_expert.numel(), -(-width // COLUMNS))](
+    launch(expand_kernel, (routing.tile_expert.numel(), -(-width // COLUMNS)),
         *(narrow, factor, wide, *_lists(routing), factor.shape[0], width, rank),
         *factor.stride(),
         ROWS=tile_rows, COLUMNS=COLUMNS, RANK=_padded(rank), PRECISION=_precision(wide),
@@ -212,7 +211,7 @@ def add_gradient_(
 ) -> None:
     """Add each expert's narrowᵀ wide to grad, fp32 [experts, r, width], any strides."""
     experts, rank, width = grad.shape
-    cast(Any, gradient_kernel)[(experts, -(-width // COLUMNS))](
+    launch(gradient_kernel, (experts, -(-width // COLUMNS)),
         *(narrow, wide, grad, routing.starts, width, rank),
         *grad.stride(),
         BLOCK=BLOCK, COLUMNS=COLUMNS, RANK=_padded(rank), PRECISION=_precision(wide),

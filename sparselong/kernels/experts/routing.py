@@ -11,13 +11,13 @@ reads it, but only after it has launched the first window's kernels, so the devi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from sparselong.kernels.experts import triton_glue
+from sparselong.kernels.launch import launch
 
-kernels: Any = triton_glue  # triton's types do not cover launches
 BLOCK = 128
 
 
@@ -78,13 +78,11 @@ def sort_by_expert(indices: torch.Tensor, experts: int, tile_rows: int) -> Routi
     return _sort(indices.contiguous(), range(experts), experts, tile_rows, None)
 
 
-def sort_held_experts(
-    indices: torch.Tensor, held: range, experts: int, tile_rows: int, window_rows: int
-) -> Iterator[Routing]:
-    """Sort the routed tokens of some of a layer's experts, and yield the routing by windows.
+class HeldRows:
+    """The rows of the routed tokens of some of a layer's experts, sorted by expert, in windows.
 
-    There is at least one window; all others have rows. Asking for the second waits until the device
-    has sorted. An index outside [-1, experts) fails a device-side assertion.
+    A backward pass can take the windows again: nothing is sorted twice, and the host knows their
+    number by then. An index outside [-1, experts) fails a device-side assertion.
 
     Args:
         indices: [tokens, top_k], not empty.
@@ -93,24 +91,45 @@ def sort_held_experts(
         tile_rows: rows per tile.
         window_rows: most rows in a window.
     """
-    entries = indices.numel()
-    window = Window(0, min(window_rows, entries), held.start)
-    whole = _sort(indices.contiguous(), held, experts, tile_rows, window)
-    if entries <= window_rows:
-        yield whole
-        return
-    blocks, count_rows = -(-entries // BLOCK), _start_reading(whole.starts[-1:])
-    for first in range(0, entries, window_rows):
-        if first > 0 and first >= count_rows():
+
+    def __init__(
+        self, indices: torch.Tensor, held: range, experts: int, tile_rows: int, window_rows: int
+    ):
+        window = Window(0, min(window_rows, indices.numel()), held.start)
+        self._whole = _sort(indices.contiguous(), held, experts, tile_rows, window)
+        self._experts, self._tile_rows, self._window = len(held), tile_rows, window
+        self._rows: int | None = None
+        if indices.numel() <= window_rows:
+            self._rows = indices.numel()  # at most; all fit one window
+        else:
+            self._read_rows = _start_reading(self._whole.starts[-1:])
+
+    def windows(self) -> Iterator[Routing]:
+        """Yield the routing of each window; at least one, and all others have rows.
+
+        Asking the first time for the second one waits until the device has sorted.
+        """
+        size = self._window.rows
+        if self._rows is not None and self._rows <= size:
+            yield self._whole
             return
-        window = window._replace(first_row=first)
-        routing = _allocate(indices, len(held), tile_rows, window, window.rows)
-        kernels.window_kernel[(blocks + len(held),)](
-            *(whole.positions, whole.starts, *routing.tensors, entries, len(held), blocks),
+        yield self._make_window(0)
+        if self._rows is None:
+            self._rows = self._read_rows()
+        for first in range(size, self._rows, size):
+            yield self._make_window(first)
+
+    def _make_window(self, first: int) -> Routing:
+        whole, window = self._whole, self._window._replace(first_row=first)
+        routing = _allocate(whole.positions, self._experts, self._tile_rows, window, window.rows)
+        entries = whole.positions.numel()
+        blocks = -(-entries // BLOCK)
+        launch(triton_glue.window_kernel, (blocks + self._experts,),
+            *(whole.positions, whole.starts, *routing.tensors, entries, self._experts, blocks),
             *window[:2],
-            ROWS=tile_rows, BLOCK=BLOCK, EXPERTS=max(16, _power_of_two(len(held))),
+            ROWS=self._tile_rows, BLOCK=BLOCK, EXPERTS=max(16, _power_of_two(self._experts)),
         )  # fmt: skip
-        yield routing
+        return routing
 
 
 def _start_reading(number: torch.Tensor) -> Callable[[], int]:
@@ -157,12 +176,12 @@ def _sort(
     ranks, counts, totals, valid = empty(entries), empty(counted, blocks), empty(counted), empty(1)
     routing = _allocate(indices, experts, tile_rows, window, entries)
     constants = {"BLOCK": BLOCK, "EXPERTS": max(16, _power_of_two(experts)), "OTHERS": others}
-    kernels.count_kernel[(blocks,)](
+    launch(triton_glue.count_kernel, (blocks,),
         *(indices, ranks, counts, entries, experts, held.start, layer_experts),
         **constants, num_warps=8 if others else 4,  # with four and 128 experts, registers spill
     )  # fmt: skip
-    kernels.scan_kernel[(counted,)](counts, totals, blocks, BLOCK=1024)
-    kernels.place_kernel[(blocks + experts,)](
+    launch(triton_glue.scan_kernel, (counted,), counts, totals, blocks, BLOCK=1024)
+    launch(triton_glue.place_kernel, (blocks + experts,),
         *(indices, ranks, counts, totals, *routing.tensors, valid, entries, experts, blocks),
         *(held.start, layer_experts),
         ROWS=tile_rows, **constants,
@@ -186,7 +205,7 @@ def gather(
     tokens, width = x.shape
     rows = torch.empty((routing.rows, width), dtype=x.dtype, device=x.device)
     inner = torch.empty(routing.positions.shape, dtype=torch.float32, device=x.device)
-    kernels.gather_kernel[(tokens,)](
+    launch(triton_glue.gather_kernel, (tokens,),
         *(x, routing.positions, rows, indices, rows if bias is None else bias, inner, width),
         0 if routing.window is None else routing.window.first_expert,
         TOP_K=routing.positions.shape[1], BLOCK=_power_of_two(width), INNER=bias is not None,
@@ -205,7 +224,7 @@ def combine(
     """
     tokens, top_k = routing.positions.shape
     width = rows.shape[1]
-    kernels.combine_kernel[(tokens,)](
+    launch(triton_glue.combine_kernel, (tokens,),
         *(rows, routing.positions, rows if weights is None else weights, out, width),
         TOP_K=top_k, BLOCK=_power_of_two(width), WEIGHTED=weights is not None,
         PARTIAL=routing.is_partial, ADD=routing.window is not None and routing.window.first_row > 0,
@@ -229,7 +248,7 @@ def sum_by_expert(
     if weights is not None:
         sorted_weights = torch.empty_like(weights.flatten())
         sorted_weights[routing.positions.flatten().long()] = weights.flatten()
-    kernels.sum_rows_kernel[(experts, -(-width // 128))](
+    launch(triton_glue.sum_rows_kernel, (experts, -(-width // 128)),
         *(rows, sorted_weights, routing.starts, out, width),
         BLOCK=32, COLUMNS=128, WEIGHTED=weights is not None,
     )  # fmt: skip

@@ -10,8 +10,7 @@ summed over each token's experts it gives dx. `SavedForward` lists what backward
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -22,17 +21,16 @@ from sparselong.kernels.experts import triton_glue, triton_products
 from sparselong.kernels.experts.call import ExpertCall, ExpertOperands, Gradients
 from sparselong.kernels.experts.lora_triton import add_adapter_, add_gradients_, expand_
 from sparselong.kernels.experts.routing import (
+    HeldRows,
     Routing,
     combine,
     gather,
     sort_by_expert,
-    sort_held_experts,
     sum_by_expert,
 )
 from sparselong.kernels.experts.tiles import Tile, tile_for
+from sparselong.kernels.launch import launch
 
-kernels: Any = triton_products  # triton's types do not cover launches
-glue: Any = triton_glue
 BUFFER_BYTES = 1 << 28
 """Most bytes of decoded weights held at once."""
 _DECODE_GROUPS, _DECODE_TURNS = 64, 8
@@ -59,10 +57,10 @@ class SavedForward(NamedTuple):
 
 def sort_held(
     call: ExpertCall, operands: ExpertOperands, held: range, experts: int, window_rows: int
-) -> Iterator[Routing]:
-    """Return the windows of `sort_held_experts` for the products' tiles."""
+) -> HeldRows:
+    """Return the rows of held experts, sorted for the products' tiles."""
     tile_rows = choose_tile(call.x, operands.backend, "forward").rows
-    return sort_held_experts(call.indices, held, experts, tile_rows, window_rows)
+    return HeldRows(call.indices, held, experts, tile_rows, window_rows)
 
 
 def run_gate_up(
@@ -150,7 +148,7 @@ def run_backward(
         _differentiate_down_adapter(rows, dh, saved, operands, gradients)
     del rows
     dgate_up = gate_up if overwrite else torch.empty_like(gate_up)
-    glue.gate_backward_kernel[(routing.positions.numel(),)](
+    launch(triton_glue.gate_backward_kernel, (routing.positions.numel(),),
         *(gate_up, dh, routing.positions, weights, inner_products, dgate_up),
         *(weights if gradients.weights is None else gradients.weights, dh.shape[1], *gate),
         BLOCK=GATE_BLOCK, WEIGHT_GRADIENT=gradients.weights is not None,
@@ -213,7 +211,7 @@ def apply_gate(gate_up: torch.Tensor, routing: Routing, gate: Gate) -> torch.Ten
     inner = gate_up.shape[1] // 2
     h = torch.empty((gate_up.shape[0], inner), dtype=gate_up.dtype, device=gate_up.device)
     starts = routing.starts
-    glue.gate_kernel[(gate_up.shape[0],)](
+    launch(triton_glue.gate_kernel, (gate_up.shape[0],),
         *(gate_up, h, starts, starts.numel() - 1, inner, *gate),
         BLOCK=GATE_BLOCK, PARTIAL=routing.is_partial,
     )  # fmt: skip
@@ -243,7 +241,9 @@ def multiply(
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if backend != "decode":
-        kernels.packed_kernel[grid](
+        launch(
+            triton_products.packed_kernel,
+            grid,
             *(a_tiles, weight.blocks.view(torch.int32), weight.scales, weight.bias, out, *lists),
             *(experts, columns, depth),
             PTX=_has_ptx(a),
@@ -259,8 +259,11 @@ def multiply(
     for first in range(0, experts, chunk):
         last = min(experts, first + chunk)
         decode_into(buffer, weight, first, last, routing)
-        kernels.dense_kernel[grid](
-            *(a_tiles, w_tiles, weight.bias, out, *lists, first, last, columns, depth), **constants
+        launch(
+            triton_products.dense_kernel,
+            grid,
+            *(a_tiles, w_tiles, weight.bias, out, *lists, first, last, columns, depth),
+            **constants,
         )
     return out
 
@@ -279,7 +282,7 @@ def decode_into(
     words, scales = weight.blocks[first:last].view(torch.int32), weight.scales[first:last]
     grid = (-(-scales.numel() // (_DECODE_GROUPS * _DECODE_TURNS)),)
     is_partial = routing is not None and routing.is_partial
-    kernels.decode_kernel[grid](
+    launch(triton_products.decode_kernel, grid,
         *(words, scales, buffer, scales.numel()),
         *(words if routing is None else routing.tile_starts, first, last),
         GROUPS=_DECODE_GROUPS, TURNS=_DECODE_TURNS, PTX=_has_ptx(buffer), PARTIAL=is_partial,

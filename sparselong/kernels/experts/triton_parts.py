@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 import triton
 import triton.language as tl
+
+from sparselong.kernels.launch import launch
 
 BLOCK = 2048
 
@@ -29,6 +29,12 @@ def add_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
     if not out.numel():
         return
     with torch.cuda.device_of(out):
-        cast(Any, add_parts_kernel)[(-(-out.numel() // BLOCK),)](
-            parts, out, out.numel(), PARTS=len(parts), BLOCK=BLOCK
+        launch(
+            add_parts_kernel,
+            (-(-out.numel() // BLOCK),),
+            parts,
+            out,
+            out.numel(),
+            PARTS=len(parts),
+            BLOCK=BLOCK,
         )

@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from sparselong.kernels.launch import launch
+
 IGNORED = -100
 CHUNK_ROWS = 512
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -168,7 +170,9 @@ def turn_into_gradients(
         needs_gradient: whether to overwrite the logits with their gradients.
     """
     if logits.is_cuda:
-        _kernels().softmax_kernel[(len(logits),)](
+        launch(
+            _kernels().softmax_kernel,
+            (len(logits),),
             *(logits, targets, losses, logits.shape[1]),
             NEEDS_GRADIENT=needs_gradient,
             BLOCK=4096,

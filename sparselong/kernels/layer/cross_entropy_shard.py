@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from sparselong.kernels.launch import launch
+
 HIGHEST, TOTAL, CHOSEN = range(3)
 _LAUNCH = {"BLOCK": 4096, "num_warps": 8}
 
@@ -41,8 +43,15 @@ def shard_statistics(logits: torch.Tensor, targets: torch.Tensor, first: int) ->
     found = torch.empty(len(logits), 3, dtype=wide, device=logits.device)
     columns = logits.shape[1]
     if logits.is_cuda and len(logits):
-        _kernels().statistics_kernel[(len(logits),)](
-            logits, targets, found, columns, first, **_LAUNCH
+        launch(
+            _kernels().statistics_kernel,
+            (len(logits),),
+            logits,
+            targets,
+            found,
+            columns,
+            first,
+            **_LAUNCH,
         )
     elif columns:
         values = logits.to(wide)
@@ -87,7 +96,12 @@ def turn_into_shard_gradients(
         return
     if logits.is_cuda:
         grid = (rows, -(-columns // _LAUNCH["BLOCK"]))
-        _kernels().gradient_kernel[grid](logits, targets, normalizers, columns, first, **_LAUNCH)
+        launch(
+            _kernels().gradient_kernel,
+            grid,
+            *(logits, targets, normalizers, columns, first),
+            **_LAUNCH,
+        )
         return
     highest, total = normalizers[:, :1], normalizers[:, 1:]
     gradient = torch.exp(logits.to(normalizers.dtype) - highest) / total

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from sparselong.kernels.launch import launch
 from sparselong.kernels.layer.norm_torch import add_rms_norm_torch, rms_norm_torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -120,7 +121,9 @@ class RMSNormFunction(torch.autograd.Function):
         added = rows if residual is None else _rows(residual)
         if rows.numel():
             with torch.cuda.device_of(x):
-                _kernels().forward_kernel[(len(rows),)](
+                launch(
+                    _kernels().forward_kernel,
+                    (len(rows),),
                     *(rows, added, weight, out, out if total is None else total, inverse),
                     *(rows.stride(0), added.stride(0), rows.shape[1], eps),
                     HAS_RESIDUAL=residual is not None,
@@ -158,7 +161,9 @@ def _launch_backward(
     )
     if rows.numel():
         with torch.cuda.device_of(h):
-            _kernels().backward_kernel[(blocks,)](
+            launch(
+                _kernels().backward_kernel,
+                (blocks,),
                 *(upstream, passed, rows, weight, inverse, dx, partial),
                 *(upstream.stride(0), passed.stride(0), rows.stride(0)),
                 *(len(rows), -(-len(rows) // blocks), rows.shape[1]),

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from sparselong.kernels.launch import launch
 from sparselong.kernels.layer.rotary_torch import rotate_torch
 from sparselong.kernels.layout import with_unit_stride
 
@@ -118,7 +119,9 @@ def _launch(
     grid = (-(-tokens // TOKENS), sum(groups), batch)
     half = dim // 2
     with torch.cuda.device_of(q):
-        _kernels().rotate_kernel[grid](
+        launch(
+            _kernels().rotate_kernel,
+            grid,
             *(q, k, cos, sin, *rotated),
             *(*q.stride()[:3], *k.stride()[:3], *cos.stride()[:2], *sin.stride()[:2]),
             *(*rotated[0].stride()[:3], *rotated[1].stride()[:3]),

@@ -14,7 +14,8 @@ are routed to no expert.
 Backward gathers rows and gradients of the outputs, and returns gradients of the rows. The gradients
 of the outputs are requested first: they travel while a checkpointed layer recomputes its attention.
 The recomputation itself exchanges nothing: the layer ends with the experts, and the backward pass
-needs only their input. Gathered routing is kept from the forward pass (24 bytes a row).
+needs only their input. Gathered routing and its order are kept from the forward pass (40 bytes a
+row with four experts a token).
 
 An adapter's gradient is complete once backward is: it covers the rows of the whole group.
 """
@@ -101,14 +102,16 @@ class Routing(NamedTuple):
     Attributes:
         indices: int32, -1 in padding.
         weights: floating.
+        sorted: of each chunk that ran, what `run_held` returned.
     """
 
     indices: torch.Tensor
     weights: torch.Tensor
+    sorted: list[Any]
 
     def call(self, x: torch.Tensor, chunk: slice) -> ExpertCall:
         """Return the call for a gathered chunk of rows."""
-        flat = (part[:, chunk].flatten(0, 1).contiguous() for part in self)
+        flat = (part[:, chunk].flatten(0, 1).contiguous() for part in self[:2])
         return ExpertCall(x, *flat)
 
 
@@ -166,7 +169,7 @@ def run_forward(call: ExpertCall, job: Job) -> tuple[torch.Tensor, Routing]:
         part = routing.call(whole, chunk)
         operands = operands or job.operands_for(part)
         share = torch.empty_like(part.x)
-        run_held(part, operands, job.held, share, experts=job.experts)
+        routing.sorted.append(run_held(part, operands, job.held, share, experts=job.experts))
         home.append((chunk, _send_home(share, job, "expert sums")))
         if len(home) > 1:
             _add(*home.pop(0), out, job)
@@ -183,12 +186,12 @@ def _run_backward(
     dx, dweights = torch.empty_like(x), torch.empty_like(routing.weights)
     home: list[tuple[slice, Pending]] = []
     operands = None
-    for chunk, whole in _arriving(x, job):
+    for (chunk, whole), order in zip(_arriving(x, job), routing.sorted, strict=True):
         part = routing.call(whole, chunk)
         operands = operands or job.operands_for(part)
         dout = douts.pop(0).wait().flatten(0, 1)
         share = Gradients(torch.empty_like(part.x), torch.empty_like(part.weights), adapters=sums)
-        differentiate_held(dout, part, operands, job.held, share, experts=job.experts)
+        differentiate_held(dout, part, operands, job.held, share, experts=job.experts, rows=order)
         assert share.x is not None and share.weights is not None
         dweights[:, chunk] = share.weights.view(job.size, -1, part.weights.shape[1])
         home.append((chunk, _send_home(share.x, job, "expert row gradients")))
@@ -218,7 +221,7 @@ def _gather_routing(call: ExpertCall, job: Job) -> Routing:
     received = start_all_gather(sent, job.group, "expert routing").wait()
     widths = [part.shape[1] for part in parts]
     both = [part.clone(memory_format=torch.contiguous_format) for part in received.split(widths, 2)]
-    return Routing(both[0].view(torch.int32), both[1].view(weights.dtype))
+    return Routing(both[0].view(torch.int32), both[1].view(weights.dtype), [])
 
 
 def _gather(rows: torch.Tensor, chunk: slice, job: Job, tag: str) -> Pending:

@@ -72,7 +72,7 @@ def test_gradients_that_are_not_needed_are_left_out():
     layer = draw(Case("some", 9), torch.float64)
     operands, sums = take(layer, HELD, "torch"), take(layer, HELD, "torch").adapters.make_sums()
     gradients = Gradients(None, None, adapters=sums)
-    differentiate_held(layer.dout, layer.call, operands, HELD, gradients, experts=5)
+    differentiate_held(layer.dout, layer.call, operands, HELD, gradients, experts=5, rows=None)
     every = run(layer, HELD, "torch")
     assert sums.down is not None
     torch.testing.assert_close(sums.down.b, every["down_b"], rtol=1e-9, atol=1e-9)
@@ -135,7 +135,9 @@ def test_bad_calls_are_named(change, message):
         run_held(layer.call, operands, held, torch.empty_like(layer.dout), experts=experts)
     gradients = Gradients(None, None, adapters=operands.adapters.make_sums())
     with pytest.raises(ValueError, match=message):
-        differentiate_held(layer.dout, layer.call, operands, held, gradients, experts=experts)
+        differentiate_held(
+            layer.dout, layer.call, operands, held, gradients, experts=experts, rows=None
+        )
 
 
 def test_gradients_of_biases_are_refused():
@@ -143,7 +145,13 @@ def test_gradients_of_biases_are_refused():
     gradients = Gradients(None, None, (False, True))
     with pytest.raises(ValueError, match=r"gradients.biases: requested; allowed: none"):
         differentiate_held(
-            layer.dout, layer.call, take(layer, HELD, "torch"), HELD, gradients, experts=5
+            layer.dout,
+            layer.call,
+            take(layer, HELD, "torch"),
+            HELD,
+            gradients,
+            experts=5,
+            rows=None,
         )
 
 
