@@ -1,8 +1,8 @@
 """Held experts' passes on a GPU: every backend against fp64, memory, reproducible bits.
 
 The bound is that of the tests of whole layers: at most twice the error of plain torch in bf16 on
-the same inputs. The largest error of a case with few rows is luck, so there the bound is on the RMS
-error alone. Memory that kernels must fill is filled with NaN first.
+the same inputs. In a case with few rows it is luck how large plain torch's error is, so there the
+RMS error may be that of two more roundings. Memory that kernels must fill is filled with NaN first.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def test_kernels_err_no_more_than_twice_plain_torch(case, backend, poison, monke
             continue
         for name, want in exact.items():
             rms, allowed = (deviations(each[name], want)[1] for each in (got, plain))
-            assert rms <= max(2 * allowed, ROUNDING), (case.name, held, name, rms, allowed)
+            assert rms <= 2 * max(allowed, ROUNDING), (case.name, held, name, rms, allowed)
 
 
 @pytest.mark.parametrize("backend", OURS)

@@ -1,0 +1,118 @@
+"""The section on gpt-oss-120b's shape over several GPUs, from results/fit_120b-*.json."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from benchmarks.fit_120b import plan
+from benchmarks.record import newest
+
+TEXT = """
+## gpt-oss-120b on several 24 GB cards
+
+Training steps with experts and vocabulary shared by all GPUs, which may use 23.6 GiB each. `whole`
+is the exact shape on four GPUs; `half` puts the same weights, tokens and rows per expert on each of
+two. Random weights; `masked` trains LoRA r 16 through 2:4 int4 attention, `experts` also r 8 on
+every expert in bf16 with 8-bit AdamW. `SP` GPUs share a sequence. Figures are those of the worst
+GPU. `card` is its memory with the CUDA context and NCCL's buffers, `predicted` this version's plan.
+Shares are of the arithmetic limit of an H200 at 16,384 tokens, 23,774 tokens/s a GPU: of `kernels`
+by the time in which any kernel but NCCL's runs, of `step` by wall time. `null` is the host's time
+for launching an empty kernel. An exchange is hidden while its kernel runs beside another. Peer
+access off is `NCCL_P2P_DISABLE=1`.
+"""
+MEMORY = ("card", "predicted", "error", "weights", "torch", "context", "NCCL")
+SPEED = ("tokens/s", "step", "step, share", "kernels", "kernels, share", "launches a layer", "null")
+BYTES = ("sent", "by experts", "NCCL's kernels", "hidden")
+CASE = ("shape", "arm", "tokens", "GPUs", "SP", "peer access")
+
+
+def write_section() -> str:
+    """Return the section's text for all machines; empty if there are no results."""
+    found = newest("fit_120b")
+    if not found:
+        return ""
+    return TEXT + "".join(write_machine(machine, found[machine]) for machine in found)
+
+
+def write_machine(machine: str, document: dict[str, Any]) -> str:
+    """Return one machine's tables of memory, speed and exchanges, with a row for each case."""
+    cases: dict[str, dict[str, float]] = {}
+    for entry in document["rows"]:
+        cases.setdefault(json.dumps(entry["case"]), {})[entry["metric"]] = entry["value"]
+    whole = {text: found for text, found in cases.items() if "device_bytes" in found}
+    head = (
+        f"\n### {machine} (torch {document['versions']['torch']}, {document['date']}, "
+        f"`{document['file']}`)"
+    )
+    lines = [head]
+    for columns, show in ((MEMORY, show_memory), (SPEED, show_speed), (BYTES, show_exchanges)):
+        lines += ["", "| " + " | ".join((*CASE, *columns)) + " |"]
+        lines.append("|---" * len(CASE + columns) + "|")
+        for text, found in whole.items():
+            case = json.loads(text)
+            lines.append("| " + " | ".join((*name_case(case), *show(case, found))) + " |")
+    lines += [
+        f"\nNot enough memory: {', '.join(name_case(json.loads(text)))}."
+        for text in cases
+        if text not in whole
+    ]
+    return "\n".join([*lines, ""])
+
+
+def name_case(case: dict[str, Any]) -> tuple[str, ...]:
+    """Return a case's cells."""
+    return (
+        case["shape"],
+        case["arm"],
+        f"{case['tokens']:,}",
+        f"{case['gpus']}",
+        f"{degree_of(case)}",
+        "on" if case["peer"] else "off",
+    )
+
+
+def degree_of(case: dict[str, Any]) -> int:
+    """Return how many GPUs share a sequence; the first results have all of them do."""
+    return case.get("degree", case["gpus"])
+
+
+def show_memory(case: dict[str, Any], found: dict[str, float]) -> list[str]:
+    """Return the cells of a case's memory."""
+    predicted = plan(case | {"degree": degree_of(case)})["planned_bytes"]
+    card = found["device_bytes"]
+    names = ("weight_bytes", "reserved_bytes", "context_bytes", "nccl_bytes")
+    return [
+        _gib(card),
+        _gib(predicted),
+        f"{predicted / card - 1:+.1%}",
+        *(_gib(found[name]) for name in names),
+    ]
+
+
+def show_speed(case: dict[str, Any], found: dict[str, float]) -> list[str]:
+    """Return the cells of a case's speed."""
+    return [
+        f"{found['throughput']:,.0f}",
+        f"{found['step_seconds']:.3f} s",
+        f"{found['step_share_of_limit']:.0%}",
+        f"{found['compute_seconds']:.3f} s",
+        f"{found['compute_share_of_limit']:.0%}",
+        f"{found['launches_per_layer']:.0f}",
+        f"{found['launch_seconds'] * 1e6:.1f} µs",
+    ]
+
+
+def show_exchanges(case: dict[str, Any], found: dict[str, float]) -> list[str]:
+    """Return the cells of a case's exchanges."""
+    experts = sum(size for name, size in found.items() if name.startswith("sent_bytes: expert"))
+    return [
+        f"{found['sent_bytes'] / 1e9:.1f} GB",
+        f"{experts / 1e9:.1f} GB",
+        f"{found['collective_seconds']:.3f} s",
+        f"{found['hidden_share']:.0%}",
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
