@@ -76,6 +76,8 @@ def work(args: argparse.Namespace) -> None:
     torch.cuda.set_per_process_memory_fraction((CAP_BYTES - args.spare) / total_bytes())
     case = {"shape": args.shape, "arm": args.arm, "tokens": args.tokens, "layers": args.layers}
     case |= {"gpus": size, "degree": mesh.context_size, "peer": args.peer}
+    if args.keep_attention == "auto":
+        args.keep_attention = "always" if keeps_attention(case) else "never"
     case["keep_attention"] = args.keep_attention
     try:
         rows = measure(case, args, mesh)
@@ -132,10 +134,12 @@ def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
     found |= {f"sent_bytes: {tag}": count for tag, count in sent.items()}
     found["sent_bytes"] = sum(sent.values())
     found |= measure_overlap(step, case["layers"])
-    names = sorted(found)
-    mine = torch.tensor([float(found[name]) for name in names], dtype=torch.float64)
+    names = sorted(all_names(found, mesh.world_group))
+    mine = torch.tensor([float(found.get(name, 0.0)) for name in names], dtype=torch.float64)
     ranks = torch.stack([each.cpu() for each in all_gather(mine, mesh.world_group, "figures")])
     worst = dict(zip(names, ranks.amax(0).tolist(), strict=True))
+    least = dict(zip(names, ranks.amin(0).tolist(), strict=True))
+    worst |= {name: least[name] for name in names if name.startswith("hidden_")}
     worst |= plan(case)
     worst["throughput"] = case["tokens"] * mesh.data_size / worst["step_seconds"]
     per_gpu = case["tokens"] / case["degree"]
@@ -151,25 +155,45 @@ def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
     return [*rows, row(case, "sparselong", "loss", loss, "nats")]
 
 
+def all_names(found: dict[str, Any], group: Any) -> set[str]:
+    """Return the names of figures that every rank has; bytes are counted where they are sent."""
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, list(found), group=group)
+    shared = set(found).intersection(*map(set, every))
+    return shared | {name for names in every for name in names if name.startswith("sent_bytes")}
+
+
 def plan(case: dict[str, Any]) -> dict[str, int]:
     """Return what stage 03's planner says of a case: the peak, and bytes by component."""
-    from sparselong import memory
+    from sparselong.memory import Kept, finetune_memory
+
+    shape, config = describe(case)
+    kept = Kept(case["keep_attention"] == "always", False)
+    made = finetune_memory(shape, config, expert_parallel=case["gpus"], kept=kept)
+    components = {f"planned_bytes: {name}": size for name, size in made.components.items()}
+    return {"planned_bytes": made.peak_bytes, **components}
+
+
+def keeps_attention(case: dict[str, Any]) -> bool:
+    """Return whether stage 03 would keep full attention's output within the cap."""
+    from sparselong.memory import is_kept, kept_peaks
+
+    peaks = kept_peaks(*describe(case), expert_parallel=case["gpus"])
+    return is_kept("auto", peaks["keep_attention"], CAP_BYTES)
+
+
+def describe(case: dict[str, Any]) -> tuple[Any, Any]:
+    """Return a case's shape and config, as the planner takes them."""
     from sparselong.config import load
+    from sparselong.memory import PUBLISHED
 
     overrides = [f"sequence_len={case['tokens']}", f"sequence_parallel_degree={case['degree']}"]
     overrides += ["lora.r=16", *(EXPERT_LORA if case["arm"] == "experts" else ())]
     _, experts, vocab = SHAPES[case["shape"]]
     layers = {"layers": case["layers"], "full_layers": case["layers"] // 2}
-    published = memory.PUBLISHED["openai/gpt-oss-120b"]
+    published = PUBLISHED["openai/gpt-oss-120b"]
     shape = dataclasses.replace(published, experts=experts, vocab=vocab, **layers)
-    made = memory.finetune_memory(
-        shape,
-        load(CONFIG, overrides),
-        expert_parallel=case["gpus"],
-        kept=memory.Kept(case["keep_attention"] == "always", False),
-    )
-    components = {f"planned_bytes: {name}": size for name, size in made.components.items()}
-    return {"planned_bytes": made.peak_bytes, **components}
+    return shape, load(CONFIG, overrides)
 
 
 def tell(case: dict[str, Any], worst: dict[str, float], loss: float) -> None:
@@ -264,7 +288,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[16_384, 4096])
     parser.add_argument("--degree", type=int, help="GPUs that share a sequence; by default all")
     parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--keep-attention", default="never", choices=("always", "never"))
+    parser.add_argument(
+        "--keep-attention",
+        default="auto",
+        choices=("auto", "always", "never"),
+        help="keep full attention's output; by default if the plan fits, as in stage 03",
+    )
     parser.add_argument("--no-peer", action="store_true", help="also with NCCL_P2P_DISABLE=1")
     parser.add_argument("--stride", type=int, default=4, help="heads_k_stride")
     parser.add_argument("--spare", type=int, default=1400 << 20, help="bytes for context and NCCL")

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
+
+from sparselong.parallel.collectives import progress
 
 Interval = tuple[float, float]
+Tags = dict[str, list[str]]
+"""Tags of NCCL's collectives in order, by the part of a kernel's name that tells their kind."""
+_KINDS = {
+    "all_to_all_single": "SendRecv",
+    "all_gather": "AllGather",
+    "all_gather_single": "AllGather",
+    "all_gather_into_tensor": "AllGather",
+}
 
 
 def measure_overlap(step: Callable[[], Any], layers: int) -> dict[str, float]:
@@ -21,25 +35,28 @@ def measure_overlap(step: Callable[[], Any], layers: int) -> dict[str, float]:
 
     Returns:
         Seconds in which any kernel but NCCL's runs, in which NCCL's run, and in which both do; the
-        hidden share of the collectives; launches, in all and per layer.
+        hidden share of the collectives; launches, in all and per layer. Seconds and hidden seconds
+        also by tag of the collectives, unless kernels cannot be told apart (several groups).
     """
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+    with recording_tags() as tags, profile(activities=[ProfilerActivity.CUDA]) as trace:
         step()
         torch.cuda.synchronize()
     compute: list[Interval] = []
-    collective: list[Interval] = []
-    launches = 0
+    collective: list[tuple[str, Interval]] = []
     for event in trace.events():
         if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
             continue
-        launches += 1
         span = (event.time_range.start, event.time_range.end)
-        (collective if "nccl" in event.name.lower() else compute).append(span)
-    busy, sending = merge(compute), merge(collective)
+        if "nccl" in event.name.lower():
+            collective.append((event.name, span))
+        else:
+            compute.append(span)
+    busy, sending = merge(compute), merge([span for _, span in collective])
     both = overlap(busy, sending)
-    return {
+    launches = len(compute) + len(collective)
+    found = {
         "compute_seconds": length(busy) / 1e6,
         "collective_seconds": length(sending) / 1e6,
         "hidden_seconds": both / 1e6,
@@ -47,6 +64,57 @@ def measure_overlap(step: Callable[[], Any], layers: int) -> dict[str, float]:
         "launches": launches,
         "launches_per_layer": launches / layers,
     }
+    for tag, spans in assign(collective, tags).items():
+        mine = merge(spans)
+        found[f"collective_seconds: {tag}"] = length(mine) / 1e6
+        found[f"hidden_seconds: {tag}"] = overlap(busy, mine) / 1e6
+    return found
+
+
+@contextmanager
+def recording_tags() -> Iterator[Tags]:
+    """Record the tag of every collective of GPU tensors that begins inside the block."""
+    tags: Tags = {kind: [] for kind in _KINDS.values()}
+    inside: list[str] = []
+
+    def record(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def recording(received: Any, sent: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if sent.is_cuda and not inside:  # one function may call another of them
+                tags[_KINDS[name]].append(progress()[1])
+            inside.append(name)
+            try:
+                return call(received, sent, *args, **kwargs)
+            finally:
+                inside.pop()
+
+        return recording
+
+    with ExitStack() as stack:
+        for name in _KINDS:
+            if hasattr(dist, name):
+                made = record(name, getattr(dist, name))
+                stack.enter_context(mock.patch.object(dist, name, made))
+        yield tags
+
+
+def assign(kernels: list[tuple[str, Interval]], tags: Tags) -> dict[str, list[Interval]]:
+    """Return the intervals of NCCL's kernels by tag.
+
+    A kind's kernels run in the order of their calls if all belong to one group. An empty dict is
+    returned if their number is not that of the calls.
+
+    Args:
+        kernels: names and intervals.
+        tags: from `recording_tags`.
+    """
+    found: dict[str, list[Interval]] = defaultdict(list)
+    for kind, called in tags.items():
+        spans = sorted(span for name, span in kernels if kind in name)
+        if len(spans) != len(called):
+            return {}
+        for tag, span in zip(called, spans, strict=True):
+            found[tag].append(span)
+    return found
 
 
 def merge(spans: list[Interval]) -> list[Interval]:

@@ -145,7 +145,8 @@ def compare(one: dict[str, Any], shared: dict[str, Any], tolerance: float) -> di
             if a.index(best) != b.index(max(b)):
                 flipped.append(margins[-1])
     differences = {name: [abs(b - a) / abs(a) for a, b in values] for name, values in pairs.items()}
-    beyond = sum(d > tolerance for values in differences.values() for d in values)
+    # Written so that a difference that is no number counts.
+    beyond = sum(not d <= tolerance for values in differences.values() for d in values)
     return {
         **{f"{name}_difference": max(values) for name, values in differences.items()},
         "log_likelihood_difference_median": statistics.median(differences["log_likelihood"]),
@@ -153,7 +154,7 @@ def compare(one: dict[str, Any], shared: dict[str, Any], tolerance: float) -> di
         "flips": len(flipped),
         "smallest_margin": min(margins),
         "largest_flipped_margin": max(flipped, default=0.0),
-        "failures": beyond + sum(margin >= tolerance for margin in flipped),
+        "failures": beyond + sum(not margin < tolerance for margin in flipped),
     }
 
 

@@ -6,11 +6,12 @@ import argparse
 import importlib
 import re
 import sys
+from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks import command_line
+from benchmarks import command_line, fit_120b, intervals
 from sparselong import provenance
 from tests.conftest import ROOT
 
@@ -79,3 +80,34 @@ def test_benchmarks_md_is_up_to_date(monkeypatch, tmp_path):
     page = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
     assert report.write_page() == page, "run python -m benchmarks.report"
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_exchanges_kernels_are_told_apart_by_the_order_of_their_calls():
+    kernels = [
+        ("ncclDevKernel_AllGather_RING_LL", (5.0, 7.0)),
+        ("ncclDevKernel_SendRecv", (2.0, 3.0)),
+        ("ncclDevKernel_AllGather_RING_LL", (0.0, 1.0)),
+    ]
+    tags = {"SendRecv": ["keys"], "AllGather": ["expert rows", "loss"]}
+    found = intervals.assign(kernels, tags)
+    assert found == {"expert rows": [(0.0, 1.0)], "keys": [(2.0, 3.0)], "loss": [(5.0, 7.0)]}
+    assert intervals.assign(kernels[:2], tags) == {}  # a call without a kernel
+
+
+def test_collectives_of_gpu_tensors_are_recorded_by_tag(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda *args: given.append(args))
+    monkeypatch.setattr(intervals, "progress", lambda: (1, "gradient norm"))
+    on_gpu, on_cpu = mock.Mock(is_cuda=True), mock.Mock(is_cuda=False)
+    with intervals.recording_tags() as tags:
+        for sent in (on_gpu, on_cpu):
+            torch.distributed.all_gather([], sent)
+    torch.distributed.all_gather([], on_gpu)
+    assert tags == {"SendRecv": [], "AllGather": ["gradient norm"]} and len(given) == 3
+
+
+def test_the_plan_decides_whether_120b_keeps_attention():
+    case = {"shape": "whole", "arm": "masked", "tokens": 16_384, "degree": 4, "gpus": 4}
+    case["layers"] = 36
+    assert not fit_120b.keeps_attention(case)  # it would not fit 24 GB cards
+    assert fit_120b.keeps_attention(case | {"tokens": 4096})

@@ -73,6 +73,14 @@ def test_equal_evaluations_pass():
     assert found["failures"] == 0 and found["flips"] == 0 and found["smallest_margin"] < 1.1e-4
 
 
+def test_results_that_are_no_numbers_fail():
+    def spoil(other):
+        other["perplexity"]["supervised"]["perplexity"] = float("nan")
+        other["tasks"]["demo"]["log_likelihoods"][0] = [float("nan")] * 2
+
+    assert compare(spoil)["failures"] >= 3
+
+
 def test_a_flip_within_the_margin_passes():
     def swap(other):
         other["tasks"]["demo"]["log_likelihoods"][0] = [-10.001, -10.0]

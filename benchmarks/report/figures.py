@@ -79,8 +79,9 @@ def read_result(name: str) -> dict[str, Any]:
 
 
 def _gpus_used(source: Source) -> int:
-    """Return a case's number of GPUs: its `degree`, or one for single-GPU benchmarks."""
-    return source["case"].get("degree", 1)
+    """Return a case's number of GPUs: `gpus` or `degree`, or one for single-GPU benchmarks."""
+    case = source["case"]
+    return case.get("gpus", case.get("degree", 1))
 
 
 def _find(source: Source) -> tuple[float, str]:

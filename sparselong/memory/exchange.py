@@ -1,30 +1,31 @@
 """What sharing experts and vocabulary costs a process: working memory, and bytes exchanged.
 
 The processes of an expert group hold its experts and vocabulary rows in equal shares. A layer's
-hidden states are processed in chunks of CHUNK_ROWS rows from each process, so that the exchange of
-one chunk overlaps the computation of another. Of two chunks at once, a process holds the gathered
-hidden states and its experts' partial outputs (in the backward pass also the gathered gradients of
-the outputs); of one, the parts that come home. The rows that its experts compute are sorted by
-expert and pass through in windows of at most WINDOW_ROWS: imbalance makes more windows, not larger
-ones. The loss gathers LOSS_ROWS rows of each process at a time and computes their logits against
-the process's own rows of the vocabulary.
-
-All figures here are estimates: they follow the order of the computation, not yet a measurement.
+hidden states are processed in chunks of rows from each process, so that the exchange of one chunk
+overlaps the computation of another. While a chunk is computed, a process holds its gathered rows
+and those of the next chunk, its experts' partial outputs, and the outputs of the chunk before, both
+those that it sends and those that it receives; in the backward pass also the gradients of both
+chunks' outputs. The rows that a process's experts compute
+are sorted by expert and pass through in windows of at most WINDOW_ROWS: imbalance makes more
+windows, not larger ones. The loss gathers LOSS_ROWS rows of each process at a time and computes
+their logits against the process's own rows of the vocabulary.
 """
 
 from __future__ import annotations
 
 from sparselong.memory.shape import ModelShape
 
-CHUNK_ROWS = 2_048
-"""Rows of each process that are exchanged at once: CHUNK_ROWS of parallel/experts/pipeline.py."""
+CHUNK_ROWS, NEAR_CHUNK_ROWS = 2_048, 4_096
+"""Rows of each process that are exchanged at once, as in parallel/experts/pipeline.py; the second
+where GPUs reach each other's memory. The plan is for the one that takes more memory."""
 WINDOW_ROWS = 18_432
 """Most routed rows that pass through a process's experts at once: WINDOW_ROWS of
 kernels/experts/held.py."""
 LOSS_ROWS = 512
 """Rows of each process whose logits exist at once: CHUNK_ROWS of kernels/layer/cross_entropy.py."""
-NCCL_BYTES = 2**28
-"""Buffers of all NCCL communicators of a process (estimate)."""
+NCCL_BYTES = int(0.67 * 2**30)
+"""What NCCL takes on a GPU for each other process (two H200 0.67 GiB, four H100 2.0, with peer
+access)."""
 ROUTING_BYTES = 12
 """Bytes of a routed token's expert and weight, and of its place in the sorted order."""
 EXCHANGES = 5
@@ -39,8 +40,13 @@ def vocabulary_rows(shape: ModelShape, expert_parallel: int) -> int:
 
 def window_rows(shape: ModelShape, tokens: int, expert_parallel: int) -> int:
     """Return the rows that pass through a process's experts at once."""
-    chunk = min(CHUNK_ROWS, tokens)
+    chunk = min(NEAR_CHUNK_ROWS, tokens)
     return min(expert_parallel * chunk * shape.experts_per_token, WINDOW_ROWS)
+
+
+def nccl_bytes(processes: int) -> int:
+    """Return what NCCL's communicators take on a GPU with this many processes on the machine."""
+    return (processes - 1) * NCCL_BYTES
 
 
 def forward_bytes(shape: ModelShape, tokens: int, width: int, expert_parallel: int) -> int:
@@ -54,7 +60,7 @@ def forward_bytes(shape: ModelShape, tokens: int, width: int, expert_parallel: i
     """
     window = window_rows(shape, tokens, expert_parallel)
     rows = 2 * shape.hidden + 3 * shape.intermediate  # inputs and outputs; gate_up's output, h
-    return window * rows * width + _exchanged(shape, tokens, width, expert_parallel, 5)
+    return window * rows * width + _exchanged(shape, tokens, width, expert_parallel, False)
 
 
 def backward_bytes(shape: ModelShape, tokens: int, width: int, expert_parallel: int) -> int:
@@ -64,16 +70,21 @@ def backward_bytes(shape: ModelShape, tokens: int, width: int, expert_parallel: 
     """
     window = window_rows(shape, tokens, expert_parallel)
     rows = 2 * shape.hidden + 3 * shape.intermediate  # gradients of outputs and inputs; gate_up, dh
-    return window * rows * width + _exchanged(shape, tokens, width, expert_parallel, 7)
+    return window * rows * width + _exchanged(shape, tokens, width, expert_parallel, True)
 
 
 def _exchanged(
-    shape: ModelShape, tokens: int, width: int, expert_parallel: int, chunks: int
+    shape: ModelShape, tokens: int, width: int, expert_parallel: int, backward: bool
 ) -> int:
-    """Return bytes of `chunks` gathered or partial chunks, and of all processes' routing."""
-    chunk = expert_parallel * min(CHUNK_ROWS, tokens) * shape.hidden * width
+    """Return bytes of gathered, partial and received rows, and of all processes' routing."""
+    held = []
+    for most in (CHUNK_ROWS, NEAR_CHUNK_ROWS):
+        chunks = -(-tokens // most)
+        # Chunks held in a middle one; the last of two is not joined by a next one.
+        together = {1: 3, 2: 5}.get(chunks, 7) if backward else {1: 2, 2: 4}.get(chunks, 5)
+        held.append(together * -(-tokens // chunks))
     routing = expert_parallel * tokens * shape.experts_per_token * ROUTING_BYTES
-    return chunks * chunk + routing
+    return max(held) * expert_parallel * shape.hidden * width + routing
 
 
 def loss_chunk_bytes(

@@ -106,7 +106,9 @@ def evaluation_memory(
         live += LIVE_WIDTHS * tokens * shape.hidden * width
         copies = LOSS_CHUNK_WIDTHS[device]
         logits = exchange.loss_chunk_bytes(shape, tokens, width, expert_parallel, copies)
-    exchanged = {"nccl": exchange.NCCL_BYTES} if expert_parallel > 1 and device == "cuda" else {}
+    exchanged = {}
+    if expert_parallel > 1 and device == "cuda":
+        exchanged["nccl"] = exchange.nccl_bytes(expert_parallel)
     return {
         "experts": base["experts"] // expert_parallel,
         "base_rest": rest * (width // storage.BF16_BYTES),

@@ -166,7 +166,7 @@ def finetune_memory(
 def _overhead(shape: ModelShape, device: Device, devices: int) -> dict[str, int]:
     if device == "cpu":
         return {"libraries": CPU_OVERHEAD_BYTES, "decoded": decoded(shape, 4)}
-    exchanged = {"nccl": exchange.NCCL_BYTES} if devices > 1 else {}
+    exchanged = {"nccl": exchange.nccl_bytes(devices)} if devices > 1 else {}
     return {"workspaces": WORKSPACE_BYTES, **exchanged, "context": CONTEXT_BYTES}
 
 

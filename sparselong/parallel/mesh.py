@@ -22,7 +22,7 @@ import torch.distributed as dist
 from sparselong.parallel.collectives import all_gather
 
 MOST_BLOCKS = 8
-"""Thread blocks of NCCL's kernels while experts are shared, when every GiB is needed.
+"""Most thread blocks of NCCL's kernels.
 
 Each has buffers for every peer: two H100 with NCCL's choice took 1.41 GiB, with 8 blocks 0.81, with
 4 blocks and buffers of half the size 0.68, and exchanged as fast. Fewer blocks also leave more of
@@ -90,7 +90,7 @@ def build_mesh(
                 f"{name}: {size!r} with {world} processes (this is rank {rank}); "
                 f"allowed: a divisor of their number, {', '.join(map(str, divisors))}"
             )
-    groups = _Groups(timeout, MOST_BLOCKS if expert_size > 1 else None)
+    groups = _Groups(timeout)
     data_size = world // context_size
     data_rank, context_rank = divmod(rank, context_size)
     contexts = groups.make(_neighbours(world, context_size), urgent=True)
@@ -140,34 +140,30 @@ class _Groups:
     Every process must take part in creating every group, even those that it is not in.
     """
 
-    def __init__(self, timeout: timedelta | None, most_blocks: int | None):
-        self.timeout, self.most_blocks = timeout, most_blocks
+    def __init__(self, timeout: timedelta | None):
+        self.timeout = timeout
         self.made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def make(self, parts: list[range], urgent: bool = False) -> list[dist.ProcessGroup]:
         """Return the groups of these ranks; a set that has one already keeps its priority."""
         for ranks in parts:
             if tuple(ranks) not in self.made:
-                self.made[tuple(ranks)] = _make_group(ranks, self.timeout, urgent, self.most_blocks)
+                self.made[tuple(ranks)] = _make_group(ranks, self.timeout, urgent)
         return [self.made[tuple(ranks)] for ranks in parts]
 
 
-def _make_group(
-    ranks: range, timeout: timedelta | None, urgent: bool, most_blocks: int | None
-) -> dist.ProcessGroup:
+def _make_group(ranks: range, timeout: timedelta | None, urgent: bool) -> dist.ProcessGroup:
     """Create a group.
 
     Args:
         ranks: its processes.
         timeout: how long an exchange may take.
         urgent: whether NCCL's kernels take priority over those they overlap with.
-        most_blocks: most thread blocks, and buffers, of NCCL's kernels; None: as NCCL chooses.
     """
     options: Any = None
-    if (urgent or most_blocks) and "nccl" in dist.get_backend():  # the name may list gloo too
+    if "nccl" in dist.get_backend():  # the name may list gloo too
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=urgent)
-        if most_blocks is not None:
-            options.config.max_ctas = most_blocks
+        options.config.max_ctas = MOST_BLOCKS
         if timeout is not None:
             options._timeout = timeout
     group: Any = dist.new_group(list(ranks), timeout=timeout, pg_options=options)

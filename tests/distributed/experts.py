@@ -193,15 +193,15 @@ def _only_own_shares() -> Any:
 @contextmanager
 def _own_gradients() -> Any:
     """Use this process's gradients of the outputs for every process's rows."""
-    original = pipeline._gather
+    original = pipeline.start_all_gather
 
-    def gather(rows: torch.Tensor, chunk: slice, job: Any, tag: str) -> Any:
+    def gather(rows: torch.Tensor, group: Any, tag: str) -> Any:
         if tag != "expert gradients":
-            return original(rows, chunk, job, tag)
-        own = rows[chunk].expand(job.size, *rows[chunk].shape).contiguous()
+            return original(rows, group, tag)
+        own = rows.expand(dist.get_world_size(group), *rows.shape).contiguous()
         return mock.Mock(wait=lambda: own)
 
-    with mock.patch.object(pipeline, "_gather", gather):
+    with mock.patch.object(pipeline, "start_all_gather", gather):
         yield
 
 

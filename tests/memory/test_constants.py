@@ -25,6 +25,7 @@ def test_batches_and_chunks_match_the_stages():
 
 def test_what_is_exchanged_at_once_matches_the_exchange():
     assert exchange.CHUNK_ROWS == pipeline.CHUNK_ROWS
+    assert exchange.NEAR_CHUNK_ROWS == pipeline.NEAR_CHUNK_ROWS
     assert exchange.WINDOW_ROWS == held.WINDOW_ROWS
     assert exchange.LOSS_ROWS == cross_entropy.CHUNK_ROWS
 

@@ -11,8 +11,9 @@ depend on the routing: a process with many rows for its experts takes longer, bu
 memory. Where processes have different numbers of rows, the missing ones are padded with rows that
 are routed to no expert.
 
-Backward gathers rows and gradients of the outputs, and returns gradients of the rows. The gradients
-of the outputs are requested first: they travel while a checkpointed layer recomputes its attention.
+Backward gathers rows and gradients of the outputs, and returns gradients of the rows. The first
+chunk of the gradients is requested at once: it travels while a checkpointed layer recomputes its
+attention.
 The recomputation itself exchanges nothing: the layer ends with the experts, and the backward pass
 needs only their input. Gathered routing and its order are kept from the forward pass (40 bytes a
 row with four experts a token).
@@ -148,10 +149,10 @@ class _ShardedPass(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         job, needs = ctx.job, ctx.needs_input_grad
         padded = job.pad(dout)
-        douts = [_gather(padded, chunk, job, "expert gradients") for chunk in job.chunks]
+        arriving = _arriving(padded, job, "expert gradients")
         (x,) = ctx.saved_tensors  # a checkpointed layer is recomputed here
         sums = job.operands.adapters.make_sums()
-        dx, dweights = _run_backward(x, douts, ctx.routing, job, sums)
+        dx, dweights = _run_backward(x, arriving, ctx.routing, job, sums)
         factors = [
             None if total is None else total.to(factor.dtype)
             for total, factor in zip(sums.factors, job.operands.adapters.factors, strict=True)
@@ -165,7 +166,7 @@ def run_forward(call: ExpertCall, job: Job) -> tuple[torch.Tensor, Routing]:
     out = torch.empty_like(x)
     home: list[tuple[slice, Pending]] = []
     operands = None
-    for chunk, whole in _arriving(x, job):
+    for chunk, whole in _arriving(x, job, "expert rows"):
         part = routing.call(whole, chunk)
         operands = operands or job.operands_for(part)
         share = torch.empty_like(part.x)
@@ -179,17 +180,21 @@ def run_forward(call: ExpertCall, job: Job) -> tuple[torch.Tensor, Routing]:
 
 
 def _run_backward(
-    x: torch.Tensor, douts: list[Pending], routing: Routing, job: Job, sums: Adapters
+    x: torch.Tensor,
+    douts: Iterator[tuple[slice, torch.Tensor]],
+    routing: Routing,
+    job: Job,
+    sums: Adapters,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of this process's rows and routing weights; add to the adapters'."""
     rows, x = len(x), job.pad(x)
     dx, dweights = torch.empty_like(x), torch.empty_like(routing.weights)
     home: list[tuple[slice, Pending]] = []
     operands = None
-    for (chunk, whole), order in zip(_arriving(x, job), routing.sorted, strict=True):
+    rows_and_gradients = zip(_arriving(x, job, "expert rows"), douts, routing.sorted, strict=True)
+    for (chunk, whole), (_, dout), order in rows_and_gradients:
         part = routing.call(whole, chunk)
         operands = operands or job.operands_for(part)
-        dout = douts.pop(0).wait().flatten(0, 1)
         share = Gradients(torch.empty_like(part.x), torch.empty_like(part.weights), adapters=sums)
         differentiate_held(dout, part, operands, job.held, share, experts=job.experts, rows=order)
         assert share.x is not None and share.weights is not None
@@ -204,13 +209,29 @@ def _run_backward(
     return dx[:rows], total[:rows]
 
 
-def _arriving(x: torch.Tensor, job: Job) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield each chunk with its gathered rows [processes * rows, hidden], the next on its way."""
+def _arriving(x: torch.Tensor, job: Job, tag: str) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Request the first chunk's rows now; yield each chunk with all processes' rows.
+
+    The next chunk is on its way while one is used.
+
+    Args:
+        x: this process's rows, padded.
+        job: what to exchange.
+        tag: the tag under which bytes are counted.
+
+    Yields:
+        A chunk, and [processes * rows, hidden].
+    """
     chunks = job.chunks
-    pending = [_gather(x, chunk, job, "expert rows") for chunk in chunks[:1]]
-    for number, chunk in enumerate(chunks):
-        pending += [_gather(x, after, job, "expert rows") for after in chunks[number + 1 :][:1]]
-        yield chunk, pending.pop(0).wait().flatten(0, 1)
+    pending = [start_all_gather(x[chunk], job.group, tag) for chunk in chunks[:1]]
+
+    def rest() -> Iterator[tuple[slice, torch.Tensor]]:
+        for number, chunk in enumerate(chunks):
+            for after in chunks[number + 1 : number + 2]:
+                pending.append(start_all_gather(x[after], job.group, tag))
+            yield chunk, pending.pop(0).wait().flatten(0, 1)
+
+    return rest()
 
 
 def _gather_routing(call: ExpertCall, job: Job) -> Routing:
@@ -222,10 +243,6 @@ def _gather_routing(call: ExpertCall, job: Job) -> Routing:
     widths = [part.shape[1] for part in parts]
     both = [part.clone(memory_format=torch.contiguous_format) for part in received.split(widths, 2)]
     return Routing(both[0].view(torch.int32), both[1].view(weights.dtype), [])
-
-
-def _gather(rows: torch.Tensor, chunk: slice, job: Job, tag: str) -> Pending:
-    return start_all_gather(rows[chunk], job.group, tag)
 
 
 def _send_home(shares: torch.Tensor, job: Job, tag: str) -> Pending:
