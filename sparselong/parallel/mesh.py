@@ -24,9 +24,9 @@ from sparselong.parallel.collectives import all_gather
 MOST_BLOCKS = 8
 """Most thread blocks of NCCL's kernels.
 
-Each has buffers for every peer: two H100 with NCCL's choice took 1.41 GiB, with 8 blocks 0.81, with
-4 blocks and buffers of half the size 0.68, and exchanged as fast. Fewer blocks also leave more of
-the GPU to the kernels that run beside them.
+Each has buffers for every peer: two H100 with NCCL's choice took 1.41 GiB, with 8 blocks 0.81, two
+H200 0.80, without peer access 0.59 (libraries included), and exchanged as fast. Fewer blocks also
+leave more of the GPU to the kernels that run beside them.
 """
 
 
