@@ -36,7 +36,7 @@ FLOORS = (
 )
 INNER = {
     "kernels": (
-        {"gpu", "layout", "expert_stack"},
+        {"gpu", "layout", "expert_stack", "launch"},
         {"attention", "layer"},
         {"decode"},
         {"dense", "experts"},
