@@ -16,7 +16,6 @@ adapter_config.json gets a key that PEFT does not know, and says so when it open
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from sparselong.export.inputs import (
     model_directory,
     origin_of,
 )
-from sparselong.files import is_local, read_json, write_atomically
+from sparselong.files import copy_atomically, is_local, read_json, write_atomically
 from sparselong.memory import adapter_bytes, find_shape
 from sparselong.provenance import find_change
 from sparselong.run import Stage
@@ -88,14 +87,7 @@ class AdapterFormat:
         folder = _trained(stage)
         find_base(stage)  # raises if the base here is another one
         check_outputs(stage, folder)
-        target = stage.dir / WEIGHTS
-        partial = target.with_name(f"{WEIGHTS}.partial")
-        try:
-            shutil.copyfile(folder / WEIGHTS, partial)
-            partial.replace(target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        copy_atomically(folder / WEIGHTS, stage.dir / WEIGHTS)
         config = {**read_json(folder / CONFIG, _redo()), **_describe_base(stage)}
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         write_atomically(stage.dir / CONFIG, text)

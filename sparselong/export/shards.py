@@ -29,7 +29,7 @@ from sparselong.checkpoint import (
     read_header,
 )
 from sparselong.errors import StageError
-from sparselong.files import read_json, write_atomically
+from sparselong.files import copy_atomically, read_json, write_atomically
 from sparselong.provenance import are_rows, refuse_changes
 from sparselong.run import Stage
 
@@ -200,9 +200,7 @@ def write_side_files(
     for name in source.side_files:
         target = stage.dir / name
         target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.copyfile(source.directory / name, partial)
-        partial.replace(target)
+        copy_atomically(source.directory / name, target)
     tensors = {name: one for shapes in shards.values() for name, one in shapes.items()}
     index = {
         "metadata": {"total_size": sum(count_bytes(*one) for one in tensors.values())},
