@@ -15,6 +15,7 @@ After an interruption, the same command keeps the files that are complete.
 
 import sys
 
+from sparselong.data import check_tasks
 from sparselong.export import CHOICE, check_formats, plan_export
 from sparselong.memory import check_model, show_plan
 from sparselong.processes import check_alone
@@ -31,10 +32,11 @@ def execute(stage: Stage) -> None:
 
 
 def check(stages: list[Stage]) -> None:
-    """Raise if several processes were started, or the run cannot give a format."""
+    """Raise if several processes were started, or the config cannot give a format."""
     check_alone()
     check_formats(stages)
     check_model(stages[0].config)
+    check_tasks(stages[0].config)
 
 
 def main(argv: list[str] | None = None) -> int:

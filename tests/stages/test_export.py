@@ -13,8 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparselong.checkpoint import pack_two_four_experts, unpack_two_four_experts
+from sparselong.errors import StageError
 from sparselong.export import shards
+from sparselong.export.source import Source
 from sparselong.model import load_model
+from sparselong.packing import mxfp4
 from tests.conftest import load_script
 from tests.stages.trained import CPU, TOKENS, Trained
 
@@ -308,3 +312,54 @@ def test_pruned_experts_refuse_an_adapter(exported, copied, capsys):
     pruned = [*dense, "experts.sparsity=2:4", "lora.expert_targets=[]", "lora.expert_r=null"]
     assert export(exported, *pruned, "--to", "adapter", run_dir=copied) == 2
     assert "experts that stage 02 pruned" in capsys.readouterr().err
+
+
+def test_pruned_experts_are_expanded_to_published_blocks(compressed_run, tmp_path):
+    folder = shutil.copytree(compressed_run / "02_compress/model", tmp_path / "model")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {name: load_file(folder / file)[name] for name, file in index.items()}
+    expected = {}
+    for name in [name for name in tensors if name.endswith("_blocks")]:
+        kept, patterns = pack_two_four_experts(tensors.pop(name))
+        stem = name.removesuffix("_blocks")
+        tensors |= {f"{stem}_kept": kept, f"{stem}_patterns": patterns}
+        expected[name] = unpack_two_four_experts(kept, patterns)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["expert_sparsity"] = "2:4"
+    (folder / "config.json").write_text(json.dumps(config))
+    source = Source(folder, CPU)
+    for name, blocks in expected.items():
+        assert torch.equal(torch.cat([*source.parts(name)]), blocks)
+        assert source.shapes[name][1] == tuple(blocks.shape)
+        scales = tensors[f"{name.removesuffix('_blocks')}_scales"]
+        decoded = torch.cat([*source.decoded_experts(name.removesuffix("_blocks"))])
+        assert torch.equal(decoded.float(), mxfp4.decode(blocks, scales).float().transpose(1, 2))
+
+
+@pytest.mark.parametrize("scale", [254, 250])
+def test_a_value_that_bf16_cannot_hold_stops_the_export(compressed_run, tmp_path, scale):
+    """A scale of 254 makes codes from 2 on infinite; 250 is the largest that no code overflows."""
+    folder = shutil.copytree(compressed_run / "02_compress/model", tmp_path / "model")
+    name = "model.layers.0.mlp.experts.down_proj"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    path = folder / index[f"{name}_scales"]
+    tensors = load_file(path)
+    tensors[f"{name}_scales"][1, 2, 3] = scale
+    path.unlink()
+    save_file(tensors, path, {"format": "pt"})
+    source = Source(folder, CPU)
+    if scale == 250:
+        assert len([*source.decoded_experts(name)]) == 8
+        return
+    with pytest.raises(StageError, match="cannot be stored in bf16"):
+        list(source.decoded_experts(name))
+
+
+def test_shards_hold_whole_tensors_in_order_up_to_the_limit():
+    shapes = {name: ("U8", (size,)) for name, size in zip("abcde", (3, 4, 9, 1, 1), strict=True)}
+    files = [[*each] for each in shards.plan_shards(shapes, limit_bytes=8).values()]
+    assert files == [["a", "b"], ["c"], ["d", "e"]]
+    assert [*shards.plan_shards(shapes, 100)] == ["model-00001-of-00001.safetensors"]

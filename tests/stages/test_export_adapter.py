@@ -128,7 +128,8 @@ def test_an_adapter_whose_base_has_another_hash_is_refused(
     exported, untrained_base, tmp_path, monkeypatch, capsys, is_local
 ):
     """Of bases in the hub's cache, only the export itself compares the files."""
-    run_dir = shutil.copytree(exported.run_dir, tmp_path / "run", symlinks=True)
+    ignored = shutil.ignore_patterns("05_export")
+    run_dir = shutil.copytree(exported.run_dir, tmp_path / "run", symlinks=True, ignore=ignored)
     base = shutil.copytree(untrained_base, tmp_path / "base")
     path = base / "model-00001-of-00004.safetensors"
     content = path.read_bytes()
@@ -141,7 +142,7 @@ def test_an_adapter_whose_base_has_another_hash_is_refused(
         (run_dir / name / "manifest.json").write_text(json.dumps(manifest))
     if not is_local:
         monkeypatch.setattr("sparselong.run.directory.refuse_changed_inputs", lambda *_: None)
-    assert export(Trained(run_dir, arguments, exported.logits), "--to", "adapter", "--force") == 1
+    assert export(Trained(run_dir, arguments, exported.logits), "--to", "adapter") == 1
     told = capsys.readouterr().err
     assert path.name in told and "has changed since 02_compress recorded it" in told
     assert not (run_dir / "05_export/adapter/adapter_model.safetensors").exists()
