@@ -164,8 +164,9 @@ def _read_back(path: Path, shapes: Shapes, parts: Parts) -> None:
             file.seek(records[name].begin)
             for part in parts(name):
                 data = _as_bytes(name, part, shapes)
-                read = torch.frombuffer(bytearray(file.read(data.numel())), dtype=torch.uint8)
-                if not torch.equal(read, data):
+                read = torch.empty_like(data)
+                count = file.readinto(read.numpy())  # pyright: ignore[reportArgumentType]
+                if count != data.numel() or not torch.equal(read, data):
                     differing.append(name)
                     break
             if file.tell() != records[name].end and name not in differing:

@@ -28,6 +28,7 @@ from sparselong.packing import dense, mxfp4
 
 EXPERTS = ("gate_up_proj", "down_proj")
 _STORED = ("weight_packed", "weight_mask", "weight_scale")
+_PACKED_EXPERTS = ("kept", "patterns")
 
 
 class Source:
@@ -80,22 +81,43 @@ class Source:
             name: `model.layers.N.mlp.experts.gate_up_proj`, or `…down_proj`.
 
         Raises:
-            StageError: a value has no exact form in bf16.
+            StageError: a value is too large for bf16.
         """
         read = (self.parts(f"{name}_{part}", step=1) for part in ("blocks", "scales"))
         for blocks, scales in zip(*read, strict=True):
-            exact = mxfp4.decode(
-                blocks.to(self.device), scales.to(self.device), dtype=torch.float32
-            )
-            rounded = exact.transpose(1, 2).to(torch.bfloat16).contiguous()
-            if not torch.equal(rounded.float(), exact.transpose(1, 2)) or exact.isinf().any():
+            values = decode_exactly(blocks.to(self.device), scales.to(self.device))
+            if not all(bool(torch.isfinite(limit)) for limit in torch.aminmax(values)):
                 raise StageError(
                     f"{name} of {self.checkpoint.directory} cannot be stored in bf16",
-                    "finite values that bf16 represents exactly",
-                    "a scale so large or small that it does not",
+                    "finite values",
+                    "values beyond bf16's largest",
                     "export it as mxfp4, which keeps the bytes",
                 )
-            yield rounded.cpu()
+            yield values.transpose(1, 2).contiguous().cpu()
 
 
-_PACKED_EXPERTS = ("kept", "patterns")
+def decode_exactly(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return the bf16 values of MXFP4 weights; those beyond bf16's range are infinite.
+
+    The values are those of `mxfp4.decode`, in a quarter of its time: a byte is looked up as the two
+    values that it holds, and a product with a power of two is exact. The smallest one, half of
+    2^-127, is a subnormal of bf16.
+
+    Args:
+        blocks: uint8 [..., K/32, 16].
+        scales: uint8 [..., K/32].
+
+    Returns:
+        bf16 [..., K].
+    """
+    byte = torch.arange(256)
+    values = torch.tensor(mxfp4.VALUES, dtype=torch.bfloat16)
+    pairs = torch.stack((values[byte & 15], values[byte >> 4]), -1).view(torch.int32).flatten()
+    powers = torch.ldexp(torch.ones(256), byte - 127).to(torch.bfloat16)
+    powers[mxfp4.NAN_SCALE] = torch.nan
+    found, scale = (
+        table.to(blocks.device).index_select(0, codes.flatten().int())
+        for table, codes in ((pairs, blocks), (powers, scales))
+    )
+    grouped = found.view(torch.bfloat16).view(*scales.shape, mxfp4.BLOCK)
+    return (grouped * scale.view(*scales.shape, 1)).flatten(-2)
