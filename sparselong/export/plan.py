@@ -7,7 +7,7 @@ from typing import Any
 from sparselong.export.form import Work
 from sparselong.export.formats import find_format
 from sparselong.export.inputs import model_directory
-from sparselong.memory import compressed_groups, find_rate, find_shape
+from sparselong.memory import compressed_groups, find_rate, find_shape, format_seconds
 from sparselong.run import Stage
 
 _DECODED_PER_SECOND = 5e7
@@ -24,6 +24,7 @@ def plan_export(stages: list[Stage]) -> dict[str, Any]:
     """
     config = stages[0].config
     works = {stage.part: find_format(stage.part).plan(stage) for stage in stages}
+    seconds = {name: round(_seconds(work)) for name, work in works.items()}
     model = sum(compressed_groups(find_shape(config.model), config).values())
     writes = [
         {
@@ -43,8 +44,10 @@ def plan_export(stages: list[Stage]) -> dict[str, Any]:
         "bytes_on_disk": sum(work.written_bytes for work in works.values()),
         "bytes_per_gpu": {},
         "peak_bytes_per_gpu": 0,
-        "estimated_seconds": round(sum(map(_seconds, works.values()))),
+        "estimated_seconds": sum(seconds.values()),
+        "estimated_seconds_by_part": seconds,
         "notes": [
+            f"{'; '.join(f'{name}: {format_seconds(each)}' for name, each in seconds.items())}.",
             "Times are estimates for 2 processor cores and a disk of 0.5 GB per second. Every file "
             "is read back and compared before it counts as written.",
         ],
