@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from transformers import GptOssConfig
 
 from sparselong.checkpoint.architecture import Shapes, layer_tensors, model_tensors
+from sparselong.checkpoint.format import PUBLISHED_QUANTIZATION
 from sparselong.data import corpus
-from sparselong.tiny.checkpoint import QUANTIZATION_CONFIG
 from sparselong.tiny.tokenizer import train_tokenizer
 
 WIDTHS = {
@@ -113,7 +113,7 @@ def _describe(widths: str, layers: int) -> dict[str, Any]:
         "num_experts_per_tok": 4,
         "num_hidden_layers": layers,
         "output_router_logits": False,
-        "quantization_config": QUANTIZATION_CONFIG,
+        "quantization_config": PUBLISHED_QUANTIZATION,
         "rms_norm_eps": 1e-05,
         "rope_scaling": {
             "beta_fast": 32.0,

@@ -21,5 +21,6 @@ if TYPE_CHECKING:
     )
     from sparselong.adapters.lora import MaskedLoraLinear, masked_layers
     from sparselong.adapters.masks import Criterion, update_steps
+    from sparselong.adapters.merge import Rounding
 
 __getattr__ = expose(__name__)

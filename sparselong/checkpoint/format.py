@@ -1,4 +1,4 @@
-"""The packed checkpoint's method name, expert shapes and 2:4 packing of experts."""
+"""The published form's projections, quantization and expert shapes, and 2:4 packing of experts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from sparselong.packing import mxfp4, two_four
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """The shared dense layers: the attention projections."""
+PUBLISHED_QUANTIZATION = {
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+    "quant_method": "mxfp4",
+}
+"""`quantization_config` in config.json of the published checkpoints."""
 
 
 def expert_shapes(config: GptOssConfig) -> dict[str, tuple[int, ...]]:

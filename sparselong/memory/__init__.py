@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparselong.memory.plan import Plan, make_plan, plan_stage
     from sparselong.memory.shape import PUBLISHED, check_heads, find_config, find_shape
     from sparselong.memory.stages import evaluation_memory
+    from sparselong.memory.storage import adapter_bytes, base_groups, compressed_groups
     from sparselong.memory.table import (
         WIDTH,
         format_bytes,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         memory_lines,
         show_plan,
     )
+    from sparselong.memory.timing import find_rate
     from sparselong.memory.training import (
         ALLOCATOR,
         CONTEXT_BYTES,

@@ -28,17 +28,23 @@ from sparselong.run.directory import (
     check_finished,
     finish,
     prepare,
-    read_manifest,
 )
 from sparselong.run.interruption import Interruption, interruptible
 from sparselong.run.lock import locked, writing
-from sparselong.run.place import STARTED, check_run_dir, find_run_dir
+from sparselong.run.place import (
+    MANIFEST,
+    STARTED,
+    check_run_dir,
+    find_run_dir,
+    read_document,
+)
 from sparselong.run.stages import STAGES
 
 _KEPT = {
     "02_compress": ": finished layers are kept",
     "03_finetune": ": training continues from its last whole checkpoint, if there is one",
     "04_eval": ": models that were measured are not measured again",
+    "05_export": ": files that are complete are kept",
 }
 """What a stage that was interrupted need not repeat."""
 DEFAULT_CONFIG = str(Path(__file__).resolve().parents[2] / "configs/gpt-oss-120b-4x3090.yaml")
@@ -61,8 +67,19 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
-def parse_arguments(name: str, description: str, argv: list[str] | None) -> argparse.Namespace:
-    """Return the parsed command line, which is the same for every script but for --preview.
+def parse_arguments(
+    name: str,
+    description: str,
+    argv: list[str] | None,
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> argparse.Namespace:
+    """Return the parsed command line, which is the same for every script but for a few options.
+
+    Args:
+        name: the stage's name in `STAGES`.
+        description: text for `--help`.
+        argv: command line arguments; None takes the process's.
+        add_options: adds options of this script alone.
 
     Raises:
         ConfigError: it cannot be read, or --run-dir cannot be a directory.
@@ -77,6 +94,8 @@ def parse_arguments(name: str, description: str, argv: list[str] | None) -> argp
     if STAGES[name].previews:
         text = "print a conversation with its supervised tokens marked, touch nothing"
         parser.add_argument("--preview", metavar="FILE:LINE", help=text)
+    if add_options is not None:
+        add_options(parser)
     parser.set_defaults(preview=None)
     arguments = parser.parse_intermixed_args(argv)
     arguments.run_dir = find_run_dir(arguments.run_dir, arguments.config)
@@ -105,8 +124,7 @@ def run_stage(
         show_plan: formats the plan for display.
         check: raises, before anything is changed, if the config cannot be executed here.
         keep_result: whether a finished stage is up to date; false repeats it on every call.
-        preview: (config, run directory, `FILE:LINE`) → document with `text` for `--preview`;
-            changes nothing.
+        preview: (config, run directory, `FILE:LINE`) → document with `text`; changes nothing.
 
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
@@ -115,21 +133,22 @@ def run_stage(
     try:
         arguments = parse_arguments(name, description, argv)
     except (ConfigError, OutputError) as error:  # the latter from --help
-        _report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
+        report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
-    with _explained_failures(name, arguments) as outcome, interruptible() as interruption:
+    with explained_failures(name, arguments) as outcome, interruptible() as interruption:
         config = load(arguments.config, arguments.overrides)
         with writing(arguments.run_dir):
             check_run_dir(config, arguments.run_dir, arguments.config)
         stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
+        redo = stage.forced or not keep_result
         if arguments.dry_run:
-            document = _plan(stage, stage.forced or not keep_result, plan)
+            document = _plan(stage, redo, plan)
             text = show_plan(document)
         elif preview is not None and arguments.preview is not None:
             document = preview(config, arguments.run_dir, arguments.preview)
             text = document["text"]
         else:
-            document = _run(stage, stage.forced or not keep_result, execute, check, interruption)
+            document = _run(stage, redo, execute, check, interruption)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
@@ -152,38 +171,55 @@ def _run(
     interruption: Interruption,
 ) -> dict[str, Any]:
     """Check and execute a stage, and return its manifest."""
+    cache = prepare_caches(stage, check)
+    with locked(stage.run_dir):
+        return run_locked(stage, redo, execute, cache, interruption)
+
+
+def prepare_caches(stage: Stage, check: Callable[[Config], object] | None = None) -> Path | None:
+    """Check the config, and return where caches go if it is not where they usually are."""
     cache, config = stage.run_dir / "cache", stage.config
     named = (config.model.base, config.data.train, config.data.validation or "")
     moved = move_caches(cache, named)
     if check is not None:
         check(config)
-    return _run_locked(stage, redo, execute, cache if moved else None, interruption)
+    return cache if moved else None
 
 
-def _run_locked(
+def run_locked(
     stage: Stage,
     redo: bool,
     execute: Callable[[Stage], None],
     cache: Path | None,
     interruption: Interruption,
 ) -> dict[str, Any]:
-    with locked(stage.run_dir):
-        if prepare(stage, redo):
-            stage.log(f"{stage.name} is up to date in {stage.run_dir} for this config")
-            return read_manifest(stage.run_dir, stage.name) or {}
-        start = time.monotonic()
-        if cache is not None:
-            with writing(cache):
-                cache.mkdir(exist_ok=True)
-            stage.log(f"caches go to {cache}: the home directory or a cache cannot be written")
-        execute(stage)
-        interruption.check()  # before the manifest says that the stage is done
-        return finish(stage, time.monotonic() - start)
+    """Execute a stage or part unless it is up to date, and return its manifest.
+
+    Args:
+        stage: the stage, whose run directory is locked.
+        redo: whether to redo a finished one.
+        execute: does the work.
+        cache: result of `prepare_caches`.
+        interruption: raises if a signal came.
+    """
+    if prepare(stage, redo):
+        title = f"{stage.name} {stage.part}" if stage.part else stage.name
+        stage.log(f"{title} is up to date in {stage.run_dir} for this config")
+        return read_document(stage.dir / MANIFEST) or {}
+    start = time.monotonic()
+    if cache is not None:
+        with writing(cache):
+            cache.mkdir(exist_ok=True)
+        stage.log(f"caches go to {cache}: the home directory or a cache cannot be written")
+    execute(stage)
+    interruption.check()  # before the manifest says that the stage is done
+    return finish(stage, time.monotonic() - start)
 
 
 def show_manifest(manifest: dict[str, Any]) -> str:
     """Return a summary of a finished stage: its duration and scalar metrics."""
-    rows = [f"{manifest['stage']} {manifest['status']} in {manifest['seconds']:.1f} s"]
+    title = " ".join(filter(None, (manifest["stage"], manifest.get("part"))))
+    rows = [f"{title} {manifest['status']} in {manifest['seconds']:.1f} s"]
     for key, value in manifest["metrics"].items():
         if isinstance(value, dict) and all(not isinstance(v, (dict, list)) for v in value.values()):
             value = ", ".join(f"{name} {number}" for name, number in value.items())
@@ -193,65 +229,78 @@ def show_manifest(manifest: dict[str, Any]) -> str:
 
 
 @dataclass
-class _Outcome:
+class Outcome:
+    """What became of a script.
+
+    Attributes:
+        exit_code: the script's.
+        part: name of the part that is executed, if the stage has parts.
+    """
+
     exit_code: int = 0
+    part: str = ""
 
 
-def _note_failure(name: str, run_dir: Path, text: str) -> None:
+def _note_failure(folder: Path, text: str) -> None:
     """Append a failure to the stage's log if the stage has started; ignore a full disk."""
-    log = run_dir / name / LOG
+    log = folder / LOG
     with suppress(OSError):
         if (log.parent / STARTED).exists():
             with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} failed\n{text}\n")
 
 
-def _rerun(name: str, arguments: argparse.Namespace) -> str:
+def _rerun(name: str, folder: Path, arguments: argparse.Namespace) -> str:
     """Return which command continues the stage and what it need not repeat."""
     again = "the same command again"
     if arguments.dry_run or name not in _KEPT:
         return again
     if not arguments.force:
         return f"{again}{_KEPT[name]}"
-    if (arguments.run_dir / name / "manifest.json").exists():
+    if (folder / MANIFEST).exists():
         return again  # the old result is still in place: nothing has begun
     return f"{again} without --force{_KEPT[name]}"
 
 
 @contextmanager
-def _explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[_Outcome]:
+def explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[Outcome]:
     """Turn expected failures into four lines and an exit code; others keep their traceback."""
-    outcome = _Outcome()
+    outcome = Outcome()
     try:
         yield outcome
     except ExpectedError as error:
         failure = error
     except KeyboardInterrupt as error:
         if error.__cause__ is not None:  # what became of the signal, in case it is a fault
-            _note_failure(name, arguments.run_dir, traceback.format_exc())
+            _note_failure(_folder(name, outcome, arguments), traceback.format_exc())
         failure = StageError(
             f"{name} was interrupted",
             "the stage to finish",
             str(error) or "Ctrl-C",
-            f"run {_rerun(name, arguments)}",
+            f"run {_rerun(name, _folder(name, outcome, arguments), arguments)}",
         )
     except Exception as error:
-        found = _explain_system(error, name, arguments)
+        folder = _folder(name, outcome, arguments)
+        found = _explain_system(error, name, folder, arguments)
         if found is None or not is_disk_full(error):
-            _note_failure(name, arguments.run_dir, traceback.format_exc())
+            _note_failure(folder, traceback.format_exc())
         if found is None:
             raise
         failure = found
     else:
         return
-    _report(name, failure, arguments.json)
+    report(name, failure, arguments.json)
     if arguments.preview is None:
-        _note_failure(name, arguments.run_dir, str(failure))
+        _note_failure(_folder(name, outcome, arguments), str(failure))
     outcome.exit_code = failure.exit_code
 
 
+def _folder(name: str, outcome: Outcome, arguments: argparse.Namespace) -> Path:
+    return arguments.run_dir / name / outcome.part
+
+
 def _explain_system(
-    error: Exception, name: str, arguments: argparse.Namespace
+    error: Exception, name: str, folder: Path, arguments: argparse.Namespace
 ) -> StageError | None:
     """Return a full disk, or a file that the system refuses, as an expected failure."""
     file = getattr(error, "filename", None)
@@ -261,19 +310,19 @@ def _explain_system(
             f"{name} could not write {file or f'to {arguments.run_dir}'}",
             "free disk space",
             reason,
-            f"free some space, then run {_rerun(name, arguments)}",
+            f"free some space, then run {_rerun(name, folder, arguments)}",
         )
     if isinstance(error, OSError) and file and error.errno in _REFUSALS:
         return StageError(
             f"{name} could not use {file}",
             "a file or folder, as the stage needs it, that this user can read and write",
             reason,
-            f"correct it or its permissions, then run {_rerun(name, arguments)}",
+            f"correct it or its permissions, then run {_rerun(name, folder, arguments)}",
         )
     return None
 
 
-def _report(name: str, failure: ExpectedError, as_json: bool) -> None:
+def report(name: str, failure: ExpectedError, as_json: bool) -> None:
     """Print a failure: four lines to stderr, and a JSON document to stdout on request.
 
     Where one of the two cannot be written, the exit code and the other one still tell.

@@ -7,8 +7,10 @@
     runs/NAME/0N_stage/manifest.json      written last, atomically
     runs/NAME/0N_stage.replaced/          the previous result while --force makes a new one
     runs/NAME/0N_stage.kept-N/            files of such a result that the stage did not write
+    runs/NAME/05_export/FORMAT/           a part: the same files in a directory of its own
 
-A stage may be interrupted at any point before the manifest is written.
+A stage may be interrupted at any point before the manifest is written. Stage 05 has several
+results, called parts, each with a manifest of its own (parts.py).
 """
 
 from __future__ import annotations
@@ -71,16 +73,30 @@ class Stage:
     """The date that chat templates rendered, if the result depends on conversations."""
     forced: bool = False
     """Whether `--force` was passed, with which a rerun would start over once more."""
+    part: str = ""
+    """Name of the part, if the stage has several results, each with its own manifest."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Options of the command line that decide the part's result, by name."""
+    reads: tuple[str, ...] = ()
+    """Earlier stages whose results it opens; by default those of the table."""
+
+    def __post_init__(self) -> None:
+        self.reads = self.reads or STAGES[self.name].reads
 
     @property
     def dir(self) -> Path:
-        """`runs/NAME/0N_stage`."""
-        return self.run_dir / self.name
+        """`runs/NAME/0N_stage`, or the part's directory in it."""
+        return self.run_dir / self.name / self.part
 
     @property
     def replaced_dir(self) -> Path:
-        """`runs/NAME/0N_stage.replaced`: the previous result while `--force` makes a new one."""
-        return self.run_dir / f"{self.name}.replaced"
+        """The previous result while `--force` makes a new one: `dir` with the suffix .replaced."""
+        return self.dir.with_name(f"{self.dir.name}.replaced")
+
+    @property
+    def hash(self) -> str:
+        """Hash of the config keys that affect the result."""
+        return stage_hash(self.config, self.name, self.reads)
 
     @property
     def same_command(self) -> str:
@@ -132,12 +148,13 @@ def read_manifest(run_dir: Path, name: str) -> dict[str, Any] | None:
     return read_document(run_dir / name / MANIFEST)
 
 
-def _read_finished(run_dir: Path, name: str) -> dict[str, Any] | None:
+def _read_finished(run_dir: Path, name: str, part: str = "") -> dict[str, Any] | None:
     """Return the stage's manifest after checking it, or None if the stage is not done."""
-    manifest = read_manifest(run_dir, name)
+    folder = run_dir / name / part
+    manifest = read_document(folder / MANIFEST)
     if manifest is not None:
-        _refuse_other_version(run_dir / name, name, manifest)
-        check_manifest(run_dir / name / MANIFEST, name, manifest)
+        _refuse_other_version(folder, name, manifest)
+        check_manifest(folder / MANIFEST, name, manifest)
     return manifest
 
 
@@ -157,8 +174,8 @@ def prepare(stage: Stage, redo: bool) -> bool:
             from inputs that no longer exist, or it cannot be written. Nothing is changed in these
             cases.
     """
-    refuse_replacing_others(stage.run_dir)
-    manifest = None if redo else _read_finished(stage.run_dir, stage.name)
+    refuse_replacing_others(stage.run_dir, stage.name, stage.part)
+    manifest = None if redo else _read_finished(stage.run_dir, stage.name, stage.part)
     started = stage.dir / STARTED
     present = manifest or (None if redo else read_document(started))
     if present is not None:
@@ -166,13 +183,14 @@ def prepare(stage: Stage, redo: bool) -> bool:
     if manifest:
         _refuse_changed_inputs(stage, manifest)
         return True
-    stage.manifests = {name: _require(stage, name) for name in STAGES[stage.name].reads}
+    stage.manifests = {name: _require(stage, name) for name in stage.reads}
     refuse_changed_inputs(stage.config, stage.run_dir, stage.manifests)
     beginning = {
         "format_version": FORMAT_VERSION,
-        "config_hash": stage_hash(stage.config, stage.name),
+        "config_hash": stage.hash,
         "config": stage.config.model_dump(mode="json"),
         "made_from": _made_from(stage),
+        **_describe_part(stage),
     }
     with writing(stage.dir):
         told = _set_aside(stage) if redo and stage.dir.exists() else []
@@ -191,16 +209,15 @@ def check_finished(stage: Stage) -> None:
     Raises:
         StageError: an input has changed, or the manifest is damaged.
     """
-    manifest = read_manifest(stage.run_dir, stage.name)
-    wanted = stage_hash(stage.config, stage.name)
-    if manifest is not None and manifest.get("config_hash") == wanted:
-        manifest = _read_finished(stage.run_dir, stage.name) or {}
+    manifest = read_document(stage.dir / MANIFEST)
+    if manifest is not None and manifest.get("config_hash") == stage.hash:
+        manifest = _read_finished(stage.run_dir, stage.name, stage.part) or {}
         _refuse_changed_inputs(stage, manifest)
 
 
 def _refuse_changed_inputs(stage: Stage, manifest: dict[str, Any]) -> None:
     """Raise if what a finished stage or an earlier one read has changed since."""
-    earlier = {name: _read_finished(stage.run_dir, name) for name in STAGES[stage.name].reads}
+    earlier = {name: _read_finished(stage.run_dir, name) for name in stage.reads}
     manifests = {name: found for name, found in earlier.items() if found is not None}
     refuse_changed_inputs(stage.config, stage.run_dir, {**manifests, stage.name: manifest})
 
@@ -232,7 +249,7 @@ def _made_from(stage: Stage) -> dict[str, str | None]:
     not cover the files' times.
     """
     hashes: dict[str, str | None] = {}
-    for name in STAGES[stage.name].reads:
+    for name in stage.reads:
         manifest = _read_finished(stage.run_dir, name)
         rows = manifest["outputs"] if manifest else []
         listed = json.dumps([{k: v for k, v in row.items() if k != "mtime_ns"} for row in rows])
@@ -256,10 +273,17 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
     """Raise if the stage's directory holds work for another config or from other inputs."""
     _refuse_other_version(stage.dir, stage.name, present)
     check_started(stage.dir / (STARTED if kind == _UNFINISHED else MANIFEST), present)
-    if present["config_hash"] != stage_hash(stage.config, stage.name):
+    if stage.part and present.get("options") != stage.options:
+        raise StageError(
+            f"{stage.dir} holds {kind} that was made with other options",
+            _show_options(stage.options),
+            _show_options(present.get("options")),
+            "pass what it was made with, or another --run-dir to keep it, or --force to redo it",
+        )
+    if present["config_hash"] != stage.hash:
         raise StageError(
             f"{stage.dir} holds {kind} of another config",
-            *name_changes(stage.config, stage.name, present),
+            *name_changes(stage.config, stage.name, present, stage.reads),
             "pass what it was made with, or another --run-dir to keep it, or --force to redo this "
             "stage",
         )
@@ -274,6 +298,17 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
             )
 
 
+def _describe_part(stage: Stage) -> dict[str, Any]:
+    """Return the part's keys of manifest.json and started.json."""
+    return {"part": stage.part, "options": stage.options} if stage.part else {}
+
+
+def _show_options(options: Any) -> str:
+    if not isinstance(options, dict):
+        return "no options"
+    return " ".join(f"--{name} {value}" for name, value in options.items())
+
+
 def _set_aside(stage: Stage) -> list[str]:
     """Move a finished result aside until a new one replaces it; delete unfinished work.
 
@@ -283,17 +318,19 @@ def _set_aside(stage: Stage) -> list[str]:
     told = []
     if (stage.dir / MANIFEST).exists():
         if stage.replaced_dir.exists():
-            told.append(keep_others(stage.replaced_dir, stage.name))
+            told.append(keep_others(stage.replaced_dir, stage.name, stage.part))
         stage.dir.rename(stage.replaced_dir)
     else:
-        told.append(keep_others(stage.dir, stage.name))
+        told.append(keep_others(stage.dir, stage.name, stage.part))
     return [sentence for sentence in told if sentence]
 
 
 def _remove_replaced(stage: Stage) -> None:
     """Remove the previous result, which a new one has replaced."""
     try:
-        kept = keep_others(stage.replaced_dir, stage.name) if stage.replaced_dir.exists() else None
+        kept = None
+        if stage.replaced_dir.exists():
+            kept = keep_others(stage.replaced_dir, stage.name, stage.part)
     except OSError as error:  # the new result is whole
         kept = f"{stage.replaced_dir} could not be removed: {error.strerror or error}"
     if kept:
@@ -310,7 +347,8 @@ def finish(stage: Stage, seconds: float) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "stage": stage.name,
         "status": "done",
-        "config_hash": stage_hash(stage.config, stage.name),
+        **_describe_part(stage),
+        "config_hash": stage.hash,
         "made_from": _made_from(stage),
         "config": stage.config.model_dump(mode="json"),
         "inputs": inputs,

@@ -42,7 +42,9 @@ _NAMES: Mapping[str, str] = {
     "04_eval": r"(base|compressed|finetuned)(\.scores)?\.json|(results|work)\.json|report\.md|"
     r"evaluation\.png|"
     r"tasks/(demo_hellaswag\.yaml|demo_items\.py|items\.jsonl|__pycache__/.+\.pyc)",
+    "05_export": rf"written\.json|adapter_model\.safetensors|{_MODEL}",
 }
+"""Patterns of names in the stage's directory, or in a part's."""
 _EVERY = r"log(\.rank\d+)?\.txt|failure(\.rank\d+)?\.json|(started|manifest|machines)\.json"
 _LINKS: Mapping[str, tuple[str, str]] = {
     "02_compress": (r"[^/]+", "model"),
@@ -51,17 +53,18 @@ _LINKS: Mapping[str, tuple[str, str]] = {
 """Name and target of the link that a stage makes for people."""
 
 
-def remove_own(folder: Path, stage: str) -> list[str]:
+def remove_own(folder: Path, stage: str, part: str = "") -> list[str]:
     """Remove a stage's files and the directories in it that are empty then; follow no links.
 
     Args:
-        folder: the stage's directory, under its own or another name.
+        folder: the directory of the stage or part, under its own or another name.
         stage: the stage's name.
+        part: the part's name, if the stage has parts.
 
     Returns:
         Sorted relative paths of what is left, because the stage did not write it.
     """
-    recorded = _recorded(folder, stage)
+    recorded = _recorded(folder, Path(stage, part))
     own, left = [], []
     for place, folders, names in os.walk(folder):
         for name in [*names, *(name for name in folders if Path(place, name).is_symlink())]:
@@ -79,21 +82,26 @@ def remove_own(folder: Path, stage: str) -> list[str]:
     return sorted(left)
 
 
-def keep_others(folder: Path, stage: str) -> str | None:
+def keep_others(folder: Path, stage: str, part: str = "") -> str | None:
     """Remove a stage's files, and move the others to a directory `0N_stage.kept-N` beside it.
+
+    Args:
+        folder: see `remove_own`.
+        stage: see `remove_own`.
+        part: see `remove_own`; the directory is then named after the part.
 
     Returns:
         What is to be told about it; None if there were no others.
     """
-    left = remove_own(folder, stage)
+    left, name = remove_own(folder, stage, part), part or stage
     if not left:
         if not folder.is_symlink():
             folder.rmdir()
-        elif folder.name != stage:  # a link named as the stage is a person's: kept
+        elif folder.name != name:  # a link named as the stage is a person's: kept
             folder.unlink()
         return None
     number = 1
-    while os.path.lexists(kept := folder.with_name(f"{stage}.kept-{number}")):
+    while os.path.lexists(kept := folder.with_name(f"{name}.kept-{number}")):
         number += 1
     folder.rename(kept)
     names = ", ".join(ascii(name)[1:-1] for name in left[:4])
@@ -102,7 +110,7 @@ def keep_others(folder: Path, stage: str) -> str | None:
     return f"kept in {kept}: {count} that {stage} did not write: {names}{more}"
 
 
-def _recorded(folder: Path, stage: str) -> dict[str, Mapping[str, Any]]:
+def _recorded(folder: Path, place: Path) -> dict[str, Mapping[str, Any]]:
     """Return rows of the files whose content was recorded, by path relative to the folder."""
     rows = {}
     for record in sorted(folder.glob("checkpoints/**/whole.json")):
@@ -114,8 +122,8 @@ def _recorded(folder: Path, stage: str) -> dict[str, Mapping[str, Any]]:
     outputs = _read(folder / "manifest.json").get("outputs")
     for row in outputs if isinstance(outputs, list) and are_rows(outputs) else ():
         path = Path(row["path"])
-        if path.parts[:1] == (stage,):
-            rows[path.relative_to(stage).as_posix()] = row
+        if path.is_relative_to(place):
+            rows[path.relative_to(place).as_posix()] = row
     return rows
 
 

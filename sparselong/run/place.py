@@ -94,7 +94,7 @@ def _refuse_overlap(config: Config, run_dir: Path) -> None:
         raise _overlap(run_dir, "a path that can be resolved", ascii(str(error))) from error
     for folder in (place, *place.parents):
         if _stage_name(folder) in STAGES and any(
-            (folder / n).exists() for n in (MANIFEST, STARTED)
+            (folder / n).exists() or any(folder.glob(f"*/{n}")) for n in (MANIFEST, STARTED)
         ):
             raise _overlap(run_dir, "a directory outside of any stage's", f"{folder} is a stage's")
     base = Path(config.model.base)
@@ -158,14 +158,22 @@ def _overlap(run_dir: Path, expected: str, found: str) -> ConfigError:
     )
 
 
-def refuse_replacing_others(run_dir: Path) -> None:
+def refuse_replacing_others(run_dir: Path, stage: str, part: str = "") -> None:
     """Raise if something in the run directory that stages replace is not theirs.
+
+    Args:
+        run_dir: the run directory.
+        stage: the stage that is about to begin.
+        part: the part of it that is; others' directories are not looked at.
 
     Raises:
         StageError: names the file or folder.
     """
     names = [*STAGES, *(f"{name}.replaced" for name in STAGES)]
     folders = [run_dir / name for name in names if (run_dir / name).exists()]
+    if part:
+        names = [part, f"{part}.replaced"]
+        folders += [path for name in names if (path := run_dir / stage / name).exists()]
     for folder in folders:
         if not _is_a_stages(folder):
             raise _foreign(folder, f"nothing, or a folder with {STARTED} or {MANIFEST}")
@@ -186,6 +194,8 @@ def _is_a_stages(folder: Path) -> bool:
     """Return whether a stage made the folder; one that was killed at once left at most a log."""
     if not folder.is_dir():
         return False
+    if folder.name in STAGES and STAGES[folder.name].parts:
+        return True  # the stage replaces only the directories of its parts
     names = {path.name for path in folder.iterdir()}
     return bool(names & {STARTED, MANIFEST}) or names <= {"log.txt", f"{STARTED}.partial"}
 
@@ -250,10 +260,12 @@ def check_started(path: Path, started: dict[str, Any]) -> None:
 
 
 def _damaged(path: Path, expected: str, found: str) -> StageError:
+    folder = path.parent
+    stage = folder.name if folder.name in STAGES else folder.parent.name  # of a part
     return StageError(
         f"{path} is damaged, or was not written by Sparse-Long",
         expected,
         found,
-        f"restore the file, redo the stage with --force: python {path.parent.name}.py, or pass "
+        f"restore the file, redo the stage with --force: python {stage}.py, or pass "
         "another --run-dir",
     )

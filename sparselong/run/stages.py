@@ -26,11 +26,13 @@ class Declaration:
         reads: earlier stages whose results it opens; they must be done first.
         sections: top-level config keys that affect its result, besides those of what it reads.
         previews: whether its command line has `--preview FILE:LINE`.
+        parts: whether it has several results, each in a directory of its own with a manifest.
     """
 
     reads: tuple[str, ...]
     sections: tuple[str, ...]
     previews: bool = False
+    parts: bool = False
 
 
 STAGES: dict[str, Declaration] = {
@@ -48,23 +50,31 @@ STAGES: dict[str, Declaration] = {
         previews=True,
     ),
     "04_eval": Declaration(("02_compress", "03_finetune"), ("evaluation",)),
+    "05_export": Declaration(("02_compress", "03_finetune"), (), parts=True),
 }
 
 
-def deciding_sections(name: str) -> set[str]:
-    """Return the top-level keys that affect a stage's result, directly or through its inputs."""
+def deciding_sections(name: str, reads: tuple[str, ...] | None = None) -> set[str]:
+    """Return the top-level keys that affect a stage's result, directly or through its inputs.
+
+    Args:
+        name: the stage.
+        reads: the earlier stages that it reads; None: those of the table.
+    """
     sections = set(STAGES[name].sections)
-    for earlier in STAGES[name].reads:
+    for earlier in STAGES[name].reads if reads is None else reads:
         sections |= deciding_sections(earlier)
     return sections
 
 
-def stage_hash(config: Config, name: str) -> str:
+def stage_hash(config: Config, name: str, reads: tuple[str, ...] | None = None) -> str:
     """Return the hash of the config keys that affect the stage's result."""
-    return hash_sections(config, deciding_sections(name))
+    return hash_sections(config, deciding_sections(name, reads))
 
 
-def name_changes(config: Config, name: str, before: dict[str, Any]) -> tuple[str, str]:
+def name_changes(
+    config: Config, name: str, before: dict[str, Any], reads: tuple[str, ...] | None = None
+) -> tuple[str, str]:
     """Return, as overrides, the values that differ: those of now, and those of earlier work.
 
     Args:
@@ -72,13 +82,14 @@ def name_changes(config: Config, name: str, before: dict[str, Any]) -> tuple[str
         name: the stage.
         before: the earlier work's manifest.json or started.json. Older ones hold only the config's
             hash: then both hashes are returned.
+        reads: the earlier stages that it reads; None: those of the table.
     """
-    now = dict(_leaves(pick_sections(config, deciding_sections(name))))
+    now = dict(_leaves(pick_sections(config, deciding_sections(name, reads))))
     recorded = before.get("config")
     then = dict(_leaves(recorded)) if isinstance(recorded, dict) else now
     changed = [key for key in now if then.get(key) != now[key]]
     if not changed:  # not recorded, or another version's keys
-        return f"config hash {stage_hash(config, name)}", str(before["config_hash"])
+        return f"config hash {stage_hash(config, name, reads)}", str(before["config_hash"])
     return _as_overrides(changed, now), _as_overrides(changed, then)
 
 

@@ -14,18 +14,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import GptOssForCausalLM
 
+from sparselong.checkpoint import PUBLISHED_QUANTIZATION
 from sparselong.packing import mxfp4
 
 _LAYERS_PER_EXPERT_SHARD = 2
-QUANTIZATION_CONFIG = {
-    "modules_to_not_convert": [
-        "model.layers.*.self_attn",
-        "model.layers.*.mlp.router",
-        "model.embed_tokens",
-        "lm_head",
-    ],
-    "quant_method": "mxfp4",
-}
 
 
 def write_weights(model: GptOssForCausalLM, folder: Path) -> None:
@@ -50,7 +42,7 @@ def write_configs(model: GptOssForCausalLM, folder: Path) -> None:
     config.update(
         architectures=["GptOssForCausalLM"],
         dtype="bfloat16",
-        quantization_config=QUANTIZATION_CONFIG,
+        quantization_config=PUBLISHED_QUANTIZATION,
     )
     _write_json(folder / "config.json", dict(sorted(config.items())))
     generation = {

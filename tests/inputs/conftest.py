@@ -49,12 +49,13 @@ def run_script(small_arguments, tmp_path, capfd) -> Callable[..., Outcome]:
     overrides win, so `model.base=…` names another base.
     """
     scripts = {}
+    needed = {"05_export": ("--to", "mxfp4")}
 
     def call(name: str, *more: str, run_dir: Path | None = None) -> Outcome:
         script = scripts.setdefault(name, load_script(name))
         capfd.readouterr()
         where = ("--run-dir", str(run_dir or tmp_path / "run"))
-        code = script.main([*small_arguments, *QUICK, *more, *where])
+        code = script.main([*small_arguments, *QUICK, *needed.get(name, ()), *more, *where])
         return Outcome(code, *capfd.readouterr())
 
     return call

@@ -203,7 +203,9 @@ def test_hub_names_are_not_taken_for_paths(name, monkeypatch, tmp_path):
 HUB = ("hub cache", "network", "HF_HUB_OFFLINE", "hf download", "connect")
 
 
-@pytest.mark.parametrize("script", ["02_compress", "03_finetune", "04_eval", "01_health"])
+@pytest.mark.parametrize(
+    "script", ["02_compress", "03_finetune", "04_eval", "05_export", "01_health"]
+)
 @pytest.mark.parametrize("key", ["model.base", "data.train"])
 def test_advice_for_a_missing_path_does_not_name_the_network(run_script, tmp_path, script, key):
     """Stages 03 and 04 are refused earlier, because stage 02 is not done."""

@@ -152,7 +152,9 @@ def test_a_byte_order_mark_is_accepted(tmp_path):
         load(tmp_path / "c.yaml")
 
 
-@pytest.mark.parametrize("script", ["01_health", "02_compress", "03_finetune", "04_eval"])
+@pytest.mark.parametrize(
+    "script", ["01_health", "02_compress", "03_finetune", "04_eval", "05_export"]
+)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -175,6 +177,7 @@ def test_a_byte_order_mark_is_accepted(tmp_path):
     ],
 )
 def test_a_command_line_that_cannot_be_meant_is_explained(script, arguments, words, capfd):
+    arguments = [*(["--to", "mxfp4"] if script == "05_export" else []), *arguments]
     outcome = Outcome(load_script(script).main(arguments), *capfd.readouterr())
     outcome.assert_explained(*words)
     assert outcome.code == 2

@@ -16,7 +16,7 @@ from sparselong.run import Stage, lock, run_stage
 from sparselong.run.lock import locked
 from tests.conftest import ROOT
 
-SCRIPTS = ("01_health", "02_compress", "03_finetune", "04_eval")
+SCRIPTS = ("01_health", "02_compress", "03_finetune", "04_eval", "05_export")
 PLAN = {"plan": lambda c, r, n: {"stage": n}, "show_plan": str}
 
 
@@ -90,6 +90,15 @@ def test_a_directory_of_a_stage_is_no_run_directory(tmp_path, capsys):
         assert run(tmp_path / "run" / below) == 2
         refused(capsys, "cannot be the run directory", "02_compress")
     assert contents(tmp_path) == before
+
+
+def test_a_directory_of_an_export_is_no_run_directory(tmp_path, capsys):
+    folder = tmp_path / "run/05_export/mxfp4"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    for below in ("05_export", "05_export/mxfp4", "05_export/mxfp4/x"):
+        assert run(tmp_path / "run" / below) == 2
+        refused(capsys, "cannot be the run directory", "05_export")
 
 
 @pytest.mark.parametrize("key", ["data.train", "data.validation"])

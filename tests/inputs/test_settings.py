@@ -12,7 +12,7 @@ from sparselong.memory import check_model
 from tests.conftest import ROOT
 
 TINY = ROOT / "configs/tiny.yaml"
-SCRIPTS = ("01_health", "02_compress", "03_finetune", "04_eval")
+SCRIPTS = ("01_health", "02_compress", "03_finetune", "04_eval", "05_export")
 REFUSED = [
     *("seed=4294967296", "seed=-1", "seed=1.0", "seed='1'", "seed=1e3", "seed=true"),
     *("seed=.nan", "seed=" + "9" * 400),

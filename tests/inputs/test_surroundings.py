@@ -144,7 +144,9 @@ def test_a_launcher_that_contradicts_itself_is_explained(changes, launcher):
     assert not is_joined()
 
 
-@pytest.mark.parametrize("script", ["01_health", "02_compress", "03_finetune", "04_eval"])
+@pytest.mark.parametrize(
+    "script", ["01_health", "02_compress", "03_finetune", "04_eval", "05_export"]
+)
 @pytest.mark.parametrize("changes", [{"RANK": None}, {"WORLD_SIZE": "two"}, {"MASTER_ADDR": None}])
 def test_every_script_explains_it(script, changes, launcher, run_script, tmp_path):
     launcher(**changes)

@@ -40,15 +40,20 @@ def refuse(script: str, cases: list[list[str]], **environment: str) -> tuple[lis
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_refusal_imports_nothing_heavy(script, tmp_path):
-    config = ["--config", str(ROOT / "configs/tiny.yaml")]
+    to = ["--to", "mxfp4"] if STAGES[script].parts else []
+    config = [*to, "--config", str(ROOT / "configs/tiny.yaml")]
     (tmp_path / "file").write_text("")
-    other = tmp_path / "other" / script
+    other = tmp_path / "other" / script / "".join(to[1:])
     other.mkdir(parents=True)
-    begun = {"format_version": FORMAT_VERSION, "config_hash": "0"}
+    begun = {"format_version": FORMAT_VERSION, "config_hash": "0", "options": {"from": "finetuned"}}
     (other / "started.json").write_text(json.dumps(begun))
     run_dirs = [tmp_path / "file", tmp_path / "file/run", "/proc/self/run", "/proc/self"]
     cases = [[*config, "--run-dir", str(run_dir)] for run_dir in run_dirs]
-    cases += [[*config, "sed=1"], [*config, "training.save_steps=7"], ["--config", "absent.yaml"]]
+    cases += [
+        [*config, "sed=1"],
+        [*config, "training.save_steps=7"],
+        [*to, "--config", "absent.yaml"],
+    ]
     expected = [1, 1, 1, 2, 2, 2, 2]
     if script != "01_health":  # always repeated, and reads no other stage
         cases.append([*config, "--run-dir", str(tmp_path / "other")])
@@ -120,15 +125,19 @@ def test_output_that_cannot_be_written_is_named(tmp_path, more, full, code):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_have_one_shape(script):
-    """A docstring, the stage's body, and a call of `run_stage` with a stage of the table."""
+    """A docstring, the stage's body, and a call of `run_stage` with a stage of the table; of
+    `run_parts`, if the stage has parts."""
     text = (ROOT / f"{script}.py").read_text()
     tree = ast.parse(text)
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert {"execute", "main"} <= functions and 20 <= len(text.splitlines()) <= 80
     assert (ast.get_docstring(tree) or "").startswith(f"Stage {script[:2]}: ")
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    (call,) = [node for node in calls if ast.unparse(node.func) == "run_stage"]
-    assert [ast.unparse(argument) for argument in call.args[2:]] == [
-        *("argv", "execute", "plan_stage", "show_plan")
+    runner, plan = ("run_stage", "plan_stage")
+    if STAGES[script].parts:
+        runner, plan = "run_parts", "plan_export"
+    (call,) = [node for node in calls if ast.unparse(node.func) == runner]
+    assert [ast.unparse(argument) for argument in call.args[2:6]] == [
+        *("argv", "execute", plan, "show_plan")
     ]
     assert script in STAGES and f'"{script}"' in text

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import load_script
+from tests.stages.trained import Trained, finish_training
 
 compress_script = load_script("02_compress")
 
@@ -51,3 +52,30 @@ def stretch(base: Path, folder: Path, layers: int) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
+
+
+ADAPTED = [
+    "lora.expert_targets=[gate_up_proj, down_proj]",
+    "lora.expert_r=2",
+    "lora.router=true",
+]
+
+
+@pytest.fixture(scope="session")
+def trained_run(compressed_run, small_arguments, tmp_path_factory) -> Trained:
+    """A finished run of int4 2:4 attention, with adapters on attention, experts and router.
+
+    Its directory has spaces, brackets and letters beyond ASCII.
+    """
+    run_dir = tmp_path_factory.mktemp("trained") / "größe [1] × 2"
+    shutil.copytree(compressed_run, run_dir, symlinks=True)
+    return finish_training(run_dir, [*small_arguments, *ADAPTED])
+
+
+@pytest.fixture(scope="session")
+def plain_trained_run(small_arguments, tmp_path_factory) -> Trained:
+    """A finished run of bf16 attention without 2:4, with the same adapters."""
+    run_dir = tmp_path_factory.mktemp("plain") / "run"
+    plain = ["shared_dense.weight_bits=16", "shared_dense.sparsity=none"]
+    assert run(run_dir, [*small_arguments, *plain]) == 0
+    return finish_training(run_dir, [*small_arguments, *plain, *ADAPTED])

@@ -246,6 +246,27 @@ def test_manifest_records_the_run(runs):
         assert "no GPU" in metrics[key]["nothing_to_keep"]
 
 
+def test_a_trained_model_is_exported_with_the_tensors_that_it_computes_with(runs, compressed):
+    """The stand-in of the exports' own tests is not needed here: Axolotl trained this one."""
+    from safetensors.torch import load_file
+
+    from sparselong.model.loading import load_model
+    from sparselong.model.packed_linear import PackedLinear
+
+    (straight, _, manifest, _), (_, arguments) = runs, compressed
+    where = ["--run-dir", str(straight), "--to", "mxfp4"]
+    assert load_script("05_export").main([*arguments, *where]) == 0
+    folder = straight / "05_export/mxfp4"
+    metrics = json.loads((folder / "manifest.json").read_text())["metrics"]
+    assert metrics["expert_merge_error"] == manifest["metrics"]["expert_rounding"]
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    model = load_model(straight / "03_finetune/model")
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            assert tensors[f"{name}.weight"].equal(module.dequantize()), name
+
+
 def test_run_directory_has_the_documented_files(runs):
     straight, _, manifest, _ = runs
     stage = straight / "03_finetune"

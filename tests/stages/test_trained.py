@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from sparselong.config.schema import load
 from sparselong.data import encode_files, select_usable
@@ -107,6 +108,25 @@ def test_multiple_choice_is_above_chance(run_dir, tmp_path, measured):
     assert (items, chance) == (published["items"], published["chance"])
     assert at_least(round(accuracy * items), items, chance) < LUCK
     assert abs(accuracy - published["acc"]) <= 3 * published["stderr"]
+
+
+def test_exports_answer_every_item_as_the_model_does(run_dir, tmp_path):
+    """In plain transformers, with the same answers item by item."""
+    formats = ("mxfp4", "hf-bf16")
+    arguments = ["--config", str(CONFIG), "--run-dir", str(run_dir), "--from", "compressed"]
+    assert load_script("05_export").main([*arguments, "--to", *formats]) == 0
+    suite = harness.load_suite(
+        load(CONFIG, ["evaluation.limit=40"]), tmp_path, load_tokenizer(run_dir / "base")
+    )
+    wanted = harness.measure(load_model(run_dir / "02_compress/model"), suite)["demo_hellaswag"]
+    assert 0 < sum(wanted["right"]) < 40
+    for name in formats:
+        folder = run_dir / "05_export" / name
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        found = harness.measure(model.float().eval(), suite)["demo_hellaswag"]
+        assert (found["right"], found["right_norm"]) == (wanted["right"], wanted["right_norm"])
+        for mine, theirs in zip(found["log_likelihoods"], wanted["log_likelihoods"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5)
 
 
 def at_least(right: int, items: int, chance: float) -> float:

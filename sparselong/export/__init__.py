@@ -1,0 +1,19 @@
+"""Stage 05: write a run's model in the forms that other tools open, and prove that it is the model.
+
+A format is one module with one class (form.py says what it must have) and a line in formats.py:
+hf_bf16.py, mxfp4.py, adapter.py. inputs.py finds what is exported and compares it with what earlier
+stages recorded, source.py reads its tensors under their published names, and shards.py writes them
+file by file and reads each file back. stage.py runs one format, command.py reads `--to` and
+`--from`, and plan.py says what would be written.
+"""
+
+from typing import TYPE_CHECKING
+
+from sparselong.lazy import expose
+
+if TYPE_CHECKING:
+    from sparselong.export.command import CHOICE, check_formats
+    from sparselong.export.plan import plan_export
+    from sparselong.export.stage import export
+
+__getattr__ = expose(__name__)

@@ -1,0 +1,66 @@
+"""What an export would read and write: the document of `--dry-run`. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparselong.export.form import Work
+from sparselong.export.formats import find_format
+from sparselong.export.inputs import model_directory
+from sparselong.memory import compressed_groups, find_rate, find_shape, format_seconds
+from sparselong.run import Stage
+
+_DECODED_PER_SECOND = 5e7
+"""MXFP4 weights that two processor cores decode and write per second."""
+_HASHED_PER_SECOND = 1e9
+"""Bytes that a core hashes and compares per second."""
+
+
+def plan_export(stages: list[Stage]) -> dict[str, Any]:
+    """Return what the parts would do; changes nothing.
+
+    Raises:
+        StageError: the base model's shape is unknown.
+    """
+    config = stages[0].config
+    works = {stage.part: find_format(stage.part).plan(stage) for stage in stages}
+    seconds = {name: round(_seconds(work)) for name, work in works.items()}
+    model = sum(compressed_groups(find_shape(config.model), config).values())
+    writes = [
+        {
+            "path": str(stage.dir),
+            "bytes": works[stage.part].written_bytes,
+            "what": find_format(stage.part).summary,
+        }
+        for stage in stages
+    ]
+    source = f"the {stages[0].options['from']} model"
+    return {
+        "stage": stages[0].name,
+        "status": "plan",
+        "device": "cpu",
+        "reads": [{"path": str(model_directory(stages[0])), "bytes": model, "what": source}],
+        "writes": writes,
+        "bytes_on_disk": sum(work.written_bytes for work in works.values()),
+        "bytes_per_gpu": {},
+        "peak_bytes_per_gpu": 0,
+        "estimated_seconds": sum(seconds.values()),
+        "estimated_seconds_by_part": seconds,
+        "notes": [
+            f"{'; '.join(f'{name}: {format_seconds(each)}' for name, each in seconds.items())}.",
+            "Times are estimates for 2 processor cores and a disk of 0.5 GB per second. Every file "
+            "is read back and compared before it counts as written.",
+        ],
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _seconds(work: Work) -> float:
+    rate = find_rate(None)
+    moved = work.read_bytes + 2 * work.written_bytes  # written, and read back
+    return (
+        rate.startup_seconds
+        + moved / rate.disk_bytes_per_second
+        + 2 * work.written_bytes / _HASHED_PER_SECOND
+        + work.decoded_weights / _DECODED_PER_SECOND
+    )

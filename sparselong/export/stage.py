@@ -1,0 +1,42 @@
+"""One format of stage 05: written, reopened, compared, and recorded."""
+
+from __future__ import annotations
+
+from sparselong.export.formats import find_format
+from sparselong.export.inputs import FINETUNE, check_model_files, model_directory, origin_of
+from sparselong.provenance import read_peaks, reset_peaks
+from sparselong.run import Stage
+
+_NOT_RESULTS = ("manifest.json", "started.json", "written.json", "log.txt")
+
+
+def export(stage: Stage) -> None:
+    """Write one format to its directory, and fill its manifest.
+
+    Raises:
+        StageError: the model is not what its stage recorded, the disk is full, or what was written
+            reads differently.
+    """
+    made = find_format(stage.part)
+    check_model_files(stage)
+    stage.log(f"{made.name}: {made.summary}, from {model_directory(stage)}")
+    reset_peaks()
+    made.write(stage)
+    metrics = made.verify(stage)
+    stage.outputs = sorted(
+        path
+        for path in stage.dir.rglob("*")
+        if path.is_file() and path.relative_to(stage.dir).as_posix() not in _NOT_RESULTS
+    )
+    stage.peak_bytes = read_peaks()
+    stage.metrics |= {
+        "bytes": sum(path.stat().st_size for path in stage.outputs),
+        "reloaded": True,
+        "tensors_identical": True,  # to their sources; anything else was raised
+        **metrics,
+        "peak_host_bytes": stage.peak_bytes["host"],
+    }
+    trained = stage.manifests.get(FINETUNE, {}).get("metrics", {})
+    if "expert_rounding" in trained:
+        stage.metrics["expert_merge_error"] = trained["expert_rounding"]
+    stage.inputs = stage.inputs or [stage.run_dir / origin_of(stage) / "model"]
