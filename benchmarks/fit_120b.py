@@ -147,12 +147,14 @@ def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
         rate = per_gpu / worst[f"{name}_seconds"]
         worst[f"{name}_share_of_limit"] = rate / LIMIT_TOKENS_PER_SECOND
     tell(case, worst, loss)
-    units = {"bytes": "bytes", "seconds": "s", "throughput": "tokens/s"}
-    rows = [
-        row(case, "sparselong", name, value, units.get(name.split(":")[0].split("_")[-1], "1"))
-        for name, value in worst.items()
-    ]
+    rows = [row(case, "sparselong", name, value, unit_of(name)) for name, value in worst.items()]
     return [*rows, row(case, "sparselong", "loss", loss, "nats")]
+
+
+def unit_of(name: str) -> str:
+    """Return the unit of a figure by the last word of its name."""
+    units = {"bytes": "bytes", "seconds": "s", "throughput": "tokens/s"}
+    return units.get(name.split(":")[0].split("_")[-1], "1")
 
 
 def all_names(found: dict[str, Any], group: Any) -> set[str]:
