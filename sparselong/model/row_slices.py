@@ -44,6 +44,9 @@ def slice_rows(model: Any, rows: int, inputs: Inputs) -> None:
         rows: most tokens of a sequence per slice.
         inputs: where the layers' inputs are kept until backward.
     """
+    # The layers' parameters request gradients. The embeddings need none, which would keep them in
+    # memory.
+    model.disable_input_require_grads()
     model._set_gradient_checkpointing(
         enable=True, gradient_checkpointing_func=partial(run_in_slices, rows=rows, inputs=inputs)
     )
@@ -102,8 +105,14 @@ class _Job:
         return [parameter for part in self.parts for parameter in part]
 
     def slices(self, hidden: torch.Tensor) -> list[slice]:
-        """Return the slices of the tokens."""
-        return slices(hidden.shape[1], self.rows)
+        """Return the slices of the tokens.
+
+        A slice's experts may be an exchange, in which every process must take part: processes with
+        different numbers of rows take them whole.
+        """
+        experts = self.settings.experts
+        is_even = experts is None or experts.is_even
+        return slices(hidden.shape[1], self.rows if is_even else hidden.shape[1])
 
     def project(self, hidden: torch.Tensor, part: slice) -> tuple[torch.Tensor, ...]:
         """Return rotated queries and keys, and values, [batch, heads, tokens, head_dim]."""
@@ -140,7 +149,10 @@ class _SlicedLayer(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, job: _Job, hidden: torch.Tensor, *parameters: nn.Parameter
     ) -> torch.Tensor:
-        attended = job.attend(job.project_all(hidden))
+        projected = job.project_all(hidden)
+        with torch.enable_grad():  # the backend is chosen as it is in backward
+            attended = job.attend(projected)
+        del projected
         out = job.inputs.output(hidden)
         for part in job.slices(hidden):
             out[:, part] = job.finish(attended[:, part], hidden[:, part])
