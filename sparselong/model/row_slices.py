@@ -22,6 +22,7 @@ tiled MLPs (ALST, Bekman et al. 2025, arXiv:2506.13996). The code is ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,29 +32,41 @@ from torch import nn
 
 from sparselong.kernels.experts import slices
 from sparselong.model.fused import FusedDecoderLayer
-from sparselong.runtime import DeviceInputs, HostInputs, Settings, current, recomputing, restoring
+from sparselong.runtime import (
+    DeviceInputs,
+    HostInputs,
+    Settings,
+    checkpoint_contexts,
+    current,
+    recomputing,
+    restoring,
+)
 
 Inputs = DeviceInputs | HostInputs
 
 
-def slice_rows(model: Any, rows: int, inputs: Inputs) -> None:
+def slice_rows(model: Any, rows: int, inputs: Inputs, keep_attention: bool = False) -> None:
     """Make a gpt-oss model's checkpointed layers compute at most `rows` rows at a time.
 
     Args:
         model: a model of transformers whose layers are fused (`fuse`).
         rows: most tokens of a sequence per slice.
         inputs: where the layers' inputs are kept until backward.
+        keep_attention: whether to keep the output of full attention (`runtime/recompute.py`).
     """
     # The layers' parameters request gradients. The embeddings need none, which would keep them in
     # memory.
     model.disable_input_require_grads()
     model._set_gradient_checkpointing(
-        enable=True, gradient_checkpointing_func=partial(run_in_slices, rows=rows, inputs=inputs)
+        enable=True,
+        gradient_checkpointing_func=partial(
+            run_in_slices, rows=rows, inputs=inputs, keep_attention=keep_attention
+        ),
     )
 
 
 def run_in_slices(
-    call: partial, hidden: torch.Tensor, *, rows: int, inputs: Inputs
+    call: partial, hidden: torch.Tensor, *, rows: int, inputs: Inputs, keep_attention: bool
 ) -> torch.Tensor:
     """Run a layer; the checkpoint function of transformers' layers.
 
@@ -62,11 +75,13 @@ def run_in_slices(
         hidden: [batch, tokens, hidden], the layer's input.
         rows: most tokens per slice.
         inputs: where the input is kept.
+        keep_attention: whether to keep the output of full attention.
     """
     layer: Any = call.func.__self__  # pyright: ignore[reportFunctionMemberAccess]
     arguments = dict(call.keywords)
     angles = arguments.pop("position_embeddings")
-    job = _Job(layer, arguments, angles, rows, inputs, current())
+    contexts = checkpoint_contexts(keep_attention)
+    job = _Job(layer, arguments, angles, rows, inputs, contexts, current())
     return _SlicedLayer.apply(job, hidden, *job.parameters)  # pyright: ignore[reportReturnType]
 
 
@@ -80,6 +95,7 @@ class _Job:
         angles: cos and sin, [batch or 1, tokens, head_dim / 2].
         rows: most tokens per slice.
         inputs: where the layer's input is kept.
+        contexts: of attention in the forward pass and in its recomputation.
         settings: of the forward pass; they apply to backward too, in whatever thread it runs.
     """
 
@@ -88,6 +104,7 @@ class _Job:
     angles: tuple[torch.Tensor, torch.Tensor]
     rows: int
     inputs: Inputs
+    contexts: tuple[AbstractContextManager[None], AbstractContextManager[None]]
     settings: Settings
 
     @property
@@ -150,7 +167,7 @@ class _SlicedLayer(torch.autograd.Function):
         ctx: Any, job: _Job, hidden: torch.Tensor, *parameters: nn.Parameter
     ) -> torch.Tensor:
         projected = job.project_all(hidden)
-        with torch.enable_grad():  # the backend is chosen as it is in backward
+        with job.contexts[0], torch.enable_grad():  # the backend is chosen as it is in backward
             attended = job.attend(projected)
         del projected
         out = job.inputs.output(hidden)
@@ -175,7 +192,7 @@ def _differentiate(
     """Return the gradients of the layer's input and of its trained parameters."""
     before, sinks, after = (_Sums(parameters) for parameters in job.parts)
     projected = [one.requires_grad_() for one in job.project_all(hidden)]
-    with torch.enable_grad():
+    with job.contexts[1], torch.enable_grad():
         attended = job.attend(projected)
     dattended, dhidden = torch.empty_like(attended), torch.empty_like(hidden)
     for part in job.slices(hidden):

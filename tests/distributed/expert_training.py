@@ -165,7 +165,7 @@ def _train(run: Run, mesh: Mesh | None) -> Result:
     with _unrounded_router(), using(**shard_model(mesh)), _as_world(mesh):
         model = open_model(run.base, run.dtype)
         if run.rows is not None:
-            slice_rows(model.get_base_model(), run.rows, HostInputs())  # pyright: ignore[reportCallIssue]
+            slice_rows(model.get_base_model(), run.rows, HostInputs(), keep_attention=True)  # pyright: ignore[reportCallIssue]
         with PIECES[run.broken]() if run.broken else nullcontext():
             return _Training(run, model, mesh).go()
 
