@@ -6,9 +6,8 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.runtime.device import compute_dtype, default_device
-    from sparselong.runtime.host_memory import allocate_locked
     from sparselong.runtime.last_results import call_once
-    from sparselong.runtime.layer_inputs import DeviceInputs, HostInputs, Kept
+    from sparselong.runtime.layer_inputs import DeviceInputs, HostInputs
     from sparselong.runtime.recompute import (
         attend_once,
         begin_ahead,
