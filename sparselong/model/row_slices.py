@@ -54,9 +54,6 @@ def slice_rows(model: Any, rows: int, inputs: Inputs, keep_attention: bool = Fal
         inputs: where the layers' inputs are kept until backward.
         keep_attention: whether to keep the output of full attention (`runtime/recompute.py`).
     """
-    # The layers' parameters request gradients. The embeddings need none, which would keep them in
-    # memory.
-    model.disable_input_require_grads()
     model._set_gradient_checkpointing(
         enable=True,
         gradient_checkpointing_func=partial(
@@ -80,6 +77,8 @@ def run_in_slices(
     layer: Any = call.func.__self__  # pyright: ignore[reportFunctionMemberAccess]
     arguments = dict(call.keywords)
     angles = arguments.pop("position_embeddings")
+    if hidden.is_leaf:  # frozen embeddings' output, which PEFT makes require a gradient of no use
+        hidden = hidden.detach()
     contexts = checkpoint_contexts(keep_attention)
     job = _Job(layer, arguments, angles, rows, inputs, contexts, current())
     return _SlicedLayer.apply(job, hidden, *job.parameters)  # pyright: ignore[reportReturnType]
