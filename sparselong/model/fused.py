@@ -46,7 +46,14 @@ class FusedRMSNorm(GptOssRMSNorm):
 
 
 class FusedAttention(GptOssAttention):
-    """Attention whose two rotary embeddings are one kernel."""
+    """Attention whose two rotary embeddings are one kernel.
+
+    Attributes:
+        joined: computes the three projections and the rotation together (`adapters/joined.py`);
+            None: the projections run one by one.
+    """
+
+    joined: Any = None
 
     def forward(
         self,
@@ -69,6 +76,8 @@ class FusedAttention(GptOssAttention):
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return rotated queries and keys, and values, [batch, heads, tokens, head_dim]."""
+        if self.joined is not None and self.joined.is_usable:
+            return self.joined(hidden_states, cos, sin)
         shape = hidden_states.shape[:-1]
         query, key, value = (
             projection(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
