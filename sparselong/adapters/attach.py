@@ -21,6 +21,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 from sparselong.adapters.expert_factors import count_whole, keep_dtypes
 from sparselong.adapters.expert_lora import ExpertLora, RouterLora, add_expert_lora, name_targets
+from sparselong.adapters.joined import join_projections
 from sparselong.adapters.lora import MaskedLoraLinear
 from sparselong.checkpoint import read_header
 from sparselong.errors import StageError
@@ -136,6 +137,7 @@ def add_masked_lora(
     set_seed(seed)
     tuned: Any = get_peft_model(model, config)
     keep_dtypes(tuned)
+    join_projections(tuned)
     name_targets(config, extra.expert_targets, extra.expert_r or 0, extra.router)
     return tuned, config
 

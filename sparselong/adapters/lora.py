@@ -71,14 +71,14 @@ class _MaskedLinear(torch.autograd.Function):
                 weight = made_from.round() if weight is None else weight
                 grad_x = grad @ weight.to(grad.dtype)
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                outer = _sum_outer(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
+                outer = sum_outer(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
                 passed = made_from.gate_(outer)
                 grad_a = made_from.lora_b.float().T @ passed
                 grad_b = passed @ made_from.lora_a.float().T
         return grad_x, grad_a, grad_b, None, None
 
 
-def _sum_outer(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def sum_outer(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return gradᵀ x in fp32: [tokens, out], [tokens, in] → [out, in].
 
     The sum over tokens must not be rounded to bf16. A GPU accumulates bf16 products in fp32; on a

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from sparselong.model.attention import NAME, implementation
     from sparselong.model.description import describe_weights
     from sparselong.model.documents import document_masks
-    from sparselong.model.fused import FusedDecoderLayer, chunk_loss, fuse
+    from sparselong.model.fused import FusedAttention, FusedDecoderLayer, chunk_loss, fuse
     from sparselong.model.loading import load_model
     from sparselong.model.packed_experts import PackedExperts
     from sparselong.model.packed_linear import PackedLinear

@@ -46,7 +46,14 @@ class FusedRMSNorm(GptOssRMSNorm):
 
 
 class FusedAttention(GptOssAttention):
-    """Attention whose two rotary embeddings are one kernel."""
+    """Attention whose two rotary embeddings are one kernel.
+
+    Attributes:
+        joined: computes the three projections and the rotation together (`adapters/joined.py`);
+            None: the projections run one by one.
+    """
+
+    joined: Any = None
 
     def forward(
         self,
@@ -61,18 +68,39 @@ class FusedAttention(GptOssAttention):
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
+        projected = self.project(hidden_states, *position_embeddings)
+        output, weights = self.attend(*projected, attention_mask, past_key_values, **kwargs)
+        return self.o_proj(output.flatten(2)), weights
+
+    def project(
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return rotated queries and keys, and values, [batch, heads, tokens, head_dim]."""
+        if self.joined is not None and self.joined.is_usable:
+            return self.joined(hidden_states, cos, sin)
         shape = hidden_states.shape[:-1]
         query, key, value = (
             projection(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(query, key, *position_embeddings)
+        return *rotate(query, key, cos, sin), value
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return attention's output, [batch, tokens, heads, head_dim], and its weights if any."""
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             str(self.config._attn_implementation), modeling_gpt_oss.eager_attention_forward
         )
-        output, weights = attend(
+        return attend(
             self,
             query,
             key,
@@ -84,7 +112,6 @@ class FusedAttention(GptOssAttention):
             s_aux=self.sinks,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*shape, -1)), weights
 
 
 class FusedDecoderLayer(GptOssDecoderLayer):
@@ -115,10 +142,16 @@ class FusedDecoderLayer(GptOssDecoderLayer):
             position_embeddings=position_embeddings,
             **kwargs,
         )
-        norm = self.post_attention_layernorm
-        normed, total = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
+        normed, total = self.add_norm(attended, hidden_states)
         del attended  # freed before the expert pass
         return total + self.mlp(normed)[0]
+
+    def add_norm(
+        self, attended: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (norm of the sum, the sum) of attention's contribution and the layer's input."""
+        norm = self.post_attention_layernorm
+        return add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {

@@ -7,6 +7,7 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.runtime.device import compute_dtype, default_device
     from sparselong.runtime.last_results import call_once
+    from sparselong.runtime.layer_inputs import DeviceInputs, HostInputs
     from sparselong.runtime.recompute import (
         attend_once,
         begin_ahead,
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
         is_checkpointed,
         is_recomputing,
         keeps_experts,
+        recomputing,
     )
     from sparselong.runtime.settings import (
         Settings,
         current,
+        restoring,
         using,
     )
 

@@ -29,8 +29,8 @@ non-reentrant checkpointing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -94,6 +94,17 @@ def checkpoint_contexts(
     """
     layer = _Layer(keep_attention, keep_experts)
     return _Pass(layer, None), _Pass(layer, 0)
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Mark a block as a recomputation whose backward pass runs through the block's own nodes."""
+    layer, outer = _Layer(False, False), _layer()
+    layer.position, _active.layer = 0, layer
+    try:
+        yield
+    finally:
+        _active.layer = outer
 
 
 def _layer() -> _Layer | None:

@@ -55,6 +55,11 @@ class ExpertExchange(Protocol):
     A model that is opened while the setting applies holds only these experts; its passes need it.
     """
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all processes bring as many rows, so that all can divide them in the same way."""
+        ...
+
     def held(self, experts: int) -> range:
         """Return which of a layer's experts this process holds."""
         ...

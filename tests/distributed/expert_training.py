@@ -27,6 +27,7 @@ from sparselong.config import Config
 from sparselong.finetune import gathering
 from sparselong.kernels.layer import IGNORED
 from sparselong.model import PackedExperts, chunk_loss, load_model
+from sparselong.model.row_slices import slice_rows
 from sparselong.parallel.apply import shard_model, share_batch
 from sparselong.parallel.collectives import all_gather
 from sparselong.parallel.gradients import gradient_norm, reduce_gradients
@@ -34,7 +35,7 @@ from sparselong.parallel.loss import add_losses, count_step, mean_loss
 from sparselong.parallel.mesh import Mesh, build_mesh
 from sparselong.parallel.vocabulary import sharded as vocabulary
 from sparselong.processes import find_world, sharing, world
-from sparselong.runtime import checkpoint_contexts, using
+from sparselong.runtime import HostInputs, checkpoint_contexts, using
 
 Batch = dict[str, torch.Tensor]
 
@@ -59,6 +60,7 @@ class Run:
         saved: folder of the state to begin with, if it exists, and to write at the end.
         dtype: of the experts' adapters.
         broken: piece to disable, one of `PIECES`.
+        rows: tokens that a layer processes at once, with its inputs on the host; None: all.
     """
 
     base: Path
@@ -70,6 +72,7 @@ class Run:
     saved: Path | None = None
     dtype: torch.dtype = torch.float32
     broken: str | None = None
+    rows: int | None = None
 
 
 @dataclass
@@ -161,6 +164,8 @@ def train_on_machines(run: Run, here: int, config: Config) -> tuple[dict[str, li
 def _train(run: Run, mesh: Mesh | None) -> Result:
     with _unrounded_router(), using(**shard_model(mesh)), _as_world(mesh):
         model = open_model(run.base, run.dtype)
+        if run.rows is not None:
+            slice_rows(model.get_base_model(), run.rows, HostInputs(), keep_attention=True)  # pyright: ignore[reportCallIssue]
         with PIECES[run.broken]() if run.broken else nullcontext():
             return _Training(run, model, mesh).go()
 

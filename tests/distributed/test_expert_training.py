@@ -105,6 +105,21 @@ def test_five_steps_match_one_process(pools, alone, processes, context_size, exp
             assert torch.equal(weight, results[0].weights[name]), name
 
 
+@pytest.mark.parametrize(
+    ("processes", "context_size", "expert_size"), [(1, 1, 1), (2, 2, 2), (4, 2, 4), (2, 2, 1)]
+)
+def test_layers_in_slices_of_rows_match(pools, alone, processes, context_size, expert_size):
+    """Also where sequences of different lengths share experts, whose rows are then taken whole."""
+    run, expected = alone[processes // context_size]
+    sliced = replace(run, rows=7)
+    if processes == 1:
+        results = [train_alone(sliced)]
+    else:
+        results = pools[processes].run(train_sharded, sliced, context_size, expert_size)
+    for result in results:
+        assert differences(result, expected) == {}
+
+
 @pytest.mark.parametrize(("context_size", "expert_size"), [(2, 2), (1, 2), (2, 1)])
 def test_two_machines_match_one_process(pools, alone, context_size, expert_size):
     """What shares a sequence or experts is on one machine; only gradients pass between the two."""

@@ -27,6 +27,7 @@ class Case:
     Attributes:
         even_scale: every second row's scale; drawn at random if None.
         exponent: weights and scales are multiplied by 2^exponent.
+        layers: layers of these rows that follow each other.
     """
 
     bits: int
@@ -36,6 +37,7 @@ class Case:
     columns: int = 192
     even_scale: float | None = None
     exponent: int = 0
+    layers: int = 1
 
 
 CASES = [
@@ -49,30 +51,38 @@ CASES = [
     Case(4, True, exponent=-128),  # subnormal scales
     Case(8, True, exponent=-124),
     Case(4, True, exponent=120),
+    Case(4, True, rows=64, layers=2),
+    Case(16, False, rank=20, rows=32, layers=3),
 ]
 
 
 def draw(case: Case, device: str = "cpu") -> MaskedWeight:
     """Draw weights with random patterns; some saturate."""
     generator = torch.Generator().manual_seed(case.bits + case.rank)
-    shape = (case.rows, case.columns)
+    total = case.rows * case.layers
+    shape = (total, case.columns)
     master = torch.randn(shape, generator=generator).to(torch.bfloat16) * 2.0**case.exponent
     patterns = None
     if case.sparse:
-        numbers = torch.randint(6, (case.rows, case.columns // 32, 8), generator=generator)
+        numbers = torch.randint(6, (total, case.columns // 32, 8), generator=generator)
         words = (numbers << torch.arange(0, 24, 3)).sum(-1)
         parts = (words[..., None] >> torch.tensor([0, 8, 16])) & 255
         patterns = parts.to(torch.uint8).flatten(1).to(device)
     scale = None
     if case.bits < 16:
-        scale = 0.1 + torch.rand(case.rows, case.columns // 32, generator=generator) * 0.3
+        scale = 0.1 + torch.rand(total, case.columns // 32, generator=generator) * 0.3
         scale = (scale / (1 if case.bits == 4 else 16)).to(torch.bfloat16).to(device)
         scale *= 2.0**case.exponent
         if case.even_scale is not None:
             scale[::2] = case.even_scale
-    a = torch.randn(case.rank, case.columns, generator=generator).to(device)
-    b = 0.2 * 2.0**case.exponent * torch.randn(case.rows, case.rank, generator=generator)
-    return MaskedWeight(master.to(device), a, b.to(device), 0.5, patterns, scale, case.bits)
+    pairs = []
+    for _ in range(case.layers):
+        a = torch.randn(case.rank, case.columns, generator=generator).to(device)
+        b = 0.2 * 2.0**case.exponent * torch.randn(case.rows, case.rank, generator=generator)
+        pairs.append((a, b.to(device)))
+    first, *more = pairs
+    rest = (0.5, patterns, scale, case.bits, tuple(more))
+    return MaskedWeight(master.to(device), *first, *rest)
 
 
 def compare(case: Case, weight: MaskedWeight) -> dict[str, Any]:

@@ -15,6 +15,7 @@ def masked_weight_reference(
     patterns: torch.Tensor | None,
     scale: torch.Tensor | None,
     bits: int,
+    more: tuple[tuple[torch.Tensor, torch.Tensor], ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weight of the forward pass, and where its gradient passes through.
 
@@ -28,11 +29,13 @@ def masked_weight_reference(
         lora_b: [out, r].
         patterns: uint8 [out, in / 32 * 3]; None keeps everything.
         scale: [out, groups]; None with 16 bits, which only round to bf16.
+        more: A and B of the rows after those of lora_b.
 
     Returns:
         Weight bf16 and mask bool, both [out, in].
     """
-    weight = master.double() + scaling * (lora_b.double() @ lora_a.double())
+    products = [b.double() @ a.double() for a, b in ((lora_a, lora_b), *more)]
+    weight = master.double() + scaling * torch.cat(products)
     kept = torch.ones_like(weight, dtype=torch.bool)
     if patterns is not None:
         kept = kept_reference(patterns)

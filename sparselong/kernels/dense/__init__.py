@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.kernels.dense.masked_weight import MaskedWeight
+    from sparselong.kernels.dense.masked_weight import TILE_ROWS, MaskedWeight
     from sparselong.kernels.dense.masked_weight_torch import sum_weight
     from sparselong.kernels.dense.unpack import unpack_weight
 

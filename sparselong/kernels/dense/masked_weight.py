@@ -25,7 +25,7 @@ from sparselong.kernels.dense import masked_weight_torch as torch_backend
 from sparselong.kernels.launch import launch
 from sparselong.packing import integer
 
-ROWS, BLOCKS, WARPS = 32, 4, 4
+TILE_ROWS, BLOCKS, WARPS = 32, 4, 4
 # 4-bit masks of the six patterns (packing/two_four.py), the first in the lowest bits.
 PATTERN_MASKS = tl.constexpr(0xCA6953)
 NEAREST_EVEN = tl.constexpr(12582912.0)
@@ -49,6 +49,8 @@ class MaskedWeight:
         scale: bf16 [out, in/group], non-negative, for groups of 32, 64, ... inputs; None with 16
             bits.
         bits: 4, 8 or 16 (16: rounded to bf16 only).
+        more: A and B of further rows, where up to three layers follow each other in `master`:
+            `lora_b` then has the first one's. On a GPU each has a multiple of TILE_ROWS rows.
     """
 
     master: torch.Tensor
@@ -58,6 +60,12 @@ class MaskedWeight:
     patterns: torch.Tensor | None
     scale: torch.Tensor | None
     bits: int
+    more: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+
+    @property
+    def pairs(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """A and B of each layer."""
+        return (self.lora_a, self.lora_b), *self.more
 
     def round(self) -> torch.Tensor:
         """Return the weight that the forward pass multiplies by, bf16 [out, in]."""
@@ -86,21 +94,24 @@ class MaskedWeight:
     def _launch(self, result: torch.Tensor, gate: bool) -> None:
         rows, columns = self.master.shape
         lowest, highest = (0, 0) if self.scale is None else integer.code_range(self.bits)
-        grid = (-(-columns // (32 * BLOCKS)), -(-rows // ROWS))
-        rank = self.lora_a.shape[0]
+        grid = (-(-columns // (32 * BLOCKS)), -(-rows // TILE_ROWS))
+        rank, pairs = self.lora_a.shape[0], (*self.pairs, *self.pairs[-1:] * 2)[:3]
+        first = self.lora_b.shape[0]
+        second = first + pairs[1][1].shape[0]  # not reached where there are no more layers
         with torch.cuda.device_of(result):
             launch(
                 masked_weight_kernel,
                 grid,
-                *(result, self.master, self.lora_a, self.lora_b),
+                *(result, self.master, *(factor for pair in pairs for factor in pair)),
                 self.master if self.patterns is None else self.patterns,
                 self.master if self.scale is None else self.scale,
-                *(self.scaling, rows, columns, rank, float(lowest), float(highest)),
+                *(self.scaling, rows, columns, rank, first, second),
+                *(float(lowest), float(highest)),
                 GROUP=1 if self.scale is None else columns // self.scale.shape[1],
                 HAS_MASK=self.patterns is not None,
                 HAS_SCALE=self.scale is not None,
                 GATE=gate,
-                ROWS=ROWS,
+                ROWS=TILE_ROWS,
                 BLOCKS=BLOCKS,
                 num_warps=WARPS,
             )
@@ -108,17 +119,24 @@ class MaskedWeight:
 
 @triton.jit
 def masked_weight_kernel(
-    result_ptr, master_ptr, a_ptr, b_ptr, patterns_ptr, scale_ptr,
-    scaling, rows, columns, rank, lowest, highest,
+    result_ptr, master_ptr, a_ptr, b_ptr, a2_ptr, b2_ptr, a3_ptr, b3_ptr, patterns_ptr, scale_ptr,
+    scaling, rows, columns, rank, first_rows, second_rows, lowest, highest,
     GROUP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SCALE: tl.constexpr, GATE: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of the rounded weight or, with GATE, scale or zero one tile of a gradient.
 
     Columns are blocks of 32. A block has one scale, and three bytes with eight patterns, the first
-    in the lowest bits.
+    in the lowest bits. Rows from `first_rows` on take the second A and B, from `second_rows` on the
+    third; a tile has rows of one of them.
     """
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1) * ROWS
+    row = start + tl.arange(0, ROWS)
+    before = 0  # rows that belong to other factors
+    if start >= second_rows:
+        a_ptr, b_ptr, before = a3_ptr, b3_ptr, second_rows
+    elif start >= first_rows:
+        a_ptr, b_ptr, before = a2_ptr, b2_ptr, first_rows
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     lane = tl.arange(0, 32)
     column = block[:, None] * 32 + lane[None, :]
@@ -130,7 +148,8 @@ def masked_weight_kernel(
     for first in range(0, rank, 16):
         r = first + tl.arange(0, 16)
         by_row = row_inside[:, None] & (r < rank)[None, :]
-        b = tl.load(b_ptr + row[:, None] * rank + r[None, :], mask=by_row, other=0.0)
+        b_at = b_ptr + (row - before)[:, None] * rank + r[None, :]
+        b = tl.load(b_at, mask=by_row, other=0.0)
         by_column = (r < rank)[:, None] & (flat < columns)[None, :]
         a = tl.load(a_ptr + r[:, None] * columns + flat[None, :], mask=by_column, other=0.0)
         change = tl.dot(b, a, change, input_precision="ieee")

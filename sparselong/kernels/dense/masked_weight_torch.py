@@ -6,13 +6,26 @@ import torch
 
 from sparselong.packing import integer, two_four
 
+Pairs = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+"""A and B of further rows, as in `MaskedWeight`."""
+
 
 def sum_weight(
-    master: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float
+    master: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    more: Pairs = (),
 ) -> torch.Tensor:
     """Return M + s·B·A, fp32 [out, in], from master [out, in], lora_a [r, in], lora_b [out, r]."""
+    pairs = ((lora_a, lora_b), *more)
+    parts = master.float().split([b.shape[0] for _, b in pairs])
     with torch.autocast(master.device.type, enabled=False):
-        return torch.addmm(master.float(), lora_b.float(), lora_a.float(), alpha=scaling)
+        sums = [
+            torch.addmm(part, b.float(), a.float(), alpha=scaling)
+            for part, (a, b) in zip(parts, pairs, strict=True)
+        ]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
 def round_weight(
@@ -23,9 +36,10 @@ def round_weight(
     patterns: torch.Tensor | None,
     scale: torch.Tensor | None,
     bits: int,
+    more: Pairs = (),
 ) -> torch.Tensor:
     """Return the pruned and rounded sum, bf16 [out, in]; arguments as in `MaskedWeight`."""
-    weight = sum_weight(master, lora_a, lora_b, scaling)
+    weight = sum_weight(master, lora_a, lora_b, scaling, more)
     if patterns is not None:
         weight = torch.where(two_four.unpack_mask(patterns), weight, 0.0)
     if scale is None:
@@ -41,6 +55,7 @@ def passes(
     patterns: torch.Tensor | None,
     scale: torch.Tensor | None,
     bits: int,
+    more: Pairs = (),
 ) -> torch.Tensor:
     """Return bool [out, in]: whether the mask keeps a weight and its code is not clamped."""
     inside = torch.ones(master.shape, dtype=torch.bool, device=master.device)
@@ -48,7 +63,7 @@ def passes(
         inside &= two_four.unpack_mask(patterns)
     if scale is not None:
         lowest, highest = integer.code_range(bits)
-        weight = sum_weight(master, lora_a, lora_b, scaling)
+        weight = sum_weight(master, lora_a, lora_b, scaling, more)
         step = scale.float().unsqueeze(-1)
         ratio = torch.where(step == 0, 0.0, weight.reshape(*scale.shape, -1) / step)
         codes = torch.round(ratio).reshape(master.shape)

@@ -119,7 +119,7 @@ def differentiate_held(
         gradients: the gradient of a routing weight is zero where the expert is not held; the sums
             of adapters are accumulated into, and have the factors' order and shapes.
         experts: as in `run_held`.
-        rows: what `run_held` returned for this call.
+        rows: what `run_held` returned for this call; None: sort again.
 
     Raises:
         ValueError: As for `run_held`, or the gradient of a bias is asked for.
@@ -142,7 +142,7 @@ def differentiate_held(
     if gradients.weights is not None:
         gradients.weights.zero_()  # each window then writes those of its own routed tokens
     with torch.cuda.device_of(dout):
-        assert rows is not None  # the backend sorts
+        rows = rows or triton_launch.sort_held(call, operands, held, experts, WINDOW_ROWS)
         for routing in rows.windows():
             gate_up, _ = triton_launch.run_gate_up(x, indices, operands, routing)
             saved = triton_launch.SavedForward(gate_up, routing, indices, weights, x)

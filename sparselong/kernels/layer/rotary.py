@@ -85,6 +85,31 @@ def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
         raise ValueError(f"q: {q.dtype}; allowed on a GPU: {', '.join(map(str, DTYPES))}")
 
 
+def rotate_back(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+) -> None:
+    """Write the gradients before the rotation to q_out and k_out, which have dq's and dk's shapes.
+
+    Args:
+        dq: gradient of the rotated queries, as q in `rotate`.
+        dk: gradient of the rotated keys.
+        cos: as in `rotate`.
+        sin: as in `rotate`.
+        q_out: dq's shape, last axis contiguous.
+        k_out: dk's shape, last axis contiguous.
+    """
+    if dq.is_cuda:
+        _launch(dq, dk, cos, sin, back=True, into=(q_out, k_out))
+        return
+    for place, gradient in zip((q_out, k_out), rotate_torch(dq, dk, cos, -sin), strict=True):
+        place.copy_(gradient)
+
+
 class RotateFunction(torch.autograd.Function):
     """Autograd function of `rotate`; the backward pass rotates back. Triton only."""
 
@@ -103,7 +128,13 @@ class RotateFunction(torch.autograd.Function):
 
 
 def _launch(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    back: bool,
+    into: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k = with_unit_stride(q, k)
     batch, heads, tokens, dim = q.shape
@@ -112,9 +143,9 @@ def _launch(
         t.expand(batch, -1, -1).contiguous() if t.stride(-1) != 1 else t for t in (cos, sin)
     )
     cos, sin = (t.expand(batch, -1, -1) for t in (cos, sin))
-    rotated = [_empty_token_major(t) for t in (q, k)]
+    rotated = into or (_empty_token_major(q), _empty_token_major(k))
     if q.numel() == 0:
-        return rotated[0], rotated[1]
+        return rotated
     groups = -(-heads // HEADS), -(-k.shape[1] // HEADS)
     grid = (-(-tokens // TOKENS), sum(groups), batch)
     half = dim // 2
@@ -131,7 +162,7 @@ def _launch(
             HEADS=HEADS,
             BLOCK=1 << (half - 1).bit_length(),
         )
-    return rotated[0], rotated[1]
+    return rotated
 
 
 def _empty_token_major(x: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,11 @@ class ShardedExperts:
     replicated: bool = False
     chunk_rows: int = CHUNK_ROWS
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all processes bring as many rows, so that all can divide them in the same way."""
+        return self.rows is None
+
     def held(self, experts: int) -> range:
         """Return which of a layer's experts this process holds.
 

@@ -103,7 +103,7 @@ class Routing(NamedTuple):
     Attributes:
         indices: int32, -1 in padding.
         weights: floating.
-        sorted: of each chunk that ran, what `run_held` returned.
+        sorted: of each chunk, what `run_held` returned; None: it has not run.
     """
 
     indices: torch.Tensor
@@ -124,9 +124,11 @@ def run_sharded(call: ExpertCall, job: Job) -> torch.Tensor:
 class _ShardedPass(torch.autograd.Function):
     """A layer's experts over the rows of all processes of the group, with gradients.
 
-    Saved for the backward pass: x. Weights and adapters are referenced, not saved: the optimizer
-    changes them only after a step's backward passes. `factors` repeats the adapters' tensors,
-    because autograd tracks only tensors passed as separate arguments.
+    Saved for the backward pass: x and the routing. A checkpointed layer's recomputation does not
+    gather the routing again, unless backward runs through the recomputation's own node. Weights and
+    adapters are referenced, not saved: the optimizer changes them only after a step's backward
+    passes. `factors` repeats the adapters' tensors, because autograd tracks only tensors passed as
+    separate arguments.
     """
 
     @staticmethod
@@ -138,9 +140,9 @@ class _ShardedPass(torch.autograd.Function):
         weights: torch.Tensor,
         *factors: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.job = job
-        ctx.save_for_backward(x)
-        if is_recomputing():  # backward runs through the forward pass's node, which has the routing
+        ctx.job, ctx.routing = job, None
+        ctx.save_for_backward(x, indices, weights)
+        if is_recomputing():
             return torch.full_like(x, math.nan)  # unused; NaN would reveal any use
         out, ctx.routing = run_forward(ExpertCall(x, indices, weights), job)
         return out
@@ -150,9 +152,10 @@ class _ShardedPass(torch.autograd.Function):
         job, needs = ctx.job, ctx.needs_input_grad
         padded = job.pad(dout)
         arriving = _arriving(padded, job, "expert gradients")
-        (x,) = ctx.saved_tensors  # a checkpointed layer is recomputed here
+        call = ExpertCall(*ctx.saved_tensors)  # a checkpointed layer is recomputed here
+        routing = ctx.routing or _gather_routing(call, job)
         sums = job.operands.adapters.make_sums()
-        dx, dweights = _run_backward(x, arriving, ctx.routing, job, sums)
+        dx, dweights = _run_backward(call.x, arriving, routing, job, sums)
         factors = [
             None if total is None else total.to(factor.dtype)
             for total, factor in zip(sums.factors, job.operands.adapters.factors, strict=True)
@@ -166,11 +169,12 @@ def run_forward(call: ExpertCall, job: Job) -> tuple[torch.Tensor, Routing]:
     out = torch.empty_like(x)
     home: list[tuple[slice, Pending]] = []
     operands = None
-    for chunk, whole in _arriving(x, job, "expert rows"):
+    for number, (chunk, whole) in enumerate(_arriving(x, job, "expert rows")):
         part = routing.call(whole, chunk)
         operands = operands or job.operands_for(part)
         share = torch.empty_like(part.x)
-        routing.sorted.append(run_held(part, operands, job.held, share, experts=job.experts))
+        order = run_held(part, operands, job.held, share, experts=job.experts)
+        routing.sorted[number] = order
         home.append((chunk, _send_home(share, job, "expert sums")))
         if len(home) > 1:
             _add(*home.pop(0), out, job)
@@ -242,7 +246,7 @@ def _gather_routing(call: ExpertCall, job: Job) -> Routing:
     received = start_all_gather(sent, job.group, "expert routing").wait()
     widths = [part.shape[1] for part in parts]
     both = [part.clone(memory_format=torch.contiguous_format) for part in received.split(widths, 2)]
-    return Routing(both[0].view(torch.int32), both[1].view(weights.dtype), [])
+    return Routing(both[0].view(torch.int32), both[1].view(weights.dtype), [None] * len(job.chunks))
 
 
 def _send_home(shares: torch.Tensor, job: Job, tag: str) -> Pending:

@@ -17,7 +17,7 @@ from tests.references.masked_weight import masked_weight_reference
 def test_kernel_matches_the_definition():
     """fp32 instead of fp64 sums may change one code in a thousand."""
     rows = run_interpreted("masked_weight_interpreted")
-    assert len(rows) == 14
+    assert len(rows) == len(CASES)
     for row in rows:
         assert row["weight"] <= 2e-3 and row["gate"] <= 2e-3, row
         assert 0.2 < row["passing"] <= 1.0, row
@@ -50,11 +50,16 @@ def test_the_definition_by_hand():
 
 @pytest.mark.parametrize("gate", [False, True])
 def test_kernel_fits_a_3090(gate):
-    types = {"result_ptr": "*fp32" if gate else "*bf16", "master_ptr": "*bf16", "a_ptr": "*fp32"}
-    types |= {"b_ptr": "*fp32", "patterns_ptr": "*u8", "scale_ptr": "*bf16"}
+    types = {
+        "result_ptr": "*fp32" if gate else "*bf16",
+        "master_ptr": "*bf16",
+        "scale_ptr": "*bf16",
+    }
+    types |= dict.fromkeys((f"{n}_ptr" for n in ("a", "b", "a2", "b2", "a3", "b3")), "*fp32")
+    types["patterns_ptr"] = "*u8"
     types |= dict.fromkeys(("scaling", "lowest", "highest"), "fp32")
     constants = {"GROUP": 64, "HAS_MASK": True, "HAS_SCALE": True, "GATE": gate}
-    constants |= {"ROWS": masked_weight.ROWS, "BLOCKS": masked_weight.BLOCKS}
+    constants |= {"ROWS": masked_weight.TILE_ROWS, "BLOCKS": masked_weight.BLOCKS}
     names = masked_weight.masked_weight_kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     source = ASTSource(masked_weight.masked_weight_kernel, signature, constants)

@@ -1,0 +1,248 @@
+"""A checkpointed layer that computes its rows in slices, for long sequences.
+
+What a decoder layer needs beside attention (norms, projections, router, experts, their backward
+passes) is computed for some rows of the sequence at a time, so its working memory does not grow
+with the length. Attention needs all keys, and gets queries, keys and values of the whole sequence:
+
+    forward     slices of h → q, k, v;  attention;  slices of (attention's output, h) → output
+    backward    slices of h → q, k, v;  attention again;
+                slices of (attention's output, h), again and backward → their gradients;
+                attention backward;  slices of h, again and backward → h's gradient
+
+Of a layer only its input is kept until backward (`runtime/layer_inputs.py`), as with torch's
+checkpoints; results equal these up to the order in which weights' gradients are summed over rows.
+`slice_rows` replaces a model's checkpoint function:
+
+    slice_rows(model, rows=16384, inputs=HostInputs())
+
+Source: checkpointing is Chen et al.'s (2016, arXiv:1604.06174); slices of a sequence are those of
+tiled MLPs (ALST, Bekman et al. 2025, arXiv:2506.13996). The code is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparselong.kernels.experts import slices
+from sparselong.model.fused import FusedDecoderLayer
+from sparselong.runtime import (
+    DeviceInputs,
+    HostInputs,
+    Settings,
+    checkpoint_contexts,
+    current,
+    recomputing,
+    restoring,
+)
+
+Inputs = DeviceInputs | HostInputs
+
+
+def slice_rows(model: Any, rows: int, inputs: Inputs, keep_attention: bool = False) -> None:
+    """Make a gpt-oss model's checkpointed layers compute at most `rows` rows at a time.
+
+    Args:
+        model: a model of transformers whose layers are fused (`fuse`).
+        rows: most tokens of a sequence per slice.
+        inputs: where the layers' inputs are kept until backward.
+        keep_attention: whether to keep the output of full attention (`runtime/recompute.py`).
+    """
+    model._set_gradient_checkpointing(
+        enable=True,
+        gradient_checkpointing_func=partial(
+            run_in_slices, rows=rows, inputs=inputs, keep_attention=keep_attention
+        ),
+    )
+
+
+def run_in_slices(
+    call: partial, hidden: torch.Tensor, *, rows: int, inputs: Inputs, keep_attention: bool
+) -> torch.Tensor:
+    """Run a layer; the checkpoint function of transformers' layers.
+
+    Args:
+        call: the layer's bound `__call__` with its arguments by name.
+        hidden: [batch, tokens, hidden], the layer's input.
+        rows: most tokens per slice.
+        inputs: where the input is kept.
+        keep_attention: whether to keep the output of full attention.
+    """
+    layer: Any = call.func.__self__  # pyright: ignore[reportFunctionMemberAccess]
+    arguments = dict(call.keywords)
+    angles = arguments.pop("position_embeddings")
+    if hidden.is_leaf:  # frozen embeddings' output, which PEFT makes require a gradient of no use
+        hidden = hidden.detach()
+    contexts = checkpoint_contexts(keep_attention)
+    job = _Job(layer, arguments, angles, rows, inputs, contexts, current())
+    return _SlicedLayer.apply(job, hidden, *job.parameters)  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One pass of one layer.
+
+    Attributes:
+        layer: the layer.
+        arguments: arguments of its attention, by name.
+        angles: cos and sin, [batch or 1, tokens, head_dim / 2].
+        rows: most tokens per slice.
+        inputs: where the layer's input is kept.
+        contexts: of attention in the forward pass and in its recomputation.
+        settings: of the forward pass; they apply to backward too, in whatever thread it runs.
+    """
+
+    layer: FusedDecoderLayer
+    arguments: dict[str, Any]
+    angles: tuple[torch.Tensor, torch.Tensor]
+    rows: int
+    inputs: Inputs
+    contexts: tuple[AbstractContextManager[None], AbstractContextManager[None]]
+    settings: Settings
+
+    @property
+    def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+        """The trained parameters before, in and after attention."""
+        attention: Any = self.layer.self_attn
+        before = (self.layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+        after = (attention.o_proj, self.layer.post_attention_layernorm, self.layer.mlp)
+        sinks = [attention.sinks] if attention.sinks.requires_grad else []
+        return _trained(before), sinks, _trained(after)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All trained parameters, in the order of `parts`."""
+        return [parameter for part in self.parts for parameter in part]
+
+    def slices(self, hidden: torch.Tensor) -> list[slice]:
+        """Return the slices of the tokens.
+
+        A slice's experts may be an exchange, in which every process must take part: processes with
+        different numbers of rows take them whole.
+        """
+        experts = self.settings.experts
+        is_even = experts is None or experts.is_even
+        return slices(hidden.shape[1], self.rows if is_even else hidden.shape[1])
+
+    def project(self, hidden: torch.Tensor, part: slice) -> tuple[torch.Tensor, ...]:
+        """Return rotated queries and keys, and values, [batch, heads, tokens, head_dim]."""
+        cos, sin = (angle[:, part] for angle in self.angles)
+        attention: Any = self.layer.self_attn
+        return attention.project(self.layer.input_layernorm(hidden), cos, sin)
+
+    def project_all(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """Return queries, keys and values of all tokens, without gradients."""
+        whole: list[torch.Tensor] = []
+        for part in self.slices(hidden):
+            made = self.project(hidden[:, part], part)
+            if not whole:
+                whole = [_empty_token_major(one, hidden.shape[1]) for one in made]
+            for one, place in zip(made, whole, strict=True):
+                place[:, :, part] = one
+        return whole
+
+    def attend(self, projected: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return attention's output, [batch, tokens, heads * head_dim]."""
+        attention: Any = self.layer.self_attn
+        return attention.attend(*projected, **self.arguments)[0].flatten(2)
+
+    def finish(self, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for some rows of attention's output and of its input."""
+        normed, total = self.layer.add_norm(self.layer.self_attn.o_proj(attended), hidden)
+        return total + self.layer.mlp(normed)[0]
+
+
+class _SlicedLayer(torch.autograd.Function):
+    """A layer in slices. The parameters are inputs so that autograd asks for their gradients."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, job: _Job, hidden: torch.Tensor, *parameters: nn.Parameter
+    ) -> torch.Tensor:
+        projected = job.project_all(hidden)
+        with job.contexts[0], torch.enable_grad():  # the backend is chosen as it is in backward
+            attended = job.attend(projected)
+        del projected
+        out = job.inputs.output(hidden)
+        for part in job.slices(hidden):
+            out[:, part] = job.finish(attended[:, part], hidden[:, part])
+        ctx.job, ctx.kept = job, job.inputs.save(hidden, _index(job.layer) == 0)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        job: _Job = ctx.job
+        with restoring(job.settings):
+            hidden = job.inputs.take(ctx.kept)
+            del ctx.kept
+            dhidden, gradients = _differentiate(job, hidden, dout)
+        return None, dhidden, *gradients
+
+
+def _differentiate(
+    job: _Job, hidden: torch.Tensor, dout: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Return the gradients of the layer's input and of its trained parameters."""
+    before, sinks, after = (_Sums(parameters) for parameters in job.parts)
+    projected = [one.requires_grad_() for one in job.project_all(hidden)]
+    with job.contexts[1], torch.enable_grad():
+        attended = job.attend(projected)
+    dattended, dhidden = torch.empty_like(attended), torch.empty_like(hidden)
+    for part in job.slices(hidden):
+        leaves = [whole[:, part].detach().requires_grad_() for whole in (attended, hidden)]
+        with recomputing(), torch.enable_grad():
+            made = job.finish(*leaves)
+        dattended[:, part], dhidden[:, part] = after.add([made], leaves, [dout[:, part]])
+        del made, leaves
+    dprojected = sinks.add([attended], projected, [dattended])
+    del attended, dattended, projected
+    for part in job.slices(hidden):
+        leaf = hidden[:, part].detach().requires_grad_()
+        with recomputing(), torch.enable_grad():
+            made = job.project(leaf, part)
+        (more,) = before.add(list(made), [leaf], [one[:, :, part] for one in dprojected])
+        dhidden[:, part] += more
+    return dhidden, before.totals + sinks.totals + after.totals
+
+
+class _Sums:
+    """Sums of parameters' gradients over slices.
+
+    Attributes:
+        totals: a sum for each parameter, in its dtype; None: no slice depends on it.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+        self.totals: list[torch.Tensor | None] = [None] * len(parameters)
+
+    def add(
+        self, outputs: list[torch.Tensor], leaves: list[torch.Tensor], given: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Differentiate the outputs; add the parameters' gradients and return the leaves'."""
+        wanted = [*leaves, *self.parameters]
+        found = torch.autograd.grad(outputs, wanted, given, allow_unused=True)
+        for n, gradient in enumerate(found[len(leaves) :]):
+            total = self.totals[n]
+            if gradient is not None:
+                self.totals[n] = gradient if total is None else total.add_(gradient)
+        return list(found[: len(leaves)])
+
+
+def _trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
+def _empty_token_major(like: torch.Tensor, tokens: int) -> torch.Tensor:
+    batch, heads, _, dim = like.shape
+    return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def _index(layer: Any) -> int:
+    return layer.self_attn.layer_idx
