@@ -3,8 +3,8 @@
 base_config.py reads a base's config.json, shape.py holds the model's sizes, storage.py the size of
 the weights (exact), training.py the peak memory of fine-tuning by component, exchange.py what
 sharing experts and vocabulary adds to it, stages.py the memory of the other stages, fit.py what
-fits on a GPU, what is shared and what to change, timing.py a roofline model. plan.py
-combines them and table.py prints them.
+fits on a GPU, what is shared and what to change, evaluated.py that choice for stage 04, timing.py a
+roofline model. plan.py combines them and table.py prints them.
 """
 
 from typing import TYPE_CHECKING

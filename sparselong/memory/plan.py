@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparselong.config import Config
-from sparselong.memory import fit, stages, storage, timing, training
+from sparselong.memory import evaluated, fit, stages, storage, timing, training
 from sparselong.memory.labels import label
 from sparselong.memory.limits import check_experts
 from sparselong.memory.shape import ModelShape, find_shape
@@ -212,10 +212,7 @@ class _Shared(NamedTuple):
 def _choose(shape: ModelShape, config: Config, card_bytes: int, device: Device) -> _Shared:
     """Plan stage 03 replicated and sharded for the fewest processes that the config needs."""
     check_experts(config, shape)
-    processes, asked = fit.planned_processes(config), config.expert_parallel_degree
-    most = fit.most_expert_parallel(shape, config, processes)
-    if asked != "auto" and asked > 1:
-        most = asked
+    processes, most = fit.planned_processes(config), evaluated.most_planned(shape, config)
     replicated = fit.decided_memory(shape, config, card_bytes, device)
     # Replicated experts do not change how many processes there are.
     replicated = replace(replicated, devices=processes)
@@ -223,18 +220,7 @@ def _choose(shape: ModelShape, config: Config, card_bytes: int, device: Device) 
     if most > 1:
         sharded = fit.decided_memory(shape, config, card_bytes, device, expert_parallel=most)
     chosen = fit.decide_expert_parallel(shape, config, processes, card_bytes, device)
-    if asked != "auto":
-        reason = f"expert_parallel_degree: {asked}"
-    elif processes == 1:
-        reason = "auto: one process holds them all"
-    elif config.training.keep_experts == "always":
-        reason = "auto: training.keep_experts: always needs all of them on each GPU"
-    elif most == 1:
-        reason = f"auto: {processes} processes cannot share {shape.experts} experts"
-    else:
-        outcome = "fits" if chosen == 1 else "does not fit with a margin"
-        peak, card = format_bytes(replicated.peak_bytes), format_bytes(card_bytes)
-        reason = f"auto: replicated, {peak} of {card}, {outcome}"
+    reason = evaluated.give_reason(shape, config, chosen, replicated.peak_bytes, card_bytes)
     evaluation = fit.decide_evaluation_parallel(shape, config, processes, card_bytes, device)
     return _Shared(replicated, sharded, chosen, reason, evaluation)
 
@@ -271,6 +257,9 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
     made = make_plan(config)
     components, peak = made.stage_memory("03_finetune" if name == "01_health" else name)
     reads, writes = _files(config, run_dir, name, made)
+    both = made.both() if name in _SHOWS_TRAINING else {}
+    if name == "04_eval":
+        both = _plan_evaluation(config, made).to_dict()
     return {
         "stage": name,
         "status": "plan",
@@ -281,7 +270,7 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
         "bytes_per_gpu": label(components),
         "peak_bytes_per_gpu": peak,
         "changes_to_fit": made.changes if name in _SHOWS_TRAINING else [],
-        **(made.both() if name in _SHOWS_TRAINING else {}),
+        **both,
         "estimated_seconds": round(made.seconds[name]),
         "notes": _notes(config, name, made),
         "config": config.model_dump(mode="json"),
@@ -330,14 +319,22 @@ def _memory_notes(made: Plan) -> list[str]:
         notes.append("The outputs of full attention are kept and not recomputed.")
     if made.memory.components.get("kept_experts"):
         notes.append("The experts' gate_up outputs are kept and not recomputed.")
-    short = made.memory.peak_bytes - made.card_bytes
-    if made.device == "cuda" and short > 0:
-        remedies = fit.add_last_resort(made.changes)
-        notes.append(
-            f"It does not fit a card with {format_bytes(made.card_bytes)} of usable memory: "
-            f"{format_bytes(short)} short; {'; '.join(remedies)}."
-        )
-    return notes
+    return notes + _missing(made, made.memory.peak_bytes, fit.add_last_resort(made.changes))
+
+
+def _plan_evaluation(config: Config, made: Plan) -> evaluated.Evaluation:
+    return evaluated.plan_evaluation(made.shape, config, made.card_bytes, made.device)
+
+
+def _missing(made: Plan, peak_bytes: int, remedies: list[str]) -> list[str]:
+    """Return how much memory a stage lacks, and what would help; nothing if it fits."""
+    short = peak_bytes - made.card_bytes
+    if made.device == "cpu" or short <= 0:
+        return []
+    return [
+        f"It does not fit a card with {format_bytes(made.card_bytes)} of usable memory: "
+        f"{format_bytes(short)} short; {'; '.join(remedies)}."
+    ]
 
 
 def _notes(config: Config, name: str, made: Plan) -> list[str]:
@@ -356,10 +353,9 @@ def _notes(config: Config, name: str, made: Plan) -> list[str]:
                 f"Experts have adapters: all {format_bytes(made.compressed['experts'])} of them "
                 "are written as new files, not as links."
             )
-    if name == "04_eval" and made.evaluation_parallel > 1:
-        notes.append(
-            f"{made.evaluation_parallel} processes share one copy of experts and vocabulary."
-        )
+    if name == "04_eval":
+        remedies = _plan_evaluation(config, made).remedies(made.card_bytes)
+        notes += _missing(made, made.stage_memory(name)[1], remedies)
     model = {"02_compress": "compressed_model", "03_finetune": "finetuned_model"}.get(name)
     if model is not None and made.linkable[model]:
         notes.append(

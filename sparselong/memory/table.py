@@ -39,8 +39,8 @@ def format_table(title: str, rows: dict[str, str]) -> list[str]:
 def memory_lines(document: dict[str, Any]) -> list[str]:
     """Return the lines of the memory table of a plan document (plan_stage or Plan.to_dict).
 
-    A document of stage 03 with several processes has a column each for replicated and for shared
-    experts and vocabulary, and a line that says which was chosen.
+    A document of stage 03 or 04 with several processes has a column each for replicated and for
+    shared experts and vocabulary, and a line that says which was chosen.
     """
     title = "Memory on each GPU" if document["device"] == "cuda" else "Host memory"
     if document.get("sharded_bytes_per_gpu"):
@@ -52,7 +52,7 @@ def memory_lines(document: dict[str, Any]) -> list[str]:
 
 
 def _two_columns(title: str, document: dict[str, Any]) -> list[str]:
-    """Return the table of stage 03's memory, replicated and sharded, and the choice."""
+    """Return the table of a stage's memory, replicated and sharded, and the choice."""
     left, right = document["replicated_bytes_per_gpu"], document["sharded_bytes_per_gpu"]
     names = [name for name in left | right if left.get(name) or right.get(name)]
     pairs = {name: (left.get(name, 0), right.get(name, 0)) for name in names}
