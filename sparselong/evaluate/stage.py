@@ -9,9 +9,10 @@ import torch
 from sparselong.data import conversations, encode_files, select_usable
 from sparselong.evaluate import contamination, harness, models, perplexity, report, together
 from sparselong.evaluate.inputs import check_base
+from sparselong.evaluate.work import MEMORY_FIX
 from sparselong.files import write_atomically
 from sparselong.model import load_tokenizer
-from sparselong.processes import decide_evaluation_sharing, evaluation_world
+from sparselong.processes import decide_evaluation_sharing, evaluation_world, telling_memory
 from sparselong.run import Stage
 from sparselong.tiny import resolve_base
 
@@ -48,10 +49,10 @@ def evaluate(stage: Stage) -> None:
         results = together.measure(stage, world, marks, measurements)
     else:
         decide_evaluation_sharing(stage.config)  # refuses what cannot fit before it is loaded
-        results = {
-            name: models.measure(name, path, mark, measurements, stage.dir, stage.log)
-            for name, path, mark in marks
-        }
+        results = {}
+        for name, path, mark in marks:
+            with telling_memory(f"while {name} was measured", MEMORY_FIX):
+                results[name] = models.measure(name, path, mark, measurements, stage.dir, stage.log)
     for result in results.values():
         for device, peak_bytes in result["peak_bytes"].items():
             stage.peak_bytes[device] = max(peak_bytes, stage.peak_bytes.get(device, 0))

@@ -64,7 +64,7 @@ _decided: Sharing | None = None
 
 
 def decided_sharing() -> Sharing | None:
-    """Return this process's decision, None before `decide_sharing`."""
+    """Return this process's last decision, for stage 03 or 04; None before the first."""
     return _decided
 
 
@@ -108,14 +108,21 @@ def decide_evaluation_sharing(config: Config) -> int:
         StageError: the largest model cannot fit on the GPUs, or ranks that would share experts run
             on different machines.
     """
+    global _decided
     on_gpu, asked = torch.cuda.is_available(), config.expert_parallel_degree
     places = ranks.collect((*_place(), available_bytes() if on_gpu else None))
-    if not on_gpu:
+    budget = min(free for *_, free in places) if on_gpu else None
+    if budget is None:
         chosen = 1 if asked == "auto" else asked
     else:
         here = math.gcd(*(count for _, count, _ in places))
-        chosen = _fit_evaluation(config, here, min(free for *_, free in places))
+        chosen = _fit_evaluation(config, here, budget)
     _check_machines([first for first, *_ in places], chosen)
+    shape, device = find_shape(config.model), "cuda" if on_gpu else "cpu"
+    replicated, predicted = (
+        sum(evaluation_memory(shape, config, device, degree).values()) for degree in (1, chosen)
+    )
+    _decided = Sharing(asked, chosen, replicated, predicted, budget)
     return chosen
 
 
@@ -163,7 +170,7 @@ def _check_machines(firsts: list[int], chosen: int) -> None:
         group = firsts[start : start + chosen]
         if len(group) < chosen or len(set(group)) > 1:
             raise StageError(
-                f"ranks {start} to {start + len(group) - 1} would share experts",
+                f"ranks {start} to {start + len(group) - 1} cannot share experts",
                 f"groups of {chosen} consecutive ranks, each on one machine",
                 f"{len(firsts)} ranks, whose machines begin at ranks "
                 f"{', '.join(map(str, sorted(set(firsts))))}",
