@@ -185,31 +185,11 @@ def share_model(directory: Path | str, lead: Callable[[Any], Result]) -> Result 
             processes, these are on several machines or have shared a model before, the checkpoint
             is damaged, or a step failed.
     """
-    rank, directory = joined_rank(), Path(directory)
-    if ranks.was_joined():
-        raise StageError(
-            "a second model cannot be shared by the same processes",
-            "one call of share_model, after which torchrun's processes no longer know each other",
-            f"another call, for {directory}",
-            "do all requests in one call, or start the processes again for the other model",
-        )
-    if not directory.is_dir():
-        raise StageError(
-            f"{directory} cannot be shared",
-            "a directory with a checkpoint",
-            why_unusable(directory, "directory"),
-            "correct it; download a model of the hub first, and pass the directory",
-        )
-    if rank is None:
+    directory = Path(directory)
+    _check_call(directory)
+    if joined_rank() is None:
         return lead(load_model(directory, attn_implementation=NAME))
-    if not is_one_machine():
-        raise StageError(
-            "a model cannot be shared by processes on several machines",
-            "processes on one machine, which exchange in every layer",
-            "LOCAL_WORLD_SIZE is less than WORLD_SIZE",
-            "torchrun --standalone --nproc_per_node=N ...",
-        )
-    _check_split(directory, int(os.environ["WORLD_SIZE"]))
+    _check_processes(directory, int(os.environ["WORLD_SIZE"]))
     device = default_device()
     if device.type == "cuda":
         device = torch.device("cuda", local_rank())
@@ -225,8 +205,33 @@ def share_model(directory: Path | str, lead: Callable[[Any], Result]) -> Result 
     return result
 
 
-def _check_split(directory: Path, size: int) -> None:
-    """Raise unless the checkpoint's experts can be split evenly over the processes."""
+def _check_call(directory: Path) -> None:
+    """Raise unless this is the first call, for a directory."""
+    if ranks.was_joined():
+        raise StageError(
+            "a second model cannot be shared by the same processes",
+            "one call of share_model, after which torchrun's processes no longer know each other",
+            f"another call, for {directory}",
+            "do all requests in one call, or start the processes again for the other model",
+        )
+    if not directory.is_dir():
+        raise StageError(
+            f"{directory} cannot be shared",
+            "a directory with a checkpoint",
+            why_unusable(directory, "directory"),
+            "correct it; download a model of the hub first, and pass the directory",
+        )
+
+
+def _check_processes(directory: Path, size: int) -> None:
+    """Raise unless `size` processes are on one machine, and can share the experts evenly."""
+    if not is_one_machine():
+        raise StageError(
+            "a model cannot be shared by processes on several machines",
+            "processes on one machine, which exchange in every layer",
+            "LOCAL_WORLD_SIZE is less than WORLD_SIZE",
+            "torchrun --standalone --nproc_per_node=N ...",
+        )
     fix = "download the checkpoint again, or redo the stage that wrote it"
     experts = read_json(directory / "config.json", fix).get("num_local_experts")
     if not isinstance(experts, int) or experts < 1 or experts % size == 0:
