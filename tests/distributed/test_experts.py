@@ -69,7 +69,7 @@ def test_every_piece_is_needed(pools, piece):
 def test_chunks_travel_while_another_one_is_computed(pools):
     """The next chunk is requested before one is computed; the one before is awaited after it."""
     for calls in pools[2].run(record_calls, Layer((6, 6), chunk=2, checkpointed=True), 2):
-        assert len(calls) == len(set(calls)), "the recomputation exchanges nothing"
+        assert not any(call.endswith(" 3") for call in calls), "the recomputation exchanges nothing"
         order = {call: place for place, call in enumerate(calls)}
         passes = [
             ("forward", ["expert rows"], "expert sums"),
