@@ -16,7 +16,7 @@ from sparselong.errors import StageError
 PACKAGES = (
     *("torch", "triton", "transformers", "llmcompressor", "compressed-tensors", "axolotl", "peft"),
     *("datasets", "accelerate", "lm-eval", "safetensors", "tokenizers", "pyyaml"),
-    *("flash-attn", "ring-flash-attn"),
+    *("flash-attn", "ring-flash-attn", "flash-attn-4"),
 )
 
 

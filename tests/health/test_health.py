@@ -14,6 +14,7 @@ from sparselong.health.packages import Package
 from sparselong.health.rows import Row
 from sparselong.health.sources import Source
 from sparselong.health.stage import plan_for
+from sparselong.kernels.attention import choice
 from tests.health.machines import (
     ALONE,
     BIG,
@@ -187,7 +188,9 @@ def test_missing_peer_access_and_nccl_are_warnings():
     assert "0-1" in rows["peer access"].found
 
 
-def test_a_named_attention_backend_is_shown_or_refused():
+def test_a_named_attention_backend_is_shown_or_refused(monkeypatch):
+    monkeypatch.setattr(choice, "refuse_flash_attn_4", lambda: "not installed")
+
     def row(*overrides: str, **facts) -> Row:
         alone = load("gpt-oss-120b-4x3090", ALONE, *overrides)
         return judge(alone, dataclasses.replace(H200, **facts))["attention kernel"]
@@ -195,6 +198,9 @@ def test_a_named_attention_backend_is_shown_or_refused():
     assert row("attention_backend=torch_flash").found.startswith("full and window layers: torch_f")
     unpacked = row("training.sample_packing=false")
     assert "full layers: torch_cudnn" in unpacked.found and "determin" not in unpacked.found
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "refuse_flash_attn_4", lambda: None)
+        assert "full layers: flash_attn_4" in row("training.sample_packing=false").found
     repeats = row("training.sample_packing=false", "deterministic=true")
     assert "full layers: triton" in repeats.found and repeats.found.endswith("; deterministic")
     missing = row("attention_backend=flash_attn")
