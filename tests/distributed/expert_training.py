@@ -27,6 +27,7 @@ from sparselong.config import Config
 from sparselong.finetune import gathering
 from sparselong.kernels.layer import IGNORED
 from sparselong.model import PackedExperts, chunk_loss, load_model
+from sparselong.model.host_experts import find_host_experts
 from sparselong.parallel.apply import shard_model, share_batch
 from sparselong.parallel.collectives import all_gather
 from sparselong.parallel.gradients import gradient_norm, reduce_gradients
@@ -59,6 +60,7 @@ class Run:
         saved: folder of the state to begin with, if it exists, and to write at the end.
         dtype: of the experts' adapters.
         broken: piece to disable, one of `PIECES`.
+        placement: where the experts are.
     """
 
     base: Path
@@ -70,18 +72,20 @@ class Run:
     saved: Path | None = None
     dtype: torch.dtype = torch.float32
     broken: str | None = None
+    placement: str = "gpu"
 
 
 @dataclass
 class Result:
     """Losses and gradient norms by step, evaluation loss, gradients of the first step, and final
-    weights, those of all experts."""
+    weights, those of all experts; bytes of experts that were copied from host memory."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     eval_loss: float = 0.0
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    copied_bytes: int = 0
 
 
 def open_model(base: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -159,7 +163,8 @@ def train_on_machines(run: Run, here: int, config: Config) -> tuple[dict[str, li
 
 
 def _train(run: Run, mesh: Mesh | None) -> Result:
-    with _unrounded_router(), using(**shard_model(mesh)), _as_world(mesh):
+    settings = {**shard_model(mesh), "expert_placement": run.placement}
+    with _unrounded_router(), using(**settings), _as_world(mesh):
         model = open_model(run.base, run.dtype)
         with PIECES[run.broken]() if run.broken else nullcontext():
             return _Training(run, model, mesh).go()
@@ -195,6 +200,8 @@ class _Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
         result.weights = self._whole({n: p.detach() for n, p in self.trained.items()})
+        host = find_host_experts(self.model.modules())
+        result.copied_bytes = host.copied_bytes if host else 0
         result.eval_loss = self._evaluate()
         if self.run.saved is not None:
             self._save(self.run.saved)
