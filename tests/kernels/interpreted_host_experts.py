@@ -63,7 +63,7 @@ def put_on_host(model: Model) -> tuple[HostExperts, list[HostStack]]:
             blocks.copy_(weight.blocks)
             scales.copy_(weight.scales)
             weights.append(PackedWeight(blocks, scales, weight.bias))
-        stacks.append(HostStack(*weights, CPU, partial(host.fetch, number)))
+        stacks.append(HostStack(weights[0], weights[1], CPU, partial(host.fetch, number)))
     return host, stacks
 
 
