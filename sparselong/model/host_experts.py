@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from sparselong.errors import StageError
 from sparselong.kernels import Passing
@@ -175,6 +176,49 @@ def find_host_experts(modules: Iterable[Any]) -> HostExperts | None:
         modules: the model's modules.
     """
     return next((found for m in modules if (found := getattr(m, "host", None)) is not None), None)
+
+
+def check_unchanged(host: HostExperts, before: Mapping[str, str]) -> dict[str, Any]:
+    """Return the receipt that training left frozen experts as they were.
+
+    Args:
+        host: the experts.
+        before: `hash_tensors` of before training.
+
+    Raises:
+        StageError: a tensor has changed; the message names it.
+    """
+    after = host.hash_tensors()
+    changed = [name for name in before if after[name] != before[name]]
+    if changed:
+        raise StageError(
+            "experts in host memory have changed during training",
+            "the same bytes in every frozen tensor",
+            f"{len(changed)} of {len(before)} differ, first that of layer {changed[0]}",
+            "train again: python 03_finetune.py --force; if it happens again, test the machine's "
+            "memory",
+        )
+    hashes = (blake2b("".join(each.values()).encode()).hexdigest() for each in (before, after))
+    return {"tensors": len(before), **dict(zip(("before", "after"), hashes, strict=True))}
+
+
+def describe_placement(
+    model: nn.Module, collect: Callable[[int], list[int]] = lambda value: [value]
+) -> dict[str, Any]:
+    """Return where a model's experts are and how many bytes were copied from there, for a manifest.
+
+    Args:
+        model: this process's model.
+        collect: returns every process's value; all call this.
+    """
+    host = find_host_experts(model.modules())
+    if host is None:
+        return {"placement": "gpu"}
+    return {
+        "placement": "host",
+        "host_bytes": collect(host.layer_bytes * len(host.layers)),
+        "copied_bytes": collect(host.copied_bytes),
+    }
 
 
 def _allocate(size: int, number: int, layers: int) -> torch.Tensor:

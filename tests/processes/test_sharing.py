@@ -4,7 +4,7 @@ import pytest
 
 from sparselong.config.schema import load
 from sparselong.errors import StageError
-from sparselong.memory import CONTEXT_BYTES, find_shape, finetune_memory
+from sparselong.memory import CONTEXT_BYTES, Held, find_shape, finetune_memory
 from sparselong.processes import sharing
 from tests.conftest import ROOT
 
@@ -14,16 +14,16 @@ BIG = "configs/gpt-oss-120b-4x3090.yaml"
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Return a function that sets the ranks' places and available GiB; None: no GPU."""
+    """Return a function that sets the ranks' places, available GiB (None: no GPU), and host GiB."""
 
-    def be(places: list[tuple[int, int]], gib: list[float | None]) -> None:
+    def be(places: list[tuple[int, int]], gib: list[float | None], host: float = 16) -> None:
         on_gpu = gib[0] is not None
         monkeypatch.setattr(sharing.torch.cuda, "is_available", lambda: on_gpu)
         monkeypatch.setattr(sharing.torch.cuda, "mem_get_info", lambda: (5 * GIB, 24 * GIB))
         monkeypatch.setattr(sharing.torch.cuda, "memory_reserved", lambda: 0)
         monkeypatch.setattr(sharing, "_decided", None)
         free = [None if one is None else int(one * GIB) for one in gib]
-        found = [(*place, one) for place, one in zip(places, free, strict=True)]
+        found = [(*p, one, int(host * GIB)) for p, one in zip(places, free, strict=True)]
         monkeypatch.setattr(sharing.ranks, "collect", lambda own: found)
 
     return be
@@ -48,8 +48,7 @@ def test_the_rank_with_the_least_memory_decides(ranks, gib, chosen):
     made = sharing.decide_sharing(config)
     assert made.chosen == chosen and made.available_bytes == int(min(gib) * GIB)
     whole, shared = (
-        finetune_memory(find_shape(config.model), config, expert_parallel=n).peak_bytes
-        for n in (1, 4)
+        finetune_memory(find_shape(config.model), config, held=Held(n)).peak_bytes for n in (1, 4)
     )
     assert made.replicated_peak_bytes >= whole > 60 * GIB
     assert made.predicted_peak_bytes >= (shared if chosen == 4 else whole)
@@ -70,7 +69,7 @@ def test_an_evaluation_that_cannot_fit_is_refused_too(ranks, processes):
     how = "whole on each GPU" if processes == 1 else "shared by 4 processes"
     assert how in caught.value.found and "short" in caught.value.found
     ranks([(0, processes)] * processes, [80.0] * processes)
-    assert sharing.decide_evaluation_sharing(load(ROOT / BIG)) == 1
+    assert sharing.decide_evaluation_sharing(load(ROOT / BIG)) == (1, "gpu")
 
 
 @pytest.mark.parametrize(
