@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import torch
 
@@ -49,11 +50,9 @@ def evaluate(stage: Stage) -> None:
         results = together.measure(stage, world, marks, measurements)
     else:
         held = decide_evaluation_sharing(stage.config)  # refuses what cannot fit before it loads
+        measure = partial(models.measure, folder=stage.dir, progress=stage.log)
         with using(expert_placement=held.placement):
-            results = {
-                name: models.measure(name, path, mark, measurements, stage.dir, stage.log)
-                for name, path, mark in marks
-            }
+            results = {mark[0]: measure(*mark, measurements) for mark in marks}
     for result in results.values():
         for device, peak_bytes in result["peak_bytes"].items():
             stage.peak_bytes[device] = max(peak_bytes, stage.peak_bytes.get(device, 0))

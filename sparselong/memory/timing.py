@@ -106,6 +106,19 @@ def training_tokens(config: Config, data_bytes: int | None) -> tuple[int, str]:
     return int(ASSUMED_TOKENS * training.num_epochs), "data.train is not here yet: 1.5 M assumed"
 
 
+def _training_seconds(
+    shape: ModelShape, config: Config, speed: float, tokens: int, gpus: int, held: Held
+) -> float:
+    """Return the seconds of stage 03's steps; `speed` is in operations per second."""
+    exchanged = exchange.sent_bytes(shape, held.expert_parallel) / EXCHANGED_BYTES_PER_SECOND
+    computed = tokens / gpus * (training_flops(shape, config) / speed + exchanged)
+    if held.placement == "gpu":
+        return computed
+    passes = tokens / (config.micro_batch_size * config.sequence_len)
+    copied = 2 * expert_bytes(shape) // held.expert_parallel
+    return max(computed, passes * copied / COPIED_BYTES_PER_SECOND)
+
+
 def stage_seconds(
     shape: ModelShape,
     config: Config,
@@ -130,13 +143,8 @@ def stage_seconds(
         gpus: number of GPUs that compute in stages 03 and 04.
         held: how stage 03 holds the experts.
     """
-    exchanged = exchange.sent_bytes(shape, held.expert_parallel) / EXCHANGED_BYTES_PER_SECOND
     speed = rate.flops_per_second * rate.efficiency
-    train = tokens / gpus * (training_flops(shape, config) / speed + exchanged)
-    if held.placement == "host":
-        passes = tokens / (config.micro_batch_size * config.sequence_len)
-        copied = 2 * expert_bytes(shape) // held.expert_parallel
-        train = max(train, passes * copied / COPIED_BYTES_PER_SECOND)
+    train = _training_seconds(shape, config, speed, tokens, gpus, held)
     tiny = config.model.base == "tiny"
     calibration = config.calibration.samples * config.calibration.sequence_len
     products, scores = forward_flops(shape, config.calibration.sequence_len)
