@@ -196,7 +196,7 @@ class SparseLongPlugin(BasePlugin):
     def load_adapter(self, model, cfg, inference=False, config_only=False):
         """Return the model with our adapters, and their PEFT config."""
         self.opening.close()
-        host = find_host_experts(model.modules())
+        host = find_host_experts(model)
         self.frozen = host.hash_tensors() if host else {}
         tell(describe_weights(model))
         tell(f"expert_parallel_degree {self.sharing}")
@@ -324,7 +324,7 @@ class SparseLongPlugin(BasePlugin):
     def _check_experts(self, trainer: MaskedTrainer) -> dict[str, Any]:
         """Return where the experts are, with a receipt if that is the host; collective."""
         experts = describe_placement(trainer.model, ranks.collect)
-        host = find_host_experts(trainer.model.modules())
+        host = find_host_experts(trainer.model)
         if host is not None:
             experts["frozen"] = ranks.collect(check_unchanged(host, self.frozen))
         return experts

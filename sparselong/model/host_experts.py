@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -169,13 +169,10 @@ def _hash(tensor: torch.Tensor) -> str:
     return blake2b(array.reshape(-1), digest_size=16).hexdigest()
 
 
-def find_host_experts(modules: Iterable[Any]) -> HostExperts | None:
-    """Return the memory of a model's experts, None if they are on its device.
-
-    Args:
-        modules: the model's modules.
-    """
-    return next((found for m in modules if (found := getattr(m, "host", None)) is not None), None)
+def find_host_experts(model: nn.Module) -> HostExperts | None:
+    """Return the memory of a model's experts, None if they are on its device."""
+    found = (getattr(module, "host", None) for module in model.modules())
+    return next((host for host in found if host is not None), None)
 
 
 def check_unchanged(host: HostExperts, before: Mapping[str, str]) -> dict[str, Any]:
@@ -211,7 +208,7 @@ def describe_placement(
         model: this process's model.
         collect: returns every process's value; all call this.
     """
-    host = find_host_experts(model.modules())
+    host = find_host_experts(model)
     if host is None:
         return {"placement": "gpu"}
     return {

@@ -162,7 +162,7 @@ class SparseLongQuantizer(HfQuantizer):
         if self._withheld:
             read_withheld(model, self._withheld, self._directory, self._has_sparse_experts)
             self._withheld = {}
-        host = find_host_experts(model.modules())
+        host = find_host_experts(model)
         if host is not None:
             host.open(model.device)
         if model.config._attn_implementation == NAME:

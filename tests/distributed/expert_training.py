@@ -200,7 +200,7 @@ class _Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
         result.weights = self._whole({n: p.detach() for n, p in self.trained.items()})
-        host = find_host_experts(self.model.modules())
+        host = find_host_experts(self.model)
         result.copied_bytes = host.copied_bytes if host else 0
         result.eval_loss = self._evaluate()
         if self.run.saved is not None:

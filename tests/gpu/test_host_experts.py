@@ -60,7 +60,7 @@ def test_training_and_evaluation_are_the_same_bits(untrained_base, keep_experts)
 
 def test_a_step_copies_no_more_than_it_must(untrained_base):
     model, ids = open_model(untrained_base, "host"), IDS.cuda()
-    host = find_host_experts(model.modules())
+    host = find_host_experts(model)
     assert host is not None and "in host memory" in describe_weights(model)
     assert all(layer.is_pinned() for layer in host.layers)
     counts = [0]
@@ -75,7 +75,7 @@ def test_generated_tokens_are_the_same_and_copy_no_layers(untrained_base):
     outcomes = []
     for where in ("gpu", "host"):
         model = open_model(untrained_base, where)
-        host = find_host_experts(model.modules())
+        host = find_host_experts(model)
         tokens = sparselong.generate(model, IDS[:1, :2], 24)
         outcomes.append([next(tokens)])
         before = host.copied_bytes if host else 0

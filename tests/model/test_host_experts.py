@@ -224,7 +224,7 @@ def train(base, adapters, where: str) -> tuple[list[torch.Tensor], list[float]]:
     with using(expert_placement=where):
         model: Any = open_model(base)
     model.load_state_dict(torch.load(adapters), strict=False)
-    host = find_host_experts(model.modules())
+    host = find_host_experts(model)
     results: list[torch.Tensor] = []
     copies: list[float] = []
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -266,7 +266,7 @@ def test_generated_tokens_are_the_same_and_copy_no_layers(untrained_base):
     for where in WHERE:
         with using(expert_placement=where):
             model = load_model(untrained_base, attn_implementation="sparselong")
-        host = find_host_experts(model.modules())
+        host = find_host_experts(model)
         tokens = sparselong.generate(model, IDS[:1, :2], 12)
         outcomes.append([next(tokens)])
         before = host.copied_bytes if host else 0

@@ -40,7 +40,7 @@ def test_tensors_are_those_of_a_model_on_the_device(checkpoints, kind, part):
     assert list(found) == list(wanted)
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-    host = find_host_experts(model.modules())
+    host = find_host_experts(model)
     assert host is not None and host.copied_bytes == 0
     (size,) = {sum(getattr(e, name).nbytes for name in PACKED) for e in experts_of(expected)}
     assert [layer.untyped_storage().nbytes() for layer in host.layers] == [size] * 4
