@@ -166,7 +166,8 @@ class _ExpertPass(torch.autograd.Function):
             return torch.full_like(x, math.nan)  # unused; NaN would reveal any use
         keeps = any(needs) and (keeps_experts() or not is_checkpointed())
         operands, out = operands.in_dtype(x.dtype), torch.empty_like(x)
-        operands = operands.fetch("forward" if any(needs) else "inference")
+        is_followed = any(needs) or is_checkpointed()  # by a backward pass
+        operands = operands.fetch("forward" if is_followed else "inference")
         with torch.cuda.device_of(x):
             made: list[Any] = [
                 triton_launch.run_forward(call.part(part), operands, out[part], keeps)

@@ -16,7 +16,7 @@ from sparselong.kernels.expert_stack import PackedWeight
 from sparselong.kernels.experts.call import ExpertCall, ExpertOperands, Gradients
 from sparselong.kernels.experts.lora import Adapter, Adapters
 from sparselong.packing import mxfp4
-from sparselong.runtime import is_recomputing
+from sparselong.runtime import is_checkpointed, is_recomputing
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -161,7 +161,8 @@ class _StreamedPass(torch.autograd.Function):
         ctx.save_for_backward(x, indices, weights)
         if is_recomputing():
             return torch.full_like(x, math.nan)  # unused; NaN would reveal any use
-        passing = "forward" if any(ctx.needs_input_grad) else "inference"
+        is_followed = any(ctx.needs_input_grad) or is_checkpointed()  # by a backward pass
+        passing = "forward" if is_followed else "inference"
         return expert_mlp_torch(ExpertCall(x, indices, weights), operands.fetch(passing))
 
     @staticmethod

@@ -45,7 +45,7 @@ from sparselong.kernels.experts import (
     sum_parts,
 )
 from sparselong.parallel.collectives import Pending, start_all_gather, start_all_to_all
-from sparselong.runtime import is_recomputing
+from sparselong.runtime import is_checkpointed, is_recomputing
 
 CHUNK_ROWS, NEAR_CHUNK_ROWS = 2048, 4096
 """Most rows of a process in a chunk; the second where GPUs reach each other's memory.
@@ -148,7 +148,8 @@ class _ShardedPass(torch.autograd.Function):
         ctx.save_for_backward(x)
         if is_recomputing():  # backward runs through the forward pass's node, which has the routing
             return torch.full_like(x, math.nan)  # unused; NaN would reveal any use
-        passing = "forward" if any(ctx.needs_input_grad) else "inference"
+        is_followed = any(ctx.needs_input_grad) or is_checkpointed()  # by a backward pass
+        passing = "forward" if is_followed else "inference"
         out, ctx.routing = run_forward(ExpertCall(x, indices, weights), job, passing)
         return out
 
