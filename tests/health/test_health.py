@@ -85,13 +85,17 @@ def test_120b_on_four_3090_shares_sequence_experts_and_vocabulary():
     assert rows["peer access"].status == "ok"
     assert {f"GPU {index}" for index in range(4)} <= set(rows)
     plan = plan_for(BIG, FOUR_3090)
-    assert plan.expert_parallel == plan.evaluation_parallel == 4
+    assert plan.held == plan.evaluation_held == (4, "gpu")
     text = report.plan_text(report.build(BIG, FOUR_3090, plan, list(rows.values())))
-    assert "replicated     sharded" in text and "Chosen for experts and vocabulary: sharded" in text
+    assert (
+        "replicated      sharded  host memory" in text
+        and "Chosen for experts and vocabulary: sharded" in text
+    )
 
 
 def test_120b_replicated_on_four_3090_says_what_is_missing_and_that_sharding_fits():
-    row = judge(load("gpt-oss-120b-4x3090", "expert_parallel_degree=1"), FOUR_3090)["GPU memory"]
+    whole = load("gpt-oss-120b-4x3090", "expert_parallel_degree=1", "experts.placement=gpu")
+    row = judge(whole, FOUR_3090)["GPU memory"]
     assert row.status == "fail" and "GiB short" in row.found
     assert "with experts and vocabulary sharded" in row.found
 
@@ -152,14 +156,15 @@ def test_20b_fits_one_3090_at_its_own_length():
 
 def test_a_smaller_gpu_gets_the_longest_sequence_that_fits():
     card, batch = gpu(gib=17.5, free=17.5), "evaluation.batch_size=2"
-    row = judge(load("gpt-oss-20b-1x3090", batch), machine([card]))["GPU memory"]
+    poor = machine([card], host_available_bytes=9 * GIB)  # too little for the experts
+    row = judge(load("gpt-oss-20b-1x3090", batch), poor)["GPU memory"]
     assert row.status == "fail" and "short" in row.found
     assert "training.offload_checkpoints=true saves" in row.fix
     longest = int(row.fix.split("sequence_len=")[1].split()[0])
     fitting = load("gpt-oss-20b-1x3090", batch, f"sequence_len={longest}")
-    assert failures(fitting, machine([card])) == set()
+    assert failures(fitting, poor) == set()
     longer = load("gpt-oss-20b-1x3090", batch, f"sequence_len={longest + 128}")
-    assert failures(longer, machine([card])) == {"GPU memory"}
+    assert failures(longer, poor) == {"GPU memory"}
 
 
 def test_a_busy_gpu_is_distinguished_from_a_small_one():
