@@ -26,14 +26,21 @@ readonly UV_VERSION=0.13.8
 readonly FLASH_ATTN=(flash-attn==2.8.3.post2 ring-flash-attn==0.1.8)
 # flash-attn is compiled against the installed torch; without ninja this takes hours.
 readonly FLASH_ATTN_BUILD=(ninja==1.13.2 wheel==0.48.0)
+# flash-attn-4 compiles its kernels at run time. Its other requirements come with torch or the lock.
+readonly FLASH_ATTN_4=(
+    flash-attn-4==4.0.0b36 quack-kernels==0.6.5 apache-tvm-ffi==0.1.15.post2
+    torch-c-dlpack-ext==0.1.5 nvidia-cutlass-dsl==4.8.1
+    nvidia-cutlass-dsl-libs-{base,core,cu13}==4.8.1
+)
 
 usage() {
     cat <<'USAGE'
-Usage: [PYTHON=/path/to/python] ./install.sh [--with-flash-attn] [--dry-run] [--help]
+Usage: [PYTHON=/path/to/python] ./install.sh [OPTION]...
 
-  --with-flash-attn  also compile flash-attn and ring-flash-attn (needs an NVIDIA GPU and nvcc)
-  --dry-run          print what would be installed; install nothing
-  --help             print this help
+  --with-flash-attn    also compile flash-attn and ring-flash-attn (needs an NVIDIA GPU and nvcc)
+  --with-flash-attn-4  also install flash-attn-4 (needs an H100 or H200 and driver 580 or newer)
+  --dry-run            print what would be installed; install nothing
+  --help               print this help
 
 PYTHON selects the interpreter, 3.11 or 3.12. By default, the first of python3.11, python3.12 and
 python3 that runs is used.
@@ -172,6 +179,19 @@ require_compiler() {
         "put the bin folder of a CUDA ${torch_build:2:2} toolkit first on PATH"
 }
 
+# flash-attn-4 is used on sm_90 alone (kernels/attention/flash_attn_4.py), with CUDA 13's libraries.
+require_hopper() {
+    local without="run ./install.sh without --with-flash-attn-4; nothing requires flash-attn-4"
+    [[ -n "$driver" ]] || fail "flash-attn-4 cannot be used here" "an NVIDIA GPU and its driver" \
+        "no nvidia-smi" "$without"
+    local capabilities
+    capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) || true
+    grep -qxF 9.0 <<<"$capabilities" || fail "flash-attn-4 cannot be used here" \
+        "a GPU of compute capability 9.0 (H100, H200)" "${capabilities//$'\n'/, }" "$without"
+    [[ "$torch_build" == cu130 ]] || fail "flash-attn-4 cannot be used here" \
+        "driver 580 or newer (CUDA 13)" "$driver" "update the driver"
+}
+
 # Set needed_gib and free_gib. The space used by .venv counts as free: it is replaced or kept.
 measure_disk() {
     if [[ "$torch_build" == cpu ]]; then needed_gib=6; else needed_gib=12; fi
@@ -245,18 +265,24 @@ install_packages() {
     "${uv_install[@]}" "${build[@]}" --compile-bytecode \
         -r requirements/requirements.lock --overrides requirements/overrides.txt >&2 &&
         "${uv_install[@]}" -q --no-deps --no-build-isolation -e . >&2 &&
-        if [[ -n "$extras" ]]; then
+        if $with_flash_attn; then
             "${uv_install[@]}" "${FLASH_ATTN_BUILD[@]}" >&2 &&
                 "${uv_install[@]}" --no-deps --no-build-isolation "${FLASH_ATTN[@]}" >&2
+        fi &&
+        # Reinstalled if present: flash-attn overwrites its folder flash_attn/cute.
+        if $with_flash_attn_4 || compgen -G ".venv/lib/*/*/flash_attn_4-*" >/dev/null; then
+            "${uv_install[@]}" --no-deps --reinstall-package flash-attn-4 "${FLASH_ATTN_4[@]}" >&2
         fi || fail "the packages cannot be installed" "requirements/requirements.lock in .venv" \
         "the error above" "fix it, then run ./install.sh again: completed downloads are kept"
 }
 
 main() {
     local extras="" dry_run=false option
+    with_flash_attn=false with_flash_attn_4=false
     for option in "$@"; do
         case "$option" in
-            --with-flash-attn) extras="${FLASH_ATTN[*]}" ;;
+            --with-flash-attn) with_flash_attn=true ;;
+            --with-flash-attn-4) with_flash_attn_4=true ;;
             --dry-run) dry_run=true ;;
             --help | -h)
                 usage
@@ -269,6 +295,8 @@ main() {
                 ;;
         esac
     done
+    if $with_flash_attn; then extras="${FLASH_ATTN[*]}"; fi
+    if $with_flash_attn_4; then extras+="${extras:+ }${FLASH_ATTN_4[*]}"; fi
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     cd "$root"
     [[ "$(uname -sm)" == "Linux x86_64" ]] || fail "this machine is not supported" "Linux x86_64" \
@@ -277,7 +305,8 @@ main() {
 
     find_driver
     choose_python_and_torch
-    if [[ -n "$extras" ]]; then require_compiler; fi
+    if $with_flash_attn; then require_compiler; fi
+    if $with_flash_attn_4; then require_hopper; fi
     if $dry_run; then
         measure_disk
         print_plan
@@ -288,7 +317,7 @@ main() {
     exec 9<"$root"
     flock 9
 
-    # Running without --with-flash-attn leaves an installed flash-attn in place.
+    # Running without --with-flash-attn or --with-flash-attn-4 leaves an installed one in place.
     local inputs base
     inputs=(install.sh pyproject.toml requirements/requirements.lock requirements/overrides.txt)
     base="$(sha256sum "${inputs[@]}" | sha256sum | cut -d ' ' -f 1) $python_version $torch_build $root"

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -51,11 +52,10 @@ from sparselong.runtime import using
 from tests.references.attention import attention_reference
 
 Rows = list[dict]
+K = TypeVar("K")
 
 
-def time_in_turn(
-    calls: Mapping[str, Callable[[], object]],
-) -> dict[str, float]:
+def time_in_turn(calls: Mapping[K, Callable[[], object]]) -> dict[K, float]:
     """Return the median device time of each call in ms. The first round is a warm-up.
 
     Every round makes each call once. Before each, writing a GiB four times flushes the L2 cache and
@@ -63,7 +63,7 @@ def time_in_turn(
     the device's time, without the host's launch overhead.
     """
     flush = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[K, list[float]] = {name: [] for name in calls}
     started = time.monotonic()
     for n in range(41):
         for name, call in calls.items():
@@ -178,22 +178,27 @@ def measure_decode(names: list[str], keys: int, window: int | None) -> Rows:
 
 
 def measure_determinism(tokens: int) -> Rows:
-    """Return rows of FlashAttention-2, forward + backward, with and without deterministic=True."""
+    """Return rows of FlashAttention-2 and -4, forward + backward, deterministic and not."""
     *leaves, dout = draw(tokens)
     leaves[3].requires_grad_(False)
 
-    def both(window: int | None, asked: bool) -> object:
+    def both(name: str, window: int | None, asked: bool) -> object:
         with using(deterministic=asked):
-            out, _ = attention(*leaves, window=window, backend="torch_flash")
+            out, _ = attention(*leaves, window=window, backend=name)
         return torch.autograd.grad(out, leaves[:3], dout)
 
     rows: Rows = []
     for window in (None, WINDOW):
-        calls = {str(asked): functools.partial(both, window, asked) for asked in (False, True)}
-        for asked, ms in time_in_turn(calls).items():
-            case = {"kind": kind_of(window), "tokens": tokens, "deterministic": asked == "True"}
-            rows.append(row(case, "torch_flash", "forward_backward_ms", ms, "ms"))
-            tell(f"deterministic={asked} {kind_of(window)}: {ms:.3f} ms")
+        calls = {
+            (name, asked): functools.partial(both, name, window, asked)
+            for name in ("torch_flash", "flash_attn_4")
+            for asked in (False, True)
+            if not skips(name, window, False, tokens)
+        }
+        for (name, asked), ms in time_in_turn(calls).items():
+            case = {"kind": kind_of(window), "tokens": tokens, "deterministic": asked}
+            rows.append(row(case, name, "forward_backward_ms", ms, "ms"))
+            tell(f"{name} deterministic={asked} {kind_of(window)}: {ms:.3f} ms")
     return rows
 
 
@@ -231,7 +236,7 @@ def main() -> None:
     parser.add_argument(
         "--backends",
         nargs="+",
-        default=["triton", "torch_flash", "torch_cudnn", "flash_attn", "chosen", "eager"],
+        default=[*OURS, "chosen", "eager"],
         choices=(*OURS, "chosen", "eager", "flex"),
     )
     parser.add_argument(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
 
+from sparselong.kernels.attention.flash_attn_4 import ARCHITECTURE
+from sparselong.kernels.attention.installed import refuse_flash_attn, refuse_flash_attn_4
 from sparselong.kernels.attention.op import attention
+from sparselong.kernels.gpu import architecture_of
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 8, 64, 128
 MEAN_DOCUMENT = 1024
-OURS = ("triton", "torch_flash", "torch_cudnn", "flash_attn")
+OURS = ("triton", "torch_flash", "torch_cudnn", "flash_attn", "flash_attn_4")
 Run = Callable[..., torch.Tensor]
 
 
@@ -82,7 +84,12 @@ def skips(name: str, window: int | None, packed: bool, tokens: int) -> bool:
         return packed or tokens > 8192
     if name == "flex":
         return packed or tokens > 16384  # compiles for every length
-    return name == "flash_attn" and importlib.util.find_spec("flash_attn") is None
+    if name == "flash_attn":
+        return refuse_flash_attn() is not None
+    if name == "flash_attn_4":
+        served = architecture_of(torch.device("cuda", 0)) == ARCHITECTURE
+        return not served or refuse_flash_attn_4() is not None
+    return False
 
 
 def draw(tokens: int) -> list[torch.Tensor]:

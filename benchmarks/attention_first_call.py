@@ -4,7 +4,8 @@
 A separate process runs forward and backward once for each backend and kind of layer, at one length
 and then at another. It is started with an empty cache of compiled Triton kernels, and again with
 that cache. The files added to the cache by each call are counted: none means that nothing was
-compiled. CUDA is initialized before; the figures include loading its libraries.
+compiled, except by FlashAttention-4, which keeps its kernels in the process. CUDA is initialized
+before; the figures include loading its libraries.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def call_all(cache: str) -> list[dict]:
     """Return one entry per call: backend, kind, packed, tokens, seconds, compiled kernels."""
     torch.ones(8, 8, device="cuda").matmul(torch.ones(8, 8, device="cuda"))
     found = []
-    for name, run in make_runs(["triton", "torch_flash", "torch_cudnn"]).items():
+    for name, run in make_runs(["triton", "torch_flash", "torch_cudnn", "flash_attn_4"]).items():
         for window, packed in CASES:
             for tokens in LENGTHS:
                 if skips(name, window, packed, tokens):

@@ -167,20 +167,20 @@ def all_names(found: dict[str, Any], group: Any) -> set[str]:
 
 def plan(case: dict[str, Any]) -> dict[str, int]:
     """Return what stage 03's planner says of a case: the peak, and bytes by component."""
-    from sparselong.memory import Kept, finetune_memory
+    from sparselong.memory import Held, Kept, finetune_memory
 
     shape, config = describe(case)
     kept = Kept(case["keep_attention"] == "always", False)
-    made = finetune_memory(shape, config, expert_parallel=case["gpus"], kept=kept)
+    made = finetune_memory(shape, config, held=Held(case["gpus"]), kept=kept)
     components = {f"planned_bytes: {name}": size for name, size in made.components.items()}
     return {"planned_bytes": made.peak_bytes, **components}
 
 
 def keeps_attention(case: dict[str, Any]) -> bool:
     """Return whether stage 03 would keep full attention's output within the cap."""
-    from sparselong.memory import is_kept, kept_peaks
+    from sparselong.memory import Held, is_kept, kept_peaks
 
-    peaks = kept_peaks(*describe(case), expert_parallel=case["gpus"])
+    peaks = kept_peaks(*describe(case), held=Held(case["gpus"]))
     return is_kept("auto", peaks["keep_attention"], CAP_BYTES)
 
 

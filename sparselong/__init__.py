@@ -6,7 +6,8 @@ does not choose an implementation, call `sparselong.patch_attention()`, or repla
 eager attention by `sparselong.attention_forward`. `sparselong.fuse` and `sparselong.chunk_loss`
 install fused layers and a chunked loss in any gpt-oss model, `sparselong.packed_config` keeps the
 experts of an upstream checkpoint packed, and `sparselong.generate` generates text at batch 1.
-`sparselong.share_model` opens a model for it that several processes share.
+`sparselong.share_model` opens a model for it that several processes share. A model that is opened
+inside `sparselong.using(expert_placement="host")` keeps its experts in host memory.
 
 Importing the package disables telemetry of its dependencies and enables expandable segments in
 torch's allocator. Environment variables that are already set take precedence.
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sparselong.model.attention import attention_forward, patch_attention
     from sparselong.model.fused import chunk_loss, fuse
     from sparselong.model.loading import packed_config
+    from sparselong.runtime.settings import using
 
 __version__ = "0.1.0"
 

@@ -16,7 +16,7 @@ from sparselong.errors import StageError
 PACKAGES = (
     *("torch", "triton", "transformers", "llmcompressor", "compressed-tensors", "axolotl", "peft"),
     *("datasets", "accelerate", "lm-eval", "safetensors", "tokenizers", "pyyaml"),
-    *("flash-attn", "ring-flash-attn"),
+    *("flash-attn", "ring-flash-attn", "flash-attn-4"),
 )
 
 
@@ -177,6 +177,38 @@ def _output(*command: str) -> str | None:
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def host_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Return total and available host memory in bytes, within the limit of a container.
+
+    Args:
+        root: directory that holds proc and sys.
+    """
+    values = _read_numbers(root / "proc/meminfo", 1024)
+    total, available = values["MemTotal"], values["MemAvailable"]
+    group = root / "sys/fs/cgroup"
+    limit = _read_number(group / "memory.max")
+    if limit is not None and limit < total:
+        used = _read_number(group / "memory.current") or 0
+        stat = group / "memory.stat"
+        files = _read_numbers(stat) if stat.is_file() else {}
+        # The kernel drops cached files when memory is needed.
+        used -= files.get("active_file", 0) + files.get("inactive_file", 0)
+        total, available = limit, min(available, limit - max(0, used))
+    return total, available
+
+
+def _read_numbers(path: Path, unit: int = 1) -> dict[str, int]:
+    """Return the numbers of a file with a name and a number on each line."""
+    lines = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
+    return {words[0].rstrip(":"): unit * int(words[1]) for words in lines if len(words) > 1}
+
+
+def _read_number(path: Path) -> int | None:
+    """Return the number in a file; None if it is missing or says `max`."""
+    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None
 
 
 def reset_peak_host_memory() -> None:

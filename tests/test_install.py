@@ -50,8 +50,12 @@ class Machine:
         settings = f":env:.find-links='{self.links}'"
         return self.add(name, f'[[ $1 == -c ]] && echo {version} || echo "{settings}"')
 
-    def add_gpus(self, driver: str) -> None:
-        self.add("nvidia-smi", f"echo {driver}; echo {driver}")
+    def add_gpus(self, driver: str, capability: str = "8.6") -> None:
+        self.add(
+            "nvidia-smi",
+            f"[[ $1 == *compute_cap ]] && found={capability} || found={driver}\n"
+            "echo $found; echo $found",
+        )
 
     def add_cpu_wheel(self, python_tag: str, version: str = "") -> None:
         version = version or locked_versions()["torch"]
@@ -240,6 +244,21 @@ def test_flash_attn_needs_gpu_and_matching_compiler(machine: Machine):
     assert [pin.split("==")[0] for pin in pins] == ["flash-attn", "ring-flash-attn"]
 
 
+def test_flash_attn_4_needs_hopper_and_cuda_13(machine: Machine):
+    assert "no nvidia-smi" in machine.refusal("--with-flash-attn-4")
+    machine.add_gpus("580.65.06")
+    assert "9.0" in (message := machine.refusal("--with-flash-attn-4")) and "8.6, 8.6" in message
+    machine.add_gpus("570.124.06", "9.0")
+    assert "driver 580 or newer" in machine.refusal("--with-flash-attn-4")
+    machine.add_gpus("580.65.06", "9.0")
+    pins = machine.plan("--with-flash-attn-4")["extras"].split()
+    assert len(pins) == 8 and pins[0].startswith("flash-attn-4==")
+    assert all("==" in pin for pin in pins) and not any("cu12" in pin for pin in pins)
+    machine.add("nvcc", "echo 'Cuda compilation tools, release 13.0, V13.0.88'")
+    both = machine.plan("--with-flash-attn-4", "--with-flash-attn")["extras"].split()
+    assert len(both) == 10 and both[2:] == pins
+
+
 def test_second_run_does_nothing(machine: Machine):
     machine.add_uv()
     machine.add_cpu_wheel("cp311")
@@ -334,6 +353,21 @@ def test_flash_attn_is_added_to_an_installed_venv(machine: Machine):
     assert "--no-build-isolation flash-attn==" in machine.uv_installs()[-1]
     assert "nothing to do" in machine.install("--with-flash-attn").stderr
     assert "nothing to do" in machine.install().stderr
+
+
+def test_flash_attn_4_survives_a_later_flash_attn(machine: Machine):
+    """flash-attn has a folder flash_attn/cute of its own, with an older version of the package."""
+    machine.add_uv()
+    machine.add_gpus("580.65.06", "9.0")
+    machine.add("nvcc", "echo 'Cuda compilation tools, release 13.0, V13.0.88'")
+    assert machine.install("--with-flash-attn-4").returncode == 0
+    assert "--reinstall-package flash-attn-4 flash-attn-4==" in machine.uv_installs()[-1]
+    assert "nothing to do" in machine.install("--with-flash-attn-4").stderr
+    site = machine.project / ".venv/lib/python3.11/site-packages"
+    (site / "flash_attn_4-4.0.0b36.dist-info").mkdir(parents=True)
+    assert machine.install("--with-flash-attn").returncode == 0
+    assert " flash-attn==" in machine.uv_installs()[-2]
+    assert "--reinstall-package flash-attn-4 flash-attn-4==" in machine.uv_installs()[-1]
 
 
 def test_missing_uv(machine: Machine):

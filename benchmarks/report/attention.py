@@ -101,6 +101,7 @@ def tabulate_ratios(values: Values) -> Iterator[str]:
         (f"{label}, {kind} layer", (kind, False, other), (kind, False, backend), both)
         for label, kind, other, backend in (
             ("chosen against torch_cudnn", "full", "torch_cudnn", "chosen"),
+            ("chosen against flash_attn_4", "full", "flash_attn_4", "chosen"),
             ("triton against torch_flash", "full", "torch_flash", "triton"),
             ("triton against torch_flash", "window", "torch_flash", "triton"),
             ("triton against flex", "window", "flex", "triton"),
@@ -157,19 +158,22 @@ def tabulate_decoding(values: Values) -> Iterator[str]:
 
 
 def tabulate_determinism(document: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of the table of deterministic and nondeterministic times."""
+    """Yield the lines of the tables of deterministic and nondeterministic times."""
     rows = [row for row in document["rows"] if "deterministic" in row["case"]]
-    if not rows:
-        return
-    yield (
-        "\ntorch_flash, ms, without and with `deterministic: true` (the Triton kernels are always "
-        "deterministic):\n"
-    )
-    yield from table("layer", "tokens", "without", "with")
-    for kind in ("full", "window"):
-        own = {r["case"]["deterministic"]: r for r in rows if r["case"]["kind"] == kind}
-        tokens = own[True]["case"]["tokens"]
-        yield f"| {kind} | {tokens:,} | {own[False]['value']:.2f} | {own[True]['value']:.2f} |"
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        yield (
+            f"\n{backend}, ms, without and with `deterministic: true` (the Triton kernels are "
+            "always deterministic):\n"
+        )
+        yield from table("layer", "tokens", "without", "with")
+        for kind in ("full", "window"):
+            own = {
+                r["case"]["deterministic"]: r
+                for r in rows
+                if (r["backend"], r["case"]["kind"]) == (backend, kind)
+            }
+            tokens = own[True]["case"]["tokens"]
+            yield f"| {kind} | {tokens:,} | {own[False]['value']:.2f} | {own[True]['value']:.2f} |"
 
 
 def tabulate_first_calls(values: Values) -> Iterator[str]:

@@ -71,21 +71,23 @@ def merge_adapter(
     """Return (blocks, scales, rounding statistics) of W + s·B·A, one expert at a time.
 
     Args:
-        blocks: uint8 [experts, out, in / 32, 16].
-        scales: uint8 [experts, out, in / 32].
+        blocks: uint8 [experts, out, in / 32, 16], on the adapter's device or in host memory; so are
+            the blocks and scales that are returned.
+        scales: uint8 [experts, out, in / 32], likewise.
         adapter: A [experts, r, in], B [experts, out, r] and s.
     """
     merged, new_scales, rounding = torch.empty_like(blocks), torch.empty_like(scales), Rounding()
     for expert in range(blocks.shape[0]):
-        weight = mxfp4.decode(blocks[expert], scales[expert], torch.float32)
+        own, own_scales = (part[expert].to(adapter.b.device) for part in (blocks, scales))
+        weight = mxfp4.decode(own, own_scales, torch.float32)
         b, a = adapter.b[expert].float(), adapter.a[expert].float()
         with torch.autocast(weight.device.type, enabled=False):
             change = adapter.scaling * (b @ a)
-        found, found_scales = round_sum(weight + change, scales[expert])
+        found, found_scales = round_sum(weight + change, own_scales)
         stored = mxfp4.decode(found, found_scales, torch.float32)
         moved = (stored != weight).reshape(*found_scales.shape, mxfp4.BLOCK).any(-1)
-        merged[expert] = torch.where(moved[..., None], found, blocks[expert])
-        new_scales[expert] = torch.where(moved, found_scales, scales[expert])
+        merged[expert] = torch.where(moved[..., None], found, own)
+        new_scales[expert] = torch.where(moved, found_scales, own_scales)
         rounding.add(weight, change, stored)
     return merged, new_scales, rounding
 

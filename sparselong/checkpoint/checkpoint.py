@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -144,6 +145,44 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise damaged(path, str(error)) from error
 
+    def read_into(self, target: torch.Tensor, name: str, rows: range) -> None:
+        """Read rows of a tensor straight into memory, 64 MiB at a time, checked as in `read`.
+
+        The file is not mapped: nothing depends on it once it is read, and its pages are not
+        counted as this process's.
+
+        Args:
+            target: CPU tensor of the stored dtype, contiguous.
+            name: the tensor.
+            rows: consecutive rows, as many as fill `target`.
+
+        Raises:
+            StageError: the file is damaged, or was changed while it was read.
+        """
+        record = self.tensors[name]
+        path = self.directory / record.file
+        row_bytes = (record.end - record.begin) // max(1, record.shape[0])
+        flat = target.view(-1)
+        array: Any = flat.view(torch.uint8).numpy()
+        memory, done = memoryview(array), 0
+        assert len(memory) == len(rows) * row_bytes, name
+        try:
+            with path.open("rb", buffering=0) as file:
+                before = _state(file)
+                while done < len(memory):
+                    part = memory[done : done + _SLICE_BYTES]
+                    place = record.begin + rows.start * row_bytes + done
+                    count = os.preadv(file.fileno(), [part], place)
+                    if count == 0:
+                        raise damaged(path, f"it ends at {place} bytes: truncated")
+                    done += count
+                if _state(file) != before:
+                    raise damaged(path, "it was changed while it was read")
+        except OSError as error:
+            raise damaged(path, str(error)) from error
+        for part in flat.split(_SLICE_BYTES):
+            self._check_finite(name, part)
+
     def read_rows(self, name: str, wanted: torch.Tensor) -> torch.Tensor:
         """Return rows [n, …] of a large tensor; `wanted` is sorted and has no duplicates."""
         parts, start = [], 0
@@ -152,6 +191,12 @@ class Checkpoint:
             parts.append(part[here - start])
             start += len(part)
         return torch.cat(parts)
+
+
+def _state(file: IO[bytes]) -> tuple[int, int]:
+    """Return what tells whether a file was changed."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -72,13 +72,17 @@ class SharedDenseSection(Section):
 
 
 class ExpertsSection(Section):
-    """Storage format of the experts (98 % of the weights)."""
+    """Storage format of the experts (98 % of the weights), and where they are in memory."""
 
     weight_bits: Literal[4] = 4
     """Bits per expert weight. The published MXFP4 values are kept bit-exactly."""
     sparsity: Literal["none", "2:4"] = "none"
     """`2:4` drops the two smallest of every four expert weights (3.0 bits per weight instead of
     4.25) and keeps the others bit-exactly. Without long fine-tuning it reduces quality."""
+    placement: Annotated[Literal["auto", "gpu", "host"], Incidental()] = "auto"
+    """`host` keeps experts in page-locked host memory, each process its own, and copies layers to
+    the GPU ahead of use: the same results, but a step takes at least as long as copying all experts
+    twice. `auto` takes the first that fits: whole on each GPU, shared, in host memory."""
 
 
 class CalibrationSection(Section):
@@ -187,8 +191,7 @@ class TrainingSection(Section):
     """Whether checkpointed layers keep the experts' gate_up output, so that the backward pass does
     not recompute it: 45 KiB per token and layer (20b at 4,096 tokens per GPU: 4.2 GiB). `auto`
     decides as for `keep_attention`, which comes first because it saves more time per byte. Nothing
-    is kept if processes share the experts. With `always` they therefore do not share them under
-    `expert_parallel_degree: auto`."""
+    is kept if processes share the experts; with `always`, `expert_parallel_degree: auto` is 1."""
     offload_checkpoints: Annotated[bool, Incidental()] = False
     """Keep the inputs of checkpointed layers in pinned host memory, for contexts that would not
     otherwise fit."""

@@ -21,7 +21,7 @@ import torch
 
 from sparselong.evaluate import harness, perplexity
 from sparselong.files import load_json, write_atomically
-from sparselong.model import implementation, load_model
+from sparselong.model import describe_placement, implementation, load_model
 from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.runtime import using
 
@@ -49,7 +49,7 @@ def measure(
 
     Returns:
         {fingerprint, tasks (harness.measure), perplexity (perplexity.measure), seconds,
-        peak_bytes by device}.
+        peak_bytes by device, experts (`model.describe_placement`)}.
 
     Raises:
         StageError: the checkpoint cannot be opened.
@@ -69,6 +69,7 @@ def measure(
             "tasks": harness.measure(model, measurements.suite),
             "seconds": round(time.monotonic() - start, 1),
             "peak_bytes": read_peaks(),
+            "experts": describe_placement(model),
         }
     del model
     gc.collect()

@@ -24,7 +24,7 @@ from sparselong.evaluate import perplexity, scoring
 from sparselong.evaluate.spread import Spread
 from sparselong.evaluate.work import MEMORY_FIX, Work, scores_path
 from sparselong.files import write_atomically
-from sparselong.model import implementation, load_model
+from sparselong.model import describe_placement, implementation, load_model
 from sparselong.parallel import Mesh, shard_model
 from sparselong.processes import (
     MARK,
@@ -47,13 +47,16 @@ def main(path: Path) -> None:
     work = Work.read(path)
     config = load(Path(work.run_dir) / "config.yaml")
     ranks.connect()
-    mesh = ranks.join(1, decide_evaluation_sharing(config))
+    held = decide_evaluation_sharing(config)
+    mesh = ranks.join(1, held.expert_parallel)
     if ranks.is_first():
         shared = mesh.expert_size > 1
         how = f"{mesh.expert_size} share experts and vocabulary" * shared or "each holds all"
+        how += ", experts in host memory" * (held.placement == "host")
         print(f"{MARK}{mesh.data_size} processes: {how}", flush=True)
     for name, directory, _ in work.models:
-        result = _measure(name, Path(directory), work, config, mesh, folder)
+        with using(expert_placement=held.placement):
+            result = _measure(name, Path(directory), work, config, mesh, folder)
         if ranks.is_first():
             document = {"digest": work.digest(name), **result}
             write_atomically(scores_path(folder, name), json.dumps(document) + "\n")
@@ -85,9 +88,11 @@ def _measure(
             found = perplexity.measure(model, samples, batch_size, spread)
             answers = scoring.score(model, work.requests, batch_size, spread)
             peak_bytes = ranks.merge_peaks(read_peaks())
+            placed = describe_placement(model, ranks.collect)
     seconds = round(time.monotonic() - start, 1)
     return {
         "perplexity": found, "answers": answers, "seconds": seconds, "peak_bytes": peak_bytes,
+        "experts": placed,
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import torch
 
@@ -14,6 +15,7 @@ from sparselong.files import write_atomically
 from sparselong.model import load_tokenizer
 from sparselong.processes import decide_evaluation_sharing, evaluation_world, telling_memory
 from sparselong.run import Stage
+from sparselong.runtime import using
 from sparselong.tiny import resolve_base
 
 
@@ -48,11 +50,10 @@ def evaluate(stage: Stage) -> None:
     if world.size > 1:
         results = together.measure(stage, world, marks, measurements)
     else:
-        decide_evaluation_sharing(stage.config)  # refuses what cannot fit before it is loaded
-        results = {}
-        for name, path, mark in marks:
-            with telling_memory(f"while {name} was measured", MEMORY_FIX):
-                results[name] = models.measure(name, path, mark, measurements, stage.dir, stage.log)
+        held = decide_evaluation_sharing(stage.config)  # refuses what cannot fit before it loads
+        measure = partial(models.measure, folder=stage.dir, progress=stage.log)
+        with using(expert_placement=held.placement), telling_memory(fix=MEMORY_FIX):
+            results = {mark[0]: measure(*mark, measurements) for mark in marks}
     for result in results.values():
         for device, peak_bytes in result["peak_bytes"].items():
             stage.peak_bytes[device] = max(peak_bytes, stage.peak_bytes.get(device, 0))
@@ -64,6 +65,7 @@ def evaluate(stage: Stage) -> None:
     report.draw(document, outputs[2])
     stage.log(f"{report.summarize(document)}\nreport: {outputs[1]}")
     stage.metrics = report.list_metrics(document)
+    stage.metrics["experts"] = {name: result.get("experts") for name, result in results.items()}
     models_read = [stage.run_dir / name / "model" for name in ("02_compress", "03_finetune")]
     stage.inputs = [files.train, files.validation, *models_read]
     stage.outputs = [*outputs, *(stage.dir / f"{name}.json" for name in results)]

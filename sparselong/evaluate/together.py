@@ -79,6 +79,7 @@ def _measure(
             "tasks": harness.grade(measurements.suite, positions, answers),
             "seconds": found["seconds"],
             "peak_bytes": found["peak_bytes"],
+            "experts": found["experts"],
         }
         results[name] = models.keep(name, result, stage.dir, stage.log)
         scores_path(stage.dir, name).unlink()

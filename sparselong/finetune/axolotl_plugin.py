@@ -4,6 +4,7 @@
 |------------------------------|-------------------------------------------------------------------|
 | `register`                   | open the run; report expected failures in failure.json            |
 | `load_datasets`              | the encoded conversations; show and count supervised tokens       |
+| `pre_model_load`             | experts in host memory, if they belong there                      |
 | `pre_lora_load`              | refuse embeddings that Axolotl has resized                        |
 | `get_adapter_capabilities`,  | our adapter: masked LoRA layers over stage 02's packed layers and |
 | `load_adapter`               | masters, built through PEFT's registry of custom modules          |
@@ -26,6 +27,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,8 +74,11 @@ from sparselong.memory import find_shape, kept_peaks
 from sparselong.model import (
     FusedDecoderLayer,
     check_rows_kept,
+    check_unchanged,
     chunk_loss,
+    describe_placement,
     describe_weights,
+    find_host_experts,
     load_tokenizer,
     two_four_conforming,
 )
@@ -85,7 +90,7 @@ from sparselong.processes import (
     tell_failures,
 )
 from sparselong.processes import world as ranks
-from sparselong.runtime import current
+from sparselong.runtime import current, using
 
 _PREVIEW_ROWS = 3
 _ADAPTER_FILE = "adapter_model.safetensors"
@@ -113,6 +118,8 @@ class SparseLongPlugin(BasePlugin):
         self.trainer: MaskedTrainer | None = None
         self.keeping: dict[str, Keeping] = {}
         self.supervised_token_fraction = 0.0
+        self.opening = ExitStack()
+        self.frozen: dict[str, str] = {}
         self.done = False
 
     def register(self, cfg):
@@ -177,6 +184,10 @@ class SparseLongPlugin(BasePlugin):
         meta: Any = TrainDatasetMeta  # declared for datasets.Dataset, whose methods are not used
         return meta(train, validation)
 
+    def pre_model_load(self, cfg):
+        """Let the model be opened with its experts where they belong; `load_adapter` ends it."""
+        self.opening.enter_context(using(expert_placement=self.sharing.placement))
+
     def pre_lora_load(self, cfg, model):
         """Raise if Axolotl has resized the embeddings."""
         embeddings: Any = model.get_input_embeddings()
@@ -184,6 +195,9 @@ class SparseLongPlugin(BasePlugin):
 
     def load_adapter(self, model, cfg, inference=False, config_only=False):
         """Return the model with our adapters, and their PEFT config."""
+        self.opening.close()
+        host = find_host_experts(model)
+        self.frozen = host.hash_tensors() if host else {}
         tell(describe_weights(model))
         tell(f"expert_parallel_degree {self.sharing}")
         chunk_loss(model)
@@ -208,10 +222,12 @@ class SparseLongPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg, trainer: Any):
         """Return our callbacks."""
         config, device = self.run.config, "cuda" if torch.cuda.is_available() else "cpu"
-        sharing = self.sharing.chosen
-        peaks = kept_peaks(find_shape(config.model), config, device, expert_parallel=sharing)
+        held = self.sharing.held
+        peaks = kept_peaks(find_shape(config.model), config, device, held=held)
         asked = {key: getattr(config.training, key) for key in peaks}
-        self.keeping = decide_keeping(asked, peaks, config.nothing_to_keep(device, sharing))
+        self.keeping = decide_keeping(
+            asked, peaks, config.nothing_to_keep(device, held.expert_parallel)
+        )
         upkeep = config.finetuning_modifiers.MagnitudePruningModifier
         for key, decision in self.keeping.items():
             tell(f"{key} {decision}")
@@ -282,6 +298,7 @@ class SparseLongPlugin(BasePlugin):
             "steps": trainer.state.global_step,
             "mask_updates": trainer.progress.mask_updates,
             "peak_bytes": ranks.merge_peaks(trainer.progress.note_peaks()),
+            "experts": self._check_experts(trainer),
         }
         if ranks.is_first():
             write_atomically(work / TRAINED, json.dumps({"newest": trainer.newest}) + "\n")
@@ -303,6 +320,14 @@ class SparseLongPlugin(BasePlugin):
             outcome["files"] = self.run.describe_result()
             write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")
         ranks.leave()
+
+    def _check_experts(self, trainer: MaskedTrainer) -> dict[str, Any]:
+        """Return where the experts are, with a receipt if that is the host; collective."""
+        experts = describe_placement(trainer.model, ranks.collect)
+        host = find_host_experts(trainer.model)
+        if host is not None:
+            experts["frozen"] = ranks.collect(check_unchanged(host, self.frozen))
+        return experts
 
     def _write_adapter(self, trainer: MaskedTrainer) -> None:
         """Write the adapter with all experts; every rank calls this."""

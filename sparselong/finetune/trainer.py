@@ -95,6 +95,7 @@ def _train(stage: Stage) -> None:
         "processes": world.size,
         "attention": axolotl_config.attention_of(stage.config),
         "expert_parallel_degree": stage.config.expert_parallel_degree,
+        "experts.placement": stage.config.experts.placement,
     }
     try:
         check_receipt(stage, asked)
@@ -235,7 +236,8 @@ def check_receipt(stage: Stage, trained_with: Mapping[str, Any]) -> dict[str, An
     }
     sharing = receipt.get("expert_parallel_degree") or {}
     shared = "auto" if sharing.get("asked") == "auto" else sharing.get("chosen")
-    found = {**receipt, "expert_parallel_degree": shared}
+    placed = "auto" if sharing.get("asked_placement") == "auto" else sharing.get("placement")
+    found = {**receipt, "expert_parallel_degree": shared, "experts.placement": placed}
     missing += [f"{key} {asked}" for key, asked in attends.items() if found.get(key) != asked]
     if missing or not (stage.dir / BAKED).exists():
         raise StageError(
@@ -276,6 +278,7 @@ def _publish(stage: Stage) -> None:
         "mask_updates": baked["mask_updates"],
         "two_four_conforming": baked["two_four_conforming"],
         "expert_parallel_degree": receipt.get("expert_parallel_degree"),
+        "experts": baked.get("experts"),
         "keep_attention": receipt["keep_attention"],
         "keep_experts": receipt["keep_experts"],
         "trainable_parameters": receipt["trainable_parameters"],

@@ -294,7 +294,7 @@ class _Layer:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         )
         self.router = (layer.mlp.router.weight, layer.mlp.router.bias)
-        self.stack, self.gate = experts.stack(), Gate(experts.alpha, experts.limit)
+        self.stack, self.gate = experts.stack().in_place(), Gate(experts.alpha, experts.limit)
 
 
 def _read(projection: Any) -> Any:

@@ -19,7 +19,7 @@ from sparselong.health.rows import Row, fail, ok, warn
 from sparselong.health.sources import Source
 from sparselong.kernels.attention import describe_choice
 from sparselong.kernels.experts import choose_backend
-from sparselong.memory import Plan, check_heads, least_peak_bytes
+from sparselong.memory import Plan, check_heads, format_bytes, least_peak_bytes
 from sparselong.processes import check_cores
 
 _PYTHONS = ((3, 11), (3, 12))
@@ -46,6 +46,7 @@ def check(config: Config, machine: Machine, plan: Plan) -> list[Row]:
         *resources.check_gpus(machine, plan),
         _parallel(config, machine, plan),
         _experts_shared(config, machine, plan),
+        _experts_placed(plan),
         _collectives(plan.memory.devices, machine),
         _attention(config, machine),
         _experts(config, machine, plan),
@@ -158,7 +159,8 @@ def _parallel(config: Config, machine: Machine, plan: Plan) -> Row:
     if have < degree:
         fix = f"use a machine with {degree} GPUs, since a sequence stays on one machine"
         fewer = config.model_copy(update={"sequence_parallel_degree": max(1, have)})
-        if least_peak_bytes(plan.shape, fewer, plan.card_bytes) <= plan.card_bytes:
+        given = (plan.shape, fewer, plan.card_bytes, "cuda", machine.host_available_bytes)
+        if least_peak_bytes(*given) <= plan.card_bytes:
             fix += f", or set sequence_parallel_degree={max(1, have)}"
         return fail(
             "sequence parallel",
@@ -170,10 +172,10 @@ def _parallel(config: Config, machine: Machine, plan: Plan) -> Row:
 
 def _experts_shared(config: Config, machine: Machine, plan: Plan) -> Row:
     """Return the row for the processes that share one copy of experts and vocabulary."""
-    name, degree, have = "expert parallel", plan.expert_parallel, len(machine.usable_gpus)
+    name, degree, have = "expert parallel", plan.held.expert_parallel, len(machine.usable_gpus)
     if degree == 1:
-        return ok(name, f"off: each process holds all experts ({plan.expert_parallel_reason})")
-    text = f"{degree} processes share experts and vocabulary ({plan.expert_parallel_reason})"
+        return ok(name, f"off: each process holds all experts ({plan.held_reason})")
+    text = f"{degree} processes share experts and vocabulary ({plan.held_reason})"
     needs_gpus = plan.device == "cuda" or have > 0
     if needs_gpus and have < degree and config.expert_parallel_degree != "auto":
         return fail(
@@ -189,6 +191,18 @@ def _experts_shared(config: Config, machine: Machine, plan: Plan) -> Row:
             f"torchrun --nproc_per_node={plan.memory.devices} 03_finetune.py",
         )
     return ok(name, text)
+
+
+def _experts_placed(plan: Plan) -> Row:
+    """Return the row for where the experts of stages 03 and 04 are."""
+    places = {"03": plan.held.placement, "04": plan.evaluation_held.placement}
+    on_host = [stage for stage, placement in places.items() if placement == "host"]
+    if not on_host:
+        return ok("expert placement", "on the device")
+    text = (
+        f"in host memory in stage {' and '.join(on_host)}, {format_bytes(plan.expert_host_bytes)}"
+    )
+    return ok("expert placement", f"{text} with the processes ({plan.held_reason})")
 
 
 def _count(gpus: int) -> str:

@@ -20,6 +20,7 @@ from sparselong.health.inputs import Finding, probe_inputs
 from sparselong.health.packages import Package
 from sparselong.health.sources import Source
 from sparselong.processes import usable_cores
+from sparselong.provenance import host_memory
 
 _MIB = 2**20
 _GPU_FIELDS = (
@@ -103,7 +104,7 @@ class Machine:
 def probe(config: Config, run_dir: Path) -> Machine:
     """Gather the facts. Changes nothing; queries to the hub have a short timeout."""
     gpus, driver = probe_gpus()
-    total, available = _host_memory()
+    total, available = host_memory()
     base, data = sources.probe_sources(config, run_dir)
     return Machine(
         python=sys.version_info[:3],
@@ -201,20 +202,6 @@ def _nvcc_version() -> str | None:
         if "release" in line:
             return line.partition("release")[2].split(",")[0].strip()
     return None
-
-
-def _host_memory() -> tuple[int, int]:
-    """Return total and available host memory in bytes, from /proc/meminfo or the cgroup limit."""
-    values = {}
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        name, _, rest = line.partition(":")
-        values[name] = int(rest.split()[0]) * 1024
-    total, available = values["MemTotal"], values["MemAvailable"]
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and limit.read_text(encoding="utf-8").strip().isdigit():
-        most = int(limit.read_text(encoding="utf-8"))
-        total, available = min(total, most), min(available, most)
-    return total, available
 
 
 def probe_disk(path: Path) -> Disk:

@@ -33,8 +33,12 @@ class Package:
 
 
 def is_installed(module: str) -> bool:
-    """Return whether a top-level module can be found, without importing it."""
-    return util.find_spec(module) is not None
+    """Return whether a top-level module can be found, without importing it.
+
+    A folder without __init__.py, such as flash-attn-4's flash_attn, is not the module.
+    """
+    spec = util.find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def compare_with_lock(lock: Path = LOCK) -> tuple[Package, ...]:

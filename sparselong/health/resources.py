@@ -59,9 +59,11 @@ def _wanted(plan: Plan) -> str:
     count = plan.memory.devices
     gpus, each = ("1 GPU", "") if count == 1 else (f"{count} GPUs", " on each")
     text = f"{gpus} (compute capability 8.0 or newer) with {format_bytes(need)} free{each}"
+    if plan.held.placement == "host":
+        return f"{text}, with the experts in host memory"
     if plan.sharded is None:
         return text
-    if plan.expert_parallel == 1:
+    if plan.held.expert_parallel == 1:
         peak = format_bytes(plan.sharded.peak_bytes)
         return f"{text}; stage 03 needs {peak} on each with experts and vocabulary sharded"
     peak = format_bytes(plan.replicated.peak_bytes)
@@ -80,7 +82,7 @@ def check_memory(config: Config, machine: Machine, plan: Plan) -> Iterator[Row]:
     if plan.device == "cuda":
         usable = machine.usable_gpus
         if usable:
-            yield _gpu_memory(config, usable[0], plan)
+            yield _gpu_memory(config, usable[0], plan, machine.host_available_bytes)
         elif machine.gpus:
             yield fail(
                 "GPU memory",
@@ -96,11 +98,17 @@ def check_memory(config: Config, machine: Machine, plan: Plan) -> Iterator[Row]:
         yield ok("host memory", text)
     elif plan.device == "cpu":
         yield fail("host memory", text, "lower micro_batch_size, sequence_len or model.tiny_layers")
+    elif plan.expert_host_bytes == need:
+        yield fail(
+            "host memory",
+            f"{text}, most of it for the experts",
+            "close other programs, add memory, or use more or larger GPUs",
+        )
     else:
         yield fail("host memory", text, "close other programs, or add memory")
 
 
-def _gpu_memory(config: Config, gpu: Gpu, plan: Plan) -> Row:
+def _gpu_memory(config: Config, gpu: Gpu, plan: Plan, host_bytes: int) -> Row:
     stage, need = _gpu_need(plan)
     text = f"{stage} needs {format_bytes(need)}, GPU {gpu.index} has {format_bytes(gpu.free_bytes)}"
     if need <= gpu.free_bytes:
@@ -109,7 +117,8 @@ def _gpu_memory(config: Config, gpu: Gpu, plan: Plan) -> Row:
     if need <= gpu.total_bytes:
         return fail("GPU memory", found, "stop the other programs on this GPU (see nvidia-smi)")
     if stage == "03_finetune":
-        changes = suggest_changes(plan.shape, config, gpu.total_bytes, plan.device)
+        limits = (gpu.total_bytes, plan.device, host_bytes)
+        changes = suggest_changes(plan.shape, config, *limits)
         if any(text.endswith(" fits") for text in changes):
             return fail("GPU memory", found, "; ".join(changes))
     return fail("GPU memory", found, "use a larger GPU or a smaller model")

@@ -32,10 +32,10 @@ _DETAILED = (
 
 def plan_for(config: Config, machine: Machine) -> Plan:
     """Return the plan for the device that the stages would use: a GPU if torch can use one."""
-    gpus = machine.usable_gpus
+    gpus, host = machine.usable_gpus, machine.host_available_bytes
     if not gpus:
         return memory.make_plan(config)
-    return memory.make_plan(config, "cuda", gpus[0].name, gpus[0].total_bytes)
+    return memory.make_plan(config, "cuda", gpus[0].name, gpus[0].total_bytes, host)
 
 
 def examine(stage: Stage) -> None:

@@ -5,6 +5,12 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.kernels.expert_stack import ExpertStack, Gate, PackedWeight
+    from sparselong.kernels.expert_stack import (
+        ExpertStack,
+        Gate,
+        HostStack,
+        PackedWeight,
+        Passing,
+    )
 
 __getattr__ = expose(__name__)

@@ -2,9 +2,10 @@
 
 base_config.py reads a base's config.json, shape.py holds the model's sizes, storage.py the size of
 the weights (exact), training.py the peak memory of fine-tuning by component, exchange.py what
-sharing experts and vocabulary adds to it, stages.py the memory of the other stages, fit.py what
-fits on a GPU, what is shared and what to change, evaluated.py that choice for stage 04, timing.py a
-roofline model. plan.py combines them and table.py prints them.
+sharing experts and vocabulary adds to it, stages.py the memory of the other stages, placing.py what
+is kept, shared and in host memory, ways.py compares these ways for stage 03 and evaluated.py for
+stage 04, fit.py says what fits and what to change, timing.py is a roofline model. plan.py combines
+them and table.py prints them.
 """
 
 from typing import TYPE_CHECKING
@@ -14,21 +15,26 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.memory.base_config import check_token_ids, read_base_config
     from sparselong.memory.fit import (
-        MARGIN,
         check_fit,
-        decide_evaluation_parallel,
-        decide_expert_parallel,
-        decided_memory,
-        is_kept,
-        kept_peaks,
+        check_host,
+        describe_held,
         least_peak_bytes,
         suggest_changes,
     )
     from sparselong.memory.limits import check_model
+    from sparselong.memory.placing import (
+        MARGIN,
+        decide_evaluation_held,
+        decide_held,
+        decided_memory,
+        host_bytes,
+        is_kept,
+        kept_peaks,
+    )
     from sparselong.memory.plan import Plan, make_plan, plan_stage
     from sparselong.memory.shape import PUBLISHED, check_heads, find_config, find_shape
     from sparselong.memory.stages import evaluation_memory
-    from sparselong.memory.storage import adapter_bytes, base_groups, compressed_groups
+    from sparselong.memory.storage import Held, adapter_bytes, base_groups, compressed_groups
     from sparselong.memory.table import (
         WIDTH,
         format_bytes,

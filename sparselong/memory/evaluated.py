@@ -1,104 +1,79 @@
-"""Stage 04 in a plan: its memory with and without shared experts, which it chooses, and why."""
+"""Stage 04's memory with experts held in each way, which way is chosen, and why."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from sparselong.config import Config
-from sparselong.memory import fit, stages
+from sparselong.memory import placing, stages
 from sparselong.memory.labels import label
 from sparselong.memory.shape import ModelShape
+from sparselong.memory.storage import Held
 from sparselong.memory.table import format_bytes
 from sparselong.memory.training import Device
+from sparselong.memory.ways import explain_held, list_ways
 
 
 class Evaluation(NamedTuple):
-    """Stage 04's memory on each device, by component.
+    """Stage 04 in a plan.
 
     Attributes:
-        replicated: with all experts and the whole vocabulary on each device.
-        sharded: if processes share them, as many as can; None if only one could.
-        degree: number of processes that share them.
-        reason: why that number.
+        ways: bytes on each device by component, with experts held in each way; None: not allowed.
+        held: how they are held.
+        reason: why so.
+        peak_bytes: peak on each device, held so.
+        host_bytes: host memory of the processes if experts are there, else 0.
     """
 
-    replicated: dict[str, int]
-    sharded: dict[str, int] | None
-    degree: int
+    ways: dict[str, dict[str, int] | None]
+    held: Held
     reason: str
+    peak_bytes: int
+    host_bytes: int
 
-    @property
-    def peaks(self) -> tuple[int, int | None]:
-        """Peak with replicated and with shared experts and vocabulary, in bytes."""
-        shared = sum(self.sharded.values()) if self.sharded else None
-        return sum(self.replicated.values()), shared
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the part of a plan's JSON document that compares the two."""
-        replicated, sharded = self.peaks
-        return {
-            "expert_parallel_degree": self.degree,
-            "expert_parallel_reason": self.reason,
-            "replicated_bytes_per_gpu": label(self.replicated),
-            "replicated_peak_bytes_per_gpu": replicated,
-            "sharded_bytes_per_gpu": label(self.sharded) if self.sharded else None,
-            "sharded_peak_bytes_per_gpu": sharded,
+    def columns(self) -> dict[str, Any]:
+        """Return the part of a plan's JSON document that compares the ways."""
+        found: dict[str, Any] = {
+            "expert_parallel_degree": self.held.expert_parallel,
+            "expert_placement": self.held.placement,
+            "held_reason": self.reason,
+            "expert_host_bytes": self.host_bytes,
         }
+        for way, components in self.ways.items():
+            found[f"{way}_bytes_per_gpu"] = label(components) if components else None
+            peak = sum(components.values()) if components else None
+            found[f"{way}_peak_bytes_per_gpu"] = peak
+        return found
 
     def remedies(self, budget_bytes: int) -> list[str]:
-        """Return what to change if the chosen one does not fit."""
-        replicated, sharded = self.peaks
-        if self.degree == 1 and sharded is not None and sharded <= budget_bytes:
-            saved = format_bytes(replicated - sharded)
+        """Return what to change if the chosen way does not fit."""
+        shared = self.ways["sharded"]
+        if self.held == Held() and shared and sum(shared.values()) <= budget_bytes:
+            saved = format_bytes(self.peak_bytes - sum(shared.values()))
             return [f"expert_parallel_degree=auto saves {saved} and fits"]
         return ["lower evaluation.batch_size, or use more or larger GPUs"]
 
 
 def plan_evaluation(
-    shape: ModelShape, config: Config, budget_bytes: int, device: Device
+    shape: ModelShape, config: Config, held: Held, budget_bytes: int, device: Device
 ) -> Evaluation:
-    """Plan stage 04 for the fewest processes with which stage 03 can run."""
-    processes = fit.planned_processes(config)
-    most = most_planned(shape, config)
-    degree = fit.decide_evaluation_parallel(shape, config, processes, budget_bytes, device)
-    replicated = stages.evaluation_memory(shape, config, device)
-    sharded = stages.evaluation_memory(shape, config, device, most) if most > 1 else None
-    peak = sum(replicated.values())
-    reason = give_reason(shape, config, degree, peak, budget_bytes)
-    return Evaluation(replicated, sharded, degree, reason)
-
-
-def most_planned(shape: ModelShape, config: Config) -> int:
-    """Return how many processes share experts and vocabulary in the sharded column of a plan."""
-    asked = config.expert_parallel_degree
-    if asked != "auto" and asked > 1:
-        return asked
-    return fit.most_expert_parallel(shape, config, fit.planned_processes(config))
-
-
-def give_reason(
-    shape: ModelShape, config: Config, chosen: int, replicated_bytes: int, budget_bytes: int
-) -> str:
-    """Return why `chosen` processes share experts and vocabulary.
+    """Plan stage 04 in each way for the fewest processes with which stage 03 can run.
 
     Args:
         shape: sizes of the base model.
         config: the config of the run.
-        chosen: the choice.
-        replicated_bytes: the stage's peak on a device if each process holds all.
-        budget_bytes: usable memory of the device.
+        held: how stage 04 holds experts.
+        budget_bytes: usable memory of each device.
+        device: kind of the devices.
     """
-    asked, processes = config.expert_parallel_degree, fit.planned_processes(config)
-    if asked != "auto":
-        return f"expert_parallel_degree: {asked}"
-    if processes == 1:
-        return "auto: one process holds them all"
-    if config.training.keep_experts == "always":
-        return "auto: training.keep_experts: always needs all of them on each GPU"
-    if fit.most_expert_parallel(shape, config, processes) == 1:
-        return f"auto: {processes} processes cannot share {shape.experts} experts"
-    outcome = "fits" if chosen == 1 else "does not fit with a margin"
-    return (
-        f"auto: replicated, {format_bytes(replicated_bytes)} of {format_bytes(budget_bytes)}, "
-        f"{outcome}"
-    )
+    ways = {
+        way: None if each is None else stages.evaluation_memory(shape, config, device, each)
+        for way, each in list_ways(shape, config, held, device).items()
+    }
+    whole = stages.evaluation_memory(shape, config, device, Held())
+    reason = explain_held(shape, config, held, sum(whole.values()), budget_bytes)
+    chosen = stages.evaluation_memory(shape, config, device, held)
+    processes = placing.planned_processes(config)
+    is_on_host = held.placement == "host"
+    host_bytes = placing.host_bytes(shape, config, held, processes) if is_on_host else 0
+    return Evaluation(ways, held, reason, sum(chosen.values()), host_bytes)

@@ -14,6 +14,7 @@ LABELS = {
     "embedding": "embedding and lm_head",
     "small": "router, norms, biases, sinks",
     # Memory of stage 03.
+    "expert_buffers": "two layers of experts",
     "projections": "attention projections, packed",
     "masters": "masters, masks, scales of LoRA layers",
     "lora": "LoRA, gradients, optimizer",

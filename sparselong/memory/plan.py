@@ -7,24 +7,23 @@ compares it with the machine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparselong.config import Config
-from sparselong.memory import evaluated, fit, stages, storage, timing, training
+from sparselong.memory import evaluated, fit, placing, stages, storage, timing, training
 from sparselong.memory.labels import label
-from sparselong.memory.limits import check_experts
 from sparselong.memory.shape import ModelShape, find_shape
+from sparselong.memory.storage import Held
 from sparselong.memory.table import format_bytes
 from sparselong.memory.training import Device, Memory
+from sparselong.memory.ways import expert_host_bytes, plan_ways
 
 CPU_PARAMETERS = 1_000_000_000
 """Models of at least this size are not fine-tuned on a CPU, where a step would take hours."""
 _SHOWS_TRAINING = ("01_health", "03_finetune")
 """Stages whose plan shows stage 03's memory."""
-_HOST_BYTES = 2 * training.GIB
-"""Host memory for Python, libraries and file buffers while a GPU computes (estimate)."""
 _LOADING_BYTES = 4 * training.GIB
 """Most host memory of a process that reads its slices of the weights, page cache aside."""
 
@@ -44,12 +43,15 @@ class Plan:
         replicated: stage 03 with all experts and the whole vocabulary on each device.
         sharded: stage 03 on each device if processes share them: as many as
             `expert_parallel_degree` says, or as can; None if only one could.
-        expert_parallel: number of processes that share them in stage 03.
-        expert_parallel_reason: why that number.
-        evaluation_parallel: number of processes that share them in stage 04.
+        hosted: stage 03 on each device with the experts in host memory, shared by as many processes
+            as can; None if the config does not allow it.
+        held: how stage 03 holds experts and vocabulary.
+        held_reason: why so.
+        evaluation_held: how stage 04 holds them.
         changes: changes that make stage 03 fit, the cheapest first; empty if it fits.
         stages: bytes of the other stages' working memory, by stage and component.
         offloaded_bytes: pinned host memory for stage 03's offloaded checkpoints.
+        expert_host_bytes: host memory of stage 03's or 04's processes if experts are there; else 0.
         compress_host: bytes that stage 02 keeps in host memory on any device.
         linkable: the part of `disk` that takes no space if shards can be hard links.
         tokens: number of tokens that stage 03 trains on.
@@ -66,12 +68,14 @@ class Plan:
     card_bytes: int
     replicated: Memory
     sharded: Memory | None
-    expert_parallel: int
-    expert_parallel_reason: str
-    evaluation_parallel: int
+    hosted: Memory | None
+    held: Held
+    held_reason: str
+    evaluation_held: Held
     changes: list[str]
     stages: dict[str, dict[str, int]]
     offloaded_bytes: int
+    expert_host_bytes: int
     compress_host: dict[str, int]
     linkable: dict[str, int]
     tokens: int
@@ -80,17 +84,21 @@ class Plan:
 
     @property
     def memory(self) -> Memory:
-        """Stage 03 as it was chosen, replicated or sharded."""
-        return self.sharded if self.sharded and self.expert_parallel > 1 else self.replicated
+        """Stage 03 as it was chosen: replicated, sharded, or with its experts in host memory."""
+        if self.held.placement == "host":
+            assert self.hosted is not None
+            return self.hosted
+        return self.sharded if self.sharded and self.held.expert_parallel > 1 else self.replicated
 
     @property
     def host_bytes(self) -> int:
         """Host memory of the stage that needs most, in bytes; with a GPU often that is stage 02."""
         if self.device == "cpu":
             return max(self.stage_memory(name)[1] for name in ("03_finetune", *self.stages))
-        shared = max(self.expert_parallel, self.evaluation_parallel) > 1
-        loading = self.memory.devices * _LOADING_BYTES if shared else _HOST_BYTES
-        return max(_total(self.compress_host) + _HOST_BYTES, self.offloaded_bytes + loading)
+        shared = max(self.held.expert_parallel, self.evaluation_held.expert_parallel) > 1
+        loading = self.memory.devices * _LOADING_BYTES if shared else placing.PROCESS_BYTES
+        compress = _total(self.compress_host) + placing.PROCESS_BYTES
+        return max(compress, self.offloaded_bytes + loading, self.expert_host_bytes)
 
     def stage_memory(self, name: str) -> tuple[dict[str, int], int]:
         """Return the components of a stage's memory and their peak, in bytes."""
@@ -99,18 +107,20 @@ class Plan:
         components = self.stages.get(name, {})
         return components, _total(components)
 
-    def both(self) -> dict[str, Any]:
-        """Return stage 03's memory replicated and sharded, and which was chosen, as JSON."""
-        sharded = self.sharded
-        return {
+    def columns(self) -> dict[str, Any]:
+        """Return stage 03's memory, held in each way, and which was chosen, as JSON."""
+        ways = {"replicated": self.replicated, "sharded": self.sharded, "hosted": self.hosted}
+        found: dict[str, Any] = {
             "processes": self.replicated.devices,
-            "expert_parallel_degree": self.expert_parallel,
-            "expert_parallel_reason": self.expert_parallel_reason,
-            "replicated_bytes_per_gpu": label(self.replicated.components),
-            "replicated_peak_bytes_per_gpu": self.replicated.peak_bytes,
-            "sharded_bytes_per_gpu": label(sharded.components) if sharded else None,
-            "sharded_peak_bytes_per_gpu": sharded.peak_bytes if sharded else None,
+            "expert_parallel_degree": self.held.expert_parallel,
+            "expert_placement": self.held.placement,
+            "held_reason": self.held_reason,
+            "expert_host_bytes": self.expert_host_bytes,
         }
+        for way, memory in ways.items():
+            found[f"{way}_bytes_per_gpu"] = label(memory.components) if memory else None
+            found[f"{way}_peak_bytes_per_gpu"] = memory.peak_bytes if memory else None
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a JSON document."""
@@ -125,7 +135,7 @@ class Plan:
             "peak_bytes_per_gpu": self.memory.peak_bytes,
             "card_bytes": self.card_bytes,
             "changes_to_fit": self.changes,
-            **self.both(),
+            **self.columns(),
             "stage_bytes": {name: _total(parts) for name, parts in self.stages.items()},
             "host_bytes": self.host_bytes,
             "training_tokens": self.tokens,
@@ -152,6 +162,7 @@ def make_plan(
     device: Device | None = None,
     gpu_name: str | None = None,
     gpu_bytes: int = fit.CARD_BYTES,
+    host_budget_bytes: int | None = None,
 ) -> Plan:
     """Return the plan of a config.
 
@@ -160,6 +171,7 @@ def make_plan(
         device: kind of device to plan for; None takes `configured_device`.
         gpu_name: GPU for the time estimate; None takes an RTX 3090.
         gpu_bytes: usable memory of the GPU; by default that of a 24 GB card.
+        host_budget_bytes: available host memory; None: not known, taken as enough.
 
     Raises:
         ConfigError: `expert_parallel_degree` does not divide the number of experts.
@@ -171,8 +183,8 @@ def make_plan(
     disk = storage.disk_bytes(shape, config)
     disk["compress_work"] = 2 * stages.state_bytes(shape, config, device)
     tokens, note = timing.training_tokens(config, _size(Path(config.data.train)))
-    shared = _choose(shape, config, gpu_bytes, device)
-    gpus = shared.replicated.devices if device == "cuda" else 1
+    ways = plan_ways(shape, config, gpu_bytes, device, host_budget_bytes)
+    gpus = ways.replicated.devices if device == "cuda" else 1
     return Plan(
         shape=shape,
         device=device,
@@ -181,52 +193,23 @@ def make_plan(
         bits_per_weight=storage.bits_by_group(config),
         compressed=storage.compressed_groups(shape, config),
         card_bytes=gpu_bytes,
-        replicated=shared.replicated,
-        sharded=shared.sharded,
-        expert_parallel=shared.degree,
-        expert_parallel_reason=shared.reason,
-        evaluation_parallel=shared.evaluation,
-        changes=fit.suggest_changes(shape, config, gpu_bytes) if device == "cuda" else [],
-        stages=_working_memory(shape, config, device, shared.evaluation),
+        **ways._asdict(),
+        changes=fit.suggest_changes(shape, config, gpu_bytes, device, host_budget_bytes)
+        if device == "cuda"
+        else [],
+        stages=_working_memory(shape, config, device, ways.evaluation_held),
         offloaded_bytes=training.offloaded_bytes(shape, config),
+        expert_host_bytes=expert_host_bytes(shape, config, ways),
         compress_host=stages.compress_host_memory(shape, config, device),
         linkable=storage.linkable_bytes(shape, config),
         tokens=tokens,
         tokens_note=note,
-        seconds=timing.stage_seconds(
-            shape, config, rate, disk, tokens, gpus=gpus, expert_parallel=shared.degree
-        ),
+        seconds=timing.stage_seconds(shape, config, rate, disk, tokens, gpus=gpus, held=ways.held),
     )
 
 
-class _Shared(NamedTuple):
-    """Stage 03's memory with and without shared experts, and what stages 03 and 04 choose."""
-
-    replicated: Memory
-    sharded: Memory | None
-    degree: int
-    reason: str
-    evaluation: int
-
-
-def _choose(shape: ModelShape, config: Config, card_bytes: int, device: Device) -> _Shared:
-    """Plan stage 03 replicated and sharded for the fewest processes that the config needs."""
-    check_experts(config, shape)
-    processes, most = fit.planned_processes(config), evaluated.most_planned(shape, config)
-    replicated = fit.decided_memory(shape, config, card_bytes, device)
-    # Replicated experts do not change how many processes there are.
-    replicated = replace(replicated, devices=processes)
-    sharded = None
-    if most > 1:
-        sharded = fit.decided_memory(shape, config, card_bytes, device, expert_parallel=most)
-    chosen = fit.decide_expert_parallel(shape, config, processes, card_bytes, device)
-    reason = evaluated.give_reason(shape, config, chosen, replicated.peak_bytes, card_bytes)
-    evaluation = fit.decide_evaluation_parallel(shape, config, processes, card_bytes, device)
-    return _Shared(replicated, sharded, chosen, reason, evaluation)
-
-
 def _working_memory(
-    shape: ModelShape, config: Config, device: Device, evaluation_parallel: int
+    shape: ModelShape, config: Config, device: Device, evaluation_held: Held
 ) -> dict[str, dict[str, int]]:
     """Return components of the other stages' memory by stage; on a CPU they include the host's."""
     compress = stages.compress_memory(shape, config, device)
@@ -234,7 +217,7 @@ def _working_memory(
         compress |= stages.compress_host_memory(shape, config, device)
     return {
         "02_compress": compress,
-        "04_eval": stages.evaluation_memory(shape, config, device, evaluation_parallel),
+        "04_eval": stages.evaluation_memory(shape, config, device, evaluation_held),
     }
 
 
@@ -256,10 +239,10 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
     """
     made = make_plan(config)
     components, peak = made.stage_memory("03_finetune" if name == "01_health" else name)
-    reads, writes = _files(config, run_dir, name, made)
-    both = made.both() if name in _SHOWS_TRAINING else {}
+    columns = made.columns() if name in _SHOWS_TRAINING else {}
     if name == "04_eval":
-        both = _plan_evaluation(config, made).to_dict()
+        columns = _plan_evaluation(config, made).columns()
+    reads, writes = _files(config, run_dir, name, made)
     return {
         "stage": name,
         "status": "plan",
@@ -270,7 +253,7 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
         "bytes_per_gpu": label(components),
         "peak_bytes_per_gpu": peak,
         "changes_to_fit": made.changes if name in _SHOWS_TRAINING else [],
-        **both,
+        **columns,
         "estimated_seconds": round(made.seconds[name]),
         "notes": _notes(config, name, made),
         "config": config.model_dump(mode="json"),
@@ -319,11 +302,17 @@ def _memory_notes(made: Plan) -> list[str]:
         notes.append("The outputs of full attention are kept and not recomputed.")
     if made.memory.components.get("kept_experts"):
         notes.append("The experts' gate_up outputs are kept and not recomputed.")
+    if made.held.placement == "host":
+        notes.append(
+            f"The experts are in host memory: {format_bytes(made.expert_host_bytes)} of it with "
+            "the processes. A step takes at least as long as copying its processes' experts twice."
+        )
     return notes + _missing(made, made.memory.peak_bytes, fit.add_last_resort(made.changes))
 
 
 def _plan_evaluation(config: Config, made: Plan) -> evaluated.Evaluation:
-    return evaluated.plan_evaluation(made.shape, config, made.card_bytes, made.device)
+    given = (made.evaluation_held, made.card_bytes, made.device)
+    return evaluated.plan_evaluation(made.shape, config, *given)
 
 
 def _missing(made: Plan, peak_bytes: int, remedies: list[str]) -> list[str]:
@@ -354,8 +343,8 @@ def _notes(config: Config, name: str, made: Plan) -> list[str]:
                 "are written as new files, not as links."
             )
     if name == "04_eval":
-        remedies = _plan_evaluation(config, made).remedies(made.card_bytes)
-        notes += _missing(made, made.stage_memory(name)[1], remedies)
+        evaluation = _plan_evaluation(config, made)
+        notes += _missing(made, evaluation.peak_bytes, evaluation.remedies(made.card_bytes))
     model = {"02_compress": "compressed_model", "03_finetune": "finetuned_model"}.get(name)
     if model is not None and made.linkable[model]:
         notes.append(

@@ -77,7 +77,7 @@ def layer_bytes(shape: ModelShape) -> int:
 
 
 def evaluation_memory(
-    shape: ModelShape, config: Config, device: Device, expert_parallel: int = 1
+    shape: ModelShape, config: Config, device: Device, held: storage.Held = storage.WHOLE
 ) -> dict[str, int]:
     """Return bytes of stage 04 on a device by component, for the largest of its models, the base.
 
@@ -87,9 +87,9 @@ def evaluation_memory(
         shape: sizes of the base model.
         config: the config of the run.
         device: `cuda` computes in bf16, `cpu` in fp32.
-        expert_parallel: number of processes that share one copy of experts and vocabulary.
+        held: how a process holds the experts.
     """
-    width = _width(device)
+    width, expert_parallel = _width(device), held.expert_parallel
     base = storage.base_groups(shape)
     rest = base["attention"] + base["small"] - shape.expert_biases * storage.BF16_BYTES
     rest += shape.expert_biases * storage.BF16_BYTES // expert_parallel
@@ -110,7 +110,7 @@ def evaluation_memory(
     if expert_parallel > 1 and device == "cuda":
         exchanged["nccl"] = exchange.nccl_bytes(expert_parallel)
     return {
-        "experts": base["experts"] // expert_parallel,
+        **storage.held_experts(shape, held, on_cpu=device == "cpu"),
         "base_rest": rest * (width // storage.BF16_BYTES),
         "live": live,
         "attention": _attention(shape, config, tokens, length, device),

@@ -13,6 +13,8 @@ published models) are not counted.
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 from sparselong.config import Config
 from sparselong.memory.shape import ModelShape
 
@@ -25,6 +27,24 @@ _ADAM_BYTES = 8
 _ADAM_8BIT_BYTES = 2
 
 
+Placement = Literal["gpu", "host"]
+
+
+class Held(NamedTuple):
+    """How processes hold the experts in memory.
+
+    Attributes:
+        expert_parallel: number of processes that share one copy of experts and vocabulary.
+        placement: where blocks and scales of the experts are.
+    """
+
+    expert_parallel: int = 1
+    placement: Placement = "gpu"
+
+
+WHOLE = Held()
+
+
 def dense_bits(weight_bits: int, sparsity: str, group_size: int) -> float:
     """Return bits per weight of a shared dense layer in our format."""
     kept = weight_bits / 2 + _PATTERN_BITS if sparsity == "2:4" else float(weight_bits)
@@ -34,6 +54,22 @@ def dense_bits(weight_bits: int, sparsity: str, group_size: int) -> float:
 def expert_bits(sparsity: str) -> float:
     """Return bits per expert weight: MXFP4 as published, or 2:4 of it."""
     return (2 + _PATTERN_BITS if sparsity == "2:4" else 4.0) + 8 / 32
+
+
+def expert_bytes(shape: ModelShape) -> int:
+    """Return bytes of all experts' blocks and scales as loaded: 2:4 experts are expanded."""
+    return int(shape.expert_weights * expert_bits("none") / 8)
+
+
+def held_experts(shape: ModelShape, held: Held, on_cpu: bool) -> dict[str, int]:
+    """Return bytes of a process's blocks and scales by component, in its device's memory.
+
+    Of experts in host memory, two layers are on the device.
+    """
+    whole = expert_bytes(shape) // held.expert_parallel
+    if held.placement == "gpu":
+        return {"experts": whole}
+    return {"experts": whole if on_cpu else 0, "expert_buffers": 2 * whole // shape.layers}
 
 
 def base_groups(shape: ModelShape) -> dict[str, int]:

@@ -39,34 +39,40 @@ def format_table(title: str, rows: dict[str, str]) -> list[str]:
 def memory_lines(document: dict[str, Any]) -> list[str]:
     """Return the lines of the memory table of a plan document (plan_stage or Plan.to_dict).
 
-    A document of stage 03 or 04 with several processes has a column each for replicated and for
-    shared experts and vocabulary, and a line that says which was chosen.
+    A document of stage 03 or 04 has a column each for replicated experts and vocabulary, shared
+    ones, and experts in host memory, as far as the config allows them, and a line on which was
+    chosen.
     """
     title = "Memory on each GPU" if document["device"] == "cuda" else "Host memory"
-    if document.get("sharded_bytes_per_gpu"):
-        return _two_columns(title, document)
+    if any(document.get(f"{way}_bytes_per_gpu") for way in ("sharded", "hosted")):
+        return _columns(title, document)
     parts = {name: format_bytes(size) for name, size in document["bytes_per_gpu"].items() if size}
     if not parts:
         return []
     return format_table(title, {**parts, "peak": format_bytes(document["peak_bytes_per_gpu"])})
 
 
-def _two_columns(title: str, document: dict[str, Any]) -> list[str]:
-    """Return the table of a stage's memory, replicated and sharded, and the choice."""
-    left, right = document["replicated_bytes_per_gpu"], document["sharded_bytes_per_gpu"]
-    names = [name for name in left | right if left.get(name) or right.get(name)]
-    pairs = {name: (left.get(name, 0), right.get(name, 0)) for name in names}
-    pairs["peak"] = tuple(
-        document[f"{how}_peak_bytes_per_gpu"] for how in ("replicated", "sharded")
-    )
+_WAYS = {"replicated": "replicated", "sharded": "sharded", "hosted": "host memory"}
+
+
+def _columns(title: str, document: dict[str, Any]) -> list[str]:
+    """Return the table of a stage's memory, experts held in each way, and the choice."""
+    parts = {way: document[f"{way}_bytes_per_gpu"] for way in _WAYS}
+    parts = {way: components for way, components in parts.items() if components}
+    names = dict.fromkeys(name for way in reversed(parts) for name in parts[way])
+    rows = {name: [components.get(name, 0) for components in parts.values()] for name in names}
+    rows = {name: sizes for name, sizes in rows.items() if any(sizes)}
+    rows["peak"] = [document[f"{way}_peak_bytes_per_gpu"] for way in parts]
     columns = {
-        name: "".join(f"{format_bytes(size) if size else '-':>12}" for size in sizes)
-        for name, sizes in pairs.items()
+        name: "".join(f"{format_bytes(size) if size else '-':>13}" for size in sizes)
+        for name, sizes in rows.items()
     }
-    head = {"": f"{'replicated':>12}{'sharded':>12}"}
+    head = {"": "".join(f"{_WAYS[way]:>13}" for way in parts)}
     degree = document["expert_parallel_degree"]
     chosen = f"sharded over {degree} processes" if degree > 1 else "replicated"
-    text = f"Chosen for experts and vocabulary: {chosen} ({document['expert_parallel_reason']})"
+    if document["expert_placement"] == "host":
+        chosen += f", experts in host memory ({format_bytes(document['expert_host_bytes'])} there)"
+    text = f"Chosen for experts and vocabulary: {chosen} ({document['held_reason']})"
     wrapped = textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
     return [*format_table(title, head | columns), *wrapped]
 

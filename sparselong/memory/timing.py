@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from sparselong.config import Config
 from sparselong.memory import exchange
 from sparselong.memory.shape import ModelShape
+from sparselong.memory.storage import WHOLE, Held, expert_bytes
 
 EFFICIENCY = 0.2
 """Fraction of the peak that this version's kernels are assumed to reach."""
@@ -29,6 +30,8 @@ SAMPLE_TOKENS = 1_000
 EXCHANGED_BYTES_PER_SECOND = 23e9
 """Rate at which GPUs without peer access exchange hidden states: NCCL's between four H200 with
 NCCL_P2P_DISABLE=1, the regime of PCIe 4.0 x16 (with NVLink 277e9)."""
+COPIED_BYTES_PER_SECOND = 23e9
+"""Rate at which a GPU copies from page-locked host memory, over PCIe 4.0 x16 (estimate)."""
 TINY_STEP_TOKENS = 1_024
 """Tokens of a step that makes the small model."""
 DEMO_ITEMS = 400
@@ -103,6 +106,19 @@ def training_tokens(config: Config, data_bytes: int | None) -> tuple[int, str]:
     return int(ASSUMED_TOKENS * training.num_epochs), "data.train is not here yet: 1.5 M assumed"
 
 
+def _training_seconds(
+    shape: ModelShape, config: Config, speed: float, tokens: int, gpus: int, held: Held
+) -> float:
+    """Return the seconds of stage 03's steps; `speed` is in operations per second."""
+    exchanged = exchange.sent_bytes(shape, held.expert_parallel) / EXCHANGED_BYTES_PER_SECOND
+    computed = tokens / gpus * (training_flops(shape, config) / speed + exchanged)
+    if held.placement == "gpu":
+        return computed
+    passes = tokens / (config.micro_batch_size * config.sequence_len)
+    copied = 2 * expert_bytes(shape) // held.expert_parallel
+    return max(computed, passes * copied / COPIED_BYTES_PER_SECOND)
+
+
 def stage_seconds(
     shape: ModelShape,
     config: Config,
@@ -111,11 +127,12 @@ def stage_seconds(
     tokens: int,
     *,
     gpus: int = 1,
-    expert_parallel: int = 1,
+    held: Held = WHOLE,
 ) -> dict[str, float]:
     """Return the estimated seconds of each stage.
 
-    The exchange of shared experts is counted as if no computation overlapped with it.
+    The exchange of shared experts is counted as if no computation overlapped with it, copies from
+    host memory as if all did.
 
     Args:
         shape: sizes of the base model.
@@ -124,11 +141,10 @@ def stage_seconds(
         disk: bytes by artifact, from storage.disk_bytes.
         tokens: number of tokens that stage 03 trains on.
         gpus: number of GPUs that compute in stages 03 and 04.
-        expert_parallel: number of processes that share one copy of the experts in stage 03.
+        held: how stage 03 holds the experts.
     """
-    exchanged = exchange.sent_bytes(shape, expert_parallel) / EXCHANGED_BYTES_PER_SECOND
     speed = rate.flops_per_second * rate.efficiency
-    train = tokens / gpus * (training_flops(shape, config) / speed + exchanged)
+    train = _training_seconds(shape, config, speed, tokens, gpus, held)
     tiny = config.model.base == "tiny"
     calibration = config.calibration.samples * config.calibration.sequence_len
     products, scores = forward_flops(shape, config.calibration.sequence_len)

@@ -30,7 +30,8 @@ time) are not counted.
 With `expert_parallel` above 1, that many processes share one copy of experts and vocabulary. Each
 then holds its share of the experts with their biases and adapters (masters, gradients, optimizer
 states), and of the rows of embedding and lm_head; projections, masters, router and norms are whole
-on each. Experts and loss work on chunks of all processes' rows: see exchange.py.
+on each. Experts and loss work on chunks of all processes' rows: see exchange.py. Experts in host
+memory leave two layers of a process's blocks and scales on its device.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def finetune_memory(
     config: Config,
     device: Device = "cuda",
     *,
-    expert_parallel: int = 1,
+    held: storage.Held = storage.WHOLE,
     kept: Kept = Kept(),  # noqa: B008
 ) -> Memory:
     """Return the memory of stage 03 on each device.
@@ -130,10 +131,10 @@ def finetune_memory(
         shape: sizes of the base model.
         config: the config of the run.
         device: `cuda` computes in bf16, `cpu` in fp32.
-        expert_parallel: number of processes that share one copy of experts and vocabulary.
-        kept: what layers keep, as far as device and config allow; see `fit.decide_kept`.
+        held: how the process holds the experts.
+        kept: what layers keep, as far as device and config allow; see `placing.decide_kept`.
     """
-    degree = config.sequence_parallel_degree
+    degree, expert_parallel = config.sequence_parallel_degree, held.expert_parallel
     devices = math.lcm(degree, expert_parallel)
     width = 2 if device == "cuda" else 4
     tokens = config.micro_batch_size * -(-config.sequence_len // degree)
@@ -150,7 +151,7 @@ def finetune_memory(
         device,
         devices,
         {
-            **weight_bytes(shape, config, width, expert_parallel),
+            **weight_bytes(shape, config, width, held),
             "masters": storage.adapted_bytes(shape, config),
             "lora": storage.trained_bytes(shape, config, expert_parallel),
             **_left(shape, config, tokens, width, kept, expert_parallel),
@@ -171,19 +172,18 @@ def _overhead(shape: ModelShape, device: Device, devices: int) -> dict[str, int]
 
 
 def weight_bytes(
-    shape: ModelShape, config: Config, width: int, expert_parallel: int
+    shape: ModelShape, config: Config, width: int, held: storage.Held
 ) -> dict[str, int]:
-    """Return bytes of a process's weights as loaded.
+    """Return bytes of a process's weights as loaded on its device.
 
     2:4 experts expand to plain MXFP4, other weights on a CPU to fp32.
     """
-    packed = storage.compressed_groups(shape, config)
-    experts = int(shape.expert_weights * storage.expert_bits("none") / 8)
+    packed, expert_parallel = storage.compressed_groups(shape, config), held.expert_parallel
     unpacked = width // storage.BF16_BYTES  # fp32 copies of weights stored in bf16
     biases = shape.expert_biases * storage.BF16_BYTES
     rows = exchange.vocabulary_rows(shape, expert_parallel)
     return {
-        "experts": experts // expert_parallel,
+        **storage.held_experts(shape, held, on_cpu=unpacked > 1),
         "projections": packed["attention"],
         "embedding": 2 * rows * shape.hidden * width,
         "small": (packed["small"] - biases + biases // expert_parallel) * unpacked,

@@ -9,6 +9,11 @@ if TYPE_CHECKING:
     from sparselong.model.description import describe_weights
     from sparselong.model.documents import document_masks
     from sparselong.model.fused import FusedAttention, FusedDecoderLayer, chunk_loss, fuse
+    from sparselong.model.host_experts import (
+        check_unchanged,
+        describe_placement,
+        find_host_experts,
+    )
     from sparselong.model.loading import load_model
     from sparselong.model.packed_experts import PackedExperts
     from sparselong.model.packed_linear import PackedLinear

@@ -34,7 +34,8 @@ def describe_weights(model: nn.Module) -> str:
             if tensor is None or tensor.data_ptr() in seen:  # tied
                 continue
             seen.add(tensor.data_ptr())
-            devices.add(str(tensor.device))
+            if not (isinstance(module, Part) and module.is_in_host_memory(name)):
+                devices.add(str(tensor.device))
             group = _group(path, name)
             sizes[group][_format(module, name, tensor)] += tensor.nbytes
     groups = [
@@ -67,7 +68,7 @@ def _group(path: str, name: str) -> str:
 
 def _format(module: nn.Module, name: str, tensor: torch.Tensor) -> str:
     if isinstance(module, PackedExperts) and not name.endswith("bias"):
-        return "MXFP4, packed"
+        return "MXFP4, packed" + ", in host memory" * module.is_on_host
     if isinstance(module, PackedLinear) and name != "bias":
         bits, fmt = module.fmt.weight_bits, module.fmt
         kind = f"int{bits}" if fmt.is_quantized else "bf16"

@@ -6,6 +6,9 @@ keep the checkpoint's names, shapes and layout, so loading only copies bytes. Th
 `kernels/experts/op.py`: on a GPU weights are decoded as they are multiplied, on a CPU one expert at
 a time.
 
+A module that is made inside `using(expert_placement="host")` keeps blocks and scales in host memory
+(host_experts.py), and its other tensors on the model's device.
+
 A module that is made inside `using(experts=...)` holds only this process's experts. Its passes run
 inside the same setting, whose exchange computes the others' share in the processes that hold them.
 
@@ -15,6 +18,8 @@ configuration names. If the experts are not packed, its function raises and name
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -22,23 +27,35 @@ from torch import nn
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 
 from sparselong.checkpoint import expert_shapes
-from sparselong.kernels import ExpertStack, PackedWeight
+from sparselong.kernels import ExpertStack, HostStack, PackedWeight
 from sparselong.kernels.experts import ALPHA, LIMIT, NO_ADAPTERS, Adapters, expert_mlp
+from sparselong.model.host_experts import HostExperts
 from sparselong.model.part import Part
 from sparselong.packing import mxfp4
 from sparselong.runtime import current
 
 IMPLEMENTATION = "sparselong"
+PACKED = ("gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks", "down_proj_scales")
+"""The tensors that may be in host memory, in the order in which they lie there."""
 
 
 class PackedExperts(Part):
-    """Packed experts of one layer, or the part of them that `using(experts=...)` says."""
+    """Packed experts of one layer, or the part of them that `using(experts=...)` says.
+
+    Attributes:
+        is_on_host: whether blocks and scales are, or will be, in host memory.
+        host: that memory, of all layers, once the model is opened.
+        layer: index of the layer in it.
+    """
 
     def __init__(self, config: GptOssConfig):
         exchange, self.num_experts = current().experts, config.num_local_experts
         whole = range(self.num_experts)
         super().__init__(exchange.held(len(whole)) if exchange else whole, len(whole))
         self.alpha, self.limit = ALPHA, LIMIT
+        self.is_on_host = current().expert_placement == "host"
+        self.host: HostExperts | None = None
+        self.layer = 0
         self._sound_scales: tuple[tuple[int, int], ...] | None = None
         for name, (_, *shape) in expert_shapes(config).items():
             shape = (len(self.held), *shape)
@@ -48,14 +65,40 @@ class PackedExperts(Part):
             else:
                 self.register_buffer(name, torch.empty(shape, dtype=torch.uint8))
 
-    def stack(self) -> ExpertStack:
+    def stack(self) -> ExpertStack | HostStack:
         """Return the layer's tensors in the form that the kernels take, without copies."""
-        return ExpertStack(
-            *(
-                PackedWeight(*(getattr(self, f"{name}_{part}") for part in PackedWeight._fields))
-                for name in ("gate_up_proj", "down_proj")
-            )
+        gate_up, down = (
+            PackedWeight(*(getattr(self, f"{name}_{part}") for part in PackedWeight._fields))
+            for name in ("gate_up_proj", "down_proj")
         )
+        if self.host is None:
+            return ExpertStack(gate_up, down)
+        return HostStack(gate_up, down, self.host.device, partial(self.host.fetch, self.layer))
+
+    @property
+    def is_withheld(self) -> bool:
+        """Whether the module's tensors are read by part.py and not by transformers."""
+        return self.is_on_host or super().is_withheld
+
+    def is_in_host_memory(self, name: str) -> bool:
+        """Whether a tensor stays in host memory on whatever device the model is."""
+        return self.is_on_host and name in PACKED
+
+    def place(self, name: str, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Return the memory into which a withheld tensor is read; see `Part`."""
+        if self.host is not None and name in PACKED:
+            return self.host.tensors(self.layer)[name]
+        return super().place(name, like, device)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Move or convert the tensors, but not those in host memory."""
+        if self.host is None:
+            return super()._apply(fn, recurse)
+        kept = {name: self._buffers.pop(name) for name in PACKED}
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(kept)
 
     def _check_scales(self) -> None:
         """Raise if a scale is NaN, checked once per loaded set to avoid host synchronizations."""
@@ -101,6 +144,25 @@ class PackedExperts(Part):
         if exchange is None or self.is_whole:
             return expert_mlp(*call, **gate)
         return exchange.run(*call, experts=self.num_experts, **gate)
+
+
+def reserve_host_memory(model: nn.Module, locked: bool) -> None:
+    """Reserve memory for those experts of a model that belong in host memory.
+
+    Args:
+        model: its experts' tensors may be on the meta device.
+        locked: whether to page-lock the memory, which a GPU needs.
+
+    Raises:
+        StageError: there is not enough memory, or it cannot be page-locked.
+    """
+    experts = [m for m in model.modules() if isinstance(m, PackedExperts) and m.is_on_host]
+    if not experts:
+        return
+    shapes = {name: tuple(getattr(experts[0], name).shape) for name in PACKED}
+    host = HostExperts(len(experts), shapes, locked)
+    for layer, module in enumerate(experts):
+        module.host, module.layer = host, layer
 
 
 def refuse_unpacked(experts: nn.Module, *_: Any, **__: Any) -> NoReturn:

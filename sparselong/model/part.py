@@ -5,11 +5,14 @@ embedding and lm_head that this process holds. transformers reads whole tensors,
 withholds these from it: their places in the model are empty while transformers loads the others.
 Then they are read from the memory-mapped files, a few rows at a time, straight into their final
 memory on the device. Neither the host nor the device ever holds a row of another process.
+
+Experts that stay in host memory, whole or in part, are withheld as well, and read from the files
+into that memory without a map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,25 @@ class Part(nn.Module):
         """Whether the module holds all rows."""
         return len(self.held) == self.total
 
+    @property
+    def is_withheld(self) -> bool:
+        """Whether the module's tensors are read here and not by transformers."""
+        return not self.is_whole
+
+    def is_in_host_memory(self, name: str) -> bool:
+        """Whether a tensor stays in host memory on whatever device the model is."""
+        return False
+
+    def place(self, name: str, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Return the memory into which a withheld tensor is read.
+
+        Args:
+            name: the tensor.
+            like: the tensor on the meta device.
+            device: that of the model.
+        """
+        return torch.empty(like.shape, dtype=like.dtype, device=device)
+
     def check_setting(self, setting: str, exchange: Any) -> None:
         """Raise unless a pass's setting has this process hold what the module holds.
 
@@ -63,14 +85,14 @@ def show_rows(rows: range) -> str:
 
 
 def withhold(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Take the tensors of all partial modules out of a model.
+    """Take the tensors that transformers must not load out of a model.
 
     Returns:
         The tensors, on the meta device, by full name.
     """
     withheld = {}
     for path, module in model.named_modules():
-        if isinstance(module, Part) and not module.is_whole:
+        if isinstance(module, Part) and module.is_withheld:
             for name, tensor in module.state_dict().items():
                 withheld[f"{path}.{name}"] = tensor
                 setattr(module, name, None)
@@ -94,7 +116,8 @@ def read_withheld(
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or torch.device("meta") in devices:
         raise StageError(
-            "a process that holds a part of the experts or the vocabulary needs one device",
+            "a model with a part of experts or vocabulary, or with experts in host memory, needs "
+            "one device",
             'a device_map of one device, such as {"": 0}',
             f"tensors on {', '.join(sorted(map(str, devices)))}",
             "give each process a GPU of its own",
@@ -103,18 +126,23 @@ def read_withheld(
     for name, like in withheld.items():
         path, _, last = name.rpartition(".")
         module: Any = model.get_submodule(path)
-        tensor = torch.empty(like.shape, dtype=like.dtype, device=device)
+        tensor = module.place(last, like, device)
         if sparse_experts and name.endswith("_blocks"):
-            slices = _expanded_slices(checkpoint, name, module.held, device)
+            _copy_rows(tensor, _expanded_slices(checkpoint, name, module.held, device))
+        elif module.is_in_host_memory(last):
+            checkpoint.read_into(tensor, name, module.held)
         else:
-            slices = checkpoint.read_slices(name, module.held)
-        first = 0
-        for part in slices:
-            tensor[first : first + len(part)].copy_(part)
-            first += len(part)
+            _copy_rows(tensor, checkpoint.read_slices(name, module.held))
         if last in module._parameters:
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(module, last, tensor)
+
+
+def _copy_rows(tensor: torch.Tensor, slices: Iterable[torch.Tensor]) -> None:
+    first = 0
+    for part in slices:
+        tensor[first : first + len(part)].copy_(part)
+        first += len(part)
 
 
 def _expanded_slices(

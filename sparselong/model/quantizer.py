@@ -3,7 +3,8 @@
 Importing `sparselong` registers the quantization method `sparselong`. Before weights are loaded,
 the quantizer replaces the attention projections by PackedLinear and the experts by PackedExperts,
 and raises unless the checkpoint holds exactly these tensors (stored.py); they then load by name.
-Inside `using(experts=..., vocabulary=...)` only this process's part of them is read (part.py).
+Inside `using(experts=..., vocabulary=...)` only this process's part of them is read (part.py),
+inside `using(expert_placement="host")` the experts are read into host memory (host_experts.py).
 Nothing is decoded or falls back to bf16; the format and size of each group of weights are printed
 to stderr. If the model attends through `sparselong`, its
 norms and rotary embeddings are fused too (fused.py).
@@ -29,7 +30,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparselong.checkpoint import METHOD, PROJECTIONS, expert_shapes, unpack_two_four_experts
 from sparselong.errors import StageError
 from sparselong.model.description import describe_weights
-from sparselong.model.packed_experts import IMPLEMENTATION, PackedExperts
+from sparselong.model.host_experts import find_host_experts
+from sparselong.model.packed_experts import IMPLEMENTATION, PackedExperts, reserve_host_memory
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.part import read_withheld, withhold
 from sparselong.model.stored import refuse_mismatch
@@ -123,17 +125,23 @@ class SparseLongQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_kwargs: Any
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        device_map: Any = None,
+        **_kwargs: Any,
     ) -> None:
         replace_with_packed(model, self.quantization_config.dense_format)
         if checkpoint_files:  # none if the caller passes a state dict
             refuse_mismatch(model, checkpoint_files, self._has_sparse_experts)
             self._directory = Path(checkpoint_files[0]).parent
+        reserve_host_memory(model, _may_use_gpu(device_map))
         self._withheld = withhold(model)
         self._is_partial = bool(self._withheld)
         if self._withheld and not checkpoint_files:
             _refuse(
-                "a model that holds a part of the experts or the vocabulary cannot be opened",
+                "a model with a part of experts or vocabulary, or with experts in host memory, "
+                "cannot be opened",
                 "safetensors files, of which each process reads its part",
                 "a state dict",
                 "pass the checkpoint's directory to from_pretrained",
@@ -154,6 +162,9 @@ class SparseLongQuantizer(HfQuantizer):
         if self._withheld:
             read_withheld(model, self._withheld, self._directory, self._has_sparse_experts)
             self._withheld = {}
+        host = find_host_experts(model)
+        if host is not None:
+            host.open(model.device)
         if model.config._attn_implementation == NAME:
             fuse(model)
         check_packed(model)
@@ -185,6 +196,14 @@ class SparseLongQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Return True, which transformers' trainer requires without PEFT."""
         return True
+
+
+def _may_use_gpu(device_map: Any) -> bool:
+    """Return whether `from_pretrained` may put the model on a GPU."""
+    if device_map is None or not torch.cuda.is_available():
+        return False
+    places = device_map.values() if isinstance(device_map, dict) else (device_map,)
+    return any(str(place) != "cpu" for place in places)
 
 
 def check_packed(model: PreTrainedModel) -> None:

@@ -1,8 +1,8 @@
-"""Decide how many ranks share one copy of experts and vocabulary, and record why.
+"""Decide how many ranks share one copy of experts and vocabulary and where experts are; record why.
 
 Ranks of an expert group exchange rows in every pass, so all ranks must decide the same: the rank
-with the least memory decides. Only ranks of one machine may share, because a layer's exchange moves
-far more bytes than the gradients of a step.
+with the least memory decides, of the GPU and of the host. Only ranks of one machine may share,
+because a layer's exchange moves far more bytes than the gradients of a step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -18,20 +19,25 @@ from sparselong.errors import StageError
 from sparselong.memory import (
     CONTEXT_BYTES,
     MARGIN,
+    Held,
     check_fit,
-    decide_evaluation_parallel,
-    decide_expert_parallel,
+    check_host,
+    decide_evaluation_held,
+    decide_held,
     decided_memory,
+    describe_held,
     evaluation_memory,
     find_shape,
     format_bytes,
+    host_bytes,
 )
 from sparselong.processes import world as ranks
+from sparselong.provenance import host_memory
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """The decision on `expert_parallel_degree`, as recorded in receipt and manifest.
+    """The decision on `expert_parallel_degree` and `experts.placement`, for receipt and manifest.
 
     Attributes:
         asked: `auto` or a number.
@@ -39,6 +45,10 @@ class Sharing:
         replicated_peak_bytes: the planner's peak of a rank if each holds all.
         predicted_peak_bytes: the planner's peak of a rank with the chosen number.
         available_bytes: least memory of a GPU available to its rank; None without GPUs.
+        asked_placement: `auto`, `gpu` or `host`.
+        placement: `gpu`, or `host` for experts in host memory.
+        predicted_host_bytes: the planner's host memory of a machine's ranks if experts are there.
+        available_host_bytes: least host memory available on a machine.
     """
 
     asked: int | str
@@ -46,6 +56,15 @@ class Sharing:
     replicated_peak_bytes: int
     predicted_peak_bytes: int
     available_bytes: int | None
+    asked_placement: str
+    placement: Literal["gpu", "host"]
+    predicted_host_bytes: int
+    available_host_bytes: int
+
+    @property
+    def held(self) -> Held:
+        """How experts are held, as the planner says it."""
+        return Held(self.chosen, self.placement)
 
     def __str__(self) -> str:
         held = "each process holds all" if self.chosen == 1 else f"shared by {self.chosen}"
@@ -57,7 +76,11 @@ class Sharing:
             text += f" ({replicated} if each held all)"
         if self.available_bytes is not None:
             text += f", available on the GPU {format_bytes(self.available_bytes)}"
-        return text
+        text += f"; experts.placement {self.asked_placement}: "
+        if self.placement == "gpu":
+            return text + "on the device"
+        needed, free = map(format_bytes, (self.predicted_host_bytes, self.available_host_bytes))
+        return f"{text}in host memory, {needed} of {free} available"
 
 
 _decided: Sharing | None = None
@@ -69,78 +92,127 @@ def decided_sharing() -> Sharing | None:
 
 
 def decide_sharing(config: Config) -> Sharing:
-    """Decide on `expert_parallel_degree`; every connected rank must call this before it joins.
+    """Decide how experts are held in stage 03; every connected rank must call this before it joins.
 
-    On a CPU `auto` is 1: its memory is not known to be this process's own.
+    On a CPU `auto` is 1, and the device's own memory: it is not known to be this process's own.
 
     Args:
         config: the run's config.
 
     Raises:
-        StageError: fine-tuning cannot fit on the GPUs, the experts cannot be split evenly, or ranks
-            that would share experts run on different machines.
+        StageError: fine-tuning cannot fit on the GPUs or in host memory, the experts cannot be
+            split evenly, or ranks that would share experts run on different machines.
     """
     global _decided
-    on_gpu = torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"
-    shape, asked = find_shape(config.model), config.expert_parallel_degree
-    places = ranks.collect((*_place(), available_bytes() if on_gpu else None))
-    here = math.gcd(*(count for _, count, _ in places))
-    budget = min(free for *_, free in places) if on_gpu else None
-    if budget is None:
-        chosen = 1 if asked == "auto" else asked
+    shape, place = find_shape(config.model), _meet()
+    device, here = place.device, place.here
+    given = (shape, config, here, place.budget_bytes or 0, device, place.host_bytes)
+    if place.budget_bytes is None:
+        held = _hold_on_cpu(config)
+        check_host(shape, config, held, here, place.host_bytes)
     else:
-        check_fit(shape, config, here, budget, device)
-        chosen = decide_expert_parallel(shape, config, here, budget, device)
-    _check_machines([first for first, *_ in places], chosen)
+        check_fit(*given)
+        held = decide_held(*given)
+    _check_machines(place.firsts, held.expert_parallel)
     replicated, predicted = (
-        decided_memory(shape, config, budget or 0, device, expert_parallel=degree).peak_bytes
-        for degree in (1, chosen)
+        decided_memory(shape, config, place.budget_bytes or 0, device, held=each).peak_bytes
+        for each in (Held(), held)
     )
-    _decided = Sharing(asked, chosen, replicated, predicted, budget)
+    _decided = _describe(config, place, held, replicated, predicted)
     return _decided
 
 
-def decide_evaluation_sharing(config: Config) -> int:
-    """Return how many ranks share experts and vocabulary in stage 04; called as `decide_sharing`.
+def _describe(
+    config: Config, place: _Places, held: Held, replicated_bytes: int, predicted_bytes: int
+) -> Sharing:
+    """Return a decision with the planner's peaks of a rank, replicated and as decided."""
+    shape, is_on_host = find_shape(config.model), held.placement == "host"
+    return Sharing(
+        config.expert_parallel_degree,
+        held.expert_parallel,
+        replicated_bytes,
+        predicted_bytes,
+        place.budget_bytes,
+        config.experts.placement,
+        held.placement,
+        host_bytes(shape, config, held, place.here) if is_on_host else 0,
+        place.host_bytes,
+    )
+
+
+def decide_evaluation_sharing(config: Config) -> Held:
+    """Return how experts are held in stage 04; called as `decide_sharing`.
 
     Raises:
-        StageError: the largest model cannot fit on the GPUs, or ranks that would share experts run
-            on different machines.
+        StageError: the largest model cannot fit on the GPUs or in host memory, or ranks that would
+            share experts run on different machines.
     """
     global _decided
-    on_gpu, asked = torch.cuda.is_available(), config.expert_parallel_degree
-    places = ranks.collect((*_place(), available_bytes() if on_gpu else None))
-    budget = min(free for *_, free in places) if on_gpu else None
-    if budget is None:
-        chosen = 1 if asked == "auto" else asked
+    shape, place = find_shape(config.model), _meet()
+    if place.budget_bytes is None:
+        held = _hold_on_cpu(config)
     else:
-        here = math.gcd(*(count for _, count, _ in places))
-        chosen = _fit_evaluation(config, here, budget)
-    _check_machines([first for first, *_ in places], chosen)
-    shape, device = find_shape(config.model), "cuda" if on_gpu else "cpu"
+        held = _fit_evaluation(config, place, place.budget_bytes)
+    check_host(shape, config, held, place.here, place.host_bytes)
+    _check_machines(place.firsts, held.expert_parallel)
     replicated, predicted = (
-        sum(evaluation_memory(shape, config, device, degree).values()) for degree in (1, chosen)
+        sum(evaluation_memory(shape, config, place.device, each).values())
+        for each in (Held(), held)
     )
-    _decided = Sharing(asked, chosen, replicated, predicted, budget)
-    return chosen
+    _decided = _describe(config, place, held, replicated, predicted)
+    return held
 
 
-def _fit_evaluation(config: Config, here: int, budget_bytes: int) -> int:
+def _hold_on_cpu(config: Config) -> Held:
+    asked = config.expert_parallel_degree
+    placement = "host" if config.experts.placement == "host" else "gpu"
+    return Held(1 if asked == "auto" else asked, placement)
+
+
+def _fit_evaluation(config: Config, place: _Places, budget_bytes: int) -> Held:
     """Return the planner's choice for stage 04; raise StageError if it does not fit."""
     shape = find_shape(config.model)
-    chosen = decide_evaluation_parallel(shape, config, here, budget_bytes, "cuda")
-    peak = sum(evaluation_memory(shape, config, "cuda", chosen).values())
+    held = decide_evaluation_held(shape, config, place.here, budget_bytes, "cuda", place.host_bytes)
+    peak = sum(evaluation_memory(shape, config, "cuda", held).values())
     if peak <= budget_bytes * MARGIN:
-        return chosen
-    how = f"shared by {chosen} processes" if chosen > 1 else "whole on each GPU"
+        return held
     raise StageError(
         f"evaluating {config.model.base} does not fit in memory",
         f"at most {format_bytes(budget_bytes)} on each GPU",
-        f"{format_bytes(peak)} by the plan, with experts and vocabulary {how}: "
-        f"{format_bytes(peak - budget_bytes)} short",
+        f"{format_bytes(peak)} by the plan, with experts and vocabulary "
+        f"{describe_held(held, 'each GPU')}: {format_bytes(peak - budget_bytes)} short",
         "lower evaluation.batch_size, or use more or larger GPUs",
     )
+
+
+class _Places(NamedTuple):
+    """What the connected ranks have.
+
+    Attributes:
+        firsts: the first rank of each rank's machine.
+        here: number of ranks of a machine; of several with different numbers, what divides all.
+        budget_bytes: least memory of a GPU; None without GPUs.
+        host_bytes: least host memory available on a machine.
+    """
+
+    firsts: list[int]
+    here: int
+    budget_bytes: int | None
+    host_bytes: int
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """Kind of the ranks' devices."""
+        return "cpu" if self.budget_bytes is None else "cuda"
+
+
+def _meet() -> _Places:
+    """Collect what every rank has."""
+    on_gpu = torch.cuda.is_available()
+    own = (*_place(), available_bytes() if on_gpu else None, host_memory()[1])
+    firsts, counts, free, host = zip(*ranks.collect(own), strict=True)
+    budget = min(free) if on_gpu else None
+    return _Places(list(firsts), math.gcd(*counts), budget, min(host))
 
 
 def available_bytes() -> int:

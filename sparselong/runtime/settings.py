@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -126,6 +126,9 @@ class Settings:
             in addition to its input and output; fewer tokens make its matmuls slower.
         experts: how experts are sharded; None: this process holds all of them.
         vocabulary: how the vocabulary is sharded; None: this process holds all of it.
+        expert_placement: where a model that is opened keeps the packed weights of its experts: on
+            its device, or in host memory, from which layers are copied ahead of use. Passes do not
+            depend on it.
     """
 
     attention_backend: str = "auto"
@@ -134,6 +137,7 @@ class Settings:
     inference_tokens: int | None = None
     experts: ExpertExchange | None = None
     vocabulary: VocabularyExchange | None = None
+    expert_placement: Literal["gpu", "host"] = "gpu"
 
 
 _DEFAULT = Settings()

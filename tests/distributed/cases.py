@@ -196,7 +196,7 @@ def attend_by(
     backend: str, window: int | None, boundaries: tuple[int, ...], stride: int
 ) -> list[float]:
     """Return a GPU backend's errors of out, dq, dk, dv and dsinks for this rank's tokens, against
-    plain attention in one process. Triton runs interpreted, flash-attn is a stand-in."""
+    plain attention in one process. Triton runs interpreted, flash-attn and -4 are stand-ins."""
     inputs = _inputs(boundaries[-1], 0)
     expected = _attend_alone(inputs, window, boundaries, None)
     with flash_attn_stand_in.installed():

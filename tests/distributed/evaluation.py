@@ -25,7 +25,7 @@ from sparselong.runtime.settings import using
 from tests.conftest import ROOT
 
 VOCAB, BATCH_SIZE = 2048, 2
-PLAN = Sharing("auto", 2, 60 * 2**30, 19 * 2**30, 23 * 2**30)
+PLAN = Sharing("auto", 2, 60 * 2**30, 19 * 2**30, 23 * 2**30, "auto", "gpu", 0, 64 * 2**30)
 mesh_of = functools.cache(lambda size: build_mesh(1, expert_size=size))
 
 

@@ -27,6 +27,7 @@ from sparselong.config import Config
 from sparselong.finetune import gathering
 from sparselong.kernels.layer import IGNORED
 from sparselong.model import PackedExperts, chunk_loss, load_model
+from sparselong.model.host_experts import find_host_experts
 from sparselong.model.row_slices import slice_rows
 from sparselong.parallel.apply import shard_model, share_batch
 from sparselong.parallel.collectives import all_gather
@@ -61,6 +62,7 @@ class Run:
         dtype: of the experts' adapters.
         broken: piece to disable, one of `PIECES`.
         rows: tokens that a layer processes at once, with its inputs on the host; None: all.
+        placement: where the experts are.
     """
 
     base: Path
@@ -73,18 +75,20 @@ class Run:
     dtype: torch.dtype = torch.float32
     broken: str | None = None
     rows: int | None = None
+    placement: str = "gpu"
 
 
 @dataclass
 class Result:
     """Losses and gradient norms by step, evaluation loss, gradients of the first step, and final
-    weights, those of all experts."""
+    weights, those of all experts; bytes of experts that were copied from host memory."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     eval_loss: float = 0.0
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    copied_bytes: int = 0
 
 
 def open_model(base: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -162,7 +166,8 @@ def train_on_machines(run: Run, here: int, config: Config) -> tuple[dict[str, li
 
 
 def _train(run: Run, mesh: Mesh | None) -> Result:
-    with _unrounded_router(), using(**shard_model(mesh)), _as_world(mesh):
+    settings = {**shard_model(mesh), "expert_placement": run.placement}
+    with _unrounded_router(), using(**settings), _as_world(mesh):
         model = open_model(run.base, run.dtype)
         if run.rows is not None:
             slice_rows(model.get_base_model(), run.rows, HostInputs(), keep_attention=True)  # pyright: ignore[reportCallIssue]
@@ -200,6 +205,8 @@ class _Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
         result.weights = self._whole({n: p.detach() for n, p in self.trained.items()})
+        host = find_host_experts(self.model)
+        result.copied_bytes = host.copied_bytes if host else 0
         result.eval_loss = self._evaluate()
         if self.run.saved is not None:
             self._save(self.run.saved)

@@ -120,6 +120,29 @@ def test_layers_in_slices_of_rows_match(pools, alone, processes, context_size, e
         assert differences(result, expected) == {}
 
 
+@pytest.mark.parametrize(("context_size", "expert_size"), [(2, 2), (1, 2)])
+def test_experts_in_host_memory_train_the_same_bits(
+    pools, untrained_base, tmp_path, context_size, expert_size
+):
+    """Four layers, so that the device never holds all; each process copies its own experts only."""
+    draw_adapters(untrained_base, tmp_path / "adapters.pt")
+    run = Run(untrained_base, tmp_path / "adapters.pt", steps(2 // context_size, 2))
+    expected, found = (
+        pools[2].run(train_sharded, replace(run, placement=where), context_size, expert_size)
+        for where in ("gpu", "host")
+    )
+    layer_bytes = sum(8 * n for n in (256 * 4 * 17, 128 * 4 * 17)) // expert_size
+    copied = (2 * 4 - 2) + 3 * (2 * 4 - 4)  # four passes forward and backward
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine.copied_bytes, theirs.copied_bytes) == (copied * layer_bytes, 0)
+        for kind in ("losses", "norms", "eval_loss"):
+            assert getattr(mine, kind) == getattr(theirs, kind)
+        for kind in ("gradients", "weights"):
+            ours, wanted = getattr(mine, kind), getattr(theirs, kind)
+            assert ours.keys() == wanted.keys()
+            assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
 @pytest.mark.parametrize(("context_size", "expert_size"), [(2, 2), (1, 2), (2, 1)])
 def test_two_machines_match_one_process(pools, alone, context_size, expert_size):
     """What shares a sequence or experts is on one machine; only gradients pass between the two."""

@@ -1,5 +1,5 @@
-"""GPU kernels on assembled keys, which they read by stride: Triton in its interpreter, and
-flash-attn through a stand-in for the package."""
+"""GPU kernels on assembled keys, which they read by stride: Triton in its interpreter, flash-attn
+and flash-attn-4 through stand-ins for the packages."""
 
 import pytest
 
@@ -30,10 +30,9 @@ def test_kernels_on_shards_agree_with_plain_attention(interpreting, window, boun
         assert max(errors) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["flash_attn", "flash_attn_4"])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("window, boundaries, stride", [*LAYOUTS, (50, (0, 128), 2)])
-def test_flash_attn_on_shards_with_sink_correction_is_exact(
-    pools, size, window, boundaries, stride
-):
-    for errors in pools[size].run(cases.attend_by, "flash_attn", window, boundaries, stride):
+def test_packages_on_shards_are_exact_with_sinks(pools, size, window, boundaries, stride, backend):
+    for errors in pools[size].run(cases.attend_by, backend, window, boundaries, stride):
         assert max(errors) < 1e-5

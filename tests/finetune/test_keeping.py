@@ -6,7 +6,7 @@ import torch
 from sparselong import memory
 from sparselong.config.schema import load
 from sparselong.finetune import keeping
-from sparselong.memory import fit
+from sparselong.memory import placing
 from tests.conftest import ROOT
 
 GIB = 2**30
@@ -28,9 +28,9 @@ def card(monkeypatch):
 
 
 def test_auto_keeps_what_fits_with_the_margin(card):
-    fits = decide("auto", int(card / fit.MARGIN) - 1)
+    fits = decide("auto", int(card / placing.MARGIN) - 1)
     assert fits.kept and fits.available_bytes == card and "kept; predicted" in str(fits)
-    tight = decide("auto", int(card / fit.MARGIN) + 1)
+    tight = decide("auto", int(card / placing.MARGIN) + 1)
     assert not tight.kept and "recomputed; predicted" in str(tight)
 
 
@@ -75,7 +75,7 @@ def test_if_nothing_can_be_kept_the_decision_says_why(card, device, override, wh
         assert not decision.kept and decision.available_bytes is None
         assert str(decision) == f"auto: not kept ({decision.nothing_to_keep})"
         assert why in str(decision)
-    assert fit.decide_kept(shape, config, 2**50, device) == memory.Kept()
+    assert placing.decide_kept(shape, config, 2**50, device) == memory.Kept()
 
 
 def test_eager_attention_keeps_nothing_while_experts_keep_theirs(card):
@@ -88,4 +88,4 @@ def test_eager_attention_keeps_nothing_while_experts_keep_theirs(card):
     )
     assert [made[key].kept for key in KEYS] == [False, True]
     assert "flash_attention" in str(made["keep_attention"])
-    assert fit.decide_kept(shape, config, card) == memory.Kept(experts=True)
+    assert placing.decide_kept(shape, config, card) == memory.Kept(experts=True)

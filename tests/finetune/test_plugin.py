@@ -1,5 +1,6 @@
 """The plugin's hooks, with stand-ins for Axolotl, the model and the trainer."""
 
+import dataclasses
 import datetime
 import importlib
 import json
@@ -22,7 +23,7 @@ from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.finetune.state import Progress
 from sparselong.finetune.training_run import RUN_KEY, TrainingRun
 from sparselong.provenance import refuse_changes
-from sparselong.runtime import using
+from sparselong.runtime import current, using
 from tests.conftest import ROOT
 
 MODULE = "sparselong.finetune.axolotl_plugin"
@@ -171,6 +172,7 @@ def test_adapters_match_the_config(plugins, plugin, run, monkeypatch):
     given = {}
     monkeypatch.setattr(plugins, "tell", lambda text: None)
     monkeypatch.setattr(plugins, "describe_weights", lambda model: "")
+    monkeypatch.setattr(plugins, "find_host_experts", lambda model: None)
     monkeypatch.setattr(plugins, "chunk_loss", lambda model: given.update(chunked=model))
     monkeypatch.setattr(plugins, "parameter_table", lambda tuned: "")
     monkeypatch.setattr(plugins, "Masters", lambda path: SimpleNamespace(read=path))
@@ -186,6 +188,25 @@ def test_adapters_match_the_config(plugins, plugin, run, monkeypatch):
     assert given["targets"] == list(run.config.lora.target_modules)
     assert given["master_of"] == run.directory / "02_compress/masters"
     assert given["extra"] == ExtraAdapters((), None, True)
+
+
+@pytest.mark.parametrize("placement", ["gpu", "host"])
+def test_the_model_is_opened_with_its_experts_in_their_place(
+    plugins, plugin, monkeypatch, placement
+):
+    """And only the model: what follows runs with the settings of before."""
+    host = SimpleNamespace(hash_tensors=lambda: {"0.scales": "aa"})
+    for name in ("tell", "describe_weights", "chunk_loss", "parameter_table", "Masters"):
+        monkeypatch.setattr(plugins, name, lambda *_: SimpleNamespace(read=None))
+    monkeypatch.setattr(plugins, "add_masked_lora", lambda model, **_: (model, None))
+    found = host if placement == "host" else None
+    monkeypatch.setattr(plugins, "find_host_experts", lambda model: found)
+    plugin.sharing = dataclasses.replace(plugin.sharing, placement=placement)
+    plugin.pre_model_load(None)
+    assert current().expert_placement == placement
+    plugin.load_adapter("model", None)
+    assert current().expert_placement == "gpu"
+    assert plugin.frozen == ({"0.scales": "aa"} if found else {})
 
 
 def test_callbacks_match_the_config(plugins, plugin, run, monkeypatch):

@@ -15,7 +15,7 @@ from sparselong.processes import sharing
 from sparselong.processes.sharing import Sharing
 
 GIB = 2**30
-PLAN = Sharing("auto", 2, 60 * GIB, 21 * GIB, 23 * GIB)
+PLAN = Sharing("auto", 2, 60 * GIB, 21 * GIB, 23 * GIB, "auto", "gpu", 0, 64 * GIB)
 
 
 def test_other_ranks_see_a_lack_of_memory_with_plan_and_use(tmp_path, monkeypatch):

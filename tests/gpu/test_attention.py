@@ -10,7 +10,9 @@ import dataclasses
 import pytest
 import torch
 
+from sparselong.kernels.attention import flash_attn_4
 from sparselong.kernels.attention import triton_launch as attention_triton
+from sparselong.kernels.attention.mask import AttentionCall, Mask
 from sparselong.kernels.attention.op import attention
 from sparselong.runtime import using
 from tests.poisoned import PoisonedTorch
@@ -173,6 +175,15 @@ def check(case: Case, got: dict, yardstick: dict, exact: dict, dtype: torch.dtyp
 
 
 @pytest.fixture
+def needs_flash_attn_4():
+    """Skip, with the backend's own words, where FlashAttention-4 cannot run."""
+    q = torch.empty(1, 8, 300, 64, device="cuda", dtype=torch.bfloat16)
+    refusal = flash_attn_4.refuse(q, AttentionCall(Mask(1, 300, 300, 0, None, None), 0.125))
+    if refusal is not None:
+        pytest.skip(refusal)
+
+
+@pytest.fixture
 def poison(monkeypatch):
     """Make the launcher's torch.empty and torch.empty_like return NaN."""
     monkeypatch.setattr(attention_triton, "torch", PoisonedTorch())
@@ -216,6 +227,51 @@ def test_cudnn_errs_no_more_than_twice_flash_attention(name):
     check(case, run(case, inputs, "torch_cudnn"), yardstick, exact, torch.bfloat16)
 
 
+@pytest.mark.usefixtures("needs_flash_attn_4")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_flash_attention_4_errs_no_more_than_twice_flash_attention_2(case):
+    """Windows of several sizes and documents of several lengths run in the same process: they are
+    arguments of the compiled kernels, not parts of them."""
+    inputs = draw(case, torch.bfloat16)
+    exact, yardstick = run_exactly(case, inputs), run(case, inputs, "torch_flash")
+    check(case, run(case, inputs, "flash_attn_4"), yardstick, exact, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("needs_flash_attn_4")
+@pytest.mark.parametrize("sinks_dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_flash_attention_4_takes_fp16_and_sinks_of_any_type(sinks_dtype):
+    case = Case("fp16", 1000)
+    inputs = draw(case, torch.float16)
+    inputs[3] = inputs[3].to(sinks_dtype)
+    exact, yardstick = run_exactly(case, inputs), run(case, inputs, "torch_flash")
+    got = run(case, inputs, "flash_attn_4")
+    assert got["dsinks"].dtype == sinks_dtype
+    check(case, got, yardstick, exact, torch.float16)
+
+
+@pytest.mark.usefixtures("needs_flash_attn_4")
+def test_flash_attention_4_is_chosen_and_compiles_no_kernel_for_another_length():
+    from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
+
+    def count() -> int:
+        functions = (interface._flash_attn_fwd, interface._flash_attn_bwd)
+        return sum(len(function.compile_cache.cache) for function in functions)
+
+    first = Case("first", 4096, heads=64, kv_heads=8)
+    run(first, draw(first, torch.bfloat16), "flash_attn_4")
+    before = count()
+    assert before >= 2
+    for case in (
+        first,
+        Case("another", 5003, heads=64, kv_heads=8),
+        Case("shard", 1024, heads=8, kv_heads=1, keys=8192, offset=7168),
+    ):
+        inputs = draw(case, torch.bfloat16)
+        chosen, named = run(case, inputs, None), run(case, inputs, "flash_attn_4")
+        assert torch.equal(chosen["out"], named["out"]), case.name
+        assert count() == before, case.name
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_flash_attention_with_sinks_is_exact(case):
     """The yardstick itself must be as close to fp64 as bf16 allows."""
@@ -227,7 +283,7 @@ def test_flash_attention_with_sinks_is_exact(case):
             assert deviations(got[name], exact[name])[0] < 0.05 * size, f"{case.name}: {name}"
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch_flash", None])
+@pytest.mark.parametrize("backend", ["triton", "torch_flash", "flash_attn_4", None])
 @pytest.mark.parametrize(
     "case",
     [
@@ -237,7 +293,9 @@ def test_flash_attention_with_sinks_is_exact(case):
     ],
     ids=lambda case: case.name,
 )
-def test_deterministic_runs_are_bit_identical(case, backend):
+def test_deterministic_runs_are_bit_identical(case, backend, request):
+    if backend == "flash_attn_4":
+        request.getfixturevalue("needs_flash_attn_4")
     inputs = draw(case, torch.bfloat16)
     with using(deterministic=True):
         first = run(case, inputs, backend)

@@ -14,6 +14,7 @@ from sparselong.health.packages import Package
 from sparselong.health.rows import Row
 from sparselong.health.sources import Source
 from sparselong.health.stage import plan_for
+from sparselong.kernels.attention import choice
 from tests.health.machines import (
     ALONE,
     BIG,
@@ -84,13 +85,17 @@ def test_120b_on_four_3090_shares_sequence_experts_and_vocabulary():
     assert rows["peer access"].status == "ok"
     assert {f"GPU {index}" for index in range(4)} <= set(rows)
     plan = plan_for(BIG, FOUR_3090)
-    assert plan.expert_parallel == plan.evaluation_parallel == 4
+    assert plan.held == plan.evaluation_held == (4, "gpu")
     text = report.plan_text(report.build(BIG, FOUR_3090, plan, list(rows.values())))
-    assert "replicated     sharded" in text and "Chosen for experts and vocabulary: sharded" in text
+    assert (
+        "replicated      sharded  host memory" in text
+        and "Chosen for experts and vocabulary: sharded" in text
+    )
 
 
 def test_120b_replicated_on_four_3090_says_what_is_missing_and_that_sharding_fits():
-    row = judge(load("gpt-oss-120b-4x3090", "expert_parallel_degree=1"), FOUR_3090)["GPU memory"]
+    whole = load("gpt-oss-120b-4x3090", "expert_parallel_degree=1", "experts.placement=gpu")
+    row = judge(whole, FOUR_3090)["GPU memory"]
     assert row.status == "fail" and "GiB short" in row.found
     assert "with experts and vocabulary sharded" in row.found
 
@@ -151,14 +156,15 @@ def test_20b_fits_one_3090_at_its_own_length():
 
 def test_a_smaller_gpu_gets_the_longest_sequence_that_fits():
     card, batch = gpu(gib=17.5, free=17.5), "evaluation.batch_size=2"
-    row = judge(load("gpt-oss-20b-1x3090", batch), machine([card]))["GPU memory"]
+    poor = machine([card], host_available_bytes=9 * GIB)  # too little for the experts
+    row = judge(load("gpt-oss-20b-1x3090", batch), poor)["GPU memory"]
     assert row.status == "fail" and "short" in row.found
     assert "training.offload_checkpoints=true saves" in row.fix
     longest = int(row.fix.split("sequence_len=")[1].split()[0])
     fitting = load("gpt-oss-20b-1x3090", batch, f"sequence_len={longest}")
-    assert failures(fitting, machine([card])) == set()
+    assert failures(fitting, poor) == set()
     longer = load("gpt-oss-20b-1x3090", batch, f"sequence_len={longest + 128}")
-    assert failures(longer, machine([card])) == {"GPU memory"}
+    assert failures(longer, poor) == {"GPU memory"}
 
 
 def test_a_busy_gpu_is_distinguished_from_a_small_one():
@@ -187,7 +193,9 @@ def test_missing_peer_access_and_nccl_are_warnings():
     assert "0-1" in rows["peer access"].found
 
 
-def test_a_named_attention_backend_is_shown_or_refused():
+def test_a_named_attention_backend_is_shown_or_refused(monkeypatch):
+    monkeypatch.setattr(choice, "refuse_flash_attn_4", lambda: "not installed")
+
     def row(*overrides: str, **facts) -> Row:
         alone = load("gpt-oss-120b-4x3090", ALONE, *overrides)
         return judge(alone, dataclasses.replace(H200, **facts))["attention kernel"]
@@ -195,6 +203,9 @@ def test_a_named_attention_backend_is_shown_or_refused():
     assert row("attention_backend=torch_flash").found.startswith("full and window layers: torch_f")
     unpacked = row("training.sample_packing=false")
     assert "full layers: torch_cudnn" in unpacked.found and "determin" not in unpacked.found
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "refuse_flash_attn_4", lambda: None)
+        assert "full layers: flash_attn_4" in row("training.sample_packing=false").found
     repeats = row("training.sample_packing=false", "deterministic=true")
     assert "full layers: triton" in repeats.found and repeats.found.endswith("; deterministic")
     missing = row("attention_backend=flash_attn")

@@ -93,6 +93,15 @@ def test_lock_is_compared_with_what_is_installed(tmp_path):
     assert not Package("torch", "2.13.0", "2.13.01").matches
 
 
+def test_a_folder_without_init_is_not_a_package(tmp_path, monkeypatch):
+    (tmp_path / "half_a_package/part").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not packages.is_installed("half_a_package")
+    (tmp_path / "half_a_package/__init__.py").touch()
+    assert packages.is_installed("half_a_package")
+    assert not packages.is_installed("no_such_package")
+
+
 def test_the_lock_pins_everything_the_stages_need():
     assert packages.NEEDED <= {row.name for row in packages.compare_with_lock()}
 

@@ -6,7 +6,7 @@ from sparselong import memory
 from sparselong.config import Config
 from sparselong.config import schema as config_module
 from sparselong.errors import StageError
-from sparselong.memory import exchange, fit, stages, storage, timing, training
+from sparselong.memory import exchange, fit, placing, stages, storage, timing, training
 from sparselong.memory.shape import ModelShape
 from tests.conftest import ROOT
 
@@ -18,11 +18,14 @@ SMALL_ADAPTERS = ("lora.expert_dtype=bfloat16", "training.optimizer=adamw_bnb_8b
 
 
 def load(*overrides: str) -> Config:
-    return config_module.load(ROOT / "configs/gpt-oss-120b-4x3090.yaml", overrides)
+    """Return a config of 120b; the experts are on the GPU unless an override says otherwise."""
+    given = {"experts.placement": "gpu"} | dict(each.split("=", 1) for each in overrides)
+    text = [f"{key}={value}" for key, value in given.items()]
+    return config_module.load(ROOT / "configs/gpt-oss-120b-4x3090.yaml", text)
 
 
 def parts(shape: ModelShape, degree: int, *overrides: str) -> dict[str, int]:
-    made = training.finetune_memory(shape, load(*overrides), expert_parallel=degree)
+    made = training.finetune_memory(shape, load(*overrides), held=memory.Held(degree))
     return made.components
 
 
@@ -65,7 +68,7 @@ def test_experts_in_gib(size, degree, gib):
 
 def test_120b_on_four_cards():
     """16.55 GiB with bf16 attention, 0.79 GiB of checkpoints, 0.18 of LoRA; it fits 23.6 GiB."""
-    made = fit.decided_memory(BIG, load(), CARD, expert_parallel=4)
+    made = placing.decided_memory(BIG, load(), CARD, held=memory.Held(4))
     found = made.components
     weights = found["experts"] + found["embedding"] + found["small"] + 2 * BIG.attention_weights
     assert weights / GIB == pytest.approx(16.55, abs=0.01)
@@ -79,7 +82,7 @@ def test_120b_on_four_cards():
 @pytest.mark.parametrize("overrides", [(), EXPERT_LORA, (*EXPERT_LORA, *SMALL_ADAPTERS)])
 def test_more_processes_take_less_memory_each(shape, overrides):
     peaks = [
-        training.finetune_memory(shape, load(*overrides), expert_parallel=degree).peak_bytes
+        training.finetune_memory(shape, load(*overrides), held=memory.Held(degree)).peak_bytes
         for degree in (1, 2, 4)
     ]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
@@ -116,9 +119,9 @@ def test_rows_that_pass_through_the_experts_are_bounded():
 
 def test_kept_experts_are_not_available():
     kept = training.Kept(attention=True, experts=True)
-    shared = training.finetune_memory(BIG, load(), expert_parallel=4, kept=kept)
+    shared = training.finetune_memory(BIG, load(), held=memory.Held(4), kept=kept)
     assert shared.components["kept_experts"] == 0 < shared.components["kept_attention"]
-    assert fit.decide_kept(SMALL, load(), 100 * GIB, expert_parallel=4) == (True, False)
+    assert placing.decide_kept(SMALL, load(), 100 * GIB, held=memory.Held(4)) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -137,24 +140,24 @@ def test_kept_experts_are_not_available():
 )
 def test_the_degree_is_the_fastest_that_fits(overrides, processes, budget, degree):
     config = load(*overrides)
-    assert fit.decide_expert_parallel(BIG, config, processes, budget) == degree
+    assert placing.decide_held(BIG, config, processes, budget) == (degree, "gpu")
 
 
 def test_auto_shares_just_below_the_peak_with_its_margin():
     config = load("training.keep_attention=never", "training.keep_experts=never")
-    needed = int(training.finetune_memory(BIG, config).peak_bytes * fit.MARGIN)
-    assert fit.decide_expert_parallel(BIG, config, 4, needed + 1) == 1
-    assert fit.decide_expert_parallel(BIG, config, 4, needed - 2) == 4
-    needed = int(sum(stages.evaluation_memory(BIG, config, "cuda").values()) * fit.MARGIN)
-    assert fit.decide_evaluation_parallel(BIG, config, 4, needed + 1) == 1
-    assert fit.decide_evaluation_parallel(BIG, config, 4, needed - 2) == 4
+    needed = int(training.finetune_memory(BIG, config).peak_bytes * placing.MARGIN)
+    assert placing.decide_held(BIG, config, 4, needed + 1).expert_parallel == 1
+    assert placing.decide_held(BIG, config, 4, needed - 2).expert_parallel == 4
+    needed = int(sum(stages.evaluation_memory(BIG, config, "cuda").values()) * placing.MARGIN)
+    assert placing.decide_evaluation_held(BIG, config, 4, needed + 1).expert_parallel == 1
+    assert placing.decide_evaluation_held(BIG, config, 4, needed - 2).expert_parallel == 4
 
 
 @pytest.mark.parametrize("degree", [2, 4, 8])
 @pytest.mark.parametrize("shape", [BIG, SMALL], ids=["120b", "20b"])
 def test_evaluation_takes_no_more_than_training(shape, degree):
-    trained = training.finetune_memory(shape, load(), expert_parallel=degree).peak_bytes
-    found = sum(stages.evaluation_memory(shape, load(), "cuda", degree).values())
+    trained = training.finetune_memory(shape, load(), held=memory.Held(degree)).peak_bytes
+    found = sum(stages.evaluation_memory(shape, load(), "cuda", memory.Held(degree)).values())
     assert found <= trained
 
 
@@ -183,16 +186,16 @@ def test_what_cannot_fit_is_refused_with_the_missing_bytes_and_what_helps(
             key = text.split()[0]
             kept = [each for each in overrides if each.split("=")[0] != key.split("=")[0]]
             changed = load(*kept, key)
-            fit.check_fit(BIG, changed, fit.planned_processes(changed), CARD)
+            fit.check_fit(BIG, changed, placing.planned_processes(changed), CARD)
 
 
 def test_what_may_fit_is_not_refused():
     config = load()
     fit.check_fit(BIG, config, 4, CARD)
-    least = training.finetune_memory(BIG, config, expert_parallel=4).peak_bytes
-    fit.check_fit(BIG, config, 4, int(least / fit.MARGIN) + 1)
+    least = training.finetune_memory(BIG, config, held=memory.Held(4)).peak_bytes
+    fit.check_fit(BIG, config, 4, int(least / placing.MARGIN) + 1)
     with pytest.raises(StageError, match="shared by 4 processes"):
-        fit.check_fit(BIG, config, 4, int(least / fit.MARGIN) - 1)
+        fit.check_fit(BIG, config, 4, int(least / placing.MARGIN) - 1)
 
 
 def test_the_plan_shows_both_and_the_choice(tmp_path):
@@ -201,13 +204,13 @@ def test_the_plan_shows_both_and_the_choice(tmp_path):
     assert document["peak_bytes_per_gpu"] == document["sharded_peak_bytes_per_gpu"]
     assert document["replicated_peak_bytes_per_gpu"] > 60 * GIB
     text = memory.show_plan(document)
-    assert "replicated     sharded" in text
-    assert "Chosen for experts and vocabulary: sharded over 4 processes (auto" in text
+    assert "replicated      sharded" in text
+    assert "Chosen for experts and vocabulary: sharded over 4 processes (experts.place" in text
     alone = memory.plan_stage(load("expert_parallel_degree=1"), tmp_path, "01_health")
     assert alone["peak_bytes_per_gpu"] == alone["replicated_peak_bytes_per_gpu"]
     assert alone["sharded_peak_bytes_per_gpu"] == document["sharded_peak_bytes_per_gpu"]
     text = memory.show_plan(alone)
-    assert "Chosen for experts and vocabulary: replicated (expert_parallel_degree: 1)" in text
+    assert "Chosen for experts and vocabulary: replicated (expert_parallel_degree: 1, exp" in text
     assert "does not fit a card" in text and "expert_parallel_degree=4 saves" in text
 
 
@@ -216,27 +219,32 @@ def test_the_plan_of_an_evaluation_shows_both_the_choice_and_what_is_missing(tmp
     assert document["expert_parallel_degree"] == 4
     assert document["peak_bytes_per_gpu"] == document["sharded_peak_bytes_per_gpu"]
     text = memory.show_plan(document)
-    assert "replicated     sharded" in text and "does not fit a card" not in text
-    assert "Chosen for experts and vocabulary: sharded over 4 processes (auto" in text
-    alone = memory.plan_stage(load("expert_parallel_degree=1"), tmp_path, "04_eval")
+    assert "replicated      sharded" in text and "does not fit a card" not in text
+    assert "Chosen for experts and vocabulary: sharded over 4 processes (experts.place" in text
+    own = "expert_parallel_degree=1"
+    alone = memory.plan_stage(load(own), tmp_path, "04_eval")
     peak = alone["peak_bytes_per_gpu"]
     assert peak == alone["replicated_peak_bytes_per_gpu"] > 60 * GIB
     assert alone["sharded_peak_bytes_per_gpu"] == document["sharded_peak_bytes_per_gpu"]
     text = " ".join(memory.show_plan(alone).split())
-    assert "Chosen for experts and vocabulary: replicated (expert_parallel_degree: 1)" in text
+    assert "Chosen for experts and vocabulary: replicated (expert_parallel_degree: 1, " in text
     short = memory.format_bytes(peak - fit.CARD_BYTES)
     assert f"does not fit a card with 23.60 GiB of usable memory: {short} short" in text
     assert "expert_parallel_degree=auto saves" in text
-    one = ("expert_parallel_degree=1", "sequence_parallel_degree=1")
-    text = memory.show_plan(memory.plan_stage(load(*one), tmp_path, "04_eval"))
-    assert "replicated     sharded" not in text and "larger GPUs" in text
+    text = memory.show_plan(
+        memory.plan_stage(load(own, "sequence_parallel_degree=1"), tmp_path, "04_eval")
+    )
+    assert "sharded" not in text and "larger GPUs" in text
+    hosted = memory.plan_stage(load("experts.placement=host"), tmp_path, "04_eval")
+    assert hosted["peak_bytes_per_gpu"] == hosted["hosted_peak_bytes_per_gpu"] < 20 * GIB
+    assert "experts in host memory" in memory.show_plan(hosted)
 
 
 @pytest.mark.parametrize(
     ("overrides", "degree", "reason"),
     [
         (("sequence_parallel_degree=1",), 1, "one process"),
-        (("sequence_parallel_degree=3",), 1, "3 processes cannot share 128 experts"),
+        (("sequence_parallel_degree=3",), 1, "3 processes cannot share the experts"),
         (("training.keep_experts=always",), 1, "training.keep_experts"),
         (("expert_parallel_degree=2",), 2, "expert_parallel_degree: 2"),
         (("model.base=openai/gpt-oss-20b",), 1, "fits"),
@@ -246,9 +254,9 @@ def test_the_plan_of_an_evaluation_shows_both_the_choice_and_what_is_missing(tmp
 def test_the_plan_says_why(overrides, degree, reason):
     config = load(*overrides)
     plan = memory.make_plan(config)
-    assert plan.expert_parallel == degree
-    assert plan.memory.devices == fit.planned_processes(config)
-    assert reason in plan.expert_parallel_reason
+    assert plan.held == (degree, "gpu")
+    assert plan.memory.devices == placing.planned_processes(config)
+    assert reason in plan.held_reason
 
 
 def test_a_dry_run_counts_experts_that_are_baked(tmp_path):
@@ -281,7 +289,7 @@ def test_time_counts_gpus_and_exchange():
 
     def train(gpus: int, shared: int) -> float:
         made = timing.stage_seconds(
-            *(BIG, config, rate, disk, 10**7), gpus=gpus, expert_parallel=shared
+            *(BIG, config, rate, disk, 10**7), gpus=gpus, held=memory.Held(shared)
         )
         fixed = 3 * rate.startup_seconds + disk["base"] / rate.disk_bytes_per_second
         return made["03_finetune"] - fixed

@@ -7,7 +7,7 @@ import pytest
 from sparselong import memory
 from sparselong.config import schema as config_module
 from sparselong.errors import StageError
-from sparselong.memory import Kept, fit, training
+from sparselong.memory import Kept, fit, placing, training
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,7 +16,10 @@ NOTHING, ATTENTION, BOTH = Kept(), Kept(attention=True), Kept(attention=True, ex
 
 
 def load(*overrides: str):
-    return config_module.load(ROOT / "configs/gpt-oss-20b-1x3090.yaml", overrides)
+    """Return a config of 20b; the experts are on the GPU unless an override says otherwise."""
+    given = {"experts.placement": "gpu"} | dict(each.split("=", 1) for each in overrides)
+    text = [f"{key}={value}" for key, value in given.items()]
+    return config_module.load(ROOT / "configs/gpt-oss-20b-1x3090.yaml", text)
 
 
 def peak(*overrides: str, kept: Kept = NOTHING) -> int:
@@ -24,12 +27,12 @@ def peak(*overrides: str, kept: Kept = NOTHING) -> int:
 
 
 def decide(budget_bytes: int, *overrides: str) -> Kept:
-    return fit.decide_kept(SMALL, load(*overrides), budget_bytes)
+    return placing.decide_kept(SMALL, load(*overrides), budget_bytes)
 
 
 def test_20b_at_16384_tokens_fits_a_24_gb_card_with_attention_kept():
     assert decide(fit.CARD_BYTES) == ATTENTION
-    assert peak(kept=ATTENTION) * fit.MARGIN < fit.CARD_BYTES
+    assert peak(kept=ATTENTION) * placing.MARGIN < fit.CARD_BYTES
     assert not memory.suggest_changes(SMALL, load(), fit.CARD_BYTES)
 
 
@@ -39,7 +42,7 @@ def test_20b_at_16384_tokens_on_four_24_gb_cards_also_keeps_experts():
 
 @pytest.mark.parametrize(("kept", "before"), [(ATTENTION, NOTHING), (BOTH, ATTENTION)])
 def test_auto_keeps_attention_then_experts_if_they_fit_with_a_margin(kept, before):
-    needed = int(peak(kept=kept) * fit.MARGIN)
+    needed = int(peak(kept=kept) * placing.MARGIN)
     assert decide(needed + 1) == kept
     assert decide(needed - 2) == before
 
@@ -51,10 +54,10 @@ def test_always_and_never_are_followed_and_the_other_key_is_decided(key):
     other = Kept(*(not word for word in own))
     assert decide(0, always) == own
     assert decide(100 * GIB, never) == other
-    needed = int(peak(kept=BOTH) * fit.MARGIN)
+    needed = int(peak(kept=BOTH) * placing.MARGIN)
     assert decide(needed + 1, always) == BOTH
     assert decide(needed - 2, always) == own  # what is always kept uses its memory
-    needed = int(peak(kept=other) * fit.MARGIN)
+    needed = int(peak(kept=other) * placing.MARGIN)
     assert decide(needed + 1, never) == other
     assert decide(needed - 2, never) == NOTHING
 
@@ -96,19 +99,15 @@ def test_65536_tokens_fit_only_with_checkpoints_in_host_memory():
     attention that, unlike FlashAttention-2, needs no fp32 sums in memory."""
     long, budget = "sequence_len=65536", fit.CARD_BYTES
     assert peak(long, "training.offload_checkpoints=true", "attention_backend=triton") < budget
-    assert budget < peak(long, "training.offload_checkpoints=true") < budget * fit.MARGIN
+    assert budget < peak(long, "training.offload_checkpoints=true") < budget * placing.MARGIN
     assert peak(long, "attention_backend=triton") > budget
     told = memory.suggest_changes(SMALL, load(long), budget)
     saved = peak(long) - peak(long, "training.offload_checkpoints=true")
     assert told[0].startswith("training.offload_checkpoints=true saves")
     assert memory.format_bytes(saved) in told[0]
     assert told[1].startswith("attention_backend=triton saves")
-    both = "with all other changes, sequence_len="
-    length = int(told[-2].removeprefix(both).split()[0])
-    assert told[-2].startswith(both) and length > 50_000
+    assert told[2].startswith("experts.placement=host saves") and told[2].endswith(" fits")
     assert told[-1].startswith("sequence_parallel_degree=2 on 2 GPUs saves")
-    both = ("training.offload_checkpoints=true", "attention_backend=triton")
-    assert peak(f"sequence_len={length}", *both) <= budget
 
 
 @pytest.mark.parametrize(
@@ -142,20 +141,33 @@ def test_suggested_changes_keep_their_promises(overrides, first):
 
 
 def test_no_change_fits_a_model_that_is_too_large():
-    """Even eight GPUs with 12 GiB each hold too much of the model."""
+    """Even eight GPUs with 6 GiB each hold too much of the model."""
     config = load("model.base=openai/gpt-oss-120b")
-    told = memory.suggest_changes(BIG, config, 12 * GIB)
+    told = memory.suggest_changes(BIG, config, 6 * GIB)
     assert told and not any(text.endswith(" fits") for text in told)
     with pytest.raises(StageError) as refused:
-        fit.check_fit(BIG, config, 1, 12 * GIB)
+        fit.check_fit(BIG, config, 1, 6 * GIB)
     assert refused.value.fix.endswith("use a larger GPU or a smaller model")
 
 
-def test_120b_on_one_card_is_told_to_use_four():
+def test_all_changes_together_are_suggested_if_none_is_enough():
+    config, budget = load("model.base=openai/gpt-oss-120b"), 12 * GIB
+    told = memory.suggest_changes(BIG, config, budget)
+    every = [text.split()[0] for text in told if " saves " in text and "on 8" not in text]
+    assert "experts.placement=host" in every and "training.offload_checkpoints=true" in every
+    together = "with all other changes, sequence_len="
+    (last,) = (text for text in told if text.startswith(together))
+    length = last.removeprefix(together).split()[0]
+    changed = load("model.base=openai/gpt-oss-120b", *every, f"sequence_len={length}")
+    assert int(length) > 8192 and fit.least_peak_bytes(BIG, changed, budget) <= budget
+
+
+def test_120b_on_one_card_is_told_to_use_four_or_host_memory():
     config = load("model.base=openai/gpt-oss-120b")
     told = memory.suggest_changes(BIG, config, fit.CARD_BYTES)
-    assert [text for text in told if text.endswith(" fits")] == [told[-1]]
-    assert told[-1].startswith("sequence_parallel_degree=4 on 4 GPUs saves")
+    alone, last = (text for text in told if text.endswith(" fits"))
+    assert alone.startswith("experts.placement=host saves")
+    assert last.startswith("sequence_parallel_degree=4 on 4 GPUs saves") and last == told[-1]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +177,7 @@ def test_120b_on_one_card_is_told_to_use_four():
         (["model.base=openai/gpt-oss-120b"], ["short", "sequence_parallel_degree=4 on 4 GPUs"]),
         (
             ["model.base=openai/gpt-oss-120b", "training.offload_checkpoints=true"],
-            ["short; sequence_parallel_degree=4 on 4 GPUs saves"],
+            ["short; experts.placement=host saves", "; sequence_parallel_degree=4 on 4 GPUs"],
         ),
     ],
 )

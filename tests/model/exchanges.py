@@ -30,6 +30,7 @@ class FakeExperts:
     def run(self, x, indices, weights, stack, adapters, *, experts, alpha, limit):
         held = self.held(experts)
         assert stack.experts == len(held)
+        stack = stack.in_place()
         ours, part = stack[0].blocks, slice(held.start, held.stop)
         stacks = (layer.stack() for layer in self.others)
         theirs = next(whole for whole in stacks if torch.equal(whole[0].blocks[part], ours))

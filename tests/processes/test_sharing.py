@@ -4,7 +4,7 @@ import pytest
 
 from sparselong.config.schema import load
 from sparselong.errors import StageError
-from sparselong.memory import CONTEXT_BYTES, find_shape, finetune_memory
+from sparselong.memory import CONTEXT_BYTES, Held, find_shape, finetune_memory
 from sparselong.processes import sharing
 from tests.conftest import ROOT
 
@@ -14,16 +14,16 @@ BIG = "configs/gpt-oss-120b-4x3090.yaml"
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Return a function that sets the ranks' places and available GiB; None: no GPU."""
+    """Return a function that sets the ranks' places, available GiB (None: no GPU), and host GiB."""
 
-    def be(places: list[tuple[int, int]], gib: list[float | None]) -> None:
+    def be(places: list[tuple[int, int]], gib: list[float | None], host: float = 16) -> None:
         on_gpu = gib[0] is not None
         monkeypatch.setattr(sharing.torch.cuda, "is_available", lambda: on_gpu)
         monkeypatch.setattr(sharing.torch.cuda, "mem_get_info", lambda: (5 * GIB, 24 * GIB))
         monkeypatch.setattr(sharing.torch.cuda, "memory_reserved", lambda: 0)
         monkeypatch.setattr(sharing, "_decided", None)
         free = [None if one is None else int(one * GIB) for one in gib]
-        found = [(*place, one) for place, one in zip(places, free, strict=True)]
+        found = [(*p, one, int(host * GIB)) for p, one in zip(places, free, strict=True)]
         monkeypatch.setattr(sharing.ranks, "collect", lambda own: found)
 
     return be
@@ -48,8 +48,7 @@ def test_the_rank_with_the_least_memory_decides(ranks, gib, chosen):
     made = sharing.decide_sharing(config)
     assert made.chosen == chosen and made.available_bytes == int(min(gib) * GIB)
     whole, shared = (
-        finetune_memory(find_shape(config.model), config, expert_parallel=n).peak_bytes
-        for n in (1, 4)
+        finetune_memory(find_shape(config.model), config, held=Held(n)).peak_bytes for n in (1, 4)
     )
     assert made.replicated_peak_bytes >= whole > 60 * GIB
     assert made.predicted_peak_bytes >= (shared if chosen == 4 else whole)
@@ -70,7 +69,7 @@ def test_an_evaluation_that_cannot_fit_is_refused_too(ranks, processes):
     how = "whole on each GPU" if processes == 1 else "shared by 4 processes"
     assert how in caught.value.found and "short" in caught.value.found
     ranks([(0, processes)] * processes, [80.0] * processes)
-    assert sharing.decide_evaluation_sharing(load(ROOT / BIG)) == 1
+    assert sharing.decide_evaluation_sharing(load(ROOT / BIG)) == (1, "gpu")
     made = sharing.decided_sharing()  # what an out-of-memory message compares with
     assert made is not None and made.available_bytes == 80 * GIB
     assert made.predicted_peak_bytes == made.replicated_peak_bytes > 60 * GIB
@@ -96,3 +95,38 @@ def test_available_memory_includes_this_processs_own(monkeypatch):
     monkeypatch.setattr(sharing.torch.cuda, "mem_get_info", lambda: (5 * GIB, 24 * GIB))
     monkeypatch.setattr(sharing.torch.cuda, "memory_reserved", lambda: 2 * GIB)
     assert sharing.available_bytes() == 7 * GIB + CONTEXT_BYTES
+
+
+def test_one_small_gpu_takes_experts_in_host_memory(ranks):
+    ranks([(0, 1)], [23.6], host=100)
+    config = load(ROOT / BIG, ["sequence_parallel_degree=1"])
+    made = sharing.decide_sharing(config)
+    assert made.held == (1, "host") and (made.asked_placement, made.placement) == ("auto", "host")
+    assert made.predicted_peak_bytes < 23.6 * GIB < 60 * GIB < made.replicated_peak_bytes
+    assert made.available_host_bytes == 100 * GIB
+    assert str(made).endswith("auto: in host memory, 58.73 GiB of 100.00 GiB available")
+    assert sharing.decide_evaluation_sharing(config) == (1, "host")
+    asked = load(ROOT / BIG, ["sequence_parallel_degree=1", "experts.placement=gpu"])
+    with pytest.raises(StageError, match="does not fit in memory"):
+        sharing.decide_sharing(asked)
+
+
+@pytest.mark.parametrize("decide", ["decide_sharing", "decide_evaluation_sharing"])
+@pytest.mark.parametrize("gib", [80.0, None])
+def test_host_memory_that_does_not_suffice_is_refused_before_loading(ranks, decide, gib):
+    """Also on a CPU, where the memory is the same."""
+    ranks([(0, 4)] * 4, [gib] * 4, host=40)
+    keys = ["experts.placement=host", "expert_parallel_degree=2", "flash_attention=true"]
+    with pytest.raises(StageError, match="host memory does not hold the experts") as caught:
+        getattr(sharing, decide)(load(ROOT / BIG, keys))
+    assert "121.46 GiB available" in caught.value.expected and "2 copies" in caught.value.expected
+    assert caught.value.found == "40.00 GiB: 81.46 GiB short"
+
+
+def test_on_a_cpu_host_memory_is_taken_only_if_asked_for(ranks):
+    ranks([(0, 1)], [None])
+    assert sharing.decide_sharing(load(ROOT / "configs/tiny.yaml")).held == (1, "gpu")
+    asked = load(ROOT / "configs/tiny.yaml", ["experts.placement=host"])
+    made = sharing.decide_sharing(asked)
+    assert made.held == (1, "host") and 0 < made.predicted_host_bytes < 3 * GIB
+    assert sharing.decide_evaluation_sharing(asked) == (1, "host")

@@ -17,6 +17,7 @@ TINY = str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")
 CHANGED = {
     "sequence_parallel_degree": "2",
     "expert_parallel_degree": "1",
+    "experts.placement": "host",
     "heads_k_stride": "2",
     "ring_attn_func": "varlen_llama3",  # the only value so far
     "training.gradient_checkpointing": "true",

@@ -92,7 +92,8 @@ def test_an_equal_model_is_equal_and_a_damaged_one_is_not(run_dir):
 
 
 def test_finished_results_are_kept_and_changed_models_measured_again(run_dir, arguments, tmp_path):
-    """As if killed before the report: no manifest, two of three results, 03 rebuilt."""
+    """As if killed before the report: no manifest, two of three results, 03 rebuilt. The others are
+    measured with their experts in host memory, with the same figures."""
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
     folder = copy / "04_eval"
@@ -106,9 +107,16 @@ def test_finished_results_are_kept_and_changed_models_measured_again(run_dir, ar
         kept["perplexity"]["supervised"]["perplexity"] = 12345.0
         (folder / f"{name}.json").write_text(json.dumps(kept))
     write_manifest(copy, "03_finetune", arguments, label="rebuilt")
-    assert eval_script.main([*arguments, "--run-dir", str(copy)]) == 0
+    placed = [*arguments, "experts.placement=host"]
+    assert eval_script.main([*placed, "--run-dir", str(copy)]) == 0
     before, after = read_metrics(run_dir)["perplexity"], read_metrics(copy)["perplexity"]
     assert after == {**before, "compressed": 12345.0}
+    layer = 8 * (256 + 128) * 4 * 17
+    for name, experts in read_metrics(copy)["experts"].items():
+        on_host = name != "compressed"
+        assert experts["placement"] == ("host" if on_host else "gpu")
+        if on_host:
+            assert experts["host_bytes"] == [4 * layer] and experts["copied_bytes"][0] >= 4 * layer
 
 
 def test_models_that_cannot_fit_are_not_loaded(run_dir, arguments, tmp_path, monkeypatch, capsys):
@@ -158,7 +166,8 @@ def test_two_processes_that_share_a_model_have_the_same_figures(run_dir, argumen
     assert "2 processes: 2 share experts and vocabulary" in told
     assert "error:    rank 1 of 04_eval ended with signal SIGKILL" in told
 
-    assert eval_script.main([*arguments, "--run-dir", str(copy), "expert_parallel_degree=2"]) == 0
+    again = [*arguments, "--run-dir", str(copy), "expert_parallel_degree=2"]
+    assert eval_script.main([*again, "experts.placement=host"]) == 0
     log = (copy / "04_eval/log.txt").read_text()
     assert "only experts 4 to 7 of 8" in (copy / "04_eval/log.rank1.txt").read_text()
     assert log.count("base: loaded") == 1
@@ -166,6 +175,8 @@ def test_two_processes_that_share_a_model_have_the_same_figures(run_dir, argumen
     assert found["tasks"] == wanted["tasks"]
     for name, perplexity in wanted["perplexity"].items():
         assert found["perplexity"][name] == pytest.approx(perplexity, rel=1e-6)
+    placed = [one["placement"] for one in found["experts"].values()]
+    assert placed == ["gpu", "host", "host"]
     left = {path.name for path in (copy / "04_eval").iterdir()}
     assert not [name for name in left if "scores" in name or name == "work.json"]
 

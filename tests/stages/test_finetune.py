@@ -38,6 +38,7 @@ TRAINING = [
 ]
 
 
+HOST = "experts.placement=host"
 SHARED = ["sequence_parallel_degree=2", "expert_parallel_degree=2"]
 PERSONS = ("checkpoint-keep-2", "checkpoint-2.bak", "checkpoint-1 (copy)", "best.old")
 """Folders beside the checkpoints that are not training's."""
@@ -85,7 +86,8 @@ def compressed(small_arguments, tmp_path_factory) -> tuple[Path, list[str]]:
 
 @pytest.fixture(scope="module")
 def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
-    """An uninterrupted run, and one killed and resumed: (run, run, its manifest, stderr)."""
+    """An uninterrupted run, and one that is killed with its experts on the device and resumed with
+    them in host memory: (run, run, the first one's manifest, the second one's stderr)."""
     straight, arguments = compressed
     broken = tmp_path_factory.mktemp("killed") / "run"
     shutil.copytree(straight, broken, symlinks=True)
@@ -106,7 +108,8 @@ def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
     (checkpoints / "checkpoint-6/trainer_state.json").write_text('{"global_step": 6, "epo')
     for name in PERSONS:
         shutil.copytree(checkpoints / "checkpoint-4", checkpoints / name)
-    again = subprocess.run(command(arguments, broken), capture_output=True, text=True)
+    resumed = command([*arguments, HOST], broken)
+    again = subprocess.run(resumed, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     return straight, broken, json.loads(done.stdout), again.stderr
 
@@ -128,6 +131,26 @@ def test_killed_run_bakes_the_same_model(runs):
     assert len(files) == 8
     for path in files:
         assert path.read_bytes() == (broken / "03_finetune/model" / path.name).read_bytes()
+
+
+def test_a_run_with_experts_in_host_memory_has_a_receipt(runs):
+    """Of every layer's four tensors before and after training, and of what was copied."""
+    straight, broken, _, told = runs
+    assert "experts.placement host: in host memory" in told
+    assert "packed, in host memory" in told
+    layer = 8 * (256 + 128) * 4 * 17
+    experts = metrics_of(broken)["experts"]
+    assert experts["placement"] == "host" and experts["host_bytes"] == [4 * layer]
+    (frozen,) = experts["frozen"]
+    assert frozen["tensors"] == 16 and frozen["before"] == frozen["after"]
+    # Two steps of two passes forward and backward, and evaluations, of 4 layers each.
+    (copied,) = experts["copied_bytes"]
+    assert copied % layer == 0 and copied >= layer * 4 * (2 * 4 - 4)
+    assert metrics_of(straight)["experts"] == {"placement": "gpu"}
+
+
+def metrics_of(run_dir: Path) -> dict:
+    return json.loads((run_dir / "03_finetune/manifest.json").read_text())["metrics"]
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +211,7 @@ def test_a_dead_rank_is_named_and_another_number_of_ranks_resumes(split):
 
 
 def test_processes_that_share_experts_bake_the_same_as_one(split, compressed, tmp_path):
-    """Each rounds and writes its own half."""
+    """Each rounds and writes its own half, which it holds in host memory."""
     (run_dir, _, _), (_, arguments) = split, compressed
     again = tmp_path / "run"
     shutil.copytree(run_dir, again, symlinks=True)
@@ -197,13 +220,15 @@ def test_processes_that_share_experts_bake_the_same_as_one(split, compressed, tm
         shutil.rmtree(path)
     for name in ("baked.json", "manifest.json"):
         (stage / name).unlink()
-    shared = command([*arguments, *SHARED], again)
+    shared = command([*arguments, *SHARED, HOST], again)
     done = subprocess.run(shared, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     receipt = json.loads((stage / "receipt.json").read_text())
     sharing = receipt["expert_parallel_degree"]
     assert (receipt["processes"], receipt["attention"]) == (2, "sparselong")
     assert (sharing["asked"], sharing["chosen"]) == (2, 2)
+    assert (sharing["asked_placement"], sharing["placement"]) == ("host", "host")
+    assert metrics_of(again)["experts"]["host_bytes"] == 2 * [2 * 8 * (256 + 128) * 4 * 17]
     assert "resuming from checkpoint-6" in done.stderr and "step 6/6" not in done.stderr
     files = [*(stage / "model").glob("*.safetensors"), *(stage / "adapter").glob("*.safetensors")]
     assert len(files) == 8 + 2

@@ -27,6 +27,7 @@ ALLOWED = {
     "sparselong.evaluate.harness:setLevel": "lm-eval's warnings would hide the stage's own lines",
     "sparselong.generation.decoder:_make_stream": "one CUDA stream a device, as long as it lives",
     "sparselong.generation.shared:torch.cuda.set_device": "each process has a GPU of its own",
+    "sparselong.kernels.attention.installed:refuse_flash_attn_4": "reading metadata costs 1 ms",
     "sparselong.kernels.attention.mask:_known": "documents by boundary tensor, as long as it lives",
     "sparselong.kernels.attention.op:load_backend": ONCE,
     "sparselong.kernels.attention.torch_operators:torch.use_deterministic_algorithms": RESTORED,

@@ -2,17 +2,22 @@
 
 A row is found by architecture, layer kind, packed or not, and number of keys. It lists backends in
 the order of their measured forward + backward time. The first one that accepts the call is used,
-except that cuDNN is skipped for lengths that are unlikely to recur (`op.choose_backend`). Rows of
-an architecture without measurements say so. Their order follows from the arithmetic:
-FlashAttention-2 was written for these GPUs, and the Triton kernel reads fewer keys for a window.
+except that cuDNN and FlashAttention-4 are skipped where their first call would cost more than they
+save (`op.choose_backend`). Rows of an architecture without measurements say so. Their order follows
+from the arithmetic: FlashAttention-2 was written for these GPUs, and the Triton kernel reads fewer
+keys for a window.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-BACKENDS = ("triton", "torch_flash", "torch_cudnn", "flash_attn", "torch")
+from sparselong.kernels.attention.installed import refuse_flash_attn_4
+
+BACKENDS = ("triton", "torch_flash", "torch_cudnn", "flash_attn", "flash_attn_4", "torch")
 NO_LIMIT = 1 << 62
+NOT_CHOSEN_DETERMINISTIC = ("torch_cudnn", "flash_attn_4")
+"""cuDNN has no deterministic backward pass, and FlashAttention-4's was not timed."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,14 @@ class Row:
 # Forward + backward, bf16, 64/8 heads, head_dim 64, batch 1: benchmarks/results/attention-h200-*.
 MEASURED: dict[str, tuple[Row, ...]] = {
     "sm_90": (
-        Row(
-            *("full", False, NO_LIMIT, ("torch_cudnn", "triton", "torch_flash")),
+        Row(  # shorter than any length at which flash_attn_4 was timed
+            *("full", False, 4095, ("torch_cudnn", "triton", "torch_flash")),
             "H200, 16,384 tokens: torch_cudnn 17.6 ms, triton 19.6, torch_flash 29.2",
+        ),
+        Row(
+            *("full", False, NO_LIMIT, ("flash_attn_4", "torch_cudnn", "triton", "torch_flash")),
+            "16,384 tokens, H100: flash_attn_4 13.4 ms, torch_cudnn 17.2, triton 19.1; "
+            "H200: torch_cudnn 17.6, triton 19.6, torch_flash 29.2",
         ),
         Row(
             *("full", True, NO_LIMIT, ("triton", "torch_flash")),
@@ -81,11 +91,14 @@ def describe_choice(
 ) -> dict[str, str]:
     """Return the backend of each layer kind in bf16 training with `backend=None`, and why.
 
-    The health report shows it: {"full": "torch_cudnn (H200, ...)", "window": "triton (...)"}.
+    The health report shows it: {"full": "torch_cudnn (16,384 ...)", "window": "triton (...)"}.
     """
+    unusable = NOT_CHOSEN_DETERMINISTIC if deterministic else ()
+    if refuse_flash_attn_4() is not None:
+        unusable += ("flash_attn_4",)
     descriptions = {}
     for kind in ("full", "window"):
         row = rank_backends(architecture, kind, packed, keys)
-        usable = [name for name in row.order if not (deterministic and name == "torch_cudnn")]
+        usable = [name for name in row.order if name not in unusable]
         descriptions[kind] = f"{usable[0]} ({row.evidence})"
     return descriptions

@@ -7,11 +7,11 @@ Written for flash-attn 2.7 and 2.8, an optional package that needs a compiler to
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 
 import torch
 
 from sparselong.kernels.attention import torch_operators as shared
+from sparselong.kernels.attention.installed import refuse_flash_attn
 from sparselong.kernels.attention.join import join
 from sparselong.kernels.attention.mask import (
     Attended,
@@ -25,9 +25,7 @@ from sparselong.kernels.attention.mask import (
 
 def refuse(q: torch.Tensor, call: AttentionCall) -> str | None:
     """Return why flash-attn cannot take the call, or None if it can."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "backend: flash_attn is not installed; allowed: an installed backend"
-    return shared.refuse_flash(q, call)
+    return refuse_flash_attn() or shared.refuse_flash(q, call)
 
 
 def attend(

@@ -6,8 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from sparselong.kernels.expert_stack import ExpertStack, Gate
+from sparselong.kernels.expert_stack import ExpertStack, Gate, HostStack, Passing
 from sparselong.kernels.experts.lora import NO_ADAPTERS, Adapters
+
+_READ_CHOSEN = ("generation", "small", "torch")
+"""Backends that read no expert without rows, and others' weights once or nearly so."""
 
 
 class ExpertCall(NamedTuple):
@@ -66,13 +69,13 @@ class ExpertOperands(NamedTuple):
     """Arguments of an expert pass other than its tokens.
 
     Attributes:
-        stack: the packed weights.
+        stack: the packed weights, on the device or in host memory.
         adapters: low-rank adapters of the weights.
         gate: the gate's constants.
         backend: name of the backend that runs the products.
     """
 
-    stack: ExpertStack
+    stack: ExpertStack | HostStack
     adapters: Adapters
     gate: Gate
     backend: str
@@ -81,6 +84,20 @@ class ExpertOperands(NamedTuple):
     def trainable(self) -> tuple[torch.Tensor | None, ...]:
         """Tensors that may require gradients: both biases, A and B of gate_up, A and B of down."""
         return (self.stack.gate_up.bias, self.stack.down.bias, *self.adapters.factors)
+
+    def fetch(self, passing: Passing) -> ExpertOperands:
+        """Return the operands with the stack on the device; valid until the next layer's."""
+        return self._replace(stack=self.stack.fetch(passing))
+
+    def fetch_or_read(self, routed_tokens: int, experts: int) -> ExpertOperands:
+        """Return the operands for a pass without gradients.
+
+        If the routed tokens are no more than the layer's experts, and the backend reads only the
+        experts that they are routed to, these are read where they lie: fewer bytes than a layer.
+        """
+        if routed_tokens <= experts and self.backend in _READ_CHOSEN:
+            return self._replace(stack=self.stack.in_place())
+        return self.fetch("inference")
 
     def in_dtype(self, dtype: torch.dtype) -> ExpertOperands:
         """Return the operands with the adapters as the kernels read them for rows of `dtype`."""

@@ -27,9 +27,8 @@ import torch
 
 from sparselong.kernels.experts.call import ExpertCall, ExpertOperands, Gradients
 from sparselong.kernels.experts.choice import BACKENDS
-from sparselong.kernels.experts.lora import Adapters
 from sparselong.kernels.experts.op import choose, slices
-from sparselong.kernels.experts.torch_backend import sum_held_torch
+from sparselong.kernels.experts.torch_backend import differentiate_torch, sum_held_torch
 
 if TYPE_CHECKING:
     from sparselong.kernels.experts.routing import HeldRows
@@ -131,7 +130,7 @@ def differentiate_held(
         return
     if operands.backend == "torch":
         for part in _parts(call):
-            _differentiate_torch(
+            differentiate_torch(
                 dout[part], call.part(part), operands, held, gradients.part(part), experts
             )
         return
@@ -153,39 +152,6 @@ def differentiate_held(
 def _parts(call: ExpertCall) -> list[slice]:
     """Return slices of the rows with at most WINDOW_ROWS routed tokens each."""
     return slices(len(call.x), max(1, WINDOW_ROWS // call.indices.shape[1]))
-
-
-def _differentiate_torch(
-    dout: torch.Tensor,
-    call: ExpertCall,
-    operands: ExpertOperands,
-    held: range,
-    gradients: Gradients,
-    experts: int,
-) -> None:
-    """Fill `gradients` by autograd over the pass in plain torch."""
-
-    def leaf(tensor: torch.Tensor) -> torch.Tensor:
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
-
-    leaves: list[torch.Tensor] = []
-    call = call._replace(x=leaf(call.x), weights=leaf(call.weights))
-    adapters = Adapters(
-        *(one and one._replace(a=leaf(one.a), b=leaf(one.b)) for one in operands.adapters)
-    )
-    operands = operands._replace(adapters=adapters)
-    with torch.enable_grad():
-        out = sum_held_torch(call, operands, held, range(-1, experts))
-        # Adds nothing, but connects every leaf, which may have no part in the sum.
-        out = out + sum((part.flatten()[:0].sum() for part in leaves), start=0.0)
-    x, weights, *factors = torch.autograd.grad(out, leaves, dout)
-    for target, gradient in ((gradients.x, x), (gradients.weights, weights)):
-        if target is not None:
-            target.copy_(gradient)
-    sums = [one for one in gradients.adapters.factors if one is not None]
-    for target, gradient in zip(sums, factors, strict=True):
-        target += gradient
 
 
 def _check(call: ExpertCall, operands: ExpertOperands, held: range, experts: int) -> None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparselong.kernels.expert_stack import ExpertStack, PackedWeight
+from sparselong.kernels.expert_stack import ExpertStack, HostStack, PackedWeight
 
 
 class Adapter(NamedTuple):
@@ -51,7 +51,7 @@ class Adapter(NamedTuple):
         if not math.isfinite(self.scaling):
             raise ValueError(f"{name}.scaling: {self.scaling}; allowed: finite")
         experts, out, groups, _ = weight.blocks.shape
-        device = weight.blocks.device
+        device = weight.bias.device  # blocks may be in host memory
         rank = self.a.shape[1] if self.a.dim() == 3 else 0
         for part, tensor, shape in (
             ("a", self.a, (experts, rank, 32 * groups)),
@@ -95,9 +95,9 @@ class Adapters(NamedTuple):
         pairs = ((None, None) if one is None else (one.a, one.b) for one in self)
         return tuple(factor for pair in pairs for factor in pair)
 
-    def check(self, stack: ExpertStack) -> None:
+    def check(self, stack: ExpertStack | HostStack) -> None:
         """Raise ValueError if an adapter does not fit its projection; see `Adapter.check`."""
-        for name, adapter, weight in zip(self._fields, self, stack, strict=True):
+        for name, adapter, weight in zip(self._fields, self, stack[:2], strict=True):
             if adapter is not None:
                 adapter.check(f"adapters.{name}", weight)
 

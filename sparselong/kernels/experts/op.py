@@ -41,12 +41,12 @@ from typing import Any
 
 import torch
 
-from sparselong.kernels.expert_stack import ExpertStack, Gate
+from sparselong.kernels.expert_stack import ExpertStack, Gate, HostStack
 from sparselong.kernels.experts import choice
 from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
 from sparselong.kernels.experts.choice import BACKENDS
 from sparselong.kernels.experts.lora import NO_ADAPTERS, Adapters
-from sparselong.kernels.experts.torch_backend import expert_mlp_torch
+from sparselong.kernels.experts.torch_backend import expert_mlp_torch, stream_torch
 from sparselong.kernels.gpu import architecture_of
 from sparselong.runtime import current, is_checkpointed, is_recomputing, keeps_experts
 
@@ -61,7 +61,7 @@ def expert_mlp(
     x: torch.Tensor,
     expert_indices: torch.Tensor,
     routing_weights: torch.Tensor,
-    stack: ExpertStack,
+    stack: ExpertStack | HostStack,
     adapters: Adapters = NO_ADAPTERS,
     *,
     alpha: float = ALPHA,
@@ -76,7 +76,7 @@ def expert_mlp(
         x: [tokens, hidden], bf16 or fp32 on a GPU, any floating dtype with "torch".
         expert_indices: int32 or int64 [tokens, top_k], values in [0, experts).
         routing_weights: [tokens, top_k], any floating dtype; its gradient has the same dtype.
-        stack: the layer's packed weights and biases.
+        stack: the layer's packed weights and biases, on the device or in host memory.
         adapters: low-rank adapters of gate_up and down, applied alongside the weights.
         alpha: factor of the gate inside the sigmoid.
         limit: bound that clips gate and up.
@@ -97,13 +97,15 @@ def expert_mlp(
         operands = operands._replace(backend="small")
     if x.shape[0] == 0:
         return x.clone()
-    if operands.backend == "torch":
+    if operands.backend == "torch" and isinstance(stack, ExpertStack):
         return expert_mlp_torch(call, operands)
     call = call.contiguous()
     if operands.backend == "generation":
         return _generate(call, operands)
     if not is_checkpointed() and not _needs_gradient(call, operands):
-        return _infer(call, operands)
+        return _infer(call, operands.fetch_or_read(call.indices.numel(), stack.experts))
+    if operands.backend == "torch":
+        return stream_torch(call, operands)
     return _ExpertPass.apply(operands, *call, *operands.trainable)  # pyright: ignore[reportReturnType]
 
 
@@ -118,10 +120,12 @@ def _generate(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
             f"{MOST_CHOICES} routed tokens, torch.bfloat16, without adapters, under torch.no_grad()"
         )
     with torch.cuda.device_of(call.x):
-        return run_generation(*call, operands.stack, operands.gate)
+        return run_generation(*call, operands.stack.in_place(), operands.gate)
 
 
 def _infer(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
+    if operands.backend == "torch":
+        return expert_mlp_torch(call, operands)
     from sparselong.kernels.experts import triton_launch
 
     operands = operands.in_dtype(call.x.dtype)
@@ -135,9 +139,10 @@ def _infer(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
 class _ExpertPass(torch.autograd.Function):
     """Expert pass in Triton, for calls that need gradients and for checkpointed layers.
 
-    Weights, biases and adapters are referenced, not saved: the optimizer changes them only after a
-    step's backward passes. `trainable` repeats the tensors of `operands` that may require
-    gradients, because autograd tracks only tensors passed as separate arguments.
+    Experts in host memory are fetched in either pass. Weights, biases and adapters are referenced,
+    not saved: the optimizer changes them only after a step's backward passes. `trainable` repeats
+    the tensors of `operands` that may require gradients, because autograd tracks only tensors
+    passed as separate arguments.
     """
 
     @staticmethod
@@ -161,6 +166,8 @@ class _ExpertPass(torch.autograd.Function):
             return torch.full_like(x, math.nan)  # unused; NaN would reveal any use
         keeps = any(needs) and (keeps_experts() or not is_checkpointed())
         operands, out = operands.in_dtype(x.dtype), torch.empty_like(x)
+        is_followed = any(needs) or is_checkpointed()  # by a backward pass
+        operands = operands.fetch("forward" if is_followed else "inference")
         with torch.cuda.device_of(x):
             made: list[Any] = [
                 triton_launch.run_forward(call.part(part), operands, out[part], keeps)
@@ -180,6 +187,7 @@ class _ExpertPass(torch.autograd.Function):
 
         x, indices, weights, *saved = ctx.saved_tensors
         needs, operands = ctx.needs_input_grad, ctx.operands.in_dtype(dout.dtype)
+        operands = operands.fetch("backward")
         gradients = triton_launch.Gradients(
             torch.empty_like(dout, memory_format=torch.contiguous_format) if needs[1] else None,
             torch.empty_like(weights) if needs[3] else None,

@@ -7,14 +7,16 @@ this backend is slow on a GPU and only used there by name. Adapters are applied 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from sparselong.kernels.expert_stack import PackedWeight
-from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
-from sparselong.kernels.experts.lora import Adapter
+from sparselong.kernels.experts.call import ExpertCall, ExpertOperands, Gradients
+from sparselong.kernels.experts.lora import Adapter, Adapters
 from sparselong.packing import mxfp4
+from sparselong.runtime import is_checkpointed, is_recomputing
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -103,3 +105,92 @@ def sum_held_torch(
         weighted = y * weights[token, position, None]
         result = result.index_add(0, token, weighted.to(result.dtype))
     return result
+
+
+def differentiate_torch(
+    dout: torch.Tensor,
+    call: ExpertCall,
+    operands: ExpertOperands,
+    held: range,
+    gradients: Gradients,
+    experts: int,
+) -> None:
+    """Fill `gradients` by autograd over `sum_held_torch`; arguments as in `differentiate_held`."""
+
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    leaves: list[torch.Tensor] = []
+    call = call._replace(x=leaf(call.x), weights=leaf(call.weights))
+    adapters = Adapters(
+        *(one and one._replace(a=leaf(one.a), b=leaf(one.b)) for one in operands.adapters)
+    )
+    operands = operands._replace(adapters=adapters)
+    with torch.enable_grad():
+        out = sum_held_torch(call, operands, held, range(-1, experts))
+        # Adds nothing, but connects every leaf, which may have no part in the sum.
+        out = out + sum((part.flatten()[:0].sum() for part in leaves), start=0.0)
+    x, weights, *factors = torch.autograd.grad(out, leaves, dout)
+    for target, gradient in ((gradients.x, x), (gradients.weights, weights)):
+        if target is not None:
+            target.copy_(gradient)
+    sums = [one for one in gradients.adapters.factors if one is not None]
+    for target, gradient in zip(sums, factors, strict=True):
+        target += gradient
+
+
+class _StreamedPass(torch.autograd.Function):
+    """The pass over experts in host memory, which are fetched again in the backward pass.
+
+    That recomputes the products: nothing of a fetched layer may be kept until then. `factors`
+    repeats the adapters' tensors, because autograd tracks only tensors passed as separate
+    arguments.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        operands: ExpertOperands,
+        x: torch.Tensor,
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+        *factors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.operands = operands
+        ctx.save_for_backward(x, indices, weights)
+        if is_recomputing():
+            return torch.full_like(x, math.nan)  # unused; NaN would reveal any use
+        is_followed = any(ctx.needs_input_grad) or is_checkpointed()  # by a backward pass
+        passing = "forward" if is_followed else "inference"
+        return expert_mlp_torch(ExpertCall(x, indices, weights), operands.fetch(passing))
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        call, needs = ExpertCall(*ctx.saved_tensors), ctx.needs_input_grad
+        operands = ctx.operands.fetch("backward")
+        sums = operands.adapters.make_sums()
+        gradients = Gradients(
+            torch.empty_like(call.x), torch.empty_like(call.weights), adapters=sums
+        )
+        experts = operands.stack.experts
+        differentiate_torch(dout, call, operands, range(experts), gradients, experts)
+        factors = [
+            None if total is None else total.to(factor.dtype)
+            for total, factor in zip(sums.factors, operands.adapters.factors, strict=True)
+        ]
+        dx = gradients.x if needs[1] else None
+        return None, dx, None, gradients.weights if needs[3] else None, *factors
+
+
+def stream_torch(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
+    """Return what `expert_mlp_torch` does, differentiable, for experts in host memory.
+
+    Raises:
+        ValueError: a bias requires a gradient.
+    """
+    if any(bias.requires_grad for bias in operands.trainable[:2] if bias is not None):
+        raise ValueError(
+            "stack: a bias requires a gradient; allowed for experts in host memory: frozen biases"
+        )
+    return _StreamedPass.apply(operands, *call, *operands.adapters.factors)  # pyright: ignore[reportReturnType]

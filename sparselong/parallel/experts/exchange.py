@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from sparselong.kernels import ExpertStack, Gate
+from sparselong.kernels import ExpertStack, Gate, HostStack
 from sparselong.kernels.experts import Adapters, ExpertCall, ExpertOperands, run_held, sum_parts
 from sparselong.parallel.collectives import all_gather
 from sparselong.parallel.experts.pipeline import CHUNK_ROWS, Job, run_forward, run_sharded
@@ -63,7 +63,7 @@ class ShardedExperts:
         x: torch.Tensor,
         indices: torch.Tensor,
         weights: torch.Tensor,
-        stack: ExpertStack,
+        stack: ExpertStack | HostStack,
         adapters: Adapters,
         *,
         experts: int,
@@ -108,7 +108,7 @@ class ShardedExperts:
     def _check(
         self,
         call: ExpertCall,
-        stack: ExpertStack,
+        stack: ExpertStack | HostStack,
         held: range,
         experts: int,
     ) -> None:
@@ -131,6 +131,7 @@ class ShardedExperts:
             raise ValueError("x: requires a gradient; allowed with replicated rows: none")
         call = call.contiguous()
         share, out = torch.empty_like(call.x), torch.empty_like(call.x)
-        run_held(call, job.operands_for(call), job.held, share, experts=job.experts)
+        operands = job.operands_for(call).fetch_or_read(call.indices.numel(), job.experts)
+        run_held(call, operands, job.held, share, experts=job.experts)
         sum_parts(torch.stack(all_gather(share, self.group, TAG)), out)
         return out

@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+from sparselong.kernels import Passing
 from sparselong.kernels.experts import (
     Adapters,
     ExpertCall,
@@ -44,7 +45,7 @@ from sparselong.kernels.experts import (
     sum_parts,
 )
 from sparselong.parallel.collectives import Pending, start_all_gather, start_all_to_all
-from sparselong.runtime import is_recomputing
+from sparselong.runtime import is_checkpointed, is_recomputing
 
 CHUNK_ROWS, NEAR_CHUNK_ROWS = 2048, 4096
 """Most rows of a process in a chunk; the second where GPUs reach each other's memory.
@@ -97,6 +98,10 @@ class Job:
         backend = choose_held(call.x, call.indices, self.experts)
         return self.operands._replace(backend=backend).in_dtype(call.x.dtype)
 
+    def operands_in(self, passing: Passing, call: ExpertCall) -> ExpertOperands:
+        """Return the same with the experts on the device, for all chunks of one pass."""
+        return self.operands_for(call).fetch(passing)
+
 
 class Routing(NamedTuple):
     """Every process's routing, gathered; chunks are views of [processes, rows, top_k].
@@ -126,10 +131,10 @@ class _ShardedPass(torch.autograd.Function):
     """A layer's experts over the rows of all processes of the group, with gradients.
 
     Saved for the backward pass: x and the routing. A checkpointed layer's recomputation does not
-    gather the routing again, unless backward runs through the recomputation's own node. Weights and
-    adapters are referenced, not saved: the optimizer changes them only after a step's backward
-    passes. `factors` repeats the adapters' tensors, because autograd tracks only tensors passed as
-    separate arguments.
+    gather the routing again, unless backward runs through the recomputation's own node. Experts in
+    host memory are fetched in either pass. Weights and adapters are referenced, not saved: the
+    optimizer changes them only after a step's backward passes. `factors` repeats the adapters'
+    tensors, because autograd tracks only tensors passed as separate arguments.
     """
 
     @staticmethod
@@ -145,7 +150,9 @@ class _ShardedPass(torch.autograd.Function):
         ctx.save_for_backward(x, indices, weights)
         if is_recomputing():
             return torch.full_like(x, math.nan)  # unused; NaN would reveal any use
-        out, ctx.routing = run_forward(ExpertCall(x, indices, weights), job)
+        is_followed = any(ctx.needs_input_grad) or is_checkpointed()  # by a backward pass
+        passing = "forward" if is_followed else "inference"
+        out, ctx.routing = run_forward(ExpertCall(x, indices, weights), job, passing)
         return out
 
     @staticmethod
@@ -164,7 +171,9 @@ class _ShardedPass(torch.autograd.Function):
         return None, dx if needs[1] else None, None, dweights if needs[3] else None, *factors
 
 
-def run_forward(call: ExpertCall, job: Job) -> tuple[torch.Tensor, Routing]:
+def run_forward(
+    call: ExpertCall, job: Job, passing: Passing = "inference"
+) -> tuple[torch.Tensor, Routing]:
     """Return the weighted sums of this process's rows, and every process's routing."""
     x, routing = job.pad(call.x), _gather_routing(call, job)
     out = torch.empty_like(x)
@@ -172,7 +181,7 @@ def run_forward(call: ExpertCall, job: Job) -> tuple[torch.Tensor, Routing]:
     operands = None
     for number, (chunk, whole) in enumerate(_arriving(x, job, "expert rows")):
         part = routing.call(whole, chunk)
-        operands = operands or job.operands_for(part)
+        operands = operands or job.operands_in(passing, part)
         share = torch.empty_like(part.x)
         order = run_held(part, operands, job.held, share, experts=job.experts)
         routing.sorted[number] = order
@@ -199,7 +208,7 @@ def _run_backward(
     rows_and_gradients = zip(_arriving(x, job, "expert rows"), douts, routing.sorted, strict=True)
     for (chunk, whole), (_, dout), order in rows_and_gradients:
         part = routing.call(whole, chunk)
-        operands = operands or job.operands_for(part)
+        operands = operands or job.operands_in("backward", part)
         share = Gradients(torch.empty_like(part.x), torch.empty_like(part.weights), adapters=sums)
         differentiate_held(dout, part, operands, job.held, share, experts=job.experts, rows=order)
         assert share.x is not None and share.weights is not None

@@ -105,20 +105,20 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(backend, "aten", operators)
 
 
-@pytest.mark.parametrize(
-    ("batch", "queries", "keys", "offset", "window", "boundaries"),
-    [
-        (2, 20, 20, 0, None, None),
-        (2, 20, 20, 0, 6, None),
-        (1, 8, 30, 22, None, None),
-        (1, 8, 30, 10, 6, None),  # keys after the last query: zero gradients
-        (1, 20, 20, 0, None, [0, 1, 2, 9, 20]),
-        (2, 20, 20, 0, 5, [0, 7, 25, 40]),
-        (1, 8, 30, 12, None, [0, 5, 15, 16, 25, 30]),  # documents before, in and after the shard
-        (2, 8, 30, 12, 4, [0, 5, 15, 16, 25, 36, 60]),
-        (2, 1, 30, 29, None, [0, 12, 30, 60]),  # decoding a padded batch: one document has no query
-    ],
-)
+LAYOUTS = [
+    (2, 20, 20, 0, None, None),
+    (2, 20, 20, 0, 6, None),
+    (1, 8, 30, 22, None, None),
+    (1, 8, 30, 10, 6, None),  # keys after the last query: zero gradients
+    (1, 20, 20, 0, None, [0, 1, 2, 9, 20]),
+    (2, 20, 20, 0, 5, [0, 7, 25, 40]),
+    (1, 8, 30, 12, None, [0, 5, 15, 16, 25, 30]),  # documents before, in and after the shard
+    (2, 8, 30, 12, 4, [0, 5, 15, 16, 25, 36, 60]),
+    (2, 1, 30, 29, None, [0, 12, 30, 60]),  # decoding a padded batch: one document has no query
+]
+
+
+@pytest.mark.parametrize("batch, queries, keys, offset, window, boundaries", LAYOUTS)
 def test_output_and_gradients_with_sinks(batch, queries, keys, offset, window, boundaries):
     functions = (backend.attend_flash, backend.attend_flash_backward)
     compare(functions, batch, queries, keys, offset, window, boundaries)

@@ -14,6 +14,7 @@ from sparselong.kernels.experts import (
     expert_mlp,
     run_held,
     sum_parts,
+    torch_backend,
 )
 from sparselong.kernels.experts import held as held_experts
 from tests.kernels.held_experts import CASES, Case, draw, measure, names_of, run, take
@@ -49,13 +50,14 @@ def test_parts_add_up_to_the_whole_layer(case, monkeypatch):
 def test_memory_of_the_torch_backend_is_bounded_too(monkeypatch):
     monkeypatch.setattr(held_experts, "WINDOW_ROWS", 48)
     layer, sizes = draw(Case("all_on_one_expert", 70, top_k=1, only=(3,)), torch.float32), []
-    compute = held_experts.sum_held_torch
+    compute = torch_backend.sum_held_torch
 
     def watch(call: ExpertCall, *args: Any) -> torch.Tensor:
         sizes.append(len(call.x))
         return compute(call, *args)
 
-    monkeypatch.setattr(held_experts, "sum_held_torch", watch)
+    for module in (held_experts, torch_backend):  # forward, backward
+        monkeypatch.setattr(module, "sum_held_torch", watch)
     run(layer, HELD, "torch")
     assert sizes == [35, 35, 35, 35]
 

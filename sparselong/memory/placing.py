@@ -1,0 +1,210 @@
+"""What a process keeps and holds: outputs of layers, and experts, shared or whole, and where.
+
+Experts are fastest where each process holds all of them on its GPU: nothing is exchanged. The next
+best is to share experts and vocabulary. If that does not fit either, the experts go to host memory,
+from which layers are copied ahead of their use, each process its own: the more share them, the
+fewer bytes each copies. A prediction may be off by 5 %: automatic decisions leave that margin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from sparselong.config import Config
+from sparselong.memory.shape import ModelShape
+from sparselong.memory.stages import evaluation_memory
+from sparselong.memory.storage import WHOLE, Held, expert_bytes
+from sparselong.memory.training import GIB, Device, Kept, Memory, finetune_memory, offloaded_bytes
+
+MARGIN = 1.05
+"""Factor by which a measured peak may exceed the predicted one."""
+PROCESS_BYTES = 2 * GIB
+"""Host memory of a process on a GPU for Python, libraries and file buffers (estimate)."""
+
+
+def is_kept(asked: str, peak_bytes: int, budget_bytes: int) -> bool:
+    """Return whether to keep something: `always`, or with `auto` if peak and margin fit."""
+    return asked == "always" or (asked == "auto" and peak_bytes * MARGIN <= budget_bytes)
+
+
+def kept_peaks(
+    shape: ModelShape, config: Config, device: Device = "cuda", *, held: Held = WHOLE
+) -> dict[str, int]:
+    """Return the predicted peak with each output that layers can keep, by its key in `training`.
+
+    Attention's outputs come first because they save more time per byte. The peak for the experts'
+    outputs therefore includes them unless they are `never` kept, and the peak for attention's
+    includes the experts' outputs only if these are `always` kept.
+    """
+    training = config.training
+    kept = {
+        "keep_attention": Kept(True, training.keep_experts == "always"),
+        "keep_experts": Kept(training.keep_attention != "never", True),
+    }
+    return {
+        key: finetune_memory(shape, config, device, held=held, kept=both).peak_bytes
+        for key, both in kept.items()
+    }
+
+
+def decide_kept(
+    shape: ModelShape,
+    config: Config,
+    budget_bytes: int,
+    device: Device = "cuda",
+    *,
+    held: Held = WHOLE,
+) -> Kept:
+    """Return what layers keep on a device with `budget_bytes` of usable memory."""
+    nothing = config.nothing_to_keep(device, held.expert_parallel)
+    peaks = kept_peaks(shape, config, device, held=held)
+    return Kept(
+        *(
+            key not in nothing and is_kept(getattr(config.training, key), peak, budget_bytes)
+            for key, peak in peaks.items()
+        )
+    )
+
+
+def decided_memory(
+    shape: ModelShape,
+    config: Config,
+    budget_bytes: int,
+    device: Device = "cuda",
+    *,
+    held: Held = WHOLE,
+) -> Memory:
+    """Return the memory of stage 03 with what it keeps on a device with `budget_bytes`."""
+    kept = decide_kept(shape, config, budget_bytes, device, held=held)
+    return finetune_memory(shape, config, device, held=held, kept=kept)
+
+
+def planned_processes(config: Config) -> int:
+    """Return the fewest processes of one machine with which stage 03 can run."""
+    degree = config.expert_parallel_degree
+    return math.lcm(config.sequence_parallel_degree, 1 if degree == "auto" else degree)
+
+
+def most_expert_parallel(shape: ModelShape, config: Config, processes_here: int) -> int:
+    """Return the largest number of this machine's processes that can share experts under `auto`.
+
+    It divides both the processes and the experts. It is 1 if `training.keep_experts` is `always`,
+    which needs all experts on each GPU.
+    """
+    if config.training.keep_experts == "always":
+        return 1
+    return math.gcd(processes_here, shape.experts)
+
+
+def host_bytes(shape: ModelShape, config: Config, held: Held, processes_here: int) -> int:
+    """Return the host memory of stage 03's processes on a machine, if experts are there.
+
+    It is that of their experts, of offloaded checkpoints, and of the processes themselves.
+    """
+    copies = processes_here // held.expert_parallel if held.placement == "host" else 0
+    sequences = max(1, processes_here // config.sequence_parallel_degree)
+    offloaded = sequences * offloaded_bytes(shape, config)
+    return copies * expert_bytes(shape) + offloaded + processes_here * PROCESS_BYTES
+
+
+def list_candidates(
+    shape: ModelShape,
+    config: Config,
+    processes_here: int,
+    device: Device = "cuda",
+    host_budget_bytes: int | None = None,
+) -> list[Held]:
+    """Return how the config allows to hold the experts, the fastest first.
+
+    With `experts.placement: auto`, host memory is among them only on a GPU, and if it suffices.
+
+    Args:
+        shape: sizes of the base model.
+        config: the config of the run.
+        processes_here: number of processes on this machine.
+        device: kind of the devices.
+        host_budget_bytes: available host memory; None: not known, taken as enough.
+    """
+    degree, placement = config.expert_parallel_degree, config.experts.placement
+    if degree == "auto":
+        most = most_expert_parallel(shape, config, processes_here)
+        degrees = [1] if most == 1 else [1, most]
+    else:
+        degrees = [degree]
+    on_gpu = [Held(each, "gpu") for each in degrees]
+    on_host = [Held(each, "host") for each in reversed(degrees)]
+    if placement == "gpu" or (placement == "auto" and device == "cpu"):
+        return on_gpu
+    if placement == "host":
+        return on_host
+    if host_budget_bytes is not None:
+        on_host = [
+            held
+            for held in on_host
+            if host_bytes(shape, config, held, processes_here) <= host_budget_bytes
+        ]
+    return [*on_gpu, *on_host]
+
+
+def decide_held(
+    shape: ModelShape,
+    config: Config,
+    processes_here: int,
+    budget_bytes: int,
+    device: Device = "cuda",
+    host_budget_bytes: int | None = None,
+) -> Held:
+    """Return how stage 03's processes hold experts and vocabulary: the fastest way that fits.
+
+    The choice does not mean that fine-tuning fits: see `check_fit`.
+
+    Args:
+        shape: as for `list_candidates`, like all that is not named here.
+        config: likewise.
+        processes_here: likewise.
+        budget_bytes: usable memory of each device.
+        device: likewise.
+        host_budget_bytes: likewise.
+    """
+
+    def peak_bytes(held: Held) -> int:
+        return decided_memory(shape, config, budget_bytes, device, held=held).peak_bytes
+
+    candidates = list_candidates(shape, config, processes_here, device, host_budget_bytes)
+    return _decide(candidates, budget_bytes, peak_bytes)
+
+
+def decide_evaluation_held(
+    shape: ModelShape,
+    config: Config,
+    processes_here: int,
+    budget_bytes: int,
+    device: Device = "cuda",
+    host_budget_bytes: int | None = None,
+) -> Held:
+    """Return the same for stage 04, by its memory. Arguments: see `decide_held`."""
+
+    def peak_bytes(held: Held) -> int:
+        return sum(evaluation_memory(shape, config, device, held).values())
+
+    candidates = list_candidates(shape, config, processes_here, device, host_budget_bytes)
+    return _decide(candidates, budget_bytes, peak_bytes)
+
+
+def _decide(candidates: list[Held], budget_bytes: int, peak_bytes: Callable[[Held], int]) -> Held:
+    """Return the first candidate that fits with the margin.
+
+    If none does, it is the smallest one of the first place that exceeds the memory by less than the
+    planner's error, or else of the last place.
+    """
+    for held in candidates:
+        if peak_bytes(held) * MARGIN <= budget_bytes:
+            return held
+    smallest: dict[str, Held] = {}
+    for held in candidates:
+        smallest[held.placement] = max(held, smallest.get(held.placement, held))
+    for held in smallest.values():
+        if peak_bytes(held) <= budget_bytes * MARGIN:
+            return held
+    return [*smallest.values()][-1]
