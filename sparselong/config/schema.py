@@ -191,7 +191,7 @@ class TrainingSection(Section):
     """Whether checkpointed layers keep the experts' gate_up output, so that the backward pass does
     not recompute it: 45 KiB per token and layer (20b at 4,096 tokens per GPU: 4.2 GiB). `auto`
     decides as for `keep_attention`, which comes first because it saves more time per byte. Nothing
-    is kept if processes share the experts; `always` therefore lets none share under `auto`."""
+    is kept if processes share the experts; with `always`, `expert_parallel_degree: auto` is 1."""
     offload_checkpoints: Annotated[bool, Incidental()] = False
     """Keep the inputs of checkpointed layers in pinned host memory, for contexts that would not
     otherwise fit."""
@@ -248,7 +248,7 @@ class Config(Section):
     """Number of processes, each with its own GPU, that share one sequence. `python 03_finetune.py`
     starts them on this machine. `torchrun` may start a multiple of that number, the same on
     each of several machines; several sequences are then trained in parallel. `python 04_eval.py`
-    starts as many, but at most one for each GPU, and any number will do."""
+    starts the same number, but no more than there are GPUs; `torchrun` may start any number."""
     expert_parallel_degree: Annotated[Literal["auto"] | Positive, Incidental()] = "auto"
     """Number of processes of one machine that share one copy of experts and vocabulary, whatever
     sequences they work on. 1: each process holds all of them. A larger number must divide the

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 
 from sparselong.config import Config, load
-from sparselong.errors import StageError
 from sparselong.evaluate import perplexity, scoring
 from sparselong.evaluate.spread import Spread
-from sparselong.evaluate.work import Work, scores_path
+from sparselong.evaluate.work import MEMORY_FIX, Work, scores_path
 from sparselong.files import write_atomically
 from sparselong.model import describe_placement, implementation, load_model
 from sparselong.parallel import Mesh, shard_model
@@ -32,6 +31,7 @@ from sparselong.processes import (
     decide_evaluation_sharing,
     end_at_once,
     tell_failures,
+    telling_memory,
     write_failure,
 )
 from sparselong.processes import world as ranks
@@ -55,17 +55,8 @@ def main(path: Path) -> None:
         how += ", experts in host memory" * (held.placement == "host")
         print(f"{MARK}{mesh.data_size} processes: {how}", flush=True)
     for name, directory, _ in work.models:
-        try:
-            with using(expert_placement=held.placement):
-                result = _measure(name, Path(directory), work, config, mesh, folder)
-        except torch.OutOfMemoryError as error:
-            raise StageError(
-                f"the GPU ran out of memory while {name} was measured",
-                "enough memory for the model, or this rank's part of it, and a batch",
-                str(error).splitlines()[0],
-                "lower evaluation.batch_size, or share experts and vocabulary among more processes "
-                "(expert_parallel_degree)",
-            ) from error
+        with using(expert_placement=held.placement):
+            result = _measure(name, Path(directory), work, config, mesh, folder)
         if ranks.is_first():
             document = {"digest": work.digest(name), **result}
             write_atomically(scores_path(folder, name), json.dumps(document) + "\n")
@@ -80,10 +71,12 @@ def _measure(
 ) -> dict[str, Any]:
     """Return a model's {perplexity, answers, seconds, peak_bytes}, the same on every rank."""
     start = time.monotonic()
+    telling = partial(telling_memory, f"while {name} was measured", MEMORY_FIX)
     reset_peaks()
     passes = {"attention_backend": config.attention_backend, "deterministic": config.deterministic}
     with using(**passes, **shard_model(mesh)):
-        model = load_model(directory, attn_implementation=implementation(config))
+        with telling():
+            model = load_model(directory, attn_implementation=implementation(config))
         if ranks.is_first():
             seconds = time.monotonic() - start
             print(f"{MARK}{name}: loaded from {directory} in {seconds:.1f} s", flush=True)
@@ -91,7 +84,7 @@ def _measure(
         samples = [perplexity.Sample(*sample) for sample in work.samples]
         batch_size = config.evaluation.batch_size
         # Watched one model at a time: ranks may take longer to load than an exchange may.
-        with ranks.watched(partial(write_failure, folder, rank)):
+        with ranks.watched(partial(write_failure, folder, rank)), telling():
             found = perplexity.measure(model, samples, batch_size, spread)
             answers = scoring.score(model, work.requests, batch_size, spread)
             peak_bytes = ranks.merge_peaks(read_peaks())

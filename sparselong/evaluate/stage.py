@@ -10,9 +10,10 @@ import torch
 from sparselong.data import conversations, encode_files, select_usable
 from sparselong.evaluate import contamination, harness, models, perplexity, report, together
 from sparselong.evaluate.inputs import check_base
+from sparselong.evaluate.work import MEMORY_FIX
 from sparselong.files import write_atomically
 from sparselong.model import load_tokenizer
-from sparselong.processes import decide_evaluation_sharing, evaluation_world
+from sparselong.processes import decide_evaluation_sharing, evaluation_world, telling_memory
 from sparselong.run import Stage
 from sparselong.runtime import using
 from sparselong.tiny import resolve_base
@@ -51,7 +52,7 @@ def evaluate(stage: Stage) -> None:
     else:
         held = decide_evaluation_sharing(stage.config)  # refuses what cannot fit before it loads
         measure = partial(models.measure, folder=stage.dir, progress=stage.log)
-        with using(expert_placement=held.placement):
+        with using(expert_placement=held.placement), telling_memory(fix=MEMORY_FIX):
             results = {mark[0]: measure(*mark, measurements) for mark in marks}
     for result in results.values():
         for device, peak_bytes in result["peak_bytes"].items():

@@ -16,6 +16,11 @@ from sparselong.files import load_json, write_atomically
 from sparselong.run import Stage
 
 WORK = "work.json"
+MEMORY_FIX = (
+    "lower evaluation.batch_size, or share experts and vocabulary among more processes "
+    "(expert_parallel_degree)"
+)
+"""What helps if a GPU runs out of memory while a model is measured."""
 
 
 class Request(NamedTuple):

@@ -4,8 +4,8 @@ Checkpoints hold what one process would write, so any number of ranks can read t
 writes one, the ranks of an expert group send it their parts, one tensor at a time, which it keeps
 in host memory. The first dimension of a sharded parameter is that of its experts, so parts are
 joined, and cut again, along it. That also holds for 8-bit states and the largest magnitudes of
-their blocks of 256 values, because no block crosses the border of two ranks' experts: experts whose
-values would share a block are refused before training.
+their blocks of 256 values, because each rank's part is a whole number of blocks. Adapters of which
+it would not be are refused before training.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class Decoder:
             Logits of the last token, [vocab].
 
         Raises:
-            ValueError: The prompt is empty, has several rows or does not fit the cache.
+            ValueError: As from `check_prompt`.
         """
         self.check_prompt(input_ids)
         tokens = input_ids.shape[1]
@@ -122,7 +122,10 @@ class Decoder:
         return compute_logits(self.model, last)[0, -1]
 
     def check_prompt(self, input_ids: torch.Tensor) -> None:
-        """Raise ValueError unless these are a prompt [1, tokens] that fits the cache."""
+        """Raise ValueError unless these are a prompt [1, tokens] of the model that fits the cache.
+
+        On a GPU the host waits for the prompt.
+        """
         if input_ids.dim() != 2 or len(input_ids) != 1:
             raise ValueError(f"input_ids: {list(input_ids.shape)}; allowed: [1, tokens]")
         tokens = input_ids.shape[1]
@@ -131,6 +134,12 @@ class Decoder:
                 f"input_ids: {tokens} tokens; allowed: 1 to {self.most_tokens - 1}, one less than "
                 "the cache holds"
             )
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids: {input_ids.dtype}; allowed: torch.int64, torch.int32")
+        least, most = map(int, input_ids.aminmax())
+        vocab: int = self.model.config.vocab_size  # pyright: ignore[reportAssignmentType]
+        if least < 0 or most >= vocab:
+            raise ValueError(f"input_ids: tokens from {least} to {most}; allowed: 0 to {vocab - 1}")
 
     def _read(self, chunk: torch.Tensor, past: Cache) -> torch.Tensor:
         """Prefill a chunk [1, tokens]; return its last token's hidden state [1, 1, width]."""

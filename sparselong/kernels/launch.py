@@ -1,9 +1,9 @@
 """Launch Triton kernels with less work for the host.
 
 `kernel[grid](...)` examines every argument to find or compile the variant of the kernel that suits
-them. On one host that took 33 µs a launch, of which 14 µs were the launch of a variant that is
-known. Where layers are short, the host's time limits a training step. Here a variant is remembered
-by the properties of the arguments that Triton compiles for.
+them. On one host that took 33 µs a launch; launching a variant that had already been found took 14.
+Where layers are short, the host's time limits a training step. Here a variant is remembered by the
+properties of the arguments that Triton compiles for.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 base_config.py reads a base's config.json, shape.py holds the model's sizes, storage.py the size of
 the weights (exact), training.py the peak memory of fine-tuning by component, exchange.py what
 sharing experts and vocabulary adds to it, stages.py the memory of the other stages, placing.py what
-is kept, shared and in host memory, ways.py compares these ways, fit.py says what fits and what to
-change, timing.py is a roofline model. plan.py combines them and table.py prints them.
+is kept, shared and in host memory, ways.py compares these ways for stage 03 and evaluated.py for
+stage 04, fit.py says what fits and what to change, timing.py is a roofline model. plan.py combines
+them and table.py prints them.
 """
 
 from typing import TYPE_CHECKING

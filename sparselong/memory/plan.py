@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselong.config import Config
-from sparselong.memory import fit, placing, stages, storage, timing, training
+from sparselong.memory import evaluated, fit, placing, stages, storage, timing, training
 from sparselong.memory.labels import label
 from sparselong.memory.shape import ModelShape, find_shape
 from sparselong.memory.storage import Held
@@ -239,6 +239,9 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
     """
     made = make_plan(config)
     components, peak = made.stage_memory("03_finetune" if name == "01_health" else name)
+    columns = made.columns() if name in _SHOWS_TRAINING else {}
+    if name == "04_eval":
+        columns = _plan_evaluation(config, made).columns()
     reads, writes = _files(config, run_dir, name, made)
     return {
         "stage": name,
@@ -250,7 +253,7 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
         "bytes_per_gpu": label(components),
         "peak_bytes_per_gpu": peak,
         "changes_to_fit": made.changes if name in _SHOWS_TRAINING else [],
-        **(made.columns() if name in _SHOWS_TRAINING else {}),
+        **columns,
         "estimated_seconds": round(made.seconds[name]),
         "notes": _notes(config, name, made),
         "config": config.model_dump(mode="json"),
@@ -304,14 +307,23 @@ def _memory_notes(made: Plan) -> list[str]:
             f"The experts are in host memory: {format_bytes(made.expert_host_bytes)} of it with "
             "the processes. A step takes at least as long as copying its processes' experts twice."
         )
-    short = made.memory.peak_bytes - made.card_bytes
-    if made.device == "cuda" and short > 0:
-        remedies = fit.add_last_resort(made.changes)
-        notes.append(
-            f"It does not fit a card with {format_bytes(made.card_bytes)} of usable memory: "
-            f"{format_bytes(short)} short; {'; '.join(remedies)}."
-        )
-    return notes
+    return notes + _missing(made, made.memory.peak_bytes, fit.add_last_resort(made.changes))
+
+
+def _plan_evaluation(config: Config, made: Plan) -> evaluated.Evaluation:
+    given = (made.evaluation_held, made.card_bytes, made.device)
+    return evaluated.plan_evaluation(made.shape, config, *given)
+
+
+def _missing(made: Plan, peak_bytes: int, remedies: list[str]) -> list[str]:
+    """Return how much memory a stage lacks, and what would help; nothing if it fits."""
+    short = peak_bytes - made.card_bytes
+    if made.device == "cpu" or short <= 0:
+        return []
+    return [
+        f"It does not fit a card with {format_bytes(made.card_bytes)} of usable memory: "
+        f"{format_bytes(short)} short; {'; '.join(remedies)}."
+    ]
 
 
 def _notes(config: Config, name: str, made: Plan) -> list[str]:
@@ -330,13 +342,9 @@ def _notes(config: Config, name: str, made: Plan) -> list[str]:
                 f"Experts have adapters: all {format_bytes(made.compressed['experts'])} of them "
                 "are written as new files, not as links."
             )
-    if name == "04_eval" and made.evaluation_held.expert_parallel > 1:
-        notes.append(
-            f"{made.evaluation_held.expert_parallel} processes share one copy of experts and "
-            "vocabulary."
-        )
-    if name == "04_eval" and made.evaluation_held.placement == "host":
-        notes.append("The experts are in host memory.")
+    if name == "04_eval":
+        evaluation = _plan_evaluation(config, made)
+        notes += _missing(made, evaluation.peak_bytes, evaluation.remedies(made.card_bytes))
     model = {"02_compress": "compressed_model", "03_finetune": "finetuned_model"}.get(name)
     if model is not None and made.linkable[model]:
         notes.append(

@@ -39,8 +39,9 @@ def format_table(title: str, rows: dict[str, str]) -> list[str]:
 def memory_lines(document: dict[str, Any]) -> list[str]:
     """Return the lines of the memory table of a plan document (plan_stage or Plan.to_dict).
 
-    A document of stage 03 has a column each for replicated experts and vocabulary, shared ones, and
-    experts in host memory, as far as the config allows them, and a line on which was chosen.
+    A document of stage 03 or 04 has a column each for replicated experts and vocabulary, shared
+    ones, and experts in host memory, as far as the config allows them, and a line on which was
+    chosen.
     """
     title = "Memory on each GPU" if document["device"] == "cuda" else "Host memory"
     if any(document.get(f"{way}_bytes_per_gpu") for way in ("sharded", "hosted")):
@@ -55,7 +56,7 @@ _WAYS = {"replicated": "replicated", "sharded": "sharded", "hosted": "host memor
 
 
 def _columns(title: str, document: dict[str, Any]) -> list[str]:
-    """Return the table of stage 03's memory, experts held in each way, and the choice."""
+    """Return the table of a stage's memory, experts held in each way, and the choice."""
     parts = {way: document[f"{way}_bytes_per_gpu"] for way in _WAYS}
     parts = {way: components for way, components in parts.items() if components}
     names = dict.fromkeys(name for way in reversed(parts) for name in parts[way])

@@ -48,7 +48,6 @@ def plan_ways(
     processes = placing.planned_processes(config)
     given = (shape, config, processes, card_bytes, device, host_budget_bytes)
     held = placing.decide_held(*given)
-    candidates = placing.list_candidates(shape, config, processes, device)
     # Replicated experts do not change how many processes there are.
     replicated = placing.decided_memory(shape, config, card_bytes, device)
     replicated = replace(replicated, devices=processes)
@@ -59,25 +58,59 @@ def plan_ways(
         memory = placing.decided_memory(shape, config, card_bytes, device, held=held)
         return replace(memory, devices=max(memory.devices, processes))
 
-    # Also shown if the config does not share.
-    most = placing.most_expert_parallel(shape, config, processes)
-    if config.expert_parallel_degree != "auto" and config.expert_parallel_degree > 1:
-        most = config.expert_parallel_degree
-    on_host = [each for each in candidates if each.placement == "host"]
+    ways = list_ways(shape, config, held, device)
     return Ways(
         replicated,
-        plan(Held(most)) if most > 1 else None,
-        plan(held if held in on_host else next(iter(on_host), None)),
+        plan(ways["sharded"]),
+        plan(ways["hosted"]),
         held,
-        _explain(config, processes, most, held, replicated.peak_bytes, card_bytes),
+        explain_held(shape, config, held, replicated.peak_bytes, card_bytes),
         placing.decide_evaluation_held(*given),
     )
 
 
-def _explain(
-    config: Config, processes: int, most: int, held: Held, replicated_bytes: int, card_bytes: int
+def list_ways(
+    shape: ModelShape, config: Config, held: Held, device: Device
+) -> dict[str, Held | None]:
+    """Return how experts are held in each column of a plan; None: the config does not allow it.
+
+    Args:
+        shape: sizes of the base model.
+        config: the config of the run.
+        held: the way that is chosen.
+        device: kind of the devices.
+    """
+    processes, most = placing.planned_processes(config), _most_shared(shape, config)
+    candidates = placing.list_candidates(shape, config, processes, device)
+    on_host = [each for each in candidates if each.placement == "host"]
+    return {
+        "replicated": Held(),
+        "sharded": Held(most) if most > 1 else None,
+        "hosted": held if held in on_host else next(iter(on_host), None),
+    }
+
+
+def _most_shared(shape: ModelShape, config: Config) -> int:
+    """Return how many processes share experts in a plan, also if the config does not share."""
+    asked = config.expert_parallel_degree
+    if asked != "auto" and asked > 1:
+        return asked
+    return placing.most_expert_parallel(shape, config, placing.planned_processes(config))
+
+
+def explain_held(
+    shape: ModelShape, config: Config, held: Held, replicated_bytes: int, card_bytes: int
 ) -> str:
-    """Return why experts and vocabulary are held as they are."""
+    """Return why experts and vocabulary are held as they are.
+
+    Args:
+        shape: sizes of the base model.
+        config: the config of the run.
+        held: how they are held.
+        replicated_bytes: the stage's peak on a device if each holds all.
+        card_bytes: usable memory of the device.
+    """
+    processes, most = placing.planned_processes(config), _most_shared(shape, config)
     asked = {
         "expert_parallel_degree": config.expert_parallel_degree,
         "experts.placement": config.experts.placement,

@@ -34,7 +34,7 @@ class Placement:
             raise StageError(
                 f"{count} experts cannot be split evenly over {self.size} processes",
                 f"a number of processes that divides {count}",
-                f"{self.size}",
+                f"{self.size} processes",
                 f"set expert_parallel_degree to one of {', '.join(map(str, divisors))}",
             )
         share = count // self.size

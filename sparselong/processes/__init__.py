@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         decide_sharing,
         decided_sharing,
     )
+    from sparselong.processes.watch import end_other_ranks
     from sparselong.processes.world import check_replicas
 
 __getattr__ = expose(__name__)

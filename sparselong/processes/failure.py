@@ -24,6 +24,10 @@ from sparselong.errors import ExpectedError, StageError
 from sparselong.files import is_disk_full
 
 FAILURE = "failure.json"
+_TRAINING_FIX = (
+    "lower sequence_len or micro_batch_size, or set training.gradient_checkpointing=true"
+)
+"""What helps if fine-tuning runs out of memory."""
 
 
 class TrainerEnded(StageError):
@@ -67,14 +71,19 @@ def write_failure(work: Path, rank: int, failure: ExpectedError) -> None:
 
 
 @contextmanager
-def telling_memory() -> Iterator[None]:
-    """Raise a GPU's lack of memory as a StageError with plan and use, for all ranks to see."""
+def telling_memory(moment: str = "", fix: str = _TRAINING_FIX) -> Iterator[None]:
+    """Raise a GPU's lack of memory as a StageError with plan and use, for all ranks to see.
+
+    Args:
+        moment: what the block does, as in "while base was measured".
+        fix: what to change.
+    """
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise _out_of_memory(error) from error
+        raise _out_of_memory(error, moment, fix) from error
 
 
 def read_failure(work: Path, rank: int = 0) -> StageError | None:
@@ -117,7 +126,7 @@ def explain(error: BaseException, work: Path) -> ExpectedError | None:
     return None
 
 
-def _out_of_memory(error: BaseException) -> StageError:
+def _out_of_memory(error: BaseException, moment: str = "", fix: str = _TRAINING_FIX) -> StageError:
     """Return the failure of a GPU without memory, with what was planned and what was in use."""
     import torch
 
@@ -135,10 +144,10 @@ def _out_of_memory(error: BaseException) -> StageError:
         allocated, reserved = map(format_bytes, peaks)
         found = f"{allocated} allocated and {reserved} reserved at most; {found}"
     return StageError(
-        "the GPU ran out of memory",
+        f"the GPU ran out of memory {moment}".rstrip(),
         expected,
         f"{found} (plan: {format_bytes(plan.predicted_peak_bytes)})" if plan else found,
-        "lower sequence_len or micro_batch_size, or set training.gradient_checkpointing=true",
+        fix,
     )
 
 

@@ -87,7 +87,7 @@ _decided: Sharing | None = None
 
 
 def decided_sharing() -> Sharing | None:
-    """Return this process's decision, None before `decide_sharing`."""
+    """Return this process's last decision, for stage 03 or 04; None before the first."""
     return _decided
 
 
@@ -118,18 +118,26 @@ def decide_sharing(config: Config) -> Sharing:
         decided_memory(shape, config, place.budget_bytes or 0, device, held=each).peak_bytes
         for each in (Held(), held)
     )
-    _decided = Sharing(
+    _decided = _describe(config, place, held, replicated, predicted)
+    return _decided
+
+
+def _describe(
+    config: Config, place: _Places, held: Held, replicated_bytes: int, predicted_bytes: int
+) -> Sharing:
+    """Return a decision with the planner's peaks of a rank, replicated and as decided."""
+    shape, is_on_host = find_shape(config.model), held.placement == "host"
+    return Sharing(
         config.expert_parallel_degree,
         held.expert_parallel,
-        replicated,
-        predicted,
+        replicated_bytes,
+        predicted_bytes,
         place.budget_bytes,
         config.experts.placement,
         held.placement,
-        host_bytes(shape, config, held, here) if held.placement == "host" else 0,
+        host_bytes(shape, config, held, place.here) if is_on_host else 0,
         place.host_bytes,
     )
-    return _decided
 
 
 def decide_evaluation_sharing(config: Config) -> Held:
@@ -139,13 +147,19 @@ def decide_evaluation_sharing(config: Config) -> Held:
         StageError: the largest model cannot fit on the GPUs or in host memory, or ranks that would
             share experts run on different machines.
     """
-    place = _meet()
+    global _decided
+    shape, place = find_shape(config.model), _meet()
     if place.budget_bytes is None:
         held = _hold_on_cpu(config)
     else:
         held = _fit_evaluation(config, place, place.budget_bytes)
-    check_host(find_shape(config.model), config, held, place.here, place.host_bytes)
+    check_host(shape, config, held, place.here, place.host_bytes)
     _check_machines(place.firsts, held.expert_parallel)
+    replicated, predicted = (
+        sum(evaluation_memory(shape, config, place.device, each).values())
+        for each in (Held(), held)
+    )
+    _decided = _describe(config, place, held, replicated, predicted)
     return held
 
 
@@ -228,7 +242,7 @@ def _check_machines(firsts: list[int], chosen: int) -> None:
         group = firsts[start : start + chosen]
         if len(group) < chosen or len(set(group)) > 1:
             raise StageError(
-                f"ranks {start} to {start + len(group) - 1} would share experts",
+                f"ranks {start} to {start + len(group) - 1} cannot share experts",
                 f"groups of {chosen} consecutive ranks, each on one machine",
                 f"{len(firsts)} ranks, whose machines begin at ranks "
                 f"{', '.join(map(str, sorted(set(firsts))))}",

@@ -36,6 +36,7 @@ from sparselong.parallel import ExchangeError, progress
 
 _FAILURE = "failure"
 _blocks = 0
+_current: _Watch | None = None
 
 
 @contextmanager
@@ -59,21 +60,34 @@ def watch_ranks(
     Raises:
         StageError: another rank failed; the message names it and the cause.
     """
-    global _blocks
+    global _blocks, _current
     _blocks += 1
     name = f"sparselong/{_blocks}"
-    watch = _Watch(name, timeout_seconds, silence_seconds, beat_seconds, tell)
+    watch = _current = _Watch(name, timeout_seconds, silence_seconds, beat_seconds, tell)
     watch.thread.start()
     try:
         yield
     except BaseException as error:
         if not _is_consequence(error):
-            watch.raised = True
-            watch.report(watch.rank, f"{type(error).__name__}: {_first_line(error)}")
+            watch.tell_others(error)
             raise
         raise watch.explain(watch.await_failure(error)) from error
     finally:
+        _current = None
         watch.stop()
+
+
+def end_other_ranks(error: BaseException) -> None:
+    """End the other ranks inside their `watch_ranks` blocks, while this rank's block continues.
+
+    For a failure that the block may catch: the others would wait for this rank. What only reports
+    that another rank failed is not told. Outside of a block nobody is told.
+
+    Args:
+        error: this rank's failure, the cause that the others name.
+    """
+    if _current is not None and not _is_consequence(error):
+        _current.tell_others(error)
 
 
 class _Watch:
@@ -93,7 +107,7 @@ class _Watch:
         store = dist.distributed_c10d._get_default_store().clone()
         self.store = dist.distributed_c10d.PrefixStore(prefix, store)
         self.stopped = threading.Event()
-        self.raised = False  # by this rank's own block: it then exits by itself
+        self.raised = False  # in this rank's own block: it then exits by itself, or continues
         self.failure: dict[str, Any] | None = None
         self.seen: dict[int, tuple[str, float]] = {}
         self.counts: tuple[tuple[int, ...], float] = ((), time.monotonic())
@@ -108,6 +122,11 @@ class _Watch:
             self.store.set(f"{self.rank}", json.dumps({"done": True}))
         except dist.DistError:  # the store's host has already ended
             return
+
+    def tell_others(self, error: BaseException) -> None:
+        """Report a failure of this rank, which deals with it itself."""
+        self.raised = True
+        self.report(self.rank, f"{type(error).__name__}: {_first_line(error)}")
 
     def report(self, rank: int, cause: str) -> None:
         """Write a failure unless the store has one already, and keep the one in the store."""

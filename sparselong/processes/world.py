@@ -32,6 +32,7 @@ _SILENCE_SECONDS = 120.0
 """How long a busy rank may write no heartbeat."""
 _PATIENCE = timedelta(days=2)
 _mesh: Mesh | None = None
+_was_joined = False
 _watch = ExitStack()
 
 
@@ -59,12 +60,13 @@ def join(
     Returns:
         This process's place in the mesh.
     """
-    global _mesh
+    global _mesh, _was_joined
     if not dist.is_initialized():
         connect()
     timeout = timedelta(seconds=2 * exchange_seconds)
     _mesh = build_mesh(context_size, timeout, expert_size=expert_size)
     hide_launcher()
+    _was_joined = True
     return _mesh
 
 
@@ -84,6 +86,11 @@ def watched(
 def mesh() -> Mesh | None:
     """Return this process's place in the mesh, or None before `join`."""
     return _mesh
+
+
+def was_joined() -> bool:
+    """Return whether this process has joined others, whom the environment no longer names."""
+    return _was_joined
 
 
 def leave() -> None:

@@ -9,8 +9,9 @@
     runs/NAME/0N_stage.kept-N/            files of such a result that the stage did not write
     runs/NAME/05_export/FORMAT/           a part: the same files in a directory of its own
 
-A stage may be interrupted at any point before the manifest is written. Stage 05 has several
-results, called parts, each with a manifest of its own (parts.py).
+A stage may be interrupted at any point before the manifest is written. Work that another config
+began is refused; a stage that was refused before it had anything to keep counts as not begun. Stage
+05 has several results, called parts, each with a manifest of its own (parts.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.run.changes import refuse_changed_inputs
 from sparselong.run.lock import writing
-from sparselong.run.own_files import keep_others
+from sparselong.run.own_files import has_begun, keep_others, remove_own
 from sparselong.run.place import (
     MANIFEST,
     STARTED,
@@ -178,7 +179,8 @@ def prepare(stage: Stage, redo: bool) -> bool:
     manifest = None if redo else _read_finished(stage.run_dir, stage.name, stage.part)
     started = stage.dir / STARTED
     present = manifest or (None if redo else read_document(started))
-    if present is not None:
+    begun = manifest is not None or has_begun(stage.dir, stage.name)
+    if present is not None and begun:
         _refuse_other_work(stage, present, "a result" if manifest else _UNFINISHED)
     if manifest:
         _refuse_changed_inputs(stage, manifest)
@@ -194,6 +196,8 @@ def prepare(stage: Stage, redo: bool) -> bool:
     }
     with writing(stage.dir):
         told = _set_aside(stage) if redo and stage.dir.exists() else []
+        if not begun and present not in (None, beginning):  # what it prepared is another config's
+            remove_own(stage.dir, stage.name, stage.part)
         stage.dir.mkdir(parents=True, exist_ok=True)
         (stage.dir / LOG).open("a", encoding="utf-8").close()
         write_atomically(started, json.dumps(beginning))

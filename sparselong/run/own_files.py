@@ -46,11 +46,33 @@ _NAMES: Mapping[str, str] = {
 }
 """Patterns of names in the stage's directory, or in a part's."""
 _EVERY = r"log(\.rank\d+)?\.txt|failure(\.rank\d+)?\.json|(started|manifest|machines)\.json"
+_PREPARED: Mapping[str, str] = {
+    "02_compress": r"base\.json",
+    "03_finetune": r"axolotl\.yaml|supervision\.txt|metrics\.jsonl|receipt\.json|axolotl/.+",
+    "04_eval": r"work\.json|tasks/.+",
+}
+"""What a stage writes before its work, and makes again whenever it is started."""
 _LINKS: Mapping[str, tuple[str, str]] = {
     "02_compress": (r"[^/]+", "model"),
     "03_finetune": (r"best", r"checkpoints/checkpoint-\d+"),
 }
 """Name and target of the link that a stage makes for people."""
+
+
+def has_begun(folder: Path, stage: str) -> bool:
+    """Return whether a stage's directory holds a file that starting the stage does not make again.
+
+    Args:
+        folder: the directory of the stage or part.
+        stage: the stage's name.
+    """
+    made_again = re.compile(rf"({_EVERY}|{_PREPARED.get(stage, '')})(\.partial)?")
+    for place, folders, names in os.walk(folder):
+        links = (name for name in folders if Path(place, name).is_symlink())
+        for name in (*names, *links):
+            if not made_again.fullmatch(Path(place, name).relative_to(folder).as_posix()):
+                return True
+    return False
 
 
 def remove_own(folder: Path, stage: str, part: str = "") -> list[str]:

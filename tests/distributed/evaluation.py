@@ -11,16 +11,21 @@ from unittest import mock
 
 import torch
 
-from sparselong.evaluate import perplexity, scoring
+from sparselong.config import load
+from sparselong.evaluate import perplexity, rank, scoring
 from sparselong.evaluate.spread import Spread
-from sparselong.evaluate.work import Request
+from sparselong.evaluate.work import Request, Work
 from sparselong.model.loading import load_model
 from sparselong.model.vocabulary import PartialHead
 from sparselong.parallel.apply import shard_model
 from sparselong.parallel.mesh import build_mesh
+from sparselong.processes import sharing, world
+from sparselong.processes.sharing import Sharing
 from sparselong.runtime.settings import using
+from tests.conftest import ROOT
 
 VOCAB, BATCH_SIZE = 2048, 2
+PLAN = Sharing("auto", 2, 60 * 2**30, 19 * 2**30, 23 * 2**30, "auto", "gpu", 0, 64 * 2**30)
 mesh_of = functools.cache(lambda size: build_mesh(1, expert_size=size))
 
 
@@ -102,3 +107,21 @@ def _first_token_of_shard() -> Any:
 
 
 PIECES = {"results of others": _own_results_only, "best token of all": _first_token_of_shard}
+
+
+def run_out_of_memory(base: Path, requests: Any, samples: Any, folder: Path) -> None:
+    """Measure as a rank of stage 04, of which the second runs out of memory."""
+    told = [(sample.input_ids, sample.supervised) for sample in samples]
+    work = Work(str(folder), [], requests, told)
+    config = load(ROOT / "configs/tiny.yaml", [f"evaluation.batch_size={BATCH_SIZE}"])
+    mesh = mesh_of(2)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    with (
+        mock.patch.object(sharing, "_decided", PLAN),
+        mock.patch.object(world, "_mesh", mesh),
+        mock.patch.object(scoring, "score", fail) if mesh.data_rank == 1 else nullcontext(),
+    ):
+        rank._measure("base", base, work, config, mesh, folder)

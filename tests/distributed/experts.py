@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -163,6 +164,65 @@ def run_sharded(layer: Layer, size: int) -> dict[str, Any]:
     ):
         result = _differentiate(layer, own, run)
     return {**result, "sent": dict(sent)}
+
+
+def record_calls(layer: Layer, size: int, with_rows: bool = False) -> list[Any]:
+    """Return the calls of a forward and a backward pass in their order, as texts with numbers.
+
+    Args:
+        layer: the layer and its rows.
+        size: number of processes.
+        with_rows: whether to return the number of rows with each call.
+    """
+    calls: list[tuple[str, int]] = []
+    texts = Counter[str]()
+
+    def note(text: str, rows: int = 0) -> str:
+        text = f"{text} {texts[text]}"
+        texts[text.rpartition(" ")[0]] += 1
+        calls.append((text, rows))
+        return text
+
+    def follow(name: str, describe: Any) -> Any:
+        original = getattr(pipeline, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            describe(*given)
+            return original(*given, **named)
+
+        return mock.patch.object(pipeline, name, call)
+
+    def describe_gather(rows: torch.Tensor, _: Any, tag: str) -> None:
+        if tag != "expert routing":
+            is_again = tag == "expert rows" and texts["forward"] > 0 and texts["recompute"] > 0
+            note(f"gather {tag}{' again' * is_again}", len(rows))
+
+    def begin_return(rows: torch.Tensor, sent: Any, received: Any, group: Any, tag: str) -> Any:
+        pending = send(rows, sent, received, group, tag)
+        number = note(f"send {tag}", len(rows)).rpartition(" ")[2]
+
+        def wait() -> torch.Tensor:
+            calls.append((f"await {tag} {number}", 0))
+            return pending.wait()
+
+        return mock.Mock(wait=wait)
+
+    def is_recomputing() -> bool:
+        if asked():
+            calls.append(("recompute", 0))
+            texts["recompute"] += 1
+        return asked()
+
+    send, asked = pipeline.start_all_to_all, pipeline.is_recomputing
+    with (
+        follow("start_all_gather", describe_gather),
+        follow("run_held", lambda call, *_: note("forward", len(call.x))),
+        follow("differentiate_held", lambda _, call, *__: note("backward", len(call.x))),
+        mock.patch.object(pipeline, "start_all_to_all", begin_return),
+        mock.patch.object(pipeline, "is_recomputing", is_recomputing),
+    ):
+        run_sharded(layer, size)
+    return calls if with_rows else [text for text, _ in calls]
 
 
 def run_replicated(layer: Layer, size: int) -> torch.Tensor:

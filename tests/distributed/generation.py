@@ -106,6 +106,51 @@ def generate_until_one_is_killed(base: Path, which: int, folder: Path) -> str:
     return "none"
 
 
+def fail_in_step(base: Path, moment: str, folder: Path) -> str:
+    """Fail in the first process's second request, and let it catch that; return why this one ended.
+
+    Args:
+        base: the checkpoint.
+        moment: `start` or `advance`, where it fails before it takes part in any exchange; `refused`
+            for a prompt that is refused; `killed` between the requests.
+        folder: as for `generate_until_one_is_killed`.
+    """
+    mesh = build_mesh(1, expert_size=dist.get_world_size())
+    settings = replicate_rows(mesh)
+    with using(**settings):
+        model = load_model(base, device=torch.device("cpu"))
+    sys.stderr = (folder / f"{dist.get_rank()}.txt").open("w", buffering=1)
+    prompt, told = torch.arange(1, 12)[None], []
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the first process alone")
+
+    def attempt(model: Any, ids: torch.Tensor) -> None:
+        try:
+            told.append(list(generate(model, ids, 3)))
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+
+    def answer(model: Any) -> None:
+        attempt(model, prompt)
+        if moment == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if moment == "refused":
+            attempt(model, prompt.float())
+            attempt(model, prompt + 10**6)
+        else:
+            with mock.patch.object(decoding.Decoder, moment, fail):
+                attempt(model, prompt)
+        attempt(model, prompt)
+
+    try:
+        with watch_ranks(60.0, silence_seconds=2.0, beat_seconds=0.2):
+            shared.lead_or_follow(model, settings, mesh, answer)
+    except Exception as error:
+        told.append(f"{type(error).__name__}: {error}")
+    return "\n".join(map(str, told))
+
+
 @contextmanager
 def _own_columns_only() -> Any:
     """Take this process's columns of the logits for those of all."""

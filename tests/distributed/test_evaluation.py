@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from sparselong.evaluate.spread import Spread
-from tests.distributed.evaluation import draw, measure, measure_with, prefer
+from sparselong.processes.failure import read_failure
+from tests.distributed.evaluation import draw, measure, measure_with, prefer, run_out_of_memory
+from tests.distributed.pool import Pool
 
 COUNT = 9  # not a multiple of any number of rows in a batch
 RELATIVE = 1e-6
@@ -87,3 +89,19 @@ def test_every_piece_is_needed(pools, untrained_base, texts, wanted):
     found = pools[2].run(*run, "best token of all")
     with pytest.raises(AssertionError):
         assert_equal(found[1], wanted)
+
+
+def test_a_rank_out_of_memory_ends_all_with_its_plan_and_use(untrained_base, texts, tmp_path):
+    pool = Pool(2, timeout_seconds=60)
+    outcomes = pool.try_run(run_out_of_memory, untrained_base, *texts, tmp_path)
+    pool.close()
+    kind, own = outcomes[1]
+    assert kind == "raised" and "the GPU ran out of memory while base was measured" in own
+    assert "19.00 GiB by the plan, of at least 23.00 GiB available" in own
+    assert "(plan: 19.00 GiB)" in own and "evaluation.batch_size" in own
+    assert outcomes[0] == ("died", 1)
+    told = read_failure(tmp_path, 0)
+    assert told is not None and told.consequence
+    assert "rank 0 stops because rank 1 of 2 failed" in told.what
+    wanted = "rank 1: StageError: CUDA out of memory. Tried to allocate 2.00 GiB. (plan: 19.00 GiB)"
+    assert told.found == wanted

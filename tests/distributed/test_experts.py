@@ -7,7 +7,14 @@ import torch
 
 from sparselong.errors import StageError
 from sparselong.parallel.placement import Placement
-from tests.distributed.experts import PIECES, Layer, run_alone, run_replicated, run_sharded
+from tests.distributed.experts import (
+    PIECES,
+    Layer,
+    record_calls,
+    run_alone,
+    run_replicated,
+    run_sharded,
+)
 
 TOLERANCE = 1e-12
 LAYERS = {
@@ -57,6 +64,36 @@ def test_every_piece_is_needed(pools, piece):
     found = whole(pools[4].run(run_sharded, replace(layer, broken=piece), 4))
     wanted = run_alone(layer)
     assert max(error(found[part], wanted[part]) for part in wanted) > 0.01
+
+
+def test_chunks_travel_while_another_one_is_computed(pools):
+    """The next chunk is requested before one is computed; the one before is awaited after it."""
+    for calls in pools[2].run(record_calls, Layer((6, 6), chunk=2, checkpointed=True), 2):
+        assert not any(call.endswith(" 3") for call in calls), "the recomputation exchanges nothing"
+        order = {call: place for place, call in enumerate(calls)}
+        passes = [
+            ("forward", ["expert rows"], "expert sums"),
+            ("backward", ["expert rows again", "expert gradients"], "expert row gradients"),
+        ]
+        for name, gathered, returned in passes:
+            for number in range(3):
+                computed = order[f"{name} {number}"]
+                for tag in gathered:
+                    assert order[f"gather {tag} {min(number + 1, 2)}"] < computed
+                assert computed < order[f"send {returned} {number}"]
+                assert order[f"send {returned} {number}"] < order[f"await {returned} {number}"]
+                if number < 2:
+                    after = order[f"{name} {number + 1}"]
+                    assert order[f"send {returned} {number}"] < after
+                    assert after < order[f"await {returned} {number}"]
+        assert order["gather expert gradients 0"] < order["recompute"]
+
+
+def test_no_call_sees_more_rows_than_a_chunk_of_every_process(pools):
+    for calls in pools[2].run(record_calls, Layer((5, 3), chunk=2), 2, True):
+        for name in ("forward", "backward"):
+            rows = [count for call, count in calls if call.startswith(name)]
+            assert sum(rows) == 10 and max(rows) == 4, "five padded rows of each, two at a time"
 
 
 def test_two_groups_of_two_do_not_mix(pools):

@@ -69,7 +69,7 @@ def calls(monkeypatch) -> list[str]:
     called: list[str] = []
     for name in (
         *("_run_epoch", "_save_checkpoint", "_save", "_load_from_checkpoint", "_load_best_model"),
-        *("create_scheduler", "_maybe_log_save_evaluate"),
+        *("create_scheduler", "create_optimizer", "_maybe_log_save_evaluate"),
     ):
         monkeypatch.setattr(Trainer, name, lambda *_, name=name, **__: called.append(name))
     return called
@@ -149,6 +149,25 @@ def test_warm_up_is_a_fraction_of_the_steps(calls):
     training = Training(warmup_steps=0.1)
     training.create_scheduler(57)
     assert training.args.warmup_steps == 5 and calls == ["create_scheduler"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "values", "refused"),
+    [("adamw_bnb_8bit", 640, True), ("adamw_bnb_8bit", 768, False), ("adamw_torch", 640, False)],
+)
+def test_states_that_could_not_be_saved_are_refused_before_training(
+    calls, monkeypatch, optimizer, values, refused
+):
+    part = {"part": torch.nn.Parameter(torch.empty(values))}
+    monkeypatch.setattr(masked_trainer, "sharded_parameters", lambda model: part)
+    training = Training()
+    training.run.config.training = SimpleNamespace(optimizer=optimizer)
+    if refused:
+        with pytest.raises(StageError, match="cannot be saved whole"):
+            training.create_optimizer()
+    else:
+        training.create_optimizer()
+    assert calls == ([] if refused else ["create_optimizer"])
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,8 @@ def test_a_training_step_runs_forward_and_backward_under_its_settings(monkeypatc
     )
     mesh = SimpleNamespace(context_size=2, data_size=1, expert_size=1) if sharded else None
     training = Training(mesh, deterministic=True)
+    part = {"weight": training.model.weight}
+    monkeypatch.setattr(masked_trainer, "sharded_parameters", lambda _: part)
     first = step()[0]
     take_tokens(first)
     training.training_step(training.model, first, 9)
@@ -130,6 +132,8 @@ def test_a_training_step_runs_forward_and_backward_under_its_settings(monkeypatc
         assert settings.sequence.mesh is mesh
         assert settings.sequence.layout.boundaries == (0, 4)
         assert settings.sequence.layout.heads_k_stride == 2
-        assert reduced[0][1] is mesh and [*reduced[0][2]] == []
+        parameters, where, apart = reduced[0]
+        assert [*parameters] == [*training.model.parameters()] and where is mesh
+        assert [*apart] == [training.model.weight]  # not summed over ranks with other experts
     else:
         assert settings.sequence is None and inputs is first and not reduced

@@ -210,6 +210,11 @@ def test_prompts_that_do_not_fit_are_refused(model):
     most = model.config.max_position_embeddings
     with pytest.raises(ValueError, match=f"{most + 1}; allowed: the model's {most}"):
         next(generate(model, torch.ones(1, 3, dtype=torch.int64), most - 2))
+    with pytest.raises(ValueError, match=r"torch.float32; allowed: torch.int64"):
+        next(generate(model, torch.ones(1, 3), 4))
+    for wrong, told in ((96, "1 to 96"), (-1, "-1 to 1")):
+        with pytest.raises(ValueError, match=f"tokens from {told}; allowed: 0 to 95"):
+            next(generate(model, torch.tensor([[1, wrong]]), 4))
 
 
 def test_a_step_refuses_more_heads_than_its_kernel_takes(model):

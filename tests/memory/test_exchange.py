@@ -214,6 +214,32 @@ def test_the_plan_shows_both_and_the_choice(tmp_path):
     assert "does not fit a card" in text and "expert_parallel_degree=4 saves" in text
 
 
+def test_the_plan_of_an_evaluation_shows_both_the_choice_and_what_is_missing(tmp_path):
+    document = memory.plan_stage(load(), tmp_path, "04_eval")
+    assert document["expert_parallel_degree"] == 4
+    assert document["peak_bytes_per_gpu"] == document["sharded_peak_bytes_per_gpu"]
+    text = memory.show_plan(document)
+    assert "replicated      sharded" in text and "does not fit a card" not in text
+    assert "Chosen for experts and vocabulary: sharded over 4 processes (experts.place" in text
+    own = "expert_parallel_degree=1"
+    alone = memory.plan_stage(load(own), tmp_path, "04_eval")
+    peak = alone["peak_bytes_per_gpu"]
+    assert peak == alone["replicated_peak_bytes_per_gpu"] > 60 * GIB
+    assert alone["sharded_peak_bytes_per_gpu"] == document["sharded_peak_bytes_per_gpu"]
+    text = " ".join(memory.show_plan(alone).split())
+    assert "Chosen for experts and vocabulary: replicated (expert_parallel_degree: 1, " in text
+    short = memory.format_bytes(peak - fit.CARD_BYTES)
+    assert f"does not fit a card with 23.60 GiB of usable memory: {short} short" in text
+    assert "expert_parallel_degree=auto saves" in text
+    text = memory.show_plan(
+        memory.plan_stage(load(own, "sequence_parallel_degree=1"), tmp_path, "04_eval")
+    )
+    assert "sharded" not in text and "larger GPUs" in text
+    hosted = memory.plan_stage(load("experts.placement=host"), tmp_path, "04_eval")
+    assert hosted["peak_bytes_per_gpu"] == hosted["hosted_peak_bytes_per_gpu"] < 20 * GIB
+    assert "experts in host memory" in memory.show_plan(hosted)
+
+
 @pytest.mark.parametrize(
     ("overrides", "degree", "reason"),
     [

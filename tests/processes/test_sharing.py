@@ -70,6 +70,9 @@ def test_an_evaluation_that_cannot_fit_is_refused_too(ranks, processes):
     assert how in caught.value.found and "short" in caught.value.found
     ranks([(0, processes)] * processes, [80.0] * processes)
     assert sharing.decide_evaluation_sharing(load(ROOT / BIG)) == (1, "gpu")
+    made = sharing.decided_sharing()  # what an out-of-memory message compares with
+    assert made is not None and made.available_bytes == 80 * GIB
+    assert made.predicted_peak_bytes == made.replicated_peak_bytes > 60 * GIB
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,7 @@ def test_experts_are_shared_within_one_machine_only(ranks, places):
     config = load(
         ROOT / "configs/tiny.yaml", ["sequence_parallel_degree=4", "expert_parallel_degree=4"]
     )
-    with pytest.raises(StageError, match="ranks 0 to 3 would share experts"):
+    with pytest.raises(StageError, match="ranks 0 to 3 cannot share experts"):
         sharing.decide_sharing(config)
 
 

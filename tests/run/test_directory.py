@@ -40,6 +40,13 @@ def fail(stage: Stage) -> None:
     raise StageError("it broke", "whole", "broken", "mend it")
 
 
+def begin(stage: Stage) -> None:
+    """Fail once there is something to keep."""
+    (stage.dir / "work").mkdir(exist_ok=True)
+    (stage.dir / "work/layer-0.json").write_text("{}")
+    fail(stage)
+
+
 def test_a_stage_leaves_config_and_manifest(tmp_path, capsys):
     assert run(tmp_path, write_output, "seed=7", "--json") == 0
     manifest = json.loads(capsys.readouterr().out)
@@ -85,10 +92,27 @@ def test_another_config_is_refused_and_nothing_is_lost(tmp_path, capsys):
 
 
 def test_unfinished_work_of_another_config_is_refused(tmp_path, capsys):
-    assert run(tmp_path, fail) == 1
+    assert run(tmp_path, begin) == 1
     assert run(tmp_path, write_output, "calibration.samples=5") == 1
     assert "unfinished work" in capsys.readouterr().err
     assert run(tmp_path, write_output) == 0
+
+
+def test_a_stage_that_was_refused_before_its_work_does_not_block_the_corrected_config(tmp_path):
+    """The file is what stage 02 writes first: it must be made again for the other config."""
+    folder = tmp_path / "run/02_compress"
+
+    def refuse(stage: Stage) -> None:
+        (stage.dir / "base.json").write_text("{}")
+        fail(stage)
+
+    assert run(tmp_path, refuse) == run(tmp_path, refuse) == 1
+    assert (folder / "log.txt").read_text().count("it broke") == 2
+    assert run(tmp_path, write_output, "calibration.samples=5") == 0
+    assert not (folder / "base.json").exists()
+    assert "it broke" not in (folder / "log.txt").read_text()
+    manifest = read_manifest(tmp_path / "run", "02_compress")
+    assert manifest is not None and manifest["config"]["calibration"]["samples"] == 5
 
 
 def test_expected_failures_take_four_lines_and_no_traceback(tmp_path, capsys):

@@ -47,6 +47,7 @@ def test_a_refusal_imports_nothing_heavy(script, tmp_path):
     other.mkdir(parents=True)
     begun = {"format_version": FORMAT_VERSION, "config_hash": "0", "options": {"from": "finetuned"}}
     (other / "started.json").write_text(json.dumps(begun))
+    (other / "begun").write_text("")
     run_dirs = [tmp_path / "file", tmp_path / "file/run", "/proc/self/run", "/proc/self"]
     cases = [[*config, "--run-dir", str(run_dir)] for run_dir in run_dirs]
     cases += [
