@@ -27,7 +27,7 @@ from sparselong.processes.watch import watch_ranks
 from sparselong.runtime import using
 from tests.distributed.expert_training import Run, mesh_of, open_model, train_sharded
 
-PLAN = Sharing("auto", 2, 60 * 2**30, 21 * 2**30, 23 * 2**30)
+PLAN = Sharing("auto", 2, 60 * 2**30, 21 * 2**30, 23 * 2**30, "auto", "gpu", 0, 64 * 2**30)
 
 
 def fail_in_exchange(how: str, which: int, run: Run, folder: Path) -> str:
