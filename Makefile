@@ -22,7 +22,8 @@ COMMON_MARKER := ; python_full_version < '3\.13' and platform_machine == 'x86_64
 LONG := tests/stages/test_trained.py tests/stages/test_finetune.py tests/stages/test_eval.py \
         tests/stages/test_health_script.py tests/stages/test_example.py \
         tests/stages/test_compress_interrupted.py tests/stages/test_compress.py \
-        tests/stages/test_export.py tests/stages/test_export_adapter.py
+        tests/stages/test_export.py tests/stages/test_export_adapter.py \
+        tests/stages/test_export_gguf.py
 # A test that hangs fails after five minutes instead of blocking the whole run. test_trained.py and
 # test_finetune.py, whose fixtures train first, set fifteen minutes themselves.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
