@@ -15,7 +15,6 @@ from sparselong.export.form import Work
 from sparselong.export.gguf.types import (
     BITS,
     DENSE_TYPE,
-    EXACT,
     FILE,
     TYPED,
     check_dense_type,
@@ -24,6 +23,7 @@ from sparselong.export.gguf.types import (
 from sparselong.export.inputs import model_directory
 from sparselong.files import read_json
 from sparselong.memory import base_groups, compressed_groups, find_shape
+from sparselong.provenance import find_change
 from sparselong.run import Stage, read_manifest
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class GgufFormat:
         path = _unfinished(stage)
         if (stage.dir / FILE).exists() or _link_twin(stage, path):
             return
+        if path.exists() and path.stat().st_nlink > 1:
+            path.unlink()  # a link of an earlier attempt, which must not be written to
         source, layout = _open(stage)
         check_range(source, layout.tensors)
         write_file(stage, path, source, layout)
@@ -93,18 +95,24 @@ class GgufFormat:
                 "sha256": digest,
             }
         )
-        kinds = {tensor.name: tensor.kind for tensor in layout.tensors}
         stage.log(f"{FILE}: {layout.size / 1e9:.2f} GB, compared with its source")
         return {
-            "tensors": len(kinds),
-            "tensor_types": kinds,
-            "tensors_identical": all(kind in EXACT for kind in kinds.values()),
-            "errors": errors,
+            "tensors": len(layout.tensors),
+            "tensor_types": _names_by_type(layout),
+            "tensors_identical": not errors,
+            **({"errors": errors} if errors else {}),
         }
 
 
 def _unfinished(stage: Stage) -> Path:
     return stage.dir / f"{FILE}.partial"
+
+
+def _names_by_type(layout: Layout) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for tensor in layout.tensors:
+        found.setdefault(tensor.kind, []).append(tensor.name)
+    return found
 
 
 def _open(stage: Stage) -> tuple[Source, Layout]:
@@ -114,7 +122,8 @@ def _open(stage: Stage) -> tuple[Source, Layout]:
     from sparselong.export.source import Source
 
     source = Source(model_directory(stage), torch.device("cpu"))
-    name = f"{Path(stage.config.model.base).name} {stage.options['from']} by Sparse-Long"
+    base = os.fsencode(Path(stage.config.model.base).name).decode(errors="replace")
+    name = f"{base}, {stage.options['from']} by Sparse-Long"
     return source, plan_file(source, stage.options[DENSE_TYPE], name)
 
 
@@ -127,6 +136,9 @@ def _link_twin(stage: Stage, path: Path) -> bool:
     manifest = read_manifest(stage.run_dir, f"{stage.name}/{twin}")
     started = read_json(stage.dir / "started.json")
     if manifest is None or any(manifest.get(key) != started.get(key) for key in _SAME):
+        return False
+    row = next(row for row in manifest["outputs"] if Path(row["path"]).name == FILE)
+    if find_change(stage.run_dir / row["path"], row):
         return False
     path.unlink(missing_ok=True)
     try:
