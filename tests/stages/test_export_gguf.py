@@ -130,12 +130,15 @@ def test_the_experts_bytes_are_the_sources_in_another_order(exported):
         assert np.array_equal(published, blocks[:, rows].numpy())
 
 
-def test_every_byte_is_repacked_and_back():
-    torch.manual_seed(0)
-    blocks = torch.randint(0, 256, (3, 5, 17), dtype=torch.uint8)
-    packed = encoding.pack_blocks(blocks)
-    assert torch.equal(encoding.unpack_blocks(packed), blocks)
-    assert not torch.equal(packed, blocks)
+def test_more_rows_than_are_packed_at_once_and_every_byte(monkeypatch):
+    monkeypatch.setattr(encoding, "_PACKED_ROWS", 7)
+    blocks = torch.arange(256, dtype=torch.uint8).view(16, 1, 16).repeat(2, 3, 1)
+    blocks[16:] = blocks[16:].flip(-1)
+    scales = torch.arange(96, dtype=torch.uint8).view(32, 3)
+    packed = encoding.pack_blocks(blocks, scales).view(32, 3, 17)
+    elements = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
+    assert torch.equal(packed[..., 0], scales)
+    assert torch.equal(packed[..., 1:], elements[..., :16] | (elements[..., 16:] << 4))
 
 
 def test_keys_are_those_of_gpt_oss(exported):

@@ -3,7 +3,7 @@
 MXFP4 keeps its codes and scales. Only their order differs: a block of the published form has its 16
 bytes apart from the scale, and byte i holds elements 2i (low nibble) and 2i + 1. A block of the
 file is the scale followed by 16 bytes of which byte j holds elements j and j + 16. Nothing is
-quantized again; `unpack_blocks` gives the source's bytes.
+quantized again.
 
 Q8_0 stores 32 values as integers in steps of an f16 scale. Values are divided by the scale as it is
 stored, so that each is within half a step; the usual routine divides by the scale before it is
@@ -12,45 +12,51 @@ rounded to f16. A scale that rounding made too small for the largest value is ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from sparselong.errors import StageError
-from sparselong.export.gguf.layout import BLOCK_BYTES, Tensor
+from sparselong.export.gguf.layout import Tensor
 from sparselong.export.gguf.quantization import quantize
-from sparselong.export.source import Source
+from sparselong.export.source import Source, decode_exactly
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-_LOW, _HIGH = 0x0F, 0xF0
+_CODES = np.dtype("V16")
+_BLOCK = np.dtype([("scale", "u1"), ("codes", _CODES)])
+_PACKED_ROWS = 1024
 _Q8_BLOCK = 32
 _SLICE_WEIGHTS = 1 << 23
 _F16_MAX = 65504.0
 
 
-def encoded_parts(source: Source, tensor: Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield a tensor's slices along the first dimension: what the file holds, and its source.
+class Slice(NamedTuple):
+    """Consecutive rows of a tensor.
 
-    Args:
-        source: the model.
-        tensor: of the file.
+    Attributes:
+        data: uint8 [rows, bytes of a row], as in the file.
+        values: count → fp32 [count, columns], the source's values of the first rows.
+    """
 
-    Returns:
-        Pairs of uint8 [rows, bytes of a row], and the source: bf16 values [rows, columns], or for
-        MXFP4 uint8 [rows, 17 x blocks of a row] with the scale before each published block.
+    data: torch.Tensor
+    values: Callable[[int], torch.Tensor]
+
+
+def encoded_parts(source: Source, tensor: Tensor) -> Iterator[Slice]:
+    """Yield a tensor's slices in the order of the file.
 
     Raises:
         StageError: a value overflows the tensor's type.
     """
     if tensor.kind == "MXFP4":
-        for published in _expert_blocks(source, tensor):
-            yield pack_blocks(published).flatten(-2), published.flatten(-2)
+        for blocks, scales in _experts(source, tensor):
+            yield Slice(pack_blocks(blocks, scales), partial(_decode_first, blocks, scales))
         return
     for values in dense_parts(source, tensor):
-        yield encode(values, tensor.kind, tensor.source), values
+        data = encode(values, tensor.kind, tensor.source)
+        yield Slice(data, lambda count, values=values: values[:count].float())
 
 
 def dense_parts(source: Source, tensor: Tensor) -> Iterator[torch.Tensor]:
@@ -61,45 +67,49 @@ def dense_parts(source: Source, tensor: Tensor) -> Iterator[torch.Tensor]:
         yield from rows.split(max(1, _SLICE_WEIGHTS // tensor.shape[-1]))
 
 
-def _expert_blocks(source: Source, tensor: Tensor) -> Iterator[torch.Tensor]:
-    """Yield uint8 [rows, blocks, 17] of one expert at a time: scale, then published block."""
+def _experts(source: Source, tensor: Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield blocks [rows, groups, 16] and scales [rows, groups] of one expert at a time."""
     read = (source.parts(f"{tensor.source}_{part}", step=1) for part in ("blocks", "scales"))
     for blocks, scales in zip(*read, strict=True):
-        for one, its_scales in zip(blocks, scales, strict=True):
-            chosen = its_scales[tensor.rows].unsqueeze(-1)
-            yield torch.cat((chosen, one[tensor.rows]), -1)
+        yield blocks[0, tensor.rows], scales[0, tensor.rows]
 
 
-def pack_blocks(published: torch.Tensor) -> torch.Tensor:
-    """Return blocks in the file's order.
+def _decode_first(blocks: torch.Tensor, scales: torch.Tensor, count: int) -> torch.Tensor:
+    return decode_exactly(blocks[:count], scales[:count]).float()
+
+
+def pack_blocks(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return MXFP4 weights in the file's order.
+
+    In 16 bits, a published byte i < 8 gives the low nibbles and byte i + 8 the high nibbles of the
+    file's bytes 2i and 2i + 1. numpy does that in place, some rows at a time, which takes a
+    twentieth of the time that torch takes for one nibble after the other.
 
     Args:
-        published: uint8 [..., 17], the scale and a published block.
+        blocks: uint8 [rows, groups, 16].
+        scales: uint8 [rows, groups].
 
     Returns:
-        uint8 [..., 17].
+        uint8 [rows, 17 * groups].
     """
-    packed = torch.empty_like(published)
-    packed[..., 0] = published[..., 0]
-    first, second = published[..., 1:9], published[..., 9:]
-    packed[..., 1::2] = (first & _LOW) | (second << 4)
-    packed[..., 2::2] = (first >> 4) | (second & _HIGH)
-    return packed
+    packed = np.empty(scales.shape, _BLOCK)
+    packed["scale"] = scales.numpy()
+    halves = blocks.numpy().view(np.uint64)
+    for start in range(0, len(halves), _PACKED_ROWS):
+        rows = slice(start, start + _PACKED_ROWS)
+        low, high = (_spread(halves[rows, :, half]) for half in (0, 1))
+        high <<= 4
+        low |= high
+        packed["codes"][rows] = low.view(_CODES)
+    return torch.from_numpy(packed.view(np.uint8))
 
 
-def unpack_blocks(packed: torch.Tensor) -> torch.Tensor:
-    """Return blocks in the published order, the inverse of `pack_blocks`."""
-    published = torch.empty_like(packed)
-    published[..., 0] = packed[..., 0]
-    even, odd = packed[..., 1::2], packed[..., 2::2]
-    published[..., 1:9] = (even & _LOW) | (odd << 4)
-    published[..., 9:] = (even >> 4) | (odd & _HIGH)
-    return published
-
-
-def split_blocks(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows of MXFP4 bytes [rows, bytes] as blocks [rows, blocks, 17]."""
-    return rows.view(len(rows), -1, BLOCK_BYTES)
+def _spread(eights: np.ndarray) -> np.ndarray:
+    """Return the nibbles of eight bytes, each in a byte of its own: uint64 → 8 x uint16."""
+    wide = np.ascontiguousarray(eights).view(np.uint8).astype(np.uint16)
+    wide |= wide << 4
+    wide &= 0x0F0F
+    return wide
 
 
 def encode(values: torch.Tensor, kind: str, name: str) -> torch.Tensor:

@@ -106,8 +106,8 @@ def write_file(stage: Stage, path: Path, source: Source, layout: Layout) -> None
             else:
                 stage.log(f"{FILE}: {done} of {len(layout.tensors)} tensors are kept")
             for tensor in layout.tensors[done:]:
-                for data, _ in encoded_parts(source, tensor):
-                    file.write(data.numpy().data)
+                for part in encoded_parts(source, tensor):
+                    file.write(part.data.numpy().data)
                 file.write(bytes(padded(tensor.size) - tensor.size))
             file.flush()
             os.fsync(file.fileno())

@@ -15,8 +15,6 @@ from sparselong.export.gguf.types import type_for_rows
 
 ALIGNMENT = 32
 """Bytes to multiples of which GGUF pads a tensor."""
-BLOCK_BYTES = 17
-"""Bytes of an MXFP4 block in the file: a scale and 32 codes."""
 _WHOLE = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",

@@ -1,15 +1,14 @@
 """Comparing a GGUF file with its source: keys, and every tensor as its readers decode it.
 
 The package's own reader gives keys, names, types, shapes and places. Tensors are then read in
-slices, because the reader maps the file into memory, and decoded by the package. Of experts all
-bytes are put back into the published order and compared; the values that the package decodes from
-them are compared for the first rows of each.
+slices, because the reader maps the file into memory. All bytes are compared with those that the
+source, read again, gives. The package decodes the first rows of each slice, which must be the
+source's values, and all rows of types that are not exact, whose errors are measured.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,13 +16,12 @@ import gguf
 import torch
 
 from sparselong.errors import StageError
-from sparselong.export.gguf.encoding import encoded_parts, split_blocks, unpack_blocks
+from sparselong.export.gguf.encoding import Slice, encoded_parts
 from sparselong.export.gguf.file import Layout
-from sparselong.export.gguf.layout import Tensor
 from sparselong.export.gguf.types import EXACT
-from sparselong.export.source import Source, decode_exactly
+from sparselong.export.source import Source
 
-_DECODED_ROWS = 64
+_DECODED_ROWS = 8
 _ROUNDING = 1e-6  # of a quotient in fp32
 Errors = dict[str, dict[str, float]]
 
@@ -51,8 +49,8 @@ def compare_file(path: Path, source: Source, layout: Layout) -> tuple[str, Error
             for tensor, begin in zip(layout.tensors, layout.begins, strict=True):
                 digest.update(file.read(begin - file.tell()))
                 meter = _Meter(tensor.kind)
-                if not all(_compare(tensor, *one, meter) for one in _slices(file, source, tensor,
-                                                                            digest)):  # fmt: skip
+                parts = encoded_parts(source, tensor)
+                if not all(_is_same(file, part, meter, digest) for part in parts):
                     differing.append(tensor.name)
                     break
                 if tensor.kind not in EXACT:
@@ -99,49 +97,29 @@ def _same(found: Any, wanted: Any) -> bool:
     return found == wanted
 
 
-def _slices(
-    file: BinaryIO, source: Source, tensor: Tensor, digest: Any
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield slices of a tensor: as the file has them, as they should be, and the source."""
-    for expected, values in encoded_parts(source, tensor):
-        found = torch.empty_like(expected)
-        file.readinto(found.numpy())  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-        digest.update(found.numpy())
-        yield found, expected, values
+def _is_same(file: BinaryIO, part: Slice, meter: _Meter, digest: Any) -> bool:
+    """Return whether the next bytes of a file are a slice's and decode to its values."""
+    found = torch.empty_like(part.data)
+    count = file.readinto(found.numpy())  # pyright: ignore
+    digest.update(found.numpy())
+    if count != found.numel() or not torch.equal(found, part.data):
+        return False
+    if meter.kind not in EXACT:
+        meter.add(found, _decode(found, meter.kind), part.values(len(found)))
+        return meter.is_within_limit()
+    # Not bit for bit: llama.cpp decodes MXFP4's code of -0 to 0.
+    return torch.equal(_decode(found[:_DECODED_ROWS], meter.kind), part.values(_DECODED_ROWS))
 
 
-def _compare(
-    tensor: Tensor, found: torch.Tensor, expected: torch.Tensor, values: torch.Tensor, meter: _Meter
-) -> bool:
-    """Return whether a slice has the source's values; measure it if its type is not exact."""
-    kind = gguf.GGMLQuantizationType[tensor.kind]
-    if tensor.kind == "MXFP4":
-        if not torch.equal(unpack_blocks(split_blocks(found)).flatten(-2), values):
-            return False
-        blocks = split_blocks(values[:_DECODED_ROWS])
-        wanted = decode_exactly(blocks[..., 1:], blocks[..., 0]).float()
-        # Not bit for bit: llama.cpp decodes the code of -0 to 0.
-        return torch.equal(_decode(found[:_DECODED_ROWS], kind), wanted)
-    decoded = _decode(found, kind)
-    if tensor.kind in EXACT:
-        return _equal_bits(decoded, values.float())
-    meter.add(found, decoded, values.float())
-    return torch.equal(found, expected) and meter.is_within_limit()
-
-
-def _decode(rows: torch.Tensor, kind: gguf.GGMLQuantizationType) -> torch.Tensor:
-    return torch.from_numpy(gguf.dequantize(rows.numpy(), kind))
-
-
-def _equal_bits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return torch.equal(found.contiguous().view(torch.int32), wanted.view(torch.int32))
+def _decode(rows: torch.Tensor, kind: str) -> torch.Tensor:
+    return torch.from_numpy(gguf.dequantize(rows.numpy(), gguf.GGMLQuantizationType[kind]))
 
 
 class _Meter:
     """The error of a tensor whose type is not exact, over its slices."""
 
     def __init__(self, kind: str):
-        self._kind = kind
+        self.kind = kind
         self._squares = self._error_squares = self._largest = self._steps = 0.0
 
     def add(self, rows: torch.Tensor, decoded: torch.Tensor, values: torch.Tensor) -> None:
@@ -156,7 +134,7 @@ class _Meter:
         self._squares += float(values.square().sum(dtype=torch.float64))
         self._error_squares += float(error.square().sum(dtype=torch.float64))
         self._largest = max(self._largest, float(error.max()))
-        if self._kind == "Q8_0":
+        if self.kind == "Q8_0":
             step = rows.view(len(rows), -1, 34)[..., :2].contiguous().view(torch.float16).float()
             steps = error.view(len(rows), -1, 32) / torch.where(step == 0, torch.inf, step)
             self._steps = max(self._steps, float(steps.max()))
@@ -169,4 +147,4 @@ class _Meter:
         """Return what was measured."""
         relative = (self._error_squares / self._squares) ** 0.5 if self._squares else 0.0
         found = {"relative_rms": relative, "largest": self._largest}
-        return {**found, "largest_in_steps": self._steps} if self._kind == "Q8_0" else found
+        return {**found, "largest_in_steps": self._steps} if self.kind == "Q8_0" else found
