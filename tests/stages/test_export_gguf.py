@@ -1,6 +1,7 @@
 """gguf and ollama: tensors as the gguf package reads them, keys, interruption, bad input."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -14,9 +15,13 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from benchmarks import base_checkpoint
+from sparselong.config import load
 from sparselong.errors import StageError
-from sparselong.export.gguf import GgufFormat, encoding, file, metadata
+from sparselong.export.gguf import GgufFormat, encoding, file, metadata, reading, types
 from sparselong.export.source import Source
+from sparselong.run import Stage
+from tests.conftest import ROOT
 from tests.stages.test_export import export, manifest_of
 from tests.stages.trained import CPU, Trained
 
@@ -402,6 +407,32 @@ def test_unknown_or_useless_types_are_refused(exported, monkeypatch, capsys, mor
     monkeypatch.setattr("sparselong.export.gguf.types.find_spec", lambda _: None)
     assert export(exported, "--to", *more) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_layer_of_the_true_widths(tmp_path, monkeypatch):
+    """Rows of 2,880 and 4,096, 64 heads; fewer experts and tokens, which no code depends on."""
+    few = {**base_checkpoint.WIDTHS["true"], "num_local_experts": 4, "vocab_size": 4096}
+    monkeypatch.setitem(base_checkpoint.WIDTHS, "true", few)
+    base_checkpoint.write_base(tmp_path / "model", "true", 1, "cpu", lambda _: None)
+    document = json.loads((tmp_path / "model/config.json").read_text())
+    plain = {"weight_bits": 16, "sparsity": "none", "group_size": 64, "expert_sparsity": "none"}
+    document["quantization_config"] = {"quant_method": "sparselong", **plain}
+    (tmp_path / "model/config.json").write_text(json.dumps(document))
+    source = Source(tmp_path / "model", CPU)
+    layout = file.plan_file(source, "bf16", "a layer")
+    stage = Stage("05_export", load(ROOT / "configs/tiny.yaml"), tmp_path, part="gguf")
+    stage.dir.mkdir(parents=True)
+    file.write_file(stage, tmp_path / "model.gguf", source, layout)
+    digest, errors = reading.compare_file(tmp_path / "model.gguf", source, layout)
+    assert digest == hashlib.sha256((tmp_path / "model.gguf").read_bytes()).hexdigest()
+    wanted, found = wanted_tensors(source), read_tensors(tmp_path / "model.gguf")
+    assert errors == {} and found.keys() == wanted.keys() and len(found) == 3 + 19
+    for name, values in wanted.items():
+        assert torch.equal(decode(found[name]), values), name
+    kinds = {rows: [types.type_for_rows(each, rows) for each in types.DENSE_TYPES]
+             for rows in (2880, 4096)}  # fmt: skip
+    assert kinds[4096] == ["BF16", "F32", "F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K"]
+    assert kinds[2880] == ["BF16", "F32", "F16", "Q8_0", "Q8_0", "Q5_1", "Q5_0"]
 
 
 O200K = (
