@@ -69,14 +69,14 @@ test-short: $(STAMP)
 test-mutations: $(STAMP)
 	$(PYTEST) --all-mutations tests/inputs/test_mutations.py
 
-$(LLAMA): $(STAMP)
+$(LLAMA): | $(STAMP)
 	rm -rf $@ $@.part
 	.uv/bin/uv pip install -q --python .venv/bin/python --target $@.part --no-deps \
 	    --no-binary llama-cpp-python llama-cpp-python==$(notdir $@) diskcache==5.6.3
 	mv $@.part $@
 	touch $@
 
-test-llama: $(LLAMA)
+test-llama: $(STAMP) $(LLAMA)
 	PYTHONPATH=$(LLAMA) $(PYTEST) -rs $(LLAMA_TEST)
 
 test-gpu:
