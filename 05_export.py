@@ -7,8 +7,10 @@ each format, runs/NAME/05_export/FORMAT, with a manifest of its own:
     mxfp4     the published form of gpt-oss, for whatever opens openai/gpt-oss
     hf-bf16   everything in bf16, for transformers without any quantization
     adapter   LoRA for PEFT and vLLM, from runs without mask and rounding
+    gguf      one file for llama.cpp; --dense-type is the type of all but the experts
+    ollama    the same file, linked if it is there, and a Modelfile
 
-    python 05_export.py --to mxfp4 hf-bf16 --run-dir runs/NAME
+    python 05_export.py --to mxfp4 gguf --run-dir runs/NAME
 
 After an interruption, the same command keeps the files that are complete.
 """

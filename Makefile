@@ -1,8 +1,9 @@
 # make           install
-# make demo      install, then all four stages on a small gpt-oss (no GPU needed)
+# make demo      install, then all five stages on a small gpt-oss (no GPU needed)
 # make check     install, then formatting, lint and types
 # make test      install, then all tests that run on a CPU
 # make test-mutations  480 damaged or rewritten bases and data files, twelve through all stages
+# make test-llama  compile llama.cpp once (a quarter of an hour), then tests that open exports with it
 # make test-gpu  tests that need a CUDA device, with $(PYTHON) and without .venv
 # make bench     the demo, every benchmark that this machine can run, then BENCHMARKS.md
 # make lock      resolve requirements/requirements.lock again, keeping versions that still fit
@@ -22,7 +23,11 @@ COMMON_MARKER := ; python_full_version < '3\.13' and platform_machine == 'x86_64
 LONG := tests/stages/test_trained.py tests/stages/test_finetune.py tests/stages/test_eval.py \
         tests/stages/test_health_script.py tests/stages/test_example.py \
         tests/stages/test_compress_interrupted.py tests/stages/test_compress.py \
-        tests/stages/test_export.py tests/stages/test_export_adapter.py
+        tests/stages/test_export.py tests/stages/test_export_adapter.py \
+        tests/stages/test_export_gguf.py
+# llama.cpp through Python, in a directory of its own: the environment stays as locked.
+LLAMA := .llama/0.3.36
+LLAMA_TEST := tests/stages/test_llama_cpp.py
 # A test that hangs fails after five minutes instead of blocking the whole run. test_trained.py and
 # test_finetune.py, whose fixtures train first, set fifteen minutes themselves.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
@@ -32,7 +37,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
 BENCHMARKS := demo attention attention_tiles expert_gemm neighbours generation memory train_step \
               context_parallel fit_120b true_widths
 
-.PHONY: demo check test test-long test-short test-mutations test-gpu bench lock clean
+.PHONY: demo check test test-long test-short test-mutations test-llama test-gpu bench lock clean
 
 $(STAMP): install.sh pyproject.toml $(LOCK) requirements/overrides.txt
 	./install.sh
@@ -42,6 +47,7 @@ demo: $(STAMP)
 	.venv/bin/python 02_compress.py $(DEMO)
 	.venv/bin/python 03_finetune.py $(DEMO)
 	.venv/bin/python 04_eval.py $(DEMO)
+	.venv/bin/python 05_export.py $(DEMO) --to mxfp4 gguf
 
 # basedpyright is a pyright that downloads nothing when it runs; it reads [tool.pyright].
 check: $(STAMP)
@@ -58,10 +64,20 @@ test-long: $(STAMP)
 	$(PYTEST) $(LONG)
 
 test-short: $(STAMP)
-	$(PYTEST) --ignore tests/gpu $(LONG:%=--ignore %) tests
+	$(PYTEST) --ignore tests/gpu --ignore $(LLAMA_TEST) $(LONG:%=--ignore %) tests
 
 test-mutations: $(STAMP)
 	$(PYTEST) --all-mutations tests/inputs/test_mutations.py
+
+$(LLAMA): | $(STAMP)
+	rm -rf $@ $@.part
+	.uv/bin/uv pip install -q --python .venv/bin/python --target $@.part --no-deps \
+	    --no-binary llama-cpp-python llama-cpp-python==$(notdir $@) diskcache==5.6.3
+	mv $@.part $@
+	touch $@
+
+test-llama: $(STAMP) $(LLAMA)
+	PYTHONPATH=$(LLAMA) $(PYTEST) -rs $(LLAMA_TEST)
 
 test-gpu:
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu: no CUDA device, nothing tested')"

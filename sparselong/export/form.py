@@ -21,11 +21,14 @@ class Work:
         written_bytes: bytes on disk.
         read_bytes: bytes of earlier stages that are read, each time counted.
         decoded_weights: weights that are decoded from MXFP4, each time counted.
+        file: name of the file that is written, if another format of the same run links the same
+            one instead of writing it again.
     """
 
     written_bytes: int
     read_bytes: int
     decoded_weights: int = 0
+    file: str = ""
 
 
 class Format(Protocol):

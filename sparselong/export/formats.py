@@ -7,10 +7,14 @@ import difflib
 from sparselong.errors import ConfigError
 from sparselong.export.adapter import AdapterFormat
 from sparselong.export.form import Format
+from sparselong.export.gguf import GgufFormat, OllamaFormat
 from sparselong.export.hf_bf16 import Bf16Format
 from sparselong.export.mxfp4 import Mxfp4Format
 
-FORMATS: tuple[Format, ...] = (Mxfp4Format(), Bf16Format(), AdapterFormat())
+FORMATS: tuple[Format, ...] = (
+    *(Mxfp4Format(), Bf16Format(), AdapterFormat()),
+    *(GgufFormat(), OllamaFormat()),
+)
 
 
 def find_format(name: str) -> Format:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sparselong.export.form import Work
@@ -23,7 +24,7 @@ def plan_export(stages: list[Stage]) -> dict[str, Any]:
         StageError: the base model's shape is unknown.
     """
     config = stages[0].config
-    works = {stage.part: find_format(stage.part).plan(stage) for stage in stages}
+    works = _plan_works(stages)
     seconds = {name: round(_seconds(work)) for name, work in works.items()}
     model = sum(compressed_groups(find_shape(config.model), config).values())
     writes = [
@@ -53,6 +54,17 @@ def plan_export(stages: list[Stage]) -> dict[str, Any]:
         ],
         "config": config.model_dump(mode="json"),
     }
+
+
+def _plan_works(stages: list[Stage]) -> dict[str, Work]:
+    """Return each part's work; a file that several parts share is written by the first."""
+    works: dict[str, Work] = {}
+    for stage in stages:
+        work = find_format(stage.part).plan(stage)
+        if work.file and work.file in [each.file for each in works.values()]:
+            work = replace(work, written_bytes=0, read_bytes=work.read_bytes // 2)
+        works[stage.part] = work
+    return works
 
 
 def _seconds(work: Work) -> float:

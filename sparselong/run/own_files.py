@@ -42,7 +42,7 @@ _NAMES: Mapping[str, str] = {
     "04_eval": r"(base|compressed|finetuned)(\.scores)?\.json|(results|work)\.json|report\.md|"
     r"evaluation\.png|"
     r"tasks/(demo_hellaswag\.yaml|demo_items\.py|items\.jsonl|__pycache__/.+\.pyc)",
-    "05_export": rf"written\.json|adapter_model\.safetensors|{_MODEL}",
+    "05_export": rf"written\.json|adapter_model\.safetensors|model\.gguf|Modelfile|{_MODEL}",
 }
 """Patterns of names in the stage's directory, or in a part's."""
 _EVERY = r"log(\.rank\d+)?\.txt|failure(\.rank\d+)?\.json|(started|manifest|machines)\.json"
