@@ -82,7 +82,7 @@ class HostExperts:
         self._held: list[tuple[int, int] | None] = [None, None]
         self._last = 1
 
-    def open(self, device: torch.device) -> None:
+    def start(self, device: torch.device) -> None:
         """Allocate the buffers on the device from which the layers will be read."""
         self.device = device
         if device.type == "cuda":

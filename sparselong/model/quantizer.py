@@ -164,7 +164,7 @@ class SparseLongQuantizer(HfQuantizer):
             self._withheld = {}
         host = find_host_experts(model)
         if host is not None:
-            host.open(model.device)
+            host.start(model.device)
         if model.config._attn_implementation == NAME:
             fuse(model)
         check_packed(model)

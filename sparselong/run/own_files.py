@@ -60,7 +60,9 @@ _LINKS: Mapping[str, tuple[str, str]] = {
 
 
 def has_begun(folder: Path, stage: str) -> bool:
-    """Return whether a stage's directory holds a file that starting the stage does not make again.
+    """Return whether a stage's directory holds more than files that starting it makes again.
+
+    A directory in the place of such a file is more.
 
     Args:
         folder: the directory of the stage or part.
@@ -68,9 +70,11 @@ def has_begun(folder: Path, stage: str) -> bool:
     """
     made_again = re.compile(rf"({_EVERY}|{_PREPARED.get(stage, '')})(\.partial)?")
     for place, folders, names in os.walk(folder):
-        links = (name for name in folders if Path(place, name).is_symlink())
-        for name in (*names, *links):
-            if not made_again.fullmatch(Path(place, name).relative_to(folder).as_posix()):
+        for name in (*names, *folders):
+            path = Path(place, name)
+            is_made_again = made_again.fullmatch(path.relative_to(folder).as_posix()) is not None
+            is_directory = path.is_dir() and not path.is_symlink()
+            if is_made_again == is_directory:
                 return True
     return False
 

@@ -94,7 +94,7 @@ def draw_host(layers: int, experts: int, width: int) -> tuple[HostExperts, list[
     }
     host = HostExperts(layers, shapes, locked=True)
     device = torch.device("cuda", torch.cuda.current_device())
-    host.open(device)
+    host.start(device)
     stacks = []
     for number in range(layers):
         parts = host.tensors(number)

@@ -53,7 +53,7 @@ def put_on_host(model: Model) -> tuple[HostExperts, list[HostStack]]:
         for name in ("blocks", "scales")
     }
     host = HostExperts(LAYERS, packed, locked=False)
-    host.open(CPU)
+    host.start(CPU)
     stacks = []
     for number, (stack, _) in enumerate(model):
         tensors = host.tensors(number)

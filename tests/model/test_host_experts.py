@@ -28,7 +28,7 @@ WHERE = ("gpu", "host")
 def make(layers: int = LAYERS) -> HostExperts:
     """Return memory whose layers hold their number, on a CPU."""
     made = HostExperts(layers, SHAPES, locked=False)
-    made.open(CPU)
+    made.start(CPU)
     for number, layer in enumerate(made.layers):
         layer.fill_(number)
     return made
