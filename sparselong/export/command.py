@@ -35,7 +35,7 @@ def choose_parts(arguments: argparse.Namespace) -> list[Part]:
     belong; no format's name contains "=".
 
     Raises:
-        ConfigError: no format is named, or one that there is not.
+        ConfigError: no format is named, or an unknown one.
     """
     words: list[str] = arguments.to or []
     arguments.overrides += [word for word in words if "=" in word]

@@ -77,7 +77,7 @@ def run_in_slices(
     layer: Any = call.func.__self__  # pyright: ignore[reportFunctionMemberAccess]
     arguments = dict(call.keywords)
     angles = arguments.pop("position_embeddings")
-    if hidden.is_leaf:  # frozen embeddings' output, which PEFT makes require a gradient of no use
+    if hidden.is_leaf:  # the output of frozen embeddings: PEFT requests a gradient, nobody reads it
         hidden = hidden.detach()
     contexts = checkpoint_contexts(keep_attention)
     job = _Job(layer, arguments, angles, rows, inputs, contexts, current())
