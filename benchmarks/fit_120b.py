@@ -19,8 +19,10 @@ exchanges' bytes, full attention at 16,384 tokens, or NCCL's buffers for four.
 | experts | the same, and r 8 on every expert in bf16 and r 16 on the router | AdamW with 8 bit |
 
 Compute time is the union of the intervals in which any kernel but NCCL's runs; an exchange is
-hidden while its kernel runs beside one of those. Bytes are counted at the calls. Each case runs in
-its own processes; one that does not fit is recorded as such. Needs two or four CUDA devices.
+hidden while its kernel runs beside one of those. NCCL's kernels also wait for the other processes,
+so transfers are measured where an exchange's kernel is shortest: in the process that comes last.
+Bytes are counted at the calls. Each case runs in its own processes; one that does not fit is
+recorded as such. Needs two or four CUDA devices.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ import torch.distributed as dist
 
 from benchmarks.command_line import add_result, command_of, machine_of
 from benchmarks.context_parallel_launch import finish, start
-from benchmarks.intervals import measure_overlap
+from benchmarks.intervals import profile_step, sum_transfers
 from benchmarks.record import row, write
 from sparselong.files import write_atomically
 
@@ -133,7 +135,7 @@ def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
         step()
     found |= {f"sent_bytes: {tag}": count for tag, count in sent.items()}
     found["sent_bytes"] = sum(sent.values())
-    found |= measure_overlap(step, case["layers"])
+    found |= measure_kernels(step, case["layers"], mesh.world_group)
     names = sorted(all_names(found, mesh.world_group))
     mine = torch.tensor([float(found.get(name, 0.0)) for name in names], dtype=torch.float64)
     ranks = torch.stack([each.cpu() for each in all_gather(mine, mesh.world_group, "figures")])
@@ -149,6 +151,19 @@ def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
     tell(case, worst, loss)
     rows = [row(case, "sparselong", name, value, unit_of(name)) for name, value in worst.items()]
     return [*rows, row(case, "sparselong", "loss", loss, "nats")]
+
+
+def measure_kernels(step: Callable[[], Any], layers: int, group: Any) -> dict[str, float]:
+    """Return what a profiled step's kernels took, and its transfers if ranks made equal calls."""
+    from sparselong.parallel.collectives import all_gather
+
+    profile = profile_step(step)
+    calls = torch.tensor(profile.calls(), dtype=torch.float64).view(-1, 2)
+    counts = torch.stack(all_gather(torch.tensor([len(calls)]), group, "figures"))
+    found = profile.summarize(layers)
+    if len(calls) and (counts == len(calls)).all():
+        found |= sum_transfers(torch.stack(all_gather(calls, group, "figures")))
+    return found
 
 
 def unit_of(name: str) -> str:
