@@ -34,8 +34,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -97,17 +97,21 @@ def work(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def limited(multiprocessors: int | None) -> AbstractContextManager[Any]:
-    """Return a block whose kernels, other than NCCL's, run on so many of the GPU's multiprocessors.
+@contextmanager
+def limited(multiprocessors: int | None) -> Iterator[None]:
+    """Run the block's kernels, other than NCCL's, on so many of the GPU's multiprocessors.
 
     A stream of a green context limits them, whichever thread launches them.
     """
     if multiprocessors is None:
-        return nullcontext()
+        yield
+        return
     from torch.cuda.green_contexts import GreenContext
 
     context: Any = GreenContext.create(num_sms=multiprocessors)
-    return torch.cuda.stream(context.Stream())
+    with torch.cuda.stream(context.Stream()):
+        yield
+    del context  # destroys it
 
 
 def total_bytes() -> int:
