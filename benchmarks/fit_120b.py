@@ -34,8 +34,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -82,11 +81,8 @@ def work(args: argparse.Namespace) -> None:
     if args.keep_attention == "auto":
         args.keep_attention = "always" if keeps_attention(case) else "never"
     case["keep_attention"] = args.keep_attention
-    if args.multiprocessors:
-        case["multiprocessors"] = args.multiprocessors
     try:
-        with limited(args.multiprocessors):
-            rows = measure(case, args, mesh)
+        rows = measure(case, args, mesh)
     except torch.OutOfMemoryError as error:
         print(f"rank {dist.get_rank()}: {error}", file=sys.stderr, flush=True)
         rows = [row(case, "sparselong", "out_of_memory", 1, "1")]
@@ -95,23 +91,6 @@ def work(args: argparse.Namespace) -> None:
     if dist.get_rank() == 0:
         write_atomically(Path(args.out), json.dumps(rows))
     dist.destroy_process_group()
-
-
-@contextmanager
-def limited(multiprocessors: int | None) -> Iterator[None]:
-    """Run the block's kernels, other than NCCL's, on so many of the GPU's multiprocessors.
-
-    A stream of a green context limits them, whichever thread launches them.
-    """
-    if multiprocessors is None:
-        yield
-        return
-    from torch.cuda.green_contexts import GreenContext
-
-    context: Any = GreenContext.create(num_sms=multiprocessors)
-    with torch.cuda.stream(context.Stream()):
-        yield
-    del context  # destroys it
 
 
 def total_bytes() -> int:
@@ -333,11 +312,6 @@ def parse() -> argparse.Namespace:
         help="keep full attention's output; by default if the plan fits, as in stage 03",
     )
     parser.add_argument("--no-peer", action="store_true", help="also with NCCL_P2P_DISABLE=1")
-    parser.add_argument(
-        "--multiprocessors",
-        type=int,
-        help="compute with so many multiprocessors only, to see what a slower GPU would hide",
-    )
     parser.add_argument("--stride", type=int, default=4, help="heads_k_stride")
     parser.add_argument("--spare", type=int, default=1400 << 20, help="bytes for context and NCCL")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before those measured")

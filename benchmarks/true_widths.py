@@ -106,18 +106,19 @@ def read_rows(stage: str, case: dict[str, Any], run_dir: Path, seconds: float) -
     return rows
 
 
-def check_peaks(run_dir: Path) -> None:
-    """Raise ValueError if stage 04 took more memory of a GPU than stage 03; a CPU has no peak."""
+def fits_as_training(run_dir: Path) -> bool:
+    """Return whether stage 04 took no more memory of any GPU than stage 03 did."""
     trained, evaluated = (
-        {
-            device: peak
-            for device, peak in (read_manifest(run_dir, stage) or {})["peak_bytes"].items()
-            if device != "host"
-        }
-        for stage in ("03_finetune", "04_eval")
+        (read_manifest(run_dir, stage) or {})["peak_bytes"] for stage in ("03_finetune", "04_eval")
     )
-    if any(peak > trained[device] for device, peak in evaluated.items()):
-        raise ValueError(f"04_eval took {evaluated} bytes, 03_finetune {trained}")
+    more = {
+        device: peak
+        for device, peak in evaluated.items()
+        if device != "host" and peak > trained[device]
+    }
+    if more:
+        tell(f"04_eval took more memory than 03_finetune: {more}, {trained}")
+    return not more
 
 
 def check_shared(run_dir: Path, processes: int) -> None:
@@ -231,7 +232,6 @@ def measure(args: argparse.Namespace) -> bool:
             rows += read_rows(stage, case, run_dir, seconds)
             write("true_widths", machine, command, rows, args.folder)
         check_shared(run_dir, processes)
-        check_peaks(run_dir)
         link_run(run_dir, alone)
         seconds = run_stage("04_eval", args, alone, 1)
         rows += read_rows("04_eval", case | {"processes": 1}, alone, seconds)
@@ -242,7 +242,7 @@ def measure(args: argparse.Namespace) -> bool:
     compared, agree = compare_runs(run_dir, alone, case)
     write("true_widths", machine, command, [*rows, *compared], args.folder)
     tell("one process and several agree" if agree else "one process and several DISAGREE")
-    return agree
+    return fits_as_training(run_dir) and agree
 
 
 def main() -> None:

@@ -180,6 +180,11 @@ class MaskedTraining(Trainer):
         with self.settings(**changes):
             yield shard
 
+    def log(self, *args, **kwargs):
+        """Log, after noting the peaks of memory: Axolotl resets them whenever it logs."""
+        self.progress.note_peaks()
+        super().log(*args, **kwargs)
+
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
         if self.mesh is not None and self.control.should_log:
             tr_loss.copy_(add_losses(tr_loss, self.mesh))

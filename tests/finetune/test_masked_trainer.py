@@ -336,3 +336,15 @@ def test_a_logged_loss_is_the_sum_over_all_ranks(calls, monkeypatch, log, summed
     training.control.should_log = log
     training._maybe_log_save_evaluate(loss)
     assert loss == summed and calls == ["_maybe_log_save_evaluate"]
+
+
+def test_peaks_are_noted_before_axolotl_resets_them(monkeypatch):
+    """Its trainer resets torch's peak whenever it logs, also the losses of an evaluation."""
+    peaks = {"host": 1, "cuda:0": 70}
+    monkeypatch.setattr(state, "read_peaks", peaks.copy)
+    monkeypatch.setattr(Trainer, "log", lambda self, logs, start: peaks.update({"cuda:0": 5}))
+    training = Training()
+    training.log({"loss": 1.0}, 0.0)
+    peaks["cuda:0"] = 90
+    training.log({"eval_loss": 1.0}, 0.0)
+    assert training.progress.note_peaks() == {"host": 1, "cuda:0": 90}
