@@ -18,12 +18,13 @@ every expert in bf16 with 8-bit AdamW. `SP` GPUs share a sequence. Figures are t
 GPU. `card` is its memory with the CUDA context and NCCL's buffers, `predicted` this version's plan.
 Shares are of the arithmetic limit of an H200 at 16,384 tokens, 23,774 tokens/s a GPU: of `kernels`
 by the time in which any kernel but NCCL's runs, of `step` by wall time. `null` is the host's time
-for launching an empty kernel. An exchange is hidden while its kernel runs beside another. Peer
-access off is `NCCL_P2P_DISABLE=1`.
+for launching an empty kernel. An exchange is hidden while its kernel runs beside another. NCCL's
+kernels also wait for the other GPUs: `transfers` are those of the GPU that comes last to each
+exchange. Peer access off is `NCCL_P2P_DISABLE=1`.
 """
 MEMORY = ("card", "predicted", "error", "weights", "torch", "context", "NCCL")
 SPEED = ("tokens/s", "step", "step, share", "kernels", "kernels, share", "launches a layer", "null")
-BYTES = ("sent", "by experts", "NCCL's kernels", "hidden")
+BYTES = ("sent", "by experts", "NCCL's kernels", "hidden", "transfers", "hidden")
 CASE = ("shape", "arm", "tokens", "GPUs", "SP", "peer access")
 
 
@@ -111,7 +112,15 @@ def show_exchanges(case: dict[str, Any], found: dict[str, float]) -> list[str]:
         f"{experts / 1e9:.1f} GB",
         f"{found['collective_seconds']:.3f} s",
         f"{found['hidden_share']:.0%}",
+        *_transfers(found),
     ]
+
+
+def _transfers(found: dict[str, float]) -> list[str]:
+    """Return the cells of the transfers alone; the first results do not have them."""
+    if "transfer_seconds" not in found:
+        return ["", ""]
+    return [f"{found['transfer_seconds']:.3f} s", f"{found['hidden_transfer_share']:.0%}"]
 
 
 def _gib(size: float) -> str:
