@@ -258,7 +258,7 @@ def test_d_gate_up_may_take_gate_ups_place():
     indices, weights = call["expert_indices"], call["routing_weights"]
     operands = ExpertOperands(stack_of(call), NO_ADAPTERS, Gate(ALPHA, LIMIT), "packed")
     rows = ExpertCall(call["x"], indices, weights)
-    routing = triton_launch.sort(rows, operands)
+    routing = triton_launch.sort_all(rows, operands)
     wide = triton_launch.run_gate_up(*rows[:2], operands, routing)
     saved = triton_launch.SavedForward(lambda: (wide, None), routing, indices, weights)
     results, peaks = [], []

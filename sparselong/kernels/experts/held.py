@@ -117,13 +117,11 @@ def differentiate_held(
 
     Args:
         call: the routing of `run_held`, and in place of rows the gradient of its output.
-        arrive: returns the rows of `run_held`, [rows, hidden]. They may still be on their way: it
-            is called once, after work that does not need them has begun.
-        operands: as in `run_held`.
-        held: as in `run_held`.
-        gradients: the gradient of a routing weight is zero where the expert is not held; the sums
-            of adapters are accumulated into, and have the factors' order and shapes.
-        experts: as in `run_held`.
+        arrive: returns the rows of `run_held`, [rows, hidden]; called once, after the work that
+            does not need them.
+        operands, held, experts: as in `run_held`.
+        gradients: a routing weight's is zero where the expert is not held; the sums of adapters are
+            accumulated into, and have the factors' order and shapes.
         rows: what `run_held` returned for this routing; None: sort again.
 
     Raises:
@@ -132,14 +130,11 @@ def differentiate_held(
     _check(call, operands, held, experts)
     if any(gradients.biases):
         raise ValueError("gradients.biases: requested; allowed: none, held experts' are frozen")
-    if call.x.shape[0] == 0:
-        arrive()
-        return
-    if operands.backend == "torch":
-        x = arrive()
-        for part in _parts(call):
-            own = call._replace(x=x).part(part)
-            differentiate_torch(call.x[part], own, operands, held, gradients.part(part), experts)
+    if operands.backend == "torch" or not len(call.x):
+        given = call._replace(x=arrive())
+        for part in _parts(given):
+            arguments = (call.x[part], given.part(part), operands, held, gradients.part(part))
+            differentiate_torch(*arguments, experts)
         return
     from sparselong.kernels.experts import triton_launch
 
@@ -161,8 +156,8 @@ def differentiate_held(
 
 
 def _parts(call: ExpertCall) -> list[slice]:
-    """Return slices of the rows with at most WINDOW_ROWS routed tokens each."""
-    return slices(len(call.x), max(1, WINDOW_ROWS // call.indices.shape[1]))
+    """Return slices of the rows with at most WINDOW_ROWS routed tokens each; without rows none."""
+    return slices(len(call.x), max(1, WINDOW_ROWS // call.indices.shape[1])) if len(call.x) else []
 
 
 def _check(call: ExpertCall, operands: ExpertOperands, held: range, experts: int) -> None:

@@ -203,14 +203,12 @@ class _ExpertPass(torch.autograd.Function):
             """Fill one slice's gradients, and free its gate_up output before the next slice."""
             rows: Any = None if x is None else x[part]
             own = ExpertCall(rows, indices[part], weights[part])
-            made, routing = kept.pop(0) if kept else (None, triton_launch.sort(own, operands))
+            routing = kept[0][1] if kept else triton_launch.sort_all(own, operands)
 
             def recall() -> tuple[torch.Tensor, torch.Tensor | None]:
-                nonlocal made
-                gate_up, made = made, None  # freed as soon as the caller does
-                if gate_up is None:
-                    gate_up = triton_launch.run_gate_up(rows, own.indices, operands, routing)
-                return gate_up, rows
+                if kept:
+                    return kept.pop(0)[0], rows  # freed as soon as the caller does
+                return triton_launch.run_gate_up(rows, own.indices, operands, routing), rows
 
             forward = triton_launch.SavedForward(recall, routing, *own[1:])
             is_recomputable = rows is not None

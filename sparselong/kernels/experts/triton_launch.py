@@ -64,7 +64,7 @@ def sort_held(
     return HeldRows(call.indices, held, experts, tile_rows, window_rows)
 
 
-def sort(call: ExpertCall, operands: ExpertOperands) -> Routing:
+def sort_all(call: ExpertCall, operands: ExpertOperands) -> Routing:
     """Return the routing of all of a call's tokens, sorted for the products' tiles."""
     tile_rows = choose_tile(call.x, operands.backend, "forward").rows
     return sort_by_expert(call.indices, operands.stack.experts, tile_rows)
@@ -109,7 +109,7 @@ def run_forward(
     """
     x, indices, weights = call
     stack, adapters, gate, backend = operands
-    routing = routing or sort(call, operands)
+    routing = routing or sort_all(call, operands)
     gate_up = run_gate_up(x, indices, operands, routing)
     h = apply_gate(gate_up, routing, gate)
     made = (gate_up, routing) if keep else None
@@ -154,13 +154,7 @@ def run_backward(
     if adapters.down is not None:
         _differentiate_down_adapter(rows, dh, gate_up, saved, operands, gradients)
         del rows
-    dgate_up = gate_up if overwrite else torch.empty_like(gate_up)
-    launch(triton_glue.gate_backward_kernel, (routing.positions.numel(),),
-        *(gate_up, dh, routing.positions, weights, inner_products, dgate_up),
-        *(weights if gradients.weights is None else gradients.weights, dh.shape[1], *gate),
-        BLOCK=GATE_BLOCK, WEIGHT_GRADIENT=gradients.weights is not None,
-        PARTIAL=routing.is_partial,
-    )  # fmt: skip
+    dgate_up = _differentiate_gate(gate_up, dh, inner_products, saved, gate, gradients, overwrite)
     del dh
     dgate_up_bias = None
     if gradients.biases[0]:
@@ -177,6 +171,27 @@ def run_backward(
             expand_(rows, lora_grad, adapters.gate_up.a, routing, tile_rows)
         combine(rows, routing, gradients.x)
     return dgate_up_bias, ddown_bias
+
+
+def _differentiate_gate(
+    gate_up: torch.Tensor,
+    dh: torch.Tensor,
+    inner_products: torch.Tensor,
+    saved: SavedForward,
+    gate: Gate,
+    gradients: Gradients,
+    overwrite: bool,
+) -> torch.Tensor:
+    """Return gate_up's gradient, and write the routing weights'; `overwrite` as `run_backward`."""
+    positions, weights = saved.routing.positions, saved.weights
+    dgate_up = gate_up if overwrite else torch.empty_like(gate_up)
+    launch(triton_glue.gate_backward_kernel, (positions.numel(),),
+        *(gate_up, dh, positions, weights, inner_products, dgate_up),
+        *(weights if gradients.weights is None else gradients.weights, dh.shape[1], *gate),
+        BLOCK=GATE_BLOCK, WEIGHT_GRADIENT=gradients.weights is not None,
+        PARTIAL=saved.routing.is_partial,
+    )  # fmt: skip
+    return dgate_up
 
 
 def _differentiate_down_adapter(
