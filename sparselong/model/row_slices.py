@@ -206,7 +206,7 @@ class _SlicedLayer(torch.autograd.Function):
         job: _Job = ctx.job
         with restoring(job.settings):
             hidden = job.inputs.take(ctx.kept)
-            del ctx.kept
+            del ctx.job, ctx.kept  # nodes live until the whole backward pass ends
             dhidden, gradients = _differentiate(job, hidden, dout)
         return None, dhidden, *gradients
 
