@@ -117,6 +117,7 @@ class SparseLongPlugin(BasePlugin):
         super().__init__()
         self.trainer: MaskedTrainer | None = None
         self.keeping: dict[str, Keeping] = {}
+        self.recomputation = Recomputation(False, False)
         self.supervised_token_fraction = 0.0
         self.opening = ExitStack()
         self.frozen: dict[str, str] = {}
@@ -239,13 +240,14 @@ class SparseLongPlugin(BasePlugin):
         upkeep = config.finetuning_modifiers.MagnitudePruningModifier
         for key, decision in self.keeping.items():
             tell(f"{key} {decision}")
+        self.recomputation = Recomputation(
+            **{key: decision.kept for key, decision in self.keeping.items()},
+            rows=rows,
+            offloads=config.training.offload_checkpoints is True,
+        )
         return [
             MaskUpkeep(trainer.layers, trainer.progress, upkeep.update_frequency, upkeep.criterion),
-            Recomputation(
-                **{key: decision.kept for key, decision in self.keeping.items()},
-                rows=rows,
-                offloads=config.training.offload_checkpoints is True,
-            ),
+            self.recomputation,
             RouterWatch(trainer.model),
             Metrics(
                 self.run.work / METRICS if ranks.is_first() else None,
@@ -313,6 +315,7 @@ class SparseLongPlugin(BasePlugin):
             "mask_updates": trainer.progress.mask_updates,
             "peak_bytes": ranks.merge_peaks(trainer.progress.note_peaks()),
             "experts": self._check_experts(trainer),
+            "copied_input_bytes": ranks.collect(self.recomputation.inputs.copied_bytes),
         }
         if ranks.is_first():
             write_atomically(work / TRAINED, json.dumps({"newest": trainer.newest}) + "\n")

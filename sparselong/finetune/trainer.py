@@ -285,7 +285,10 @@ def _publish(stage: Stage) -> None:
         "two_four_conforming": baked["two_four_conforming"],
         "expert_parallel_degree": receipt.get("expert_parallel_degree"),
         "experts": baked.get("experts"),
-        "layers": receipt.get("layers"),
+        "layers": {
+            **(receipt.get("layers") or {}),
+            "copied_bytes": baked.get("copied_input_bytes"),
+        },
         "keep_attention": receipt["keep_attention"],
         "keep_experts": receipt["keep_experts"],
         "trainable_parameters": receipt["trainable_parameters"],

@@ -104,8 +104,9 @@ class Plan:
 
     @property
     def input_host_bytes(self) -> int:
-        """Host memory of the inputs of stage 03's layers, in bytes."""
-        return slicing.host_input_bytes(self.shape, self.settled)
+        """Host memory of the inputs of stage 03's layers, of all processes, in bytes."""
+        sequences = max(1, self.memory.devices // self.settled.sequence_parallel_degree)
+        return sequences * slicing.host_input_bytes(self.shape, self.settled)
 
     def stage_memory(self, name: str) -> tuple[dict[str, int], int]:
         """Return the components of a stage's memory and their peak, in bytes."""

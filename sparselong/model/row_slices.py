@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from sparselong.kernels.experts import split_evenly
-from sparselong.model.fused import FusedDecoderLayer
+from sparselong.model.fused import FusedDecoderLayer, fuse
 from sparselong.runtime import (
     DeviceInputs,
     ExpertExchange,
@@ -50,12 +50,15 @@ Inputs = DeviceInputs | HostInputs
 def slice_rows(model: Any, rows: int, inputs: Inputs, keep_attention: bool = False) -> None:
     """Make a gpt-oss model's checkpointed layers compute at most `rows` rows at a time.
 
+    Fuses the layers, if they are not fused.
+
     Args:
-        model: a model of transformers whose layers are fused (`fuse`).
+        model: a model of transformers, not PEFT's wrapper.
         rows: most tokens per slice, of all sequences of a batch together.
         inputs: where the layers' inputs are kept until backward.
         keep_attention: whether to keep the output of full attention (`runtime/recompute.py`).
     """
+    fuse(model)  # models with eager attention are not
     model._set_gradient_checkpointing(
         enable=True,
         gradient_checkpointing_func=partial(

@@ -4,12 +4,14 @@ device or in host memory."""
 import gc
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sparselong.model import find_host_experts, row_slices
+from sparselong.model import FusedDecoderLayer, find_host_experts, load_model, row_slices
 from sparselong.model.row_slices import slice_rows
 from sparselong.runtime import DeviceInputs, HostInputs, checkpoint_contexts, using
 from sparselong.tiny.build import TinySpec, build_tiny
@@ -93,6 +95,22 @@ def test_rows_are_those_of_all_sequences_together(model, monkeypatch):
     )
     in_slices(model, DeviceInputs(), rows=20)
     assert set(seen) == {(2, 10)}
+
+
+def test_eager_attention(base):
+    """Whose model is opened unfused; masks are whole, whatever the slices."""
+    results = []
+    for compute in (plainly, partial(in_slices, inputs=HostInputs())):
+        torch.manual_seed(0)
+        eager: Any = load_model(base, device=torch.device("cpu"), attn_implementation="eager")
+        assert not any(isinstance(module, FusedDecoderLayer) for module in eager.modules())
+        tuned: Any = get_peft_model(eager, LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+        tuned.enable_input_require_grads()
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        results.append(compute(tuned.train()))
+    assert_same(results[1], results[0])
 
 
 def test_autocast_applies_to_the_recomputation(model):
