@@ -163,10 +163,12 @@ def count_step(
     experts: bool = False,
     rows: int | None = None,
     host: bool = False,
+    evaluates: bool = False,
 ) -> tuple[int, int]:
     """Return (bytes of the weights, peak bytes in forward and backward pass).
 
     With `rows`, layers compute in slices, their inputs on the device or, uncounted, on the host.
+    With `evaluates`, the pass is that of an evaluation between such steps.
     """
     counter = Counter()
     with torch.device("meta"):
@@ -180,7 +182,11 @@ def count_step(
             slice_rows(model.get_base_model(), rows, inputs, kept)  # pyright: ignore[reportCallIssue]
         with counter:
             ids = torch.empty(batch, tokens, dtype=torch.int64)
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            if evaluates:
+                with torch.no_grad(), using(inference_tokens=rows):
+                    model.eval()(input_ids=ids, labels=ids, use_cache=False)
+            else:
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return weights, counter.peak_bytes
 
 

@@ -48,9 +48,13 @@ def planned(case: dict) -> memory.Memory:
     return predict(DEFAULTS | named, "attention_backend=triton")  # as in the simulation
 
 
+LONG = {"tokens": 131072, "layers": 4, "kept": False, "rows": 8192, "host": True}
+
+
 @pytest.fixture(scope="module")
 def counted() -> list[list[int]]:
-    command = [sys.executable, "tests/memory/simulated_step.py", json.dumps(CASES)]
+    cases = [*CASES, LONG | {"evaluates": True}]
+    command = [sys.executable, "tests/memory/simulated_step.py", json.dumps(cases)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -75,6 +79,14 @@ def test_the_plan_matches_what_a_step_allocates(counted, number):
     # An adapter gradient may be allocated before or after the peak.
     assert expected - weights == pytest.approx(peak - weights, rel=0.04)
     assert expected == pytest.approx(peak, rel=0.02)
+
+
+def test_an_evaluation_takes_less_than_the_training_step(counted):
+    """Although its layers are not sliced, beside the two buffers of the step before it."""
+    (step,) = (counted[number][1] for number, case in enumerate(CASES) if case == LONG)
+    weights, evaluation = counted[-1]
+    buffers = 2 * 131072 * 2880 * 2
+    assert weights < evaluation + buffers < step
 
 
 def measured() -> list[tuple[dict, dict[str, float]]]:
