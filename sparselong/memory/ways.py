@@ -166,6 +166,8 @@ def explain_layers(config: Config, settled: Config) -> str:
         config: the config of the run.
         settled: the same from `placing.settle`.
     """
+    if not config.training.gradient_checkpointing:
+        return "training.gradient_checkpointing: false"
     keys = {
         "training.slice_rows": (config.training.slice_rows, settled.training.slice_rows),
         "training.offload_checkpoints": (

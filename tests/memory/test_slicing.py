@@ -158,6 +158,15 @@ def test_plan_and_health_show_the_choice_and_why(tmp_path):
     short = memory.plan_stage(load(), tmp_path, "03_finetune")
     why = "all tokens at once, inputs on the device (auto: the fastest way)"
     assert f"Checkpointed layers: {why}" in " ".join(memory.show_plan(short).split())
+    none = memory.plan_stage(load("training.gradient_checkpointing=false"), tmp_path, "03_finetune")
+    assert none["layers"] == "not checkpointed"
+    assert none["layers_reason"] == "training.gradient_checkpointing: false"
+    asked = load("training.slice_rows=4096", "attention_backend=triton")
+    named = memory.plan_stage(asked, tmp_path, "03_finetune")
+    assert named["layers"] == "4,096 tokens at a time, inputs on the device, triton attention"
+    assert named["layers_reason"] == (
+        "training.slice_rows: 4096, attention_backend: triton, auto: the fastest way"
+    )
     assert "Checkpointed" not in memory.show_plan(memory.plan_stage(load(), tmp_path, "04_eval"))
 
     rows = judge(load(LONG), machine([gpu()], host_available_bytes=60 * GIB))
