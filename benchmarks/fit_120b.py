@@ -19,8 +19,10 @@ exchanges' bytes, full attention at 16,384 tokens, or NCCL's buffers for four.
 | experts | the same, and r 8 on every expert in bf16 and r 16 on the router | AdamW with 8 bit |
 
 Compute time is the union of the intervals in which any kernel but NCCL's runs; an exchange is
-hidden while its kernel runs beside one of those. Bytes are counted at the calls. Each case runs in
-its own processes; one that does not fit is recorded as such. Needs two or four CUDA devices.
+hidden while its kernel runs beside one of those. NCCL's kernels also wait for the other processes,
+so transfers are measured where an exchange's kernel is shortest: in the process that comes last.
+Bytes are counted at the calls. Each case runs in its own processes; one that does not fit is
+recorded as such. Needs two or four CUDA devices.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,7 @@ import torch.distributed as dist
 
 from benchmarks.command_line import add_result, command_of, machine_of
 from benchmarks.context_parallel_launch import finish, start
-from benchmarks.intervals import measure_overlap
+from benchmarks.intervals import profile_step, sum_transfers
 from benchmarks.record import row, write
 from sparselong.files import write_atomically
 
@@ -79,8 +82,11 @@ def work(args: argparse.Namespace) -> None:
     if args.keep_attention == "auto":
         args.keep_attention = "always" if keeps_attention(case) else "never"
     case["keep_attention"] = args.keep_attention
+    if args.multiprocessors:
+        case["multiprocessors"] = args.multiprocessors
     try:
-        rows = measure(case, args, mesh)
+        with limited(args.multiprocessors):
+            rows = measure(case, args, mesh)
     except torch.OutOfMemoryError as error:
         print(f"rank {dist.get_rank()}: {error}", file=sys.stderr, flush=True)
         rows = [row(case, "sparselong", "out_of_memory", 1, "1")]
@@ -89,6 +95,19 @@ def work(args: argparse.Namespace) -> None:
     if dist.get_rank() == 0:
         write_atomically(Path(args.out), json.dumps(rows))
     dist.destroy_process_group()
+
+
+def limited(multiprocessors: int | None) -> AbstractContextManager[Any]:
+    """Return a block whose kernels, other than NCCL's, run on so many of the GPU's multiprocessors.
+
+    A stream of a green context limits them, whichever thread launches them.
+    """
+    if multiprocessors is None:
+        return nullcontext()
+    from torch.cuda.green_contexts import GreenContext
+
+    context: Any = GreenContext.create(num_sms=multiprocessors)
+    return torch.cuda.stream(context.Stream())
 
 
 def total_bytes() -> int:
@@ -133,7 +152,7 @@ def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
         step()
     found |= {f"sent_bytes: {tag}": count for tag, count in sent.items()}
     found["sent_bytes"] = sum(sent.values())
-    found |= measure_overlap(step, case["layers"])
+    found |= measure_kernels(step, case["layers"], mesh.world_group)
     names = sorted(all_names(found, mesh.world_group))
     mine = torch.tensor([float(found.get(name, 0.0)) for name in names], dtype=torch.float64)
     ranks = torch.stack([each.cpu() for each in all_gather(mine, mesh.world_group, "figures")])
@@ -149,6 +168,19 @@ def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
     tell(case, worst, loss)
     rows = [row(case, "sparselong", name, value, unit_of(name)) for name, value in worst.items()]
     return [*rows, row(case, "sparselong", "loss", loss, "nats")]
+
+
+def measure_kernels(step: Callable[[], Any], layers: int, group: Any) -> dict[str, float]:
+    """Return what a profiled step's kernels took, and its transfers if ranks made equal calls."""
+    from sparselong.parallel.collectives import all_gather
+
+    profile = profile_step(step)
+    calls = torch.tensor(profile.calls(), dtype=torch.float64).view(-1, 2)
+    counts = torch.stack(all_gather(torch.tensor([len(calls)]), group, "figures"))
+    found = profile.summarize(layers)
+    if len(calls) and (counts == len(calls)).all():
+        found |= sum_transfers(torch.stack(all_gather(calls, group, "figures")))
+    return found
 
 
 def unit_of(name: str) -> str:
@@ -297,6 +329,11 @@ def parse() -> argparse.Namespace:
         help="keep full attention's output; by default if the plan fits, as in stage 03",
     )
     parser.add_argument("--no-peer", action="store_true", help="also with NCCL_P2P_DISABLE=1")
+    parser.add_argument(
+        "--multiprocessors",
+        type=int,
+        help="compute with so many multiprocessors only, to see what a slower GPU would hide",
+    )
     parser.add_argument("--stride", type=int, default=4, help="heads_k_stride")
     parser.add_argument("--spare", type=int, default=1400 << 20, help="bytes for context and NCCL")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before those measured")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -24,19 +24,78 @@ _KINDS = {
 }
 
 
-def measure_overlap(step: Callable[[], Any], layers: int) -> dict[str, float]:
+class Profile(NamedTuple):
+    """One profiled step on this rank.
+
+    Attributes:
+        compute: the union of the intervals in which any kernel but NCCL's runs.
+        collectives: NCCL's kernels, by tag in the order of their calls; empty if they cannot be
+            told apart (several groups).
+        sending: the union of NCCL's kernels' intervals.
+        launches: number of kernels.
+    """
+
+    compute: list[Interval]
+    collectives: dict[str, list[Interval]]
+    sending: list[Interval]
+    launches: int
+
+    def summarize(self, layers: int) -> dict[str, float]:
+        """Return seconds of both kinds of kernels and launches.
+
+        Args:
+            layers: the model's layers, for the number of launches per layer.
+
+        Returns:
+            Seconds in which any kernel but NCCL's runs, in which NCCL's run, and in which both do;
+            the hidden share of the collectives, in all and by tag; launches, in all and per layer.
+        """
+        both = overlap(self.compute, self.sending)
+        found = {
+            "compute_seconds": length(self.compute) / 1e6,
+            "collective_seconds": length(self.sending) / 1e6,
+            "hidden_seconds": both / 1e6,
+            "hidden_share": both / length(self.sending) if self.sending else 1.0,
+            "launches": self.launches,
+            "launches_per_layer": self.launches / layers,
+        }
+        for tag, spans in self.collectives.items():
+            mine = merge(spans)
+            found[f"collective_seconds: {tag}"] = length(mine) / 1e6
+            found[f"hidden_seconds: {tag}"] = overlap(self.compute, mine) / 1e6
+        return found
+
+    def calls(self) -> list[tuple[float, float]]:
+        """Return every collective's microseconds, and how many of them are hidden.
+
+        They are in the order of tags and calls, which is the same on all ranks.
+        """
+        spans = (each for tag in sorted(self.collectives) for each in self.collectives[tag])
+        return [(end - begin, overlap(self.compute, [(begin, end)])) for begin, end in spans]
+
+
+def sum_transfers(calls: torch.Tensor) -> dict[str, float]:
+    """Return the seconds of the transfers alone, and how much of them is hidden.
+
+    A collective's kernel waits for the last rank before it transfers anything. The last rank's own
+    kernel is the shortest, and all of it is transfer.
+
+    Args:
+        calls: [ranks, calls, 2], every rank's `Profile.calls`.
+    """
+    last = calls[:, :, 0].argmin(0)
+    whole, hidden = calls[last, torch.arange(calls.shape[1])].sum(0).tolist()
+    return {
+        "transfer_seconds": whole / 1e6,
+        "hidden_transfer_seconds": hidden / 1e6,
+        "hidden_transfer_share": hidden / whole,
+    }
+
+
+def profile_step(step: Callable[[], Any]) -> Profile:
     """Profile one step on this rank.
 
     Every rank must profile its step at the same time, since profiling slows it down.
-
-    Args:
-        step: makes the step.
-        layers: the model's layers, for the number of launches per layer.
-
-    Returns:
-        Seconds in which any kernel but NCCL's runs, in which NCCL's run, and in which both do; the
-        hidden share of the collectives; launches, in all and per layer. Seconds and hidden seconds
-        also by tag of the collectives, unless kernels cannot be told apart (several groups).
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -53,22 +112,9 @@ def measure_overlap(step: Callable[[], Any], layers: int) -> dict[str, float]:
             collective.append((event.name, span))
         else:
             compute.append(span)
-    busy, sending = merge(compute), merge([span for _, span in collective])
-    both = overlap(busy, sending)
+    sending = merge([span for _, span in collective])
     launches = len(compute) + len(collective)
-    found = {
-        "compute_seconds": length(busy) / 1e6,
-        "collective_seconds": length(sending) / 1e6,
-        "hidden_seconds": both / 1e6,
-        "hidden_share": both / length(sending) if sending else 1.0,
-        "launches": launches,
-        "launches_per_layer": launches / layers,
-    }
-    for tag, spans in assign(collective, tags).items():
-        mine = merge(spans)
-        found[f"collective_seconds: {tag}"] = length(mine) / 1e6
-        found[f"hidden_seconds: {tag}"] = overlap(busy, mine) / 1e6
-    return found
+    return Profile(merge(compute), assign(collective, tags), sending, launches)
 
 
 @contextmanager

@@ -5,12 +5,15 @@ A base with random weights in the published form (`base_checkpoint.py`: 128 expe
 201,088, fewer layers) goes through 01_health, 02_compress, 03_finetune and 04_eval as configured
 for a user, with few samples and steps; sequence, experts and vocabulary are shared by all GPUs.
 Stage 04 is then repeated with one process that holds everything, in a second run directory of links
-to the first one's files. Both must agree: perplexities, the losses of each conversation and the
-log-likelihood of every ending to 1e-3 relative, and the most likely ending of every item, except
-where the best two are closer than that. `contrast` says how far apart base and compressed model
-are, which are different: a comparison that does not see much more there sees nothing.
+to the first one's files. Its passes hold as many texts as those of all processes together, because
+the products' rounding depends on the number of rows. Both must agree: perplexities, the losses of
+each conversation and the log-likelihood of every ending to 1e-3 relative, and the most likely
+ending of every item, except where the best two are closer than that. `contrast` says how far apart
+base and compressed model are, which are different: a comparison that does not see much more there
+sees nothing.
 
-Exit code 1 if a stage fails, a manifest is missing or the comparison fails. Each stage's rows are
+Exit code 1 if a stage fails, a manifest is missing, the comparison fails, or stage 04 takes more
+memory of a GPU than stage 03 does. Each stage's rows are
 written as soon as it is done. `--widths tiny` runs the same on a CPU, in two processes and to 1e-6.
 """
 
@@ -49,6 +52,8 @@ FEW = {
     "evaluation.perplexity_samples": 16,
 }
 """Overrides with which the stages take as little time as they can."""
+CALIBRATED, BATCH = 1024, 8
+"""Tokens of a calibration sample, and texts in a pass of each process in stage 04."""
 BEGUN = time.monotonic()
 Rows = list[dict[str, Any]]
 
@@ -67,7 +72,8 @@ def run_stage(stage: str, args: argparse.Namespace, run_dir: Path, processes: in
     overrides = FEW | {
         "model.base": args.work / "base",
         "sequence_len": args.sequence_len,
-        "calibration.sequence_len": args.sequence_len // 2,
+        "calibration.sequence_len": min(CALIBRATED, args.sequence_len),
+        "evaluation.batch_size": BATCH * args.processes // processes,
         "sequence_parallel_degree": processes,
         "expert_parallel_degree": processes,
     }
@@ -98,6 +104,20 @@ def read_rows(stage: str, case: dict[str, Any], run_dir: Path, seconds: float) -
     for device, peak in manifest["peak_bytes"].items():
         rows.append(row(case, "sparselong", f"peak_bytes: {device}", peak, "bytes"))
     return rows
+
+
+def check_peaks(run_dir: Path) -> None:
+    """Raise ValueError if stage 04 took more memory of a GPU than stage 03; a CPU has no peak."""
+    trained, evaluated = (
+        {
+            device: peak
+            for device, peak in (read_manifest(run_dir, stage) or {})["peak_bytes"].items()
+            if device != "host"
+        }
+        for stage in ("03_finetune", "04_eval")
+    )
+    if any(peak > trained[device] for device, peak in evaluated.items()):
+        raise ValueError(f"04_eval took {evaluated} bytes, 03_finetune {trained}")
 
 
 def check_shared(run_dir: Path, processes: int) -> None:
@@ -187,8 +207,9 @@ def compare_runs(shared: Path, one: Path, case: dict[str, Any]) -> tuple[Rows, b
     return rows, failures == 0
 
 
-def measure(args: argparse.Namespace, processes: int) -> bool:
+def measure(args: argparse.Namespace) -> bool:
     """Run everything, write the rows after each stage, and return whether all went well."""
+    processes = args.processes
     for name in ("base", "shared", "one"):
         shutil.rmtree(args.work / name, ignore_errors=True)
     case = {"widths": args.widths, "layers": args.layers, "processes": processes}
@@ -210,6 +231,7 @@ def measure(args: argparse.Namespace, processes: int) -> bool:
             rows += read_rows(stage, case, run_dir, seconds)
             write("true_widths", machine, command, rows, args.folder)
         check_shared(run_dir, processes)
+        check_peaks(run_dir)
         link_run(run_dir, alone)
         seconds = run_stage("04_eval", args, alone, 1)
         rows += read_rows("04_eval", case | {"processes": 1}, alone, seconds)
@@ -228,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--widths", default="true", choices=WIDTHS)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--sequence-len", type=int, default=2048)
+    parser.add_argument("--sequence-len", type=int, default=8192)
     parser.add_argument(
         "--work",
         type=Path,
@@ -242,7 +264,8 @@ def main() -> None:
     if args.widths == "true" and gpus < 2:
         print("benchmarks/true_widths.py needs two or four CUDA devices: nothing measured")
         return
-    if not measure(args, gpus if gpus > 1 else 2):
+    args.processes = gpus if gpus > 1 else 2
+    if not measure(args):
         sys.exit(1)
 
 

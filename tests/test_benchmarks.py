@@ -94,6 +94,19 @@ def test_exchanges_kernels_are_told_apart_by_the_order_of_their_calls():
     assert intervals.assign(kernels[:2], tags) == {}  # a call without a kernel
 
 
+def test_transfers_are_measured_in_the_process_that_comes_last():
+    """The first call waits 4 us for the other process, whose kernel takes 2, 1 of it hidden."""
+    calls = {"b": [(10.0, 13.0)], "a": [(0.0, 6.0)]}
+    profile = intervals.Profile([(0.0, 5.0), (12.0, 20.0)], calls, [(0.0, 6.0), (10.0, 13.0)], 9)
+    assert profile.calls() == [(6.0, 5.0), (3.0, 1.0)]
+    found = intervals.sum_transfers(torch.tensor([profile.calls(), [(2.0, 1.0), (7.0, 7.0)]]))
+    assert found["transfer_seconds"] == pytest.approx(5e-6)
+    assert found["hidden_transfer_share"] == pytest.approx(2 / 5)
+    whole = profile.summarize(3)
+    assert whole["hidden_share"] == pytest.approx(6 / 9) and whole["launches_per_layer"] == 3
+    assert whole["hidden_seconds: a"] == pytest.approx(5e-6)
+
+
 def test_collectives_of_gpu_tensors_are_recorded_by_tag(monkeypatch):
     given = []
     monkeypatch.setattr(torch.distributed, "all_gather", lambda *args: given.append(args))

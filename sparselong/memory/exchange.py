@@ -5,19 +5,21 @@ hidden states are processed in chunks of rows from each process, so that the exc
 overlaps the computation of another. While a chunk is computed, a process holds its gathered rows
 and those of the next chunk, its experts' partial outputs, and the outputs of the chunk before, both
 those that it sends and those that it receives; in the backward pass also the gradients of both
-chunks' outputs. The rows that a process's experts compute
-are sorted by expert and pass through in windows of at most WINDOW_ROWS: imbalance makes more
-windows, not larger ones. The loss gathers LOSS_ROWS rows of each process at a time and computes
-their logits against the process's own rows of the vocabulary.
+chunks' outputs. Without a backward pass partial outputs are exact, in fp64. The rows that a
+process's experts compute are sorted by expert and pass through in windows of at most WINDOW_ROWS:
+imbalance makes more windows, not larger ones. The loss gathers LOSS_ROWS rows of each process at a
+time and computes their logits against the process's own rows of the vocabulary.
 """
 
 from __future__ import annotations
 
 from sparselong.memory.shape import ModelShape
 
-CHUNK_ROWS, NEAR_CHUNK_ROWS = 2_048, 4_096
-"""Rows of each process that are exchanged at once, as in parallel/experts/pipeline.py; the second
-where GPUs reach each other's memory. The plan is for the one that takes more memory."""
+INFERENCE_ROWS, TRAINED_ROWS = 8_192, 4_096
+"""Most rows that are exchanged at once, as in parallel/experts/pipeline.py: without a backward pass
+of all processes, in one of each process."""
+EXACT_BYTES = 8
+"""Bytes of a value of exact partial outputs."""
 WINDOW_ROWS = 18_432
 """Most routed rows that pass through a process's experts at once: WINDOW_ROWS of
 kernels/experts/held.py."""
@@ -40,7 +42,7 @@ def vocabulary_rows(shape: ModelShape, expert_parallel: int) -> int:
 
 def window_rows(shape: ModelShape, tokens: int, expert_parallel: int) -> int:
     """Return the rows that pass through a process's experts at once."""
-    chunk = min(NEAR_CHUNK_ROWS, tokens)
+    chunk = min(TRAINED_ROWS, tokens)
     return min(expert_parallel * chunk * shape.experts_per_token, WINDOW_ROWS)
 
 
@@ -50,7 +52,7 @@ def nccl_bytes(processes: int) -> int:
 
 
 def forward_bytes(shape: ModelShape, tokens: int, width: int, expert_parallel: int) -> int:
-    """Return the peak bytes of a layer's forward pass, without decoded weights.
+    """Return the peak bytes of a layer in a pass without gradients, without decoded weights.
 
     Args:
         shape: sizes of the base model.
@@ -60,7 +62,12 @@ def forward_bytes(shape: ModelShape, tokens: int, width: int, expert_parallel: i
     """
     window = window_rows(shape, tokens, expert_parallel)
     rows = 2 * shape.hidden + 3 * shape.intermediate  # inputs and outputs; gate_up's output, h
-    return window * rows * width + _exchanged(shape, tokens, width, expert_parallel, False)
+    chunks = -(-tokens * expert_parallel // INFERENCE_ROWS)
+    # Its gathered rows, and the next chunk's; its shares, and those sent and received before.
+    gathered, shares = (2 if chunks > 2 else 1), (1 if chunks == 1 else 3)
+    exchanged = -(-tokens // chunks) * expert_parallel * shape.hidden
+    exchanged *= gathered * width + shares * EXACT_BYTES
+    return window * rows * width + exchanged + _routing_bytes(shape, tokens, expert_parallel)
 
 
 def backward_bytes(shape: ModelShape, tokens: int, width: int, expert_parallel: int) -> int:
@@ -70,21 +77,16 @@ def backward_bytes(shape: ModelShape, tokens: int, width: int, expert_parallel: 
     """
     window = window_rows(shape, tokens, expert_parallel)
     rows = 2 * shape.hidden + 3 * shape.intermediate  # gradients of outputs and inputs; gate_up, dh
-    return window * rows * width + _exchanged(shape, tokens, width, expert_parallel, True)
+    chunks = -(-tokens // TRAINED_ROWS)
+    # Chunks of rows held in a middle one; the last of two is not joined by a next one.
+    held = {1: 3, 2: 5}.get(chunks, 7) * -(-tokens // chunks)
+    exchanged = held * expert_parallel * shape.hidden * width
+    return window * rows * width + exchanged + _routing_bytes(shape, tokens, expert_parallel)
 
 
-def _exchanged(
-    shape: ModelShape, tokens: int, width: int, expert_parallel: int, backward: bool
-) -> int:
-    """Return bytes of gathered, partial and received rows, and of all processes' routing."""
-    held = []
-    for most in (CHUNK_ROWS, NEAR_CHUNK_ROWS):
-        chunks = -(-tokens // most)
-        # Chunks held in a middle one; the last of two is not joined by a next one.
-        together = {1: 3, 2: 5}.get(chunks, 7) if backward else {1: 2, 2: 4}.get(chunks, 5)
-        held.append(together * -(-tokens // chunks))
-    routing = expert_parallel * tokens * shape.experts_per_token * ROUTING_BYTES
-    return max(held) * expert_parallel * shape.hidden * width + routing
+def _routing_bytes(shape: ModelShape, tokens: int, expert_parallel: int) -> int:
+    """Return bytes of all processes' routing."""
+    return expert_parallel * tokens * shape.experts_per_token * ROUTING_BYTES
 
 
 def loss_chunk_bytes(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sparselong.parallel.collectives import all_gather
-from sparselong.parallel.experts import CHUNK_ROWS, NEAR_CHUNK_ROWS, ShardedExperts
+from sparselong.parallel.experts import FAR_ROWS, NEAR_ROWS, ShardedExperts
 from sparselong.parallel.mesh import Mesh
 from sparselong.parallel.placement import Placement
 from sparselong.parallel.sequence import Context, shard_batch, take_layout
@@ -67,7 +67,7 @@ def shard_model(
     if mesh is None or mesh.expert_size == 1:
         return {}
     placement = Placement(mesh.expert_rank, mesh.expert_size)
-    chunk_rows = NEAR_CHUNK_ROWS if mesh.expert_near else CHUNK_ROWS
+    chunk_rows = NEAR_ROWS if mesh.expert_near else FAR_ROWS
     return {
         "experts": ShardedExperts(
             placement, mesh.expert_group, rows, chunk_rows=chunk_rows, sequences=sequences

@@ -37,6 +37,7 @@ class Layer:
             experts only).
         adapted: whether the experts have adapters.
         chunk: most rows of a process in a chunk.
+        backward_chunk: the same in the backward pass; None: as in the forward pass.
         checkpointed: whether the layer is recomputed.
         broken: piece to disable, one of `PIECES`.
     """
@@ -46,6 +47,7 @@ class Layer:
     routing: str = "spread"
     adapted: bool = True
     chunk: int = 4
+    backward_chunk: int | None = None
     checkpointed: bool = False
     broken: str | None = None
     dtype: torch.dtype = torch.float64
@@ -86,6 +88,14 @@ def draw(layer: Layer) -> dict[str, Any]:
             for name, width in (("x", HIDDEN), ("weights", TOP_K), ("dout", HIDDEN))
         },
     }
+
+
+def infer_alone(layer: Layer) -> torch.Tensor:
+    """Return the output of one process that holds all experts and rows, without gradients."""
+    found = draw(layer)
+    with torch.no_grad():
+        call = (found[name] for name in ("x", "indices", "weights", "stack", "adapters"))
+        return expert_mlp(*call, backend="torch" if layer.device == "cpu" else None)
 
 
 def run_alone(layer: Layer) -> dict[str, torch.Tensor]:
@@ -140,24 +150,37 @@ def hold(tensors: Any, held: slice) -> Any:
     return Adapters(*(one and Adapter(one.a[held], one.b[held], one.scaling) for one in tensors))
 
 
-def run_sharded(layer: Layer, size: int) -> dict[str, Any]:
-    """Return this process's part: its rows' output and gradients, its experts' adapter gradients.
-
-    `sent` is the number of bytes sent, by tag.
-    """
+def _share(layer: Layer, size: int) -> tuple[dict[str, Any], Any]:
+    """Return this process's rows, experts and adapters, and its part of the exchange."""
     rank = dist.get_rank() % size
     found = draw(layer)
     equal = len(set(layer.rows)) == 1
     rows_of_all = None if equal else layer.rows
     placement = Placement(rank, size)
-    shared = ShardedExperts(placement, group_of(size), rows_of_all, chunk_rows=layer.chunk)
+    chunks = pipeline.ChunkRows(layer.chunk, layer.backward_chunk or layer.chunk)
+    shared = ShardedExperts(placement, group_of(size), rows_of_all, chunk_rows=chunks)
     held = shared.held(layer.experts)
     part = slice(held.start, held.stop)
     first = sum(layer.rows[:rank])
     rows = slice(first, first + layer.rows[rank])
     own = {name: found[name][rows] for name in ("x", "indices", "weights", "dout")}
     own |= {name: hold(found[name], part) for name in ("stack", "adapters")}
-    run = partial(shared.run, experts=layer.experts, alpha=1.702, limit=7.0)
+    return own, partial(shared.run, experts=layer.experts, alpha=1.702, limit=7.0)
+
+
+def infer_sharded(layer: Layer, size: int) -> torch.Tensor:
+    """Return the output of this process's rows, without gradients."""
+    own, run = _share(layer, size)
+    with torch.no_grad():
+        return run(*(own[name] for name in ("x", "indices", "weights", "stack", "adapters")))
+
+
+def run_sharded(layer: Layer, size: int) -> dict[str, Any]:
+    """Return this process's part: its rows' output and gradients, its experts' adapter gradients.
+
+    `sent` is the number of bytes sent, by tag.
+    """
+    own, run = _share(layer, size)
     with (
         PIECES[layer.broken]() if layer.broken else nullcontext(),
         count_bytes() as sent,
@@ -217,7 +240,7 @@ def record_calls(layer: Layer, size: int, with_rows: bool = False) -> list[Any]:
     with (
         follow("start_all_gather", describe_gather),
         follow("run_held", lambda call, *_: note("forward", len(call.x))),
-        follow("differentiate_held", lambda _, call, *__: note("backward", len(call.x))),
+        follow("differentiate_held", lambda call, *_: note("backward", len(call.x))),
         mock.patch.object(pipeline, "start_all_to_all", begin_return),
         mock.patch.object(pipeline, "is_recomputing", is_recomputing),
     ):

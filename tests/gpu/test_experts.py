@@ -16,7 +16,7 @@ from sparselong.kernels.decode import experts as expert_generation
 from sparselong.kernels.expert_stack import ExpertStack, Gate, PackedWeight
 from sparselong.kernels.experts import routing as expert_routing
 from sparselong.kernels.experts import triton_launch
-from sparselong.kernels.experts.call import ExpertOperands
+from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
 from sparselong.kernels.experts.lora import NO_ADAPTERS
 from sparselong.kernels.experts.op import ALPHA, LIMIT, expert_mlp
 from sparselong.packing import mxfp4
@@ -257,8 +257,10 @@ def test_d_gate_up_may_take_gate_ups_place():
     call = draw(Case("in_place", 4000, experts=4, hidden=2880, inner=2880))
     indices, weights = call["expert_indices"], call["routing_weights"]
     operands = ExpertOperands(stack_of(call), NO_ADAPTERS, Gate(ALPHA, LIMIT), "packed")
-    wide, routing = triton_launch.run_gate_up(call["x"], indices, operands)
-    saved = triton_launch.SavedForward(wide, routing, indices, weights, None)
+    rows = ExpertCall(call["x"], indices, weights)
+    routing = triton_launch.sort(rows, operands)
+    wide = triton_launch.run_gate_up(*rows[:2], operands, routing)
+    saved = triton_launch.SavedForward(lambda: (wide, None), routing, indices, weights)
     results, peaks = [], []
     for overwrite in (False, True):
         torch.cuda.reset_peak_memory_stats()

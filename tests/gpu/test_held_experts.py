@@ -18,6 +18,7 @@ from sparselong.kernels.experts import (
     Gradients,
     choose_held,
     differentiate_held,
+    expert_mlp,
     lora_triton,
     routing,
     run_held,
@@ -26,7 +27,16 @@ from sparselong.kernels.experts import (
 )
 from sparselong.kernels.experts import held as held_experts
 from tests.gpu.test_experts import OURS, assert_close, deviations
-from tests.kernels.held_experts import CASES, Case, Layer, draw, run, run_exactly, take
+from tests.kernels.held_experts import (
+    CASES,
+    Case,
+    Layer,
+    differentiated,
+    draw,
+    run,
+    run_exactly,
+    take,
+)
 from tests.poisoned import PoisonedTorch
 
 FEW_ROWS, ROUNDING = 100, torch.finfo(torch.bfloat16).eps / 2
@@ -116,10 +126,28 @@ def test_memory_does_not_depend_on_the_routing(routed):
             rows = run_held(layer.call, operands, held, out, experts=16)
         else:
             differentiate_held(
-                layer.dout, layer.call, operands, held, gradients, experts=16, rows=rows
+                *differentiated(layer), operands, held, gradients, experts=16, rows=rows
             )
         peaks.append(torch.cuda.max_memory_allocated() - before)
         assert peaks[-1] <= columns * window_bytes + (4 << 20), step
+
+
+@pytest.mark.parametrize("backend", ["small", "packed", "decode"])
+def test_exact_parts_are_rounded_as_the_whole_layer(backend, monkeypatch):
+    """Several windows, and rows whose experts are spread over all parts: the same bits."""
+    monkeypatch.setattr(held_experts, "WINDOW_ROWS", 512)
+    case = Case("rounded_as_whole", 700, ends=(3, 4, 16), top_k=4, hidden=256, inner=256)
+    layer = draw(case, torch.bfloat16, "cuda")
+    with torch.no_grad():
+        whole = expert_mlp(*layer.call, layer.stack, layer.adapters, backend=backend)
+    parts = torch.full((len(case.parts), *whole.shape), torch.nan, dtype=torch.float64).cuda()
+    for held, part in zip(case.parts, parts, strict=True):
+        run_held(layer.call, take(layer, held, backend), held, part, experts=16)
+    out = torch.empty_like(whole)
+    sum_parts(parts, out)
+    assert torch.equal(out, whole)
+    sum_parts(parts.bfloat16(), out)
+    assert not torch.equal(out, whole)
 
 
 def test_a_pass_waits_for_no_result(monkeypatch):

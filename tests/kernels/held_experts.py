@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,9 +144,14 @@ def run(layer: Layer, held: range, backend: str) -> dict[str, torch.Tensor]:
         factor += 1
     gradients = Gradients(dx, dweights, adapters=sums)
     differentiate_held(
-        layer.dout, layer.call, operands, held, gradients, experts=experts, rows=rows
+        *differentiated(layer), operands, held, gradients, experts=experts, rows=rows
     )
     return dict(zip(names_of(layer), (out, dx, dweights, *(f - 1 for f in made)), strict=True))
+
+
+def differentiated(layer: Layer) -> tuple[ExpertCall, Callable[[], torch.Tensor]]:
+    """Return `differentiate_held`'s arguments of a layer: its call, and its rows, which arrive."""
+    return layer.call._replace(x=layer.dout), lambda: layer.call.x
 
 
 def names_of(layer: Layer) -> list[str]:

@@ -51,7 +51,8 @@ def run(case: Case, scalings: tuple, backend: str) -> dict[str, float]:
     operands = ExpertOperands(stack, adapters, GATE, backend).in_dtype(call.x.dtype)
     out, dx, dweights = (torch.full_like(t, torch.nan) for t in (call.x, call.x, call.weights))
     made: Any = triton_launch.run_forward(call, operands, out, keep=True)
-    saved = triton_launch.SavedForward(*made, call.indices, call.weights, call.x)
+    gate_up, routing = made
+    saved = triton_launch.SavedForward(lambda: (gate_up, call.x), routing, *call[1:])
     gradients = triton_launch.Gradients(dx, dweights, (True, True), adapters.make_sums())
     biases = triton_launch.run_backward(dout, saved, operands, gradients, overwrite=True)
     got = [out, dx, dweights, *biases]

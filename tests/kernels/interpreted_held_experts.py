@@ -15,7 +15,7 @@ import torch
 from sparselong.kernels.experts import held as held_experts
 from sparselong.kernels.experts import lora_triton, routing, triton_launch, triton_parts
 from sparselong.kernels.experts.routing import HeldRows
-from tests.kernels.held_experts import CASES, GATE, draw, measure
+from tests.kernels.held_experts import CASES, GATE, Case, draw, measure, take
 from tests.kernels.interpreter import patch_once
 from tests.poisoned import PoisonedTorch
 
@@ -50,6 +50,19 @@ def count_work() -> dict[str, list[int]]:
     return work
 
 
+def rounded_parts(backend: str) -> int:
+    """Return how many values of the sum of exact parts are not the whole layer's bits."""
+    layer = draw(Case("rounded", 37, ends=(1, 3)), torch.float32)
+    out, whole = torch.empty_like(layer.call.x), torch.empty_like(layer.call.x)
+    operands = take(layer, range(3), backend)
+    triton_launch.run_forward(layer.call, operands, whole, False, exact=True)
+    parts = torch.full((2, *out.shape), torch.nan, dtype=torch.float64)
+    for held, part in zip((range(1), range(1, 3)), parts, strict=True):
+        held_experts.run_held(layer.call, take(layer, held, backend), held, part, experts=3)
+    triton_parts.add_parts(parts, out)
+    return int((out != whole).sum())
+
+
 def sum_of_parts(parts: int, rows: int) -> float:
     """Return the largest deviation from the sum in order."""
     given = torch.randn(parts, rows, 33)
@@ -72,6 +85,8 @@ def main() -> None:
             results[f"{case.name} {backend}"] = measure(case, torch.float32, backend)
     results["work"] = count_work()
     results["refused"] = find_refused_indices()
+    held_experts.WINDOW_ROWS = 20
+    results["rounded"] = [rounded_parts(backend) for backend in ("small", "packed", "decode")]
     results["parts"] = [sum_of_parts(*shape) for shape in ((1, 5), (2, 70), (5, 3))]
     print(json.dumps(results))
 

@@ -39,9 +39,9 @@ class Watch:
         self.made: list[weakref.ref] = []
         triton_launch.run_gate_up = partial(self.run, triton_launch.run_gate_up)
 
-    def run(self, function: Callable, *args: object) -> tuple:
+    def run(self, function: Callable, *args: object) -> torch.Tensor:
         made = function(*args)
-        self.made.append(weakref.ref(made[0].untyped_storage()))
+        self.made.append(weakref.ref(made.untyped_storage()))
         return made
 
     def living(self) -> int:

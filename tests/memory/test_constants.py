@@ -2,6 +2,8 @@
 
 import inspect
 
+import torch
+
 from sparselong import registration
 from sparselong.checkpoint import derivation
 from sparselong.compress import layer
@@ -24,8 +26,10 @@ def test_batches_and_chunks_match_the_stages():
 
 
 def test_what_is_exchanged_at_once_matches_the_exchange():
-    assert exchange.CHUNK_ROWS == pipeline.CHUNK_ROWS
-    assert exchange.NEAR_CHUNK_ROWS == pipeline.NEAR_CHUNK_ROWS
+    assert exchange.INFERENCE_ROWS == pipeline.INFERENCE_ROWS
+    assert exchange.TRAINED_ROWS == max(pipeline.FAR_ROWS + pipeline.NEAR_ROWS)
+    assert pipeline.share_dtype(torch.bfloat16, "inference").itemsize == exchange.EXACT_BYTES
+    assert pipeline.share_dtype(torch.bfloat16, "forward").itemsize == storage.BF16_BYTES
     assert exchange.WINDOW_ROWS == held.WINDOW_ROWS
     assert exchange.LOSS_ROWS == cross_entropy.CHUNK_ROWS
 

@@ -11,12 +11,12 @@ import torch
 
 from sparselong.parallel import apply
 from sparselong.parallel import mesh as meshes
-from sparselong.parallel.experts import CHUNK_ROWS, NEAR_CHUNK_ROWS
+from sparselong.parallel.experts import FAR_ROWS, NEAR_ROWS
 
 GROUP: Any = None
 
 
-@pytest.mark.parametrize(("near", "rows"), [(True, NEAR_CHUNK_ROWS), (False, CHUNK_ROWS)])
+@pytest.mark.parametrize(("near", "rows"), [(True, NEAR_ROWS), (False, FAR_ROWS)])
 def test_near_gpus_exchange_more_rows_at_once(near, rows):
     mesh = meshes.Mesh(0, 1, 0, 4, GROUP, GROUP, GROUP, 0, 4, GROUP, near, GROUP)
     with mock.patch.object(apply, "ShardedVocabulary"):  # it asks its group

@@ -21,6 +21,7 @@ frozen.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +32,9 @@ from sparselong.kernels.experts.op import choose, slices
 from sparselong.kernels.experts.torch_backend import differentiate_torch, sum_held_torch
 
 if TYPE_CHECKING:
-    from sparselong.kernels.experts.routing import HeldRows
+    from collections.abc import Callable
+
+    from sparselong.kernels.experts.routing import HeldRows, Routing
 
 WINDOW_ROWS = 18_432
 """Most rows sorted by expert that are processed at once.
@@ -63,7 +66,8 @@ def run_held(
     """Write the held experts' share of each row's weighted sum to `out`.
 
     It is zero for rows that are routed to none of them. A row whose routed tokens lie in several
-    windows is rounded to out's dtype once per window.
+    windows is rounded to out's dtype once per window. Sums in fp64 are exact: rounded, those of
+    all parts of a layer have the bits of the whole layer's without gradients.
 
     Args:
         call: rows and their routing; indices are the layer's, -1 is no expert.
@@ -94,13 +98,14 @@ def run_held(
     with torch.cuda.device_of(out):
         rows = triton_launch.sort_held(call, operands, held, experts, WINDOW_ROWS)
         for routing in rows.windows():
-            triton_launch.run_forward(call, operands, out, keep=False, routing=routing)
+            exact = out.dtype == torch.float64
+            triton_launch.run_forward(call, operands, out, False, routing, exact)
     return rows
 
 
 def differentiate_held(
-    dout: torch.Tensor,
     call: ExpertCall,
+    arrive: Callable[[], torch.Tensor],
     operands: ExpertOperands,
     held: range,
     gradients: Gradients,
@@ -111,14 +116,15 @@ def differentiate_held(
     """Fill `gradients` with the held experts' share.
 
     Args:
-        dout: [rows, hidden], the gradient of `run_held`'s output.
-        call: as in `run_held`.
+        call: the routing of `run_held`, and in place of rows the gradient of its output.
+        arrive: returns the rows of `run_held`, [rows, hidden]. They may still be on their way: it
+            is called once, after work that does not need them has begun.
         operands: as in `run_held`.
         held: as in `run_held`.
         gradients: the gradient of a routing weight is zero where the expert is not held; the sums
             of adapters are accumulated into, and have the factors' order and shapes.
         experts: as in `run_held`.
-        rows: what `run_held` returned for this call; None: sort again.
+        rows: what `run_held` returned for this routing; None: sort again.
 
     Raises:
         ValueError: As for `run_held`, or the gradient of a bias is asked for.
@@ -127,26 +133,31 @@ def differentiate_held(
     if any(gradients.biases):
         raise ValueError("gradients.biases: requested; allowed: none, held experts' are frozen")
     if call.x.shape[0] == 0:
+        arrive()
         return
     if operands.backend == "torch":
+        x = arrive()
         for part in _parts(call):
-            differentiate_torch(
-                dout[part], call.part(part), operands, held, gradients.part(part), experts
-            )
+            own = call._replace(x=x).part(part)
+            differentiate_torch(call.x[part], own, operands, held, gradients.part(part), experts)
         return
     from sparselong.kernels.experts import triton_launch
 
     call, operands = call.contiguous(), operands.in_dtype(call.x.dtype)
-    x, indices, weights = call
+    dout, indices, weights = call
+    arrived = functools.cache(lambda: arrive().contiguous())
     if gradients.weights is not None:
         gradients.weights.zero_()  # each window then writes those of its own routed tokens
     with torch.cuda.device_of(dout):
         rows = rows or triton_launch.sort_held(call, operands, held, experts, WINDOW_ROWS)
         for routing in rows.windows():
-            gate_up, _ = triton_launch.run_gate_up(x, indices, operands, routing)
-            saved = triton_launch.SavedForward(gate_up, routing, indices, weights, x)
+
+            def recall(routing: Routing = routing) -> tuple[torch.Tensor, torch.Tensor]:
+                x = arrived()
+                return triton_launch.run_gate_up(x, indices, operands, routing), x
+
+            saved = triton_launch.SavedForward(recall, routing, indices, weights)
             triton_launch.run_backward(dout, saved, operands, gradients, overwrite=True)
-            del gate_up, saved  # before the next window's are allocated
 
 
 def _parts(call: ExpertCall) -> list[slice]:

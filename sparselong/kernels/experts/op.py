@@ -132,7 +132,7 @@ def _infer(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
     out = torch.empty_like(call.x)
     with torch.cuda.device_of(out):
         for part in slices(len(out), current().inference_tokens or len(out)):
-            triton_launch.run_forward(call.part(part), operands, out[part], keep=False)
+            triton_launch.run_forward(call.part(part), operands, out[part], keep=False, exact=True)
     return out
 
 
@@ -202,12 +202,17 @@ class _ExpertPass(torch.autograd.Function):
         def differentiate(part: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
             """Fill one slice's gradients, and free its gate_up output before the next slice."""
             rows: Any = None if x is None else x[part]
-            gate_up, routing = (
-                kept.pop(0) if kept else triton_launch.run_gate_up(rows, indices[part], operands)
-            )
-            forward = triton_launch.SavedForward(
-                gate_up, routing, indices[part], weights[part], rows
-            )
+            own = ExpertCall(rows, indices[part], weights[part])
+            made, routing = kept.pop(0) if kept else (None, triton_launch.sort(own, operands))
+
+            def recall() -> tuple[torch.Tensor, torch.Tensor | None]:
+                nonlocal made
+                gate_up, made = made, None  # freed as soon as the caller does
+                if gate_up is None:
+                    gate_up = triton_launch.run_gate_up(rows, own.indices, operands, routing)
+                return gate_up, rows
+
+            forward = triton_launch.SavedForward(recall, routing, *own[1:])
             is_recomputable = rows is not None
             return triton_launch.run_backward(
                 dout[part], forward, operands, gradients.part(part), overwrite=is_recomputable

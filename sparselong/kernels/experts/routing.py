@@ -215,12 +215,17 @@ def gather(
 
 
 def combine(
-    rows: torch.Tensor, routing: Routing, out: torch.Tensor, weights: torch.Tensor | None = None
+    rows: torch.Tensor,
+    routing: Routing,
+    out: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    exact: bool = False,
 ) -> None:
     """Sum rows [routing.rows, width] by token, optionally with weights [tokens, top_k].
 
-    The sums go to `out` [tokens, width], contiguous. Those of a window that does not begin with
-    the first row are added to it.
+    Sums are in fp32, or if `exact` in fp64, in which their order does not matter. They go to `out`
+    [tokens, width], contiguous. Those of a window that does not begin with the first row are added
+    to it.
     """
     tokens, top_k = routing.positions.shape
     width = rows.shape[1]
@@ -228,6 +233,7 @@ def combine(
         *(rows, routing.positions, rows if weights is None else weights, out, width),
         TOP_K=top_k, BLOCK=_power_of_two(width), WEIGHTED=weights is not None,
         PARTIAL=routing.is_partial, ADD=routing.window is not None and routing.window.first_row > 0,
+        EXACT=exact,
     )  # fmt: skip
 
 

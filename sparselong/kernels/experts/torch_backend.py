@@ -70,13 +70,15 @@ def expert_mlp_torch(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor
         ValueError: An index is outside [0, experts).
     """
     experts = operands.stack.experts
-    return sum_held_torch(call, operands, range(experts), range(experts))
+    return sum_held_torch(call, operands, range(experts), range(experts)).to(call.x.dtype)
 
 
 def sum_held_torch(
     call: ExpertCall, operands: ExpertOperands, held: range, allowed: range
 ) -> torch.Tensor:
     """Return the held experts' share of each token's weighted sum, [tokens, hidden].
+
+    It is in fp32, or in fp64 if x is, and unrounded.
 
     Args:
         call: its indices are those of the layer's experts.
@@ -89,7 +91,8 @@ def sum_held_torch(
     """
     x, indices, weights = call
     stack, adapters, gate, _ = operands
-    result = torch.zeros_like(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    result = torch.zeros_like(x, dtype=wide)
     gate_up_adapter, down_adapter = (_split(adapter, x.dtype) for adapter in adapters)
     for expert in torch.unique(indices).tolist():
         if expert not in allowed:
@@ -102,8 +105,8 @@ def sum_held_torch(
         local = expert - held.start
         gate_up = _multiply(x[token], stack.gate_up, gate_up_adapter, local)
         y = _multiply(apply_gate(gate_up, *gate), stack.down, down_adapter, local)
-        weighted = y * weights[token, position, None]
-        result = result.index_add(0, token, weighted.to(result.dtype))
+        weighted = y.to(wide) * weights[token, position, None]
+        result = result.index_add(0, token, weighted.to(wide))
     return result
 
 
@@ -131,7 +134,7 @@ def differentiate_torch(
         out = sum_held_torch(call, operands, held, range(-1, experts))
         # Adds nothing, but connects every leaf, which may have no part in the sum.
         out = out + sum((part.flatten()[:0].sum() for part in leaves), start=0.0)
-    x, weights, *factors = torch.autograd.grad(out, leaves, dout)
+    x, weights, *factors = torch.autograd.grad(out, leaves, dout.to(out.dtype))
     for target, gradient in ((gradients.x, x), (gradients.weights, weights)):
         if target is not None:
             target.copy_(gradient)

@@ -208,21 +208,22 @@ def gather_kernel(
 def combine_kernel(
     rows_ptr, positions_ptr, weights_ptr, out_ptr, width,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, PARTIAL: tl.constexpr,
-    ADD: tl.constexpr,
+    ADD: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Sum weight * row over each token's entries, in fp32. Grid: tokens.
+    """Sum weight * row over each token's entries, in fp32, with EXACT in fp64. Grid: tokens.
 
     With ADD, the sum starts with `out` instead of zero.
     """
+    SUM: tl.constexpr = tl.float64 if EXACT else tl.float32  # pyright: ignore[reportAssignmentType]
     token = tl.program_id(0).to(tl.int64)
     if ADD:
         if not _has_row(positions_ptr, token, TOP_K):
             return
     at = tl.arange(0, BLOCK)
     real = at < width
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], SUM)
     if ADD:
-        total += tl.load(out_ptr + token * width + at, mask=real, other=0.0).to(tl.float32)
+        total += tl.load(out_ptr + token * width + at, mask=real, other=0.0).to(SUM)
     for choice in tl.static_range(TOP_K):  # pyright: ignore[reportGeneralTypeIssues]
         entry = token * TOP_K + choice
         row = tl.load(positions_ptr + entry).to(tl.int64)
@@ -235,7 +236,7 @@ def combine_kernel(
             value *= tl.load(weights_ptr + entry, mask=row >= 0, other=0.0).to(tl.float32)
         elif WEIGHTED:
             value *= tl.load(weights_ptr + entry).to(tl.float32)
-        total += value
+        total += value.to(SUM)
     tl.store(out_ptr + token * width + at, total.to(out_ptr.dtype.element_ty), mask=real)
 
 

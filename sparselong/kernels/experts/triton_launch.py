@@ -10,6 +10,7 @@ summed over each token's experts it gives dx. `SavedForward` lists what backward
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,18 +42,18 @@ class SavedForward(NamedTuple):
     """Inputs of the backward pass for some of the tokens.
 
     Attributes:
-        gate_up: gate_up's output, [entries, 2 * inner], rows sorted by expert.
+        recall: returns gate_up's output, [entries, 2 * inner], rows sorted by expert, and x,
+            [tokens, hidden], which only an adapter of gate_up needs. It is called once, after the
+            work that needs neither.
         routing: routing of the rows.
         indices: as in the call.
         weights: as in the call.
-        x: [tokens, hidden]; only needed by an adapter of gate_up.
     """
 
-    gate_up: torch.Tensor
+    recall: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
     routing: Routing
     indices: torch.Tensor
     weights: torch.Tensor
-    x: torch.Tensor | None
 
 
 def sort_held(
@@ -63,26 +64,26 @@ def sort_held(
     return HeldRows(call.indices, held, experts, tile_rows, window_rows)
 
 
-def run_gate_up(
-    x: torch.Tensor,
-    indices: torch.Tensor,
-    operands: ExpertOperands,
-    routing: Routing | None = None,
-) -> tuple[torch.Tensor, Routing]:
-    """Return gate_up's output with its adapter, [routing.rows, 2 * inner], and the routing.
+def sort(call: ExpertCall, operands: ExpertOperands) -> Routing:
+    """Return the routing of all of a call's tokens, sorted for the products' tiles."""
+    tile_rows = choose_tile(call.x, operands.backend, "forward").rows
+    return sort_by_expert(call.indices, operands.stack.experts, tile_rows)
 
-    The backend is "small", "packed" or "decode" throughout this module. Without a routing, that of
-    all indices is made.
+
+def run_gate_up(
+    x: torch.Tensor, indices: torch.Tensor, operands: ExpertOperands, routing: Routing
+) -> torch.Tensor:
+    """Return gate_up's output with its adapter, [routing.rows, 2 * inner].
+
+    The backend is "small", "packed" or "decode" throughout this module.
     """
     stack, adapters, _, backend = operands
-    tile_rows = choose_tile(x, backend, "forward").rows
-    if routing is None:
-        routing = sort_by_expert(indices, stack.experts, tile_rows)
     rows, _ = gather(x, routing, indices)
     gate_up = multiply(rows, stack.gate_up, routing, backend, backward=False)
     if adapters.gate_up is not None:
+        tile_rows = choose_tile(x, backend, "forward").rows
         add_adapter_(gate_up, rows, adapters.gate_up, routing, tile_rows)
-    return gate_up, routing
+    return gate_up
 
 
 def run_forward(
@@ -91,6 +92,7 @@ def run_forward(
     out: torch.Tensor,
     keep: bool,
     routing: Routing | None = None,
+    exact: bool = False,
 ) -> tuple[torch.Tensor, Routing] | None:
     """Write the weighted sums to `out`.
 
@@ -100,13 +102,15 @@ def run_forward(
         out: [tokens, hidden], contiguous.
         keep: whether to return gate_up's output; if not, it is freed before down's is allocated.
         routing: of a window; None: all routed tokens.
+        exact: whether to round the sums once, from fp64.
 
     Returns:
-        The result of `run_gate_up`, or None.
+        gate_up's output and the routing, or None.
     """
     x, indices, weights = call
     stack, adapters, gate, backend = operands
-    gate_up, routing = run_gate_up(x, indices, operands, routing)
+    routing = routing or sort(call, operands)
+    gate_up = run_gate_up(x, indices, operands, routing)
     h = apply_gate(gate_up, routing, gate)
     made = (gate_up, routing) if keep else None
     del gate_up
@@ -115,7 +119,7 @@ def run_forward(
         tile_rows = choose_tile(x, backend, "forward").rows
         add_adapter_(rows, h, adapters.down, routing, tile_rows)
     del h
-    combine(rows, routing, out, weights)
+    combine(rows, routing, out, weights, exact)
     return made
 
 
@@ -136,7 +140,7 @@ def run_backward(
         overwrite: whether gate_up's gradient overwrites its output, which saves 2 * inner values
             per routed token.
     """
-    gate_up, routing, indices, weights, _ = saved
+    recall, routing, indices, weights = saved
     stack, adapters, gate, backend = operands
     bias = None if gradients.weights is None else stack.down.bias
     rows, inner_products = gather(dout.contiguous(), routing, indices, bias)
@@ -144,9 +148,12 @@ def run_backward(
     if gradients.biases[1]:
         ddown_bias = sum_by_expert(rows, routing, stack.down.bias, weights)
     dh = multiply(rows, stack.down, routing, backend, backward=True)
+    if adapters.down is None:
+        del rows
+    gate_up, x = recall()
     if adapters.down is not None:
-        _differentiate_down_adapter(rows, dh, saved, operands, gradients)
-    del rows
+        _differentiate_down_adapter(rows, dh, gate_up, saved, operands, gradients)
+        del rows
     dgate_up = gate_up if overwrite else torch.empty_like(gate_up)
     launch(triton_glue.gate_backward_kernel, (routing.positions.numel(),),
         *(gate_up, dh, routing.positions, weights, inner_products, dgate_up),
@@ -160,7 +167,8 @@ def run_backward(
         dgate_up_bias = sum_by_expert(dgate_up, routing, stack.gate_up.bias)
     lora_grad = None
     if adapters.gate_up is not None:
-        lora_grad = _differentiate_gate_up_adapter(dgate_up, saved, operands, gradients)
+        assert x is not None
+        lora_grad = _differentiate_gate_up_adapter(dgate_up, x, saved, operands, gradients)
     if gradients.x is not None:
         rows = multiply(dgate_up, stack.gate_up, routing, backend, backward=True)
         del dgate_up
@@ -174,6 +182,7 @@ def run_backward(
 def _differentiate_down_adapter(
     rows: torch.Tensor,
     dh: torch.Tensor,
+    gate_up: torch.Tensor,
     saved: SavedForward,
     operands: ExpertOperands,
     gradients: Gradients,
@@ -186,7 +195,7 @@ def _differentiate_down_adapter(
     assert adapter is not None and sums is not None
     routing, weights = saved.routing, saved.weights
     tile_rows = choose_tile(rows, operands.backend, "forward").rows
-    h = apply_gate(saved.gate_up, routing, operands.gate)
+    h = apply_gate(gate_up, routing, operands.gate)
     # A position of -1 writes to the element past the rows.
     row_weights = torch.empty(routing.rows + 1, dtype=torch.float32, device=weights.device)
     row_weights[routing.positions.flatten().long()] = weights.flatten().float()
@@ -196,11 +205,15 @@ def _differentiate_down_adapter(
 
 
 def _differentiate_gate_up_adapter(
-    dgate_up: torch.Tensor, saved: SavedForward, operands: ExpertOperands, gradients: Gradients
+    dgate_up: torch.Tensor,
+    x: torch.Tensor,
+    saved: SavedForward,
+    operands: ExpertOperands,
+    gradients: Gradients,
 ) -> torch.Tensor:
     """Add the factors' gradients to their sums, and return g as `add_gradients_` does."""
-    adapter, sums, x = operands.adapters.gate_up, gradients.adapters.gate_up, saved.x
-    assert adapter is not None and sums is not None and x is not None
+    adapter, sums = operands.adapters.gate_up, gradients.adapters.gate_up
+    assert adapter is not None and sums is not None
     rows, _ = gather(x, saved.routing, saved.indices)
     tile_rows = choose_tile(rows, operands.backend, "forward").rows
     return add_gradients_(sums, adapter, rows, dgate_up, saved.routing, tile_rows)

@@ -12,15 +12,18 @@ BLOCK = 2048
 
 
 @triton.jit
-def add_parts_kernel(parts_ptr, out_ptr, numel, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add PARTS tensors of `numel` values in fp32. Grid: numel / BLOCK."""
+def add_parts_kernel(
+    parts_ptr, out_ptr, numel, PARTS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Add PARTS tensors of `numel` values in fp32, with EXACT in fp64. Grid: numel / BLOCK."""
+    SUM: tl.constexpr = tl.float64 if EXACT else tl.float32  # pyright: ignore[reportAssignmentType]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < numel
     pointers = parts_ptr + at
-    total = tl.load(pointers, mask=real, other=0.0).to(tl.float32)
+    total = tl.load(pointers, mask=real, other=0.0).to(SUM)
     for _ in tl.static_range(1, PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         pointers += numel
-        total += tl.load(pointers, mask=real, other=0.0).to(tl.float32)
+        total += tl.load(pointers, mask=real, other=0.0).to(SUM)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=real)
 
 
@@ -36,5 +39,6 @@ def add_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
             out,
             out.numel(),
             PARTS=len(parts),
+            EXACT=parts.dtype == torch.float64,
             BLOCK=BLOCK,
         )

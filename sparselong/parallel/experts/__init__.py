@@ -6,6 +6,6 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.parallel.experts.exchange import ShardedExperts
-    from sparselong.parallel.experts.pipeline import CHUNK_ROWS, NEAR_CHUNK_ROWS
+    from sparselong.parallel.experts.pipeline import FAR_ROWS, NEAR_ROWS
 
 __getattr__ = expose(__name__)

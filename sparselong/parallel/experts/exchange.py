@@ -27,7 +27,14 @@ from sparselong.kernels.experts import (
     sum_parts,
 )
 from sparselong.parallel.collectives import all_gather
-from sparselong.parallel.experts.pipeline import CHUNK_ROWS, Job, run_forward, run_sharded
+from sparselong.parallel.experts.pipeline import (
+    FAR_ROWS,
+    ChunkRows,
+    Job,
+    run_forward,
+    run_sharded,
+    share_dtype,
+)
 from sparselong.parallel.placement import Placement
 from sparselong.runtime import is_checkpointed
 
@@ -52,7 +59,7 @@ class ShardedExperts:
     group: dist.ProcessGroup
     rows: tuple[int, ...] | None = None
     replicated: bool = False
-    chunk_rows: int = CHUNK_ROWS
+    chunk_rows: ChunkRows = FAR_ROWS
     sequences: tuple[int, ...] | None = None
 
     def divide(self, most: int) -> list[ShardedExperts] | None:
@@ -158,7 +165,8 @@ class ShardedExperts:
         if needs_gradient:
             raise ValueError("x: requires a gradient; allowed with replicated rows: none")
         call = call.contiguous()
-        share, out = torch.empty_like(call.x), torch.empty_like(call.x)
+        out = torch.empty_like(call.x)
+        share = torch.empty_like(out, dtype=share_dtype(out.dtype, "inference"))
         operands = job.operands_for(call).fetch_or_read(call.indices.numel(), job.experts)
         run_held(call, operands, job.held, share, experts=job.experts)
         sum_parts(torch.stack(all_gather(share, self.group, TAG)), out)

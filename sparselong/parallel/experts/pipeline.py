@@ -6,6 +6,11 @@ Forward, for each chunk of rows of every process:
     compute   its experts' share of each row's weighted sum
     return    the shares go home (all-to-all, the bytes of a reduce-scatter), added in rank order
 
+Training rounds each share to the rows' dtype. Without a backward pass shares are exact (fp64), so
+that a row's sum has the bits that one process computes. A difference in the last one changes which
+experts a later layer chooses where two are close: with shares in bf16, log-likelihoods of a model
+with random weights differed by up to 2 % from one process's.
+
 The chunk after is gathered, and the one before returned, while a chunk is computed. Sizes do not
 depend on the routing: a process with many rows for its experts takes longer, but needs no more
 memory. Where processes have different numbers of rows, the missing ones are padded with rows that
@@ -47,13 +52,24 @@ from sparselong.kernels.experts import (
 from sparselong.parallel.collectives import Pending, start_all_gather, start_all_to_all
 from sparselong.runtime import is_checkpointed, is_recomputing
 
-CHUNK_ROWS, NEAR_CHUNK_ROWS = 2048, 4096
-"""Most rows of a process in a chunk; the second where GPUs reach each other's memory.
+
+class ChunkRows(NamedTuple):
+    """Most rows of a process in a chunk, in the passes of training."""
+
+    forward: int
+    backward: int
+
+
+FAR_ROWS, NEAR_ROWS = ChunkRows(2048, 4096), ChunkRows(4096, 4096)
+"""Chunks of GPUs without peer access, and with it.
 
 Large chunks make matrix products faster, small ones hide more of the exchange behind them. The
 faster the exchange, the less there is to hide: four H100 computed a step of gpt-oss-120b in 0.51 s
-with the first, 0.45 s with the second.
+with 2,048 rows, 0.45 s with 4,096. A backward pass has more to hide it behind: the gradients of the
+outputs travel beside the recomputation, the rows beside the first product.
 """
+INFERENCE_ROWS = 8192
+"""Most rows of all processes in a chunk without a backward pass, whose shares take more memory."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +90,19 @@ class Job:
     experts: int
     rows: tuple[int, ...]
     group: dist.ProcessGroup
-    chunk_rows: int
+    chunk_rows: ChunkRows
 
     @property
     def size(self) -> int:
         """Number of processes."""
         return len(self.rows)
 
-    @property
-    def chunks(self) -> list[slice]:
-        """The chunks of every process's rows, padded to the largest number."""
-        return slices(max(self.rows), self.chunk_rows) if max(self.rows) else []
+    def chunks(self, passing: Passing) -> list[slice]:
+        """Return the chunks of every process's rows, padded to the largest number."""
+        most = self.chunk_rows.backward if passing == "backward" else self.chunk_rows.forward
+        if passing == "inference":
+            most = min(most, max(1, INFERENCE_ROWS // self.size))
+        return slices(max(self.rows), most) if max(self.rows) else []
 
     def pad(self, rows: torch.Tensor, value: float = 0) -> torch.Tensor:
         """Return this process's rows [rows, ...], padded to the largest number."""
@@ -109,17 +127,22 @@ class Routing(NamedTuple):
     Attributes:
         indices: int32, -1 in padding.
         weights: floating.
-        sorted: of each chunk, what `run_held` returned; None: it has not run.
+        sorted: what `run_held` returned for each chunk that it has run on, by the chunk's first and
+            last row.
     """
 
     indices: torch.Tensor
     weights: torch.Tensor
-    sorted: list[Any]
+    sorted: dict[tuple[int, int], Any]
 
     def call(self, x: torch.Tensor, chunk: slice) -> ExpertCall:
         """Return the call for a gathered chunk of rows."""
         flat = (part[:, chunk].flatten(0, 1).contiguous() for part in self[:2])
         return ExpertCall(x, *flat)
+
+    def order(self, chunk: slice) -> Any:
+        """Return the order of a chunk's rows; None if another pass had other chunks."""
+        return self.sorted.get((chunk.start, chunk.stop))
 
 
 def run_sharded(call: ExpertCall, job: Job) -> torch.Tensor:
@@ -158,8 +181,8 @@ class _ShardedPass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         job, needs = ctx.job, ctx.needs_input_grad
-        padded = job.pad(dout)
-        arriving = _arriving(padded, job, "expert gradients")
+        chunks = job.chunks("backward")
+        arriving = _arriving(job.pad(dout), chunks, job.group, "expert gradients")
         call = ExpertCall(*ctx.saved_tensors)  # a checkpointed layer is recomputed here
         routing = ctx.routing or _gather_routing(call, job)
         sums = job.operands.adapters.make_sums()
@@ -179,12 +202,12 @@ def run_forward(
     out = torch.empty_like(x)
     home: list[tuple[slice, Pending]] = []
     operands = None
-    for number, (chunk, whole) in enumerate(_arriving(x, job, "expert rows")):
-        part = routing.call(whole, chunk)
+    for chunk, rows in _arriving(x, job.chunks(passing), job.group, "expert rows"):
+        part = routing.call(rows.wait(), chunk)
         operands = operands or job.operands_in(passing, part)
-        share = torch.empty_like(part.x)
+        share = torch.empty_like(part.x, dtype=share_dtype(x.dtype, passing))
         order = run_held(part, operands, job.held, share, experts=job.experts)
-        routing.sorted[number] = order
+        routing.sorted[chunk.start, chunk.stop] = order
         home.append((chunk, _send_home(share, job, "expert sums")))
         if len(home) > 1:
             _add(*home.pop(0), out, job)
@@ -193,24 +216,28 @@ def run_forward(
     return out[: len(call.x)], routing
 
 
+def share_dtype(dtype: torch.dtype, passing: Passing) -> torch.dtype:
+    """Return the dtype of partial sums of rows in `dtype`."""
+    return torch.float64 if passing == "inference" else dtype
+
+
 def _run_backward(
-    x: torch.Tensor,
-    douts: Iterator[tuple[slice, torch.Tensor]],
-    routing: Routing,
-    job: Job,
-    sums: Adapters,
+    x: torch.Tensor, douts: Iterator[Arriving], routing: Routing, job: Job, sums: Adapters
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of this process's rows and routing weights; add to the adapters'."""
     rows, x = len(x), job.pad(x)
     dx, dweights = torch.empty_like(x), torch.empty_like(routing.weights)
     home: list[tuple[slice, Pending]] = []
     operands = None
-    rows_and_gradients = zip(_arriving(x, job, "expert rows"), douts, routing.sorted, strict=True)
-    for (chunk, whole), (_, dout), order in rows_and_gradients:
-        part = routing.call(whole, chunk)
+    arriving = _arriving(x, job.chunks("backward"), job.group, "expert rows")
+    for (chunk, whole), (_, dout) in zip(arriving, douts, strict=True):
+        part = routing.call(dout.wait(), chunk)
         operands = operands or job.operands_in("backward", part)
         share = Gradients(torch.empty_like(part.x), torch.empty_like(part.weights), adapters=sums)
-        differentiate_held(dout, part, operands, job.held, share, experts=job.experts, rows=order)
+        order = routing.order(chunk)
+        differentiate_held(
+            part, whole.wait, operands, job.held, share, experts=job.experts, rows=order
+        )
         assert share.x is not None and share.weights is not None
         dweights[:, chunk] = share.weights.view(job.size, -1, part.weights.shape[1])
         home.append((chunk, _send_home(share.x, job, "expert row gradients")))
@@ -223,27 +250,39 @@ def _run_backward(
     return dx[:rows], total[:rows]
 
 
-def _arriving(x: torch.Tensor, job: Job, tag: str) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Request the first chunk's rows now; yield each chunk with all processes' rows.
+class Gathered(NamedTuple):
+    """A chunk's rows on their way from all processes."""
+
+    pending: Pending
+
+    def wait(self) -> torch.Tensor:
+        """Return [processes * rows, hidden]."""
+        return self.pending.wait().flatten(0, 1)
+
+
+Arriving = tuple[slice, Gathered]
+
+
+def _arriving(
+    x: torch.Tensor, chunks: list[slice], group: dist.ProcessGroup, tag: str
+) -> Iterator[Arriving]:
+    """Request the first chunk's rows now; yield each chunk and all processes' rows of it.
 
     The next chunk is on its way while one is used.
 
     Args:
         x: this process's rows, padded.
-        job: what to exchange.
+        chunks: the chunks.
+        group: the processes.
         tag: the tag under which bytes are counted.
-
-    Yields:
-        A chunk, and [processes * rows, hidden].
     """
-    chunks = job.chunks
-    pending = [start_all_gather(x[chunk], job.group, tag) for chunk in chunks[:1]]
+    pending = [Gathered(start_all_gather(x[chunk], group, tag)) for chunk in chunks[:1]]
 
-    def rest() -> Iterator[tuple[slice, torch.Tensor]]:
+    def rest() -> Iterator[Arriving]:
         for number, chunk in enumerate(chunks):
             for after in chunks[number + 1 : number + 2]:
-                pending.append(start_all_gather(x[after], job.group, tag))
-            yield chunk, pending.pop(0).wait().flatten(0, 1)
+                pending.append(Gathered(start_all_gather(x[after], group, tag)))
+            yield chunk, pending.pop(0)
 
     return rest()
 
@@ -256,7 +295,7 @@ def _gather_routing(call: ExpertCall, job: Job) -> Routing:
     received = start_all_gather(sent, job.group, "expert routing").wait()
     widths = [part.shape[1] for part in parts]
     both = [part.clone(memory_format=torch.contiguous_format) for part in received.split(widths, 2)]
-    return Routing(both[0].view(torch.int32), both[1].view(weights.dtype), [None] * len(job.chunks))
+    return Routing(both[0].view(torch.int32), both[1].view(weights.dtype), {})
 
 
 def _send_home(shares: torch.Tensor, job: Job, tag: str) -> Pending:

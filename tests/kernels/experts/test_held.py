@@ -17,7 +17,16 @@ from sparselong.kernels.experts import (
     torch_backend,
 )
 from sparselong.kernels.experts import held as held_experts
-from tests.kernels.held_experts import CASES, Case, draw, measure, names_of, run, take
+from tests.kernels.held_experts import (
+    CASES,
+    Case,
+    differentiated,
+    draw,
+    measure,
+    names_of,
+    run,
+    take,
+)
 from tests.kernels.run_interpreted import run_interpreted
 
 WHOLE = [case for case in CASES if not case.empty]  # expert_mlp takes no index of -1
@@ -74,7 +83,7 @@ def test_gradients_that_are_not_needed_are_left_out():
     layer = draw(Case("some", 9), torch.float64)
     operands, sums = take(layer, HELD, "torch"), take(layer, HELD, "torch").adapters.make_sums()
     gradients = Gradients(None, None, adapters=sums)
-    differentiate_held(layer.dout, layer.call, operands, HELD, gradients, experts=5, rows=None)
+    differentiate_held(*differentiated(layer), operands, HELD, gradients, experts=5, rows=None)
     every = run(layer, HELD, "torch")
     assert sums.down is not None
     torch.testing.assert_close(sums.down.b, every["down_b"], rtol=1e-9, atol=1e-9)
@@ -94,7 +103,7 @@ def interpreted() -> dict[str, Any]:
 
 
 def test_interpreted_kernels_agree_with_fp64(interpreted):
-    others = ("work", "refused", "parts")
+    others = ("work", "refused", "parts", "rounded")
     cases = {name: errors for name, errors in interpreted.items() if name not in others}
     assert len(cases) == sum(len(case.interpreted) for case in CASES)
     for name, errors in cases.items():
@@ -108,6 +117,10 @@ def test_windows_do_the_work_of_their_rows_and_end_with_the_last(interpreted):
 
 def test_indices_outside_the_layer_fail_an_assertion(interpreted):
     assert interpreted["refused"] == [-3, -2, 5, 6, 7]
+
+
+def test_interpreted_exact_parts_are_rounded_as_the_whole_layer(interpreted):
+    assert interpreted["rounded"] == [0, 0, 0]
 
 
 def test_interpreted_parts_are_added_in_order(interpreted):
@@ -138,7 +151,7 @@ def test_bad_calls_are_named(change, message):
     gradients = Gradients(None, None, adapters=operands.adapters.make_sums())
     with pytest.raises(ValueError, match=message):
         differentiate_held(
-            layer.dout, layer.call, operands, held, gradients, experts=experts, rows=None
+            *differentiated(layer), operands, held, gradients, experts=experts, rows=None
         )
 
 
@@ -147,8 +160,7 @@ def test_gradients_of_biases_are_refused():
     gradients = Gradients(None, None, (False, True))
     with pytest.raises(ValueError, match=r"gradients.biases: requested; allowed: none"):
         differentiate_held(
-            layer.dout,
-            layer.call,
+            *differentiated(layer),
             take(layer, HELD, "torch"),
             HELD,
             gradients,
@@ -182,14 +194,36 @@ def test_parts_are_rounded_once(dtype):
     assert torch.equal(out, total.to(dtype))
 
 
+def test_exact_parts_are_added_in_fp64():
+    """1 is lost beside 2^40 in fp32, whatever the order."""
+    parts = torch.tensor([2.0**40, 1.0, -(2.0**40)], dtype=torch.float64)
+    out = torch.empty(1, 1, dtype=torch.bfloat16)
+    sum_parts(parts.view(3, 1, 1) * 2.0**-8, out)
+    assert out.item() == 2.0**-8
+
+
+def test_exact_parts_are_rounded_as_the_whole_layer():
+    """Shares in bf16 would change every third value."""
+    layer = draw(Case("rounded_as_the_whole", 70), torch.bfloat16)
+    whole, parts = expert_mlp(*layer.call, layer.stack, layer.adapters), []
+    for held in (range(2), range(2, 5)):
+        parts.append(torch.full_like(whole, torch.nan, dtype=torch.float64))
+        run_held(layer.call, take(layer, held, "torch"), held, parts[-1], experts=5)
+    out = torch.empty_like(whole)
+    sum_parts(torch.stack(parts), out)
+    assert (out != whole).double().mean() < 1e-3  # torch's backend sums in fp32
+    sum_parts(torch.stack(parts).bfloat16(), out)
+    assert (out != whole).double().mean() > 0.1
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
         (torch.zeros(2, 3, 5), "parts: .*; allowed: "),
         (torch.zeros(0, 3, 4), "parts: .*; allowed: "),
         (
-            torch.zeros(2, 3, 4).double(),
-            "parts: torch.float64 on cpu; allowed: out's torch.float32",
+            torch.zeros(2, 3, 4).bfloat16(),
+            "parts: torch.bfloat16 on cpu; allowed: out's torch.float32 or a wider dtype",
         ),
         (torch.zeros(3, 2, 4).transpose(0, 1), "parts, out: strided; allowed: contiguous"),
     ],

@@ -29,7 +29,10 @@ TYPES = {
 SINGLE = [
     (expert_glue_kernels.scan_kernel, {"BLOCK": 1024}, 4),
     (expert_glue_kernels.sum_rows_kernel, {"BLOCK": 32, "COLUMNS": 128, "WEIGHTED": True}, 4),
-    (expert_part_kernels.add_parts_kernel, {"PARTS": 8, "BLOCK": 2048}, 4),
+    *(
+        (expert_part_kernels.add_parts_kernel, {"PARTS": 8, "EXACT": exact, "BLOCK": 2048}, 4)
+        for exact in (False, True)
+    ),
     (expert_glue_kernels.window_kernel, {"ROWS": 64, "BLOCK": 128, "EXPERTS": 128}, 4),
 ]
 SORT = {"BLOCK": 128, "EXPERTS": 128}
@@ -39,10 +42,13 @@ for partial in (False, True):  # in the second form, this process holds some of 
         (expert_glue_kernels.count_kernel, {**SORT, "OTHERS": partial}, 8 if partial else 4),
         (expert_glue_kernels.place_kernel, {"ROWS": 64, **SORT, "OTHERS": partial}, 4),
         (expert_glue_kernels.gather_kernel, {**TOKEN, "INNER": True, "PARTIAL": partial}, 4),
-        (
-            expert_glue_kernels.combine_kernel,
-            {**TOKEN, "WEIGHTED": True, "PARTIAL": partial, "ADD": partial},
-            4,
+        *(
+            (
+                expert_glue_kernels.combine_kernel,
+                {**TOKEN, "WEIGHTED": True, "PARTIAL": partial, "ADD": partial, "EXACT": exact},
+                4,
+            )
+            for exact in (False, True)
         ),
         (expert_glue_kernels.gate_kernel, {"BLOCK": 1024, "PARTIAL": partial}, 4),
         (
