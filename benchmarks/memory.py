@@ -5,7 +5,7 @@ Each case is `train_step.py`'s `masked` arm in a new process: random packed weig
 steps, the peak GPU memory (torch's reserved memory and the CUDA context). It is compared with the
 planner's prediction for the same length, batch, layers, rank and checkpointing. Cases run one after
 another because the context is measured as memory of the whole GPU, which no other process may use;
-the next process only imports meanwhile. Needs a CUDA device; offloading needs Axolotl.
+the next process only imports meanwhile. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ CASES: tuple[dict[str, Any], ...] = (
     {"tokens": 8192, "batch": 2, "layers": 6, "keep_attention": "never"},
     {"tokens": 32768, "offload": True, "keep_attention": "never"},
     {"tokens": 32768, "offload": True},
+    {"tokens": 32768, "slice_rows": 8192, "keep_attention": "never"},
+    {"tokens": 65536, "slice_rows": 8192, "offload": True, "keep_attention": "never"},
     {"tokens": 4096, "keep_experts": "always"},
 )
 DEFAULTS = {
@@ -46,6 +48,7 @@ DEFAULTS = {
     "keep_attention": "always",
     "keep_experts": "never",
     "offload": False,
+    "slice_rows": "never",
 }
 FILE = Path(__file__).resolve().parent.parent / "configs" / "gpt-oss-20b-1x3090.yaml"
 
@@ -53,13 +56,14 @@ FILE = Path(__file__).resolve().parent.parent / "configs" / "gpt-oss-20b-1x3090.
 def predict(case: dict[str, Any], *further: str) -> memory.Memory:
     """Return the planner's memory of a case, by component; `further` are more overrides.
 
-    Cases in older files have no `keep_experts`, which means `never`.
+    Cases in older files have no `keep_experts` or `slice_rows`, which means `never`.
     """
     overrides = {
         "sequence_len": case["tokens"],
         "micro_batch_size": case["batch"],
         "lora.r": case["rank"],
         "training.offload_checkpoints": str(case["offload"]).lower(),
+        "training.slice_rows": case.get("slice_rows", "never"),
     }
     asked = config.load(FILE, [f"{key}={value}" for key, value in overrides.items()] + [*further])
     layers = case["layers"]

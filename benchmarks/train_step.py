@@ -27,7 +27,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ import torch
 from benchmarks.command_line import add_result, command_of, has_device, machine_of
 from benchmarks.record import row, write
 from benchmarks.shape_20b import BASELINES, OURS, R, build
+from sparselong.model import slice_rows
+from sparselong.runtime import DeviceInputs, HostInputs
 
 WARM_UP, MEASURED = 2, 3
 KINDS = {
@@ -101,7 +102,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     vocab: Any = model.config.vocab_size  # type: ignore[union-attr]
     tokens = torch.randint(vocab, (args.batch, args.tokens), device="cuda")
-    step = make_step(model, tokens, args.offload)
+    compute_in_slices(model, args)
+    step = make_step(model, tokens)
     case = describe(args, args.tokens)
     seconds, loss = [], 0.0
     for n in range(WARM_UP + MEASURED):
@@ -133,20 +135,23 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows + (profile_step(step, case, args.arm) if args.profile else [])
 
 
-def make_step(model: Any, tokens: torch.Tensor, offloads: bool) -> Callable[[], float]:
+def compute_in_slices(model: Any, args: argparse.Namespace) -> None:
+    """Let layers compute in slices, or keep their inputs in host memory, as stage 03 does."""
+    if args.slice_rows == "never" and not args.offload:
+        return
+    rows = args.batch * args.tokens if args.slice_rows == "never" else int(args.slice_rows)
+    inputs = HostInputs() if args.offload else DeviceInputs()
+    slice_rows(model.get_base_model(), rows, inputs, args.keep_attention == "always")
+
+
+def make_step(model: Any, tokens: torch.Tensor) -> Callable[[], float]:
     """Return a function that makes one optimizer step on `tokens` and returns the loss."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    offload: Any = nullcontext()
-    if offloads:  # as stage 03 requests it from Axolotl
-        from axolotl.monkeypatch import checkpoint_activation_offload as axolotl_offload
-
-        offload = axolotl_offload.get_checkpoint_hidden_states_offloading_ctx_manager()
 
     def step() -> float:
-        with offload:
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            loss.backward()
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
@@ -156,7 +161,8 @@ def make_step(model: Any, tokens: torch.Tensor, offloads: bool) -> Callable[[], 
 
 def describe(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
     """Return the case of a row."""
-    names = ("batch", "layers", "rank", "cap_gib", "keep_attention", "keep_experts", "offload")
+    names = ("batch", "layers", "rank", "cap_gib", "keep_attention", "keep_experts")
+    names += ("offload", "slice_rows")
     return {"tokens": tokens} | {name: getattr(args, name) for name in names}
 
 
@@ -171,6 +177,7 @@ def spawn(arm: str, tokens: int, args: argparse.Namespace, profiled: bool) -> li
         command += ["--keep-experts", args.keep_experts]
         command += ["--cap-gib", args.cap_gib] if args.cap_gib else []
         command += ["--profile"] if profiled else []
+        command += ["--slice-rows", args.slice_rows]
         command += ["--offload"] if args.offload else []
         done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True)
         print(done.stderr[-6000:], file=sys.stderr, end="", flush=True)
@@ -194,7 +201,10 @@ def main() -> None:
     parser.add_argument("--spare", type=int, default=700 << 20, help="bytes for the context")
     parser.add_argument("--keep-attention", default="always", choices=("always", "never"))
     parser.add_argument("--keep-experts", default="never", choices=("always", "never"))
-    parser.add_argument("--offload", action="store_true", help="offload checkpoints to the host")
+    parser.add_argument(
+        "--slice-rows", default="never", help="tokens of a slice; arms of ours only"
+    )
+    parser.add_argument("--offload", action="store_true", help="inputs of layers on the host")
     parser.add_argument("--profiled", type=int, nargs="*", default=[16384], help="lengths")
     parser.add_argument("--subject", default="train_step", help="first part of the file name")
     add_result(parser)
@@ -202,6 +212,10 @@ def main() -> None:
         parser.add_argument(name, type=int if name == "--tokens" else str, help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    slices = args.slice_rows != "never" or args.offload
+    measured = {args.arm} if args.arm else set(args.arms)
+    if slices and (args.keep_experts == "always" or measured & set(BASELINES)):
+        parser.error("--slice-rows and --offload need arms of ours, without --keep-experts always")
     if not has_device(__file__):
         return
     if args.arm:

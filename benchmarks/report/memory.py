@@ -16,10 +16,11 @@ memory of the process (torch's peak reserved memory and the CUDA context), `pred
 prediction of this version's planner. `allocated` is the peak size of all tensors; the difference to
 `card` is the context and the allocator's fragmentation. `kept` is what checkpointed layers keep for
 the backward pass instead of recomputing it: outputs of full attention, or the experts' gate_up
-outputs.
+outputs. `slices` are tokens that layers compute at once, `offloaded` says whether their inputs are
+in host memory. Offloading by Axolotl is no longer used, and not predicted.
 """
 COLUMNS = (
-    *("layers", "tokens", "rank", "kept", "offloaded"),
+    *("layers", "tokens", "rank", "kept", "slices", "offloaded"),
     *("allocated", "card", "predicted", "error"),
 )
 
@@ -46,15 +47,22 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
     for text, figures in cases.items():
         case = json.loads(text)
         kept = [n for n in ("attention", "experts") if case.get(f"keep_{n}") == "always"]
-        predicted, measured = predict(case).peak_bytes, figures["device_bytes"]
+        measured, rows = figures["device_bytes"], case.get("slice_rows")
+        is_ours = rows is not None or not case["offload"]
+        offloaded = ("yes" if is_ours else "by Axolotl") if case["offload"] else "no"
+        prediction = ["–", "–"]
+        if is_ours:
+            predicted = predict(case).peak_bytes
+            prediction = [f"{predicted / 2**30:.2f} GiB", f"{predicted / measured - 1:+.1%}"]
         cells = [
             f"{case['layers']}",
             f"{case['tokens']:,} × {case['batch']}",
             f"{case['rank']}",
             ", ".join(kept) or "nothing",
-            "yes" if case["offload"] else "no",
-            *(f"{n / 2**30:.2f} GiB" for n in (figures["allocated_bytes"], measured, predicted)),
-            f"{predicted / measured - 1:+.1%}",
+            "–" if rows in (None, "never") else f"{rows:,}",
+            offloaded,
+            *(f"{n / 2**30:.2f} GiB" for n in (figures["allocated_bytes"], measured)),
+            *prediction,
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])

@@ -18,6 +18,7 @@ def check_rules(config: Config) -> None:
     """
     _check_attention(config)
     _check_adapters(config)
+    _check_checkpointing(config)
     _check_kept(config)
     _check_steps(config)
     _check_tasks(config)
@@ -66,6 +67,22 @@ def _check_adapters(config: Config) -> None:
         )
 
 
+def _check_checkpointing(config: Config) -> None:
+    training = config.training
+    if training.gradient_checkpointing:
+        return
+    for key, unused in (
+        ("slice_rows", ("auto", "never")),
+        ("offload_checkpoints", ("auto", False)),
+    ):
+        value = getattr(training, key)
+        if value not in unused:
+            raise KeyFault(
+                f"training.{key}",
+                f"training.{key}: {str(value).lower()} needs training.gradient_checkpointing: true",
+            )
+
+
 def _check_kept(config: Config) -> None:
     for key, why in config.nothing_to_keep("cuda").items():
         if getattr(config.training, key) == "always":
@@ -83,11 +100,6 @@ def _check_steps(config: Config) -> None:
             f"training.save_steps ({training.save_steps}) must be a multiple of "
             f"training.eval_steps ({training.eval_steps}): transformers requires it for "
             "loading the best model",
-        )
-    if training.offload_checkpoints and not training.gradient_checkpointing:
-        raise KeyFault(
-            "training.offload_checkpoints",
-            "training.offload_checkpoints needs training.gradient_checkpointing",
         )
     if training.save_steps % training.logging_steps:
         raise KeyFault(

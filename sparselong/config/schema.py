@@ -35,14 +35,11 @@ from sparselong.config.keys import (
 from sparselong.config.overrides import apply_overrides
 from sparselong.config.profiles import PROFILES
 from sparselong.config.rules import check_rules
-from sparselong.config.texts import Place, Project, Text, check_place
+from sparselong.config.texts import Place, Text, check_place
+from sparselong.config.training import TrainingSection
+from sparselong.config.values import Count, Length, Positive, Scale
 from sparselong.errors import ConfigError
 
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Length = Annotated[int, Field(ge=2, le=2**31 - 1)]
-Scale = Annotated[float, Field(gt=0.0, le=1e6)]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -160,60 +157,6 @@ class ModifiersSection(Section):
     """Updates of the 2:4 masks."""
 
 
-class TrainingSection(Section):
-    """Optimizer, schedule, checkpoints and logging, under Axolotl's names."""
-
-    num_epochs: Scale = 1.0
-    """Number of passes over the training data."""
-    max_steps: Positive | None = None
-    """Number of optimizer steps; null derives it from `num_epochs`."""
-    gradient_accumulation_steps: Positive = 8
-    """Micro-batches per optimizer step."""
-    learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 2e-4
-    """Peak learning rate."""
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate schedule after warm-up."""
-    warmup_ratio: Fraction = 0.03
-    """Fraction of the steps over which the learning rate rises from zero."""
-    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
-    """Decoupled weight decay of the adapters."""
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch_fused"
-    """Optimizer, under transformers' name. `adamw_bnb_8bit` saves memory and needs a GPU."""
-    sample_packing: bool = True
-    """Pack several conversations into each sequence, separated by position ids."""
-    gradient_checkpointing: Annotated[bool, Incidental()] = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
-    keep_attention: Annotated[Literal["auto", "always", "never"], Incidental()] = "auto"
-    """Whether checkpointed layers keep the output of full attention, so that the backward pass does
-    not recompute it: 8.25 KiB per token and full-attention layer (20b at 16,384 tokens: 1.5 GiB).
-    `auto` keeps it if the predicted peak fits in free GPU memory; log and manifest say which."""
-    keep_experts: Annotated[Literal["auto", "always", "never"], Incidental()] = "auto"
-    """Whether checkpointed layers keep the experts' gate_up output, so that the backward pass does
-    not recompute it: 45 KiB per token and layer (20b at 4,096 tokens per GPU: 4.2 GiB). `auto`
-    decides as for `keep_attention`, which comes first because it saves more time per byte. Nothing
-    is kept if processes share the experts; with `always`, `expert_parallel_degree: auto` is 1."""
-    offload_checkpoints: Annotated[bool, Incidental()] = False
-    """Keep the inputs of checkpointed layers in pinned host memory, for contexts that would not
-    otherwise fit."""
-    logging_steps: Annotated[Positive, Incidental()] = 1
-    """Steps between rows of metrics.jsonl; `save_steps` must be a multiple of it."""
-    eval_steps: Positive = 50
-    """Steps between evaluations on the validation conversations."""
-    save_steps: Annotated[Positive, Incidental()] = 50
-    """Steps between checkpoints; a multiple of `eval_steps`, which transformers requires for
-    loading the best model."""
-    save_total_limit: Annotated[Positive, Incidental()] = 3
-    """Number of checkpoints to keep; the best one is always kept."""
-    early_stopping_patience: Positive | None = None
-    """Number of evaluations without improvement after which training stops; null disables it."""
-    loss_target: Annotated[Scale | None, Incidental()] = None
-    """Training loss at which an alert is logged once; null disables it."""
-    use_tensorboard: Annotated[bool, Incidental()] = False
-    """Also write TensorBoard event files."""
-    wandb_project: Annotated[Project | None, Incidental()] = None
-    """Also log to this Weights & Biases project; null disables it."""
-
-
 class EvaluationSection(Section):
     """What stage 04 measures on the base, compressed and fine-tuned models."""
 
@@ -262,7 +205,8 @@ class Config(Section):
         "auto"
     )
     """Kernels for `flash_attention`. `auto` uses, for each kind of layer, the backend that was
-    measured to be fastest on this GPU (01_health says which). A named backend is used for every
+    measured to be fastest on this GPU (01_health says which), or `triton` for all if fine-tuning
+    would not otherwise fit: its backward pass needs no fp32 sums. A named backend is used for every
     layer, and the stage fails if it cannot be. `flash_attn` must be installed. `torch_cudnn` does
     not support the sliding windows in every second layer of gpt-oss, so only `auto` can use it."""
     deterministic: bool = False
@@ -309,6 +253,12 @@ class Config(Section):
                 f"{expert_parallel} processes share the experts (expert_parallel_degree): each "
                 "would keep rows of all of them"
             )
+        for key in ("slice_rows", "offload_checkpoints"):
+            value = getattr(self.training, key)
+            if value not in ("auto", "never", False):
+                found["keep_experts"] = (
+                    f"training.{key} is {str(value).lower()}: such layers recompute their experts"
+                )
         return found
 
     @model_validator(mode="after")

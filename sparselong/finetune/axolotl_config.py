@@ -106,9 +106,6 @@ def build(run: TrainingRun, resume_from: Path | None) -> dict[str, Any]:
     }
     if training.gradient_checkpointing:
         document["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-        document["activation_offloading"] = (
-            "hidden_states" if training.offload_checkpoints else None
-        )
     return {key: value for key, value in document.items() if value is not None}
 
 

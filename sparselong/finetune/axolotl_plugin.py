@@ -28,7 +28,7 @@ import importlib.metadata
 import json
 import os
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ from sparselong.finetune.training_run import (
     TRAINED,
     TrainingRun,
 )
-from sparselong.memory import find_shape, kept_peaks
+from sparselong.memory import describe_layers, find_shape, kept_peaks, rows_at_once
 from sparselong.model import (
     FusedDecoderLayer,
     check_rows_kept,
@@ -117,6 +117,7 @@ class SparseLongPlugin(BasePlugin):
         super().__init__()
         self.trainer: MaskedTrainer | None = None
         self.keeping: dict[str, Keeping] = {}
+        self.recomputation = Recomputation(False, False)
         self.supervised_token_fraction = 0.0
         self.opening = ExitStack()
         self.frozen: dict[str, str] = {}
@@ -127,7 +128,7 @@ class SparseLongPlugin(BasePlugin):
         self.run = TrainingRun.open(Path(cfg[RUN_KEY]))
         sharing = decided_sharing()
         if ranks.mesh() is not None and sharing is not None:  # rank.py has told failures
-            self.sharing = sharing
+            self._begin(sharing)
             return
         if joined_rank() is not None:
             raise StageError(
@@ -137,7 +138,13 @@ class SparseLongPlugin(BasePlugin):
                 "torchrun --nproc_per_node=N 03_finetune.py ...",
             )
         tell_failures(self.run.work)
-        self.sharing = decide_sharing(self.run.config)
+        self._begin(decide_sharing(self.run.config))
+
+    def _begin(self, sharing: Sharing) -> None:
+        """Train as was decided, instead of by `auto`."""
+        assert sharing.layers is not None, "decided for stage 03"
+        self.sharing = sharing
+        self.run = replace(self.run, config=sharing.layers.settle(self.run.config))
 
     def get_input_args(self):
         """Return the schema of our keys."""
@@ -200,6 +207,7 @@ class SparseLongPlugin(BasePlugin):
         self.frozen = host.hash_tensors() if host else {}
         tell(describe_weights(model))
         tell(f"expert_parallel_degree {self.sharing}")
+        tell(f"checkpointed layers: {describe_layers(self.run.config)}")
         chunk_loss(model)
         lora = self.run.config.lora
         tuned, config = add_masked_lora(
@@ -228,12 +236,18 @@ class SparseLongPlugin(BasePlugin):
         self.keeping = decide_keeping(
             asked, peaks, config.nothing_to_keep(device, held.expert_parallel)
         )
+        rows = rows_at_once(config, config.micro_batch_size * config.sequence_len)
         upkeep = config.finetuning_modifiers.MagnitudePruningModifier
         for key, decision in self.keeping.items():
             tell(f"{key} {decision}")
+        self.recomputation = Recomputation(
+            **{key: decision.kept for key, decision in self.keeping.items()},
+            rows=rows,
+            offloads=config.training.offload_checkpoints is True,
+        )
         return [
             MaskUpkeep(trainer.layers, trainer.progress, upkeep.update_frequency, upkeep.criterion),
-            Recomputation(**{key: decision.kept for key, decision in self.keeping.items()}),
+            self.recomputation,
             RouterWatch(trainer.model),
             Metrics(
                 self.run.work / METRICS if ranks.is_first() else None,
@@ -249,6 +263,7 @@ class SparseLongPlugin(BasePlugin):
             return
         with trainer.settings():  # the effective values, not the config's
             settings = current()
+        shared = asdict(self.sharing)
         receipt = {
             "plugin": f"{__name__}.{type(self).__name__}",
             "modules_replaced": sorted(tuned_layers(trainer.model)),
@@ -258,7 +273,8 @@ class SparseLongPlugin(BasePlugin):
             "fused_layers": sum(isinstance(m, FusedDecoderLayer) for m in trainer.model.modules()),
             "attention_backend": settings.attention_backend,
             "deterministic": settings.deterministic,
-            "expert_parallel_degree": asdict(self.sharing),
+            "expert_parallel_degree": shared,
+            "layers": shared.pop("layers"),
             **{key: asdict(decision) for key, decision in self.keeping.items()},
             "processes": ranks.count(),
             "trainable_parameters": count_trainable(trainer.model),
@@ -299,6 +315,7 @@ class SparseLongPlugin(BasePlugin):
             "mask_updates": trainer.progress.mask_updates,
             "peak_bytes": ranks.merge_peaks(trainer.progress.note_peaks()),
             "experts": self._check_experts(trainer),
+            "copied_input_bytes": ranks.collect(self.recomputation.inputs.copied_bytes),
         }
         if ranks.is_first():
             write_atomically(work / TRAINED, json.dumps({"newest": trainer.newest}) + "\n")

@@ -21,8 +21,9 @@ from transformers import TrainerCallback
 from sparselong.adapters import Criterion, MaskedLoraLinear, update_steps
 from sparselong.errors import StageError
 from sparselong.finetune.state import Progress, buffers
+from sparselong.model import slice_rows
 from sparselong.processes import MARK, check_replicas
-from sparselong.runtime import checkpoint_contexts
+from sparselong.runtime import DeviceInputs, HostInputs, checkpoint_contexts
 
 
 def tell(text: str) -> None:
@@ -72,14 +73,35 @@ class MaskUpkeep(TrainerCallback):
 
 
 class Recomputation(TrainerCallback):
-    """Lets checkpointed layers skip parts of their recomputation (runtime/recompute.py)."""
+    """Lets checkpointed layers compute as was decided.
 
-    def __init__(self, keep_attention: bool, keep_experts: bool):
+    They skip parts of their recomputation (runtime/recompute.py), or compute in slices of rows and
+    keep their inputs in host memory (model/row_slices.py).
+
+    Args:
+        keep_attention: whether they keep the output of full attention.
+        keep_experts: whether they keep the experts' gate_up output, which needs whole layers.
+        rows: most tokens per slice; None: whole layers, whose inputs stay on the device.
+        offloads: whether inputs are kept in host memory.
+    """
+
+    def __init__(
+        self,
+        keep_attention: bool,
+        keep_experts: bool,
+        rows: int | None = None,
+        offloads: bool = False,
+    ):
         self.contexts = partial(checkpoint_contexts, keep_attention, keep_experts)
+        self.keep_attention, self.rows = keep_attention, rows
+        self.inputs = HostInputs() if offloads else DeviceInputs()
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Replace the plain checkpointing that the trainer has just enabled."""
-        if args.gradient_checkpointing:
+        if self.rows is not None:
+            base = kwargs["model"].get_base_model()
+            slice_rows(base, self.rows, self.inputs, self.keep_attention)
+        elif args.gradient_checkpointing:
             arguments = {"use_reentrant": False, "context_fn": self.contexts}
             # No layer uses random numbers: adapters have no dropout.
             arguments["preserve_rng_state"] = False

@@ -36,6 +36,7 @@ from sparselong.finetune import checkpoints, gathering, state
 from sparselong.finetune.batches import Batches, EpochOrder, make_batches, only, take_tokens
 from sparselong.finetune.callbacks import tell
 from sparselong.finetune.training_run import TrainingRun
+from sparselong.memory import SLICE_TOKENS, rows_at_once
 from sparselong.model import NAME, document_masks
 from sparselong.parallel import (
     Mesh,
@@ -81,11 +82,15 @@ class MaskedTraining(Trainer):
             self.progress.data_ranks = self.mesh.data_size
 
     def settings(self, **changes: Any) -> AbstractContextManager[Settings]:
-        """Return the settings block for a pass of the model."""
+        """Return the settings block for a pass of the model.
+
+        Evaluations of sequences that training must slice process experts in slices too.
+        """
         config = self.run.config
         return using(
             attention_backend=config.attention_backend,
             deterministic=config.deterministic,
+            inference_tokens=rows_at_once(config, SLICE_TOKENS),
             **changes,
         )
 

@@ -96,6 +96,8 @@ def _train(stage: Stage) -> None:
         "attention": axolotl_config.attention_of(stage.config),
         "expert_parallel_degree": stage.config.expert_parallel_degree,
         "experts.placement": stage.config.experts.placement,
+        "training.slice_rows": stage.config.training.slice_rows,
+        "training.offload_checkpoints": stage.config.training.offload_checkpoints,
     }
     try:
         check_receipt(stage, asked)
@@ -238,6 +240,10 @@ def check_receipt(stage: Stage, trained_with: Mapping[str, Any]) -> dict[str, An
     shared = "auto" if sharing.get("asked") == "auto" else sharing.get("chosen")
     placed = "auto" if sharing.get("asked_placement") == "auto" else sharing.get("placement")
     found = {**receipt, "expert_parallel_degree": shared, "experts.placement": placed}
+    layers = receipt.get("layers") or {"asked": {}, "chosen": {}}
+    for key, chosen in layers["chosen"].items():
+        if receipt.get(key, chosen) == chosen:  # the attention backend that passes used
+            found[key] = "auto" if layers["asked"][key] == "auto" else chosen
     missing += [f"{key} {asked}" for key, asked in attends.items() if found.get(key) != asked]
     if missing or not (stage.dir / BAKED).exists():
         raise StageError(
@@ -279,6 +285,10 @@ def _publish(stage: Stage) -> None:
         "two_four_conforming": baked["two_four_conforming"],
         "expert_parallel_degree": receipt.get("expert_parallel_degree"),
         "experts": baked.get("experts"),
+        "layers": {
+            **(receipt.get("layers") or {}),
+            "copied_bytes": baked.get("copied_input_bytes"),
+        },
         "keep_attention": receipt["keep_attention"],
         "keep_experts": receipt["keep_experts"],
         "trainable_parameters": receipt["trainable_parameters"],

@@ -19,7 +19,15 @@ from sparselong.health.rows import Row, fail, ok, warn
 from sparselong.health.sources import Source
 from sparselong.kernels.attention import describe_choice
 from sparselong.kernels.experts import choose_backend
-from sparselong.memory import Plan, check_heads, format_bytes, least_peak_bytes
+from sparselong.memory import (
+    Plan,
+    check_heads,
+    describe_layers,
+    format_bytes,
+    least_peak_bytes,
+    process_tokens,
+    rows_at_once,
+)
 from sparselong.processes import check_cores
 
 _PYTHONS = ((3, 11), (3, 12))
@@ -47,8 +55,9 @@ def check(config: Config, machine: Machine, plan: Plan) -> list[Row]:
         _parallel(config, machine, plan),
         _experts_shared(config, machine, plan),
         _experts_placed(plan),
+        _layers(plan),
         _collectives(plan.memory.devices, machine),
-        _attention(config, machine),
+        _attention(config, machine, plan),
         _experts(config, machine, plan),
         _optimizer(config, machine),
         *resources.check_memory(config, machine, plan),
@@ -205,6 +214,14 @@ def _experts_placed(plan: Plan) -> Row:
     return ok("expert placement", f"{text} with the processes ({plan.held_reason})")
 
 
+def _layers(plan: Plan) -> Row:
+    """Return the row for how stage 03's checkpointed layers compute."""
+    text = describe_layers(plan.settled)
+    if plan.input_host_bytes:
+        text += f" ({format_bytes(plan.input_host_bytes)} there)"
+    return ok("checkpointed layers", f"{text} ({plan.settled_reason})")
+
+
 def _count(gpus: int) -> str:
     return f"{gpus} usable GPU{'' if gpus == 1 else 's'}"
 
@@ -227,7 +244,7 @@ def _collectives(processes: int, machine: Machine) -> Row:
     return ok("collectives", f"{text}; {wanted} in use")
 
 
-def _attention(config: Config, machine: Machine) -> Row:
+def _attention(config: Config, machine: Machine, plan: Plan) -> Row:
     if not machine.usable_gpus and config.flash_attention:
         return fail(
             "attention kernel",
@@ -236,7 +253,7 @@ def _attention(config: Config, machine: Machine) -> Row:
         )
     if not config.flash_attention:
         return ok("attention kernel", "transformers' eager (quadratic in sequence_len)")
-    named, repeats = config.attention_backend, config.deterministic
+    named, repeats = plan.settled.attention_backend, config.deterministic
     if named == "flash_attn" and not machine.flash_attn:
         return fail(
             "attention kernel",
@@ -249,7 +266,8 @@ def _attention(config: Config, machine: Machine) -> Row:
         chosen = describe_choice(f"sm_{major}{minor}", packed, config.sequence_len, repeats)
         text = "; ".join(f"{kind} layers: {backend}" for kind, backend in chosen.items())
     else:
-        text = f"full and window layers: {named} (attention_backend)"
+        why = "attention_backend" if named == config.attention_backend else plan.settled_reason
+        text = f"full and window layers: {named} ({why})"
     return ok("attention kernel", text + ("; deterministic" if repeats else ""))
 
 
@@ -258,8 +276,8 @@ def _experts(config: Config, machine: Machine, plan: Plan) -> Row:
     if plan.device == "cpu" or not machine.usable_gpus:
         return ok("expert kernel", "torch, decoded expert by expert")
     major, minor = machine.usable_gpus[0].compute_capability
-    tokens = config.micro_batch_size * -(-config.sequence_len // config.sequence_parallel_degree)
-    routed = tokens * plan.shape.experts_per_token
+    tokens = process_tokens(config)
+    routed = (rows_at_once(plan.settled, tokens) or tokens) * plan.shape.experts_per_token
     chosen = choose_backend(f"sm_{major}{minor}", routed, plan.shape.experts)
     return ok("expert kernel", f"Triton, {chosen.backend} ({chosen.evidence})")
 

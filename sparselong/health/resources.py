@@ -104,6 +104,12 @@ def check_memory(config: Config, machine: Machine, plan: Plan) -> Iterator[Row]:
             f"{text}, most of it for the experts",
             "close other programs, add memory, or use more or larger GPUs",
         )
+    elif 2 * plan.input_host_bytes >= need:
+        yield fail(
+            "host memory",
+            f"{text}, most of it for the inputs of checkpointed layers",
+            "close other programs, add memory, or set training.offload_checkpoints=auto",
+        )
     else:
         yield fail("host memory", text, "close other programs, or add memory")
 

@@ -2,8 +2,9 @@
 
 base_config.py reads a base's config.json, shape.py holds the model's sizes, storage.py the size of
 the weights (exact), training.py the peak memory of fine-tuning by component, exchange.py what
-sharing experts and vocabulary adds to it, stages.py the memory of the other stages, placing.py what
-is kept, shared and in host memory, ways.py compares these ways for stage 03 and evaluated.py for
+sharing experts and vocabulary adds to it, slicing.py what layers in slices of rows take instead,
+stages.py the memory of the other stages, placing.py what is kept, shared, in slices and in host
+memory, ways.py compares these ways for stage 03 and evaluated.py for
 stage 04, fit.py says what fits and what to change, timing.py is a roofline model. plan.py combines
 them and table.py prints them.
 """
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
         host_bytes,
         is_kept,
         kept_peaks,
+        settle,
     )
     from sparselong.memory.plan import Plan, make_plan, plan_stage
     from sparselong.memory.shape import PUBLISHED, check_heads, find_config, find_shape
+    from sparselong.memory.slicing import rows_at_once
     from sparselong.memory.stages import evaluation_memory
     from sparselong.memory.storage import Held, adapter_bytes, base_groups, compressed_groups
     from sparselong.memory.table import (
@@ -47,9 +50,12 @@ if TYPE_CHECKING:
     from sparselong.memory.training import (
         ALLOCATOR,
         CONTEXT_BYTES,
+        SLICE_TOKENS,
         Kept,
         Memory,
         finetune_memory,
+        process_tokens,
     )
+    from sparselong.memory.ways import describe_layers
 
 __getattr__ = expose(__name__)

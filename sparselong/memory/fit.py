@@ -15,6 +15,7 @@ from sparselong.memory.placing import (
     host_bytes,
     most_expert_parallel,
     planned_processes,
+    settle,
 )
 from sparselong.memory.shape import ModelShape
 from sparselong.memory.storage import Held
@@ -39,7 +40,9 @@ def least_peak_bytes(
     """Return the predicted peak of stage 03 on devices with `budget_bytes` of usable memory."""
     processes = planned_processes(config)
     held = decide_held(shape, config, processes, budget_bytes, device, host_budget_bytes)
-    return decided_memory(shape, config, budget_bytes, device, held=held).peak_bytes
+    return decided_memory(
+        shape, config, budget_bytes, device, held=held, host_budget_bytes=host_budget_bytes
+    ).peak_bytes
 
 
 def check_fit(
@@ -59,9 +62,11 @@ def check_fit(
         StageError: says how many bytes each device, or the host, lacks, and which changes would
             help.
     """
-    held = decide_held(shape, config, processes_here, budget_bytes, device, host_budget_bytes)
-    check_host(shape, config, held, processes_here, host_budget_bytes)
-    memory = decided_memory(shape, config, budget_bytes, device, held=held)
+    limits = (processes_here, budget_bytes, device, host_budget_bytes)
+    held = decide_held(shape, config, *limits)
+    settled = settle(shape, config, held, *limits)
+    check_host(shape, settled, held, processes_here, host_budget_bytes)
+    memory = decided_memory(shape, settled, budget_bytes, device, held=held)
     if memory.peak_bytes <= budget_bytes * MARGIN:
         return
     whose = "each process" if device == "cpu" else "each GPU"
@@ -99,11 +104,11 @@ def check_host(
     processes_here: int,
     host_budget_bytes: int | None,
 ) -> None:
-    """Raise if the experts cannot be in this machine's host memory.
+    """Raise if experts or layers' inputs cannot be in this machine's host memory.
 
     Args:
         shape: sizes of the base model.
-        config: the config of the run.
+        config: the config of the run, settled.
         held: how the experts are held.
         processes_here: number of processes on this machine.
         host_budget_bytes: available host memory; None: not known, taken as enough.
@@ -111,19 +116,28 @@ def check_host(
     Raises:
         StageError: says how many bytes are needed, and how many there are.
     """
+    offloads = config.training.offload_checkpoints is True
     needed = host_bytes(shape, config, held, processes_here)
-    if held.placement == "gpu" or host_budget_bytes is None or needed <= host_budget_bytes:
+    is_unused = held.placement == "gpu" and not offloads
+    if is_unused or host_budget_bytes is None or needed <= host_budget_bytes:
         return
-    most = most_expert_parallel(shape, config, processes_here)
-    share = f"expert_parallel_degree={most}, or " if most > held.expert_parallel else ""
     copies = processes_here // held.expert_parallel
+    parts, fixes = [], []
+    if held.placement == "host":
+        parts.append(f"{copies} cop{'y' if copies == 1 else 'ies'} of the experts")
+        most = most_expert_parallel(shape, config, processes_here)
+        fixes += [f"expert_parallel_degree={most}"] if most > held.expert_parallel else []
+        fixes.append("experts.placement=gpu on larger or more GPUs")
+    if offloads:
+        parts.append("the inputs of their layers")
+        fixes.append("training.offload_checkpoints=false")
+    what = "the experts" if held.placement == "host" else "the inputs of checkpointed layers"
     raise StageError(
-        f"host memory does not hold the experts of {config.model.base}",
+        f"host memory does not hold {what} of {config.model.base}",
         f"{format_bytes(needed)} available on this machine for {processes_here} processes with "
-        f"{copies} cop{'y' if copies == 1 else 'ies'} of the experts",
+        f"{' and '.join(parts)}",
         f"{format_bytes(host_budget_bytes)}: {format_bytes(needed - host_budget_bytes)} short",
-        f"close other programs, add memory, set {share}experts.placement=gpu on larger or more "
-        "GPUs, or use a smaller model",
+        f"close other programs, add memory, set {', or '.join(fixes)}, or use a smaller model",
     )
 
 
@@ -261,9 +275,11 @@ def _alternatives(
         for key in ("keep_experts", "keep_attention"):
             if getattr(training, key) == "always":
                 change(f"training.{key}=auto", **{key: "auto"})
-        if not training.offload_checkpoints:
-            change("training.offload_checkpoints=true", offload_checkpoints=True)
-    if config.flash_attention and config.attention_backend != "triton":
+        if training.offload_checkpoints is False:
+            change("training.offload_checkpoints=auto", offload_checkpoints="auto")
+        if training.slice_rows == "never":
+            change("training.slice_rows=auto", slice_rows="auto")
+    if config.flash_attention and config.attention_backend not in ("auto", "triton"):
         other = config.model_copy(update={"attention_backend": "triton"})
         found.append(("attention_backend=triton", other))
     if config.micro_batch_size > 1:

@@ -1,5 +1,10 @@
 """What a process keeps and holds: outputs of layers, and experts, shared or whole, and where.
 
+Layers are fastest where they compute all rows at once, with their inputs on the GPU. Copies of
+inputs to host memory run beside the computation, so `auto` tries them first where memory does not
+suffice. Slices of rows come next: they cost a few percent. Attention in our Triton kernels, which
+need no fp32 sums, comes last: other backends may be faster by a third.
+
 Experts are fastest where each process holds all of them on its GPU: nothing is exchanged. The next
 best is to share experts and vocabulary. If that does not fit either, the experts go to host memory,
 from which layers are copied ahead of their use, each process its own: the more share them, the
@@ -10,12 +15,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from sparselong.config import Config
 from sparselong.memory.shape import ModelShape
+from sparselong.memory.slicing import AUTO_ROWS, host_input_bytes
 from sparselong.memory.stages import evaluation_memory
 from sparselong.memory.storage import WHOLE, Held, expert_bytes
-from sparselong.memory.training import GIB, Device, Kept, Memory, finetune_memory, offloaded_bytes
+from sparselong.memory.training import (
+    GIB,
+    Device,
+    Kept,
+    Memory,
+    finetune_memory,
+    process_tokens,
+)
 
 MARGIN = 1.05
 """Factor by which a measured peak may exceed the predicted one."""
@@ -74,10 +88,95 @@ def decided_memory(
     device: Device = "cuda",
     *,
     held: Held = WHOLE,
+    processes_here: int | None = None,
+    host_budget_bytes: int | None = None,
 ) -> Memory:
-    """Return the memory of stage 03 with what it keeps on a device with `budget_bytes`."""
+    """Return the memory of stage 03 as it computes and what it keeps on a device with a budget.
+
+    Args:
+        shape: sizes of the base model.
+        config: the config of the run.
+        budget_bytes: usable memory of each device.
+        device: kind of the devices.
+        held: how the process holds the experts.
+        processes_here: number of processes on this machine; None: the fewest.
+        host_budget_bytes: available host memory; None: not known, taken as enough.
+    """
+    here = processes_here or planned_processes(config)
+    config = settle(shape, config, held, here, budget_bytes, device, host_budget_bytes)
     kept = decide_kept(shape, config, budget_bytes, device, held=held)
     return finetune_memory(shape, config, device, held=held, kept=kept)
+
+
+def settle(
+    shape: ModelShape,
+    config: Config,
+    held: Held,
+    processes_here: int,
+    budget_bytes: int,
+    device: Device = "cuda",
+    host_budget_bytes: int | None = None,
+) -> Config:
+    """Return the config with `auto` replaced in what says how checkpointed layers compute.
+
+    These are `training.slice_rows`, `training.offload_checkpoints` and `attention_backend`, whose
+    `auto` remains unless it must be `triton`. It is the fastest way that fits with the margin; if
+    none does, the one that needs least.
+
+    Args:
+        shape: sizes of the base model.
+        config: the config of the run.
+        held: how the process holds the experts.
+        processes_here: number of processes on this machine.
+        budget_bytes: usable memory of each device.
+        device: kind of the devices.
+        host_budget_bytes: available host memory; None: not known, taken as enough.
+    """
+
+    def is_possible(way: Config) -> bool:
+        if host_budget_bytes is None or way.training.offload_checkpoints is not True:
+            return True
+        return host_bytes(shape, way, held, processes_here) <= host_budget_bytes
+
+    ways = _list_layers(config, device)
+    least, settled = math.inf, ways[0]
+    for way in filter(is_possible, ways):
+        training = way.training
+        kept = Kept(training.keep_attention == "always", training.keep_experts == "always")
+        peak = finetune_memory(shape, way, device, held=held, kept=kept).peak_bytes
+        if peak * MARGIN <= budget_bytes:
+            return way
+        if peak < least:
+            least, settled = peak, way
+    return settled
+
+
+def _list_layers(config: Config, device: Device) -> list[Config]:
+    """Return the config with each way of computing layers that it allows, the fastest first."""
+    training = config.training
+    asked = training.slice_rows, training.offload_checkpoints, config.attention_backend
+    rows = ["never", AUTO_ROWS] if asked[0] == "auto" else [asked[0]]
+    offloads = [False, True] if asked[1] == "auto" else [asked[1]]
+    backends = [asked[2]]
+    if device == "cuda" and asked[2] == "auto" and config.flash_attention:
+        backends.append("triton")
+    if device == "cpu" or not training.gradient_checkpointing or training.keep_experts == "always":
+        rows, offloads = rows[:1], offloads[:1]
+    if process_tokens(config) <= AUTO_ROWS:
+        rows = rows[:1]
+    return [
+        config.model_copy(
+            update={
+                "attention_backend": backend,
+                "training": training.model_copy(
+                    update={"slice_rows": count, "offload_checkpoints": offload}
+                ),
+            }
+        )
+        for backend in backends
+        for count in rows
+        for offload in offloads
+    ]
 
 
 def planned_processes(config: Config) -> int:
@@ -98,13 +197,13 @@ def most_expert_parallel(shape: ModelShape, config: Config, processes_here: int)
 
 
 def host_bytes(shape: ModelShape, config: Config, held: Held, processes_here: int) -> int:
-    """Return the host memory of stage 03's processes on a machine, if experts are there.
+    """Return the host memory of stage 03's processes on a machine, if anything of theirs is there.
 
-    It is that of their experts, of offloaded checkpoints, and of the processes themselves.
+    It is that of their experts, of their layers' inputs, and of the processes themselves.
     """
     copies = processes_here // held.expert_parallel if held.placement == "host" else 0
     sequences = max(1, processes_here // config.sequence_parallel_degree)
-    offloaded = sequences * offloaded_bytes(shape, config)
+    offloaded = sequences * host_input_bytes(shape, config)
     return copies * expert_bytes(shape) + offloaded + processes_here * PROCESS_BYTES
 
 
@@ -169,7 +268,9 @@ def decide_held(
     """
 
     def peak_bytes(held: Held) -> int:
-        return decided_memory(shape, config, budget_bytes, device, held=held).peak_bytes
+        more: dict[str, Any] = {"held": held, "processes_here": processes_here}
+        more["host_budget_bytes"] = host_budget_bytes
+        return decided_memory(shape, config, budget_bytes, device, **more).peak_bytes
 
     candidates = list_candidates(shape, config, processes_here, device, host_budget_bytes)
     return _decide(candidates, budget_bytes, peak_bytes)

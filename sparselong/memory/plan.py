@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from sparselong.config import Config
-from sparselong.memory import evaluated, fit, placing, stages, storage, timing, training
+from sparselong.memory import evaluated, fit, placing, slicing, stages, storage, timing, training
 from sparselong.memory.labels import label
 from sparselong.memory.shape import ModelShape, find_shape
 from sparselong.memory.storage import Held
 from sparselong.memory.table import format_bytes
 from sparselong.memory.training import Device, Memory
-from sparselong.memory.ways import expert_host_bytes, plan_ways
+from sparselong.memory.ways import describe_layers, expert_host_bytes, explain_layers, plan_ways
 
 CPU_PARAMETERS = 1_000_000_000
 """Models of at least this size are not fine-tuned on a CPU, where a step would take hours."""
@@ -47,10 +47,11 @@ class Plan:
             as can; None if the config does not allow it.
         held: how stage 03 holds experts and vocabulary.
         held_reason: why so.
+        settled: the config with how stage 03's checkpointed layers compute (`placing.settle`).
+        settled_reason: why so.
         evaluation_held: how stage 04 holds them.
         changes: changes that make stage 03 fit, the cheapest first; empty if it fits.
         stages: bytes of the other stages' working memory, by stage and component.
-        offloaded_bytes: pinned host memory for stage 03's offloaded checkpoints.
         expert_host_bytes: host memory of stage 03's or 04's processes if experts are there; else 0.
         compress_host: bytes that stage 02 keeps in host memory on any device.
         linkable: the part of `disk` that takes no space if shards can be hard links.
@@ -71,10 +72,11 @@ class Plan:
     hosted: Memory | None
     held: Held
     held_reason: str
+    settled: Config
+    settled_reason: str
     evaluation_held: Held
     changes: list[str]
     stages: dict[str, dict[str, int]]
-    offloaded_bytes: int
     expert_host_bytes: int
     compress_host: dict[str, int]
     linkable: dict[str, int]
@@ -98,7 +100,13 @@ class Plan:
         shared = max(self.held.expert_parallel, self.evaluation_held.expert_parallel) > 1
         loading = self.memory.devices * _LOADING_BYTES if shared else placing.PROCESS_BYTES
         compress = _total(self.compress_host) + placing.PROCESS_BYTES
-        return max(compress, self.offloaded_bytes + loading, self.expert_host_bytes)
+        return max(compress, self.input_host_bytes + loading, self.expert_host_bytes)
+
+    @property
+    def input_host_bytes(self) -> int:
+        """Host memory of the inputs of stage 03's layers, of all processes, in bytes."""
+        sequences = max(1, self.memory.devices // self.settled.sequence_parallel_degree)
+        return sequences * slicing.host_input_bytes(self.shape, self.settled)
 
     def stage_memory(self, name: str) -> tuple[dict[str, int], int]:
         """Return the components of a stage's memory and their peak, in bytes."""
@@ -116,6 +124,12 @@ class Plan:
             "expert_placement": self.held.placement,
             "held_reason": self.held_reason,
             "expert_host_bytes": self.expert_host_bytes,
+            "slice_rows": self.settled.training.slice_rows,
+            "offload_checkpoints": self.settled.training.offload_checkpoints,
+            "attention_backend": self.settled.attention_backend,
+            "layers": describe_layers(self.settled),
+            "layers_reason": self.settled_reason,
+            "input_host_bytes": self.input_host_bytes,
         }
         for way, memory in ways.items():
             found[f"{way}_bytes_per_gpu"] = label(memory.components) if memory else None
@@ -194,11 +208,11 @@ def make_plan(
         compressed=storage.compressed_groups(shape, config),
         card_bytes=gpu_bytes,
         **ways._asdict(),
+        settled_reason=explain_layers(config, ways.settled),
         changes=fit.suggest_changes(shape, config, gpu_bytes, device, host_budget_bytes)
         if device == "cuda"
         else [],
         stages=_working_memory(shape, config, device, ways.evaluation_held),
-        offloaded_bytes=training.offloaded_bytes(shape, config),
         expert_host_bytes=expert_host_bytes(shape, config, ways),
         compress_host=stages.compress_host_memory(shape, config, device),
         linkable=storage.linkable_bytes(shape, config),

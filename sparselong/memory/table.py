@@ -41,7 +41,7 @@ def memory_lines(document: dict[str, Any]) -> list[str]:
 
     A document of stage 03 or 04 has a column each for replicated experts and vocabulary, shared
     ones, and experts in host memory, as far as the config allows them, and a line on which was
-    chosen.
+    chosen. One of training has a line on how checkpointed layers compute.
     """
     title = "Memory on each GPU" if document["device"] == "cuda" else "Host memory"
     if any(document.get(f"{way}_bytes_per_gpu") for way in ("sharded", "hosted")):
@@ -49,7 +49,21 @@ def memory_lines(document: dict[str, Any]) -> list[str]:
     parts = {name: format_bytes(size) for name, size in document["bytes_per_gpu"].items() if size}
     if not parts:
         return []
-    return format_table(title, {**parts, "peak": format_bytes(document["peak_bytes_per_gpu"])})
+    table = format_table(title, {**parts, "peak": format_bytes(document["peak_bytes_per_gpu"])})
+    return [*table, *_layers(document)]
+
+
+def _layers(document: dict[str, Any]) -> list[str]:
+    """Return the lines on how checkpointed layers compute; none for a stage without them."""
+    if "layers" not in document:
+        return []
+    there = document["input_host_bytes"]
+    how = document["layers"] + (f" ({format_bytes(there)} there)" if there else "")
+    return _wrap(f"Checkpointed layers: {how} ({document['layers_reason']})")
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
 _WAYS = {"replicated": "replicated", "sharded": "sharded", "hosted": "host memory"}
@@ -73,8 +87,7 @@ def _columns(title: str, document: dict[str, Any]) -> list[str]:
     if document["expert_placement"] == "host":
         chosen += f", experts in host memory ({format_bytes(document['expert_host_bytes'])} there)"
     text = f"Chosen for experts and vocabulary: {chosen} ({document['held_reason']})"
-    wrapped = textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
-    return [*format_table(title, head | columns), *wrapped]
+    return [*format_table(title, head | columns), *_wrap(text), *_layers(document)]
 
 
 def show_plan(document: dict[str, Any]) -> str:

@@ -18,10 +18,11 @@ sums; benchmarks/memory.py compares the total with measurements on a GPU.
 If layers keep the experts' gate_up output, those of all layers exist from the forward pass on. A
 slice's output is freed once its gradients exist, the layer's before attention's backward pass.
 
-The sums do not include cuBLAS workspaces and the CUDA context, which are constants here, nor memory
-that the allocator cannot reuse: fragmentation between kept attention outputs, and offloaded
-checkpoints copied back for layers that the GPU has not finished. Both are set from measurements.
-Fragmentation between kept outputs of experts is not counted (0.1 GiB at 4,096 tokens on an H200).
+Layers that compute in slices of rows, or whose inputs are in host memory: see slicing.py.
+
+The sums do not include cuBLAS workspaces and the CUDA context, which are constants here, nor
+fragmentation between kept attention outputs and in layers with slices, which is set from
+measurements. That between kept outputs of experts is not counted (0.1 GiB at 4,096 tokens, H200).
 Figures without checkpointing, without our attention or on a CPU are estimates; activations of
 adapters on experts are not counted. With several `sequence_parallel_degree` ranks, each holds its
 share of the sequence; the keys and values of other ranks (a few megabytes, one group of heads at a
@@ -41,7 +42,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from sparselong.config import Config
-from sparselong.memory import exchange, storage
+from sparselong.memory import exchange, slicing, storage
 from sparselong.memory.shape import ModelShape
 
 Device = Literal["cuda", "cpu"]
@@ -67,12 +68,6 @@ BUFFER_BYTES = 1 << 28
 """Limit of decoded expert weights: BUFFER_BYTES of kernels/experts/triton_launch.py."""
 DECODED_FROM_ROWS = 512
 """Rows per expert above which weights are decoded into that buffer: see kernels.experts."""
-RESIDENT_CHECKPOINTS = 3
-"""Checkpoints that stay on the device with offloading: the embedding's output, which requires a
-gradient, and the two that were copied last."""
-PENDING_CHECKPOINTS = 9
-"""Offloaded checkpoints that were copied back and used but whose memory cannot be reused yet,
-because the host runs ahead of the GPU (H200, 32,768 and 65,536 tokens: 8.6 to 9.1)."""
 GAP_SHARE = 1 / 3
 """Fragmentation between kept attention outputs, as a fraction of their size (H200: 0.1 to 0.6)."""
 EXPERT_WIDTHS = 10
@@ -129,7 +124,8 @@ def finetune_memory(
 
     Args:
         shape: sizes of the base model.
-        config: the config of the run.
+        config: the config of the run; how layers compute is as it says, and under `auto` the
+            fastest way, whether it fits or not (see `placing.settle`).
         device: `cuda` computes in bf16, `cpu` in fp32.
         held: how the process holds the experts.
         kept: what layers keep, as far as device and config allow; see `placing.decide_kept`.
@@ -137,16 +133,19 @@ def finetune_memory(
     degree, expert_parallel = config.sequence_parallel_degree, held.expert_parallel
     devices = math.lcm(degree, expert_parallel)
     width = 2 if device == "cuda" else 4
-    tokens = config.micro_batch_size * -(-config.sequence_len // degree)
+    tokens = process_tokens(config)
     nothing = config.nothing_to_keep(device, expert_parallel)
     kept = Kept(
         kept.attention and "keep_attention" not in nothing,
         kept.experts and "keep_experts" not in nothing,
     )
+    rows = slicing.rows_at_once(config, tokens)
     if expert_parallel > 1:
-        experts = _shared_experts(shape, tokens, device, expert_parallel)
+        experts = _shared_experts(shape, rows or tokens, device, expert_parallel)
     else:
-        experts = _experts(shape, config, tokens, device, kept)
+        experts = _experts(shape, config, rows or tokens, device, kept)
+    if rows:
+        experts += slicing.slice_bytes(shape, rows, width)
     return Memory(
         device,
         devices,
@@ -158,10 +157,15 @@ def finetune_memory(
             LAYER: _layer(shape, config, tokens, width, kept),
             EXPERTS: experts,
             ATTENTION: _attention(shape, config, tokens, width, kept),
-            LOSS: _loss(shape, tokens, device, expert_parallel),
+            LOSS: _loss(shape, config, tokens, device, expert_parallel),
             **_overhead(shape, device, devices),
         },
     )
+
+
+def process_tokens(config: Config) -> int:
+    """Return the tokens of a micro-batch that each process computes."""
+    return config.micro_batch_size * -(-config.sequence_len // config.sequence_parallel_degree)
 
 
 def _overhead(shape: ModelShape, device: Device, devices: int) -> dict[str, int]:
@@ -201,25 +205,15 @@ def _left(
             saved += shape.experts_per_token * 2 * shape.intermediate
         layer = tokens * saved * width + _scores(shape, config, tokens, width)
         return {"activations": (shape.layers - 1) * layer}
-    offloaded = training.offload_checkpoints
-    resident = min(shape.layers, RESIDENT_CHECKPOINTS) if offloaded else shape.layers
-    checkpoint = tokens * shape.hidden * width
-    pending = min(shape.layers - resident, PENDING_CHECKPOINTS) * checkpoint
     attention = shape.full_layers * _kept_attention(shape, tokens) if kept.attention else 0
+    slices = slicing.rows_at_once(config, tokens)
+    gaps = slicing.gap_bytes(shape, tokens, width) if slices else 0
     return {
-        "checkpoints": resident * checkpoint,
+        "checkpoints": slicing.input_bytes(shape, config, tokens, width),
         "kept_attention": attention,
         "kept_experts": shape.layers * _kept_experts(shape, tokens) if kept.experts else 0,
-        "gaps": pending + int(GAP_SHARE * attention),
+        "gaps": gaps + int(GAP_SHARE * attention),
     }
-
-
-def offloaded_bytes(shape: ModelShape, config: Config) -> int:
-    """Return bytes of pinned host memory for offloaded checkpoints."""
-    if not config.training.offload_checkpoints:
-        return 0
-    moved = max(0, shape.layers - RESIDENT_CHECKPOINTS)
-    return moved * config.micro_batch_size * config.sequence_len * shape.hidden * 2
 
 
 def _kept_attention(shape: ModelShape, tokens: int) -> int:
@@ -234,14 +228,16 @@ def _kept_experts(shape: ModelShape, tokens: int) -> int:
 
 def _layer(shape: ModelShape, config: Config, tokens: int, width: int, kept: Kept) -> int:
     """Return bytes saved by the last layer's recomputation, and two gradients of hidden size."""
+    # If the last layer has full attention, its kept output is counted in kept_attention.
+    is_kept = kept.attention and shape.layers % 2 == 0
+    counted = _kept_attention(shape, tokens) if is_kept else 0
+    if slicing.rows_at_once(config, tokens):
+        return slicing.layer_bytes(shape, tokens, width) - counted
     saved = 5 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width
     routing = shape.experts_per_token * (8 + 2 * width) + 3 * 4 + shape.head_dim * width
     checkpointed = config.training.gradient_checkpointing
     weights = storage.BF16_BYTES * storage.adapted_weights(shape, config) if checkpointed else 0
-    both = tokens * (saved * width + 4 * shape.heads + routing) + weights
-    # If the last layer has full attention, its kept output is counted in kept_attention.
-    shared = kept.attention and shape.layers % 2 == 0
-    return both - (_kept_attention(shape, tokens) if shared else 0)
+    return tokens * (saved * width + 4 * shape.heads + routing) + weights - counted
 
 
 def _experts(shape: ModelShape, config: Config, tokens: int, device: Device, kept: Kept) -> int:
@@ -283,17 +279,27 @@ def _buffer(shape: ModelShape, weights: int) -> int:
 def _attention(shape: ModelShape, config: Config, tokens: int, width: int, kept: Kept) -> int:
     """Return bytes of attention's backward pass in addition to what the layer has saved.
 
-    They are gradients of out, queries, keys and values and, in FlashAttention-2 but not in our
-    Triton kernels, fp32 sums and per-query-head gradients of keys and values. The second norm's
+    They are gradients of out, queries, keys and values and what the backend adds. The second norm's
     output, a gradient of hidden size and the experts' kept outputs are freed before.
     """
+    added = _backend_bytes(shape, config, tokens, width)
+    if slicing.rows_at_once(config, tokens):
+        return slicing.attention_bytes(shape, tokens, width) + added
     freed = _kept_experts(shape, tokens) if kept.experts else 0
     gradients = 2 * shape.query_width + 2 * shape.kv_width - 2 * shape.hidden
-    sums = tokens * shape.query_width * (4 + 2 * width)
-    sums = 0 if config.attention_backend == "triton" else sums
-    scores = EAGER_COPIES * _scores(shape, config, tokens, width)
-    work = tokens * gradients * width + (sums if config.flash_attention else scores)
-    return max(0, work - freed)
+    return max(0, tokens * gradients * width + added - freed)
+
+
+def _backend_bytes(shape: ModelShape, config: Config, tokens: int, width: int) -> int:
+    """Return bytes that attention's backend adds to the gradients.
+
+    In FlashAttention-2 they are fp32 sums and per-query-head gradients of keys and values, in our
+    Triton kernels nothing, and in eager attention scores.
+    """
+    if not config.flash_attention:
+        return EAGER_COPIES * _scores(shape, config, tokens, width)
+    is_ours = config.attention_backend == "triton"
+    return 0 if is_ours else tokens * shape.query_width * (4 + 2 * width)
 
 
 def _scores(shape: ModelShape, config: Config, tokens: int, width: int) -> int:
@@ -301,12 +307,14 @@ def _scores(shape: ModelShape, config: Config, tokens: int, width: int) -> int:
     return 0 if config.flash_attention else tokens * config.sequence_len * shape.heads * width
 
 
-def _loss(shape: ModelShape, tokens: int, device: Device, expert_parallel: int) -> int:
+def _loss(
+    shape: ModelShape, config: Config, tokens: int, device: Device, expert_parallel: int
+) -> int:
     """Return the peak bytes of the loss, with every token supervised.
 
     The forward pass holds a chunk's logits, the last layer's output, its norm, its supervised rows
     and their gradient. The backward pass holds the output, and the gradient in bf16, in fp32 and
-    scaled.
+    scaled. With inputs in host memory, the output is in one of their buffers.
     """
     width, copies = 2 if device == "cuda" else 4, LOSS_CHUNK_WIDTHS[device]
     if expert_parallel > 1:
@@ -314,7 +322,8 @@ def _loss(shape: ModelShape, tokens: int, device: Device, expert_parallel: int) 
     else:
         chunk = min(tokens, LOSS_CHUNK_ROWS) * shape.vocab * width * copies
     rows = tokens * shape.hidden
-    return max(chunk + 4 * rows * width, rows * (10 if device == "cuda" else 3 * width))
+    output = rows * width if config.training.offload_checkpoints is True else 0
+    return max(chunk + 4 * rows * width, rows * (10 if device == "cuda" else 3 * width)) - output
 
 
 def decoded(shape: ModelShape, width: int) -> int:

@@ -1,4 +1,7 @@
-"""Stage 03's memory with experts held in each way, which way is chosen, and why."""
+"""Stage 03's memory with experts held in each way, which way is chosen, and why.
+
+How checkpointed layers compute is settled for each way on its own, and explained for the chosen.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ class Ways(NamedTuple):
     hosted: Memory | None
     held: Held
     held_reason: str
+    settled: Config
     evaluation_held: Held
 
 
@@ -48,14 +52,18 @@ def plan_ways(
     processes = placing.planned_processes(config)
     given = (shape, config, processes, card_bytes, device, host_budget_bytes)
     held = placing.decide_held(*given)
+    settled = placing.settle(*given[:2], held, *given[2:])
     # Replicated experts do not change how many processes there are.
-    replicated = placing.decided_memory(shape, config, card_bytes, device)
+    given_to_memory = (shape, config, card_bytes, device)
+    replicated = placing.decided_memory(*given_to_memory, host_budget_bytes=host_budget_bytes)
     replicated = replace(replicated, devices=processes)
 
     def plan(held: Held | None) -> Memory | None:
         if held is None:
             return None
-        memory = placing.decided_memory(shape, config, card_bytes, device, held=held)
+        memory = placing.decided_memory(
+            *given_to_memory, held=held, host_budget_bytes=host_budget_bytes
+        )
         return replace(memory, devices=max(memory.devices, processes))
 
     ways = list_ways(shape, config, held, device)
@@ -65,6 +73,7 @@ def plan_ways(
         plan(ways["hosted"]),
         held,
         explain_held(shape, config, held, replicated.peak_bytes, card_bytes),
+        settled,
         placing.decide_evaluation_held(*given),
     )
 
@@ -137,10 +146,50 @@ def explain_held(
     return f"{given}; {text}" if given else text
 
 
+def describe_layers(settled: Config) -> str:
+    """Return how checkpointed layers compute: rows at once, where inputs wait, which attention."""
+    training = settled.training
+    if not training.gradient_checkpointing:
+        return "not checkpointed"
+    rows, offloads = training.slice_rows, training.offload_checkpoints is True
+    parts = [f"{rows:,} tokens at a time" if isinstance(rows, int) else "all tokens at once"]
+    parts.append(f"inputs {'in host memory' if offloads else 'on the device'}")
+    if settled.attention_backend != "auto":
+        parts.append(f"{settled.attention_backend} attention")
+    return ", ".join(parts)
+
+
+def explain_layers(config: Config, settled: Config) -> str:
+    """Return why checkpointed layers compute as they do.
+
+    Args:
+        config: the config of the run.
+        settled: the same from `placing.settle`.
+    """
+    if not config.training.gradient_checkpointing:
+        return "training.gradient_checkpointing: false"
+    keys = {
+        "training.slice_rows": (config.training.slice_rows, settled.training.slice_rows),
+        "training.offload_checkpoints": (
+            config.training.offload_checkpoints,
+            settled.training.offload_checkpoints,
+        ),
+        "attention_backend": (config.attention_backend, settled.attention_backend),
+    }
+    given = [f"{key}: {str(asked).lower()}" for key, (asked, _) in keys.items() if asked != "auto"]
+    changed = any(
+        asked == "auto" and chosen not in ("auto", "never", False)
+        for asked, chosen in keys.values()
+    )
+    if len(given) < len(keys):
+        given.append(f"auto: {'needed to fit with a margin' if changed else 'the fastest way'}")
+    return ", ".join(given)
+
+
 def expert_host_bytes(shape: ModelShape, config: Config, ways: Ways) -> int:
     """Return the host memory of the stage that needs most for experts there; 0 if none are."""
     processes = placing.planned_processes(config)
     return max(
-        placing.host_bytes(shape, config, held, processes) if held.placement == "host" else 0
-        for held in (ways.held, ways.evaluation_held)
+        placing.host_bytes(shape, way, held, processes) if held.placement == "host" else 0
+        for way, held in ((ways.settled, ways.held), (config, ways.evaluation_held))
     )

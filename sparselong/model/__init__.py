@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparselong.model.part import Part
     from sparselong.model.projections import stored_projections, two_four_conforming
     from sparselong.model.quantizer import SparseLongConfig
+    from sparselong.model.row_slices import slice_rows
     from sparselong.model.tokenizer import (
         check_rows_kept,
         check_tokenizer_files,

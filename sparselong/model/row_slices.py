@@ -25,21 +25,23 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from sparselong.kernels.experts import slices
-from sparselong.model.fused import FusedDecoderLayer
+from sparselong.kernels.experts import split_evenly
+from sparselong.model.fused import FusedDecoderLayer, fuse
 from sparselong.runtime import (
     DeviceInputs,
+    ExpertExchange,
     HostInputs,
     Settings,
     checkpoint_contexts,
     current,
     recomputing,
     restoring,
+    using,
 )
 
 Inputs = DeviceInputs | HostInputs
@@ -48,12 +50,15 @@ Inputs = DeviceInputs | HostInputs
 def slice_rows(model: Any, rows: int, inputs: Inputs, keep_attention: bool = False) -> None:
     """Make a gpt-oss model's checkpointed layers compute at most `rows` rows at a time.
 
+    Fuses the layers, if they are not fused.
+
     Args:
-        model: a model of transformers whose layers are fused (`fuse`).
-        rows: most tokens of a sequence per slice.
+        model: a model of transformers, not PEFT's wrapper.
+        rows: most tokens per slice, of all sequences of a batch together.
         inputs: where the layers' inputs are kept until backward.
         keep_attention: whether to keep the output of full attention (`runtime/recompute.py`).
     """
+    fuse(model)  # models with eager attention are not
     model._set_gradient_checkpointing(
         enable=True,
         gradient_checkpointing_func=partial(
@@ -70,7 +75,7 @@ def run_in_slices(
     Args:
         call: the layer's bound `__call__` with its arguments by name.
         hidden: [batch, tokens, hidden], the layer's input.
-        rows: most tokens per slice.
+        rows: most tokens per slice, of all sequences together.
         inputs: where the input is kept.
         keep_attention: whether to keep the output of full attention.
     """
@@ -79,9 +84,34 @@ def run_in_slices(
     angles = arguments.pop("position_embeddings")
     if hidden.is_leaf:  # the output of frozen embeddings: PEFT requests a gradient, nobody reads it
         hidden = hidden.detach()
-    contexts = checkpoint_contexts(keep_attention)
-    job = _Job(layer, arguments, angles, rows, inputs, contexts, current())
+    contexts, kind = checkpoint_contexts(keep_attention), hidden.device.type
+    parts = _cut(hidden, rows, current().experts)
+    precision = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+    job = _Job(layer, arguments, angles, parts, inputs, contexts, current(), precision)
     return _SlicedLayer.apply(job, hidden, *job.parameters)  # pyright: ignore[reportReturnType]
+
+
+class _Part(NamedTuple):
+    """A slice of the tokens, and the exchange of experts for them; None: as for all tokens."""
+
+    tokens: slice
+    experts: ExpertExchange | None = None
+
+
+def _cut(hidden: torch.Tensor, rows: int, experts: ExpertExchange | None) -> list[_Part]:
+    """Return the slices of the tokens, at most `rows` of all sequences together in each.
+
+    An exchange of experts needs every process as often as every other. Where the processes have
+    different numbers of rows, each divides its own into as many slices as the largest needs, but
+    no process into more than it has tokens.
+    """
+    batch, tokens = hidden.shape[:2]
+    exchanges = None if experts is None else experts.divide(rows)
+    if exchanges is not None:
+        parts = split_evenly(tokens, len(exchanges))
+        return [_Part(*pair) for pair in zip(parts, exchanges, strict=True)]
+    count = min(tokens, -(-batch * tokens // rows))
+    return [_Part(part) for part in split_evenly(tokens, count)]
 
 
 @dataclass(frozen=True)
@@ -92,22 +122,24 @@ class _Job:
         layer: the layer.
         arguments: arguments of its attention, by name.
         angles: cos and sin, [batch or 1, tokens, head_dim / 2].
-        rows: most tokens per slice.
+        parts: the slices.
         inputs: where the layer's input is kept.
-        contexts: of attention in the forward pass and in its recomputation.
+        contexts: of the forward pass and of attention's recomputation.
         settings: of the forward pass; they apply to backward too, in whatever thread it runs.
+        precision: of the forward pass, likewise: arguments of `torch.autocast`.
     """
 
     layer: FusedDecoderLayer
     arguments: dict[str, Any]
     angles: tuple[torch.Tensor, torch.Tensor]
-    rows: int
+    parts: list[_Part]
     inputs: Inputs
     contexts: tuple[AbstractContextManager[None], AbstractContextManager[None]]
     settings: Settings
+    precision: tuple[str, torch.dtype, bool]
 
     @property
-    def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
         """The trained parameters before, in and after attention."""
         attention: Any = self.layer.self_attn
         before = (self.layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
@@ -117,29 +149,20 @@ class _Job:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All trained parameters, in the order of `parts`."""
-        return [parameter for part in self.parts for parameter in part]
-
-    def slices(self, hidden: torch.Tensor) -> list[slice]:
-        """Return the slices of the tokens.
-
-        A slice's experts may be an exchange, in which every process must take part: processes with
-        different numbers of rows take them whole.
-        """
-        experts = self.settings.experts
-        is_even = experts is None or experts.is_even
-        return slices(hidden.shape[1], self.rows if is_even else hidden.shape[1])
+        """All trained parameters, in the order of `trained`."""
+        return [parameter for some in self.trained for parameter in some]
 
     def project(self, hidden: torch.Tensor, part: slice) -> tuple[torch.Tensor, ...]:
         """Return rotated queries and keys, and values, [batch, heads, tokens, head_dim]."""
         cos, sin = (angle[:, part] for angle in self.angles)
         attention: Any = self.layer.self_attn
-        return attention.project(self.layer.input_layernorm(hidden), cos, sin)
+        with torch.autocast(*self.precision):
+            return attention.project(self.layer.input_layernorm(hidden), cos, sin)
 
     def project_all(self, hidden: torch.Tensor) -> list[torch.Tensor]:
         """Return queries, keys and values of all tokens, without gradients."""
         whole: list[torch.Tensor] = []
-        for part in self.slices(hidden):
+        for part, _ in self.parts:
             made = self.project(hidden[:, part], part)
             if not whole:
                 whole = [_empty_token_major(one, hidden.shape[1]) for one in made]
@@ -150,12 +173,17 @@ class _Job:
     def attend(self, projected: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return attention's output, [batch, tokens, heads * head_dim]."""
         attention: Any = self.layer.self_attn
-        return attention.attend(*projected, **self.arguments)[0].flatten(2)
+        with torch.autocast(*self.precision):
+            return attention.attend(*projected, **self.arguments)[0].flatten(2)
 
-    def finish(self, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def finish(
+        self, attended: torch.Tensor, hidden: torch.Tensor, experts: ExpertExchange | None
+    ) -> torch.Tensor:
         """Return the layer's output for some rows of attention's output and of its input."""
-        normed, total = self.layer.add_norm(self.layer.self_attn.o_proj(attended), hidden)
-        return total + self.layer.mlp(normed)[0]
+        changes = {} if experts is None else {"experts": experts}
+        with torch.autocast(*self.precision), using(**changes):
+            normed, total = self.layer.add_norm(self.layer.self_attn.o_proj(attended), hidden)
+            return total + self.layer.mlp(normed)[0]
 
 
 class _SlicedLayer(torch.autograd.Function):
@@ -165,13 +193,14 @@ class _SlicedLayer(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, job: _Job, hidden: torch.Tensor, *parameters: nn.Parameter
     ) -> torch.Tensor:
-        projected = job.project_all(hidden)
-        with job.contexts[0], torch.enable_grad():  # the backend is chosen as it is in backward
-            attended = job.attend(projected)
-        del projected
-        out = job.inputs.output(hidden)
-        for part in job.slices(hidden):
-            out[:, part] = job.finish(attended[:, part], hidden[:, part])
+        with job.contexts[0]:  # for the experts too: a backward pass follows
+            projected = job.project_all(hidden)
+            with torch.enable_grad():  # the backend is chosen as it is in backward
+                attended = job.attend(projected).detach()
+            del projected
+            out = job.inputs.output(hidden)
+            for part, experts in job.parts:
+                out[:, part] = job.finish(attended[:, part], hidden[:, part], experts)
         ctx.job, ctx.kept = job, job.inputs.save(hidden, _index(job.layer) == 0)
         return out
 
@@ -180,7 +209,7 @@ class _SlicedLayer(torch.autograd.Function):
         job: _Job = ctx.job
         with restoring(job.settings):
             hidden = job.inputs.take(ctx.kept)
-            del ctx.kept
+            del ctx.job, ctx.kept  # nodes live until the whole backward pass ends
             dhidden, gradients = _differentiate(job, hidden, dout)
         return None, dhidden, *gradients
 
@@ -189,20 +218,20 @@ def _differentiate(
     job: _Job, hidden: torch.Tensor, dout: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Return the gradients of the layer's input and of its trained parameters."""
-    before, sinks, after = (_Sums(parameters) for parameters in job.parts)
+    before, sinks, after = (_Sums(parameters) for parameters in job.trained)
     projected = [one.requires_grad_() for one in job.project_all(hidden)]
     with job.contexts[1], torch.enable_grad():
         attended = job.attend(projected)
     dattended, dhidden = torch.empty_like(attended), torch.empty_like(hidden)
-    for part in job.slices(hidden):
+    for part, experts in job.parts:
         leaves = [whole[:, part].detach().requires_grad_() for whole in (attended, hidden)]
         with recomputing(), torch.enable_grad():
-            made = job.finish(*leaves)
+            made = job.finish(leaves[0], leaves[1], experts)
         dattended[:, part], dhidden[:, part] = after.add([made], leaves, [dout[:, part]])
         del made, leaves
     dprojected = sinks.add([attended], projected, [dattended])
     del attended, dattended, projected
-    for part in job.slices(hidden):
+    for part, _ in job.parts:
         leaf = hidden[:, part].detach().requires_grad_()
         with recomputing(), torch.enable_grad():
             made = job.project(leaf, part)

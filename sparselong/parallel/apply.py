@@ -48,23 +48,30 @@ def share_batch(
         changes["sequence"] = Context(mesh, take_layout(shard, heads_k_stride))
         batch = shard
     if mesh is not None and mesh.expert_size > 1:
-        changes |= shard_model(mesh, _count_rows(batch["input_ids"].numel(), mesh))
+        changes |= shard_model(mesh, *_find_rows(batch["input_ids"], mesh))
     return batch, changes
 
 
-def shard_model(mesh: Mesh | None, rows: tuple[int, ...] | None = None) -> dict[str, Any]:
+def shard_model(
+    mesh: Mesh | None,
+    rows: tuple[int, ...] | None = None,
+    sequences: tuple[int, ...] | None = None,
+) -> dict[str, Any]:
     """Return changes for `runtime.using` that share experts and vocabulary over an expert group.
 
     Args:
         mesh: this process's place in the mesh; None or an expert size of 1: nothing is shared.
         rows: number of tokens of each rank of the group in a pass; None: all have the same.
+        sequences: number of sequences to which they belong; None: one each.
     """
     if mesh is None or mesh.expert_size == 1:
         return {}
     placement = Placement(mesh.expert_rank, mesh.expert_size)
     chunk_rows = NEAR_ROWS if mesh.expert_near else FAR_ROWS
     return {
-        "experts": ShardedExperts(placement, mesh.expert_group, rows, chunk_rows=chunk_rows),
+        "experts": ShardedExperts(
+            placement, mesh.expert_group, rows, chunk_rows=chunk_rows, sequences=sequences
+        ),
         "vocabulary": ShardedVocabulary(placement, mesh.expert_group, rows),
     }
 
@@ -81,13 +88,14 @@ def replicate_rows(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _count_rows(tokens: int, mesh: Mesh) -> tuple[int, ...] | None:
-    """Return the number of tokens of each rank of the expert group; None if all have the same.
+def _find_rows(ids: torch.Tensor, mesh: Mesh) -> tuple[tuple[int, ...], ...]:
+    """Return the number of tokens, and of sequences, on each rank of the expert group.
 
-    Ranks that share sequences have equal shards, so that nothing is exchanged.
+    Nothing if all have the same. Ranks that share sequences do, so that nothing is exchanged.
     """
     if mesh.context_size % mesh.expert_size == 0:
-        return None
-    counts = all_gather(torch.tensor([tokens]), mesh.expert_group, "row counts")
-    found = tuple(int(count) for count in counts)
-    return None if len(set(found)) == 1 else found
+        return ()
+    shapes = all_gather(torch.tensor(ids.shape), mesh.expert_group, "row counts")
+    if all(torch.equal(shape, shapes[0]) for shape in shapes):
+        return ()
+    return tuple(int(shape.prod()) for shape in shapes), tuple(int(shape[0]) for shape in shapes)

@@ -1,16 +1,17 @@
-"""Decide how many ranks share one copy of experts and vocabulary and where experts are; record why.
+"""Decide how ranks share experts and vocabulary, where experts are, how layers compute; record why.
 
 Ranks of an expert group exchange rows in every pass, so all ranks must decide the same: the rank
-with the least memory decides, of the GPU and of the host. Only ranks of one machine may share,
-because a layer's exchange moves far more bytes than the gradients of a step.
+with the least memory decides, of the GPU and of the host. It also decides whether layers compute in
+slices of rows, in each of which all ranks of a group take part. Only ranks of one machine may
+share, because a layer's exchange moves far more bytes than the gradients of a step.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -30,9 +31,43 @@ from sparselong.memory import (
     find_shape,
     format_bytes,
     host_bytes,
+    settle,
 )
 from sparselong.processes import world as ranks
 from sparselong.provenance import host_memory
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The decision on how checkpointed layers compute, for receipt and manifest.
+
+    Attributes:
+        asked: values of the run's config, by key.
+        chosen: values instead of them; an attention backend of `auto` is the fastest.
+    """
+
+    asked: dict[str, int | str | bool]
+    chosen: dict[str, int | str | bool]
+
+    @classmethod
+    def of(cls, config: Config, settled: Config) -> Layers:
+        """Return the decision that `memory.settle` made."""
+        return cls(*({key: _value(each, key) for key in _LAYERS} for each in (config, settled)))
+
+    def settle(self, config: Config) -> Config:
+        """Return the run's config with the chosen values."""
+        values = {key.rpartition(".")[2]: value for key, value in self.chosen.items()}
+        backend = values.pop("attention_backend")
+        training = config.training.model_copy(update=values)
+        return config.model_copy(update={"attention_backend": backend, "training": training})
+
+
+_LAYERS = ("training.slice_rows", "training.offload_checkpoints", "attention_backend")
+
+
+def _value(config: Config, key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)
 
 
 @dataclass(frozen=True)
@@ -47,8 +82,10 @@ class Sharing:
         available_bytes: least memory of a GPU available to its rank; None without GPUs.
         asked_placement: `auto`, `gpu` or `host`.
         placement: `gpu`, or `host` for experts in host memory.
-        predicted_host_bytes: the planner's host memory of a machine's ranks if experts are there.
+        predicted_host_bytes: the planner's host memory of a machine's ranks if experts or layers'
+            inputs are there.
         available_host_bytes: least host memory available on a machine.
+        layers: how checkpointed layers compute; None for stage 04, which has none.
     """
 
     asked: int | str
@@ -60,6 +97,7 @@ class Sharing:
     placement: Literal["gpu", "host"]
     predicted_host_bytes: int
     available_host_bytes: int
+    layers: Layers | None = None
 
     @property
     def held(self) -> Held:
@@ -106,19 +144,26 @@ def decide_sharing(config: Config) -> Sharing:
     global _decided
     shape, place = find_shape(config.model), _meet()
     device, here = place.device, place.here
-    given = (shape, config, here, place.budget_bytes or 0, device, place.host_bytes)
+    limits = (here, place.budget_bytes or 0, device, place.host_bytes)
     if place.budget_bytes is None:
         held = _hold_on_cpu(config)
-        check_host(shape, config, held, here, place.host_bytes)
     else:
-        check_fit(*given)
-        held = decide_held(*given)
+        check_fit(shape, config, *limits)
+        held = decide_held(shape, config, *limits)
+    settled = settle(shape, config, held, *limits)
+    check_host(shape, settled, held, here, place.host_bytes)
     _check_machines(place.firsts, held.expert_parallel)
     replicated, predicted = (
-        decided_memory(shape, config, place.budget_bytes or 0, device, held=each).peak_bytes
-        for each in (Held(), held)
+        decided_memory(
+            *(shape, each_config, place.budget_bytes or 0, device),
+            held=each,
+            processes_here=here,
+            host_budget_bytes=place.host_bytes,
+        ).peak_bytes
+        for each_config, each in ((config, Held()), (settled, held))
     )
-    _decided = _describe(config, place, held, replicated, predicted)
+    made = _describe(settled, place, held, replicated, predicted)
+    _decided = replace(made, layers=Layers.of(config, settled))
     return _decided
 
 
@@ -126,7 +171,8 @@ def _describe(
     config: Config, place: _Places, held: Held, replicated_bytes: int, predicted_bytes: int
 ) -> Sharing:
     """Return a decision with the planner's peaks of a rank, replicated and as decided."""
-    shape, is_on_host = find_shape(config.model), held.placement == "host"
+    shape = find_shape(config.model)
+    is_on_host = held.placement == "host" or config.training.offload_checkpoints is True
     return Sharing(
         config.expert_parallel_degree,
         held.expert_parallel,

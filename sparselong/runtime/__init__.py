@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         recomputing,
     )
     from sparselong.runtime.settings import (
+        ExpertExchange,
         Settings,
         current,
         restoring,

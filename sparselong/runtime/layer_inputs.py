@@ -37,6 +37,8 @@ class Kept:
 class DeviceInputs:
     """Inputs that stay on the device."""
 
+    copied_bytes = 0
+
     def output(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return memory for the output of the layer with this input, of the same shape."""
         return torch.empty_like(hidden, memory_format=torch.contiguous_format)

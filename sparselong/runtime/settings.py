@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -55,9 +55,11 @@ class ExpertExchange(Protocol):
     A model that is opened while the setting applies holds only these experts; its passes need it.
     """
 
-    @property
-    def is_even(self) -> bool:
-        """Whether all processes bring as many rows, so that all can divide them in the same way."""
+    def divide(self, most: int) -> Sequence[ExpertExchange] | None:
+        """Return exchanges for slices of at most `most` rows, the same number in every process.
+
+        None: all processes bring as many rows, and can divide them without an exchange for each.
+        """
         ...
 
     def held(self, experts: int) -> range:

@@ -109,7 +109,7 @@ def test_five_steps_match_one_process(pools, alone, processes, context_size, exp
     ("processes", "context_size", "expert_size"), [(1, 1, 1), (2, 2, 2), (4, 2, 4), (2, 2, 1)]
 )
 def test_layers_in_slices_of_rows_match(pools, alone, processes, context_size, expert_size):
-    """Also where sequences of different lengths share experts, whose rows are then taken whole."""
+    """Also where sequences of different lengths share experts: all have as many slices."""
     run, expected = alone[processes // context_size]
     sliced = replace(run, rows=7)
     if processes == 1:

@@ -32,14 +32,13 @@ OURS = {
     "lora.router": "as expert_targets",
     "training.keep_attention": "a callback of ours tells layers what to keep",
     "training.keep_experts": "as keep_attention",
+    "training.slice_rows": "the same callback replaces the layers' checkpoints",
+    "training.offload_checkpoints": "as slice_rows",
     "training.loss_target": "a callback of ours gives the alert",
     "training.save_total_limit": "transformers would remove any name with checkpoint-N in it",
 }
 """Keys and sections that are not passed to Axolotl, and why."""
-NEEDED = {
-    "flash_attention": {"attention_backend": "auto"},
-    "training.offload_checkpoints": {"training.gradient_checkpointing": True},
-}
+NEEDED = {"flash_attention": {"attention_backend": "auto"}}
 """Other keys that must be set for a key to have an effect."""
 
 

@@ -9,6 +9,8 @@ import pytest
 from sparselong.errors import StageError
 from sparselong.finetune.callbacks import MaskUpkeep, Metrics, Recomputation
 from sparselong.finetune.state import Progress
+from sparselong.model import row_slices
+from sparselong.runtime import DeviceInputs, HostInputs
 from sparselong.runtime.recompute import is_checkpointed, is_recomputing, keeps_experts
 
 
@@ -108,6 +110,22 @@ def test_flipped_fractions_weight_layers_by_size(capsys):
     assert update["flipped"] == (32 + 24 + 8) / 288
     assert update["flipped_by_kind"] == {"q_proj": (32 + 24) / 256, "k_proj": 8 / 32}
     assert "flipped 22.222% of the bits (q_proj 21.875%, k_proj 25.000%)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_layers_in_slices_replace_checkpoints(monkeypatch, offloads):
+    seen = {}
+    monkeypatch.setattr(row_slices, "fuse", lambda model: None)
+
+    class Base:
+        def _set_gradient_checkpointing(self, enable, gradient_checkpointing_func):
+            seen.update(gradient_checkpointing_func.keywords, enable=enable)
+
+    made = Recomputation(True, False, rows=64, offloads=offloads)
+    model = SimpleNamespace(get_base_model=Base)
+    made.on_train_begin(SimpleNamespace(gradient_checkpointing=True), at(0), control(), model=model)
+    assert type(seen.pop("inputs")) is (HostInputs if offloads else DeviceInputs)
+    assert seen == {"enable": True, "rows": 64, "keep_attention": True}
 
 
 def test_checkpointed_layers_get_contexts_for_their_recomputation():

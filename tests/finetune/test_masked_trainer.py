@@ -51,7 +51,12 @@ class Training(MaskedTraining):
         }
         self.args = SimpleNamespace(**{**given, **arguments})
         self.run = SimpleNamespace(
-            config=SimpleNamespace(attention_backend="auto", deterministic=False, heads_k_stride=1)
+            config=SimpleNamespace(
+                attention_backend="auto",
+                deterministic=False,
+                heads_k_stride=1,
+                training=SimpleNamespace(gradient_checkpointing=False),
+            )
         )
         self.processing_class = SimpleNamespace(pad_token_id=PAD)
         self.train_dataset = self.eval_dataset = Rows()

@@ -23,7 +23,7 @@ from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.finetune.state import Progress
 from sparselong.finetune.training_run import RUN_KEY, TrainingRun
 from sparselong.provenance import refuse_changes
-from sparselong.runtime import current, using
+from sparselong.runtime import HostInputs, current, using
 from tests.conftest import ROOT
 
 MODULE = "sparselong.finetune.axolotl_plugin"
@@ -84,7 +84,8 @@ def plugin(plugins, run, monkeypatch):
 
 
 def test_the_plugin_is_given_only_the_run_directory(plugins, plugin, run):
-    assert plugin.run == run
+    assert plugin.run.directory == run.directory
+    assert plugin.run.config == plugin.sharing.layers.settle(run.config)
     args = plugins.SparseLongArgs
     assert plugin.get_input_args() == f"{MODULE}.{args.__name__}"
     assert list(args.model_fields) == [RUN_KEY]
@@ -222,11 +223,39 @@ def test_callbacks_match_the_config(plugins, plugin, run, monkeypatch):
     trainer = SimpleNamespace(layers={}, progress=Progress(), model="model")
     upkeep, passes, watch, metrics = plugin.add_callbacks_post_trainer(None, trainer)
     assert (upkeep.update_frequency, upkeep.criterion) == (0.5, "magnitude")
-    assert passes.contexts.args == (True, False)
+    assert passes.contexts.args == (True, False) and passes.rows is None
     assert watch == ("watch", "model")
     assert (metrics.path, metrics.loss_target) == (run.work / "metrics.jsonl", 1.5)
     asked = {key: decision.asked for key, decision in plugin.keeping.items()}
     assert asked == {"keep_attention": "auto", "keep_experts": "never"}
+
+
+@pytest.mark.parametrize(
+    ("key", "rows"), [("slice_rows=16", 16), ("offload_checkpoints=true", 256)]
+)
+def test_layers_compute_as_was_decided(plugins, run, monkeypatch, key, rows):
+    """In slices, or all of the longest sequence at once; evaluations too."""
+    keys = [*OVERRIDES, "training.gradient_checkpointing=true", f"training.{key}"]
+    keys += ["sequence_len=256", "micro_batch_size=1"]
+    (run.directory / "config.yaml").write_text(dump(load(ROOT / "configs/tiny.yaml", keys)))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    plugin = plugins.SparseLongPlugin()
+    plugin.register({RUN_KEY: str(run.directory)})
+    monkeypatch.setattr(plugins, "RouterWatch", lambda model: None)
+    monkeypatch.setattr(plugins, "tuned_layers", lambda model: {})
+    monkeypatch.setattr(plugins, "count_trainable", lambda model: 0)
+    trainer = SimpleNamespace(layers={}, progress=Progress(), model="model")
+    _, passes, *_ = plugin.add_callbacks_post_trainer(None, trainer)
+    assert passes.rows == rows
+    assert isinstance(passes.inputs, HostInputs) == key.startswith("offload")
+    plugin.post_trainer_create(None, fake_trainer())
+    receipt = json.loads((run.work / "receipt.json").read_text())
+    (asked,) = (name for name, value in receipt["layers"]["asked"].items() if value != "auto")
+    assert receipt["layers"]["chosen"][asked] == receipt["layers"]["asked"][asked]
+    assert "layers" not in receipt["expert_parallel_degree"]
+    made = plugin.get_trainer_cls(None)
+    with made.settings(SimpleNamespace(run=made.run)):
+        assert current().inference_tokens == (16 if rows == 16 else 16_384)
 
 
 def fake_trainer(**state) -> SimpleNamespace:

@@ -23,6 +23,7 @@ class Training(MaskedTraining):
 
     def __init__(self, mesh=None, **config):
         asked = {"attention_backend": "auto", "deterministic": False, "heads_k_stride": 2, **config}
+        asked["training"] = SimpleNamespace(gradient_checkpointing=False)
         self.run = SimpleNamespace(config=SimpleNamespace(**asked))
         self.args = SimpleNamespace(sample_packing=False)
         self.accelerator = SimpleNamespace(sync_gradients=True)

@@ -137,6 +137,30 @@ def test_without_a_full_receipt_there_is_no_result(stage, broken):
         check_receipt(stage, {})
 
 
+def test_the_receipt_says_how_layers_were_asked_to_compute(stage):
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    keys = {"training.slice_rows": 64, "attention_backend": "triton"}
+    receipt = {
+        "callbacks": ["MaskUpkeep", "Recomputation", "RouterWatch", "Metrics"],
+        "attention_backend": "triton",
+        "deterministic": False,
+        "modules_replaced": [f"model.layers.0.self_attn.{name}" for name in names],
+        "layers": {"asked": keys | {"attention_backend": "auto"}, "chosen": keys},
+    }
+    (stage.dir / "baked.json").write_text("{}")
+
+    def check(asked: dict, **changed) -> None:
+        (stage.dir / "receipt.json").write_text(json.dumps(receipt | changed))
+        check_receipt(stage, asked)
+
+    check({"training.slice_rows": 64})
+    for asked in ({"training.slice_rows": 32}, {"training.slice_rows": "auto"}):
+        with pytest.raises(StageError, match="without this project's plugin"):
+            check(asked)
+    with pytest.raises(StageError, match="without this project's plugin"):
+        check({}, attention_backend="torch_flash")  # passes used another than was decided
+
+
 def test_the_receipt_must_say_what_this_training_was_started_with(stage):
     receipt = {"processes": 2, "attention": "eager"}
     (stage.dir / "baked.json").write_text("{}")

@@ -41,8 +41,9 @@ def test_decoding_is_bit_identical_to_the_cpu():
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed here: {', '.join(MISSING)}")
-@pytest.mark.timeout(540)
+@pytest.mark.timeout(700)
 def test_the_four_stages(tmp_path):
+    """Stage 03 also in slices of rows with inputs in host memory, in the same autocast."""
     arguments = [
         *("--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", str(tmp_path / "run")),
         *("flash_attention=true", "training.gradient_checkpointing=true"),
@@ -67,3 +68,11 @@ def test_the_four_stages(tmp_path):
     curve = {int(step): value for step, value in tuned["eval_perplexity"].items()}
     assert curve[40] < curve[0]
     print(json.dumps(metrics, indent=1))
+    slices = ["training.slice_rows=100", "training.offload_checkpoints=true", "--force"]
+    command = [sys.executable, str(ROOT / "03_finetune.py"), *arguments, *slices]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    again = json.loads((tmp_path / "run/03_finetune/manifest.json").read_text())["metrics"]
+    assert again["layers"]["copied_bytes"][0] > 0 == tuned["layers"]["copied_bytes"][0]
+    for step, value in curve.items():
+        assert again["eval_perplexity"][str(step)] == pytest.approx(value, rel=0.02)

@@ -31,6 +31,8 @@ from tests.health.machines import (
     machine,
 )
 
+WHOLE = ("training.slice_rows=never", "training.offload_checkpoints=false")
+
 
 def test_tiny_runs_without_a_gpu():
     rows = judge(TINY, NONE)
@@ -155,15 +157,15 @@ def test_20b_fits_one_3090_at_its_own_length():
 
 
 def test_a_smaller_gpu_gets_the_longest_sequence_that_fits():
-    card, batch = gpu(gib=17.5, free=17.5), "evaluation.batch_size=2"
+    card, batch = gpu(gib=17.5, free=17.5), ("evaluation.batch_size=2", *WHOLE)
     poor = machine([card], host_available_bytes=9 * GIB)  # too little for the experts
-    row = judge(load("gpt-oss-20b-1x3090", batch), poor)["GPU memory"]
+    row = judge(load("gpt-oss-20b-1x3090", *batch), poor)["GPU memory"]
     assert row.status == "fail" and "short" in row.found
-    assert "training.offload_checkpoints=true saves" in row.fix
+    assert "training.offload_checkpoints=auto saves" in row.fix
     longest = int(row.fix.split("sequence_len=")[1].split()[0])
-    fitting = load("gpt-oss-20b-1x3090", batch, f"sequence_len={longest}")
+    fitting = load("gpt-oss-20b-1x3090", *batch, f"sequence_len={longest}")
     assert failures(fitting, poor) == set()
-    longer = load("gpt-oss-20b-1x3090", batch, f"sequence_len={longest + 128}")
+    longer = load("gpt-oss-20b-1x3090", *batch, f"sequence_len={longest + 128}")
     assert failures(longer, poor) == {"GPU memory"}
 
 

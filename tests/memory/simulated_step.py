@@ -43,11 +43,23 @@ from sparselong.model import attention as door
 from sparselong.model import fused
 from sparselong.model.packed_experts import PackedExperts
 from sparselong.model.quantizer import replace_with_packed
+from sparselong.model.row_slices import slice_rows
 from sparselong.packing import dense
+from sparselong.runtime import DeviceInputs, HostInputs
 from sparselong.runtime.recompute import checkpoint_contexts
 from sparselong.runtime.settings import using
 
 ROUNDED_TO = 512
+
+
+class UncountedHost(HostInputs):
+    """Inputs in host memory that takes no bytes, and is not copied to."""
+
+    def _copy(self, *_: object) -> None:
+        pass
+
+    def _host_memory(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(1).as_strided(like.shape, [0] * like.dim())
 
 
 class Counter(TorchDispatchMode):
@@ -91,6 +103,7 @@ def pretend() -> None:
     parts: list[tuple[Any, str, Any]] = [
         (torch.Tensor, "is_cuda", property(lambda _: True)),
         (torch, "is_autocast_enabled", lambda *_: False),
+        (torch, "get_autocast_dtype", lambda *_: torch.bfloat16),
         (torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
         (torch, "equal", lambda *_: True),
         (torch.cuda, "device_of", lambda _: contextlib.nullcontext()),
@@ -142,9 +155,21 @@ def build(layers: int, kept: bool, r: int, experts: bool) -> nn.Module:
 
 
 def count_step(
-    tokens: int, layers: int, kept: bool, batch: int = 1, r: int = 16, experts: bool = False
+    tokens: int,
+    layers: int,
+    kept: bool,
+    batch: int = 1,
+    r: int = 16,
+    experts: bool = False,
+    rows: int | None = None,
+    host: bool = False,
+    evaluates: bool = False,
 ) -> tuple[int, int]:
-    """Return (bytes of the weights, peak bytes in forward and backward pass)."""
+    """Return (bytes of the weights, peak bytes in forward and backward pass).
+
+    With `rows`, layers compute in slices, their inputs on the device or, uncounted, on the host.
+    With `evaluates`, the pass is that of an evaluation between such steps.
+    """
     counter = Counter()
     with torch.device("meta"):
         model = build(layers, kept, r, experts)
@@ -152,9 +177,16 @@ def count_step(
             counter.note(tensor.detach())
         gc.collect()
         weights = counter.bytes
+        if rows is not None:
+            inputs = UncountedHost() if host else DeviceInputs()
+            slice_rows(model.get_base_model(), rows, inputs, kept)  # pyright: ignore[reportCallIssue]
         with counter:
             ids = torch.empty(batch, tokens, dtype=torch.int64)
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            if evaluates:
+                with torch.no_grad(), using(inference_tokens=rows):
+                    model.eval()(input_ids=ids, labels=ids, use_cache=False)
+            else:
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return weights, counter.peak_bytes
 
 

@@ -17,9 +17,13 @@ EXPERT_LORA = ("lora.expert_targets=[gate_up_proj, down_proj]", "lora.expert_r=8
 SMALL_ADAPTERS = ("lora.expert_dtype=bfloat16", "training.optimizer=adamw_bnb_8bit")
 
 
+WHOLE = {"training.slice_rows": "never", "training.offload_checkpoints": "false"}
+
+
 def load(*overrides: str) -> Config:
-    """Return a config of 120b; the experts are on the GPU unless an override says otherwise."""
-    given = {"experts.placement": "gpu"} | dict(each.split("=", 1) for each in overrides)
+    """Return a config of 120b: experts and whole layers on the GPU unless overrides say else."""
+    given = {"experts.placement": "gpu", **WHOLE}
+    given |= dict(each.split("=", 1) for each in overrides)
     text = [f"{key}={value}" for key, value in given.items()]
     return config_module.load(ROOT / "configs/gpt-oss-120b-4x3090.yaml", text)
 

@@ -27,6 +27,16 @@ CASES = (
     {"tokens": 256, "layers": 4, "kept": True, "experts": True},
     {"tokens": 4096, "layers": 6, "kept": True, "experts": True},
     {"tokens": 20000, "layers": 4, "kept": False, "experts": True},  # two slices
+    # Layers in slices of rows, with their inputs on the device or on the host.
+    {"tokens": 131072, "layers": 4, "kept": False, "rows": 8192, "host": True},
+    {"tokens": 131072, "layers": 4, "kept": True, "rows": 8192, "host": True},
+    {"tokens": 131072, "layers": 4, "kept": False, "rows": 16384},
+    {"tokens": 65536, "layers": 8, "kept": False, "rows": 8192, "host": True},
+    {"tokens": 65536, "layers": 4, "kept": False, "rows": 65536, "host": True},
+    {"tokens": 32768, "layers": 6, "kept": True, "rows": 8192},
+    {"tokens": 16384, "layers": 4, "kept": False, "rows": 8192, "batch": 2, "r": 64},
+    {"tokens": 16384, "layers": 4, "kept": False, "rows": 16384, "host": True},
+    {"tokens": 4096, "layers": 4, "kept": False, "rows": 1024, "host": True},
 )
 
 
@@ -34,12 +44,17 @@ def planned(case: dict) -> memory.Memory:
     named = {"keep_attention": "always" if case["kept"] else "never", "rank": case.get("r", 16)}
     named |= {"keep_experts": "always" if case.get("experts") else "never"}
     named |= {name: case[name] for name in ("tokens", "layers", "batch") if name in case}
+    named |= {"slice_rows": case.get("rows", "never"), "offload": case.get("host", False)}
     return predict(DEFAULTS | named, "attention_backend=triton")  # as in the simulation
+
+
+LONG = {"tokens": 131072, "layers": 4, "kept": False, "rows": 8192, "host": True}
 
 
 @pytest.fixture(scope="module")
 def counted() -> list[list[int]]:
-    command = [sys.executable, "tests/memory/simulated_step.py", json.dumps(CASES)]
+    cases = [*CASES, LONG | {"evaluates": True}]
+    command = [sys.executable, "tests/memory/simulated_step.py", json.dumps(cases)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -66,14 +81,26 @@ def test_the_plan_matches_what_a_step_allocates(counted, number):
     assert expected == pytest.approx(peak, rel=0.02)
 
 
+def test_an_evaluation_takes_less_than_the_training_step(counted):
+    """Although its layers are not sliced, beside the two buffers of the step before it."""
+    (step,) = (counted[number][1] for number, case in enumerate(CASES) if case == LONG)
+    weights, evaluation = counted[-1]
+    buffers = 2 * 131072 * 2880 * 2
+    assert weights < evaluation + buffers < step
+
+
 def measured() -> list[tuple[dict, dict[str, float]]]:
-    """Return each measured case of every file with its figures."""
+    """Return each measured case of every file with its figures.
+
+    Files that name no `slice_rows` have measured the offloading of Axolotl, not ours.
+    """
     found: dict[str, dict[str, float]] = {}
     for path in sorted((ROOT / "benchmarks/results").glob("memory-*.json")):
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             key = json.dumps([path.name, row["case"]])
             found.setdefault(key, {})[row["metric"]] = row["value"]
-    return [(json.loads(key)[1], figures) for key, figures in found.items()]
+    cases = [(json.loads(key)[1], figures) for key, figures in found.items()]
+    return [pair for pair in cases if "slice_rows" in pair[0] or not pair[0]["offload"]]
 
 
 def test_at_least_six_configurations_were_measured():

@@ -4,13 +4,16 @@ device or in host memory."""
 import gc
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from sparselong.model import FusedDecoderLayer, find_host_experts, load_model, row_slices
 from sparselong.model.row_slices import slice_rows
-from sparselong.runtime import DeviceInputs, HostInputs, checkpoint_contexts
+from sparselong.runtime import DeviceInputs, HostInputs, checkpoint_contexts, using
 from sparselong.tiny.build import TinySpec, build_tiny
 from tests.distributed.expert_training import draw_adapters, open_model
 
@@ -78,6 +81,75 @@ def test_packed_documents_and_padding(model):
     mask[1, 40:] = 0
     for more in ({"position_ids": positions}, {"attention_mask": mask}):
         assert_same(in_slices(model, HostInputs(), **more), plainly(model, **more))
+
+
+def test_rows_are_those_of_all_sequences_together(model, monkeypatch):
+    seen = []
+    finish = row_slices._Job.finish
+    monkeypatch.setattr(
+        row_slices._Job,
+        "finish",
+        lambda job, attended, *more: (
+            seen.append(attended.shape[:2]) or finish(job, attended, *more)
+        ),
+    )
+    in_slices(model, DeviceInputs(), rows=20)
+    assert set(seen) == {(2, 10)}
+
+
+def test_eager_attention(base):
+    """Whose model is opened unfused; masks are whole, whatever the slices."""
+    results = []
+    for compute in (plainly, partial(in_slices, inputs=HostInputs())):
+        torch.manual_seed(0)
+        eager: Any = load_model(base, device=torch.device("cpu"), attn_implementation="eager")
+        assert not any(isinstance(module, FusedDecoderLayer) for module in eager.modules())
+        tuned: Any = get_peft_model(eager, LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+        tuned.enable_input_require_grads()
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        results.append(compute(tuned.train()))
+    assert_same(results[1], results[0])
+
+
+def test_autocast_applies_to_the_recomputation(model):
+    """One slice in bfloat16, of which torch's checkpoints give the same bits."""
+    with torch.autocast("cpu", torch.bfloat16):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        losses = [model(IDS, labels=IDS, use_cache=False).loss]
+        expected = gradients_of(model, losses[0])
+        slice_rows(model.get_base_model(), 2 * TOKENS, HostInputs())
+        losses.append(model(IDS, labels=IDS, use_cache=False).loss)
+        got = gradients_of(model, losses[1])
+    assert losses[0] == losses[1]
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def gradients_of(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the gradients of a loss, outside autocast, as a trainer's backward pass."""
+    model.zero_grad()
+    with torch.autocast("cpu", enabled=False):
+        loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_slices_copy_a_layer_of_experts_once_a_pass(base, tmp_path):
+    """As without slices: its neighbours are copied ahead of use, in the pass's direction."""
+    draw_adapters(base, tmp_path / "adapters.pt")
+    copied = {}
+    for name in ("whole", "slices"):
+        with using(expert_placement="host"):
+            model = open_model(base)
+        model.load_state_dict(torch.load(tmp_path / "adapters.pt"), strict=False)
+        run = plainly if name == "whole" else partial(in_slices, inputs=HostInputs())
+        made = [run(model) for _ in range(2)]
+        host = find_host_experts(model)
+        assert host is not None
+        copied[name] = host.copied_bytes / host.layer_bytes, made
+    assert copied["slices"][0] == copied["whole"][0] == (2 * LAYERS - 2) + (2 * LAYERS - 4)
+    for got, expected in zip(copied["slices"][1], copied["whole"][1], strict=True):
+        assert_same(got, expected)
 
 
 def test_passes_of_other_lengths_and_interrupted_ones_follow(model):

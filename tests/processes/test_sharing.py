@@ -50,7 +50,9 @@ def test_the_rank_with_the_least_memory_decides(ranks, gib, chosen):
     whole, shared = (
         finetune_memory(find_shape(config.model), config, held=Held(n)).peak_bytes for n in (1, 4)
     )
-    assert made.replicated_peak_bytes >= whole > 60 * GIB
+    # Layers would have to compute in another way, with less memory, if each held all experts.
+    assert whole > 60 * GIB and (chosen == 1) == (made.replicated_peak_bytes >= whole)
+    assert made.replicated_peak_bytes > 60 * GIB
     assert made.predicted_peak_bytes >= (shared if chosen == 4 else whole)
 
 
@@ -130,3 +132,44 @@ def test_on_a_cpu_host_memory_is_taken_only_if_asked_for(ranks):
     made = sharing.decide_sharing(asked)
     assert made.held == (1, "host") and 0 < made.predicted_host_bytes < 3 * GIB
     assert sharing.decide_evaluation_sharing(asked) == (1, "host")
+
+
+def test_layers_compute_in_slices_where_the_smallest_gpu_needs_it(ranks):
+    asked = ["sequence_len=131072", "expert_parallel_degree=1"]
+    config = load(ROOT / "configs/gpt-oss-20b-1x3090.yaml", asked)
+    ranks([(0, 2)] * 2, [80.0, 23.6], host=200)
+    made = sharing.decide_sharing(config)
+    assert made.layers is not None and set(made.layers.asked.values()) == {"auto"}
+    assert made.layers.chosen == {
+        "training.slice_rows": 8192,
+        "training.offload_checkpoints": True,
+        "attention_backend": "triton",
+    }
+    assert made.predicted_peak_bytes < 23.6 * GIB
+    assert made.predicted_host_bytes > 2 * 24 * 131072 * 2880 * 2  # both ranks' inputs
+    settled = made.layers.settle(config)
+    assert settled.training.slice_rows == 8192 and settled.attention_backend == "triton"
+    assert settled.training.offload_checkpoints is True
+    assert (
+        settled.model_copy(update={"training": config.training, "attention_backend": "auto"})
+        == config
+    )
+    ranks([(0, 2)] * 2, [80.0, 80.0])
+    roomy = sharing.decide_sharing(config).layers
+    assert roomy is not None and roomy.settle(config).training.slice_rows == "never"
+
+
+def test_without_a_gpu_layers_compute_as_asked(ranks):
+    ranks([(0, 1)], [None])
+    for text, value in (("auto", "never"), ("64", 64)):
+        keys = [f"training.slice_rows={text}", "training.gradient_checkpointing=true"]
+        layers = sharing.decide_sharing(load(ROOT / "configs/tiny.yaml", keys)).layers
+        assert layers is not None and layers.chosen["training.slice_rows"] == value
+        assert layers.chosen["training.offload_checkpoints"] is False
+
+
+def test_host_memory_for_inputs_of_layers_is_checked_before_loading(ranks):
+    ranks([(0, 1)], [None], host=1)
+    keys = ["training.offload_checkpoints=true", "training.gradient_checkpointing=true"]
+    with pytest.raises(StageError, match="does not hold the inputs of checkpointed layers"):
+        sharing.decide_sharing(load(ROOT / "configs/tiny.yaml", keys))

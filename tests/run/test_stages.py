@@ -23,6 +23,7 @@ CHANGED = {
     "training.gradient_checkpointing": "true",
     "training.keep_attention": "never",
     "training.keep_experts": "never",
+    "training.slice_rows": "64",
     "training.offload_checkpoints": "true",
     "training.logging_steps": "2",
     "training.save_steps": "40",
@@ -32,7 +33,10 @@ CHANGED = {
     "training.wandb_project": "trial",
 }
 """Every incidental key, with a value different from the tiny config's."""
-NEEDED = {"training.offload_checkpoints": ["training.gradient_checkpointing=true"]}
+NEEDED = {
+    key: ["training.gradient_checkpointing=true"]
+    for key in ("training.slice_rows", "training.offload_checkpoints")
+}
 """Incidental keys that another key's changed value requires."""
 
 

@@ -1,5 +1,5 @@
 """Stage 03 end to end: trained, killed, resumed, split over two processes that share experts and
-vocabulary, resumed in one, baked again by two, and opened with transformers."""
+vocabulary, in slices of rows, resumed in one, baked again by two, and opened with transformers."""
 
 import datetime
 import json
@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import ROOT, load_script
 
-# Axolotl is started six times, for half a minute or less each on an idle machine.
+# Axolotl is started seven times, for half a minute or less each on an idle machine.
 pytestmark = pytest.mark.timeout(900)
 
 TRAINING = [
@@ -39,6 +39,8 @@ TRAINING = [
 
 
 HOST = "experts.placement=host"
+SLICED = ["training.slice_rows=48"]
+HOST_INPUTS = ["training.offload_checkpoints=true"]
 SHARED = ["sequence_parallel_degree=2", "expert_parallel_degree=2"]
 PERSONS = ("checkpoint-keep-2", "checkpoint-2.bak", "checkpoint-1 (copy)", "best.old")
 """Folders beside the checkpoints that are not training's."""
@@ -155,19 +157,21 @@ def metrics_of(run_dir: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def split(runs, compressed, tmp_path_factory) -> tuple[Path, str, str]:
-    """A run in two processes that share experts and vocabulary, one of them killed, resumed in one
-    process: (run, stderr of the killed run, stderr of the resumed run)."""
+    """A run in two processes that share experts and vocabulary and compute in slices, one of them
+    killed, resumed in one process, without slices and with layers' inputs in host memory: (run,
+    stderr of the killed run, stderr of the resumed run)."""
     (straight, *_), (_, arguments) = runs, compressed
     run_dir = tmp_path_factory.mktemp("split") / "run"
     shutil.copytree(straight, run_dir, symlinks=True, ignore=shutil.ignore_patterns("03_finetune"))
-    shared = command([*arguments, *SHARED], run_dir)
+    shared = command([*arguments, *SHARED, *SLICED], run_dir)
     process = subprocess.Popen(shared, stderr=subprocess.PIPE, text=True)
     wait_for_step(process, run_dir, 5)
     victim = [p for p in trainers_of(run_dir) if b"RANK=1" in environment_of(p)]
     os.kill(victim[0], signal.SIGKILL)
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and not trainers_of(run_dir)
-    again = subprocess.run(command(arguments, run_dir), capture_output=True, text=True)
+    one = command([*arguments, *HOST_INPUTS], run_dir)
+    again = subprocess.run(one, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     return run_dir, told, again.stderr
 
@@ -184,8 +188,34 @@ def test_processes_that_share_sequences_train_like_one(runs, split):
     on the processor, a loss differs in its fourth digit. (Without codes, tests/distributed holds
     every step to 1e-5.)
     """
-    straight, (run_dir, _, _) = rows_of(runs[0]), split
-    for mine, alone in zip(rows_of(run_dir), straight, strict=True):
+    assert "checkpointed layers: 48 tokens at a time, inputs on the device" in split[1]
+    assert_same_curve(rows_of(split[0]), rows_of(runs[0]))
+
+
+def test_layers_in_slices_train_like_whole_ones(runs, compressed, tmp_path):
+    """In one process, with inputs in host memory: the first two steps to 1e-5."""
+    (straight, *_), (_, arguments) = runs, compressed
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir, symlinks=True, ignore=shutil.ignore_patterns("03_finetune"))
+    sliced = command([*arguments, *SLICED, *HOST_INPUTS], run_dir)
+    done = subprocess.run(sliced, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "checkpointed layers: 48 tokens at a time, inputs in host memory" in done.stderr
+    layers = metrics_of(run_dir)["layers"]
+    assert layers["chosen"]["training.slice_rows"] == layers["asked"]["training.slice_rows"] == 48
+    assert layers["chosen"]["training.offload_checkpoints"] is True
+    (copied,) = layers["copied_bytes"]  # all layers' inputs there, all but the last layer's back
+    assert copied > 0 and copied % ((4 + 3) * 128 * 4) == 0
+    whole = metrics_of(straight)["layers"]
+    assert whole["copied_bytes"] == [0]
+    assert whole["asked"]["training.slice_rows"] == "auto"
+    assert whole["chosen"]["training.slice_rows"] == "never"
+    assert_same_curve(rows_of(run_dir), rows_of(straight))
+
+
+def assert_same_curve(rows: list[dict], straight: list[dict]) -> None:
+    """Assert that rows agree as far as the order of sums allows."""
+    for mine, alone in zip(rows, straight, strict=True):
         expected = numbers_of(alone)
         strict = mine["step"] <= 2
         norm = expected.pop("grad_norm", None)

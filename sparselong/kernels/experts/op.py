@@ -230,7 +230,11 @@ class _ExpertPass(torch.autograd.Function):
 
 def slices(tokens: int, size: int) -> list[slice]:
     """Split [0, tokens) into slices of nearly equal length, none longer than `size`."""
-    count = -(-tokens // size)
+    return split_evenly(tokens, -(-tokens // size))
+
+
+def split_evenly(tokens: int, count: int) -> list[slice]:
+    """Split [0, tokens) into `count` slices of nearly equal length."""
     ends = [tokens * n // count for n in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 

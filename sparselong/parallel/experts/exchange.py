@@ -12,13 +12,20 @@ computes its experts' share of them, and the shares are added.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from sparselong.kernels import ExpertStack, Gate, HostStack
-from sparselong.kernels.experts import Adapters, ExpertCall, ExpertOperands, run_held, sum_parts
+from sparselong.kernels.experts import (
+    Adapters,
+    ExpertCall,
+    ExpertOperands,
+    run_held,
+    split_evenly,
+    sum_parts,
+)
 from sparselong.parallel.collectives import all_gather
 from sparselong.parallel.experts.pipeline import (
     FAR_ROWS,
@@ -44,6 +51,8 @@ class ShardedExperts:
         rows: number of rows of each process in the pass; None: all bring as many as this one.
         replicated: whether all bring the same rows. Such passes have no gradients.
         chunk_rows: most rows of a process that are exchanged at once; the same in all.
+        sequences: number of sequences of each process, among which its rows are equally divided;
+            None: one each.
     """
 
     placement: Placement
@@ -51,11 +60,30 @@ class ShardedExperts:
     rows: tuple[int, ...] | None = None
     replicated: bool = False
     chunk_rows: ChunkRows = FAR_ROWS
+    sequences: tuple[int, ...] | None = None
 
-    @property
-    def is_even(self) -> bool:
-        """Whether all processes bring as many rows, so that all can divide them in the same way."""
-        return self.rows is None
+    def divide(self, most: int) -> list[ShardedExperts] | None:
+        """Return exchanges for slices of at most `most` rows, the same number in every process.
+
+        Each process divides the tokens of its sequences evenly. There are fewer slices, of more
+        rows, if a process has fewer tokens than that. None: all bring as many rows as this one.
+        """
+        if self.rows is None:
+            return None
+        batches = self.sequences or (1,) * len(self.rows)
+        tokens = [rows // batch for rows, batch in zip(self.rows, batches, strict=True)]
+        count = max(1, min(*tokens, -(-max(self.rows) // most)))
+        parts = zip(*(split_evenly(each, count) for each in tokens), strict=True)
+        return [
+            replace(
+                self,
+                rows=tuple(
+                    batch * (part.stop - part.start)
+                    for batch, part in zip(batches, together, strict=True)
+                ),
+            )
+            for together in parts
+        ]
 
     def held(self, experts: int) -> range:
         """Return which of a layer's experts this process holds.

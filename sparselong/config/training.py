@@ -1,0 +1,72 @@
+"""The config's section `training`: see schema.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sparselong.config.keys import Incidental, Section
+from sparselong.config.texts import Project
+from sparselong.config.values import Fraction, Positive, Scale
+
+
+class TrainingSection(Section):
+    """Optimizer, schedule, checkpoints and logging, under Axolotl's names."""
+
+    num_epochs: Scale = 1.0
+    """Number of passes over the training data."""
+    max_steps: Positive | None = None
+    """Number of optimizer steps; null derives it from `num_epochs`."""
+    gradient_accumulation_steps: Positive = 8
+    """Micro-batches per optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 2e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate schedule after warm-up."""
+    warmup_ratio: Fraction = 0.03
+    """Fraction of the steps over which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    """Decoupled weight decay of the adapters."""
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch_fused"
+    """Optimizer, under transformers' name. `adamw_bnb_8bit` saves memory and needs a GPU."""
+    sample_packing: bool = True
+    """Pack several conversations into each sequence, separated by position ids."""
+    gradient_checkpointing: Annotated[bool, Incidental()] = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    keep_attention: Annotated[Literal["auto", "always", "never"], Incidental()] = "auto"
+    """Whether checkpointed layers keep the output of full attention, so that the backward pass does
+    not recompute it: 8.25 KiB per token and full-attention layer (20b at 16,384 tokens: 1.5 GiB).
+    `auto` keeps it if the predicted peak fits in free GPU memory; log and manifest say which."""
+    keep_experts: Annotated[Literal["auto", "always", "never"], Incidental()] = "auto"
+    """Whether checkpointed layers keep the experts' gate_up output, so that the backward pass does
+    not recompute it: 45 KiB per token and layer (20b at 4,096 tokens per GPU: 4.2 GiB). `auto`
+    decides as for `keep_attention`, which comes first because it saves more time per byte. Nothing
+    is kept if processes share the experts, nor with `slice_rows` or `offload_checkpoints`; with
+    `always`, `auto` uses none of the three."""
+    slice_rows: Annotated[Literal["auto", "never"] | Positive, Incidental()] = "auto"
+    """How many of its tokens a process computes at once in a checkpointed layer, attention aside:
+    norms, projections, experts. `never` computes all of them at once. `auto` computes 8,192 if
+    fine-tuning would not otherwise fit, even with `offload_checkpoints`; log, 01_health and
+    `--dry-run` say so."""
+    offload_checkpoints: Annotated[Literal["auto"] | bool, Incidental()] = "auto"
+    """Whether the inputs of checkpointed layers wait for the backward pass in page-locked host
+    memory: 5.6 KiB per token and layer (20b at 131,072 tokens: 16.9 GiB), of which the GPU then
+    holds two layers'. `auto` moves them there if fine-tuning would not otherwise fit."""
+    logging_steps: Annotated[Positive, Incidental()] = 1
+    """Steps between rows of metrics.jsonl; `save_steps` must be a multiple of it."""
+    eval_steps: Positive = 50
+    """Steps between evaluations on the validation conversations."""
+    save_steps: Annotated[Positive, Incidental()] = 50
+    """Steps between checkpoints; a multiple of `eval_steps`, which transformers requires for
+    loading the best model."""
+    save_total_limit: Annotated[Positive, Incidental()] = 3
+    """Number of checkpoints to keep; the best one is always kept."""
+    early_stopping_patience: Positive | None = None
+    """Number of evaluations without improvement after which training stops; null disables it."""
+    loss_target: Annotated[Scale | None, Incidental()] = None
+    """Training loss at which an alert is logged once; null disables it."""
+    use_tensorboard: Annotated[bool, Incidental()] = False
+    """Also write TensorBoard event files."""
+    wandb_project: Annotated[Project | None, Incidental()] = None
+    """Also log to this Weights & Biases project; null disables it."""
