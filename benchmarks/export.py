@@ -46,14 +46,19 @@ from sparselong.run import Stage, read_manifest
 from sparselong.run.directory import finish, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {"20b": "configs/gpt-oss-20b-1x3090.yaml", "tiny": "configs/tiny.yaml"}
+CONFIGS = {
+    "20b": "configs/gpt-oss-20b-1x3090.yaml",
+    "true": "configs/gpt-oss-120b-4x3090.yaml",
+    "tiny": "configs/tiny.yaml",
+}
+"""Config by the name of the widths in WIDTHS; `true` are those of the 120b."""
 FORMS = ("mxfp4", "gguf")
 MOST_SECONDS, MOST_BYTES = 180, 4 << 30
 """Limits of work and host memory."""
-DISK_BYTES = {"20b": 50e9, "tiny": 1e9}
+DISK_BYTES = {"20b": 50e9, "true": 135e9, "tiny": 1e9}
 """Free space that 24 layers need: base, model, one form and the file that is streamed."""
-_VOCABULARY = {"20b": 199_990, "tiny": 4000}
-_STREAMED_BYTES = {"20b": 1 << 32, "tiny": 1 << 20}
+_VOCABULARY = {"20b": 199_990, "true": 199_990, "tiny": 4000}
+_STREAMED_BYTES = {"20b": 1 << 32, "true": 1 << 32, "tiny": 1 << 20}
 _CHUNK = 1 << 24
 _BLOCK = 512  # in which the kernel counts
 BEGUN = time.monotonic()

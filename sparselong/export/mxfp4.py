@@ -2,8 +2,8 @@
 
 Experts' bytes are as they are stored, attention is decoded to the bf16 values that the model
 computes with, and config.json has the published `quantization_config`. Tensors that neither
-compression nor fine-tuning may have touched are compared with the base's, byte for byte, if the
-base is on this machine.
+compression nor fine-tuning may have touched must have the base's bytes, if the base is on this
+machine; the manifest names those that differ.
 """
 
 from __future__ import annotations

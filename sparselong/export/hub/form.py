@@ -17,7 +17,7 @@ from typing import Any
 from sparselong.errors import ConfigError, StageError
 from sparselong.export.form import Work
 from sparselong.export.inputs import ORIGIN
-from sparselong.files import read_json, write_atomically
+from sparselong.files import is_local, read_json, write_atomically
 from sparselong.provenance import refuse_changes
 from sparselong.run import Stage, read_manifest
 
@@ -74,6 +74,8 @@ class HubFormat:
         stage.described += _rows(manifests)
         write_atomically(stage.dir / CARD, write_card(stage, manifests))
         stage.log(f"the model card is {stage.dir / CARD}")
+        if "adapter" in manifests and is_local(stage.config.model.base):
+            stage.log("adapter_config.json will name the base by its path on this machine")
 
     def verify(self, stage: Stage) -> dict[str, Any]:
         """Upload the files, and compare those of the repository with them."""

@@ -52,8 +52,8 @@ def upload(stage: Stage, repo: str, files: Mapping[str, Path]) -> dict[str, Any]
     with _explained(api, nothing):
         revision = _open_repository(api, repo)
         present = _list_files(api, repo, revision)
-        # Each reads its file for its hash.
-        local = {name: CommitOperationAdd(name, str(path)) for name, path in files.items()}
+    # Each reads its file for its hash.
+    local = {name: CommitOperationAdd(name, str(path)) for name, path in files.items()}
     _refuse_others(stage, repo, present, local)
     size = sum(one.upload_info.size for one in local.values())
     stage.log(f"uploading {len(files)} files, {size / 1e9:.2f} GB, to {api.endpoint}/{repo}")
