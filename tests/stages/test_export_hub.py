@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from transformers import AutoConfig, AutoTokenizer
 
+from sparselong.config import load
+from sparselong.export.hub import card
+from sparselong.run.stages import stage_hash
 from tests.stages.fake_hub import READER, WRITER, serve
 from tests.stages.test_export import export, manifest_of
 from tests.stages.trained import Trained
@@ -102,20 +106,49 @@ def test_the_card_is_made_from_the_manifests(copied, hub, untrained_base, chat_f
         assert f"{metrics['bytes']:,}" in text and f"{metrics['tensors']} tensors" in text
     assert f'from_pretrained("{REPO}")' in text and f"--hf-repo {REPO}" in text
     for words in (
-        *("4 bits a kept weight, 2:4 sparse", "LoRA of rank 16, alpha 32, on q_proj"),
-        *("rank 2 on experts' gate_up_proj, down_proj", "through mask and rounding"),
-        *(chat_file.name, "Not measured by stage 04", "not recorded; look it up"),
+        "4 bits a kept weight, 2:4 sparse",
+        "LoRA of rank 16, alpha 32, on q_proj",
+        "trained through mask and rounding",
+        "rank 2 on experts' gate_up_proj, down_proj; the sums are rounded to MXFP4 again, which",
+        chat_file.name,
+        "Not measured by stage 04",
+        "not recorded; look it up",
     ):
         assert words in text, words
     for private in (str(untrained_base.parent), str(chat_file.parent), str(copied.run_dir)):
         assert private not in text
 
 
+def test_every_form_is_uploaded_and_its_card_says_how_it_is_opened(
+    plain_trained_run, hub, tmp_path, monkeypatch
+):
+    """As if the base were one of the hub."""
+    monkeypatch.setattr(card, "_is_on_hub", lambda name: "base" in name)
+    monkeypatch.setattr(card, "PUBLISHED", [card_base(plain_trained_run)])
+    run_dir = shutil.copytree(plain_trained_run.run_dir, tmp_path / "run", symlinks=True)
+    forms = ["hf-bf16", "adapter", "ollama"]
+    more = ["--to", *forms, "hub", "--repo", REPO]
+    assert export(plain_trained_run, *more, run_dir=run_dir) == 0
+    assert {name.partition("/")[0] for name in hub.repos[REPO]} == {
+        *(".gitattributes", "README.md", *forms)
+    }
+    text = hub.repos[REPO]["README.md"].decode()
+    data = ModelCard(text).data.to_dict()
+    assert data["license"] == "apache-2.0" and data["base_model_relation"] == "finetune"
+    assert data["base_model"] == card_base(plain_trained_run)
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, "README.md", "exec")
+    assert f'"{REPO}", subfolder="adapter"' in text and f'"{REPO}", subfolder="hf-bf16"' in text
+    assert "ollama create small-one -f ollama/Modelfile" in text and "{" not in text
+    assert "through mask" not in text and "not sparse" in text
+
+
+def card_base(trained: Trained) -> str:
+    return load(trained.arguments[1], trained.arguments[2:]).model.base
+
+
 def write_evaluation(trained: Trained, **changes) -> None:
     """Write the manifest that stage 04 would, with these keys changed."""
-    from sparselong.config import load
-    from sparselong.run.stages import stage_hash
-
     config = load(trained.arguments[1], trained.arguments[2:])
     accuracy = {"acc": 0.375, "stderr": 0.0242, "acc_norm": 0.5, "acc_norm_stderr": 0.025,
                 "paired_flips": {"gained": 12, "lost": 7, "p": 0.4}}  # fmt: skip

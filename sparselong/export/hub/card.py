@@ -138,41 +138,48 @@ def _describe_base(stage: Stage) -> str:
 def _describe_method(stage: Stage) -> str:
     config, bits = stage.config, stage.manifests[COMPRESS]["metrics"].get("bits_per_weight", {})
     dense, experts = config.shared_dense, config.experts
-    kept = "2:4 sparse" if dense.sparsity == "2:4" else "not sparse"
+    is_trained = origin_of(stage) == FINETUNE
+    attention = "bf16" if dense.weight_bits == 16 else f"{dense.weight_bits} bits a kept weight"
+    attention += ", 2:4 sparse" if dense.sparsity == "2:4" else ", not sparse"
+    if dense.weight_bits < 16:
+        attention += f", groups of {dense.group_size} weights with a scale"
+    stored = "MXFP4, 2:4 sparse" if experts.sparsity == "2:4" else "MXFP4"
+    as_published = experts.sparsity == "none" and not (is_trained and config.lora.expert_targets)
     lines = [
-        f"- Attention projections: {dense.weight_bits} bits a kept weight, {kept}"
-        + (f", groups of {dense.group_size} weights with a scale" if dense.weight_bits < 16 else "")
-        + ". The forms here hold the same values decoded.",
-        "- Experts: MXFP4" + (", 2:4 sparse" if experts.sparsity == "2:4" else " as published")
-        + ".",
-    ]  # fmt: skip
+        f"- Attention projections: {attention}. The forms here hold these values.",
+        f"- Experts: {stored}{', as published' if as_published else ''}.",
+    ]
     if bits:
         shown = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in bits.items())
         lines.append(f"- Bits a weight as stored in the run: {shown}.")
-    if origin_of(stage) == FINETUNE:
-        lines += _describe_training(stage)
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_describe_training(stage) if is_trained else ())])
 
 
 def _describe_training(stage: Stage) -> list[str]:
     config, metrics = stage.config, stage.manifests[FINETUNE]["metrics"]
-    lora, training = config.lora, config.training
-    experts = ""
-    if lora.expert_targets:
-        experts = f"; rank {lora.expert_r} on experts' {', '.join(lora.expert_targets)}, whose sums"
-        experts += " are rounded to MXFP4 again"
+    lora, training, dense = config.lora, config.training, config.shared_dense
+    through = ""
+    if dense.weight_bits < 16 or dense.sparsity != "none":
+        through = ", trained through mask and rounding"
     router = f"; rank {lora.r} on routers" if lora.router else ""
-    through = "through mask and rounding" if config.shared_dense.weight_bits < 16 else ""
     steps = f"{metrics['steps']:,} steps" if "steps" in metrics else "Steps"
     lines = [
         f"- LoRA of rank {lora.r}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}"
-        f"{', trained ' + through if through else ''}{experts}{router}; merged in all forms but "
-        "`adapter`.",
+        f"{through}{router}; merged in all forms but `adapter`.",
         f"- {steps} at {config.sequence_len:,} tokens a sequence, learning rate "
         f"{training.learning_rate:g} ({training.lr_scheduler}), {training.optimizer}, seed "
         f"{config.seed}.",
     ]
-    if config.shared_dense.sparsity == "2:4":
+    if lora.expert_targets:
+        layers = metrics.get("expert_rounding", {}).values()
+        lost = [weight["lost"] for layer in layers for weight in layer.values()]
+        error = f", which loses {sum(lost) / len(lost):.1%} of the change (mean)" if lost else ""
+        targets = ", ".join(lora.expert_targets)
+        lines.append(
+            f"- LoRA of rank {lora.expert_r} on experts' {targets}; the sums are rounded to MXFP4 "
+            f"again{error}."
+        )
+    if dense.sparsity == "2:4":
         share = config.finetuning_modifiers.MagnitudePruningModifier.update_frequency
         lines.append(f"- The 2:4 masks were reselected every {share:.0%} of the steps.")
     return lines
