@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparselong.export.formats import FORMATS
+from sparselong.export.hub.loading import HOW
 from sparselong.model import load_model
 from tests.conftest import ROOT
 from tests.stages import (
@@ -92,7 +93,8 @@ def test_the_readmes_table_names_what_tests_open():
             if name != "--dense-type":
                 shown[name] = [tool.strip() for tool in tools.split(", ")]
     assert shown == {form: [*tools] for form, tools in OPENED.items()}
-    assert {*MODELS, *(each.name for each in FORMATS)} == shown.keys()
+    names = {each.name for each in FORMATS}
+    assert {*MODELS, *names} == shown.keys() and names - {"hub"} == HOW.keys()
     for test in (test for tools in OPENED.values() for test in tools.values()):
         if isinstance(test, str):
             file, _, name = test.partition("::")
