@@ -301,7 +301,7 @@ def test_an_export_of_another_model_is_not_uploaded(copied, hub, capsys):
         (["--to", "hub"], "the repository is missing"),
         (["--to", "mxfp4", "--repo", REPO], f"--repo {REPO} has no effect"),
         (["--to", "hub", "--repo", "mine"], "no owner"),
-        (["--to", "hub", "--repo", "me/größe"], "is not the name of a repository"),
+        (["--to", "hub", "--repo", "me/größe"], "letters beyond ASCII"),
         (["--to", "hub", "--repo", "me/a b"], "is not the name of a repository"),
     ],
 )

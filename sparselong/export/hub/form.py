@@ -39,7 +39,8 @@ class HubFormat:
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id  # pyright: ignore
 
-        repo, found = stage.options[REPO], "no owner, or letters beyond ASCII"
+        repo = stage.options[REPO]
+        found = "letters beyond ASCII" if "/" in repo else "no owner"
         try:
             validate_repo_id(repo)
         except HFValidationError as error:
