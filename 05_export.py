@@ -9,6 +9,8 @@ each format, runs/NAME/05_export/FORMAT, with a manifest of its own:
     adapter   LoRA for PEFT and vLLM, from runs without mask and rounding
     gguf      one file for llama.cpp; --dense-type is the type of all but the experts
     ollama    the same file, linked if it is there, and a Modelfile
+    hub       the forms named beside it, or all that are finished, in a repository of the Hugging
+              Face Hub (--repo OWNER/NAME) with a model card
 
     python 05_export.py --to mxfp4 gguf --run-dir runs/NAME
 

@@ -24,7 +24,8 @@ LONG := tests/stages/test_trained.py tests/stages/test_finetune.py tests/stages/
         tests/stages/test_health_script.py tests/stages/test_example.py \
         tests/stages/test_compress_interrupted.py tests/stages/test_compress.py \
         tests/stages/test_export.py tests/stages/test_export_adapter.py \
-        tests/stages/test_export_gguf.py
+        tests/stages/test_export_gguf.py tests/stages/test_export_hub.py \
+        tests/stages/test_export_forms.py
 # llama.cpp through Python, in a directory of its own: the environment stays as locked.
 LLAMA := .llama/0.3.36
 LLAMA_TEST := tests/stages/test_llama_cpp.py
@@ -35,7 +36,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
 # Each measures one subject, and says if it needs a GPU. The other files in benchmarks/ are helpers,
 # or compare two checkouts.
 BENCHMARKS := demo attention attention_tiles expert_gemm neighbours generation memory train_step \
-              context_parallel fit_120b true_widths
+              context_parallel fit_120b true_widths export
 
 .PHONY: demo check test test-long test-short test-mutations test-llama test-gpu bench lock clean
 

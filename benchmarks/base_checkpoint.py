@@ -26,19 +26,21 @@ from sparselong.checkpoint.format import PUBLISHED_QUANTIZATION
 from sparselong.data import corpus
 from sparselong.tiny.tokenizer import train_tokenizer
 
+_TRUE = {
+    **{"hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 128},
+    **{"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 201_088},
+    "sliding_window": 128,
+}
 WIDTHS = {
-    "true": {
-        **{"hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 128},
-        **{"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 201_088},
-        "sliding_window": 128,
-    },
+    "true": _TRUE,
+    "20b": {**_TRUE, "num_local_experts": 32},
     "tiny": {
         **{"hidden_size": 128, "intermediate_size": 128, "num_local_experts": 8},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096},
         "sliding_window": 64,
     },
 }
-"""Sizes of openai/gpt-oss-120b, and small ones for a machine without a GPU."""
+"""Sizes of openai/gpt-oss-120b and -20b, and small ones for a machine without a GPU."""
 TOKENS = 2048
 """Entries of the tokenizer; the embeddings may have more rows."""
 LAYERS_PER_SHARD = 2

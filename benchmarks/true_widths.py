@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.base_checkpoint import WIDTHS, write_base
+from benchmarks.base_checkpoint import write_base
 from benchmarks.command_line import add_result, command_of, machine_of
 from benchmarks.record import row, write
 from sparselong.run import read_manifest
@@ -248,7 +248,7 @@ def measure(args: argparse.Namespace) -> bool:
 def main() -> None:
     """Run the benchmark; exit 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--widths", default="true", choices=WIDTHS)
+    parser.add_argument("--widths", default="true", choices=CONFIGS)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--sequence-len", type=int, default=8192)
     parser.add_argument(

@@ -17,6 +17,7 @@ from benchmarks.report import (
     attention,
     context_parallel,
     expert_gemm,
+    export,
     fit_120b,
     generation,
     memory,
@@ -40,6 +41,7 @@ SECTIONS = (
     expert_gemm,
     generation,
     neighbours,
+    export,
 )
 
 

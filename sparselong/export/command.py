@@ -7,12 +7,15 @@ import argparse
 from sparselong.errors import ConfigError
 from sparselong.export.formats import FORMATS, find_format
 from sparselong.export.gguf import DENSE_TYPE, DENSE_TYPES, TYPED
+from sparselong.export.hub import HUB, REPO, list_finished
 from sparselong.export.inputs import ORIGIN, ORIGINS
 from sparselong.run import Choice, Part, Stage
 
+_STAGE = "05_export"
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--to`, `--from` and `--dense-type`."""
+    """Add `--to`, `--from`, `--dense-type` and `--repo`."""
     names = [each.name for each in FORMATS]
     parser.add_argument(
         "--to", nargs="+", action="extend", metavar="FORMAT", help=f"any of {', '.join(names)}"
@@ -26,6 +29,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         f"--{DENSE_TYPE}", dest="dense_type", metavar="TYPE", help=text + ", ".join(DENSE_TYPES)
     )
+    text = f"repository on the hub for --to {HUB}, made private if there is none"
+    parser.add_argument(f"--{REPO}", metavar="OWNER/NAME", help=text)
 
 
 def choose_parts(arguments: argparse.Namespace) -> list[Part]:
@@ -47,19 +52,56 @@ def choose_parts(arguments: argparse.Namespace) -> list[Part]:
         )
     chosen = [find_format(name).name for name in names]
     typed = [name for name in chosen if name in TYPED]
-    if arguments.dense_type is not None and not typed:
-        raise ConfigError(
-            f"--{DENSE_TYPE} {ascii(arguments.dense_type)[1:-1]} has no effect",
-            f"--to with {' or '.join(TYPED)}",
-            f"--to {' '.join(chosen)}",
-            f"leave out --{DENSE_TYPE}",
-        )
+    _refuse_idle(f"--{DENSE_TYPE}", arguments.dense_type, TYPED, chosen)
+    _refuse_idle(f"--{REPO}", arguments.repo, (HUB,), chosen)
     options = {ORIGIN: arguments.origin}
     more = {DENSE_TYPE: arguments.dense_type or next(iter(DENSE_TYPES))}
-    return [
-        Part(name, ORIGINS[arguments.origin], options | (more if name in typed else {}))
-        for name in chosen
-    ]
+    reads = ORIGINS[arguments.origin]
+    forms = [name for name in chosen if name != HUB]
+    parts = [Part(name, reads, options | (more if name in typed else {})) for name in forms]
+    if HUB in chosen:
+        uploaded = _choose_uploaded(arguments, forms)
+        options |= {"to": " ".join([*uploaded, HUB]), REPO: arguments.repo}
+        parts.append(Part(HUB, reads, options | (more if typed else {})))
+    return parts
+
+
+def _refuse_idle(
+    option: str, value: str | None, wanted: tuple[str, ...], chosen: list[str]
+) -> None:
+    """Raise if an option is passed that none of the chosen formats has."""
+    if value is not None and not {*wanted} & {*chosen}:
+        raise ConfigError(
+            f"{option} {ascii(value)[1:-1]} has no effect",
+            f"--to with {' or '.join(wanted)}",
+            f"--to {' '.join(chosen)}",
+            f"leave out {option}",
+        )
+
+
+def _choose_uploaded(arguments: argparse.Namespace, forms: list[str]) -> list[str]:
+    """Return the formats to upload: those named beside `hub`, or all that are finished.
+
+    Raises:
+        ConfigError: there is none, or no repository is named.
+    """
+    if arguments.repo is None:
+        raise ConfigError(
+            f"--to {HUB}: the repository is missing",
+            f"--{REPO} OWNER/NAME",
+            f"no --{REPO}",
+            f"for example --{REPO} me/my-gpt-oss",
+        )
+    names = [each.name for each in FORMATS]
+    forms = forms or list_finished(arguments.run_dir, _STAGE, arguments.origin, names)
+    if not forms:
+        raise ConfigError(
+            f"--to {HUB}: there is nothing to upload",
+            f"other formats beside {HUB}, or finished exports of the {arguments.origin} model",
+            f"neither, in {arguments.run_dir / _STAGE}",
+            f"for example --to mxfp4 {HUB}",
+        )
+    return forms
 
 
 CHOICE = Choice(add_options, choose_parts)

@@ -23,12 +23,14 @@ class Work:
         decoded_weights: weights that are decoded from MXFP4, each time counted.
         file: name of the file that is written, if another format of the same run links the same
             one instead of writing it again.
+        uploaded_bytes: bytes that are sent over the network.
     """
 
     written_bytes: int
     read_bytes: int
     decoded_weights: int = 0
     file: str = ""
+    uploaded_bytes: int = 0
 
 
 class Format(Protocol):

@@ -9,11 +9,12 @@ from sparselong.export.adapter import AdapterFormat
 from sparselong.export.form import Format
 from sparselong.export.gguf import GgufFormat, OllamaFormat
 from sparselong.export.hf_bf16 import Bf16Format
+from sparselong.export.hub import HubFormat
 from sparselong.export.mxfp4 import Mxfp4Format
 
 FORMATS: tuple[Format, ...] = (
     *(Mxfp4Format(), Bf16Format(), AdapterFormat()),
-    *(GgufFormat(), OllamaFormat()),
+    *(GgufFormat(), OllamaFormat(), HubFormat()),
 )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from sparselong.errors import StageError
+from sparselong.export.base import compare_with_base
 from sparselong.export.form import Work
 from sparselong.export.inputs import model_directory
 from sparselong.memory import compressed_groups, find_shape
@@ -58,7 +59,7 @@ class Bf16Format:
         write_side_files(stage, source.checkpoint, shards, config)
 
     def verify(self, stage: Stage) -> dict[str, Any]:
-        """Compare names and shapes with those of transformers' own model."""
+        """Compare names and shapes with transformers' own model, and bytes with the base."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,9 +68,9 @@ class Bf16Format:
         config = AutoConfig.from_pretrained(stage.dir)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        written = Checkpoint(stage.dir).tensors
+        written = Checkpoint(stage.dir)
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: record.shape for name, record in written.items()}
+        found = {name: record.shape for name, record in written.tensors.items()}
         if wanted != found:
             differing = sorted(set(wanted.items()) ^ set(found.items()))
             raise StageError(
@@ -78,7 +79,7 @@ class Bf16Format:
                 f"differences in {', '.join(name for name, _ in differing[:4])}",
                 "install the transformers of requirements/requirements.lock",
             )
-        return {"tensors": len(written)}
+        return compare_with_base(stage, written)
 
 
 def _decoded_shapes(source: Source) -> Shapes:

@@ -2,17 +2,17 @@
 
 Experts' bytes are as they are stored, attention is decoded to the bf16 values that the model
 computes with, and config.json has the published `quantization_config`. Tensors that neither
-compression nor fine-tuning may have touched are compared with the base's, byte for byte, if the
-base is on this machine.
+compression nor fine-tuning may have touched must have the base's bytes, if the base is on this
+machine; the manifest names those that differ.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sparselong.errors import StageError
+from sparselong.export.base import compare_with_base
 from sparselong.export.form import Work
-from sparselong.export.inputs import FINETUNE, find_base, model_directory, origin_of
+from sparselong.export.inputs import model_directory
 from sparselong.memory import base_groups, compressed_groups, find_shape
 from sparselong.run import Stage
 
@@ -49,26 +49,11 @@ class Mxfp4Format:
 
     def verify(self, stage: Stage) -> dict[str, Any]:
         """Open the directory as stage 02 opens a base, and compare it with the base."""
-        from sparselong.checkpoint import Checkpoint, open_upstream, same_bytes
+        from sparselong.checkpoint import Checkpoint, open_upstream
 
         written = Checkpoint(stage.dir)
         open_upstream(written)
-        untouched = [name for name in written.tensors if not may_differ(stage, name)]
-        metrics = {"tensors": len(written.tensors), "untouched_tensors": len(untouched)}
-        folder = find_base(stage)
-        if folder is None:
-            stage.log(f"the base {stage.config.model.base} is not here: not compared with it")
-            return {**metrics, "identical_to_base": None}
-        base = Checkpoint(folder)
-        changed = [name for name in untouched if not same_bytes(written, base, name)]
-        if changed:
-            raise StageError(
-                f"{len(changed)} tensors differ from the base's that no stage should have changed",
-                f"the bytes of {folder}",
-                f"other bytes in {', '.join(changed[:4])}",
-                f"redo the stages from {origin_of(stage)} on: python {origin_of(stage)}.py --force",
-            )
-        return {**metrics, "identical_to_base": len(untouched)}
+        return compare_with_base(stage, written)
 
 
 def _open(stage: Stage) -> Source:
@@ -76,28 +61,3 @@ def _open(stage: Stage) -> Source:
     from sparselong.runtime import default_device
 
     return Source(model_directory(stage), default_device())
-
-
-def may_differ(stage: Stage, name: str) -> bool:
-    """Return whether a published tensor's values may differ from the base's, by the config.
-
-    Args:
-        stage: the part.
-        name: the tensor's published name.
-    """
-    from sparselong.checkpoint import PROJECTIONS
-
-    config, module, last = stage.config, *name.split(".")[-2:]
-    dense = config.shared_dense
-    packed = dense.sparsity != "none" or dense.weight_bits < 16
-    if module in PROJECTIONS and last == "weight" and packed:
-        return True
-    if last.endswith("_blocks") and config.experts.sparsity != "none":
-        return True
-    if origin_of(stage) != FINETUNE:
-        return False
-    lora, stem = config.lora, last.rpartition("_")[0]
-    if last.endswith(("_blocks", "_scales")):
-        return stem in lora.expert_targets
-    tuned = {*lora.target_modules, *(["router"] if lora.router else [])}
-    return last == "weight" and module in tuned

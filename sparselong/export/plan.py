@@ -51,6 +51,7 @@ def plan_export(stages: list[Stage]) -> dict[str, Any]:
             f"{'; '.join(f'{name}: {format_seconds(each)}' for name, each in seconds.items())}.",
             "Times are estimates for 2 processor cores and a disk of 0.5 GB per second. Every file "
             "is read back and compared before it counts as written.",
+            *_note_upload(works),
         ],
         "config": config.model_dump(mode="json"),
     }
@@ -65,6 +66,13 @@ def _plan_works(stages: list[Stage]) -> dict[str, Work]:
             work = replace(work, written_bytes=0, read_bytes=work.read_bytes // 2)
         works[stage.part] = work
     return works
+
+
+def _note_upload(works: dict[str, Work]) -> list[str]:
+    uploaded = sum(work.uploaded_bytes for work in works.values())
+    if not uploaded:
+        return []
+    return [f"{uploaded / 1e9:.2f} GB are uploaded, for which no time is estimated."]
 
 
 def _seconds(work: Work) -> float:

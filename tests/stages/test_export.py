@@ -111,9 +111,27 @@ def test_tensors_that_no_stage_changed_have_the_bases_hashes(exported, untrained
     assert base.keys() == mine.keys()
     assert same >= {name for name in base if not name.endswith(tuned)}
     assert not {name for name in same if name.endswith(tuned[:3])}
-    metrics = manifest_of(exported.run_dir, "mxfp4")["metrics"]
-    untouched = len([name for name in base if not name.endswith(tuned)])
-    assert metrics["untouched_tensors"] == metrics["identical_to_base"] == untouched
+    dense = {name for name in base if not name.endswith(tuned[2:])}
+    for name, names in (("mxfp4", base.keys()), ("hf-bf16", dense)):
+        metrics = manifest_of(exported.run_dir, name)["metrics"]
+        assert metrics["untouched_tensors"] == len([n for n in base if not n.endswith(tuned)])
+        assert metrics["identical_to_base"] == len(same & names)
+        assert metrics["differing_from_base"] == sorted(names - same)
+
+
+def test_a_tensor_that_no_stage_may_change_is_found(exported, copied, monkeypatch, capsys):
+    """As if a stage had changed a norm and recorded it."""
+    real = Source.parts
+
+    def parts(self, name, step=None):
+        for part in real(self, name, step):
+            yield part + 1 if name == "model.norm.weight" else part
+
+    monkeypatch.setattr(Source, "parts", parts)
+    for name in MODELS:
+        assert export(exported, "--to", name, run_dir=copied) == 1
+        told = capsys.readouterr().err
+        assert "that no stage should have changed" in told and "model.norm.weight" in told
 
 
 def test_manifests_have_the_documented_metrics(exported):

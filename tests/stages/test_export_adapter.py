@@ -148,6 +148,14 @@ def test_an_adapter_whose_base_has_another_hash_is_refused(
     assert not (run_dir / "05_export/adapter/adapter_model.safetensors").exists()
 
 
+def test_the_plan_has_the_bytes_of_the_tensors(exported, folder, capsys):
+    assert export(exported, "--to", "adapter", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    tensors = load_file(folder / "adapter_model.safetensors").values()
+    assert plan["bytes_on_disk"] == sum(tensor.nbytes for tensor in tensors)
+    assert plan["estimated_seconds"] > 0
+
+
 def test_a_damaged_adapter_is_refused(exported, tmp_path, capsys):
     run_dir = shutil.copytree(exported.run_dir, tmp_path / "run", symlinks=True)
     path = run_dir / "03_finetune/adapter/adapter_model.safetensors"

@@ -376,7 +376,7 @@ def test_unknown_or_useless_types_are_refused(exported, monkeypatch, capsys, mor
 
 def test_a_layer_of_the_true_widths(tmp_path, monkeypatch):
     """Rows of 2,880 and 4,096, 64 heads; fewer experts and tokens, which no code depends on."""
-    few = {**base_checkpoint.WIDTHS["true"], "num_local_experts": 4, "vocab_size": 4096}
+    few = {**base_checkpoint.WIDTHS["true"], "num_local_experts": 2, "vocab_size": 2080}
     monkeypatch.setitem(base_checkpoint.WIDTHS, "true", few)
     base_checkpoint.write_base(tmp_path / "model", "true", 1, "cpu", lambda _: None)
     document = json.loads((tmp_path / "model/config.json").read_text())

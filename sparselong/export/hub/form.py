@@ -1,0 +1,144 @@
+"""`hub`: exports of this run in one repository of the Hugging Face Hub, with a model card.
+
+It uploads the forms that are named beside it, which are made first, or all finished ones if it
+stands alone. The published form is at the root of the repository, so that tools find it by the
+repository's name; each other form has a directory of its own name. Manifests and logs, which have
+paths of this machine, are not uploaded.
+
+Without a token or a network everything else is done: the card is in 05_export/hub, the stage fails,
+and the same command uploads later.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparselong.errors import ConfigError, StageError
+from sparselong.export.form import Work
+from sparselong.export.inputs import ORIGIN
+from sparselong.files import is_local, read_json, write_atomically
+from sparselong.provenance import refuse_changes
+from sparselong.run import Stage, read_manifest
+
+HUB, REPO = "hub", "repo"
+"""Name of the format, and the option that names the repository."""
+CARD = "README.md"
+_AT_ROOT = "mxfp4"
+_SAME = ("config_hash", "made_from")
+
+
+class HubFormat:
+    """A repository with exports and a model card."""
+
+    name = HUB
+    summary = "the exports in a repository of the hub, with a model card"
+
+    def check(self, stage: Stage) -> None:
+        """Raise unless the option names a repository."""
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # pyright: ignore
+
+        repo = stage.options[REPO]
+        found = "letters beyond ASCII" if "/" in repo else "no owner"
+        try:
+            validate_repo_id(repo)
+        except HFValidationError as error:
+            found = " ".join(str(error).split())
+        else:
+            if "/" in repo and repo.isascii():
+                return
+        raise ConfigError(
+            f"--{REPO} {ascii(repo)[1:-1]} is not the name of a repository",
+            "OWNER/NAME: an account or organization of the hub, and a name",
+            found,
+            f"for example --{REPO} me/my-gpt-oss",
+        )
+
+    def plan(self, stage: Stage) -> Work:
+        """Return the bytes to upload, all of which are read and hashed first."""
+        from sparselong.export.formats import find_format
+
+        total = 0
+        for form in _forms(stage):
+            manifest = read_manifest(stage.run_dir, f"{stage.name}/{form}")
+            planned = None if manifest else find_format(form).plan(stage)
+            total += planned.written_bytes if planned else (manifest or {})["metrics"]["bytes"]
+        return Work(0, 2 * total, uploaded_bytes=total)
+
+    def write(self, stage: Stage) -> None:
+        """Write the model card, after checking that the exports are those of this run."""
+        from sparselong.export.hub.card import write_card
+
+        manifests = {form: _read_export(stage, form) for form in _forms(stage)}
+        stage.inputs = [stage.run_dir / row["path"] for row in _rows(manifests)]
+        stage.described += _rows(manifests)
+        write_atomically(stage.dir / CARD, write_card(stage, manifests))
+        stage.log(f"the model card is {stage.dir / CARD}")
+        if "adapter" in manifests and is_local(stage.config.model.base):
+            stage.log("adapter_config.json will name the base by its path on this machine")
+
+    def verify(self, stage: Stage) -> dict[str, Any]:
+        """Upload the files, and compare those of the repository with them."""
+        from sparselong.export.hub.repository import upload
+
+        manifests = {form: _read_export(stage, form) for form in _forms(stage)}
+        files = {CARD: stage.dir / CARD}
+        for form, manifest in manifests.items():
+            files |= _place(stage, form, manifest)
+        return upload(stage, stage.options[REPO], files)
+
+
+def list_finished(run_dir: Path, stage: str, origin: str, names: list[str]) -> list[str]:
+    """Return the names of the formats that a run has exported.
+
+    Args:
+        run_dir: the run directory.
+        stage: name of the stage.
+        origin: the model that they must be of, a key of `ORIGINS`.
+        names: of the formats in question.
+    """
+    found = {name: read_manifest(run_dir, f"{stage}/{name}") for name in names if name != HUB}
+    return [name for name, one in found.items() if one and one["options"][ORIGIN] == origin]
+
+
+def _forms(stage: Stage) -> list[str]:
+    return stage.options["to"].split()[:-1]
+
+
+def _read_export(stage: Stage, form: str) -> dict[str, Any]:
+    """Return an export's manifest.
+
+    Raises:
+        StageError: it is not done, is of another model, or was changed since.
+    """
+    name = f"{stage.name}/{form}"
+    manifest = read_manifest(stage.run_dir, name)
+    redo = f"python {stage.name}.py --to {form} --force"
+    wanted = read_json(stage.dir / "started.json")
+    origin = stage.options[ORIGIN]
+    if (
+        manifest is None
+        or manifest["options"][ORIGIN] != origin
+        or any(manifest.get(key) != wanted[key] for key in _SAME)
+    ):
+        raise StageError(
+            f"{stage.run_dir / name} is not an export of the model that would be described",
+            f"a finished export of the {origin} model of this run, with this config",
+            "another model's" if manifest else "no manifest",
+            f"make it again: {redo}",
+        )
+    refuse_changes(manifest["outputs"], stage.run_dir, name, f"make it again: {redo}")
+    return manifest
+
+
+def _rows(manifests: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for manifest in manifests.values() for row in manifest["outputs"]]
+
+
+def _place(stage: Stage, form: str, manifest: dict[str, Any]) -> dict[str, Path]:
+    """Return the files of an export by their paths in the repository."""
+    folder = Path(stage.name, form)
+    names = [Path(row["path"]).relative_to(folder) for row in manifest["outputs"]]
+    root = Path() if form == _AT_ROOT else Path(form)
+    return {(root / name).as_posix(): stage.run_dir / folder / name for name in names}
