@@ -119,9 +119,11 @@ def differentiate_held(
         call: the routing of `run_held`, and in place of rows the gradient of its output.
         arrive: returns the rows of `run_held`, [rows, hidden]; called once, after the work that
             does not need them.
-        operands, held, experts: as in `run_held`.
+        operands: as in `run_held`.
+        held: as in `run_held`.
         gradients: a routing weight's is zero where the expert is not held; the sums of adapters are
             accumulated into, and have the factors' order and shapes.
+        experts: as in `run_held`.
         rows: what `run_held` returned for this routing; None: sort again.
 
     Raises:
@@ -139,20 +141,32 @@ def differentiate_held(
     from sparselong.kernels.experts import triton_launch
 
     call, operands = call.contiguous(), operands.in_dtype(call.x.dtype)
-    dout, indices, weights = call
-    arrived = functools.cache(lambda: arrive().contiguous())
     if gradients.weights is not None:
         gradients.weights.zero_()  # each window then writes those of its own routed tokens
-    with torch.cuda.device_of(dout):
+    with torch.cuda.device_of(call.x):
         rows = rows or triton_launch.sort_held(call, operands, held, experts, WINDOW_ROWS)
-        for routing in rows.windows():
+        _differentiate_windows(call, arrive, operands, gradients, rows)
 
-            def recall(routing: Routing = routing) -> tuple[torch.Tensor, torch.Tensor]:
-                x = arrived()
-                return triton_launch.run_gate_up(x, indices, operands, routing), x
 
-            saved = triton_launch.SavedForward(recall, routing, indices, weights)
-            triton_launch.run_backward(dout, saved, operands, gradients, overwrite=True)
+def _differentiate_windows(
+    call: ExpertCall,
+    arrive: Callable[[], torch.Tensor],
+    operands: ExpertOperands,
+    gradients: Gradients,
+    rows: HeldRows,
+) -> None:
+    from sparselong.kernels.experts import triton_launch
+
+    dout, indices, weights = call
+    arrived = functools.cache(lambda: arrive().contiguous())
+    for routing in rows.windows():
+
+        def recall(routing: Routing = routing) -> tuple[torch.Tensor, torch.Tensor]:
+            x = arrived()
+            return triton_launch.run_gate_up(x, indices, operands, routing), x
+
+        saved = triton_launch.SavedForward(recall, routing, indices, weights)
+        triton_launch.run_backward(dout, saved, operands, gradients, overwrite=True)
 
 
 def _parts(call: ExpertCall) -> list[slice]:
