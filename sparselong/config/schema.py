@@ -201,14 +201,15 @@ class Config(Section):
     flash_attention: bool = True
     """Compute attention without a quadratic score matrix (needs a GPU). false uses transformers'
     eager attention, except that a split sequence always uses this project's attention."""
-    attention_backend: Literal["auto", "triton", "torch_flash", "torch_cudnn", "flash_attn"] = (
-        "auto"
-    )
+    attention_backend: Literal[
+        "auto", "triton", "torch_flash", "torch_cudnn", "flash_attn", "flash_attn_4"
+    ] = "auto"
     """Kernels for `flash_attention`. `auto` uses, for each kind of layer, the backend that was
     measured to be fastest on this GPU (01_health says which), or `triton` for all if fine-tuning
     would not otherwise fit: its backward pass needs no fp32 sums. A named backend is used for every
-    layer, and the stage fails if it cannot be. `flash_attn` must be installed. `torch_cudnn` does
-    not support the sliding windows in every second layer of gpt-oss, so only `auto` can use it."""
+    layer, and the stage fails if it cannot be. `flash_attn` and `flash_attn_4` must be installed;
+    the latter needs an H100 or H200. `torch_cudnn` does not support the sliding windows in every
+    second layer of gpt-oss, so only `auto` can use it."""
     deterministic: bool = False
     """Make attention's gradients bit-identical in every run. The Triton kernels always are;
     torch_flash's backward pass becomes slower, and torch_cudnn's is not used."""

@@ -17,7 +17,7 @@ from sparselong.health.machine import Machine
 from sparselong.health.packages import NEEDED, Package
 from sparselong.health.rows import Row, fail, ok, warn
 from sparselong.health.sources import Source
-from sparselong.kernels.attention import describe_choice
+from sparselong.kernels.attention import FLASH_ATTN_4, describe_choice
 from sparselong.kernels.experts import choose_backend
 from sparselong.memory import (
     Plan,
@@ -254,11 +254,9 @@ def _attention(config: Config, machine: Machine, plan: Plan) -> Row:
     if not config.flash_attention:
         return ok("attention kernel", "transformers' eager (quadratic in sequence_len)")
     named, repeats = plan.settled.attention_backend, config.deterministic
-    if named == "flash_attn" and not machine.flash_attn:
+    if missing := _missing_package(named, machine):
         return fail(
-            "attention kernel",
-            "attention_backend is flash_attn, but that package is not installed",
-            "pip install flash-attn (it needs nvcc), or set attention_backend=auto",
+            "attention kernel", f"attention_backend is {named}, but {missing[0]}", missing[1]
         )
     if named == "auto":
         major, minor = machine.usable_gpus[0].compute_capability
@@ -269,6 +267,25 @@ def _attention(config: Config, machine: Machine, plan: Plan) -> Row:
         why = "attention_backend" if named == config.attention_backend else plan.settled_reason
         text = f"full and window layers: {named} ({why})"
     return ok("attention kernel", text + ("; deterministic" if repeats else ""))
+
+
+def _missing_package(backend: str, machine: Machine) -> tuple[str, str] | None:
+    """Return what a backend of an optional package lacks, and what to do; None: nothing."""
+    if backend == "flash_attn" and not machine.flash_attn:
+        return (
+            "that package is not installed",
+            "pip install flash-attn (it needs nvcc), or set attention_backend=auto",
+        )
+    if backend == "flash_attn_4" and not machine.flash_attn_4:
+        return (
+            f"flash-attn-4 {FLASH_ATTN_4} is not installed",
+            "run ./install.sh --with-flash-attn-4, or set attention_backend=auto",
+        )
+    capability = machine.usable_gpus[0].compute_capability
+    if backend == "flash_attn_4" and capability != (9, 0):
+        found = ".".join(map(str, capability))
+        return f"it needs compute capability 9.0, GPU 0 has {found}", "set attention_backend=auto"
+    return None
 
 
 def _experts(config: Config, machine: Machine, plan: Plan) -> Row:

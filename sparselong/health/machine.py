@@ -19,6 +19,7 @@ from sparselong.health import packages, sources
 from sparselong.health.inputs import Finding, probe_inputs
 from sparselong.health.packages import Package
 from sparselong.health.sources import Source
+from sparselong.kernels.attention import refuse_flash_attn_4
 from sparselong.processes import usable_cores
 from sparselong.provenance import host_memory
 
@@ -94,6 +95,8 @@ class Machine:
     """What became of opening the base, its tokenizer and the rows."""
     flash_attn: bool = False
     """Whether the optional flash-attn package is installed."""
+    flash_attn_4: bool = False
+    """Whether the optional flash-attn-4 package is installed in the version that is supported."""
 
     @property
     def usable_gpus(self) -> tuple[Gpu, ...]:
@@ -124,6 +127,7 @@ def probe(config: Config, run_dir: Path) -> Machine:
         data=data,
         inputs=probe_inputs(config, run_dir, base, _rows_of(data)),
         flash_attn=packages.is_installed("flash_attn"),
+        flash_attn_4=refuse_flash_attn_4() is None,
     )
 
 

@@ -213,6 +213,11 @@ def test_a_named_attention_backend_is_shown_or_refused(monkeypatch):
     missing = row("attention_backend=flash_attn")
     assert missing.status == "fail" and "flash_attn, but that package is not" in missing.found
     assert row("attention_backend=flash_attn", flash_attn=True).status == "ok"
+    missing = row("attention_backend=flash_attn_4")
+    assert missing.status == "fail" and "--with-flash-attn-4" in missing.fix
+    assert row("attention_backend=flash_attn_4", flash_attn_4=True).status == "ok"
+    other = row("attention_backend=flash_attn_4", flash_attn_4=True, gpus=(gpu(0),))
+    assert other.status == "fail" and "needs compute capability 9.0, GPU 0 has 8.6" in other.found
 
 
 def test_flash_attention_needs_a_gpu():

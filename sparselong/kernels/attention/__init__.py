@@ -6,6 +6,7 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.kernels.attention.choice import describe_choice
+    from sparselong.kernels.attention.installed import FLASH_ATTN_4, refuse_flash_attn_4
     from sparselong.kernels.attention.key_gradients import RunGradients, sort_gradients
     from sparselong.kernels.attention.mask import (
         AttentionCall,
