@@ -34,6 +34,7 @@ def counted(monkeypatch):
 
     count(triton_launch, "run_forward")
     count(triton_launch, "run_gate_up")
+    count(triton_launch, "sort_all")
     count(attention_triton, "attend")
     yield calls
     load_backend.cache_clear()
@@ -64,7 +65,7 @@ def test_experts_are_not_recomputed_and_gradients_are_the_same(slice_tokens, cou
     counted.clear()
     kept = gradients(*run, context_fn=partial(checkpoint_contexts, False))
     slices = -(-300 // slice_tokens)
-    assert counted == {"run_forward": slices, "run_gate_up": 2 * slices}
+    assert counted == {"run_forward": slices, "run_gate_up": 2 * slices, "sort_all": slices}
     for got, expected in zip(kept, plain, strict=True):
         assert torch.equal(got, expected)
 
@@ -83,7 +84,7 @@ def test_kept_experts_skip_the_gate_up_product_with_equal_gradients(
     out = checkpoint(layer, *leaves, use_reentrant=False, context_fn=contexts)
     once = torch.autograd.grad(out, leaves, dout, retain_graph=True)
     slices = -(-300 // slice_tokens)
-    assert counted == {"run_forward": slices, "run_gate_up": slices}
+    assert counted == {"run_forward": slices, "run_gate_up": slices, "sort_all": slices}
     again = torch.autograd.grad(out, leaves, dout)
     assert counted["run_gate_up"] == 2 * slices
     for got in ([out, *once], [out, *again]):

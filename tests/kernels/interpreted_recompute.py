@@ -33,16 +33,22 @@ CALLS, SLICES = 2, 2
 
 
 class Watch:
-    """Counts gate_up products without keeping their outputs alive."""
+    """Counts sorts and gate_up products, without keeping the latter's outputs alive."""
 
     def __init__(self) -> None:
         self.made: list[weakref.ref] = []
+        self.sorts = 0
+        triton_launch.sort_all = partial(self.sort, triton_launch.sort_all)
         triton_launch.run_gate_up = partial(self.run, triton_launch.run_gate_up)
 
     def run(self, function: Callable, *args: object) -> torch.Tensor:
         made = function(*args)
         self.made.append(weakref.ref(made.untyped_storage()))
         return made
+
+    def sort(self, function: Callable, *args: object) -> object:
+        self.sorts += 1
+        return function(*args)
 
     def living(self) -> int:
         """Return how many outputs are still alive."""
@@ -87,6 +93,7 @@ def differentiate(kind: str, watch: Watch, keep_experts: bool) -> tuple[list, di
     """Return (outputs and gradients, twice over one graph; counts of gate_up outputs)."""
     run, leaves = draw_call(kind)
     watch.made.clear()
+    watch.sorts = 0
 
     def layer(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         return torch.stack([run(x * (n + 1), *rest) for n in range(CALLS)]).sum(0)
@@ -96,7 +103,7 @@ def differentiate(kind: str, watch: Watch, keep_experts: bool) -> tuple[list, di
     dout = torch.linspace(-1, 1, out.numel()).view_as(out)
     counts = {"forward": len(watch.made), "held": watch.living()}
     first = torch.autograd.grad(out, leaves, dout, retain_graph=True)
-    counts |= {"once": len(watch.made), "left": watch.living()}
+    counts |= {"once": len(watch.made), "left": watch.living(), "sorted": watch.sorts}
     again = torch.autograd.grad(out, leaves, dout)
     counts |= {"twice": len(watch.made), "left again": watch.living()}
     return [out, *first, *again], counts

@@ -175,7 +175,7 @@ class _ExpertPass(torch.autograd.Function):
             ]
         if is_checkpointed() or not operands.adapters.are_absent:
             ctx.save_for_backward(*call)
-            ctx.kept = made if keeps else []
+            ctx.kept = made  # at least the rows' order, 4 bytes a routed token
         else:
             ((gate_up, routing),) = made
             ctx.save_for_backward(None, indices, weights, gate_up, *routing.tensors)
@@ -206,9 +206,10 @@ class _ExpertPass(torch.autograd.Function):
             routing = kept[0][1] if kept else triton_launch.sort_all(own, operands)
 
             def recall() -> tuple[torch.Tensor, torch.Tensor | None]:
-                if kept:
-                    return kept.pop(0)[0], rows  # freed as soon as the caller does
-                return triton_launch.run_gate_up(rows, own.indices, operands, routing), rows
+                gate_up = kept.pop(0)[0] if kept else None  # freed as soon as the caller does
+                if gate_up is None:
+                    gate_up = triton_launch.run_gate_up(rows, own.indices, operands, routing)
+                return gate_up, rows
 
             forward = triton_launch.SavedForward(recall, routing, *own[1:])
             is_recomputable = rows is not None

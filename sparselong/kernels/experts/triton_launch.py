@@ -93,7 +93,7 @@ def run_forward(
     keep: bool,
     routing: Routing | None = None,
     exact: bool = False,
-) -> tuple[torch.Tensor, Routing] | None:
+) -> tuple[torch.Tensor | None, Routing]:
     """Write the weighted sums to `out`.
 
     Args:
@@ -105,14 +105,14 @@ def run_forward(
         exact: whether to round the sums once, from fp64.
 
     Returns:
-        gate_up's output and the routing, or None.
+        gate_up's output or None, and the routing.
     """
     x, indices, weights = call
     stack, adapters, gate, backend = operands
     routing = routing or sort_all(call, operands)
     gate_up = run_gate_up(x, indices, operands, routing)
     h = apply_gate(gate_up, routing, gate)
-    made = (gate_up, routing) if keep else None
+    kept = gate_up if keep else None
     del gate_up
     rows = multiply(h, stack.down, routing, backend, backward=False)
     if adapters.down is not None:
@@ -120,7 +120,7 @@ def run_forward(
         add_adapter_(rows, h, adapters.down, routing, tile_rows)
     del h
     combine(rows, routing, out, weights, exact)
-    return made
+    return kept, routing
 
 
 def run_backward(
