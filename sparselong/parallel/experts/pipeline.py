@@ -29,7 +29,7 @@ An adapter's gradient is complete once backward is: it covers the rows of the wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -184,7 +184,7 @@ class _ShardedPass(torch.autograd.Function):
         chunks = job.chunks("backward")
         arriving = _arriving(job.pad(dout), chunks, job.group, "expert gradients")
         call = ExpertCall(*ctx.saved_tensors)  # a checkpointed layer is recomputed here
-        routing = ctx.routing or _gather_routing(call, job)
+        routing = ctx.routing or _start_routing(call, job)()
         sums = job.operands.adapters.make_sums()
         dx, dweights = _run_backward(call.x, arriving, routing, job, sums)
         factors = [
@@ -198,11 +198,12 @@ def run_forward(
     call: ExpertCall, job: Job, passing: Passing = "inference"
 ) -> tuple[torch.Tensor, Routing]:
     """Return the weighted sums of this process's rows, and every process's routing."""
-    x, routing = job.pad(call.x), _gather_routing(call, job)
-    out = torch.empty_like(x)
+    x, arriving_routing = job.pad(call.x), _start_routing(call, job)
+    arriving = _arriving(x, job.chunks(passing), job.group, "expert rows")
+    routing, out = arriving_routing(), torch.empty_like(x)
     home: list[tuple[slice, Pending]] = []
     operands = None
-    for chunk, rows in _arriving(x, job.chunks(passing), job.group, "expert rows"):
+    for chunk, rows in arriving:
         part = routing.call(rows.wait(), chunk)
         operands = operands or job.operands_in(passing, part)
         share = torch.empty_like(part.x, dtype=share_dtype(x.dtype, passing))
@@ -287,15 +288,18 @@ def _arriving(
     return rest()
 
 
-def _gather_routing(call: ExpertCall, job: Job) -> Routing:
-    """Gather every process's indices and weights in one exchange."""
+def _start_routing(call: ExpertCall, job: Job) -> Callable[[], Routing]:
+    """Gather every process's indices and weights in one exchange; return what waits for it."""
     indices, weights = job.pad(call.indices.int(), -1), job.pad(call.weights)
     parts = [part.view(torch.uint8) for part in (indices, weights)]
-    sent = torch.cat(parts, 1)
-    received = start_all_gather(sent, job.group, "expert routing").wait()
-    widths = [part.shape[1] for part in parts]
-    both = [part.clone(memory_format=torch.contiguous_format) for part in received.split(widths, 2)]
-    return Routing(both[0].view(torch.int32), both[1].view(weights.dtype), {})
+    pending = start_all_gather(torch.cat(parts, 1), job.group, "expert routing")
+
+    def wait() -> Routing:
+        cut = pending.wait().split([part.shape[1] for part in parts], 2)
+        both = [part.clone(memory_format=torch.contiguous_format) for part in cut]
+        return Routing(both[0].view(torch.int32), both[1].view(weights.dtype), {})
+
+    return wait
 
 
 def _send_home(shares: torch.Tensor, job: Job, tag: str) -> Pending:
