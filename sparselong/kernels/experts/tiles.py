@@ -12,11 +12,7 @@ from dataclasses import dataclass
 class Tile:
     """Tile shape of a product (`depth` is the step of the inner dimension) and launch settings.
 
-    `programs` is the number of programs per multiprocessor. Those of packed are eight times as many
-    as run at once, and those of decode four times, so that they spread evenly when something else
-    occupies some of the multiprocessors: beside a kernel like NCCL's on 8 of 132, with 512 rows per
-    expert, the four products of a pass with packed took 4.7 ms on an H200, 7.0 with as many
-    programs as run at once; alone 4.6 and 4.5.
+    `programs` is the number of programs per multiprocessor that run at once.
     """
 
     rows: int
@@ -30,18 +26,18 @@ class Tile:
 # Both directions of a backend have the same rows, because they share the list of row tiles.
 TILES: dict[str, dict[tuple[str, str], Tile]] = {
     "sm_90": {
-        ("decode", "forward"): Tile(128, 256, 64, 8, 4, programs=4),
-        ("decode", "backward"): Tile(128, 256, 64, 8, 4, programs=4),
-        ("packed", "forward"): Tile(128, 128, 128, 4, 2, programs=16),
-        ("packed", "backward"): Tile(128, 128, 64, 4, 4, programs=16),
+        ("decode", "forward"): Tile(128, 256, 64, 8, 4),
+        ("decode", "backward"): Tile(128, 256, 64, 8, 4),
+        ("packed", "forward"): Tile(128, 128, 128, 4, 2, programs=2),
+        ("packed", "backward"): Tile(128, 128, 64, 4, 4, programs=2),
         ("small", "forward"): Tile(16, 64, 128, 4, 3, programs=4),
         ("small", "backward"): Tile(16, 64, 128, 4, 3, programs=4),
     },
     "sm_80": {
-        ("decode", "forward"): Tile(128, 128, 32, 8, 3, programs=4),
-        ("decode", "backward"): Tile(128, 128, 32, 8, 3, programs=4),
-        ("packed", "forward"): Tile(64, 128, 64, 8, 2, programs=8),
-        ("packed", "backward"): Tile(64, 128, 64, 8, 2, programs=8),
+        ("decode", "forward"): Tile(128, 128, 32, 8, 3),
+        ("decode", "backward"): Tile(128, 128, 32, 8, 3),
+        ("packed", "forward"): Tile(64, 128, 64, 8, 2),
+        ("packed", "backward"): Tile(64, 128, 64, 8, 2),
         ("small", "forward"): Tile(16, 64, 128, 4, 2, programs=4),
         ("small", "backward"): Tile(16, 64, 128, 4, 2, programs=4),
     },

@@ -35,6 +35,13 @@ from sparselong.kernels.launch import launch
 BUFFER_BYTES = 1 << 28
 """Most bytes of decoded weights held at once."""
 _DECODE_GROUPS, _DECODE_TURNS = 64, 8
+SPREAD = 8
+"""Programs of a product for each that runs at once, if this process holds some of the experts.
+
+Exchanges then run beside the products, and their kernels occupy multiprocessors: programs that find
+no place run after all others. Beside a kernel like NCCL's on 8 of 132 multiprocessors, the four
+products of a pass with 512 rows per expert took 4.7 ms on an H200, 7.0 without; alone 4.6 and 4.5.
+"""
 GATE_BLOCK = 1024
 
 
@@ -259,7 +266,8 @@ def multiply(
     tile = choose_tile(a, backend, "backward" if backward else "forward")
     tma = gpu.tiles_of(a.device) == "sm_90" and a.dtype == torch.bfloat16 and tile.rows >= 64
     tiles = routing.tile_expert.numel() * -(-columns // tile.columns)
-    grid = (min(tiles, gpu.multiprocessors_of(a.device) * tile.programs),)
+    programs = gpu.multiprocessors_of(a.device) * tile.programs
+    grid = (min(tiles, programs * (SPREAD if routing.is_partial else 1)),)
     a_tiles = TensorDescriptor.from_tensor(a, [tile.rows, tile.depth]) if tma else a
     lists = (routing.starts, routing.tile_expert, routing.tile_starts)
     constants = {
