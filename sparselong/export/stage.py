@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from sparselong.export.formats import find_format
 from sparselong.export.inputs import FINETUNE, check_model_files, model_directory, origin_of
+from sparselong.export.outputs import list_outputs
 from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.run import Stage
-
-_NOT_RESULTS = ("manifest.json", "started.json", "written.json", "log.txt")
 
 
 def export(stage: Stage) -> None:
@@ -23,11 +22,7 @@ def export(stage: Stage) -> None:
     reset_peaks()
     made.write(stage)
     metrics = made.verify(stage)
-    stage.outputs = sorted(
-        path
-        for path in stage.dir.rglob("*")
-        if path.is_file() and path.relative_to(stage.dir).as_posix() not in _NOT_RESULTS
-    )
+    stage.outputs = list_outputs(stage)
     stage.peak_bytes = read_peaks()
     stage.metrics |= {
         "bytes": sum(path.stat().st_size for path in stage.outputs),

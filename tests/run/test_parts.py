@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparselong.errors import StageError
+from sparselong.provenance import describe_files
 from sparselong.run import Choice, Part, Stage, run_parts, run_stage
 
 TINY = str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")
@@ -115,3 +116,38 @@ def test_a_damaged_manifest_names_the_stages_script(make, tmp_path, capsys):
     (tmp_path / "run/05_export/a/manifest.json").write_text("[]")
     assert make(bug, "--make", "a") == 1
     assert "python 05_export.py" in capsys.readouterr().err
+
+
+OWN = {
+    "mxfp4": {"model-00001-of-00001.safetensors", "config.json", "tokenizer.json"},
+    "adapter": {"adapter_config.json", "adapter_model.safetensors.partial"},
+    "gguf": {"model.gguf", "model.gguf.partial"},
+    "ollama": {"model.gguf", "Modelfile"},
+    "hub": {"README.md"},
+}
+
+
+@pytest.mark.parametrize("part", OWN)
+@pytest.mark.parametrize("finished", [True, False])
+def test_force_keeps_a_persons_files(make, tmp_path, capsys, part, finished):
+    def leave(stage: Stage) -> None:
+        for name in OWN[part]:
+            (stage.dir / name).write_text("a stage's")
+            stage.outputs.append(stage.dir / name)
+        if part == "mxfp4":  # the base's licence, as the export records it
+            (stage.dir / "LICENSE").write_text("a stage's")
+            rows = describe_files([stage.dir / "LICENSE"], stage.dir)
+            (stage.dir / "written.json").write_text(json.dumps({"files": rows}))
+            stage.outputs.append(stage.dir / "LICENSE")
+        if not finished:
+            raise StageError("it broke", "", "", "")
+
+    assert make(leave, "--make", part) == (not finished)
+    folder = tmp_path / "run/05_export"
+    theirs = {".env", "README.md", "model-notes.txt"} - OWN[part]
+    for name in theirs:
+        (folder / part / name).write_text("a person's")
+    assert make(lambda stage: None, "--make", part, "--force") == 0
+    kept = {path.name: path.read_text() for path in (folder / f"{part}.kept-1").iterdir()}
+    assert kept == dict.fromkeys(theirs, "a person's")
+    assert f"{len(theirs)} files that 05_export did not write" in capsys.readouterr().err
