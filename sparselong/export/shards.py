@@ -97,7 +97,7 @@ def _read_written(stage: Stage) -> dict[str, dict[str, Any]]:
     path = stage.dir / WRITTEN
     if not path.exists():
         return {}
-    fix = f"redo the export: python {stage.name}.py --to {stage.part} --force"
+    fix = f"redo the export: {stage.redo_command}"
     files = read_json(path, fix).get("files")
     if not isinstance(files, list) or not are_rows(files):
         raise StageError(f"{path} is damaged", "rows of the files that are complete", "none", fix)

@@ -39,9 +39,10 @@ from sparselong.run.place import (
     check_manifest,
     check_started,
     read_document,
+    redo_recorded,
     refuse_replacing_others,
 )
-from sparselong.run.stages import STAGES, name_changes, stage_hash
+from sparselong.run.stages import STAGES, name_changes, redo_command, stage_hash
 
 LOG = "log.txt"
 _UNFINISHED = "unfinished work"
@@ -104,6 +105,11 @@ class Stage:
         """The command line that continues this stage, in words."""
         return f"the same command{' without --force' if self.forced else ''}"
 
+    @property
+    def redo_command(self) -> str:
+        """The command line that starts this stage or part over."""
+        return redo_command(self.name, self.part, self.options)
+
     def note_date(self, date: datetime.date) -> None:
         """Take the date that chat templates render as that of the result.
 
@@ -154,7 +160,7 @@ def _read_finished(run_dir: Path, name: str, part: str = "") -> dict[str, Any] |
     folder = run_dir / name / part
     manifest = read_document(folder / MANIFEST)
     if manifest is not None:
-        _refuse_other_version(folder, name, manifest)
+        _refuse_other_version(folder, manifest)
         check_manifest(folder / MANIFEST, name, manifest)
     return manifest
 
@@ -261,7 +267,7 @@ def _made_from(stage: Stage) -> dict[str, str | None]:
     return hashes
 
 
-def _refuse_other_version(directory: Path, name: str, found: dict[str, Any]) -> None:
+def _refuse_other_version(directory: Path, found: dict[str, Any]) -> None:
     """Raise if a stage's directory was written by a version with another format."""
     version = found.get("format_version", 1)
     if version != FORMAT_VERSION:
@@ -269,20 +275,21 @@ def _refuse_other_version(directory: Path, name: str, found: dict[str, Any]) -> 
             f"{directory} was written by another version of Sparse-Long",
             f"format version {FORMAT_VERSION}",
             f"format version {version}",
-            f"use another --run-dir, or redo it: python {name}.py --force",
+            f"use another --run-dir, or redo it: {redo_recorded(directory)}",
         )
 
 
 def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None:
     """Raise if the stage's directory holds work for another config or from other inputs."""
-    _refuse_other_version(stage.dir, stage.name, present)
+    _refuse_other_version(stage.dir, present)
     check_started(stage.dir / (STARTED if kind == _UNFINISHED else MANIFEST), present)
     if stage.part and present.get("options") != stage.options:
         raise StageError(
             f"{stage.dir} holds {kind} that was made with other options",
             _show_options(stage.options),
             _show_options(present.get("options")),
-            "pass what it was made with, or another --run-dir to keep it, or --force to redo it",
+            "pass what it was made with, or another --run-dir to keep it, or redo it: "
+            f"{stage.redo_command}",
         )
     if present["config_hash"] != stage.hash:
         raise StageError(
@@ -298,7 +305,7 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
                 f"{stage.dir} was made from a result of {name} that no longer exists",
                 f"the files of {name} from which it was made",
                 "different files" if now else "no finished result",
-                f"redo this stage: python {stage.name}.py --force",
+                f"redo this stage: {stage.redo_command}",
             )
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -111,11 +113,80 @@ def test_a_dry_run_plans_all_parts_and_changes_nothing(make, tmp_path, capsys):
     assert not (tmp_path / "run/05_export").exists()
 
 
-def test_a_damaged_manifest_names_the_stages_script(make, tmp_path, capsys):
+def told_command(capsys) -> list[str]:
+    """Return the arguments of the command that the last message tells to run."""
+    last = capsys.readouterr().err.splitlines()[-1]
+    command = re.search(r"python 05_export\.py (--to .*?--force)", last)
+    assert last.startswith("fix:") and command, last
+    return shlex.split(command[1])
+
+
+def damage(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[]")
+
+
+def cut(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"format_version": 3}')
+
+
+def age(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
+
+
+def unmake(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "made_from": {"02_compress": "0"}}))
+
+
+def edit_other(folder: Path) -> None:
+    (folder.parent / "b/config.json").write_text("another")
+
+
+def edit_options(folder: Path) -> None:
+    for name in ("manifest.json", "started.json"):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "options": {"kind": "y"}}))
+
+
+def unfinish(folder: Path) -> None:
+    edit_options(folder)
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [damage, cut, age, unmake, edit_other, edit_options, unfinish],
+    ids=lambda c: c.__name__,
+)
+def test_the_command_that_a_message_prints_names_the_part_and_runs(make, tmp_path, capsys, change):
+    def write_and_read(stage: Stage) -> None:
+        write(stage)
+        stage.inputs = [stage.run_dir / "05_export/b/config.json"] if stage.part == "a" else []
+
+    kind = ["--kind", "x y"]
+    assert make(write_and_read, "--make", "b", "a", *kind) == 0
+    change(tmp_path / "run/05_export/a")
+    capsys.readouterr()
+    assert make(bug, "--make", "a", *kind) == 1
+    command = told_command(capsys)
+    assert command == ["--to", "a", *kind, "--force"]
+    made = []
+
+    def note(stage: Stage) -> None:
+        made.append(stage.part)
+        write(stage)
+
+    assert make(note, "--make", *command[1:]) == 0 and made == ["a"]
+    assert make(bug, "--make", "a", *kind) == 0
+
+
+def test_without_anything_readable_the_command_still_names_the_part(make, tmp_path, capsys):
     assert make(write, "--make", "a") == 0
-    (tmp_path / "run/05_export/a/manifest.json").write_text("[]")
+    for name in ("manifest.json", "started.json"):
+        (tmp_path / "run/05_export/a" / name).write_text("[]")
     assert make(bug, "--make", "a") == 1
-    assert "python 05_export.py" in capsys.readouterr().err
+    assert told_command(capsys) == ["--to", "a", "--force"]
 
 
 OWN = {
