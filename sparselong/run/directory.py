@@ -182,14 +182,8 @@ def prepare(stage: Stage, redo: bool) -> bool:
             cases.
     """
     refuse_replacing_others(stage.run_dir, stage.name, stage.part)
-    manifest = None if redo else _read_finished(stage.run_dir, stage.name, stage.part)
-    started = stage.dir / STARTED
-    present = manifest or (None if redo else read_document(started))
-    begun = manifest is not None or has_begun(stage.dir, stage.name)
-    if present is not None and begun:
-        _refuse_other_work(stage, present, "a result" if manifest else _UNFINISHED)
+    manifest, present = (None, None) if redo else _read_present(stage)
     if manifest:
-        _refuse_changed_inputs(stage, manifest)
         return True
     stage.manifests = {name: _require(stage, name) for name in stage.reads}
     refuse_changed_inputs(stage.config, stage.run_dir, stage.manifests)
@@ -202,34 +196,58 @@ def prepare(stage: Stage, redo: bool) -> bool:
     }
     with writing(stage.dir):
         told = _set_aside(stage) if redo and stage.dir.exists() else []
-        if not begun and present not in (None, beginning):  # what it prepared is another config's
+        if present not in (None, beginning) and not has_begun(stage.dir, stage.name):
+            # What it prepared is another config's.
             remove_own(stage.dir, stage.name, stage.part)
         stage.dir.mkdir(parents=True, exist_ok=True)
         (stage.dir / LOG).open("a", encoding="utf-8").close()
-        write_atomically(started, json.dumps(beginning))
+        write_atomically(stage.dir / STARTED, json.dumps(beginning))
         write_atomically(stage.run_dir / "config.yaml", dump(stage.config))
     for sentence in told:
         stage.log(sentence)
     return False
 
 
+def _read_present(stage: Stage) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Return the manifest of a finished stage, and it or what else says how it was begun.
+
+    Raises:
+        StageError: it is other work, or its files or inputs have changed since.
+    """
+    manifest = _read_finished(stage.run_dir, stage.name, stage.part)
+    present = manifest or read_document(stage.dir / STARTED)
+    if present is not None and (manifest or has_begun(stage.dir, stage.name)):
+        _refuse_other_work(stage, present, "a result" if manifest else _UNFINISHED)
+    if manifest:
+        _refuse_changed_files(stage, manifest)
+    return manifest, present
+
+
 def check_finished(stage: Stage) -> None:
     """Raise if the stage is done with this config, but from inputs that have changed since.
 
     Raises:
-        StageError: an input has changed, or the manifest is damaged.
+        StageError: an input or a part's result has changed, or the manifest is damaged.
     """
     manifest = read_document(stage.dir / MANIFEST)
     if manifest is not None and manifest.get("config_hash") == stage.hash:
         manifest = _read_finished(stage.run_dir, stage.name, stage.part) or {}
-        _refuse_changed_inputs(stage, manifest)
+        _refuse_changed_files(stage, manifest)
 
 
-def _refuse_changed_inputs(stage: Stage, manifest: dict[str, Any]) -> None:
-    """Raise if what a finished stage or an earlier one read has changed since."""
+def _refuse_changed_files(stage: Stage, manifest: dict[str, Any]) -> None:
+    """Raise if what a finished stage or an earlier one read has changed since.
+
+    So must a part's results be as they were recorded: unlike those of other stages, which the next
+    stage compares, nothing else reads them before they are taken elsewhere.
+    """
     earlier = {name: _read_finished(stage.run_dir, name) for name in stage.reads}
     manifests = {name: found for name, found in earlier.items() if found is not None}
     refuse_changed_inputs(stage.config, stage.run_dir, {**manifests, stage.name: manifest})
+    if stage.part:
+        name = f"{stage.name}/{stage.part}"
+        fix = f"redo it: {stage.redo_command}"
+        provenance.refuse_changes(manifest["outputs"], stage.run_dir, name, fix)
 
 
 def _require(stage: Stage, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -187,6 +188,25 @@ def test_without_anything_readable_the_command_still_names_the_part(make, tmp_pa
         (tmp_path / "run/05_export/a" / name).write_text("[]")
     assert make(bug, "--make", "a") == 1
     assert told_command(capsys) == ["--to", "a", "--force"]
+
+
+@pytest.mark.parametrize("change", ["flip", "remove", "touch"])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_result_that_was_damaged_is_not_up_to_date(make, tmp_path, capsys, change, more):
+    assert make(write, "--make", "a", "b") == 0
+    path = tmp_path / "run/05_export/a/config.json"
+    if change == "flip":
+        path.write_text("b")  # as many bytes
+    elif change == "remove":
+        path.unlink()
+    os.utime(path if path.exists() else path.parent, (1, 1))
+    assert make(bug, "--make", "b", "a", *more) == (change != "touch")
+    if change != "touch":
+        told = capsys.readouterr()
+        assert "a/config.json has changed since 05_export/a recorded it" in told.err
+        assert "redo it: python 05_export.py --to a --kind x --force" in told.err
+    assert make(write, "--make", "a", "--force") == 0
+    assert make(bug, "--make", "a", *more) == 0
 
 
 OWN = {
