@@ -226,9 +226,12 @@ def _read_present(stage: Stage) -> tuple[dict[str, Any] | None, dict[str, Any] |
 def check_finished(stage: Stage) -> None:
     """Raise if the stage is done with this config, but from inputs that have changed since.
 
-    Raises:
-        StageError: an input or a part's result has changed, or the manifest is damaged.
+    Of a part, raise StageError as `prepare` does, but for earlier stages that are not done yet.
     """
+    if stage.part:
+        refuse_replacing_others(stage.run_dir, stage.name, stage.part)
+        _read_present(stage)
+        return
     manifest = read_document(stage.dir / MANIFEST)
     if manifest is not None and manifest.get("config_hash") == stage.hash:
         manifest = _read_finished(stage.run_dir, stage.name, stage.part) or {}
@@ -238,8 +241,7 @@ def check_finished(stage: Stage) -> None:
 def _refuse_changed_files(stage: Stage, manifest: dict[str, Any]) -> None:
     """Raise if what a finished stage or an earlier one read has changed since.
 
-    So must a part's results be as they were recorded: unlike those of other stages, which the next
-    stage compares, nothing else reads them before they are taken elsewhere.
+    A part's results are compared too. Those of other stages are by the stage that reads them.
     """
     earlier = {name: _read_finished(stage.run_dir, name) for name in stage.reads}
     manifests = {name: found for name, found in earlier.items() if found is not None}

@@ -114,6 +114,31 @@ def test_a_dry_run_plans_all_parts_and_changes_nothing(make, tmp_path, capsys):
     assert not (tmp_path / "run/05_export").exists()
 
 
+@pytest.mark.parametrize("other", [["--kind", "y"], ["calibration.samples=3"]], ids=" ".join)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_dry_run_refuses_what_the_run_would(make, capsys, other, finished):
+    def begin(stage: Stage) -> None:
+        write(stage)
+        raise StageError("it broke", "", "", "")
+
+    assert make(write if finished else begin, "--make", "a") == (not finished)
+    capsys.readouterr()
+    told = []
+    for more in ([], ["--dry-run"]):
+        assert make(bug, *other, "--make", "a", *more) == 1
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1] and "/a holds " in told[0]
+    assert make(bug, *other, "--make", "a", "--dry-run", "--force") == 0
+    assert make(bug, "--make", "a", "--dry-run") == 0
+
+
+def test_a_dry_run_refuses_a_persons_directory(make, tmp_path, capsys):
+    (tmp_path / "run/05_export/a").mkdir(parents=True)
+    (tmp_path / "run/05_export/a/weights.bin").write_text("a person's")
+    assert make(bug, "--make", "a", "--dry-run") == 1
+    assert "was not written by a stage" in capsys.readouterr().err
+
+
 def told_command(capsys) -> list[str]:
     """Return the arguments of the command that the last message tells to run."""
     last = capsys.readouterr().err.splitlines()[-1]
