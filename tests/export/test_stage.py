@@ -5,7 +5,9 @@ from importlib import metadata
 import pytest
 
 from sparselong.config import load
+from sparselong.errors import StageError
 from sparselong.export import stage as module
+from sparselong.export.gguf import form, reading
 from sparselong.provenance import describe_software
 from sparselong.run import Stage
 from tests.conftest import ROOT
@@ -48,3 +50,25 @@ def test_versions_of_what_exports_are_written_with_are_recorded():
     found = describe_software()["versions"]
     for name in ("gguf", "huggingface-hub"):
         assert found[name] == metadata.version(name)
+
+
+def test_a_named_file_that_was_damaged_is_not_compared_for_ever(tmp_path, monkeypatch):
+    def differ(*_: object) -> None:
+        raise StageError("it differs", "a", "b", "run the same command again")
+
+    monkeypatch.setattr(form, "_open", lambda _: (None, None))
+    monkeypatch.setattr(reading, "compare_file", differ)
+    options = {"from": "compressed", "dense-type": "q8_0"}
+    stage = Stage(
+        "05_export", load(ROOT / "configs/tiny.yaml"), tmp_path, part="gguf", options=options
+    )
+    stage.dir.mkdir(parents=True)
+    (stage.dir / "model.gguf").write_text("damaged, or a person's")
+    with pytest.raises(StageError, match="it differs") as caught:
+        form.GgufFormat().verify(stage)
+    command = "python 05_export.py --to gguf --from compressed --dense-type q8_0 --force"
+    assert caught.value.fix == f"redo it: {command}" and (stage.dir / "model.gguf").exists()
+    (stage.dir / "model.gguf.partial").write_text("damaged")
+    with pytest.raises(StageError, match="run the same command again"):
+        form.GgufFormat().verify(stage)
+    assert [path.name for path in stage.dir.iterdir()] == ["model.gguf"]
