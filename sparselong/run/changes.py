@@ -41,7 +41,7 @@ def refuse_changed_inputs(
                 first = Path(row["path"]).parts[0]
                 fix = None
                 if first == name:  # what a part read of another one, which may have been redone
-                    again = redo_command(name, manifest["part"], manifest["options"])
+                    again = redo_command(name, manifest.get("part", ""), manifest.get("options"))
                     fix = f"redo it: {again}"
                 if first == "data" and path == run_dir / row["path"]:
                     fix = f"delete {run_dir / 'data'} and redo all stages: python 02_compress.py "
