@@ -134,8 +134,10 @@ def copy_atomically(source: Path, target: Path) -> None:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(target)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and is_disk_full(error):
+            error.filename, error.filename2 = str(target), None  # shutil names the source first
         raise
 
 

@@ -17,6 +17,7 @@ PACKAGES = (
     *("torch", "triton", "transformers", "llmcompressor", "compressed-tensors", "axolotl", "peft"),
     *("datasets", "accelerate", "lm-eval", "safetensors", "tokenizers", "pyyaml"),
     *("flash-attn", "ring-flash-attn", "flash-attn-4"),
+    *("gguf", "llama-cpp-python", "huggingface-hub"),
 )
 
 

@@ -30,7 +30,7 @@ from sparselong.checkpoint import (
 )
 from sparselong.errors import StageError
 from sparselong.files import copy_atomically, read_json, write_atomically
-from sparselong.provenance import are_rows, refuse_changes
+from sparselong.provenance import are_rows, describe_files, refuse_changes
 from sparselong.run import Stage
 
 SHARD_BYTES = 4_000_000_000
@@ -85,8 +85,7 @@ def write_shards(stage: Stage, shards: Mapping[str, Shapes], parts: Parts) -> No
     _check_space(stage, [shards[file] for file in left])
     for number, file in enumerate(left, start=1 + len(shards) - len(left)):
         rows[file] = _write_shard(stage.dir / file, shards[file], parts)
-        document = {"files": list(rows.values())}
-        write_atomically(stage.dir / WRITTEN, json.dumps(document, indent=1) + "\n")
+        _record(stage, rows)
         size = rows[file]["bytes"] / 1e9
         stage.log(f"{file} ({number} of {len(shards)}): {size:.2f} GB written and read back")
     stage.described += [{**row, "path": str((stage.dir / name).absolute())}
@@ -98,12 +97,18 @@ def _read_written(stage: Stage) -> dict[str, dict[str, Any]]:
     path = stage.dir / WRITTEN
     if not path.exists():
         return {}
-    fix = f"redo the export: python {stage.name}.py --to {stage.part} --force"
+    fix = f"redo the export: {stage.redo_command}"
     files = read_json(path, fix).get("files")
     if not isinstance(files, list) or not are_rows(files):
         raise StageError(f"{path} is damaged", "rows of the files that are complete", "none", fix)
     refuse_changes(files, stage.dir, stage.name, fix)
     return {row["path"]: row for row in files}
+
+
+def _record(stage: Stage, rows: Mapping[str, dict[str, Any]]) -> None:
+    """Write which files are complete; those that are not listed may be a person's."""
+    document = {"files": list(rows.values())}
+    write_atomically(stage.dir / WRITTEN, json.dumps(document, indent=1) + "\n")
 
 
 def _check_space(stage: Stage, shards: list[Shapes]) -> None:
@@ -202,6 +207,8 @@ def write_side_files(
         target = stage.dir / name
         target.parent.mkdir(exist_ok=True)
         copy_atomically(source.directory / name, target)
+    copies = describe_files([stage.dir / name for name in source.side_files], stage.dir)
+    _record(stage, {**_read_written(stage), **{row["path"]: row for row in copies}})
     tensors = {name: one for shapes in shards.values() for name, one in shapes.items()}
     index = {
         "metadata": {"total_size": sum(count_bytes(*one) for one in tensors.values())},

@@ -13,7 +13,7 @@ from typing import Any
 
 from sparselong.config import Config
 from sparselong.provenance import are_rows, refuse_changes
-from sparselong.run.stages import STAGES
+from sparselong.run.stages import STAGES, redo_command
 
 _COMPRESS = "02_compress"
 
@@ -40,6 +40,9 @@ def refuse_changed_inputs(
                 at = {**row, "path": os.path.abspath(path)}
                 first = Path(row["path"]).parts[0]
                 fix = None
+                if first == name:  # what a part read of another one, which may have been redone
+                    again = redo_command(name, manifest.get("part", ""), manifest.get("options"))
+                    fix = f"redo it: {again}"
                 if first == "data" and path == run_dir / row["path"]:
                     fix = f"delete {run_dir / 'data'} and redo all stages: python 02_compress.py "
                     fix += "--force"

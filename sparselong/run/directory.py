@@ -39,9 +39,10 @@ from sparselong.run.place import (
     check_manifest,
     check_started,
     read_document,
+    redo_recorded,
     refuse_replacing_others,
 )
-from sparselong.run.stages import STAGES, name_changes, stage_hash
+from sparselong.run.stages import STAGES, name_changes, redo_command, stage_hash
 
 LOG = "log.txt"
 _UNFINISHED = "unfinished work"
@@ -104,6 +105,11 @@ class Stage:
         """The command line that continues this stage, in words."""
         return f"the same command{' without --force' if self.forced else ''}"
 
+    @property
+    def redo_command(self) -> str:
+        """The command line that starts this stage or part over."""
+        return redo_command(self.name, self.part, self.options)
+
     def note_date(self, date: datetime.date) -> None:
         """Take the date that chat templates render as that of the result.
 
@@ -154,7 +160,7 @@ def _read_finished(run_dir: Path, name: str, part: str = "") -> dict[str, Any] |
     folder = run_dir / name / part
     manifest = read_document(folder / MANIFEST)
     if manifest is not None:
-        _refuse_other_version(folder, name, manifest)
+        _refuse_other_version(folder, manifest)
         check_manifest(folder / MANIFEST, name, manifest)
     return manifest
 
@@ -176,14 +182,8 @@ def prepare(stage: Stage, redo: bool) -> bool:
             cases.
     """
     refuse_replacing_others(stage.run_dir, stage.name, stage.part)
-    manifest = None if redo else _read_finished(stage.run_dir, stage.name, stage.part)
-    started = stage.dir / STARTED
-    present = manifest or (None if redo else read_document(started))
-    begun = manifest is not None or has_begun(stage.dir, stage.name)
-    if present is not None and begun:
-        _refuse_other_work(stage, present, "a result" if manifest else _UNFINISHED)
+    manifest, present = (None, None) if redo else _read_present(stage)
     if manifest:
-        _refuse_changed_inputs(stage, manifest)
         return True
     stage.manifests = {name: _require(stage, name) for name in stage.reads}
     refuse_changed_inputs(stage.config, stage.run_dir, stage.manifests)
@@ -196,34 +196,60 @@ def prepare(stage: Stage, redo: bool) -> bool:
     }
     with writing(stage.dir):
         told = _set_aside(stage) if redo and stage.dir.exists() else []
-        if not begun and present not in (None, beginning):  # what it prepared is another config's
+        if present not in (None, beginning) and not has_begun(stage.dir, stage.name):
+            # What it prepared is another config's.
             remove_own(stage.dir, stage.name, stage.part)
         stage.dir.mkdir(parents=True, exist_ok=True)
         (stage.dir / LOG).open("a", encoding="utf-8").close()
-        write_atomically(started, json.dumps(beginning))
+        write_atomically(stage.dir / STARTED, json.dumps(beginning))
         write_atomically(stage.run_dir / "config.yaml", dump(stage.config))
     for sentence in told:
         stage.log(sentence)
     return False
 
 
+def _read_present(stage: Stage) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Return the manifest of a finished stage, and it or what else says how it was begun.
+
+    Raises:
+        StageError: it is other work, or its files or inputs have changed since.
+    """
+    manifest = _read_finished(stage.run_dir, stage.name, stage.part)
+    present = manifest or read_document(stage.dir / STARTED)
+    if present is not None and (manifest or has_begun(stage.dir, stage.name)):
+        _refuse_other_work(stage, present, "a result" if manifest else _UNFINISHED)
+    if manifest:
+        _refuse_changed_files(stage, manifest)
+    return manifest, present
+
+
 def check_finished(stage: Stage) -> None:
     """Raise if the stage is done with this config, but from inputs that have changed since.
 
-    Raises:
-        StageError: an input has changed, or the manifest is damaged.
+    Of a part, raise StageError as `prepare` does, but for earlier stages that are not done yet.
     """
+    if stage.part:
+        refuse_replacing_others(stage.run_dir, stage.name, stage.part)
+        _read_present(stage)
+        return
     manifest = read_document(stage.dir / MANIFEST)
     if manifest is not None and manifest.get("config_hash") == stage.hash:
         manifest = _read_finished(stage.run_dir, stage.name, stage.part) or {}
-        _refuse_changed_inputs(stage, manifest)
+        _refuse_changed_files(stage, manifest)
 
 
-def _refuse_changed_inputs(stage: Stage, manifest: dict[str, Any]) -> None:
-    """Raise if what a finished stage or an earlier one read has changed since."""
+def _refuse_changed_files(stage: Stage, manifest: dict[str, Any]) -> None:
+    """Raise if what a finished stage or an earlier one read has changed since.
+
+    A part's results are compared too. Those of other stages are by the stage that reads them.
+    """
     earlier = {name: _read_finished(stage.run_dir, name) for name in stage.reads}
     manifests = {name: found for name, found in earlier.items() if found is not None}
     refuse_changed_inputs(stage.config, stage.run_dir, {**manifests, stage.name: manifest})
+    if stage.part:
+        name = f"{stage.name}/{stage.part}"
+        fix = f"redo it: {stage.redo_command}"
+        provenance.refuse_changes(manifest["outputs"], stage.run_dir, name, fix)
 
 
 def _require(stage: Stage, name: str) -> dict[str, Any]:
@@ -261,7 +287,7 @@ def _made_from(stage: Stage) -> dict[str, str | None]:
     return hashes
 
 
-def _refuse_other_version(directory: Path, name: str, found: dict[str, Any]) -> None:
+def _refuse_other_version(directory: Path, found: dict[str, Any]) -> None:
     """Raise if a stage's directory was written by a version with another format."""
     version = found.get("format_version", 1)
     if version != FORMAT_VERSION:
@@ -269,20 +295,21 @@ def _refuse_other_version(directory: Path, name: str, found: dict[str, Any]) -> 
             f"{directory} was written by another version of Sparse-Long",
             f"format version {FORMAT_VERSION}",
             f"format version {version}",
-            f"use another --run-dir, or redo it: python {name}.py --force",
+            f"use another --run-dir, or redo it: {redo_recorded(directory)}",
         )
 
 
 def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None:
     """Raise if the stage's directory holds work for another config or from other inputs."""
-    _refuse_other_version(stage.dir, stage.name, present)
+    _refuse_other_version(stage.dir, present)
     check_started(stage.dir / (STARTED if kind == _UNFINISHED else MANIFEST), present)
     if stage.part and present.get("options") != stage.options:
         raise StageError(
             f"{stage.dir} holds {kind} that was made with other options",
             _show_options(stage.options),
             _show_options(present.get("options")),
-            "pass what it was made with, or another --run-dir to keep it, or --force to redo it",
+            "pass what it was made with, or another --run-dir to keep it, or redo it: "
+            f"{stage.redo_command}",
         )
     if present["config_hash"] != stage.hash:
         raise StageError(
@@ -298,7 +325,7 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
                 f"{stage.dir} was made from a result of {name} that no longer exists",
                 f"the files of {name} from which it was made",
                 "different files" if now else "no finished result",
-                f"redo this stage: python {stage.name}.py --force",
+                f"redo this stage: {stage.redo_command}",
             )
 
 

@@ -1,8 +1,8 @@
 """Which files in a stage's directory the stage wrote, so that --force deletes no others.
 
-A finished stage's manifest lists its results, and a checkpoint's whole.json its files, both with
-hashes: a file that was changed since is a person's. Other files are known by exact names. What is
-in doubt is kept.
+A finished stage's manifest lists its results, and so do a checkpoint's whole.json and an unfinished
+export's written.json, all with hashes: a file that was changed since is a person's. Other files are
+known by exact names. What is in doubt is kept.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 from sparselong.files import load_json
 from sparselong.provenance import are_rows, find_change
 
+_DOCUMENTS = r"(README|LICENSE|NOTICE|USAGE_POLICY)(\.md|\.txt)?"
 _SIDE = (
-    r"(README|LICENSE|NOTICE|USAGE_POLICY)(\.md|\.txt)?|(generation_|adapter_)?config\.json|"
+    rf"{_DOCUMENTS}|(generation_|adapter_)?config\.json|"
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
     r"merges\.txt|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja|"
     r"tokenizer(\.\d+)+\.json|(tokenizer|tiktoken)\.model|debug\.log"
@@ -42,9 +43,16 @@ _NAMES: Mapping[str, str] = {
     "04_eval": r"(base|compressed|finetuned)(\.scores)?\.json|(results|work)\.json|report\.md|"
     r"evaluation\.png|"
     r"tasks/(demo_hellaswag\.yaml|demo_items\.py|items\.jsonl|__pycache__/.+\.pyc)",
-    "05_export": rf"written\.json|adapter_model\.safetensors|model\.gguf|Modelfile|{_MODEL}",
+    "05_export/adapter": r"adapter_config\.json|adapter_model\.safetensors",
+    "05_export/gguf": r"model\.gguf",
+    "05_export/ollama": r"model\.gguf|Modelfile",
+    "05_export/hub": r"README\.md",
+    **dict.fromkeys(
+        ("05_export/mxfp4", "05_export/hf-bf16"),
+        rf"(?!{_DOCUMENTS}$)(written\.json|{_MODEL})",  # written.json names the documents
+    ),
 }
-"""Patterns of names in the stage's directory, or in a part's."""
+"""Patterns of names in a stage's directory, or in a part's."""
 _EVERY = r"log(\.rank\d+)?\.txt|failure(\.rank\d+)?\.json|(started|manifest|machines)\.json"
 _PREPARED: Mapping[str, str] = {
     "02_compress": r"base\.json",
@@ -90,13 +98,14 @@ def remove_own(folder: Path, stage: str, part: str = "") -> list[str]:
     Returns:
         Sorted relative paths of what is left, because the stage did not write it.
     """
-    recorded = _recorded(folder, Path(stage, part))
+    key = f"{stage}/{part}" if part else stage
+    recorded = _recorded(folder, Path(key))
     own, left = [], []
     for place, folders, names in os.walk(folder):
         for name in [*names, *(name for name in folders if Path(place, name).is_symlink())]:
             path = Path(place, name)
             relative = path.relative_to(folder).as_posix()
-            if _is_own(path, relative, stage, recorded):
+            if _is_own(path, relative, key, recorded):
                 own.append(path)
             else:
                 left.append(relative)
@@ -145,6 +154,9 @@ def _recorded(folder: Path, place: Path) -> dict[str, Mapping[str, Any]]:
         for name, row in files.items() if isinstance(files, dict) else ():
             if isinstance(row, dict) and are_rows([{**row, "path": name}]):
                 rows[f"{inside}/{name}"] = row
+    written = _read(folder / "written.json").get("files")
+    for row in written if isinstance(written, list) and are_rows(written) else ():
+        rows[row["path"]] = row
     outputs = _read(folder / "manifest.json").get("outputs")
     for row in outputs if isinstance(outputs, list) and are_rows(outputs) else ():
         path = Path(row["path"])
@@ -160,11 +172,9 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _is_own(
-    path: Path, relative: str, stage: str, recorded: Mapping[str, Mapping[str, Any]]
-) -> bool:
+def _is_own(path: Path, relative: str, key: str, recorded: Mapping[str, Mapping[str, Any]]) -> bool:
     if path.is_symlink():
-        name, target = _LINKS.get(stage, ("", ""))
+        name, target = _LINKS.get(key, ("", ""))
         is_named = re.fullmatch(name, relative) and re.fullmatch(target, os.readlink(path))
         return bool(is_named)
     checkpoint = re.match(r"checkpoints/checkpoint-(\d+)/", relative)
@@ -172,7 +182,7 @@ def _is_own(
         return False
     if relative in recorded:
         return not find_change(path, recorded[relative])
-    return re.fullmatch(rf"({_EVERY}|{_NAMES.get(stage, '')})(\.partial)?", relative) is not None
+    return re.fullmatch(rf"({_EVERY}|{_NAMES.get(key, '')})(\.partial)?", relative) is not None
 
 
 def _is_step(checkpoint: Path, number: int) -> bool:

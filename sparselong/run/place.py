@@ -13,7 +13,7 @@ from typing import Any
 from sparselong.config import UTF8_FIX, Config, check_place, is_resolved
 from sparselong.errors import ConfigError, StageError
 from sparselong.files import load_json, reason_of
-from sparselong.run.stages import STAGES
+from sparselong.run.stages import STAGES, redo_command
 
 MANIFEST, STARTED = "manifest.json", "started.json"
 _MARKS = {"data": "source.json", "base": "tiny.json"}
@@ -260,12 +260,26 @@ def check_started(path: Path, started: dict[str, Any]) -> None:
 
 
 def _damaged(path: Path, expected: str, found: str) -> StageError:
-    folder = path.parent
-    stage = folder.name if folder.name in STAGES else folder.parent.name  # of a part
     return StageError(
         f"{path} is damaged, or was not written by Sparse-Long",
         expected,
         found,
-        f"restore the file, redo the stage with --force: python {stage}.py, or pass "
-        "another --run-dir",
+        f"restore the file, redo it: {redo_recorded(path.parent)}, or pass another --run-dir",
     )
+
+
+def redo_recorded(folder: Path) -> str:
+    """Return the command that redoes the result in a directory of a stage or part.
+
+    A part's options are those that its files record, as far as they can be read.
+    """
+    if folder.name in STAGES:
+        return redo_command(folder.name)
+    for name in (MANIFEST, STARTED):
+        try:
+            options = load_json(folder / name).get("options")
+        except (OSError, ValueError):
+            continue
+        if isinstance(options, dict):
+            return redo_command(folder.parent.name, folder.name, options)
+    return redo_command(folder.parent.name, folder.name)

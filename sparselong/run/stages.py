@@ -11,7 +11,8 @@ reads.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,21 @@ def deciding_sections(name: str, reads: tuple[str, ...] | None = None) -> set[st
 def stage_hash(config: Config, name: str, reads: tuple[str, ...] | None = None) -> str:
     """Return the hash of the config keys that affect the stage's result."""
     return hash_sections(config, deciding_sections(name, reads))
+
+
+def redo_command(name: str, part: str = "", options: Mapping[str, Any] | None = None) -> str:
+    """Return the command that redoes a stage, or one part of it.
+
+    Args:
+        name: the stage.
+        part: the part, if the stage has parts; without it their script refuses the command.
+        options: of the part. `to`, which names parts beside this one, is left out.
+    """
+    chosen = {"to": part, **{k: v for k, v in (options or {}).items() if k != "to"}} if part else {}
+    words = [
+        word for key, value in chosen.items() for word in (f"--{key}", shlex.quote(str(value)))
+    ]
+    return " ".join(["python", f"{name}.py", *words, "--force"])
 
 
 def name_changes(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparselong.errors import StageError
-from sparselong.files import write_atomically
+from sparselong.files import copy_atomically, write_atomically
 from sparselong.run import Stage, read_manifest, run_stage
 
 TINY = ["--config", str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")]
@@ -149,6 +149,20 @@ def test_a_full_disk_is_explained(tmp_path, capsys, failure, place):
 
     assert run(tmp_path, fill) == 1
     assert f"could not write {place}" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_file_that_is_copied_to(tmp_path, capsys, monkeypatch):
+    def fill(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def copy(stage: Stage) -> None:
+        (tmp_path / "source.bin").write_bytes(b"abc")
+        copy_atomically(tmp_path / "source.bin", stage.dir / "copy.bin")
+
+    monkeypatch.setattr(os, "sendfile", fill)
+    assert run(tmp_path, copy) == 1
+    assert f"could not write {tmp_path / 'run/02_compress/copy.bin'}\n" in capsys.readouterr().err
+    assert not list((tmp_path / "run/02_compress").glob("copy*"))
 
 
 @pytest.mark.parametrize("kept", ["", " without --force: finished layers are kept"])

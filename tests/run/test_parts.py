@@ -2,11 +2,15 @@
 
 import argparse
 import json
+import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from sparselong.errors import StageError
+from sparselong.provenance import describe_files
 from sparselong.run import Choice, Part, Stage, run_parts, run_stage
 
 TINY = str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")
@@ -110,8 +114,156 @@ def test_a_dry_run_plans_all_parts_and_changes_nothing(make, tmp_path, capsys):
     assert not (tmp_path / "run/05_export").exists()
 
 
-def test_a_damaged_manifest_names_the_stages_script(make, tmp_path, capsys):
+@pytest.mark.parametrize("other", [["--kind", "y"], ["calibration.samples=3"]], ids=" ".join)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_dry_run_refuses_what_the_run_would(make, capsys, other, finished):
+    def begin(stage: Stage) -> None:
+        write(stage)
+        raise StageError("it broke", "", "", "")
+
+    assert make(write if finished else begin, "--make", "a") == (not finished)
+    capsys.readouterr()
+    told = []
+    for more in ([], ["--dry-run"]):
+        assert make(bug, *other, "--make", "a", *more) == 1
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1] and "/a holds " in told[0]
+    assert make(bug, *other, "--make", "a", "--dry-run", "--force") == 0
+    assert make(bug, "--make", "a", "--dry-run") == 0
+
+
+def test_a_dry_run_refuses_a_persons_directory(make, tmp_path, capsys):
+    (tmp_path / "run/05_export/a").mkdir(parents=True)
+    (tmp_path / "run/05_export/a/weights.bin").write_text("a person's")
+    assert make(bug, "--make", "a", "--dry-run") == 1
+    assert "was not written by a stage" in capsys.readouterr().err
+
+
+def told_command(capsys) -> list[str]:
+    """Return the arguments of the command that the last message tells to run."""
+    last = capsys.readouterr().err.splitlines()[-1]
+    command = re.search(r"python 05_export\.py (--to .*?--force)", last)
+    assert last.startswith("fix:") and command, last
+    return shlex.split(command[1])
+
+
+def damage(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[]")
+
+
+def cut(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"format_version": 3}')
+
+
+def age(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
+
+
+def unmake(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "made_from": {"02_compress": "0"}}))
+
+
+def edit_other(folder: Path) -> None:
+    (folder.parent / "b/config.json").write_text("another")
+
+
+def edit_options(folder: Path) -> None:
+    for name in ("manifest.json", "started.json"):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "options": {"kind": "y"}}))
+
+
+def unfinish(folder: Path) -> None:
+    edit_options(folder)
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [damage, cut, age, unmake, edit_other, edit_options, unfinish],
+    ids=lambda c: c.__name__,
+)
+def test_the_command_that_a_message_prints_names_the_part_and_runs(make, tmp_path, capsys, change):
+    def write_and_read(stage: Stage) -> None:
+        write(stage)
+        stage.inputs = [stage.run_dir / "05_export/b/config.json"] if stage.part == "a" else []
+
+    kind = ["--kind", "x y"]
+    assert make(write_and_read, "--make", "b", "a", *kind) == 0
+    change(tmp_path / "run/05_export/a")
+    capsys.readouterr()
+    assert make(bug, "--make", "a", *kind) == 1
+    command = told_command(capsys)
+    assert command == ["--to", "a", *kind, "--force"]
+    made = []
+
+    def note(stage: Stage) -> None:
+        made.append(stage.part)
+        write(stage)
+
+    assert make(note, "--make", *command[1:]) == 0 and made == ["a"]
+    assert make(bug, "--make", "a", *kind) == 0
+
+
+def test_without_anything_readable_the_command_still_names_the_part(make, tmp_path, capsys):
     assert make(write, "--make", "a") == 0
-    (tmp_path / "run/05_export/a/manifest.json").write_text("[]")
+    for name in ("manifest.json", "started.json"):
+        (tmp_path / "run/05_export/a" / name).write_text("[]")
     assert make(bug, "--make", "a") == 1
-    assert "python 05_export.py" in capsys.readouterr().err
+    assert told_command(capsys) == ["--to", "a", "--force"]
+
+
+@pytest.mark.parametrize("change", ["flip", "remove", "touch"])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_result_that_was_damaged_is_not_up_to_date(make, tmp_path, capsys, change, more):
+    assert make(write, "--make", "a", "b") == 0
+    path = tmp_path / "run/05_export/a/config.json"
+    if change == "flip":
+        path.write_text("b")  # as many bytes
+    elif change == "remove":
+        path.unlink()
+    os.utime(path if path.exists() else path.parent, (1, 1))
+    assert make(bug, "--make", "b", "a", *more) == (change != "touch")
+    if change != "touch":
+        told = capsys.readouterr()
+        assert "a/config.json has changed since 05_export/a recorded it" in told.err
+        assert "redo it: python 05_export.py --to a --kind x --force" in told.err
+    assert make(write, "--make", "a", "--force") == 0
+    assert make(bug, "--make", "a", *more) == 0
+
+
+OWN = {
+    "mxfp4": {"model-00001-of-00001.safetensors", "config.json", "tokenizer.json"},
+    "adapter": {"adapter_config.json", "adapter_model.safetensors.partial"},
+    "gguf": {"model.gguf", "model.gguf.partial"},
+    "ollama": {"model.gguf", "Modelfile"},
+    "hub": {"README.md"},
+}
+
+
+@pytest.mark.parametrize("part", OWN)
+@pytest.mark.parametrize("finished", [True, False])
+def test_force_keeps_a_persons_files(make, tmp_path, capsys, part, finished):
+    def leave(stage: Stage) -> None:
+        for name in OWN[part]:
+            (stage.dir / name).write_text("a stage's")
+            stage.outputs.append(stage.dir / name)
+        if part == "mxfp4":  # the base's licence, as the export records it
+            (stage.dir / "LICENSE").write_text("a stage's")
+            rows = describe_files([stage.dir / "LICENSE"], stage.dir)
+            (stage.dir / "written.json").write_text(json.dumps({"files": rows}))
+            stage.outputs.append(stage.dir / "LICENSE")
+        if not finished:
+            raise StageError("it broke", "", "", "")
+
+    assert make(leave, "--make", part) == (not finished)
+    folder = tmp_path / "run/05_export"
+    theirs = {".env", "README.md", "model-notes.txt"} - OWN[part]
+    for name in theirs:
+        (folder / part / name).write_text("a person's")
+    assert make(lambda stage: None, "--make", part, "--force") == 0
+    kept = {path.name: path.read_text() for path in (folder / f"{part}.kept-1").iterdir()}
+    assert kept == dict.fromkeys(theirs, "a person's")
+    assert f"{len(theirs)} files that 05_export did not write" in capsys.readouterr().err

@@ -216,10 +216,14 @@ def test_a_full_disk_leaves_nothing_half_named_and_whole_files_are_kept(
     assert len(before) == 2 and not list(folder.glob("*.partial"))
     assert not (folder / "config.json").exists() and not (folder / "manifest.json").exists()
     (folder / "model-00003-of-00009.safetensors.partial").write_text("left by a kill")
+    theirs = {folder / name for name in (".env", "README.md")}
+    assert all(path.write_text("a person's") for path in theirs)
     assert export(exported, "--to", name, run_dir=copied) == 0
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("model-*.safetensors")}
     assert before.items() < after.items() and len(after) > 4
     assert hashes_of(folder) == hashes_of(exported.run_dir / "05_export" / name)
+    recorded = {copied / row["path"] for row in manifest_of(copied, name)["outputs"]}
+    assert not recorded & theirs and {path.read_text() for path in theirs} == {"a person's"}
 
 
 def test_too_little_space_is_told_before_anything_is_written(exported, copied, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.export.gguf.form import GgufFormat
-    from sparselong.export.gguf.ollama import OllamaFormat
-    from sparselong.export.gguf.types import DENSE_TYPE, DENSE_TYPES, TYPED
+    from sparselong.export.gguf.ollama import MODELFILE, OllamaFormat
+    from sparselong.export.gguf.types import DENSE_TYPE, DENSE_TYPES, FILE, TYPED
 
 __getattr__ = expose(__name__)

@@ -81,8 +81,11 @@ class GgufFormat:
         source, layout = _open(stage)
         try:
             digest, errors = compare_file(path if path.exists() else final, source, layout)
-        except StageError:
-            path.unlink(missing_ok=True)
+        except StageError as error:
+            if not path.exists():  # named by an earlier attempt, and changed since
+                fix = f"redo it: {stage.redo_command}"
+                raise StageError(error.what, error.expected, error.found, fix) from error
+            path.unlink()
             raise
         if path.exists():
             path.replace(final)
