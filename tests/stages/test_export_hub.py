@@ -185,9 +185,50 @@ def test_forms_are_made_first_and_named_ones_alone_are_uploaded(copied, hub, cap
     shutil.rmtree(copied.run_dir / "05_export/mxfp4")
     assert export(copied, "--to", "hub", "mxfp4", "--repo", REPO) == 0
     assert without_own(hub.repos[REPO]) == files_here(copied, ["mxfp4"])
+    # More forms change the card in the repository, which only --force does.
     assert export(copied, *HUB) == 1
-    told = capsys.readouterr().err
-    assert f"expected: --from finetuned --to mxfp4 gguf hub --repo {REPO}" in told
+    assert f"{REPO} holds another export" in capsys.readouterr().err
+    assert export(copied, *HUB, "--force") == 0
+    assert without_own(hub.repos[REPO]) == files_here(copied)
+
+
+def test_a_run_is_uploaded_to_several_repositories_without_force(copied, hub, capsys):
+    assert export(copied, *HUB) == 0
+    theirs = {".gitattributes": b"", "README.md": b"theirs"}
+    hub.repos |= {"me/taken": dict(theirs), "me/other": {}}
+    more = ["--to", "hub", "--repo"]
+    assert export(copied, *more, "me/other", "--dry-run") == 0
+    assert export(copied, *more, "me/other") == 0
+    assert without_own(hub.repos["me/other"]) == files_here(copied)
+    assert manifest_of(copied.run_dir, "hub")["metrics"]["repository"] == "me/other"
+    # --force that was meant for the repository before does not replace files of another one.
+    assert export(copied, *more, "me/taken", "--force") == 1
+    assert "me/taken holds another export" in capsys.readouterr().err
+    assert hub.repos["me/taken"] == theirs
+    assert export(copied, *more, "me/taken", "--force") == 0
+    assert without_own(hub.repos["me/taken"]) == files_here(copied)
+
+
+def test_a_corrected_repository_is_uploaded_to(copied, hub, capsys):
+    assert export(copied, "--to", "hub", "--repo", "others/new") == 1
+    assert "correct --repo" in capsys.readouterr().err
+    assert export(copied, *HUB) == 0
+    assert without_own(hub.repos[REPO]) == files_here(copied)
+
+
+@pytest.mark.parametrize("to", [["gguf", "mxfp4", "hub"], ["hub", "mxfp4", "gguf"], ["hub"]])
+def test_the_same_forms_are_the_same_upload_however_they_are_named(copied, hub, capsys, to):
+    assert export(copied, "--to", *FORMS, "hub", "--repo", REPO) == 0
+    asked = len(hub.asked)
+    assert export(copied, "--to", *to, "--repo", REPO) == 0
+    assert "05_export hub is up to date" in capsys.readouterr().err and len(hub.asked) == asked
+
+
+def test_an_export_that_was_made_again_is_another_upload(copied, hub, capsys):
+    assert export(copied, *HUB) == 0
+    assert export(copied, "--to", "gguf", "--dense-type", "q8_0", "--force") == 0
+    assert export(copied, *HUB) == 1
+    assert f"{REPO} holds another export" in capsys.readouterr().err
     assert export(copied, *HUB, "--force") == 0
     assert without_own(hub.repos[REPO]) == files_here(copied)
 

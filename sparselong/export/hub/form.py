@@ -7,18 +7,23 @@ paths of this machine, are not uploaded.
 
 Without a token or a network everything else is done: the card is in 05_export/hub, the stage fails,
 and the same command uploads later.
+
+A run may upload to one repository after another, and more forms after the first ones: `--force` is
+needed only to replace files of a repository. What the run uploaded before is then replaced in
+05_export/hub, and stays on the hub.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sparselong.errors import ConfigError, StageError
 from sparselong.export.form import Work
 from sparselong.export.inputs import ORIGIN
-from sparselong.files import is_local, read_json, write_atomically
-from sparselong.provenance import refuse_changes
+from sparselong.files import is_local, load_json, read_json, write_atomically
+from sparselong.provenance import are_rows, refuse_changes
 from sparselong.run import Stage, read_manifest
 
 HUB, REPO = "hub", "repo"
@@ -100,6 +105,49 @@ def list_finished(run_dir: Path, stage: str, origin: str, names: list[str]) -> l
     """
     found = {name: read_manifest(run_dir, f"{stage}/{name}") for name in names if name != HUB}
     return [name for name, one in found.items() if one and one["options"][ORIGIN] == origin]
+
+
+def compare_earlier(run_dir: Path, stage: str, options: Mapping[str, str]) -> tuple[bool, bool]:
+    """Compare an upload with the one that a run made, or began, before.
+
+    Args:
+        run_dir: the run directory.
+        stage: name of the stage.
+        options: of the upload to be made.
+
+    Returns:
+        Whether it is another one: to another repository, of other forms, or of forms that were
+        made again since; and whether it goes to another repository.
+    """
+    earlier: dict[str, Any] = {}
+    for name in ("started.json", "manifest.json"):
+        try:
+            earlier |= load_json(run_dir / stage / HUB / name)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            return False, False  # the run refuses it, or replaces it with --force
+    before = earlier.get("options")
+    if not isinstance(before, dict):
+        return False, False
+    is_elsewhere = before.get(REPO) != options[REPO]
+    is_other = before.get("to") != options["to"] or not _has_uploaded(run_dir, earlier)
+    return is_elsewhere or is_other, is_elsewhere
+
+
+def _has_uploaded(run_dir: Path, earlier: dict[str, Any]) -> bool:
+    """Return whether an upload's exports are still the finished ones; true if it is unfinished."""
+    rows = earlier.get("inputs", [])
+    if not rows or not are_rows(rows):
+        return True
+    folders = {Path(*Path(row["path"]).parts[:2]) for row in rows}
+    exports = [read_manifest(run_dir, str(folder)) for folder in folders]
+    found = [row for one in exports for row in (one or {}).get("outputs", [])]
+    return _hashes(found) == _hashes(rows)
+
+
+def _hashes(rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {row["path"]: row["sha256"] for row in rows}
 
 
 def _forms(stage: Stage) -> list[str]:

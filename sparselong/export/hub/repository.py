@@ -123,8 +123,7 @@ def _refuse_others(stage: Stage, repo: str, present: Present, local: Local) -> N
             f"{repo} holds another export: nothing was uploaded",
             "a new repository, or --force to add a revision with other content",
             f"other content in {', '.join(changed[:4])}",
-            f"pass the name of a new repository, or: python {stage.name}.py --to hub --repo {repo} "
-            "--force",
+            "pass the name of a new repository, or run the same command again with --force",
         )
 
 
