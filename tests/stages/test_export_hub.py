@@ -209,6 +209,21 @@ def test_a_run_is_uploaded_to_several_repositories_without_force(copied, hub, ca
     assert without_own(hub.repos["me/taken"]) == files_here(copied)
 
 
+def test_no_file_of_an_export_takes_the_cards_place(copied, hub, capsys):
+    path = copied.run_dir / "05_export/mxfp4/README.md"
+    path.write_text("of the base, or a person's")
+    manifest = copied.run_dir / "05_export/mxfp4/manifest.json"
+    document = json.loads(manifest.read_text())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    row = {"path": "05_export/mxfp4/README.md", "bytes": path.stat().st_size, "sha256": digest}
+    document["outputs"].append(row)
+    manifest.write_text(json.dumps(document))
+    assert export(copied, *HUB) == 0
+    card_here = copied.run_dir / "05_export/hub/README.md"
+    assert hub.repos[REPO]["README.md"] == card_here.read_bytes()
+    assert f"{path} is not uploaded: the model card has that name" in capsys.readouterr().err
+
+
 def test_a_corrected_repository_is_uploaded_to(copied, hub, capsys):
     assert export(copied, "--to", "hub", "--repo", "others/new") == 1
     assert "correct --repo" in capsys.readouterr().err

@@ -90,7 +90,10 @@ class HubFormat:
         manifests = {form: _read_export(stage, form) for form in _forms(stage)}
         files = {CARD: stage.dir / CARD}
         for form, manifest in manifests.items():
-            files |= _place(stage, form, manifest)
+            placed = _place(stage, form, manifest)
+            if CARD in placed:
+                stage.log(f"{placed.pop(CARD)} is not uploaded: the model card has that name")
+            files |= placed
         return upload(stage, stage.options[REPO], files)
 
 
