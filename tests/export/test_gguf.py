@@ -1,5 +1,7 @@
 """Types, blocks and keys of a GGUF file, without a run."""
 
+import sys
+
 import gguf
 import pytest
 import torch
@@ -48,6 +50,39 @@ def test_rows_that_no_k_quant_fits_get_llama_cpps_other_type():
              for rows in (2880, 4096)}  # fmt: skip
     assert kinds[4096] == ["BF16", "F32", "F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K"]
     assert kinds[2880] == ["BF16", "F32", "F16", "Q8_0", "Q8_0", "Q5_1", "Q5_0"]
+
+
+@pytest.fixture
+def other_llama_cpp(monkeypatch, tmp_path):
+    """Write a package llama_cpp whose module with the routines has a text."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "llama_cpp"]:
+            del sys.modules[name]
+
+    def write(text: str) -> None:
+        package = tmp_path / "llama_cpp"
+        package.mkdir()
+        (package / "__init__.py").touch()
+        (package / "_ggml.py").write_text(text)
+        forget()
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield write
+    forget()
+
+
+@pytest.mark.parametrize(
+    "text", ["raise RuntimeError('no libggml.so')", "import no_such_module", "libggml = object()"]
+)
+def test_an_installed_llama_cpp_that_cannot_be_loaded_is_refused_by_the_check(
+    other_llama_cpp, text
+):
+    other_llama_cpp(text)
+    types.check_dense_type("q8_0")
+    with pytest.raises(StageError, match="which write K-quants, cannot be loaded") as caught:
+        types.check_dense_type("q4_k")
+    assert ".uv/bin/uv pip install --python .venv/bin/python llama-cpp-python" in str(caught.value)
 
 
 O200K = (

@@ -364,7 +364,7 @@ def test_the_plan_has_the_bytes_of_the_file_and_counts_it_once(exported, capsys)
     [
         (["gguf", "--dense-type", "q8"], "did you mean --dense-type q8_0?"),
         (["gguf", "--dense-type", "int3"], "there is no such type"),
-        (["ollama", "--dense-type", "q4_k"], "the package llama-cpp-python"),
+        (["ollama", "--dense-type", "q4_k"], ".uv/bin/uv pip install --python .venv"),
         (["mxfp4", "--dense-type", "q8_0"], "--dense-type q8_0 has no effect"),
     ],
 )
