@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_KEY = "sparselong_base"
 _PREFIX = "base_model.model."
-_OTHERS = "pass --to mxfp4 or hf-bf16, which hold the trained model itself"
+_OTHERS = "pass --to mxfp4, gguf or hf-bf16, which hold the trained model itself"
 
 
 class AdapterFormat:

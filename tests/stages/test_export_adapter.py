@@ -156,6 +156,19 @@ def test_the_plan_has_the_bytes_of_the_tensors(exported, folder, capsys):
     assert plan["estimated_seconds"] > 0
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["shared_dense.weight_bits=4"],
+        ["shared_dense.sparsity=2:4"],
+        ["experts.sparsity=2:4", "lora.expert_targets=[]", "lora.expert_r=null"],
+    ],
+)
+def test_a_refusal_names_every_form_that_holds_the_model(exported, capsys, changes):
+    assert export(exported, *changes, "--to", "adapter") == 2
+    assert "pass --to mxfp4, gguf or hf-bf16, which hold" in capsys.readouterr().err
+
+
 def test_a_damaged_adapter_is_refused(exported, tmp_path, capsys):
     run_dir = shutil.copytree(exported.run_dir, tmp_path / "run", symlinks=True)
     path = run_dir / "03_finetune/adapter/adapter_model.safetensors"
