@@ -118,6 +118,9 @@ def test_the_base_is_named_and_hashed(folder, manifest, untrained_base):
         assert hashlib.sha256(files[name].read_bytes()).hexdigest() == digest
     weights = {name for name in files if name.endswith(".safetensors")}
     assert weights < described["sha256"].keys() and "config.json" in described["sha256"]
+    # Where ranks differ, vLLM would give another model.
+    assert set(config["rank_pattern"].values()) != {config["r"]}
+    assert "which vLLM would scale wrongly" in (folder / "log.txt").read_text()
     assert config["target_parameters"] == [
         *("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight")
     ]

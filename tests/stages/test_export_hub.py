@@ -138,6 +138,7 @@ def test_every_form_is_uploaded_and_its_card_says_how_it_is_opened(
     assert data["base_model"] == card_base(plain_trained_run)
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, "README.md", "exec")
+    assert "there only if attention alone has adapters" in text
     assert f'"{REPO}", subfolder="adapter"' in text and f'"{REPO}", subfolder="hf-bf16"' in text
     assert "ollama create small-one -f ollama/Modelfile" in text and "{" not in text
     assert "through mask" not in text and "not sparse" in text
