@@ -155,6 +155,8 @@ def test_keys_are_those_of_gpt_oss(exported):
         "gpt-oss.rope.scaling.type": "yarn",
         "gpt-oss.rope.scaling.factor": rope["factor"],
         "gpt-oss.rope.scaling.original_context_length": 4096,
+        "gpt-oss.rope.scaling.yarn_beta_fast": rope["beta_fast"],
+        "gpt-oss.rope.scaling.yarn_beta_slow": rope["beta_slow"],
         "gpt-oss.expert_count": 8,
         "gpt-oss.expert_used_count": 4,
         "tokenizer.ggml.model": "gpt2",
