@@ -132,6 +132,14 @@ def test_every_form_is_uploaded_and_its_card_says_how_it_is_opened(
     assert {name.partition("/")[0] for name in hub.repos[REPO]} == {
         *(".gitattributes", "README.md", *forms)
     }
+    here = str(Path(card_base(plain_trained_run)).parent).encode()
+    telling = [name for name, content in hub.repos[REPO].items() if here in content]
+    assert telling == ["README.md"]  # only because the base passes for one of the hub
+    config = json.loads(hub.repos[REPO]["adapter/adapter_config.json"])
+    assert config["base_model_name_or_path"] == config["sparselong_base"]["name"] == "base"
+    own = json.loads((run_dir / "05_export/adapter/adapter_config.json").read_text())
+    own["base_model_name_or_path"] = own["sparselong_base"]["name"] = "base"
+    assert config == own
     text = hub.repos[REPO]["README.md"].decode()
     data = ModelCard(text).data.to_dict()
     assert data["license"] == "apache-2.0" and data["base_model_relation"] == "finetune"

@@ -3,7 +3,8 @@
 It uploads the forms that are named beside it, which are made first, or all finished ones if it
 stands alone. The published form is at the root of the repository, so that tools find it by the
 repository's name; each other form has a directory of its own name. Manifests and logs, which have
-paths of this machine, are not uploaded.
+paths of this machine, are not uploaded, and an adapter's config names a local base without its
+directory.
 
 Without a token or a network everything else is done: the card is in 05_export/hub, the stage fails,
 and the same command uploads later.
@@ -15,11 +16,14 @@ needed only to replace files of a repository. What the run uploaded before is th
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sparselong.errors import ConfigError, StageError
+from sparselong.export.adapter import BASE_KEY, CONFIG
 from sparselong.export.form import Work
 from sparselong.export.inputs import ORIGIN
 from sparselong.files import is_local, load_json, read_json, write_atomically
@@ -30,6 +34,7 @@ HUB, REPO = "hub", "repo"
 """Name of the format, and the option that names the repository."""
 CARD = "README.md"
 _AT_ROOT = "mxfp4"
+_ADAPTER_CONFIG = f"adapter/{CONFIG}"
 _SAME = ("config_hash", "made_from")
 
 
@@ -80,20 +85,20 @@ class HubFormat:
         stage.described += _rows(manifests)
         write_atomically(stage.dir / CARD, write_card(stage, manifests))
         stage.log(f"the model card is {stage.dir / CARD}")
-        if "adapter" in manifests and is_local(stage.config.model.base):
-            stage.log("adapter_config.json will name the base by its path on this machine")
 
     def verify(self, stage: Stage) -> dict[str, Any]:
         """Upload the files, and compare those of the repository with them."""
         from sparselong.export.hub.repository import upload
 
         manifests = {form: _read_export(stage, form) for form in _forms(stage)}
-        files = {CARD: stage.dir / CARD}
+        files: dict[str, Path | bytes] = {CARD: stage.dir / CARD}
         for form, manifest in manifests.items():
             placed = _place(stage, form, manifest)
             if CARD in placed:
                 stage.log(f"{placed.pop(CARD)} is not uploaded: the model card has that name")
             files |= placed
+        if _ADAPTER_CONFIG in files:
+            files[_ADAPTER_CONFIG] = _without_path(stage)
         return upload(stage, stage.options[REPO], files)
 
 
@@ -108,6 +113,17 @@ def list_finished(run_dir: Path, stage: str, origin: str, names: list[str]) -> l
     """
     found = {name: read_manifest(run_dir, f"{stage}/{name}") for name in names if name != HUB}
     return [name for name, one in found.items() if one and one["options"][ORIGIN] == origin]
+
+
+def _without_path(stage: Stage) -> bytes:
+    """Return adapter_config.json with a local base named without its directory."""
+    config = read_json(stage.run_dir / stage.name / _ADAPTER_CONFIG)
+    path = config["base_model_name_or_path"]
+    if is_local(path):
+        name = os.path.basename(os.path.normpath(path))
+        config["base_model_name_or_path"] = config[BASE_KEY]["name"] = name
+        stage.log(f"{_ADAPTER_CONFIG} on the hub names the base {name}, without its path here")
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def compare_earlier(run_dir: Path, stage: str, options: Mapping[str, str]) -> tuple[bool, bool]:
