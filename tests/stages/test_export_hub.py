@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from sparselong.config import load
 from sparselong.export.hub import card
+from sparselong.memory import format_bytes
 from sparselong.run.stages import stage_hash
 from tests.stages.fake_hub import READER, WRITER, serve
 from tests.stages.test_export import export, manifest_of
@@ -379,9 +380,9 @@ def test_the_plan_counts_what_would_be_uploaded(exported, trained_run, capsys):
     assert export(exported, *HUB, "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     size = sum(manifest_of(exported.run_dir, form)["metrics"]["bytes"] for form in FORMS)
-    assert any(f"{size / 1e9:.2f} GB are uploaded" in note for note in plan["notes"])
+    assert any(f"{format_bytes(size)} are uploaded" in note for note in plan["notes"])
     assert plan["bytes_on_disk"] == 0 and not (exported.run_dir / "05_export/hub").exists()
     more = ["--to", "hf-bf16", "hub", "--repo", REPO, "--dry-run", "--json"]
     assert export(exported, *more) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert any("GB are uploaded" in note for note in plan["notes"])
+    assert any("B are uploaded" in note for note in plan["notes"])
