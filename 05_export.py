@@ -6,7 +6,8 @@ each format, runs/NAME/05_export/FORMAT, with a manifest of its own:
 
     mxfp4     the published form of gpt-oss, for whatever opens openai/gpt-oss
     hf-bf16   everything in bf16, for transformers without any quantization
-    adapter   LoRA for PEFT and vLLM, from runs without mask and rounding
+    adapter   LoRA for PEFT (and vLLM, if only attention has adapters), from runs without mask and
+              rounding
     gguf      one file for llama.cpp; --dense-type is the type of all but the experts
     ollama    the same file, linked if it is there, and a Modelfile
     hub       the forms named beside it, or all that are finished, in a repository of the Hugging

@@ -11,6 +11,9 @@ weight (`adapters.Rounding.summarize`); for experts it is what stage 03 measured
 
 adapter_config.json gets a key that PEFT does not know, and says so when it opens the adapter:
 `sparselong_base`, with the sha256 of the base's files.
+
+vLLM scales every adapter of a file by one alpha / rank, and not by the ranks of `rank_pattern`.
+With those of experts or router, of another rank than attention's, it would compute another model.
 """
 
 from __future__ import annotations
@@ -40,14 +43,14 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_KEY = "sparselong_base"
 _PREFIX = "base_model.model."
-_OTHERS = "pass --to mxfp4 or hf-bf16, which hold the trained model itself"
+_OTHERS = "pass --to mxfp4, gguf or hf-bf16, which hold the trained model itself"
 
 
 class AdapterFormat:
     """LoRA in PEFT's layout."""
 
     name = "adapter"
-    summary = "LoRA for PEFT and vLLM, on the base that its config names"
+    summary = "LoRA for PEFT, on the base that its config names"
 
     def check(self, stage: Stage) -> None:
         """Raise unless the trained model is the base plus a low-rank change."""
@@ -91,6 +94,9 @@ class AdapterFormat:
         config = {**read_json(folder / CONFIG, _redo()), **_describe_base(stage)}
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         write_atomically(stage.dir / CONFIG, text)
+        if config.get("rank_pattern"):
+            stage.log("open it with PEFT alone: it has adapters of several ranks, which vLLM would "
+                      "scale wrongly, without a message")  # fmt: skip
         stage.inputs = [model_directory(stage), folder]
 
     def verify(self, stage: Stage) -> dict[str, Any]:

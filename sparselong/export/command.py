@@ -7,7 +7,7 @@ import argparse
 from sparselong.errors import ConfigError
 from sparselong.export.formats import FORMATS, find_format
 from sparselong.export.gguf import DENSE_TYPE, DENSE_TYPES, TYPED
-from sparselong.export.hub import HUB, REPO, list_finished
+from sparselong.export.hub import HUB, REPO, compare_earlier, list_finished
 from sparselong.export.inputs import ORIGIN, ORIGINS
 from sparselong.run import Choice, Part, Stage
 
@@ -62,7 +62,8 @@ def choose_parts(arguments: argparse.Namespace) -> list[Part]:
     if HUB in chosen:
         uploaded = _choose_uploaded(arguments, forms)
         options |= {"to": " ".join([*uploaded, HUB]), REPO: arguments.repo}
-        parts.append(Part(HUB, reads, options | (more if typed else {})))
+        is_other, is_elsewhere = compare_earlier(arguments.run_dir, _STAGE, options)
+        parts.append(Part(HUB, reads, options, is_other, takes_force=not is_elsewhere))
     return parts
 
 
@@ -81,6 +82,8 @@ def _refuse_idle(
 
 def _choose_uploaded(arguments: argparse.Namespace, forms: list[str]) -> list[str]:
     """Return the formats to upload: those named beside `hub`, or all that are finished.
+
+    They are in the table's order, so that the same ones always are the same upload.
 
     Raises:
         ConfigError: there is none, or no repository is named.
@@ -101,7 +104,7 @@ def _choose_uploaded(arguments: argparse.Namespace, forms: list[str]) -> list[st
             f"neither, in {arguments.run_dir / _STAGE}",
             f"for example --to mxfp4 {HUB}",
         )
-    return forms
+    return [name for name in names if name in forms]
 
 
 CHOICE = Choice(add_options, choose_parts)

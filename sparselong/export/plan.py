@@ -8,7 +8,13 @@ from typing import Any
 from sparselong.export.form import Work
 from sparselong.export.formats import find_format
 from sparselong.export.inputs import model_directory
-from sparselong.memory import compressed_groups, find_rate, find_shape, format_seconds
+from sparselong.memory import (
+    compressed_groups,
+    find_rate,
+    find_shape,
+    format_bytes,
+    format_seconds,
+)
 from sparselong.run import Stage
 
 _DECODED_PER_SECOND = 5e7
@@ -72,7 +78,7 @@ def _note_upload(works: dict[str, Work]) -> list[str]:
     uploaded = sum(work.uploaded_bytes for work in works.values())
     if not uploaded:
         return []
-    return [f"{uploaded / 1e9:.2f} GB are uploaded, for which no time is estimated."]
+    return [f"{format_bytes(uploaded)} are uploaded, for which no time is estimated."]
 
 
 def _seconds(work: Work) -> float:

@@ -30,6 +30,7 @@ from sparselong.checkpoint import (
 )
 from sparselong.errors import StageError
 from sparselong.files import copy_atomically, read_json, write_atomically
+from sparselong.memory import format_bytes
 from sparselong.provenance import are_rows, describe_files, refuse_changes
 from sparselong.run import Stage
 
@@ -86,8 +87,8 @@ def write_shards(stage: Stage, shards: Mapping[str, Shapes], parts: Parts) -> No
     for number, file in enumerate(left, start=1 + len(shards) - len(left)):
         rows[file] = _write_shard(stage.dir / file, shards[file], parts)
         _record(stage, rows)
-        size = rows[file]["bytes"] / 1e9
-        stage.log(f"{file} ({number} of {len(shards)}): {size:.2f} GB written and read back")
+        size = format_bytes(rows[file]["bytes"])
+        stage.log(f"{file} ({number} of {len(shards)}): {size} written and read back")
     stage.described += [{**row, "path": str((stage.dir / name).absolute())}
                         for name, row in rows.items()]  # fmt: skip
 
@@ -117,8 +118,8 @@ def _check_space(stage: Stage, shards: list[Shapes]) -> None:
     if free < needed:
         raise StageError(
             f"the disk of {stage.dir} has too little space for {stage.part}",
-            f"{needed / 1e9:.2f} GB",
-            f"{free / 1e9:.2f} GB",
+            format_bytes(needed),
+            format_bytes(free),
             "free some space, or use a --run-dir on another disk",
         )
 

@@ -75,6 +75,8 @@ class Stage:
     """The date that chat templates rendered, if the result depends on conversations."""
     forced: bool = False
     """Whether `--force` was passed, with which a rerun would start over once more."""
+    is_renewed: bool = False
+    """Whether what the part made before is of something else, and is replaced without `--force`."""
     part: str = ""
     """Name of the part, if the stage has several results, each with its own manifest."""
     options: dict[str, str] = field(default_factory=dict)

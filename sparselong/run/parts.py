@@ -39,11 +39,15 @@ class Part(NamedTuple):
         name: of its directory in the stage's.
         reads: the earlier stages that it reads.
         options: options of the command line that decide it, by name.
+        is_renewed: whether what it made before is replaced without `--force`.
+        takes_force: whether `--force` is about it.
     """
 
     name: str
     reads: tuple[str, ...]
     options: dict[str, str]
+    is_renewed: bool = False
+    takes_force: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def run_parts(
         stages = _open(name, arguments, choice)
         check(stages)
         if arguments.dry_run:
-            for stage in (stage for stage in stages if not stage.forced):
+            for stage in (one for one in stages if not one.forced and not one.is_renewed):
                 check_finished(stage)
             document = plan(stages)
             text = show_plan(document)
@@ -118,7 +122,8 @@ def _open(name: str, arguments: argparse.Namespace, choice: Choice) -> list[Stag
             name,
             config,
             arguments.run_dir,
-            forced=arguments.force,
+            forced=arguments.force and part.takes_force,
+            is_renewed=part.is_renewed,
             part=part.name,
             options=part.options,
             reads=part.reads,
@@ -138,6 +143,6 @@ def _make(
     with locked(stages[0].run_dir):
         for stage in stages:
             outcome.part = stage.part
-            redo = stage.forced
+            redo = stage.forced or stage.is_renewed
             manifests[stage.part] = run_locked(stage, redo, execute, cache, interruption)
     return manifests

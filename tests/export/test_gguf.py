@@ -1,5 +1,9 @@
 """Types, blocks and keys of a GGUF file, without a run."""
 
+import hashlib
+import io
+import sys
+
 import gguf
 import pytest
 import torch
@@ -7,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GptOssConfig
 
 from sparselong.errors import StageError
-from sparselong.export.gguf import encoding, metadata, types
+from sparselong.export.gguf import encoding, metadata, reading, types
 
 
 def test_more_rows_than_are_packed_at_once_and_every_byte(monkeypatch):
@@ -35,11 +39,33 @@ def test_q8_0_is_within_half_a_step_at_every_size(size):
     assert (error <= (step / 2).clamp_min(least)).all()
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16", "MXFP4"])
+@pytest.mark.parametrize("is_off", [False, True])
+def test_bytes_that_are_as_written_must_decode_to_the_sources_values(kind, is_off):
+    """As if a tensor was encoded wrongly in the same way twice."""
+    torch.manual_seed(1)
+    if kind == "MXFP4":
+        blocks = torch.randint(0, 256, (4, 3, 16), dtype=torch.uint8)
+        scales = torch.randint(120, 130, (4, 3), dtype=torch.uint8)
+        data = encoding.pack_blocks(blocks, scales)
+        values = encoding.decode_exactly(blocks, scales).float()
+    else:
+        values = torch.randn(4, 96).bfloat16().float()
+        data = encoding.encode(values.bfloat16(), kind, "a weight")
+    if is_off:
+        values = values.clone()
+        values[2, 40] += values.abs().max() / 64
+    part = encoding.Slice(data, lambda count: values[:count])
+    file = io.BytesIO(data.numpy().tobytes())
+    same = reading._is_same(file, part, reading._Meter(kind), hashlib.sha256())
+    assert same is not is_off
+
+
 @pytest.mark.parametrize(("kind", "value"), [("F16", 70_000.0), ("Q8_0", 1e9)])
 def test_a_value_that_overflows_is_refused(kind, value):
     values = torch.zeros(2, 32).bfloat16()
     values[1, 5] = -value
-    with pytest.raises(StageError, match=f"cannot be stored as {kind}"):
+    with pytest.raises(StageError, match=f"lm_head.weight cannot be stored as {kind}"):
         encoding.encode(values, kind, "lm_head.weight")
 
 
@@ -48,6 +74,39 @@ def test_rows_that_no_k_quant_fits_get_llama_cpps_other_type():
              for rows in (2880, 4096)}  # fmt: skip
     assert kinds[4096] == ["BF16", "F32", "F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K"]
     assert kinds[2880] == ["BF16", "F32", "F16", "Q8_0", "Q8_0", "Q5_1", "Q5_0"]
+
+
+@pytest.fixture
+def other_llama_cpp(monkeypatch, tmp_path):
+    """Write a package llama_cpp whose module with the routines has a text."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "llama_cpp"]:
+            del sys.modules[name]
+
+    def write(text: str) -> None:
+        package = tmp_path / "llama_cpp"
+        package.mkdir()
+        (package / "__init__.py").touch()
+        (package / "_ggml.py").write_text(text)
+        forget()
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield write
+    forget()
+
+
+@pytest.mark.parametrize(
+    "text", ["raise RuntimeError('no libggml.so')", "import no_such_module", "libggml = object()"]
+)
+def test_an_installed_llama_cpp_that_cannot_be_loaded_is_refused_by_the_check(
+    other_llama_cpp, text
+):
+    other_llama_cpp(text)
+    types.check_dense_type("q8_0")
+    with pytest.raises(StageError, match="which write K-quants, cannot be loaded") as caught:
+        types.check_dense_type("q4_k")
+    assert ".uv/bin/uv pip install --python .venv/bin/python llama-cpp-python" in str(caught.value)
 
 
 O200K = (

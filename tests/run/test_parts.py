@@ -19,11 +19,13 @@ TINY = str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--make", nargs="+")
     parser.add_argument("--kind", default="x")
+    parser.add_argument("--renew", action="store_true")
 
 
 def choose(arguments: argparse.Namespace) -> list[Part]:
     options = {"kind": arguments.kind}
-    return [Part(name, ("02_compress",), options) for name in arguments.make]
+    more = {"is_renewed": arguments.renew, "takes_force": not arguments.renew}
+    return [Part(name, ("02_compress",), options, **more) for name in arguments.make]
 
 
 def write(stage: Stage) -> None:
@@ -79,6 +81,24 @@ def test_a_part_that_fails_leaves_the_earlier_ones_done(make, tmp_path, capsys):
         (row,) = manifest["outputs"]
         assert row["path"] == f"05_export/{name}/config.json"
     assert make(bug, "--make", "a", "b", "c") == 0
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_part_that_is_renewed_replaces_its_own_files_unforced(make, tmp_path, force):
+    folder = tmp_path / "run/05_export"
+    assert make(write, "--make", "a") == 0
+    (folder / "a/notes.txt").write_text("a person's")
+    forced = []
+
+    def note(stage: Stage) -> None:
+        forced.append(stage.forced)
+        write(stage)
+
+    more = ["--make", "a", "--kind", "y", "--renew", *force]
+    assert make(bug, *more, "--dry-run") == 0 and (folder / "a/notes.txt").exists()
+    assert make(note, *more) == 0 and forced == [False]
+    assert json.loads((folder / "a/manifest.json").read_text())["options"] == {"kind": "y"}
+    assert [path.name for path in (folder / "a.kept-1").iterdir()] == ["notes.txt"]
 
 
 def test_other_options_are_refused_and_forced(make, tmp_path, capsys):

@@ -118,6 +118,9 @@ def test_the_base_is_named_and_hashed(folder, manifest, untrained_base):
         assert hashlib.sha256(files[name].read_bytes()).hexdigest() == digest
     weights = {name for name in files if name.endswith(".safetensors")}
     assert weights < described["sha256"].keys() and "config.json" in described["sha256"]
+    # Where ranks differ, vLLM would give another model.
+    assert set(config["rank_pattern"].values()) != {config["r"]}
+    assert "which vLLM would scale wrongly" in (folder / "log.txt").read_text()
     assert config["target_parameters"] == [
         *("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight")
     ]
@@ -154,6 +157,19 @@ def test_the_plan_has_the_bytes_of_the_tensors(exported, folder, capsys):
     tensors = load_file(folder / "adapter_model.safetensors").values()
     assert plan["bytes_on_disk"] == sum(tensor.nbytes for tensor in tensors)
     assert plan["estimated_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["shared_dense.weight_bits=4"],
+        ["shared_dense.sparsity=2:4"],
+        ["experts.sparsity=2:4", "lora.expert_targets=[]", "lora.expert_r=null"],
+    ],
+)
+def test_a_refusal_names_every_form_that_holds_the_model(exported, capsys, changes):
+    assert export(exported, *changes, "--to", "adapter") == 2
+    assert "pass --to mxfp4, gguf or hf-bf16, which hold" in capsys.readouterr().err
 
 
 def test_a_damaged_adapter_is_refused(exported, tmp_path, capsys):

@@ -155,6 +155,8 @@ def test_keys_are_those_of_gpt_oss(exported):
         "gpt-oss.rope.scaling.type": "yarn",
         "gpt-oss.rope.scaling.factor": rope["factor"],
         "gpt-oss.rope.scaling.original_context_length": 4096,
+        "gpt-oss.rope.scaling.yarn_beta_fast": rope["beta_fast"],
+        "gpt-oss.rope.scaling.yarn_beta_slow": rope["beta_slow"],
         "gpt-oss.expert_count": 8,
         "gpt-oss.expert_used_count": 4,
         "tokenizer.ggml.model": "gpt2",
@@ -364,7 +366,7 @@ def test_the_plan_has_the_bytes_of_the_file_and_counts_it_once(exported, capsys)
     [
         (["gguf", "--dense-type", "q8"], "did you mean --dense-type q8_0?"),
         (["gguf", "--dense-type", "int3"], "there is no such type"),
-        (["ollama", "--dense-type", "q4_k"], "the package llama-cpp-python"),
+        (["ollama", "--dense-type", "q4_k"], ".uv/bin/uv pip install --python .venv"),
         (["mxfp4", "--dense-type", "q8_0"], "--dense-type q8_0 has no effect"),
     ],
 )

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from sparselong.config import load
 from sparselong.export.hub import card
+from sparselong.memory import format_bytes
 from sparselong.run.stages import stage_hash
 from tests.stages.fake_hub import READER, WRITER, serve
 from tests.stages.test_export import export, manifest_of
@@ -132,12 +133,21 @@ def test_every_form_is_uploaded_and_its_card_says_how_it_is_opened(
     assert {name.partition("/")[0] for name in hub.repos[REPO]} == {
         *(".gitattributes", "README.md", *forms)
     }
+    here = str(Path(card_base(plain_trained_run)).parent).encode()
+    telling = [name for name, content in hub.repos[REPO].items() if here in content]
+    assert telling == ["README.md"]  # only because the base passes for one of the hub
+    config = json.loads(hub.repos[REPO]["adapter/adapter_config.json"])
+    assert config["base_model_name_or_path"] == config["sparselong_base"]["name"] == "base"
+    own = json.loads((run_dir / "05_export/adapter/adapter_config.json").read_text())
+    own["base_model_name_or_path"] = own["sparselong_base"]["name"] = "base"
+    assert config == own
     text = hub.repos[REPO]["README.md"].decode()
     data = ModelCard(text).data.to_dict()
     assert data["license"] == "apache-2.0" and data["base_model_relation"] == "finetune"
     assert data["base_model"] == card_base(plain_trained_run)
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, "README.md", "exec")
+    assert "there only if attention alone has adapters" in text
     assert f'"{REPO}", subfolder="adapter"' in text and f'"{REPO}", subfolder="hf-bf16"' in text
     assert "ollama create small-one -f ollama/Modelfile" in text and "{" not in text
     assert "through mask" not in text and "not sparse" in text
@@ -185,9 +195,65 @@ def test_forms_are_made_first_and_named_ones_alone_are_uploaded(copied, hub, cap
     shutil.rmtree(copied.run_dir / "05_export/mxfp4")
     assert export(copied, "--to", "hub", "mxfp4", "--repo", REPO) == 0
     assert without_own(hub.repos[REPO]) == files_here(copied, ["mxfp4"])
+    # More forms change the card in the repository, which only --force does.
     assert export(copied, *HUB) == 1
-    told = capsys.readouterr().err
-    assert f"expected: --from finetuned --to mxfp4 gguf hub --repo {REPO}" in told
+    assert f"{REPO} holds another export" in capsys.readouterr().err
+    assert export(copied, *HUB, "--force") == 0
+    assert without_own(hub.repos[REPO]) == files_here(copied)
+
+
+def test_a_run_is_uploaded_to_several_repositories_without_force(copied, hub, capsys):
+    assert export(copied, *HUB) == 0
+    theirs = {".gitattributes": b"", "README.md": b"theirs"}
+    hub.repos |= {"me/taken": dict(theirs), "me/other": {}}
+    more = ["--to", "hub", "--repo"]
+    assert export(copied, *more, "me/other", "--dry-run") == 0
+    assert export(copied, *more, "me/other") == 0
+    assert without_own(hub.repos["me/other"]) == files_here(copied)
+    assert manifest_of(copied.run_dir, "hub")["metrics"]["repository"] == "me/other"
+    # --force that was meant for the repository before does not replace files of another one.
+    assert export(copied, *more, "me/taken", "--force") == 1
+    assert "me/taken holds another export" in capsys.readouterr().err
+    assert hub.repos["me/taken"] == theirs
+    assert export(copied, *more, "me/taken", "--force") == 0
+    assert without_own(hub.repos["me/taken"]) == files_here(copied)
+
+
+def test_no_file_of_an_export_takes_the_cards_place(copied, hub, capsys):
+    path = copied.run_dir / "05_export/mxfp4/README.md"
+    path.write_text("of the base, or a person's")
+    manifest = copied.run_dir / "05_export/mxfp4/manifest.json"
+    document = json.loads(manifest.read_text())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    row = {"path": "05_export/mxfp4/README.md", "bytes": path.stat().st_size, "sha256": digest}
+    document["outputs"].append(row)
+    manifest.write_text(json.dumps(document))
+    assert export(copied, *HUB) == 0
+    card_here = copied.run_dir / "05_export/hub/README.md"
+    assert hub.repos[REPO]["README.md"] == card_here.read_bytes()
+    assert f"{path} is not uploaded: the model card has that name" in capsys.readouterr().err
+
+
+def test_a_corrected_repository_is_uploaded_to(copied, hub, capsys):
+    assert export(copied, "--to", "hub", "--repo", "others/new") == 1
+    assert "correct --repo" in capsys.readouterr().err
+    assert export(copied, *HUB) == 0
+    assert without_own(hub.repos[REPO]) == files_here(copied)
+
+
+@pytest.mark.parametrize("to", [["gguf", "mxfp4", "hub"], ["hub", "mxfp4", "gguf"], ["hub"]])
+def test_the_same_forms_are_the_same_upload_however_they_are_named(copied, hub, capsys, to):
+    assert export(copied, "--to", *FORMS, "hub", "--repo", REPO) == 0
+    asked = len(hub.asked)
+    assert export(copied, "--to", *to, "--repo", REPO) == 0
+    assert "05_export hub is up to date" in capsys.readouterr().err and len(hub.asked) == asked
+
+
+def test_an_export_that_was_made_again_is_another_upload(copied, hub, capsys):
+    assert export(copied, *HUB) == 0
+    assert export(copied, "--to", "gguf", "--dense-type", "q8_0", "--force") == 0
+    assert export(copied, *HUB) == 1
+    assert f"{REPO} holds another export" in capsys.readouterr().err
     assert export(copied, *HUB, "--force") == 0
     assert without_own(hub.repos[REPO]) == files_here(copied)
 
@@ -314,9 +380,9 @@ def test_the_plan_counts_what_would_be_uploaded(exported, trained_run, capsys):
     assert export(exported, *HUB, "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     size = sum(manifest_of(exported.run_dir, form)["metrics"]["bytes"] for form in FORMS)
-    assert any(f"{size / 1e9:.2f} GB are uploaded" in note for note in plan["notes"])
+    assert any(f"{format_bytes(size)} are uploaded" in note for note in plan["notes"])
     assert plan["bytes_on_disk"] == 0 and not (exported.run_dir / "05_export/hub").exists()
     more = ["--to", "hf-bf16", "hub", "--repo", REPO, "--dry-run", "--json"]
     assert export(exported, *more) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert any("GB are uploaded" in note for note in plan["notes"])
+    assert any("B are uploaded" in note for note in plan["notes"])

@@ -127,7 +127,7 @@ def encode(values: torch.Tensor, kind: str, name: str) -> torch.Tensor:
         "BF16": lambda bf16: bf16,
         "F32": torch.Tensor.float,
         "F16": torch.Tensor.half,
-        "Q8_0": _encode_q8,
+        "Q8_0": lambda bf16: _encode_q8(bf16, name),
     }
     if kind not in own:
         return quantize(values.float(), kind)
@@ -148,14 +148,14 @@ def check_range(source: Source, tensors: list[Tensor]) -> None:
             encode(values, tensor.kind, tensor.source)
 
 
-def _encode_q8(values: torch.Tensor) -> torch.Tensor:
+def _encode_q8(values: torch.Tensor, name: str) -> torch.Tensor:
     blocks = values.float().view(len(values), -1, _Q8_BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)
     scale = (largest / 127).half()
     short = scale.float() * 127.5 < largest
     scale = torch.where(short, torch.nextafter(scale, torch.tensor(torch.inf).half()), scale)
     if not bool(torch.isfinite(scale).all()):
-        _refuse_overflow("a dense weight", "Q8_0", float(largest.max()), 127 * _F16_MAX)
+        _refuse_overflow(name, "Q8_0", float(largest.max()), 127 * _F16_MAX)
     divisor = torch.where(scale == 0, 1.0, scale.float())
     codes = (blocks / divisor).round_().clamp_(-127, 127).to(torch.int8)
     return torch.cat((scale.view(torch.uint8), codes.view(torch.uint8)), -1).flatten(-2)

@@ -23,6 +23,7 @@ from sparselong.export.gguf.layout import Tensor, list_tensors, padded
 from sparselong.export.gguf.metadata import ARCHITECTURE, add_keys
 from sparselong.export.gguf.types import FILE
 from sparselong.export.source import Source
+from sparselong.memory import format_bytes
 from sparselong.run import Stage
 
 
@@ -131,7 +132,7 @@ def _check_space(stage: Stage, needed: int) -> None:
     if free < needed:
         raise StageError(
             f"the disk of {stage.dir} has too little space for {stage.part}",
-            f"{needed / 1e9:.2f} GB",
-            f"{free / 1e9:.2f} GB",
+            format_bytes(needed),
+            format_bytes(free),
             "free some space, or use a --run-dir on another disk",
         )

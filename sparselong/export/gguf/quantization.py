@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 
 import torch
+
+from sparselong.export.gguf.types import load_quantizer
 
 
 def quantize(values: torch.Tensor, kind: str) -> torch.Tensor:
@@ -17,11 +18,10 @@ def quantize(values: torch.Tensor, kind: str) -> torch.Tensor:
     """
     import gguf
 
-    library = importlib.import_module("llama_cpp._ggml").libggml  # no public name leads to it
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     rows, columns = values.shape
     found = torch.empty(rows, columns // block * size, dtype=torch.uint8)
-    routine = library.ggml_quantize_chunk
+    routine = load_quantizer()
     routine.restype = ctypes.c_size_t
     routine.argtypes = (
         *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),

@@ -10,6 +10,6 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.export.hub.form import HUB, REPO, HubFormat, list_finished
+    from sparselong.export.hub.form import HUB, REPO, HubFormat, compare_earlier, list_finished
 
 __getattr__ = expose(__name__)

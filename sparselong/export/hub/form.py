@@ -3,28 +3,38 @@
 It uploads the forms that are named beside it, which are made first, or all finished ones if it
 stands alone. The published form is at the root of the repository, so that tools find it by the
 repository's name; each other form has a directory of its own name. Manifests and logs, which have
-paths of this machine, are not uploaded.
+paths of this machine, are not uploaded, and an adapter's config names a local base without its
+directory.
 
 Without a token or a network everything else is done: the card is in 05_export/hub, the stage fails,
 and the same command uploads later.
+
+A run may upload to one repository after another, and more forms after the first ones: `--force` is
+needed only to replace files of a repository. What the run uploaded before is then replaced in
+05_export/hub, and stays on the hub.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sparselong.errors import ConfigError, StageError
+from sparselong.export.adapter import BASE_KEY, CONFIG
 from sparselong.export.form import Work
 from sparselong.export.inputs import ORIGIN
-from sparselong.files import is_local, read_json, write_atomically
-from sparselong.provenance import refuse_changes
+from sparselong.files import is_local, load_json, read_json, write_atomically
+from sparselong.provenance import are_rows, refuse_changes
 from sparselong.run import Stage, read_manifest
 
 HUB, REPO = "hub", "repo"
 """Name of the format, and the option that names the repository."""
 CARD = "README.md"
 _AT_ROOT = "mxfp4"
+_ADAPTER_CONFIG = f"adapter/{CONFIG}"
 _SAME = ("config_hash", "made_from")
 
 
@@ -75,17 +85,20 @@ class HubFormat:
         stage.described += _rows(manifests)
         write_atomically(stage.dir / CARD, write_card(stage, manifests))
         stage.log(f"the model card is {stage.dir / CARD}")
-        if "adapter" in manifests and is_local(stage.config.model.base):
-            stage.log("adapter_config.json will name the base by its path on this machine")
 
     def verify(self, stage: Stage) -> dict[str, Any]:
         """Upload the files, and compare those of the repository with them."""
         from sparselong.export.hub.repository import upload
 
         manifests = {form: _read_export(stage, form) for form in _forms(stage)}
-        files = {CARD: stage.dir / CARD}
+        files: dict[str, Path | bytes] = {CARD: stage.dir / CARD}
         for form, manifest in manifests.items():
-            files |= _place(stage, form, manifest)
+            placed = _place(stage, form, manifest)
+            if CARD in placed:
+                stage.log(f"{placed.pop(CARD)} is not uploaded: the model card has that name")
+            files |= placed
+        if _ADAPTER_CONFIG in files:
+            files[_ADAPTER_CONFIG] = _without_path(stage)
         return upload(stage, stage.options[REPO], files)
 
 
@@ -100,6 +113,60 @@ def list_finished(run_dir: Path, stage: str, origin: str, names: list[str]) -> l
     """
     found = {name: read_manifest(run_dir, f"{stage}/{name}") for name in names if name != HUB}
     return [name for name, one in found.items() if one and one["options"][ORIGIN] == origin]
+
+
+def _without_path(stage: Stage) -> bytes:
+    """Return adapter_config.json with a local base named without its directory."""
+    config = read_json(stage.run_dir / stage.name / _ADAPTER_CONFIG)
+    path = config["base_model_name_or_path"]
+    if is_local(path):
+        name = os.path.basename(os.path.normpath(path))
+        config["base_model_name_or_path"] = config[BASE_KEY]["name"] = name
+        stage.log(f"{_ADAPTER_CONFIG} on the hub names the base {name}, without its path here")
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def compare_earlier(run_dir: Path, stage: str, options: Mapping[str, str]) -> tuple[bool, bool]:
+    """Compare an upload with the one that a run made, or began, before.
+
+    Args:
+        run_dir: the run directory.
+        stage: name of the stage.
+        options: of the upload to be made.
+
+    Returns:
+        Whether it is another one: to another repository, of other forms, or of forms that were
+        made again since; and whether it goes to another repository.
+    """
+    earlier: dict[str, Any] = {}
+    for name in ("started.json", "manifest.json"):
+        try:
+            earlier |= load_json(run_dir / stage / HUB / name)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            return False, False  # the run refuses it, or replaces it with --force
+    before = earlier.get("options")
+    if not isinstance(before, dict):
+        return False, False
+    is_elsewhere = before.get(REPO) != options[REPO]
+    is_other = before.get("to") != options["to"] or not _has_uploaded(run_dir, earlier)
+    return is_elsewhere or is_other, is_elsewhere
+
+
+def _has_uploaded(run_dir: Path, earlier: dict[str, Any]) -> bool:
+    """Return whether an upload's exports are still the finished ones; true if it is unfinished."""
+    rows = earlier.get("inputs", [])
+    if not rows or not are_rows(rows):
+        return True
+    folders = {Path(*Path(row["path"]).parts[:2]) for row in rows}
+    exports = [read_manifest(run_dir, str(folder)) for folder in folders]
+    found = [row for one in exports for row in (one or {}).get("outputs", [])]
+    return _hashes(found) == _hashes(rows)
+
+
+def _hashes(rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {row["path"]: row["sha256"] for row in rows}
 
 
 def _forms(stage: Stage) -> list[str]:

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{repo}", subfolder="hf-bf16")
 model = AutoModelForCausalLM.from_pretrained("{repo}", subfolder="hf-bf16", device_map="auto")
 ```""",
-    "adapter": """LoRA on the base, for PEFT:
+    "adapter": """LoRA on the base, for PEFT. vLLM scales all adapters by one alpha / rank: open it
+there only if attention alone has adapters.
 
 ```python
 from peft import PeftModel

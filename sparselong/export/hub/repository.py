@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 from huggingface_hub.hf_api import RepoFile
 
 from sparselong.errors import StageError
+from sparselong.memory import format_bytes
 from sparselong.run import Stage
 
 _MADE_BY_HUB = (".gitattributes",)
@@ -33,13 +34,13 @@ Local = dict[str, CommitOperationAdd]
 Present = dict[str, RepoFile]
 
 
-def upload(stage: Stage, repo: str, files: Mapping[str, Path]) -> dict[str, Any]:
+def upload(stage: Stage, repo: str, files: Mapping[str, Path | bytes]) -> dict[str, Any]:
     """Upload files, and return the metrics of the part.
 
     Args:
         stage: for messages; whether it is forced.
         repo: OWNER/NAME.
-        files: by path in the repository.
+        files: each as a path here, or its content, by path in the repository.
 
     Raises:
         StageError: there is no token or no network, the token may not write, the repository holds
@@ -53,10 +54,13 @@ def upload(stage: Stage, repo: str, files: Mapping[str, Path]) -> dict[str, Any]
         revision = _open_repository(api, repo)
         present = _list_files(api, repo, revision)
     # Each reads its file for its hash.
-    local = {name: CommitOperationAdd(name, str(path)) for name, path in files.items()}
+    local = {
+        name: CommitOperationAdd(name, file if isinstance(file, bytes) else str(file))
+        for name, file in files.items()
+    }
     _refuse_others(stage, repo, present, local)
     size = sum(one.upload_info.size for one in local.values())
-    stage.log(f"uploading {len(files)} files, {size / 1e9:.2f} GB, to {api.endpoint}/{repo}")
+    stage.log(f"uploading {len(files)} files, {format_bytes(size)}, to {api.endpoint}/{repo}")
     if _find_differences(local, present):
         message = f"Upload {' '.join(stage.options['to'].split()[:-1])}, by Sparse-Long"
         with _explained(api, nothing):
@@ -123,8 +127,7 @@ def _refuse_others(stage: Stage, repo: str, present: Present, local: Local) -> N
             f"{repo} holds another export: nothing was uploaded",
             "a new repository, or --force to add a revision with other content",
             f"other content in {', '.join(changed[:4])}",
-            f"pass the name of a new repository, or: python {stage.name}.py --to hub --repo {repo} "
-            "--force",
+            "pass the name of a new repository, or run the same command again with --force",
         )
 
 
