@@ -22,7 +22,7 @@ from sparselong.export.gguf.types import (
 )
 from sparselong.export.inputs import model_directory
 from sparselong.files import read_json
-from sparselong.memory import base_groups, compressed_groups, find_shape
+from sparselong.memory import base_groups, compressed_groups, find_shape, format_bytes
 from sparselong.provenance import find_change
 from sparselong.run import Stage, read_manifest
 
@@ -98,7 +98,7 @@ class GgufFormat:
                 "sha256": digest,
             }
         )
-        stage.log(f"{FILE}: {layout.size / 1e9:.2f} GB, compared with its source")
+        stage.log(f"{FILE}: {format_bytes(layout.size)}, compared with its source")
         return {
             "tensors": len(layout.tensors),
             "tensor_types": _names_by_type(layout),
