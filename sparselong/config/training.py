@@ -51,8 +51,8 @@ class TrainingSection(Section):
     `--dry-run` say so."""
     offload_checkpoints: Annotated[Literal["auto"] | bool, Incidental()] = "auto"
     """Whether the inputs of checkpointed layers wait for the backward pass in page-locked host
-    memory: 5.6 KiB per token and layer (20b at 131,072 tokens: 16.9 GiB), of which the GPU then
-    holds two layers'. `auto` moves them there if fine-tuning would not otherwise fit."""
+    memory: 5.6 KiB per token and layer (20b at 131,072 tokens: 16.9 GiB). The GPU then holds
+    those of two layers. `auto` moves them there if fine-tuning would not otherwise fit."""
     logging_steps: Annotated[Positive, Incidental()] = 1
     """Steps between rows of metrics.jsonl; `save_steps` must be a multiple of it."""
     eval_steps: Positive = 50

@@ -83,7 +83,7 @@ def write_shards(stage: Stage, shards: Mapping[str, Shapes], parts: Parts) -> No
     """
     rows = _read_written(stage)
     left = [file for file in shards if file not in rows]
-    _check_space(stage, [shards[file] for file in left])
+    check_space(stage, sum(count_bytes(*one) for file in left for one in shards[file].values()))
     for number, file in enumerate(left, start=1 + len(shards) - len(left)):
         rows[file] = _write_shard(stage.dir / file, shards[file], parts)
         _record(stage, rows)
@@ -112,8 +112,8 @@ def _record(stage: Stage, rows: Mapping[str, dict[str, Any]]) -> None:
     write_atomically(stage.dir / WRITTEN, json.dumps(document, indent=1) + "\n")
 
 
-def _check_space(stage: Stage, shards: list[Shapes]) -> None:
-    needed = sum(count_bytes(*tensor) for shapes in shards for tensor in shapes.values())
+def check_space(stage: Stage, needed: int) -> None:
+    """Raise StageError if the disk of the export has less space than `needed` bytes."""
     free = shutil.disk_usage(stage.dir).free
     if free < needed:
         raise StageError(

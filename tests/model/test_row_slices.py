@@ -114,7 +114,7 @@ def test_eager_attention(base):
 
 
 def test_autocast_applies_to_the_recomputation(model):
-    """One slice in bfloat16, of which torch's checkpoints give the same bits."""
+    """One slice in bfloat16 gives the same bits as torch's checkpoints."""
     with torch.autocast("cpu", torch.bfloat16):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         losses = [model(IDS, labels=IDS, use_cache=False).loss]

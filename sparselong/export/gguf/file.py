@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +21,8 @@ from sparselong.export.gguf.encoding import encoded_parts
 from sparselong.export.gguf.layout import Tensor, list_tensors, padded
 from sparselong.export.gguf.metadata import ARCHITECTURE, add_keys
 from sparselong.export.gguf.types import FILE
+from sparselong.export.shards import check_space
 from sparselong.export.source import Source
-from sparselong.memory import format_bytes
 from sparselong.run import Stage
 
 
@@ -97,7 +96,7 @@ def write_file(stage: Stage, path: Path, source: Source, layout: Layout) -> None
     """
     done = _count_whole(path, layout)
     begin = layout.begins[done] if done else 0
-    _check_space(stage, layout.size - begin)
+    check_space(stage, layout.size - begin)
     try:
         with path.open("r+b" if done else "wb") as file:
             file.truncate(begin)
@@ -125,14 +124,3 @@ def _count_whole(path: Path, layout: Layout) -> int:
         same = file.read(len(layout.header)) == layout.header
     size = path.stat().st_size if same else 0
     return max(0, sum(begin <= size for begin in layout.begins) - 1)
-
-
-def _check_space(stage: Stage, needed: int) -> None:
-    free = shutil.disk_usage(stage.dir).free
-    if free < needed:
-        raise StageError(
-            f"the disk of {stage.dir} has too little space for {stage.part}",
-            format_bytes(needed),
-            format_bytes(free),
-            "free some space, or use a --run-dir on another disk",
-        )
