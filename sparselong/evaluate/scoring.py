@@ -35,7 +35,10 @@ def score(
         batch_size: maximum number of texts per pass and process.
         spread: the processes among which texts are spread; all get all results.
     """
-    order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
+    # In lm-eval's order, so that its passes in one process hold the same texts.
+    order = sorted(
+        range(len(requests)), key=lambda i: (-len(requests[i].tokens), requests[i].tokens)
+    )
     found: dict[int, tuple[float, bool]] = {}
     for first in range(0, len(order), batch_size * spread.size):
         batch = order[first : first + batch_size * spread.size]

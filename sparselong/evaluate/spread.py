@@ -45,11 +45,14 @@ class Spread:
     def pad(self, batch: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return this process's rows of a batch, padded on the right, and where tokens are.
 
+        All processes pad to the batch's longest row, as one process does: how a product is rounded
+        depends on its shape.
+
         Returns:
             (int64 [rows, tokens], bool of the same shape); one padding token if it has no row.
         """
         own = [batch[row] for row in self.own(len(batch))]
-        ids = torch.zeros(*_shape(own), dtype=torch.long)
+        ids = torch.zeros(*_shape(own, batch), dtype=torch.long)
         present = torch.zeros_like(ids, dtype=torch.bool)
         for row, tokens in enumerate(own):
             ids[row, : len(tokens)] = torch.tensor(tokens)
@@ -60,7 +63,7 @@ class Spread:
         """Return a block with the settings of a pass over the batch's padded rows."""
         counts = []
         for rank in range(self.size):
-            rows, tokens = _shape(batch[rank :: self.size])
+            rows, tokens = _shape(batch[rank :: self.size], batch)
             counts.append(rows * tokens)
         if self.mesh is None:
             return using()
@@ -76,5 +79,5 @@ class Spread:
         return values
 
 
-def _shape(rows: list[list[int]]) -> tuple[int, int]:
-    return max(1, len(rows)), max(map(len, rows), default=1)
+def _shape(own: list[list[int]], batch: list[list[int]]) -> tuple[int, int]:
+    return (len(own), max(map(len, batch))) if own else (1, 1)

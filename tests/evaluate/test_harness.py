@@ -111,6 +111,25 @@ def test_answers_of_other_processes_give_the_same_figures(harness, model, tokeni
     assert reversed_["right"] != theirs["right"]
 
 
+def test_several_processes_score_lm_eval_s_batches(harness, model, tokenizer, tmp_path):
+    """Rounding depends on a pass's shape, so that only equal passes give equal figures."""
+    from sparselong.evaluate.scoring import score
+    from sparselong.evaluate.spread import Spread
+
+    suite = harness.load_suite(load_config("evaluation.batch_size=3"), tmp_path, tokenizer)
+    lines = []  # each pass's padded texts
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: lines.append((args[0] if args else kwargs["input_ids"]).tolist()),
+        with_kwargs=True,
+    )
+    with hook:
+        harness.measure(model, suite)
+        in_lm_eval, lines[:] = lines[:], []
+        requests = harness.list_requests(suite, model.config.max_position_embeddings)
+        score(model, requests[::-1], 3, Spread())
+    assert len(in_lm_eval) > 4 and lines == in_lm_eval
+
+
 def test_a_text_longer_than_the_model_supports_loses_its_beginning(harness, suite):
     whole, cut = (harness.list_requests(suite, positions) for positions in (4096, 20))
     assert [request.tokens[-21:] for request in whole] == [request.tokens for request in cut]
