@@ -5,8 +5,7 @@ A base with random weights in the published form (`base_checkpoint.py`: 128 expe
 201,088, fewer layers) goes through 01_health, 02_compress, 03_finetune and 04_eval as configured
 for a user, with few samples and steps; sequence, experts and vocabulary are shared by all GPUs.
 Stage 04 is then repeated with one process that holds everything, in a second run directory of links
-to the first one's files. Its passes hold as many texts as those of all processes together, because
-the products' rounding depends on the number of rows. Both must agree: perplexities, the losses of
+to the first one's files. Both must agree: perplexities, the losses of
 each conversation and the log-likelihood of every ending to 1e-3 relative, and the most likely
 ending of every item, except where the best two are closer than that. `contrast` says how far apart
 base and compressed model are, which are different: a comparison that does not see much more there
@@ -49,11 +48,11 @@ FEW = {
     **{"calibration.samples": 8, "data.train": "demo", "training.gradient_accumulation_steps": 1},
     **{"training.max_steps": 4, "training.eval_steps": 4, "training.save_steps": 4},
     **{"evaluation.tasks": "[demo_hellaswag]", "evaluation.limit": 32},
-    "evaluation.perplexity_samples": 16,
+    **{"evaluation.perplexity_samples": 16, "evaluation.batch_size": 8},
 }
 """Overrides with which the stages take as little time as they can."""
-CALIBRATED, BATCH = 1024, 8
-"""Tokens of a calibration sample, and texts in a pass of each process in stage 04."""
+CALIBRATED = 1024
+"""Tokens of a calibration sample."""
 BEGUN = time.monotonic()
 Rows = list[dict[str, Any]]
 
@@ -73,7 +72,6 @@ def run_stage(stage: str, args: argparse.Namespace, run_dir: Path, processes: in
         "model.base": args.work / "base",
         "sequence_len": args.sequence_len,
         "calibration.sequence_len": min(CALIBRATED, args.sequence_len),
-        "evaluation.batch_size": BATCH * args.processes // processes,
         "sequence_parallel_degree": processes,
         "expert_parallel_degree": processes,
     }

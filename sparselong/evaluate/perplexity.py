@@ -15,7 +15,7 @@ look. Padding is dropped before the head, so it is neither computed there nor co
 stage 03's (kernels/layer/cross_entropy.py): it computes logits for 512 tokens at a time, because
 those of 16,384 tokens would take 13 GB.
 
-Several processes may share the work (`spread.py`): each computes some rows of every batch.
+Several processes may share the work (`spread.py`): each computes some of the batches.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 
 from sparselong.data import Encoded
 from sparselong.evaluate.scoring import score_tokens
-from sparselong.evaluate.spread import Spread
+from sparselong.evaluate.spread import Spread, pad
 from sparselong.kernels.layer import token_losses
 from sparselong.model import PartialHead
 
@@ -72,10 +72,10 @@ def measure(
     by_sample = torch.zeros(len(samples), 2, dtype=torch.float64)
     everything = torch.zeros(2, dtype=torch.float64)
     spread = spread or Spread()
-    measured = [
-        (batch, *_losses(model, [samples[i].input_ids for i in batch], spread))
-        for batch in _batches(samples, batch_size, spread.size)
-    ]
+    measured = []
+    for together in spread.rounds(list(_batches(samples, batch_size))):
+        texts = [[samples[i].input_ids for i in batch] for batch in together]
+        measured.append((together[spread.rank], *_losses(model, texts, spread)))
     for batch, owner, position, losses in chain(*spread.collect(measured)):
         pairs = torch.stack([losses, torch.ones_like(losses)], dim=1)
         everything += pairs.sum(dim=0)
@@ -86,7 +86,7 @@ def measure(
             ],
             dtype=torch.bool,
         )
-        rows = torch.tensor(batch)[owner[counted]]
+        rows = torch.tensor(batch, dtype=torch.long)[owner[counted]]
         by_sample.index_add_(0, rows, pairs[counted])
         bucket = torch.bucketize(position[counted], torch.tensor(bounds), right=True) - 1
         by_position.index_add_(0, bucket, pairs[counted])
@@ -110,26 +110,26 @@ def _bucket_bounds(most_tokens: int) -> list[int]:
     return bounds
 
 
-def _batches(samples: list[Sample], batch_size: int, processes: int) -> Iterator[list[int]]:
-    """Yield indices of samples, longest first, in groups that fit one pass of each process."""
+def _batches(samples: list[Sample], batch_size: int) -> Iterator[list[int]]:
+    """Yield indices of samples, longest first, in groups that fit one pass."""
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids))
     while order:
         longest_tokens = len(samples[order[0]].input_ids)
-        count = processes * max(1, min(batch_size, _BATCH_TOKENS // longest_tokens))
+        count = max(1, min(batch_size, _BATCH_TOKENS // longest_tokens))
         yield order[:count]
         order = order[count:]
 
 
 def _losses(
-    model: Any, batch: list[list[int]], spread: Spread
+    model: Any, texts: list[list[list[int]]], spread: Spread
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return row in the batch, position and float64 loss (nats) of each predicted token, on CPU.
 
-    With several processes these are the tokens of this process's rows.
+    They are those of this process's texts; `texts` are those of each process.
     """
     device, head = model.lm_head.weight.device, model.lm_head
-    ids, present = spread.pad(batch)
-    with spread.settings(batch):
+    ids, present = pad(texts[spread.rank])
+    with spread.settings(texts):
         hidden = model.model(ids.to(device), use_cache=False).last_hidden_state
         owner, before = present[:, 1:].nonzero(as_tuple=True)
         position = before + 1
@@ -138,8 +138,7 @@ def _losses(
             losses = -score_tokens(head, states, targets.to(device))[0]
         else:
             losses = token_losses(states, head.weight, targets.to(device))
-    own = torch.tensor(spread.own(len(batch)), dtype=torch.long)
-    return own[owner], position, losses.double().cpu()
+    return owner, position, losses.double().cpu()
 
 
 def _summary(pair: torch.Tensor) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
     RANK=r WORLD_SIZE=n ... python -m sparselong.evaluate.rank WORK
 
-Each rank opens its part of a model, or all of it if it fits, and computes some rows of every batch.
+Each rank opens its part of a model, or all of it if it fits, and computes some of the batches.
 All ranks have all results in the end; rank 0 writes them. See processes/world.py.
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from sparselong.evaluate.spread import Spread
+from sparselong.evaluate.spread import Spread, pad
 from sparselong.evaluate.work import Request
 from sparselong.kernels.layer import combine_statistics, shard_statistics
 from sparselong.model import PartialHead
@@ -32,30 +32,32 @@ def score(
     Args:
         model: a GptOssForCausalLM (its `model` is called and its `lm_head` weight is read).
         requests: the texts; each has at least one token before the scored ones.
-        batch_size: maximum number of texts per pass and process.
-        spread: the processes among which texts are spread; all get all results.
+        batch_size: maximum number of texts per pass.
+        spread: the processes among which batches are spread; all get all results.
     """
     # In lm-eval's order, so that its passes in one process hold the same texts.
     order = sorted(
         range(len(requests)), key=lambda i: (-len(requests[i].tokens), requests[i].tokens)
     )
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     found: dict[int, tuple[float, bool]] = {}
-    for first in range(0, len(order), batch_size * spread.size):
-        batch = order[first : first + batch_size * spread.size]
-        own = [batch[row] for row in spread.own(len(batch))]
-        answers = _score_batch(model, [requests[i] for i in batch], spread)
-        found |= dict(zip(own, answers, strict=True))
+    for together in spread.rounds(batches):
+        texts = [[requests[i] for i in batch] for batch in together]
+        answers = _score_batch(model, texts, spread)
+        found |= dict(zip(together[spread.rank], answers, strict=True))
     everything = {i: answer for part in spread.collect(found) for i, answer in part.items()}
     return [everything[i] for i in range(len(requests))]
 
 
-def _score_batch(model: Any, batch: list[Request], spread: Spread) -> list[tuple[float, bool]]:
-    """Return the results of this process's texts."""
+def _score_batch(
+    model: Any, texts: list[list[Request]], spread: Spread
+) -> list[tuple[float, bool]]:
+    """Return the results of this process's texts; `texts` are those of each process."""
     device = model.lm_head.weight.device
-    inputs = [request.tokens[:-1] for request in batch]
-    own = [batch[row] for row in spread.own(len(batch))]
+    inputs = [[request.tokens[:-1] for request in batch] for batch in texts]
+    own = texts[spread.rank]
     with spread.settings(inputs):
-        ids, _ = spread.pad(inputs)
+        ids, _ = pad(inputs[spread.rank])
         hidden = model.model(ids.to(device), use_cache=False).last_hidden_state
         states = hidden[:0].flatten(0, 1)
         if own:

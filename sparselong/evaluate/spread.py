@@ -1,8 +1,10 @@
-"""How the rows of a batch are spread over the processes that evaluate together.
+"""How batches are spread over the processes that evaluate together.
 
-Every process knows all batches and all lengths. Of a batch it takes every size-th row, so nothing
-is negotiated before a pass, and results are gathered once at the end. If the processes share
-experts and vocabulary, a pass is collective: a process without a row runs a single padding token.
+Batches are those of one process, and each is one process's pass: the rounding of a product depends
+on its shape, so only equal passes give equal figures. Every process knows all batches and all
+lengths, so nothing is negotiated before a pass, and results are gathered once at the end. If the
+processes share experts and vocabulary, a pass is collective: a process without a batch runs a
+single padding token.
 """
 
 from __future__ import annotations
@@ -38,35 +40,21 @@ class Spread:
         """This process's number."""
         return 0 if self.mesh is None else self.mesh.data_rank
 
-    def own(self, rows: int) -> range:
-        """Return which of a batch's rows are this process's."""
-        return range(self.rank, rows, self.size)
+    def rounds(self, batches: list[list[int]]) -> list[list[list[int]]]:
+        """Return the batches in groups of one for each process; the last ones may be empty."""
+        missing: list[list[int]] = [[]] * (-len(batches) % self.size)
+        batches = batches + missing
+        return [batches[first : first + self.size] for first in range(0, len(batches), self.size)]
 
-    def pad(self, batch: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this process's rows of a batch, padded on the right, and where tokens are.
+    def settings(self, texts: list[list[list[int]]]) -> AbstractContextManager[Any]:
+        """Return a block with the settings of a pass.
 
-        All processes pad to the batch's longest row, as one process does: how a product is rounded
-        depends on its shape.
-
-        Returns:
-            (int64 [rows, tokens], bool of the same shape); one padding token if it has no row.
+        Args:
+            texts: the tokens of each process's texts.
         """
-        own = [batch[row] for row in self.own(len(batch))]
-        ids = torch.zeros(*_shape(own, batch), dtype=torch.long)
-        present = torch.zeros_like(ids, dtype=torch.bool)
-        for row, tokens in enumerate(own):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            present[row, : len(tokens)] = True
-        return ids, present
-
-    def settings(self, batch: list[list[int]]) -> AbstractContextManager[Any]:
-        """Return a block with the settings of a pass over the batch's padded rows."""
-        counts = []
-        for rank in range(self.size):
-            rows, tokens = _shape(batch[rank :: self.size], batch)
-            counts.append(rows * tokens)
         if self.mesh is None:
             return using()
+        counts = [rows * tokens for rows, tokens in map(_shape, texts)]
         first = self.rank - self.mesh.expert_rank
         return using(**shard_model(self.mesh, tuple(counts[first : first + self.mesh.expert_size])))
 
@@ -79,5 +67,19 @@ class Spread:
         return values
 
 
-def _shape(own: list[list[int]], batch: list[list[int]]) -> tuple[int, int]:
-    return (len(own), max(map(len, batch))) if own else (1, 1)
+def pad(texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return texts padded on the right, and where tokens are.
+
+    Returns:
+        (int64 [rows, tokens], bool of the same shape); one padding token if there is no text.
+    """
+    ids = torch.zeros(*_shape(texts), dtype=torch.long)
+    present = torch.zeros_like(ids, dtype=torch.bool)
+    for row, tokens in enumerate(texts):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        present[row, : len(tokens)] = True
+    return ids, present
+
+
+def _shape(texts: list[list[int]]) -> tuple[int, int]:
+    return max(1, len(texts)), max(map(len, texts), default=1)

@@ -71,16 +71,12 @@ def measure(
 
 
 def measure_with(model: Any, requests: Any, samples: Any, spread: Spread) -> dict[str, Any]:
-    """Return the figures of an opened model, and the number of passes of this process."""
-    passes = 0
-
-    def count(*_: Any) -> None:
-        nonlocal passes
-        passes += 1
-
-    model.model.register_forward_pre_hook(count)
-    answers = scoring.score(model, requests, BATCH_SIZE, spread)
-    found = perplexity.measure(model, samples, BATCH_SIZE, spread)
+    """Return the figures of an opened model, and the shapes of this process's passes."""
+    passes: list[tuple[int, ...]] = []
+    hook = model.model.register_forward_pre_hook(lambda _, args: passes.append((*args[0].shape,)))
+    with hook:
+        answers = scoring.score(model, requests, BATCH_SIZE, spread)
+        found = perplexity.measure(model, samples, BATCH_SIZE, spread)
     return {"answers": answers, "perplexity": found, "passes": passes}
 
 

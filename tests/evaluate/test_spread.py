@@ -1,28 +1,32 @@
-"""Rows of a batch that several processes evaluate together."""
+"""Batches that several processes evaluate together."""
 
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from sparselong.evaluate.spread import Spread
-
-BATCH = [[1, 2, 3, 4], [5, 6, 7], [8, 9, 10]]
-
-
-def spread_of(rank: int, size: int) -> Spread:
-    return Spread(cast(Any, SimpleNamespace(data_size=size, data_rank=rank)))
+from sparselong.evaluate.spread import Spread, pad
 
 
 @pytest.mark.parametrize(
-    ("rank", "rows"), [(0, [[1, 2, 3, 4], [8, 9, 10, 0]]), (1, [[5, 6, 7, 0]])]
+    ("size", "rounds"),
+    [
+        (1, [[[4, 1]], [[0, 2]], [[3]]]),
+        (2, [[[4, 1], [0, 2]], [[3], []]]),
+        (4, [[[4, 1], [0, 2], [3], []]]),
+    ],
 )
-def test_every_process_pads_to_the_longest_row_of_all(rank, rows):
-    ids, present = spread_of(rank, 2).pad(BATCH)
-    assert ids.tolist() == rows
-    assert present.sum(1).tolist() == [len(row) for row in BATCH[rank::2]]
+def test_each_process_s_pass_is_a_whole_batch(size, rounds):
+    spread = Spread(cast(Any, SimpleNamespace(data_size=size)))
+    assert spread.rounds([[4, 1], [0, 2], [3]]) == rounds
 
 
-def test_a_process_without_a_row_runs_one_padding_token():
-    ids, present = spread_of(3, 4).pad(BATCH)
+def test_texts_are_padded_to_the_longest_of_the_pass():
+    ids, present = pad([[1, 2, 3], [4]])
+    assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert present.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_a_process_without_a_text_runs_one_padding_token():
+    ids, present = pad([])
     assert ids.tolist() == [[0]] and not present.any()
