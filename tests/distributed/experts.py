@@ -175,6 +175,30 @@ def infer_sharded(layer: Layer, size: int) -> torch.Tensor:
         return run(*(own[name] for name in ("x", "indices", "weights", "stack", "adapters")))
 
 
+def infer_through(layer: Layer, size: int, few: int) -> tuple[torch.Tensor, list[tuple[str, int]]]:
+    """Return the same, and each call's backend with its rows: "small" for at most `few`, "packed".
+
+    Args:
+        layer: the layer and its rows.
+        size: number of processes.
+        few: number of rows.
+    """
+    calls, run = [], pipeline.run_held
+
+    def choose(_: torch.Tensor, entries: int, __: int) -> str:
+        return "small" if entries <= few * TOP_K else "packed"
+
+    def note(call: Any, operands: Any, *given: Any, **named: Any) -> Any:
+        calls.append((operands.backend, len(call.x)))
+        return run(call, operands._replace(backend="torch"), *given, **named)
+
+    with (
+        mock.patch.object(pipeline, "choose_held", choose),
+        mock.patch.object(pipeline, "run_held", note),
+    ):
+        return infer_sharded(layer, size), calls
+
+
 def run_sharded(layer: Layer, size: int) -> dict[str, Any]:
     """Return this process's part: its rows' output and gradients, its experts' adapter gradients.
 

@@ -12,6 +12,7 @@ from tests.distributed.experts import (
     Layer,
     infer_alone,
     infer_sharded,
+    infer_through,
     record_calls,
     run_alone,
     run_replicated,
@@ -69,6 +70,22 @@ def test_without_gradients_sums_are_rounded_once(pools, rows):
     assert (found != wanted).double().mean() < 1e-3
     trained = torch.cat([part["out"] for part in pools[2].run(run_sharded, layer, 2)])
     assert (trained != wanted).double().mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("rows", "calls"),
+    [
+        ((6, 4), [("small", 6)] * 2),  # together more than few
+        ((7, 9), [("packed", 6)] * 3),
+        ((3, 9), [("small", 3), ("packed", 3)] * 3),
+    ],
+)
+def test_without_gradients_rows_take_the_backend_of_their_process_alone(pools, rows, calls):
+    """Backends round differently."""
+    layer = Layer(rows, chunk=4)
+    outs, found = zip(*pools[2].run(infer_through, layer, 2, 6), strict=True)
+    assert error(torch.cat(outs), infer_alone(layer)) < 1e-12
+    assert list(found) == [calls, calls]
 
 
 @pytest.mark.parametrize("piece", PIECES)

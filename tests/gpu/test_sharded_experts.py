@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.distributed.experts import Layer, run_alone, run_replicated, run_sharded
+from sparselong.kernels.experts.op import expert_mlp
+from tests.distributed.experts import (
+    Layer,
+    draw,
+    infer_sharded,
+    run_alone,
+    run_replicated,
+    run_sharded,
+)
 from tests.distributed.pool import Pool
 from tests.distributed.test_experts import LAYERS, error, on, whole
 
@@ -56,6 +64,19 @@ def test_two_runs_give_the_same_bits(gpus):
         layer = Layer((100,) * size, chunk=64, dtype=torch.bfloat16, device="cuda")
         one, other = (whole(to_cpu(pool.run(run_sharded, layer, size))) for _ in range(2))
         assert all(torch.equal(one[part], other[part]) for part in one)
+
+
+def test_inference_has_the_bits_of_each_process_alone(gpus):
+    """40 rows take the table's backend for few rows, those of all processes another."""
+    for size, pool in gpus.items():
+        layer = Layer((40,) * size, chunk=64, dtype=torch.bfloat16, device="cuda")
+        found, rows = pool.run(infer_sharded, layer, size), draw(layer)
+        names = ("x", "indices", "weights")
+        for number, part in enumerate(found):
+            own = (rows[name][40 * number : 40 * (number + 1)] for name in names)
+            with torch.no_grad():
+                wanted = expert_mlp(*own, rows["stack"], rows["adapters"])
+            assert torch.equal(part.cpu(), wanted.cpu())
 
 
 def test_replicated_rows_are_computed_by_all(gpus):

@@ -43,20 +43,20 @@ An eighth more than a process's share of gpt-oss's routing with 4,096 tokens a p
 usual imbalance needs no second window."""
 
 
-def choose_held(x: torch.Tensor, indices: torch.Tensor, experts: int) -> str:
+def choose_held(x: torch.Tensor, entries: int, experts: int) -> str:
     """Return the measured table's backend for `run_held` and `differentiate_held`.
 
     The held experts' expected rows per expert are those of the whole layer.
 
     Args:
-        x: [rows, hidden], the rows of all processes.
-        indices: [rows, top_k].
+        x: [rows, hidden].
+        entries: number of routed tokens of the call, rows * top_k.
         experts: number of experts in the layer.
 
     Raises:
         ValueError: x's dtype does not suit its device.
     """
-    backend = choose(x, indices, experts, None)
+    backend = choose(x, entries, experts, None)
     return "small" if backend == "generation" else backend
 
 

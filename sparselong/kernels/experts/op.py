@@ -91,7 +91,7 @@ def expert_mlp(
     call.check(stack.experts)
     stack.check(x)
     adapters.check(stack)
-    name = choose(x, expert_indices, stack.experts, backend)
+    name = choose(x, expert_indices.numel(), stack.experts, backend)
     operands = ExpertOperands(stack, adapters, Gate(float(alpha), float(limit)), name)
     if backend is None and name == "generation" and not _can_generate(call, operands):
         operands = operands._replace(backend="small")
@@ -240,8 +240,14 @@ def split_evenly(tokens: int, count: int) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
-def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | None) -> str:
+def choose(x: torch.Tensor, entries: int, experts: int, backend: str | None) -> str:
     """Return the backend for a call: the named one, or the measured table's.
+
+    Args:
+        x: rows of the call, for their device and dtype.
+        entries: number of routed tokens, rows * top_k.
+        experts: number of experts in the layer.
+        backend: one of `BACKENDS`, or None.
 
     Raises:
         ValueError: The name is unknown, or the backend cannot take the call.
@@ -250,7 +256,7 @@ def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | 
         raise ValueError(f"backend: {backend!r}; allowed: None, {', '.join(BACKENDS)}")
     if backend is None:
         architecture = architecture_of(x.device)
-        backend = choice.choose_backend(architecture, indices.numel(), experts).backend
+        backend = choice.choose_backend(architecture, entries, experts).backend
     if backend == "torch":
         return backend
     if x.device.type != "cuda":
