@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,33 @@ def start(
         )
         for n in range(degree)
     ]
+
+
+@contextmanager
+def limit_multiprocessors(percent: int) -> Iterator[None]:
+    """Let processes started in this block use only part of each GPU's multiprocessors.
+
+    They share the GPUs through a server of CUDA's Multi-Process Service (MPS), which lives as long
+    as the block. At 100 percent nothing is started.
+
+    Raises:
+        FileNotFoundError: `nvidia-cuda-mps-control` is missing.
+        CalledProcessError: the server does not start.
+    """
+    if percent == 100:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        server = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        added = server | {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(percent)}
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], env=os.environ | server, check=True)
+        os.environ.update(added)
+        try:
+            yield
+        finally:
+            subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", check=True)
+            for name in added:
+                del os.environ[name]
 
 
 def finish(processes: list, deadline: float) -> bool:

@@ -36,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.command_line import add_result, command_of, machine_of
-from benchmarks.context_parallel_launch import finish, start
+from benchmarks.context_parallel_launch import finish, limit_multiprocessors, start
 from benchmarks.intervals import profile_step, sum_transfers
 from benchmarks.record import row, write
 from sparselong.files import write_atomically
@@ -78,6 +79,7 @@ def work(args: argparse.Namespace) -> None:
     torch.cuda.set_per_process_memory_fraction((CAP_BYTES - args.spare) / total_bytes())
     case = {"shape": args.shape, "arm": args.arm, "tokens": args.tokens, "layers": args.layers}
     case |= {"gpus": size, "degree": mesh.context_size, "peer": args.peer}
+    case["multiprocessors"] = args.multiprocessors
     if args.keep_attention == "auto":
         args.keep_attention = "always" if keeps_attention(case) else "never"
     case["keep_attention"] = args.keep_attention
@@ -311,7 +313,20 @@ def parse() -> argparse.Namespace:
         choices=("auto", "always", "never"),
         help="keep full attention's output; by default if the plan fits, as in stage 03",
     )
-    parser.add_argument("--no-peer", action="store_true", help="also with NCCL_P2P_DISABLE=1")
+    parser.add_argument(
+        "--peer",
+        nargs="+",
+        default=["on"],
+        choices=("on", "off"),
+        help="peer access; off is NCCL_P2P_DISABLE=1",
+    )
+    parser.add_argument(
+        "--multiprocessors",
+        type=int,
+        default=100,
+        metavar="PERCENT",
+        help="part of each GPU's multiprocessors that is used, as if it were a smaller GPU",
+    )
     parser.add_argument("--stride", type=int, default=4, help="heads_k_stride")
     parser.add_argument("--spare", type=int, default=1400 << 20, help="bytes for context and NCCL")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before those measured")
@@ -334,11 +349,10 @@ def main() -> None:
         return
     rows: Rows = []
     machine, command = machine_of(args), command_of(__file__, args)
-    for peer in (True, False)[: 1 + args.no_peer]:
-        for arm in args.arms:
-            for tokens in args.lengths:
-                rows += run_case(args, gpus, arm=arm, tokens=tokens, peer=peer)
-                write("fit_120b", machine, command, rows, args.folder)  # in case a later one fails
+    with limit_multiprocessors(args.multiprocessors):
+        for peer, arm, tokens in product(args.peer, args.arms, args.lengths):
+            rows += run_case(args, gpus, arm=arm, tokens=tokens, peer=peer == "on")
+            write("fit_120b", machine, command, rows, args.folder)  # in case a later one fails
 
 
 def run_case(args: argparse.Namespace, gpus: int, **case: Any) -> Rows:

@@ -20,7 +20,10 @@ Shares are of the arithmetic limit of an H200 at 16,384 tokens, 23,774 tokens/s 
 by the time in which any kernel but NCCL's runs, of `step` by wall time. `null` is the host's time
 for launching an empty kernel. An exchange is hidden while its kernel runs beside another. NCCL's
 kernels also wait for the other GPUs: `transfers` are those of the GPU that comes last to each
-exchange. Peer access off is `NCCL_P2P_DISABLE=1`.
+exchange. Peer access off is `NCCL_P2P_DISABLE=1`. A part of a GPU is that share of its
+multiprocessors, all of its memory and bandwidth: with a quarter, its kernels and not the host set
+the pace, as on a smaller card. CUDA's Multi-Process Service limits them; it holds most of the
+context, which the plan counts.
 """
 MEMORY = ("card", "predicted", "error", "weights", "torch", "context", "NCCL")
 SPEED = ("tokens/s", "step", "step, share", "kernels", "kernels, share", "launches a layer", "null")
@@ -62,12 +65,13 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
 
 
 def name_case(case: dict[str, Any]) -> tuple[str, ...]:
-    """Return a case's cells."""
+    """Return a case's cells; the first results have all multiprocessors."""
+    part = case.get("multiprocessors", 100)
     return (
         case["shape"],
         case["arm"],
         f"{case['tokens']:,}",
-        f"{case['gpus']}",
+        f"{case['gpus']}" + (f", {part} % of each" if part < 100 else ""),
         f"{degree_of(case)}",
         "on" if case["peer"] else "off",
     )
