@@ -11,11 +11,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sparselong.adapters import expert_lora
 from sparselong.config import load
+from sparselong.kernels.dense import masked_weight_torch
 from sparselong.packing import mxfp4
 from sparselong.run.stages import stage_hash
 from tests.conftest import load_script
-from tests.stages.trained import TOKENS, Trained
+from tests.stages.trained import TOKENS, Trained, open_training
 
 export_script = load_script("05_export")
 
@@ -82,6 +84,24 @@ def test_peft_on_the_base_gives_the_unrounded_model(exported, folder, untrained_
     assert change > 0.1 * wanted.norm(), "the adapter's effect is too small to test"
     # The model of stage 03 holds the sums rounded.
     assert 1e-3 * change < (exported.logits - wanted).norm() < change
+
+
+@torch.no_grad()
+def test_peft_on_the_base_gives_the_model_in_training_without_its_rounding(
+    exported, folder, untrained_base, monkeypatch
+):
+    """Training rounds the sums of projections and routers to bf16; here it does not."""
+    model = open_training(exported.run_dir, load(exported.arguments[1], exported.arguments[2:]))
+    parts = ("master", "lora_a", "lora_b", "scaling", "more")
+    monkeypatch.setattr(
+        masked_weight_torch,
+        "round_weight",
+        lambda **of: masked_weight_torch.sum_weight(**{part: of[part] for part in parts}),
+    )
+    monkeypatch.setattr(expert_lora._Round, "apply", lambda total, dtype: total.to(dtype))
+    wanted = model(input_ids=TOKENS).logits
+    got = PeftModel.from_pretrained(open_base(untrained_base), folder).eval()(input_ids=TOKENS)
+    assert (got.logits - wanted).norm() < 1e-5 * wanted.norm()
 
 
 @torch.no_grad()
