@@ -25,7 +25,7 @@ LONG := tests/stages/test_trained.py tests/stages/test_finetune.py tests/stages/
         tests/stages/test_compress_interrupted.py tests/stages/test_compress.py \
         tests/stages/test_export.py tests/stages/test_export_adapter.py \
         tests/stages/test_export_gguf.py tests/stages/test_export_hub.py \
-        tests/stages/test_export_forms.py
+        tests/stages/test_export_forms.py tests/stages/test_export_answers.py
 # llama.cpp through Python, in a directory of its own: the environment stays as locked.
 LLAMA := .llama/0.3.36
 LLAMA_TEST := tests/stages/test_llama_cpp.py

@@ -117,12 +117,20 @@ def why_unusable(path: str | Path, wanted: str) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that exists completely or not at all, even after a power failure."""
+    """Write a text file that exists completely or not at all, even after a power failure.
+
+    What was written of it is removed if the disk is full.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if is_disk_full(error):
+            partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
 
 

@@ -41,10 +41,7 @@ def describe_files(
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
-                # Of links in a hub cache, the target's name would be a hash.
-                whole, root = file.parent.resolve() / file.name, run_dir.resolve()
-                inside = whole.is_relative_to(root)
-                shown = whole.relative_to(root) if inside else os.path.abspath(file)
+                shown = _name_in(file, run_dir)
                 status = file.stat()
                 rows.append(
                     {
@@ -55,6 +52,20 @@ def describe_files(
                     }
                 )
     return rows
+
+
+def _name_in(file: Path, run_dir: Path) -> Path:
+    """Return a file's path relative to the run directory, or its absolute path if it is outside.
+
+    A stage's directory may be a link to another disk: its files keep the names that they have in
+    the run directory.
+    """
+    named, root = Path(os.path.abspath(file)), Path(os.path.abspath(run_dir))
+    if named.is_relative_to(root):
+        return named.relative_to(root)
+    # Of links in a hub cache, the target's name would be a hash.
+    whole, root = file.parent.resolve() / file.name, run_dir.resolve()
+    return whole.relative_to(root) if whole.is_relative_to(root) else named
 
 
 def are_rows(value: object) -> bool:

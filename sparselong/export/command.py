@@ -55,7 +55,8 @@ def choose_parts(arguments: argparse.Namespace) -> list[Part]:
     _refuse_idle(f"--{DENSE_TYPE}", arguments.dense_type, TYPED, chosen)
     _refuse_idle(f"--{REPO}", arguments.repo, (HUB,), chosen)
     options = {ORIGIN: arguments.origin}
-    more = {DENSE_TYPE: arguments.dense_type or next(iter(DENSE_TYPES))}
+    dense_type = arguments.dense_type
+    more = {DENSE_TYPE: next(iter(DENSE_TYPES)) if dense_type is None else dense_type}
     reads = ORIGINS[arguments.origin]
     forms = [name for name in chosen if name != HUB]
     parts = [Part(name, reads, options | (more if name in typed else {})) for name in forms]

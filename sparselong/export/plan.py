@@ -7,6 +7,7 @@ from typing import Any
 
 from sparselong.export.form import Work
 from sparselong.export.formats import find_format
+from sparselong.export.hub import HUB, plan_upload
 from sparselong.export.inputs import model_directory
 from sparselong.memory import (
     compressed_groups,
@@ -15,7 +16,7 @@ from sparselong.memory import (
     format_bytes,
     format_seconds,
 )
-from sparselong.run import Stage
+from sparselong.run import Stage, read_manifest
 
 _DECODED_PER_SECOND = 5e7
 """MXFP4 weights that two processor cores decode and write per second."""
@@ -66,8 +67,14 @@ def plan_export(stages: list[Stage]) -> dict[str, Any]:
 def _plan_works(stages: list[Stage]) -> dict[str, Work]:
     """Return each part's work; a file that several parts share is written by the first."""
     works: dict[str, Work] = {}
+    made: dict[str, int] = {}
     for stage in stages:
+        if stage.part == HUB:
+            works[HUB] = plan_upload(stage, made)
+            continue
         work = find_format(stage.part).plan(stage)
+        if stage.forced or read_manifest(stage.run_dir, stage.name, stage.part) is None:
+            made[stage.part] = work.written_bytes
         if work.file and work.file in [each.file for each in works.values()]:
             work = replace(work, written_bytes=0, read_bytes=work.read_bytes // 2)
         works[stage.part] = work

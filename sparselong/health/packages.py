@@ -10,7 +10,7 @@ LOCK = Path(__file__).resolve().parents[2] / "requirements" / "requirements.lock
 
 NEEDED = frozenset(
     (
-        *("accelerate", "axolotl", "compressed-tensors", "datasets", "huggingface-hub"),
+        *("accelerate", "axolotl", "compressed-tensors", "datasets", "gguf", "huggingface-hub"),
         *("llmcompressor", "lm-eval", "matplotlib", "peft", "pydantic", "pyyaml", "rich"),
         *("safetensors", "tokenizers", "torch", "transformers"),
     )

@@ -32,23 +32,19 @@ from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.run.changes import refuse_changed_inputs
 from sparselong.run.lock import writing
+from sparselong.run.manifests import FORMAT_VERSION, read_manifest, refuse_other_version
 from sparselong.run.own_files import has_begun, keep_others, remove_own
 from sparselong.run.place import (
     MANIFEST,
     STARTED,
-    check_manifest,
     check_started,
     read_document,
-    redo_recorded,
     refuse_replacing_others,
 )
 from sparselong.run.stages import STAGES, name_changes, redo_command, stage_hash
 
 LOG = "log.txt"
 _UNFINISHED = "unfinished work"
-FORMAT_VERSION = 3
-"""Of manifests and of what their hashes cover; 1 hashed keys that decide no result too, 2 had no
-date."""
 
 
 @dataclass
@@ -152,21 +148,6 @@ class Stage:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
 
-def read_manifest(run_dir: Path, name: str) -> dict[str, Any] | None:
-    """Return the stage's manifest, or None if the stage is not done."""
-    return read_document(run_dir / name / MANIFEST)
-
-
-def _read_finished(run_dir: Path, name: str, part: str = "") -> dict[str, Any] | None:
-    """Return the stage's manifest after checking it, or None if the stage is not done."""
-    folder = run_dir / name / part
-    manifest = read_document(folder / MANIFEST)
-    if manifest is not None:
-        _refuse_other_version(folder, manifest)
-        check_manifest(folder / MANIFEST, name, manifest)
-    return manifest
-
-
 def prepare(stage: Stage, redo: bool) -> bool:
     """Prepare the stage's directory and read the manifests of its inputs.
 
@@ -216,7 +197,7 @@ def _read_present(stage: Stage) -> tuple[dict[str, Any] | None, dict[str, Any] |
     Raises:
         StageError: it is other work, or its files or inputs have changed since.
     """
-    manifest = _read_finished(stage.run_dir, stage.name, stage.part)
+    manifest = read_manifest(stage.run_dir, stage.name, stage.part)
     present = manifest or read_document(stage.dir / STARTED)
     if present is not None and (manifest or has_begun(stage.dir, stage.name)):
         _refuse_other_work(stage, present, "a result" if manifest else _UNFINISHED)
@@ -236,7 +217,7 @@ def check_finished(stage: Stage) -> None:
         return
     manifest = read_document(stage.dir / MANIFEST)
     if manifest is not None and manifest.get("config_hash") == stage.hash:
-        manifest = _read_finished(stage.run_dir, stage.name, stage.part) or {}
+        manifest = read_manifest(stage.run_dir, stage.name, stage.part) or {}
         _refuse_changed_files(stage, manifest)
 
 
@@ -245,7 +226,7 @@ def _refuse_changed_files(stage: Stage, manifest: dict[str, Any]) -> None:
 
     A part's results are compared too. Those of other stages are by the stage that reads them.
     """
-    earlier = {name: _read_finished(stage.run_dir, name) for name in stage.reads}
+    earlier = {name: read_manifest(stage.run_dir, name) for name in stage.reads}
     manifests = {name: found for name, found in earlier.items() if found is not None}
     refuse_changed_inputs(stage.config, stage.run_dir, {**manifests, stage.name: manifest})
     if stage.part:
@@ -256,7 +237,7 @@ def _refuse_changed_files(stage: Stage, manifest: dict[str, Any]) -> None:
 
 def _require(stage: Stage, name: str) -> dict[str, Any]:
     """Return the manifest of a stage that this one reads; raise unless it is of this config."""
-    manifest = _read_finished(stage.run_dir, name)
+    manifest = read_manifest(stage.run_dir, name)
     if manifest is None:
         raise StageError(
             f"{stage.name} needs {name}, which is not done in {stage.run_dir}",
@@ -282,34 +263,23 @@ def _made_from(stage: Stage) -> dict[str, str | None]:
     """
     hashes: dict[str, str | None] = {}
     for name in stage.reads:
-        manifest = _read_finished(stage.run_dir, name)
+        manifest = read_manifest(stage.run_dir, name)
         rows = manifest["outputs"] if manifest else []
         listed = json.dumps([{k: v for k, v in row.items() if k != "mtime_ns"} for row in rows])
         hashes[name] = hashlib.sha256(listed.encode()).hexdigest() if manifest else None
     return hashes
 
 
-def _refuse_other_version(directory: Path, found: dict[str, Any]) -> None:
-    """Raise if a stage's directory was written by a version with another format."""
-    version = found.get("format_version", 1)
-    if version != FORMAT_VERSION:
-        raise StageError(
-            f"{directory} was written by another version of Sparse-Long",
-            f"format version {FORMAT_VERSION}",
-            f"format version {version}",
-            f"use another --run-dir, or redo it: {redo_recorded(directory)}",
-        )
-
-
 def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None:
     """Raise if the stage's directory holds work for another config or from other inputs."""
-    _refuse_other_version(stage.dir, present)
+    refuse_other_version(stage.dir, present)
     check_started(stage.dir / (STARTED if kind == _UNFINISHED else MANIFEST), present)
-    if stage.part and present.get("options") != stage.options:
+    begun = {key: present.get(key) for key in ("part", "options")}
+    if stage.part and begun != _describe_part(stage):
         raise StageError(
             f"{stage.dir} holds {kind} that was made with other options",
-            _show_options(stage.options),
-            _show_options(present.get("options")),
+            _show_options(**_describe_part(stage)),
+            _show_options(**begun),
             "pass what it was made with, or another --run-dir to keep it, or redo it: "
             f"{stage.redo_command}",
         )
@@ -336,10 +306,9 @@ def _describe_part(stage: Stage) -> dict[str, Any]:
     return {"part": stage.part, "options": stage.options} if stage.part else {}
 
 
-def _show_options(options: Any) -> str:
-    if not isinstance(options, dict):
-        return "no options"
-    return " ".join(f"--{name} {value}" for name, value in options.items())
+def _show_options(part: Any, options: Any) -> str:
+    shown = {"to": part, **(options if isinstance(options, dict) else {})}
+    return " ".join(f"--{name} {value}" for name, value in shown.items())
 
 
 def _set_aside(stage: Stage) -> list[str]:

@@ -232,7 +232,7 @@ def read_document(path: Path) -> dict[str, Any] | None:
 
 
 def check_manifest(path: Path, name: str, manifest: dict[str, Any]) -> None:
-    """Raise unless a manifest has the keys of a finished stage.
+    """Raise unless a manifest has the keys of a finished stage or part.
 
     Raises:
         StageError: a key is missing or has another type, or the manifest is another stage's.
@@ -242,9 +242,20 @@ def check_manifest(path: Path, name: str, manifest: dict[str, Any]) -> None:
         raise _damaged(path, f"{', '.join(_MANIFEST_KEYS)}", f"no valid {', '.join(wrong)}")
     if manifest["stage"] != name:
         raise _damaged(path, f"the manifest of {name}", f"that of {manifest['stage']}")
+    if STAGES[name].parts:
+        _check_part(path, manifest)
     rows = [*manifest["inputs"], *manifest["outputs"]]
     if not all(isinstance(row, dict) and {"path", "bytes", "sha256"} <= row.keys() for row in rows):
         raise _damaged(path, "path, bytes and sha256 of each file", "other rows")
+
+
+def _check_part(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise unless a manifest is that of the part whose directory it is in, with its options."""
+    part, options = manifest.get("part"), manifest.get("options")
+    if part != path.parent.name:
+        raise _damaged(path, f"the manifest of {path.parent.name}", f"that of {part}")
+    if not isinstance(options, dict) or not all(isinstance(one, str) for one in options.values()):
+        raise _damaged(path, "the options of the part by name", "something else")
 
 
 def check_started(path: Path, started: dict[str, Any]) -> None:

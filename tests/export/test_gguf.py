@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import json
+import shutil
 import sys
 
 import gguf
@@ -12,6 +14,7 @@ from transformers import GptOssConfig
 
 from sparselong.errors import StageError
 from sparselong.export.gguf import encoding, metadata, reading, types
+from sparselong.model import load_tokenizer
 
 
 def test_more_rows_than_are_packed_at_once_and_every_byte(monkeypatch):
@@ -152,3 +155,24 @@ def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(change):
     change(config)
     with pytest.raises(StageError, match="cannot compute this model"):
         metadata._check(config)
+
+
+@pytest.mark.parametrize("place", ["file", "file and config", "named ones"])
+def test_the_chat_template_is_the_one_that_training_used(untrained_base, tmp_path, place):
+    """The gguf package takes the config's before the file's, and the first of several."""
+    folder = shutil.copytree(untrained_base, tmp_path / "model")
+    wanted = load_tokenizer(folder).chat_template
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    if place == "file and config":
+        path.write_text(json.dumps({**config, "chat_template": f"{wanted}older"}))
+    elif place == "named ones":
+        (folder / "chat_template.jinja").unlink()
+        named = {"tool_use": f"{wanted}of tools", "default": wanted}
+        rows = [{"name": name, "template": text} for name, text in named.items()]
+        path.write_text(json.dumps({**config, "chat_template": rows}))
+    architecture = GptOssConfig(**json.loads((folder / "config.json").read_text()))
+    writer = gguf.GGUFWriter(None, metadata.ARCHITECTURE)
+    metadata.add_keys(writer, architecture, folder, "a model")
+    found = {key: one.value for key, one in writer.kv_data[0].items() if "chat_template" in key}
+    assert found == {"tokenizer.chat_template": wanted}

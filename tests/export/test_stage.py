@@ -1,5 +1,7 @@
 """What a part's manifest says of its result."""
 
+import hashlib
+import json
 from importlib import metadata
 
 import pytest
@@ -11,6 +13,7 @@ from sparselong.export.gguf import form, reading
 from sparselong.provenance import describe_software
 from sparselong.run import Stage
 from tests.conftest import ROOT
+from tests.export.finished import write_finished
 
 
 @pytest.mark.parametrize(
@@ -72,3 +75,21 @@ def test_a_named_file_that_was_damaged_is_not_compared_for_ever(tmp_path, monkey
     with pytest.raises(StageError, match="run the same command again"):
         form.GgufFormat().verify(stage)
     assert [path.name for path in stage.dir.iterdir()] == ["model.gguf"]
+
+
+def test_a_file_that_was_moved_and_linked_back_is_shared_itself(tmp_path):
+    """Its link is relative, so that a link to the link would lead nowhere."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/model.gguf").write_text("abc")
+    stage = Stage("05_export", load(ROOT / "configs/tiny.yaml"), tmp_path, part="ollama")
+    stage.dir.mkdir(parents=True)
+    same = {"config_hash": "0", "made_from": {}, "options": {}}
+    (stage.dir / "started.json").write_text(json.dumps(same))
+    digest = hashlib.sha256(b"abc").hexdigest()
+    row = {"path": "05_export/gguf/model.gguf", "bytes": 3, "sha256": digest}
+    write_finished(tmp_path, "gguf", outputs=[row], **same)
+    (tmp_path / "05_export/gguf/model.gguf").symlink_to("../../disk/model.gguf")
+    unfinished = stage.dir / "model.gguf.partial"
+    assert form._link_twin(stage, unfinished)
+    assert not unfinished.is_symlink()
+    assert unfinished.samefile(tmp_path / "disk/model.gguf")

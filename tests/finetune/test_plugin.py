@@ -23,6 +23,7 @@ from sparselong.finetune.masked_trainer import MaskedTraining
 from sparselong.finetune.state import Progress
 from sparselong.finetune.training_run import RUN_KEY, TrainingRun
 from sparselong.provenance import refuse_changes
+from sparselong.run.manifests import FORMAT_VERSION
 from sparselong.runtime import HostInputs, current, using
 from tests.conftest import ROOT
 
@@ -71,7 +72,12 @@ def run(tmp_path) -> TrainingRun:
     (tmp_path / "config.yaml").write_text(dump(config))
     compressed = tmp_path / "02_compress"
     compressed.mkdir()
-    (compressed / "manifest.json").write_text('{"metrics": {"name": "tiny-w4a16"}, "outputs": []}')
+    manifest = {
+        **{"format_version": FORMAT_VERSION, "stage": "02_compress", "status": "done"},
+        **{"config_hash": "0", "seconds": 1.0, "inputs": [], "outputs": []},
+        "metrics": {"name": "tiny-w4a16"},
+    }
+    (compressed / "manifest.json").write_text(json.dumps(manifest))
     return TrainingRun(tmp_path, config)
 
 

@@ -285,7 +285,7 @@ def test_atomic_writes_leave_the_old_file_when_they_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
         write_atomically(path, "new")
-    assert path.read_text() == "old"
+    assert [one.name for one in tmp_path.iterdir()] == ["file.txt"] and path.read_text() == "old"
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "started.json"])

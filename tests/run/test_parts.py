@@ -5,13 +5,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 from sparselong.errors import StageError
 from sparselong.provenance import describe_files
-from sparselong.run import Choice, Part, Stage, run_parts, run_stage
+from sparselong.run import Choice, Part, Stage, read_manifest, run_parts, run_stage
 
 TINY = str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")
 
@@ -104,7 +105,7 @@ def test_a_part_that_is_renewed_replaces_its_own_files_unforced(make, tmp_path, 
 def test_other_options_are_refused_and_forced(make, tmp_path, capsys):
     assert make(write, "--make", "a") == 0
     assert make(bug, "--make", "a", "--kind", "y") == 1
-    assert "made with other options\nexpected: --kind y\nfound:    --kind x" in (
+    assert "made with other options\nexpected: --to a --kind y\nfound:    --to a --kind x" in (
         capsys.readouterr().err
     )
     assert make(write, "--make", "b", "--kind", "y") == 0  # options are a part's
@@ -233,6 +234,53 @@ def test_without_anything_readable_the_command_still_names_the_part(make, tmp_pa
         (tmp_path / "run/05_export/a" / name).write_text("[]")
     assert make(bug, "--make", "a") == 1
     assert told_command(capsys) == ["--to", "a", "--force"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_copy_of_another_part_is_not_this_one(make, tmp_path, capsys, finished):
+    def leave(stage: Stage) -> None:
+        write(stage)
+        if not finished:
+            raise StageError("it broke", "", "", "")
+
+    assert make(leave, "--make", "b") == (not finished)
+    shutil.copytree(tmp_path / "run/05_export/b", tmp_path / "run/05_export/a")
+    for more in ([], ["--dry-run"]):
+        assert make(bug, "--make", "a", *more) == 1
+        told = capsys.readouterr().err
+        assert ("found:    that of b" if finished else "found:    --to b") in told
+        assert "redo it: python 05_export.py --to a --kind x --force" in told
+    assert make(write, "--make", "a", "--force") == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"options": 3}, {"options": {"kind": 3}}, {"outputs": [3]}, {"format_version": 2}]
+)
+def test_a_damaged_manifest_is_told_and_not_read(make, tmp_path, change):
+    assert make(write, "--make", "a") == 0
+    path = tmp_path / "run/05_export/a/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(StageError, match="damaged|another version"):
+        read_manifest(tmp_path / "run", "05_export", "a")
+
+
+@pytest.mark.parametrize("place", ["run", "run/05_export", "run/05_export/a"])
+def test_files_have_names_in_the_run_also_if_a_directory_is_a_link(make, tmp_path, place):
+    """To another disk, for example."""
+    (tmp_path / "disk").mkdir()
+    path = tmp_path / place
+    if path.exists():
+        shutil.move(path, tmp_path / "disk")
+        path.symlink_to(tmp_path / "disk" / path.name)
+    else:
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(tmp_path / "disk")
+    assert make(write, "--make", "a") == 0
+    manifest = read_manifest(tmp_path / "run", "05_export", "a") or {}
+    assert [row["path"] for row in manifest["outputs"]] == ["05_export/a/config.json"]
+    (path / "a" if place == "run/05_export" else path).joinpath("notes.txt").touch()
+    assert make(write, "--make", "a", "--force") == 0
+    assert make(bug, "--make", "a") == 0
 
 
 @pytest.mark.parametrize("change", ["flip", "remove", "touch"])

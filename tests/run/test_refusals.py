@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sparselong.run.directory import FORMAT_VERSION
+from sparselong.run.manifests import FORMAT_VERSION
 from sparselong.run.stages import STAGES
 from tests.conftest import ROOT
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sparselong.config import schema as config_module
 from sparselong.errors import StageError
 from sparselong.provenance import describe_files
-from sparselong.run.directory import FORMAT_VERSION
+from sparselong.run.manifests import FORMAT_VERSION
 from sparselong.run.stages import stage_hash
 from tests.conftest import ROOT, load_script
 

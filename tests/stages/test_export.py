@@ -298,7 +298,7 @@ def test_a_directory_of_another_export_or_of_a_person_is_not_overwritten(exporte
     assert export(exported, *other, run_dir=copied) == 1
     told = capsys.readouterr().err
     assert "holds a result that was made with other options" in told
-    assert "expected: --from compressed\nfound:    --from finetuned" in told
+    assert "expected: --to mxfp4 --from compressed\nfound:    --to mxfp4 --from finetuned" in told
     (copied / "05_export/mxfp4/notes.txt").write_text("a person's")
     assert export(exported, *other, "--force", run_dir=copied) == 0
     assert manifest_of(copied, "mxfp4")["options"] == {"from": "compressed"}

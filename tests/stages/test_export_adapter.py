@@ -11,11 +11,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sparselong.adapters import expert_lora
 from sparselong.config import load
+from sparselong.errors import StageError
+from sparselong.export.adapter import _open_with_peft
+from sparselong.kernels.dense import masked_weight_torch
 from sparselong.packing import mxfp4
+from sparselong.run import Stage
 from sparselong.run.stages import stage_hash
 from tests.conftest import load_script
-from tests.stages.trained import TOKENS, Trained
+from tests.stages.trained import TOKENS, Trained, open_training
 
 export_script = load_script("05_export")
 
@@ -82,6 +87,24 @@ def test_peft_on_the_base_gives_the_unrounded_model(exported, folder, untrained_
     assert change > 0.1 * wanted.norm(), "the adapter's effect is too small to test"
     # The model of stage 03 holds the sums rounded.
     assert 1e-3 * change < (exported.logits - wanted).norm() < change
+
+
+@torch.no_grad()
+def test_peft_on_the_base_gives_the_model_in_training_without_its_rounding(
+    exported, folder, untrained_base, monkeypatch
+):
+    """Training rounds the sums of projections and routers to bf16; here it does not."""
+    model = open_training(exported.run_dir, load(exported.arguments[1], exported.arguments[2:]))
+    parts = ("master", "lora_a", "lora_b", "scaling", "more")
+    monkeypatch.setattr(
+        masked_weight_torch,
+        "round_weight",
+        lambda **of: masked_weight_torch.sum_weight(**{part: of[part] for part in parts}),
+    )
+    monkeypatch.setattr(expert_lora._Round, "apply", lambda total, dtype: total.to(dtype))
+    wanted = model(input_ids=TOKENS).logits
+    got = PeftModel.from_pretrained(open_base(untrained_base), folder).eval()(input_ids=TOKENS)
+    assert (got.logits - wanted).norm() < 1e-5 * wanted.norm()
 
 
 @torch.no_grad()
@@ -179,3 +202,35 @@ def test_a_damaged_adapter_is_refused(exported, tmp_path, capsys):
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert export(exported, "--to", "adapter", "--force", run_dir=run_dir) == 1
     assert "has changed since 03_finetune recorded it" in capsys.readouterr().err
+
+
+def test_what_the_disk_returns_is_compared_with_the_adapter(
+    exported, tmp_path, monkeypatch, capsys
+):
+    ignored = shutil.ignore_patterns("05_export")
+    run_dir = shutil.copytree(exported.run_dir, tmp_path / "run", symlinks=True, ignore=ignored)
+
+    def damage(source, target):
+        content = source.read_bytes()
+        target.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    monkeypatch.setattr("sparselong.export.adapter.copy_atomically", damage)
+    assert export(exported, "--to", "adapter", run_dir=run_dir) == 1
+    assert "does not read as it was written" in capsys.readouterr().err
+    assert not (run_dir / "05_export/adapter/manifest.json").exists()
+
+
+@pytest.mark.parametrize("changes", [{"r": 8}, {"target_modules": ["q_proj"]}], ids=str)
+def test_each_tensor_must_have_its_place_in_peft(exported, tmp_path, changes):
+    run_dir = shutil.copytree(exported.run_dir, tmp_path / "run", symlinks=True)
+    path = run_dir / "05_export/adapter/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    stage = Stage(
+        "05_export",
+        load(exported.arguments[1], exported.arguments[2:]),
+        run_dir,
+        part="adapter",
+        options={"from": "finetuned"},
+    )
+    with pytest.raises(StageError, match="does not fit the base"):
+        _open_with_peft(stage)

@@ -322,8 +322,8 @@ def test_another_exports_file_is_neither_replaced_nor_linked(copied, capsys):
     assert export(copied, "--to", "gguf") == 0
     assert export(copied, "--to", "gguf", "--dense-type", "q8_0") == 1
     told = capsys.readouterr().err
-    assert "expected: --from finetuned --dense-type q8_0" in told
-    assert "found:    --from finetuned --dense-type bf16" in told
+    assert "expected: --to gguf --from finetuned --dense-type q8_0" in told
+    assert "found:    --to gguf --from finetuned --dense-type bf16" in told
     assert export(copied, "--to", "ollama", "--dense-type", "q8_0") == 0
     kinds = {one.tensor_type.name for one in read_tensors(file_of(copied, "ollama")).values()}
     assert kinds == {"F32", "Q8_0", "MXFP4"}

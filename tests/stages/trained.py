@@ -12,7 +12,7 @@ from peft import PeftModel
 from sparselong.adapters.attach import ExtraAdapters, Masters, add_masked_lora, tuned_layers
 from sparselong.adapters.bake import bake_checkpoint, name_adapter, put_baked_experts
 from sparselong.adapters.expert_lora import ExpertLora
-from sparselong.config import load
+from sparselong.config import Config, load
 from sparselong.model import load_model
 from sparselong.run import Stage
 from sparselong.run.directory import finish, prepare
@@ -35,12 +35,8 @@ class Trained(NamedTuple):
     logits: torch.Tensor
 
 
-@torch.no_grad()
-def finish_training(run_dir: Path, arguments: list[str]) -> Trained:
-    """Write what stage 03 leaves behind to a run in which stage 02 is done."""
-    config = load(arguments[1], arguments[2:])
-    stage = Stage("03_finetune", config, run_dir)
-    assert not prepare(stage, redo=False)
+def open_training(run_dir: Path, config: Config) -> PeftModel:
+    """Return the model in training, with the same random adapters in every call."""
     compressed, lora = run_dir / "02_compress", config.lora
     tuned, _ = add_masked_lora(
         load_model(compressed / "model", device=CPU),
@@ -52,6 +48,17 @@ def finish_training(run_dir: Path, arguments: list[str]) -> Trained:
         extra=ExtraAdapters(tuple(lora.expert_targets), lora.expert_r, lora.router),
     )
     _randomize(tuned)
+    return tuned
+
+
+@torch.no_grad()
+def finish_training(run_dir: Path, arguments: list[str]) -> Trained:
+    """Write what stage 03 leaves behind to a run in which stage 02 is done."""
+    config = load(arguments[1], arguments[2:])
+    stage = Stage("03_finetune", config, run_dir)
+    assert not prepare(stage, redo=False)
+    compressed = run_dir / "02_compress"
+    tuned = open_training(run_dir, config)
     layers = tuned_layers(tuned)
     baked, rounding = bake_checkpoint(compressed / "model", layers, stage.dir / "model")
     tuned.save_pretrained(str(stage.dir / "adapter"))
@@ -64,6 +71,7 @@ def finish_training(run_dir: Path, arguments: list[str]) -> Trained:
     return Trained(run_dir, arguments, tuned(input_ids=TOKENS).logits)
 
 
+@torch.no_grad()
 def _randomize(tuned: PeftModel) -> None:
     torch.manual_seed(0)
     for layer in tuned_layers(tuned).values():

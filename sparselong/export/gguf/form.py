@@ -136,7 +136,7 @@ def _link_twin(stage: Stage, path: Path) -> bool:
     It is compared with its source like one that was written here.
     """
     twin = next(part for part in TYPED if part != stage.part)
-    manifest = read_manifest(stage.run_dir, f"{stage.name}/{twin}")
+    manifest = read_manifest(stage.run_dir, stage.name, twin)
     started = read_json(stage.dir / "started.json")
     if manifest is None or any(manifest.get(key) != started.get(key) for key in _SAME):
         return False
@@ -145,7 +145,7 @@ def _link_twin(stage: Stage, path: Path) -> bool:
         return False
     path.unlink(missing_ok=True)
     try:
-        os.link(stage.dir.parent / twin / FILE, path)
+        os.link(os.path.realpath(stage.dir.parent / twin / FILE), path)
     except OSError as error:
         stage.log(f"{twin}'s {FILE} cannot be linked ({error}): writing it again")
         return False

@@ -17,6 +17,7 @@ from transformers import GptOssConfig
 
 from sparselong.errors import StageError
 from sparselong.files import read_json
+from sparselong.model import load_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -115,13 +116,13 @@ def _add_tokenizer(writer: GGUFWriter, config: GptOssConfig, folder: Path) -> No
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab_size)
-    if isinstance(special.chat_template, list):  # several: llama.cpp uses the first
-        special.chat_template = special.chat_template[0]["template"]
-    if not special.merges or not special.chat_template:
+    # Of several templates, and of two places for one, the package takes another than transformers.
+    special.chat_template = load_tokenizer(folder).chat_template
+    if not special.merges:
         raise StageError(
             f"the tokenizer in {folder} is incomplete",
-            "merges and a chat template",
-            f"{len(special.merges)} merges, chat template: {bool(special.chat_template)}",
+            "merges",
+            "none",
             "restore the tokenizer files of the base, and redo the stages",
         )
     special.add_to_gguf(writer, quiet=True)

@@ -50,7 +50,8 @@ class OllamaFormat(GgufFormat):
 def _modelfile(stage: Stage) -> str:
     path = model_directory(stage) / _GENERATION
     chosen = read_json(path) if path.exists() else {}
-    sampling = {key: chosen.get(key, default) for key, default in _SAMPLING.items()}
+    found = {key: chosen.get(key) for key in _SAMPLING}
+    sampling = {k: _SAMPLING[k] if value is None else value for k, value in found.items()}
     parameters = {"num_ctx": stage.config.sequence_len, **sampling}
     lines = [f"PARAMETER {key} {value}" for key, value in parameters.items()]
     template = _TEMPLATE.read_text(encoding="utf-8").removesuffix("\n")

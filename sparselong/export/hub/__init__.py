@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.export.hub.form import HUB, REPO, HubFormat, compare_earlier, list_finished
+    from sparselong.export.hub.form import (
+        HUB,
+        REPO,
+        HubFormat,
+        compare_earlier,
+        list_finished,
+        plan_upload,
+    )
 
 __getattr__ = expose(__name__)

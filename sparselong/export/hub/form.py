@@ -28,7 +28,7 @@ from sparselong.export.form import Work
 from sparselong.export.inputs import ORIGIN
 from sparselong.files import is_local, load_json, read_json, write_atomically
 from sparselong.provenance import are_rows, refuse_changes
-from sparselong.run import Stage, read_manifest
+from sparselong.run import Stage, read_manifest, redo_command
 
 HUB, REPO = "hub", "repo"
 """Name of the format, and the option that names the repository."""
@@ -66,15 +66,8 @@ class HubFormat:
         )
 
     def plan(self, stage: Stage) -> Work:
-        """Return the bytes to upload, all of which are read and hashed first."""
-        from sparselong.export.formats import find_format
-
-        total = 0
-        for form in _forms(stage):
-            manifest = read_manifest(stage.run_dir, f"{stage.name}/{form}")
-            planned = None if manifest else find_format(form).plan(stage)
-            total += planned.written_bytes if planned else (manifest or {})["metrics"]["bytes"]
-        return Work(0, 2 * total, uploaded_bytes=total)
+        """Return the bytes of the finished exports to upload."""
+        return plan_upload(stage, {})
 
     def write(self, stage: Stage) -> None:
         """Write the model card, after checking that the exports are those of this run."""
@@ -102,6 +95,20 @@ class HubFormat:
         return upload(stage, stage.options[REPO], files)
 
 
+def plan_upload(stage: Stage, made: Mapping[str, int]) -> Work:
+    """Return the bytes to upload, all of which are read and hashed first.
+
+    Args:
+        stage: the part.
+        made: bytes of the exports that the same command makes first, by format.
+    """
+    total = 0
+    for form in _forms(stage):
+        manifest = None if form in made else read_manifest(stage.run_dir, stage.name, form)
+        total += manifest["metrics"]["bytes"] if manifest else made.get(form, 0)
+    return Work(0, 2 * total, uploaded_bytes=total)
+
+
 def list_finished(run_dir: Path, stage: str, origin: str, names: list[str]) -> list[str]:
     """Return the names of the formats that a run has exported.
 
@@ -111,8 +118,8 @@ def list_finished(run_dir: Path, stage: str, origin: str, names: list[str]) -> l
         origin: the model that they must be of, a key of `ORIGINS`.
         names: of the formats in question.
     """
-    found = {name: read_manifest(run_dir, f"{stage}/{name}") for name in names if name != HUB}
-    return [name for name, one in found.items() if one and one["options"][ORIGIN] == origin]
+    found = {name: read_manifest(run_dir, stage, name) for name in names if name != HUB}
+    return [name for name, one in found.items() if one and one["options"].get(ORIGIN) == origin]
 
 
 def _without_path(stage: Stage) -> bytes:
@@ -159,8 +166,8 @@ def _has_uploaded(run_dir: Path, earlier: dict[str, Any]) -> bool:
     rows = earlier.get("inputs", [])
     if not rows or not are_rows(rows):
         return True
-    folders = {Path(*Path(row["path"]).parts[:2]) for row in rows}
-    exports = [read_manifest(run_dir, str(folder)) for folder in folders]
+    folders = {Path(row["path"]).parts[:2] for row in rows}
+    exports = [read_manifest(run_dir, *folder) for folder in folders]
     found = [row for one in exports for row in (one or {}).get("outputs", [])]
     return _hashes(found) == _hashes(rows)
 
@@ -179,14 +186,14 @@ def _read_export(stage: Stage, form: str) -> dict[str, Any]:
     Raises:
         StageError: it is not done, is of another model, or was changed since.
     """
-    name = f"{stage.name}/{form}"
-    manifest = read_manifest(stage.run_dir, name)
-    redo = f"python {stage.name}.py --to {form} --force"
+    name, origin = f"{stage.name}/{form}", stage.options[ORIGIN]
+    manifest = read_manifest(stage.run_dir, stage.name, form)
+    options = {**(manifest["options"] if manifest else {}), ORIGIN: origin}
+    redo = redo_command(stage.name, form, options)
     wanted = read_json(stage.dir / "started.json")
-    origin = stage.options[ORIGIN]
     if (
         manifest is None
-        or manifest["options"][ORIGIN] != origin
+        or manifest["options"] != options
         or any(manifest.get(key) != wanted[key] for key in _SAME)
     ):
         raise StageError(

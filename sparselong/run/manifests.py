@@ -1,0 +1,44 @@
+"""Reading manifests: the results of finished stages and parts, whole and of this version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparselong.errors import StageError
+from sparselong.run.place import MANIFEST, check_manifest, read_document, redo_recorded
+
+FORMAT_VERSION = 3
+"""Of manifests and of what their hashes cover; 1 hashed keys that decide no result too, 2 had no
+date."""
+
+
+def read_manifest(run_dir: Path, name: str, part: str = "") -> dict[str, Any] | None:
+    """Return the manifest of a stage or part, or None if it is not done.
+
+    Args:
+        run_dir: the run directory.
+        name: the stage.
+        part: the part of it, if the stage has parts.
+
+    Raises:
+        StageError: it cannot be read, is damaged, or is of another version.
+    """
+    folder = run_dir / name / part
+    manifest = read_document(folder / MANIFEST)
+    if manifest is not None:
+        refuse_other_version(folder, manifest)
+        check_manifest(folder / MANIFEST, name, manifest)
+    return manifest
+
+
+def refuse_other_version(directory: Path, found: dict[str, Any]) -> None:
+    """Raise if a stage's directory was written by a version with another format."""
+    version = found.get("format_version", 1)
+    if version != FORMAT_VERSION:
+        raise StageError(
+            f"{directory} was written by another version of Sparse-Long",
+            f"format version {FORMAT_VERSION}",
+            f"format version {version}",
+            f"use another --run-dir, or redo it: {redo_recorded(directory)}",
+        )
