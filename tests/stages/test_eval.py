@@ -148,7 +148,9 @@ def rank_ids(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.timeout(400)
-def test_two_processes_that_share_a_model_have_the_same_figures(run_dir, arguments, tmp_path):
+def test_two_processes_that_share_a_model_have_the_same_figures(
+    run_dir, arguments, tmp_path, monkeypatch, forked_python
+):
     """Also after one of them was killed, which is named; models measured before it are kept."""
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
@@ -166,6 +168,7 @@ def test_two_processes_that_share_a_model_have_the_same_figures(run_dir, argumen
     assert "2 processes: 2 share experts and vocabulary" in told
     assert "error:    rank 1 of 04_eval ended with signal SIGKILL" in told
 
+    monkeypatch.setattr(sys, "executable", forked_python)
     again = [*arguments, "--run-dir", str(copy), "expert_parallel_degree=2"]
     assert eval_script.main([*again, "experts.placement=host"]) == 0
     log = (copy / "04_eval/log.txt").read_text()
