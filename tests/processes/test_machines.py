@@ -204,7 +204,7 @@ with ranks.watched(print):
 '''
 
 def arguments(stage):
-    return ["-c", WORK, sys.argv[2], HOW]
+    return ["-c", WORK, sys.argv[2], os.environ["HOW"]]
 
 def run(argv):
     given = parse_arguments(NAME, "", argv)
@@ -220,15 +220,12 @@ sys.exit(follow_or_lead(NAME, None, run, arguments, find_world))
 """
 
 
-def run_machines(
-    folder: Path, each: int, how: str = "", python: str = sys.executable
-) -> list[tuple[int, str]]:
+def run_machines(folder: Path, each: int, how: str = "") -> list[tuple[int, str]]:
     """Run the script under one torchrun a machine, each with this many processes; return their exit
     codes and output."""
     script, port = folder / "stage.py", free_port()
-    script.write_text(f"HOW = {how!r}\n{SCRIPT}")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment["PYTHON_EXEC"] = python  # in torchrun's processes
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOW": how}
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--rdzv_backend=c10d"),
         *(f"--rdzv_endpoint=127.0.0.1:{port}", f"--nproc_per_node={each}", str(script)),
@@ -247,8 +244,8 @@ def run_machines(
 
 
 @pytest.mark.timeout(180)
-def test_two_torchruns_work_together(tmp_path, forked_python):
-    outcomes = run_machines(tmp_path, 2, python=forked_python)
+def test_two_torchruns_work_together(tmp_path):
+    outcomes = run_machines(tmp_path, 2)
     assert [code for code, _ in outcomes] == [0, 0], outcomes
     assert "sums [101, 1010, 101, 1010]" in outcomes[0][1] + outcomes[1][1]
     assert (tmp_path / "run/03_finetune/done").exists()
