@@ -30,7 +30,7 @@ FOLDER = Path(__file__).resolve().parent
 MOST_BYTES = 1 << 18
 FREE = re.compile(
     "PYTEST_CURRENT_TEST|PYTHONPATH|PYTHON_EXEC|MASTER_(ADDR|PORT)|TORCH(ELASTIC|_NCCL)_.*|"
-    "((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE|NAME)"
+    "((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE|NAME)|COLUMNS|LINES|LLM_COMPRESSOR_LOG_LEVEL"
 )
 """Variables that no package reads while it is imported; each run finds its own PYTHONPATH."""
 AXOLOTL = ("axolotl.cli.train", "axolotl.train", "axolotl.core.builders.causal", "trl", "peft")
