@@ -155,7 +155,7 @@ def test_two_processes_that_share_a_model_have_the_same_figures(
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
     shutil.rmtree(copy / "04_eval")
-    command = [sys.executable, str(ROOT / "04_eval.py"), *arguments, "--run-dir", str(copy)]
+    command = [forked_python, str(ROOT / "04_eval.py"), *arguments, "--run-dir", str(copy)]
     command.append("expert_parallel_degree=2")
     scores = copy / "04_eval/base.scores.json"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
