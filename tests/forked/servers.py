@@ -30,9 +30,11 @@ FOLDER = Path(__file__).resolve().parent
 MOST_BYTES = 1 << 18
 FREE = re.compile(
     "PYTEST_CURRENT_TEST|PYTHONPATH|PYTHON_EXEC|MASTER_(ADDR|PORT)|TORCH(ELASTIC|_NCCL)_.*|"
-    "((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE|NAME)|COLUMNS|LINES|LLM_COMPRESSOR_LOG_LEVEL"
+    "((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE|NAME)|COLUMNS|LINES|LLM_COMPRESSOR_LOG_LEVEL|"
+    "TQDM_DISABLE|HF_XET_HIGH_PERFORMANCE|HF_HUB_ENABLE_HF_TRANSFER"
 )
-"""Variables that no package reads while it is imported; each run finds its own PYTHONPATH."""
+"""Variables that no package below reads while it is imported, or only for progress bars and
+downloads: packages set those three in the tests' own process. Each run finds its own PYTHONPATH."""
 AXOLOTL = ("axolotl.cli.train", "axolotl.train", "axolotl.core.builders.causal", "trl", "peft")
 TRITON = ("torch", "torch._dynamo", "triton")
 STAGES = (
