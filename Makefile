@@ -20,8 +20,8 @@ DEMO := --config configs/tiny.yaml --run-dir runs/demo
 COMMON_MARKER := ; python_full_version < '3\.13' and platform_machine == 'x86_64' and sys_platform == 'linux'
 
 # These take as long as all other tests together.
-LONG := tests/stages/test_trained.py tests/stages/test_finetune.py tests/stages/test_eval.py \
-        tests/stages/test_health_script.py tests/stages/test_example.py \
+LONG := tests/distributed tests/stages/test_trained.py tests/stages/test_finetune.py \
+        tests/stages/test_eval.py tests/stages/test_health_script.py tests/stages/test_example.py \
         tests/stages/test_compress_interrupted.py tests/stages/test_compress.py \
         tests/stages/test_export.py tests/stages/test_export_adapter.py \
         tests/stages/test_export_gguf.py tests/stages/test_export_hub.py \

@@ -3,10 +3,13 @@
 import importlib.util
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.forked.servers import serving
 
 # Background jobs of a shell ignore SIGINT, and children inherit that; tests that send it need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,6 +30,13 @@ def write_rows(path: Path, rows: list) -> Path:
     """Write rows as a JSON-lines file and return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def forked_python() -> Iterator[str]:
+    """A stand-in for the path of Python, with packages imported in advance (tests/forked)."""
+    with serving() as program:
+        yield program
 
 
 @pytest.fixture(scope="session")

@@ -66,9 +66,8 @@ def unpack_mask(packed: torch.Tensor) -> torch.Tensor:
     if bool((patterns >= len(PATTERNS)).any()):
         raise ValueError("packed mask contains a pattern above 5: the checkpoint is damaged")
     table = torch.zeros(len(PATTERNS), GROUP, dtype=torch.bool, device=packed.device)
-    for index, positions in enumerate(PATTERNS):
-        table[index, list(positions)] = True
-    return table[patterns].reshape(*packed.shape[:-1], -1)
+    table.scatter_(1, torch.tensor(PATTERNS, device=packed.device), True)
+    return table.index_select(0, patterns.flatten()).reshape(*packed.shape[:-1], -1)
 
 
 def gather_kept(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -167,7 +167,9 @@ if len(sys.argv) > 2:
 
 
 @pytest.mark.timeout(180)
-def test_a_script_runs_alone_and_under_torchrun(untrained_base, tmp_path, monkeypatch, capsys):
+def test_a_script_runs_alone_and_under_torchrun(
+    untrained_base, tmp_path, monkeypatch, capsys, forked_python
+):
     script = tmp_path / "answer.py"
     script.write_text(SCRIPT)
     monkeypatch.setattr(sys, "argv", [str(script), str(untrained_base)])
@@ -176,7 +178,12 @@ def test_a_script_runs_alone_and_under_torchrun(untrained_base, tmp_path, monkey
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     ended = subprocess.run(
         [sys.executable, *torchrun, str(script), str(untrained_base), "twice"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHON_EXEC": forked_python,
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=170,

@@ -236,7 +236,7 @@ def test_notes_that_mean_nothing_here_are_not_passed_on():
     assert "kernels-community" not in done.stderr
 
 
-def test_a_machine_without_accelerator_is_no_reason_to_warn(monkeypatch):
+def test_a_machine_without_accelerator_is_no_reason_to_warn(monkeypatch, forked_python):
     """llm-compressor would warn on stdout, which with --json is one document."""
     monkeypatch.delenv("LLM_COMPRESSOR_LOG_LEVEL", raising=False)
     code = (
@@ -245,5 +245,5 @@ def test_a_machine_without_accelerator_is_no_reason_to_warn(monkeypatch):
         "torch.accelerator.is_available = lambda: False\n"
         "print(get_main_device())"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([forked_python, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "cpu\n"), done.stdout + done.stderr

@@ -1,24 +1,25 @@
 """Starts a script that runs kernels in Triton's interpreter, and reads its results.
 
-The script runs in its own process, because the interpreter must be chosen before importing Triton.
+Each script runs in its own process, which patches Triton's interpreter; Triton has been imported in
+advance, with the interpreter chosen before.
 """
 
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+INTERPRETED = {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
 
-def run_interpreted(name: str) -> Any:
+def run_interpreted(python: str, name: str) -> Any:
     """Run `tests/kernels/<name>.py` and return the JSON document it prints last."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", f"tests.kernels.{name}"],
+        [python, "-m", f"tests.kernels.{name}"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **INTERPRETED},
         capture_output=True,
         text=True,
         timeout=280,

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -52,10 +51,10 @@ LONG = {"tokens": 131072, "layers": 4, "kept": False, "rows": 8192, "host": True
 
 
 @pytest.fixture(scope="module")
-def counted() -> list[list[int]]:
+def counted(forked_python) -> list[list[int]]:
     cases = [*CASES, LONG | {"evaluates": True}]
-    command = [sys.executable, "tests/memory/simulated_step.py", json.dumps(cases)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [forked_python, "tests/memory/simulated_step.py", json.dumps(cases)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

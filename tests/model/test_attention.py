@@ -1,7 +1,6 @@
 """Entry points: our attention against transformers' eager gpt-oss in fp32 on the CPU."""
 
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from sparselong.model import attention as entry_point
 from sparselong.model.attention import find_boundaries
 from sparselong.model.documents import document_masks
 from sparselong.runtime.settings import current, using
+from tests.conftest import ROOT
 
 TOKENS = 90  # exceeds the small model's window of 64
 
@@ -228,7 +228,7 @@ def test_a_model_without_sinks_is_refused():
         entry_point.attention_forward(torch.nn.Identity(), q, q, q, None)
 
 
-def test_one_line_patches(untrained_base):
+def test_one_line_patches(untrained_base, forked_python):
     """Our function is called with eager's own masks and gives the same logits."""
     script = f"""
 import torch, sparselong
@@ -254,7 +254,7 @@ for line in (
     assert len(calls) == 4, line
     assert (after - before)[mask.bool()].norm() <= 1e-5 * before[mask.bool()].norm(), line
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([forked_python, "-c", script], cwd=ROOT, check=True)
 
 
 def test_attention_uses_the_chosen_backend(models, monkeypatch):

@@ -141,9 +141,9 @@ def test_without_checkpointing_nothing_is_kept():
 
 
 @pytest.fixture(scope="module")
-def experts() -> dict[str, dict]:
+def experts(forked_python) -> dict[str, dict]:
     """Return the differences by pass; a layer calls its experts twice, in two slices each."""
-    return run_interpreted("interpreted_recompute")
+    return run_interpreted(forked_python, "interpreted_recompute")
 
 
 @pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -155,7 +154,7 @@ def test_two_four_experts_are_stored_compactly_and_open(small_arguments, tmp_pat
     assert bool(((pruned == whole) | (pruned == 0)).all())
 
 
-def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments):
+def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments, forked_python):
     """Eight more layers add 53 MB of experts; the peak must not grow with them.
 
     Each run is a separate process, since memory cached from earlier runs would count too.
@@ -168,7 +167,7 @@ def test_peak_memory_does_not_grow_with_layers(tmp_path, small_arguments):
         deep = stretch(base, tmp_path / f"deep{len(peaks)}", layers)
         run_dir = tmp_path / f"run{len(peaks)}"
         arguments = [*small_arguments, f"model.base={deep}", "calibration.samples=4"]
-        command = [sys.executable, "02_compress.py", *arguments, "--run-dir", str(run_dir)]
+        command = [forked_python, "02_compress.py", *arguments, "--run-dir", str(run_dir)]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         metrics = json.loads((run_dir / "02_compress/manifest.json").read_text())["metrics"]
         assert metrics["base_bytes_on_disk"] > layers * 6_500_000

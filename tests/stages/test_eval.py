@@ -148,12 +148,14 @@ def rank_ids(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.timeout(400)
-def test_two_processes_that_share_a_model_have_the_same_figures(run_dir, arguments, tmp_path):
+def test_two_processes_that_share_a_model_have_the_same_figures(
+    run_dir, arguments, tmp_path, monkeypatch, forked_python
+):
     """Also after one of them was killed, which is named; models measured before it are kept."""
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
     shutil.rmtree(copy / "04_eval")
-    command = [sys.executable, str(ROOT / "04_eval.py"), *arguments, "--run-dir", str(copy)]
+    command = [forked_python, str(ROOT / "04_eval.py"), *arguments, "--run-dir", str(copy)]
     command.append("expert_parallel_degree=2")
     scores = copy / "04_eval/base.scores.json"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -166,6 +168,7 @@ def test_two_processes_that_share_a_model_have_the_same_figures(run_dir, argumen
     assert "2 processes: 2 share experts and vocabulary" in told
     assert "error:    rank 1 of 04_eval ended with signal SIGKILL" in told
 
+    monkeypatch.setattr(sys, "executable", forked_python)
     again = [*arguments, "--run-dir", str(copy), "expert_parallel_degree=2"]
     assert eval_script.main([*again, "experts.placement=host"]) == 0
     log = (copy / "04_eval/log.txt").read_text()

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -59,7 +60,10 @@ def finetune(run_dir: Path, arguments: list[str]) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
-def test_the_losses_equal_those_of_stage_03(example, compressed_run, small_arguments, tmp_path):
+def test_the_losses_equal_those_of_stage_03(
+    example, compressed_run, small_arguments, tmp_path, monkeypatch, forked_python
+):
+    monkeypatch.setattr(sys, "executable", forked_python)
     run_dir = tmp_path / "run"
     shutil.copytree(compressed_run, run_dir, symlinks=True)
     expected = finetune(run_dir, [*small_arguments, *settings(example)])

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -79,19 +78,21 @@ def small_shards(monkeypatch) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 400_000)
 
 
-def open_alone(folders: list[Path], tmp_path: Path) -> dict[str, torch.Tensor]:
+def open_alone(python: str, folders: list[Path], tmp_path: Path) -> dict[str, torch.Tensor]:
     """Return logits from a process that never imports this project."""
     save_file({"tokens": TOKENS}, tmp_path / "tokens")
-    command = [sys.executable, "-c", OPEN_ALONE, tmp_path / "tokens", tmp_path / "logits"]
+    command = [python, "-c", OPEN_ALONE, tmp_path / "tokens", tmp_path / "logits"]
     done = subprocess.run([*command, *folders], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return load_file(tmp_path / "logits")
 
 
-def test_plain_transformers_gives_the_logits_of_the_model_in_memory(exported, tmp_path):
+def test_plain_transformers_gives_the_logits_of_the_model_in_memory(
+    exported, tmp_path, forked_python
+):
     """In fp32 to 1e-5; in bf16 with at most twice the rounding of the packed model in bf16."""
     folders = [exported.run_dir / "05_export" / name for name in MODELS]
-    found, wanted = open_alone(folders, tmp_path), exported.logits
+    found, wanted = open_alone(forked_python, folders, tmp_path), exported.logits
     packed = load_model(exported.run_dir / "03_finetune/model", device=CPU).bfloat16()
     with torch.no_grad():
         rounding = (packed(input_ids=TOKENS).logits.float() - wanted).norm()

@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import ROOT, load_script
 
-# Axolotl is started seven times, for half a minute or less each on an idle machine.
+# Axolotl runs seven times. Only runs that are to be killed are started by Python itself.
 pytestmark = pytest.mark.timeout(900)
 
 TRAINING = [
@@ -39,16 +39,16 @@ TRAINING = [
 
 
 HOST = "experts.placement=host"
-SLICED = ["training.slice_rows=48"]
+SLICED = ["training.slice_rows=96"]
 HOST_INPUTS = ["training.offload_checkpoints=true"]
 SHARED = ["sequence_parallel_degree=2", "expert_parallel_degree=2"]
 PERSONS = ("checkpoint-keep-2", "checkpoint-2.bak", "checkpoint-1 (copy)", "best.old")
 """Folders beside the checkpoints that are not training's."""
 
 
-def command(arguments: list[str], run_dir: Path) -> list[str]:
+def command(arguments: list[str], run_dir: Path, python: str = sys.executable) -> list[str]:
     script = str(ROOT / "03_finetune.py")
-    return [sys.executable, script, *arguments, "--run-dir", str(run_dir), "--json"]
+    return [python, script, *arguments, "--run-dir", str(run_dir), "--json"]
 
 
 def rows_of(run_dir: Path) -> list[dict]:
@@ -87,13 +87,14 @@ def compressed(small_arguments, tmp_path_factory) -> tuple[Path, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
+def runs(compressed, tmp_path_factory, forked_python) -> tuple[Path, Path, dict, str]:
     """An uninterrupted run, and one that is killed with its experts on the device and resumed with
     them in host memory: (run, run, the first one's manifest, the second one's stderr)."""
     straight, arguments = compressed
     broken = tmp_path_factory.mktemp("killed") / "run"
     shutil.copytree(straight, broken, symlinks=True)
-    done = subprocess.run(command(arguments, straight), capture_output=True, text=True)
+    whole = command(arguments, straight, forked_python)
+    done = subprocess.run(whole, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     process = subprocess.Popen(command(arguments, broken), stderr=subprocess.DEVNULL)
     wait_for_step(process, broken, 5)  # in the second epoch, like the checkpoint before it
@@ -110,7 +111,7 @@ def runs(compressed, tmp_path_factory) -> tuple[Path, Path, dict, str]:
     (checkpoints / "checkpoint-6/trainer_state.json").write_text('{"global_step": 6, "epo')
     for name in PERSONS:
         shutil.copytree(checkpoints / "checkpoint-4", checkpoints / name)
-    resumed = command([*arguments, HOST], broken)
+    resumed = command([*arguments, HOST], broken, forked_python)
     again = subprocess.run(resumed, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     return straight, broken, json.loads(done.stdout), again.stderr
@@ -156,7 +157,7 @@ def metrics_of(run_dir: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def split(runs, compressed, tmp_path_factory) -> tuple[Path, str, str]:
+def split(runs, compressed, tmp_path_factory, forked_python) -> tuple[Path, str, str]:
     """A run in two processes that share experts and vocabulary and compute in slices, one of them
     killed, resumed in one process, without slices and with layers' inputs in host memory: (run,
     stderr of the killed run, stderr of the resumed run)."""
@@ -170,7 +171,7 @@ def split(runs, compressed, tmp_path_factory) -> tuple[Path, str, str]:
     os.kill(victim[0], signal.SIGKILL)
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and not trainers_of(run_dir)
-    one = command([*arguments, *HOST_INPUTS], run_dir)
+    one = command([*arguments, *HOST_INPUTS], run_dir, forked_python)
     again = subprocess.run(one, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     return run_dir, told, again.stderr
@@ -188,21 +189,21 @@ def test_processes_that_share_sequences_train_like_one(runs, split):
     on the processor, a loss differs in its fourth digit. (Without codes, tests/distributed holds
     every step to 1e-5.)
     """
-    assert "checkpointed layers: 48 tokens at a time, inputs on the device" in split[1]
+    assert "checkpointed layers: 96 tokens at a time, inputs on the device" in split[1]
     assert_same_curve(rows_of(split[0]), rows_of(runs[0]))
 
 
-def test_layers_in_slices_train_like_whole_ones(runs, compressed, tmp_path):
+def test_layers_in_slices_train_like_whole_ones(runs, compressed, tmp_path, forked_python):
     """In one process, with inputs in host memory: the first two steps to 1e-5."""
     (straight, *_), (_, arguments) = runs, compressed
     run_dir = tmp_path / "run"
     shutil.copytree(straight, run_dir, symlinks=True, ignore=shutil.ignore_patterns("03_finetune"))
-    sliced = command([*arguments, *SLICED, *HOST_INPUTS], run_dir)
+    sliced = command([*arguments, *SLICED, *HOST_INPUTS], run_dir, forked_python)
     done = subprocess.run(sliced, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "checkpointed layers: 48 tokens at a time, inputs in host memory" in done.stderr
+    assert "checkpointed layers: 96 tokens at a time, inputs in host memory" in done.stderr
     layers = metrics_of(run_dir)["layers"]
-    assert layers["chosen"]["training.slice_rows"] == layers["asked"]["training.slice_rows"] == 48
+    assert layers["chosen"]["training.slice_rows"] == layers["asked"]["training.slice_rows"] == 96
     assert layers["chosen"]["training.offload_checkpoints"] is True
     (copied,) = layers["copied_bytes"]  # all layers' inputs there, all but the last layer's back
     assert copied > 0 and copied % ((4 + 3) * 128 * 4) == 0
@@ -240,7 +241,9 @@ def test_a_dead_rank_is_named_and_another_number_of_ranks_resumes(split):
     assert left == ["checkpoint-4", "checkpoint-6"]
 
 
-def test_processes_that_share_experts_bake_the_same_as_one(split, compressed, tmp_path):
+def test_processes_that_share_experts_bake_the_same_as_one(
+    split, compressed, tmp_path, forked_python
+):
     """Each rounds and writes its own half, which it holds in host memory."""
     (run_dir, _, _), (_, arguments) = split, compressed
     again = tmp_path / "run"
@@ -250,7 +253,7 @@ def test_processes_that_share_experts_bake_the_same_as_one(split, compressed, tm
         shutil.rmtree(path)
     for name in ("baked.json", "manifest.json"):
         (stage / name).unlink()
-    shared = command([*arguments, *SHARED, HOST], again)
+    shared = command([*arguments, *SHARED, HOST], again, forked_python)
     done = subprocess.run(shared, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     receipt = json.loads((stage / "receipt.json").read_text())

@@ -11,8 +11,9 @@ from tests.kernels.run_interpreted import run_interpreted
 from tests.kernels.test_sm86 import LIMIT_BYTES, compile_simply
 
 
-def test_kernel_matches_plain_torch():
-    assert run_interpreted("key_gradients_interpreted") == dict.fromkeys(CASES, [True, True])
+def test_kernel_matches_plain_torch(forked_python):
+    found = run_interpreted(forked_python, "key_gradients_interpreted")
+    assert found == dict.fromkeys(CASES, [True, True])
 
 
 @pytest.mark.parametrize("arch", [86, 90])

@@ -77,9 +77,9 @@ def test_the_definition_by_hand():
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
+def interpreted(forked_python) -> dict[str, dict[str, float]]:
     """Return the kernels' errors in Triton's interpreter, by case and result."""
-    return run_interpreted("interpreted")
+    return run_interpreted(forked_python, "interpreted")
 
 
 def test_interpreted_kernels_agree_with_fp64(interpreted):
@@ -208,9 +208,9 @@ def test_backend_choice_follows_the_table():
                 assert sizes == sorted(sizes) and sizes[-1] > 1 << 40
 
 
-def test_parts_are_joined_with_their_sinks():
+def test_parts_are_joined_with_their_sinks(forked_python):
     """Check the kernel and plain torch on a CPU."""
-    found = run_interpreted("join_interpreted")
+    found = run_interpreted(forked_python, "join_interpreted")
     for name, case in join_interpreted.CASES.items():
         limit = 1e-3 if case[-1] == torch.float16 else 1e-6
         for out, lse in (found[name], join_interpreted.errors(*case, "cpu")):

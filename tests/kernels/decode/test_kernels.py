@@ -19,8 +19,8 @@ cases. Summing all sixteen products of a lane in fp16 would give 2.8e-3."""
 
 
 @pytest.fixture(scope="module")
-def results():
-    return run_interpreted("interpreted_generation")
+def results(forked_python):
+    return run_interpreted(forked_python, "interpreted_generation")
 
 
 def test_packed_gemv_is_exact_up_to_fp32_sums(results):

@@ -14,9 +14,9 @@ from tests.kernels.test_sm86 import LIMIT_BYTES, read_report
 from tests.references.masked_weight import masked_weight_reference
 
 
-def test_kernel_matches_the_definition():
+def test_kernel_matches_the_definition(forked_python):
     """fp32 instead of fp64 sums may change one code in a thousand."""
-    rows = run_interpreted("masked_weight_interpreted")
+    rows = run_interpreted(forked_python, "masked_weight_interpreted")
     assert len(rows) == len(CASES)
     for row in rows:
         assert row["weight"] <= 2e-3 and row["gate"] <= 2e-3, row

@@ -97,9 +97,9 @@ def test_no_rows_are_no_work():
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
+def interpreted(forked_python) -> dict[str, Any]:
     """Return the kernels' errors in Triton's interpreter, by case and backend."""
-    return run_interpreted("interpreted_held_experts")
+    return run_interpreted(forked_python, "interpreted_held_experts")
 
 
 def test_interpreted_kernels_agree_with_fp64(interpreted):

@@ -10,8 +10,8 @@ FIRST = {"plain, plain": 2 * LAYERS - 2, "adapters, plain": 2 * LAYERS - 2}
 
 
 @pytest.fixture(scope="module")
-def results() -> dict:
-    return run_interpreted("interpreted_host_experts")
+def results(forked_python) -> dict:
+    return run_interpreted(forked_python, "interpreted_host_experts")
 
 
 @pytest.mark.parametrize("kind", ["plain", "adapters"])

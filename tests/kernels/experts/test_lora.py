@@ -128,8 +128,8 @@ def test_generation_backend_refuses_adapters(monkeypatch):
             expert_mlp(*call, case["stack"], adapters, backend="generation")
 
 
-def test_interpreted_kernels_agree_with_fp64():
-    results = run_interpreted("interpreted_expert_lora")
+def test_interpreted_kernels_agree_with_fp64(forked_python):
+    results = run_interpreted(forked_python, "interpreted_expert_lora")
     assert len(results) == 6
     for name, errors in results.items():
         for result, error in errors.items():

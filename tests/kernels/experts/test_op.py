@@ -106,9 +106,9 @@ def test_torch_backend_matches_the_reference(tokens):
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
+def interpreted(forked_python) -> dict[str, dict[str, float]]:
     """Return the kernels' errors in Triton's interpreter, by case and backend."""
-    return run_interpreted("interpreted_experts")
+    return run_interpreted(forked_python, "interpreted_experts")
 
 
 def test_interpreted_kernels_agree_with_fp64(interpreted):

@@ -22,9 +22,9 @@ LIMITS = {"norm_half": 3e-4, "softmax_large_True": 2e-5}
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, list[float]]:
+def interpreted(forked_python) -> dict[str, list[float]]:
     """Return the kernels' errors in Triton's interpreter, by case."""
-    return run_interpreted("interpreted_layer")
+    return run_interpreted(forked_python, "interpreted_layer")
 
 
 def test_interpreted_kernels_agree_with_fp64(interpreted):
