@@ -158,12 +158,14 @@ def _open_with_peft(stage: Stage) -> int:
 
     document = read_json(model_directory(stage) / "config.json", _redo())
     del document["quantization_config"]
-    config = read_json(stage.dir / CONFIG)
+    config = {**read_json(stage.dir / CONFIG), "base_model_name_or_path": None}
     del config[BASE_KEY]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(GptOssConfig(**document), dtype=torch.bfloat16)
         tuned: Any = get_peft_model(model, LoraConfig(**config))
-    wanted = {n: tuple(t.shape) for n, t in get_peft_model_state_dict(tuned).items()}
+    # PEFT would look for the named base, and warn that this model without weights is another.
+    state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = {name: one.shape for name, one in read_header(stage.dir / WEIGHTS).items()}
     if wanted != found:
         differing = sorted({name for name, _ in set(wanted.items()) ^ set(found.items())})

@@ -280,8 +280,8 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
             f"{stage.dir} holds {kind} that was made with other options",
             _show_options(**_describe_part(stage)),
             _show_options(**begun),
-            "pass what it was made with, or another --run-dir to keep it, or redo it: "
-            f"{stage.redo_command}",
+            "pass what it was made with, or move the directory elsewhere to keep it, or, with the "
+            f"same --config and --run-dir, redo it: {stage.redo_command}",
         )
     if present["config_hash"] != stage.hash:
         raise StageError(

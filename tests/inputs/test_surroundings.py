@@ -95,7 +95,8 @@ def test_output_that_nobody_reads_ends_nothing(shell, unbuffered, tmp_path):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_signals_end_a_stage_with_an_explanation(name, tmp_path):
     code = "import time; print('ready', flush=True); time.sleep(60)"
-    with start(tmp_path, code, 'exec "$@"') as stage:
+    # An ignored SIGHUP, as under nohup, would be inherited.
+    with start(tmp_path, code, 'exec env --default-signal=HUP "$@"') as stage:
         assert stage.stdout
         assert any("ready" in line for line in stage.stdout)
         begun = time.monotonic()

@@ -13,6 +13,14 @@ NUMBERS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, sign
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Let SIGHUP be heard although nohup may have started pytest."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def swallow(number: int) -> None:
     """Signal this process and swallow the exception, as C code may do."""
     try:

@@ -105,13 +105,15 @@ def test_a_part_that_is_renewed_replaces_its_own_files_unforced(make, tmp_path, 
 def test_other_options_are_refused_and_forced(make, tmp_path, capsys):
     assert make(write, "--make", "a") == 0
     assert make(bug, "--make", "a", "--kind", "y") == 1
-    assert "made with other options\nexpected: --to a --kind y\nfound:    --to a --kind x" in (
-        capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    assert "made with other options\nexpected: --to a --kind y\nfound:    --to a --kind x" in told
+    assert "move the directory elsewhere to keep it" in told
     assert make(write, "--make", "b", "--kind", "y") == 0  # options are a part's
     assert make(write, "--make", "a", "--kind", "y", "--force") == 0
-    left = {path.name for path in (tmp_path / "run/05_export").iterdir()}
-    assert left == {"a", "b"}
+    folder = tmp_path / "run/05_export"
+    assert {path.name for path in folder.iterdir()} == {"a", "b"}
+    (folder / "a").rename(tmp_path / "kept")
+    assert make(write, "--make", "a", "--kind", "x") == 0
 
 
 def test_keys_of_stages_that_a_part_does_not_read_may_change(make):

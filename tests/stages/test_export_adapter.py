@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,17 +221,20 @@ def test_what_the_disk_returns_is_compared_with_the_adapter(
     assert not (run_dir / "05_export/adapter/manifest.json").exists()
 
 
+def stage_of(exported: Trained, run_dir: Path) -> Stage:
+    config = load(exported.arguments[1], exported.arguments[2:])
+    return Stage("05_export", config, run_dir, part="adapter", options={"from": "finetuned"})
+
+
 @pytest.mark.parametrize("changes", [{"r": 8}, {"target_modules": ["q_proj"]}], ids=str)
 def test_each_tensor_must_have_its_place_in_peft(exported, tmp_path, changes):
     run_dir = shutil.copytree(exported.run_dir, tmp_path / "run", symlinks=True)
     path = run_dir / "05_export/adapter/adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    stage = Stage(
-        "05_export",
-        load(exported.arguments[1], exported.arguments[2:]),
-        run_dir,
-        part="adapter",
-        options={"from": "finetuned"},
-    )
     with pytest.raises(StageError, match="does not fit the base"):
-        _open_with_peft(stage)
+        _open_with_peft(stage_of(exported, run_dir))
+
+
+@pytest.mark.filterwarnings("error:.*base_model_name_or_path", "error:Could not find a config")
+def test_the_check_does_not_warn_that_its_model_is_not_the_base(exported):
+    assert _open_with_peft(stage_of(exported, exported.run_dir)) > 0

@@ -108,6 +108,7 @@ def test_the_card_is_made_from_the_manifests(copied, hub, untrained_base, chat_f
     assert f'from_pretrained("{REPO}")' in text and f"--hf-repo {REPO}" in text
     for words in (
         "4 bits a kept weight, 2:4 sparse",
+        "`mxfp4` and `gguf` hold these values.\n",
         "LoRA of rank 16, alpha 32, on q_proj",
         "trained through mask and rounding",
         "rank 2 on experts' gate_up_proj, down_proj; the sums are rounded to MXFP4 again, which",
@@ -128,7 +129,7 @@ def test_every_form_is_uploaded_and_its_card_says_how_it_is_opened(
     monkeypatch.setattr(card, "PUBLISHED", [card_base(plain_trained_run)])
     run_dir = shutil.copytree(plain_trained_run.run_dir, tmp_path / "run", symlinks=True)
     forms = ["hf-bf16", "adapter", "ollama"]
-    more = ["--to", *forms, "hub", "--repo", REPO]
+    more = ["--to", *forms, "hub", "--repo", REPO, "--dense-type", "q8_0"]
     assert export(plain_trained_run, *more, run_dir=run_dir) == 0
     assert {name.partition("/")[0] for name in hub.repos[REPO]} == {
         *(".gitattributes", "README.md", *forms)
@@ -151,6 +152,8 @@ def test_every_form_is_uploaded_and_its_card_says_how_it_is_opened(
     assert f'"{REPO}", subfolder="adapter"' in text and f'"{REPO}", subfolder="hf-bf16"' in text
     assert "ollama create small-one -f ollama/Modelfile" in text and "{" not in text
     assert "through mask" not in text and "not sparse" in text
+    assert "`hf-bf16` holds these values. `ollama` rounds them again, to Q8_0 (" in text
+    assert "- `adapter` has the trained change alone" in text
 
 
 def card_base(trained: Trained) -> str:

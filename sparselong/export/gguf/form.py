@@ -28,6 +28,7 @@ from sparselong.run import Stage, read_manifest
 
 if TYPE_CHECKING:
     from sparselong.export.gguf.file import Layout
+    from sparselong.export.gguf.reading import Errors
     from sparselong.export.source import Source
 
 _SAME = ("config_hash", "made_from", "options")
@@ -98,13 +99,22 @@ class GgufFormat:
                 "sha256": digest,
             }
         )
-        stage.log(f"{FILE}: {format_bytes(layout.size)}, compared with its source")
+        stage.log(f"{FILE}: {format_bytes(layout.size)}, {_describe_errors(errors)}")
         return {
             "tensors": len(layout.tensors),
             "tensor_types": _names_by_type(layout),
             "tensors_identical": not errors,
             **({"errors": errors} if errors else {}),
         }
+
+
+def _describe_errors(errors: Errors) -> str:
+    if not errors:
+        return "every value equal to its source's"
+    largest = max(one["relative_rms"] for one in errors.values())
+    return (
+        f"{len(errors)} tensors rounded as asked (relative RMS up to {largest:.2%}), others equal"
+    )
 
 
 def _unfinished(stage: Stage) -> Path:

@@ -7,6 +7,7 @@ such as the licence of the data, is said to be unknown.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -21,6 +22,7 @@ EVALUATE = "04_eval"
 _TINY = "tiny"
 _APACHE = "apache-2.0"
 _MODELS = ("base", "compressed", "finetuned")
+_ATTENTION = re.compile(r"blk\.\d+\.attn_(q|k|v|output)\.weight")  # in GGUF files
 Manifests = dict[str, dict[str, Any]]
 
 
@@ -38,7 +40,7 @@ def write_card(stage: Stage, exports: Manifests) -> str:
         "Files": _describe_files(exports),
         "How to load it": _describe_loading(stage, exports),
         "Base": _describe_base(stage),
-        "Method": _describe_method(stage),
+        "Method": _describe_method(stage, exports),
         "Data": _describe_data(stage),
         "Results": _describe_results(stage),
         "Licences": _describe_licences(stage),
@@ -135,7 +137,7 @@ def _describe_base(stage: Stage) -> str:
     return f"{where}. Its files, as they were read:\n\n" + _table(("file", "sha256"), *rows)
 
 
-def _describe_method(stage: Stage) -> str:
+def _describe_method(stage: Stage, exports: Manifests) -> str:
     config, bits = stage.config, stage.manifests[COMPRESS]["metrics"].get("bits_per_weight", {})
     dense, experts = config.shared_dense, config.experts
     is_trained = origin_of(stage) == FINETUNE
@@ -146,13 +148,48 @@ def _describe_method(stage: Stage) -> str:
     stored = "MXFP4, 2:4 sparse" if experts.sparsity == "2:4" else "MXFP4"
     as_published = experts.sparsity == "none" and not (is_trained and config.lora.expert_targets)
     lines = [
-        f"- Attention projections: {attention}. The forms here hold these values.",
+        f"- Attention projections: {attention}. {_describe_attention(exports)}".rstrip(),
         f"- Experts: {stored}{', as published' if as_published else ''}.",
     ]
     if bits:
         shown = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in bits.items())
         lines.append(f"- Bits a weight as stored in the run: {shown}.")
-    return "\n".join([*lines, *(_describe_training(stage) if is_trained else ())])
+    if is_trained:
+        lines += _describe_training(stage)
+    if "adapter" in exports:
+        lines.append("- `adapter` has the trained change alone: on the base it gives the sums "
+                     "before they are rounded.")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _describe_attention(exports: Manifests) -> str:
+    """Return which forms hold the attention projections' values, and which round them again."""
+    equal, texts = [], []
+    for form, manifest in exports.items():
+        kinds, largest = _find_rounding(manifest["metrics"])
+        if kinds:
+            texts.append(f"`{form}` rounds them again, to {_join(kinds)} (relative RMS up to "
+                         f"{largest:.2%}).")  # fmt: skip
+        elif form != "adapter":
+            equal.append(f"`{form}`")
+    if equal:
+        texts.insert(0, f"{_join(equal)} {'hold' if len(equal) > 1 else 'holds'} these values.")
+    return " ".join(texts)
+
+
+def _find_rounding(metrics: dict[str, Any]) -> tuple[list[str], float]:
+    """Return the types in which attention differs from its source, and its largest error."""
+    found = {
+        name: one["relative_rms"]
+        for name, one in metrics.get("errors", {}).items()
+        if one["largest"] and _ATTENTION.fullmatch(name)
+    }
+    kinds = [kind for kind, names in metrics.get("tensor_types", {}).items() if {*names} & {*found}]
+    return kinds, max(found.values(), default=0.0)
+
+
+def _join(words: list[str]) -> str:
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def _describe_training(stage: Stage) -> list[str]:

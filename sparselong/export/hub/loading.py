@@ -25,7 +25,8 @@ tokenizer = AutoTokenizer.from_pretrained("{repo}", subfolder="hf-bf16")
 model = AutoModelForCausalLM.from_pretrained("{repo}", subfolder="hf-bf16", device_map="auto")
 ```""",
     "adapter": """LoRA on the base, for PEFT. vLLM scales all adapters by one alpha / rank: open it
-there only if attention alone has adapters.
+there only if attention alone has adapters. PEFT warns of the key `sparselong_base`, which has the
+sha256 of the base's files and which it does not need.
 
 ```python
 from peft import PeftModel
