@@ -1,4 +1,4 @@
-"""Text and chat data for training, calibration and evaluation. Imports no torch."""
+"""Text and chat data for training, calibration, evaluation and chat. Imports no torch."""
 
 from typing import TYPE_CHECKING
 
