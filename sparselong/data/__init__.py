@@ -1,4 +1,4 @@
-"""Text and chat data for training, calibration and evaluation. Imports no torch."""
+"""Text and chat data for training, calibration, evaluation and chat. Imports no torch."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from sparselong.data import conversations, corpus, demo
     from sparselong.data.demo import write_hellaswag
     from sparselong.data.encoding import Encoded, EncodedFiles, encode_files, select_usable
+    from sparselong.data.harmony import Delta, Marks, Message, Parser, read_marks
     from sparselong.data.hub import explain_hub_failures
+    from sparselong.data.prompt import render_prompt
     from sparselong.data.run_date import rendering_date
     from sparselong.data.tasks import DEMO_TASK, check_output_type, check_tasks
 

@@ -150,7 +150,7 @@ def _check(message: Any, i: int) -> dict[str, Any]:
     if message.get("recipient") == "all":
         message = {key: value for key, value in message.items() if key != "recipient"}
     check_unsupported(message, _UNSUPPORTED, where)
-    content = _text(message.get("content"), i)
+    content = join_parts(message.get("content"), i)
     if role in ("system", "developer") and i > 1:
         raise Fault(f"message {i} is a {role} message; only the first message may be one")
     thinking, content = _split_reasoning(message, content, i)
@@ -169,7 +169,8 @@ def _check(message: Any, i: int) -> dict[str, Any]:
     return checked
 
 
-def _text(content: Any, i: int) -> str:
+def join_parts(content: Any, i: int) -> str:
+    """Return the content of message i as one text; raise if it is not text or text parts."""
     if isinstance(content, list):
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__

@@ -28,7 +28,7 @@ from sparselong.errors import StageError
 
 Conversation = dict[str, Any]
 VARIABLES = ("reasoning_effort", "model_identity")
-_EFFORTS = ("low", "medium", "high")
+EFFORTS = ("low", "medium", "high")
 _UNSUPPORTED = (
     *("tools", "functions", "builtin_tools", "tool_calls", "function_call"),
     *("image", "images", "video", "videos", "audio", "audios"),
@@ -179,10 +179,10 @@ def _variables(row: dict[str, Any]) -> dict[str, str]:
         if not isinstance(given[0], str):
             raise Fault(f"`{name}` is {type(given[0]).__name__}, not text")
         found[name] = check_text(given[0], f"`{name}`")
-    if found.get("reasoning_effort", "low") not in _EFFORTS:
+    if found.get("reasoning_effort", "low") not in EFFORTS:
         raise Fault(
             f"`reasoning_effort` is {shown(found['reasoning_effort'])}",
             "correct or remove it",
-            " or ".join(_EFFORTS),
+            " or ".join(EFFORTS),
         )
     return found

@@ -29,7 +29,7 @@ class Template:
     """The chat template with one conversation's variables.
 
     Args:
-        conversation: a conversation as read from a prepared file.
+        conversation: a conversation as read from a prepared file, or a chat's variables.
         tokenizer: a fast transformers tokenizer with a chat template.
         today: the date for templates that write one.
 
@@ -42,7 +42,11 @@ class Template:
         self.where = locate(conversation)
         self.tokenizer = tokenizer
         self.name = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
-        self.variables = {key: conversation[key] for key in VARIABLES if key in conversation}
+        names = (
+            *VARIABLES,
+            "tools",
+        )  # a prompt may have tools, a conversation read from rows has none
+        self.variables = {key: conversation[key] for key in names if key in conversation}
         self.today = today
         try:
             self.source: str = tokenizer.get_chat_template()
@@ -54,14 +58,14 @@ class Template:
                     f"{self.where} sets `{key}`",
                     f"a chat template that uses `{key}`",
                     f"{self.name} does not",
-                    f"remove `{key}` from the rows, or use gpt-oss's own template",
+                    f"remove `{key}`, or use gpt-oss's own template",
                 )
 
     def render(
         self,
         messages: list[dict[str, Any]],
         add_generation_prompt: bool = False,
-        variables: dict[str, str] | None = None,
+        variables: dict[str, Any] | None = None,
     ) -> str:
         """Return the messages as text.
 
@@ -93,7 +97,7 @@ class Template:
             f"{self.name} rejects {self.where}",
             "a template for system, developer, user and assistant messages with text",
             str(error),
-            "fix the row, or use a model directory with gpt-oss's chat_template.jinja",
+            "fix the messages, or use a model directory with gpt-oss's chat_template.jinja",
         )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -25,8 +26,6 @@ from sparselong.data.template import (
     without_dropped_thinking,
 )
 from sparselong.errors import StageError
-
-_FIELDS = ("content", "thinking")
 
 
 class _Rendered(NamedTuple):
@@ -94,6 +93,20 @@ def tokenize(
     return ids, _mark(starts, marks, everything)
 
 
+def encode_prompt(template: Template, messages: list[dict[str, Any]]) -> list[int]:
+    """Return the tokens of messages and the beginning of the assistant turn that follows them.
+
+    The template sees private characters instead of control tokens that a message spells, so that
+    it accepts answers about harmony itself.
+
+    Raises:
+        StageError: the template rejects the messages, or the tokenizer cannot encode a spelled
+            control token as text.
+    """
+    private = _find_spelled(template, messages)
+    return _encode(_render_hidden(template, messages, private, True), template)[0]
+
+
 def count_dropped_thinking(conversation: Conversation, tokenizer: Any, today: datetime.date) -> int:
     """Return the number of messages whose `thinking` the template does not write.
 
@@ -139,36 +152,82 @@ def _control_tokens(template: Template) -> set[str]:
     }
 
 
+def find_texts(value: Any) -> Iterator[str]:
+    """Yield every text within lists and dictionaries, their keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for pair in value.items():
+            yield from find_texts(list(pair))
+    elif isinstance(value, list):
+        for each in value:
+            yield from find_texts(each)
+
+
+def _change_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a copy with every text changed that `find_texts` yields."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _change_texts(each, change) for key, each in value.items()}
+    return [_change_texts(each, change) for each in value] if isinstance(value, list) else value
+
+
 def _hide_spelled(template: Template, messages: list[dict[str, Any]], text: str) -> _Rendered:
     """Return the rendered conversation with the control tokens hidden that messages spell."""
-    written = [message[key] for message in messages for key in _FIELDS if key in message]
-    written += template.variables.values()
+    private = _find_spelled(template, messages)
+    if not private:
+        return _Rendered(text, text, {})
+    rendered = _render_hidden(template, messages, private)
+    if rendered.text != text:
+        raise StageError(
+            f"{template.where} spells control tokens, which {template.name} changes",
+            "a template that writes contents unchanged",
+            f"{', '.join(private)} in a message",
+            "remove the control tokens from the row, or use gpt-oss's own template",
+        )
+    return rendered
+
+
+def _control_pattern(template: Template) -> re.Pattern[str]:
     controls = sorted(_control_tokens(template), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
+    return re.compile("|".join(map(re.escape, controls)) or r"(?!)")
+
+
+def _find_spelled(template: Template, messages: list[dict[str, Any]]) -> dict[str, str]:
+    """Return a private character for each control token that messages or variables spell."""
+    pattern = _control_pattern(template)
+    written = list(find_texts([messages, template.variables]))
     found = sorted({token for value in written for token in pattern.findall(value)})
     if not found:
-        return _Rendered(text, text, {})
-    private = dict(zip(found, unused(text, *written, count=len(found)), strict=True))
+        return {}
+    return dict(zip(found, unused(template.source, *written, count=len(found)), strict=True))
+
+
+def _render_hidden(
+    template: Template,
+    messages: list[dict[str, Any]],
+    private: dict[str, str],
+    prompt: bool = False,
+) -> _Rendered:
+    """Render with private characters instead of control tokens.
+
+    Args:
+        template: the template.
+        messages: the conversation.
+        private: what `_find_spelled` returns.
+        prompt: whether the beginning of an assistant turn ends the text.
+    """
+    pattern = _control_pattern(template)
 
     def hide(value: str) -> str:
         return pattern.sub(lambda match: private[match[0]], value)
 
     hidden = template.render(
-        [
-            {key: hide(value) if key in _FIELDS else value for key, value in message.items()}
-            for message in messages
-        ],
-        variables={key: hide(value) for key, value in template.variables.items()},
+        _change_texts(messages, hide), prompt, _change_texts(template.variables, hide)
     )
     spelled = {character: token for token, character in private.items()}
-    if _restore(hidden, spelled) != text:
-        raise StageError(
-            f"{template.where} spells control tokens, which {template.name} changes",
-            "a template that writes contents unchanged",
-            f"{', '.join(found)} in a message",
-            "remove the control tokens from the row, or use gpt-oss's own template",
-        )
-    return _Rendered(text, hidden, spelled)
+    return _Rendered(_restore(hidden, spelled), hidden, spelled)
 
 
 def _restore(hidden: str, spelled: dict[str, str]) -> str:
