@@ -11,6 +11,9 @@ of what was generated. Therefore all rings are copied (3 MB for 20b) at the end 
 also at the end of each of its chunks, from which a prompt continues that was edited in the middle
 or interrupted while it was read. A copy serves as long as the full layers hold its tokens: when a
 prompt continues from position b, copies that end beyond b are dropped before anything is written.
+
+The result is that of reading the rest in the same chunks. Against a prompt that is read whole it
+differs by rounding, as any other split into chunks does.
 """
 
 from __future__ import annotations

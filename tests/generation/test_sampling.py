@@ -8,6 +8,7 @@ from scipy import stats
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sparselong.errors import StageError
+from sparselong.generation import decoder as decoding
 from sparselong.generation.decoder import Decoder, generate
 from sparselong.generation.sampling import SETTINGS, UNITS, Sampler, Sampling
 from tests.generation.small import VOCAB, as_prompt, draw_tokens, make_small
@@ -23,7 +24,8 @@ def model():
 
 def probabilities_of(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Return each token's probability by transformers' processors, in fp64."""
-    scores: Any = TemperatureLogitsWarper(sampling.temperature)(NOTHING, logits[None].double())
+    scores: Any = logits[None].double()
+    scores = TemperatureLogitsWarper(sampling.temperature)(NOTHING, scores)
     if sampling.top_k:
         scores = TopKLogitsWarper(sampling.top_k)(NOTHING, scores)
     if sampling.top_p < 1:
@@ -116,6 +118,35 @@ def test_tokens_follow_the_seed(model):
     stop = first[4]
     ended = sample(temperature=3.0, seed=1, stop=(stop,))
     assert ended == first[: first.index(stop) + 1]
+
+
+def test_a_captured_step_is_followed_by_one_capture_of_sampling(model, monkeypatch):
+    """With stand-ins for graphs: greedy steps replay the first alone, sampled ones both."""
+    replayed = []
+
+    class Graph:
+        def __init__(self, name: str, run: Any):
+            self.name, self.run = name, run
+
+        def replay(self) -> None:
+            replayed.append(self.name)
+            self.run()
+
+    def capture(run: Any, warm_up: Any) -> Any:
+        replayed.append("captured")
+        warm_up()
+        return Graph("sampling", run)
+
+    monkeypatch.setattr(decoding, "capture_graph", capture)
+    prompt, plain, decoder = as_prompt([5, 6, 7]), Decoder(model, 40), Decoder(model, 40)
+    graph: Any = Graph("step", decoder.step.run)
+    decoder._graph = graph
+    tried: list[dict[str, Any]] = [{}, {"temperature": 3.0}, {"temperature": 2.0, "top_k": 9}, {}]
+    for settings in tried:
+        tokens = list(generate(model, prompt, 9, decoder=decoder, **settings))
+        assert tokens == list(generate(model, prompt, 9, decoder=plain, **settings))
+    sampled = ["step", "sampling"] * 8
+    assert replayed == ["step"] * 8 + ["captured"] + sampled * 2 + ["step"] * 8
 
 
 def test_settings_change_no_buffer():
