@@ -22,6 +22,11 @@ torch's allocator has reserved since then (caches, capture, prompts, steps, unus
 streams, the graph). The latter is read for the whole GPU, so no other process may use it.
 `weights_bytes` is the size of all tensors before the first prompt, without the decoder, and
 `allocated_bytes` the peak size of all tensors. Needs a CUDA device.
+
+All these are of greedy generation, with prompts read whole. `graph` also measures, afterwards:
+`sampled_throughput`, with the settings of SAMPLED; `turn_first_token_seconds`, of a prompt of
+TURN_PREFIX tokens that were read before an answer and TURN_TAIL new ones; and
+`tail_first_token_seconds`, of a prompt of the new ones alone.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +60,8 @@ ARMS = ("graph", "kernels", "packed", "eager")
 SHEET_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12}
 """Bytes per second according to the vendor's data sheets, SXM versions."""
 REPEATS = 3
+SAMPLED = {"temperature": 1.0, "top_p": 0.95, "seed": 1}
+TURN_PREFIX, TURN_TAIL, TURN_ANSWER = 4096, 256, 16
 
 
 def sheet_bandwidth() -> float:
@@ -116,20 +124,16 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     load_seconds = time.perf_counter() - begin
     prompt = torch.randint(model.config.vocab_size, (1, args.prompt), device="cuda")
 
-    def follow(count: int) -> list[int]:
+    def follow(count: int, **settings: Any) -> list[int]:
         if decoder is None:
             out: Any = model.generate(
                 prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False
             )
             return out[0, args.prompt :].tolist()
-        return list(generate(model, prompt, count, decoder=decoder))
+        decoder.forget()
+        return list(generate(model, prompt, count, decoder=decoder, **settings))
 
-    follow(3)  # compiles the kernels for prompts
-    firsts, rates = [], []
-    for _ in range(REPEATS):
-        firsts.append(time_call(lambda: follow(1)))
-        seconds = time_call(lambda: follow(args.tokens))
-        rates.append((args.tokens - 1) / (seconds - statistics.median(firsts)))
+    firsts, rates = time_generation(follow, args.tokens)
     case = {"prompt": args.prompt, "tokens": args.tokens, "layers": args.layers}
     reserved, context = torch.cuda.max_memory_reserved(), context_bytes()
     rows = [
@@ -144,10 +148,56 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.arm != "eager":
         rows += compare_with_bound(model, args.arm, case, statistics.median(rates))
     if args.arm == "graph" and decoder is not None:
+        _, sampled = time_generation(partial(follow, **SAMPLED), args.tokens)
+        rate = statistics.median(sampled)
+        rows.append(row(case, "graph", "sampled_throughput", rate, "tokens/s"))
+        rows += time_turns(model, case)
         rows += time_steps(decoder, case)
     for entry in rows:
         print(f"{args.arm:8} {entry['metric']:22} {entry['value']:16.6g}", file=sys.stderr)
     return rows
+
+
+def time_generation(follow: Any, tokens: int) -> tuple[list[float], list[float]]:
+    """Return seconds to the first token and tokens per second after it, of several runs.
+
+    Args:
+        follow: generates as many tokens after the prompt as it is told.
+        tokens: number of tokens.
+    """
+    follow(3)  # compiles the kernels for prompts
+    firsts, rates = [], []
+    for _ in range(REPEATS):
+        firsts.append(time_call(lambda: follow(1)))
+        seconds = time_call(lambda: follow(tokens))
+        rates.append((tokens - 1) / (seconds - statistics.median(firsts)))
+    return firsts, rates
+
+
+def time_turns(model: GptOssForCausalLM, case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return rows of the first token of a second turn, and of its new tokens alone."""
+    decoder = Decoder(model, TURN_PREFIX + TURN_TAIL + TURN_ANSWER)
+    vocab: Any = model.config.vocab_size
+    prompt = torch.randint(vocab, (1, TURN_PREFIX + TURN_TAIL), device="cuda")
+    prefix, tail = prompt[:, :TURN_PREFIX], prompt[:, TURN_PREFIX:]
+
+    def follow(ids: torch.Tensor, count: int = 1) -> None:
+        list(generate(model, ids, count, decoder=decoder))
+
+    turns, alone = [], []
+    for _ in range(REPEATS + 1):
+        decoder.forget()
+        alone.append(time_call(lambda: follow(tail)))
+        follow(prefix, TURN_ANSWER)
+        turns.append(time_call(lambda: follow(prompt)))
+        if decoder.reused != TURN_PREFIX:
+            sys.exit(f"the second turn reused {decoder.reused} tokens of {TURN_PREFIX}")
+    case = {**case, "prefix": TURN_PREFIX, "tail": TURN_TAIL}
+    medians = [statistics.median(times[1:]) for times in (turns, alone)]  # the first one compiles
+    return [
+        row(case, "graph", "turn_first_token_seconds", medians[0], "s"),
+        row(case, "graph", "tail_first_token_seconds", medians[1], "s"),
+    ]
 
 
 def compare_with_bound(
@@ -173,18 +223,20 @@ def time_call(call: Any) -> float:
 
 
 def time_steps(decoder: Decoder, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return rows of the device time of a replayed step and of its kernels."""
+    """Return rows of the device time of replayed steps, and of the kernels of a greedy one."""
     from torch.profiler import ProfilerActivity, profile
 
     position = int(decoder.step.position)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    marks[0].record()
-    for _ in range(50):
-        decoder.step.position.fill_(position - 1)
-        decoder.advance()
-    marks[1].record()
-    torch.cuda.synchronize()
-    rows = [row(case, "graph", "step_ms", marks[0].elapsed_time(marks[1]) / 50, "ms")]
+    rows = []
+    for metric, is_sampled in (("step_ms", False), ("sampled_step_ms", True)):
+        marks[0].record()
+        for _ in range(50):
+            decoder.step.position.fill_(position - 1)
+            decoder.advance(is_sampled)
+        marks[1].record()
+        torch.cuda.synchronize()
+        rows.append(row(case, "graph", metric, marks[0].elapsed_time(marks[1]) / 50, "ms"))
     decoder.step.position.fill_(position - 1)
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         decoder.advance()

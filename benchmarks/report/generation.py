@@ -50,6 +50,13 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [EAGER] if "eager" in arms else []
+    if ("graph", "sampled_throughput") in values:
+        lines.append(
+            f"\nSampled with top-p, `graph` makes {values['graph', 'sampled_throughput']:,.0f} "
+            "tokens/s. The first token of a second turn after a known prefix takes "
+            f"{values['graph', 'turn_first_token_seconds'] * 1e3:.0f} ms, that of a prompt of the "
+            f"turn's new tokens alone {values['graph', 'tail_first_token_seconds'] * 1e3:.0f} ms."
+        )
     kernels = {
         metric.removeprefix("kernel_us: "): value
         for (arm, metric), value in values.items()

@@ -3,47 +3,42 @@
 `model.generate(...)` also works on packed models and is the general method. This module is faster:
 the cache has a fixed size, sliding-window layers cache only their window, and one step (`step.py`)
 is captured in a CUDA graph once and replayed for every token, with position and token on the
-device. A greedy token enters the next step without passing through the host, which reads it while
-that step runs. On a CPU the same loop runs the step in plain torch.
+device. A token enters the next step without passing through the host, which reads it while that
+step runs. The step takes the token with the largest logit; for sampling a second graph, captured at
+first use, replaces it with a drawn one (`sampling.py`). On a CPU the same loop runs the step in
+plain torch.
 
 The prompt is prefilled in chunks, and keys and values go directly into the step's cache
-(`prompt_cache.py`), so temporary memory does not grow with the prompt.
+(`prompt_cache.py`), so temporary memory does not grow with the prompt. A decoder's next prompt
+continues from the longest prefix that the cache still holds (`snapshots.py`).
 
 Several processes may share a model (`shared.py`). A step then contains exchanges: it is not
 captured, and runs through the model's modules.
 
-Sampling uses transformers' logits processors. Not supported: batches, beams, unmerged adapters,
-models whose cache does not fit the device.
+Not supported: batches, beams, unmerged adapters, models whose cache does not fit the device.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    Cache,
-    GptOssForCausalLM,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import Cache, GptOssForCausalLM
 
 from sparselong.errors import StageError
+from sparselong.generation.graph import capture_graph
 from sparselong.generation.prompt_cache import make_prompt_cache
+from sparselong.generation.sampling import Sampler, Sampling
+from sparselong.generation.snapshots import UNKNOWN, History
 from sparselong.generation.step import KernelStep, TorchStep, compute_logits, make_caches
-from sparselong.kernels.decode import decode_token, encode_token, holds_nan
+from sparselong.kernels.decode import decode_token, encode_token, holds_nan, replace_token
 from sparselong.model import PartialHead
 from sparselong.runtime import using
 
 if TYPE_CHECKING:
     from sparselong.generation.shared import SharedModel
 
-WARM_UP_STEPS = 2
 PROMPT_TOKENS = 1024
 """Tokens per prefill chunk; with fewer, a GPU is bound by kernel launches."""
 EXPERT_TOKENS = 512
@@ -54,7 +49,12 @@ anyway; 1,024 would take 71."""
 class Decoder:
     """Model with a cache for `most_tokens` positions and a decoding step, captured on a GPU.
 
-    Construct it while no other thread uses the GPU: CUDA graph capture fails otherwise.
+    Construct it, and first set sampling, while no other thread uses the GPU: CUDA graph capture
+    fails otherwise.
+
+    Attributes:
+        reused: number of the last prompt's tokens that were not read again.
+        prompts: number of prompts that were started.
 
     Args:
         model: gpt-oss in eval mode, on one device.
@@ -78,6 +78,10 @@ class Decoder:
         if self.is_cuda:
             _check_current(model.device.index, torch.cuda.current_device())
         self.caches = make_caches(model, most_tokens)
+        self.history, self.reused, self.prompts = History(self.caches), 0, 0
+        self._next = UNKNOWN
+        self._sampler: Sampler | None = None
+        self._sampling_graph: torch.cuda.CUDAGraph | None = None
         has_kernels = self.is_cuda and not isinstance(model.lm_head, PartialHead)
         kind = KernelStep if has_kernels else TorchStep
         with torch.no_grad():
@@ -85,27 +89,17 @@ class Decoder:
             self._graph = self._capture() if has_kernels and use_graph else None
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Compile the kernels, then capture a step; `start` overwrites what these steps write."""
-        graph = torch.cuda.CUDAGraph()
-        stream = _make_stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                self.step.position.zero_()
-                self.step.run()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        with torch.cuda.stream(stream):
-            graph.capture_begin()
-            try:
-                self.step.run()
-            finally:
-                graph.capture_end()
-        return graph
+        """Capture a step; `start` overwrites what its warm-up writes."""
+
+        def warm_up() -> None:
+            self.step.position.zero_()
+            self.step.run()
+
+        return capture_graph(self.step.run, warm_up)
 
     @torch.no_grad()
     def start(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Prefill the cache with a prompt [1, tokens].
+        """Prefill the cache with a prompt [1, tokens], after the prefix that it holds already.
 
         Returns:
             Logits of the last token, [vocab].
@@ -114,12 +108,23 @@ class Decoder:
             ValueError: As from `check_prompt`.
         """
         self.check_prompt(input_ids)
-        tokens = input_ids.shape[1]
-        past = make_prompt_cache(self.caches)
-        for chunk in input_ids.to(self.model.device).split(PROMPT_TOKENS, 1):
-            last = self._read(chunk, past)
-        self.step.position.fill_(tokens - 1)
+        tokens = input_ids[0].tolist()
+        self.prompts += 1
+        begin = self.reused = self.history.resume(tokens)
+        past = make_prompt_cache(self.caches, begin)
+        for chunk in input_ids[:, begin:].to(self.model.device).split(PROMPT_TOKENS, 1):
+            end = begin + chunk.shape[1]
+            with self.history.writing(tokens[begin:end]):
+                last = self._read(chunk, past)
+            self.history.snapshot()
+            begin = end
+        self.step.position.fill_(len(tokens) - 1)
+        self._next = UNKNOWN
         return compute_logits(self.model, last)[0, -1]
+
+    def forget(self) -> None:
+        """Read the next prompt whole, because the model has changed or to measure that."""
+        self.history.clear()
 
     def check_prompt(self, input_ids: torch.Tensor) -> None:
         """Raise ValueError unless these are a prompt [1, tokens] of the model that fits the cache.
@@ -147,33 +152,60 @@ class Decoder:
             outputs: Any = self.model.model(input_ids=chunk, past_key_values=past, use_cache=True)
         return outputs.last_hidden_state[:, -1:].clone()  # a view would keep the rest alive
 
+    @torch.no_grad()
+    def set_sampling(self, drawn: torch.Tensor) -> None:
+        """Set how the tokens after a prompt, which has been started, are sampled.
+
+        Args:
+            drawn: settings and random numbers, one a token, as from `Sampling.draw`.
+        """
+        if self._sampler is None:
+            vocab: Any = self.model.config.vocab_size
+            self._sampler = Sampler(vocab, self.most_tokens, self.model.device)
+            if self._graph is not None:
+                self._sampling_graph = capture_graph(self._sample, self._sample)
+        self._sampler.load(drawn, len(self.history.tokens) - 1)
+
+    @torch.no_grad()
+    def pick(self, logits: torch.Tensor) -> int:
+        """Return the token sampled from the logits of the last position, [vocab]."""
+        assert self._sampler is not None
+        return int(self._sampler.pick(logits, self.step.position))
+
     def put(self, token: int) -> None:
         """Set the token that the next `advance` takes as input."""
         self.step.word.fill_(encode_token(token))
+        self._next = token
 
     @torch.no_grad()
-    def advance(self) -> None:
-        """Run one step on the token in `step.word`; it sets `step.logits` and the next word."""
-        if self._graph is None:
-            self.step.run()
-        else:
-            self._graph.replay()
+    def advance(self, is_sampled: bool = False) -> None:
+        """Run one step on the token in `step.word`; it sets `step.logits` and the next word.
 
+        Args:
+            is_sampled: sample the next token, as set by `set_sampling`; False takes the token with
+                the largest logit.
+        """
+        with self.history.writing([self._next]):
+            self._next = UNKNOWN
+            if self._graph is None:
+                self.step.run()
+            else:
+                self._graph.replay()
+        if self._sampling_graph is not None and is_sampled:
+            self._sampling_graph.replay()
+        elif is_sampled:
+            self._sample()
 
-@functools.cache
-def _make_stream(device: int) -> torch.cuda.Stream:
-    """Return the GPU's capture stream, created once and kept for the life of the process.
+    def _sample(self) -> None:
+        """Replace the token in `step.word` with one sampled from `step.logits`."""
+        assert self._sampler is not None
+        token = self._sampler.pick(self.step.logits, self.step.position)
+        self.step.word.copy_(replace_token(self.step.word, token))
 
-    It is created through the CUDA runtime because torch's first stream allocates its whole pool of
-    128, and older `torch.cuda.graph` creates one even if given another. With the pool, a process
-    that captured took 73 MB more of an H200, outside torch's memory, than one that did not; the
-    pool's share of that was not measured. Unlike torch's streams, this one synchronizes with the
-    default stream, so work that another thread puts there aborts a capture.
-    """
-    handle = ctypes.c_void_p()
-    with torch.cuda.device(device):
-        torch.cuda.check_error(torch.cuda.cudart().cudaStreamCreate(ctypes.addressof(handle)))
-    return torch.cuda.ExternalStream(handle.value, device=device)
+    def learn(self, token: int) -> None:
+        """Note the token that the host has read from `step.word`, for later prompts to reuse."""
+        if not self.history.learn(token):  # no step has taken it yet
+            self._next = token
 
 
 @torch.no_grad()
@@ -184,6 +216,7 @@ def generate(
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int = 0,
     stop: tuple[int, ...] = (),
     decoder: Decoder | None = None,
@@ -196,47 +229,51 @@ def generate(
         input_ids: int64 [1, tokens].
         max_new_tokens: most tokens to generate.
         temperature: 0 takes the token with the largest logit, the first of ties; above 0 samples.
-        top_p: probability mass to sample from.
+        top_p: probability mass to sample from, after `top_k`.
+        top_k: number of most likely tokens to sample from, and those equal to the last; 0 for all.
         seed: seed for sampling.
         stop: tokens that end the generation; the stopping token is yielded.
-        decoder: decoder with enough room to reuse; None creates one.
+        decoder: decoder with enough room to reuse, which also saves reading what this prompt has in
+            common with earlier ones; None creates one.
 
     Raises:
-        ValueError: An argument is out of range, or `KernelStep` does not support the model.
+        ValueError: An argument is out of range, `KernelStep` does not support the model, or the
+            decoder has started another prompt since.
         StageError: A logit is NaN; the message names the token.
     """
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise ValueError(
-            f"max_new_tokens, temperature, top_p: {max_new_tokens}, {temperature}, {top_p}; "
-            "allowed: at least 1, at least 0 and finite, above 0 and at most 1"
-        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens}; allowed: at least 1")
+    sampling = Sampling(temperature, top_k, top_p, seed)
     needed = input_ids.shape[-1] + max_new_tokens
     if decoder is None:
         is_whole = isinstance(model, GptOssForCausalLM)
         decoder = Decoder(model, needed) if is_whole else model.open_decoder(needed)
     if decoder.most_tokens < needed:
         raise ValueError(f"decoder: room for {decoder.most_tokens} tokens; required: {needed}")
-    logits = decoder.start(input_ids)
-    if temperature == 0:
-        tokens = _pick_greedily(decoder, logits, max_new_tokens)
-    else:
-        tokens = _sample(decoder, logits, max_new_tokens, temperature, top_p, seed)
-    for token in tokens:
+    for token in _follow(decoder, input_ids, max_new_tokens, sampling):
         yield token
         if token in stop:
             return
 
 
-def _pick_greedily(decoder: Decoder, logits: torch.Tensor, count: int) -> Iterator[int]:
-    """Yield the tokens of the largest logits; the host reads each while the next step runs."""
-    _check(logits, 0)
-    token = int(logits.argmax())
+def _follow(
+    decoder: Decoder, input_ids: torch.Tensor, count: int, sampling: Sampling
+) -> Iterator[int]:
+    """Yield the tokens after a prompt; the host reads each while the next step runs."""
+    logits = decoder.start(input_ids)
+    prompt = decoder.prompts
+    if bool(logits.isnan().any()):
+        raise _nan_error(decoder, 0)
+    is_sampled = sampling.temperature > 0
+    if is_sampled:
+        decoder.set_sampling(sampling.draw(count))
+    token = decoder.pick(logits) if is_sampled else int(logits.argmax())
     decoder.put(token)
     pinned = torch.zeros(2, dtype=torch.int64, pin_memory=decoder.is_cuda)
     events = [torch.cuda.Event() for _ in range(2)] if decoder.is_cuda else []
 
     def launch(n: int) -> None:
-        decoder.advance()
+        decoder.advance(is_sampled)
         pinned[n % 2 : n % 2 + 1].copy_(decoder.step.word, non_blocking=True)
         if events:
             events[n % 2].record()
@@ -247,39 +284,19 @@ def _pick_greedily(decoder: Decoder, logits: torch.Tensor, count: int) -> Iterat
         yield token
         if n + 1 == count:
             return
+        if decoder.prompts != prompt:
+            raise ValueError(
+                "decoder: it has started another prompt since this one; allowed: one at a time"
+            )
         if n + 2 < count:
             launch(n + 1)
         if events:
             events[n % 2].synchronize()
         word = int(pinned[n % 2])
         if holds_nan(word):
-            raise _nan_error(n + 1)
+            raise _nan_error(decoder, n + 1)
         token = decode_token(word)
-
-
-def _sample(
-    decoder: Decoder,
-    logits: torch.Tensor,
-    count: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-) -> Iterator[int]:
-    """Yield tokens sampled from the processed distribution; each passes through the host."""
-    generator = torch.Generator(decoder.model.device).manual_seed(seed)
-    processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    if top_p < 1:
-        processors.append(TopPLogitsWarper(top_p))
-    no_ids: Any = torch.empty((1, 0), dtype=torch.int64, device=decoder.model.device)
-    for n in range(count):
-        _check(logits, n)
-        scores = processors(no_ids, logits[None].float())  # pyright: ignore[reportArgumentType]
-        token = int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
-        yield token
-        if n + 1 < count:
-            decoder.put(token)
-            decoder.advance()
-            logits = decoder.step.logits
+        decoder.learn(token)
 
 
 def _check_current(index: int, current: int) -> None:
@@ -290,12 +307,9 @@ def _check_current(index: int, current: int) -> None:
         )
 
 
-def _check(logits: torch.Tensor, token: int) -> None:
-    if bool(logits.isnan().any()):
-        raise _nan_error(token)
-
-
-def _nan_error(token: int) -> StageError:
+def _nan_error(decoder: Decoder, token: int) -> StageError:
+    """Return the error to raise; no later prompt continues from these keys."""
+    decoder.forget()
     return StageError(
         f"generated token {token} has NaN logits",
         "finite logits",

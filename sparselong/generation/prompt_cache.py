@@ -21,9 +21,9 @@ from sparselong.generation.step import LayerCache
 class FullPromptLayer(DynamicLayer):
     """Full-attention layer: every token attends to all earlier tokens."""
 
-    def __init__(self, cache: LayerCache):
+    def __init__(self, cache: LayerCache, end: int):
         super().__init__()
-        self.cache, self.end = cache, 0
+        self.cache, self.end = cache, end
 
     def get_seq_length(self) -> int:
         """Return the number of cached tokens."""
@@ -44,9 +44,9 @@ class FullPromptLayer(DynamicLayer):
 class WindowPromptLayer(DynamicSlidingWindowLayer):
     """Sliding-window layer: a token attends to as many tokens as there are slots, with itself."""
 
-    def __init__(self, cache: LayerCache):
+    def __init__(self, cache: LayerCache, end: int):
         super().__init__(sliding_window=cache.keys.shape[1])
-        self.cache = cache
+        self.cache, self.cumulative_length = cache, end
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -67,9 +67,15 @@ class WindowPromptLayer(DynamicSlidingWindowLayer):
         return keys, values
 
 
-def make_prompt_cache(caches: list[LayerCache]) -> Cache:
-    """Return a Cache that fills `caches` as one prompt is prefilled, whole or in chunks."""
+def make_prompt_cache(caches: list[LayerCache], begin: int = 0) -> Cache:
+    """Return a Cache that fills `caches` as one prompt is prefilled, whole or in chunks.
+
+    Args:
+        caches: written to; they hold the prompt's first `begin` tokens.
+        begin: position of the first token that will be prefilled.
+    """
     layers: list[Any] = [
-        WindowPromptLayer(cache) if cache.is_window else FullPromptLayer(cache) for cache in caches
+        (WindowPromptLayer if cache.is_window else FullPromptLayer)(cache, begin)
+        for cache in caches
     ]
     return Cache(layers=layers)

@@ -16,6 +16,9 @@ A request that cannot be answered is refused before the others are told, and the
 follow. If the first process fails in a step that the others repeat, they end with its failure, and
 later requests are refused even if `answer` catches it: the processes no longer agree.
 
+With a prompt the others get the tokens that the first one's cache holds, most of which they have
+not read, so that all continue it from the same position. For sampling they get its random numbers.
+
 Steps are not captured in a CUDA graph: they contain exchanges, and run through the model's modules.
 """
 
@@ -48,7 +51,7 @@ Result = TypeVar("Result")
 class _Step(IntEnum):
     """What the first process's decoder does."""
 
-    OPEN, START, PUT, ADVANCE, END = range(5)
+    OPEN, START, SAMPLE, PUT, ADVANCE, END = range(6)
 
 
 class SharedModel:
@@ -144,9 +147,17 @@ class _LeadingDecoder(Decoder):
         self._check_open()
         self.check_prompt(input_ids)
         with self.shared.step():
-            _tell(_Step.START, input_ids.shape[1])
-            _broadcast(input_ids.to("cpu", torch.int64).contiguous())
+            held = torch.tensor(self.history.tokens, dtype=torch.int64)
+            _tell(_Step.START, len(held), input_ids.shape[1])
+            _broadcast(torch.cat([held, input_ids[0].to("cpu", torch.int64)]))
             return super().start(input_ids)
+
+    def set_sampling(self, drawn: torch.Tensor) -> None:
+        self._check_open()
+        with self.shared.step():
+            _tell(_Step.SAMPLE, len(drawn))
+            _broadcast(drawn)
+            super().set_sampling(drawn)
 
     def put(self, token: int) -> None:
         self._check_open()
@@ -154,11 +165,11 @@ class _LeadingDecoder(Decoder):
             _tell(_Step.PUT, token)
             super().put(token)
 
-    def advance(self) -> None:
+    def advance(self, is_sampled: bool = False) -> None:
         self._check_open()
         with self.shared.step():
-            _tell(_Step.ADVANCE)
-            super().advance()
+            _tell(_Step.ADVANCE, is_sampled)
+            super().advance(is_sampled)
 
     def _check_open(self) -> None:
         if not self.shared.is_open(self):
@@ -268,9 +279,9 @@ def lead_or_follow(
 def _follow(model: GptOssForCausalLM, settings: dict[str, Any]) -> None:
     decoder: Decoder | None = None
     while True:
-        message = torch.empty(2, dtype=torch.int64)
+        message = torch.empty(3, dtype=torch.int64)
         _broadcast(message)
-        kind, value = message.tolist()
+        kind, value, count = message.tolist()
         if kind == _Step.END:
             return
         if kind == _Step.OPEN:
@@ -280,19 +291,29 @@ def _follow(model: GptOssForCausalLM, settings: dict[str, Any]) -> None:
         assert decoder is not None
         if kind == _Step.PUT:
             decoder.put(value)
-            continue
-        with using(**settings):
-            if kind == _Step.ADVANCE:
-                decoder.advance()
-            else:
-                ids = torch.empty((1, value), dtype=torch.int64)
-                _broadcast(ids)
-                decoder.start(ids)
+        elif kind == _Step.SAMPLE:
+            drawn = torch.empty(value, dtype=torch.float64)
+            _broadcast(drawn)
+            decoder.set_sampling(drawn)
+        else:
+            with using(**settings):
+                if kind == _Step.ADVANCE:
+                    decoder.advance(bool(value))
+                else:
+                    _start(decoder, value, count)
 
 
-def _tell(step: _Step, value: int = 0) -> None:
+def _start(decoder: Decoder, held: int, count: int) -> None:
+    """Receive `held` tokens of the first process's cache and `count` of a prompt; start it."""
+    tokens = torch.empty(held + count, dtype=torch.int64)
+    _broadcast(tokens)
+    decoder.history.tokens = tokens[:held].tolist()
+    decoder.start(tokens[None, held:])
+
+
+def _tell(step: _Step, *values: int) -> None:
     """Tell the other processes what this one does next."""
-    _broadcast(torch.tensor([step, value]))
+    _broadcast(torch.tensor([step, *values, 0, 0][:3]))
 
 
 def _broadcast(tensor: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from sparselong.errors import StageError
 from sparselong.generation import decoder as decoding
 from sparselong.generation import shared
-from sparselong.generation.decoder import generate
+from sparselong.generation.decoder import Decoder, generate
 from sparselong.model.loading import load_model
 from sparselong.parallel.apply import replicate_rows
 from sparselong.parallel.mesh import build_mesh
@@ -45,7 +45,24 @@ def talk(model: Any) -> dict[str, Any]:
         "sampled": sampled,
         "stopped": list(generate(model, prompt, COUNT, stop=stop)),
         "abandoned": resume(abandoned),
+        "turns": talk_in_turns(model, prompt),
     }
+
+
+def talk_in_turns(model: Any, prompt: torch.Tensor) -> list[Any]:
+    """Return the tokens of turns that share a prefix, and how many each did not read again."""
+    room, turns = PROMPT + 60, []
+    decoder = Decoder(model, room) if hasattr(model, "lm_head") else model.open_decoder(room)
+    for count, extra, temperature in ((8, 0, 1.5), (3, 9, 0.0), (5, 9, 2.0), (4, 30, 1.5)):
+        ids = torch.cat([prompt, torch.arange(7, 7 + extra)[None]], 1)
+        options = {"temperature": temperature, "top_k": 50, "seed": count}
+        tokens = list(generate(model, ids, count, decoder=decoder, **options))
+        turns.append((decoder.reused, tokens))
+    tokens = generate(model, prompt, 9, decoder=decoder)
+    heard = [next(tokens) for _ in range(4)]
+    ids = torch.cat([prompt, torch.tensor([heard]), prompt[:, :5]], 1)
+    turns.append(list(generate(model, ids, 5, decoder=decoder, temperature=1.0)))
+    return [*turns, decoder.reused]
 
 
 def resume(tokens: Any) -> str:
@@ -88,11 +105,11 @@ def generate_until_one_is_killed(base: Path, which: int, folder: Path) -> str:
     sys.stderr = (folder / f"{dist.get_rank()}.txt").open("w", buffering=1)
     advance, steps = decoding.Decoder.advance, []
 
-    def advance_or_die(self: decoding.Decoder) -> None:
+    def advance_or_die(self: decoding.Decoder, is_sampled: bool = False) -> None:
         steps.append(None)
         if dist.get_rank() == which and len(steps) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        advance(self)
+        advance(self, is_sampled)
 
     def answer(model: Any) -> list[int]:
         return list(generate(model, torch.arange(1, 12)[None], COUNT))

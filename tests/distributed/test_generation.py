@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 from tests.distributed.generation import (
     COUNT,
     PIECES,
+    PROMPT,
     fail_in_step,
     generate_until_one_is_killed,
     talk_alone,
@@ -37,6 +38,8 @@ def test_tokens_are_one_process_s(pools, untrained_base, wanted, size):
     assert "another one of the same shared model" in found.pop("abandoned")
     assert found == {name: tokens for name, tokens in wanted.items() if name != "abandoned"}
     assert len(found["greedy"]) == COUNT and len(found["stopped"]) == 5
+    assert [turn[0] for turn in found["turns"][:4]] == [0, PROMPT, PROMPT + 8, PROMPT + 9]
+    assert found["turns"][-1] == PROMPT + 4, "an answer that was broken off"
     assert len(set(found["greedy"] + found["sampled"])) > 6, "too few tokens for a comparison"
 
 

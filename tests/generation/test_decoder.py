@@ -111,8 +111,8 @@ def test_keys_of_a_prompt_are_stored_once(model, monkeypatch):
     """No layer of the cache passed to transformers holds tensors other than the decoder's."""
     made = []
 
-    def make(caches):
-        made.append(make_prompt_cache(caches))
+    def make(caches, begin):
+        made.append(make_prompt_cache(caches, begin))
         return made[-1]
 
     monkeypatch.setattr(generation, "make_prompt_cache", make)

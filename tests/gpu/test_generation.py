@@ -7,7 +7,10 @@ import pytest
 import torch
 from transformers import GptOssForCausalLM
 
+from sparselong.errors import StageError
+from sparselong.generation import decoder as decoding
 from sparselong.generation.decoder import Decoder, generate
+from sparselong.generation.sampling import Sampler, Sampling
 from sparselong.generation.step import KernelStep, TorchStep
 from sparselong.kernels.decode.gemv import packed_gemv
 from sparselong.kernels.dense.unpack import unpack_weight
@@ -91,6 +94,7 @@ def test_the_graph_gives_the_same_tokens_as_its_kernels(model):
     graph, kernels = Decoder(model, 64), Decoder(model, 64, use_graph=False)
     tokens = list(generate(model, PROMPT, count, decoder=graph))
     assert tokens == list(generate(model, PROMPT, count, decoder=kernels))
+    graph.forget()
     assert tokens == list(generate(model, PROMPT, count, decoder=graph)), "differs on reuse"
     assert len(set(tokens)) > 4, "too few distinct tokens to tell"
     for ours, theirs in zip(graph.caches, kernels.caches, strict=True):
@@ -136,3 +140,79 @@ def test_other_modules_are_refused(model):
 
 def test_the_step_uses_the_kernels(model):
     assert isinstance(Decoder(model, 64, use_graph=False).step, KernelStep)
+
+
+def sample(model: GptOssForCausalLM, decoder: Decoder, seed: int, **settings: Any) -> list[int]:
+    decoder.forget()  # a part of the prompt read alone would be rounded otherwise
+    return list(generate(model, PROMPT, 3 * WINDOW, decoder=decoder, seed=seed, **settings))
+
+
+def test_one_graph_samples_with_all_settings_and_seeds(model, monkeypatch):
+    """Sampled tokens are those of kernels launched one by one; greedy ones stay what they were."""
+    captured = []
+
+    def capture(*callables: Any) -> Any:
+        captured.append(callables)
+        return capture_graph(*callables)
+
+    capture_graph = decoding.capture_graph
+    monkeypatch.setattr(decoding, "capture_graph", capture)
+    graph, kernels = Decoder(model, 64), Decoder(model, 64, use_graph=False)
+    greedy = list(generate(model, PROMPT, 3 * WINDOW, decoder=graph))
+    seen = set()
+    for seed in range(3):
+        for settings in (
+            {"temperature": 1.0},
+            {"temperature": 3.0, "top_k": 9},
+            {"temperature": 2.0, "top_p": 0.7},
+            {"temperature": 4.0, "top_k": 40, "top_p": 0.9},
+        ):
+            tokens = sample(model, graph, seed, **settings)
+            assert tokens == sample(model, kernels, seed, **settings)
+            seen.add(tuple(tokens))
+    assert len(seen) == 12 and len(captured) == 2
+    assert sample(model, graph, 1, temperature=1e-3, top_p=1e-9)[0] == greedy[0]
+    assert sample(model, graph, 0) == greedy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_draws_the_tokens_of_a_cpu(dtype):
+    """The random numbers are the same; only `exp` may round differently, at a few boundaries."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(201_088)).to(dtype)
+    for sampling in (
+        Sampling(1.0),
+        Sampling(0.7, 50),
+        Sampling(1.2, 0, 0.9),
+        Sampling(2, 900, 0.5),
+    ):
+        drawn = []
+        for device in ("cpu", "cuda", "cuda"):
+            sampler = Sampler(len(logits), 10_000, torch.device(device))
+            sampler.load(sampling.draw(10_000), 0)
+            positions = torch.arange(10_000, device=device)
+            drawn.append(sampler.pick(logits.to(device), positions).cpu())
+        assert (drawn[0] == drawn[1]).float().mean() > 0.98
+        assert torch.equal(drawn[1], drawn[2])
+
+
+def test_nan_logits_stop_sampling_in_the_graph(model):
+    decoder = Decoder(model, 64)
+    tokens = generate(model, PROMPT, 9, decoder=decoder, temperature=2.0)
+    next(tokens)
+    decoder.caches[1].values[:, 0] = float("nan")
+    with pytest.raises(StageError, match="generated token"):
+        list(tokens)
+
+
+def test_a_second_turn_continues_and_its_capture_leaves_the_cache(model):
+    """The first sampled turn captures its graph while the cache holds the turn before."""
+    decoder, fresh = Decoder(model, 96), Decoder(model, 96)
+    spoken = list(generate(model, PROMPT, 2 * WINDOW, decoder=decoder))
+    follow_up = torch.cat([PROMPT, torch.tensor([[spoken[0], 60, 61, 62]])], 1)
+    fresh.start(PROMPT)
+    expected = list(generate(model, follow_up, WINDOW, decoder=fresh, temperature=2.0))
+    assert list(generate(model, follow_up, WINDOW, decoder=decoder, temperature=2.0)) == expected
+    assert decoder.reused == fresh.reused == PROMPT.shape[1]
+    list(generate(model, PROMPT, 3, decoder=decoder))
+    assert decoder.reused == PROMPT.shape[1] - 1

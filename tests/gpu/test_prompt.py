@@ -72,7 +72,31 @@ def test_chunks_bound_the_memory_of_a_long_prompt(model, monkeypatch):
         decoder.start(prompt)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        decoder.forget()
         decoder.start(prompt)
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del decoder
     assert peaks[1] < peaks[0] / 3
+
+
+@pytest.mark.parametrize("answer", [0, 20, 200])
+def test_a_continued_prompt_is_bit_identical_to_the_same_chunks(model, answer, monkeypatch):
+    """A turn after an answer that overwrote the rings, and a fresh decoder with equal chunks."""
+    prompt = torch.randint(1, 96, (1, 700), generator=torch.Generator().manual_seed(4))
+    first = prompt[:, :450]
+    monkeypatch.setattr(generation, "PROMPT_TOKENS", 450)
+    fresh = Decoder(model, 800, use_graph=False)
+    logits = fresh.start(prompt)
+    decoder = Decoder(model, 800, use_graph=False)
+    decoder.start(first)
+    for token in range(answer):
+        decoder.put(1 + token % 90)
+        decoder.advance()
+    assert torch.equal(decoder.start(prompt), logits)
+    assert decoder.reused == 450 and fresh.reused == 0
+    assert torch.equal(decoder.start(prompt[:, :600]), fresh.start(prompt[:, :600]))
+    assert decoder.reused == fresh.reused == 450
+    for ours, theirs in zip(decoder.caches, fresh.caches, strict=True):
+        held = min(600, ours.keys.shape[1])
+        assert torch.equal(ours.keys[:, :held], theirs.keys[:, :held])
+        assert torch.equal(ours.values[:, :held], theirs.values[:, :held])

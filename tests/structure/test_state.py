@@ -25,7 +25,7 @@ ALLOWED = {
     "sparselong.adapters.attach:transformers.set_seed": "PEFT draws A from the global generators",
     "sparselong.data.corpus:documents": "the standard library's text, which never changes",
     "sparselong.evaluate.harness:setLevel": "lm-eval's warnings would hide the stage's own lines",
-    "sparselong.generation.decoder:_make_stream": "one CUDA stream a device, as long as it lives",
+    "sparselong.generation.graph:_make_stream": "one CUDA stream a device, as long as it lives",
     "sparselong.generation.shared:torch.cuda.set_device": "each process has a GPU of its own",
     "sparselong.kernels.attention.installed:refuse_flash_attn_4": "reading metadata costs 1 ms",
     "sparselong.kernels.attention.mask:_known": "documents by boundary tensor, as long as it lives",

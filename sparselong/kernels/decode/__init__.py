@@ -20,6 +20,11 @@ if TYPE_CHECKING:
         launch_pack,
         launch_route,
     )
-    from sparselong.kernels.decode.token_word import decode_token, encode_token, holds_nan
+    from sparselong.kernels.decode.token_word import (
+        decode_token,
+        encode_token,
+        holds_nan,
+        replace_token,
+    )
 
 __getattr__ = expose(__name__)

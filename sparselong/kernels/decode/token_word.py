@@ -1,4 +1,4 @@
-"""The 64-bit word by which a greedy token goes from a decoding step's head to the next embedding.
+"""The 64-bit word by which a token goes from a decoding step's head to the next embedding.
 
 The upper half orders words by logit; the lower half is 2^31 - 1 minus the token, so that a maximum
 over words takes the largest logit and, among equal ones, the lowest token. The kernels of `glue.py`
@@ -25,6 +25,11 @@ def encode_token(token: int, *, is_nan: bool = False) -> int:
 def decode_token(word: Word) -> Word:
     """Return the token in a word, or the tokens in an int64 tensor of words."""
     return TOKEN_MASK - (word & TOKEN_MASK)
+
+
+def replace_token(words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return words of other tokens, int64, that still encode the same logits."""
+    return (words & ~TOKEN_MASK) | (TOKEN_MASK - tokens)
 
 
 def holds_nan(word: int) -> bool:
