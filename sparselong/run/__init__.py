@@ -4,8 +4,9 @@ stages.py is the table of stages: what each reads and which config keys affect i
 directory.py maintains the run directory. command.py is the program behind every numbered script: it
 reads the config, locks the run directory, checks whether the stage is up to date and its inputs
 exist, executes the stage, and writes `manifest.json` last. parts.py does so for a stage with
-several results. manifests.py reads what finished stages recorded, and changes.py compares the
-inputs with it. interruption.py makes signals end a block as interruptions.
+several results, session.py for a script that makes none. manifests.py reads what finished stages
+recorded, and changes.py compares the inputs with it. interruption.py makes signals end a block as
+interruptions.
 """
 
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sparselong.run.interruption import interruptible
     from sparselong.run.manifests import read_manifest
     from sparselong.run.parts import Choice, Part, run_parts
+    from sparselong.run.session import run_session
     from sparselong.run.stages import redo_command
 
 __getattr__ = expose(__name__)

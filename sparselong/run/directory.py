@@ -168,8 +168,7 @@ def prepare(stage: Stage, redo: bool) -> bool:
     manifest, present = (None, None) if redo else _read_present(stage)
     if manifest:
         return True
-    stage.manifests = {name: _require(stage, name) for name in stage.reads}
-    refuse_changed_inputs(stage.config, stage.run_dir, stage.manifests)
+    read_inputs(stage)
     beginning = {
         "format_version": FORMAT_VERSION,
         "config_hash": stage.hash,
@@ -189,6 +188,17 @@ def prepare(stage: Stage, redo: bool) -> bool:
     for sentence in told:
         stage.log(sentence)
     return False
+
+
+def read_inputs(stage: Stage) -> None:
+    """Read the manifests of the stages that this one reads into `stage.manifests`.
+
+    Raises:
+        StageError: one is not done or was done with another config, or an input has changed since
+            it was read.
+    """
+    stage.manifests = {name: _require(stage, name) for name in stage.reads}
+    refuse_changed_inputs(stage.config, stage.run_dir, stage.manifests)
 
 
 def _read_present(stage: Stage) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

@@ -52,6 +52,7 @@ STAGES: dict[str, Declaration] = {
     ),
     "04_eval": Declaration(("02_compress", "03_finetune"), ("evaluation",)),
     "05_export": Declaration(("02_compress", "03_finetune"), (), parts=True),
+    "06_chat": Declaration((), ()),
 }
 
 

@@ -127,18 +127,20 @@ def test_output_that_cannot_be_written_is_named(tmp_path, more, full, code):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_have_one_shape(script):
     """A docstring, the stage's body, and a call of `run_stage` with a stage of the table; of
-    `run_parts`, if the stage has parts."""
+    `run_parts`, if the stage has parts; of `run_session`, if it makes nothing."""
     text = (ROOT / f"{script}.py").read_text()
     tree = ast.parse(text)
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert {"execute", "main"} <= functions and 20 <= len(text.splitlines()) <= 80
     assert (ast.get_docstring(tree) or "").startswith(f"Stage {script[:2]}: ")
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    runner, plan = ("run_stage", "plan_stage")
+    runner, plan, show = ("run_stage", "plan_stage", "show_plan")
     if STAGES[script].parts:
         runner, plan = "run_parts", "plan_export"
+    if script == "06_chat":
+        runner, plan, show = "run_session", "plan_chat", "show"
     (call,) = [node for node in calls if ast.unparse(node.func) == runner]
     assert [ast.unparse(argument) for argument in call.args[2:6]] == [
-        *("argv", "execute", plan, "show_plan")
+        *("argv", "execute", plan, show)
     ]
     assert script in STAGES and f'"{script}"' in text

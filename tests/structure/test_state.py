@@ -23,6 +23,8 @@ ALLOWED = {
     "sparselong:register_when_needed": "what `import sparselong` is for; see registration.py",
     "sparselong:set_environment": "what `import sparselong` is for; see registration.py",
     "sparselong.adapters.attach:transformers.set_seed": "PEFT draws A from the global generators",
+    "sparselong.chat.server.listen:signal.signal": RESTORED,
+    "sparselong.chat.terminal:signal.signal": RESTORED,
     "sparselong.data.corpus:documents": "the standard library's text, which never changes",
     "sparselong.evaluate.harness:setLevel": "lm-eval's warnings would hide the stage's own lines",
     "sparselong.generation.graph:_make_stream": "one CUDA stream a device, as long as it lives",

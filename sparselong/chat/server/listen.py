@@ -1,0 +1,72 @@
+"""Run the endpoint until a signal ends it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from sparselong.errors import StageError
+
+SHUTDOWN_SECONDS = 5
+
+
+def serve(app: FastAPI, host: str, port: int, tell: Callable[[str], None]) -> None:
+    """Answer requests until SIGINT or SIGTERM.
+
+    Args:
+        app: what answers.
+        host: address to bind.
+        port: port to bind; 0 takes a free one.
+        tell: says where, once requests are answered.
+
+    Raises:
+        StageError: the port is in use, or the address cannot be bound.
+    """
+    with _bind(host, port) as listening:
+        address = listening.getsockname()
+        name = f"[{address[0]}]" if ":" in address[0] else address[0]
+        tell(f"http://{name}:{address[1]}")
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            server_header=False,
+        )
+        _Server(config).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Server that a signal ends as it should; uvicorn's own raises the signal once more."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Let signals end the server inside of the block."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=_family(host))
+    except (OSError, OverflowError) as error:
+        raise StageError(
+            f"{host}:{port} cannot be bound",
+            "an address of this machine, and a port that is free",
+            str(error),
+            "pass another --port (0 takes a free one), or end the program that uses it",
+        ) from error
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
