@@ -4,6 +4,7 @@
 # make test      install, then all tests that run on a CPU
 # make test-mutations  480 damaged or rewritten bases and data files, twelve through all stages
 # make test-llama  compile llama.cpp once (a quarter of an hour), then tests that open exports with it
+# make test-web  tests of the chat page in Chromium, of the endpoint's clients and of the terminal
 # make test-gpu  tests that need a CUDA device, with $(PYTHON) and without .venv
 # make bench     the demo, every benchmark that this machine can run, then BENCHMARKS.md
 # make lock      resolve requirements/requirements.lock again, keeping versions that still fit
@@ -29,6 +30,10 @@ LONG := tests/distributed tests/stages/test_trained.py tests/stages/test_finetun
 # llama.cpp through Python, in a directory of its own: the environment stays as locked.
 LLAMA := .llama/0.3.36
 LLAMA_TEST := tests/stages/test_llama_cpp.py
+# Clients of the chat's endpoint and page, likewise. The browser itself is a package of the system.
+WEB := .web/1.65.2
+WEB_PACKAGES := playwright==1.65.2 pyee greenlet openai==3.57.0 distro jiter sniffio httpx2 httpcore2 \
+                truststore
 # A test that hangs fails after five minutes instead of blocking the whole run. test_trained.py and
 # test_finetune.py, whose fixtures train first, set fifteen minutes themselves.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
@@ -38,7 +43,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
 BENCHMARKS := demo attention attention_tiles expert_gemm neighbours generation memory train_step \
               context_parallel fit_120b true_widths export
 
-.PHONY: demo check test test-long test-short test-mutations test-llama test-gpu bench lock clean
+.PHONY: demo check test test-long test-short test-mutations test-llama test-web test-gpu bench lock clean
 
 $(STAMP): install.sh pyproject.toml $(LOCK) requirements/overrides.txt
 	./install.sh
@@ -49,6 +54,8 @@ demo: $(STAMP)
 	.venv/bin/python 03_finetune.py $(DEMO)
 	.venv/bin/python 04_eval.py $(DEMO)
 	.venv/bin/python 05_export.py $(DEMO) --to mxfp4 gguf
+	.venv/bin/python 06_chat.py $(DEMO) --prompt "What is lzma?"
+	@echo 'talk to it: .venv/bin/python 06_chat.py $(DEMO)    (--web: on a page)'
 
 # basedpyright is a pyright that downloads nothing when it runs; it reads [tool.pyright].
 check: $(STAMP)
@@ -65,7 +72,7 @@ test-long: $(STAMP)
 	$(PYTEST) $(LONG)
 
 test-short: $(STAMP)
-	$(PYTEST) --ignore tests/gpu --ignore $(LLAMA_TEST) $(LONG:%=--ignore %) tests
+	$(PYTEST) --ignore tests/gpu --ignore tests/web --ignore $(LLAMA_TEST) $(LONG:%=--ignore %) tests
 
 test-mutations: $(STAMP)
 	$(PYTEST) --all-mutations tests/inputs/test_mutations.py
@@ -79,6 +86,14 @@ $(LLAMA): | $(STAMP)
 
 test-llama: $(STAMP) $(LLAMA)
 	PYTHONPATH=$(LLAMA) $(PYTEST) -rs $(LLAMA_TEST)
+
+$(WEB): | $(STAMP)
+	rm -rf $@ $@.part
+	.uv/bin/uv pip install -q --python .venv/bin/python --target $@.part --no-deps $(WEB_PACKAGES)
+	mv $@.part $@
+
+test-web: $(STAMP) $(WEB)
+	PYTHONPATH=$(WEB) $(PYTEST) tests/web
 
 test-gpu:
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu: no CUDA device, nothing tested')"
