@@ -40,6 +40,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--web", action="store_true", help="the endpoint, with a page to chat on")
     where.add_argument("--host", default="127.0.0.1", help="address to bind (default %(default)s); "
                        f"any but this machine's own needs a token in {TOKEN_VARIABLE}")  # fmt: skip
+    where.add_argument("--share", action="store_true", help="with --web: on every address of this "
+                       f"machine, with {TOKEN_VARIABLE} as the password")  # fmt: skip
     where.add_argument("--port", type=int, default=8000, help="default %(default)s")
     where.add_argument("--queue", type=int, default=16, help="requests that may wait for the model "
                        "(default %(default)s)")  # fmt: skip
@@ -69,14 +71,23 @@ def check_options(arguments: argparse.Namespace, token: str | None) -> Settings:
         raise _refuse("--port", "0 (any free one) to 65535", arguments.port)
     if arguments.queue < 0:
         raise _refuse("--queue", "0 or more requests", arguments.queue)
-    if (arguments.serve or arguments.web) and not is_own(arguments.host) and not token:
+    if arguments.share and not arguments.web:
+        raise _refuse("--share", "--web beside it", "no --web")
+    host = host_of(arguments)
+    if (arguments.serve or arguments.web) and not is_own(host) and not token:
+        asked = "--share" if arguments.share else f"--host {host}"
         raise ConfigError(
-            f"--host {arguments.host} would let other machines use the model",
+            f"{asked} would let other machines use the model",
             f"a bearer token in the environment variable {TOKEN_VARIABLE}",
             "no token",
-            f"set {TOKEN_VARIABLE} to a long random text, or leave --host away",
+            f"set {TOKEN_VARIABLE} to a long random text, or leave the option away",
         )
     return Settings().changed({name: getattr(arguments, name) for name in NAMES}, NAMES)
+
+
+def host_of(arguments: argparse.Namespace) -> str:
+    """Return the address to bind."""
+    return "0.0.0.0" if arguments.share else arguments.host
 
 
 def is_own(host: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,8 @@ class Engine:
         most_tokens: tokens of prompt and answer together that the cache holds.
         today: the date that the chat template writes.
         attn_implementation: as of `load_model`.
+        settled: settings of its passes (`runtime.using`), inside of which it is made. A thread that
+            asks it for answers applies them, because settings are a thread's own.
 
     Attributes:
         created: when it was opened, seconds since 1970.
@@ -127,8 +129,10 @@ class Engine:
         most_tokens: int,
         today: datetime.date,
         attn_implementation: str = "eager",
+        settled: Mapping[str, Any] | None = None,
     ):
         begin = time.monotonic()
+        self.settled = settled or {}
         self.today = today
         self.name, self.most_tokens, self.created = name, most_tokens, int(time.time())
         self.tokenizer: Any = load_tokenizer(source.directory)

@@ -10,18 +10,20 @@ import sys
 from typing import Any
 
 from sparselong.chat import conversation as files
-from sparselong.chat.command import check_options, is_own, read_question
+from sparselong.chat.command import check_options, host_of, is_own, read_question
 from sparselong.chat.engine import Engine
 from sparselong.chat.settings import Settings
-from sparselong.chat.sources import find_model, name_of, room_of
+from sparselong.chat.sources import READS, find_model, name_of, room_of
 from sparselong.chat.stream import Display, make_console
 from sparselong.errors import StageError
 from sparselong.model import implementation
+from sparselong.processes import decide_evaluation_sharing, telling_memory
 from sparselong.run import Stage
 from sparselong.runtime import using
 
 BENCH_PROMPT = "Count from one to a hundred in words."
 BENCH_TOKENS, BENCH_ROUNDS = 128, 3
+MEMORY_FIX = "pass a smaller --context, or experts.placement=host"
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 Document = dict[str, Any]
 
@@ -50,9 +52,14 @@ def chat(stage: Stage, arguments: argparse.Namespace, token: str | None) -> Docu
             "none of them",
             "pass --prompt, or leave --json away",
         )
-    engine = open_engine(stage, arguments)
     config = stage.config
-    with using(attention_backend=config.attention_backend, deterministic=config.deterministic):
+    settled = {
+        "attention_backend": config.attention_backend,
+        "deterministic": config.deterministic,
+        "expert_placement": _place(stage, arguments.model),
+    }
+    with using(**settled), telling_memory(fix=MEMORY_FIX):
+        engine = open_engine(stage, arguments, settled)
         if question is not None:
             result = ask(engine, settings, question, arguments)
         elif arguments.bench:
@@ -65,13 +72,26 @@ def chat(stage: Stage, arguments: argparse.Namespace, token: str | None) -> Docu
     return {**head, "load_seconds": engine.load_seconds, **result}
 
 
-def open_engine(stage: Stage, arguments: argparse.Namespace) -> Engine:
-    """Open the model that the command line names."""
+def _place(stage: Stage, model: str) -> str:
+    """Return where experts are held: on the GPU, or in host memory if it has no room for them.
+
+    A model of the run is judged as stage 04 does, which passes over as many tokens at once.
+
+    Raises:
+        StageError: the model fits in neither.
+    """
+    if model in READS:
+        return decide_evaluation_sharing(stage.config).placement
+    return "host" if stage.config.experts.placement == "host" else "gpu"
+
+
+def open_engine(stage: Stage, arguments: argparse.Namespace, settled: Document) -> Engine:
+    """Open the model that the command line names, inside of `using(**settled)`."""
     source = find_model(stage, arguments.model)
     room = room_of(stage.config, arguments.context)
     name = name_of(stage, arguments.model)
     today = stage.config.data.date or datetime.date.today()  # not the day of the training
-    engine = Engine(source, name, room, today, implementation(stage.config))
+    engine = Engine(source, name, room, today, implementation(stage.config), settled)
     print(f"{name}: opened in {engine.load_seconds:.1f} s", file=sys.stderr, flush=True)
     return engine
 
@@ -128,7 +148,8 @@ def answer_requests(
     """Serve the endpoint, with or without the page, until a signal."""
     from sparselong.chat.server import add_page, make_app, serve
 
-    hosts = LOOPBACK if is_own(arguments.host) else None
+    host = host_of(arguments)
+    hosts = LOOPBACK if is_own(host) else None
     app = make_app(engine, settings, most_waiting=arguments.queue, token=token, hosts=hosts)
     if arguments.web:
         add_page(app, engine, settings, stage.dir / files.FOLDER)
@@ -139,7 +160,7 @@ def answer_requests(
         if arguments.json:
             print(json.dumps({"address": address, "model": engine.name}), flush=True)
 
-    serve(app, arguments.host, arguments.port, tell)
+    serve(app, host, arguments.port, tell)
     return {"requests": dict(app.state.metrics.requests)}
 
 

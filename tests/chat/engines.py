@@ -11,6 +11,7 @@ from sparselong.chat.answer import Answer, Usage
 from sparselong.chat.settings import Settings
 from sparselong.data import Delta, Message
 from sparselong.errors import StageError
+from sparselong.runtime import current
 
 HELLO = [Delta("analysis", "Let me think.", None), Delta("final", "Hello", None),
          Delta("final", " there!", None)]  # fmt: skip
@@ -68,6 +69,8 @@ class ScriptedEngine:
     Attributes:
         step: an answer goes on only while this is set; None: at once.
         delay: seconds before each piece but the first.
+        settled: settings of its passes.
+        seen: the attention backend that was set when it was asked.
         asked: messages, settings and tools of each answer.
     """
 
@@ -79,6 +82,8 @@ class ScriptedEngine:
         self.refusal: StageError | None = None
         self.replies: list[ScriptedReply] = []
         self.delay = 0.0
+        self.settled: dict[str, Any] = {"attention_backend": "torch"}
+        self.seen: list[str] = []
 
     def reply(
         self,
@@ -90,6 +95,7 @@ class ScriptedEngine:
     ) -> ScriptedReply:
         if self.refusal is not None:
             raise self.refusal
+        self.seen.append(current().attention_backend)
         self.asked.append(([dict(m) for m in messages], settings, tools))
         self.replies.append(ScriptedReply(self.deltas, settings, self, is_cancelled))
         return self.replies[-1]

@@ -62,6 +62,7 @@ def test_a_whole_answer_has_text_thinking_and_figures():
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (7, 3, 10)
     assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
     assert engine.asked == [(ASK["messages"], Settings(9, 0, 1, 0, 5, "high"), None)]
+    assert engine.seen == ["torch"]  # settings are a thread's own
 
 
 def test_a_stream_has_the_same_text_and_ends_with_the_usage():

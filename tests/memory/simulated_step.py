@@ -124,8 +124,8 @@ def pretend() -> None:
         setattr(owner, name, value)
 
 
-def choose(x: torch.Tensor, indices: torch.Tensor, experts: int, backend: str | None) -> str:
-    return choice.choose_backend("sm_90", indices.numel(), experts).backend
+def choose(x: torch.Tensor, entries: int, experts: int, backend: str | None) -> str:
+    return choice.choose_backend("sm_90", entries, experts).backend
 
 
 def build(layers: int, kept: bool, r: int, experts: bool) -> nn.Module:

@@ -134,6 +134,8 @@ def test_a_dry_run_opens_nothing(chat, arguments, tmp_path, capsys):
         (["--serve", "--port", "70000"], 2, "--port"),
         (["--serve", "--host", "0.0.0.0"], 2, "token"),
         (["--web", "--host", "::"], 2, "token"),
+        (["--web", "--share"], 2, "--share would let other machines"),
+        (["--serve", "--share"], 2, "--web beside it"),
     ],
 )
 def test_bad_input_is_refused(chat, arguments, tmp_path, capsys, monkeypatch, options, code, named):

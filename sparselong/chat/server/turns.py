@@ -13,6 +13,7 @@ from sparselong.chat.conversation import Message
 from sparselong.chat.engine import Engine
 from sparselong.chat.settings import Settings
 from sparselong.data import Delta
+from sparselong.runtime import using
 
 Item = Delta | Answer
 
@@ -105,9 +106,10 @@ def _generate(
 ) -> None:
     """Put an answer's pieces and the whole, or what was raised, into a queue."""
     try:
-        reply = engine.reply(messages, settings, tools=tools, is_cancelled=stopped.is_set)
-        for delta in reply:
-            put(delta)
+        with using(**engine.settled):
+            reply = engine.reply(messages, settings, tools=tools, is_cancelled=stopped.is_set)
+            for delta in reply:
+                put(delta)
         put(reply.answer)
     except Exception as error:  # raised where the answer is awaited
         put(error)
