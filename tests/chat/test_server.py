@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
@@ -17,10 +18,15 @@ ASK = {"model": "run/finetuned", "messages": [{"role": "user", "content": "Hi"}]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 
-def client_of(engine, *, most_waiting=4, token=None, hosts=None, **headers):
+@asynccontextmanager
+async def client_of(engine, *, most_waiting=4, token=None, hosts=None, **headers):
     app = make_app(engine, Settings(), most_waiting=most_waiting, token=token, hosts=hosts)
-    transport = httpx.ASGITransport(app)
-    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", headers=headers)
+    transport, address = httpx.ASGITransport(app), "http://127.0.0.1:8000"
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url=address, headers=headers) as one:
+            yield one
+    finally:
+        app.state.turns.close()
 
 
 def ask(engine=None, path="/v1/chat/completions", body=None, **options):
