@@ -74,9 +74,11 @@ def enlarge_vocabulary(folder: Path, size: int) -> None:
     path, chosen = folder / "tokenizer.json", random.Random(0)
     document = json.loads(path.read_text(encoding="utf-8"))
     vocabulary, merges = document["model"]["vocab"], document["model"]["merges"]
-    number = 1 + max([*vocabulary.values(), *(one["id"] for one in document["added_tokens"])])
     parts = list(vocabulary)
     letters = [letter for letter in string.ascii_letters if letter in vocabulary]
+    # Special tokens keep their ids only if the vocabulary has no gap where they are.
+    vocabulary |= {one["content"]: one["id"] for one in document["added_tokens"]}
+    number = 1 + max(vocabulary.values())
     while len(vocabulary) < size:
         left, right = chosen.choice(parts), chosen.choice(letters)
         if left + right not in vocabulary:
@@ -176,7 +178,7 @@ def export(args: argparse.Namespace, form: str) -> dict[str, float]:
     wall = time.monotonic() - begin
     if code := os.waitstatus_to_exitcode(status):
         raise subprocess.CalledProcessError(code, command)
-    manifest = read_manifest(args.work / "run", f"05_export/{form}")
+    manifest = read_manifest(args.work / "run", "05_export", form)
     assert manifest is not None
     read, written = _BLOCK * used.ru_inblock, _BLOCK * used.ru_oublock
     return {
