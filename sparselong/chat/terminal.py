@@ -1,8 +1,8 @@
 """A conversation in a terminal: lines are messages, and those that begin with / are commands.
 
-Ctrl-C stops an answer, whose text so far is kept, and clears a line; Ctrl-D or /exit ends. A line
-that ends with a backslash goes on in the next one; a message between lines of three quotation marks
-has any number of lines.
+Ctrl-C stops an answer and keeps its text so far; while typing it clears the line. Ctrl-D or /exit
+ends the program. A line that ends with a backslash continues on the next line. A line of three
+quotation marks starts a message of several lines, and another one ends it.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ class Terminal:
     def _help(self, _: str) -> None:
         for name, (argument, text) in COMMANDS.items():
             self._say(f"{f'{name} {argument}'.strip():28} {text}")
-        self._say('A line that ends with \\ goes on; """ begins and ends a message of many lines.')
+        self._say("A line that ends with \\ continues on the next one.")
+        self._say('A line of """ starts a message of several lines, and another one ends it.')
         self._say("Ctrl-C stops an answer, Ctrl-D ends.")
 
     def _clear(self, _: str) -> None:

@@ -45,6 +45,8 @@ class ScriptedReply:
                 return
             self.said.append(delta)
             yield delta
+        if self.engine.failure is not None:
+            raise self.engine.failure
 
     @property
     def answer(self) -> Answer:
@@ -67,7 +69,7 @@ class ScriptedEngine:
     """Answers with the same pieces every time, and keeps what it was asked.
 
     Attributes:
-        step: an answer goes on only while this is set; None: at once.
+        step: an answer continues only while this is set; None: it does not wait.
         delay: seconds before each piece but the first.
         settled: settings of its passes.
         seen: the attention backend that was set when it was asked.
@@ -80,6 +82,7 @@ class ScriptedEngine:
         self.deltas, self.step = deltas, step
         self.asked: list[tuple[list[Any], Settings, Any]] = []
         self.refusal: StageError | None = None
+        self.failure: StageError | None = None  # at the end of an answer
         self.replies: list[ScriptedReply] = []
         self.delay = 0.0
         self.settled: dict[str, Any] = {"attention_backend": "torch"}

@@ -184,6 +184,16 @@ def test_conversations_that_the_model_cannot_take_are_400_and_the_next_is_answer
     assert answered.status_code == 200
 
 
+def test_a_failure_in_mid_answer_is_told():
+    engine = ScriptedEngine()
+    engine.failure = StageError("generated token 3 has NaN logits", "finite", "NaN", "evaluate it")
+    *_, last = (
+        line for line in ask(engine, body={**ASK, "stream": True}).text.split("\n\n") if line
+    )
+    assert "NaN logits" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert ask(engine, body=ASK).status_code == 400
+
+
 def test_requests_wait_in_a_bounded_line():
     """One is answered, two wait, the others get 429; all that wait are answered."""
     step = threading.Event()

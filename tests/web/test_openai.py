@@ -124,7 +124,7 @@ def test_an_answer_ends_when_its_client_goes_away(server, stream):
                 raise httpx.ReadTimeout("gone")
     deadline = time.monotonic() + 5
     while not engine.replies[0].cancelled:
-        assert time.monotonic() < deadline, "the model goes on for nobody"
+        assert time.monotonic() < deadline, "the model generates for nobody"
         time.sleep(0.02)
     engine.deltas = HELLO
     with connect(served) as client:

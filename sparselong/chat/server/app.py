@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from sparselong.chat.answer import Answer
 from sparselong.chat.engine import Engine, PromptTooLong
-from sparselong.chat.server.completions import Completion
+from sparselong.chat.server.completions import Completion, write_event
 from sparselong.chat.server.errors import ApiError, Gate, answer_error, describe_invalid
 from sparselong.chat.server.metrics import CONTENT_TYPE, Metrics
 from sparselong.chat.server.schema import ChatRequest
@@ -123,8 +123,11 @@ async def _stream(completion: Completion, turns: Turns, metrics: Metrics) -> Res
     async def all_events() -> AsyncIterator[str]:
         for event in first:
             yield event
-        async for event in events:
-            yield event
+        try:
+            async for event in events:
+                yield event
+        except ExpectedError as error:  # too late for a status code
+            yield write_event(_refusal(error).document())
 
     return _AnswerStream(all_events(), turns)
 

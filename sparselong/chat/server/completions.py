@@ -88,14 +88,14 @@ class Completion:
                     yield self._event({}, _reason(item))
                     if self.with_usage:
                         head = self._head("chat.completion.chunk")
-                        yield _line({**head, "choices": [], "usage": _usage(item)})
+                        yield write_event({**head, "choices": [], "usage": _usage(item)})
                 else:
                     yield self._event(item)
         yield "data: [DONE]\n\n"
 
     def _event(self, delta: dict[str, Any], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return _line({**self._head("chat.completion.chunk"), "choices": [choice]})
+        return write_event({**self._head("chat.completion.chunk"), "choices": [choice]})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -123,5 +123,6 @@ def _usage(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _line(document: dict[str, Any]) -> str:
+def write_event(document: dict[str, Any]) -> str:
+    """Return a document as a server-sent event."""
     return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"

@@ -41,7 +41,7 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
         self.retry_after = retry_after
 
-    def response(self) -> JSONResponse:
+    def document(self) -> dict[str, Any]:
         """Return it as OpenAI's error document."""
         kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
         error = {
@@ -50,8 +50,12 @@ class ApiError(Exception):
             "param": self.param,
             "code": self.code,
         }
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """Return the document with the status code."""
         headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
-        return JSONResponse({"error": error}, self.status, headers)
+        return JSONResponse(self.document(), self.status, headers)
 
 
 async def answer_error(_: Request, error: Exception) -> JSONResponse:
