@@ -25,9 +25,9 @@ WINDOW_ROWS = 18_432
 kernels/experts/held.py."""
 LOSS_ROWS = 512
 """Rows of each process whose logits exist at once: CHUNK_ROWS of kernels/layer/cross_entropy.py."""
-NCCL_BYTES = int(0.67 * 2**30)
-"""What NCCL takes on a GPU for each other process (two H200 0.67 GiB, four H100 2.0, with peer
-access)."""
+NCCL_BYTES, NCCL_PEER_BYTES = int(0.7 * 2**30), int(0.1 * 2**30)
+"""What NCCL takes on a GPU, and more of it for each other process: 0.80 GiB on two H200 and 0.98 on
+four with peer access, 0.40 and 0.59 without. On four H100 that could multicast it took 2.16."""
 ROUTING_BYTES = 12
 """Bytes of a routed token's expert and weight, and of its place in the sorted order."""
 EXCHANGES = 5
@@ -48,7 +48,7 @@ def window_rows(shape: ModelShape, tokens: int, expert_parallel: int) -> int:
 
 def nccl_bytes(processes: int) -> int:
     """Return what NCCL's communicators take on a GPU with this many processes on the machine."""
-    return (processes - 1) * NCCL_BYTES
+    return NCCL_BYTES + (processes - 1) * NCCL_PEER_BYTES
 
 
 def forward_bytes(shape: ModelShape, tokens: int, width: int, expert_parallel: int) -> int:

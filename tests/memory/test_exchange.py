@@ -71,15 +71,18 @@ def test_experts_in_gib(size, degree, gib):
 
 
 def test_120b_on_four_cards():
-    """16.55 GiB with bf16 attention, 0.79 GiB of checkpoints, 0.18 of LoRA; it fits 23.6 GiB."""
+    """16.55 GiB with bf16 attention, 0.79 GiB of checkpoints, 0.18 of LoRA; it fits 23.6 GiB.
+
+    There is room to keep the outputs of full attention: 18 layers, 4,096 tokens a process.
+    """
     made = placing.decided_memory(BIG, load(), CARD, held=memory.Held(4))
     found = made.components
     weights = found["experts"] + found["embedding"] + found["small"] + 2 * BIG.attention_weights
     assert weights / GIB == pytest.approx(16.55, abs=0.01)
     assert found["checkpoints"] / GIB == pytest.approx(0.79, abs=0.005)
     assert found["lora"] / GIB == pytest.approx(0.18, abs=0.005)
-    assert made.devices == 4 and found["kept_attention"] == 0
-    assert made.peak_bytes / GIB == pytest.approx(22.1, abs=0.05), "README says so"
+    assert made.devices == 4 and found["kept_attention"] == 18 * 4096 * (2 * 4096 + 4 * 64)
+    assert made.peak_bytes / GIB == pytest.approx(21.8, abs=0.05), "README says so"
 
 
 @pytest.mark.parametrize("shape", [BIG, SMALL], ids=["120b", "20b"])
