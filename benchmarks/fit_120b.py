@@ -13,6 +13,16 @@ which all still share one copy of experts and vocabulary.
 adapters, tokens and rows per expert on each GPU as `whole` does on four. It says nothing about the
 exchanges' bytes, full attention at 16,384 tokens, or NCCL's buffers for four.
 
+With `--placement host` experts are in page-locked host memory, and `whole` runs on one GPU or more.
+Every layer has its own random bytes, drawn on the GPU. One process per GPU measures all lengths of
+an arm, the shortest first. Also measured are a step without copies and its copies by themselves
+(`host_copies.py`), the same with slower copies, resident host memory, and whether the experts'
+bytes after all steps are those of before. `--equal-layers` compares loss and gradients with those
+of experts on the GPU, bit for bit, in so few layers that they fit there.
+
+How layers compute (slices of rows, inputs in host memory, attention's backend) is as stage 03's
+planner decides for GPUs of this memory.
+
 | arm     | adapters                                                         | optimizer       |
 |---------|------------------------------------------------------------------|-----------------|
 | masked  | LoRA r 16 through 2:4 int4 attention, as stage 03                | AdamW, fp32     |
@@ -28,14 +38,14 @@ recorded as such. Needs two or four CUDA devices.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -46,53 +56,106 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.command_line import add_result, command_of, machine_of
-from benchmarks.context_parallel_launch import finish, limit_multiprocessors, start
+from benchmarks.context_parallel_launch import finish as finish_processes
+from benchmarks.context_parallel_launch import limit_multiprocessors, start
+from benchmarks.fit_120b_plan import CAP_BYTES, SHAPES, keeps_attention, plan, settle_layers
+from benchmarks.host_copies import host_memory, measure_parts
 from benchmarks.intervals import profile_step, sum_transfers
 from benchmarks.record import row, write
 from sparselong.files import write_atomically
+from sparselong.model import check_unchanged
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs/gpt-oss-120b-4x3090.yaml"
-CAP_BYTES = int(23.6 * 2**30)
 LIMIT_TOKENS_PER_SECOND = 23_774
 """Arithmetic limit of one H200 for the 120b at 16,384 tokens: forward, recomputation and dX."""
-EXPERT_LORA = (
-    "lora.expert_targets=[gate_up_proj, down_proj]",
-    "lora.expert_r=8",
-    "lora.expert_dtype=bfloat16",
-    "lora.router=true",
-    "training.optimizer=adamw_bnb_8bit",
-)
-SHAPES = {"whole": (4, 128, 201_088), "half": (2, 64, 100_544), "tiny": (2, 8, 4_096)}
-"""GPUs, experts and vocabulary."""
+LEAST = ("hidden_", "copies_rate", "tensors_", "unchanged_")
+"""Beginnings of the names of figures of which the smallest is the worst."""
 Rows = list[dict[str, Any]]
+Case = dict[str, Any]
+Figures = dict[str, float]
 
 
 def work(args: argparse.Namespace) -> None:
-    """Measure one case on this rank; rank 0 writes the rows."""
+    """Measure an arm at some lengths on this rank; rank 0 writes the rows after each."""
     from sparselong.parallel.mesh import build_mesh
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(seconds=args.timeout_seconds)
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
-    size = dist.get_world_size()
-    mesh = build_mesh(args.degree or size, timeout, expert_size=size)
+    mesh = build_mesh(args.degree or args.gpus, timeout, expert_size=args.gpus)
     torch.cuda.set_per_process_memory_fraction((CAP_BYTES - args.spare) / total_bytes())
-    case = {"shape": args.shape, "arm": args.arm, "tokens": args.tokens, "layers": args.layers}
-    case |= {"gpus": size, "degree": mesh.context_size, "peer": args.peer}
-    case["multiprocessors"] = args.multiprocessors
-    if args.keep_attention == "auto":
-        args.keep_attention = "always" if keeps_attention(case) else "never"
-    case["keep_attention"] = args.keep_attention
+    cases = [make_case(args, tokens, mesh.context_size) for tokens in args.lengths]
+    rows: Rows = []
     try:
-        rows = measure(case, args, mesh)
+        for case, found in measure_all(cases, args, mesh):
+            rows += [row(case, "sparselong", name, found[name], unit_of(name)) for name in found]
+            if dist.get_rank() == 0:
+                write_atomically(Path(args.out), json.dumps(rows))
     except torch.OutOfMemoryError as error:
         print(f"rank {dist.get_rank()}: {error}", file=sys.stderr, flush=True)
-        rows = [row(case, "sparselong", "out_of_memory", 1, "1")]
+        done = {each["case"]["tokens"] for each in rows}
+        failed = next((case for case in cases if case["tokens"] not in done), cases[-1])
+        rows.append(row(failed, "sparselong", "out_of_memory", 1, "1"))
         write_atomically(Path(args.out), json.dumps(rows))
         raise
-    if dist.get_rank() == 0:
-        write_atomically(Path(args.out), json.dumps(rows))
     dist.destroy_process_group()
+
+
+def make_case(args: argparse.Namespace, tokens: int, degree: int) -> Case:
+    """Return the case of a length: what was asked for, and what the planner decides."""
+    case = {"shape": args.shape, "arm": args.arm, "tokens": tokens, "layers": args.layers}
+    case |= {"gpus": args.gpus, "degree": degree, "peer": args.peer}
+    case |= {"multiprocessors": args.multiprocessors, "placement": args.placement}
+    case |= settle_layers(case)
+    keeps = args.keep_attention
+    if keeps == "auto":
+        keeps = "always" if keeps_attention(case) else "never"
+    return case | {"keep_attention": keeps, "copy_limit": None}
+
+
+def measure_all(
+    cases: list[Case], args: argparse.Namespace, mesh: Any
+) -> Iterator[tuple[Case, Figures]]:
+    """Yield each case with its figures, those of the slowest or fullest rank."""
+    from benchmarks import fit_120b_model as model
+
+    if args.equal_layers:
+        for case in cases:
+            case |= {"layers": args.equal_layers}
+            yield case, merge(model.compare_placements(case, args, mesh), mesh)
+        return
+    torch.zeros(1, device="cuda")
+    at_rest = outside_torch()
+    own = model.prepare(cases[0], mesh)
+    optimizer = model.make_optimizer(args.arm, own.trained)
+    for number, case in enumerate(cases):
+        model.arrange_layers(own, case)
+        step = model.make_step(own, optimizer, case, args.stride)
+        yield case, measure(case, step, own, args, mesh, at_rest)
+        if own.host is None:
+            continue
+        limits = [None, *(args.copy_limits if number == 0 else [])]
+        for limit in limits:
+            parts = measure_parts(own.host, partial(finish, step), partial(wait, mesh), 2, limit)
+            parts["streamed_throughput"] = case["tokens"] / parts["streamed_step_seconds"]
+            yield case | {"copy_limit": limit}, merge(parts, mesh)
+    if own.host is not None:
+        receipt = check_unchanged(own.host, own.hashes)
+        found = {"unchanged_tensors": receipt["tensors"], **host_memory(own.host)}
+        yield cases[-1], merge(found, mesh)
+
+
+def finish(step: Callable[[], torch.Tensor]) -> float:
+    """Make a step, wait for the GPU and return the loss."""
+    loss = float(step())
+    torch.cuda.synchronize()
+    return loss
+
+
+def wait(mesh: Any) -> None:
+    """Wait for all ranks, over gloo, as stage 03 waits."""
+    from sparselong.parallel.collectives import all_gather
+
+    all_gather(torch.zeros(1), mesh.world_group, "barrier")
 
 
 def total_bytes() -> int:
@@ -106,20 +169,20 @@ def outside_torch() -> int:
     return total - free - torch.cuda.memory_reserved()
 
 
-def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
-    """Return a case's rows: memory by component, times, bytes and overlap of the slowest rank."""
-    from sparselong.parallel.collectives import all_gather, count_bytes
+def measure(
+    case: Case, step: Callable[[], torch.Tensor], own: Any, args: argparse.Namespace, mesh: Any,
+    at_rest: int,
+) -> Figures:  # fmt: skip
+    """Return a case's memory by component, times, bytes and overlap of the slowest rank."""
+    from sparselong.parallel.collectives import count_bytes
 
-    torch.zeros(1, device="cuda")
-    found = {"context_bytes": outside_torch()}
-    step, resident = prepare(args, mesh)
-    found |= resident
+    found = {"context_bytes": at_rest, **own.resident}
+    torch.cuda.empty_cache()  # of what a shorter case has left
     seconds, loss = [], 0.0
     for number in range(args.warm_up + args.rounds):
-        all_gather(torch.zeros(1), mesh.world_group, "barrier")  # over gloo, as stage 03 waits
+        wait(mesh)
         begin = time.perf_counter()
-        loss = float(step())
-        torch.cuda.synchronize()
+        loss = finish(step)
         seconds.append(time.perf_counter() - begin)
         if number == 0:
             found["first_step_seconds"] = seconds[0]
@@ -132,27 +195,34 @@ def measure(case: dict[str, Any], args: argparse.Namespace, mesh: Any) -> Rows:
         "reserved_bytes": torch.cuda.max_memory_reserved(),
         "device_bytes": torch.cuda.max_memory_reserved() + outside,
         "launch_seconds": time_launch(),
+        **host_memory(own.host),
     }
     with count_bytes() as sent:
         step()
     found |= {f"sent_bytes: {tag}": count for tag, count in sent.items()}
     found["sent_bytes"] = sum(sent.values())
     found |= measure_kernels(step, case["layers"], mesh.world_group)
-    names = sorted(all_names(found, mesh.world_group))
-    mine = torch.tensor([float(found.get(name, 0.0)) for name in names], dtype=torch.float64)
-    ranks = torch.stack([each.cpu() for each in all_gather(mine, mesh.world_group, "figures")])
-    worst = dict(zip(names, ranks.amax(0).tolist(), strict=True))
-    least = dict(zip(names, ranks.amin(0).tolist(), strict=True))
-    worst |= {name: least[name] for name in names if name.startswith("hidden_")}
-    worst |= plan(case)
+    worst = merge(found, mesh) | plan(case)
     worst["throughput"] = case["tokens"] * mesh.data_size / worst["step_seconds"]
     per_gpu = case["tokens"] / case["degree"]
     for name in ("compute", "step"):
         rate = per_gpu / worst[f"{name}_seconds"]
         worst[f"{name}_share_of_limit"] = rate / LIMIT_TOKENS_PER_SECOND
-    tell(case, worst, loss)
-    rows = [row(case, "sparselong", name, value, unit_of(name)) for name, value in worst.items()]
-    return [*rows, row(case, "sparselong", "loss", loss, "nats")]
+    worst["loss"] = loss
+    tell(case, worst)
+    return worst
+
+
+def merge(found: Figures, mesh: Any) -> Figures:
+    """Return the figures of the slowest rank, or of that with most bytes; all ranks call this."""
+    from sparselong.parallel.collectives import all_gather
+
+    names = sorted(all_names(found, mesh.world_group))
+    mine = torch.tensor([float(found.get(name, 0.0)) for name in names], dtype=torch.float64)
+    ranks = torch.stack([each.cpu() for each in all_gather(mine, mesh.world_group, "figures")])
+    worst = dict(zip(names, ranks.amax(0).tolist(), strict=True))
+    least = dict(zip(names, ranks.amin(0).tolist(), strict=True))
+    return worst | {name: least[name] for name in names if name.startswith(LEAST)}
 
 
 def measure_kernels(step: Callable[[], Any], layers: int, group: Any) -> dict[str, float]:
@@ -171,6 +241,7 @@ def measure_kernels(step: Callable[[], Any], layers: int, group: Any) -> dict[st
 def unit_of(name: str) -> str:
     """Return the unit of a figure by the last word of its name."""
     units = {"bytes": "bytes", "seconds": "s", "throughput": "tokens/s"}
+    units |= {"loss": "nats", "rate": "bytes/s"}
     return units.get(name.split(":")[0].split("_")[-1], "1")
 
 
@@ -182,43 +253,10 @@ def all_names(found: dict[str, Any], group: Any) -> set[str]:
     return shared | {name for names in every for name in names if name.startswith("sent_bytes")}
 
 
-def plan(case: dict[str, Any]) -> dict[str, int]:
-    """Return what stage 03's planner says of a case: the peak, and bytes by component."""
-    from sparselong.memory import Held, Kept, finetune_memory
-
-    shape, config = describe(case)
-    kept = Kept(case["keep_attention"] == "always", False)
-    made = finetune_memory(shape, config, held=Held(case["gpus"]), kept=kept)
-    components = {f"planned_bytes: {name}": size for name, size in made.components.items()}
-    return {"planned_bytes": made.peak_bytes, **components}
-
-
-def keeps_attention(case: dict[str, Any]) -> bool:
-    """Return whether stage 03 would keep full attention's output within the cap."""
-    from sparselong.memory import Held, is_kept, kept_peaks
-
-    peaks = kept_peaks(*describe(case), held=Held(case["gpus"]))
-    return is_kept("auto", peaks["keep_attention"], CAP_BYTES)
-
-
-def describe(case: dict[str, Any]) -> tuple[Any, Any]:
-    """Return a case's shape and config, as the planner takes them."""
-    from sparselong.config import load
-    from sparselong.memory import PUBLISHED
-
-    overrides = [f"sequence_len={case['tokens']}", f"sequence_parallel_degree={case['degree']}"]
-    overrides += ["lora.r=16", *(EXPERT_LORA if case["arm"] == "experts" else ())]
-    _, experts, vocab = SHAPES[case["shape"]]
-    layers = {"layers": case["layers"], "full_layers": case["layers"] // 2}
-    published = PUBLISHED["openai/gpt-oss-120b"]
-    shape = dataclasses.replace(published, experts=experts, vocab=vocab, **layers)
-    return shape, load(CONFIG, overrides)
-
-
-def tell(case: dict[str, Any], worst: dict[str, float], loss: float) -> None:
+def tell(case: Case, worst: Figures) -> None:
     """Print a case's figures on rank 0."""
     if dist.get_rank() == 0:
-        print(case, f"loss {loss:.4f}", file=sys.stderr)
+        print(case, file=sys.stderr)
         for name, value in worst.items():
             shown = f"{value / 2**30:9.3f} GiB" if "bytes" in name else f"{value:9.4f}"
             print(f"    {shown}  {name}", file=sys.stderr, flush=True)
@@ -235,78 +273,27 @@ def time_launch() -> float:
     return (time.perf_counter() - begin) / 500
 
 
-def prepare(
-    args: argparse.Namespace, mesh: Any
-) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
-    """Return a function that makes a step, and the bytes of what is resident, by component."""
-    from benchmarks.shape_20b import adapt, build_packed, config_of
-    from sparselong.adapters.expert_factors import sharded_parameters
-    from sparselong.memory import Kept
-    from sparselong.parallel.apply import shard_model
-    from sparselong.runtime.settings import using
-
-    _, experts, vocab = SHAPES[args.shape]
-    torch.manual_seed(0)  # the same replicated weights on every rank
-    before = torch.cuda.memory_allocated()
-    kept = Kept(args.keep_attention == "always", False)
-    with using(**shard_model(mesh)):
-        packed = build_packed(config_of(args.layers, experts, vocab), args.arm)
-        resident = {"packed_bytes": torch.cuda.memory_allocated() - before}
-        model = adapt(packed, args.arm, kept, expert_dtype=torch.bfloat16)
-    resident["weight_bytes"] = torch.cuda.memory_allocated() - before
-    sharded = list(sharded_parameters(model).values())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    resident["adapter_bytes"] = sum(p.nbytes for p in trained)  # included in the weights
-    optimizer = make_optimizer(args.arm, trained)
-    return make_step(model, optimizer, sharded, args, mesh), resident
-
-
-def make_optimizer(arm: str, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the arm's optimizer, with a learning rate of 0 so that every step is the same."""
-    if arm == "experts":
-        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-untyped]
-
-        return AdamW8bit(trained, lr=0.0)
-    return torch.optim.AdamW(trained, lr=0.0, fused=True)
-
-
-def make_step(
-    model: Any, optimizer: Any, sharded: list, args: argparse.Namespace, mesh: Any
-) -> Callable[[], torch.Tensor]:
-    """Return a function that makes one optimizer step on random tokens and returns the loss."""
-    from sparselong.parallel.apply import share_batch
-    from sparselong.parallel.gradients import gradient_norm, reduce_gradients
-    from sparselong.parallel.loss import add_losses, count_step
-    from sparselong.runtime.settings import using
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    generator = torch.Generator().manual_seed(mesh.data_rank)
-    ids = torch.randint(SHAPES[args.shape][2], (1, args.tokens), generator=generator).cuda()
-
-    def step() -> torch.Tensor:
-        batch = {"input_ids": ids, "labels": ids}
-        count = count_step([batch], mesh, args.tokens).divisor
-        local, changes = share_batch(batch, mesh, args.stride)
-        with using(**changes):
-            loss = model(**local, num_items_in_batch=count, use_cache=False).loss
-            loss.backward()
-        reduce_gradients(trained, mesh, sharded)
-        gradient_norm(trained, mesh, sharded)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return add_losses(loss, mesh)
-
-    return step
-
-
 def parse() -> argparse.Namespace:
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="whole", choices=SHAPES)
     parser.add_argument("--arms", nargs="+", default=["masked", "experts"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[16_384, 4096])
+    parser.add_argument("--gpus", type=int, help="by default those of the shape")
     parser.add_argument("--degree", type=int, help="GPUs that share a sequence; by default all")
     parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--placement", default="gpu", choices=("gpu", "host"), help="of experts")
+    parser.add_argument(
+        "--copy-limits",
+        nargs="*",
+        type=float,
+        default=[],
+        metavar="RATE",
+        help="with --placement host: bytes a second to which copies are slowed at the first length",
+    )
+    parser.add_argument(
+        "--equal-layers", type=int, help="compare both placements in so many layers, nothing else"
+    )
     parser.add_argument(
         "--keep-attention",
         default="auto",
@@ -333,6 +320,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="measured steps")
     parser.add_argument("--timeout-seconds", type=int, default=240, help="timeout of each case")
     add_result(parser)
+    parser.add_argument("--subject", default="fit_120b", help="first part of the file name")
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -343,28 +331,30 @@ def main() -> None:
     if args.settings:
         work(argparse.Namespace(**json.loads(args.settings)))
         return
-    gpus = SHAPES[args.shape][0]
-    if torch.cuda.device_count() < gpus:
-        print(f"benchmarks/fit_120b.py needs {gpus} CUDA devices: nothing measured")
+    args.gpus = args.gpus or SHAPES[args.shape][0]
+    if torch.cuda.device_count() < args.gpus:
+        print(f"benchmarks/fit_120b.py needs {args.gpus} CUDA devices: nothing measured")
         return
     rows: Rows = []
     machine, command = machine_of(args), command_of(__file__, args)
+    together = args.placement == "host"  # filling host memory takes long
+    lengths = [sorted(args.lengths)] if together else [[length] for length in args.lengths]
     with limit_multiprocessors(args.multiprocessors):
-        for peer, arm, tokens in product(args.peer, args.arms, args.lengths):
-            rows += run_case(args, gpus, arm=arm, tokens=tokens, peer=peer == "on")
-            write("fit_120b", machine, command, rows, args.folder)  # in case a later one fails
+        for peer, arm, some in product(args.peer, args.arms, lengths):
+            rows += run_case(args, arm=arm, lengths=some, peer=peer == "on")
+            write(args.subject, machine, command, rows, args.folder)  # in case a later one fails
 
 
-def run_case(args: argparse.Namespace, gpus: int, **case: Any) -> Rows:
-    """Run one case in processes of its own and return its rows."""
+def run_case(args: argparse.Namespace, **case: Any) -> Rows:
+    """Measure an arm at some lengths in processes of their own and return the rows."""
     out = args.folder / "fit_120b.part"
     out.unlink(missing_ok=True)
-    processes = start(gpus, 0, args, out, __file__, **case)
-    ended = finish(processes, time.monotonic() + args.timeout_seconds)
+    processes = start(args.gpus, 0, args, out, __file__, **case)
+    ended = finish_processes(processes, time.monotonic() + args.timeout_seconds)
     rows = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
     out.unlink(missing_ok=True)
-    if not ended and not rows:
-        print(f"failed: {case}", file=sys.stderr, flush=True)
+    if not ended:
+        print(f"failed: {case}, {len(rows)} rows kept", file=sys.stderr, flush=True)
     return rows
 
 

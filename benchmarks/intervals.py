@@ -1,9 +1,9 @@
-"""When a GPU's kernels run: compute and collectives, and how much of the latter is hidden."""
+"""When a GPU's kernels run: compute, collectives, copies from and to the host; what is hidden."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,17 +28,20 @@ class Profile(NamedTuple):
     """One profiled step on this rank.
 
     Attributes:
-        compute: the union of the intervals in which any kernel but NCCL's runs.
+        compute: the union of the intervals in which any kernel but NCCL's runs, or a copy on the
+            GPU.
         collectives: NCCL's kernels, by tag in the order of their calls; empty if they cannot be
             told apart (several groups).
         sending: the union of NCCL's kernels' intervals.
-        launches: number of kernels.
+        launches: number of kernels and copies.
+        copying: the union of the intervals of copies between host memory and the GPU.
     """
 
     compute: list[Interval]
     collectives: dict[str, list[Interval]]
     sending: list[Interval]
     launches: int
+    copying: Sequence[Interval] = ()
 
     def summarize(self, layers: int) -> dict[str, float]:
         """Return seconds of both kinds of kernels and launches.
@@ -48,7 +51,8 @@ class Profile(NamedTuple):
 
         Returns:
             Seconds in which any kernel but NCCL's runs, in which NCCL's run, and in which both do;
-            the hidden share of the collectives, in all and by tag; launches, in all and per layer.
+            the hidden share of the collectives, in all and by tag; seconds of copies between host
+            memory and the GPU; launches, in all and per layer.
         """
         both = overlap(self.compute, self.sending)
         found = {
@@ -56,6 +60,7 @@ class Profile(NamedTuple):
             "collective_seconds": length(self.sending) / 1e6,
             "hidden_seconds": both / 1e6,
             "hidden_share": both / length(self.sending) if self.sending else 1.0,
+            "host_copy_seconds": length(self.copying) / 1e6,
             "launches": self.launches,
             "launches_per_layer": self.launches / layers,
         }
@@ -103,6 +108,7 @@ def profile_step(step: Callable[[], Any]) -> Profile:
         step()
         torch.cuda.synchronize()
     compute: list[Interval] = []
+    copies: list[Interval] = []
     collective: list[tuple[str, Interval]] = []
     for event in trace.events():
         if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
@@ -110,11 +116,14 @@ def profile_step(step: Callable[[], Any]) -> Profile:
         span = (event.time_range.start, event.time_range.end)
         if "nccl" in event.name.lower():
             collective.append((event.name, span))
+        elif "HtoD" in event.name or "DtoH" in event.name:
+            copies.append(span)
         else:
             compute.append(span)
     sending = merge([span for _, span in collective])
-    launches = len(compute) + len(collective)
-    return Profile(merge(compute), assign(collective, tags), sending, launches)
+    launches = len(compute) + len(collective) + len(copies)
+    copying = merge(copies)
+    return Profile(merge(compute), assign(collective, tags), sending, launches, copying)
 
 
 @contextmanager
@@ -174,7 +183,7 @@ def merge(spans: list[Interval]) -> list[Interval]:
     return merged
 
 
-def length(spans: list[Interval]) -> float:
+def length(spans: Sequence[Interval]) -> float:
     """Return the total length of intervals that do not overlap."""
     return sum(end - begin for begin, end in spans)
 

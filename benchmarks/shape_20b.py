@@ -15,12 +15,15 @@ from sparselong.adapters.attach import ExtraAdapters, add_masked_lora
 from sparselong.adapters.expert_lora import EXPERT_WEIGHTS
 from sparselong.checkpoint.format import PROJECTIONS
 from sparselong.memory import Kept
+from sparselong.model import slice_rows
 from sparselong.model.fused import chunk_loss, fuse
+from sparselong.model.host_experts import HostExperts, find_host_experts
+from sparselong.model.packed_experts import PackedExperts, reserve_host_memory
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.quantizer import replace_with_packed
 from sparselong.packing import dense, integer
 from sparselong.packing.dense import DenseFormat
-from sparselong.runtime.recompute import checkpoint_contexts
+from sparselong.runtime import DeviceInputs, HostInputs, checkpoint_contexts
 
 BASELINES = ("eager", "flex")
 OURS = ("lora", "masked", "experts")
@@ -69,10 +72,7 @@ def adapt(
     """Return one of this project's models with checkpointing and the arm's adapters."""
     fuse(model)
     chunk_loss(model)
-    arguments: dict[str, Any] = {"use_reentrant": False}
-    arguments["context_fn"] = partial(checkpoint_contexts, *kept)
-    arguments["preserve_rng_state"] = False  # as stage 03
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    compute_layers(model, kept)
     model.enable_input_require_grads()
     if arm in SPARSE:
         extra = (
@@ -96,6 +96,26 @@ def adapt(
     return tuned.train()
 
 
+def compute_layers(
+    model: Any, kept: Kept, rows: int | None = None, *, offloads: bool = False
+) -> None:
+    """Let a model's checkpointed layers compute and keep what stage 03 lets them.
+
+    Args:
+        model: one of this project's models, without PEFT's wrapper.
+        kept: which results layers keep.
+        rows: most tokens of a slice; None: whole layers, under torch's checkpoints.
+        offloads: whether layers' inputs are kept in host memory; needs `rows`.
+    """
+    if rows is not None:
+        slice_rows(model, rows, HostInputs() if offloads else DeviceInputs(), kept.attention)
+        return
+    arguments: dict[str, Any] = {"use_reentrant": False}
+    arguments["context_fn"] = partial(checkpoint_contexts, *kept)
+    arguments["preserve_rng_state"] = False  # as stage 03
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+
+
 def build_baseline(config: GptOssConfig, arm: str) -> GptOssForCausalLM:
     """Return transformers' model in bf16."""
     attention = {"eager": "eager", "flex": "flex_attention"}[arm]
@@ -116,20 +136,37 @@ def build_packed(config: GptOssConfig, arm: str, attention: str = "sparselong"):
         )
         replace_with_packed(model, COMPRESSED if arm in SPARSE else PUBLISHED)
         model.bfloat16()
+    host = reserve_experts(model)
     model.to_empty(device="cuda")
     with torch.no_grad(), torch.device("cuda"):
         model.model.rotary_emb = modeling_gpt_oss.GptOssRotaryEmbedding(config)
         fill(model)
+    if host is not None:
+        host.start(torch.device("cuda", torch.cuda.current_device()))
     return model.requires_grad_(False)
 
 
+def reserve_experts(model: nn.Module) -> HostExperts | None:
+    """Give experts that belong in host memory their place there; None: none do."""
+    reserve_host_memory(model, locked=True)
+    for module in model.modules():
+        if isinstance(module, PackedExperts) and module.host is not None:
+            for name, tensor in module.host.tensors(module.layer).items():
+                setattr(module, name, tensor)
+    return find_host_experts(model)
+
+
 def fill(model: nn.Module) -> None:
-    """Fill a model on its device with random values of a trained model's magnitude."""
+    """Fill a model with random values of a trained model's magnitude, drawn on the GPU.
+
+    Experts in host memory get the bytes that they would get on the GPU.
+    """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("_blocks"):
-            tensor.random_(0, 256)
-        elif name.endswith("_scales"):
-            tensor.random_(119, 123)  # 2^-8 … 2^-5: weights of about 0.02
+        if name.endswith(("_blocks", "_scales")):
+            # scales 2^-8 … 2^-5: weights of about 0.02
+            bounds = (0, 256) if name.endswith("_blocks") else (119, 123)
+            drawn = tensor if tensor.is_cuda else torch.empty_like(tensor, device="cuda")
+            tensor.copy_(drawn.random_(*bounds))
         elif "norm" in name:
             tensor.fill_(1.0)
         elif tensor.is_floating_point() and "rotary" not in name:
