@@ -49,14 +49,29 @@ DEFAULTS = {
     "keep_experts": "never",
     "offload": False,
     "slice_rows": "never",
+    "placement": "gpu",
+    "attention_backend": "auto",
 }
 FILE = Path(__file__).resolve().parent.parent / "configs" / "gpt-oss-20b-1x3090.yaml"
 
 
 def predict(case: dict[str, Any], *further: str) -> memory.Memory:
-    """Return the planner's memory of a case, by component; `further` are more overrides.
+    """Return the planner's memory of a case, by component; `further` are more overrides."""
+    shape, asked = describe(case, *further)
+    kept = memory.Kept(*(case.get(key) == "always" for key in ("keep_attention", "keep_experts")))
+    return memory.finetune_memory(shape, asked, held=held_in(case), kept=kept)
 
-    Cases in older files have no `keep_experts` or `slice_rows`, which means `never`.
+
+def held_in(case: dict[str, Any]) -> memory.Held:
+    """Return how the case's process holds the experts."""
+    return memory.Held(1, case.get("placement", "gpu"))
+
+
+def describe(case: dict[str, Any], *further: str) -> tuple[Any, config.Config]:
+    """Return a case's shape and config, as the planner takes them.
+
+    Cases in older files have no `keep_experts` or `slice_rows`, which means `never`, and neither
+    a placement nor an attention backend: experts on the GPU, and the fastest.
     """
     overrides = {
         "sequence_len": case["tokens"],
@@ -64,23 +79,45 @@ def predict(case: dict[str, Any], *further: str) -> memory.Memory:
         "lora.r": case["rank"],
         "training.offload_checkpoints": str(case["offload"]).lower(),
         "training.slice_rows": case.get("slice_rows", "never"),
+        "attention_backend": case.get("attention_backend", "auto"),
     }
     asked = config.load(FILE, [f"{key}={value}" for key, value in overrides.items()] + [*further])
     layers = case["layers"]
     shape = dataclasses.replace(
         memory.PUBLISHED["openai/gpt-oss-20b"], layers=layers, full_layers=layers // 2
     )
-    kept = memory.Kept(*(case.get(key) == "always" for key in ("keep_attention", "keep_experts")))
-    return memory.finetune_memory(shape, asked, kept=kept)
+    return shape, asked
+
+
+def settle(case: dict[str, Any], cap_bytes: int) -> dict[str, Any]:
+    """Return how stage 03 would let the layers of a case compute within a GPU's memory.
+
+    What the case says of it itself does not matter.
+    """
+    shape, asked = describe(case | {"offload": "auto", "slice_rows": "auto"})
+    held = held_in(case)
+    settled = memory.settle(shape, asked, held, 1, cap_bytes)
+    peaks = memory.kept_peaks(shape, settled, held=held)
+    sliced = memory.rows_at_once(settled, case["tokens"]) is not None
+    kept = {
+        key: "always" if memory.is_kept("auto", peak, cap_bytes) else "never"
+        for key, peak in peaks.items()
+    }
+    return {
+        "slice_rows": str(settled.training.slice_rows),
+        "offload": settled.training.offload_checkpoints is True,
+        "attention_backend": settled.attention_backend,
+        "keep_attention": kept["keep_attention"],
+        "keep_experts": "never" if sliced else kept["keep_experts"],
+    }
 
 
 def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure one case in this process, after the parent signals that the GPU is free."""
     from benchmarks import train_step
 
-    train_step.MEASURED = 1
     sys.stdin.readline()
-    args = argparse.Namespace(**case, arm="masked", spare=0, profile=False)
+    args = argparse.Namespace(**case, arm="masked", spare=0, profile=False, warm_up=2, rounds=1)
     rows = train_step.measure(args)
     kept = ("allocated_bytes", "context_bytes", "device_bytes")
     found = {r["metric"]: r["value"] for r in rows if r["metric"] in kept}

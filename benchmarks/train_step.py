@@ -12,8 +12,10 @@ kernels and optimizer are those of training. Every arm runs in its own process o
 | masked | this project's | MXFP4, packed    | masked LoRA through 2:4 int4 attention, as stage 03 |
 
 `device_bytes` is the GPU memory of the process: torch's peak reserved memory and the CUDA context.
-With `--cap-gib`, torch may reserve only what the cap leaves after the context. The profile sums the
-kernels of one step by kind. Needs a CUDA device.
+With `--cap-gib`, torch may reserve only what the cap leaves after the context. With `--planned`,
+layers compute and keep what stage 03's planner decides for a GPU of that memory: slices of rows,
+inputs in host memory, attention's backend. `--placement host` keeps experts in page-locked host
+memory. The profile sums the kernels of one step by kind. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -35,12 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.command_line import add_result, command_of, has_device, machine_of
+from benchmarks.host_copies import host_memory
 from benchmarks.record import row, write
-from benchmarks.shape_20b import BASELINES, OURS, R, build
-from sparselong.model import slice_rows
-from sparselong.runtime import DeviceInputs, HostInputs
+from benchmarks.shape_20b import BASELINES, OURS, R, build, compute_layers
+from sparselong.memory import Kept
+from sparselong.model import find_host_experts
+from sparselong.runtime import using
 
-WARM_UP, MEASURED = 2, 3
 KINDS = {
     "communication": ("nccl",),
     "attention": ("flash", "fmha", "cudnn_generated", "flex_attention", "forward_kernel",
@@ -93,27 +96,32 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((args.cap_gib * 2**30 - args.spare) / total)
-    model = build(
-        args.arm,
-        args.keep_attention == "always",
-        args.layers,
-        args.rank,
-        keep_experts=args.keep_experts == "always",
-    )
+    with using(expert_placement=args.placement):
+        model = build(
+            args.arm,
+            args.keep_attention == "always",
+            args.layers,
+            args.rank,
+            keep_experts=args.keep_experts == "always",
+        )
+    host = find_host_experts(model)
+    torch.cuda.empty_cache()  # of what was allocated to draw the weights
     vocab: Any = model.config.vocab_size  # type: ignore[union-attr]
     tokens = torch.randint(vocab, (args.batch, args.tokens), device="cuda")
     compute_in_slices(model, args)
-    step = make_step(model, tokens)
+    step = make_step(model, tokens, args.attention_backend)
     case = describe(args, args.tokens)
-    seconds, loss = [], 0.0
-    for n in range(WARM_UP + MEASURED):
+    seconds, loss, copied = [], 0.0, 0
+    for n in range(args.warm_up + args.rounds):
+        before = host.copied_bytes if host else 0
         begin = time.perf_counter()
         loss = step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-        if n + 1 == WARM_UP:
+        copied = host.copied_bytes - before if host else 0
+        if n + 1 == args.warm_up:
             torch.cuda.reset_peak_memory_stats()
-    median, device = statistics.median(seconds[WARM_UP:]), torch.cuda.max_memory_reserved()
+    median, device = statistics.median(seconds[args.warm_up :]), torch.cuda.max_memory_reserved()
     rate = args.batch * args.tokens / median
     context = context_bytes()
     print(
@@ -130,7 +138,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         row(case, args.arm, "allocated_bytes", torch.cuda.max_memory_allocated(), "bytes"),
         row(case, args.arm, "device_bytes", device + context, "bytes"),
         row(case, args.arm, "context_bytes", context, "bytes"),
+        row(case, args.arm, "copied_bytes", copied, "bytes"),
         row(case, args.arm, "loss", loss, "nats"),
+        *(row(case, args.arm, name, size, "bytes") for name, size in host_memory(host).items()),
     ]
     return rows + (profile_step(step, case, args.arm) if args.profile else [])
 
@@ -140,18 +150,19 @@ def compute_in_slices(model: Any, args: argparse.Namespace) -> None:
     if args.slice_rows == "never" and not args.offload:
         return
     rows = args.batch * args.tokens if args.slice_rows == "never" else int(args.slice_rows)
-    inputs = HostInputs() if args.offload else DeviceInputs()
-    slice_rows(model.get_base_model(), rows, inputs, args.keep_attention == "always")
+    kept = Kept(args.keep_attention == "always", False)
+    compute_layers(model.get_base_model(), kept, rows, offloads=args.offload)
 
 
-def make_step(model: Any, tokens: torch.Tensor) -> Callable[[], float]:
+def make_step(model: Any, tokens: torch.Tensor, backend: str = "auto") -> Callable[[], float]:
     """Return a function that makes one optimizer step on `tokens` and returns the loss."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step() -> float:
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
+        with using(attention_backend=backend):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
@@ -162,7 +173,7 @@ def make_step(model: Any, tokens: torch.Tensor) -> Callable[[], float]:
 def describe(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
     """Return the case of a row."""
     names = ("batch", "layers", "rank", "cap_gib", "keep_attention", "keep_experts")
-    names += ("offload", "slice_rows")
+    names += ("offload", "slice_rows", "placement", "attention_backend")
     return {"tokens": tokens} | {name: getattr(args, name) for name in names}
 
 
@@ -179,6 +190,8 @@ def spawn(arm: str, tokens: int, args: argparse.Namespace, profiled: bool) -> li
         command += ["--profile"] if profiled else []
         command += ["--slice-rows", args.slice_rows]
         command += ["--offload"] if args.offload else []
+        command += ["--placement", args.placement, "--attention-backend", args.attention_backend]
+        command += ["--warm-up", args.warm_up, "--rounds", args.rounds]
         done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True)
         print(done.stderr[-6000:], file=sys.stderr, end="", flush=True)
         if done.returncode == 0:
@@ -188,8 +201,8 @@ def spawn(arm: str, tokens: int, args: argparse.Namespace, profiled: bool) -> li
     return [row(describe(args, tokens), arm, "out_of_memory", 1, "1")]
 
 
-def main() -> None:
-    """Measure the chosen arms and lengths, and write the results."""
+def parse() -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     arms = (*BASELINES, *OURS)
     parser.add_argument("--arms", nargs="+", default=list(arms), choices=arms)
@@ -205,6 +218,11 @@ def main() -> None:
         "--slice-rows", default="never", help="tokens of a slice; arms of ours only"
     )
     parser.add_argument("--offload", action="store_true", help="inputs of layers on the host")
+    parser.add_argument("--attention-backend", default="auto", help="of arms of ours")
+    parser.add_argument("--placement", default="gpu", choices=("gpu", "host"), help="of experts")
+    parser.add_argument("--planned", action="store_true", help="with --cap-gib, arm masked only")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before those measured")
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps")
     parser.add_argument("--profiled", type=int, nargs="*", default=[16384], help="lengths")
     parser.add_argument("--subject", default="train_step", help="first part of the file name")
     add_result(parser)
@@ -212,10 +230,32 @@ def main() -> None:
         parser.add_argument(name, type=int if name == "--tokens" else str, help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    slices = args.slice_rows != "never" or args.offload
     measured = {args.arm} if args.arm else set(args.arms)
-    if slices and (args.keep_experts == "always" or measured & set(BASELINES)):
-        parser.error("--slice-rows and --offload need arms of ours, without --keep-experts always")
+    slices = args.slice_rows != "never" or args.offload
+    if slices and args.keep_experts == "always":
+        parser.error("--slice-rows and --offload need --keep-experts never")
+    if (slices or args.placement == "host") and measured & set(BASELINES):
+        parser.error("--slice-rows, --offload and --placement host need arms of ours")
+    if args.planned and (args.cap_gib is None or measured != {"masked"}):
+        parser.error("--planned needs --cap-gib, and --arms masked")
+    return args
+
+
+def planned(args: argparse.Namespace, tokens: int) -> tuple[argparse.Namespace, list[Any]]:
+    """Return the arguments as the planner decides for a length, and rows of what it predicts."""
+    from benchmarks.memory import predict, settle
+
+    if not args.planned:
+        return args, []
+    settled = settle(describe(args, tokens), int(args.cap_gib * 2**30))
+    args = argparse.Namespace(**vars(args) | settled)
+    case = describe(args, tokens)
+    return args, [row(case, "masked", "planned_bytes", predict(case).peak_bytes, "bytes")]
+
+
+def main() -> None:
+    """Measure the chosen arms and lengths, and write the results."""
+    args = parse()
     if not has_device(__file__):
         return
     if args.arm:
@@ -226,7 +266,8 @@ def main() -> None:
     command = command_of(__file__, args)
     for tokens in args.lengths:
         for arm in args.arms:
-            rows += spawn(arm, tokens, args, tokens in args.profiled)
+            settled, predicted = planned(args, tokens)
+            rows += spawn(arm, tokens, settled, tokens in args.profiled) + predicted
             path = write(args.subject, machine, command, rows, args.folder)  # in case one fails
             print(path, file=sys.stderr)
 
