@@ -6,28 +6,41 @@ gradients, and forward with gradients of the input and the routing weights. `bal
 every expert the same number of rows, `random` draws each token's experts. Our backends are compared
 with transformers' grouped_mm experts over bf16 weights (four times the memory), and with two lower
 bounds that compute only the products: torch's grouped product in bf16, and a dense matmul of equal
-FLOPs.
+FLOPs. Arms whose names begin with `lora` have rank-8 adapters in bf16 on both projections, and
+gradients of these too: ours, and those of two packages if installed (`expert_lora_arms.py`).
 
 Each backend's error against fp64 is measured first. No speed is reported if it exceeds twice that
-of plain torch in bf16. TFLOP/s count 2 FLOPs per weight and row, and twice that with gradients.
-GB/s count the packed bytes of the selected experts, each read once. Needs a CUDA device.
+of plain torch in bf16; that of a package with adapters is, with a row that says so. TFLOP/s count 2
+FLOPs per weight and row, and twice that with gradients. GB/s count the packed bytes of the selected
+experts, each read once; adapters count as nothing. Needs a CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from benchmarks.attention import measure_peak, tell, time_in_turn
-from benchmarks.command_line import add_result, has_device, machine_of
+from benchmarks.command_line import add_result, command_of, has_device, machine_of
+from benchmarks.expert_lora_arms import (
+    FACTORS,
+    PACKAGES,
+    LoraRun,
+    adapters_of,
+    draw_factors,
+    make_lora,
+    make_lora_runs,
+    not_measured,
+)
 from benchmarks.record import row, write
 from sparselong.kernels.expert_stack import ExpertStack, PackedWeight
 from sparselong.kernels.experts.op import MOST_CHOICES, expert_mlp
@@ -40,6 +53,7 @@ WEIGHTS = 3 * WIDTH * WIDTH
 PACKED_BYTES = WEIGHTS * 17 // 32
 OURS = ("generation", "small", "packed", "decode", "chosen")
 LEAVES = ("x", "routing_weights")
+GRADIENTS = ("dx", "dweights", *(f"d{factor}" for factor in FACTORS))
 Call = dict[str, torch.Tensor]
 Run = Callable[[Call], torch.Tensor]
 
@@ -145,9 +159,10 @@ def forward(run: Run, call: Call) -> tuple[torch.Tensor, ...]:
 
 
 def forward_backward(run: Run, call: Call) -> tuple[torch.Tensor, ...]:
-    """Return the output and the gradients of LEAVES."""
-    out = run(call)
-    return (out, *torch.autograd.grad(out, [call[name] for name in LEAVES], call["dout"]))
+    """Return the output and the gradients of LEAVES and of the adapters' factors."""
+    out, factors = run(call), run.factors if isinstance(run, LoraRun) else ()
+    leaves = [call[name] for name in LEAVES]
+    return (out, *torch.autograd.grad(out, [*leaves, *factors], call["dout"]))
 
 
 def refer(stack: ExpertStack, call: Call) -> torch.Tensor:
@@ -155,30 +170,87 @@ def refer(stack: ExpertStack, call: Call) -> torch.Tensor:
     return expert_mlp_reference(call["x"], call["expert_indices"], call["routing_weights"], stack)
 
 
+def make_adapted_reference(stack: ExpertStack) -> LoraRun:
+    """Return the reference with adapters, in fp64."""
+    leaves = [factor.double().requires_grad_() for factor in draw_factors(stack)]
+
+    def compute(call: Call) -> torch.Tensor:
+        inputs = (call["x"], call["expert_indices"], call["routing_weights"])
+        return expert_mlp_reference(*inputs, stack, adapters_of(leaves))
+
+    return LoraRun(compute, leaves, list)
+
+
+class Part(NamedTuple):
+    """Backends whose errors have one yardstick: plain torch's in the same dtype."""
+
+    runs: dict[str, Run]
+    reference: Run
+    yardstick: str
+    torch: Run
+    tokens: int = 128
+    trained: bool = True
+
+
+def list_parts(runs: dict[str, Run], stack: ExpertStack) -> list[Part]:
+    """Return the backends by what their errors are compared with."""
+    plain, torch_run = functools.partial(refer, stack), make_ours("torch", stack)
+    lora = {name: run for name, run in runs.items() if isinstance(run, LoraRun)}
+    decoding = {name: run for name, run in runs.items() if name == "generation"}
+    trained = {name: run for name, run in runs.items() if name not in lora | decoding}
+    few = MOST_CHOICES // TOP_K
+    parts = [Part(decoding, plain, "torch", torch_run, few, False)] if decoding else []
+    parts += [Part(trained, plain, "torch", torch_run)] if trained else []
+    if lora:
+        adapted_torch = make_lora(stack, draw_factors(stack), "torch")
+        parts.append(Part(lora, make_adapted_reference(stack), "lora_torch", adapted_torch))
+    return parts
+
+
 def measure_errors(runs: dict[str, Run], stack: ExpertStack) -> tuple[list[dict], set[str]]:
     """Return rows of relative L2 errors against fp64, and the backends that fail."""
     rows, failed = [], set()
-    parts = {name: {name: run} for name, run in runs.items() if name == "generation"}
-    parts["trained"] = {name: run for name, run in runs.items() if name != "generation"}
-    for part, members in parts.items():
-        call = draw(128 if part == "trained" else MOST_CHOICES // TOP_K, "random")
+    for part in list_parts(runs, stack):
+        call = draw(part.tokens, "random")
         exact_call = call | {name: call[name].detach().double().requires_grad_() for name in LEAVES}
         exact_call["dout"] = call["dout"].double()
-        function = forward_backward if part == "trained" else forward
-        exact = function(functools.partial(refer, stack), exact_call)
-        limits: list[float] = []
-        for name, run in {"torch": make_ours("torch", stack), **members}.items():
-            pairs = zip(function(run, call), exact, strict=True)
-            errors = [float(((g - e).norm() / e.norm()).detach()) for g, e in pairs]
-            tokens = call["x"].shape[0]
-            case = {"rows_per_expert": tokens * TOP_K / EXPERTS, "tokens": tokens}
-            for what, value in zip(("out", "dx", "dweights"), errors, strict=False):
-                rows.append(row(case | {"routing": "random"}, name, f"error_{what}", value, "1"))
-            limits = limits or [2 * error for error in errors]
-            if any(not error <= limit for error, limit in zip(errors, limits, strict=True)):
+        function = forward_backward if part.trained else forward
+        exact = function(part.reference, exact_call)
+        case = {"rows_per_expert": part.tokens * TOP_K / EXPERTS, "tokens": part.tokens}
+        case |= {"routing": "random"}
+        limits = [2 * error for error in find_errors(function, part.torch, call, exact)]
+        for name, run in {part.yardstick: part.torch, **part.runs}.items():
+            try:
+                errors = find_errors(function, run, call, exact)
+            except Exception as error:
+                if name not in PACKAGES:
+                    raise
+                rows.append(not_measured(name, error))
                 failed.add(name)
-                tell(f"{name}: errors {errors}, allowed {limits}: no speed shown")
+                continue
+            for what, value in zip(("out", *GRADIENTS), errors, strict=False):
+                rows.append(row(case, name, f"error_{what}", value, "1"))
+            if all(error <= limit for error, limit in zip(errors, limits, strict=True)):
+                continue
+            tell(f"{name}: errors {errors}, allowed {limits}")
+            rows.append(row(case, name, "error_exceeds_limit", 1, "1"))
+            if name not in PACKAGES:
+                failed.add(name)
     return rows, failed
+
+
+def find_errors(
+    function: Callable[..., tuple[torch.Tensor, ...]],
+    run: Run,
+    call: Call,
+    exact: tuple[torch.Tensor, ...],
+) -> list[float]:
+    """Return relative L2 errors of the output and of the gradients that are computed."""
+    found = list(function(run, call))
+    if isinstance(run, LoraRun):
+        found[3:] = run.restore(found[3:])
+    pairs = zip(found, exact, strict=True)
+    return [float(((g - e).norm() / e.norm()).detach()) for g, e in pairs]
 
 
 def measure_case(runs: dict[str, Run], tokens: int, routing: str, floors: bool) -> list[dict]:
@@ -197,6 +269,8 @@ def measure_case(runs: dict[str, Run], tokens: int, routing: str, floors: bool) 
             for name, run in runs.items()
             if function is forward or name != "generation"
         }
+        for each in calls.values():
+            each()  # kernels that are tuned at their first call take memory for that
         peaks = {name: measure_peak(each) for name, each in calls.items()}
         taken = time_in_turn(calls | {name: passes[what] for name, passes in others.items()})
         for name, ms in taken.items():
@@ -218,35 +292,36 @@ def select(runs: dict[str, Run], tokens: int) -> dict[str, Run]:
     rows = tokens * TOP_K / EXPERTS
     skipped = {"small"} if rows > 64 else {"decode"} if rows < 64 else set()
     skipped |= {"generation"} if tokens * TOP_K > MOST_CHOICES else set()
+    if rows < 32:  # only training has adapters
+        skipped |= {name for name, run in runs.items() if isinstance(run, LoraRun)}
     return {name: run for name, run in runs.items() if name not in skipped}
 
 
 def main() -> None:
     """Measure all cases and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--rows", nargs="+", type=int, default=[32, 64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--tokens", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--rows", nargs="*", type=int, default=[32, 64, 128, 256, 512, 1024, 2048])
     add_result(parser)
     args = parser.parse_args()
     if not has_device(__file__):
         return
     stack = draw_stack()
-    runs = {name: make_ours(name, stack) for name in OURS}
+    runs: dict[str, Run] = {name: make_ours(name, stack) for name in OURS}
     runs["transformers"] = make_transformers(stack)
-    rows, failed = measure_errors(runs, stack)
+    adapted, rows = make_lora_runs(stack)
+    runs |= adapted
+    errors, failed = measure_errors(runs, stack)
+    rows += errors
     runs = {name: run for name, run in runs.items() if name not in failed}
-    for tokens in args.tokens:
-        rows += measure_case(select(runs, tokens), tokens, "random", False)
-    for number in args.rows:
-        for routing in ("balanced", "random"):
-            tokens = number * EXPERTS // TOP_K
-            rows += measure_case(select(runs, tokens), tokens, routing, routing == "balanced")
     machine = machine_of(args)
-    command = (
-        f"python3 benchmarks/expert_gemm.py --tokens {' '.join(map(str, args.tokens))} "
-        f"--rows {' '.join(map(str, args.rows))}"
-    )
-    print(write("expert_gemm", machine, command, rows, args.folder))
+    cases = [(tokens, "random", False) for tokens in args.tokens]
+    for number, routing in itertools.product(args.rows, ("balanced", "random")):
+        cases.append((number * EXPERTS // TOP_K, routing, routing == "balanced"))
+    for tokens, routing, has_floors in cases:
+        rows += measure_case(select(runs, tokens), tokens, routing, has_floors)
+        path = write("expert_gemm", machine, command_of(__file__, args), rows, args.folder)
+        print(path, file=sys.stderr)  # written each time, in case a later case fails
 
 
 if __name__ == "__main__":

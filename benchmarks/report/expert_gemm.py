@@ -17,6 +17,12 @@ error is at most twice that of plain torch in bf16. `chosen` is the backend that
 selected by default at the time. Its threshold has since been changed according to these figures:
 512 rows per expert now run `packed`.
 """
+LORA = """
+Arms `lora_*` have rank-8 adapters on both projections and gradients of these: `lora_chosen` is this
+project's, `lora_axolotl` axolotl 0.19's MXFP4 + LoRA kernels, tuned among the configurations that
+it lists for this GPU and three more, `lora_nf4_gemm` grouped-nf4-gemm 0.51's fused mode over the
+same bytes.
+"""
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
 
@@ -24,7 +30,8 @@ def write_section() -> str:
     """Return the section's text for all machines; empty if there are no results."""
     found = newest("expert_gemm").items()
     tables = "".join(write_experts(machine, document) for machine, document in found)
-    return EXPERTS + tables if tables else ""
+    text = EXPERTS + (LORA if "lora_" in tables else "")
+    return text + tables if tables else ""
 
 
 def write_experts(machine: str, document: dict[str, Any]) -> str:
@@ -51,7 +58,20 @@ def write_experts(machine: str, document: dict[str, Any]) -> str:
             cells = [f"{case[0]:g}", f"{case[1]:,}", case[2]]
             cells += [show(values, case, backend, key) for backend in backends]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *list_notes(document["rows"]), ""])
+
+
+def list_notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Return lines on backends that were not measured, and on errors that exceed the limit."""
+    lines = []
+    for entry in rows:
+        if entry["metric"] == "not_measured":
+            lines.append(f"\n`{entry['backend']}` was not measured: {entry['case']['reason']}.")
+        elif entry["metric"] == "error_exceeds_limit":
+            lines.append(
+                f"\n`{entry['backend']}`: an error is above twice that of plain torch in bf16."
+            )
+    return lines
 
 
 def show(values: dict, case: tuple, backend: str, key: str) -> str:
