@@ -10,8 +10,9 @@ FlashAttention-2 with the sink correction, or for any other backend whose error 
 of eager attention, which is plain torch in the same dtype.
 
 Also measured: one query over a long cache, the cost of deterministic=True, and first calls
-(`attention_first_call.py`). flex runs last because it compiles for every length; all other results
-are written before. Needs a CUDA device.
+(`attention_first_call.py`); `--cases-only` leaves these out. flex runs last because it compiles for
+every length; all other results are written before. A backend that is not installed, or not made for
+this GPU, is recorded as not measured, with the reason. Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,16 +43,18 @@ from benchmarks.attention_cases import (
     kind_of,
     make_runs,
     pack,
+    refuse,
     skips,
 )
 from benchmarks.attention_first_call import measure_first_calls
-from benchmarks.command_line import add_result, has_device, machine_of
+from benchmarks.command_line import add_result, command_of, has_device, machine_of
 from benchmarks.record import row, write
 from sparselong.kernels.attention.op import attention
 from sparselong.runtime import using
 from tests.references.attention import attention_reference
 
 Rows = list[dict]
+KINDS = {"full": None, "window": WINDOW}
 K = TypeVar("K")
 
 
@@ -202,11 +205,23 @@ def measure_determinism(tokens: int) -> Rows:
     return rows
 
 
-def measure_cases(runs: dict[str, Run], lengths: list[int]) -> Rows:
+def list_absent(names: Iterable[str]) -> Rows:
+    """Return a row for each backend that cannot be measured here, with the reason."""
+    reasons = {name: refuse(name) for name in names}
+    return [
+        row({"reason": reason}, name, "not_measured", 1, "1")
+        for name, reason in reasons.items()
+        if reason is not None
+    ]
+
+
+def measure_cases(
+    runs: dict[str, Run], lengths: list[int], windows: Sequence[int | None] = (None, WINDOW)
+) -> Rows:
     """Return rows of errors, and of speed for the backends whose errors are within the limits."""
     rows, failed = measure_errors(runs)
     rows = [r for r in rows if r["backend"] in runs]
-    for window, packed, tokens in itertools.product((None, WINDOW), (False, True), lengths):
+    for window, packed, tokens in itertools.product(windows, (False, True), lengths):
         able = {
             name: run
             for name, run in runs.items()
@@ -242,21 +257,20 @@ def main() -> None:
     parser.add_argument(
         "--tokens", nargs="+", type=int, default=[4096, 8192, 16384, 32768, 65536, 131072]
     )
+    parser.add_argument("--kinds", nargs="+", default=["full", "window"], choices=KINDS)
+    parser.add_argument("--cases-only", action="store_true", help="errors and speed of the cases")
     add_result(parser)
     args = parser.parse_args()
     if not has_device(__file__):
         return
-    machine = machine_of(args)
-    command = (
-        f"python3 benchmarks/attention.py --backends {' '.join(args.backends)} "
-        f"--tokens {' '.join(map(str, args.tokens))}"
-    )
-    rows: Rows = []
+    machine, command = machine_of(args), command_of(__file__, args)
+    rows = list_absent(args.backends)
+    windows = [KINDS[kind] for kind in args.kinds]
     for names in ([n for n in args.backends if n != "flex"], ["flex"]):
         runs = make_runs([n for n in names if n in args.backends])
         if runs:
-            rows += measure_cases(runs, args.tokens)
-        if runs and names != ["flex"]:
+            rows += measure_cases(runs, args.tokens, windows)
+        if runs and names != ["flex"] and not args.cases_only:
             rows += measure_others(list(runs))
         print(write("attention", machine, command, rows, args.folder))
 

@@ -84,12 +84,19 @@ def skips(name: str, window: int | None, packed: bool, tokens: int) -> bool:
         return packed or tokens > 8192
     if name == "flex":
         return packed or tokens > 16384  # compiles for every length
+    return refuse(name) is not None
+
+
+def refuse(name: str) -> str | None:
+    """Return why a backend runs no case on this machine, or None."""
     if name == "flash_attn":
-        return refuse_flash_attn() is not None
+        return refuse_flash_attn()
     if name == "flash_attn_4":
-        served = architecture_of(torch.device("cuda", 0)) == ARCHITECTURE
-        return not served or refuse_flash_attn_4() is not None
-    return False
+        found = architecture_of(torch.device("cuda", 0))
+        if found != ARCHITECTURE:
+            return f"device: {found}; allowed: {ARCHITECTURE}"
+        return refuse_flash_attn_4()
+    return None
 
 
 def draw(tokens: int) -> list[torch.Tensor]:

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Compare this checkout with another one of the project on one GPU.
 
+    git archive --prefix=sparselong-before/ COMMIT sparselong benchmarks | tar x -C ..
     python3 benchmarks/old_and_new.py --old ../sparselong-before
 
 Each checkout runs in its own process, with its own package and its own benchmarks/shape_20b. Both
 processes stay alive and measure alternately, so that a slowdown of the machine affects both.
-Measured in gpt-oss-20b's shape with random weights: training steps (wall time, sum of kernel times,
-kernel launches, peak memory), one expert pass, attention of a full and of a window layer (forward
-and backward, device time), and greedy generation.
+Measured in gpt-oss-20b's shape with random weights: training steps (wall time, sum of kernel times
+and its share of the wall time, kernels, the host's launches of kernels, graphs and copies, peak
+memory), the host's time for launching an empty kernel, one expert pass, attention of a full and of
+a window layer (forward and backward, device time), and greedy generation. With `--cap-gib`, torch
+may reserve only what the cap leaves of a card after the CUDA context, in either process.
 
 Only functions that both checkouts have are used: shape_20b's builders, `sparselong.generate`,
 `fuse` and `sparselong.kernels.attention.attention`. Needs a CUDA device with memory for two models.
@@ -32,10 +35,19 @@ WINDOW = 128
 STEP_METRICS = {
     "wall_ms": "ms",
     "kernel_ms": "ms",
+    "kernel_share": "1",
+    "tokens_per_second": "tokens/s",
     "launches": "1",
+    "host_launches": "1",
     "peak_bytes": "bytes",
     "loss": "nats",
 }
+
+
+SPARE_BYTES = 700 << 20
+"""Left for the CUDA context by a cap."""
+HOST_LAUNCHES = ("LaunchKernel", "GraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+"""Parts of the names of runtime calls that start something on the GPU."""
 
 
 class Worker:
@@ -111,10 +123,34 @@ class Measured:
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
             call()
             torch.cuda.synchronize()
-        kernels: Any = [e for e in trace.events() if e.device_time > 0]
+        events: Any = trace.events()
+        kernels = [e for e in events if e.device_time > 0]
         kernel_ms = sum(e.device_time for e in kernels) / 1e3
-        found = (wall_ms, kernel_ms, len(kernels), peak, loss)
+        calls = sum(any(part in e.name for part in HOST_LAUNCHES) for e in events)
+        found = (wall_ms, kernel_ms, kernel_ms / wall_ms, tokens / wall_ms * 1e3)
+        found += (len(kernels), calls, peak, loss)
         return dict(zip(STEP_METRICS, found, strict=True))
+
+    def launch(self) -> dict[str, float]:
+        """Measure the host's time for launching a kernel that does nothing."""
+        import torch
+
+        seconds = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(500):
+                torch.cuda._sleep(0)
+            seconds.append((time.perf_counter() - begin) / 500)
+        return {"launch_ms": statistics.median(seconds) * 1e3}
+
+    def cap(self, gib: float) -> dict[str, float]:
+        """Let torch reserve no more than a card of this size would have left."""
+        import torch
+
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((gib * 2**30 - SPARE_BYTES) / total)
+        return {}
 
     def _make_step(self, tokens: int) -> Callable[[], float]:
         import torch
@@ -265,6 +301,8 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 16_384])
     parser.add_argument("--layers", type=int, default=24, help="24 is the 20b")
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--cap-gib", type=float, help="limit of each process")
+    parser.add_argument("--steps-only", action="store_true", help="training steps and launches")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     sys.path.insert(0, str(ROOT))
     if "--worker" in sys.argv:
@@ -282,10 +320,14 @@ def main() -> None:
         parser.error("--old: a checkout to compare with")
     machine, rows = machine_of(args), []
     workers = {"old": Worker(args.old.resolve()), "new": Worker(ROOT)}
-    for kind in (None, WINDOW):
+    if args.cap_gib:
+        for worker in workers.values():
+            worker.ask(do="cap", gib=args.cap_gib)
+    rows += compare(workers, args.pairs, do="launch")
+    for kind in () if args.steps_only else (None, WINDOW):
         for tokens in args.lengths:
             rows += compare(workers, args.pairs, do="attention", tokens=tokens, window=kind)
-    for arm in (*args.arms, "generate"):
+    for arm in (*args.arms, *(() if args.steps_only else ("generate",))):
         for worker in workers.values():
             worker.ask(do="build", arm=arm, layers=args.layers)
         if arm == "generate":
@@ -293,12 +335,12 @@ def main() -> None:
             continue
         for tokens in args.lengths:
             for entry in compare(workers, args.pairs, do="step", tokens=tokens):
-                entry["case"]["arm"] = arm
+                entry["case"] |= {"arm": arm, "cap_gib": args.cap_gib}
                 rows.append(entry)
-            if arm == args.arms[0]:
+            if arm == args.arms[0] and not args.steps_only:
                 rows += compare(workers, args.pairs, do="experts", tokens=tokens)
-        path = write("old_and_new", machine, command_of(__file__, args), rows, args.folder)
-        print(path, file=sys.stderr, flush=True)
+            path = write("old_and_new", machine, command_of(__file__, args), rows, args.folder)
+            print(path, file=sys.stderr, flush=True)
     write("old_and_new", machine, command_of(__file__, args), rows, args.folder)
 
 

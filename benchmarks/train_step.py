@@ -121,26 +121,27 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         copied = host.copied_bytes - before if host else 0
         if n + 1 == args.warm_up:
             torch.cuda.reset_peak_memory_stats()
-    median, device = statistics.median(seconds[args.warm_up :]), torch.cuda.max_memory_reserved()
+    median, context = statistics.median(seconds[args.warm_up :]), context_bytes()
+    sizes = {
+        "allocated_bytes": torch.cuda.max_memory_allocated(),
+        "device_bytes": torch.cuda.max_memory_reserved() + context,
+        "context_bytes": context,
+        "copied_bytes": copied,
+        **host_memory(host),
+    }
     rate = args.batch * args.tokens / median
-    context = context_bytes()
+    shown = {name: f"{size / 2**30:.2f}" for name, size in sizes.items()}
     print(
-        f"{args.arm:7} {args.tokens:6} x {args.batch}: {median:7.3f} s, {rate:8.0f} tok/s, "
-        f"{(device + context) / 2**30:6.2f} GiB (allocated "
-        f"{torch.cuda.max_memory_allocated() / 2**30:.2f}, context {context / 2**30:.2f}, at rest "
-        f"{at_rest / 2**30:.2f}); first step {seconds[0]:.1f} s, loss {loss:.3f}",
+        f"{args.arm:7} {args.tokens:6} x {args.batch}: {median:7.3f} s, {rate:8.0f} tok/s, GiB "
+        f"{shown}, at rest {at_rest / 2**30:.2f}; first step {seconds[0]:.1f} s, loss {loss:.3f}",
         file=sys.stderr,
     )
     rows = [
         row(case, args.arm, "step_seconds", median, "s"),
         row(case, args.arm, "throughput", rate, "tokens/s"),
         row(case, args.arm, "first_step_seconds", seconds[0], "s"),
-        row(case, args.arm, "allocated_bytes", torch.cuda.max_memory_allocated(), "bytes"),
-        row(case, args.arm, "device_bytes", device + context, "bytes"),
-        row(case, args.arm, "context_bytes", context, "bytes"),
-        row(case, args.arm, "copied_bytes", copied, "bytes"),
         row(case, args.arm, "loss", loss, "nats"),
-        *(row(case, args.arm, name, size, "bytes") for name, size in host_memory(host).items()),
+        *(row(case, args.arm, name, size, "bytes") for name, size in sizes.items()),
     ]
     return rows + (profile_step(step, case, args.arm) if args.profile else [])
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import command_line, fit_120b, intervals
+from benchmarks.record import RESULTS
 from sparselong import provenance
 from tests.conftest import ROOT
 
@@ -79,7 +80,8 @@ def test_benchmarks_md_is_up_to_date(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     page = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
     assert report.write_page() == page, "run python -m benchmarks.report"
-    assert len(list(tmp_path.glob("*.png"))) == 2
+    drawn, kept = (sorted(p.name for p in place.glob("*.png")) for place in (tmp_path, RESULTS))
+    assert drawn == kept, "commit the plots that python -m benchmarks.report draws"
 
 
 def test_exchanges_kernels_are_told_apart_by_the_order_of_their_calls():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import expert_gemm, expert_lora_arms
-from benchmarks.report import expert_gemm as report
+from benchmarks.report import notes as report
 from sparselong.kernels import ExpertStack, PackedWeight
 
 EXPERTS, WIDTH, TOKENS = 4, 64, 24

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from benchmarks.record import RESULTS, newest
+from benchmarks.report.notes import list_notes
 
 ATTENTION = """
 ## Attention with sinks
@@ -57,6 +58,7 @@ def write_attention(machine: str, document: dict[str, Any]) -> str:
         *tabulate_decoding(lookup(document, "queries")),
         *tabulate_determinism(document),
         *tabulate_first_calls(lookup(document, "process")),
+        *list_notes(document["rows"]),
     ]
     return "\n".join(lines) + "\n"
 

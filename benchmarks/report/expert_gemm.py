@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.record import newest
+from benchmarks.report.notes import list_notes
 
 EXPERTS = """
 ## Experts over packed MXFP4
@@ -59,19 +60,6 @@ def write_experts(machine: str, document: dict[str, Any]) -> str:
             cells += [show(values, case, backend, key) for backend in backends]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *list_notes(document["rows"]), ""])
-
-
-def list_notes(rows: list[dict[str, Any]]) -> list[str]:
-    """Return lines on backends that were not measured, and on errors that exceed the limit."""
-    lines = []
-    for entry in rows:
-        if entry["metric"] == "not_measured":
-            lines.append(f"\n`{entry['backend']}` was not measured: {entry['case']['reason']}.")
-        elif entry["metric"] == "error_exceeds_limit":
-            lines.append(
-                f"\n`{entry['backend']}`: an error is above twice that of plain torch in bf16."
-            )
-    return lines
 
 
 def show(values: dict, case: tuple, backend: str, key: str) -> str:

@@ -25,9 +25,18 @@ multiprocessors, all of its memory and bandwidth: with a quarter, its kernels an
 the pace, as on a smaller card. CUDA's Multi-Process Service limits them; it holds most of the
 context, which the plan counts.
 """
+HOST_TEXT = """
+Experts in page-locked host memory: a step, the same step with the copies left out (its kernels read
+random weights of whatever layers the two buffers hold), and a step's copies by themselves, in one
+run. Slower copies come in pieces of 128 MiB with a wait after each; the rate is what the copies
+reached by themselves. `host` is a process's largest resident memory, and in parentheses what of it
+is not experts.
+"""
 MEMORY = ("card", "predicted", "error", "weights", "torch", "context", "NCCL")
 SPEED = ("tokens/s", "step", "step, share", "kernels", "kernels, share", "launches a layer", "null")
 BYTES = ("sent", "by experts", "NCCL's kernels", "hidden", "transfers", "hidden")
+HOST = ("copies", "step", "compute alone", "copies alone", "step / longest", "step / copies",
+        "copied", "rate", "tokens/s", "host")  # fmt: skip
 CASE = ("shape", "arm", "tokens", "GPUs", "SP", "peer access")
 
 
@@ -50,18 +59,64 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
         f"`{document['file']}`)"
     )
     lines = [head]
-    for columns, show in ((MEMORY, show_memory), (SPEED, show_speed), (BYTES, show_exchanges)):
+    tables = ((MEMORY, show_memory), (SPEED, show_speed), (BYTES, show_exchanges))
+    for columns, show in tables if whole else ():
         lines += ["", "| " + " | ".join((*CASE, *columns)) + " |"]
         lines.append("|---" * len(CASE + columns) + "|")
         for text, found in whole.items():
             case = json.loads(text)
             lines.append("| " + " | ".join((*name_case(case), *show(case, found))) + " |")
+    lines += write_host(cases)
     lines += [
         f"\nNot enough memory: {', '.join(name_case(json.loads(text)))}."
-        for text in cases
-        if text not in whole
+        for text, found in cases.items()
+        if "out_of_memory" in found
     ]
     return "\n".join([*lines, ""])
+
+
+def write_host(cases: dict[str, dict[str, float]]) -> list[str]:
+    """Return the table of steps with experts in host memory, and what was compared."""
+    streamed = {text: found for text, found in cases.items() if "copies_alone_seconds" in found}
+    lines = []
+    if streamed:
+        lines += [HOST_TEXT, "| " + " | ".join((*CASE, *HOST)) + " |"]
+        lines.append("|---" * len(CASE + HOST) + "|")
+    for text, found in streamed.items():
+        case = json.loads(text)
+        lines.append("| " + " | ".join((*name_case(case), *show_host(case, found))) + " |")
+    for text, found in cases.items():
+        case = json.loads(text)
+        name = ", ".join(name_case(case))
+        if "unchanged_tensors" in found:
+            count = f"{found['unchanged_tensors']:.0f}"
+            lines.append(f"\n{name}: after all steps, {count} tensors of experts hash as before.")
+        if "tensors_equal" in found:
+            equal, all_of = (f"{found[f'tensors_{key}']:.0f}" for key in ("equal", "compared"))
+            lines.append(
+                f"\n{name}, {case['layers']} layers: {equal} of {all_of} losses and gradients are "
+                f"the same bits as with experts on the GPU; {found['tensors_repeated']:.0f} are in "
+                "two runs with these."
+            )
+    return lines
+
+
+def show_host(case: dict[str, Any], found: dict[str, float]) -> list[str]:
+    """Return the cells of a case with experts in host memory."""
+    limit = case["copy_limit"]
+    peak, rest = (found.get(f"host_{name}_bytes") for name in ("peak", "rest"))
+    return [
+        "as fast as they go" if limit is None else f"at most {limit / 1e9:g} GB/s",
+        f"{found['streamed_step_seconds']:.3f} s",
+        f"{found['compute_alone_seconds']:.3f} s",
+        f"{found['copies_alone_seconds']:.3f} s",
+        f"{found['over_longest']:.2f}",
+        f"{found['over_copies']:.2f}",
+        f"{found['copied_bytes'] / 1e9:.1f} GB",
+        f"{found['copies_rate'] / 1e9:.1f} GB/s",
+        f"{found['streamed_throughput']:,.0f}",
+        "" if peak is None or rest is None else f"{_gib(peak)} ({_gib(rest)})",
+    ]
 
 
 def name_case(case: dict[str, Any]) -> tuple[str, ...]:
@@ -71,7 +126,9 @@ def name_case(case: dict[str, Any]) -> tuple[str, ...]:
         case["shape"],
         case["arm"],
         f"{case['tokens']:,}",
-        f"{case['gpus']}" + (f", {part} % of each" if part < 100 else ""),
+        f"{case['gpus']}"
+        + (f", {part} % of each" if part < 100 else "")
+        + (", experts on the host" if case.get("placement") == "host" else ""),
         f"{degree_of(case)}",
         "on" if case["peer"] else "off",
     )

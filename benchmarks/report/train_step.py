@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -26,6 +27,12 @@ EXPERTS = """
 `experts`, measured later, is `masked` with rank-8 adapters on both weights of every expert and
 rank-16 adapters on the routers."""
 ARMS = ("eager", "flex", "lora", "masked", "experts")
+LONGEST = """
+As stage 03's planner decides for a card of this size (`--planned`), one GPU, arm `masked`; `card`
+is the process's GPU memory with the CUDA context, `host` its largest resident host memory:
+
+| tokens | card capped at | experts | layers compute | card | predicted | host | step | tokens/s |
+|---|---|---|---|---|---|---|---|---|"""
 SUBJECTS = ("train_step_short", "train_step_capped", "train_step_long", "train_step_experts")
 
 
@@ -64,6 +71,9 @@ def write_machine(machine: str, documents: list[dict[str, Any]]) -> str:
         lines.append(f"| {tokens:,}{rows}{capped} | " + " | ".join(cells) + " |")
     lines += [EXPERTS] if "experts" in arms else []
     lines += profile_lines(values)
+    for name, document in newest("train_step_planned").items():
+        if name.startswith(machine):  # as h200 and h200host
+            lines += planned_lines(document)
     if not any(k[1:3] == (1, None) and "throughput" in found for k, found in values.items()):
         return "\n".join([*lines, ""])
     plot = plot_throughput(machine, values)
@@ -78,6 +88,33 @@ def show(found: dict[str, float] | None) -> str:
     if "out_of_memory" in found:
         return "does not fit"
     return f"{found['throughput']:,.0f} tokens/s, {found['device_bytes'] / 2**30:.1f} GiB"
+
+
+def planned_lines(document: dict[str, Any]) -> list[str]:
+    """Return a table of the lengths whose layers compute as the planner decided."""
+    cases: dict[str, dict[str, float]] = {}
+    for entry in document["rows"]:
+        cases.setdefault(json.dumps(entry["case"]), {})[entry["metric"]] = entry["value"]
+    lines = [LONGEST]
+    for text, found in cases.items():
+        case = json.loads(text)
+        rows = case["slice_rows"]
+        way = ["all tokens at once" if rows == "never" else f"{int(rows):,} tokens at a time"]
+        way += ["inputs in host memory"] if case["offload"] else []
+        way += [f"attention {case['attention_backend']}"]
+        cells = [f"{case['tokens']:,}", f"{case['cap_gib']} GiB", case["placement"], ", ".join(way)]
+        if "out_of_memory" in found:
+            cells += ["does not fit", _gib(found["planned_bytes"]), "", "", ""]
+        else:
+            sizes = ("device_bytes", "planned_bytes", "host_peak_bytes")
+            cells += [_gib(found[name]) for name in sizes]
+            cells += [f"{found['step_seconds']:.2f} s", f"{found['throughput']:,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, f"\nFrom `{document['file']}`."]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 def profile_lines(values: dict[tuple, dict[str, float]]) -> list[str]:
