@@ -42,6 +42,7 @@ from benchmarks.record import row, write
 from benchmarks.shape_20b import BASELINES, OURS, R, build, compute_layers
 from sparselong.memory import Kept
 from sparselong.model import find_host_experts
+from sparselong.model.host_experts import HostExperts
 from sparselong.runtime import using
 
 KINDS = {
@@ -111,16 +112,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     compute_in_slices(model, args)
     step = make_step(model, tokens, args.attention_backend)
     case = describe(args, args.tokens)
-    seconds, loss, copied = [], 0.0, 0
-    for n in range(args.warm_up + args.rounds):
-        before = host.copied_bytes if host else 0
-        begin = time.perf_counter()
-        loss = step()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        copied = host.copied_bytes - before if host else 0
-        if n + 1 == args.warm_up:
-            torch.cuda.reset_peak_memory_stats()
+    seconds, loss, copied = time_steps(step, args, host)
     median, context = statistics.median(seconds[args.warm_up :]), context_bytes()
     sizes = {
         "allocated_bytes": torch.cuda.max_memory_allocated(),
@@ -144,6 +136,26 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         *(row(case, args.arm, name, size, "bytes") for name, size in sizes.items()),
     ]
     return rows + (profile_step(step, case, args.arm) if args.profile else [])
+
+
+def time_steps(
+    step: Callable[[], float], args: argparse.Namespace, host: HostExperts | None
+) -> tuple[list[float], float, int]:
+    """Return every step's seconds, and the last one's loss and bytes copied from host memory.
+
+    Peaks of memory are those since the warm-up.
+    """
+    seconds, loss, copied = [], 0.0, 0
+    for n in range(args.warm_up + args.rounds):
+        before = host.copied_bytes if host else 0
+        begin = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+        copied = host.copied_bytes - before if host else 0
+        if n + 1 == args.warm_up:
+            torch.cuda.reset_peak_memory_stats()
+    return seconds, loss, copied
 
 
 def compute_in_slices(model: Any, args: argparse.Namespace) -> None:

@@ -24,4 +24,4 @@ def test_slowed_copies_have_the_rate_and_bring_the_bytes():
                 (found,) = host.fetch(number, "forward")
                 assert torch.equal(found.cpu(), host.layers[number])
         took = host_copies.replay(host, copies)
-    assert len(copies) * LAYER_BYTES / took == pytest.approx(RATE, rel=0.05)
+    assert len(copies) * LAYER_BYTES / took == pytest.approx(RATE, rel=0.1)
