@@ -24,6 +24,7 @@ from benchmarks.report import (
     neighbours,
     promises,
     train_step,
+    true_widths,
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -37,6 +38,7 @@ SECTIONS = (
     memory,
     context_parallel,
     fit_120b,
+    true_widths,
     attention,
     expert_gemm,
     generation,

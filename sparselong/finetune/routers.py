@@ -8,37 +8,22 @@ applies meaningless gradients.
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 from sparselong.errors import StageError
+from sparselong.model import watch_routers
 
 
 class RouterWatch(TrainerCallback):
     """Raises StageError before an optimizer step or after an evaluation with non-finite logits.
 
     Args:
-        model: a gpt-oss model, wrapped by PEFT or not; its routers get a hook.
+        model: a gpt-oss model on its device, wrapped by PEFT or not.
     """
 
     def __init__(self, model: nn.Module):
-        routers = {n: m for n, m in model.named_modules() if isinstance(m, GptOssTopKRouter)}
-        self.names = list(routers)
-        self.flags: torch.Tensor | None = None
-        for number, router in enumerate(routers.values()):
-            router.register_forward_hook(self._make_hook(number))
-
-    def _make_hook(self, number: int):
-        @torch.no_grad()
-        def hook(_module: nn.Module, _inputs: tuple, outputs: tuple) -> None:
-            logits = outputs[0].detach()
-            if self.flags is None:
-                self.flags = torch.zeros(len(self.names), dtype=torch.bool, device=logits.device)
-            self.flags[number].logical_or_(torch.isfinite(logits).all().logical_not())
-
-        return hook
+        self.names, self.flags = watch_routers(model)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Check the flags of the step's forward passes."""
@@ -49,8 +34,8 @@ class RouterWatch(TrainerCallback):
         self._check(f"the evaluation after step {state.global_step}")
 
     def _check(self, when: str) -> None:
-        flags = [] if self.flags is None else self.flags.tolist()
-        broken = [name for name, flag in zip(self.names, flags, strict=False) if flag]
+        flags = self.flags.tolist()
+        broken = [name for name, flag in zip(self.names, flags, strict=True) if flag]
         if broken:
             first = broken[0].removeprefix("base_model.model.").removesuffix(".base_layer")
             raise StageError(

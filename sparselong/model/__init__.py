@@ -8,7 +8,13 @@ if TYPE_CHECKING:
     from sparselong.model.attention import NAME, implementation
     from sparselong.model.description import describe_weights
     from sparselong.model.documents import document_masks
-    from sparselong.model.fused import FusedAttention, FusedDecoderLayer, chunk_loss, fuse
+    from sparselong.model.fused import (
+        FusedAttention,
+        FusedDecoderLayer,
+        chunk_loss,
+        fuse,
+        watch_routers,
+    )
     from sparselong.model.host_experts import (
         check_unchanged,
         describe_placement,

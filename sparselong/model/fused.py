@@ -1,10 +1,10 @@
-"""Fused norms, residual sums and rotary embedding, and the chunked loss, for gpt-oss models.
+"""Fused norms, residual sums, rotary embedding and router of gpt-oss, and the chunked loss.
 
-`fuse(model)` runs each layer's norms, its residual sum before the experts and its rotary embedding
-as one kernel each. Our quantizer calls it on models that attend through `sparselong`, so stages 02,
-03 and 04 need no flag; for any other gpt-oss, call `sparselong.fuse(model)`. Only the given model
-changes: its modules become subclasses of transformers' own, and names, parameters, hooks, PEFT's
-layers and gradient checkpointing are unaffected. On a CPU transformers' code runs.
+`fuse(model)` runs each layer's norms, its residual sum before the experts, its rotary embedding and
+its router as one kernel each. Our quantizer calls it on models that attend through `sparselong`, so
+stages 02, 03 and 04 need no flag; for any other gpt-oss, call `sparselong.fuse(model)`. Only the
+given model changes: its modules become subclasses of transformers' own, and names, parameters,
+hooks, PEFT's layers and gradient checkpointing are unaffected. On a CPU transformers' code runs.
 
 `chunk_loss(model)` makes the model's forward pass with labels return the loss without logits, on
 any device; stage 03 trains and evaluates that way. Without labels, or if the router's loss is
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,11 +26,21 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssAttention,
     GptOssDecoderLayer,
+    GptOssMLP,
     GptOssRMSNorm,
+    GptOssTopKRouter,
 )
 from transformers.utils.generic import can_return_tuple
 
-from sparselong.kernels.layer import add_rms_norm, linear_cross_entropy, rms_norm, rotate
+from sparselong.kernels.layer import (
+    Router,
+    add_rms_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rms_norm_and_input,
+    rotate,
+    route,
+)
 from sparselong.model.vocabulary import PartialHead
 from sparselong.parallel import count_supervised, shift_labels
 
@@ -114,8 +124,49 @@ class FusedAttention(GptOssAttention):
         )
 
 
+class FusedRouter(GptOssTopKRouter):
+    """Router that `FusedMLP` runs as one kernel."""
+
+    broken: torch.Tensor | None = None
+
+    def watch(self, broken: torch.Tensor) -> None:
+        """Set `broken`, bool [1] on the router's device, to True at logits that are not finite."""
+        self.broken = broken
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return logits, weights and indices; see transformers' GptOssTopKRouter."""
+        outputs = super().forward(hidden_states)
+        if self.broken is not None:
+            self.broken.logical_or_(torch.isfinite(outputs[0].detach()).all().logical_not())
+        return outputs
+
+    def fused(self, hidden_states: torch.Tensor) -> Router | None:
+        """Return what runs the router in one kernel; None if that cannot be done.
+
+        Hooks, with which transformers records logits, see those of `forward`.
+        """
+        kind = hidden_states.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        router = Router(self.weight, self.bias, self.top_k, self.broken)
+        is_plain = self._forward_hooks or precision not in (None, hidden_states.dtype)
+        return router if router.takes(hidden_states) and not is_plain else None
+
+
+class FusedMLP(GptOssMLP):
+    """Router and experts, with the router as one kernel."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the experts' weighted sums, in the input's shape, and the weights."""
+        module: Any = self.router
+        router = module.fused(hidden_states) if type(module) is FusedRouter else None
+        if router is None:
+            return super().forward(hidden_states)
+        rows, weights, indices = route(hidden_states.flatten(0, -2), router)
+        return self.experts(rows, indices, weights).view_as(hidden_states), weights
+
+
 class FusedDecoderLayer(GptOssDecoderLayer):
-    """Decoder layer whose residual sum after attention and the following norm are one kernel."""
+    """Decoder layer whose residual sums and norms are one kernel, also in the backward pass."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See transformers' GptOssDecoderLayer."""
@@ -133,8 +184,12 @@ class FusedDecoderLayer(GptOssDecoderLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        before = self.input_layernorm
+        normed, hidden_states = rms_norm_and_input(
+            hidden_states, before.weight, before.variance_epsilon
+        )
         attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
+            hidden_states=normed,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -158,11 +213,13 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     GptOssRMSNorm: FusedRMSNorm,
     GptOssAttention: FusedAttention,
     GptOssDecoderLayer: FusedDecoderLayer,
+    GptOssMLP: FusedMLP,
+    GptOssTopKRouter: FusedRouter,
 }
 
 
 def fuse(model: nn.Module) -> None:
-    """Run a gpt-oss model's norms, residual sums and rotary embeddings as one kernel each on a GPU.
+    """Run a gpt-oss model's norms, residual sums, rotary and routers as one kernel each on a GPU.
 
     Outputs and gradients equal transformers' up to rounding; the kernels round once where
     transformers rounds several times. A second call changes nothing.
@@ -179,6 +236,24 @@ def fuse(model: nn.Module) -> None:
     for module in modules:
         if type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
+
+
+def watch_routers(model: nn.Module) -> tuple[list[str], torch.Tensor]:
+    """Make a model's routers record whether they compute logits that are not finite.
+
+    Args:
+        model: a gpt-oss model on its device, fused or not, wrapped by PEFT or not.
+
+    Returns:
+        The routers' names; their flags, bool [routers], which passes set to True.
+    """
+    routers = {n: m for n, m in model.named_modules() if isinstance(m, GptOssTopKRouter)}
+    device = next(iter(routers.values())).weight.device
+    flags = torch.zeros(len(routers), dtype=torch.bool, device=device)
+    for router, flag in zip(routers.values(), flags.split(1), strict=True):
+        router.__class__ = FusedRouter
+        cast(FusedRouter, router).watch(flag)
+    return list(routers), flags
 
 
 def chunk_loss(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Norms, rotary embedding and the loss on a GPU: outputs and every gradient against fp64.
+"""Norms, rotary embedding, router and the loss on a GPU: outputs and every gradient against fp64.
 
 The bound is a measured one: plain torch in the same dtype on the same inputs makes some error; our
 kernels may make twice that, by largest deviation and by relative RMS. Memory that kernels are to
@@ -11,7 +11,7 @@ import importlib.util
 import pytest
 import torch
 
-from sparselong.kernels.layer import cross_entropy, rotary
+from sparselong.kernels.layer import cross_entropy, rotary, router
 from sparselong.kernels.layer import norm as rms_norm
 from sparselong.kernels.layer.norm_torch import add_rms_norm_torch, rms_norm_torch
 from sparselong.kernels.layer.rotary_torch import rotate_torch
@@ -30,7 +30,7 @@ needs_model = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    for module in (rms_norm, rotary, cross_entropy):
+    for module in (rms_norm, rotary, router, cross_entropy):
         monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
@@ -107,6 +107,47 @@ def test_norms(shape, hidden, dtype, strided):
             true[0] = (x + residual).double() - true[1]
         exact = differentiate(lambda *t, r=reference: r(*t, EPS), true, exactly(given))
         compare(*results, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("hidden", "experts"), [(2880, 32), (2880, 128), (100, 5)])
+@pytest.mark.parametrize("tokens", [1, 129, 4096])
+def test_router(tokens, hidden, experts, dtype):
+    """Weights and dx, given the experts that our kernel chose, which are the k largest."""
+    torch.manual_seed(0)
+    x, bias = draw(tokens, hidden, dtype=dtype), draw(experts, dtype=dtype)
+    weight = draw(experts, hidden, dtype=dtype, scale=hidden**-0.5)
+    broken = torch.zeros(1, dtype=torch.bool, device="cuda")
+    layer = router.Router(weight, bias, 4, broken)
+    indices = router.route(x, layer)[2].long()
+
+    def weigh(x, weight, bias):
+        logits = torch.nn.functional.linear(x, weight, bias)
+        return x * 1, logits.gather(1, indices).softmax(1)
+
+    logits = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    least = logits.gather(1, indices).min(1).values
+    others = logits.scatter(1, indices, float("-inf")).max(1).values
+    assert (others - least).max() <= 2 * torch.finfo(dtype).eps * logits.abs().max()
+    assert not broken
+    upstream = [draw(tokens, hidden, dtype=dtype), draw(tokens, 4, dtype=dtype)]
+    got = differentiate(lambda x: router.route(x, layer)[:2], [x], upstream)
+    plain = differentiate(lambda x: weigh(x, weight, bias), [x], upstream)
+    exact = differentiate(
+        lambda x: weigh(x, weight.double(), bias.double()), exactly([x]), exactly(upstream)
+    )
+    compare(got, plain, exact)
+
+
+def test_rows_of_a_router_do_not_depend_on_the_others():
+    torch.manual_seed(0)
+    x = draw(200, 2880, dtype=torch.bfloat16)
+    weight, bias = draw(128, 2880, dtype=torch.bfloat16), draw(128, dtype=torch.bfloat16)
+    layer = router.Router(weight, bias, 4)
+    whole = router.route(x, layer)
+    for first, last in ((0, 1), (7, 150), (199, 200)):
+        part = router.route(x[first:last], layer)
+        assert all(torch.equal(a, b[first:last]) for a, b in zip(part, whole, strict=True))
 
 
 def test_norms_of_tiny_large_and_zero_rows():
@@ -282,6 +323,8 @@ def make_models(dtype=torch.float32):
             if parameter.ndim == 1:  # norms, sinks, biases: nothing at its initial value
                 parameter += torch.randn_like(parameter) * 0.3
     theirs.lm_head.requires_grad_(False)
+    for layer in theirs.model.layers:
+        layer.mlp.router.requires_grad_(False)  # a trained router runs in plain torch
     ours = copy.deepcopy(theirs)
     ours.set_attn_implementation("sparselong")
     fuse(ours)

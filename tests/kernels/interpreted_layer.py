@@ -1,4 +1,4 @@
-"""Runs norm, rotary and loss kernels in Triton's interpreter; test_layer.py starts it.
+"""Runs norm, rotary, router and loss kernels in Triton's interpreter; test_layer.py starts it.
 
 A process of its own, because the interpreter must be chosen before Triton is imported. Prints one
 JSON document: for each case the relative L2 errors of results and gradients against fp64, NaN where
@@ -15,7 +15,7 @@ import json
 import numpy
 import torch
 
-from sparselong.kernels.layer import cross_entropy, cross_entropy_shard, rotary
+from sparselong.kernels.layer import cross_entropy, cross_entropy_shard, rotary, router
 from sparselong.kernels.layer import cross_entropy_shard_triton as shard_kernels
 from sparselong.kernels.layer import cross_entropy_triton as cross_entropy_kernels
 from sparselong.kernels.layer import norm as rms_norm
@@ -23,6 +23,7 @@ from tests.poisoned import PoisonedTorch
 from tests.references.cross_entropy import linear_cross_entropy_reference
 from tests.references.norm import add_rms_norm_reference, rms_norm_reference
 from tests.references.rotary import rotate_reference
+from tests.references.router import route_reference
 
 EPS = 1e-5
 
@@ -71,7 +72,7 @@ def norm_cases() -> dict[str, list[float]]:
         weight = (torch.randn(2 * shape[-1]) + 1)[:: 2 if name == "strided" else 1][: shape[-1]]
         found[f"norm_{name}"] = errors(
             lambda x, w: rms_norm.RMSNormFunction.apply(x, None, w, EPS),
-            lambda x, w: (rms_norm_reference(x, w, EPS),),
+            lambda x, w: (rms_norm_reference(x, w, EPS), x),
             (x, weight),
         )
         if dtype == torch.float32:  # the sum's rounding is not the reference's in fp64
@@ -103,6 +104,59 @@ def rotary_cases() -> dict[str, list[float]]:
             lambda q, k, c=cos, s=sin: rotate_reference(q, k, c, s),
             mirrored,
         )
+    return found
+
+
+def router_cases() -> dict[str, list[float]]:
+    """Weights and gradients, and 1 for each routed token with another expert than the reference."""
+    found = {}
+    for name, tokens, hidden, experts, top_k in (
+        ("tile", 32, 128, 16, 4),
+        ("tails", 67, 200, 33, 4),
+        ("one_expert", 3, 65, 5, 1),
+        ("three_of_three", 2, 64, 3, 3),
+    ):
+        x, bias = torch.randn(tokens, hidden), torch.randn(experts)
+        weight = torch.randn(experts, hidden) * hidden**-0.5
+        layer = router.Router(weight, bias, top_k)
+        found[f"router_{name}"] = errors(
+            lambda x, r=layer: router.route(x, r)[:2],
+            lambda x, r=layer: route_reference(x, r.weight.double(), r.bias.double(), r.top_k)[:2],
+            (x,),
+        )
+        chosen = (router.route(x, layer)[2], route_reference(x, weight, bias, top_k)[2])
+        found[f"router_{name}"].append(float((chosen[0] != chosen[1]).sum()))
+        for unused in (0, 1):
+            found[f"router_{name}_without_{unused}"] = errors(
+                lambda x, r=layer, n=unused: router.route(x, r)[1 - n : 2 - n],
+                lambda x, r=layer, n=unused: route_reference(
+                    x, r.weight.double(), r.bias.double(), r.top_k
+                )[1 - n : 2 - n],
+                (x,),
+            )
+    return found | odd_logits()
+
+
+def odd_logits() -> dict[str, list[float]]:
+    """Logits that are equal, infinite or NaN, and the flag that says so: 1 for each failure."""
+    nan, large = float("nan"), float("inf")
+    found = {}
+    for name, logits, expected, is_broken in (
+        ("equal", [1.0, 2.0, 2.0, 1.0, 2.0], [1, 2, 4], False),
+        ("signs_of_zero", [-0.0, 0.0, -1.0, 0.0], [0, 1, 3], False),
+        ("infinite", [-large, 3.0, large, -large], [2, 1, 0], True),
+        ("nan", [5.0, nan, 7.0, 6.0], [1, 2, 3], True),
+    ):
+        weight, bias = torch.zeros(len(logits), 64), torch.tensor(logits)
+        broken = torch.zeros(1, dtype=torch.bool)
+        layer = router.Router(weight, bias, 3, broken)
+        _, weights, indices = router.route(torch.ones(2, 64), layer)
+        same = indices.tolist() == [expected] * 2
+        exact = bias[expected].softmax(0).expand(2, 3)
+        close = torch.allclose(weights, exact, equal_nan=True)
+        found[f"router_{name}"] = [
+            float(not one) for one in (same, close, bool(broken) == is_broken)
+        ]
     return found
 
 
@@ -173,10 +227,12 @@ def shard_cases() -> dict[str, list[float]]:
 
 def main() -> None:
     torch.manual_seed(0)
-    for module in (rms_norm, rotary, cross_entropy, cross_entropy_shard):
+    for module in (rms_norm, rotary, router, cross_entropy, cross_entropy_shard):
         module.torch = Poisoned()
     numpy.seterr(all="ignore")
-    print(json.dumps(norm_cases() | rotary_cases() | softmax_cases() | shard_cases()))
+    print(
+        json.dumps(norm_cases() | rotary_cases() | router_cases() | softmax_cases() | shard_cases())
+    )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from sparselong.kernels.layer import cross_entropy_shard_triton as cross_entropy
 from sparselong.kernels.layer import cross_entropy_triton as cross_entropy_kernels
 from sparselong.kernels.layer import norm_triton as norm_kernels
 from sparselong.kernels.layer import rotary_triton as rotary_kernels
+from sparselong.kernels.layer import router
+from sparselong.kernels.layer import router_triton as router_kernels
 
 LIMIT_BYTES = {86: 99 * 1024, 90: 227 * 1024}
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -172,6 +174,19 @@ NEIGHBOURS = [
         8,
     ),
     (rotary_kernels.rotate_kernel, {"BACK": True, "TOKENS": 4, "HEADS": 8, "BLOCK": 32}, 4),
+    *(
+        (
+            router_kernels.route_kernel,
+            {"WATCHED": True, "TOP_K": 4, "ROWS": router.ROWS, "EXPERTS": experts, "BLOCK": 64},
+            router.WARPS,
+        )
+        for experts in (32, 128)
+    ),
+    (
+        router_kernels.route_backward_kernel,
+        {"TOP_K": 4, "HAS_OTHERS": True, "BLOCK": 4096},
+        router.WARPS,
+    ),
     (cross_entropy_kernels.softmax_kernel, {"NEEDS_GRADIENT": True, "BLOCK": 4096}, 8),
     (cross_entropy_shard_kernels.statistics_kernel, {"BLOCK": 4096}, 8),
     (cross_entropy_shard_kernels.gradient_kernel, {"BLOCK": 4096}, 8),
@@ -180,12 +195,15 @@ NEIGHBOURS = [
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(("kernel", "constants", "warps"), NEIGHBOURS, ids=lambda v: str(v)[:40])
-def test_norm_rotary_and_loss_kernels_fit_a_3090(kernel, constants, warps, dtype):
-    """Compile norm, rotary and loss as launched in gpt-oss's shape."""
-    fixed = {"target_ptr": "i64"} | dict.fromkeys(
+def test_norm_rotary_router_and_loss_kernels_fit_a_3090(kernel, constants, warps, dtype):
+    """Compile norm, rotary, router and loss as launched in gpt-oss's shape."""
+    fixed = {"target_ptr": "i64", "indices_ptr": "i32", "broken_ptr": "u8"} | dict.fromkeys(
         ("inverse_ptr", "dweight_ptr", "loss_ptr", "statistics_ptr", "normalizer_ptr"), "fp32"
     )
     signature, aligned = {}, {}
+    if kernel is router_kernels.route_kernel:
+        itemsize = {"bf16": 2, "fp32": 4}[dtype]
+        constants = constants | {"BLOCK": router.BLOCK_BYTES // itemsize}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"

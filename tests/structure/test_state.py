@@ -41,6 +41,7 @@ ALLOWED = {
     "sparselong.kernels.layer.cross_entropy_shard:_kernels": ONCE,
     "sparselong.kernels.layer.norm:_kernels": ONCE,
     "sparselong.kernels.layer.rotary:_kernels": ONCE,
+    "sparselong.kernels.layer.router:_kernels": ONCE,
     "sparselong.lazy:sys.modules": "a public name, once it has been imported",
     "sparselong.model.attention:modeling_gpt_oss.eager_attention_forward": "patch_attention's task",
     "sparselong.parallel.collectives:_Progress.begun": "a counter that the ranks' watch reads",

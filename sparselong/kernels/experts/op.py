@@ -163,7 +163,7 @@ class _ExpertPass(torch.autograd.Function):
         ctx.slice_tokens = len(x) if is_whole else SLICE_TOKENS
         if is_recomputing():
             ctx.save_for_backward(*call)
-            return torch.full_like(x, math.nan)  # unused; NaN would reveal any use
+            return x.new_full((), math.nan).expand_as(x)  # unused; NaN would reveal any use
         keeps = any(needs) and (keeps_experts() or not is_checkpointed())
         operands, out = operands.in_dtype(x.dtype), torch.empty_like(x)
         is_followed = any(needs) or is_checkpointed()  # by a backward pass

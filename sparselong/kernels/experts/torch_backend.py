@@ -163,7 +163,7 @@ class _StreamedPass(torch.autograd.Function):
         ctx.operands = operands
         ctx.save_for_backward(x, indices, weights)
         if is_recomputing():
-            return torch.full_like(x, math.nan)  # unused; NaN would reveal any use
+            return x.new_full((), math.nan).expand_as(x)  # unused; NaN would reveal any use
         is_followed = any(ctx.needs_input_grad) or is_checkpointed()  # by a backward pass
         passing = "forward" if is_followed else "inference"
         return expert_mlp_torch(ExpertCall(x, indices, weights), operands.fetch(passing))

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary embedding and cross-entropy."""
+"""RMSNorm, rotary embedding, router and cross-entropy."""
 
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
         shard_statistics,
         turn_into_shard_gradients,
     )
-    from sparselong.kernels.layer.norm import add_rms_norm, rms_norm
+    from sparselong.kernels.layer.norm import add_rms_norm, rms_norm, rms_norm_and_input
     from sparselong.kernels.layer.rotary import rotate, rotate_back
+    from sparselong.kernels.layer.router import Router, route
 
 __getattr__ = expose(__name__)

@@ -52,7 +52,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     _check(x, weight)
     if not x.is_cuda:
         return rms_norm_torch(x, weight, eps)
-    return RMSNormFunction.apply(x, None, weight, float(eps))[0]  # pyright: ignore[reportOptionalSubscript]
+    return RMSNormFunction.apply(x, None, weight, float(eps))[0]  # pyright: ignore[reportIndexIssue]
+
+
+def rms_norm_and_input(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (norm of x, x), for what uses both: x's gradients are added where they are computed.
+
+    Arguments and errors are those of `rms_norm`.
+    """
+    _check(x, weight)
+    if not x.is_cuda:
+        return rms_norm_torch(x, weight, eps), x
+    return RMSNormFunction.apply(x, None, weight, float(eps))  # pyright: ignore[reportReturnType]
 
 
 def add_rms_norm(
@@ -111,8 +124,8 @@ class RMSNormFunction(torch.autograd.Function):
         residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return (out, sum); the sum is None without a residual."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (out, sum); without a residual, (out, x)."""
         ctx.set_materialize_grads(False)
         rows, weight = _rows(x), weight.contiguous()
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -131,14 +144,14 @@ class RMSNormFunction(torch.autograd.Function):
                 )
         ctx.save_for_backward(x if total is None else total, weight, inverse)
         ctx.has_residual = residual is not None
-        return out, total
+        return out, x if total is None else total
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dtotal: torch.Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of x, residual and weight; eps has none."""
         h, weight, inverse = ctx.saved_tensors
         if dout is None:
-            return dtotal, dtotal, None, None
+            return dtotal, dtotal if ctx.has_residual else None, None, None
         dx, dweight = _launch_backward(dout, dtotal, h, weight, inverse, ctx.needs_input_grad[2])
         return dx, dx if ctx.has_residual else None, dweight, None
 

@@ -183,7 +183,7 @@ class _ShardedPass(torch.autograd.Function):
         ctx.job, ctx.routing = job, None
         ctx.save_for_backward(x, indices, weights)
         if is_recomputing():
-            return torch.full_like(x, math.nan)  # unused; NaN would reveal any use
+            return x.new_full((), math.nan).expand_as(x)  # unused; NaN would reveal any use
         is_followed = any(ctx.needs_input_grad) or is_checkpointed()  # by a backward pass
         passing = "forward" if is_followed else "inference"
         out, ctx.routing = run_forward(ExpertCall(x, indices, weights), job, passing)

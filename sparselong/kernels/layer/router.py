@@ -1,0 +1,132 @@
+"""gpt-oss's router as one kernel: logits, the top k experts and their softmax weights.
+
+    l = round(x W^T + b)        e_1 ... e_k = the k largest of l        w = softmax(l[e_1 ... e_k])
+
+and backward, with dl_j = w_j (dw_j - sum_i w_i dw_i) and the gradient dx that x has from its other
+use, the experts:
+
+    dx + sum_j dl_j W[e_j]
+
+Plain torch needs four launches forward and seven backward, where a step of short sequences waits
+for launches. Products are summed in fp32; logits are rounded to x's dtype before they are compared,
+as in transformers, and softmax weights from fp32. Of equal logits the lowest expert's comes first;
+a NaN counts as the largest, as in torch. Results of a row do not depend on the other rows.
+
+Saved for backward: indices and weights. W and b are frozen here; a trained router runs in plain
+torch, as does a CPU's (`model/fused.py`). The code is ours, under this repository's licence.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from sparselong.kernels.launch import launch
+
+ROWS, WARPS = 32, 8
+BLOCK_BYTES = 128
+"""Bytes of a row in a tile of x or W."""
+MAX_EXPERTS = 256
+
+
+class Router(NamedTuple):
+    """A layer's frozen router.
+
+    Attributes:
+        weight: [experts, hidden].
+        bias: [experts], in weight's dtype.
+        top_k: experts per token.
+        broken: bool [1], set to True if a logit is not finite; None: nobody asks.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    top_k: int
+    broken: torch.Tensor | None = None
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Return whether `route` takes x, [..., hidden], with this router."""
+        dtypes = {x.dtype, self.weight.dtype, self.bias.dtype}
+        is_frozen = not (self.weight.requires_grad or self.bias.requires_grad)
+        return x.is_cuda and is_frozen and len(dtypes) == 1 and len(self.weight) <= MAX_EXPERTS
+
+
+def route(x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return x, the experts' weights and their indices; differentiable in x.
+
+    The experts should take the returned x: the backward pass then adds their gradient of it to the
+    router's in the same kernel.
+
+    Args:
+        x: [tokens, hidden], which `router.takes`.
+        router: the layer's router.
+
+    Returns:
+        x; weights [tokens, top_k] in x's dtype, largest first; indices, int32 [tokens, top_k].
+    """
+    return _Route.apply(x, router)  # pyright: ignore[reportReturnType]
+
+
+class _Route(torch.autograd.Function):
+    """The router's two kernels."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: torch.Tensor, router: Router
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        rows = x if x.stride(1) == 1 else x.contiguous()
+        weights = torch.empty(len(x), router.top_k, dtype=x.dtype, device=x.device)
+        indices = torch.empty(len(x), router.top_k, dtype=torch.int32, device=x.device)
+        experts, hidden = router.weight.shape
+        if len(x):
+            with torch.cuda.device_of(x):
+                launch(
+                    _kernels().route_kernel,
+                    (-(-len(x) // ROWS),),
+                    *(rows, router.weight, router.bias, weights, indices),
+                    weights if router.broken is None else router.broken.view(torch.uint8),
+                    *(rows.stride(0), router.weight.stride(0), len(x), hidden, experts),
+                    TOP_K=router.top_k,
+                    WATCHED=router.broken is not None,
+                    ROWS=ROWS,
+                    EXPERTS=max(16, 1 << (experts - 1).bit_length()),  # products need 16
+                    BLOCK=BLOCK_BYTES // x.itemsize,
+                    num_warps=WARPS,
+                )
+        ctx.router = router
+        ctx.save_for_backward(weights, indices)
+        ctx.mark_non_differentiable(indices)
+        return x, weights, indices
+
+    @staticmethod
+    def backward(ctx: Any, dx: torch.Tensor | None, dweights: torch.Tensor | None, _: Any) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if dweights is None:
+            return dx, None
+        (weights, indices), router = ctx.saved_tensors, ctx.router
+        hidden = router.weight.shape[1]
+        out = torch.empty(len(weights), hidden, dtype=weights.dtype, device=weights.device)
+        others = out if dx is None else dx if dx.stride(1) == 1 else dx.contiguous()
+        if len(out):
+            with torch.cuda.device_of(out):
+                launch(
+                    _kernels().route_backward_kernel,
+                    (len(out),),
+                    *(others, dweights.contiguous(), weights, indices, router.weight, out),
+                    *(others.stride(0), router.weight.stride(0), hidden),
+                    TOP_K=router.top_k,
+                    HAS_OTHERS=dx is not None,
+                    BLOCK=1 << (hidden - 1).bit_length(),
+                    num_warps=WARPS,
+                )
+        return out, None
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Return the kernels' module, imported on first use because a CPU does not need Triton."""
+    from sparselong.kernels.layer import router_triton
+
+    return router_triton
