@@ -124,5 +124,6 @@ def test_collectives_of_gpu_tensors_are_recorded_by_tag(monkeypatch):
 def test_the_plan_decides_whether_120b_keeps_attention():
     case = {"shape": "whole", "arm": "masked", "tokens": 16_384, "degree": 4, "gpus": 4}
     case["layers"] = 36
-    assert not fit_120b.keeps_attention(case)  # it would not fit 24 GB cards
-    assert fit_120b.keeps_attention(case | {"tokens": 4096})
+    assert fit_120b.keeps_attention(case)
+    assert not fit_120b.keeps_attention(case | {"arm": "experts"})  # it would not fit 24 GB cards
+    assert fit_120b.keeps_attention(case | {"arm": "experts", "tokens": 4096})
