@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from sparselong.adapters.lora import MaskedLoraLinear, sum_outer
 from sparselong.kernels.dense import TILE_ROWS, MaskedWeight
-from sparselong.kernels.layer import rotate, rotate_back
+from sparselong.kernels.layer import rotate_back, rotate_projections
 from sparselong.model import FusedAttention
 from sparselong.runtime import is_checkpointed
 
@@ -122,10 +122,11 @@ class JoinedProjections:
             gradients += [b.T @ part, part @ a.T]
         return gradients
 
-    def split(self, both: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def split(self, joint: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return views [batch, heads, tokens, head_dim] of [batch, tokens, all outputs]."""
-        shape = (*both.shape[:2], -1, self.head_dim)
-        return tuple(part.view(shape).transpose(1, 2) for part in both.split(self.sizes, -1))
+        shape = (*joint.shape[:2], -1, self.head_dim)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in joint.split(self.sizes, -1))
+        return q, k, v
 
 
 class _Joined(torch.autograd.Function):
@@ -144,18 +145,16 @@ class _Joined(torch.autograd.Function):
         weight = made_from.round()
         ctx.joined, ctx.made_from, ctx.angles = joined, made_from, (cos, sin)
         ctx.save_for_backward(x, weight if is_checkpointed() else None)
-        q, k, v = joined.split(functional.linear(x, weight.to(x.dtype), joined.bias.to(x.dtype)))
+        made = joined.split(functional.linear(x, weight.to(x.dtype), joined.bias.to(x.dtype)))
         # The values are copied so that queries and keys before their rotation are not kept.
-        return *rotate(q, k, cos, sin), v.transpose(1, 2).contiguous().transpose(1, 2)
+        return rotate_projections(*made, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         joined, made_from = ctx.joined, ctx.made_from
         grad = dq.new_empty(*x.shape[:2], sum(joined.sizes))
-        places = joined.split(grad)
-        rotate_back(dq, dk, *ctx.angles, *places[:2])
-        places[2].copy_(dv)
+        rotate_back((dq, dk, dv), *ctx.angles, joined.split(grad))
         dx, gradients = None, [None] * len(joined.factors)
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[1]:

@@ -18,6 +18,6 @@ if TYPE_CHECKING:
         turn_into_shard_gradients,
     )
     from sparselong.kernels.layer.norm import add_rms_norm, rms_norm
-    from sparselong.kernels.layer.rotary import rotate, rotate_back
+    from sparselong.kernels.layer.rotary import rotate, rotate_back, rotate_projections
 
 __getattr__ = expose(__name__)
