@@ -151,8 +151,9 @@ class RotateFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return dq and dk, rotated back; cos and sin have no gradients."""
+        cos, sin = ctx.angles
         places = _empty_token_major(dq), _empty_token_major(dk)
-        _launch((dq, dk), *ctx.angles, places, back=True)
+        _launch((dq, dk), cos, sin, places, back=True)
         return *places, None, None
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of `rotary.py`: rotates a few tokens of a few heads of q or k, or copies v's."""
+"""The Triton kernel of `rotary.py`: rotates a few tokens of a few heads, or copies values."""
 
 from __future__ import annotations
 
