@@ -6,9 +6,9 @@ and with the rows of all of them:
     M = [M_q; M_k; M_v]        B·A = [B_q·A_q; B_k·A_k; B_v·A_v]
 
 Weights, outputs and gradients are those of the three layers, with fewer launches: one rounding, one
-product; backward one gradient of the input, one of the weight. The layers' masters, masks and
-scales become views of the joint ones. The rotary embedding is applied in the same step, and its
-backward pass writes straight into the joint gradient.
+product; backward one gradient of the input, one of the weight, and all factors' from that in two.
+The layers' masters, masks and scales become views of the joint ones. One kernel rotates queries and
+keys and copies the values, and backward another writes the three gradients into the joint one.
 """
 
 from __future__ import annotations
@@ -143,10 +143,11 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, *kept = ctx.saved_tensors
         joined, (cos, sin) = ctx.joined, ctx.angles
-        grad = dq.new_empty(*x.shape[:2], sum(joined.sizes))
+        grad = dq.new_empty(dq.shape[0], dq.shape[2], sum(joined.sizes))
         rotate_back((dq, dk, dv), cos, sin, joined.split(grad))
         needs_x, needs_factors = ctx.needs_input_grad[1], any(ctx.needs_input_grad[4:])
-        dx, factors = differentiate_product(ctx.made_from, kept, grad, x, needs_x, needs_factors)
+        dx, factors = differentiate_product(
+            ctx.made_from, grad, list(ctx.saved_tensors), needs_x, needs_factors
+        )
         return None, dx, None, None, *(factors or [None] * len(joined.factors))

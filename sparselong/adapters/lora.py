@@ -30,7 +30,7 @@ on the adapter, merging into the base in memory, several adapters at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,10 +63,9 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, *kept = ctx.saved_tensors
         needs_x, *needs_factors = ctx.needs_input_grad[:3]
         grad_x, factors = differentiate_product(
-            ctx.made_from, kept, grad, x, needs_x, any(needs_factors)
+            ctx.made_from, grad, list(ctx.saved_tensors), needs_x, any(needs_factors)
         )
         return grad_x, *(factors or (None, None)), None, None
 
@@ -83,9 +82,8 @@ def round_for_backward(
 
 def differentiate_product(
     made_from: MaskedWeight,
-    kept: Sequence[torch.Tensor | None],
     grad: torch.Tensor,
-    x: torch.Tensor,
+    saved: list[torch.Tensor],
     needs_x: bool,
     needs_factors: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor] | None]:
@@ -93,14 +91,15 @@ def differentiate_product(
 
     Args:
         made_from: defines the weight.
-        kept: weight and gate as saved; without a weight both are made again.
         grad: the product's gradient, [..., out].
-        x: the product's input, [..., in].
+        saved: the product's input x [..., in], and what `round_for_backward` returned to save;
+            emptied, so that the weight can be freed before its gradient is allocated.
         needs_x: whether to return the gradient of x.
         needs_factors: whether to return those of A and B.
     """
     grad_x = factors = None
-    weight, gate = kept
+    x, weight, gate = saved
+    saved.clear()
     with torch.autocast(x.device.type, enabled=False):
         if weight is None:
             weight, gate = made_from.round_with_gate()

@@ -24,7 +24,8 @@ import triton.language as tl
 
 from sparselong.kernels.launch import launch
 
-ROWS, STEPS, BLOCKS, RANKS, WARPS, STAGES = 16, 8, 4, 16, 4, 2
+ROWS, STEPS, BLOCKS, WARPS = 16, 8, 4, 4
+CONSTANTS = {"ROWS": ROWS, "STEPS": STEPS, "BLOCKS": BLOCKS, "RANKS": 16, "STAGES": 2}
 """A program takes STEPS times ROWS rows, BLOCKS times 32 columns and RANKS ranks. With more of
 them, or without the second buffer for rows that are being read (STAGES), registers spill."""
 SUM_WIDTH, SUM_DEPTH = 128, 8
@@ -47,38 +48,30 @@ def factor_gradients(
     """
     (rows, columns), rank = outer.shape, pairs[0][0].shape[0]
     sizes = [b.shape[0] for _, b in pairs]
-    ends = (sizes[0], sum(sizes[:2]))  # the second is not reached by fewer than three layers
     tiles = [-(-size // (STEPS * ROWS)) for size in sizes]
-    tile_ends = (tiles[0], sum(tiles[:2]))
     column_tiles = -(-columns // (32 * BLOCKS))
     like = {"dtype": torch.float32, "device": outer.device}
     a_shares = torch.empty(sum(tiles), rank, columns, **like)
     b_shares = torch.empty(column_tiles, rows, rank, **like)
     grad_a = torch.empty(len(pairs), rank, columns, **like)
     grad_b = torch.empty(rows, rank, **like)
+    # Where the first and the second layer end; with fewer than three, no tile is beyond the second.
+    row_ends, tile_ends = ((each[0], sum(each[:2])) for each in (sizes, tiles))
     given = (*pairs, pairs[-1], pairs[-1])[:3]
     with torch.cuda.device_of(outer):
         launch(
             factor_gradients_kernel,
-            (-(-rank // RANKS), column_tiles, sum(tiles)),
-            *(
-                outer,
-                outer if gate is None else gate,
-                *(factor for pair in given for factor in pair),
-            ),
-            *(a_shares, b_shares, rows, columns, rank, *ends, *tile_ends),
+            (-(-rank // CONSTANTS["RANKS"]), column_tiles, sum(tiles)),
+            *(outer, outer if gate is None else gate, *(each for pair in given for each in pair)),
+            *(a_shares, b_shares, rows, columns, rank, *row_ends, *tile_ends),
             HAS_GATE=gate is not None,
-            ROWS=ROWS,
-            STEPS=STEPS,
-            BLOCKS=BLOCKS,
-            RANKS=RANKS,
-            STAGES=STAGES,
+            **CONSTANTS,
             num_warps=WARPS,
         )
-        blocks_a, blocks_b = -(-rank * columns // SUM_WIDTH), -(-rows * rank // SUM_WIDTH)
+        blocks = len(pairs) * -(-rank * columns // SUM_WIDTH) + -(-rows * rank // SUM_WIDTH)
         launch(
             add_shares_kernel,
-            (len(pairs) * blocks_a + blocks_b,),
+            (blocks,),
             *(a_shares, b_shares, grad_a, grad_b, scaling, rank * columns, rows * rank),
             *(len(pairs), *tile_ends, sum(tiles), column_tiles),
             WIDTH=SUM_WIDTH,

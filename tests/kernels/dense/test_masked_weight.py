@@ -107,8 +107,7 @@ def test_kernel_fits_a_3090(gate):
 def test_gradient_kernels_fit_a_3090(gate, aligned):
     """With a gate a row is whole blocks of 32; ranks need not be multiples of 16."""
     of = factor_gradients
-    constants = {"HAS_GATE": gate, "ROWS": of.ROWS, "STEPS": of.STEPS, "BLOCKS": of.BLOCKS}
-    constants |= {"RANKS": of.RANKS, "STAGES": of.STAGES}
+    constants = {"HAS_GATE": gate, **of.CONSTANTS}
     check_fits_a_3090(of.factor_gradients_kernel, constants, of.WARPS, aligned)
     constants = {"WIDTH": of.SUM_WIDTH, "DEPTH": of.SUM_DEPTH}
     check_fits_a_3090(of.add_shares_kernel, constants, of.WARPS)
