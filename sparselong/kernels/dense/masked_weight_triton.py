@@ -52,17 +52,17 @@ def masked_weight_kernel(
         change = tl.dot(b, a, change, input_precision="ieee")
     change = tl.reshape(change, [ROWS, BLOCKS, 32])
     weight = tl.load(master_ptr + at, mask=inside, other=0.0).to(tl.float32) + scaling * change
-    passes = inside
     by_block = row_inside[:, None] & (block * 32 < columns)[None, :]
     if HAS_MASK:
         bytes_at = patterns_ptr + (row[:, None] * (columns // 32) + block[None, :]) * 3
         word = tl.load(bytes_at, mask=by_block, other=0).to(tl.int32)
         word |= tl.load(bytes_at + 1, mask=by_block, other=0).to(tl.int32) << 8
         word |= tl.load(bytes_at + 2, mask=by_block, other=0).to(tl.int32) << 16
-        pattern = (word[:, :, None] >> (lane // 4 * 3)[None, None, :]) & 7
-        kept = (PATTERN_MASKS >> (4 * pattern + (lane % 4)[None, None, :])) & 1
-        kept = kept != 0
-        passes = passes & kept
+        kept = tl.zeros([ROWS, BLOCKS], tl.int32)  # a bit an input, the first of 32 the lowest
+        for four in tl.static_range(8):
+            pattern = (word >> (3 * four)) & 7
+            kept |= ((PATTERN_MASKS >> (4 * pattern)) & 15) << (4 * four)
+    bit = (1 << lane)[None, None, :]
     if HAS_SCALE:
         group = row[:, None] * (columns // GROUP) + (block * 32 // GROUP)[None, :]
         step = tl.load(scale_ptr + group, mask=by_block, other=1.0).to(tl.float32)
@@ -72,14 +72,17 @@ def masked_weight_kernel(
             # next to such a bound are far enough from it that their quotients are not ties.
             least = tl.where(step == 0.0, float("-inf"), (lowest - 0.5) * step)
             most = tl.where(step == 0.0, float("inf"), (highest + 0.5) * step)
-            passes = passes & (weight >= least) & (weight < most)
+            unsaturated = tl.sum(tl.where((weight >= least) & (weight < most), bit, 0), 2)
         weight = _round(weight, step, lowest, highest)
     if HAS_MASK:
-        weight = tl.where(kept, weight, 0.0)
+        weight = tl.where((kept[:, :, None] & bit) != 0, weight, 0.0)
     tl.store(result_ptr + at, weight.to(result_ptr.dtype.element_ty), mask=inside)
     if GATE:
-        word = tl.sum(tl.where(passes, (1 << lane)[None, None, :], 0), 2)
-        tl.store(gate_ptr + row[:, None] * (columns // 32) + block[None, :], word, mask=by_block)
+        gate = unsaturated if HAS_SCALE else kept
+        if HAS_SCALE and HAS_MASK:
+            gate &= kept
+        gate_at = gate_ptr + row[:, None] * (columns // 32) + block[None, :]
+        tl.store(gate_at, gate, mask=by_block)
 
 
 @triton.jit
