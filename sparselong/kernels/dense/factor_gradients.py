@@ -25,9 +25,8 @@ import triton.language as tl
 from sparselong.kernels.launch import launch
 
 ROWS, STEPS, BLOCKS, WARPS = 16, 8, 4, 4
-CONSTANTS = {"ROWS": ROWS, "STEPS": STEPS, "BLOCKS": BLOCKS, "RANKS": 16, "STAGES": 2}
-"""A program takes STEPS times ROWS rows, BLOCKS times 32 columns and RANKS ranks. With more of
-them, or without the second buffer for rows that are being read (STAGES), registers spill."""
+CONSTANTS = {"ROWS": ROWS, "STEPS": STEPS, "BLOCKS": BLOCKS, "RANKS": 16}
+"""A program takes STEPS times ROWS rows, BLOCKS times 32 columns and RANKS ranks."""
 SUM_WIDTH, SUM_DEPTH = 128, 8
 
 
@@ -86,7 +85,7 @@ def factor_gradients_kernel(
     outer_ptr, gate_ptr, a_ptr, b_ptr, a2_ptr, b2_ptr, a3_ptr, b3_ptr, a_share_ptr, b_share_ptr,
     rows, columns, rank, first_rows, second_rows, first_tiles, second_tiles,
     HAS_GATE: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr,
-    RANKS: tl.constexpr, STAGES: tl.constexpr,
+    RANKS: tl.constexpr,
 ):  # fmt: skip
     """Write a tile's shares, before the scaling. Grid: (RANKS ranks, column tiles, row tiles).
 
@@ -106,10 +105,14 @@ def factor_gradients_kernel(
     bit = (1 << lane)[None, None, :]
     column = block[:, None] * 32 + lane[None, :]
     flat = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    by_column = (r < rank)[None, :] & (flat < columns)[:, None]
     b_share_ptr += column_tile.to(tl.int64) * rows * rank
     a_share = tl.zeros([RANKS, COLUMNS], tl.float32)
-    for step in tl.range(STEPS, num_stages=STAGES):
+    # dB's product is taken in pieces of 16 columns, then added. In one piece a thread has two of
+    # its 256 sums, and reads shared memory for each multiplication, mostly in bank conflicts.
+    piece = tl.reshape(flat, [COLUMNS // 16, 16])[:, :, None]
+    by_piece = (r < rank)[None, None, :] & (piece < columns)
+    a = tl.load(a_ptr + r[None, None, :] * columns + piece, mask=by_piece, other=0.0)
+    for step in tl.range(STEPS, num_stages=1):  # more stages cost registers: fewer programs
         row = begin + ((tile - before) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         real = row < end
         at = row[:, None, None] * columns + column[None, :, :]
@@ -125,8 +128,8 @@ def factor_gradients_kernel(
         b_at = b_ptr + (row - begin)[:, None] * rank + r[None, :]
         b = tl.load(b_at, mask=by_row, other=0.0)
         a_share = tl.dot(tl.trans(b), grad, a_share, input_precision="ieee")
-        a = tl.load(a_ptr + r[None, :] * columns + flat[:, None], mask=by_column, other=0.0)
-        b_share = tl.dot(grad, a, input_precision="ieee")
+        pieces = tl.permute(tl.reshape(grad, [ROWS, COLUMNS // 16, 16]), (1, 0, 2))
+        b_share = tl.sum(tl.dot(pieces, a, input_precision="ieee"), 0)
         tl.store(b_share_ptr + row[:, None] * rank + r[None, :], b_share, mask=by_row)
     a_share_ptr += tile.to(tl.int64) * rank * columns
     share_at = a_share_ptr + r[:, None] * columns + flat[None, :]
