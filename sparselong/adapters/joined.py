@@ -6,9 +6,9 @@ and with the rows of all of them:
     M = [M_q; M_k; M_v]        B·A = [B_q·A_q; B_k·A_k; B_v·A_v]
 
 Weights, outputs and gradients are those of the three layers, with fewer launches: one rounding, one
-product; backward one gradient of the input, one of the weight. The layers' masters, masks and
-scales become views of the joint ones. The rotary embedding is applied in the same step, and its
-backward pass writes straight into the joint gradient.
+product; backward one gradient of the input, one of the weight, and all factors' from that in two.
+The layers' masters, masks and scales become views of the joint ones. One kernel rotates queries and
+keys and copies the values, and backward another writes the three gradients into the joint one.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sparselong.adapters.lora import MaskedLoraLinear, sum_outer
+from sparselong.adapters.lora import MaskedLoraLinear, differentiate_product, round_for_backward
 from sparselong.kernels.dense import TILE_ROWS, MaskedWeight
-from sparselong.kernels.layer import rotate, rotate_back
+from sparselong.kernels.layer import rotate_back, rotate_projections
 from sparselong.model import FusedAttention
-from sparselong.runtime import is_checkpointed
 
 
 def join_projections(model: nn.Module) -> int:
@@ -115,17 +114,11 @@ class JoinedProjections:
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         return _Joined.apply(self, hidden, cos, sin, *self.factors)  # pyright: ignore[reportReturnType]
 
-    def split_gradients(self, made_from: MaskedWeight, passed: torch.Tensor) -> list[torch.Tensor]:
-        """Return the gradients of `factors`, given that of the joint B·A, fp32 [out, in]."""
-        gradients = []
-        for (a, b), part in zip(made_from.pairs, passed.split(self.sizes), strict=True):
-            gradients += [b.T @ part, part @ a.T]
-        return gradients
-
-    def split(self, both: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def split(self, joint: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return views [batch, heads, tokens, head_dim] of [batch, tokens, all outputs]."""
-        shape = (*both.shape[:2], -1, self.head_dim)
-        return tuple(part.view(shape).transpose(1, 2) for part in both.split(self.sizes, -1))
+        shape = (*joint.shape[:2], -1, self.head_dim)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in joint.split(self.sizes, -1))
+        return q, k, v
 
 
 class _Joined(torch.autograd.Function):
@@ -141,27 +134,20 @@ class _Joined(torch.autograd.Function):
         *factors: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         made_from = joined.weight()
-        weight = made_from.round()
+        weight, kept = round_for_backward(made_from)
         ctx.joined, ctx.made_from, ctx.angles = joined, made_from, (cos, sin)
-        ctx.save_for_backward(x, weight if is_checkpointed() else None)
-        q, k, v = joined.split(functional.linear(x, weight.to(x.dtype), joined.bias.to(x.dtype)))
+        ctx.save_for_backward(x, *kept)
+        made = joined.split(functional.linear(x, weight.to(x.dtype), joined.bias.to(x.dtype)))
         # The values are copied so that queries and keys before their rotation are not kept.
-        return *rotate(q, k, cos, sin), v.transpose(1, 2).contiguous().transpose(1, 2)
+        return rotate_projections(*made, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        joined, made_from = ctx.joined, ctx.made_from
-        grad = dq.new_empty(*x.shape[:2], sum(joined.sizes))
-        places = joined.split(grad)
-        rotate_back(dq, dk, *ctx.angles, *places[:2])
-        places[2].copy_(dv)
-        dx, gradients = None, [None] * len(joined.factors)
-        with torch.autocast(x.device.type, enabled=False):
-            if ctx.needs_input_grad[1]:
-                weight = made_from.round() if weight is None else weight
-                dx = grad @ weight.to(grad.dtype)
-            if any(ctx.needs_input_grad[4:]):
-                outer = sum_outer(grad.flatten(0, 1), x.flatten(0, 1))
-                gradients = joined.split_gradients(made_from, made_from.gate_(outer))
-        return None, dx, None, None, *gradients
+        joined, (cos, sin) = ctx.joined, ctx.angles
+        grad = dq.new_empty(dq.shape[0], dq.shape[2], sum(joined.sizes))
+        rotate_back((dq, dk, dv), cos, sin, joined.split(grad))
+        needs_x, needs_factors = ctx.needs_input_grad[1], any(ctx.needs_input_grad[4:])
+        dx, factors = differentiate_product(
+            ctx.made_from, grad, list(ctx.saved_tensors), needs_x, needs_factors
+        )
+        return None, dx, None, None, *(factors or [None] * len(joined.factors))

@@ -16,8 +16,8 @@ code saturates:
 G has the size of the weight, so this takes one more matmul per layer than ordinary LoRA; for the
 attention projections of gpt-oss that is about 5 % of a training step. Nothing of weight size is
 kept from the forward pass to the backward pass: W and Wq are recomputed by a rank-r matmul and a
-rounding. In a checkpointed layer the recomputation saves Wq for the backward pass that follows
-immediately.
+rounding. In a checkpointed layer the recomputation saves Wq, and a bit a weight for mask and
+saturation, for the backward pass that follows immediately.
 
 The layer is a PEFT LoRA layer (built through PEFT's registry of custom modules), so PEFT and
 transformers save, load and resume its A and B as a plain adapter. Adding that adapter to the
@@ -49,33 +49,67 @@ from sparselong.runtime import is_checkpointed
 class _MaskedLinear(torch.autograd.Function):
     """x [..., in] → [..., out] through pruned and rounded M + s·B·A; see the module docstring.
 
-    Saved for the backward pass: x and, in a checkpointed layer, the rounded weight, because there
-    only the recomputation's saved tensors persist. `made_from` is referenced, not saved: a step
-    changes it only after its backward passes.
+    Saved for the backward pass: x and, in a checkpointed layer, the rounded weight and its gate,
+    because there only the recomputation's saved tensors persist. `made_from` is referenced, not
+    saved: a step changes it only after its backward passes.
     """
 
     @staticmethod
     def forward(ctx, x, lora_a, lora_b, bias, made_from):  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.made_from = made_from  # has A and B too; as inputs they get gradients
-        weight = made_from.round()
-        ctx.save_for_backward(x, weight if is_checkpointed() else None)
+        weight, kept = round_for_backward(made_from)
+        ctx.save_for_backward(x, *kept)
         return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        made_from: MaskedWeight = ctx.made_from
-        grad_x = grad_a = grad_b = None
-        with torch.autocast(x.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                weight = made_from.round() if weight is None else weight
-                grad_x = grad @ weight.to(grad.dtype)
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                outer = sum_outer(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
-                passed = made_from.gate_(outer)
-                grad_a = made_from.lora_b.float().T @ passed
-                grad_b = passed @ made_from.lora_a.float().T
-        return grad_x, grad_a, grad_b, None, None
+        needs_x, *needs_factors = ctx.needs_input_grad[:3]
+        grad_x, factors = differentiate_product(
+            ctx.made_from, grad, list(ctx.saved_tensors), needs_x, any(needs_factors)
+        )
+        return grad_x, *(factors or (None, None)), None, None
+
+
+def round_for_backward(
+    made_from: MaskedWeight,
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Return the rounded weight, and what to save of weight and gate for the backward pass."""
+    if is_checkpointed():
+        kept = made_from.round_with_gate()
+        return kept[0], kept
+    return made_from.round(), (None, None)
+
+
+def differentiate_product(
+    made_from: MaskedWeight,
+    grad: torch.Tensor,
+    saved: list[torch.Tensor],
+    needs_x: bool,
+    needs_factors: bool,
+) -> tuple[torch.Tensor | None, list[torch.Tensor] | None]:
+    """Return the gradients of x, and of A and B of each layer in `made_from`, where needed.
+
+    Args:
+        made_from: defines the weight.
+        grad: the product's gradient, [..., out].
+        saved: the product's input x [..., in], and what `round_for_backward` returned to save;
+            emptied, so that the weight can be freed before its gradient is allocated.
+        needs_x: whether to return the gradient of x.
+        needs_factors: whether to return those of A and B.
+    """
+    grad_x = factors = None
+    x, weight, gate = saved
+    saved.clear()
+    with torch.autocast(x.device.type, enabled=False):
+        if weight is None:
+            weight, gate = made_from.round_with_gate()
+        if needs_x:
+            grad_x = grad @ weight.to(grad.dtype)
+        del weight
+        if needs_factors:
+            outer = sum_outer(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
+            factors = [each for pair in made_from.factor_gradients(outer, gate) for each in pair]
+    return grad_x, factors
 
 
 def sum_outer(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

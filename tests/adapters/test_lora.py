@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
-from sparselong.adapters.lora import MaskedLoraLinear
+from sparselong.adapters import lora
+from sparselong.adapters.lora import MaskedLoraLinear, sum_outer
 from sparselong.kernels.dense.masked_weight import MaskedWeight
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import dense, integer
@@ -196,7 +197,12 @@ def test_a_checkpointed_layer_builds_its_weight_once_per_pass(monkeypatch):
         made.append(weakref.ref(weight.untyped_storage()))
         return weight
 
+    def sum_once_the_weight_is_freed(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        assert made[-1]() is None, "backward must not hold the weight and its gradient at once"
+        return sum_outer(grad, x)
+
     monkeypatch.setattr(MaskedWeight, "round", round_and_note)
+    monkeypatch.setattr(lora, "sum_outer", sum_once_the_weight_is_freed)
     context = partial(checkpoint_contexts, False)
     y = checkpoint(layer, x, use_reentrant=False, context_fn=context)
     assert [ref() for ref in made] == [None], "the forward pass must not keep its weight"

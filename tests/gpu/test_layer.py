@@ -236,6 +236,34 @@ def test_rotary(case, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ROTARY)
+def test_projections_are_rotated_and_copied_to_the_bit(case, dtype):
+    """The bits of `rotate` and of copies, with cos and sin laid out as by transformers too."""
+    torch.manual_seed(len(case))
+    batch, tokens, heads, kv_heads, dim = ROTARY[case]
+    sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
+
+    def split(joint: torch.Tensor):
+        parts = joint.split(sizes, -1)
+        return tuple(part.view(batch, tokens, -1, dim).transpose(1, 2) for part in parts)
+
+    made = split(draw(batch, tokens, sum(sizes), dtype=dtype))
+    cos, sin = draw(2, 1, dim // 2, tokens, dtype=dtype).mT
+    upstream = tuple(draw(*part.mT.shape, dtype=dtype).mT for part in made)
+    expected = differentiate(
+        lambda q, k: rotary.rotate(q, k, cos.contiguous(), sin.contiguous()), made[:2], upstream[:2]
+    )
+    results = rotary.rotate_projections(*made, cos, sin)
+    joint = torch.full((batch, tokens, sum(sizes)), float("nan"), device="cuda", dtype=dtype)
+    rotary.rotate_back(upstream, cos, sin, split(joint))
+    wanted = (*expected[:2], made[2], *expected[2:], upstream[2])
+    for place, (got, true) in enumerate(zip((*results, *split(joint)), wanted, strict=True)):
+        assert torch.equal(got, true), place
+    for result in results:
+        assert result.transpose(1, 2).is_contiguous(), "attention and projections would copy it"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "vocab", "width", "chunk", "supervised"),
     [

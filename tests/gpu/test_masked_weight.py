@@ -1,4 +1,4 @@
-"""The compiled kernel of the masked weight, and the layer that trains through it."""
+"""The compiled kernels of the masked weight and of its factors' gradients."""
 
 import math
 from dataclasses import replace
@@ -6,18 +6,56 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparselong.kernels.dense import factor_gradients, masked_weight
 from sparselong.kernels.dense.masked_weight import MaskedWeight
 from sparselong.packing import integer
-from tests.kernels.masked_weight_interpreted import CASES, Case, compare, draw
+from tests.kernels.masked_weight_interpreted import CASES, Case, compare, draw, unpack_gate
+from tests.poisoned import PoisonedTorch
 
-LARGE = [Case(4, True, 16, 4096, 2880), Case(4, True, 64, 2880, 4096), Case(8, True, 16, 512, 2880)]
+LARGE = [
+    Case(4, True, 16, 4096, 2880),
+    Case(4, True, 64, 2880, 4096),
+    Case(8, True, 16, 512, 2880),
+    Case(4, True, 16, 512, 2880, layers=3, more=3584),  # queries, keys and values of gpt-oss
+    Case(16, False, 8, 2880, 4096),
+]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    for module in (masked_weight, factor_gradients):
+        monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
-def test_kernel_matches_the_definition(case):
+def test_kernels_match_the_definition(case):
+    """The gradients, which must repeat to the bit, err at most twice as much as torch's fp32
+    products, or four roundings where those are nearly exact."""
     row = compare(case, draw(case, "cuda"))
     assert row["weight"] <= 2e-3 and row["gate"] <= 2e-3, row
     assert 0.2 < row["passing"] <= 1.0, row
+    assert row["gradients"] <= max(2 * row["plain"], 2.4e-7), row
+
+
+@pytest.mark.parametrize("sizes", [(4096, 512, 512), (64, 512), (2880,)], ids=str)
+def test_gradients_of_layers_with_unequal_rows(sizes):
+    """Each layer's gradients are those that it has alone, to the bit."""
+    torch.manual_seed(0)
+    outer = torch.randn(sum(sizes), 2880, device="cuda")
+    words = torch.randint(-(2**31), 2**31, (sum(sizes), 90), dtype=torch.int32, device="cuda")
+    pairs = [
+        (torch.randn(16, 2880, device="cuda"), torch.randn(size, 16, device="cuda"))
+        for size in sizes
+    ]
+    joint = factor_gradients.factor_gradients(outer, words, pairs, 2.0)
+    parts = zip(joint, pairs, outer.split(sizes), words.split(sizes), strict=True)
+    for got, pair, part, gate in parts:
+        (alone,) = factor_gradients.factor_gradients(part, gate, [pair], 2.0)
+        passed = 2.0 * part.double() * unpack_gate(gate)
+        exact = pair[1].double().T @ passed, passed @ pair[0].double().T
+        for one, other, true in zip(got, alone, exact, strict=True):
+            assert torch.equal(one, other)
+            assert one.is_contiguous() and (one - true).norm() <= 1e-6 * true.norm()
 
 
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
@@ -66,7 +104,9 @@ def test_ties_and_adjacent_floats_round_like_a_true_division(bits, towards):
     expected = integer.quantize(cpu.lora_b, cpu.scale, bits)
     assert torch.equal(gpu.codes().cpu(), expected)
     assert torch.equal(gpu.round().cpu(), integer.dequantize(expected, cpu.scale))
-    passing = gpu.gate_(torch.ones_like(gpu.lora_b)).cpu() != 0
+    rounded, words = gpu.round_with_gate()
+    assert words is not None and torch.equal(rounded, gpu.round())
+    passing = unpack_gate(words).cpu()
     lowest, highest = integer.code_range(bits)
     codes = torch.round(cpu.lora_b / cpu.scale.float())  # a true division, in fp32
     assert torch.equal(passing, (codes >= lowest) & (codes <= highest))

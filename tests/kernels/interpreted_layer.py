@@ -92,7 +92,7 @@ def rotary_cases() -> dict[str, list[float]]:
         ("shared_positions", (2, 6, 3, 3, 12), 1),
     ):
         q, k = (torch.randn(batch, tokens, n, dim).transpose(1, 2) for n in (heads, kv_heads))
-        cos, sin = torch.randn(2, rows, tokens, dim // 2)
+        cos, sin = torch.randn(2, rows, dim // 2, tokens).mT  # as transformers': not contiguous
         found[f"rotary_{name}"] = errors(
             lambda q, k, c=cos, s=sin: rotary.RotateFunction.apply(q, k, c, s),
             lambda q, k, c=cos, s=sin: rotate_reference(q, k, c, s),
@@ -104,7 +104,41 @@ def rotary_cases() -> dict[str, list[float]]:
             lambda q, k, c=cos, s=sin: rotate_reference(q, k, c, s),
             mirrored,
         )
+        found[f"rotary_{name}_contiguous_angles"] = errors(
+            lambda q, k, c=cos, s=sin: rotary.RotateFunction.apply(q, k, c.contiguous(), s),
+            lambda q, k, c=cos, s=sin: rotate_reference(q, k, c, s),
+            (q, k),
+        )
+        found[f"rotary_{name}_projections"] = projection_errors(q, k, cos, sin)
     return found
+
+
+def projection_errors(q, k, cos, sin) -> list[float]:
+    """Errors of rotated q and k and the gradients before the rotation; 1 where values changed.
+
+    q, k and v are views of one product's output, and the gradients are written into one.
+    """
+    batch, heads, tokens, dim = q.shape
+    sizes = [heads * dim, k.shape[1] * dim, k.shape[1] * dim]
+
+    def split(joint):
+        parts = joint.split(sizes, -1)
+        return tuple(part.view(batch, tokens, -1, dim).transpose(1, 2) for part in parts)
+
+    made = split(torch.randn(batch, tokens, sum(sizes)))
+    results = tuple(torch.full_like(part, float("nan")) for part in made)
+    rotary._launch(made, cos, sin, results, back=False)
+    leaves = [part.double().requires_grad_() for part in made]
+    exact = (*rotate_reference(*leaves[:2], cos, sin), leaves[2])
+    upstream = [torch.randn_like(part) for part in results]
+    upstream[2] = upstream[2].mT.contiguous().mT
+    joint = torch.full((batch, tokens, sum(sizes)), float("nan"))
+    rotary._launch(upstream, cos, sin, split(joint), back=True)
+    wanted = torch.autograd.grad(exact, leaves, [up.double() for up in upstream])
+    pairs = zip((*results, *split(joint)), (*exact, *wanted), strict=True)
+    found = [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+    unchanged = torch.equal(results[2], made[2]) and torch.equal(split(joint)[2], upstream[2])
+    return [*found, 0.0 if unchanged else 1.0]
 
 
 def router_cases() -> dict[str, list[float]]:

@@ -173,7 +173,14 @@ NEIGHBOURS = [
         {"HAS_TOTAL": True, "WEIGHT_GRADIENT": True, "BLOCK": 4096},
         8,
     ),
-    (rotary_kernels.rotate_kernel, {"BACK": True, "TOKENS": 4, "HEADS": 8, "BLOCK": 32}, 4),
+    *(
+        (
+            rotary_kernels.rotate_kernel,
+            {"BACK": True, "HAS_VALUES": values, "TOKENS": 4, "HEADS": 8, "BLOCK": 32},
+            4,
+        )
+        for values in (False, True)
+    ),
     *(
         (
             router_kernels.route_kernel,

@@ -1,4 +1,4 @@
-"""Dense layers: masked and rounded weights, and unpacking of packed ones."""
+"""Dense layers: masked and rounded weights, their factors' gradients, and unpacking."""
 
 from typing import TYPE_CHECKING
 

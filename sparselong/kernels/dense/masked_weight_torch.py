@@ -69,3 +69,15 @@ def passes(
         codes = torch.round(ratio).reshape(master.shape)
         inside &= (codes >= lowest) & (codes <= highest)
     return inside
+
+
+def factor_gradients(
+    outer: torch.Tensor, gate: torch.Tensor | None, pairs: Pairs, scaling: float
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the gradients of each layer's A and B, as `MaskedWeight.factor_gradients`."""
+    passed = outer if gate is None else outer.mul_(gate)
+    passed.mul_(scaling)
+    parts = passed.split([b.shape[0] for _, b in pairs])
+    return [
+        (b.float().T @ part, part @ a.float().T) for part, (a, b) in zip(parts, pairs, strict=True)
+    ]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from sparselong.kernels.decode import Matrix, as_matrix
-from sparselong.kernels.dense.masked_weight import PATTERN_MASKS
+from sparselong.kernels.dense.masked_weight_triton import PATTERN_MASKS
 from sparselong.kernels.launch import launch
 from sparselong.packing import DenseFormat
 

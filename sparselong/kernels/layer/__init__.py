@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         turn_into_shard_gradients,
     )
     from sparselong.kernels.layer.norm import add_rms_norm, rms_norm, rms_norm_and_input
-    from sparselong.kernels.layer.rotary import rotate, rotate_back
+    from sparselong.kernels.layer.rotary import rotate, rotate_back, rotate_projections
     from sparselong.kernels.layer.router import Router, route
 
 __getattr__ = expose(__name__)

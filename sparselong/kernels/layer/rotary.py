@@ -9,8 +9,13 @@ so the backward pass is the same kernel with the angle's sign flipped. Nothing i
 references to cos and sin, which all layers share. These are transformers': one value for each of
 head_dim / 2 angles, with YaRN's concentration included. The arithmetic is fp32 with one rounding;
 transformers rounds three times. Inputs are read by stride, so views of a projection's output cost
-no copy. Outputs are laid out in memory as [batch, tokens, heads, head_dim], so that neither
-attention nor the projections' backward pass needs a copy.
+no copy, nor do transformers' cos and sin, whose last axis is not contiguous. Outputs are laid out
+in memory as [batch, tokens, heads, head_dim], so that neither attention nor the projections'
+backward pass needs a copy.
+
+Where one product makes queries, keys and values (`adapters/joined.py`), the same kernel copies the
+values, so that the product's output can be freed, and writes all three gradients into the joint
+one.
 
 On a CPU plain torch runs (`rotary_torch.py`). Source: Su et al. (2021), arXiv:2104.09864; the code
 is ours, under this repository's licence. Not supported: interleaved pairs, and gradients of cos and
@@ -20,6 +25,7 @@ sin.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +34,8 @@ from sparselong.kernels.launch import launch
 from sparselong.kernels.layer.rotary_torch import rotate_torch
 from sparselong.kernels.layout import with_unit_stride
 
+Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries [batch, heads, tokens, head_dim], and keys and values [batch, kv_heads, ...]."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS, HEADS = 4, 8
 
@@ -85,29 +93,46 @@ def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
         raise ValueError(f"q: {q.dtype}; allowed on a GPU: {', '.join(map(str, DTYPES))}")
 
 
-def rotate_back(
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    q_out: torch.Tensor,
-    k_out: torch.Tensor,
-) -> None:
-    """Write the gradients before the rotation to q_out and k_out, which have dq's and dk's shapes.
+def rotate_projections(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> Projections:
+    """Return q and k rotated, and a copy of v, laid out as `rotate`'s results; no gradients.
 
     Args:
-        dq: gradient of the rotated queries, as q in `rotate`.
-        dk: gradient of the rotated keys.
+        q: as in `rotate`.
+        k: as in `rotate`.
+        v: k's shape and q's dtype, any strides.
         cos: as in `rotate`.
         sin: as in `rotate`.
-        q_out: dq's shape, last axis contiguous.
-        k_out: dk's shape, last axis contiguous.
     """
-    if dq.is_cuda:
-        _launch(dq, dk, cos, sin, back=True, into=(q_out, k_out))
+    places = _empty_token_major(q), _empty_token_major(k), _empty_token_major(v)
+    _write((q, k, v), cos, sin, places, back=False)
+    return places
+
+
+def rotate_back(
+    gradients: Projections, cos: torch.Tensor, sin: torch.Tensor, places: Projections
+) -> None:
+    """Write the gradients of q, k and v, given those of `rotate_projections`'s results.
+
+    Args:
+        gradients: of the rotated queries, the rotated keys and the values, any strides.
+        cos: as in `rotate`.
+        sin: as in `rotate`.
+        places: where to write; the gradients' shapes, last axis contiguous.
+    """
+    _write(gradients, cos, sin, places, back=True)
+
+
+def _write(
+    given: Projections, cos: torch.Tensor, sin: torch.Tensor, places: Projections, back: bool
+) -> None:
+    if given[0].is_cuda:
+        _launch(given, cos, sin, places, back=back)
         return
-    for place, gradient in zip((q_out, k_out), rotate_torch(dq, dk, cos, -sin), strict=True):
-        place.copy_(gradient)
+    rotated = rotate_torch(*given[:2], cos, -sin if back else sin)
+    for place, result in zip(places, (*rotated, given[2]), strict=True):
+        place.copy_(result)
 
 
 class RotateFunction(torch.autograd.Function):
@@ -119,50 +144,52 @@ class RotateFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return q and k, rotated."""
         ctx.angles = cos, sin
-        return _launch(q, k, cos, sin, back=False)
+        places = _empty_token_major(q), _empty_token_major(k)
+        _launch((q, k), cos, sin, places, back=False)
+        return places
 
     @staticmethod
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return dq and dk, rotated back; cos and sin have no gradients."""
-        return *_launch(dq, dk, *ctx.angles, back=True), None, None
+        cos, sin = ctx.angles
+        places = _empty_token_major(dq), _empty_token_major(dk)
+        _launch((dq, dk), cos, sin, places, back=True)
+        return *places, None, None
 
 
 def _launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
+    given: Sequence[torch.Tensor],
     cos: torch.Tensor,
     sin: torch.Tensor,
-    *,
+    places: Sequence[torch.Tensor],
     back: bool,
-    into: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k = with_unit_stride(q, k)
-    batch, heads, tokens, dim = q.shape
+) -> None:
+    """Rotate q and k and, where they are three, copy v, from `given` into `places`."""
+    given, has_values = with_unit_stride(*given), len(given) == 3
+    batch, heads, tokens, dim = given[0].shape
+    if given[0].numel() == 0:
+        return
     # One row of angles for a whole batch is read with a stride of 0.
-    cos, sin = (
-        t.expand(batch, -1, -1).contiguous() if t.stride(-1) != 1 else t for t in (cos, sin)
-    )
     cos, sin = (t.expand(batch, -1, -1) for t in (cos, sin))
-    rotated = into or (_empty_token_major(q), _empty_token_major(k))
-    if q.numel() == 0:
-        return rotated
-    groups = -(-heads // HEADS), -(-k.shape[1] // HEADS)
-    grid = (-(-tokens // TOKENS), sum(groups), batch)
+    q, k, v = (*given, given[1])[:3]
+    q_out, k_out, v_out = (*places, places[1])[:3]
+    kv_groups = -(-k.shape[1] // HEADS)
+    groups = -(-heads // HEADS) + kv_groups * (2 if has_values else 1)
     half = dim // 2
     with torch.cuda.device_of(q):
         launch(
             _kernels().rotate_kernel,
-            grid,
-            *(q, k, cos, sin, *rotated),
-            *(*q.stride()[:3], *k.stride()[:3], *cos.stride()[:2], *sin.stride()[:2]),
-            *(*rotated[0].stride()[:3], *rotated[1].stride()[:3]),
+            (-(-tokens // TOKENS), groups, batch),
+            *(q, k, v, cos, sin, q_out, k_out, v_out),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cos.stride(), *sin.stride()),
+            *(*q_out.stride()[:3], *k_out.stride()[:3], *v_out.stride()[:3]),
             *(heads, k.shape[1], tokens, half),
             BACK=back,
+            HAS_VALUES=has_values,
             TOKENS=TOKENS,
             HEADS=HEADS,
             BLOCK=1 << (half - 1).bit_length(),
         )
-    return rotated
 
 
 def _empty_token_major(x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from sparselong.kernels.layer.cross_entropy_shard import (
     turn_into_shard_gradients,
 )
 from sparselong.kernels.layer.norm import add_rms_norm, rms_norm
-from sparselong.kernels.layer.rotary import rotate
+from sparselong.kernels.layer.rotary import rotate, rotate_back, rotate_projections
 from tests.kernels.run_interpreted import run_interpreted
 from tests.references.cross_entropy import linear_cross_entropy_reference
 from tests.references.norm import add_rms_norm_reference, rms_norm_reference
@@ -29,7 +29,7 @@ def interpreted(forked_python) -> dict[str, list[float]]:
 
 def test_interpreted_kernels_agree_with_fp64(interpreted):
     """NaN compares false, so an element that no program wrote also fails."""
-    assert len(interpreted) >= 39
+    assert len(interpreted) >= 45
     for name, errors in interpreted.items():
         assert errors and all(e < LIMITS.get(name, 3e-7) for e in errors), f"{name}: {errors}"
 
@@ -85,6 +85,24 @@ def test_rotary_matches_transformers(dtype):
         rotate(q, k, cos, sin), modeling_gpt_oss.apply_rotary_pos_emb(q, k, cos, sin), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_rotated_projections_are_the_rotation_and_a_copy():
+    torch.manual_seed(0)
+    joint = torch.randn(2, 7, 8 * 16)
+    q, k, v = (part.view(2, 7, -1, 16).transpose(1, 2) for part in joint.split([64, 32, 32], -1))
+    cos, sin = torch.randn(2, 2, 8, 7).mT
+    leaves = [tensor.detach().requires_grad_() for tensor in (q, k)]
+    rotated = rotate(*leaves, cos, sin)
+    results = rotate_projections(q, k, v, cos, sin)
+    assert all(map(torch.equal, results, (*rotated, v)))
+    assert all(result.transpose(1, 2).is_contiguous() for result in results)
+    assert results[2].data_ptr() != v.data_ptr(), "the product's output would be kept"
+    upstream = tuple(torch.randn_like(result) for result in results)
+    places = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    rotate_back(upstream, cos, sin, places)
+    wanted = (*torch.autograd.grad(rotated, leaves, upstream[:2]), upstream[2])
+    torch.testing.assert_close(places, wanted)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 512])
