@@ -184,10 +184,7 @@ class FusedDecoderLayer(GptOssDecoderLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        before = self.input_layernorm
-        normed, hidden_states = rms_norm_and_input(
-            hidden_states, before.weight, before.variance_epsilon
-        )
+        normed, hidden_states = self.norm_input(hidden_states)
         attended, _ = self.self_attn(
             hidden_states=normed,
             attention_mask=attention_mask,
@@ -200,6 +197,11 @@ class FusedDecoderLayer(GptOssDecoderLayer):
         normed, total = self.add_norm(attended, hidden_states)
         del attended  # freed before the expert pass
         return total + self.mlp(normed)[0]
+
+    def norm_input(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (norm of the layer's input, the input), for attention and the residual sum."""
+        norm = self.input_layernorm
+        return rms_norm_and_input(hidden_states, norm.weight, norm.variance_epsilon)
 
     def add_norm(
         self, attended: torch.Tensor, hidden_states: torch.Tensor

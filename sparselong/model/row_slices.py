@@ -153,17 +153,18 @@ class _Job:
         return [parameter for some in self.trained for parameter in some]
 
     def project(self, hidden: torch.Tensor, part: slice) -> tuple[torch.Tensor, ...]:
-        """Return rotated queries and keys, and values, [batch, heads, tokens, head_dim]."""
+        """Return rotated queries and keys, and values, [batch, heads, tokens, head_dim]; hidden."""
         cos, sin = (angle[:, part] for angle in self.angles)
         attention: Any = self.layer.self_attn
         with torch.autocast(*self.precision):
-            return attention.project(self.layer.input_layernorm(hidden), cos, sin)
+            normed, hidden = self.layer.norm_input(hidden)
+            return *attention.project(normed, cos, sin), hidden
 
     def project_all(self, hidden: torch.Tensor) -> list[torch.Tensor]:
         """Return queries, keys and values of all tokens, without gradients."""
         whole: list[torch.Tensor] = []
         for part, _ in self.parts:
-            made = self.project(hidden[:, part], part)
+            made = self.project(hidden[:, part], part)[:3]
             if not whole:
                 whole = [_empty_token_major(one, hidden.shape[1]) for one in made]
             for one, place in zip(made, whole, strict=True):
@@ -235,8 +236,8 @@ def _differentiate(
         leaf = hidden[:, part].detach().requires_grad_()
         with recomputing(), torch.enable_grad():
             made = job.project(leaf, part)
-        (more,) = before.add(list(made), [leaf], [one[:, :, part] for one in dprojected])
-        dhidden[:, part] += more
+        given = [*(one[:, :, part] for one in dprojected), dhidden[:, part]]
+        (dhidden[:, part],) = before.add(list(made), [leaf], given)
     return dhidden, before.totals + sinks.totals + after.totals
 
 
