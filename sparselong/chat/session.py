@@ -150,7 +150,13 @@ def answer_requests(
 
     host = host_of(arguments)
     hosts = LOOPBACK if is_own(host) else None
-    app = make_app(engine, settings, most_waiting=arguments.queue, token=token, hosts=hosts)
+    app = make_app(
+        *(engine, settings),
+        most_waiting=arguments.queue,
+        token=token,
+        hosts=hosts,
+        log=stage.log,
+    )
     if arguments.web:
         add_page(app, engine, settings, stage.dir / files.FOLDER)
 

@@ -7,6 +7,7 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.processes import world
     from sparselong.processes.failure import (
+        OutOfMemory,
         TrainerEnded,
         end_at_once,
         tell_failures,

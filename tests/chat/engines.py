@@ -82,7 +82,7 @@ class ScriptedEngine:
         self.deltas, self.step = deltas, step
         self.asked: list[tuple[list[Any], Settings, Any]] = []
         self.refusal: StageError | None = None
-        self.failure: StageError | None = None  # at the end of an answer
+        self.failure: Exception | None = None  # at the end of an answer
         self.replies: list[ScriptedReply] = []
         self.delay = 0.0
         self.settled: dict[str, Any] = {"attention_backend": "torch"}
