@@ -6,6 +6,7 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.processes import world
+    from sparselong.processes.beside import working_beside
     from sparselong.processes.failure import (
         OutOfMemory,
         TrainerEnded,

@@ -77,6 +77,7 @@ class ScriptedEngine:
     """
 
     name, most_tokens, created, load_seconds = "run/finetuned", 1000, 1, 0.1
+    broken: BaseException | None = None
 
     def __init__(self, deltas: list[Delta] = HELLO, step: threading.Event | None = None):
         self.deltas, self.step = deltas, step
