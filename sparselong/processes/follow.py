@@ -16,8 +16,9 @@ import argparse
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # refusing a config needs no torch
 
 _PATIENCE = timedelta(days=2)
 _TRAIN = "train"
+_POLL_SECONDS = 0.5
 
 
 def follow_or_lead(
@@ -139,9 +141,29 @@ def leading_together(stage: Stage) -> Iterator[None]:
         StageError: a rank failed, which the message names.
     """
     store, key = _store(stage.name)
+    own, ended = _store(stage.name)[0], threading.Event()
+    listener = threading.Thread(target=_report_failure, args=(own, key, ended), daemon=True)
+    listener.start()
     store.set(key, _TRAIN)
-    with _failing_together(0, store, key):
-        yield
+    try:
+        with _failing_together(0, store, key):
+            yield
+    finally:
+        ended.set()
+        listener.join()
+
+
+def _report_failure(store: TCPStore, key: str, ended: threading.Event) -> None:
+    """Report another process's failure to this one's exchanges, which may wait for its rank."""
+    from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]
+
+    from sparselong.processes.watch import report_end
+
+    with suppress(DistError):  # the launcher has ended
+        while not ended.wait(_POLL_SECONDS):
+            if store.check([f"{key}/failure"]):
+                report_end(json.loads(store.get(f"{key}/failure"))[-1])
+                return
 
 
 @contextmanager
@@ -150,12 +172,14 @@ def _failing_together(rank: int, store: TCPStore, key: str) -> Iterator[None]:
     try:
         yield
     except ExpectedError as error:
-        store.compare_set(f"{key}/failure", "", json.dumps([error.what, error.found, error.fix]))
+        store.compare_set(
+            f"{key}/failure", "", json.dumps([error.what, error.found, error.fix, rank])
+        )
         raise
     except KeyboardInterrupt:
         if not store.check([f"{key}/failure"]):
             raise
-        what, found, fix = json.loads(store.get(f"{key}/failure"))
+        what, found, fix, _ = json.loads(store.get(f"{key}/failure"))
         raise StageError(
             f"rank {rank} was stopped because another rank failed",
             "every rank to run to the end",
