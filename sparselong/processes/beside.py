@@ -57,6 +57,7 @@ def working_beside(stage: Stage, arguments: Sequence[str], size: int) -> Iterato
     others = _Others(stage, [sys.executable, *arguments], environments)
     try:
         torch.set_num_threads(int(own.get("OMP_NUM_THREADS", threads)))
+        others.start()
         yield
     except BaseException as error:
         others.end()
@@ -76,15 +77,28 @@ class _Others:
 
     def __init__(self, stage: Stage, command: list[str], environments: dict[int, dict[str, str]]):
         self._start = (stage, command, environments)
-        self._ended, self._has_told = threading.Event(), False
+        self._started, self._ended, self._has_told = threading.Event(), threading.Event(), False
         self.failure: Exception | None = None
+        self._failed_to_start: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="other ranks", daemon=True)
+
+    def start(self) -> None:
+        """Start them.
+
+        Raises:
+            OSError: that is not possible.
+        """
         self._thread.start()
+        # A child that is forked while another thread loads a library may find the loader half-way.
+        self._started.wait()
+        if self._failed_to_start is not None:
+            raise self._failed_to_start
 
     def end(self) -> None:
         """Wait until the other ranks have ended; those that do not are stopped."""
         self._ended.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def explain(self, error: BaseException) -> bool:
         """Return whether their failure is why the block ended with an error."""
@@ -97,9 +111,13 @@ class _Others:
 
     def _run(self) -> None:
         try:
-            run_trainer(*self._start, Beside(self._ended, self._tell))
-        except Exception as error:  # raised at the block's end
-            self.failure = error
+            run_trainer(*self._start, Beside(self._started, self._ended, self._tell))
+        except Exception as error:
+            if not self._started.is_set():
+                self._failed_to_start = error
+                self._started.set()
+                return
+            self.failure = error  # raised at the block's end
         if self.failure is None or self._ended.is_set():
             return
         self._tell()

@@ -53,10 +53,12 @@ class Beside:
     """A process that works as rank 0 itself, beside the ranks that it started.
 
     Attributes:
+        started: set when the ranks are.
         ended: set when it has done its part.
         tell: called with the first rank that fails before that.
     """
 
+    started: threading.Event
     ended: threading.Event
     tell: Callable[[int], None]
 
@@ -164,6 +166,8 @@ def run_trainer(
     try:
         for rank, extra in ranks.items():
             trainers.append(_Trainer(stage, command, rank, extra))
+        if beside is not None:
+            beside.started.set()
         while any(t.ended is None for t in trainers) and not any(t.failed for t in trainers):
             if beside is not None and beside.ended.wait(_POLL_SECONDS):
                 break

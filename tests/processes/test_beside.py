@@ -9,7 +9,7 @@ import pytest
 
 from sparselong.config import load
 from sparselong.errors import StageError
-from sparselong.processes import beside, watch
+from sparselong.processes import beside, process, watch
 from sparselong.run import Stage, interruptible
 from tests.conftest import ROOT
 
@@ -92,3 +92,29 @@ def test_an_end_is_reported_only_where_ranks_are_watched(monkeypatch):
     monkeypatch.setattr(watch, "_current", Watch())
     watch.report_end(1)
     assert seen == [(1, "its process has ended")]
+
+
+def test_the_block_begins_when_the_ranks_have_been_started(stage, alone, monkeypatch):
+    """A child forked while this process loads libraries may end in the loader."""
+    begun, make = [], process._Trainer.__init__
+
+    def start_slowly(self, *given):
+        time.sleep(0.3)
+        begun.append("started")
+        make(self, *given)
+
+    monkeypatch.setattr(process._Trainer, "__init__", start_slowly)
+    with beside.working_beside(stage, ["-c", ""], 3):
+        begun.append("block")
+    assert begun == ["started", "started", "block"]
+
+
+def test_ranks_that_cannot_be_started_end_the_block(stage, alone, monkeypatch):
+    def fail(*_):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(process._Trainer, "__init__", fail)
+    with pytest.raises(OSError, match="no more processes"):
+        with interruptible(), beside.working_beside(stage, ["-c", ""], 2):
+            threading.Event().wait(30)
+            pytest.fail("the block went on")
