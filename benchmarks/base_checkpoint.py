@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,21 +65,7 @@ def write_base(
         device: where values are made.
         progress: called with a line of text for every file.
     """
-    folder.mkdir(parents=True)
-    tokenizer = train_tokenizer(corpus.texts("train"), TOKENS, 131_072)
-    tokenizer.save_pretrained(folder)
-    document: dict[str, Any] = _describe(widths, layers) | {
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    _write_json(folder / "config.json", document)
-    generation = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "do_sample": True,
-        "eos_token_id": [tokenizer.eos_token_id, tokenizer.pad_token_id],
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    _write_json(folder / "generation_config.json", generation)
+    document = write_description(folder, widths, layers)
     document.pop("quantization_config")
     shards = _plan_shards(GptOssConfig(**document))
     generator = torch.Generator(device).manual_seed(0)
@@ -94,6 +82,52 @@ def write_base(
         "weight_map": dict(sorted(weight_map.items())),
     }
     _write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_description(folder: Path, widths: str, layers: int) -> dict[str, Any]:
+    """Write what a checkpoint has beside tensors; return its config.json.
+
+    Args:
+        folder: see `write_base`.
+        widths: see `write_base`.
+        layers: see `write_base`.
+    """
+    folder.mkdir(parents=True)
+    tokenizer = train_tokenizer(corpus.texts("train"), TOKENS, 131_072)
+    tokenizer.save_pretrained(folder)
+    document: dict[str, Any] = _describe(widths, layers) | {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    _write_json(folder / "config.json", document)
+    generation = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "do_sample": True,
+        "eos_token_id": [tokenizer.eos_token_id, tokenizer.pad_token_id],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    _write_json(folder / "generation_config.json", generation)
+    return document
+
+
+def enlarge_vocabulary(folder: Path, size: int) -> None:
+    """Add random tokens to a tokenizer, each with the merge that makes it from two others."""
+    path, chosen = folder / "tokenizer.json", random.Random(0)
+    document = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary, merges = document["model"]["vocab"], document["model"]["merges"]
+    parts = list(vocabulary)
+    letters = [letter for letter in string.ascii_letters if letter in vocabulary]
+    # Special tokens keep their ids only if the vocabulary has no gap where they are.
+    vocabulary |= {one["content"]: one["id"] for one in document["added_tokens"]}
+    number = 1 + max(vocabulary.values())
+    while len(vocabulary) < size:
+        left, right = chosen.choice(parts), chosen.choice(letters)
+        if left + right not in vocabulary:
+            vocabulary[left + right] = number
+            merges.append([left, right])
+            parts.append(left + right)
+            number += 1
+    path.write_text(json.dumps(document), encoding="utf-8")
 
 
 def _describe(widths: str, layers: int) -> dict[str, Any]:

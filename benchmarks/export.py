@@ -20,9 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
-import string
 import subprocess
 import sys
 import time
@@ -34,7 +32,7 @@ import gguf
 import numpy as np
 import torch
 
-from benchmarks.base_checkpoint import write_base
+from benchmarks.base_checkpoint import enlarge_vocabulary, write_base
 from benchmarks.command_line import add_result, command_of, machine_of
 from benchmarks.record import row, write
 from sparselong.checkpoint import PROJECTIONS, Checkpoint, derive
@@ -67,26 +65,6 @@ BEGUN = time.monotonic()
 def tell(text: str) -> None:
     """Print a line with the seconds since the start."""
     print(f"[{time.monotonic() - BEGUN:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-
-def enlarge_vocabulary(folder: Path, size: int) -> None:
-    """Add random tokens to a tokenizer, each with the merge that makes it from two others."""
-    path, chosen = folder / "tokenizer.json", random.Random(0)
-    document = json.loads(path.read_text(encoding="utf-8"))
-    vocabulary, merges = document["model"]["vocab"], document["model"]["merges"]
-    parts = list(vocabulary)
-    letters = [letter for letter in string.ascii_letters if letter in vocabulary]
-    # Special tokens keep their ids only if the vocabulary has no gap where they are.
-    vocabulary |= {one["content"]: one["id"] for one in document["added_tokens"]}
-    number = 1 + max(vocabulary.values())
-    while len(vocabulary) < size:
-        left, right = chosen.choice(parts), chosen.choice(letters)
-        if left + right not in vocabulary:
-            vocabulary[left + right] = number
-            merges.append([left, right])
-            parts.append(left + right)
-            number += 1
-    path.write_text(json.dumps(document), encoding="utf-8")
 
 
 def pack_layer(base: Checkpoint, layer: int, storage: SparseLongConfig) -> dict[str, torch.Tensor]:

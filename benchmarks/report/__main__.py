@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 
 from benchmarks.report import (
     attention,
+    chat,
     context_parallel,
     expert_gemm,
     export,
@@ -42,6 +43,7 @@ SECTIONS = (
     attention,
     expert_gemm,
     generation,
+    chat,
     neighbours,
     export,
 )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
 import sys
 from typing import Any
 
 from sparselong.chat.settings import EFFORTS, Settings
 from sparselong.chat.sources import check_named, name_of, place_of, room_of
+from sparselong.config import Config
 from sparselong.errors import ConfigError
+from sparselong.processes import is_one_machine, joined_rank
 from sparselong.run import Stage
 
 TOKEN_VARIABLE = "SPARSELONG_TOKEN"
@@ -85,6 +88,36 @@ def check_options(arguments: argparse.Namespace, token: str | None) -> Settings:
     return Settings().changed({name: getattr(arguments, name) for name in NAMES}, NAMES)
 
 
+def check_processes(config: Config) -> None:
+    """Raise unless the processes that torchrun started, if it did, can share one model.
+
+    Raises:
+        ConfigError: they are on several machines, or the config asks for another number.
+    """
+    if joined_rank() is None:
+        return
+    size, degree = int(os.environ["WORLD_SIZE"]), config.expert_parallel_degree
+    if not is_one_machine():
+        raise ConfigError(
+            "a model cannot be shared by processes on several machines",
+            "processes on one machine, which exchange in every layer",
+            f"LOCAL_WORLD_SIZE={os.environ['LOCAL_WORLD_SIZE']}, WORLD_SIZE={size}",
+            "torchrun --standalone --nproc_per_node=N 06_chat.py ...",
+        )
+    if degree not in ("auto", size):
+        raise ConfigError(
+            f"{size} processes would share the model",
+            f"expert_parallel_degree: auto, or {size}",
+            f"expert_parallel_degree: {degree}",
+            f"set expert_parallel_degree=auto, or torchrun --nproc_per_node={degree}",
+        )
+
+
+def rank_arguments(stage: Stage) -> list[str]:
+    """Return the Python arguments that run a rank beside rank 0."""
+    return ["-m", "sparselong.chat.rank", str(stage.dir)]
+
+
 def host_of(arguments: argparse.Namespace) -> str:
     """Return the address to bind."""
     return "0.0.0.0" if arguments.share else arguments.host
@@ -126,6 +159,7 @@ def _refuse(name: str, expected: str, found: Any) -> ConfigError:
 
 def plan_chat(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what would be opened, for `--dry-run`; it need not be there yet."""
+    check_processes(stage.config)
     return {
         "stage": stage.name,
         "run_dir": str(stage.run_dir),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GptOssForCausalLM
 
 from sparselong.chat.answer import Answer, Usage
 from sparselong.chat.conversation import Message
@@ -16,7 +18,7 @@ from sparselong.chat.settings import Settings
 from sparselong.chat.sources import Source
 from sparselong.data import Delta, Parser, read_marks, render_prompt
 from sparselong.errors import StageError
-from sparselong.generation import Decoder, generate
+from sparselong.generation import Decoder, SharedModel, generate
 from sparselong.model import load_model, load_tokenizer
 
 
@@ -113,6 +115,7 @@ class Engine:
         attn_implementation: as of `load_model`.
         settled: settings of its passes (`runtime.using`), inside of which it is made. A thread that
             asks it for answers applies them, because settings are a thread's own.
+        shared: the model of which this process holds a part; None: it opens the whole.
 
     Attributes:
         created: when it was opened, seconds since 1970.
@@ -130,6 +133,7 @@ class Engine:
         today: datetime.date,
         attn_implementation: str = "eager",
         settled: Mapping[str, Any] | None = None,
+        shared: SharedModel | None = None,
     ):
         begin = time.monotonic()
         self.settled = settled or {}
@@ -139,11 +143,11 @@ class Engine:
         self.marks = read_marks(self.tokenizer)
         self.padding: int = self.tokenizer.pad_token_id
         self.stop = (self.marks.return_, self.marks.call, self.padding)
-        self.model = load_model(source.directory, attn_implementation=attn_implementation)
-        if source.adapter is not None:
-            self.model = _merge(self.model, source.adapter)
+        self._shared = shared
+        self.model = open_model(source, attn_implementation) if shared is None else shared.model
+        make = partial(Decoder, self.model) if shared is None else shared.open_decoder
         try:
-            self.decoder = Decoder(self.model, most_tokens)
+            self.decoder = make(most_tokens)
         except torch.OutOfMemoryError as error:
             raise StageError(
                 f"the GPU has no room for a cache of {most_tokens:,} tokens beside {name}",
@@ -153,6 +157,11 @@ class Engine:
             ) from error
         self._warm_up()
         self.load_seconds = time.monotonic() - begin
+
+    @property
+    def broken(self) -> BaseException | None:
+        """Why it cannot answer any more: what ended the processes that share the model."""
+        return None if self._shared is None else self._shared.failure
 
     def _warm_up(self) -> None:
         """Compile kernels and capture the sampled step, while nothing else uses the GPU."""
@@ -197,6 +206,18 @@ class Engine:
         bounded = settings.seeded().changed({"max_new_tokens": min(settings.max_new_tokens, room)})
         ends = self.stop if stop is None else stop
         return Reply(self, prompt, bounded, ends, is_cancelled, begun)
+
+
+def open_model(
+    source: Source, attn_implementation: str, device: torch.device | None = None
+) -> GptOssForCausalLM:
+    """Return a checkpoint's model, or inside of `using(experts=...)` this process's part of it.
+
+    Raises:
+        StageError: it, or the adapter that is merged into it, cannot be opened.
+    """
+    model = load_model(source.directory, device=device, attn_implementation=attn_implementation)
+    return model if source.adapter is None else _merge(model, source.adapter)
 
 
 def _merge(model: Any, adapter: Path) -> Any:

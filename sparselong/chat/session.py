@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
@@ -12,18 +11,14 @@ from typing import Any
 from sparselong.chat import conversation as files
 from sparselong.chat.command import check_options, host_of, is_own, read_question
 from sparselong.chat.engine import Engine
+from sparselong.chat.opening import use_model
 from sparselong.chat.settings import Settings
-from sparselong.chat.sources import READS, find_model, name_of, room_of
 from sparselong.chat.stream import Display, make_console
 from sparselong.errors import StageError
-from sparselong.model import implementation
-from sparselong.processes import decide_evaluation_sharing, telling_memory
 from sparselong.run import Stage
-from sparselong.runtime import using
 
 BENCH_PROMPT = "Count from one to a hundred in words."
 BENCH_TOKENS, BENCH_ROUNDS = 128, 3
-MEMORY_FIX = "pass a smaller --context, or experts.placement=host"
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 Document = dict[str, Any]
 
@@ -52,14 +47,8 @@ def chat(stage: Stage, arguments: argparse.Namespace, token: str | None) -> Docu
             "none of them",
             "pass --prompt, or leave --json away",
         )
-    config = stage.config
-    settled = {
-        "attention_backend": config.attention_backend,
-        "deterministic": config.deterministic,
-        "expert_placement": _place(stage, arguments.model),
-    }
-    with using(**settled), telling_memory(fix=MEMORY_FIX):
-        engine = open_engine(stage, arguments, settled)
+
+    def use(engine: Engine) -> Document:
         if question is not None:
             result = ask(engine, settings, question, arguments)
         elif arguments.bench:
@@ -68,32 +57,10 @@ def chat(stage: Stage, arguments: argparse.Namespace, token: str | None) -> Docu
             result = answer_requests(stage, engine, settings, arguments, token)
         else:
             result = converse(stage, engine, settings, arguments)
-    head = {"stage": stage.name, "status": "done", "model": engine.name}
-    return {**head, "load_seconds": engine.load_seconds, **result}
+        head = {"stage": stage.name, "status": "done", "model": engine.name}
+        return {**head, "load_seconds": engine.load_seconds, **result}
 
-
-def _place(stage: Stage, model: str) -> str:
-    """Return where experts are held: on the GPU, or in host memory if it has no room for them.
-
-    A model of the run is judged as stage 04 does, which passes over as many tokens at once.
-
-    Raises:
-        StageError: the model fits in neither.
-    """
-    if model in READS:
-        return decide_evaluation_sharing(stage.config).placement
-    return "host" if stage.config.experts.placement == "host" else "gpu"
-
-
-def open_engine(stage: Stage, arguments: argparse.Namespace, settled: Document) -> Engine:
-    """Open the model that the command line names, inside of `using(**settled)`."""
-    source = find_model(stage, arguments.model)
-    room = room_of(stage.config, arguments.context)
-    name = name_of(stage, arguments.model)
-    today = stage.config.data.date or datetime.date.today()  # not the day of the training
-    engine = Engine(source, name, room, today, implementation(stage.config), settled)
-    print(f"{name}: opened in {engine.load_seconds:.1f} s", file=sys.stderr, flush=True)
-    return engine
+    return use_model(stage, arguments, use)
 
 
 def first_messages(arguments: argparse.Namespace) -> list[files.Message]:
@@ -150,7 +117,13 @@ def answer_requests(
 
     host = host_of(arguments)
     hosts = LOOPBACK if is_own(host) else None
-    app = make_app(engine, settings, most_waiting=arguments.queue, token=token, hosts=hosts)
+    app = make_app(
+        *(engine, settings),
+        most_waiting=arguments.queue,
+        token=token,
+        hosts=hosts,
+        log=stage.log,
+    )
     if arguments.web:
         add_page(app, engine, settings, stage.dir / files.FOLDER)
 
@@ -160,7 +133,7 @@ def answer_requests(
         if arguments.json:
             print(json.dumps({"address": address, "model": engine.name}), flush=True)
 
-    serve(app, host, arguments.port, tell)
+    serve(app, host, arguments.port, tell, lambda: engine.broken is not None)
     return {"requests": dict(app.state.metrics.requests)}
 
 

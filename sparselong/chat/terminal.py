@@ -84,7 +84,9 @@ class Terminal:
                 except EOFError:
                     self._say("")
                     return
-                except KeyboardInterrupt:
+                except KeyboardInterrupt as signalled:
+                    if signalled.args:  # another signal than Ctrl-C, which ends the program
+                        raise
                     self._say("\n(/exit or Ctrl-D ends)")
                     continue
                 if text.startswith("/") and "\n" not in text:
@@ -116,6 +118,8 @@ class Terminal:
             reply = self.engine.reply(messages, self.settings, is_cancelled=lambda: self._cancelled)
             self.display.show(reply)
         except ExpectedError as error:
+            if self.engine.broken is not None:
+                raise
             self._say(str(error))
             return False
         finally:

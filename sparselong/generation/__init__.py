@@ -6,6 +6,6 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.generation.decoder import Decoder, generate
-    from sparselong.generation.shared import share_model
+    from sparselong.generation.shared import SharedModel, share_model
 
 __getattr__ = expose(__name__)

@@ -32,7 +32,7 @@ from sparselong.generation.prompt_cache import make_prompt_cache
 from sparselong.generation.sampling import Sampler, Sampling
 from sparselong.generation.snapshots import UNKNOWN, History
 from sparselong.generation.step import KernelStep, TorchStep, compute_logits, make_caches
-from sparselong.kernels.decode import decode_token, encode_token, holds_nan, replace_token
+from sparselong.kernels.decode import decode_token, encode_token, holds_finite, replace_token
 from sparselong.model import PartialHead
 from sparselong.runtime import using
 
@@ -239,7 +239,7 @@ def generate(
     Raises:
         ValueError: An argument is out of range, `KernelStep` does not support the model, or the
             decoder has started another prompt since.
-        StageError: A logit is NaN; the message names the token.
+        StageError: A logit is NaN or infinite; the message names the token.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens}; allowed: at least 1")
@@ -262,8 +262,8 @@ def _follow(
     """Yield the tokens after a prompt; the host reads each while the next step runs."""
     logits = decoder.start(input_ids)
     prompt = decoder.prompts
-    if bool(logits.isnan().any()):
-        raise _nan_error(decoder, 0)
+    if not bool(logits.isfinite().all()):
+        raise _not_finite(decoder, 0)
     is_sampled = sampling.temperature > 0
     if is_sampled:
         decoder.set_sampling(sampling.draw(count))
@@ -293,8 +293,8 @@ def _follow(
         if events:
             events[n % 2].synchronize()
         word = int(pinned[n % 2])
-        if holds_nan(word):
-            raise _nan_error(decoder, n + 1)
+        if not holds_finite(word):
+            raise _not_finite(decoder, n + 1)
         token = decode_token(word)
         decoder.learn(token)
 
@@ -307,12 +307,12 @@ def _check_current(index: int, current: int) -> None:
         )
 
 
-def _nan_error(decoder: Decoder, token: int) -> StageError:
+def _not_finite(decoder: Decoder, token: int) -> StageError:
     """Return the error to raise; no later prompt continues from these keys."""
     decoder.forget()
     return StageError(
-        f"generated token {token} has NaN logits",
+        f"generated token {token} has logits that are not finite",
         "finite logits",
-        "NaN",
+        "NaN or infinity",
         "the checkpoint is damaged, or its activations exceed bfloat16's range: evaluate it",
     )

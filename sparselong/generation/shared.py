@@ -85,6 +85,11 @@ class SharedModel:
             self._opened = weakref.ref(made)
         return made
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the other processes; requests are refused since."""
+        return self._failure
+
     def is_open(self, decoder: Decoder) -> bool:
         """Return whether a decoder is the one that the other processes follow."""
         return self._opened is not None and self._opened() is decoder
@@ -179,7 +184,21 @@ class _LeadingDecoder(Decoder):
             )
 
 
-def share_model(directory: Path | str, lead: Callable[[Any], Result]) -> Result | None:
+def open_whole(directory: Path, device: torch.device) -> GptOssForCausalLM:
+    """Open a checkpoint on a device; inside of `using(**settings)` this process's part of it."""
+    return load_model(directory, device=device, attn_implementation=NAME)
+
+
+def _say_nothing(_: StageError) -> None:
+    """Let a stuck process end without another message than the one that is printed."""
+
+
+def share_model(
+    directory: Path | str,
+    lead: Callable[[Any], Result],
+    open_part: Callable[[Path, torch.device], GptOssForCausalLM] = open_whole,
+    tell: Callable[[StageError], None] = _say_nothing,
+) -> Result | None:
     """Open a checkpoint in all processes that torchrun started, and call `lead` in the first.
 
     Without torchrun this process holds the whole model, and `lead` is called with it.
@@ -187,6 +206,8 @@ def share_model(directory: Path | str, lead: Callable[[Any], Result]) -> Result 
     Args:
         directory: a checkpoint, upstream's or that of a stage.
         lead: gets the model for `sparselong.generate`.
+        open_part: opens it in each process, to which it gives a part if there are several.
+        tell: called with the failure of another process if this one is stuck and must exit.
 
     Returns:
         What `lead` returns; None in the other processes.
@@ -199,18 +220,20 @@ def share_model(directory: Path | str, lead: Callable[[Any], Result]) -> Result 
     directory = Path(directory)
     _check_call(directory)
     if joined_rank() is None:
-        return lead(load_model(directory, attn_implementation=NAME))
+        return lead(open_part(directory, default_device()))
     _check_processes(directory, int(os.environ["WORLD_SIZE"]))
     device = default_device()
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank())
+        # A launcher may let each process see its own GPU alone.
+        device = torch.device("cuda", local_rank() if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(device)
-    ranks.connect()
+    if not dist.is_initialized():
+        ranks.connect()
     mesh = ranks.join(1, dist.get_world_size())
     settings = replicate_rows(mesh)
     with using(**settings):
-        model = load_model(directory, device=device, attn_implementation=NAME)
-    with ranks.watched(lambda _: None):
+        model = open_part(directory, device)
+    with ranks.watched(tell):
         result = lead_or_follow(model, settings, mesh, lead)
         ranks.leave()
     return result

@@ -108,7 +108,7 @@ class TorchStep:
             hidden = hidden + module.mlp(normed[None])[0][0]
         self.logits = compute_logits(self.model, self.model.model.norm(hidden))[0]
         best = int(self.logits.argmax())
-        self.word.fill_(encode_token(best, is_nan=bool(self.logits.isnan().any())))
+        self.word.fill_(encode_token(best, is_finite=bool(self.logits.isfinite().all())))
 
     def _attend(self, attention: Any, x: torch.Tensor, cache: LayerCache) -> torch.Tensor:
         position = int(self.position)

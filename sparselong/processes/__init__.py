@@ -6,7 +6,9 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.processes import world
+    from sparselong.processes.beside import working_beside
     from sparselong.processes.failure import (
+        OutOfMemory,
         TrainerEnded,
         end_at_once,
         tell_failures,

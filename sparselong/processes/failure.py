@@ -70,9 +70,13 @@ def write_failure(work: Path, rank: int, failure: ExpectedError) -> None:
     failure_path(work, rank).write_text(json.dumps(document), encoding="utf-8")
 
 
+class OutOfMemory(StageError):
+    """A GPU's lack of memory, with plan and use."""
+
+
 @contextmanager
 def telling_memory(moment: str = "", fix: str = _TRAINING_FIX) -> Iterator[None]:
-    """Raise a GPU's lack of memory as a StageError with plan and use, for all ranks to see.
+    """Raise a GPU's lack of memory as OutOfMemory, for all ranks to see.
 
     Args:
         moment: what the block does, as in "while base was measured".
@@ -126,7 +130,7 @@ def explain(error: BaseException, work: Path) -> ExpectedError | None:
     return None
 
 
-def _out_of_memory(error: BaseException, moment: str = "", fix: str = _TRAINING_FIX) -> StageError:
+def _out_of_memory(error: BaseException, moment: str = "", fix: str = _TRAINING_FIX) -> OutOfMemory:
     """Return the failure of a GPU without memory, with what was planned and what was in use."""
     import torch
 
@@ -143,7 +147,7 @@ def _out_of_memory(error: BaseException, moment: str = "", fix: str = _TRAINING_
         peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
         allocated, reserved = map(format_bytes, peaks)
         found = f"{allocated} allocated and {reserved} reserved at most; {found}"
-    return StageError(
+    return OutOfMemory(
         f"the GPU ran out of memory {moment}".rstrip(),
         expected,
         f"{found} (plan: {format_bytes(plan.predicted_peak_bytes)})" if plan else found,

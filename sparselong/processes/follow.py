@@ -12,11 +12,13 @@ several machines need beside that is in machines.py.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:  # refusing a config needs no torch
 
 _PATIENCE = timedelta(days=2)
 _TRAIN = "train"
+_POLL_SECONDS = 0.5
 
 
 def follow_or_lead(
@@ -48,6 +51,7 @@ def follow_or_lead(
     run: Callable[[list[str] | None], int],
     trainer: Callable[[Stage], Sequence[str]],
     check: Callable[[Config], object],
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> int:
     """Run this process's part of a stage that torchrun started in several processes.
 
@@ -57,6 +61,7 @@ def follow_or_lead(
         run: runs the stage; called on rank 0.
         trainer: returns the Python arguments that run a rank; called on the other ranks.
         check: raises if the processes do not fit the config; called on each of several machines.
+        add_options: adds the script's own options, as for `parse_arguments`.
 
     Returns:
         The exit code.
@@ -64,8 +69,10 @@ def follow_or_lead(
     try:
         _check_launcher(name)
         if not is_one_machine():
-            _meet(name, argv, check)
-        return _lead(name, argv, run) if joined_rank() == 0 else _follow(name, argv, trainer)
+            _meet(parse_arguments(name, "", argv, add_options), name, check)
+        if joined_rank() == 0:
+            return _lead(name, argv, run)
+        return _follow(parse_arguments(name, "", argv, add_options), name, trainer)
     except machines.MachinesError as error:
         print(error.show(), file=sys.stderr, flush=True)
         return error.exit_code
@@ -74,9 +81,8 @@ def follow_or_lead(
         return error.exit_code
 
 
-def _meet(name: str, argv: list[str] | None, check: Callable[[Config], object]) -> None:
+def _meet(arguments: argparse.Namespace, name: str, check: Callable[[Config], object]) -> None:
     """Raise on every machine if they do not fit together, or one refuses the config."""
-    arguments = parse_arguments(name, "", argv)
     refused = None
     if local_rank() == 0:
         try:
@@ -87,12 +93,13 @@ def _meet(name: str, argv: list[str] | None, check: Callable[[Config], object]) 
 
 
 def _lead(name: str, argv: list[str] | None, run: Callable[[list[str] | None], int]) -> int:
-    code = 1
+    code, place = 1, _rendezvous(name)  # a run that joins the others hides the launcher
     try:
         code = run(argv)
     finally:
-        _set_status(name, f"ended {code}")
-        store, key = _store(name)
+        store, key = _store(name, place)
+        if not store.check([key]):
+            store.set(key, f"ended {code}")  # a final status is never overwritten
         store.set(f"{key}/ended", str(code))
     return code
 
@@ -116,22 +123,63 @@ def train_together(stage: Stage, arguments: Sequence[str], world: World | None =
     if rank == 0:
         if not is_one_machine():
             machines.mark_directory(stage.dir, store, key)
-        _set_status(stage.name, _TRAIN)
+        store.set(key, _TRAIN)
+    with _failing_together(rank, store, key), interruptible(), ExitStack() as stack:
+        if not is_one_machine():
+            own, _ = _store(stage.name)
+            stack.enter_context(machines.stopped_with_others(own, f"{key}/failure"))
+            machines.find_directory(stage.dir, store, key)
+            machines.gather(store, f"{key}/ready")
+        train_ranks(stage, arguments, world)
+
+
+@contextmanager
+def leading_together(stage: Stage) -> Iterator[None]:
+    """Let the processes that torchrun started begin their ranks; this process is rank 0 itself.
+
+    Raises:
+        StageError: a rank failed, which the message names.
+    """
+    store, key = _store(stage.name)
+    own, ended = _store(stage.name)[0], threading.Event()
+    listener = threading.Thread(target=_report_failure, args=(own, key, ended), daemon=True)
+    listener.start()
+    store.set(key, _TRAIN)
     try:
-        with interruptible(), ExitStack() as stack:
-            if not is_one_machine():
-                own, _ = _store(stage.name)
-                stack.enter_context(machines.stopped_with_others(own, f"{key}/failure"))
-                machines.find_directory(stage.dir, store, key)
-                machines.gather(store, f"{key}/ready")
-            train_ranks(stage, arguments, world)
+        with _failing_together(0, store, key):
+            yield
+    finally:
+        ended.set()
+        listener.join()
+
+
+def _report_failure(store: TCPStore, key: str, ended: threading.Event) -> None:
+    """Report another process's failure to this one's exchanges, which may wait for its rank."""
+    from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]
+
+    from sparselong.processes.watch import report_end
+
+    with suppress(DistError):  # the launcher has ended
+        while not ended.wait(_POLL_SECONDS):
+            if store.check([f"{key}/failure"]):
+                report_end(json.loads(store.get(f"{key}/failure"))[-1])
+                return
+
+
+@contextmanager
+def _failing_together(rank: int, store: TCPStore, key: str) -> Iterator[None]:
+    """Tell the others of the block's failure; name theirs if a signal ends the block for it."""
+    try:
+        yield
     except ExpectedError as error:
-        store.compare_set(f"{key}/failure", "", json.dumps([error.what, error.found, error.fix]))
+        store.compare_set(
+            f"{key}/failure", "", json.dumps([error.what, error.found, error.fix, rank])
+        )
         raise
     except KeyboardInterrupt:
         if not store.check([f"{key}/failure"]):
             raise
-        what, found, fix = json.loads(store.get(f"{key}/failure"))
+        what, found, fix, _ = json.loads(store.get(f"{key}/failure"))
         raise StageError(
             f"rank {rank} was stopped because another rank failed",
             "every rank to run to the end",
@@ -141,9 +189,10 @@ def train_together(stage: Stage, arguments: Sequence[str], world: World | None =
         ) from None
 
 
-def _follow(name: str, argv: list[str] | None, trainer: Callable[[Stage], Sequence[str]]) -> int:
+def _follow(
+    arguments: argparse.Namespace, name: str, trainer: Callable[[Stage], Sequence[str]]
+) -> int:
     set_streams()
-    arguments = parse_arguments(name, "", argv)
     store, key = _store(name)
     store.wait([key], _PATIENCE)
     status, _, code = store.get(key).decode().partition(" ")
@@ -174,13 +223,6 @@ def _await_end(store: TCPStore, key: str) -> str:
         return "1"
 
 
-def _set_status(name: str, status: str) -> None:
-    """Set the shared status; a final status is never overwritten."""
-    store, key = _store(name)
-    if status == _TRAIN or not store.check([key]):
-        store.set(key, status)
-
-
 def _check_launcher(name: str) -> None:
     """Raise if the launcher of several processes gives them no rendezvous store."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -192,10 +234,16 @@ def _check_launcher(name: str) -> None:
         )
 
 
-def _store(name: str) -> tuple[TCPStore, str]:
+def _rendezvous(name: str) -> tuple[str, int, str]:
+    """Return host and port of torchrun's store, and the key of the stage's status in it."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return host, port, f"sparselong/{name}/{attempt}"
+
+
+def _store(name: str, place: tuple[str, int, str] | None = None) -> tuple[TCPStore, str]:
     """Return torchrun's rendezvous store, and the key of the stage's status in it."""
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return TCPStore(host, port, is_master=False), f"sparselong/{name}/{attempt}"
+    host, port, key = place or _rendezvous(name)
+    return TCPStore(host, port, is_master=False), key

@@ -22,8 +22,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from sparselong.errors import StageError
@@ -45,6 +46,21 @@ _POLL_SECONDS = 0.05
 _NCCL_TIMEOUT = "caught collective operation timeout"
 """NCCL's watchdog aborts the process; this text in its log is the only trace."""
 _ALONE: Mapping[int, Mapping[str, str]] = {0: {}}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A process that works as rank 0 itself, beside the ranks that it started.
+
+    Attributes:
+        started: set when the ranks are.
+        ended: set when it has done its part.
+        tell: called with the first rank that fails before that.
+    """
+
+    started: threading.Event
+    ended: threading.Event
+    tell: Callable[[int], None]
 
 
 class _Trainer:
@@ -128,7 +144,10 @@ def train_ranks(stage: Stage, arguments: Sequence[str], world: World) -> None:
 
 
 def run_trainer(
-    stage: Stage, command: Sequence[str], ranks: Mapping[int, Mapping[str, str]] = _ALONE
+    stage: Stage,
+    command: Sequence[str],
+    ranks: Mapping[int, Mapping[str, str]] = _ALONE,
+    beside: Beside | None = None,
 ) -> None:
     """Run the trainers until all have ended or one has failed.
 
@@ -136,6 +155,7 @@ def run_trainer(
         stage: the stage whose directory takes the output.
         command: the program and its arguments, the same for each rank.
         ranks: the ranks to start, each with its additional environment variables.
+        beside: the process that is rank 0; None: all ranks are started.
 
     Raises:
         StageError: a trainer failed; carries its explanation if it wrote one.
@@ -146,8 +166,15 @@ def run_trainer(
     try:
         for rank, extra in ranks.items():
             trainers.append(_Trainer(stage, command, rank, extra))
+        if beside is not None:
+            beside.started.set()
         while any(t.ended is None for t in trainers) and not any(t.failed for t in trainers):
+            if beside is not None and beside.ended.wait(_POLL_SECONDS):
+                break
             time.sleep(_POLL_SECONDS)
+        if beside is not None and not beside.ended.is_set():
+            for trainer in [t for t in trainers if t.failed][:1]:
+                beside.tell(trainer.rank)
         settled = time.monotonic() + _SETTLE_SECONDS
         while any(t.ended is None for t in trainers) and time.monotonic() < settled:
             time.sleep(_POLL_SECONDS)
@@ -160,7 +187,7 @@ def run_trainer(
     failed = [t for t in trainers if t.failed and t.rank not in unfinished]
     if failed:
         failed.sort(key=lambda trainer: trainer.ended or 0.0)
-        several = len(ranks) > 1 or joined_rank() is not None
+        several = any(ranks) or joined_rank() is not None
         raise _explain(stage, failed, unfinished, several)
 
 

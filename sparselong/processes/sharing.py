@@ -186,8 +186,13 @@ def _describe(
     )
 
 
-def decide_evaluation_sharing(config: Config) -> Held:
-    """Return how experts are held in stage 04; called as `decide_sharing`.
+def decide_evaluation_sharing(config: Config, processes: int = 1) -> Held:
+    """Return how experts are held in stage 04 or in a chat; called as `decide_sharing`.
+
+    Args:
+        config: the run's config.
+        processes: number of processes that may be started, each with a GPU as this one's, if this
+            one is not connected with others yet.
 
     Raises:
         StageError: the largest model cannot fit on the GPUs or in host memory, or ranks that would
@@ -195,6 +200,8 @@ def decide_evaluation_sharing(config: Config) -> Held:
     """
     global _decided
     shape, place = find_shape(config.model), _meet()
+    if processes > 1:
+        place = place._replace(firsts=[0] * processes, here=processes)
     if place.budget_bytes is None:
         held = _hold_on_cpu(config)
     else:

@@ -90,6 +90,12 @@ def end_other_ranks(error: BaseException) -> None:
         _current.tell_others(error)
 
 
+def report_end(rank: int) -> None:
+    """Report that a rank's process has ended, before the lack of its heartbeat tells."""
+    if _current is not None:
+        _current.report(rank, "its process has ended")
+
+
 class _Watch:
     """One rank's view of all ranks."""
 

@@ -30,7 +30,8 @@ EXCHANGE_SECONDS = 600
 """How long a rank waits for the others in a step."""
 _SILENCE_SECONDS = 120.0
 """How long a busy rank may write no heartbeat."""
-_PATIENCE = timedelta(days=2)
+_PATIENCE = timedelta(days=24)
+"""How long a rank waits for work, as in an idle chat. As milliseconds it fits 32 bits."""
 _mesh: Mesh | None = None
 _was_joined = False
 _watch = ExitStack()

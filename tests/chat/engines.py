@@ -77,12 +77,13 @@ class ScriptedEngine:
     """
 
     name, most_tokens, created, load_seconds = "run/finetuned", 1000, 1, 0.1
+    broken: BaseException | None = None
 
     def __init__(self, deltas: list[Delta] = HELLO, step: threading.Event | None = None):
         self.deltas, self.step = deltas, step
         self.asked: list[tuple[list[Any], Settings, Any]] = []
         self.refusal: StageError | None = None
-        self.failure: StageError | None = None  # at the end of an answer
+        self.failure: Exception | None = None  # at the end of an answer
         self.replies: list[ScriptedReply] = []
         self.delay = 0.0
         self.settled: dict[str, Any] = {"attention_backend": "torch"}

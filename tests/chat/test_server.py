@@ -1,26 +1,34 @@
 """The endpoint, asked in process with a scripted model; tests/web asks it over the network."""
 
 import asyncio
+import datetime
 import json
 import threading
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 import pytest
+import torch
 
-from sparselong.chat.engine import PromptTooLong
+from sparselong.chat.engine import Engine, PromptTooLong
 from sparselong.chat.server import make_app
 from sparselong.chat.settings import Settings
+from sparselong.chat.sources import Source
 from sparselong.errors import StageError
+from sparselong.generation.decoder import Decoder
+from sparselong.kernels.decode.token_word import encode_token
 from tests.chat.engines import CALL, ScriptedEngine
 
+DAY = datetime.date(2026, 1, 31)
 ASK = {"model": "run/finetuned", "messages": [{"role": "user", "content": "Hi"}]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 
 @asynccontextmanager
-async def client_of(engine, *, most_waiting=4, token=None, hosts=None, **headers):
-    app = make_app(engine, Settings(), most_waiting=most_waiting, token=token, hosts=hosts)
+async def client_of(engine, *, most_waiting=4, token=None, hosts=None, log=print, **headers):
+    options = {"token": token, "hosts": hosts, "log": log}
+    app = make_app(engine, Settings(), most_waiting=most_waiting, **options)
     transport, address = httpx.ASGITransport(app), "http://127.0.0.1:8000"
     try:
         async with httpx.AsyncClient(transport=transport, base_url=address, headers=headers) as one:
@@ -184,14 +192,55 @@ def test_conversations_that_the_model_cannot_take_are_400_and_the_next_is_answer
     assert answered.status_code == 200
 
 
-def test_a_failure_in_mid_answer_is_told():
-    engine = ScriptedEngine()
-    engine.failure = StageError("generated token 3 has NaN logits", "finite", "NaN", "evaluate it")
+@pytest.mark.parametrize(
+    ("error", "status", "code", "told"),
+    [
+        (StageError("logits not finite", "x", "y", "z"), 500, "generation_failed", "not finite"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 503, "out_of_memory", "--context"),
+        (RuntimeError("a secret"), 500, "generation_failed", "see the server's log"),
+    ],
+)
+def test_a_failure_of_an_answer_is_the_server_s(error, status, code, told):
+    engine, logged = ScriptedEngine(), []
+    engine.failure = error
+    response = ask(engine, body=ASK, log=logged.append)
+    assert response.status_code == status
+    found = error_of(response)
+    assert (found["code"], found["type"]) == (code, "server_error") and told in found["message"]
+    assert "secret" not in found["message"]
+    assert str(error) in logged[0] and ("Traceback" in logged[0]) == (type(error) is RuntimeError)
     *_, last = (
         line for line in ask(engine, body={**ASK, "stream": True}).text.split("\n\n") if line
     )
-    assert "NaN logits" in json.loads(last.removeprefix("data: "))["error"]["message"]
-    assert ask(engine, body=ASK).status_code == 400
+    assert json.loads(last.removeprefix("data: ")) == {"error": found}
+    engine.deltas = []  # it fails before anything was sent
+    assert ask(engine, body={**ASK, "stream": True}).status_code == status
+
+
+def test_a_server_answers_after_nan_and_after_a_lack_of_memory(untrained_base, monkeypatch):
+    engine: Any = Engine(Source(untrained_base), "run/finetuned", 256, DAY)
+    body = {**ASK, "temperature": 0, "max_tokens": 8}
+    wanted = ask(engine, body=body).json()["choices"]
+    long = {**body, "messages": [{"role": "user", "content": "And another one?"}]}
+    advance = Decoder.advance
+
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def overflow(self: Decoder, is_sampled: bool = False) -> None:
+        advance(self, is_sampled)
+        self.step.word.fill_(encode_token(5, is_finite=False))
+
+    for name, broken, status in (
+        ("_read", run_out, 503),
+        ("advance", run_out, 503),
+        ("advance", overflow, 500),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(Decoder, name, broken)
+            response = ask(engine, body=long)
+        assert response.status_code == status and error_of(response)["type"] == "server_error"
+        assert ask(engine, body=body).json()["choices"] == wanted
 
 
 def test_requests_wait_in_a_bounded_line():

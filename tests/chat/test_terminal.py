@@ -169,3 +169,17 @@ def test_long_answers_are_shown_whole(tmp_path):
     engine = ScriptedEngine([*HELLO[:1], Delta("final", "\n\n".join(lines), None)])
     _, shown = run(tmp_path, "Hi", engine=engine, is_terminal=True)
     assert all(line in shown for line in lines)
+
+
+def test_another_signal_than_ctrl_c_ends_the_program(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        run(tmp_path, KeyboardInterrupt("SIGTERM"), "Hi")
+
+
+def test_a_model_that_cannot_answer_any_more_ends_the_program(tmp_path):
+    engine = ScriptedEngine()
+    engine.refusal = StageError("a rank is gone", "x", "y", "z")
+    assert "a rank is gone" in run(tmp_path, "Hi", engine=engine)[1]
+    engine.broken = RuntimeError("gone")
+    with pytest.raises(StageError, match="a rank is gone"):
+        run(tmp_path, "Hi", engine=engine)

@@ -197,6 +197,20 @@ def test_nan_logits_name_the_token(model):
         list(tokens)
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_infinite_logits_name_the_token(model, is_late):
+    tokens = generate(model, torch.tensor([[5, 6]]), 8)
+    if is_late:
+        next(tokens)
+    kept = model.lm_head.weight.detach().clone()
+    model.lm_head.weight.detach()[7, 0] = torch.inf
+    try:
+        with pytest.raises(StageError, match=r"token [02] .*not finite"):
+            list(tokens)
+    finally:
+        model.lm_head.weight.detach().copy_(kept)
+
+
 def test_prompts_that_do_not_fit_are_refused(model):
     with pytest.raises(ValueError, match="input_ids"):
         list(generate(model, torch.ones(2, 3, dtype=torch.int64), 4))

@@ -4,6 +4,7 @@ The model computes in bf16 here, so both agree with one GPU up to rounding; fp32
 1e-6 and token by token (tests/distributed/test_evaluation.py, test_generation.py).
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -80,3 +81,25 @@ def test_shared_tokens_are_most_likely_under_the_whole_model(untrained_base, mod
         logits = model(ids, use_cache=False).logits[0, -TOKENS - 1 : -1].float()
     chosen = logits.gather(1, ids[0, -TOKENS:, None])[:, 0]
     assert float((logits.amax(1) - chosen).max()) < MARGIN
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+def test_a_chat_is_answered_by_both_gpus(untrained_base, tmp_path, launcher):
+    for package in ("pydantic", "rich", "yaml"):
+        pytest.importorskip(package)
+    words = [str(ROOT / "06_chat.py"), "--config", str(ROOT / "configs/tiny.yaml"), "--json"]
+    words += ["--run-dir", str(tmp_path / "run"), "--model", str(untrained_base)]
+    words += ["--prompt", "Hi", "--seed", "3", "--max-new-tokens", "12"]
+    command = [sys.executable, *words, "expert_parallel_degree=2"]  # one GPU would be enough
+    if launcher == "torchrun":
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [sys.executable, *start, *words]
+    paths = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["usage"]["new_tokens"] > 0
+    assert "opened in 2 processes" in ended.stderr
+    for text in (ended.stderr, (tmp_path / "run/06_chat/log.rank1.txt").read_text()):
+        assert "of 8; only vocabulary rows" in text

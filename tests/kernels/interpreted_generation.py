@@ -20,7 +20,7 @@ from sparselong.kernels.decode import attention as generation_attention
 from sparselong.kernels.decode import experts as expert_generation
 from sparselong.kernels.decode import gemv as packed_gemv
 from sparselong.kernels.decode import glue as generation_glue
-from sparselong.kernels.decode.token_word import decode_token, holds_nan
+from sparselong.kernels.decode.token_word import decode_token, holds_finite
 from sparselong.kernels.dense import unpack as packed_unpack
 from sparselong.kernels.expert_stack import ExpertStack, Gate, PackedWeight
 from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
@@ -208,7 +208,7 @@ def run_head(rows: int, width: int) -> dict[str, float]:
     weight[rows // 2] = x  # a tie: the first one wins
     out, best = torch.full((rows,), float("nan")), torch.full((1,), -(1 << 63))
     generation_glue.launch_head(x, weight, None, out, best=best)
-    token, is_nan = decode_token(int(best)), holds_nan(int(best))
+    token, is_nan = decode_token(int(best)), not holds_finite(int(best))
     logits = float("nan") if is_nan else error(out, weight.double() @ x.double())
     position, hidden = torch.tensor([41]), torch.full((width,), float("nan"))
     generation_glue.launch_embed(best, position, weight, hidden)
@@ -219,7 +219,7 @@ def run_head(rows: int, width: int) -> dict[str, float]:
         "wrong_token": float(token != rows // 2),
         "hidden": error(hidden, weight[rows // 2]),
         "wrong_position": float(position != 42),
-        "nan_not_seen": float(not holds_nan(int(best))),
+        "nan_not_seen": float(holds_finite(int(best))),
     }
 
 

@@ -4,15 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, TCPStore
 
 from sparselong.config.schema import Config, load
 from sparselong.errors import ConfigError, StageError
-from sparselong.processes import follow
+from sparselong.processes import follow, watch
 from sparselong.processes.failure import failure_path
 from sparselong.processes.launch import (
     World,
@@ -277,7 +278,7 @@ def test_a_rank_stopped_by_torchrun_names_the_one_that_failed(stage, monkeypatch
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("name", ["03_finetune", "04_eval"])
+@pytest.mark.parametrize("name", ["03_finetune", "04_eval", "06_chat"])
 def test_under_torchrun_every_process_ends_when_the_stage_refuses(tmp_path, name):
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
@@ -290,3 +291,17 @@ def test_under_torchrun_every_process_ends_when_the_stage_refuses(tmp_path, name
     assert ended.stderr.count(f"{name} needs 02_compress") == 1
     assert ended.stderr.count("error:    ") == 1  # torchrun may stop rank 1 before it says more
     assert not Path(tmp_path / f"run/{name}").exists()
+
+
+def test_another_process_s_failure_reaches_rank_0_s_exchanges(monkeypatch):
+    """Rank 0, which has the terminal, would else wait for its heartbeat to be missing."""
+    store, told, ended = HashStore(), [], threading.Event()
+    monkeypatch.setattr(follow, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "report_end", told.append)
+    with pytest.raises(StageError), follow._failing_together(2, store, "key"):
+        raise StageError("what", "e", "found", "fix")
+    follow._report_failure(store, "key", ended)
+    assert told == [2]
+    ended.set()
+    follow._report_failure(HashStore(), "key", ended)
+    assert told == [2]

@@ -48,6 +48,8 @@ ALLOWED = {
     "sparselong.parallel.collectives:_Progress.tag": "a counter that the ranks' watch reads",
     "sparselong.parallel.collectives:_counters": "counters of bytes, inside `count_bytes` only",
     "sparselong.parallel.sequence.exchange:plan_exchange": "16 plans: all layers share a step's",
+    "sparselong.processes.beside:os.environ": RESTORED,
+    "sparselong.processes.beside:torch.set_num_threads": RESTORED,
     "sparselong.processes.failure:sys.excepthook": "a failed rank leaves its explanation in a file",
     "sparselong.processes.launch:os.environ": "a rank hides the others from Axolotl and accelerate",
     "sparselong.processes.world:torch.distributed.init_process_group": "a rank joins the others",

@@ -110,6 +110,7 @@ def test_ctrl_c_stops_the_answer_ctrl_d_the_program(person):
     person.wait("line 3")
     person.type("\x03")
     person.wait("(stopped)")
+    person.wait("\n> ")  # before it, Ctrl-C would still be for the answer
     person.type("Hi\n")
     person.wait("Hello there!")
     person.wait("\n> ")

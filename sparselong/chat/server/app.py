@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -16,11 +17,17 @@ from sparselong.chat.server.completions import Completion, write_event
 from sparselong.chat.server.errors import ApiError, Gate, answer_error, describe_invalid
 from sparselong.chat.server.metrics import CONTENT_TYPE, Metrics
 from sparselong.chat.server.schema import ChatRequest
-from sparselong.chat.server.turns import BusyError, Turns
+from sparselong.chat.server.turns import AnswerError, BusyError, Turns
 from sparselong.chat.settings import Settings
 from sparselong.errors import ConfigError, ExpectedError
 
 RETRY_SECONDS = 5
+_FAILURES = (ExpectedError, AnswerError)
+"""What keeps a request from being answered: its own fault, or the server's."""
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def make_app(
@@ -30,6 +37,7 @@ def make_app(
     most_waiting: int,
     token: str | None = None,
     hosts: frozenset[str] | None = None,
+    log: Callable[[str], None] = _print,
 ) -> FastAPI:
     """Return the endpoint on a model.
 
@@ -39,8 +47,9 @@ def make_app(
         most_waiting: requests that may wait; others get 429.
         token: bearer token that requests must have; None: none.
         hosts: values of the Host header that are answered; None: all.
+        log: told of answers that failed.
     """
-    turns, metrics = Turns(engine, most_waiting), Metrics()
+    turns, metrics = Turns(engine, most_waiting, log), Metrics()
     app = FastAPI(title="Sparse-Long", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.turns, app.state.metrics = turns, metrics
     app.add_middleware(Gate, metrics=metrics, token=token, hosts=hosts)
@@ -113,7 +122,7 @@ async def _stream(completion: Completion, turns: Turns, metrics: Metrics) -> Res
     events = completion.events(turns, metrics)
     try:
         first = [await anext(events), await anext(events)]
-    except ExpectedError as error:
+    except _FAILURES as error:
         turns.end()
         raise _refusal(error) from error
     except BaseException:
@@ -126,7 +135,7 @@ async def _stream(completion: Completion, turns: Turns, metrics: Metrics) -> Res
         try:
             async for event in events:
                 yield event
-        except ExpectedError as error:  # too late for a status code
+        except _FAILURES as error:  # too late for a status code
             yield write_event(_refusal(error).document())
 
     return _AnswerStream(all_events(), turns)
@@ -145,7 +154,7 @@ async def _whole(
                 text += item.get("content", "")
                 if await request.is_disconnected():
                     turns.stop()
-    except ExpectedError as error:
+    except _FAILURES as error:
         raise _refusal(error) from error
     raise RuntimeError("an answer ended without its figures")
 
@@ -182,7 +191,9 @@ def _describe(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _refusal(error: ExpectedError) -> ApiError:
+def _refusal(error: ExpectedError | AnswerError) -> ApiError:
+    if isinstance(error, AnswerError):
+        return ApiError(error.status, error.text, error.code)
     if isinstance(error, PromptTooLong):
         return ApiError(400, str(error), "context_length_exceeded", "messages")
     return ApiError(400, str(error), "invalid_messages", "messages")

@@ -43,10 +43,11 @@ class ApiError(Exception):
 
     def document(self) -> dict[str, Any]:
         """Return it as OpenAI's error document."""
-        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        standard = "server_error" if self.status >= 500 else "invalid_request_error"
         error = {
             "message": self.message,
-            "type": kinds.get(self.status, "invalid_request_error"),
+            "type": kinds.get(self.status, standard),
             "param": self.param,
             "code": self.code,
         }

@@ -15,7 +15,13 @@ from sparselong.errors import StageError
 SHUTDOWN_SECONDS = 5
 
 
-def serve(app: FastAPI, host: str, port: int, tell: Callable[[str], None]) -> None:
+def serve(
+    app: FastAPI,
+    host: str,
+    port: int,
+    tell: Callable[[str], None],
+    is_over: Callable[[], bool] = lambda: False,
+) -> None:
     """Answer requests until SIGINT or SIGTERM.
 
     Args:
@@ -23,6 +29,7 @@ def serve(app: FastAPI, host: str, port: int, tell: Callable[[str], None]) -> No
         host: address to bind.
         port: port to bind; 0 takes a free one.
         tell: says where, once requests are answered.
+        is_over: asked several times a second whether to end.
 
     Raises:
         StageError: the port is in use, or the address cannot be bound.
@@ -38,11 +45,19 @@ def serve(app: FastAPI, host: str, port: int, tell: Callable[[str], None]) -> No
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             server_header=False,
         )
-        _Server(config).run(sockets=[listening])
+        _Server(config, is_over).run(sockets=[listening])
 
 
 class _Server(uvicorn.Server):
     """Server that a signal ends as it should; uvicorn's own raises the signal once more."""
+
+    def __init__(self, config: uvicorn.Config, is_over: Callable[[], bool]):
+        super().__init__(config)
+        self._is_over = is_over
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether the server ends now; uvicorn calls this ten times a second."""
+        return await super().on_tick(counter) or self._is_over()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparselong.kernels.decode.token_word import (
         decode_token,
         encode_token,
-        holds_nan,
+        holds_finite,
         replace_token,
     )
 

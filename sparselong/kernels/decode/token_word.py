@@ -17,9 +17,9 @@ NAN_BITS, INFINITY_BITS = 0x7FC00000, 0x7F800000
 Word = TypeVar("Word", int, torch.Tensor)
 
 
-def encode_token(token: int, *, is_nan: bool = False) -> int:
-    """Return a word that decodes to `token`; of its logit, only whether it is NaN is encoded."""
-    return (NAN_BITS << 32 if is_nan else 0) | (TOKEN_MASK - token)
+def encode_token(token: int, *, is_finite: bool = True) -> int:
+    """Return a word that decodes to `token` and tells whether the logits were finite."""
+    return (0 if is_finite else NAN_BITS << 32) | (TOKEN_MASK - token)
 
 
 def decode_token(word: Word) -> Word:
@@ -32,6 +32,9 @@ def replace_token(words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return (words & ~TOKEN_MASK) | (TOKEN_MASK - tokens)
 
 
-def holds_nan(word: int) -> bool:
-    """Return whether the logit in a word of the head is NaN."""
-    return word >> 32 > INFINITY_BITS
+def holds_finite(word: int) -> bool:
+    """Return whether the logit in a word of the head is neither NaN nor infinity.
+
+    As it is the largest, no other one is either; minus infinity is not seen.
+    """
+    return word >> 32 < INFINITY_BITS
