@@ -189,11 +189,12 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, sinks, out, lse, *kept)
         ctx.call, ctx.backend = call, name
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # else zeros would be made for lse
         return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dout: torch.Tensor, _: None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, sinks, out, lse, *kept = ctx.saved_tensors
         saved = SavedForward(q, k, v, sinks, out, lse, tuple(kept))
         with torch.cuda.device_of(q):
