@@ -4,7 +4,7 @@ An expected failure says what went wrong, what was expected, what was found and 
 All other exceptions keep their traceback, so that a bug can be recognized and located.
 """
 
-from typing import Any
+from typing import Any, Self
 
 
 class ExpectedError(Exception):
@@ -34,8 +34,19 @@ class ExpectedError(Exception):
         self.what, self.expected, self.found, self.fix = what, expected, found, fix
         self.details = details or {}
         self.consequence = consequence
-        super().__init__(
-            f"error:    {what}\nexpected: {expected}\nfound:    {found}\nfix:      {fix}"
+        super().__init__(self._text())
+
+    def with_fix(self, fix: str) -> Self:
+        """Return this failure with another fix."""
+        self.fix = fix
+        self.args = (self._text(),)
+        return self
+
+    def _text(self) -> str:
+        """Return the four lines."""
+        return (
+            f"error:    {self.what}\nexpected: {self.expected}\n"
+            f"found:    {self.found}\nfix:      {self.fix}"
         )
 
     def explanation(self) -> dict[str, str]:

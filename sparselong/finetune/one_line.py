@@ -83,5 +83,5 @@ def _find_tokenizer(config: Config, run_dir: Path) -> Path:
         f"the tokenizer of {base} is not on this machine",
         f"{TOKENIZER} in {' or '.join(map(str, known)) or 'the hub cache'}",
         "no such file",
-        "run python 02_compress.py with the same --config and --run-dir first",
+        "run python 02_compress.py first",
     )

@@ -38,7 +38,7 @@ from sparselong.run.place import (
     find_run_dir,
     read_document,
 )
-from sparselong.run.stages import STAGES
+from sparselong.run.stages import STAGES, complete_commands
 
 _KEPT = {
     "02_compress": ": finished layers are kept",
@@ -98,8 +98,16 @@ def parse_arguments(
         add_options(parser)
     parser.set_defaults(preview=None)
     arguments = parser.parse_intermixed_args(argv)
+    arguments.repeated = _repeated(arguments)
     arguments.run_dir = find_run_dir(arguments.run_dir, arguments.config)
     return arguments
+
+
+def _repeated(arguments: argparse.Namespace) -> list[str]:
+    """Return the words of a command line that every command for the same run must repeat."""
+    words = [] if arguments.config == DEFAULT_CONFIG else ["--config", arguments.config]
+    words += [] if arguments.run_dir is None else ["--run-dir", str(arguments.run_dir)]
+    return words + list({item.partition("=")[0]: item for item in arguments.overrides}.values())
 
 
 def run_stage(
@@ -289,6 +297,7 @@ def explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[Out
         failure = found
     else:
         return
+    failure = failure.with_fix(complete_commands(failure.fix, arguments.repeated))
     report(name, failure, arguments.json)
     if arguments.preview is None:
         _note_failure(_folder(name, outcome, arguments), str(failure))

@@ -253,7 +253,7 @@ def _require(stage: Stage, name: str) -> dict[str, Any]:
             f"{stage.name} needs {name}, which is not done in {stage.run_dir}",
             f"{stage.run_dir / name / 'manifest.json'}",
             "no manifest",
-            f"run python {name}.py with the same --config and --run-dir first",
+            f"run python {name}.py first",
         )
     if manifest["config_hash"] != stage_hash(stage.config, name):
         raise StageError(
@@ -290,8 +290,8 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
             f"{stage.dir} holds {kind} that was made with other options",
             _show_options(**_describe_part(stage)),
             _show_options(**begun),
-            "pass what it was made with, or move the directory elsewhere to keep it, or, with the "
-            f"same --config and --run-dir, redo it: {stage.redo_command}",
+            "pass what it was made with, or move the directory elsewhere to keep it, or redo it: "
+            f"{stage.redo_command}",
         )
     if present["config_hash"] != stage.hash:
         raise StageError(

@@ -11,12 +11,15 @@ reads.
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sparselong.config import Config, hash_sections, pick_sections
+
+_COMMAND = re.compile(r"python \d\d_[a-z]+\.py\b(?! --help)(?![^\n,;]*--(config|run-dir)\b)")
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,17 @@ def redo_command(name: str, part: str = "", options: Mapping[str, Any] | None = 
         word for key, value in chosen.items() for word in (f"--{key}", shlex.quote(str(value)))
     ]
     return " ".join(["python", f"{name}.py", *words, "--force"])
+
+
+def complete_commands(text: str, words: Sequence[str]) -> str:
+    """Return a text in which commands of the scripts have the given words, like `--config FILE`.
+
+    Messages are written where nobody knows the command line; without its config and overrides
+    another run would be redone. A command that names a config or a run directory is left alone.
+    """
+    return (
+        _COMMAND.sub(lambda found: " ".join([found[0], shlex.join(words)]), text) if words else text
+    )
 
 
 def name_changes(

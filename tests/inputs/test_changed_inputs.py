@@ -117,7 +117,7 @@ def test_a_finished_stage_is_not_up_to_date_once_an_input_has_changed(here, call
             what = f"{here / name} has changed since {recorder} recorded it"
             if "data/" in name:
                 what = f"{here / name} has changed since"
-            outcome.assert_explained(what, f"python {recorder}.py --force")
+            outcome.assert_explained(what, f"python {recorder}.py --config")
             assert outcome.code == 1 and not outcome.out
 
 
@@ -170,7 +170,7 @@ def test_a_source_that_changed_is_noticed_without_the_prepared_rows(here, call):
 def test_03_does_not_begin_with_a_base_that_04_would_refuse(here, call):
     shutil.rmtree(here / "run/03_finetune")
     flip(here / "base" / SHARD)
-    call("03_finetune").assert_explained(SHARD, "02_compress recorded it", "02_compress.py --force")
+    call("03_finetune").assert_explained(SHARD, "02_compress recorded it", "02_compress.py --conf")
     assert not (here / "run/03_finetune").exists()
 
 
@@ -183,7 +183,7 @@ def test_force_uses_the_rows_of_a_changed_source(here, call):
     assert "is up to date" in call("02_compress").err
     manifest = json.loads((here / "run/02_compress/manifest.json").read_text())
     assert set(manifest["sources"]) == {"data.train", "data.validation"}
-    call("03_finetune").assert_explained("03_finetune.py --force")
+    call("03_finetune").assert_explained("03_finetune.py --config")
 
 
 def test_force_does_not_replace_prepared_rows_that_a_person_edited(here, call):

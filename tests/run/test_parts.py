@@ -163,9 +163,9 @@ def test_a_dry_run_refuses_a_persons_directory(make, tmp_path, capsys):
 
 
 def told_command(capsys) -> list[str]:
-    """Return the arguments of the command that the last message tells to run."""
+    """Return the arguments of the command that the last message tells to run, after the run's."""
     last = capsys.readouterr().err.splitlines()[-1]
-    command = re.search(r"python 05_export\.py (--to .*?--force)", last)
+    command = re.search(r"python 05_export\.py --config \S+ --run-dir \S+ (--to .*?--force)", last)
     assert last.startswith("fix:") and command, last
     return shlex.split(command[1])
 
@@ -251,7 +251,7 @@ def test_a_copy_of_another_part_is_not_this_one(make, tmp_path, capsys, finished
         assert make(bug, "--make", "a", *more) == 1
         told = capsys.readouterr().err
         assert ("found:    that of b" if finished else "found:    --to b") in told
-        assert "redo it: python 05_export.py --to a --kind x --force" in told
+        assert "/run --to a --kind x --force" in told
     assert make(write, "--make", "a", "--force") == 0
 
 
@@ -299,7 +299,7 @@ def test_a_result_that_was_damaged_is_not_up_to_date(make, tmp_path, capsys, cha
     if change != "touch":
         told = capsys.readouterr()
         assert "a/config.json has changed since 05_export/a recorded it" in told.err
-        assert "redo it: python 05_export.py --to a --kind x --force" in told.err
+        assert "/run --to a --kind x --force" in told.err
     assert make(write, "--make", "a", "--force") == 0
     assert make(bug, "--make", "a", *more) == 0
 

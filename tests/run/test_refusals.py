@@ -3,14 +3,15 @@
 import ast
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from sparselong.run.manifests import FORMAT_VERSION
-from sparselong.run.stages import STAGES
-from tests.conftest import ROOT
+from sparselong.run.stages import STAGES, complete_commands
+from tests.conftest import ROOT, load_script
 
 HEAVY = {"torch", "transformers", "axolotl", "peft", "datasets", "lm_eval", "matplotlib"}
 TRY = """
@@ -144,3 +145,35 @@ def test_scripts_have_one_shape(script):
         *("argv", "execute", plan, show)
     ]
     assert script in STAGES and f'"{script}"' in text
+
+
+def test_commands_in_a_fix_repeat_what_names_the_run(tmp_path, capsys):
+    """Else the command would redo another run: here that of the default config."""
+    run_dir = tmp_path / "a run"
+    config = ["--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", str(run_dir), "seed=7"]
+    assert load_script("04_eval").main([*config, "--json"]) == 1
+    words = shlex.join(config)
+    shown = json.loads(capsys.readouterr().out)["fix"]
+    assert f"python 02_compress.py {words}" in shown, shown
+
+
+@pytest.mark.parametrize(
+    ("text", "completed"),
+    [
+        ("run python 02_compress.py --force", "run python 02_compress.py --config c --force"),
+        (
+            "python 02_compress.py, then python 03_finetune.py",
+            "python 02_compress.py --config c, then python 03_finetune.py --config c",
+        ),
+        ("python 05_export.py --config other.yaml", "python 05_export.py --config other.yaml"),
+        (
+            "python 02_compress.py --force, or pass another --run-dir",
+            "python 02_compress.py --config c --force, or pass another --run-dir",
+        ),
+        ("see python 03_finetune.py --help", "see python 03_finetune.py --help"),
+        ("python my_02_data.py", "python my_02_data.py"),
+    ],
+)
+def test_which_commands_are_completed(text, completed):
+    assert complete_commands(text, ["--config", "c"]) == completed
+    assert complete_commands(text, []) == text

@@ -42,7 +42,7 @@ def test_with_stage_02_alone_its_model_and_the_base_open(half, ask):
         assert document["usage"]["new_tokens"] > 0
     told = error_of(ask(half, "finetuned"))
     assert "needs 03_finetune, which is not done" in told["what"]
-    assert told["fix"].startswith("run python 03_finetune.py with the same --config and --run-dir")
+    assert told["fix"].startswith("run python 03_finetune.py --config ")
 
 
 def test_an_unfinished_stage_03_is_not_opened(half, ask):
