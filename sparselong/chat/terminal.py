@@ -89,7 +89,9 @@ class Terminal:
                         raise
                     self._say("\n(/exit or Ctrl-D ends)")
                     continue
-                if text.startswith("/") and "\n" not in text:
+                if not _is_text(text):
+                    self._say("that is no text in this terminal's encoding; nothing was sent")
+                elif text.startswith("/") and "\n" not in text:
                     if self._command(text):
                         return
                 elif text.strip():
@@ -262,6 +264,15 @@ def _history(path: Path) -> Iterator[None]:
         yield
     finally:
         readline.write_history_file(path)
+
+
+def _is_text(line: str) -> bool:
+    """Return whether all bytes of a line could be decoded."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _listed(counts: dict[str, int]) -> str:
