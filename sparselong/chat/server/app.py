@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from sparselong.chat.answer import Answer
 from sparselong.chat.engine import Engine, PromptTooLong
@@ -55,6 +56,7 @@ def make_app(
     app.add_middleware(Gate, metrics=metrics, token=token, hosts=hosts)
     app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_unknown)
     app.add_event_handler("shutdown", turns.close)
 
     _add_completions(app, turns, metrics, standard)
@@ -197,6 +199,12 @@ def _refusal(error: ExpectedError | AnswerError) -> ApiError:
     if isinstance(error, PromptTooLong):
         return ApiError(400, str(error), "context_length_exceeded", "messages")
     return ApiError(400, str(error), "invalid_messages", "messages")
+
+
+async def _answer_unknown(_: Request, error: Exception) -> Response:
+    """Answer what the framework refuses, such as a path that does not exist."""
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, str(error.detail)).response()
 
 
 async def _answer_invalid(_: Request, error: Exception) -> Response:
