@@ -8,7 +8,7 @@ from fastapi import FastAPI
 
 from sparselong.chat import opening
 from sparselong.chat.command import check_processes
-from sparselong.chat.server import serve
+from sparselong.chat.server import bind, serve
 from sparselong.config import load
 from sparselong.errors import ConfigError, StageError
 from sparselong.processes import sharing
@@ -85,7 +85,7 @@ def test_the_endpoint_ends_when_its_model_cannot_answer_any_more():
         told.append(address)
         threading.Timer(0.3, over.set).start()
 
-    serve(FastAPI(), "127.0.0.1", 0, tell, over.is_set)
+    serve(FastAPI(), bind("127.0.0.1", 0), tell, over.is_set)
     assert over.is_set() and told[0].startswith("http://127.0.0.1:")
 
 
