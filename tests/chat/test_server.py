@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sparselong.chat.engine import Engine, PromptTooLong
+from sparselong.chat.server import app as server_app
 from sparselong.chat.server import make_app
 from sparselong.chat.settings import Settings
 from sparselong.chat.sources import Source
@@ -330,6 +331,37 @@ def test_requests_wait_in_a_bounded_line():
     assert error_of(refused)["type"] == "rate_limit_error"
     assert 'sparselong_requests_total{code="429"} 5' in metrics
     assert "sparselong_generated_tokens_total 9" in metrics
+
+
+def test_a_client_that_reads_nothing_is_given_up(monkeypatch):
+    """Otherwise all others would wait for it."""
+    monkeypatch.setattr(server_app, "SEND_SECONDS", 0.2)
+    engine = ScriptedEngine()
+
+    async def run():
+        app = make_app(engine, Settings(), most_waiting=4)
+        body = [{"type": "http.request", "body": json.dumps({**ASK, "stream": True}).encode()}]
+        path = "/v1/chat/completions"
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode()}
+        scope |= {"query_string": b"", "headers": headers, "asgi": {"spec_version": "2.3"}}
+
+        async def receive() -> Any:
+            return body.pop() if body else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                await asyncio.Event().wait()
+
+        await asyncio.wait_for(app(scope, receive, send), 10)
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000"
+        ) as client:
+            response = await client.post(path, json=ASK, timeout=10)
+        app.state.turns.close()
+        return response
+
+    assert asyncio.run(run()).json()["choices"][0]["message"]["content"] == "Hello there!"
 
 
 def test_models_and_unknown_paths():
