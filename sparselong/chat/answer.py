@@ -76,6 +76,11 @@ class Answer:
         return "\n\n".join(part.text for part in thought if not calls_tool(part))
 
     @property
+    def is_silent(self) -> bool:
+        """Whether the model ended without a text for the user and without a call."""
+        return self.reason == "stop" and not self.text.strip() and not self.tool_calls
+
+    @property
     def tool_calls(self) -> list[dict[str, Any]]:
         """Calls of tools, in OpenAI's form; `arguments` is the text that the model wrote."""
         called = filter(calls_tool, self.parts)

@@ -96,6 +96,9 @@ def ask(
     answer = reply.answer
     if answer.reason == "length":
         print("the answer was cut: --max-new-tokens, or --context", file=sys.stderr, flush=True)
+    if answer.is_silent:
+        print("the model ended without an answer; --show-thinking shows what it thought, if it did",
+              file=sys.stderr, flush=True)  # fmt: skip
     if answer.repairs:
         print(f"not in the model's format: {answer.repairs}", file=sys.stderr, flush=True)
     return {"settings": settings.document(), **answer.document()}

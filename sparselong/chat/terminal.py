@@ -133,6 +133,8 @@ class Terminal:
             self._say("(stopped)")
         elif self.answer.reason == "length":
             self._say("(the answer was cut: max_new_tokens, or no more room in the context)")
+        elif self.answer.is_silent:
+            self._say("(no answer; /reasoning shows what the model thought, if it did)")
         if self.answer.repairs:
             self._say(f"(not in the model's format: {_listed(self.answer.repairs)})")
         return True

@@ -61,6 +61,11 @@ def test_thinking_is_shown_on_request(tmp_path):
     assert "Let me think" in run(tmp_path, "/reasoning", "Hi")[1]
 
 
+def test_an_answer_of_thinking_alone_is_told(tmp_path):
+    assert "(no answer" in run(tmp_path, "Hi", engine=ScriptedEngine(HELLO[:1]))[1]
+    assert "(no answer" not in run(tmp_path, "Hi")[1]
+
+
 def test_messages_of_several_lines(tmp_path):
     terminal, _ = run(tmp_path, "one\\", "two", '"""', "three", "", "/four", '"""')
     users = [m["content"] for m in terminal.conversation.messages if m["role"] == "user"]
