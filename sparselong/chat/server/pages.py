@@ -67,6 +67,10 @@ def add_page(app: FastAPI, engine: Engine, standard: Settings, folder: Path) -> 
             "settings": standard.document(),
         }
 
+    _add_conversations(app, folder)
+
+
+def _add_conversations(app: FastAPI, folder: Path) -> None:
     @app.get("/conversations")
     async def names() -> list[str]:
         return sorted((path.stem for path in folder.glob("*.json")), reverse=True)
