@@ -16,7 +16,7 @@ from sparselong.chat.engine import Engine
 from sparselong.chat.opening import use_model
 from sparselong.chat.settings import Settings
 from sparselong.chat.stream import Display, make_console
-from sparselong.errors import StageError
+from sparselong.errors import ConfigError
 from sparselong.run import Stage
 
 BENCH_PROMPT = "Count from one to a hundred in words."
@@ -45,7 +45,7 @@ def chat(stage: Stage, arguments: argparse.Namespace, token: str | None) -> Docu
         prompt = "-"
     question = None if prompt is None else read_question(prompt)
     if question is None and arguments.json and not (is_endpoint or arguments.bench):
-        raise StageError(
+        raise ConfigError(
             "--json has no document of a conversation in a terminal",
             "--prompt, --bench, --serve or --web beside it",
             "none of them",

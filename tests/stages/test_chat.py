@@ -125,6 +125,12 @@ def test_a_dry_run_opens_nothing(chat, arguments, tmp_path, capsys, monkeypatch)
     assert "visible ASCII" in capsys.readouterr().err
 
 
+def test_a_conversation_in_a_terminal_has_no_document(chat, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert chat([*arguments, "--json"]) == 2
+    assert "--json has no document" in capsys.readouterr().out
+
+
 def test_without_stdin_there_is_no_question(chat, arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)  # as after <&- in a shell
     assert chat(arguments) == 2
