@@ -89,6 +89,19 @@ def test_the_endpoint_ends_when_its_model_cannot_answer_any_more():
     assert over.is_set() and told[0].startswith("http://127.0.0.1:")
 
 
+def test_of_two_that_open_models_for_one_port_the_second_is_told():
+    """Neither listens while it opens its model, so both can bind the port."""
+    first = bind("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    second = bind("127.0.0.1", port)
+    with first:
+        first.listen()
+        with pytest.raises(StageError, match=f"127.0.0.1:{port} cannot be bound"):
+            serve(FastAPI(), second, print)
+        with pytest.raises(StageError, match=f"127.0.0.1:{port} cannot be bound"):
+            bind("127.0.0.1", port)
+
+
 def test_a_named_directory_is_planned_by_its_own_shape(untrained_base: Path):
     source = opening.Source(untrained_base)
     config = load(BIG)

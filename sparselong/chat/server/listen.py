@@ -28,10 +28,16 @@ def serve(
         listening: socket from `bind`, which is closed.
         tell: says where, once requests are answered.
         is_over: asked several times a second whether to end.
+
+    Raises:
+        StageError: another program was faster to listen at this address.
     """
     with listening:
-        listening.listen()
         address = listening.getsockname()
+        try:
+            listening.listen()
+        except OSError as error:
+            raise _taken(*address[:2], error) from error
         name = f"[{address[0]}]" if ":" in address[0] else address[0]
         tell(f"http://{name}:{address[1]}")
         config = uvicorn.Config(
@@ -85,10 +91,14 @@ def bind(host: str, port: int) -> socket.socket:
         found.bind((host, port))
     except (OSError, OverflowError) as error:
         found.close()
-        raise StageError(
-            f"{host}:{port} cannot be bound",
-            "an address of this machine, and a port that is free",
-            str(error),
-            "pass another --port (0 takes a free one), or end the program that uses it",
-        ) from error
+        raise _taken(host, port, error) from error
     return found
+
+
+def _taken(host: str, port: int, error: Exception) -> StageError:
+    return StageError(
+        f"{host}:{port} cannot be bound",
+        "an address of this machine, and a port that is free",
+        str(error),
+        "pass another --port (0 takes a free one), or end the program that uses it",
+    )

@@ -96,7 +96,11 @@ class ChatMessage(BaseModel):
 
 
 class ToolFunction(BaseModel):
-    """What a function that the model may call is named, does and takes."""
+    """What a function that the model may call is named, does and takes.
+
+    `strict`, which OpenAI's client sets by itself, is accepted and promises nothing: a call's
+    arguments are what the model wrote.
+    """
 
     name: str
     description: str = ""
