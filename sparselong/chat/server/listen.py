@@ -33,13 +33,12 @@ def serve(
         StageError: another program was faster to listen at this address.
     """
     with listening:
-        address = listening.getsockname()
+        host, port = listening.getsockname()[:2]
         try:
             listening.listen()
         except OSError as error:
-            raise _taken(*address[:2], error) from error
-        name = f"[{address[0]}]" if ":" in address[0] else address[0]
-        tell(f"http://{name}:{address[1]}")
+            raise _taken(host, port, error) from error
+        tell(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
         config = uvicorn.Config(
             app,
             log_level="warning",
