@@ -71,8 +71,14 @@ class Answer:
 
     @property
     def thinking(self) -> str:
-        """The analysis channel."""
-        return "\n\n".join(part.text for part in self.parts if part.channel == "analysis")
+        """The analysis channel, but for calls of tools in it."""
+        thought = (part for part in self.parts if part.channel == "analysis")
+        return "\n\n".join(part.text for part in thought if not calls_tool(part))
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the model ended without a text for the user and without a call."""
+        return self.reason == "stop" and not self.text.strip() and not self.tool_calls
 
     @property
     def tool_calls(self) -> list[dict[str, Any]]:

@@ -67,6 +67,10 @@ def check_options(arguments: argparse.Namespace, token: str | None) -> Settings:
         raise ConfigError(
             "the command line asks for several things", "one of them", " ".join(chosen), "keep one"
         )
+    for name in ("prompt", "system"):
+        _check_text(name, getattr(arguments, name))
+    if arguments.system and (arguments.serve or arguments.web or arguments.bench):
+        raise _refuse("--system", "a question or a conversation in the terminal", chosen[0])
     check_named(arguments.model)
     if arguments.context is not None and arguments.context < 2:
         raise _refuse("--context", "at least 2 tokens", arguments.context)
@@ -76,6 +80,13 @@ def check_options(arguments: argparse.Namespace, token: str | None) -> Settings:
         raise _refuse("--queue", "0 or more requests", arguments.queue)
     if arguments.share and not arguments.web:
         raise _refuse("--share", "--web beside it", "no --web")
+    if token and not (token.isascii() and token.isprintable() and token == token.strip()):
+        raise ConfigError(
+            f"{TOKEN_VARIABLE} cannot be sent in a request's header",
+            "visible ASCII characters",
+            "others, or spaces around them",
+            "set it to a long random text of letters and digits",
+        )
     host = host_of(arguments)
     if (arguments.serve or arguments.web) and not is_own(host) and not token:
         asked = "--share" if arguments.share else f"--host {host}"
@@ -86,6 +97,14 @@ def check_options(arguments: argparse.Namespace, token: str | None) -> Settings:
             f"set {TOKEN_VARIABLE} to a long random text, or leave the option away",
         )
     return Settings().changed({name: getattr(arguments, name) for name in NAMES}, NAMES)
+
+
+def _check_text(name: str, text: str | None) -> None:
+    """Raise ConfigError if the shell passed bytes that are no text."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise _refuse(f"--{name}", "text in this terminal's encoding", ascii(text)[:80]) from error
 
 
 def check_processes(config: Config) -> None:
@@ -141,7 +160,7 @@ def read_question(prompt: str) -> str:
     """
     text = prompt
     if prompt == "-":
-        data = sys.stdin.buffer.read(MOST_QUESTION_BYTES + 1)
+        data = b"" if sys.stdin is None else sys.stdin.buffer.read(MOST_QUESTION_BYTES + 1)
         if len(data) > MOST_QUESTION_BYTES:
             raise _refuse("stdin", f"at most {MOST_QUESTION_BYTES:,} bytes", "more")
         try:
@@ -167,7 +186,7 @@ def plan_chat(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
         "directory": str(place_of(stage, arguments.model)),
         "needs": list(stage.reads),
         "context_tokens": room_of(stage.config, arguments.context),
-        "settings": check_options(arguments, "").document(),
+        "settings": check_options(arguments, os.environ.get(TOKEN_VARIABLE)).document(),
     }
 
 

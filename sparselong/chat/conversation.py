@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from sparselong.errors import StageError
+from sparselong.chat.settings import Settings
+from sparselong.errors import ConfigError, StageError
 from sparselong.files import write_atomically
 
 FORMAT, VERSION = "sparselong-conversation", 1
@@ -34,6 +35,9 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "tool_call_id": (str,),
 }
+_DOCUMENT = {"format", "version", "model", "settings", "messages"}
+_MOST_NAME_BYTES = 200
+"""File systems take 255, of which endings need some."""
 Message = dict[str, Any]
 
 
@@ -69,10 +73,12 @@ def path_of(folder: Path, title: str) -> Path:
         StageError: the title is no plain name.
     """
     name = title.strip().removesuffix(".json")
-    if not _TITLE.fullmatch(name) or name != Path(name).name:
+    is_short = len(name.encode(errors="replace")) <= _MOST_NAME_BYTES
+    if not _TITLE.fullmatch(name) or name != Path(name).name or not is_short:
         raise StageError(
             "a conversation's name cannot be used",
-            "1 to 100 letters, digits, spaces or . , ( ) + - _, beginning with a letter or digit",
+            "1 to 100 letters, digits, spaces or . , ( ) + - _, beginning with a letter or digit, "
+            f"in at most {_MOST_NAME_BYTES} bytes",
             repr(title[:120]),
             "choose a plain name; conversations lie in the run directory",
         )
@@ -123,12 +129,16 @@ def parse(data: bytes, source: Path | str) -> Conversation:
         raise _refuse(source, f"at most {MOST_BYTES:,} bytes", "more")
     try:
         document = json.loads(data.decode("utf-8"))
+        # Python reads more than JSON, NaN and halves of surrogate pairs, which no reader would get.
+        json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise _refuse(source, "JSON in UTF-8", " ".join(str(error).split())[:200]) from error
     if not isinstance(document, Mapping) or document.get("format") != FORMAT:
         raise _refuse(source, f'an object with "format": "{FORMAT}"', "another document")
     if document.get("version") != VERSION:
         raise _refuse(source, f"version {VERSION}", f"version {document.get('version')!r}"[:80])
+    if others := sorted(document.keys() - _DOCUMENT):
+        raise _refuse(source, f"the keys {', '.join(sorted(_DOCUMENT))}", repr(others)[:120])
     messages = document.get("messages")
     if not isinstance(messages, list):
         raise _refuse(source, "a list of messages", type(messages).__name__)
@@ -137,6 +147,10 @@ def parse(data: bytes, source: Path | str) -> Conversation:
     settings, model = document.get("settings", {}), document.get("model", "")
     if not isinstance(settings, dict) or not isinstance(model, str):
         raise _refuse(source, "settings as an object, model as a text", "other types")
+    try:
+        Settings().changed(settings)
+    except ConfigError as error:
+        raise _refuse(source, f"settings: {error.expected}", error.found) from error
     return Conversation(messages, model, settings)
 
 
@@ -153,6 +167,14 @@ def check_message(message: Any, name: str, source: Path | str) -> None:
         raise _refuse(source, f"{name}: role {', '.join(ROLES)}", found)
     if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
         raise _refuse(source, f"{name}: content, or tool calls", "neither")
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") if isinstance(call, dict) else None
+        texts = ("name", "arguments")
+        if not isinstance(function, dict) or not all(
+            isinstance(function.get(text), str) for text in texts
+        ):
+            expected = f"{name}: tool calls with a function's {' and '.join(texts)} as texts"
+            raise _refuse(source, expected, repr(call)[:80])
 
 
 def _refuse(source: Path | str, expected: str, found: str) -> StageError:

@@ -21,6 +21,8 @@ from sparselong.errors import StageError
 from sparselong.generation import Decoder, SharedModel, generate
 from sparselong.model import load_model, load_tokenizer
 
+_WEIGHTS = "adapter_model.safetensors"
+
 
 def never() -> bool:
     """Return False: nobody cancels."""
@@ -222,17 +224,30 @@ def open_model(
 
 def _merge(model: Any, adapter: Path) -> Any:
     """Return the model with an adapter of attention merged into its weights."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
 
     try:
+        with safe_open(adapter / _WEIGHTS, "pt") as file:  # PEFT would also unpickle other files
+            found = set(file.keys())
         opened: Any = PeftModel.from_pretrained(model, adapter)
+        wanted = set(get_peft_model_state_dict(opened, save_embedding_layers=False))
+        # PEFT only warns of tensors that are missing, and of others says nothing.
+        if found != wanted:
+            missing, others = sorted(wanted - found), sorted(found - wanted)
+            raise ValueError(
+                f"{_WEIGHTS} lacks {len(missing)} of {len(wanted)} tensors {missing[:1]}, and has "
+                f"{len(others)} unknown ones {others[:1]}"
+            )
         return opened.merge_and_unload()
-    except (ValueError, RuntimeError, OSError) as error:
+    except torch.OutOfMemoryError:  # told elsewhere
+        raise
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         raise StageError(
             f"the adapter {adapter} cannot be merged into its base",
-            "LoRA on attention's bf16 projections, of the base's shapes",
-            " ".join(str(error).split())[:300],
-            "use the base that the adapter was trained on",
+            f"LoRA on attention's bf16 projections, of the base's shapes, in {_WEIGHTS}",
+            " ".join(str(error).split())[:400],
+            "use the base that the adapter was trained on, or save the adapter again",
         ) from error
 
 

@@ -22,7 +22,7 @@ from transformers import GptOssForCausalLM
 
 from sparselong.chat.command import check_processes, rank_arguments
 from sparselong.chat.engine import Engine, open_model
-from sparselong.chat.sources import READS, Source, find_model, name_of, room_of
+from sparselong.chat.sources import READS, Source, check_room, find_model, name_of, room_of
 from sparselong.config import Config
 from sparselong.errors import StageError
 from sparselong.generation import SharedModel, share_model
@@ -65,6 +65,7 @@ def use_model(
     """
     check_processes(stage.config)
     source = find_model(stage, arguments.model)
+    check_room(source, room_of(stage.config, arguments.context))
     work = Work(_as_base(stage.config, arguments.model, source), source)
     processes, placement = _plan(work.config)
     if processes == 1:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import statistics
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from sparselong.chat import conversation as files
@@ -14,7 +16,7 @@ from sparselong.chat.engine import Engine
 from sparselong.chat.opening import use_model
 from sparselong.chat.settings import Settings
 from sparselong.chat.stream import Display, make_console
-from sparselong.errors import StageError
+from sparselong.errors import ConfigError
 from sparselong.run import Stage
 
 BENCH_PROMPT = "Count from one to a hundred in words."
@@ -37,11 +39,13 @@ def chat(stage: Stage, arguments: argparse.Namespace, token: str | None) -> Docu
     settings = check_options(arguments, token)
     prompt = arguments.prompt
     is_endpoint = arguments.serve or arguments.web
-    if prompt is None and not is_endpoint and not arguments.bench and not sys.stdin.isatty():
+    # There is no stdin if the shell closed it (<&-).
+    is_piped = sys.stdin is None or not sys.stdin.isatty()
+    if prompt is None and not is_endpoint and not arguments.bench and is_piped:
         prompt = "-"
     question = None if prompt is None else read_question(prompt)
     if question is None and arguments.json and not (is_endpoint or arguments.bench):
-        raise StageError(
+        raise ConfigError(
             "--json has no document of a conversation in a terminal",
             "--prompt, --bench, --serve or --web beside it",
             "none of them",
@@ -54,13 +58,23 @@ def chat(stage: Stage, arguments: argparse.Namespace, token: str | None) -> Docu
         elif arguments.bench:
             result = measure(engine, settings)
         elif is_endpoint:
-            result = answer_requests(stage, engine, settings, arguments, token)
+            result = answer_requests(stage, engine, settings, arguments, token, listening)
         else:
             result = converse(stage, engine, settings, arguments)
         head = {"stage": stage.name, "status": "done", "model": engine.name}
         return {**head, "load_seconds": engine.load_seconds, **result}
 
-    return use_model(stage, arguments, use)
+    with _bind(arguments) as listening:
+        return use_model(stage, arguments, use)
+
+
+def _bind(arguments: argparse.Namespace) -> AbstractContextManager[Any]:
+    """Bind the endpoint's address, which may be taken, before the model is opened."""
+    if not arguments.serve and not arguments.web:
+        return nullcontext()
+    from sparselong.chat.server import bind
+
+    return bind(host_of(arguments), arguments.port)
 
 
 def first_messages(arguments: argparse.Namespace) -> list[files.Message]:
@@ -82,6 +96,9 @@ def ask(
     answer = reply.answer
     if answer.reason == "length":
         print("the answer was cut: --max-new-tokens, or --context", file=sys.stderr, flush=True)
+    if answer.is_silent:
+        print("the model ended without an answer; --show-thinking shows what it thought, if it did",
+              file=sys.stderr, flush=True)  # fmt: skip
     if answer.repairs:
         print(f"not in the model's format: {answer.repairs}", file=sys.stderr, flush=True)
     return {"settings": settings.document(), **answer.document()}
@@ -111,12 +128,13 @@ def answer_requests(
     settings: Settings,
     arguments: argparse.Namespace,
     token: str | None,
+    listening: socket.socket,
 ) -> Document:
     """Serve the endpoint, with or without the page, until a signal."""
     from sparselong.chat.server import add_page, make_app, serve
 
     host = host_of(arguments)
-    hosts = LOOPBACK if is_own(host) else None
+    hosts = LOOPBACK | {listening.getsockname()[0]} if is_own(host) else None
     app = make_app(
         *(engine, settings),
         most_waiting=arguments.queue,
@@ -133,24 +151,22 @@ def answer_requests(
         if arguments.json:
             print(json.dumps({"address": address, "model": engine.name}), flush=True)
 
-    serve(app, host, arguments.port, tell, lambda: engine.broken is not None)
+    serve(app, listening, tell, lambda: engine.broken is not None)
     return {"requests": dict(app.state.metrics.requests)}
 
 
 def measure(engine: Engine, settings: Settings) -> Document:
     """Return the time to the first token and the rate after it, medians of a few answers.
 
-    No token ends an answer. The prompts differ from the first words on, so that each is read whole.
+    No token ends an answer, and each prompt is read whole.
     """
     bounded = settings.changed({"max_new_tokens": BENCH_TOKENS, "seed": settings.seed or 0})
     usages = []
-    for number in range(1 + BENCH_ROUNDS):  # the first one compiles kernels
-        messages = [
-            {"role": "system", "content": f"This is round {number}."},
-            {"role": "user", "content": BENCH_PROMPT},
-        ]
+    messages = [{"role": "user", "content": BENCH_PROMPT}]
+    for _ in range(1 + BENCH_ROUNDS):  # the first one compiles kernels
+        engine.decoder.forget()  # the template begins all prompts alike
         reply = engine.reply(messages, bounded, stop=())
-        for _ in reply:
+        for _delta in reply:
             pass
         usages.append(reply.answer.usage)
     measured = usages[1:]

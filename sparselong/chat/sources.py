@@ -88,6 +88,19 @@ def room_of(config: Config, context: int | None) -> int:
     return config.sequence_len if context is None else context
 
 
+def check_room(source: Source, tokens: int) -> None:
+    """Raise StageError if a conversation may have more tokens than a checkpoint has positions."""
+    path = source.directory / "config.json"
+    positions = read_json(path).get("max_position_embeddings") if path.is_file() else None
+    if isinstance(positions, int) and tokens > positions:
+        raise StageError(
+            f"{source.directory.name} cannot hold a conversation of {tokens:,} tokens",
+            f"at most the model's {positions:,} positions",
+            f"{tokens:,}",
+            "pass a smaller --context",
+        )
+
+
 def _is_adapter(path: Path) -> bool:
     return (path / ADAPTER).exists() and not (path / "config.json").exists()
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from markdown_it import MarkdownIt
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markdown import Markdown
@@ -23,6 +24,12 @@ from sparselong.data import Delta
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 _CONTROL = {n: f"\\x{n:02x}" for n in (*range(9), *range(11, 32), *range(127, 160))}
 """Control characters but tab and newline: a terminal would obey them."""
+_MARKDOWN = (
+    MarkdownIt("commonmark", {"html": False})
+    .enable(["strikethrough", "table"])
+    .disable(["reference", "image"])
+)
+"""What rich reads, but for HTML, link definitions and images, which it would not show as text."""
 
 
 def printable(text: str) -> str:
@@ -120,7 +127,9 @@ def _render(channel: str, block: str) -> RenderableType:
         return Text(block, style="dim italic")
     if channel == "commentary":
         return Text(block, style="cyan")
-    return Markdown(block, hyperlinks=False)
+    shown = Markdown("", hyperlinks=False)
+    shown.parsed = _MARKDOWN.parse(block)
+    return shown
 
 
 def _by_channel(deltas: Iterable[Delta]) -> Iterator[tuple[str, Iterator[str]]]:

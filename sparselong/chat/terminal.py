@@ -89,7 +89,9 @@ class Terminal:
                         raise
                     self._say("\n(/exit or Ctrl-D ends)")
                     continue
-                if text.startswith("/") and "\n" not in text:
+                if not _is_text(text):
+                    self._say("that is no text in this terminal's encoding; nothing was sent")
+                elif text.startswith("/") and "\n" not in text:
                     if self._command(text):
                         return
                 elif text.strip():
@@ -131,6 +133,8 @@ class Terminal:
             self._say("(stopped)")
         elif self.answer.reason == "length":
             self._say("(the answer was cut: max_new_tokens, or no more room in the context)")
+        elif self.answer.is_silent:
+            self._say("(no answer; /reasoning shows what the model thought, if it did)")
         if self.answer.repairs:
             self._say(f"(not in the model's format: {_listed(self.answer.repairs)})")
         return True
@@ -262,6 +266,15 @@ def _history(path: Path) -> Iterator[None]:
         yield
     finally:
         readline.write_history_file(path)
+
+
+def _is_text(line: str) -> bool:
+    """Return whether all bytes of a line could be decoded."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _listed(counts: dict[str, int]) -> str:

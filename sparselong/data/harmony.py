@@ -82,11 +82,13 @@ class Delta(NamedTuple):
         channel: analysis, commentary or final.
         text: whole characters, at least one.
         recipient: as in `Message`.
+        message: number of the message that it belongs to, from 0.
     """
 
     channel: str
     text: str
     recipient: str | None
+    message: int = 0
 
 
 class Message(NamedTuple):
@@ -305,7 +307,8 @@ class Parser:
             self._open(_Open("final"))
         assert self._current is not None
         self._current.pieces.append(text)
-        return [Delta(self._current.channel, text, self._current.recipient)]
+        number = len(self._all) - 1
+        return [Delta(self._current.channel, text, self._current.recipient, number)]
 
     def _open(self, message: _Open) -> None:
         self._current = message

@@ -21,6 +21,10 @@ def document(**changed):
     return {**Conversation(MESSAGES, "m", {"top_p": 1.0}).document(), **changed}
 
 
+def called(call):
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
 def test_a_kept_conversation_comes_back(tmp_path):
     path = files.save(Conversation(MESSAGES, "m", {"top_p": 0.5}), tmp_path / "new", "My talk")
     assert path == tmp_path / "new/My talk.json"
@@ -43,6 +47,7 @@ def test_a_kept_conversation_comes_back(tmp_path):
         "-x",
         "~x",
         "a:b",
+        "\U0001d400" * 60,  # 240 bytes
     ],
 )
 def test_titles_that_are_no_plain_names_are_refused(tmp_path, title):
@@ -67,6 +72,17 @@ def test_titles_that_are_no_plain_names_are_refused(tmp_path, title):
         (json.dumps(document(messages=[{"role": "user"}])).encode(), "content"),
         (json.dumps(document(messages=[{"role": "user", "content": "", "x": 1}])).encode(), "keys"),
         (json.dumps(document(settings=[])).encode(), "settings"),
+        (json.dumps(document(settings={"temperature": "<b>"})).encode(), "from 0 to 100"),
+        (json.dumps(document(settings={"colour": 1})).encode(), "temperature"),
+        (json.dumps(document(settings={"temperature": float("nan")})).encode(), "JSON"),
+        (json.dumps(document(comment="x")).encode(), "keys"),
+        (json.dumps(document(messages=[{"role": "user", "content": "\ud800"}])).encode(), "JSON"),
+        (json.dumps(document(messages=[called(1)])).encode(), "tool calls"),
+        (
+            json.dumps(document(messages=[called({"function": {"name": "f"}})])).encode(),
+            "tool calls",
+        ),
+        (json.dumps(document(messages=[called({"function": []})])).encode(), "tool calls"),
         (b" " * (files.MOST_BYTES + 1), "bytes"),
     ],
 )

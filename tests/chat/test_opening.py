@@ -8,7 +8,7 @@ from fastapi import FastAPI
 
 from sparselong.chat import opening
 from sparselong.chat.command import check_processes
-from sparselong.chat.server import serve
+from sparselong.chat.server import bind, serve
 from sparselong.config import load
 from sparselong.errors import ConfigError, StageError
 from sparselong.processes import sharing
@@ -85,8 +85,21 @@ def test_the_endpoint_ends_when_its_model_cannot_answer_any_more():
         told.append(address)
         threading.Timer(0.3, over.set).start()
 
-    serve(FastAPI(), "127.0.0.1", 0, tell, over.is_set)
+    serve(FastAPI(), bind("127.0.0.1", 0), tell, over.is_set)
     assert over.is_set() and told[0].startswith("http://127.0.0.1:")
+
+
+def test_of_two_that_open_models_for_one_port_the_second_is_told():
+    """Neither listens while it opens its model, so both can bind the port."""
+    first = bind("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    second = bind("127.0.0.1", port)
+    with first:
+        first.listen()
+        with pytest.raises(StageError, match=f"127.0.0.1:{port} cannot be bound"):
+            serve(FastAPI(), second, print)
+        with pytest.raises(StageError, match=f"127.0.0.1:{port} cannot be bound"):
+            bind("127.0.0.1", port)
 
 
 def test_a_named_directory_is_planned_by_its_own_shape(untrained_base: Path):

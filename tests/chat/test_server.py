@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from sparselong.chat.engine import Engine, PromptTooLong
+from sparselong.chat.server import app as server_app
 from sparselong.chat.server import make_app
 from sparselong.chat.settings import Settings
 from sparselong.chat.sources import Source
+from sparselong.data import Delta
 from sparselong.errors import StageError
 from sparselong.generation.decoder import Decoder
 from sparselong.kernels.decode.token_word import encode_token
@@ -114,12 +116,14 @@ def test_earlier_turns_keep_thinking_calls_and_results():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "user", "content": "c", "name": "Ann"},  # which the prompt's rendering refuses
         {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call]},
         {"role": "tool", "content": "42", "tool_call_id": "1"},
     ]
     assert ask(engine, body={**ASK, "messages": messages}).status_code == 200
     assert engine.asked[0][0] == [
-        {"role": "user", "content": "a\nb"},
+        {"role": "user", "content": "ab"},
+        {"role": "user", "content": "c", "name": "Ann"},
         {"role": "assistant", "content": "", "thinking": "hm", "tool_calls": [call]},
         {"role": "tool", "content": "42", "tool_call_id": "1"},
     ]
@@ -139,6 +143,53 @@ def test_stop_texts_end_the_answer_and_are_left_out(stream, stop, text):
     assert found == text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_messages_of_one_channel_are_kept_apart(stream):
+    """As they are in a terminal and in a kept conversation."""
+    deltas = [
+        Delta("analysis", "One.", None, 0),
+        Delta("commentary", "Let me ", None, 1),
+        Delta("commentary", "see.", None, 1),
+        Delta("analysis", "Two.", None, 2),
+        Delta("final", "It is 3.", None, 3),
+        Delta("final", "Or 4.", None, 4),
+    ]
+    response = ask(ScriptedEngine(deltas), body={**ASK, "stream": stream, "stop": "4"})
+    if stream:
+        found = [event["choices"][0]["delta"] for event in events_of(response)]
+        assert {} not in found[:-1]
+    else:
+        found = [response.json()["choices"][0]["message"]]
+    assert "".join(each.get("content", "") for each in found) == "Let me see.\n\nIt is 3.\n\nOr "
+    assert "".join(each.get("reasoning_content", "") for each in found) == "One.\n\nTwo."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_in_the_analysis_channel_is_no_thinking(stream):
+    engine = ScriptedEngine(
+        [Delta("analysis", "Hm.", None, 0), Delta("analysis", "1", "python", 1)]
+    )
+    response = ask(engine, body={**ASK, "stream": stream})
+    if stream:
+        found = [event["choices"][0]["delta"] for event in events_of(response)]
+    else:
+        found = [response.json()["choices"][0]["message"]]
+    assert "".join(each.get("reasoning_content", "") for each in found) == "Hm."
+    (call,) = next(each["tool_calls"] for each in found if "tool_calls" in each)
+    assert call["function"] == {"name": "python", "arguments": "1"}
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b"9" * 5000, b"\xff"])
+def test_bodies_that_are_no_json_are_refused_in_openai_s_form(body):
+    async def run():
+        async with client_of(ScriptedEngine()) as client:
+            headers = {"Content-Type": "application/json"}
+            return await client.post("/v1/chat/completions", content=body, headers=headers)
+
+    response = asyncio.run(run())
+    assert response.status_code == 400 and error_of(response)["type"] == "invalid_request_error"
+
+
 @pytest.mark.parametrize(
     ("changed", "status", "named"),
     [
@@ -148,6 +199,12 @@ def test_stop_texts_end_the_answer_and_are_left_out(stream, stop, text):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0"),
         ({"temperature": -1}, 400, "temperature"),
         ({"temperature": "hot"}, 400, "temperature"),
+        ({"temperature": "0.5"}, 400, "temperature"),
+        ({"temperature": True}, 400, "temperature"),
+        ({"max_tokens": True}, 400, "max_tokens"),
+        ({"seed": 1.5}, 400, "seed"),
+        ({"seed": 1 << 63}, 400, "seed"),
+        ({"stream": "yes"}, 400, "stream"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"reasoning_effort": "extreme"}, 400, "reasoning_effort"),
         ({"n": 2}, 400, "n:"),
@@ -270,12 +327,45 @@ def test_requests_wait_in_a_bounded_line():
     assert "sparselong_generated_tokens_total 9" in metrics
 
 
+def test_a_client_that_reads_nothing_is_given_up(monkeypatch):
+    """Otherwise all others would wait for it."""
+    monkeypatch.setattr(server_app, "SEND_SECONDS", 0.2)
+    engine = ScriptedEngine()
+
+    async def run():
+        app = make_app(engine, Settings(), most_waiting=4)
+        body = [{"type": "http.request", "body": json.dumps({**ASK, "stream": True}).encode()}]
+        path = "/v1/chat/completions"
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode()}
+        scope |= {"query_string": b"", "headers": headers, "asgi": {"spec_version": "2.3"}}
+
+        async def receive() -> Any:
+            return body.pop() if body else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                await asyncio.Event().wait()
+
+        await asyncio.wait_for(app(scope, receive, send), 10)
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000"
+        ) as client:
+            response = await client.post(path, json=ASK, timeout=10)
+        app.state.turns.close()
+        return response
+
+    assert asyncio.run(run()).json()["choices"][0]["message"]["content"] == "Hello there!"
+
+
 def test_models_and_unknown_paths():
     (model,) = ask(path="/v1/models").json()["data"]
     assert model["id"] == "run/finetuned" and model["context_length"] == 1000
     assert ask(path="/v1/models/run/finetuned").json() == model
     assert ask(path="/v1/models/x").status_code == 404
-    assert ask(path="/v1/x").status_code == 404
+    unknown = ask(path="/v1/x")
+    assert unknown.status_code == 404 and error_of(unknown)["message"] == "Not Found"
+    assert error_of(ask(path="/v1/chat/completions"))["message"] == "Method Not Allowed"
 
 
 def test_a_token_is_asked_for():

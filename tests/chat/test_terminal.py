@@ -61,6 +61,11 @@ def test_thinking_is_shown_on_request(tmp_path):
     assert "Let me think" in run(tmp_path, "/reasoning", "Hi")[1]
 
 
+def test_an_answer_of_thinking_alone_is_told(tmp_path):
+    assert "(no answer" in run(tmp_path, "Hi", engine=ScriptedEngine(HELLO[:1]))[1]
+    assert "(no answer" not in run(tmp_path, "Hi")[1]
+
+
 def test_messages_of_several_lines(tmp_path):
     terminal, _ = run(tmp_path, "one\\", "two", '"""', "three", "", "/four", '"""')
     users = [m["content"] for m in terminal.conversation.messages if m["role"] == "user"]
@@ -142,7 +147,7 @@ def test_markup_and_control_characters_of_the_model_are_shown_not_obeyed(tmp_pat
     _, shown = run(
         tmp_path, "Hi", engine=ScriptedEngine([Delta("final", evil, None)]), is_terminal=is_terminal
     )
-    assert "[red]x[/red]" in shown and "alert(1)" in shown
+    assert "[red]x[/red]" in shown and "<script>alert(1)</script>" in plain(shown)
     assert "\x1b]0;" not in shown and "\x07" not in shown and "\x1b[2J" not in shown
     assert "\x9b" not in shown
 
@@ -155,6 +160,25 @@ def test_terminals_of_other_encodings_lose_nothing(tmp_path, encoding, is_termin
     _, shown = run(tmp_path, "Hi", engine=engine, is_terminal=is_terminal, encoding=encoding)
     wanted = "日本".encode(encoding, "backslashreplace").decode(encoding)
     assert wanted in shown and "x = " in plain(shown)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Use <b>x</b>.", "<div>\n<p>\n</div>", "<!-- a -->", "[1]: http://x.y", "![a](http://x.y)"],
+)
+def test_what_markdown_renders_as_nothing_is_shown(tmp_path, text):
+    engine = ScriptedEngine([Delta("final", text, None)])
+    shown = plain(run(tmp_path, "Hi", engine=engine, is_terminal=True)[1])
+    assert all(word in shown for word in re.findall(r"[^\s\[\]()]+", text))
+
+
+def test_a_line_that_is_no_text_is_refused(tmp_path):
+    """Bytes that the terminal's encoding lacks come as halves of surrogate pairs."""
+    lines = ("/system bad\udcff", "bad\udcff", "/save bad\udcff", "Hi", "/save good")
+    terminal, shown = run(tmp_path, *lines)
+    assert shown.count("no text in this terminal's encoding") == 3
+    assert roles(terminal) == ["user", "assistant"]
+    assert (tmp_path / "conversations/good.json").is_file()
 
 
 def test_markdown_is_split_where_a_block_ends():

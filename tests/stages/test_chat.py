@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from sparselong.chat import session
 from sparselong.chat.engine import Engine
 from sparselong.chat.settings import Settings
 from sparselong.chat.sources import Source
@@ -104,17 +106,35 @@ def test_a_question_from_a_pipe_is_answered_on_stdout(arguments, forked_python):
     assert done.stdout == asked.stdout and b"opened in" in done.stderr
 
 
-def test_bench_measures_loading_and_decoding_apart(chat, arguments, capsys):
+def test_bench_measures_loading_and_decoding_apart(chat, arguments, capsys, monkeypatch):
+    monkeypatch.setattr(session, "BENCH_TOKENS", 16)
     assert chat([*arguments, "--bench", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["tokens_per_second"] > 0 and document["first_token_seconds"] > 0
-    assert document["new_tokens"] > 50 and document["load_seconds"] > 0
+    assert document["new_tokens"] == 16 and document["load_seconds"] > 0
 
 
-def test_a_dry_run_opens_nothing(chat, arguments, tmp_path, capsys):
+def test_a_dry_run_opens_nothing(chat, arguments, tmp_path, capsys, monkeypatch):
     assert chat([*arguments, "--dry-run"]) == 0
     assert "context_tokens: 256" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("SPARSELONG_TOKEN", "long-and-random")
+    assert chat([*arguments, "--web", "--share", "--dry-run"]) == 0
+    monkeypatch.setenv("SPARSELONG_TOKEN", "naïve")
+    assert chat([*arguments, "--web", "--share", "--dry-run"]) == 2
+    assert "visible ASCII" in capsys.readouterr().err
+
+
+def test_a_conversation_in_a_terminal_has_no_document(chat, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert chat([*arguments, "--json"]) == 2
+    assert "--json has no document" in capsys.readouterr().out
+
+
+def test_without_stdin_there_is_no_question(chat, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)  # as after <&- in a shell
+    assert chat(arguments) == 2
+    assert "stdin cannot be used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -131,6 +151,10 @@ def test_a_dry_run_opens_nothing(chat, arguments, tmp_path, capsys):
         (["--prompt", "x", "--top-k", "1.5"], 2, "--top-k"),
         (["--prompt", "x", "--context", "1"], 2, "--context"),
         (["--prompt", "long " * 500], 1, "too long"),
+        (["--prompt", "x", "--context", "200000"], 1, "131,072 positions"),
+        (["--prompt", "bad\udcff"], 2, "--prompt"),
+        (["--prompt", "x", "--system", "bad\udcff"], 2, "--system"),
+        (["--serve", "--system", "x"], 2, "--system"),
         (["--serve", "--port", "70000"], 2, "--port"),
         (["--serve", "--host", "0.0.0.0"], 2, "token"),
         (["--web", "--host", "::"], 2, "token"),
@@ -167,6 +191,18 @@ def test_an_adapter_of_attention_is_merged(untrained_base, tmp_path, chat, argum
     assert (found - plain).abs().max() > 1e-2
     options = ["--model", str(tmp_path / "adapter"), "--prompt", "x"]
     assert chat([*arguments, *options, "--max-new-tokens", "2"]) == 0
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    for wrong in (
+        {name.replace("self_attn", "attn"): weight for name, weight in weights.items()},
+        dict(list(weights.items())[1:]),
+        {**weights, "base_model.model.lm_head.lora_A.weight": torch.zeros(1)},
+    ):
+        save_file(wrong, path)
+        assert chat([*arguments, *options]) == 1
+        assert f"lacks {len(weights.keys() - wrong.keys())} of 16" in capsys.readouterr().err
+    path.write_bytes(b"junk" * 9)
+    assert chat([*arguments, *options]) == 1
     (tmp_path / "adapter/masks.safetensors").touch()
     assert chat([*arguments, *options]) == 2
     assert "mask and rounding" in capsys.readouterr().err
@@ -181,9 +217,10 @@ def test_a_tokenizer_of_another_model_is_refused(untrained_base, tmp_path, chat,
     assert "tokenizer" in capsys.readouterr().err
 
 
-def test_the_endpoint_answers_until_a_signal(arguments):
+def test_the_endpoint_answers_until_a_signal(arguments, forked_python):
     process = subprocess.Popen(
-        [sys.executable, "06_chat.py", *arguments, "--web", "--port", "0", "--json"],
+        [forked_python, "06_chat.py", *arguments, "--web", "--port", "0", "--json",
+         "--host", "127.0.0.2"],
         stdout=subprocess.PIPE, cwd=ROOT, env=environment(),
     )  # fmt: skip
     try:
@@ -213,7 +250,8 @@ def test_the_endpoint_answers_until_a_signal(arguments):
             process.kill()
 
 
-def test_a_port_that_is_in_use_is_named(chat, arguments, capsys):
+def test_a_port_that_is_in_use_is_named(chat, arguments, capsys, monkeypatch):
+    monkeypatch.setattr(session, "use_model", None)  # before the model is opened
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert chat([*arguments, "--serve", "--port", port]) == 1

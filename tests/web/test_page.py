@@ -213,6 +213,23 @@ def test_markdown_is_drawn_and_html_is_shown(context, server):
     shoot(page, "markdown")
 
 
+def test_odd_texts_neither_stop_the_page_nor_slow_it(context, server):
+    """Line ends of other systems, deep quotations, and what a model writes that repeats itself."""
+    odd = ["- a\r\n- b\r\n", "- a\u2028b", ">" * 20_000, "a" + "[" * 100_000, "a" + "`" * 50_000]
+    text = "\n\n".join(odd) + "\n\nthe end"
+    served = server.start(ScriptedEngine([Delta("final", text, None)]))
+    page = visit(context, served)
+    begin = time.monotonic()
+    send(page, "a" + "\U0001d400" * 60)  # of which a title takes whole characters
+    expect(answer(page)).to_contain_text("the end")
+    assert answer(page).locator("li").count() == 3
+    expect(page.get_by_label("Message", exact=True)).to_be_enabled()
+    while not list(served.folder.glob("*.json")):
+        assert time.monotonic() < begin + 5
+        time.sleep(0.05)
+    assert time.monotonic() < begin + 5 and page.failures == []
+
+
 def test_everything_can_be_done_by_keyboard(context, server):
     engine = ScriptedEngine(HELLO)
     page = visit(context, server.start(engine))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -10,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from sparselong.chat.answer import Answer
 from sparselong.chat.engine import Engine, PromptTooLong
@@ -22,6 +24,8 @@ from sparselong.chat.settings import Settings
 from sparselong.errors import ConfigError, ExpectedError
 
 RETRY_SECONDS = 5
+SEND_SECONDS = 30
+"""How long a client may leave what it asked for unread while others wait for the model."""
 _FAILURES = (ExpectedError, AnswerError)
 """What keeps a request from being answered: its own fault, or the server's."""
 
@@ -55,6 +59,7 @@ def make_app(
     app.add_middleware(Gate, metrics=metrics, token=token, hosts=hosts)
     app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_unknown)
     app.add_event_handler("shutdown", turns.close)
 
     _add_completions(app, turns, metrics, standard)
@@ -102,17 +107,28 @@ def _add_information(app: FastAPI, turns: Turns, metrics: Metrics) -> None:
 
 
 class _AnswerStream(StreamingResponse):
-    """A streamed answer; the model's turn ends with it, also if the client is gone before."""
+    """A streamed answer; the turn ends with it, or when the client is gone or reads nothing."""
 
     def __init__(self, events: AsyncIterator[str], turns: Turns):
         super().__init__(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
-        self._turns = turns
+        self._turns, self._is_stuck = turns, False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_soon(message: Any) -> None:
+            try:
+                async with asyncio.timeout(SEND_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                self._is_stuck = True
+                raise
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_soon)
+        except Exception:
+            if not self._is_stuck:
+                raise
         finally:
             self._turns.end()
 
@@ -197,6 +213,12 @@ def _refusal(error: ExpectedError | AnswerError) -> ApiError:
     if isinstance(error, PromptTooLong):
         return ApiError(400, str(error), "context_length_exceeded", "messages")
     return ApiError(400, str(error), "invalid_messages", "messages")
+
+
+async def _answer_unknown(_: Request, error: Exception) -> Response:
+    """Answer what the framework refuses, such as a path that does not exist."""
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, str(error.detail)).response()
 
 
 async def _answer_invalid(_: Request, error: Exception) -> Response:

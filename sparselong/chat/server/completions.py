@@ -16,6 +16,7 @@ from sparselong.chat.server.metrics import Metrics
 from sparselong.chat.server.stops import StopTexts
 from sparselong.chat.server.turns import Turns
 from sparselong.chat.settings import Settings
+from sparselong.data import Delta
 
 _REASONS = {"cancelled": "stop"}
 
@@ -47,18 +48,23 @@ class Completion:
     async def run(
         self, turns: Turns, metrics: Metrics
     ) -> AsyncGenerator[dict[str, Any] | Answer, None]:
-        """Yield the changes that a stream sends (OpenAI's `delta`), and the answer at the end."""
-        stops = StopTexts(self.stops)
+        """Yield the changes that a stream sends (OpenAI's `delta`), and the answer at the end.
+
+        A change is empty where there is nothing to send yet.
+        """
+        stops, joints = StopTexts(self.stops), _Joints()
         answer: Answer | None = None
         async with aclosing(turns.answer(self.messages, self.settings, self.tools)) as items:
             async for item in items:
                 if isinstance(item, Answer):
                     answer = item
+                elif stops.found or calls_tool(item):
+                    yield {}
                 elif item.channel == "analysis":
-                    yield {"reasoning_content": item.text}
-                elif not calls_tool(item) and not stops.found:
-                    if text := stops.feed(item.text):
-                        yield {"content": text}
+                    yield {"reasoning_content": joints.join("reasoning_content", item)}
+                else:
+                    text = stops.feed(joints.join("content", item))
+                    yield {"content": text} if text else {}
                     if stops.found:
                         turns.stop()
         assert answer is not None
@@ -89,7 +95,7 @@ class Completion:
                     if self.with_usage:
                         head = self._head("chat.completion.chunk")
                         yield write_event({**head, "choices": [], "usage": _usage(item)})
-                else:
+                elif item:
                     yield self._event(item)
         yield "data: [DONE]\n\n"
 
@@ -99,6 +105,19 @@ class Completion:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+class _Joints:
+    """Puts an empty line between two messages of the same key, as `Answer` does."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+
+    def join(self, key: str, delta: Delta) -> str:
+        """Return the text to add under a key."""
+        before = self._last.get(key, delta.message)
+        self._last[key] = delta.message
+        return delta.text if before == delta.message else f"\n\n{delta.text}"
 
 
 def _with_ids(answer: Answer, indexed: bool = False) -> list[dict[str, Any]]:

@@ -17,8 +17,7 @@ SHUTDOWN_SECONDS = 5
 
 def serve(
     app: FastAPI,
-    host: str,
-    port: int,
+    listening: socket.socket,
     tell: Callable[[str], None],
     is_over: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -26,18 +25,20 @@ def serve(
 
     Args:
         app: what answers.
-        host: address to bind.
-        port: port to bind; 0 takes a free one.
+        listening: socket from `bind`, which is closed.
         tell: says where, once requests are answered.
         is_over: asked several times a second whether to end.
 
     Raises:
-        StageError: the port is in use, or the address cannot be bound.
+        StageError: another program was faster to listen at this address.
     """
-    with _bind(host, port) as listening:
-        address = listening.getsockname()
-        name = f"[{address[0]}]" if ":" in address[0] else address[0]
-        tell(f"http://{name}:{address[1]}")
+    with listening:
+        host, port = listening.getsockname()[:2]
+        try:
+            listening.listen()
+        except OSError as error:
+            raise _taken(host, port, error) from error
+        tell(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -71,17 +72,32 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket at an address, which refuses connections until it is served.
+
+    Args:
+        host: address to bind.
+        port: port to bind; 0 takes a free one.
+
+    Raises:
+        StageError: the port is in use, or the address cannot be bound.
+    """
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        return socket.create_server((host, port), family=_family(host))
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if found.family == socket.AF_INET6:
+            found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        found.bind((host, port))
     except (OSError, OverflowError) as error:
-        raise StageError(
-            f"{host}:{port} cannot be bound",
-            "an address of this machine, and a port that is free",
-            str(error),
-            "pass another --port (0 takes a free one), or end the program that uses it",
-        ) from error
+        found.close()
+        raise _taken(host, port, error) from error
+    return found
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+def _taken(host: str, port: int, error: Exception) -> StageError:
+    return StageError(
+        f"{host}:{port} cannot be bound",
+        "an address of this machine, and a port that is free",
+        str(error),
+        "pass another --port (0 takes a free one), or end the program that uses it",
+    )

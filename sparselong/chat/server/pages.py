@@ -67,6 +67,10 @@ def add_page(app: FastAPI, engine: Engine, standard: Settings, folder: Path) -> 
             "settings": standard.document(),
         }
 
+    _add_conversations(app, folder)
+
+
+def _add_conversations(app: FastAPI, folder: Path) -> None:
     @app.get("/conversations")
     async def names() -> list[str]:
         return sorted((path.stem for path in folder.glob("*.json")), reverse=True)
@@ -88,10 +92,15 @@ def add_page(app: FastAPI, engine: Engine, standard: Settings, folder: Path) -> 
             files.save(files.parse(await request.body(), "the document"), folder, name)
         except StageError as error:
             raise ApiError(400, str(error), "invalid_conversation") from error
+        except OSError as error:  # such as a full disk
+            raise ApiError(500, str(error), "not_kept") from error
 
     @app.delete("/conversations/{name}", status_code=204)
     async def remove(name: str) -> None:
-        _path(folder, name).unlink(missing_ok=True)
+        try:
+            _path(folder, name).unlink(missing_ok=True)
+        except OSError as error:
+            raise ApiError(500, str(error), "not_deleted") from error
 
 
 def _path(folder: Path, name: str) -> Path:

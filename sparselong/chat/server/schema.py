@@ -8,13 +8,22 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    field_validator,
+)
 
 from sparselong.chat.conversation import Message
 from sparselong.chat.settings import Settings
 from sparselong.errors import ConfigError
 
 MOST_STOPS = 4
+_Number = StrictInt | StrictFloat
 _MEANINGLESS = {
     **{"n": 1, "logprobs": False, "top_logprobs": 0, "logit_bias": {}, "store": False},
     **{"presence_penalty": 0, "frequency_penalty": 0, "response_format": {"type": "text"}},
@@ -66,8 +75,10 @@ class ChatMessage(BaseModel):
         """Return the message with the keys of chat templates."""
         content = self.content
         if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
+            content = "".join(part.text for part in content)  # as in training
         message: Message = {"role": self.role, "content": content or ""}
+        if self.name:
+            message["name"] = self.name
         if self.reasoning_content:
             message["thinking"] = self.reasoning_content
         if self.tool_calls:
@@ -85,7 +96,11 @@ class ChatMessage(BaseModel):
 
 
 class ToolFunction(BaseModel):
-    """What a function that the model may call is named, does and takes."""
+    """What a function that the model may call is named, does and takes.
+
+    `strict`, which OpenAI's client sets by itself, is accepted and promises nothing: a call's
+    arguments are what the model wrote.
+    """
 
     name: str
     description: str = ""
@@ -112,15 +127,15 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
-    stream: bool = False
+    stream: StrictBool = False
     stream_options: StreamOptions | None = None
     reasoning_effort: str | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
+    max_tokens: StrictInt | None = None
+    max_completion_tokens: StrictInt | None = None
+    temperature: _Number | None = None
+    top_p: _Number | None = None
+    top_k: StrictInt | None = None
+    seed: StrictInt | None = None
     stop: str | list[str] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None

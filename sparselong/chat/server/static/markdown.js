@@ -1,4 +1,10 @@
 // Markdown as DOM nodes. Text only ever becomes a text node, so no HTML of a message is run.
+//
+// A model that repeats itself writes thousands of brackets, backticks or quotation marks in a line,
+// and all is drawn again as it grows. Therefore patterns take time in proportion to the text, and
+// quotations and lists within each other end at DEEPEST, below which they are text.
+
+const DEEPEST = 12;
 
 const BLOCKS = [
   [/^ {0,3}(`{3,}|~{3,})\s*(\S*)/, fence],
@@ -7,9 +13,10 @@ const BLOCKS = [
   [/^ {0,3}>/, quote],
   [/^ {0,3}(?:[-*+]|\d{1,9}[.)])\s+/, list],
 ];
+const NESTED = new Set([quote, list]);
 
 export function render(text) {
-  return blocks(text.split("\n"));
+  return blocks(text.split(/\r\n?|\n/), 0);
 }
 
 function element(name, ...children) {
@@ -18,13 +25,13 @@ function element(name, ...children) {
   return node;
 }
 
-function blocks(lines) {
+function blocks(lines, depth) {
   const out = document.createDocumentFragment();
   let at = 0;
   while (at < lines.length) {
     if (!lines[at].trim()) { at += 1; continue; }
     const found = BLOCKS.find(([pattern]) => pattern.test(lines[at]));
-    const [node, next] = found ? found[1](lines, at) : isTable(lines, at) ? table(lines, at) : paragraph(lines, at);
+    const [node, next] = found && (depth < DEEPEST || !NESTED.has(found[1])) ? found[1](lines, at, depth) : isTable(lines, at) ? table(lines, at) : paragraph(lines, at);
     out.append(node);
     at = next;
   }
@@ -52,23 +59,23 @@ function rule(lines, at) {
   return [element("hr"), at + 1];
 }
 
-function quote(lines, at) {
+function quote(lines, at, depth) {
   let next = at;
   const body = [];
   while (next < lines.length && BLOCKS[3][0].test(lines[next])) {
     body.push(lines[next].replace(/^ {0,3}> ?/, ""));
     next += 1;
   }
-  return [element("blockquote", blocks(body)), next];
+  return [element("blockquote", blocks(body, depth + 1)), next];
 }
 
-function list(lines, at) {
+function list(lines, at, depth) {
   const ordered = /^ {0,3}\d/.test(lines[at]);
   const node = element(ordered ? "ol" : "ul");
   if (ordered) node.start = parseInt(lines[at], 10);
   let next = at;
   while (next < lines.length) {
-    const found = lines[next].match(/^( {0,3}(?:[-*+]|\d{1,9}[.)])\s+)(.*)$/);
+    const found = lines[next].match(/^( {0,3}(?:[-*+]|\d{1,9}[.)])\s+)(.*)$/s);
     if (!found || /^ {0,3}\d/.test(lines[next]) !== ordered) break;
     const body = [found[2]];
     const indent = Math.min(found[1].length, 4);
@@ -77,14 +84,14 @@ function list(lines, at) {
       body.push(lines[next].slice(Math.min(indent, lines[next].length - lines[next].trimStart().length)));
       next += 1;
     }
-    node.append(element("li", ...(body.length > 1 ? [blocks(body)] : [inline(body[0])])));
+    node.append(element("li", ...(body.length > 1 ? [blocks(body, depth + 1)] : [inline(body[0])])));
     if (next < lines.length && !lines[next].trim() && BLOCKS[4][0].test(lines[next + 1] ?? "")) next += 1;
   }
   return [node, next];
 }
 
 function isTable(lines, at) {
-  return lines[at].includes("|") && /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/.test(lines[at + 1] ?? "");
+  return lines[at].includes("|") && /^(?:\|\s*)?:?-+:?(?:\s*\|\s*:?-+:?)*(?:\s*\|)?$/.test((lines[at + 1] ?? "").trim());
 }
 
 function cells(line) {
@@ -115,7 +122,7 @@ function paragraph(lines, at) {
   return [node, next];
 }
 
-const SPANS = /(`+)(.+?)\1(?!`)|\*\*(.+?)\*\*|__(.+?)__|\*([^\s*][^*]*?)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/g;
+const SPANS = /(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)|\*\*(.+?)\*\*|__(.+?)__|\*([^\s*][^*]*)\*|\[([^[\]]+)\]\((https?:\/\/[^\s)]+)\)/gs;
 
 function inline(text) {
   const out = document.createDocumentFragment();

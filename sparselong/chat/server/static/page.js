@@ -18,8 +18,8 @@ function fresh() {
 
 function title(text) {
   const stamp = new Date().toISOString().slice(0, 19).replace("T", " ").replaceAll(":", ".");
-  const words = text.replace(/[^\p{L}\p{N} ]/gu, " ").replace(/ +/g, " ").trim().slice(0, 40).trim();
-  return `${stamp} ${words}`.trim();
+  const words = text.replace(/[^\p{L}\p{N} ]/gu, " ").replace(/ +/g, " ").trim();
+  return `${stamp} ${[...words].slice(0, 40).join("")}`.trim(); // whole characters
 }
 
 function tell(text) {
@@ -111,8 +111,8 @@ async function retry() {
   drawAll();
 }
 
-function body() {
-  const { reasoning, ...rest } = settings();
+function body(used) {
+  const { reasoning, ...rest } = used;
   const sampling = Object.fromEntries(Object.entries(rest).map(([key, value]) => [REQUEST_NAMES[key] ?? key, value]));
   const messages = conversation.messages.filter((m) => m.role !== "system").map(({ thinking, ...message }) => message);
   const system = $("system").value.trim();
@@ -128,7 +128,7 @@ async function reply() {
   const message = { role: "assistant", content: "" };
   const node = draw(message);
   const begun = performance.now();
-  const seen = { first: null, usage: null, reason: null };
+  const seen = { first: null, usage: null, reason: null, settings: settings() };
   let timer = null;
   const redraw = () => {
     timer = null;
@@ -136,7 +136,7 @@ async function reply() {
     scroll();
   };
   try {
-    for await (const event of complete(body(), running.signal)) {
+    for await (const event of complete(body(seen.settings), running.signal)) {
       const choice = event.choices[0];
       if (event.usage) seen.usage = event.usage;
       if (!choice) continue;
@@ -178,7 +178,7 @@ async function finish(message, node, seen, begun) {
   if (seen.reason !== "stop" && seen.reason !== "tool_calls") add(node, "cut", seen.reason === "length" ? "(cut: most new tokens, or no more room)" : "(stopped)");
   scroll();
   conversation.messages.push(message);
-  conversation.settings = settings();
+  conversation.settings = seen.settings;
   showStats(seen, begun);
   await keep();
 }
