@@ -115,5 +115,7 @@ def test_a_rank_out_of_memory_ends_all_with_its_plan_and_use(untrained_base, tex
     told = read_failure(tmp_path, 0)
     assert told is not None and told.consequence
     assert "rank 0 stops because rank 1 of 2 failed" in told.what
-    wanted = "rank 1: StageError: CUDA out of memory. Tried to allocate 2.00 GiB. (plan: 19.00 GiB)"
+    wanted = (
+        "rank 1: OutOfMemory: CUDA out of memory. Tried to allocate 2.00 GiB. (plan: 19.00 GiB)"
+    )
     assert told.found == wanted

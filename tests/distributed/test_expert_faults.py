@@ -34,7 +34,10 @@ def message_of(outcome: tuple, told: Path, rank: int) -> str:
     ("how", "cause"),
     [
         ("killed", "rank 1: no heartbeat for"),
-        ("memory", "rank 1: StageError: CUDA out of memory. Tried to allocate 2.00 GiB. (plan: 21"),
+        (
+            "memory",
+            "rank 1: OutOfMemory: CUDA out of memory. Tried to allocate 2.00 GiB. (plan: 21",
+        ),
     ],
 )
 def test_a_rank_that_fails_in_an_exchange_of_experts_is_named(run, tmp_path, how, cause):
