@@ -97,10 +97,11 @@ class DataSection(Section):
     """Conversations to fine-tune on."""
 
     train: Place = "HuggingFaceH4/Multilingual-Thinking"
-    """A JSON Lines file of `{"messages": [{"role", "content"}, …]}` rows, a hub dataset with a
-    `messages` column, or `demo` for conversations made from the Python library's documentation."""
+    """A JSON Lines file, a hub dataset, or `demo` for conversations made from the Python library's
+    documentation. A row is known by its keys: `messages` of `{"role", "content"}` (with
+    `tools`), ShareGPT's `conversations`, Alpaca's `instruction`, `text`, or `input_ids`."""
     validation: Place | None = None
-    """A JSON Lines file in the same format; null holds out `validation_fraction` of `train`."""
+    """Conversations in the same forms; null holds out `validation_fraction` of `train`."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Fraction of the conversations held out for validation if `validation` is null."""
     train_on: Literal["assistant", "all"] = "assistant"

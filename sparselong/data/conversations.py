@@ -11,7 +11,7 @@ over, `accept_new_sources` lets it read the new content.
 `tokenize` (tokens.py) renders a conversation with the model's own chat template and marks the
 assistant's tokens. `locate` names the file and line that a conversation comes from.
 
-Left out: tool calls, images, other row layouts (convert them), and filtering by content.
+Left out: images, several tool calls in a message, and filtering by content.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from sparselong.data.rows import (
     Remarks,
     check_row,
     is_prepared,
+    list_texts,
     locate,
     read_rows,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "count_dropped_thinking",
     "find_sources",
     "forget",
+    "list_texts",
     "locate",
     "prepare",
     "read",
@@ -232,7 +234,7 @@ def _read_hub(name: str, remarks: Remarks) -> Iterator[Conversation]:
         rows: Iterable[Any] = datasets.load_dataset(name, split="train")
     number = 0
     for number, row in enumerate(rows, 1):
-        yield check_row(row, {"source": f"dataset {name}", "row": number}, remarks)
+        yield check_row(row, {"source": f"dataset {name}", "row": number}, remarks, columnar=True)
     if not number:
         raise empty(f"dataset {name}", "no rows")
 

@@ -10,6 +10,7 @@ in an object, numbers and nesting that Python does not read.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from sparselong.errors import StageError
 from sparselong.files import LFS_POINTER, parse_json
 
 SHAPE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+EMPTY = (None, "", [], {})
+"""Values that mean the same as no value."""
 _TAKEN = "data.train and data.validation take a JSON-lines file, a hub dataset, or demo"
 _FIX = "fix or remove the line; turn a JSON array into one object per line"
 _FORMATS = (
@@ -35,6 +38,20 @@ _FORMATS = (
     (b"{\0", "UTF-16 text", "save the file as UTF-8"),
     (b"\0{", "UTF-16 text", "save the file as UTF-8"),
 )
+
+
+class Fault(Exception):
+    """What is wrong with a row.
+
+    Args:
+        found: what was found.
+        fix: what to do about it.
+        expected: what was expected.
+    """
+
+    def __init__(self, found: str, fix: str = "fix or remove the row", expected: str = SHAPE):
+        super().__init__(found)
+        self.found, self.fix, self.expected = found, fix, expected
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -58,6 +75,25 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
 def empty(source: str, found: str) -> StageError:
     """Return the error about a source without rows."""
     return StageError(f"{source} is empty", f"one row per line: {SHAPE}", found, _TAKEN)
+
+
+def check_text(text: str, name: str) -> str:
+    """Return the text; raise if it contains half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Fault(
+            f"{name} has half of a surrogate pair, \\u{ord(text[error.start]):04x}, at character "
+            f"{error.start + 1}",
+            "write the whole character, or remove the row",
+            "Unicode text",
+        ) from error
+    return text
+
+
+def shown(value: Any) -> str:
+    """Return a value as short text that can be printed anywhere."""
+    return reprlib.repr(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _unreadable(path: Path, found: str, fix: str = _TAKEN) -> StageError:

@@ -6,6 +6,10 @@ token. The control tokens that the tokenizer finds in that text are the template
 between two of them that holds a private character is encoded again from the real text, with special
 tokens split. All other stretches keep their tokens, and so do all conversations that spell none.
 
+Rows without turns need no template: `text` is every one of its tokens and <|endoftext|>, which ends
+a document; `input_ids` are taken as they are. Their tokens are supervised whatever `train_on` says,
+which chooses among turns, except for those that a row's `labels` leave out.
+
 Left out: tokenizers that join text across a control token, which are refused in such a row.
 """
 
@@ -13,11 +17,13 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
-from sparselong.data.rows import Conversation
+from sparselong.data.calls import find_texts
+from sparselong.data.layouts import IGNORED
+from sparselong.data.rows import Conversation, locate
 from sparselong.data.template import (
     Template,
     find_rendered_thinking,
@@ -26,6 +32,8 @@ from sparselong.data.template import (
     without_dropped_thinking,
 )
 from sparselong.errors import StageError
+
+_END_OF_TEXT = "<|endoftext|>"
 
 
 class _Rendered(NamedTuple):
@@ -70,18 +78,35 @@ def tokenize(
         StageError: the template rejects the conversation, or a shortened conversation does not
             render as a prefix of the whole one.
     """
+    if "messages" not in conversation:
+        ids, supervised = _encode_plain(conversation, tokenizer)
+        return ids, supervised if longest is None or len(ids) <= longest else [False] * len(ids)
     template = Template(conversation, tokenizer, today)
     messages = _plain(conversation)
+    template.refuse_unwritten(messages)
     text = template.render(messages)
     ids, starts = _encode(_hide_spelled(template, messages, text), template)
     if longest is not None and len(ids) > longest:
         return ids, [False] * len(ids)
-    everything = train_on == "all"
     weights = [message.get("weight", 1) for message in conversation["messages"]]
-    if everything and all(weights):
+    if train_on == "all" and all(weights):
         return ids, [True] * len(ids)
+    marks = _find_marks(template, messages, text, train_on, weights)
+    return ids, _mark(starts, marks, train_on == "all")
+
+
+def _find_marks(
+    template: Template,
+    messages: list[dict[str, Any]],
+    text: str,
+    train_on: str,
+    weights: list[int],
+) -> list[tuple[int, int, bool]]:
+    """Return (start, end, whether it is supervised) of each assistant turn in the text."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if everything and not all(weights[i] for i in range(len(messages)) if i not in set(turns)):
+    if train_on == "all" and not all(
+        weights[i] for i in range(len(messages)) if i not in set(turns)
+    ):
         raise StageError(
             f"{template.where} has weight 0 on a message that is not the assistant's",
             "weights on assistant messages with data.train_on=all",
@@ -89,8 +114,7 @@ def tokenize(
             "remove the weight, or use data.train_on=assistant",
         )
     spans = find_turns(template, messages, text)
-    marks = [(*span, weights[i] != 0) for span, i in zip(spans, turns, strict=True)]
-    return ids, _mark(starts, marks, everything)
+    return [(*span, weights[i] != 0) for span, i in zip(spans, turns, strict=True)]
 
 
 def encode_prompt(template: Template, messages: list[dict[str, Any]]) -> list[int]:
@@ -112,7 +136,7 @@ def count_dropped_thinking(conversation: Conversation, tokenizer: Any, today: da
 
     gpt-oss's template writes the reasoning of the last message only.
     """
-    messages = _plain(conversation)
+    messages = _plain(conversation) if "messages" in conversation else []
     if not any("thinking" in message for message in messages):
         return 0
     template = Template(conversation, tokenizer, today)
@@ -122,6 +146,34 @@ def count_dropped_thinking(conversation: Conversation, tokenizer: Any, today: da
         left = without_dropped_thinking(template, messages, text)
         rendered = {i for i, message in enumerate(left) if "thinking" in message}
     return sum("thinking" in message for i, message in enumerate(messages) if i not in rendered)
+
+
+def _encode_plain(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a row without turns, and which are supervised."""
+    where = locate(conversation)
+    if "text" not in conversation:
+        ids, size = conversation["input_ids"], len(tokenizer)
+        if max(ids) >= size:
+            raise StageError(
+                f"{where} has tokens of another tokenizer",
+                f"ids below {size:,}",
+                f"{max(ids):,}",
+                "tokenize the row with the base model's tokenizer",
+            )
+        labels = conversation.get("labels", ids)
+        return ids, [wanted != IGNORED for wanted in labels]
+    text, added = conversation["text"], tokenizer.get_added_vocab()
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    spelled = [token for token in special if token in text]
+    if spelled or _END_OF_TEXT not in added:
+        raise StageError(
+            f"{where} cannot be encoded as plain text",
+            f"a text without control tokens, and a tokenizer with {_END_OF_TEXT} to end it",
+            f"{', '.join(sorted(spelled)) or 'a tokenizer without it'}",
+            "put a conversation under `messages`, or a rendered one's tokens under `input_ids`",
+        )
+    ids = [*_encode_text(text, tokenizer)[0], added[_END_OF_TEXT]]
+    return ids, [True] * len(ids)
 
 
 def _plain(conversation: Conversation) -> list[dict[str, Any]]:
@@ -150,18 +202,6 @@ def _control_tokens(template: Template) -> set[str]:
         for token in template.tokenizer.added_tokens_decoder.values()
         if token.special or (token.content.strip() and token.content in template.source)
     }
-
-
-def find_texts(value: Any) -> Iterator[str]:
-    """Yield every text within lists and dictionaries, their keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for pair in value.items():
-            yield from find_texts(list(pair))
-    elif isinstance(value, list):
-        for each in value:
-            yield from find_texts(each)
 
 
 def _change_texts(value: Any, change: Callable[[str], str]) -> Any:

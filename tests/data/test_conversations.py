@@ -59,9 +59,10 @@ def tokenizer():
         ("{not json", "not JSON"),
         ("null", "null"),
         ("[1]", "list instead of an object"),
-        ('{"conversations": []}', "no list under `messages`"),
+        ('{"prompt": "x", "completion": "y"}', "no list under `messages`"),
+        ('{"conversations": []}', "no assistant turn"),
         ('{"messages": ["x"]}', "message 1 is a str"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool'"),
+        ('{"messages": [{"role": "critic", "content": "x"}]}', "role 'critic'"),
         ('{"messages": [{"role": "user", "content": null}]}', "NoneType, not text"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
         (
