@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sparselong.config.schema import (
         Config,
         ModelSection,
+        TrainOn,
         dump,
         hash_sections,
         is_resolved,

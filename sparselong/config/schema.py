@@ -40,6 +40,7 @@ from sparselong.config.training import TrainingSection
 from sparselong.config.values import Count, Length, Positive, Scale
 from sparselong.errors import ConfigError
 
+TrainOn = Literal["assistant", "final", "last_turn", "all"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -104,8 +105,11 @@ class DataSection(Section):
     """Conversations in the same forms; null holds out `validation_fraction` of `train`."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Fraction of the conversations held out for validation if `validation` is null."""
-    train_on: Literal["assistant", "all"] = "assistant"
-    """`assistant` trains on the assistant's turns only, `all` on every token."""
+    train_on: TrainOn = "assistant"
+    """`assistant` trains on the assistant's turns only: reasoning that the template writes, tool
+    calls and answers, with their ends. `final` leaves out reasoning and tool calls; `last_turn`
+    trains on what follows the last question that is answered; `all` trains on every token. Rows of
+    `text` have no turns and are trained whole, rows of `input_ids` as their `labels` say."""
     date: datetime.date | None = None
     """Date that the chat template writes into each conversation (gpt-oss's writes today's), as
     2026-01-31. null takes the day on which the run's first stage read the conversations, and keeps

@@ -198,7 +198,7 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
         "; ".join(left_out),
         f"use shorter conversations, or sequence_len={max(shortest)}, the smallest that would do"
         if all(shortest)
-        else "check the rows' roles and weights, or pass data.train_on=all",
+        else "check the rows' roles and weights, or pass another data.train_on",
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from sparselong.data.calls import find_texts
 from sparselong.data.layouts import VARIABLES
+from sparselong.data.lines import shown
 from sparselong.data.rows import Conversation, locate
 from sparselong.errors import StageError
 
@@ -194,6 +195,38 @@ def find_turns(
         if spans is not None:
             return spans
     return [_find_turn(template, messages, text, i, prompt_length) for i in turns]
+
+
+def find_answers(
+    template: Template, messages: list[dict[str, Any]], text: str, spans: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return (start, end) of each assistant turn without the reasoning before it.
+
+    Args:
+        template: the template.
+        messages: the conversation.
+        text: the rendered conversation.
+        spans: what `find_turns` returns.
+
+    Raises:
+        StageError: a turn does not end with what is rendered of it without reasoning.
+    """
+    bare = [{key: each[key] for key in each if key != "thinking"} for each in messages]
+    without = template.render(bare)
+    if without == text:
+        return spans
+    answers = []
+    for (start, end), (first, last) in zip(spans, find_turns(template, bare, without), strict=True):
+        answer = without[first:last]
+        if not text[start:end].endswith(answer):
+            raise StageError(
+                f"an answer of {template.where} cannot be told from its reasoning",
+                "reasoning before an answer that is rendered as without it",
+                f"{template.name} renders {shown(text[start:end])}",
+                "use data.train_on=assistant, or gpt-oss's own template",
+            )
+        answers.append((end - len(answer), end))
+    return answers
 
 
 def _turns(messages: list[dict[str, Any]]) -> list[int]:

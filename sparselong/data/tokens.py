@@ -19,13 +19,15 @@ import datetime
 import re
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from sparselong.config import TrainOn
 from sparselong.data.calls import find_texts
 from sparselong.data.layouts import IGNORED
 from sparselong.data.rows import Conversation, locate
 from sparselong.data.template import (
     Template,
+    find_answers,
     find_rendered_thinking,
     find_turns,
     unused,
@@ -53,7 +55,7 @@ class _Rendered(NamedTuple):
 def tokenize(
     conversation: Conversation,
     tokenizer: Any,
-    train_on: Literal["assistant", "all"],
+    train_on: TrainOn,
     today: datetime.date,
     longest: int | None = None,
 ) -> tuple[list[int], list[bool]]:
@@ -65,8 +67,9 @@ def tokenize(
     Args:
         conversation: a conversation as returned by `conversations.read`.
         tokenizer: a fast transformers tokenizer with a chat template.
-        train_on: `assistant` marks the assistant turns, `all` marks every token; turns of weight 0
-            are never marked.
+        train_on: `assistant` marks the assistant turns, `final` their answers without reasoning
+            and tool calls, `last_turn` those after the last question that is answered, `all` marks
+            every token; turns of weight 0 are never marked.
         today: the date for templates that write one.
         longest: number of tokens above which the caller leaves a conversation out; its turns are
             not located, and no token of it is marked.
@@ -99,7 +102,7 @@ def _find_marks(
     template: Template,
     messages: list[dict[str, Any]],
     text: str,
-    train_on: str,
+    train_on: TrainOn,
     weights: list[int],
 ) -> list[tuple[int, int, bool]]:
     """Return (start, end, whether it is supervised) of each assistant turn in the text."""
@@ -114,7 +117,15 @@ def _find_marks(
             "remove the weight, or use data.train_on=assistant",
         )
     spans = find_turns(template, messages, text)
-    return [(*span, weights[i] != 0) for span, i in zip(spans, turns, strict=True)]
+    if train_on == "final":
+        spans = find_answers(template, messages, text, spans)
+        turns = [i if "tool_calls" not in messages[i] else None for i in turns]
+    elif train_on == "last_turn":
+        questions = [i for i in range(turns[-1]) if messages[i]["role"] == "user"]
+        turns = [i if i > max(questions, default=-1) else None for i in turns]
+    return [
+        (*span, i is not None and weights[i] != 0) for span, i in zip(spans, turns, strict=True)
+    ]
 
 
 def encode_prompt(template: Template, messages: list[dict[str, Any]]) -> list[int]:

@@ -174,6 +174,49 @@ def test_200_random_rows_are_as_published_and_trained_where_the_assistant_wrote(
         assert met[feature] >= 20, (feature, met)
 
 
+def test_final_and_last_turn_are_parts_of_what_the_assistant_wrote(tokenizer):
+    partial = Counter()
+    for seed in range(100):
+        given = random_row(random.Random(seed))
+        for message in given["messages"]:
+            message.pop("weight", None)
+        row, whole = read(given), what_the_assistant_wrote(given)
+        turns = [m for m in given["messages"] if m["role"] == "assistant"]
+        answers = [
+            text.rpartition(HEADER)[2]
+            for text, turn in zip(whole, turns, strict=True)
+            if "tool_calls" not in turn
+        ]
+        assert supervised_pieces(row, tokenizer, train_on="final") == answers, seed
+        roles = "".join(message["role"][0] for message in given["messages"]).rstrip("utsd")
+        count = roles.rpartition("u")[2].count("a")
+        assert supervised_pieces(row, tokenizer, train_on="last_turn") == whole[-count:], seed
+        ids, supervised = tokenize(row, tokenizer, "all")
+        assert all(supervised) and ids == publish(tokenizer, given)
+        partial["final"] += answers != whole
+        partial["last_turn"] += count < len(whole)
+    assert min(partial.values()) > 40
+
+
+def test_final_and_last_turn_respect_weights(tokenizer):
+    messages = [ASK, ANSWER, ASK, {**ANSWER, "weight": 0}, ANSWER]
+    row = read({"messages": messages})
+    assert len(supervised_pieces(row, tokenizer, train_on="final")) == 2
+    last = supervised_pieces(row, tokenizer, train_on="last_turn")
+    assert last == [f"<|channel|>final<|message|>{ANSWER['content']}<|return|>"]
+
+
+def test_a_template_that_joins_reasoning_and_answer_cannot_train_the_answer(tokenizer):
+    joined = copy.copy(tokenizer)
+    joined.chat_template = """{% for m in messages %}<|start|>{{ m.role }}<|message|>
+        {{- m.content ~ ((" because " ~ m.thinking) if m.thinking else "") }}<|end|>
+        {%- endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
+    row = read({"messages": [ASK, {**ANSWER, "thinking": "Hm."}]})
+    assert supervised_pieces(row, joined) == ["<|message|>Yes, 31 °C. because Hm.<|end|>"]
+    with pytest.raises(StageError, match="cannot be told from its reasoning"):
+        tokenize(row, joined, "final")
+
+
 def test_a_call_is_supervised_with_its_end_and_its_result_is_not(tokenizer):
     row = read({"messages": [ASK, {**CALL, "thinking": "I look."}, RESULT], "tools": [WEATHER]})
     assert supervised_pieces(row, tokenizer) == [

@@ -20,6 +20,13 @@ from sparselong.run import Stage, read_manifest
 
 EVALUATE = "04_eval"
 _TINY = "tiny"
+_TRAINED = {
+    "assistant": "the assistant's turns",
+    "final": "the assistant's answers without reasoning and tool calls",
+    "last_turn": "each conversation's last turn of the assistant",
+    "all": "every token",
+}
+"""What the loss is of, by `data.train_on`."""
 _APACHE = "apache-2.0"
 _MODELS = ("base", "compressed", "finetuned")
 _ATTENTION = re.compile(r"blk\.\d+\.attn_(q|k|v|output)\.weight")  # in GGUF files
@@ -233,8 +240,7 @@ def _describe_data(stage: Stage) -> str:
             words = use if key == "train" else "Validated on"
             lines.append(f"- {words} `{_shown(name)}`{digest}.")
     if origin_of(stage) == FINETUNE:
-        what = "the assistant's turns" if config.train_on == "assistant" else "every token"
-        lines.append(f"- Loss on {what}.")
+        lines.append(f"- Loss on {_TRAINED[config.train_on]}.")
     if "date" in manifest:
         lines.append(f"- The chat template rendered the date {manifest['date']}.")
     return "\n".join(lines)
