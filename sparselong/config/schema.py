@@ -98,8 +98,8 @@ class DataSection(Section):
     """Conversations to fine-tune on."""
 
     train: Place = "HuggingFaceH4/Multilingual-Thinking"
-    """A JSON Lines file, a hub dataset, or `demo` for conversations made from the Python library's
-    documentation. A row is known by its keys: `messages` of `{"role", "content"}` (with
+    """A file of JSON Lines, Parquet (`.parquet`) or CSV (`.csv`), a hub dataset, or `demo` for
+    conversations made from the Python library's documentation. A row is known by its keys: `messages` of `{"role", "content"}` (with
     `tools`), ShareGPT's `conversations`, Alpaca's `instruction`, `text`, or `input_ids`."""
     validation: Place | None = None
     """Conversations in the same forms; null holds out `validation_fraction` of `train`."""

@@ -16,7 +16,16 @@ from typing import Any
 
 from sparselong.data.calls import find_texts
 from sparselong.data.layouts import VARIABLES, WEIGHTS, read_layout
-from sparselong.data.lines import EMPTY, Fault, check_text, empty, read_lines, shown
+from sparselong.data.lines import (
+    EMPTY,
+    TABLES,
+    Fault,
+    check_text,
+    empty,
+    read_file,
+    read_lines,
+    shown,
+)
 from sparselong.data.messages import check_weight
 from sparselong.errors import StageError
 
@@ -69,7 +78,7 @@ def list_texts(conversation: Conversation) -> list[str]:
 def read_rows(
     path: Path, remarks: Remarks, source: str | None = None, *, prepared: bool = False
 ) -> Iterator[Conversation]:
-    """Yield the conversations of a JSON-lines file.
+    """Yield the conversations of a file.
 
     Args:
         path: the file.
@@ -81,16 +90,18 @@ def read_rows(
         StageError: the file cannot be read or has no rows, or a row is refused.
     """
     name, count = source or str(path), 0
-    for line, row in read_lines(path):
+    columnar = path.suffix.lower() in TABLES
+    unit = "row" if columnar else "line"
+    for number, row in read_file(path):
         if row is None:
             remarks.blank_lines += 1
             continue
         count += 1
-        origin = {"source": name, "line": line}
+        origin = {"source": name, unit: number}
         if prepared and isinstance(row, dict):
             own = row.pop("origin", None)
             origin = own if _is_origin(own) else origin
-        yield check_row(row, origin, remarks)
+        yield check_row(row, origin, remarks, columnar=columnar)
     if not count:
         found = f"blank lines: {remarks.blank_lines:,}" if remarks.blank_lines else "no lines"
         raise empty(name, found)
