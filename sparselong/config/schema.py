@@ -13,7 +13,6 @@ command line. Later sources override earlier ones.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from sparselong.config import yaml12
+from sparselong.config.data import DataSection
 from sparselong.config.keys import (
     Incidental,
     Section,
@@ -40,7 +40,6 @@ from sparselong.config.training import TrainingSection
 from sparselong.config.values import Count, Length, Positive, Scale
 from sparselong.errors import ConfigError
 
-TrainOn = Literal["assistant", "final", "last_turn", "all"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -92,28 +91,6 @@ class CalibrationSection(Section):
     """Length of a calibration sequence, in tokens."""
     dampening: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Fraction of the Hessian's mean diagonal that is added to the diagonal before inversion."""
-
-
-class DataSection(Section):
-    """Conversations to fine-tune on."""
-
-    train: Place = "HuggingFaceH4/Multilingual-Thinking"
-    """A file of JSON Lines, Parquet (`.parquet`) or CSV (`.csv`), a hub dataset, or `demo` for
-    conversations made from the Python library's documentation. A row is known by its keys: `messages` of `{"role", "content"}` (with
-    `tools`), ShareGPT's `conversations`, Alpaca's `instruction`, `text`, or `input_ids`."""
-    validation: Place | None = None
-    """Conversations in the same forms; null holds out `validation_fraction` of `train`."""
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Fraction of the conversations held out for validation if `validation` is null."""
-    train_on: TrainOn = "assistant"
-    """`assistant` trains on the assistant's turns only: reasoning that the template writes, tool
-    calls and answers, with their ends. `final` leaves out reasoning and tool calls; `last_turn`
-    trains on what follows the last question that is answered; `all` trains on every token. Rows of
-    `text` have no turns and are trained whole, rows of `input_ids` as their `labels` say."""
-    date: datetime.date | None = None
-    """Date that the chat template writes into each conversation (gpt-oss's writes today's), as
-    2026-01-31. null takes the day on which the run's first stage read the conversations, and keeps
-    it for all later stages (`date.txt` in the run directory)."""
 
 
 class LoraSection(Section):

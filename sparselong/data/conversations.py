@@ -91,9 +91,10 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
         _refuse_replacing_unprepared(files)
     record_path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [source for source in (config.data.train, config.data.validation) if source]
     described = [
-        _describe(Path(source)) for source in sources if source != "demo" and os.path.isfile(source)
+        _describe(Path(source))
+        for source in config.data.named.values()
+        if source != "demo" and os.path.isfile(source)
     ]
     said: list[str] = []
     train, validation = split(config, folder, said)
@@ -115,11 +116,10 @@ def find_sources(config: Config, run_dir: Path) -> dict[str, dict[str, Any]]:
     """Return rows of the local files from which the rows were prepared, by config key."""
     record = _read_record(run_dir / "data" / _RECORD)
     rows = {row["path"]: row for row in record["sources"]}
-    named = {"data.train": config.data.train, "data.validation": config.data.validation}
     return {
         key: {**rows[path], "path": os.path.abspath(path)}
-        for key, source in named.items()
-        if source and (path := str(Path(source))) in rows
+        for key, source in config.data.named.items()
+        if (path := str(Path(source))) in rows
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,10 @@ def explain_hub_failures(what: str, expected: str, fix: str) -> Iterator[None]:
 def split(
     config: Config, folder: Path, said: list[str]
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Return training and validation conversations; add what was passed over to `said`."""
+    """Return training and validation conversations; add what should be told to `said`.
+
+    Rows are held out before any is repeated, so that none is in both.
+    """
     if config.data.train == "demo":
         from sparselong.data.demo import write_demo_data
 
@@ -51,25 +55,59 @@ def split(
             list(read_rows(folder / "demo" / name, Remarks(), f"demo/{name}"))
             for name in FILE_NAMES
         )
-    else:
-        train, validation = _read_source(config.data.train, said), []
-    if config.data.validation:
-        return train, _read_source(config.data.validation, said)
-    if validation:
+        if config.data.validation:
+            validation = _read_source(config.data.validation, said)
         return train, validation
-    if len(train) < 2:
+    read = [_read_source(share.source, said) for share in config.data.shares]
+    if config.data.validation:
+        validation, held_out = _read_source(config.data.validation, said), set()
+    else:
+        held_out = _hold_out(config, sum(map(len, read)))
+        validation = [row for i, row in enumerate(chain(*read)) if i in held_out]
+    numbered = enumerate(chain(*read))
+    kept = [[row for i, row in islice(numbered, len(rows)) if i not in held_out] for rows in read]
+    return _mix(config, kept, said), validation
+
+
+def _hold_out(config: Config, total: int) -> set[int]:
+    """Return the places of validation rows among all rows."""
+    if total < 2:
         raise StageError(
-            f"{config.data.train} is too small to hold out a validation conversation",
+            f"{' and '.join(share.source for share in config.data.shares)} is too small to hold "
+            "out a validation conversation",
             "at least 2 conversations, or data.validation",
-            f"{len(train)}",
+            f"{total}",
             "add rows, or name a validation file: data.validation=FILE.jsonl",
         )
-    count = min(max(1, round(config.data.validation_fraction * len(train))), len(train) - 1)
-    held_out = set(random.Random(config.seed).sample(range(len(train)), count))
-    return (
-        [row for i, row in enumerate(train) if i not in held_out],
-        [row for i, row in enumerate(train) if i in held_out],
-    )
+    count = min(max(1, round(config.data.validation_fraction * total)), total - 1)
+    return set(random.Random(config.seed).sample(range(total), count))
+
+
+def _mix(config: Config, read: list[list[Conversation]], said: list[str]) -> list[Conversation]:
+    """Return the rows of all sources, each as often as the weights say."""
+    total, shares = sum(map(len, read)), config.data.shares
+    weights = [share.weight or 0.0 for share in shares]
+    if not any(weights):
+        return [*chain(*read)]
+    mixed: list[Conversation] = []
+    bounds = [round(total * sum(weights[:i]) / sum(weights)) for i in range(len(weights) + 1)]
+    for i, (share, rows) in enumerate(zip(shares, read, strict=True)):
+        wanted = bounds[i + 1] - bounds[i]
+        if not rows or not wanted:
+            raise StageError(
+                f"{share.source} cannot have the weight {share.weight:g}",
+                "at least one of its rows to train on",
+                f"{wanted:,} of {total:,} training examples, from {len(rows):,} rows",
+                "change the weights in data.train, or remove the source",
+            )
+        times, rest = divmod(wanted, len(rows))
+        drawn = sorted(random.Random(f"{config.seed} {i}").sample(range(len(rows)), rest))
+        mixed += rows * times + [rows[place] for place in drawn]
+        said.append(
+            f"{share.source}: {wanted:,} training examples ({wanted / total:.1%}) from "
+            f"{len(rows):,} rows, each {wanted / len(rows):.3g} times"
+        )
+    return mixed
 
 
 def _read_source(source: str, said: list[str]) -> list[Conversation]:

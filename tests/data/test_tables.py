@@ -50,8 +50,7 @@ def test_tables_hold_the_same_conversations_as_lines(tmp_path, write):
     places = (
         ["row 1", "row 2", "row 3"] if write is write_parquet else ["line 2", "line 4", "line 6"]
     )
-    if write is write_csv:  # line breaks in JSON cells are escaped
-        # Line breaks in JSON cells are escaped, so that a CSV row has one line.
+    # Line breaks in JSON cells are escaped, so that a CSV row has one line.
     unit, first = ("row", 1) if write is write_parquet else ("line", 2)
     places = [f"{unit} {number}" for number in range(first, first + 3)]
     assert [conversations.locate(row) for row in table] == [f"{path}, {p}" for p in places]
