@@ -124,7 +124,7 @@ def run_stage(
         show_plan: formats the plan for display.
         check: raises, before anything is changed, if the config cannot be executed here.
         keep_result: whether a finished stage is up to date; false repeats it on every call.
-        preview: (config, run directory, argument of `--preview`) → document with `text`; changes nothing.
+        preview: (config, run directory, option) → document with `text`; changes nothing.
 
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
