@@ -7,7 +7,13 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.data import conversations, corpus, demo
     from sparselong.data.demo import write_hellaswag
-    from sparselong.data.encoding import Encoded, EncodedFiles, encode_files, select_usable
+    from sparselong.data.encoding import (
+        Encoded,
+        EncodedFiles,
+        describe_lengths,
+        encode_files,
+        select_usable,
+    )
     from sparselong.data.harmony import Delta, Message, Parser, read_marks
     from sparselong.data.prompt import render_prompt
     from sparselong.data.run_date import rendering_date

@@ -3,6 +3,7 @@
 import datetime
 import random
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -10,8 +11,14 @@ import torch
 
 from sparselong.compress.calibration import calibration_tokens
 from sparselong.config import Config, load
-from sparselong.data import conversations, encode_files, rendering_date, select_usable
-from sparselong.data.encoding import Encoded, EncodedFiles
+from sparselong.data import (
+    conversations,
+    describe_lengths,
+    encode_files,
+    rendering_date,
+    select_usable,
+)
+from sparselong.data.encoding import _SCHEMA, Encoded, EncodedFiles
 from sparselong.errors import StageError
 from sparselong.finetune.batches import Batches, take_tokens
 from sparselong.finetune.supervision import LabelledRows
@@ -253,3 +260,22 @@ def test_the_shortest_length_that_would_do_is_that_of_a_long_conversation(
     with pytest.raises(StageError) as refusal:
         select_usable(files, 16)
     assert f"sequence_len={min(count.tokens for count in files.train.counts)}," in refusal.value.fix
+
+
+def test_lengths_and_tokens_are_described():
+    lengths = {1: 2, 2: 1, 3: 1, 4: 1, 9: 4, 64: 1, 65: 7}
+    flags = [[n % 2 == 0] * n for n, times in lengths.items() for _ in range(times)]
+    rows = [{"input_ids": [1] * len(f), "supervised": f, "dropped_thinking": 0} for f in flags]
+    encoded = Encoded(Path("train.jsonl"), pyarrow.Table.from_pylist(rows, _SCHEMA))
+    said = describe_lengths(encoded, [*range(len(rows) - 7)])
+    assert said == [
+        "train: 10 conversations, 111 tokens, 70 of them supervised (63.1%); lengths 1 to 64, "
+        "half up to 4, 95 % up to 9",
+        f"  up to         1 tokens         2 {'#' * 20}",
+        f"  up to         2 tokens         1 {'#' * 10}",
+        f"  up to         4 tokens         2 {'#' * 20}",
+        "  up to         8 tokens         0",
+        f"  up to        16 tokens         4 {'#' * 40}",
+        "  up to        32 tokens         0",
+        f"  up to        64 tokens         1 {'#' * 10}",
+    ]
