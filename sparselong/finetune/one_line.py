@@ -15,7 +15,6 @@ from typing import Any
 from sparselong.checkpoint import TOKENIZER
 from sparselong.config import Config
 from sparselong.data import conversations, rendering_date
-from sparselong.data.conversations import Conversation
 from sparselong.errors import ConfigError, StageError
 from sparselong.memory import find_config
 from sparselong.run import read_manifest
@@ -81,7 +80,9 @@ def preview_first(config: Config, run_dir: Path, count: int) -> dict[str, Any]:
     return {"conversations": shown, "text": text}
 
 
-def _show(rows: list[Conversation], config: Config, run_dir: Path) -> list[dict[str, Any]]:
+def _show(
+    rows: list[conversations.Conversation], config: Config, run_dir: Path
+) -> list[dict[str, Any]]:
     """Return what `preview_line` does, for each of several conversations."""
     folder = _find_tokenizer(config, run_dir)
 

@@ -33,6 +33,8 @@ def chat(question: str, answer: str, **more) -> dict:
 
 ROWS = [chat(f"Count to {n}.", " ".join(map(str, range(n)))) for n in range(1, 41)]
 
+OTHERS = [chat(f"Count down from {n}.", " ".join(map(str, range(n, 0, -1)))) for n in range(1, 41)]
+
 
 @pytest.fixture(scope="module")
 def tokenizer(untrained_base):
@@ -152,7 +154,7 @@ def test_an_interrupted_encoding_leaves_nothing_behind(config, tokenizer, tmp_pa
 
 
 def test_stages_03_and_04_leave_out_the_same_rows_and_say_so(config, tokenizer, tmp_path):
-    made = config(ROWS, validation=ROWS[10:20])
+    made = config(ROWS, validation=OTHERS[10:20])
     files = encode_files(made, tmp_path / "run", tokenizer)
     usable = select_usable(files, made.sequence_len)
     lengths = [count.tokens for count in files.validation.counts]
@@ -160,19 +162,21 @@ def test_stages_03_and_04_leave_out_the_same_rows_and_say_so(config, tokenizer, 
     assert 0 < len(usable.validation) < len(lengths)
     rows = LabelledRows(files.validation, usable.validation, made.seed)
     assert sorted(rows.numbers) == usable.validation
-    assert [text.partition(":")[0] for text in usable.left_out] == ["train", "validation"]
+    alike, *others = usable.left_out
+    assert "nearly repeat" in alike
+    assert [text.partition(":")[0] for text in others] == ["train", "validation"]
     left_out = len(lengths) - len(usable.validation)
-    assert f"{left_out} of 10 conversations left out: {left_out} longer than" in usable.left_out[1]
-    longer = config(ROWS, "sequence_len=4096", validation=ROWS[10:20])
+    assert f"{left_out} of 10 conversations left out: {left_out} longer than" in others[1]
+    longer = config(ROWS, "sequence_len=4096", validation=OTHERS[10:20])
     files = encode_files(longer, tmp_path / "run", tokenizer)
-    assert select_usable(files, 4096).left_out == []
+    assert select_usable(files, 4096).left_out == [alike]
 
 
 def test_thinking_that_the_template_drops_is_told_with_counts(config, tokenizer, tmp_path):
     twice = chat("One?", "Yes.", thinking="Dropped.")["messages"] * 2
     rows = [{"messages": [*twice, *chat("Two?", "No.", thinking="Kept.")["messages"]]}, *ROWS[:3]]
     files = encode_files(
-        config(rows, "sequence_len=4096", validation=ROWS[:3]), tmp_path / "run", tokenizer
+        config(rows, "sequence_len=4096", validation=OTHERS[:3]), tmp_path / "run", tokenizer
     )
     (told,) = select_usable(files, 4096).left_out
     assert told == (

@@ -234,7 +234,7 @@ def test_ignored_keys_are_recorded_with_a_count(data, tmp_path):
     path = data([row, {**row, "label": None}, {"messages": [USER, ANSWER], "id": 8}])
     config = load(str(ROOT / "configs/tiny.yaml"), [f"data.train={path}"])
     conversations.prepare(config, tmp_path / "run")
-    (told,) = conversations.read_remarks(tmp_path / "run")
+    told, *_ = conversations.read_remarks(tmp_path / "run")
     assert "\n" not in told and str(path) in told
     for words in ("id (3 rows)", "score (2 rows)", "messages.name (2 rows)"):
         assert words in told
