@@ -1,8 +1,8 @@
-"""Conversations: two checked files from the configured data source, and tokens from their rows.
+"""Conversations: two checked files from the configured data sources, and tokens from their rows.
 
-Every stage that needs text calls `prepare` first. It turns the demo, a JSON-lines file or a hub
-dataset into `runs/NAME/data/train.jsonl` and `validation.jsonl`, with one checked conversation per
-line (rows.py). `source.json` is written last and records the sources. Later or repeated stages find
+Every stage that needs text calls `prepare` first. It turns the demo, files or hub datasets into
+`runs/NAME/data/train.jsonl` and `validation.jsonl`, with one checked conversation per line
+(rows.py). `source.json` is written last and records the sources. Later or repeated stages find
 the same rows. If a config key changes, the files are rebuilt; finished stages are stale then,
 because their hashes cover these keys. If the *content* of a source file changes, `prepare` refuses,
 because no hash would show that earlier stages of the run used other rows; when stage 02 starts

@@ -40,6 +40,8 @@ class Remarks:
     blank_lines: int = 0
     ignored: Counter[str] = field(default_factory=Counter)
     """Count of rows by the name of a key without meaning for training."""
+    without_turns: int = 0
+    """Count of rows of `text` and `input_ids`."""
 
     def sentences(self, source: str) -> list[str]:
         """Return what should be told about the source, a sentence each."""
@@ -51,6 +53,11 @@ class Remarks:
                 f"{shown(key)[1:-1]} ({count:,} rows)" for key, count in self.ignored.most_common()
             )
             said.append(f"{source}: keys without meaning for training are ignored: {names}")
+        if self.without_turns:
+            said.append(
+                f"{source}: rows of `text` or `input_ids`, trained whole or as their labels say: "
+                f"{self.without_turns:,}"
+            )
         return said
 
 
@@ -122,7 +129,7 @@ def check_row(
         StageError: the row is malformed, or something in it is not understood.
     """
     try:
-        return {**_check(row, remarks.ignored, columnar), "origin": origin}
+        found = _check(row, remarks.ignored, columnar)
     except Fault as fault:
         where = locate({"origin": origin})
         raise StageError(
@@ -131,6 +138,8 @@ def check_row(
             fault.found,
             fault.fix,
         ) from fault
+    remarks.without_turns += "messages" not in found
+    return {**found, "origin": origin}
 
 
 def is_prepared(path: Path) -> bool:

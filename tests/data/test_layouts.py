@@ -462,3 +462,11 @@ def test_what_trains_is_what_is_published(tokenizer, tmp_path):
             assert row["labels"] == wanted
             met += "messages" in given
     assert met == 40
+
+
+def test_rows_without_turns_are_told():
+    remarks = Remarks()
+    for row in ({"messages": PLAIN}, {"text": "a"}, {"input_ids": [1]}):
+        check_row(row, {"source": "rows.jsonl", "line": 7}, remarks)
+    (said,) = remarks.sentences("rows.jsonl")
+    assert said.startswith("rows.jsonl: rows of `text` or `input_ids`") and said.endswith(": 2")
