@@ -470,3 +470,11 @@ def test_rows_without_turns_are_told():
         check_row(row, {"source": "rows.jsonl", "line": 7}, remarks)
     (said,) = remarks.sentences("rows.jsonl")
     assert said.startswith("rows.jsonl: rows of `text` or `input_ids`") and said.endswith(": 2")
+
+
+def test_an_end_spelled_between_many_calls_does_not_end_a_turn(tokenizer):
+    """The first and last turn of its kind, which are located by prompts, do not show it."""
+    answers = [ANSWER, {**ANSWER, "content": "a<|end|>b"}, ANSWER]
+    messages = [m for answer in answers for m in (ASK, CALL, RESULT, ASK, answer)]
+    row = read({"messages": messages})
+    assert supervised_pieces(row, tokenizer) == what_the_assistant_wrote(row)
