@@ -7,7 +7,8 @@ loss.png. Axolotl trains in separate processes: `sequence_parallel_degree` of th
 which torchrun started this script (sparselong/processes/launch.py). After an interruption, the same
 command continues from the last whole checkpoint.
 
-    python 03_finetune.py --preview FILE:LINE     print one conversation as it would be trained on
+    python 03_finetune.py --preview N             print conversations as they would be trained on
+    python 03_finetune.py --preview FILE:LINE     print one
 """
 
 import sys
@@ -44,9 +45,11 @@ def check(config: Config) -> None:
 
 
 def preview(config: Config, run_dir: Path, place: str) -> dict[str, Any]:
-    """Return what `--preview FILE:LINE` prints."""
-    from sparselong.finetune import preview_line
+    """Return what `--preview N` or `--preview FILE:LINE` prints."""
+    from sparselong.finetune import preview_first, preview_line
 
+    if place.isascii() and place.isdigit():
+        return preview_first(config, run_dir, int(place[:9]))
     return preview_line(config, run_dir, place)
 
 

@@ -264,13 +264,13 @@ def test_a_broken_listing_is_detected(tmp_path):
         "missing": "    from sparselong.data.nowhere import x\n",
         "foreign": "    from sparselong.files import write\n",
         "module": "    from sparselong.data import corpus\n",
-        "clash": "    from sparselong.data.corpus import hub\n",
+        "clash": "    from sparselong.data.corpus import sources\n",
     }
     files = {
-        "data/corpus.py": "from pathlib import Path\ntexts = hub = 1\n",
+        "data/corpus.py": "from pathlib import Path\ntexts = sources = 1\n",
         "files.py": "write = 1",
     }
-    files |= {"data/hub.py": ""}
+    files |= {"data/sources.py": ""}
     wrong = {}
     for kind, line in lines.items():
         root = tree.write_tree(tmp_path / kind, files | {"data/__init__.py": head + line})

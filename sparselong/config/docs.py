@@ -40,7 +40,7 @@ def _render(section: type[Section], config: Section, explicit: dict, indent: str
         if is_incidental(field):
             words += " May be changed when resuming a run."
         rows += [f"{indent}# {line}" for line in _wrap(words, 98 - len(indent))]
-        shown = list(value) if isinstance(value, tuple) else value
+        shown = config.model_dump(mode="json")[name] if isinstance(value, tuple) else value
         if name in explicit:
             rows.append(f"{indent}{name}: {_scalar(shown)}")
         else:

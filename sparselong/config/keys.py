@@ -123,7 +123,8 @@ def refuse(
     first = error.errors()[0]
     fault = first.get("ctx", {}).get("error")
     path = tuple(str(part) for part in first["loc"] if not isinstance(part, int))
-    unknown, found = first["type"] == "extra_forbidden", first["input"]
+    within = first["loc"][-1] if any(isinstance(part, int) for part in first["loc"]) else None
+    unknown, found = first["type"] == "extra_forbidden" and within is None, first["input"]
     if isinstance(fault, KeyFault):
         path = tuple(fault.key.split("."))
         found = _value_at(found, path)
@@ -138,6 +139,8 @@ def refuse(
     same = [e["msg"] for e in error.errors() if (e["loc"][: len(path)], e["input"]) == place]
     same = same or [first["msg"]]  # a KeyFault is placed elsewhere
     message = " or: ".join(dict.fromkeys(same)).removeprefix("Value error, ")
+    if isinstance(within, str):  # a key of a section in a list
+        message = f"{within}: {message}"
     if first["type"] == "date_type":
         message = "a date in the format YYYY-MM-DD, such as 2026-01-31"
     field = known[dotted].model_fields[path[-1]] if dotted in known else None

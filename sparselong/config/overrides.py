@@ -2,8 +2,9 @@
 
 What follows the equals sign is the value. For a key that holds a string it is taken as it is, so
 that `model.base=/data/base #2` and `model.revision=1e5` need no quotes; quotes would be part of it.
-The one exception is `null`, for a key that may be null (a file of that name is `./null`). For any
-other key the value is read as YAML. The last of several values for one key is used.
+The exceptions are `null`, for a key that may be null (a file of that name is `./null`), and a list
+`[{…}]`, for a key that may be one. For any other key the value is read as YAML. The last of several
+values for one key is used.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from sparselong.config import yaml12
 from sparselong.config.keys import Section, known_keys, refuse_unknown, set_key
-from sparselong.config.texts import is_optional, is_text
+from sparselong.config.texts import is_optional, is_text, is_text_or_list
 from sparselong.errors import ConfigError
 
 
@@ -55,6 +56,6 @@ def apply_overrides(
 
 
 def _value(text: str, key: str, annotation: Any) -> Any:
-    if is_text(annotation):
+    if is_text(annotation) or (is_text_or_list(annotation) and not text.startswith("[{")):
         return None if text == "null" and is_optional(annotation) else text
     return yaml12.parse(text, f"override {key}")[0] if text else ""

@@ -22,6 +22,7 @@ def check_rules(config: Config) -> None:
     _check_kept(config)
     _check_steps(config)
     _check_tasks(config)
+    _check_shares(config)
 
 
 def _check_attention(config: Config) -> None:
@@ -121,3 +122,16 @@ def _check_tasks(config: Config) -> None:
                 "evaluation.tasks",
                 f"evaluation.tasks: names of lm-eval's tasks, not files such as {name}",
             )
+
+
+def _check_shares(config: Config) -> None:
+    shares = config.data.shares
+    sources = [each.source for each in shares]
+    if not shares:
+        raise KeyFault("data.train", "data.train: at least one source")
+    if not isinstance(config.data.train, str) and "demo" in sources:
+        raise KeyFault("data.train", "data.train: demo alone, which cannot be one of several")
+    if len(set(sources)) < len(sources):
+        raise KeyFault("data.train", "data.train: each source once; its weight decides how often")
+    if len({each.weight is None for each in shares}) > 1:
+        raise KeyFault("data.train", "data.train: a weight for each source, or for none")

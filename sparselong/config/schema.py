@@ -13,7 +13,6 @@ command line. Later sources override earlier ones.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from sparselong.config import yaml12
+from sparselong.config.data import DataSection
 from sparselong.config.keys import (
     Incidental,
     Section,
@@ -91,24 +91,6 @@ class CalibrationSection(Section):
     """Length of a calibration sequence, in tokens."""
     dampening: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Fraction of the Hessian's mean diagonal that is added to the diagonal before inversion."""
-
-
-class DataSection(Section):
-    """Conversations to fine-tune on."""
-
-    train: Place = "HuggingFaceH4/Multilingual-Thinking"
-    """A JSON Lines file of `{"messages": [{"role", "content"}, …]}` rows, a hub dataset with a
-    `messages` column, or `demo` for conversations made from the Python library's documentation."""
-    validation: Place | None = None
-    """A JSON Lines file in the same format; null holds out `validation_fraction` of `train`."""
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Fraction of the conversations held out for validation if `validation` is null."""
-    train_on: Literal["assistant", "all"] = "assistant"
-    """`assistant` trains on the assistant's turns only, `all` on every token."""
-    date: datetime.date | None = None
-    """Date that the chat template writes into each conversation (gpt-oss's writes today's), as
-    2026-01-31. null takes the day on which the run's first stage read the conversations, and keeps
-    it for all later stages (`date.txt` in the run directory)."""
 
 
 class LoraSection(Section):

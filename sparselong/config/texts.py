@@ -94,6 +94,17 @@ def is_text(annotation: Any) -> bool:
     return annotation is str
 
 
+def is_text_or_list(annotation: Any) -> bool:
+    """Return whether a key holds a string or a list."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return False
+    parts = [
+        get_args(part)[0] if get_origin(part) is Annotated else part
+        for part in get_args(annotation)
+    ]
+    return any(map(is_text, parts)) and any(get_origin(part) is tuple for part in parts)
+
+
 def is_optional(annotation: Any) -> bool:
     """Return whether a key may be null."""
     return type(None) in get_args(annotation)

@@ -7,11 +7,17 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.data import conversations, corpus, demo
     from sparselong.data.demo import write_hellaswag
-    from sparselong.data.encoding import Encoded, EncodedFiles, encode_files, select_usable
+    from sparselong.data.encoding import (
+        Encoded,
+        EncodedFiles,
+        describe_lengths,
+        encode_files,
+        select_usable,
+    )
     from sparselong.data.harmony import Delta, Message, Parser, read_marks
-    from sparselong.data.hub import explain_hub_failures
     from sparselong.data.prompt import render_prompt
     from sparselong.data.run_date import rendering_date
+    from sparselong.data.sources import explain_hub_failures
     from sparselong.data.tasks import DEMO_TASK, check_output_type, check_tasks
 
 __getattr__ = expose(__name__)

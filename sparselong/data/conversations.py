@@ -1,8 +1,8 @@
-"""Conversations: two checked files from the configured data source, and tokens from their rows.
+"""Conversations: two checked files from the configured data sources, and tokens from their rows.
 
-Every stage that needs text calls `prepare` first. It turns the demo, a JSON-lines file or a hub
-dataset into `runs/NAME/data/train.jsonl` and `validation.jsonl`, with one checked conversation per
-line (rows.py). `source.json` is written last and records the sources. Later or repeated stages find
+Every stage that needs text calls `prepare` first. It turns the demo, files or hub datasets into
+`runs/NAME/data/train.jsonl` and `validation.jsonl`, with one checked conversation per line
+(rows.py). `source.json` is written last and records the sources. Later or repeated stages find
 the same rows. If a config key changes, the files are rebuilt; finished stages are stale then,
 because their hashes cover these keys. If the *content* of a source file changes, `prepare` refuses,
 because no hash would show that earlier stages of the run used other rows; when stage 02 starts
@@ -11,32 +11,31 @@ over, `accept_new_sources` lets it read the new content.
 `tokenize` (tokens.py) renders a conversation with the model's own chat template and marks the
 assistant's tokens. `locate` names the file and line that a conversation comes from.
 
-Left out: tool calls, images, other row layouts (convert them), and filtering by content.
+Left out: images, several tool calls in a message, and filtering by content.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparselong.config import Config
-from sparselong.data.hub import explain_hub_failures
-from sparselong.data.lines import empty, read_lines
+from sparselong.data.lines import TABLES, read_file
 from sparselong.data.rows import (
     Conversation,
     Remarks,
     check_row,
     is_prepared,
+    list_texts,
     locate,
     read_rows,
 )
+from sparselong.data.sources import FILE_NAMES, find_repeated, split
 from sparselong.data.tokens import count_dropped_thinking, tokenize
 from sparselong.errors import StageError
-from sparselong.files import is_local, load_json, write_atomically
+from sparselong.files import load_json, write_atomically
 from sparselong.provenance import find_change, hash_file
 
 __all__ = [
@@ -46,6 +45,7 @@ __all__ = [
     "count_dropped_thinking",
     "find_sources",
     "forget",
+    "list_texts",
     "locate",
     "prepare",
     "read",
@@ -54,7 +54,6 @@ __all__ = [
     "tokenize",
 ]
 
-_NAMES = ("train.jsonl", "validation.jsonl")
 _RECORD = "source.json"
 _FORMAT = 2  # of the prepared lines
 
@@ -76,7 +75,7 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
             (the message names file and line).
     """
     folder = run_dir / "data"
-    files = DataFiles(*(folder / name for name in _NAMES))
+    files = DataFiles(*(folder / name for name in FILE_NAMES))
     record_path = folder / _RECORD
     wanted = {
         "seed": config.seed,
@@ -92,12 +91,14 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
         _refuse_replacing_unprepared(files)
     record_path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [source for source in (config.data.train, config.data.validation) if source]
     described = [
-        _describe(Path(source)) for source in sources if source != "demo" and os.path.isfile(source)
+        _describe(Path(source))
+        for source in config.data.named.values()
+        if source != "demo" and os.path.isfile(source)
     ]
     said: list[str] = []
-    train, validation = _split(config, folder, said)
+    train, validation = split(config, folder, said)
+    said += find_repeated(train, validation)
     for path, rows in zip(files, (train, validation), strict=True):
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     record = {
@@ -116,11 +117,10 @@ def find_sources(config: Config, run_dir: Path) -> dict[str, dict[str, Any]]:
     """Return rows of the local files from which the rows were prepared, by config key."""
     record = _read_record(run_dir / "data" / _RECORD)
     rows = {row["path"]: row for row in record["sources"]}
-    named = {"data.train": config.data.train, "data.validation": config.data.validation}
     return {
         key: {**rows[path], "path": os.path.abspath(path)}
-        for key, source in named.items()
-        if source and (path := str(Path(source))) in rows
+        for key, source in config.data.named.items()
+        if (path := str(Path(source))) in rows
     }
 
 
@@ -160,81 +160,25 @@ def read_remarks(run_dir: Path) -> tuple[str, ...]:
 
 
 def read_line(path: Path, number: int) -> Conversation:
-    """Return the conversation on one line of a JSON-lines file, counted from 1.
+    """Return the conversation that starts on one line of a file, counted from 1; of Parquet, a row.
 
     Raises:
-        StageError: the file cannot be read or has fewer lines, the line is blank, it or an earlier
-            one is not JSON, or the row is refused.
+        StageError: the file cannot be read or has fewer lines, no row starts on the line, it or an
+            earlier one cannot be read, or the row is refused.
     """
-    lines = 0
-    for lines, row in read_lines(path):
+    lines, columnar = 0, path.suffix.lower() in TABLES
+    unit = "row" if columnar else "line"
+    for lines, row in read_file(path):
         if lines == number and row is not None:
-            return check_row(row, {"source": str(path), "line": number}, Remarks())
-        if lines == number:
+            origin = {"source": str(path), unit: number}
+            return check_row(row, origin, Remarks(), columnar=columnar)
+        if lines >= number:
             break
-    fix = "name another line"
-    if lines == number:
+    fix = f"name another {unit}"
+    if lines >= number:
         raise StageError(f"{path}, line {number:,} is blank", "a conversation", "no text", fix)
     known = f"a line from 1 to {lines:,}" if lines else "a file with lines"
     raise StageError(f"{path} has no line {number:,}", known, f"line {number:,}", fix)
-
-
-def _split(
-    config: Config, folder: Path, said: list[str]
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Return training and validation conversations; add what was passed over to `said`."""
-    if config.data.train == "demo":
-        from sparselong.data.demo import write_demo_data
-
-        write_demo_data(folder / "demo", config.seed)
-        train, validation = (
-            list(read_rows(folder / "demo" / name, Remarks(), f"demo/{name}")) for name in _NAMES
-        )
-    else:
-        train, validation = _read_source(config.data.train, said), []
-    if config.data.validation:
-        return train, _read_source(config.data.validation, said)
-    if validation:
-        return train, validation
-    if len(train) < 2:
-        raise StageError(
-            f"{config.data.train} is too small to hold out a validation conversation",
-            "at least 2 conversations, or data.validation",
-            f"{len(train)}",
-            "add rows, or name a validation file: data.validation=FILE.jsonl",
-        )
-    count = min(max(1, round(config.data.validation_fraction * len(train))), len(train) - 1)
-    held_out = set(random.Random(config.seed).sample(range(len(train)), count))
-    return (
-        [row for i, row in enumerate(train) if i not in held_out],
-        [row for i, row in enumerate(train) if i in held_out],
-    )
-
-
-def _read_source(source: str, said: list[str]) -> list[Conversation]:
-    remarks = Remarks()
-    rows = list(
-        read_rows(Path(source), remarks) if is_local(source) else _read_hub(source, remarks)
-    )
-    said += remarks.sentences(source)
-    return rows
-
-
-def _read_hub(name: str, remarks: Remarks) -> Iterator[Conversation]:
-    import datasets
-
-    with explain_hub_failures(
-        f"dataset {name} cannot be opened",
-        "a file of that name, or a hub dataset with a train split",
-        "check the name and the network (HF_HUB_OFFLINE, HF_TOKEN), or name a local file: "
-        "data.train=FILE.jsonl",
-    ):
-        rows: Iterable[Any] = datasets.load_dataset(name, split="train")
-    number = 0
-    for number, row in enumerate(rows, 1):
-        yield check_row(row, {"source": f"dataset {name}", "row": number}, remarks)
-    if not number:
-        raise empty(f"dataset {name}", "no rows")
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -280,7 +224,8 @@ def _describe(path: Path) -> dict[str, Any]:
 def _refuse_changed(record: dict[str, Any], folder: Path) -> None:
     """Raise if a prepared file or an existing source no longer matches its recorded hash."""
     prepared = [
-        {**was, "path": folder / name} for was, name in zip(record["files"], _NAMES, strict=True)
+        {**was, "path": folder / name}
+        for was, name in zip(record["files"], FILE_NAMES, strict=True)
     ]
     for was, delete in [
         *((was, "") for was in record["sources"]),

@@ -49,6 +49,7 @@ _SCHEMA = pyarrow.schema(
     }
 )
 _RECORD = "encoded.json"
+_BAR = 40  # characters of the longest bar of a histogram
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,31 @@ def select_usable(files: EncodedFiles, sequence_len: int) -> Usable:
         "; ".join(left_out),
         f"use shorter conversations, or sequence_len={max(shortest)}, the smallest that would do"
         if all(shortest)
-        else "check the rows' roles and weights, or pass data.train_on=all",
+        else "check the rows' roles and weights, or pass another data.train_on",
     )
+
+
+def describe_lengths(encoded: Encoded, rows: list[int]) -> list[str]:
+    """Return lines about rows of a file: their tokens, and a histogram of their lengths.
+
+    Args:
+        encoded: a prepared file's tokens.
+        rows: numbers of the rows that are used, at least one.
+    """
+    lengths = numpy.array([encoded.counts[row].tokens for row in rows])
+    supervised = sum(encoded.counts[row].supervised for row in rows)
+    middle, most = numpy.percentile(lengths, (50, 95), method="lower")
+    lines = [
+        f"{encoded.source.stem}: {len(rows):,} conversations, {lengths.sum():,} tokens, "
+        f"{supervised:,} of them supervised ({supervised / lengths.sum():.1%}); lengths "
+        f"{lengths.min():,} to {lengths.max():,}, half up to {middle:,}, 95 % up to {most:,}"
+    ]
+    steps = numpy.ceil(numpy.log2(lengths)).astype(int)
+    counts = {step: int((steps == step).sum()) for step in range(steps.min(), steps.max() + 1)}
+    for step, count in counts.items():
+        bar = "#" * round(_BAR * count / max(counts.values()))
+        lines.append(f"  up to {2**step:>9,} tokens {count:>9,} {bar}".rstrip())
+    return lines
 
 
 def _describe_dropped(encoded: Encoded) -> str | None:

@@ -2,14 +2,17 @@
 
 | key                                             | meaning                                        |
 |-------------------------------------------------|------------------------------------------------|
-| `role`                                          | system, developer, user or assistant           |
+| `role`                                          | system, developer, user, assistant or tool     |
 | `content`                                       | text, or a list of text parts, to be joined    |
 | `thinking`, `reasoning_content`, `reasoning`,   | an assistant's reasoning, as is text between   |
 | `analysis`                                      | `<think>` and `</think>` before its answer     |
 | `channel`                                       | final; or analysis, for a message that is the  |
 |                                                 | reasoning of the next one                      |
 | `weight`, `train`, `training`, `loss`           | 0 or false: this turn is not supervised        |
-| `tool_calls`, `images` and others with content  | refused, because the text alone would train    |
+| `tool_calls`                                    | an assistant's one call (calls.py); its        |
+|                                                 | content is then reasoning, as in the template  |
+| `tool_call_id`, `name` of a tool message        | must be those of the call before it            |
+| `function_call`, `images` and others            | refused, because the text alone would train    |
 |                                                 | something else                                 |
 
 All other keys mean nothing for training. They are ignored and counted.
@@ -18,23 +21,23 @@ All other keys mean nothing for training. They are ignored and counted.
 from __future__ import annotations
 
 import re
-import reprlib
 from collections import Counter
 from typing import Any
 
-from sparselong.data.lines import SHAPE
+from sparselong.data.calls import check_call, check_result, find_texts
+from sparselong.data.lines import EMPTY, Fault, check_text, shown
 
-ROLES = ("system", "developer", "user", "assistant")
-EMPTY = (None, "", [], {})
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _REASONING = ("thinking", "reasoning_content", "reasoning", "analysis")
 _WEIGHTS = ("weight", "train", "training", "loss")
 _UNSUPPORTED = (
-    *("tool_calls", "tool_call", "tool_call_id", "tool_responses", "tools", "functions"),
+    *("tool_call", "tool_responses", "tools", "functions"),
     *("function_call", "recipient", "image", "images", "video", "videos", "audio", "audios"),
     *("reasoning_details", "thinking_blocks", "train_detail", "training_detail"),
     *("mask", "loss_mask", "loss_weight"),
 )
-_UNDERSTOOD = {"role", "content", "channel", *_REASONING, *_WEIGHTS, *_UNSUPPORTED}
+_CALLS = ("tool_calls", "tool_call_id")
+_UNDERSTOOD = {"role", "content", "channel", *_CALLS, *_REASONING, *_WEIGHTS, *_UNSUPPORTED}
 # `<|channel|>` with its header, also that of a tool call; not a sentence about both tokens.
 _HEADER = re.compile(
     r"<\|channel\|>(\s*(analysis|commentary|final)\b[^<]*|\w[^<\s]*)"
@@ -48,39 +51,32 @@ _THINK_OPENED = re.compile(r"\s*<think>")
 _THINK_CLOSED = re.compile(r"^[ \t]*</think>[ \t]*$", re.MULTILINE)
 
 
-class Fault(Exception):
-    """What is wrong with a row.
-
-    Args:
-        found: what was found.
-        fix: what to do about it.
-        expected: what was expected.
-    """
-
-    def __init__(self, found: str, fix: str = "fix or remove the row", expected: str = SHAPE):
-        super().__init__(found)
-        self.found, self.fix, self.expected = found, fix, expected
-
-
-def check_messages(messages: Any, ignored: Counter[str]) -> list[dict[str, Any]]:
-    """Return messages with `role`, `content` and, where given, `thinking` and `weight` 0.
+def check_messages(
+    messages: Any, ignored: Counter[str], columnar: bool = False
+) -> list[dict[str, Any]]:
+    """Return messages with `role` and `content`, and the others of the keys above where given.
 
     Args:
         messages: what a row has under `messages`.
         ignored: count of rows by the name of a key that was ignored; this row is added.
+        columnar: whether the row comes from a table, in which absent keys are null.
 
     Raises:
         Fault: the messages are not a conversation, or something in them is not understood.
     """
     if not isinstance(messages, list):
         raise Fault(f"`messages` is {type(messages).__name__}, not a list")
-    checked = [_check(message, i) for i, message in enumerate(messages, 1)]
+    checked = [_check(message, i, columnar) for i, message in enumerate(messages, 1)]
+    for i, message in enumerate(checked, 1):
+        if message["role"] == "tool":
+            check_result(messages[i - 1], messages[i - 2] if i > 1 else None, i)
     ignored.update(
         {
             f"messages.{key}"
             for message in messages
             for key, value in message.items()
             if key not in _UNDERSTOOD and value not in EMPTY
+            if (message["role"], key) != ("tool", "name")
         }
     )
     checked = _join_channels(checked)
@@ -94,20 +90,6 @@ def check_messages(messages: Any, ignored: Counter[str]) -> list[dict[str, Any]]
     return checked
 
 
-def check_text(text: str, name: str) -> str:
-    """Return the text; raise if it contains half of a surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Fault(
-            f"{name} has half of a surrogate pair, \\u{ord(text[error.start]):04x}, at character "
-            f"{error.start + 1}",
-            "write the whole character, or remove the row",
-            "Unicode text",
-        ) from error
-    return text
-
-
 def check_unsupported(holder: dict[str, Any], names: tuple[str, ...], where: str) -> None:
     """Raise if one of the named keys has content."""
     for name in names:
@@ -115,7 +97,7 @@ def check_unsupported(holder: dict[str, Any], names: tuple[str, ...], where: str
             raise Fault(
                 f"{where} has `{name}`: {shown(holder[name])}",
                 "remove the row, or the key if the row means the same without it",
-                "text conversations without tool calls, images or sound",
+                "texts, and tool calls under `tool_calls`",
             )
 
 
@@ -134,12 +116,7 @@ def check_weight(holder: dict[str, Any], names: tuple[str, ...], where: str) -> 
     return int(next(iter(given.values()))) if given else None
 
 
-def shown(value: Any) -> str:
-    """Return a value as short text that can be printed anywhere."""
-    return reprlib.repr(value).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _check(message: Any, i: int) -> dict[str, Any]:
+def _check(message: Any, i: int, columnar: bool) -> dict[str, Any]:
     """Return a message with its `channel`, which `_join_channels` removes."""
     if not isinstance(message, dict):
         raise Fault(f"message {i} is a {type(message).__name__} instead of an object")
@@ -150,10 +127,20 @@ def _check(message: Any, i: int) -> dict[str, Any]:
     if message.get("recipient") == "all":
         message = {key: value for key, value in message.items() if key != "recipient"}
     check_unsupported(message, _UNSUPPORTED, where)
-    content = join_parts(message.get("content"), i)
+    called = _check_called(message, i, columnar)
+    content = "" if called and message.get("content") is None else message.get("content")
+    content = join_parts(content, i)
     if role in ("system", "developer") and i > 1:
         raise Fault(f"message {i} is a {role} message; only the first message may be one")
     thinking, content = _split_reasoning(message, content, i)
+    if called and thinking and content:
+        raise Fault(
+            f"{where} has reasoning and content beside its tool call",
+            "put both into one of them",
+            "one text before a tool call, since the chat template writes one",
+        )
+    if called:
+        thinking, content = thinking or content, ""
     weight = check_weight(message, _WEIGHTS, where)
     if weight == 1 and role != "assistant":
         raise Fault(
@@ -162,11 +149,27 @@ def _check(message: Any, i: int) -> dict[str, Any]:
             "weights of assistant messages",
         )
     checked = {"role": role, "number": i, "channel": _channel(message, i), "content": content}
+    if called:
+        checked["tool_calls"] = called
     if thinking:
         checked["thinking"] = thinking
     if weight == 0:
         checked["weight"] = 0
     return checked
+
+
+def _check_called(message: dict[str, Any], i: int, columnar: bool) -> list[dict[str, Any]]:
+    """Return an assistant's one tool call in a list, or an empty one."""
+    role = message["role"]
+    for key, owner in zip(_CALLS, ("assistant", "tool"), strict=True):
+        if message.get(key) not in EMPTY and role != owner:
+            raise Fault(f"message {i} ({role}) has `{key}`: {shown(message[key])}")
+    if message.get("tool_calls") in EMPTY:
+        return []
+    call = check_call(message["tool_calls"], i, columnar)
+    for text in find_texts(call):
+        check_text(text, f"the tool call of message {i}")
+    return [call]
 
 
 def join_parts(content: Any, i: int) -> str:
@@ -232,11 +235,15 @@ def _channel(message: dict[str, Any], i: int) -> str:
     channel = message.get("channel")
     if channel in EMPTY:
         return "final"
+    if channel == "commentary" and message.get("tool_calls") not in EMPTY:
+        return "final"
     if message["role"] != "assistant" or channel not in ("analysis", "final"):
         raise Fault(
             f"message {i} ({message['role']}) has the channel {shown(channel)}",
-            expected="the channels analysis and final, for assistant messages",
+            expected="an assistant's analysis and final, and commentary of its tool calls",
         )
+    if channel == "analysis" and message.get("tool_calls") not in EMPTY:
+        raise Fault(f"message {i} is on the analysis channel, but has a tool call")
     return channel
 
 
@@ -255,9 +262,10 @@ def _join_channels(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 raise Fault(f"message {i} is on the analysis channel: its reasoning is its content")
             continue
         before = None
-        if message["role"] == "assistant" and not message["content"].strip():
+        written = message["content"].strip() or message.get("tool_calls")
+        if message["role"] == "assistant" and not written:
             raise Fault(f"message {i} (assistant) is empty")
-        kept = ("role", "thinking", "content", "weight")
+        kept = ("role", "thinking", "content", "tool_calls", "weight")
         joined.append({key: message[key] for key in kept if key in message})
     if before is not None:
         raise Fault(f"message {before['number']} is on the analysis channel, without an answer")

@@ -14,10 +14,12 @@ import datetime
 import json
 from typing import Any
 
-from sparselong.data.messages import EMPTY, Fault, check_text, join_parts, shown
+from sparselong.data.calls import find_texts, is_text
+from sparselong.data.lines import EMPTY, Fault, check_text, shown
+from sparselong.data.messages import join_parts
 from sparselong.data.rows import EFFORTS
 from sparselong.data.template import Template
-from sparselong.data.tokens import encode_prompt, find_texts
+from sparselong.data.tokens import encode_prompt
 from sparselong.errors import StageError
 
 _REASONING = ("thinking", "reasoning_content", "reasoning")
@@ -156,7 +158,7 @@ def _check_call(calls: Any, i: int) -> dict[str, Any]:
         )
     function = call.get("function") if isinstance(call, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(call, dict) or not isinstance(function, dict) or not _is_text(name):
+    if not isinstance(call, dict) or not isinstance(function, dict) or not is_text(name):
         raise _fault(f"message {i} has the tool call {shown(call)}", "a function with a name")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
@@ -164,7 +166,7 @@ def _check_call(calls: Any, i: int) -> dict[str, Any]:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             pass  # what the model wrote; the template quotes it as text
-    identity = {"id": call["id"]} if _is_text(call.get("id")) else {}
+    identity = {"id": call["id"]} if is_text(call.get("id")) else {}
     return {
         **identity,
         "function": {"name": name, "arguments": {} if arguments in EMPTY else arguments},
@@ -186,12 +188,8 @@ def _check_result(message: dict[str, Any], before: list[dict[str, Any]], i: int)
 
 def _check_tool(tool: Any, i: int) -> dict[str, Any]:
     function = tool.get("function") if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or not _is_text(function.get("name")):
+    if not isinstance(function, dict) or not is_text(function.get("name")):
         raise _fault(f"tool {i}: {shown(tool)}", "a function with a name")
     # The template adds the description to other text, so it must be there.
     function = {**function, "description": function.get("description") or ""}
     return {**tool, "function": function}
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""

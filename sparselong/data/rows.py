@@ -1,9 +1,9 @@
 """Rows as conversations: every key is used, refused by name, or counted as ignored.
 
 A conversation is what a line of a prepared file holds: `messages` (messages.py says what is in
-them), `origin` (file and line, or dataset and row, for later messages) and, where given, the
-template's variables `reasoning_effort` and `model_identity`. Checking a conversation again returns
-it unchanged.
+them), or `text` or `input_ids` for rows without turns (layouts.py), `origin` (file and line, or
+dataset and row, for later messages) and, where given, the template's variables `tools`,
+`reasoning_effort` and `model_identity`. Checking a conversation again returns it unchanged.
 """
 
 from __future__ import annotations
@@ -14,30 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparselong.data.lines import empty, read_lines
-from sparselong.data.messages import (
+from sparselong.data.calls import find_texts
+from sparselong.data.layouts import VARIABLES, WEIGHTS, read_layout
+from sparselong.data.lines import (
     EMPTY,
+    TABLES,
     Fault,
-    check_messages,
     check_text,
-    check_unsupported,
-    check_weight,
+    empty,
+    read_file,
+    read_lines,
     shown,
 )
+from sparselong.data.messages import check_weight
 from sparselong.errors import StageError
 
 Conversation = dict[str, Any]
-VARIABLES = ("reasoning_effort", "model_identity")
 EFFORTS = ("low", "medium", "high")
-_UNSUPPORTED = (
-    *("tools", "functions", "builtin_tools", "tool_calls", "function_call"),
-    *("image", "images", "video", "videos", "audio", "audios"),
-)
-_WEIGHTS = ("weight", "train")
-_UNDERSTOOD = {
-    *("messages", "chat_template_kwargs"),
-    *(*VARIABLES, *_UNSUPPORTED, *_WEIGHTS),
-}
 
 
 @dataclass
@@ -47,6 +40,8 @@ class Remarks:
     blank_lines: int = 0
     ignored: Counter[str] = field(default_factory=Counter)
     """Count of rows by the name of a key without meaning for training."""
+    without_turns: int = 0
+    """Count of rows of `text` and `input_ids`."""
 
     def sentences(self, source: str) -> list[str]:
         """Return what should be told about the source, a sentence each."""
@@ -58,6 +53,11 @@ class Remarks:
                 f"{shown(key)[1:-1]} ({count:,} rows)" for key, count in self.ignored.most_common()
             )
             said.append(f"{source}: keys without meaning for training are ignored: {names}")
+        if self.without_turns:
+            said.append(
+                f"{source}: rows of `text` or `input_ids`, trained whole or as their labels say: "
+                f"{self.without_turns:,}"
+            )
         return said
 
 
@@ -70,10 +70,22 @@ def locate(conversation: Conversation) -> str:
     return f"{origin['source']}, {unit} {origin[unit]}"
 
 
+def list_texts(conversation: Conversation) -> list[str]:
+    """Return the texts of a row: contents, reasoning and calls' arguments; none of token ids."""
+    if "messages" not in conversation:
+        return [conversation["text"]] if "text" in conversation else []
+    texts = []
+    for message in conversation["messages"]:
+        texts += [message["content"], message.get("thinking", "")]
+        for call in message.get("tool_calls", ()):
+            texts += find_texts(call["function"]["arguments"])
+    return [text for text in texts if text]
+
+
 def read_rows(
     path: Path, remarks: Remarks, source: str | None = None, *, prepared: bool = False
 ) -> Iterator[Conversation]:
-    """Yield the conversations of a JSON-lines file.
+    """Yield the conversations of a file.
 
     Args:
         path: the file.
@@ -85,34 +97,39 @@ def read_rows(
         StageError: the file cannot be read or has no rows, or a row is refused.
     """
     name, count = source or str(path), 0
-    for line, row in read_lines(path):
+    columnar = path.suffix.lower() in TABLES
+    unit = "row" if columnar else "line"
+    for number, row in read_file(path):
         if row is None:
             remarks.blank_lines += 1
             continue
         count += 1
-        origin = {"source": name, "line": line}
+        origin = {"source": name, unit: number}
         if prepared and isinstance(row, dict):
             own = row.pop("origin", None)
             origin = own if _is_origin(own) else origin
-        yield check_row(row, origin, remarks)
+        yield check_row(row, origin, remarks, columnar=columnar)
     if not count:
         found = f"blank lines: {remarks.blank_lines:,}" if remarks.blank_lines else "no lines"
         raise empty(name, found)
 
 
-def check_row(row: Any, origin: dict[str, Any], remarks: Remarks) -> Conversation:
+def check_row(
+    row: Any, origin: dict[str, Any], remarks: Remarks, *, columnar: bool = False
+) -> Conversation:
     """Return the conversation that a row means.
 
     Args:
         row: a parsed line of a file, or a row of a dataset.
         origin: `source` with `line` or `row`.
         remarks: the keys that were ignored are added.
+        columnar: whether the row comes from a table, in which absent keys are null.
 
     Raises:
         StageError: the row is malformed, or something in it is not understood.
     """
     try:
-        return {**_check(row, remarks.ignored), "origin": origin}
+        found = _check(row, remarks.ignored, columnar)
     except Fault as fault:
         where = locate({"origin": origin})
         raise StageError(
@@ -121,6 +138,8 @@ def check_row(row: Any, origin: dict[str, Any], remarks: Remarks) -> Conversatio
             fault.found,
             fault.fix,
         ) from fault
+    remarks.without_turns += "messages" not in found
+    return {**found, "origin": origin}
 
 
 def is_prepared(path: Path) -> bool:
@@ -139,21 +158,15 @@ def _is_origin(value: Any) -> bool:
     return isinstance(value["source"], str) and isinstance(number, int)
 
 
-def _check(row: Any, ignored: Counter[str]) -> Conversation:
+def _check(row: Any, ignored: Counter[str], columnar: bool) -> Conversation:
     if not isinstance(row, dict):
         fix = "turn a JSON array into one object per line"
         raise Fault(f"a JSON {type(row).__name__} instead of an object", fix)
-    if row.get("messages") is None:
-        raise Fault(f"no list under `messages`; the row's keys are {shown(sorted(row))}")
-    check_unsupported(row, _UNSUPPORTED, "the row")
-    weight = check_weight(row, _WEIGHTS, "the row")
+    weight = check_weight(row, WEIGHTS, "the row")
     if weight == 0:
         raise Fault("the row has weight 0", "remove the row", "rows to train on")
-    messages = check_messages(row["messages"], ignored)
-    ignored.update(
-        key for key, value in row.items() if key not in _UNDERSTOOD and value not in EMPTY
-    )
-    return {"messages": messages, **_variables(row)}
+    found = read_layout(row, ignored, columnar)
+    return {**found, **_variables(row)}
 
 
 def _variables(row: dict[str, Any]) -> dict[str, str]:

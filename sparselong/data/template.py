@@ -7,7 +7,8 @@ that rewrites history in any other way is refused, because its mask would be wro
 
 Three renderings for each turn take time that grows with the square of the number of turns. In a
 long conversation, only the first and the last turn of each kind are located so. Turns are of one
-kind if the template writes the same text before and after their content.
+kind if the template writes the same text before and after their content; with tool calls, harmony's
+own control tokens separate the turns.
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sparselong.data.rows import VARIABLES, Conversation, locate
+from sparselong.data.calls import find_texts
+from sparselong.data.layouts import VARIABLES
+from sparselong.data.lines import shown
+from sparselong.data.rows import Conversation, locate
 from sparselong.errors import StageError
 
 _FEW_TURNS = 4
+_FRAME = ("<|start|>", "<|end|>", "<|call|>", "<|return|>")
+_ASSISTANTS = re.compile(
+    r"<\|start\|>assistant(.*?(?:<\|end\|>|<\|call\|>|<\|return\|>))", re.DOTALL
+)
 # Around contents and reasoning in a marked rendering: private characters, chosen by `unused`.
 _PRIVATE = range(0xF0000, 0xFFFFE)
 
@@ -42,10 +50,7 @@ class Template:
         self.where = locate(conversation)
         self.tokenizer = tokenizer
         self.name = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
-        names = (
-            *VARIABLES,
-            "tools",
-        )  # a prompt may have tools, a conversation read from rows has none
+        names = (*VARIABLES, "tools")
         self.variables = {key: conversation[key] for key in names if key in conversation}
         self.today = today
         try:
@@ -92,10 +97,21 @@ class Template:
         except (RecursionError, TypeError, ValueError) as error:
             raise self._rejects(error) from error
 
+    def refuse_unwritten(self, messages: list[dict[str, Any]]) -> None:
+        """Raise if the messages have tool calls, which the template does not write."""
+        called = any("tool_calls" in each or each["role"] == "tool" for each in messages)
+        if called and "tool_calls" not in self.source:
+            raise StageError(
+                f"{self.where} has tool calls",
+                "a chat template that writes tool calls",
+                f"{self.name} does not",
+                "remove the row, or use a model directory with gpt-oss's chat_template.jinja",
+            )
+
     def _rejects(self, error: Exception) -> StageError:
         return StageError(
             f"{self.name} rejects {self.where}",
-            "a template for system, developer, user and assistant messages with text",
+            "a template for the roles of its messages",
             str(error),
             "fix the messages, or use a model directory with gpt-oss's chat_template.jinja",
         )
@@ -173,10 +189,44 @@ def find_turns(
     question = messages[: turns[0]]
     prompt_length = len(template.render(question, True)) - len(template.render(question))
     if len(turns) > _FEW_TURNS:
-        spans = _find_by_kind(template, messages, text, prompt_length)
+        called = any("tool_calls" in message for message in messages)
+        find = _find_by_headers if called else _find_by_kind
+        spans = find(template, messages, text, prompt_length)
         if spans is not None:
             return spans
     return [_find_turn(template, messages, text, i, prompt_length) for i in turns]
+
+
+def find_answers(
+    template: Template, messages: list[dict[str, Any]], text: str, spans: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return (start, end) of each assistant turn without the reasoning before it.
+
+    Args:
+        template: the template.
+        messages: the conversation.
+        text: the rendered conversation.
+        spans: what `find_turns` returns.
+
+    Raises:
+        StageError: a turn does not end with what is rendered of it without reasoning.
+    """
+    bare = [{key: each[key] for key in each if key != "thinking"} for each in messages]
+    without = template.render(bare)
+    if without == text:
+        return spans
+    answers = []
+    for (start, end), (first, last) in zip(spans, find_turns(template, bare, without), strict=True):
+        answer = without[first:last]
+        if not text[start:end].endswith(answer):
+            raise StageError(
+                f"an answer of {template.where} cannot be told from its reasoning",
+                "reasoning before an answer that is rendered as without it",
+                f"{template.name} renders {shown(text[start:end])}",
+                "use data.train_on=assistant, or gpt-oss's own template",
+            )
+        answers.append((end - len(answer), end))
+    return answers
 
 
 def _turns(messages: list[dict[str, Any]]) -> list[int]:
@@ -201,6 +251,34 @@ def _find_turn(
             "use data.train_on=all, rows with one assistant turn, or gpt-oss's own template",
         )
     return len(prompt), len(prefix)
+
+
+def _find_by_headers(
+    template: Template, messages: list[dict[str, Any]], text: str, prompt_length: int
+) -> list[tuple[int, int]] | None:
+    """Return the turns located by harmony's headers, checked at the first and last of each kind.
+
+    None if the template is not harmony's, or if a message spells one of its control tokens.
+    """
+    written = "".join(find_texts([messages, template.variables]))
+    rendered = find_rendered_thinking(template, messages, text)
+    if rendered is None or any(token in written for token in _FRAME):
+        return None
+    parts, turns = list(_ASSISTANTS.finditer(text)), _turns(messages)
+    if len(parts) != len(turns) + len(rendered):
+        return None
+    spans, ahead, kinds = [], iter(parts), {}
+    for place, i in enumerate(turns):
+        first = next(ahead)
+        last = next(ahead) if i in rendered else first
+        spans.append((first.start(1), last.end(1)))
+        kinds.setdefault(("tool_calls" in messages[i], i in rendered), []).append(place)
+    for members in kinds.values():
+        for place in {members[0], members[-1]}:
+            found = _find_turn(template, messages, text, turns[place], prompt_length)
+            if found != spans[place]:
+                return None
+    return spans
 
 
 class _Gap(NamedTuple):

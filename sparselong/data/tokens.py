@@ -6,6 +6,10 @@ token. The control tokens that the tokenizer finds in that text are the template
 between two of them that holds a private character is encoded again from the real text, with special
 tokens split. All other stretches keep their tokens, and so do all conversations that spell none.
 
+Rows without turns need no template: `text` is every one of its tokens and <|endoftext|>, which ends
+a document; `input_ids` are taken as they are. Their tokens are supervised whatever `train_on` says,
+which chooses among turns, except for those that a row's `labels` leave out.
+
 Left out: tokenizers that join text across a control token, which are refused in such a row.
 """
 
@@ -13,19 +17,25 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from sparselong.data.rows import Conversation
+from sparselong.config import TrainOn
+from sparselong.data.calls import find_texts
+from sparselong.data.layouts import IGNORED
+from sparselong.data.rows import Conversation, locate
 from sparselong.data.template import (
     Template,
+    find_answers,
     find_rendered_thinking,
     find_turns,
     unused,
     without_dropped_thinking,
 )
 from sparselong.errors import StageError
+
+_END_OF_TEXT = "<|endoftext|>"
 
 
 class _Rendered(NamedTuple):
@@ -45,7 +55,7 @@ class _Rendered(NamedTuple):
 def tokenize(
     conversation: Conversation,
     tokenizer: Any,
-    train_on: Literal["assistant", "all"],
+    train_on: TrainOn,
     today: datetime.date,
     longest: int | None = None,
 ) -> tuple[list[int], list[bool]]:
@@ -57,8 +67,9 @@ def tokenize(
     Args:
         conversation: a conversation as returned by `conversations.read`.
         tokenizer: a fast transformers tokenizer with a chat template.
-        train_on: `assistant` marks the assistant turns, `all` marks every token; turns of weight 0
-            are never marked.
+        train_on: `assistant` marks the assistant turns, `final` their answers without reasoning
+            and tool calls, `last_turn` those after the last question that is answered, `all` marks
+            every token; turns of weight 0 are never marked.
         today: the date for templates that write one.
         longest: number of tokens above which the caller leaves a conversation out; its turns are
             not located, and no token of it is marked.
@@ -70,18 +81,35 @@ def tokenize(
         StageError: the template rejects the conversation, or a shortened conversation does not
             render as a prefix of the whole one.
     """
+    if "messages" not in conversation:
+        ids, supervised = _encode_plain(conversation, tokenizer)
+        return ids, supervised if longest is None or len(ids) <= longest else [False] * len(ids)
     template = Template(conversation, tokenizer, today)
     messages = _plain(conversation)
+    template.refuse_unwritten(messages)
     text = template.render(messages)
     ids, starts = _encode(_hide_spelled(template, messages, text), template)
     if longest is not None and len(ids) > longest:
         return ids, [False] * len(ids)
-    everything = train_on == "all"
     weights = [message.get("weight", 1) for message in conversation["messages"]]
-    if everything and all(weights):
+    if train_on == "all" and all(weights):
         return ids, [True] * len(ids)
+    marks = _find_marks(template, messages, text, train_on, weights)
+    return ids, _mark(starts, marks, train_on == "all")
+
+
+def _find_marks(
+    template: Template,
+    messages: list[dict[str, Any]],
+    text: str,
+    train_on: TrainOn,
+    weights: list[int],
+) -> list[tuple[int, int, bool]]:
+    """Return (start, end, whether it is supervised) of each assistant turn in the text."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if everything and not all(weights[i] for i in range(len(messages)) if i not in set(turns)):
+    if train_on == "all" and not all(
+        weights[i] for i in range(len(messages)) if i not in set(turns)
+    ):
         raise StageError(
             f"{template.where} has weight 0 on a message that is not the assistant's",
             "weights on assistant messages with data.train_on=all",
@@ -89,8 +117,15 @@ def tokenize(
             "remove the weight, or use data.train_on=assistant",
         )
     spans = find_turns(template, messages, text)
-    marks = [(*span, weights[i] != 0) for span, i in zip(spans, turns, strict=True)]
-    return ids, _mark(starts, marks, everything)
+    if train_on == "final":
+        spans = find_answers(template, messages, text, spans)
+        turns = [i if "tool_calls" not in messages[i] else None for i in turns]
+    elif train_on == "last_turn":
+        questions = [i for i in range(turns[-1]) if messages[i]["role"] == "user"]
+        turns = [i if i > max(questions, default=-1) else None for i in turns]
+    return [
+        (*span, i is not None and weights[i] != 0) for span, i in zip(spans, turns, strict=True)
+    ]
 
 
 def encode_prompt(template: Template, messages: list[dict[str, Any]]) -> list[int]:
@@ -112,7 +147,7 @@ def count_dropped_thinking(conversation: Conversation, tokenizer: Any, today: da
 
     gpt-oss's template writes the reasoning of the last message only.
     """
-    messages = _plain(conversation)
+    messages = _plain(conversation) if "messages" in conversation else []
     if not any("thinking" in message for message in messages):
         return 0
     template = Template(conversation, tokenizer, today)
@@ -122,6 +157,34 @@ def count_dropped_thinking(conversation: Conversation, tokenizer: Any, today: da
         left = without_dropped_thinking(template, messages, text)
         rendered = {i for i, message in enumerate(left) if "thinking" in message}
     return sum("thinking" in message for i, message in enumerate(messages) if i not in rendered)
+
+
+def _encode_plain(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a row without turns, and which are supervised."""
+    where = locate(conversation)
+    if "text" not in conversation:
+        ids, size = conversation["input_ids"], len(tokenizer)
+        if max(ids) >= size:
+            raise StageError(
+                f"{where} has tokens of another tokenizer",
+                f"ids below {size:,}",
+                f"{max(ids):,}",
+                "tokenize the row with the base model's tokenizer",
+            )
+        labels = conversation.get("labels", ids)
+        return ids, [wanted != IGNORED for wanted in labels]
+    text, added = conversation["text"], tokenizer.get_added_vocab()
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    spelled = [token for token in special if token in text]
+    if spelled or _END_OF_TEXT not in added:
+        raise StageError(
+            f"{where} cannot be encoded as plain text",
+            f"a text without control tokens, and a tokenizer with {_END_OF_TEXT} to end it",
+            f"{', '.join(sorted(spelled)) or 'a tokenizer without it'}",
+            "put a conversation under `messages`, or a rendered one's tokens under `input_ids`",
+        )
+    ids = [*_encode_text(text, tokenizer)[0], added[_END_OF_TEXT]]
+    return ids, [True] * len(ids)
 
 
 def _plain(conversation: Conversation) -> list[dict[str, Any]]:
@@ -150,18 +213,6 @@ def _control_tokens(template: Template) -> set[str]:
         for token in template.tokenizer.added_tokens_decoder.values()
         if token.special or (token.content.strip() and token.content in template.source)
     }
-
-
-def find_texts(value: Any) -> Iterator[str]:
-    """Yield every text within lists and dictionaries, their keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for pair in value.items():
-            yield from find_texts(list(pair))
-    elif isinstance(value, list):
-        for each in value:
-            yield from find_texts(each)
 
 
 def _change_texts(value: Any, change: Callable[[str], str]) -> Any:

@@ -2,8 +2,8 @@
 
 An item whose text occurs in the training conversations measures memory. The check is the usual one:
 an item is suspect if thirteen consecutive words (letters and digits only, lower case) of the item
-with its right answer occur in a training message. An item with fewer words must occur whole. Only
-this run's `train.jsonl` is searched; the training data of the base model is unknown.
+with its right answer occur in a text of a training row. An item with fewer words must occur whole.
+Only this run's `train.jsonl` is searched; the training data of the base model is unknown.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ _NGRAM_WORDS = 13
 
 def list_warnings(items_by_task: dict[str, list[str]], train_path: Path) -> list[str]:
     """Return one warning for each task with items in the training conversations."""
-    texts = [
-        message["content"] for row in conversations.read(train_path) for message in row["messages"]
-    ]
+    by_row = [conversations.list_texts(row) for row in conversations.read(train_path)]
+    texts = [text for texts in by_row for text in texts]
     warnings = []
+    if items_by_task and (unread := sum(not texts for texts in by_row)):
+        warnings.append(
+            f"{unread:,} of {len(by_row):,} training rows are token ids, which are not searched"
+        )
     for task, items in items_by_task.items():
         if found := find_contaminated(items, texts):
             warnings.append(

@@ -19,7 +19,7 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.finetune.batches import EpochOrder, make_batches
-    from sparselong.finetune.one_line import preview_line
+    from sparselong.finetune.one_line import preview_first, preview_line
     from sparselong.finetune.trainer import finetune
     from sparselong.finetune.training_run import check_compressed, trainer_arguments
 

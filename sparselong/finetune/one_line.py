@@ -1,4 +1,4 @@
-"""Show one conversation of a file as stage 03 would train on it, for `--preview FILE:LINE`.
+"""Show conversations as stage 03 would train on them, for `--preview N` and `--preview FILE:LINE`.
 
 Nothing is downloaded, built or written. Imports what is heavy only after file and line are found.
 """
@@ -6,6 +6,9 @@ Nothing is downloaded, built or written. Imports what is heavy only after file a
 from __future__ import annotations
 
 import re
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ def preview_line(config: Config, run_dir: Path, place: str) -> dict[str, Any]:
     Args:
         config: the run's config.
         run_dir: the run directory; it need not exist.
-        place: FILE:LINE, with lines counted from 1.
+        place: FILE:LINE, with lines counted from 1 (of Parquet, rows).
 
     Returns:
         `file`, `line`, `tokens` and `supervised` (counts), `used` (whether the conversation is
@@ -38,34 +41,78 @@ def preview_line(config: Config, run_dir: Path, place: str) -> dict[str, Any]:
     if not name or not re.fullmatch(r"0*[1-9][0-9]{0,17}", number, re.ASCII):
         raise ConfigError(
             f"--preview {place} does not name a line",
-            "FILE:LINE, with lines counted from 1",
+            "a number of conversations, or FILE:LINE with lines counted from 1",
             place,
             f"for example --preview {run_dir / 'data' / 'train.jsonl'}:1",
         )
     path, line = Path(name), int(number)
     conversation = conversations.read_line(path, line)
+    return _show([conversation], config, run_dir)[0]
+
+
+def preview_first(config: Config, run_dir: Path, count: int) -> dict[str, Any]:
+    """Return the first training conversations as text with their supervised tokens marked.
+
+    Args:
+        config: the run's config.
+        run_dir: the run directory, which need not exist and is not changed.
+        count: number of conversations; fewer if there are no more.
+
+    Returns:
+        `conversations`, for each what `preview_line` returns without its text; and `text`.
+
+    Raises:
+        ConfigError: the count is 0.
+        StageError: the data cannot be read, or the base model's tokenizer is not on this machine.
+    """
+    if count < 1:
+        fix = "for example --preview 3"
+        raise ConfigError("--preview 0 shows nothing", "a number from 1", "0", fix)
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared, copy = run_dir / "data", Path(scratch) / "data"
+        if prepared.is_dir():  # so that sources which an earlier stage has read are not read again
+            copy.mkdir()
+            for path in (*prepared.glob("*.json"), *prepared.glob("*.jsonl")):
+                shutil.copy2(path, copy)
+        train = conversations.prepare(config, Path(scratch)).train
+        shown = _show(conversations.read(train)[:count], config, run_dir)
+    text = "\n".join(each.pop("text") for each in shown)
+    return {"conversations": shown, "text": text}
+
+
+def _show(
+    rows: list[conversations.Conversation], config: Config, run_dir: Path
+) -> list[dict[str, Any]]:
+    """Return what `preview_line` does, for each of several conversations."""
     folder = _find_tokenizer(config, run_dir)
 
     from sparselong.finetune.supervision import label, preview
     from sparselong.model import load_tokenizer
 
     tokenizer, today = load_tokenizer(folder), rendering_date(config, run_dir, record=False)
-    train_on = config.data.train_on
-    tokens, supervised = conversations.tokenize(conversation, tokenizer, train_on, today)
-    used = len(tokens) <= config.sequence_len and any(supervised[1:])
-    summary = f"{path}, line {line}: {len(tokens):,} tokens, {sum(supervised):,} supervised"
-    if len(tokens) > config.sequence_len:
-        summary += f"; left out: longer than sequence_len {config.sequence_len:,}"
-    elif not used:
-        summary += "; left out: nothing to learn"
-    return {
-        "file": str(path),
-        "line": line,
-        "tokens": len(tokens),
-        "supervised": sum(supervised),
-        "used": used,
-        "text": f"{summary}\n{preview([label(tokens, supervised)], tokenizer)}",
-    }
+    shown = []
+    for row in rows:
+        tokens, supervised = conversations.tokenize(row, tokenizer, config.data.train_on, today)
+        used = len(tokens) <= config.sequence_len and any(supervised[1:])
+        summary = f"{conversations.locate(row)}: {len(tokens):,} tokens, "
+        summary += f"{sum(supervised):,} supervised"
+        if len(tokens) > config.sequence_len:
+            summary += f"; left out: longer than sequence_len {config.sequence_len:,}"
+        elif not used:
+            summary += "; left out: nothing to learn"
+        text = preview([label(tokens, supervised)], tokenizer, colour=sys.stdout.isatty())
+        origin = row["origin"]
+        shown.append(
+            {
+                "file": origin["source"],
+                "line": origin.get("line", origin.get("row")),
+                "tokens": len(tokens),
+                "supervised": sum(supervised),
+                "used": used,
+                "text": f"{summary}\n{text}",
+            }
+        )
+    return shown
 
 
 def _find_tokenizer(config: Config, run_dir: Path) -> Path:

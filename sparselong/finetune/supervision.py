@@ -8,6 +8,7 @@ the same perplexity for the same model and conversations.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
@@ -18,6 +19,8 @@ from sparselong.data import Encoded
 
 IGNORED = -100
 _GREEN, _GREY, _OFF = "\x1b[32m", "\x1b[90m", "\x1b[0m"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that would change a terminal or end a line in a log; tab and line feed may stay."""
 
 
 class LabelledRows:
@@ -62,8 +65,15 @@ def label(tokens: list[int], supervised: list[bool]) -> dict[str, list[int]]:
     return {"input_ids": tokens, "labels": labels}
 
 
-def preview(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> str:
-    """Return conversations as text, supervised tokens green, others grey (ANSI colours)."""
+def preview(rows: Iterable[Mapping[str, Any]], tokenizer: Any, colour: bool = False) -> str:
+    """Return conversations as text with their supervised tokens marked, and where each ends.
+
+    Args:
+        rows: what `label` returns.
+        tokenizer: turns tokens into text; control characters of it are shown as escapes.
+        colour: whether supervised tokens are green and others grey (ANSI), as on a terminal;
+            otherwise supervised tokens are enclosed in marks.
+    """
     blocks = []
     for row in rows:
         parts = []
@@ -71,9 +81,20 @@ def preview(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> str:
             zip(row["input_ids"], row["labels"], strict=True), lambda p: p[1] != IGNORED
         ):
             text = tokenizer.decode([token for token, _ in pairs])
-            colour = _GREEN if learned else _GREY
-            parts += [f"{colour}{line}{_OFF}" for line in text.split("\n")][:1]
-            parts += [f"\n{colour}{line}{_OFF}" for line in text.split("\n")[1:]]
-        blocks.append("".join(parts))
-    legend = f"{_GREEN}green: supervised{_OFF}, {_GREY}grey: context only{_OFF}"
+            parts.append(_mark(_CONTROL.sub(_escape, text), learned, colour))
+        supervised = sum(wanted != IGNORED for wanted in row["labels"])
+        end = f"end: {len(row['labels']):,} tokens, {supervised:,} supervised"
+        blocks.append("".join(parts) + f"\n--- {end} ---")
+    legend = f"{_mark('supervised', True, colour)}, {_mark('context only', False, colour)}"
     return "\n\n".join([legend, *blocks]) + "\n"
+
+
+def _mark(text: str, learned: bool, colour: bool) -> str:
+    if not colour:
+        return f"⟦{text}⟧" if learned else text
+    start = _GREEN if learned else _GREY  # again on each line, for pagers that forget it
+    return "\n".join(f"{start}{line}{_OFF}" for line in text.split("\n"))
+
+
+def _escape(found: re.Match[str]) -> str:
+    return f"\\x{ord(found[0]):02x}"

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import yaml
 
-from sparselong.data import encode_files, select_usable
+from sparselong.data import describe_lengths, encode_files, select_usable
 from sparselong.errors import StageError
 from sparselong.files import parse_json, point_to, read_json, write_atomically
 from sparselong.finetune import axolotl_config, checkpoints, plot
@@ -71,6 +71,8 @@ def finetune(stage: Stage) -> None:
     if not (stage.dir / BAKED).exists():
         for sentence in usable.left_out:
             stage.log(sentence)
+        for line in describe_lengths(data.train, usable.train):
+            stage.log(line)
         _train(stage)
     stage.inputs = [earlier / "model", earlier / "masters", *sources]
     _publish(stage)

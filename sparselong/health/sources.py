@@ -62,7 +62,7 @@ def probe_sources(config: Config, run_dir: Path) -> tuple[Source, tuple[Source, 
     """Return the base model and every dataset that the stages read."""
     hub = _Hub()
     base = _base(config, run_dir, hub)
-    data = [_data("training data", config.data.train, run_dir, hub)]
+    data = [_data("training data", share.source, run_dir, hub) for share in config.data.shares]
     if config.data.validation:
         data.append(_data("validation data", config.data.validation, run_dir, hub))
     data += [_task(name, hub) for name in config.evaluation.tasks]
@@ -111,7 +111,9 @@ def _is_prepared(name: str, run_dir: Path) -> bool:
         return False
     try:
         config = load_json(record)["config"]
-        return name in (config["train"], config["validation"])
+        train = config["train"]
+        named = [train] if isinstance(train, str) else [each["source"] for each in train]
+        return name in (*named, config["validation"])
     except (OSError, ValueError, KeyError, TypeError):  # opening the rows explains it
         return False
 

@@ -196,7 +196,7 @@ def make_plan(
     rate = timing.find_rate(None if device == "cpu" else gpu_name or "RTX 3090")
     disk = storage.disk_bytes(shape, config)
     disk["compress_work"] = 2 * stages.state_bytes(shape, config, device)
-    tokens, note = timing.training_tokens(config, _size(Path(config.data.train)))
+    tokens, note = timing.training_tokens(config, _data_size(config))
     ways = plan_ways(shape, config, gpu_bytes, device, host_budget_bytes)
     gpus = ways.replicated.devices if device == "cuda" else 1
     return Plan(
@@ -238,6 +238,12 @@ def _working_memory(
 def _size(path: Path) -> int | None:
     """Return the size of a file in bytes; None if it does not exist."""
     return path.stat().st_size if path.is_file() else None
+
+
+def _data_size(config: Config) -> int | None:
+    """Return the size of the training files in bytes; None if one is not on this machine."""
+    sizes = [_size(Path(share.source)) for share in config.data.shares]
+    return None if None in sizes else sum(filter(None, sizes))
 
 
 def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
@@ -285,9 +291,10 @@ def _files(
     tiny = config.model.base == "tiny"
     base_path = run_dir / "base" if tiny else config.model.base
     base = _row(base_path, disk["base"], "base model")
-    source = Path(config.data.train)
-    data_path = run_dir / "data" if config.data.train == "demo" else source
-    data = _row(data_path, _size(source) or 0, "conversations")
+    data = [
+        _row(run_dir / "data" if name == "demo" else name, _size(Path(name)) or 0, "conversations")
+        for name in (share.source for share in config.data.shares)
+    ]
     two, three = run_dir / "02_compress", run_dir / "03_finetune"
     model2 = _row(two / "model", disk["compressed_model"], "compressed model")
     work = _row(two / "work", disk["compress_work"], "temporary")
@@ -300,9 +307,9 @@ def _files(
     report = [_row(run_dir / name / "report.md", 0, "report")]
     return {
         "01_health": ([], report),
-        "02_compress": ([base, data], [*([base] if tiny else []), model2, masters, work]),
-        "03_finetune": ([model2, masters, data], [model3, *rest3]),
-        "04_eval": ([base, model2, model3, data], report),
+        "02_compress": ([base, *data], [*([base] if tiny else []), model2, masters, work]),
+        "03_finetune": ([model2, masters, *data], [model3, *rest3]),
+        "04_eval": ([base, model2, model3, *data], report),
     }[name]
 
 

@@ -58,9 +58,8 @@ def _named(
         if Path(row["path"]).parts[:1] in {("data",), *((stage,) for stage in STAGES)}:
             yield run_dir / row["path"], row
     for key, row in (manifest.get("sources") or {}).items():
-        source = {"data.train": config.data.train, "data.validation": config.data.validation}
-        if are_rows([row]) and source.get(key):
-            yield Path(source[key] or ""), row
+        if are_rows([row]) and key in config.data.named:
+            yield Path(config.data.named[key]), row
     if name == _COMPRESS:
         yield from _base_rows(config, run_dir, rows)
 

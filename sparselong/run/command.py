@@ -92,8 +92,8 @@ def parse_arguments(
     parser.add_argument("--force", action="store_true", help="redo a finished stage")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     if STAGES[name].previews:
-        text = "print a conversation with its supervised tokens marked, touch nothing"
-        parser.add_argument("--preview", metavar="FILE:LINE", help=text)
+        text = "print N conversations (or one) with supervised tokens marked, touch nothing"
+        parser.add_argument("--preview", metavar="N|FILE:LINE", help=text)
     if add_options is not None:
         add_options(parser)
     parser.set_defaults(preview=None)
@@ -132,7 +132,7 @@ def run_stage(
         show_plan: formats the plan for display.
         check: raises, before anything is changed, if the config cannot be executed here.
         keep_result: whether a finished stage is up to date; false repeats it on every call.
-        preview: (config, run directory, `FILE:LINE`) → document with `text`; changes nothing.
+        preview: (config, run directory, option) → document with `text`; changes nothing.
 
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
@@ -187,7 +187,7 @@ def _run(
 def prepare_caches(stage: Stage, check: Callable[[Config], object] | None = None) -> Path | None:
     """Check the config, and return where caches go if it is not where they usually are."""
     cache, config = stage.run_dir / "cache", stage.config
-    named = (config.model.base, config.data.train, config.data.validation or "")
+    named = (config.model.base, *config.data.named.values())
     moved = move_caches(cache, named)
     if check is not None:
         check(config)

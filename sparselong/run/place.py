@@ -143,10 +143,7 @@ def _stage_name(folder: Path) -> str:
 
 
 def _sources(config: Config) -> list[tuple[str, str]]:
-    found = [("model.base", config.model.base), ("data.train", config.data.train)]
-    return (
-        [*found, ("data.validation", config.data.validation)] if config.data.validation else found
-    )
+    return [("model.base", config.model.base), *config.data.named.items()]
 
 
 def _overlap(run_dir: Path, expected: str, found: str) -> ConfigError:

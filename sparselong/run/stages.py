@@ -29,7 +29,7 @@ class Declaration:
     Attributes:
         reads: earlier stages whose results it opens; they must be done first.
         sections: top-level config keys that affect its result, besides those of what it reads.
-        previews: whether its command line has `--preview FILE:LINE`.
+        previews: whether its command line has `--preview`.
         parts: whether it has several results, each in a directory of its own with a manifest.
     """
 

@@ -136,6 +136,7 @@ def _check_calibration(config: Config, train: Encoded) -> None:
         raise StageError(
             "the calibration data is shorter than one sequence",
             f"at least {wanted} tokens (calibration.sequence_len)",
-            f"{found} tokens in {len(train)} conversations of {config.data.train}",
+            f"{found} tokens in {len(train)} conversations of "
+            f"{' and '.join(share.source for share in config.data.shares)}",
             "use more training data, or lower calibration.sequence_len",
         )

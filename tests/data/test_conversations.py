@@ -2,6 +2,9 @@
 
 import datetime
 import json
+import random
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +28,9 @@ HARMONY = """{% for m in messages %}{% if m.role != 'assistant' %}
 
 
 def load_config(**data):
-    overrides = [f"data.{key}={value}" for key, value in data.items()]
+    overrides = [
+        f"{key}={value}" if key == "seed" else f"data.{key}={value}" for key, value in data.items()
+    ]
     return config_module.load("configs/tiny.yaml", overrides)
 
 
@@ -59,9 +64,10 @@ def tokenizer():
         ("{not json", "not JSON"),
         ("null", "null"),
         ("[1]", "list instead of an object"),
-        ('{"conversations": []}', "no list under `messages`"),
+        ('{"prompt": "x", "completion": "y"}', "no list under `messages`"),
+        ('{"conversations": []}', "no assistant turn"),
         ('{"messages": ["x"]}', "message 1 is a str"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool'"),
+        ('{"messages": [{"role": "critic", "content": "x"}]}', "role 'critic'"),
         ('{"messages": [{"role": "user", "content": null}]}', "NoneType, not text"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
         (
@@ -139,6 +145,79 @@ def test_split_is_seeded_complete_and_reused(tmp_path):
     assert files.validation.read_bytes() == again.validation.read_bytes()
     other_seed = config.model_copy(update={"seed": 1})
     assert validation != conversations.read(conversations.prepare(other_seed, tmp_path / "c")[1])
+
+
+def test_the_split_of_one_source_is_as_it_was(tmp_path):
+    """Runs of earlier versions must find the rows that they trained on."""
+    path = write_rows(tmp_path / "rows.jsonl", chats(40))
+    config = load_config(train=path, validation_fraction=0.1)
+    files = conversations.prepare(config, tmp_path / "a")
+    held_out = set(random.Random(config.seed).sample(range(40), 4))
+    lines = [row["origin"]["line"] for row in conversations.read(files.train)]
+    assert lines == [i + 1 for i in range(40) if i not in held_out]
+
+
+def mix(tmp_path, weights, **more):
+    """Return the prepared rows of three sources of 60, 20 and 20 rows, and what is told."""
+    sizes = {"a": 60, "b": 20, "c": 20}
+    shares = []
+    for (name, size), weight in zip(sizes.items(), weights, strict=True):
+        path = write_rows(tmp_path / f"{name}.jsonl", chats(size))
+        shares.append({"source": str(path)} | ({"weight": weight} if weight else {}))
+    config = load_config(train=json.dumps(shares), validation_fraction=0.1, **more)
+    run_dir = tmp_path / f"run {weights} {more}"
+    files = conversations.prepare(config, run_dir)
+    rows = [conversations.read(file) for file in files]
+    return [
+        Counter((Path(row["origin"]["source"]).stem, row["origin"]["line"]) for row in part)
+        for part in rows
+    ], conversations.read_remarks(run_dir)
+
+
+def of_source(counts, name):
+    return [count for (source, _), count in counts.items() if source == name]
+
+
+def test_several_sources_are_all_used(tmp_path):
+    (train, validation), said = mix(tmp_path, (None, None, None))
+    assert (train.total(), validation.total(), set(train.values())) == (90, 10, {1})
+    assert not set(train) & set(validation)
+    assert all("nearly repeat" in sentence for sentence in said)
+
+
+def test_weights_repeat_and_leave_out_rows(tmp_path):
+    (train, validation), said = mix(tmp_path, (1.0, 1.0, 8.0))
+    assert not set(train) & set(validation) and validation.total() == 10
+    sums = [sum(of_source(train, name)) for name in "abc"]
+    assert sums == [9, 9, 72] and train.total() == 90
+    assert set(of_source(train, "a")) == {1}
+    repeats = of_source(train, "c")
+    assert max(repeats) - min(repeats) <= 1 and len(repeats) == 20 - len(of_source(validation, "c"))
+    assert "9 training examples (10.0%)" in said[0] and "72 training examples (80.0%)" in said[2]
+    again, _ = mix(tmp_path, (1.0, 1.0, 8.0))
+    assert again == [train, validation]
+    assert mix(tmp_path, (1.0, 1.0, 8.0), seed=1)[0] != again
+
+
+def test_a_source_that_gets_no_example_is_refused(tmp_path):
+    with pytest.raises(StageError, match=r"b\.jsonl cannot have the weight 1e-05"):
+        mix(tmp_path, (1.0, 1e-5, 1.0))
+
+
+def test_a_changed_one_of_several_sources_is_refused(tmp_path):
+    mix(tmp_path, (1.0, 2.0, 3.0))
+    path = write_rows(tmp_path / "b.jsonl", chats(21))
+    shares = [
+        {"source": str(tmp_path / f"{name}.jsonl"), "weight": w}
+        for name, w in (("a", 1.0), ("b", 2.0), ("c", 3.0))
+    ]
+    config = load_config(train=json.dumps(shares), validation_fraction=0.1)
+    with pytest.raises(StageError, match=r"b\.jsonl has changed since"):
+        conversations.prepare(config, tmp_path / "run (1.0, 2.0, 3.0) {}")
+    write_rows(path, chats(20))
+    run_dir = tmp_path / "run (1.0, 2.0, 3.0) {}"
+    found = conversations.find_sources(config, run_dir)
+    assert [*found] == [f"data.train[{i}].source" for i in range(3)]
 
 
 def test_prepared_files_are_reused_rebuilt_or_refused(tmp_path):

@@ -72,3 +72,23 @@ def test_warning_counts_the_items_in_the_training_file(tmp_path):
     items = {"seen": [" ".join(WORDS[:15]), "other"], "unseen": ["other"]}
     (warning,) = contamination.list_warnings(items, path)
     assert "1 of the 2 items of seen" in warning
+
+
+def test_every_text_of_a_row_is_searched_and_token_rows_are_named(tmp_path):
+    words = " ".join(WORDS)
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": words}}]}
+    ask, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}
+    rows = (
+        {"text": words},
+        {"messages": [ask, call]},
+        {"messages": [ask, {**answer, "thinking": words}]},
+        {"input_ids": [1, 2]},
+    )
+    found = []
+    for row in rows:
+        path = tmp_path / "train.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        (warning,) = contamination.list_warnings({"seen": [words]}, path)
+        found.append(warning)
+    assert all("1 of the 1 items of seen" in warning for warning in found[:3])
+    assert "1 of 1 training rows are token ids" in found[3]

@@ -178,8 +178,11 @@ def test_preview_colours_supervised_tokens():
         def decode(self, tokens):
             return " ".join("abcdef"[t] for t in tokens)
 
-    text = supervision.preview([{"input_ids": [0, 1, 2], "labels": [-100, -100, 2]}], Words())
-    assert "\x1b[90ma b\x1b[0m\x1b[32mc\x1b[0m" in text
+    rows = [{"input_ids": [0, 1, 2], "labels": [-100, -100, 2]}]
+    end = "\n--- end: 3 tokens, 1 supervised ---\n"
+    text = supervision.preview(rows, Words(), colour=True)
+    assert f"\x1b[90ma b\x1b[0m\x1b[32mc\x1b[0m{end}" in text
+    assert f"a b⟦c⟧{end}" in supervision.preview(rows, Words())
 
 
 def test_the_script_refuses_without_stage_02(small_arguments, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import datetime
 import random
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -10,8 +11,14 @@ import torch
 
 from sparselong.compress.calibration import calibration_tokens
 from sparselong.config import Config, load
-from sparselong.data import conversations, encode_files, rendering_date, select_usable
-from sparselong.data.encoding import Encoded, EncodedFiles
+from sparselong.data import (
+    conversations,
+    describe_lengths,
+    encode_files,
+    rendering_date,
+    select_usable,
+)
+from sparselong.data.encoding import _SCHEMA, Encoded, EncodedFiles
 from sparselong.errors import StageError
 from sparselong.finetune.batches import Batches, take_tokens
 from sparselong.finetune.supervision import LabelledRows
@@ -25,6 +32,8 @@ def chat(question: str, answer: str, **more) -> dict:
 
 
 ROWS = [chat(f"Count to {n}.", " ".join(map(str, range(n)))) for n in range(1, 41)]
+
+OTHERS = [chat(f"Count down from {n}.", " ".join(map(str, range(n, 0, -1)))) for n in range(1, 41)]
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +154,7 @@ def test_an_interrupted_encoding_leaves_nothing_behind(config, tokenizer, tmp_pa
 
 
 def test_stages_03_and_04_leave_out_the_same_rows_and_say_so(config, tokenizer, tmp_path):
-    made = config(ROWS, validation=ROWS[10:20])
+    made = config(ROWS, validation=OTHERS[10:20])
     files = encode_files(made, tmp_path / "run", tokenizer)
     usable = select_usable(files, made.sequence_len)
     lengths = [count.tokens for count in files.validation.counts]
@@ -153,19 +162,21 @@ def test_stages_03_and_04_leave_out_the_same_rows_and_say_so(config, tokenizer, 
     assert 0 < len(usable.validation) < len(lengths)
     rows = LabelledRows(files.validation, usable.validation, made.seed)
     assert sorted(rows.numbers) == usable.validation
-    assert [text.partition(":")[0] for text in usable.left_out] == ["train", "validation"]
+    alike, *others = usable.left_out
+    assert "nearly repeat" in alike
+    assert [text.partition(":")[0] for text in others] == ["train", "validation"]
     left_out = len(lengths) - len(usable.validation)
-    assert f"{left_out} of 10 conversations left out: {left_out} longer than" in usable.left_out[1]
-    longer = config(ROWS, "sequence_len=4096", validation=ROWS[10:20])
+    assert f"{left_out} of 10 conversations left out: {left_out} longer than" in others[1]
+    longer = config(ROWS, "sequence_len=4096", validation=OTHERS[10:20])
     files = encode_files(longer, tmp_path / "run", tokenizer)
-    assert select_usable(files, 4096).left_out == []
+    assert select_usable(files, 4096).left_out == [alike]
 
 
 def test_thinking_that_the_template_drops_is_told_with_counts(config, tokenizer, tmp_path):
     twice = chat("One?", "Yes.", thinking="Dropped.")["messages"] * 2
     rows = [{"messages": [*twice, *chat("Two?", "No.", thinking="Kept.")["messages"]]}, *ROWS[:3]]
     files = encode_files(
-        config(rows, "sequence_len=4096", validation=ROWS[:3]), tmp_path / "run", tokenizer
+        config(rows, "sequence_len=4096", validation=OTHERS[:3]), tmp_path / "run", tokenizer
     )
     (told,) = select_usable(files, 4096).left_out
     assert told == (
@@ -253,3 +264,22 @@ def test_the_shortest_length_that_would_do_is_that_of_a_long_conversation(
     with pytest.raises(StageError) as refusal:
         select_usable(files, 16)
     assert f"sequence_len={min(count.tokens for count in files.train.counts)}," in refusal.value.fix
+
+
+def test_lengths_and_tokens_are_described():
+    lengths = {1: 2, 2: 1, 3: 1, 4: 1, 9: 4, 64: 1, 65: 7}
+    flags = [[n % 2 == 0] * n for n, times in lengths.items() for _ in range(times)]
+    rows = [{"input_ids": [1] * len(f), "supervised": f, "dropped_thinking": 0} for f in flags]
+    encoded = Encoded(Path("train.jsonl"), pyarrow.Table.from_pylist(rows, _SCHEMA))
+    said = describe_lengths(encoded, [*range(len(rows) - 7)])
+    assert said == [
+        "train: 10 conversations, 111 tokens, 70 of them supervised (63.1%); lengths 1 to 64, "
+        "half up to 4, 95 % up to 9",
+        f"  up to         1 tokens         2 {'#' * 20}",
+        f"  up to         2 tokens         1 {'#' * 10}",
+        f"  up to         4 tokens         2 {'#' * 20}",
+        "  up to         8 tokens         0",
+        f"  up to        16 tokens         4 {'#' * 40}",
+        "  up to        32 tokens         0",
+        f"  up to        64 tokens         1 {'#' * 10}",
+    ]

@@ -5,6 +5,7 @@ import pwd
 import pytest
 
 from sparselong.config import load
+from sparselong.config.schema import dump
 from sparselong.errors import ConfigError
 from tests.conftest import ROOT, load_script
 from tests.inputs.conftest import Outcome
@@ -181,3 +182,33 @@ def test_a_command_line_that_cannot_be_meant_is_explained(script, arguments, wor
     outcome = Outcome(load_script(script).main(arguments), *capfd.readouterr())
     outcome.assert_explained(*words)
     assert outcome.code == 2
+
+
+def test_several_sources_are_a_list_in_file_and_override(tmp_path):
+    text = "[{source: a.jsonl, weight: 1}, {source: 'b #2.csv', weight: 0.5}]"
+    config = load(TINY, [f"data.train={text}"])
+    named = {"data.train[0].source": "a.jsonl", "data.train[1].source": "b #2.csv"}
+    assert config.data.named == named
+    assert [share.weight for share in config.data.shares] == [1.0, 0.5]
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config))
+    assert load(path) == config
+    path.write_text("data:\n  train:\n  - source: x.parquet\n  validation: y\n")
+    assert load(path).data.named == {"data.train[0].source": "x.parquet", "data.validation": "y"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[{source: a, wieght: 3}]", "wieght: Extra inputs"),
+        ("[{source: a, weight: 0}]", "weight: Input should be greater than 0"),
+        ("[{weight: 1}]", "source: Field required"),
+        ("[{source: demo}]", "demo alone"),
+        ("[{source: a, weight: 1}, {source: b}]", "for each source, or for none"),
+        ("[{source: a}, {source: a}]", "each source once"),
+        ("[{source: ''}]", "source: a text that is not empty"),
+    ],
+)
+def test_lists_of_sources_are_refused_with_the_key(text, words):
+    with pytest.raises(ConfigError, match=rf"(?s)data\.train is not valid.*{words}"):
+        load(TINY, [f"data.train={text}"])

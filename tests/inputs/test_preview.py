@@ -44,10 +44,23 @@ def test_supervised_tokens_are_marked(preview, data):
     outcome = preview(f"{path}:1")
     assert outcome.code == 0, outcome.err
     assert f"{path}, line 1: " in outcome.out
-    assert "\x1b[32m<|channel|>final<|message|>Yes, one.<|end|>\x1b[0m" in outcome.out
-    assert "\x1b[32m<|channel|>final<|message|>No.<|return|>\x1b[0m" in outcome.out
+    assert "⟦<|channel|>final<|message|>Yes, one.<|end|>⟧" in outcome.out
+    assert "⟦<|channel|>final<|message|>No.<|return|>⟧\n--- end: " in outcome.out
     document = json.loads(preview(f"{path}:1", "--json", "data.train_on=all").out)
     assert document["tokens"] == document["supervised"] and document["used"]
+
+
+def test_the_first_conversations_of_the_training_data(preview, data):
+    rows = [ROWS[0], {"text": "Evil \x1b[2J\r\x07."}, {"instruction": "a", "output": "b"}] * 4
+    path = data(rows)
+    outcome = preview("3", f"data.train={path}")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("--- end: ") == 3 and outcome.out.count(f"{path}, line ") == 3
+    assert all(character.isprintable() or character == "\n" for character in outcome.out)
+    document = json.loads(preview("100", "--json", f"data.train={path}").out)
+    lines = [each["line"] for each in document["conversations"]]
+    assert len(lines) == 11 and lines == sorted(lines)  # one of twelve is held out
+    assert "⟦Evil \\x1b[2J\\x0d\\x07.<|endoftext|>⟧" in document["text"]
 
 
 def test_a_row_that_would_be_left_out_says_so(preview, data):
@@ -65,6 +78,7 @@ def test_a_row_that_would_be_left_out_says_so(preview, data):
         ("{path}:1.5", ("FILE:LINE",)),
         ("{path}:²", ("FILE:LINE",)),
         ("{path}:" + "9" * 5000, ("FILE:LINE",)),
+        ("0", ("a number from 1",)),
         (":1", ("FILE:LINE",)),
         ("", ("FILE:LINE",)),
         ("{path}:4", ("no line 4", "1 to 3")),

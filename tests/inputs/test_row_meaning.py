@@ -101,7 +101,7 @@ def test_text_parts_are_joined(read):
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        (assistant(tool_calls=[{"function": {"name": "f"}}]), "`tool_calls`"),
+        ({"messages": [{**USER, "tool_calls": [{"name": "f"}]}, ANSWER]}, "`tool_calls`"),
         (assistant(function_call={"name": "f"}), "`function_call`"),
         (assistant(images=["a.png"]), "`images`"),
         (assistant(recipient="functions.f"), "`recipient`"),
@@ -146,7 +146,7 @@ def test_text_parts_are_joined(read):
         (assistant(weight=0), "all have weight 0"),
         ({"messages": [{**USER, "weight": 1}, ANSWER]}, "message 1 (user) has weight 1"),
         ({**assistant(), "weight": 0}, "the row has weight 0"),
-        ({**assistant(), "tools": [{"name": "f"}]}, "`tools`"),
+        ({**assistant(), "functions": [{"name": "f"}]}, "`functions`"),
         ({**assistant(), "images": ["a.png"]}, "`images`"),
         ({**assistant(), "reasoning_effort": "max"}, "`reasoning_effort` is 'max'"),
         ({**assistant(), "reasoning_effort": 3}, "`reasoning_effort` is int"),
@@ -160,7 +160,7 @@ def test_text_parts_are_joined(read):
         ),
         ({**assistant(), "chat_template_kwargs": {"enable_thinking": True}}, "'enable_thinking'"),
         ({**assistant(), "chat_template_kwargs": "{}"}, "`chat_template_kwargs` is str"),
-        ({"messages": [USER, {"role": "tool", "content": "4"}, ANSWER]}, "role 'tool'"),
+        ({"messages": [USER, {"role": "tool", "content": "4"}, ANSWER]}, "no tool call"),
         ({"messages": [{"role": ["user"], "content": "4"}, ANSWER]}, "role ['user']"),
         ({"messages": "[]"}, "`messages` is str"),
         (
@@ -234,7 +234,7 @@ def test_ignored_keys_are_recorded_with_a_count(data, tmp_path):
     path = data([row, {**row, "label": None}, {"messages": [USER, ANSWER], "id": 8}])
     config = load(str(ROOT / "configs/tiny.yaml"), [f"data.train={path}"])
     conversations.prepare(config, tmp_path / "run")
-    (told,) = conversations.read_remarks(tmp_path / "run")
+    told, *_ = conversations.read_remarks(tmp_path / "run")
     assert "\n" not in told and str(path) in told
     for words in ("id (3 rows)", "score (2 rows)", "messages.name (2 rows)"):
         assert words in told

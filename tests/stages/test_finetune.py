@@ -336,7 +336,10 @@ def test_run_directory_has_the_documented_files(runs):
     adapter = json.loads((stage / "adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == name
     assert (stage / "loss.png").stat().st_size > 10_000
-    assert "\x1b[32m" in (stage / "supervision.txt").read_text()
+    log = (stage / "log.txt").read_text()
+    assert " of them supervised (" in log and " tokens " in log and "\x1b" not in log
+    shown = (stage / "supervision.txt").read_text()
+    assert "⟦<|channel|>final<|message|>" in shown and "\x1b" not in shown
     names = {path.name for path in (stage / "best").iterdir()}
     assert {"masks.safetensors", "adapter_model.safetensors", "optimizer.pt"} <= names
     assert not {name for name in names if name.startswith("model")}

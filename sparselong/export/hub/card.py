@@ -20,6 +20,13 @@ from sparselong.run import Stage, read_manifest
 
 EVALUATE = "04_eval"
 _TINY = "tiny"
+_TRAINED = {
+    "assistant": "the assistant's turns",
+    "final": "the assistant's answers without reasoning and tool calls",
+    "last_turn": "each conversation's last turn of the assistant",
+    "all": "every token",
+}
+"""What the loss is of, by `data.train_on`."""
 _APACHE = "apache-2.0"
 _MODELS = ("base", "compressed", "finetuned")
 _ATTENTION = re.compile(r"blk\.\d+\.attn_(q|k|v|output)\.weight")  # in GGUF files
@@ -63,7 +70,7 @@ def _make_data(stage: Stage, exports: Manifests) -> ModelCardData:
         base_model_relation=("adapter" if [*exports] == ["adapter"] else relation)
         if on_hub
         else None,
-        datasets=[one for one in (data.train, data.validation) if one and _is_on_hub(one)] or None,
+        datasets=[*filter(_is_on_hub, dict.fromkeys(data.named.values()))] or None,
         library_name="peft" if [*exports] == ["adapter"] else "transformers",
         pipeline_tag="text-generation",
         tags=["gpt-oss", "sparse-long", *exports],
@@ -226,15 +233,16 @@ def _describe_data(stage: Stage) -> str:
     config, manifest = stage.config.data, stage.manifests[origin_of(stage)]
     use = "Trained on" if origin_of(stage) == FINETUNE else "Calibrated with"
     lines = []
-    for key, name in (("train", config.train), ("validation", config.validation)):
-        if name:
-            row = manifest.get("sources", {}).get(f"data.{key}")
-            digest = f", sha256 `{row['sha256']}`" if isinstance(row, dict) else ""
-            words = use if key == "train" else "Validated on"
-            lines.append(f"- {words} `{_shown(name)}`{digest}.")
+    shares = {each.source: each.weight for each in config.shares}
+    for key, name in config.named.items():
+        row = manifest.get("sources", {}).get(key)
+        digest = f", sha256 `{row['sha256']}`" if isinstance(row, dict) else ""
+        words = "Validated on" if key == "data.validation" else use
+        weight = shares.get(name) if words == use else None
+        share = f", weight {weight:g}" if weight else ""
+        lines.append(f"- {words} `{_shown(name)}`{share}{digest}.")
     if origin_of(stage) == FINETUNE:
-        what = "the assistant's turns" if config.train_on == "assistant" else "every token"
-        lines.append(f"- Loss on {what}.")
+        lines.append(f"- Loss on {_TRAINED[config.train_on]}.")
     if "date" in manifest:
         lines.append(f"- The chat template rendered the date {manifest['date']}.")
     return "\n".join(lines)
