@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from benchmarks.record import newest
+from benchmarks.report.figures import group_by_case
 
 TEXT = """
 ## Exports
@@ -40,9 +41,7 @@ def write_section() -> str:
 
 
 def _write_machine(machine: str, document: dict[str, Any]) -> str:
-    cases: dict[str, dict[str, float]] = {}
-    for entry in document["rows"]:
-        cases.setdefault(json.dumps(entry["case"]), {})[entry["metric"]] = entry["value"]
+    cases = group_by_case(document)
     lines = [
         f"\n### {machine} (torch {document['versions']['torch']}, {document['date']}, "
         f"`{document['file']}`)\n",

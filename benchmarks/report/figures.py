@@ -22,6 +22,7 @@ import importlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -57,6 +58,14 @@ def is_shown(text: str, value: float) -> bool:
     number = float(text.replace(",", ""))
     decimals = len(text.partition(".")[2])
     return math.isclose(round(value, decimals), number, abs_tol=10.0**-decimals / 100)
+
+
+def group_by_case(document: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return a result file's figures by metric, for each case as JSON."""
+    cases: dict[str, dict[str, float]] = {}
+    for entry in document["rows"]:
+        cases.setdefault(json.dumps(entry["case"]), {})[entry["metric"]] = entry["value"]
+    return cases
 
 
 def name_machine(source: Source) -> str:

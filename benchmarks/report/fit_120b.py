@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.fit_120b import plan
 from benchmarks.record import newest
+from benchmarks.report.figures import group_by_case
 
 TEXT = """
 ## gpt-oss-120b on several 24 GB cards
@@ -50,9 +51,7 @@ def write_section() -> str:
 
 def write_machine(machine: str, document: dict[str, Any]) -> str:
     """Return one machine's tables of memory, speed and exchanges, with a row for each case."""
-    cases: dict[str, dict[str, float]] = {}
-    for entry in document["rows"]:
-        cases.setdefault(json.dumps(entry["case"]), {})[entry["metric"]] = entry["value"]
+    cases = group_by_case(document)
     whole = {text: found for text, found in cases.items() if "device_bytes" in found}
     head = (
         f"\n### {machine} (torch {document['versions']['torch']}, {document['date']}, "

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from benchmarks.record import newest
+from benchmarks.report.figures import group_by_case
 
 TEXT = """
 ## The four scripts on gpt-oss-120b's true widths
@@ -29,9 +30,7 @@ def write_section() -> str:
 
 
 def _write_machine(machine: str, document: dict[str, Any]) -> str:
-    cases: dict[str, dict[str, float]] = {}
-    for entry in document["rows"]:
-        cases.setdefault(json.dumps(entry["case"]), {})[entry["metric"]] = entry["value"]
+    cases = group_by_case(document)
     read = [(json.loads(text), figures) for text, figures in cases.items()]
     contrast = next(figures for case, figures in read if case.get("model") == "contrast")
     lines = [

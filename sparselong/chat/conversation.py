@@ -37,7 +37,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
 }
 _DOCUMENT = {"format", "version", "model", "settings", "messages"}
 _MOST_NAME_BYTES = 200
-"""File systems take 255, of which endings need some."""
+"""File systems allow 255; the rest is for the suffix."""
 Message = dict[str, Any]
 
 

@@ -13,7 +13,7 @@ ASK = ["--prompt", "Hi", "--max-new-tokens", "2", "--context", "200", "--seed", 
 
 @pytest.fixture
 def half(compressed_run, tmp_path):
-    """A run with stage 02, of which a test may break something."""
+    """A copy of a run with stage 02 done, which the test may damage."""
     return shutil.copytree(compressed_run, tmp_path / "run", symlinks=True)
 
 
