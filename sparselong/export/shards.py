@@ -89,6 +89,7 @@ def write_shards(stage: Stage, shards: Mapping[str, Shapes], parts: Parts) -> No
         _record(stage, rows)
         size = format_bytes(rows[file]["bytes"])
         stage.log(f"{file} ({number} of {len(shards)}): {size} written and read back")
+        stage.report("file", number, len(shards))
     stage.described += [{**row, "path": str((stage.dir / name).absolute())}
                         for name, row in rows.items()]  # fmt: skip
 

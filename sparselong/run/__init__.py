@@ -6,7 +6,7 @@ reads the config, locks the run directory, checks whether the stage is up to dat
 exist, executes the stage, and writes `manifest.json` last. parts.py does so for a stage with
 several results, session.py for a script that makes none. manifests.py reads what finished stages
 recorded, and changes.py compares the inputs with it. interruption.py makes signals end a block as
-interruptions.
+interruptions. progress.py shows how far a stage is, and log.py writes log.txt.
 """
 
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparselong.run.command import parse_arguments, run_stage
     from sparselong.run.directory import Stage
     from sparselong.run.interruption import interruptible
+    from sparselong.run.log import remove_control
     from sparselong.run.manifests import read_manifest
     from sparselong.run.parts import Choice, Part, run_parts
     from sparselong.run.session import run_session

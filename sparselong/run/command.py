@@ -22,15 +22,10 @@ from sparselong.config import Config, load
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.files import is_disk_full
 from sparselong.registration import OutputError, move_caches, set_streams
-from sparselong.run.directory import (
-    LOG,
-    Stage,
-    check_finished,
-    finish,
-    prepare,
-)
+from sparselong.run.directory import Stage, check_finished, finish, prepare
 from sparselong.run.interruption import Interruption, interruptible
 from sparselong.run.lock import locked, writing
+from sparselong.run.log import LOG, add_to_log
 from sparselong.run.place import (
     MANIFEST,
     STARTED,
@@ -219,7 +214,8 @@ def run_locked(
         with writing(cache):
             cache.mkdir(exist_ok=True)
         stage.log(f"caches go to {cache}: the home directory or a cache cannot be written")
-    execute(stage)
+    with stage.display:
+        execute(stage)
     interruption.check()  # before the manifest says that the stage is done
     return finish(stage, time.monotonic() - start)
 
@@ -254,8 +250,7 @@ def _note_failure(folder: Path, text: str) -> None:
     log = folder / LOG
     with suppress(OSError):
         if (log.parent / STARTED).exists():
-            with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} failed\n{text}\n")
+            add_to_log(log, f"failed\n{text}")
 
 
 def _rerun(name: str, folder: Path, arguments: argparse.Namespace) -> str:
