@@ -131,20 +131,21 @@ def _seconds_left(count: _Count, done: int, total: int, now: float) -> float | N
 
 def _start_bar() -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
 
-    console = Console(file=sys.stderr, markup=False, highlight=False, emoji=False)
+    whole, rest = Column(no_wrap=True), Column(ratio=1)  # a narrow terminal folds the note
     bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}", markup=False),
-        TextColumn("{task.fields[note]}", markup=False),
-        console=console,
+        TextColumn("{task.description}", markup=False, table_column=whole),
+        BarColumn(bar_width=12, table_column=whole),
+        MofNCompleteColumn(table_column=whole),
+        TextColumn("{task.fields[left]}", markup=False, table_column=whole),
+        TextColumn("{task.fields[note]}", markup=False, table_column=rest),
+        console=Console(file=sys.stderr, markup=False, highlight=False, emoji=False),
         refresh_per_second=_REDRAWS_PER_SECOND,
         redirect_stdout=False,
         transient=True,
+        expand=True,
     )
     bar.start()
     return bar

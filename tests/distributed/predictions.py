@@ -15,7 +15,7 @@ from sparselong.finetune.watching.predictions import Predictions
 from sparselong.model import NAME
 from sparselong.model.fused import chunk_loss
 from sparselong.model.loading import load_model
-from sparselong.parallel.apply import share_batch, shard_model
+from sparselong.parallel.apply import shard_model, share_batch
 from sparselong.parallel.mesh import Mesh, build_mesh
 from sparselong.processes import world
 from sparselong.runtime.settings import using

@@ -7,8 +7,8 @@ import numpy
 import pytest
 import torch
 
-from tests.distributed.predictions import collect, collect_with
 from tests.distributed.pool import Pool
+from tests.distributed.predictions import collect, collect_with
 
 FUNCTION = """
 import numpy

@@ -149,4 +149,4 @@ class Metrics(TrainerCallback):
         words = [f"loss {row['loss']:.4f}", f"{row['tokens_per_second']:,.0f} tokens/s"]
         words.append(f"{format_bytes(max(gpus, default=row['peak_bytes_host']))} at most")
         step = self.next_update(row["step"])
-        return ", ".join([*words, *([f"masks updated at step {step}"] if step else [])])
+        return ", ".join([*words, *([f"next mask update at {step}"] if step else [])])

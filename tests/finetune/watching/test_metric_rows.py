@@ -66,7 +66,7 @@ def test_rows_hold_the_known_values(tmp_path, capsys):
     what, done, total, note = json.loads(told[1].removeprefix(PROGRESS))
     assert (what, done, total) == ("training step", 1, 20)
     assert note.startswith("loss 2.0000, ") and " tokens/s, " in note
-    assert note.endswith("iB at most, masks updated at step 5")
+    assert note.endswith("iB at most, next mask update at 5")
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -78,7 +78,7 @@ class Wandb(ModuleType):
         super().__init__("wandb")
         self.rows, self.finished = [], 0
 
-    def Settings(self, **given):  # noqa: N802
+    def Settings(self, **given):
         return given
 
     def init(self, **given):
