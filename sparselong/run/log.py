@@ -8,7 +8,7 @@ from pathlib import Path
 
 LOG = "log.txt"
 _CONTROL = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours and cursor movements
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours and cursor movements
     r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # titles and links
     r"|\x1b[@-_]|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # tab and line feed may stay
 )

@@ -35,8 +35,8 @@ class Stopping(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Stop at a training loss; evaluations come here too, but `on_evaluate` sees them."""
-        if "loss" in (logs or {}):
-            self._compare("training", logs["loss"], state, control)
+        if "loss" in (logs or {}) and self._compare("training", logs["loss"], state, control):
+            control.should_evaluate = True  # the trainer has yet to look whether to evaluate
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Stop at a validation loss, or at the last of too many that are no lower."""
@@ -57,15 +57,16 @@ class Stopping(TrainerCallback):
                 control,
             )
 
-    def _compare(self, kind: str, loss: float, state, control) -> None:
-        if self.loss_target is not None and loss <= self.loss_target:
-            target = f"training.loss_target ({self.loss_target:g})"
-            self._stop(f"the {kind} loss {loss:.4f} has reached {target}", state, control)
+    def _compare(self, kind: str, loss: float, state, control) -> bool:
+        if self.loss_target is None or loss > self.loss_target:
+            return False
+        target = f"training.loss_target ({self.loss_target:g})"
+        self._stop(f"the {kind} loss {loss:.4f} has reached {target}", state, control)
+        return True
 
     def _stop(self, reason: str, state, control) -> None:
         if self.progress.stopped is not None:
             return
         self.progress.stopped = {"step": state.global_step, "reason": reason}
-        # A training loss is logged before the trainer looks whether to evaluate and to save.
-        control.should_evaluate = control.should_save = control.should_training_stop = True
+        control.should_save = control.should_training_stop = True
         tell(f"stopping at step {state.global_step}: {reason}")
