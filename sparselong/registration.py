@@ -40,6 +40,7 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "WANDB_MODE": "offline",
+    "WANDB_ERROR_REPORTING": "false",
     "TOKENIZERS_PARALLELISM": "false",
     # Its warnings, such as that there is no accelerator, go to stdout, which holds our results.
     "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",
@@ -122,7 +123,8 @@ class _Stream(io.FileIO):
 def set_streams() -> None:
     """Make stdout and stderr, also those of child processes, accept any text and never end a stage.
 
-    Characters that the encoding lacks are escaped. A closed stream discards what is written.
+    Characters that the encoding lacks are escaped. A closed stream discards what is written. Where
+    stderr is no terminal, libraries draw no progress bars, whose control characters nobody reads.
     """
     for descriptor in range(3):
         try:
@@ -148,6 +150,9 @@ def set_streams() -> None:
             setattr(sys, name, made)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if not sys.stderr.isatty():
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
     os.environ["PYTHONIOENCODING"] = "utf-8:backslashreplace"
     if "error" in os.environ.get("PYTHONWARNINGS", ""):
         os.environ["PYTHONWARNINGS"] = "default"

@@ -122,6 +122,7 @@ def record_base(stage: Stage, base: Checkpoint) -> None:
     size = sum(path.stat().st_size for path in paths)
     stage.log(f"hashing the base checkpoint ({len(paths)} files, {format_bytes(size)})")
     rows = []
+    stage.report("file hashed", 0, len(paths))
     for number, file in enumerate(paths, start=1):
         rows += describe_files([file], stage.run_dir)
         stage.report("file hashed", number, len(paths))
@@ -159,6 +160,7 @@ def _compress_layers(stage: Stage, inputs: Inputs, device: torch.device) -> None
         f"{states.layers_done} of {architecture.num_hidden_layers} layers already done"
     )
     _check_layers(stage, states.layers_done)
+    stage.report("layer", states.layers_done, architecture.num_hidden_layers)
     for index in range(states.layers_done, architecture.num_hidden_layers):
         _compress_layer(stage, base, architecture, index, states, device)
         states.save(index + 1)

@@ -63,8 +63,10 @@ class _Model(HFLM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         parent: Any = super()
         self.done, self.total = 0, len(requests)
+        self._count(0)
         found = parent.loglikelihood(requests, disable_tqdm=True)
-        self._count(self.total - self.done)  # one pass may answer several requests
+        if self.done < self.total:  # one pass may answer several requests
+            self._count(self.total - self.done)
         return found
 
     def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +76,7 @@ class _Model(HFLM):
         return logits
 
     def _count(self, rows: int) -> None:
-        if self.report is not None and rows:
+        if self.report is not None:
             self.done += rows
             self.report(self.done, self.total)
 

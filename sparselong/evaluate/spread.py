@@ -47,10 +47,11 @@ class Spread:
         """Yield the batches in groups of one for each process; the last ones may be empty."""
         missing: list[list[int]] = [[]] * (-len(batches) % self.size)
         batches = batches + missing
-        for first in range(0, len(batches), self.size):
-            yield batches[first : first + self.size]
-            if self.report is not None:
-                self.report(first // self.size + 1, len(batches) // self.size)
+        report, total = self.report or (lambda done, total: None), len(batches) // self.size
+        report(0, total)
+        for done in range(total):
+            yield batches[done * self.size : (done + 1) * self.size]
+            report(done + 1, total)
 
     def settings(self, texts: list[list[list[int]]]) -> AbstractContextManager[Any]:
         """Return a block with the settings of a pass.

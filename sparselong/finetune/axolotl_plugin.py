@@ -98,7 +98,6 @@ from sparselong.runtime import current, using
 
 _PREVIEW_ROWS = 3
 _ADAPTER_FILE = "adapter_model.safetensors"
-_FULL = {"reason": "all steps are done"}
 _PACKAGES = ("axolotl", "transformers", "peft", "torch", "accelerate", "datasets")
 
 
@@ -320,17 +319,7 @@ class SparseLongPlugin(BasePlugin):
                 "check the validation conversations and training.eval_steps; if log.txt says that "
                 "a checkpoint is damaged, train again: python 03_finetune.py --force",
             )
-        outcome = {
-            "best_checkpoint": Path(best).name,
-            "best_step": checkpoints.step_of(Path(best)),
-            "best_eval_loss": trainer.state.best_metric,
-            "steps": trainer.state.global_step,
-            "stopped": trainer.progress.stopped or _FULL,
-            "mask_updates": trainer.progress.mask_updates,
-            "peak_bytes": ranks.merge_peaks(trainer.progress.note_peaks()),
-            "experts": self._check_experts(trainer),
-            "copied_input_bytes": ranks.collect(self.recomputation.inputs.copied_bytes),
-        }
+        outcome = self._describe_training(trainer, Path(best))
         if ranks.is_first():
             write_atomically(work / TRAINED, json.dumps({"newest": trainer.newest}) + "\n")
             tell(f"baking {Path(best).name} (validation loss {trainer.state.best_metric:.4f})")
@@ -353,6 +342,20 @@ class SparseLongPlugin(BasePlugin):
             outcome["files"] = self.run.describe_result()
             write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")
         ranks.leave()
+
+    def _describe_training(self, trainer: MaskedTrainer, best: Path) -> dict[str, Any]:
+        """Return what baked.json says of the training; collective."""
+        return {
+            "best_checkpoint": best.name,
+            "best_step": checkpoints.step_of(best),
+            "best_eval_loss": trainer.state.best_metric,
+            "steps": trainer.state.global_step,
+            "stopped": trainer.progress.stopped or {"reason": "all steps are done"},
+            "mask_updates": trainer.progress.mask_updates,
+            "peak_bytes": ranks.merge_peaks(trainer.progress.note_peaks()),
+            "experts": self._check_experts(trainer),
+            "copied_input_bytes": ranks.collect(self.recomputation.inputs.copied_bytes),
+        }
 
     def _check_experts(self, trainer: MaskedTrainer) -> dict[str, Any]:
         """Return where the experts are, with a receipt if that is the host; collective."""

@@ -51,6 +51,8 @@ from sparselong.processes import report_progress, tell
 from sparselong.processes import world as ranks
 from sparselong.runtime import Settings, using
 
+_VALIDATION = "validation batch"
+
 
 class MaskedTraining(Trainer):
     """The Trainer overrides listed above; a subclass sets `run` and `mesh`.
@@ -70,7 +72,6 @@ class MaskedTraining(Trainer):
     writing: Path | None = None
     newest: str | None = None
     whole: gathering.Whole | None = None
-    predictions: Predictions | None = None
     args: Any
     model: Any
     processing_class: Any
@@ -80,6 +81,7 @@ class MaskedTraining(Trainer):
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
         self.args.save_total_limit = None  # transformers removes any name with checkpoint-N in it
         self.progress = state.Progress()
+        self.predictions: Predictions | None = None
         self.bake_only = self.run.is_trained()
         if self.mesh is not None:
             self.progress.data_ranks = self.mesh.data_size
@@ -235,9 +237,10 @@ class MaskedTraining(Trainer):
 
     def _measure_all(self, dataloader: DataLoader) -> Iterator[tuple[torch.Tensor, Any]]:
         """Yield what `_measure` returns for each batch, and show how far the evaluation is."""
+        report_progress(_VALIDATION, 0, len(dataloader))
         for number, batch in enumerate(dataloader, 1):
             yield self._measure(batch)
-            report_progress("validation batch", number, len(dataloader))
+            report_progress(_VALIDATION, number, len(dataloader))
 
     def _measure(self, batch: Any) -> tuple[torch.Tensor, Any]:
         """Return the sum of token losses over this rank's shard of a batch, and the shard."""

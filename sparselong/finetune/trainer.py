@@ -276,7 +276,6 @@ def _publish(stage: Stage) -> None:
     point_to(stage.dir / "best", f"checkpoints/{baked['best_checkpoint']}", stage.log)
     train = [row for row in rows if "loss" in row]
     curve = {row["step"]: row["eval_perplexity"] for row in rows if "eval_perplexity" in row}
-    custom = {row["step"]: row["metrics"] for row in rows if "metrics" in row}
     plot.draw(rows, baked["mask_updates"], baked["best_step"], stage.dir / "loss.png")
     stage.peak_bytes |= baked["peak_bytes"]
     stage.metrics |= {
@@ -305,14 +304,19 @@ def _publish(stage: Stage) -> None:
         "peak_host_bytes": baked["peak_bytes"]["host"],
         "peak_device_bytes": {k: v for k, v in baked["peak_bytes"].items() if k != "host"},
     }
-    if custom:
-        stage.metrics["metrics"] = custom
-    if "baked_metrics" in baked:
-        stage.metrics["baked_metrics"] = baked["baked_metrics"]
-    if "expert_rounding" in baked:
-        stage.metrics |= {
-            "expert_rounding": baked["expert_rounding"],
-            "baked_eval_perplexity": math.exp(baked["baked_eval_loss"]),
-        }
+    stage.metrics |= _list_optional(baked, rows)
     names = ("model", "adapter", AXOLOTL_YAML, RECEIPT, METRICS, "loss.png", SUPERVISION)
     stage.outputs = [stage.dir / name for name in names]
+
+
+def _list_optional(baked: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the metrics of a run with a function of the user's, and of one with tuned experts."""
+    found = {}
+    if custom := {row["step"]: row["metrics"] for row in rows if "metrics" in row}:
+        found["metrics"] = custom
+    if "expert_rounding" in baked:
+        found["expert_rounding"] = baked["expert_rounding"]
+        found["baked_eval_perplexity"] = math.exp(baked["baked_eval_loss"])
+    if "baked_metrics" in baked:
+        found["baked_metrics"] = baked["baked_metrics"]
+    return found

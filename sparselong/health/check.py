@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from sparselong.config import Config
 from sparselong.errors import ConfigError, StageError
+from sparselong.figures import format_bytes
 from sparselong.files import is_local
 from sparselong.health import resources
 from sparselong.health.inputs import Finding
@@ -23,7 +24,6 @@ from sparselong.memory import (
     Plan,
     check_heads,
     describe_layers,
-    format_bytes,
     least_peak_bytes,
     process_tokens,
     rows_at_once,

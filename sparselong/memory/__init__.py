@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.figures import format_bytes, format_seconds
     from sparselong.memory.base_config import check_token_ids, read_base_config
     from sparselong.memory.fit import (
         check_fit,

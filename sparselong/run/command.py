@@ -237,7 +237,7 @@ def show_manifest(manifest: dict[str, Any]) -> str:
     for key, value in manifest["metrics"].items():
         if isinstance(value, dict) and all(not isinstance(v, (dict, list)) for v in value.values()):
             unit = "_bytes" if "bytes" in key.split("_") else ""
-            figures = (f"{name} {format_figure(name + unit, v)}" for name, v in value.items())
+            figures = (f"{name} {format_figure(f'{name}{unit}', v)}" for name, v in value.items())
             rows.append(f"  {key}: {', '.join(figures)}")
         elif not isinstance(value, (dict, list)):
             rows.append(f"  {key}: {format_figure(key, value)}")

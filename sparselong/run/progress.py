@@ -2,8 +2,9 @@
 
 A stage says what it counts, how far it is and what else is worth knowing (`Display.show`). On a
 terminal that is a bar with the time left, and messages are printed above it. Anywhere else, and in
-log.txt, it is plain lines, at most one in LINE_SECONDS for each thing that is counted, and one at
-its end. rich is imported for a terminal alone, and draws the bar once a second in its own thread.
+log.txt, it is plain lines: one in LINE_SECONDS for each thing that is counted, and one at the end
+of what took longer. rich is imported for a terminal alone, and draws the bar once a second in its
+own thread.
 
 Trainers and ranks are processes of their own: what they report reaches the stage through
 processes/marks.py. What a display writes to a terminal that is gone is dropped
@@ -33,13 +34,13 @@ class _Count:
     Attributes:
         first: how many were done when it was first reported; a resumed run begins in the middle.
         since: when that was.
-        told: when a line was last due; None before.
+        told: when a line was last due, at first as `since`.
         task: rich's number of the bar; None without one.
     """
 
     first: int
     since: float
-    told: float | None = None
+    told: float
     task: Any = None
 
 
@@ -79,7 +80,8 @@ class Display:
 
         Args:
             what: what is counted, such as `layer`.
-            done: how many are done, between 0 and `total`.
+            done: how many are done, between 0 and `total`; the first report, which starts the
+                clock, has what was done before.
             total: how many there are.
             note: what else is worth knowing, as a person reads it.
 
@@ -90,7 +92,7 @@ class Display:
             now = time.monotonic()
             count = self._counts.get(what)
             if count is None or done < count.first:  # counted again, as for the next model
-                count = self._counts[what] = _Count(done, now, task=count and count.task)
+                count = self._counts[what] = _Count(done, now, now, count and count.task)
             left = _seconds_left(count, done, total, now)
             rest = "" if left is None or done >= total else f"{format_seconds(left)} left"
             if self._is_live:
@@ -99,7 +101,7 @@ class Display:
                 del self._counts[what]
                 if not self._counts:
                     self._end_bar()
-            elif count.told is not None and now - count.told < LINE_SECONDS:
+            if now - (count.since if done >= total else count.told) < LINE_SECONDS:
                 return None
             count.told = now
         line = f"{what} {done:,}/{total:,}" + "".join(f", {each}" for each in (note, rest) if each)

@@ -7,7 +7,7 @@ import pytest
 
 from sparselong.config import load
 from sparselong.processes.process import run_trainer
-from sparselong.run import Stage
+from sparselong.run import Stage, progress
 from tests.conftest import ROOT
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -29,13 +29,15 @@ def stage(tmp_path) -> Stage:
     return made
 
 
-def test_marked_lines_are_shown_and_progress_is_reported(stage, capsys):
+def test_marked_lines_are_shown_and_progress_is_reported(stage, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     with stage.display:
         run_trainer(stage, [sys.executable, "-c", TRAINER])
     shown = capsys.readouterr().err.splitlines()
     assert shown == [
         *("é → 漢", "second line"),
-        *("training step 1/3, loss 1.5 é", "training step 3/3, loss 3.5 é"),
+        *("training step 1/3, loss 1.5 é", "training step 2/3, loss 2.5 é, 0 s left"),
+        "training step 3/3, loss 3.5 é",
     ]
     log = (stage.dir / "log.txt").read_text()
     assert not CONTROL.search(log)

@@ -23,7 +23,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 STAGE = r"""
 import os, sys, time
 from pathlib import Path
-from sparselong.run import run_stage
+from sparselong.run import progress, run_stage
+progress.LINE_SECONDS = 0.0
 def execute(stage):
     for number in range(1, 6):
         stage.report("layer", number, 5, f"loss {number}.5")
@@ -38,6 +39,20 @@ if sys.argv.pop(1) == "nohup":
     import signal
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 sys.exit(run_stage("02_compress", "", None, execute, lambda c, r, n: {"stage": n}, str))
+"""
+
+
+BAR = r"""
+import sys, time
+from pathlib import Path
+from sparselong.run.progress import Display
+with Display() as display:
+    display.show("layer", 1, 9, "loss 2.5, 1,234 tokens/s")
+    time.sleep(1.1)
+    begun = time.process_time()
+    time.sleep(2.0)
+    Path("used").write_text(str((time.process_time() - begun) / 2.0))
+print("done in", file=sys.stderr)
 """
 
 
@@ -61,9 +76,8 @@ def test_lines_are_few_and_say_how_long_it_will_take(clock, stage, capsys):
             clock[0] += 1.0
             stage.report("layer", number, 100, f"loss {number}")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "layer 1/100, loss 1"  # there is no pace yet
-    assert lines[1] == "layer 11/100, loss 11, 89 s left"
-    assert lines[-1] == "layer 100/100, loss 100" and len(lines) == 11
+    assert lines[0] == "layer 11/100, loss 11, 89 s left"
+    assert lines[-1] == "layer 100/100, loss 100" and len(lines) == 10
     log = (stage.dir / "log.txt").read_text().splitlines()
     assert [line[20:] for line in log] == lines
 
@@ -73,15 +87,24 @@ def test_a_resumed_run_estimates_from_where_it_began(clock, capsys):
     display.show("step", 90, 1000)
     clock[0] += 100.0
     assert display.show("step", 100, 1000) == "step 100/1,000, 2.5 h left"
+    assert display.show("step", 3, 1000) is None  # the next model, from its own beginning
     clock[0] += 100.0
-    assert display.show("step", 3, 1000) == "step 3/1,000"  # the next model is counted anew
+    assert display.show("step", 4, 1000) == "step 4/1,000, 27.7 h left"
 
 
-def test_each_thing_has_its_own_lines(clock, capsys):
+def test_each_thing_has_its_own_lines_and_what_is_done_soon_has_none(clock, capsys):
     display = Display()
-    shown = [display.show("step", 1, 9), display.show("batch", 1, 2), display.show("batch", 2, 2)]
-    assert shown == ["step 1/9", "batch 1/2", "batch 2/2"]
-    assert display.show("step", 2, 9) is None and display.show("batch", 1, 2) == "batch 1/2"
+    assert [display.show("step", 0, 9), display.show("batch", 0, 2)] == [None, None]
+    clock[0] += 6.0
+    assert [display.show("step", 1, 9), display.show("batch", 2, 2)] == [None, None]
+    clock[0] += 6.0
+    assert display.show("step", 2, 9) == "step 2/9, 42 s left"
+    assert display.show("batch", 0, 2) is None
+    clock[0] += 11.0
+    assert [display.show("batch", 2, 2), display.show("batch", 0, 2)] == ["batch 2/2", None]
+    clock[0] += 1.0
+    assert display.show("step", 9, 9) == "step 9/9"
+    assert len(capsys.readouterr().err.splitlines()) == 3
 
 
 def test_a_log_has_no_control_characters(tmp_path):
@@ -92,9 +115,9 @@ def test_a_log_has_no_control_characters(tmp_path):
 
 
 class Terminal:
-    """A stage of STAGE in a pseudo-terminal of its own."""
+    """Python code, by default that of STAGE, in a pseudo-terminal of its own."""
 
-    def __init__(self, folder: Path, *words: str, width: int = 100, term: str = "xterm"):
+    def __init__(self, folder: Path, *words: str, term: str = "xterm", code: str = STAGE):
         self.folder, self.seen = folder, b""
         self.process, self.master = pty.fork()
         if not self.process:
@@ -103,9 +126,9 @@ class Terminal:
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": term}
             environment.pop("NO_COLOR", None)
             arguments = ["--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", "run"]
-            command = [sys.executable, "-c", STAGE, *words, *arguments]
+            command = [sys.executable, "-c", code, *words, *arguments]
             os.execve(sys.executable, command, environment)
-        size = struct.pack("HHHH", 24, width, 0, 0)
+        size = struct.pack("HHHH", 24, 100, 0, 0)
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, size)
 
     def read_until(self, text: bytes) -> None:
@@ -180,3 +203,11 @@ def test_progress_costs_less_than_a_hundredth_of_a_step(clock, stage):
             clock[0] += 0.25
             stage.report("training step", number, 1000, "loss 2.5, 1,234 tokens/s")
     assert (time.process_time() - begun) / 1000 < 0.01 * 0.251
+
+
+def test_a_bar_that_is_drawn_costs_less_than_a_hundredth_of_the_time(tmp_path):
+    """It shares the interpreter with stages 02 and 04."""
+    terminal = Terminal(tmp_path, code=BAR)
+    terminal.read_until(b"done in")
+    assert terminal.end() == 0 and "━".encode() in terminal.seen
+    assert 0.0 < float((tmp_path / "used").read_text()) < 0.01

@@ -105,6 +105,7 @@ def write_file(stage: Stage, path: Path, source: Source, layout: Layout) -> None
                 file.write(layout.header)
             else:
                 stage.log(f"{FILE}: {done} of {len(layout.tensors)} tensors are kept")
+            stage.report("tensor", done, len(layout.tensors))
             for number, tensor in enumerate(layout.tensors[done:], start=done + 1):
                 for part in encoded_parts(source, tensor):
                     file.write(part.data.numpy().data)

@@ -76,11 +76,10 @@ class MetricFunction:
             found = self._call(predictions, labels)
         except Exception as error:
             raise self._explain(error, f"failed in {self.name}", _SHAPE) from error
-        if isinstance(found, numbers.Real | numpy.number):
+        if isinstance(found, numbers.Real):
             found = {self.name: found}
         if not isinstance(found, Mapping) or not all(
-            isinstance(key, str) and isinstance(value, numbers.Real | numpy.number)
-            for key, value in found.items()
+            isinstance(key, str) and isinstance(value, numbers.Real) for key, value in found.items()
         ):
             raise StageError(
                 f"training.metrics: {self.name} of {self.file} returned no figures",
@@ -88,8 +87,7 @@ class MetricFunction:
                 repr(found)[:200],
                 "correct it, then run the same command again",
             )
-        figures = {key: float(value) for key, value in found.items()}
-        return {key: value if math.isfinite(value) else None for key, value in figures.items()}
+        return {key: _as_json(value) for key, value in found.items()}
 
     def _explain(self, error: Exception, what: str, expected: str) -> StageError:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if self._is_own(frame)]
@@ -103,3 +101,9 @@ class MetricFunction:
 
     def _is_own(self, frame: traceback.FrameSummary) -> bool:
         return Path(frame.filename) == self.file
+
+
+def _as_json(value: Any) -> int | float | None:
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if math.isfinite(value) else None

@@ -13,10 +13,10 @@ import torch
 from transformers import TrainerCallback
 
 from sparselong.errors import StageError
+from sparselong.figures import format_bytes, format_figure
 from sparselong.finetune.state import Progress
 from sparselong.finetune.watching.predictions import Predictions
 from sparselong.finetune.watching.trackers import Tracker
-from sparselong.memory import format_bytes
 from sparselong.processes import report_progress, tell
 
 _STEP = "training step"
@@ -55,6 +55,7 @@ class Metrics(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Continue from a resumed run's counters."""
+        report_progress(_STEP, state.global_step, state.max_steps)
         self.tokens, self.updates = self.progress.tokens, len(self.progress.mask_updates)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -84,7 +85,7 @@ class Metrics(TrainerCallback):
             found = self.predictions.figures if self.predictions is not None else {}
             row |= {"metrics": found} if found else {}
             told = [f"validation perplexity {row['eval_perplexity']:.4f}"]
-            told += [f"{name} {value}" for name, value in found.items()]
+            told += [f"{name} {format_figure(name, value)}" for name, value in found.items()]
             tell(f"step {state.global_step}: {', '.join(told)}")
         else:
             return

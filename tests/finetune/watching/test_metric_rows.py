@@ -62,8 +62,10 @@ def test_rows_hold_the_known_values(tmp_path, capsys):
     metrics.on_train_end(None, at(1), control())
     assert tracker.closed == 1
     told = capsys.readouterr().out.splitlines()
-    assert "step 0: validation perplexity 8.0000, accuracy 0.5, odd None" in told[0]
-    what, done, total, note = json.loads(told[1].removeprefix(PROGRESS))
+    assert "step 0: validation perplexity 8.0000, accuracy 0.5, odd None" in told[1]
+    begun, last = (json.loads(each.removeprefix(PROGRESS)) for each in (told[0], told[2]))
+    assert begun == ["training step", 0, 20, ""]
+    what, done, total, note = last
     assert (what, done, total) == ("training step", 1, 20)
     assert note.startswith("loss 2.0000, ") and " tokens/s, " in note
     assert note.endswith("iB at most, next mask update at 5")

@@ -108,6 +108,7 @@ def test_nothing_is_uploaded_unless_the_environment_says_so():
     import os
 
     assert os.environ["WANDB_MODE"] == "offline"
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false" and os.environ["DO_NOT_TRACK"] == "1"
 
 
 def test_trackio_gets_every_figure(tmp_path, monkeypatch):
