@@ -164,8 +164,9 @@ def _compress_layers(stage: Stage, inputs: Inputs, device: torch.device) -> None
     for index in range(states.layers_done, architecture.num_hidden_layers):
         _compress_layer(stage, base, architecture, index, states, device)
         states.save(index + 1)
-        used = format_bytes(max(read_peaks().values()))
-        stage.report("layer", index + 1, architecture.num_hidden_layers, f"{used} at most")
+        host, *gpus = read_peaks().values()
+        peak = format_bytes(max(gpus, default=host))
+        stage.report("layer", index + 1, architecture.num_hidden_layers, f"peak {peak}")
 
 
 def _check_layers(stage: Stage, count: int) -> None:

@@ -57,7 +57,7 @@ _EVERY = r"log(\.rank\d+)?\.txt|failure(\.rank\d+)?\.json|(started|manifest|mach
 _PREPARED: Mapping[str, str] = {
     "02_compress": r"base\.json",
     "03_finetune": r"axolotl\.yaml|supervision\.txt|metrics\.jsonl|receipt\.json|axolotl/.+|"
-    r"(tensorboard|wandb)/.+",
+    r"tensorboard/[^/]+|wandb/(latest-run|.+\.(wandb|log|txt|json|yaml))",
     "04_eval": r"work\.json|tasks/.+",
 }
 """What a stage writes before its work, and makes again whenever it is started."""

@@ -148,6 +148,6 @@ class Metrics(TrainerCallback):
         """Return a training row's figures as a person reads them."""
         gpus = [count for name, count in row.items() if name.startswith("peak_bytes_cuda")]
         words = [f"loss {row['loss']:.4f}", f"{row['tokens_per_second']:,.0f} tokens/s"]
-        words.append(f"{format_bytes(max(gpus, default=row['peak_bytes_host']))} at most")
+        words.append(f"peak {format_bytes(max(gpus, default=row['peak_bytes_host']))}")
         step = self.next_update(row["step"])
         return ", ".join([*words, *([f"next mask update at {step}"] if step else [])])

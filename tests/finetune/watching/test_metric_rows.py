@@ -67,8 +67,8 @@ def test_rows_hold_the_known_values(tmp_path, capsys):
     assert begun == ["training step", 0, 20, ""]
     what, done, total, note = last
     assert (what, done, total) == ("training step", 1, 20)
-    assert note.startswith("loss 2.0000, ") and " tokens/s, " in note
-    assert note.endswith("iB at most, next mask update at 5")
+    assert note.startswith("loss 2.0000, ") and " tokens/s, peak " in note
+    assert note.endswith("iB, next mask update at 5")
 
 
 def test_other_ranks_write_nothing(tmp_path):
