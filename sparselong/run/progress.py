@@ -112,9 +112,10 @@ class Display:
     def _draw(self, count: _Count, what: str, done: int, total: int, note: str, left: str) -> None:
         if self._bar is None:
             self._bar = _start_bar()
+        figures: dict[str, Any] = {"completed": done, "total": total, "note": note, "left": left}
         if count.task is None:
-            count.task = self._bar.add_task(what, total=total, note=note, left=left)
-        self._bar.update(count.task, completed=done, total=total, note=note, left=left)
+            count.task = self._bar.add_task(what, **figures)
+        self._bar.update(count.task, **figures)
         if done >= total:
             self._bar.remove_task(count.task)
 

@@ -101,7 +101,9 @@ class Metrics(TrainerCallback):
             tracker.log(row)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Close the trackers."""
+        """End the progress, which may be before its last step, and close the trackers."""
+        if state.global_step < state.max_steps:
+            report_progress(_STEP, state.global_step, state.global_step)
         for tracker in self.trackers or ():
             tracker.close()
 

@@ -50,8 +50,9 @@ class Stopping(TrainerCallback):
         progress.waited += 1
         if self.patience is not None and progress.waited >= self.patience:
             above = f" by more than {self.threshold:g}" * bool(self.threshold)
+            count = f"{progress.waited} evaluation{'s' * (progress.waited > 1)}"
             self._stop(
-                f"{progress.waited} evaluations without a validation loss below "
+                f"{count} without a validation loss below "
                 f"{progress.lowest_loss:.4f}{above} (training.early_stopping_patience)",
                 state,
                 control,

@@ -60,10 +60,12 @@ def test_rows_hold_the_known_values(tmp_path, capsys):
     assert second["tokens_per_second"] > 0 and second["peak_bytes_host"] > 0
     assert tracker.rows == rows
     metrics.on_train_end(None, at(1), control())
-    assert tracker.closed == 1
+    assert tracker.closed == 1  # and the count, which was stopped early, has ended
     told = capsys.readouterr().out.splitlines()
     assert "step 0: validation perplexity 8.0000, accuracy 0.5, odd None" in told[1]
-    begun, last = (json.loads(each.removeprefix(PROGRESS)) for each in (told[0], told[2]))
+    reports = (told[0], told[2], told[3])
+    begun, last, end = (json.loads(each.removeprefix(PROGRESS)) for each in reports)
+    assert end == ["training step", 1, 1, ""]
     assert begun == ["training step", 0, 20, ""]
     what, done, total, note = last
     assert (what, done, total) == ("training step", 1, 20)

@@ -76,7 +76,10 @@ def test_patience_counts_evaluations_in_a_row(patience, threshold, losses, stops
             break
     assert stopped == stops_after
     if stopped:
-        assert f"{patience} evaluations without" in run.progress.stopped["reason"]
+        count = "1 evaluation" if patience == 1 else f"{patience} evaluations"
+        assert run.progress.stopped["reason"].startswith(f"{count} without a validation loss")
+        assert f"below {min(losses[:stopped]):.4f}" in run.progress.stopped["reason"] or threshold
+        assert "early_stopping_patience" in run.progress.stopped["reason"]
         assert run.progress.stopped["step"] == stopped
 
 
