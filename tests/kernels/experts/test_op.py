@@ -112,9 +112,9 @@ def interpreted(forked_python) -> dict[str, dict[str, float]]:
 
 
 def test_interpreted_kernels_agree_with_fp64(interpreted):
-    others = ("decoding", "held")
+    others = ("decoding", "held", "refused", "sorted")
     cases = {name: errors for name, errors in interpreted.items() if name not in others}
-    assert len(cases) == 20
+    assert len(cases) == 18
     for name, errors in cases.items():
         for result, error in errors.items():
             assert error < 1e-6, f"{name}: {result} is off by {error:.1e}"
@@ -122,6 +122,14 @@ def test_interpreted_kernels_agree_with_fp64(interpreted):
 
 def test_interpreted_decoding_is_exact_for_every_byte_and_scale(interpreted):
     assert interpreted["decoding"] == {"inexact": 0}
+
+
+def test_interpreted_sort_is_stable_over_blocks_and_lists_every_tile(interpreted):
+    assert all(all(found.values()) for found in interpreted["sorted"]), interpreted["sorted"]
+
+
+def test_interpreted_sort_asserts_that_every_index_is_an_experts(interpreted):
+    assert interpreted["refused"] == [-2, -1, 5, 6, 7, 1 << 32]
 
 
 def test_without_gradients_gate_up_output_is_freed_before_down_runs(interpreted):
