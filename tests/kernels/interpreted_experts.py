@@ -86,6 +86,9 @@ def run(case: Case, backend: str) -> dict[str, float]:
     made: Any = triton_launch.run_forward(call, operands, out, keep=True)
     triton_launch.run_forward(call, operands, inferred, keep=False)
     assert torch.equal(inferred, out)
+    added, residual = torch.full_like(out, torch.nan), torch.randn_like(out)
+    triton_launch.run_forward(call, operands, added, keep=False, residual=residual)
+    assert torch.equal(added, residual + out)
     gate_up, routing = made
     saved = triton_launch.SavedForward(lambda: (gate_up, None), routing, *call[1:])
     gradients = triton_launch.Gradients(dx, dweights, (True, True))

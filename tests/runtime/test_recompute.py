@@ -146,7 +146,7 @@ def experts(forked_python) -> dict[str, dict]:
     return run_interpreted(forked_python, "interpreted_recompute")
 
 
-@pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
+@pytest.mark.parametrize("kind", ["plain", "residual", "biases", "adapters"])
 def test_kept_experts_skip_the_gate_up_product_with_equal_gradients(experts, kind):
     found = experts[kind]
     assert found["finite"] and found["equal"] and found["equal_again"]
@@ -162,7 +162,7 @@ def test_kept_experts_skip_the_gate_up_product_with_equal_gradients(experts, kin
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
+@pytest.mark.parametrize("kind", ["plain", "residual", "biases", "adapters"])
 def test_gradients_have_the_strides_of_their_tensors(experts, kind):
     """Adapters are views of PEFT's matrices; gradients in another layout would be copied."""
     assert experts[kind]["laid_out_alike"]
@@ -173,7 +173,7 @@ def test_the_set_of_trained_tensors_changes_no_gradient(experts):
     assert len(experts["some"]) == 6 and all(experts["some"].values())
 
 
-@pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
+@pytest.mark.parametrize("kind", ["plain", "residual", "biases", "adapters"])
 def test_an_interrupted_backward_pass_does_not_affect_the_next(experts, kind):
     """After running out of memory in one slice, later slices' results must not be mixed up."""
     assert experts[kind]["equal_after_failure"]

@@ -212,20 +212,23 @@ def combine(
     out: torch.Tensor,
     weights: torch.Tensor | None = None,
     exact: bool = False,
+    residual: torch.Tensor | None = None,
 ) -> None:
     """Sum rows [routing.rows, width] by token, optionally with weights [tokens, top_k].
 
     Sums are in fp32, or if `exact` in fp64, in which their order does not matter. They go to `out`
     [tokens, width], contiguous. Those of a window that does not begin with the first row are added
-    to it.
+    to it. A residual, contiguous and in out's shape and dtype, is added to the rounded sums of all
+    routed tokens, without a window.
     """
     tokens, top_k = routing.positions.shape
     width = rows.shape[1]
     launch(triton_glue.combine_kernel, (tokens,),
-        *(rows, routing.positions, rows if weights is None else weights, out, width),
+        *(rows, routing.positions, rows if weights is None else weights),
+        *(out if residual is None else residual, out, width),
         TOP_K=top_k, BLOCK=_power_of_two(width), WEIGHTED=weights is not None,
         PARTIAL=routing.is_partial, ADD=routing.window is not None and routing.window.first_row > 0,
-        EXACT=exact,
+        EXACT=exact, RESIDUAL=residual is not None,
     )  # fmt: skip
 
 

@@ -167,13 +167,14 @@ def gather_kernel(
 
 @triton.jit
 def combine_kernel(
-    rows_ptr, positions_ptr, weights_ptr, out_ptr, width,
+    rows_ptr, positions_ptr, weights_ptr, residual_ptr, out_ptr, width,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, PARTIAL: tl.constexpr,
-    ADD: tl.constexpr, EXACT: tl.constexpr,
+    ADD: tl.constexpr, EXACT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Sum weight * row over each token's entries, in fp32, with EXACT in fp64. Grid: tokens.
 
-    With ADD, the sum starts with `out` instead of zero.
+    With ADD, the sum starts with `out` instead of zero. With RESIDUAL, the rounded sum is added to
+    the token's row of that, and rounded again.
     """
     SUM: tl.constexpr = tl.float64 if EXACT else tl.float32  # pyright: ignore[reportAssignmentType]
     token = tl.program_id(0).to(tl.int64)
@@ -198,7 +199,11 @@ def combine_kernel(
         elif WEIGHTED:
             value *= tl.load(weights_ptr + entry).to(tl.float32)
         total += value.to(SUM)
-    tl.store(out_ptr + token * width + at, total.to(out_ptr.dtype.element_ty), mask=real)
+    result = total.to(out_ptr.dtype.element_ty)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + token * width + at, mask=real, other=0.0)
+        result = (residual.to(tl.float32) + result.to(tl.float32)).to(result.dtype)
+    tl.store(out_ptr + token * width + at, result, mask=real)
 
 
 @triton.jit

@@ -48,7 +48,10 @@ for partial in (False, True):  # in the second form, this process holds some of 
         *(
             (
                 expert_glue_kernels.combine_kernel,
-                {**TOKEN, "WEIGHTED": True, "PARTIAL": partial, "ADD": partial, "EXACT": exact},
+                {
+                    **{**TOKEN, "WEIGHTED": True, "PARTIAL": partial, "ADD": partial},
+                    **{"EXACT": exact, "RESIDUAL": not partial},
+                },
                 4,
             )
             for exact in (False, True)
