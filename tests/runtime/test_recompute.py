@@ -10,8 +10,11 @@ from sparselong.runtime.recompute import (
     attend_once,
     begin_ahead,
     checkpoint_contexts,
+    compute_once,
     is_checkpointed,
     is_recomputing,
+    recomputing,
+    unused_output,
 )
 from tests.kernels.run_interpreted import run_interpreted
 
@@ -138,6 +141,48 @@ def test_without_checkpointing_nothing_is_kept():
     layer(x).backward()
     layer(x).backward()
     assert len(calls) == 4
+
+
+class Small(torch.autograd.Function):
+    """x times 2, a factor that `compute_once` returns; counts in `calls`."""
+
+    @staticmethod
+    def forward(ctx, x):
+        def compute():
+            calls.append(x.shape)
+            return (torch.full_like(x, 2),)
+
+        (factor,) = compute_once(compute)
+        ctx.save_for_backward(factor)
+        return x * factor
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+def test_small_results_are_taken_from_the_forward_pass_if_it_has_any():
+    def twice(x):
+        return Small.apply(Small.apply(x).exp()).sum()
+
+    x = torch.randn(3, requires_grad=True)
+    calls.clear()
+    (expected,) = torch.autograd.grad(twice(x), x)
+    assert len(calls) == 2
+    kept = checkpoint(twice, x, use_reentrant=False, context_fn=keep)
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(kept, x, retain_graph=True)[0], expected)
+    assert len(calls) == 4
+    with recomputing():  # as slices of rows are: their forward pass kept nothing
+        found = twice(x)
+    assert torch.equal(torch.autograd.grad(found, x)[0], expected) and len(calls) == 6
+
+
+def test_an_unused_output_is_nan_without_memory_of_its_own():
+    x = torch.randn(5, 7)
+    unused = unused_output(x)
+    assert unused.shape == x.shape and unused.dtype == x.dtype and unused.isnan().all()
+    assert unused.data_ptr() == unused_output(x[1:]).data_ptr()
 
 
 @pytest.fixture(scope="module")
