@@ -52,10 +52,15 @@ def evaluation(run: Run) -> list[Markup]:
         blocks += _perplexity(results["perplexity"], results.get("settings", {}))
     for key, value in results.items():
         if key not in _SHOWN_ELSEWHERE:
-            blocks += [element("h3", key.replace("_", " ").capitalize())]
-            blocks += [*by_position(value, key), *show_anything(_without_positions(value))]
+            blocks += [element("h3", _title(key))]
+            blocks += [*by_position(value), *show_anything(_without_positions(value))]
     settings = {key: show(value, key) for key, value in results.get("settings", {}).items()}
     return [*blocks, folded("Settings", pairs(settings))]
+
+
+def _title(key: str) -> str:
+    """Return a key as a title; one like `kl` is an abbreviation."""
+    return key.upper() if len(key) <= 3 else key.replace("_", " ").capitalize()
 
 
 def _has(rows: Any, *keys: str) -> bool:
@@ -77,7 +82,7 @@ def _task(task: str, rows: Mapping[str, Any]) -> list[Markup]:
         left = {k: v for k, v in row.items() if k not in known | {"requests_sha256"}}
         rest[MODELS.get(name, name)] = left
     if not blocks:
-        return [*by_position(rows, task), *show_anything(_without_positions(rows))]
+        return [*by_position(rows), *show_anything(_without_positions(rows))]
     return [*blocks, folded("Other figures", show_anything(rest))]
 
 
@@ -141,16 +146,15 @@ def _perplexity(rows: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Ma
     if is_number(settings.get("conversations")):
         told += f" in {settings['conversations']:,} conversations"
     head = ["model", "supervised tokens", "ratio to base", "nats per token", "all tokens"]
-    return [note(f"{told}."), table(head, body), *by_position(rows, "perplexity")]
+    return [note(f"{told}."), table(head, body), *by_position(rows)]
 
 
-def by_position(rows: Any, title: str) -> list[Markup]:
+def by_position(rows: Any) -> list[Markup]:
     """Return a chart and a table of each figure that models have by position in the context.
 
     Args:
         rows: by model, objects with `by_position`: a list of objects with `first`, `last` and
             numbers. Anything else gives nothing.
-        title: what the figures are of.
     """
     curves = _position_rows(rows)
     keys = dict.fromkeys(key for curve in curves.values() for row in curve for key in row)
@@ -174,8 +178,9 @@ def by_position(rows: Any, title: str) -> list[Markup]:
         ends = [row[end] for curve in curves.values() for row in curve for end in ("first", "last")]
         axes = (log2_axis(ends), linear_axis(y for _, y in points))
         label = "tokens of context before the token"
-        blocks.append(chart(series, axes, (label, name), f"{name.capitalize()} by position"))
-        blocks.append(folded(f"{name.capitalize()} by position", _position_table(curves, key)))
+        blocks.append(chart(series, axes, (label, name), f"{_title(key)} by position"))
+        told = f"{_title(key)} by position, as a table"
+        blocks.append(folded(told, _position_table(curves, key)))
     return blocks
 
 

@@ -34,11 +34,11 @@ def checks(run: Run) -> list[Markup]:
     head = ["check", "", "found", "fix"]
     told = [[r["check"], r["status"], r["found"], r["fix"]] for r in rows if r["status"] != "ok"]
     fine = [[r["check"], r["status"], r["found"]] for r in rows if r["status"] == "ok"]
-    blocks = [table(head, told, texts=4)] if told else []
-    blocks.append(note(f"{len(fine)} checks are ok, {len(told)} need attention."))
-    return (
-        [*blocks, folded("Checks that are ok", table(head[:3], fine, texts=3))] if fine else blocks
-    )
+    return [
+        note(f"{len(fine)} ok, {len(told)} with a warning. The machine could run this config."),
+        *([table(head, told, texts=4)] if told else []),
+        *([folded("Checks that are ok", table(head[:3], fine, texts=3))] if fine else []),
+    ]
 
 
 def memory(run: Run) -> list[Markup]:

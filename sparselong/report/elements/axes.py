@@ -73,7 +73,7 @@ def log2_axis(values: Iterable[float], *, most: int = 6) -> Axis:
     marks = [2.0**power for power in powers]
     if len(marks) <= most // 2 + 1:
         marks = sorted([*marks, *(1.5 * mark for mark in marks)])
-    marks = [mark for mark in marks if low <= mark <= high]
+    marks = [mark for mark in marks if low <= mark <= high and mark.is_integer()]
     marks = marks[:: math.ceil(len(marks) / most)]
     return Axis(low, high, tuple((mark, show_number(round(mark))) for mark in marks), is_log=True)
 

@@ -23,7 +23,8 @@ def show(value: Any, name: str = "") -> str:
     if isinstance(value, list | tuple):
         return ", ".join(show(each, name) for each in value) or "none"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {show(each, str(key))}" for key, each in value.items()) or "none"
+        rows = (f"{key} {show(each, f'{name}_{key}')}" for key, each in value.items())
+        return ", ".join(rows) or "none"
     if isinstance(value, int | float) and not isinstance(value, bool):
         words = name.split("_")
         if "bytes" in words:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 VOID = frozenset({"br", "meta"})
@@ -24,7 +24,7 @@ class Markup(str):
 
 
 Child = Any
-"""Markup; a list or tuple of children; None, which is left out; anything else as escaped text."""
+"""Markup; children in a list, tuple or generator; None, which is left out; else escaped text."""
 
 
 def element(name: str, /, *children: Child, **attributes: Any) -> Markup:
@@ -53,7 +53,7 @@ def join(children: Iterable[Child]) -> Markup:
     for child in children:
         if isinstance(child, Markup):
             parts.append(str(child))
-        elif isinstance(child, list | tuple):
+        elif isinstance(child, list | tuple | Iterator):
             parts.append(join(child))
         elif child is not None:
             parts.append(_escape(child))
