@@ -105,12 +105,10 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("edit", "expected"), CASES.items(), ids=lambda c: getattr(c, "__name__", "")
-)
-def test_figures_that_were_not_measured_on_the_same_are_marked(runs, capsys, edit, expected):
+@pytest.mark.parametrize("edit", CASES, ids=lambda edit: edit.__name__)
+def test_figures_that_were_not_measured_on_the_same_are_marked(runs, capsys, edit):
     edit(runs[1])
-    parts, names = expected
+    parts, names = CASES[edit]
     document = compare(runs)
     assert {f["name"] for f in document["results"] if f["differs_in"]} == names
     (note,) = [note for note in document["notes"] if note.startswith("†")]
