@@ -33,6 +33,8 @@ _FORMATS = {
 }
 _NOT_RESULTS = frozenset({"stderr", "chance", "items", "p"})
 """Keys of a task's metrics that are about its figures."""
+_TO_BASE = ("acc_difference", "paired_flips", "to_base")
+"""What keys of differences to the base contain."""
 Basis = Mapping[str, Any]
 """What a figure depends on beside the run's config, by name."""
 
@@ -210,18 +212,28 @@ def _evaluated(run: Run) -> Iterator[_Measured]:
 def _task(run: Run, task: str, models: Mapping[str, Mapping[str, Any]]) -> Iterator[_Measured]:
     """Yield each figure of a task by model, accuracy with its standard error."""
     measured = run.results.get("tasks", {}).get(task, {})
-    for key in dict.fromkeys(key for row in models.values() for key, _ in leaves(dict(row))):
+    found = {model: dict(leaves(dict(row))) for model, row in models.items()}
+    for key in dict.fromkeys(key for row in found.values() for key in row):
         if key.rpartition(".")[2] in _NOT_RESULTS or key.endswith("_stderr"):
             continue
-        for model, row in models.items():
-            if model == "base" and key.startswith(("acc_difference", "paired_flips")):
+        for model, row in found.items():
+            if model == "base" and any(part in key for part in _TO_BASE):
                 continue  # the base's difference to itself
             requests = measured.get(model, {}).get("requests_sha256")
             basis = {"number of items": row.get("items"), "requests": requests}
-            stderr = row.get("stderr" if key == "acc" else f"{key}_stderr")
+            stderr = row.get(_stderr_of(key))
             unit = "fraction" if key.startswith("acc") else ""
-            value = dict(leaves(dict(row))).get(key)
-            yield _Measured(task, f"{key}, {model}", unit, value, basis, stderr)
+            name = key.removeprefix("scores.").removesuffix(".value")
+            yield _Measured(task, f"{name}, {model}", unit, row.get(key), basis, stderr)
+
+
+def _stderr_of(key: str) -> str:
+    """Return the key of a figure's standard error in a task's metrics."""
+    if key == "acc":
+        return "stderr"
+    if key.endswith((".value", ".difference")):
+        return f"{key.rpartition('.')[0]}.stderr"
+    return f"{key}_stderr"
 
 
 def _sizes(run: Run) -> Iterator[_Measured]:

@@ -131,12 +131,23 @@ def test_stages_that_only_one_run_has_are_shown_as_missing(runs, capsys):
 
 
 def test_figures_of_other_tasks_and_those_that_are_not_finite_are_kept(runs, capsys):
-    tasks = {"ruler_vt_4096": {"base": {"score": 0.5, "score_stderr": 0.125, "items": 50}}}
+    score = {
+        "value": 0.5,
+        "stderr": 0.125,
+        "higher_is_better": True,
+        "to_base": {"difference": 0.0},
+    }
+    rows = dict.fromkeys(("base", "finetuned"), {"scores": {"score": score}, "items": 50})
+    tasks = {"ruler_vt_4096": {**rows, "other": {"f1": 0.5, "f1_stderr": 0.25}}}
     for run in runs:
         change(run, "04_eval", tasks=tasks, divergence={"finetuned": 0.0625}, note="text")
     change(runs[1], "03_finetune", train_loss=float("nan"))
     document = json.loads(json.dumps(compare(runs), allow_nan=False))
     assert list(find(document, "ruler_vt_4096", "score, base")["stderrs"].values()) == [0.125] * 2
+    assert list(find(document, "ruler_vt_4096", "f1, other")["stderrs"].values()) == [0.25] * 2
+    names = [f["name"] for f in document["results"] if f["group"] == "ruler_vt_4096"]
+    assert "score.to_base.difference, finetuned" in names
+    assert "score.to_base.difference, base" not in names
     other = find(document, "Other figures of stage 04", "divergence.finetuned")
     assert list(other["values"].values()) == [0.0625] * 2
     assert list(find(document, "Training", "last training loss")["values"].values()) == [2.4, None]

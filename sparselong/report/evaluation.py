@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparselong.report.curves import (
+    by_length,
+    by_position,
+    colour_of,
+    has_scores,
+    have_numbers,
+    title_of,
+    without_positions,
+)
 from sparselong.report.elements import (
     MISSING,
     Child,
     Interval,
     Markup,
-    Series,
     beside,
-    chart,
     element,
     folded,
     intervals,
     is_number,
     linear_axis,
-    log2_axis,
     note,
     pairs,
     show,
@@ -30,8 +36,7 @@ from sparselong.report.elements import (
 )
 from sparselong.report.source import MODELS, Run
 
-_COLOURS = {"base": "base", "compressed": "second", "finetuned": "third"}
-_SHOWN_ELSEWHERE = ("settings", "warnings", "tasks", "perplexity", "examples")
+_SHOWN_ELSEWHERE = ("settings", "warnings", "tasks", "perplexity")
 _METRICS = ("acc", "acc_norm")
 
 
@@ -45,45 +50,65 @@ def evaluation(run: Run) -> list[Markup]:
             "items and tokens; ± is one standard error. Published figures use other settings."
         )
     )
+    charts, drawn = by_length(results.get("tasks", {}))
+    blocks += charts
     for task, rows in results.get("tasks", {}).items():
-        blocks += [element("h3", task), *_task(task, rows)]
+        if task in drawn:
+            continue
+        blocks += [element("h3", task), *_task(rows)]
     if "perplexity" in results:
         blocks += [element("h3", "Perplexity on held-out conversations")]
         blocks += _perplexity(results["perplexity"], results.get("settings", {}))
     for key, value in results.items():
         if key not in _SHOWN_ELSEWHERE:
-            blocks += [element("h3", _title(key))]
-            blocks += [*by_position(value), *show_anything(_without_positions(value))]
+            blocks += [element("h3", title_of(key))]
+            blocks += [*by_position(value), *show_anything(without_positions(value))]
     settings = {key: show(value, key) for key, value in results.get("settings", {}).items()}
     return [*blocks, folded("Settings", pairs(settings))]
 
 
-def _title(key: str) -> str:
-    """Return a key as a title; one like `kl` is an abbreviation."""
-    return key.upper() if len(key) <= 3 else key.replace("_", " ").capitalize()
-
-
-def _has(rows: Any, *keys: str) -> bool:
-    """Return whether each model's row is an object with numbers at these keys."""
-    return isinstance(rows, Mapping) and all(
-        isinstance(row, Mapping) and all(is_number(row.get(key)) for key in keys)
-        for row in rows.values()
-    )
-
-
-def _task(task: str, rows: Mapping[str, Any]) -> list[Markup]:
-    """Return a task's accuracies with their errors, differences and flips."""
-    metrics = [key for key in _METRICS if _has(rows, key, f"{key}_stderr")]
+def _task(rows: Any) -> list[Markup]:
+    """Return a task's accuracies and scores with their errors, differences and flips."""
+    metrics = [key for key in _METRICS if have_numbers(rows, key, f"{key}_stderr")]
     blocks = [beside(*(_accuracies(rows, metric) for metric in metrics))] if metrics else []
     blocks += [_flips(rows, metric) for metric in metrics]
+    if has_scores(rows):
+        blocks.append(_scores(rows))
     known = {f"{metric}{end}" for metric in _METRICS for end in ("", "_stderr", "_to_base")}
     rest = {}
     for name, row in rows.items() if blocks else ():
-        left = {k: v for k, v in row.items() if k not in known | {"requests_sha256"}}
+        hidden = known | {"requests_sha256", *(["scores"] if has_scores(rows) else [])}
+        left = {k: v for k, v in row.items() if k not in hidden}
         rest[MODELS.get(name, name)] = left
     if not blocks:
-        return [*by_position(rows), *show_anything(_without_positions(rows))]
+        return [*by_position(rows), *show_anything(without_positions(rows))]
     return [*blocks, folded("Other figures", show_anything(rest))]
+
+
+def _scores(rows: Mapping[str, Any]) -> Markup:
+    """Return each model's scores with their errors and differences to the base."""
+    labels = list(dict.fromkeys(label for row in rows.values() for label in row["scores"]))
+    body = []
+    for name, row in rows.items():
+        cells: list[Child] = [MODELS.get(name, name)]
+        for label in labels:
+            score = row["scores"].get(label, {})
+            stderr, pair = score.get("stderr"), score.get("to_base")
+            error = f" ± {show_number(stderr)}" if is_number(stderr) else ""
+            cells.append(f"{show_number(score.get('value'))}{error}")
+            is_other = name != "base" and isinstance(pair, Mapping)
+            cells.append(
+                f"{show_change(pair['difference'], pair['stderr'], 4)}, "
+                f"+{pair['gained']} / −{pair['lost']}"
+                if is_other and have_numbers({"": pair}, "difference", "stderr")
+                else MISSING
+            )
+        body.append(cells)
+    head = [
+        "model",
+        *(part for label in labels for part in (label, "to base, became better / worse")),
+    ]
+    return table(head, body)
 
 
 def _accuracies(rows: Mapping[str, Any], metric: str) -> Markup:
@@ -94,7 +119,7 @@ def _accuracies(rows: Mapping[str, Any], metric: str) -> Markup:
             row[metric],
             row[f"{metric}_stderr"],
             f"{show_percent(row[metric])} ± {show_percent(row[f'{metric}_stderr'])}",
-            _COLOURS.get(name, "first"),
+            colour_of(name),
         )
         for name, row in rows.items()
     ]
@@ -129,7 +154,7 @@ def _flips(rows: Mapping[str, Any], metric: str) -> Markup:
 
 def _perplexity(rows: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Markup]:
     """Return each model's perplexity, overall and by position in the context."""
-    if not all(isinstance(r, Mapping) and _has({"": r.get("supervised")}, "perplexity")
+    if not all(isinstance(r, Mapping) and have_numbers({"": r.get("supervised")}, "perplexity")
                for r in rows.values()):  # fmt: skip
         return show_anything(rows)
     body = []
@@ -147,81 +172,3 @@ def _perplexity(rows: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Ma
         told += f" in {settings['conversations']:,} conversations"
     head = ["model", "supervised tokens", "ratio to base", "nats per token", "all tokens"]
     return [note(f"{told}."), table(head, body), *by_position(rows)]
-
-
-def by_position(rows: Any) -> list[Markup]:
-    """Return a chart and a table of each figure that models have by position in the context.
-
-    Args:
-        rows: by model, objects with `by_position`: a list of objects with `first`, `last` and
-            numbers. Anything else gives nothing.
-    """
-    curves = _position_rows(rows)
-    keys = dict.fromkeys(key for curve in curves.values() for row in curve for key in row)
-    keys = [key for key in keys if key not in ("first", "last", "tokens", "nll")]
-    blocks = []
-    for key in keys:
-        name = key.replace("_", " ")
-        series = [
-            Series(
-                MODELS.get(model, model),
-                [(_middle(row), row[key]) for row in curve if is_number(row.get(key))],
-                _COLOURS.get(model, "first"),
-                has_dots=True,
-            )
-            for model, curve in curves.items()
-        ]
-        series = [each for each in series if each.finite]
-        if not series:
-            continue
-        points = [point for each in series for point in each.finite]
-        ends = [row[end] for curve in curves.values() for row in curve for end in ("first", "last")]
-        axes = (log2_axis(ends), linear_axis(y for _, y in points))
-        label = "tokens of context before the token"
-        blocks.append(chart(series, axes, (label, name), f"{_title(key)} by position"))
-        told = f"{_title(key)} by position, as a table"
-        blocks.append(folded(told, _position_table(curves, key)))
-    return blocks
-
-
-def _position_rows(rows: Any) -> dict[str, list[Mapping[str, Any]]]:
-    """Return the models' rows by position that can be drawn."""
-    if not isinstance(rows, Mapping):
-        return {}
-    found = {}
-    for model, row in rows.items():
-        points = row.get("by_position") if isinstance(row, Mapping) else None
-        if isinstance(points, list) and points and all(
-            isinstance(p, Mapping) and _has({"": p}, "first", "last") and p["first"] > 0
-            for p in points
-        ):  # fmt: skip
-            found[model] = points
-    return found
-
-
-def _without_positions(value: Any) -> Any:
-    """Return rows without what `by_position` draws."""
-    drawn = _position_rows(value)
-    return {
-        name: {k: v for k, v in row.items() if k != "by_position"} if name in drawn else row
-        for name, row in value.items()
-    } if drawn else value  # fmt: skip
-
-
-def _middle(row: Mapping[str, Any]) -> float:
-    """Return the middle of a stretch of positions on a logarithmic axis."""
-    return round((row["first"] * (row["last"] + 1)) ** 0.5, 1)
-
-
-def _position_table(curves: Mapping[str, list[Mapping[str, Any]]], key: str) -> Markup:
-    places = dict.fromkeys(
-        (row["first"], row["last"]) for curve in curves.values() for row in curve
-    )
-    found = {m: {(row["first"], row["last"]): row for row in c} for m, c in curves.items()}
-    body = []
-    for place in sorted(places):
-        rows = [each.get(place, {}) for each in found.values()]
-        tokens = next((row["tokens"] for row in rows if "tokens" in row), None)
-        figures = [show_number(row.get(key)) for row in rows]
-        body.append([f"{place[0]:,}–{place[1]:,}", show_number(tokens), *figures])
-    return table(["context tokens", "measured", *(MODELS.get(m, m) for m in curves)], body)

@@ -1,4 +1,4 @@
-"""What the models answered, side by side: items of tasks, those first whose answer has flipped."""
+"""What the models answered, side by side: first the items whose answer became wrong or right."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 from sparselong.report.elements import (
     Child,
     Markup,
+    beside,
     element,
     is_number,
     note,
+    show,
+    show_number,
     show_percent,
     table,
 )
@@ -19,80 +22,115 @@ from sparselong.report.source import MODELS, Run
 
 _MOST_ITEMS = 8
 _MOST_CHARACTERS = 1200
-_DEMO = "demo_hellaswag"
-Answers = Mapping[str, Mapping[str, Any]]
+Rows = Mapping[str, Mapping[str, Any]]
 """By model, a task's row of `04_eval/<model>.json`."""
+Scores = Mapping[str, Sequence[float]]
+"""By model, how good the answer to each item was; 1 or 0 if it was right or wrong."""
 
 
 def samples(run: Run) -> list[Markup]:
-    """Return a few items of each multiple-choice task with the answers of all models."""
+    """Return a few items of each task with the answers of all models."""
     blocks = []
     for task in run.results.get("tasks", {}):
-        answers = {model: tasks[task] for model, tasks in run.answers.items() if task in tasks}
-        chosen = _choose(answers)
-        if chosen:
-            texts = run.items if task == _DEMO else []
-            told = "Shares are each model's probabilities of the choices; ✓ is the right one, and"
-            blocks.append(element("h3", task))
-            blocks.append(note(f"{told} framed is what the model chose. {_flipped(answers)}"))
-            blocks += [_item(number, answers, texts) for number in chosen]
+        rows = {model: tasks[task] for model, tasks in run.answers.items() if task in tasks}
+        items = run.items.get(task, [])
+        if scores := _per_item(
+            rows, "log_likelihoods", {m: r.get("right") for m, r in rows.items()}
+        ):
+            told = (
+                "Shares are each model's probabilities of the choices. ✓ is the right one; framed "
+            )
+            blocks += [element("h3", task), note(f"{told}is what the model chose.", _flips(scores))]
+            blocks += [_choices(number, rows, scores, items) for number in _choose(scores)]
+        elif scores := _per_item(rows, "answers", {m: _first_score(r) for m, r in rows.items()}):
+            blocks += [element("h3", task), note(_flips(scores))]
+            blocks += [_generated(number, rows, scores, items) for number in _choose(scores)]
     return blocks or [note("Stage 04 recorded no answers that can be shown.")]
 
 
-def _choose(answers: Answers) -> list[int]:
+def _first_score(row: Mapping[str, Any]) -> list[float] | None:
+    """Return a task's first score that has a value for each item."""
+    scores = row.get("scores")
+    found = [s.get("by_item") for s in scores.values()] if isinstance(scores, Mapping) else []
+    return next((each for each in found if isinstance(each, list)), None)
+
+
+def _per_item(rows: Rows, answers: str, scores: Mapping[str, Any]) -> Scores:
+    """Return the scores if every model has an answer and a score for each item; else nothing."""
+    lists = [[row.get(answers), scores[model]] for model, row in rows.items()]
+    if "base" not in rows or not all(isinstance(e, list) for pair in lists for e in pair):
+        return {}
+    if len({len(each) for pair in lists for each in pair}) != 1:
+        return {}
+    return scores
+
+
+def _choose(scores: Scores) -> list[int]:
     """Return items to show: flips of the last model, flips of others, then the first ones."""
-    if "base" not in answers or not all(_is_whole(row) for row in answers.values()):
-        return []
-    base = answers["base"]["right"]
-    numbers = range(min(len(row["right"]) for row in answers.values()))
-    others = [row["right"] for name, row in answers.items() if name != "base"]
-    lost = [i for i in numbers if base[i] > min((right[i] for right in others[-1:]), default=1)]
-    gained = [i for i in numbers if base[i] < max((right[i] for right in others[-1:]), default=0)]
+    base, *others = scores.values()
+    last = others[-1] if others else base
+    numbers = range(len(base))
+    lost = [i for i in numbers if last[i] < base[i]]
+    gained = [i for i in numbers if last[i] > base[i]]
+    some = [i for i in numbers if any(other[i] != base[i] for other in others)]
     half = _MOST_ITEMS // 2
-    some = [i for i in numbers if any(right[i] != base[i] for right in others)]
     order = [*lost[:half], *gained[:half], *lost, *gained, *some, *numbers]
     return list(dict.fromkeys(order))[:_MOST_ITEMS]
 
 
-def _is_whole(row: Mapping[str, Any]) -> bool:
-    """Return whether an answer is recorded for each item."""
-    right, choices = row.get("right"), row.get("log_likelihoods")
-    return isinstance(right, list) and isinstance(choices, list) and len(right) == len(choices)
+def _flips(scores: Scores) -> str:
+    """Return how many of the last model's answers are better and worse than the base's."""
+    (_, base), *_, (name, last) = scores.items()
+    better = sum(mine > theirs for mine, theirs in zip(last, base, strict=True))
+    worse = sum(mine < theirs for mine, theirs in zip(last, base, strict=True))
+    model = MODELS.get(name, name)
+    return f" Of {len(base):,} items, the {model} model gained {better:,} and lost {worse:,}."
 
 
-def _flipped(answers: Answers) -> str:
-    base = answers["base"]["right"]
-    counts = [
-        f"{sum(a != b for a, b in zip(base, row['right'], strict=False)):,} of the "
-        f"{len(base):,} answers of the {MODELS.get(model, model)} model are right where the base's "
-        "are wrong, or the other way round."
-        for model, row in list(answers.items())[-1:]
-        if model != "base"
-    ]
-    return " ".join(counts)
-
-
-def _item(number: int, answers: Answers, texts: Sequence[Mapping[str, Any]]) -> Markup:
+def _choices(number: int, rows: Rows, scores: Scores, items: Sequence[Mapping[str, Any]]) -> Markup:
     """Return an item as a table: its choices, and each model's share of them."""
-    text = texts[number] if number < len(texts) else {}
-    choices = text.get("endings", [])
-    shares = {model: _shares(row["log_likelihoods"][number]) for model, row in answers.items()}
-    count = max(len(each) for each in shares.values())
-    rows = []
-    for index in range(count):
-        label = choices[index] if index < len(choices) else f"choice {index + 1}"
-        mark = element("b", " ✓", title="the right answer") if text.get("label") == index else None
-        cells: list[Child] = [[element("span", label, class_="said", dir="auto"), mark]]
+    item = items[number] if number < len(items) else {}
+    texts = item.get("endings", [])
+    shares = {model: _shares(row["log_likelihoods"][number]) for model, row in rows.items()}
+    body = []
+    for index in range(max(len(share) for share in shares.values())):
+        text = texts[index] if index < len(texts) else f"choice {index + 1}"
+        mark = element("b", " ✓", title="the right answer") if item.get("label") == index else None
+        cells: list[Child] = [[element("span", text, class_="said", dir="auto"), mark]]
         for share in shares.values():
-            best = share.index(max(share))
             value = show_percent(share[index], 0) if index < len(share) else ""
-            cells.append(element("b", value, class_="chosen") if index == best else value)
-        rows.append(cells)
-    verdict = ["", *("right" if row["right"][number] else "wrong" for row in answers.values())]
-    head = [f"item {number + 1}", *(MODELS.get(model, model) for model in answers)]
-    context = _cut(str(text["ctx"])) if "ctx" in text else "This task's texts are not in the run."
-    said = element("p", context, class_="said" if text else "aside", dir="auto")
-    return element("section", said, table(head, [*rows, verdict]), class_="sample")
+            is_best = share.index(max(share)) == index
+            cells.append(element("b", value, class_="chosen") if is_best else value)
+        body.append(cells)
+    verdict = ["", *("right" if scores[model][number] else "wrong" for model in rows)]
+    head = [f"item {number + 1}", *(MODELS.get(model, model) for model in rows)]
+    return element("section", _asked(item), table(head, [*body, verdict]), class_="sample")
+
+
+def _generated(
+    number: int, rows: Rows, scores: Scores, items: Sequence[Mapping[str, Any]]
+) -> Markup:
+    """Return an item with the answer that each model generated."""
+    item = items[number] if number < len(items) else {}
+    wanted = item.get("answers")
+    answers = [
+        [
+            element("h4", f"{MODELS.get(m, m)}, score {show_number(scores[m][number])}"),
+            element("div", _cut(str(row["answers"][number])), class_="said", dir="auto"),
+        ]
+        for m, row in rows.items()
+    ]
+    told = None if wanted is None else note("Wanted: ", element("bdi", show(wanted)))
+    name = element("h4", f"item {number + 1}")
+    return element("section", name, _asked(item), told, beside(*answers), class_="sample")
+
+
+def _asked(item: Mapping[str, Any]) -> Markup:
+    """Return the text that an answer continues."""
+    text = item.get("ctx", item.get("prompt"))
+    if text is None:
+        return element("p", "This task's texts are not in the run.", class_="aside")
+    return element("p", _cut(str(text), from_end=True), class_="said", dir="auto")
 
 
 def _shares(log_likelihoods: Sequence[float]) -> list[float]:
@@ -105,7 +143,11 @@ def _shares(log_likelihoods: Sequence[float]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def _cut(text: str) -> str:
-    """Return the end of a text, which is what an answer continues."""
+def _cut(text: str, *, from_end: bool = False) -> str:
+    """Return a text that is not too long: its beginning, or its end."""
     more = len(text) - _MOST_CHARACTERS
-    return f"({more:,} characters before) … {text[-_MOST_CHARACTERS:]}" if more > 0 else text
+    if more <= 0:
+        return text
+    if from_end:
+        return f"({more:,} characters before) … {text[-_MOST_CHARACTERS:]}"
+    return f"{text[:_MOST_CHARACTERS]} … ({more:,} more characters)"

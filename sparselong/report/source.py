@@ -17,7 +17,7 @@ from sparselong.run import config_of, find_outdated, read_finished
 
 HEALTH, COMPRESS, FINETUNE, EVAL = "01_health", "02_compress", "03_finetune", "04_eval"
 EXPORT = "05_export"
-_ITEMS = "tasks/items.jsonl"
+_DEMO_TASK = "demo_hellaswag"
 MODELS = {"base": "base", "compressed": "compressed", "finetuned": "fine-tuned"}
 """Names of stage 04's models for people; others are shown as they are."""
 
@@ -32,7 +32,8 @@ class Run:
         config: see `run.config_of`.
         results: stage 04's results.json; empty if it is not done.
         answers: by model, stage 04's tasks with the answer to each item.
-        items: the demo task's items, in hellaswag's form.
+        items: by task, the items whose texts are in the run: `ctx`, `endings` and `label` of the
+            demo's, `prompt` and `answers` of tasks whose answers are generated.
         rows: stage 03's metrics.jsonl; empty if it is not done.
         supervision: conversations as stage 03 trained on them.
         problems: what could not be read, or does not belong together.
@@ -43,7 +44,7 @@ class Run:
     config: dict[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    items: list[dict[str, Any]] = field(default_factory=list)
+    items: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     supervision: str = ""
     problems: list[str] = field(default_factory=list)
@@ -88,9 +89,7 @@ def open_run(directory: Path) -> Run:
             model: reader.read_object(EVAL, f"{model}.json").get("tasks", {})
             for model in results.get("perplexity", {})
         },
-        items=_objects(reader.read(EVAL, _ITEMS).splitlines(), "ctx")
-        if (directory / EVAL / _ITEMS).exists()
-        else [],
+        items={task: reader.read_items(task) for task in results.get("tasks", {})},
         rows=reader.read_rows(FINETUNE, "metrics.jsonl", "step"),
         supervision=reader.read(FINETUNE, "supervision.txt"),
         problems=problems,
@@ -138,6 +137,13 @@ class _Reader:
             return {}
         return found
 
+    def read_items(self, task: str) -> list[dict[str, Any]]:
+        """Return a task's items; none if stage 04 wrote no file of them."""
+        name = f"tasks/{'items' if task == _DEMO_TASK else Path(task).name}.jsonl"
+        if not (self.directory / EVAL / name).is_file():
+            return []
+        return _objects(self.read(EVAL, name).splitlines(), "")
+
     def read_rows(self, stage: str, name: str, key: str) -> list[dict[str, Any]]:
         """Return the objects with a key on the lines of an output, as `read` does."""
         lines = self.read(stage, name).splitlines()
@@ -149,13 +155,13 @@ class _Reader:
 
 
 def _objects(lines: list[str], key: str) -> list[dict[str, Any]]:
-    """Return the JSON objects with a key on lines, without what else is on other lines."""
+    """Return the JSON objects on lines, with a key unless it is empty; other lines are left out."""
     rows = []
     for line in lines:
         try:
             row = parse_json(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and key in row:
+        if isinstance(row, dict) and (not key or key in row):
             rows.append(row)
     return rows

@@ -111,6 +111,54 @@ def test_results_that_other_versions_add_are_shown_as_they_are(tmp_path):
     assert page.tags <= ALLOWED
 
 
+def scored(value: float, by_item: list[float] | None = None, **more) -> dict:
+    """A row of a task whose answers are generated."""
+    pair = {"difference": value - 0.5, "stderr": 0.25, "gained": 1, "lost": 0, "p": 1.0}
+    score = {"value": value, "stderr": 0.125, "higher_is_better": True}
+    score |= {"to_base": pair} if by_item is None else {"by_item": by_item}
+    return {"items": 2, "requests_sha256": "r", "scores": {"score": score}, **more}
+
+
+@pytest.fixture
+def generated_run(tmp_path):
+    """A run with a task whose answers are generated, and one of several lengths."""
+    run_dir = write_run(tmp_path / "run")
+    found = results()
+    values = dict(zip(MODELS, (0.5, 0.25, 1.0), strict=True))
+    for task in ("gsm", "ruler_vt_4096", "ruler_vt_8192", "ruler_vt_16384"):
+        found["tasks"][task] = {model: scored(value) for model, value in values.items()}
+    (run_dir / "04_eval/results.json").write_text(json.dumps(found))
+    by_item = dict(zip(MODELS, ([1.0, 0.0], [0.5, 0.0], [1.0, 1.0]), strict=True))
+    for model in MODELS:
+        answers = [f"first of {model}", f"{EVIL} {'long ' * 400}"]
+        row = scored(values[model], by_item[model], answers=answers)
+        rewrite(run_dir / f"04_eval/{model}.json", tasks={"gsm": row, "ruler_vt_4096": row})
+    items = [{"prompt": "x" * 5000 + f"the question {EVIL}", "answers": ["42", "43"]}] * 2
+    text = "".join(json.dumps(item) + "\n" for item in items)
+    (run_dir / "04_eval/tasks/ruler_vt_4096.jsonl").write_text(text)
+    return run_dir
+
+
+def test_generated_answers_are_side_by_side(generated_run):
+    page = page_of(generated_run)
+    for text in (
+        *("Of 2 items, the fine-tuned model gained 1 and lost 0.", "first of compressed"),
+        *("compressed, score 0.5000", "Wanted: 42, 43", "characters before) … "),
+        *("the question", "more characters)", "This task's texts are not in the run."),
+    ):
+        assert text in page.text, text
+    assert page.text.count("first of base") == 2 and page.tags <= ALLOWED | {"bdi"}
+    assert page.text.index("item 2 This task") < page.text.index("item 1 This task")  # gained
+
+
+def test_scores_are_shown_with_errors_and_over_the_context(generated_run):
+    page = page_of(generated_run)
+    assert "fine-tuned 1.000 ± 0.1250 +0.5000 ± 0.2500, +1 / −0" in page.text
+    assert "ruler_vt 8,192 0.5000 ± 0.1250 0.2500 ± 0.1250 1.000 ± 0.1250" in page.text
+    assert "fine-tuned: 1.000 at tokens of context 16,384" in page.text
+    assert page.text.count("Scores by context length") == 1
+
+
 def test_figures_that_are_not_finite_are_no_failure(run):
     path = run / "04_eval/results.json"
     text = path.read_text().replace("7.5625", "Infinity").replace("0.0023", "NaN")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from sparselong.memory import format_seconds
 
@@ -84,7 +84,7 @@ def show_seconds(seconds: float | None) -> str:
     return MISSING if seconds is None or not math.isfinite(seconds) else format_seconds(seconds)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Return whether a value is a finite number."""
     return (
         isinstance(value, int | float)
