@@ -14,7 +14,6 @@ from sparselong.report.elements import (
     is_number,
     note,
     show,
-    show_number,
     show_percent,
     table,
 )
@@ -115,7 +114,7 @@ def _generated(
     wanted = item.get("answers")
     answers = [
         [
-            element("h4", f"{MODELS.get(m, m)}, score {show_number(scores[m][number])}"),
+            element("h4", f"{MODELS.get(m, m)}, score {scores[m][number]:.3g}"),
             element("div", _cut(str(row["answers"][number])), class_="said", dir="auto"),
         ]
         for m, row in rows.items()

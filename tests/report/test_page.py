@@ -143,7 +143,7 @@ def test_generated_answers_are_side_by_side(generated_run):
     page = page_of(generated_run)
     for text in (
         *("Of 2 items, the fine-tuned model gained 1 and lost 0.", "first of compressed"),
-        *("compressed, score 0.5000", "Wanted: 42, 43", "characters before) … "),
+        *("compressed, score 0.5", "Wanted: 42, 43", "characters before) … "),
         *("the question", "more characters)", "This task's texts are not in the run."),
     ):
         assert text in page.text, text
