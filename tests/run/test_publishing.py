@@ -54,6 +54,7 @@ def test_a_page_that_fails_is_told_and_the_stage_is_done(tmp_path, capsys, page,
     assert '"status": "done"' in printed.out and told in printed.err
     assert "warning: 02_compress is done, but the page about the run" in printed.err
     assert told in (tmp_path / "run/02_compress/log.txt").read_text()
+    assert ("Traceback" in printed.err) is (page is bug)
 
 
 def test_each_part_is_on_the_page(tmp_path):
