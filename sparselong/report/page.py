@@ -49,21 +49,22 @@ def write_page(run_dir: Path) -> Path:
     """
     path = run_dir / PAGE
     text = render(open_run(run_dir))
-    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
-        raise StageError(
-            f"{path} was not written by Sparse-Long and would be replaced",
-            f"nothing, or a page with {_MARK}",
-            "something else",
-            f"move it away, then run python -m sparselong.report {run_dir}",
-        )
+    again = f"then run python -m sparselong.report {run_dir}"
     try:
+        if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+            raise StageError(
+                f"{path} was not written by Sparse-Long and would be replaced",
+                f"nothing, or a page with {_MARK}",
+                "something else",
+                f"move it away, {again}",
+            )
         write_atomically(path, text)
     except OSError as error:
         raise StageError(
             f"{path} cannot be written",
-            "free disk space, and a directory that this user can write",
+            "free disk space, and a file that this user can replace",
             reason_of(error),
-            f"correct it, then run python -m sparselong.report {run_dir}",
+            f"correct it, {again}",
         ) from error
     return path
 

@@ -221,8 +221,10 @@ def test_a_page_of_a_person_is_not_replaced(run, capsys):
     assert main([str(run)]) == 1 and "move it away" in capsys.readouterr().err
 
 
-def test_a_page_that_cannot_be_written_is_an_expected_failure(run):
-    (run / "report.html.partial").mkdir()
+@pytest.mark.parametrize("name", ["report.html", "report.html.partial"])
+def test_a_page_that_cannot_be_written_is_an_expected_failure(run, name):
+    (run / "report.html").unlink(missing_ok=True)
+    (run / name).mkdir()
     with pytest.raises(StageError, match="cannot be written"):
         write_page(run)
 
