@@ -13,8 +13,12 @@ CASES = {
         {"base": {"score": 0.5, "n": 4}, "finetuned": {"score": 0.75}},
         ["score n base 0.5000 4 finetuned 0.7500 –"],
     ),
+    "rows of objects": (
+        {"base": None, "compressed": {"all": {"kl": 0.5, "agreement": 0.75}, "conversations": 4}},
+        ["base –", "all kl all agreement conversations compressed 0.5000 0.7500 4"],
+    ),
     "a list of rows": ([{"length": 4096, "acc": 0.5}, {"length": 8192, "acc": 0.25}], ["4,096"]),
-    "levels": ({"low": {"base": {"loops": {"count": 2}}}}, ["low base count loops 2"]),
+    "levels": ({"low": {"base": {"loops": {"count": 2}}}}, ["low loops count base 2"]),
     "deeper": ({"a": {"b": {"c": {"d": {"e": [{"f": 1}, 2]}}}}}, ['{"e": [{"f": 1}, 2]}']),
     "mixed": ({"a": [1, {"b": 2}], "c": []}, ["c none a 1 1 b 2 2"]),
     "a scalar": (0.125, ["0.1250"]),

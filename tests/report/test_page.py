@@ -93,11 +93,12 @@ def test_a_stage_without_figures_is_no_failure(tmp_path, metrics):
 
 def test_results_that_other_versions_add_are_shown_as_they_are(tmp_path):
     ruler = {model: {"score": 0.5, "score_stderr": 0.125} for model in MODELS}
-    kl = {
-        model: {"kl": 0.01, "by_position": [{"first": 1, "last": 1, "kl": 0.25},
-                                            {"first": 2, "last": 3, "kl": 0.5}]}
-        for model in MODELS[1:]
-    }  # fmt: skip
+    positions = [
+        {"first": 1, "last": 1, "kl": 0.25, "agreement": 0.5, "tokens": 30},
+        {"first": 2, "last": 3, "kl": 0.5, "agreement": 1.0, "tokens": 60},
+    ]
+    whole = {"all": {"kl": 0.375, "agreement": 0.75}, "by_position": positions}
+    kl = {"base": None, **dict.fromkeys(MODELS[1:], whole)}
     health = [{"prompt": EVIL, "answer": "yes\n" * 3, "missing_end": 1}]
     more = {"divergence": kl, "generation_health": health, "note": "text", "speed": {"base": 768.5}}
     run_dir = write_run(tmp_path / "run", **more)
@@ -107,7 +108,10 @@ def test_results_that_other_versions_add_are_shown_as_they_are(tmp_path):
     page = page_of(run_dir)
     for text in ("ruler_vt_4096", "finetuned 0.5000 0.1250", "Generation health", "768.5"):
         assert text in page.text, text
-    assert "2–3 – 0.5000 0.5000" in page.text and page.text.count("KL by position") == 2
+    assert "compressed 0.3750 0.7500 finetuned 0.3750 0.7500" in page.text
+    assert "2–3 60 0.5000 0.5000" in page.text and "2–3 60 1.000 1.000" in page.text
+    assert page.text.count("Agreement by position") == 2
+    assert page.text.count("KL by position") == 2
     assert page.tags <= ALLOWED
 
 

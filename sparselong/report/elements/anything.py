@@ -45,8 +45,9 @@ def _show_object(value: Mapping[str, Any], depth: int) -> list[Markup]:
     plain = {key: _plain(each, key) for key, each in value.items() if _is_plain(each)}
     rest = {key: each for key, each in value.items() if not _is_plain(each)}
     blocks = [pairs(plain)] if plain else []
-    if rest and all(isinstance(each, Mapping) and _is_row(each) for each in rest.values()):
-        return blocks + _show_rows(list(rest.items()), "", depth)
+    rows = [(key, _as_row(each)) for key, each in rest.items()]
+    if rows and all(row is not None for _, row in rows):
+        return blocks + _show_rows(rows, "", depth)
     for key, each in rest.items():
         blocks += [element("h4", key.replace("_", " ")), *show_anything(each, key, depth + 1)]
     return blocks
@@ -83,6 +84,21 @@ def _is_plain(value: Any) -> bool:
 
 def _is_row(value: Any) -> bool:
     return isinstance(value, Mapping) and all(_is_plain(each) for each in value.values())
+
+
+def _as_row(value: Any) -> dict[str, Any] | None:
+    """Return an object whose values are plain, or objects of plain values, as one row."""
+    if not isinstance(value, Mapping):
+        return None
+    row = {}
+    for key, each in value.items():
+        if _is_plain(each):
+            row[key] = each
+        elif _is_row(each):
+            row |= {f"{key}_{inner}": deep for inner, deep in each.items()}
+        else:
+            return None
+    return row
 
 
 def _plain(value: Any, name: str) -> Child:
