@@ -1,6 +1,6 @@
 """Import rules: floors, public names, and the number of modules in a folder.
 
-    errors, files, lazy, registration, provenance
+    errors, figures, files, lazy, registration, provenance
     config, packing, runtime
     run, memory, data, kernels          kernels: gpu, layout | attention, layer | decode
     parallel                                     | dense, experts
@@ -26,7 +26,7 @@ from tests.structure import tree
 from tests.structure.tree import PACKAGE, ROOT, dotted, is_folder, sources
 
 FLOORS = (
-    {"errors", "files", "lazy", "registration", "provenance"},
+    {"errors", "figures", "files", "lazy", "registration", "provenance"},
     {"config", "packing", "runtime"},
     {"run", "memory", "data", "kernels"},
     {"parallel"},
@@ -51,7 +51,7 @@ INNER = {
 """Floors within a folder, by names of its modules and subfolders. Single modules on one floor,
 e.g. `mesh` and `collectives`, may import one another."""
 NO_TORCH = (
-    *("errors", "lazy", "files", "registration", "provenance"),
+    *("errors", "figures", "files", "lazy", "registration", "provenance"),
     *("config", "run", "memory", "data"),
     *("report", "compare"),
 )

@@ -26,7 +26,7 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,11 +52,33 @@ from sparselong.evaluate.work import Request
 
 
 class _Model(HFLM):
-    """lm-eval's Hugging Face model, with a progress bar only in a terminal."""
+    """lm-eval's Hugging Face model, with our progress in place of its bar.
+
+    `report` is told after each pass how many answers there are, and how many there will be.
+    """
+
+    report: Callable[[int, int], None] | None = None
+    done = total = 0
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         parent: Any = super()
-        return parent.loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+        self.done, self.total = 0, len(requests)
+        self._count(0)
+        found = parent.loglikelihood(requests, disable_tqdm=True)
+        if self.done < self.total:  # one pass may answer several requests
+            self._count(self.total - self.done)
+        return found
+
+    def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super()
+        logits = parent._model_call(inps, *args, **kwargs)
+        self._count(len(inps))
+        return logits
+
+    def _count(self, rows: int) -> None:
+        if self.report is not None:
+            self.done += rows
+            self.report(self.done, self.total)
 
 
 class _Elsewhere(_Model):
@@ -137,12 +159,15 @@ def load_suite(config: Config, folder: Path, tokenizer: Any) -> Suite:
     return Suite(config, tokenizer, tree, tasks)
 
 
-def measure(model: Any, suite: Suite) -> dict[str, dict[str, Any]]:
+def measure(
+    model: Any, suite: Suite, report: Callable[[int, int], None] | None = None
+) -> dict[str, dict[str, Any]]:
     """Measure a model on every item of every task.
 
     Args:
         model: a transformers causal language model, on its device, in eval mode.
         suite: the loaded tasks.
+        report: is told how many likelihoods are known, and of how many.
 
     Returns:
         By task: `acc` (most likely ending) and `acc_norm` (the same per character) with
@@ -151,7 +176,9 @@ def measure(model: Any, suite: Suite) -> dict[str, dict[str, Any]]:
         without length-normalized accuracy lack its keys.
     """
     open_model: Any = _Model
-    return _run(open_model(**_settings(model, suite)), suite)
+    lm = open_model(**_settings(model, suite))
+    lm.report = report
+    return _run(lm, suite)
 
 
 def list_requests(suite: Suite, positions: int) -> list[Request]:

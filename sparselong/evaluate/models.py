@@ -14,15 +14,18 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparselong.evaluate import harness, perplexity
+from sparselong.evaluate.spread import Spread
 from sparselong.files import load_json, write_atomically
 from sparselong.model import describe_placement, implementation, load_model
 from sparselong.provenance import read_peaks, reset_peaks
+from sparselong.run import Stage
 from sparselong.runtime import using
 
 _RESULT = ("fingerprint", "perplexity", "tasks", "seconds", "peak_bytes")
@@ -42,10 +45,9 @@ def measure(
     directory: Path,
     fingerprint: str,
     measurements: Measurements,
-    folder: Path,
-    progress: Callable[[str], None],
+    stage: Stage,
 ) -> dict[str, Any]:
-    """Return one model's accuracy and perplexity, from `folder/<name>.json` if up to date.
+    """Return one model's accuracy and perplexity, from `04_eval/<name>.json` if up to date.
 
     Returns:
         {fingerprint, tasks (harness.measure), perplexity (perplexity.measure), seconds,
@@ -54,19 +56,21 @@ def measure(
     Raises:
         StageError: the checkpoint cannot be opened.
     """
-    if kept := find_kept(name, fingerprint, folder, progress):
+    if kept := find_kept(name, fingerprint, stage.dir, stage.log):
         return kept
     start = time.monotonic()
     reset_peaks()
     config = measurements.suite.config
     model = load_model(directory, attn_implementation=implementation(config))
-    progress(f"{name}: loaded from {directory} in {time.monotonic() - start:.1f} s")
+    stage.log(f"{name}: loaded from {directory} in {time.monotonic() - start:.1f} s")
     batch_size = config.evaluation.batch_size
+    spread = Spread(report=partial(stage.report, f"{name}: batch"))
+    answered = partial(stage.report, f"{name}: answer")
     with using(attention_backend=config.attention_backend, deterministic=config.deterministic):
         result = {
             "fingerprint": fingerprint,
-            "perplexity": perplexity.measure(model, measurements.samples, batch_size),
-            "tasks": harness.measure(model, measurements.suite),
+            "perplexity": perplexity.measure(model, measurements.samples, batch_size, spread),
+            "tasks": harness.measure(model, measurements.suite, answered),
             "seconds": round(time.monotonic() - start, 1),
             "peak_bytes": read_peaks(),
             "experts": describe_placement(model),
@@ -75,7 +79,7 @@ def measure(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return keep(name, result, folder, progress)
+    return keep(name, result, stage.dir, stage.log)
 
 
 def find_kept(

@@ -27,9 +27,10 @@ from sparselong.files import write_atomically
 from sparselong.model import describe_placement, implementation, load_model
 from sparselong.parallel import Mesh, shard_model
 from sparselong.processes import (
-    MARK,
     decide_evaluation_sharing,
     end_at_once,
+    report_progress,
+    tell,
     tell_failures,
     telling_memory,
     write_failure,
@@ -53,7 +54,7 @@ def main(path: Path) -> None:
         shared = mesh.expert_size > 1
         how = f"{mesh.expert_size} share experts and vocabulary" * shared or "each holds all"
         how += ", experts in host memory" * (held.placement == "host")
-        print(f"{MARK}{mesh.data_size} processes: {how}", flush=True)
+        tell(f"{mesh.data_size} processes: {how}")
     for name, directory, _ in work.models:
         with using(expert_placement=held.placement):
             result = _measure(name, Path(directory), work, config, mesh, folder)
@@ -79,8 +80,8 @@ def _measure(
             model = load_model(directory, attn_implementation=implementation(config))
         if ranks.is_first():
             seconds = time.monotonic() - start
-            print(f"{MARK}{name}: loaded from {directory} in {seconds:.1f} s", flush=True)
-        rank, spread = mesh.data_rank, Spread(mesh)
+            tell(f"{name}: loaded from {directory} in {seconds:.1f} s")
+        rank, spread = mesh.data_rank, Spread(mesh, partial(report_progress, f"{name}: batch"))
         samples = [perplexity.Sample(*sample) for sample in work.samples]
         batch_size = config.evaluation.batch_size
         # Watched one model at a time: ranks may take longer to load than an exchange may.

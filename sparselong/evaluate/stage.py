@@ -51,7 +51,7 @@ def evaluate(stage: Stage) -> None:
         results = together.measure(stage, world, marks, measurements)
     else:
         held = decide_evaluation_sharing(stage.config)  # refuses what cannot fit before it loads
-        measure = partial(models.measure, folder=stage.dir, progress=stage.log)
+        measure = partial(models.measure, stage=stage)
         with using(expert_placement=held.placement), telling_memory(fix=MEMORY_FIX):
             results = {mark[0]: measure(*mark, measurements) for mark in marks}
     for result in results.values():
