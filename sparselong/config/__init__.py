@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from sparselong.config.data import TrainOn
     from sparselong.config.keys import pick_sections
     from sparselong.config.schema import (
+        CalibrationSection,
         Config,
         ModelSection,
+        Solver,
         dump,
         hash_sections,
         is_resolved,
