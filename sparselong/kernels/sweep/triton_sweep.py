@@ -180,7 +180,7 @@ def _round_to_bf16(value):
 @triton.jit
 def _add_pairs(terms, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Return the sums of rows by adding adjacent pairs repeatedly, [ROWS]."""
-    for halving in tl.static_range(7):
+    for halving in tl.static_range(7):  # pyright: ignore[reportGeneralTypeIssues]
         one, other = tl.split(tl.reshape(terms, [ROWS, WIDTH // 2 >> halving, 2]))
         terms = one + other
     return tl.reshape(terms, [ROWS])
