@@ -72,6 +72,12 @@ def held_experts(shape: ModelShape, held: Held, on_cpu: bool) -> dict[str, int]:
     return {"experts": whole if on_cpu else 0, "expert_buffers": 2 * whole // shape.layers}
 
 
+def embedding_host_bytes(shape: ModelShape, held: Held) -> int:
+    """Return bytes of an embedding in host memory: one that is not shared, if the experts are."""
+    is_there = held.placement == "host" and held.expert_parallel == 1
+    return shape.embedding * BF16_BYTES if is_there else 0
+
+
 def base_groups(shape: ModelShape) -> dict[str, int]:
     """Return bytes of the upstream checkpoint (MXFP4 experts, bf16 rest) by group in LABELS."""
     return _groups(shape, expert_bits("none"), BF16_BITS)
