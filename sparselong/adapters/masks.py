@@ -1,7 +1,7 @@
 """Mask and scale updates during training: which two of every four weights are kept.
 
-Stage 02 removed two weights of every four with SparseGPT: not the two smallest, but the two whose
-loss the remaining ones could best compensate. The remaining weights were corrected accordingly; the
+Stage 02 removed two weights of every four: not the two smallest, but the two whose loss the
+remaining ones could best compensate. The remaining weights were corrected accordingly; the
 removed ones kept their old values in the masters. Selecting masks by magnitude right afterwards
 would undo part of that selection before anything is learned: it flips about 7 % of the bits and
 restores weights that the correction already compensates.
