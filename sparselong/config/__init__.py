@@ -7,7 +7,8 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.config import schema
     from sparselong.config.data import TrainOn
-    from sparselong.config.keys import pick_sections
+    from sparselong.config.keys import leaves, pick_sections
+    from sparselong.config.profiles import PROFILES
     from sparselong.config.schema import (
         CalibrationSection,
         Config,

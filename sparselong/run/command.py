@@ -38,6 +38,7 @@ from sparselong.run.place import (
     find_run_dir,
     read_document,
 )
+from sparselong.run.publishing import Publish, publish
 from sparselong.run.stages import STAGES, complete_commands
 
 _KEPT = {
@@ -118,8 +119,8 @@ def run_stage(
     plan: Callable[[Config, Path, str], dict[str, Any]],
     show_plan: Callable[[dict[str, Any]], str],
     check: Callable[[Config], object] | None = None,
-    keep_result: bool = True,
     preview: Callable[[Config, Path, str], dict[str, Any]] | None = None,
+    page: Publish | None = None,
 ) -> int:
     """Run one stage as a command line program.
 
@@ -131,8 +132,8 @@ def run_stage(
         plan: (config, run directory, stage name) → document for `--dry-run`; changes nothing.
         show_plan: formats the plan for display.
         check: raises, before anything is changed, if the config cannot be executed here.
-        keep_result: whether a finished stage is up to date; false repeats it on every call.
         preview: (config, run directory, option) → document with `text`; changes nothing.
+        page: writes the page about the run once the stage is done.
 
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
@@ -148,7 +149,7 @@ def run_stage(
         with writing(arguments.run_dir):
             check_run_dir(config, arguments.run_dir, arguments.config)
         stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
-        redo = stage.forced or not keep_result
+        redo = stage.forced or STAGES[name].repeats
         if arguments.dry_run:
             document = _plan(stage, redo, plan)
             text = show_plan(document)
@@ -156,7 +157,7 @@ def run_stage(
             document = preview(config, arguments.run_dir, arguments.preview)
             text = document["text"]
         else:
-            document = _run(stage, redo, execute, check, interruption)
+            document = _run(stage, redo, execute, check, interruption, page)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
@@ -177,11 +178,14 @@ def _run(
     execute: Callable[[Stage], None],
     check: Callable[[Config], object] | None,
     interruption: Interruption,
+    page: Publish | None,
 ) -> dict[str, Any]:
-    """Check and execute a stage, and return its manifest."""
+    """Check and execute a stage, write the page about the run, and return the stage's manifest."""
     cache = prepare_caches(stage, check)
     with locked(stage.run_dir):
-        return run_locked(stage, redo, execute, cache, interruption)
+        manifest = run_locked(stage, redo, execute, cache, interruption)
+        publish(stage, page)
+    return manifest
 
 
 def prepare_caches(stage: Stage, check: Callable[[Config], object] | None = None) -> Path | None:

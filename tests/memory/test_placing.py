@@ -31,19 +31,22 @@ def test_two_layers_of_a_processs_experts_stay_on_the_device(degree):
     on_gpu, on_host = (
         training.finetune_memory(BIG, load(), held=Held(degree, where)) for where in ("gpu", "host")
     )
-    found, parts = on_host.components, on_gpu.components
+    found, parts = dict(on_host.components), on_gpu.components
     assert parts["experts"] == EXPERTS // degree
     assert found["experts"] == 0 and found["expert_buffers"] == EXPERTS // degree * 2 // 36
     moved = EMBEDDING if degree == 1 else 0  # a shared one stays
+    tables = found.pop("page_tables")
+    assert tables == (EXPERTS // degree + moved) * 8 // 4096
     rest = {name: size for name, size in found.items() if "expert" not in name}
     assert rest == {**{name: parts[name] for name in rest}, "embedding": parts["embedding"] - moved}
-    saved = parts["experts"] - found["expert_buffers"] + moved
+    saved = parts["experts"] - found["expert_buffers"] + moved - tables
     assert on_gpu.peak_bytes - on_host.peak_bytes == saved
     before, after = (
         stages.evaluation_memory(BIG, load(), "cuda", Held(degree, where))
         for where in ("gpu", "host")
     )
     assert after["experts"] == 0 and after["expert_buffers"] == found["expert_buffers"]
+    assert after["page_tables"] == tables
     assert before["base_rest"] - after["base_rest"] == moved
 
 
