@@ -2,8 +2,8 @@
 
     errors, figures, files, lazy, registration, provenance
     config, packing, runtime
-    run, memory, data, kernels          kernels: gpu, layout | attention, layer | decode
-    parallel                                     | dense, experts
+    run, memory, data, kernels          kernels: gpu, layout | attention, layer, sweep
+    parallel                                     | decode | dense, experts
     checkpoint, processes
     model
     tiny, adapters, generation
@@ -39,7 +39,7 @@ FLOORS = (
 INNER = {
     "kernels": (
         {"gpu", "layout", "expert_stack", "launch"},
-        {"attention", "layer"},
+        {"attention", "layer", "sweep"},
         {"decode"},
         {"dense", "experts"},
     ),

@@ -205,7 +205,7 @@ def _compress_layer(
     dense_file = stage.dir / "model.partial" / DENSE_FILE.format(index)
     master_file = stage.dir / "masters" / MASTER_FILE.format(index)
     if fmt.is_sparse or fmt.is_quantized:
-        made = layer.compress(states.states, fmt, stage.config.calibration.dampening, stage.log)
+        made = layer.compress(states.states, fmt, stage.config.calibration, stage.log)
         stored |= made.stored
         record["relative_error"] = made.relative_error
         write_tensors(master_file, made.masters)
