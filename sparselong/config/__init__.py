@@ -17,5 +17,6 @@ if TYPE_CHECKING:
         load,
     )
     from sparselong.config.texts import UTF8_FIX, check_place
+    from sparselong.config.training import TrainingSection
 
 __getattr__ = expose(__name__)

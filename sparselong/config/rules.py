@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sparselong.config.keys import KeyFault
 
 if TYPE_CHECKING:
     from sparselong.config.schema import Config
+    from sparselong.config.training import Schedule
+
+_SHAPED: Mapping[str, tuple[Schedule, ...]] = {
+    "min_lr_ratio": (
+        *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "rex"),
+        *("warmup_stable_decay", "reduce_lr_on_plateau", "greedy"),
+    ),
+    "lr_cycles": ("cosine_with_restarts",),
+    "lr_decay_ratio": ("warmup_stable_decay",),
+    "lr_patience": ("reduce_lr_on_plateau", "greedy"),
+}
+"""Keys that shape a learning rate schedule, with the schedules that take them."""
+_NEEDED: Mapping[Schedule, str] = {
+    "cosine_with_min_lr": "min_lr_ratio",
+    "cosine_warmup_with_min_lr": "min_lr_ratio",
+    "greedy": "min_lr_ratio",
+    "cosine_with_restarts": "lr_cycles",
+    "warmup_stable_decay": "lr_decay_ratio",
+}
+"""Schedules with the key that they cannot do without."""
+_WITHOUT_WARM_UP: tuple[Schedule, ...] = ("constant", "reduce_lr_on_plateau", "greedy")
 
 
 def check_rules(config: Config) -> None:
@@ -21,6 +43,7 @@ def check_rules(config: Config) -> None:
     _check_checkpointing(config)
     _check_kept(config)
     _check_steps(config)
+    _check_schedule(config)
     _check_tasks(config)
     _check_shares(config)
 
@@ -107,6 +130,34 @@ def _check_steps(config: Config) -> None:
             "training.logging_steps",
             f"training.save_steps ({training.save_steps}) must be a multiple of "
             f"training.logging_steps ({training.logging_steps}): resumed curves must continue",
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    training = config.training
+    name = training.lr_scheduler
+    for key, schedules in _SHAPED.items():
+        if getattr(training, key) is not None and name not in schedules:
+            raise KeyFault(
+                f"training.{key}",
+                f"training.{key} has no effect with training.lr_scheduler: {name}; it is for "
+                f"{', '.join(schedules)}",
+            )
+    needed = _NEEDED.get(name)
+    if needed is not None and getattr(training, needed) is None:
+        raise KeyFault(
+            f"training.{needed}", f"training.lr_scheduler: {name} needs training.{needed}"
+        )
+    if name in _WITHOUT_WARM_UP and training.warmup_ratio:
+        raise KeyFault(
+            "training.warmup_ratio",
+            f"training.lr_scheduler: {name} has no warm-up: it needs training.warmup_ratio: 0"
+            + (", or use constant_with_warmup" if name == "constant" else ""),
+        )
+    if training.warmup_ratio + (training.lr_decay_ratio or 0.0) > 1.0:
+        raise KeyFault(
+            "training.lr_decay_ratio",
+            "training.warmup_ratio and training.lr_decay_ratio: together at most 1",
         )
 
 

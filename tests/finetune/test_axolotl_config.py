@@ -38,7 +38,13 @@ OURS = {
     "training.save_total_limit": "transformers would remove any name with checkpoint-N in it",
 }
 """Keys and sections that are not passed to Axolotl, and why."""
-NEEDED = {"flash_attention": {"attention_backend": "auto"}}
+NEEDED = {
+    "flash_attention": {"attention_backend": "auto"},
+    "training.min_lr_ratio": {"training.lr_scheduler": "cosine_with_min_lr"},
+    "training.lr_cycles": {"training.lr_scheduler": "cosine_with_restarts"},
+    "training.lr_decay_ratio": {"training.lr_scheduler": "warmup_stable_decay"},
+    "training.lr_patience": {"training.lr_scheduler": "reduce_lr_on_plateau"},
+}
 """Other keys that must be set for a key to have an effect."""
 
 
@@ -133,7 +139,7 @@ def test_paths_and_sections():
         ("lora.r=8", "lora_r", 8),
         ("training.max_steps=7", "max_steps", 7),
         ("training.optimizer=adamw_torch_fused", "optimizer", "adamw_torch_fused"),
-        ("training.lr_scheduler=constant", "lr_scheduler", "constant"),
+        ("training.lr_scheduler=linear", "lr_scheduler", "linear"),
         ("training.early_stopping_patience=2", "early_stopping_patience", 2),
         ("training.sample_packing=false", "sample_packing", False),
         ("training.use_tensorboard=true", "use_tensorboard", True),

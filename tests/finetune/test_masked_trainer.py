@@ -47,6 +47,7 @@ class Training(MaskedTraining):
             "per_device_eval_batch_size": 2,
             "dataloader_pin_memory": False,
             "warmup_steps": 0.1,
+            "lr_scheduler_kwargs": {},
             "output_dir": "out",
         }
         self.args = SimpleNamespace(**{**given, **arguments})
@@ -150,10 +151,11 @@ def test_evaluation_covers_all_rows_in_order():
     assert batches(Training().get_eval_dataloader()) == [[[5], [3]], [[2], [4]], [[1]]]
 
 
-def test_warm_up_is_a_fraction_of_the_steps(calls):
-    training = Training(warmup_steps=0.1)
+def test_warm_up_and_decay_are_fractions_of_the_steps(calls):
+    training = Training(warmup_steps=0.1, lr_scheduler_kwargs={"num_decay_steps": 0.5})
     training.create_scheduler(57)
     assert training.args.warmup_steps == 5 and calls == ["create_scheduler"]
+    assert training.args.lr_scheduler_kwargs == {"num_decay_steps": 28}
 
 
 @pytest.mark.parametrize(
