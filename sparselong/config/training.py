@@ -27,6 +27,7 @@ Schedule = Literal[
     "greedy",
 ]
 """Schedules of Axolotl, and of transformers under its names."""
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "lion_8bit"]
 
 
 class TrainingSection(Section):
@@ -60,8 +61,10 @@ class TrainingSection(Section):
     after as many improvements."""
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
     """Decoupled weight decay of the adapters."""
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch_fused"
-    """Optimizer, under transformers' name. `adamw_bnb_8bit` saves memory and needs a GPU."""
+    optimizer: Optimizer = "adamw_torch_fused"
+    """Optimizer, under transformers' name. `adamw_bnb_8bit` keeps 2 bytes of state per trained
+    weight instead of 8, `lion_8bit` 1 byte; both need a GPU. Lion moves each weight by the whole
+    learning rate, which is therefore lower."""
     sample_packing: bool = True
     """Pack several conversations into each sequence, separated by position ids."""
     gradient_checkpointing: Annotated[bool, Incidental()] = True
@@ -102,3 +105,8 @@ class TrainingSection(Section):
     """Also write TensorBoard event files."""
     wandb_project: Annotated[Project | None, Incidental()] = None
     """Also log to this Weights & Biases project; null disables it."""
+
+    @property
+    def is_8bit(self) -> bool:
+        """Whether the optimizer keeps its states in 8 bits, which needs a GPU."""
+        return self.optimizer in ("adamw_bnb_8bit", "lion_8bit")

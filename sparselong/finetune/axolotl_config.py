@@ -53,7 +53,7 @@ def refuse_unsupported(config: Config, gpus: int, processes: int = 1) -> None:
         )
     needing_gpu = {
         "flash_attention=false": config.flash_attention,
-        "training.optimizer=adamw_torch": config.training.optimizer == "adamw_bnb_8bit",
+        "training.optimizer=adamw_torch": config.training.is_8bit,
     }
     for fix, wanted in needing_gpu.items():
         if wanted and not gpus:
@@ -120,6 +120,8 @@ def _schedule(config: Config) -> dict[str, Any]:
         "warmup_ratio": training.warmup_ratio,
         "weight_decay": training.weight_decay,
         "optimizer": training.optimizer,
+        # Lion's own; transformers would pass AdamW's 0.999.
+        "adam_beta2": 0.99 if training.optimizer == "lion_8bit" else None,
         "max_grad_norm": 1.0,
         "gradient_checkpointing": training.gradient_checkpointing,
         "seed": config.seed,

@@ -125,7 +125,7 @@ class MaskedTraining(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         """Create the optimizer; raise if its states could not be saved whole."""
-        if self.run.config.training.optimizer == "adamw_bnb_8bit":
+        if self.run.config.training.is_8bit:
             gathering.check_blocks(self.sharded)
         return super().create_optimizer(*args, **kwargs)
 

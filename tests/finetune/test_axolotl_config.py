@@ -139,6 +139,7 @@ def test_paths_and_sections():
         ("lora.r=8", "lora_r", 8),
         ("training.max_steps=7", "max_steps", 7),
         ("training.optimizer=adamw_torch_fused", "optimizer", "adamw_torch_fused"),
+        ("training.optimizer=lion_8bit", "adam_beta2", 0.99),
         ("training.lr_scheduler=linear", "lr_scheduler", "linear"),
         ("training.early_stopping_patience=2", "early_stopping_patience", 2),
         ("training.sample_packing=false", "sample_packing", False),
@@ -165,6 +166,7 @@ def test_nothing_is_null_and_resume_is_named():
     [
         ("flash_attention=true", "flash_attention=false"),
         ("training.optimizer=adamw_bnb_8bit", "training.optimizer=adamw_torch"),
+        ("training.optimizer=lion_8bit", "training.optimizer=adamw_torch"),
     ],
 )
 def test_unsupported_settings_of_this_machine_are_refused(override, fix):

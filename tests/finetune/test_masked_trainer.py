@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Trainer
 
+from sparselong.config import TrainingSection
 from sparselong.errors import StageError
 from sparselong.finetune import masked_trainer, state
 from sparselong.finetune.masked_trainer import MaskedTraining
@@ -160,7 +161,10 @@ def test_warm_up_and_decay_are_fractions_of_the_steps(calls):
 
 @pytest.mark.parametrize(
     ("optimizer", "values", "refused"),
-    [("adamw_bnb_8bit", 640, True), ("adamw_bnb_8bit", 768, False), ("adamw_torch", 640, False)],
+    [
+        *(("adamw_bnb_8bit", 640, True), ("adamw_bnb_8bit", 768, False)),
+        *(("lion_8bit", 640, True), ("adamw_torch", 640, False)),
+    ],
 )
 def test_states_that_could_not_be_saved_are_refused_before_training(
     calls, monkeypatch, optimizer, values, refused
@@ -168,7 +172,7 @@ def test_states_that_could_not_be_saved_are_refused_before_training(
     part = {"part": torch.nn.Parameter(torch.empty(values))}
     monkeypatch.setattr(masked_trainer, "sharded_parameters", lambda model: part)
     training = Training()
-    training.run.config.training = SimpleNamespace(optimizer=optimizer)
+    training.run.config.training = TrainingSection(optimizer=optimizer)
     if refused:
         with pytest.raises(StageError, match="cannot be saved whole"):
             training.create_optimizer()
