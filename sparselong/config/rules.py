@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from sparselong.config.cost import GpuType
 from sparselong.config.keys import KeyFault
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def check_rules(config: Config) -> None:
     _check_schedule(config)
     _check_tasks(config)
     _check_shares(config)
+    _check_prices(config)
 
 
 def _check_attention(config: Config) -> None:
@@ -186,3 +188,13 @@ def _check_shares(config: Config) -> None:
         raise KeyFault("data.train", "data.train: each source once; its weight decides how often")
     if len({each.weight is None for each in shares}) > 1:
         raise KeyFault("data.train", "data.train: a weight for each source, or for none")
+
+
+def _check_prices(config: Config) -> None:
+    prices = config.cost.per_gpu_hour
+    for kind, price in prices.items() if isinstance(prices, dict) else ():
+        if kind not in get_args(GpuType):
+            types = ", ".join(get_args(GpuType))
+            raise KeyFault("cost.per_gpu_hour", f"cost.per_gpu_hour: {types}, not {kind}")
+        if not 0.0 < price <= 1e6:
+            raise KeyFault("cost.per_gpu_hour", f"cost.per_gpu_hour: a price above 0 for {kind}")

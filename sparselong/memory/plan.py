@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparselong.config import Config
+from sparselong.config import Config, describe_profile
 from sparselong.memory import evaluated, fit, placing, slicing, stages, storage, timing, training
 from sparselong.memory.labels import label
 from sparselong.memory.shape import ModelShape, find_shape
@@ -58,6 +58,7 @@ class Plan:
         tokens: number of tokens that stage 03 trains on.
         tokens_note: how `tokens` was determined.
         seconds: estimated time by stage.
+        estimates: time and cost on each type of GPU that has a price, or on the planned one.
     """
 
     shape: ModelShape
@@ -83,6 +84,7 @@ class Plan:
     tokens: int
     tokens_note: str
     seconds: dict[str, float]
+    estimates: list[timing.Estimate]
 
     @property
     def memory(self) -> Memory:
@@ -177,6 +179,7 @@ def make_plan(
     gpu_name: str | None = None,
     gpu_bytes: int = fit.CARD_BYTES,
     host_budget_bytes: int | None = None,
+    gpus: int | None = None,
 ) -> Plan:
     """Return the plan of a config.
 
@@ -186,6 +189,7 @@ def make_plan(
         gpu_name: GPU for the time estimate; None takes an RTX 3090.
         gpu_bytes: usable memory of the GPU; by default that of a 24 GB card.
         host_budget_bytes: available host memory; None: not known, taken as enough.
+        gpus: number of GPUs that train; None takes the fewest that the config needs.
 
     Raises:
         ConfigError: `expert_parallel_degree` does not divide the number of experts.
@@ -198,7 +202,11 @@ def make_plan(
     disk["compress_work"] = 2 * stages.state_bytes(shape, config, device)
     tokens, note = timing.training_tokens(config, _data_size(config))
     ways = plan_ways(shape, config, gpu_bytes, device, host_budget_bytes)
-    gpus = ways.replicated.devices if device == "cuda" else 1
+    gpus = (gpus or ways.replicated.devices) if device == "cuda" else 1
+
+    def seconds_on(rate: timing.Rate) -> dict[str, float]:
+        return timing.stage_seconds(shape, config, rate, disk, tokens, gpus=gpus, held=ways.held)
+
     return Plan(
         shape=shape,
         device=device,
@@ -218,7 +226,8 @@ def make_plan(
         linkable=storage.linkable_bytes(shape, config),
         tokens=tokens,
         tokens_note=note,
-        seconds=timing.stage_seconds(shape, config, rate, disk, tokens, gpus=gpus, held=ways.held),
+        seconds=seconds_on(rate),
+        estimates=timing.estimate(config, gpu_name, device, gpus, seconds_on),
     )
 
 
@@ -275,6 +284,8 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
         "changes_to_fit": made.changes if name in _SHOWS_TRAINING else [],
         **columns,
         "estimated_seconds": round(made.seconds[name]),
+        **({"estimates": [e.describe() for e in made.estimates]} if name == "03_finetune" else {}),
+        "profile": {"name": config.profile, "sets": describe_profile(config)},
         "notes": _notes(config, name, made),
         "config": config.model_dump(mode="json"),
     }

@@ -18,6 +18,7 @@ OURS = {
     **dict.fromkeys(("model", "shared_dense", "experts", "calibration"), "stage 02 has done it"),
     "data": "the plugin gives Axolotl the tokens",
     "evaluation": "stage 04's",
+    "cost": "for estimates and manifests",
     "profile": "a set of other keys' values",
     "finetuning_modifiers": "masks are updated by a callback of ours",
     "attention_backend": "the plugin chooses our kernels",

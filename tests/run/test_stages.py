@@ -31,6 +31,7 @@ CHANGED = {
     "training.loss_target": "1.5",
     "training.use_tensorboard": "true",
     "training.wandb_project": "trial",
+    "cost.per_gpu_hour": "{H200: 3.5}",
 }
 """Every incidental key, with a value different from the tiny config's."""
 NEEDED = {
