@@ -11,6 +11,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "quick_test": {
         "calibration.samples": 16,
         "training.max_steps": 20,
+        "training.gradient_accumulation_steps": 1,
         "training.eval_steps": 10,
         "training.save_steps": 10,
         "evaluation.limit": 100,

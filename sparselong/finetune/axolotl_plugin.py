@@ -55,7 +55,7 @@ from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.finetune import checkpoints, state
 from sparselong.finetune.axolotl_config import ADAPTER, attention_of
-from sparselong.finetune.callbacks import MaskUpkeep, Metrics, Recomputation, tell
+from sparselong.finetune.callbacks import Clock, MaskUpkeep, Metrics, Recomputation, tell
 from sparselong.finetune.gathering import gather_model
 from sparselong.finetune.keeping import Keeping, decide_keeping
 from sparselong.finetune.masked_trainer import MaskedTraining
@@ -254,6 +254,7 @@ class SparseLongPlugin(BasePlugin):
                 trainer.progress,
                 config.training.loss_target,
             ),
+            Clock(self.run.work if ranks.is_first() else None),
         ]
 
     def post_trainer_create(self, cfg, trainer: Any):

@@ -23,7 +23,10 @@ from sparselong.errors import StageError
 from sparselong.finetune.state import Progress, buffers
 from sparselong.model import slice_rows
 from sparselong.processes import MARK, check_replicas
+from sparselong.run import note_session
 from sparselong.runtime import DeviceInputs, HostInputs, checkpoint_contexts
+
+_NOTED_SECONDS = 30.0
 
 
 def tell(text: str) -> None:
@@ -106,6 +109,28 @@ class Recomputation(TrainerCallback):
             # No layer uses random numbers: adapters have no dropout.
             arguments["preserve_rng_state"] = False
             kwargs["model"].gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+
+
+class Clock(TrainerCallback):
+    """Notes for how long the session has trained (run/spent.py), at most twice a minute.
+
+    Args:
+        folder: the stage's directory; None on a rank that writes nothing.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder, self.noted = folder, time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Note the name of the GPU."""
+        if self.folder is not None and torch.cuda.is_available():
+            note_session(self.folder, torch.cuda.get_device_name())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Note the time."""
+        if self.folder is not None and time.monotonic() - self.noted >= _NOTED_SECONDS:
+            self.noted = time.monotonic()
+            note_session(self.folder)
 
 
 class Metrics(TrainerCallback):

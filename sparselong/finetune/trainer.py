@@ -2,6 +2,7 @@
 
     03_finetune/axolotl.yaml      generated
                 supervision.txt   some conversations with their supervised tokens marked
+                spent.json        for how long each session trained (run/spent.py)
                 receipt.json      what the plugin replaced and attached; required for a result
                 metrics.jsonl     a row per logged step and per evaluation
                 checkpoints/      checkpoint-N: adapter, masks, scales, optimizer, random state
@@ -41,10 +42,11 @@ from sparselong.finetune.training_run import (
     TrainingRun,
     trainer_arguments,
 )
+from sparselong.memory import cost_lines, format_seconds, make_plan
 from sparselong.model import load_tokenizer
 from sparselong.processes import TrainerEnded, find_world, train_together
-from sparselong.provenance import are_rows, refuse_changes
-from sparselong.run import Stage
+from sparselong.provenance import are_rows, describe_hardware, refuse_changes
+from sparselong.run import Stage, begin_session, note_session, sum_sessions
 
 _BAKED = (
     *("best_checkpoint", "best_step", "best_eval_loss", "steps", "mask_updates", "peak_bytes"),
@@ -86,13 +88,19 @@ def _train(stage: Stage) -> None:
     if resume_from:
         stage.log(f"resuming from {resume_from.name} ({rows} rows of {METRICS} kept)")
     (stage.dir / RECEIPT).unlink(missing_ok=True)
+    world = find_world(stage.config)
+    gpus = world.size if torch.cuda.device_count() else 0
+    _tell_estimate(stage, gpus)
     document = axolotl_config.build(run, resume_from)
     text = _HEADER + yaml.safe_dump(document, sort_keys=False)
     write_atomically(stage.dir / AXOLOTL_YAML, text)
-    world = find_world(stage.config)
     processes = f" in {world.size} processes" if world.size > 1 else ""
     stage.log(f"starting Axolotl{processes} (importing it takes a while)")
-    _train_explained(stage, run)
+    begin_session(stage.dir, gpus)
+    try:
+        _train_explained(stage, run)
+    finally:
+        note_session(stage.dir)
     asked = {
         "processes": world.size,
         "attention": axolotl_config.attention_of(stage.config),
@@ -106,6 +114,18 @@ def _train(stage: Stage) -> None:
     except StageError:
         (stage.dir / BAKED).unlink(missing_ok=True)  # so that a rerun does not publish it
         raise
+
+
+def _tell_estimate(stage: Stage, gpus: int) -> None:
+    """Tell what training will take on this machine's GPUs, or on its processor if there are 0."""
+    found = describe_hardware()["gpus"] if gpus else []
+    name = found[0].partition(",")[0] if found else "RTX 3090"
+    device = "cuda" if gpus else "cpu"
+    (made,) = make_plan(stage.config, device, name, gpus=gpus or None).estimates
+    row = made.describe()
+    rough = f"estimated time on {row['gpu']}: {format_seconds(3600 * row['hours'])}"
+    for line in cost_lines([row]) or [rough]:
+        stage.log(line)
 
 
 def _train_explained(stage: Stage, run: TrainingRun) -> None:
@@ -283,6 +303,7 @@ def _publish(stage: Stage) -> None:
         "tokens_per_second": statistics.median(
             row["tokens_per_second"] for row in train or [{"tokens_per_second": math.nan}]
         ),
+        **sum_sessions(stage.dir, stage.config),
         "mask_updates": baked["mask_updates"],
         "two_four_conforming": baked["two_four_conforming"],
         "expert_parallel_degree": receipt.get("expert_parallel_degree"),

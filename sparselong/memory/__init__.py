@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sparselong.memory.storage import Held, adapter_bytes, base_groups, compressed_groups
     from sparselong.memory.table import (
         WIDTH,
+        cost_lines,
         format_bytes,
         format_seconds,
         format_table,

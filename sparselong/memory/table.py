@@ -99,7 +99,7 @@ def cost_lines(estimates: Iterable[Mapping[str, Any]]) -> list[str]:
     """
     rows = {
         f"{one['gpus']} x {one['gpu']}": f"{format_seconds(3600 * one['hours'])}, "
-        f"{one['gpu_hours']:.1f} GPU hours, cost {show_cost(one['cost'])}"
+        f"{one['gpu_hours']:.2f} GPU hours, cost {show_cost(one['cost'])}"
         for one in estimates
         if one["gpus"]
     }
@@ -108,7 +108,7 @@ def cost_lines(estimates: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def show_cost(cost: float | None) -> str:
     """Return a cost with two decimals, or that there is no price to compute it from."""
-    return "not known (cost.per_gpu_hour)" if cost is None else f"{cost:,.2f}"
+    return "not known: set cost.per_gpu_hour" if cost is None else f"{cost:,.2f}"
 
 
 def _profile_lines(profile: Mapping[str, Any]) -> list[str]:

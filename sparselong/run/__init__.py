@@ -5,7 +5,8 @@ directory.py maintains the run directory. command.py is the program behind every
 reads the config, locks the run directory, checks whether the stage is up to date and its inputs
 exist, executes the stage, and writes `manifest.json` last. parts.py does so for a stage with
 several results, session.py for a script that makes none. manifests.py reads what finished stages
-recorded, and changes.py compares the inputs with it. interruption.py makes signals end a block as
+recorded, and changes.py compares the inputs with it. spent.py counts a stage's GPU hours.
+interruption.py makes signals end a block as
 interruptions.
 """
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from sparselong.run.manifests import read_manifest
     from sparselong.run.parts import Choice, Part, run_parts
     from sparselong.run.session import run_session
+    from sparselong.run.spent import begin_session, note_session, sum_sessions
     from sparselong.run.stages import redo_command
 
 __getattr__ = expose(__name__)

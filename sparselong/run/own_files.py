@@ -37,7 +37,7 @@ _NAMES: Mapping[str, str] = {
     "02_compress": rf"base\.json|work/(states\.safetensors|model\.json|layer-\d+\.json)|"
     rf"masters/layer-\d+\.safetensors|model(\.partial)?/({_MODEL})",
     "03_finetune": r"axolotl\.yaml|supervision\.txt|metrics\.jsonl|loss\.png|"
-    r"(receipt|baked|trained)\.json|"
+    r"(receipt|baked|trained|spent)\.json|"
     rf"axolotl/({_ADAPTER})|adapter/({_ADAPTER})|model(\.partial)?/({_MODEL})|"
     rf"checkpoints/(\.unfinished/.+|checkpoint-\d+/({_CHECKPOINT}))",
     "04_eval": r"(base|compressed|finetuned)(\.scores)?\.json|(results|work)\.json|report\.md|"
@@ -56,7 +56,8 @@ _NAMES: Mapping[str, str] = {
 _EVERY = r"log(\.rank\d+)?\.txt|failure(\.rank\d+)?\.json|(started|manifest|machines)\.json"
 _PREPARED: Mapping[str, str] = {
     "02_compress": r"base\.json",
-    "03_finetune": r"axolotl\.yaml|supervision\.txt|metrics\.jsonl|receipt\.json|axolotl/.+",
+    "03_finetune": r"axolotl\.yaml|supervision\.txt|metrics\.jsonl|"
+    r"(receipt|spent)\.json|axolotl/.+",
     "04_eval": r"work\.json|tasks/.+",
 }
 """What a stage writes before its work, and makes again whenever it is started."""

@@ -227,11 +227,12 @@ def test_callbacks_match_the_config(plugins, plugin, run, monkeypatch):
 
     monkeypatch.setattr(plugins, "decide_keeping", decide)
     trainer = SimpleNamespace(layers={}, progress=Progress(), model="model")
-    upkeep, passes, watch, metrics = plugin.add_callbacks_post_trainer(None, trainer)
+    upkeep, passes, watch, metrics, clock = plugin.add_callbacks_post_trainer(None, trainer)
     assert (upkeep.update_frequency, upkeep.criterion) == (0.5, "magnitude")
     assert passes.contexts.args == (True, False) and passes.rows is None
     assert watch == ("watch", "model")
     assert (metrics.path, metrics.loss_target) == (run.work / "metrics.jsonl", 1.5)
+    assert clock.folder == run.work
     asked = {key: decision.asked for key, decision in plugin.keeping.items()}
     assert asked == {"keep_attention": "auto", "keep_experts": "never"}
 
