@@ -9,8 +9,13 @@ command continues from the last whole checkpoint.
 
     python 03_finetune.py --preview N             print conversations as they would be trained on
     python 03_finetune.py --preview FILE:LINE     print one
+    python 03_finetune.py --sweep lora.r=8,16 training.learning_rate=1e-5,5e-5
+
+A sweep runs once for each combination of values, in runs/NAME-sweep, and compares the runs there
+(sparselong/sweep).
 """
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,8 @@ from sparselong.config import Config
 from sparselong.data import check_tasks
 from sparselong.memory import check_model, find_shape, plan_stage, show_plan
 from sparselong.processes import find_world, hide_launcher, is_joined
-from sparselong.run import Stage, run_stage
+from sparselong.run import Others, Stage, run_stage
+from sparselong.sweep import run_sweep
 
 NAME = "03_finetune"
 
@@ -53,6 +59,11 @@ def preview(config: Config, run_dir: Path, place: str) -> dict[str, Any]:
     return preview_line(config, run_dir, place)
 
 
+def sweep(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Return what `--sweep KEY=VALUE,VALUE` prints at its end, as JSON and as text."""
+    return run_sweep(arguments, check, Path(__file__).resolve().parent)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the stage, or under torchrun this process's part of it; return the exit code."""
     if not is_joined():
@@ -66,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None) -> int:
     """Run the stage in this process; return the exit code."""
     text = "Fine-tune the compressed model, including masks and rounding."
-    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check=check, preview=preview)
+    others = Others(preview, sweep)
+    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check=check, others=others)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from sparselong.finetune.training_run import (
 from sparselong.memory import cost_lines, format_seconds, make_plan
 from sparselong.model import load_tokenizer
 from sparselong.processes import TrainerEnded, find_world, train_together
-from sparselong.provenance import are_rows, describe_hardware, refuse_changes
+from sparselong.provenance import are_rows, gpu_name, refuse_changes
 from sparselong.run import Stage, begin_session, note_session, sum_sessions
 
 _BAKED = (
@@ -118,10 +118,9 @@ def _train(stage: Stage) -> None:
 
 def _tell_estimate(stage: Stage, gpus: int) -> None:
     """Tell what training will take on this machine's GPUs, or on its processor if there are 0."""
-    found = describe_hardware()["gpus"] if gpus else []
-    name = found[0].partition(",")[0] if found else "RTX 3090"
+    name = gpu_name() if gpus else None
     device = "cuda" if gpus else "cpu"
-    (made,) = make_plan(stage.config, device, name, gpus=gpus or None).estimates
+    (made,) = make_plan(stage.config, device, name or "RTX 3090", gpus=gpus or None).estimates
     row = made.describe()
     rough = f"estimated time on {row['gpu']}: {format_seconds(3600 * row['hours'])}"
     for line in cost_lines([row]) or [rough]:
