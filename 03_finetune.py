@@ -15,8 +15,8 @@ A sweep runs once for each combination of values, in runs/NAME-sweep, and compar
 (sparselong/sweep).
 """
 
-import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,6 @@ def preview(config: Config, run_dir: Path, place: str) -> dict[str, Any]:
     return preview_line(config, run_dir, place)
 
 
-def sweep(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Return what `--sweep KEY=VALUE,VALUE` prints at its end, as JSON and as text."""
-    return run_sweep(arguments, check, Path(__file__).resolve().parent)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the stage, or under torchrun this process's part of it; return the exit code."""
     if not is_joined():
@@ -77,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None) -> int:
     """Run the stage in this process; return the exit code."""
     text = "Fine-tune the compressed model, including masks and rounding."
+    sweep = partial(run_sweep, check=check, scripts=Path(__file__).resolve().parent)
     others = Others(preview, sweep)
     return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check=check, others=others)
 

@@ -8,6 +8,7 @@ compares it with the machine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,38 +198,49 @@ def make_plan(
     """
     shape = find_shape(config.model)
     device = device or configured_device(config, shape)
-    rate = timing.find_rate(None if device == "cpu" else gpu_name or "RTX 3090")
     disk = storage.disk_bytes(shape, config)
     disk["compress_work"] = 2 * stages.state_bytes(shape, config, device)
-    tokens, note = timing.training_tokens(config, _data_size(config))
-    ways = plan_ways(shape, config, gpu_bytes, device, host_budget_bytes)
-    gpus = (gpus or ways.replicated.devices) if device == "cuda" else 1
-
-    def seconds_on(rate: timing.Rate) -> dict[str, float]:
-        return timing.stage_seconds(shape, config, rate, disk, tokens, gpus=gpus, held=ways.held)
-
+    given = (shape, config, gpu_bytes, device, host_budget_bytes)
+    ways = plan_ways(*given)
+    gpus = (gpus or ways.replicated.devices) if device == "cuda" else 0
     return Plan(
         shape=shape,
         device=device,
-        rate=rate,
         disk=disk,
         bits_per_weight=storage.bits_by_group(config),
         compressed=storage.compressed_groups(shape, config),
         card_bytes=gpu_bytes,
         **ways._asdict(),
         settled_reason=explain_layers(config, ways.settled),
-        changes=fit.suggest_changes(shape, config, gpu_bytes, device, host_budget_bytes)
-        if device == "cuda"
-        else [],
+        changes=fit.suggest_changes(*given) if device == "cuda" else [],
         stages=_working_memory(shape, config, device, ways.evaluation_held),
         expert_host_bytes=expert_host_bytes(shape, config, ways),
         compress_host=stages.compress_host_memory(shape, config, device),
         linkable=storage.linkable_bytes(shape, config),
-        tokens=tokens,
-        tokens_note=note,
-        seconds=seconds_on(rate),
-        estimates=timing.estimate(config, gpu_name, device, gpus, seconds_on),
+        **_times(shape, config, gpu_name, gpus, disk, ways.held),
     )
+
+
+def _times(
+    shape: ModelShape,
+    config: Config,
+    gpu_name: str | None,
+    gpus: int,
+    disk: dict[str, int],
+    held: Held,
+) -> dict[str, Any]:
+    """Return the plan's fields about time; `gpus` is 0 on a processor."""
+    tokens, note = timing.training_tokens(config, _data_size(config))
+    work = {"disk": disk, "tokens": tokens, "gpus": max(1, gpus), "held": held}
+    seconds_on = partial(timing.stage_seconds, shape, config, **work)
+    rate = timing.find_rate(gpu_name or "RTX 3090" if gpus else None)
+    return {
+        "rate": rate,
+        "tokens": tokens,
+        "tokens_note": note,
+        "seconds": seconds_on(rate),
+        "estimates": timing.estimate(config, gpu_name, gpus, seconds_on),
+    }
 
 
 def _working_memory(

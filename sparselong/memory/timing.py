@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from sparselong.config import Config, GpuType, find_type
 from sparselong.memory import exchange
@@ -107,7 +107,6 @@ class Estimate(NamedTuple):
 def estimate(
     config: Config,
     gpu_name: str | None,
-    device: Literal["cuda", "cpu"],
     gpus: int,
     seconds_on: Callable[[Rate], dict[str, float]],
 ) -> list[Estimate]:
@@ -116,11 +115,10 @@ def estimate(
     Args:
         config: names the prices.
         gpu_name: the GPU; None: the types with a price of their own, or an RTX 3090.
-        device: kind of device.
-        gpus: number of GPUs that stage 03 uses.
+        gpus: number of GPUs that stage 03 uses; 0 for a processor.
         seconds_on: seconds by stage on a device of a rate.
     """
-    if device == "cpu":
+    if not gpus:
         return [Estimate(CPU.name, 0, seconds_on(CPU), None)]
     prices = config.cost.per_gpu_hour
     priced = list(prices) if isinstance(prices, dict) else ["RTX 3090"]

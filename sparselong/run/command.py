@@ -96,8 +96,8 @@ def parse_arguments(
         parser.add_argument("--preview", metavar="N|FILE:LINE", help=text)
     if STAGES[name].sweeps:
         text = "run once for each combination of values, in runs/NAME-sweep; see sparselong/sweep"
-        options = {"nargs": "+", "action": "extend", "metavar": "KEY=VALUE,VALUE"}
-        parser.add_argument("--sweep", help=text, **options)
+        shape = "KEY=VALUE,VALUE"
+        parser.add_argument("--sweep", nargs="+", action="extend", metavar=shape, help=text)
     if add_options is not None:
         add_options(parser)
     parser.set_defaults(preview=None, sweep=None)

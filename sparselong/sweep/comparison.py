@@ -58,6 +58,7 @@ def _row(run: Run, failure: Mapping[str, str] | None) -> dict[str, Any]:
         **row,
         "status": "done",
         **{name: metrics.get(name) for name in _FIGURES},
+        "gpu_hours": metrics.get("gpu_hours") or None,  # none on a processor
         "peak_bytes": max(manifest["peak_bytes"].values()),
         "seconds": manifest["seconds"],
         "validation": [

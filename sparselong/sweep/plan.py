@@ -64,8 +64,8 @@ def _add(total: dict[str, Any], one: Mapping[str, Any]) -> None:
     total["gpus"] = max(total["gpus"], one["gpus"])
     for key in ("hours", "gpu_hours"):
         total[key] += one[key]
-    known = total["cost"] is not None and one["cost"] is not None
-    total["cost"] = total["cost"] + one["cost"] if known else None
+    costs = (total["cost"], one["cost"])
+    total["cost"] = None if None in costs else sum(costs)
 
 
 def format_plan(document: Mapping[str, Any]) -> str:
@@ -76,7 +76,10 @@ def format_plan(document: Mapping[str, Any]) -> str:
     for row in rows:
         (first, *_) = row["estimates"]
         here = {"made": "makes stage 02", row["directory"]: "has stage 02"}
-        compressed = here.get(row["compressed"], f"stage 02 of {row['compressed']}")
+        there = Path(row["compressed"])
+        inside = there.parent == Path(document["directory"])
+        other = f"stage 02 of {there.name if inside else there}"
+        compressed = here.get(row["compressed"], other)
         cells[row["name"]] = (
             f"{row['status']}, {compressed}, {format_bytes(row['peak_bytes_per_gpu'])}, "
             f"{format_seconds(3600 * first['hours'])}"
