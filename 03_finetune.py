@@ -11,8 +11,7 @@ command continues from the last whole checkpoint.
     python 03_finetune.py --preview FILE:LINE     print one
     python 03_finetune.py --sweep lora.r=8,16 training.learning_rate=1e-5,5e-5
 
-A sweep runs once for each combination of values, in runs/NAME-sweep, and compares the runs there
-(sparselong/sweep).
+A sweep runs once for each combination of values, in runs/NAME-sweep (sparselong/sweep).
 """
 
 import sys
