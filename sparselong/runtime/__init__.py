@@ -6,6 +6,7 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.runtime.device import compute_dtype, default_device
+    from sparselong.runtime.host_memory import allocate_locked, seen_from_gpu
     from sparselong.runtime.last_results import call_once
     from sparselong.runtime.layer_inputs import DeviceInputs, HostInputs
     from sparselong.runtime.recompute import (
