@@ -68,15 +68,16 @@ def run_sweep(
 
 def _refuse_unsupported(arguments: Namespace) -> None:
     """Raise if a sweep's command line asks for more than a sweep does."""
+    one = f"{arguments.run_dir}-sweep/RUN"
     refused = {
-        "--force": (arguments.force, "python 03_finetune.py --force in the directory of a run"),
-        "--preview": (arguments.preview is not None, "--preview without --sweep"),
-        "torchrun": (is_joined(), "python 03_finetune.py, which starts the processes of each run"),
+        "--force": (arguments.force, f"redo one run: python {STAGE}.py --run-dir {one} --force"),
+        "--preview": (arguments.preview is not None, "use --preview without --sweep"),
+        "torchrun": (is_joined(), f"use python {STAGE}.py, which starts each run's processes"),
     }
     for name, (is_asked, fix) in refused.items():
         if is_asked:
             expected = "a sweep's own command line"
-            raise ConfigError(f"--sweep does not work with {name}", expected, name, f"use {fix}")
+            raise ConfigError(f"--sweep does not work with {name}", expected, name, fix)
 
 
 def _plan(
@@ -95,7 +96,7 @@ def _plan(
             if not arguments.dry_run:
                 check(run.config)
             state = check_begun(Stage(STAGE, run.config, run.dir))
-            origin = find_compressed(run.config, [run.dir, *places])
+            origin = find_compressed(run.config, run.dir, places)
         except ExpectedError as error:
             raise error.with_fix(
                 complete_commands(error.fix, _words(run, arguments.config))
@@ -148,7 +149,7 @@ def _execute_run(
 ) -> dict[str, str] | None:
     """Execute a run's stages 02 and 03; return why it failed, or None."""
     try:
-        origin = find_compressed(run.config, [run.dir, *places])
+        origin = find_compressed(run.config, run.dir, places)
         if origin is None:
             take_date(places, run.dir)
             failure = _failure_of(COMPRESS, run_script(scripts / f"{COMPRESS}.py", words))

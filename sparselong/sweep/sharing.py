@@ -24,8 +24,20 @@ _SHARED = (_DATE, "data", "base", COMPRESS)
 """What a run takes over, stage 02 last: its manifest says that it is there."""
 
 
-def find_compressed(config: Config, places: Iterable[Path]) -> Path | None:
-    """Return the first run directory in which stage 02 is finished with a config's keys."""
+def find_compressed(config: Config, run_dir: Path, places: Iterable[Path]) -> Path | None:
+    """Return the run directory whose stage 02 a run uses; None if it makes its own.
+
+    Args:
+        config: the run's config.
+        run_dir: the run directory. If stage 02 has begun there, it continues there.
+        places: other run directories, of which the first is taken where stage 02 is finished with
+            the same keys.
+    """
+    own = _find(config, [run_dir])
+    return own if own or (run_dir / COMPRESS).exists() else _find(config, places)
+
+
+def _find(config: Config, places: Iterable[Path]) -> Path | None:
     wanted = stage_hash(config, COMPRESS)
     for place in places:
         manifest = read_manifest(place, COMPRESS)

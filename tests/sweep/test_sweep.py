@@ -63,6 +63,14 @@ def test_runs_take_the_stage_02_that_the_run_directory_has(sweep, scripts, compr
             assert not (run / file).samefile(compressed / file)  # a stage may rewrite it
 
 
+def test_a_stage_02_that_has_begun_in_a_run_continues_there(sweep, scripts, compressed):
+    begun = compressed.with_name("run-sweep") / "r=2/02_compress"
+    begun.mkdir(parents=True)
+    (begun / "log.txt").write_text("killed at once\n")
+    sweep(*RANKS)
+    assert started(scripts, "02_compress") == ["r=2"]
+
+
 def test_a_shared_stage_02_that_was_changed_is_refused(sweep, scripts, compressed):
     (compressed / "02_compress/model/dense.safetensors").write_text("edited")
     with pytest.raises(StageError, match="2 of 2 runs of the sweep failed") as refusal:
