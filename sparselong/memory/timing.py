@@ -80,7 +80,7 @@ class Estimate(NamedTuple):
     """Time and cost of stages 02 and 03 on one type of GPU.
 
     Attributes:
-        gpu: the type, or the name of the processor.
+        gpu: the type or name, or the processor; of an unknown type also as what it was taken.
         gpus: number of GPUs that stage 03 uses; 0 for a processor.
         seconds: by stage; stage 02 uses one GPU.
         price: of a GPU's hour; None if it is not set.
@@ -123,8 +123,10 @@ def estimate(
     prices = config.cost.per_gpu_hour
     priced = list(prices) if isinstance(prices, dict) else ["RTX 3090"]
     names = priced if gpu_name is None else [gpu_name]
+    shown = {name: name if find_type(name) else f"{name}, taken as an RTX 3090" for name in names}
     return [
-        Estimate(name, gpus, seconds_on(find_rate(name)), config.cost.price(name)) for name in names
+        Estimate(shown[name], gpus, seconds_on(find_rate(name)), config.cost.price(name))
+        for name in names
     ]
 
 
