@@ -145,7 +145,8 @@ def finetune_memory(
     else:
         experts = _experts(shape, config, rows or tokens, device, kept)
     if rows:
-        experts += slicing.slice_bytes(shape, rows, width)
+        adds_apart = expert_parallel > 1 or device == "cpu"
+        experts += slicing.slice_bytes(shape, rows, width, adds_apart)
     return Memory(
         device,
         devices,

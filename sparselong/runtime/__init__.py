@@ -13,11 +13,12 @@ if TYPE_CHECKING:
         attend_once,
         begin_ahead,
         checkpoint_contexts,
-        exchange_once,
+        compute_once,
         is_checkpointed,
         is_recomputing,
         keeps_experts,
         recomputing,
+        unused_output,
     )
     from sparselong.runtime.settings import (
         ExpertExchange,
