@@ -23,6 +23,7 @@ from sparselong.config import Config
 from sparselong.data import check_tasks
 from sparselong.memory import check_model, find_shape, plan_stage, show_plan
 from sparselong.processes import find_world, hide_launcher, is_joined
+from sparselong.report import write_page
 from sparselong.run import Others, Stage, run_stage
 from sparselong.sweep import run_sweep
 
@@ -71,9 +72,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None) -> int:
     """Run the stage in this process; return the exit code."""
     text = "Fine-tune the compressed model, including masks and rounding."
-    sweep = partial(run_sweep, check=check, scripts=Path(__file__).resolve().parent)
-    others = Others(preview, sweep)
-    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check=check, others=others)
+    others = Others(preview, partial(run_sweep, check=check, scripts=Path(__file__).parent))
+    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check, others, write_page)
 
 
 if __name__ == "__main__":

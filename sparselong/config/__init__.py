@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from sparselong.config.cost import GpuType, find_type
     from sparselong.config.data import TrainOn
     from sparselong.config.grid import read_grid
-    from sparselong.config.keys import pick_sections
-    from sparselong.config.profiles import describe_profile
+    from sparselong.config.keys import leaves, pick_sections
+    from sparselong.config.profiles import PROFILES, describe_profile
     from sparselong.config.schema import (
         Config,
         ModelSection,

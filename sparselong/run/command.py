@@ -38,6 +38,7 @@ from sparselong.run.place import (
     find_run_dir,
     read_document,
 )
+from sparselong.run.publishing import Publish, publish
 from sparselong.run.stages import STAGES, complete_commands
 
 _KEPT = {
@@ -135,8 +136,8 @@ def run_stage(
     plan: Callable[[Config, Path, str], dict[str, Any]],
     show_plan: Callable[[dict[str, Any]], str],
     check: Callable[[Config], object] | None = None,
-    keep_result: bool = True,
     others: Others | None = None,
+    page: Publish | None = None,
 ) -> int:
     """Run one stage as a command line program.
 
@@ -148,8 +149,8 @@ def run_stage(
         plan: (config, run directory, stage name) → document for `--dry-run`; changes nothing.
         show_plan: formats the plan for display.
         check: raises, before anything is changed, if the config cannot be executed here.
-        keep_result: whether a finished stage is up to date; false repeats it on every call.
         others: what its command line may ask for in place of the stage.
+        page: writes the page about the run once the stage is done.
 
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
@@ -165,7 +166,7 @@ def run_stage(
             document, text = others.sweep(arguments)
         else:
             stage = _open(name, arguments)
-            redo = stage.forced or not keep_result
+            redo = stage.forced or STAGES[name].repeats
             if arguments.dry_run:
                 document = _plan(stage, redo, plan)
                 text = show_plan(document)
@@ -173,7 +174,7 @@ def run_stage(
                 document = others.preview(stage.config, stage.run_dir, arguments.preview)
                 text = document["text"]
             else:
-                document = _run(stage, redo, execute, check, interruption)
+                document = _run(stage, redo, execute, check, interruption, page)
                 text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
@@ -202,11 +203,14 @@ def _run(
     execute: Callable[[Stage], None],
     check: Callable[[Config], object] | None,
     interruption: Interruption,
+    page: Publish | None,
 ) -> dict[str, Any]:
-    """Check and execute a stage, and return its manifest."""
+    """Check and execute a stage, write the page about the run, and return the stage's manifest."""
     cache = prepare_caches(stage, check)
     with locked(stage.run_dir):
-        return run_locked(stage, redo, execute, cache, interruption)
+        manifest = run_locked(stage, redo, execute, cache, interruption)
+        publish(stage, page)
+    return manifest
 
 
 def prepare_caches(stage: Stage, check: Callable[[Config], object] | None = None) -> Path | None:

@@ -17,7 +17,6 @@ began is refused; a stage that was refused before it had anything to keep counts
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import sys
 import time
@@ -32,7 +31,12 @@ from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.run.changes import refuse_changed_inputs
 from sparselong.run.lock import writing
-from sparselong.run.manifests import FORMAT_VERSION, read_manifest, refuse_other_version
+from sparselong.run.manifests import (
+    FORMAT_VERSION,
+    hash_outputs,
+    read_manifest,
+    refuse_other_version,
+)
 from sparselong.run.own_files import has_begun, keep_others, remove_own
 from sparselong.run.place import (
     MANIFEST,
@@ -278,18 +282,9 @@ def _require(stage: Stage, name: str) -> dict[str, Any]:
 
 
 def _made_from(stage: Stage) -> dict[str, str | None]:
-    """Return a hash of the output files of each stage that this one reads; None if not done.
-
-    The hash stays the same if an earlier stage is redone and produces the same bytes, so it does
-    not cover the files' times.
-    """
-    hashes: dict[str, str | None] = {}
-    for name in stage.reads:
-        manifest = read_manifest(stage.run_dir, name)
-        rows = manifest["outputs"] if manifest else []
-        listed = json.dumps([{k: v for k, v in row.items() if k != "mtime_ns"} for row in rows])
-        hashes[name] = hashlib.sha256(listed.encode()).hexdigest() if manifest else None
-    return hashes
+    """Return a hash of the output files of each stage that this one reads; None if not done."""
+    earlier = {name: read_manifest(stage.run_dir, name) for name in stage.reads}
+    return {name: hash_outputs(found) if found else None for name, found in earlier.items()}
 
 
 def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None:

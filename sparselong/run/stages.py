@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparselong.config import Config, hash_sections, pick_sections
+from sparselong.config import Config, hash_sections, leaves, pick_sections
 
 _COMMAND = re.compile(r"python \d\d_[a-z]+\.py\b(?! --help)(?![^\n,;]*--(config|run-dir)\b)")
 
@@ -31,6 +31,7 @@ class Declaration:
         sections: top-level config keys that affect its result, besides those of what it reads.
         previews: whether its command line has `--preview`.
         sweeps: whether its command line has `--sweep`.
+        repeats: whether it is done again on every call, finished or not.
         parts: whether it has several results, each in a directory of its own with a manifest.
     """
 
@@ -38,11 +39,12 @@ class Declaration:
     sections: tuple[str, ...]
     previews: bool = False
     sweeps: bool = False
+    repeats: bool = False
     parts: bool = False
 
 
 STAGES: dict[str, Declaration] = {
-    "01_health": Declaration((), tuple(Config.model_fields)),
+    "01_health": Declaration((), tuple(Config.model_fields), repeats=True),
     "02_compress": Declaration(
         (),
         (
@@ -118,22 +120,13 @@ def name_changes(
             hash: then both hashes are returned.
         reads: the earlier stages that it reads; None: those of the table.
     """
-    now = dict(_leaves(pick_sections(config, deciding_sections(name, reads))))
+    now = dict(leaves(pick_sections(config, deciding_sections(name, reads))))
     recorded = before.get("config")
-    then = dict(_leaves(recorded)) if isinstance(recorded, dict) else now
+    then = dict(leaves(recorded)) if isinstance(recorded, dict) else now
     changed = [key for key in now if then.get(key) != now[key]]
     if not changed:  # not recorded, or another version's keys
         return f"config hash {stage_hash(config, name, reads)}", str(before["config_hash"])
     return _as_overrides(changed, now), _as_overrides(changed, then)
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every dotted key that is not a section, with its value."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _as_overrides(keys: Iterable[str], values: dict[str, Any]) -> str:
