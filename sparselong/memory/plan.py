@@ -226,24 +226,19 @@ def make_plan(
 
 
 def _times(
-    shape: ModelShape,
-    config: Config,
-    gpu_name: str | None,
-    gpus: int,
-    disk: dict[str, int],
-    held: Held,
+    shape: ModelShape, config: Config, gpu: str | None, gpus: int, disk: dict[str, int], held: Held
 ) -> dict[str, Any]:
     """Return the plan's fields about time; `gpus` is 0 on a processor."""
     tokens, note = timing.training_tokens(config, _data_size(config))
     work = {"disk": disk, "tokens": tokens, "gpus": max(1, gpus), "held": held}
     seconds_on = partial(timing.stage_seconds, shape, config, **work)
-    rate = timing.find_rate(gpu_name or "RTX 3090" if gpus else None)
+    rate = timing.find_rate(gpu or "RTX 3090" if gpus else None)
     return {
         "rate": rate,
         "tokens": tokens,
         "tokens_note": note,
         "seconds": seconds_on(rate),
-        "estimates": timing.estimate(config, gpu_name, gpus, seconds_on),
+        "estimates": timing.estimate(config, gpu, gpus, seconds_on),
     }
 
 
