@@ -9,9 +9,13 @@ command continues from the last whole checkpoint.
 
     python 03_finetune.py --preview N             print conversations as they would be trained on
     python 03_finetune.py --preview FILE:LINE     print one
+    python 03_finetune.py --sweep lora.r=8,16 training.learning_rate=1e-5,5e-5
+
+A sweep runs once for each combination of values, in runs/NAME-sweep (sparselong/sweep).
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ from sparselong.data import check_tasks
 from sparselong.memory import check_model, find_shape, plan_stage, show_plan
 from sparselong.processes import find_world, hide_launcher, is_joined
 from sparselong.report import write_page
-from sparselong.run import Stage, run_stage
+from sparselong.run import Others, Stage, run_stage
+from sparselong.sweep import run_sweep
 
 NAME = "03_finetune"
 
@@ -67,9 +72,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None) -> int:
     """Run the stage in this process; return the exit code."""
     text = "Fine-tune the compressed model, including masks and rounding."
-    return run_stage(
-        NAME, text, argv, execute, plan_stage, show_plan, check, preview=preview, page=write_page
-    )
+    others = Others(preview, partial(run_sweep, check=check, scripts=Path(__file__).parent))
+    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check, others, write_page)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,12 @@ def describe_hardware() -> dict[str, Any]:
     }
 
 
+def gpu_name() -> str | None:
+    """Return the name of this machine's first GPU by its driver; None without one."""
+    found = describe_hardware()["gpus"]
+    return found[0].partition(",")[0] if found else None
+
+
 def _output(*command: str) -> str | None:
     """Return the command's output; None if the program is missing, fails or times out."""
     try:

@@ -6,9 +6,11 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.config import schema
+    from sparselong.config.cost import GpuType, find_type
     from sparselong.config.data import TrainOn
+    from sparselong.config.grid import read_grid
     from sparselong.config.keys import leaves, pick_sections
-    from sparselong.config.profiles import PROFILES
+    from sparselong.config.profiles import PROFILES, describe_profile
     from sparselong.config.schema import (
         CalibrationSection,
         Config,
@@ -20,5 +22,6 @@ if TYPE_CHECKING:
         load,
     )
     from sparselong.config.texts import UTF8_FIX, check_place
+    from sparselong.config.training import TrainingSection
 
 __getattr__ = expose(__name__)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparselong.config.schema import Config
 
 PROFILES: dict[str, dict[str, Any]] = {
     "quick_test": {
         "calibration.samples": 16,
         "training.max_steps": 20,
+        "training.gradient_accumulation_steps": 1,
         "training.eval_steps": 10,
         "training.save_steps": 10,
         "evaluation.limit": 100,
@@ -29,3 +33,22 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
 }
 """Defaults by profile, as dotted keys."""
+
+
+def describe_profile(config: Config) -> list[dict[str, Any]]:
+    """Return each key that the config's profile sets: `key`, `profile`, `default` and `used`.
+
+    What is used differs from the profile's value if the file or the command line set the key.
+    """
+    defaults = type(config)()
+    return [
+        {"key": key, "profile": value, "default": _get(defaults, key), "used": _get(config, key)}
+        for key, value in PROFILES[config.profile].items()
+    ]
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, get_args
 
+from sparselong.config.cost import GpuType
 from sparselong.config.keys import KeyFault
 
 if TYPE_CHECKING:
     from sparselong.config.schema import Config
+    from sparselong.config.training import Schedule
+
+_SHAPED: Mapping[str, tuple[Schedule, ...]] = {
+    "min_lr_ratio": (
+        *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "rex"),
+        *("warmup_stable_decay", "reduce_lr_on_plateau", "greedy"),
+    ),
+    "lr_cycles": ("cosine_with_restarts",),
+    "lr_decay_ratio": ("warmup_stable_decay",),
+    "lr_patience": ("reduce_lr_on_plateau", "greedy"),
+}
+"""Keys that shape a learning rate schedule, with the schedules that take them."""
+_NEEDED: Mapping[Schedule, str] = {
+    "cosine_with_min_lr": "min_lr_ratio",
+    "cosine_warmup_with_min_lr": "min_lr_ratio",
+    "greedy": "min_lr_ratio",
+    "cosine_with_restarts": "lr_cycles",
+    "warmup_stable_decay": "lr_decay_ratio",
+}
+"""Schedules with the key that they cannot do without."""
+_WITHOUT_WARM_UP: tuple[Schedule, ...] = ("constant", "reduce_lr_on_plateau", "greedy")
 
 
 def check_rules(config: Config) -> None:
@@ -22,8 +45,10 @@ def check_rules(config: Config) -> None:
     _check_kept(config)
     _check_steps(config)
     _check_stopping(config)
+    _check_schedule(config)
     _check_tasks(config)
     _check_shares(config)
+    _check_prices(config)
 
 
 def _check_attention(config: Config) -> None:
@@ -121,6 +146,34 @@ def _check_stopping(config: Config) -> None:
         )
 
 
+def _check_schedule(config: Config) -> None:
+    training = config.training
+    name = training.lr_scheduler
+    for key, schedules in _SHAPED.items():
+        if getattr(training, key) is not None and name not in schedules:
+            raise KeyFault(
+                f"training.{key}",
+                f"training.{key} has no effect with training.lr_scheduler: {name}; it is for "
+                f"{', '.join(schedules)}",
+            )
+    needed = _NEEDED.get(name)
+    if needed is not None and getattr(training, needed) is None:
+        raise KeyFault(
+            f"training.{needed}", f"training.lr_scheduler: {name} needs training.{needed}"
+        )
+    if name in _WITHOUT_WARM_UP and training.warmup_ratio:
+        raise KeyFault(
+            "training.warmup_ratio",
+            f"training.lr_scheduler: {name} has no warm-up: it needs training.warmup_ratio: 0"
+            + (", or use constant_with_warmup" if name == "constant" else ""),
+        )
+    if training.warmup_ratio + (training.lr_decay_ratio or 0.0) > 1.0:
+        raise KeyFault(
+            "training.lr_decay_ratio",
+            "training.warmup_ratio and training.lr_decay_ratio: together at most 1",
+        )
+
+
 def _check_tasks(config: Config) -> None:
     tasks = config.evaluation.tasks
     if len(set(tasks)) < len(tasks):
@@ -146,3 +199,13 @@ def _check_shares(config: Config) -> None:
         raise KeyFault("data.train", "data.train: each source once; its weight decides how often")
     if len({each.weight is None for each in shares}) > 1:
         raise KeyFault("data.train", "data.train: a weight for each source, or for none")
+
+
+def _check_prices(config: Config) -> None:
+    prices = config.cost.per_gpu_hour
+    for kind, price in prices.items() if isinstance(prices, dict) else ():
+        if kind not in get_args(GpuType):
+            types = ", ".join(get_args(GpuType))
+            raise KeyFault("cost.per_gpu_hour", f"cost.per_gpu_hour: {types}, not {kind}")
+        if not 0.0 < price <= 1e6:
+            raise KeyFault("cost.per_gpu_hour", f"cost.per_gpu_hour: a price above 0 for {kind}")

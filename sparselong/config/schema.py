@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from sparselong.config import yaml12
+from sparselong.config.cost import CostSection
 from sparselong.config.data import DataSection
 from sparselong.config.keys import (
     Incidental,
@@ -215,6 +216,7 @@ class Config(Section):
     finetuning_modifiers: ModifiersSection = ModifiersSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
+    cost: CostSection = CostSection()
 
     def nothing_to_keep(
         self, device: Literal["cuda", "cpu"], expert_parallel: int | None = None

@@ -10,6 +10,25 @@ from sparselong.config.keys import Incidental, Section
 from sparselong.config.texts import Function, Project
 from sparselong.config.values import Fraction, Positive, Scale
 
+Schedule = Literal[
+    "cosine",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "cosine_with_restarts",
+    "linear",
+    "polynomial",
+    "rex",
+    "one_cycle",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+    "constant",
+    "constant_with_warmup",
+    "reduce_lr_on_plateau",
+    "greedy",
+]
+"""Schedules of Axolotl, and of transformers under its names."""
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "lion_8bit"]
+
 
 class TrainingSection(Section):
     """Optimizer, schedule, checkpoints and logging, under Axolotl's names."""
@@ -22,14 +41,30 @@ class TrainingSection(Section):
     """Micro-batches per optimizer step."""
     learning_rate: Annotated[float, Field(gt=0.0, le=10.0)] = 2e-4
     """Peak learning rate."""
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate schedule after warm-up."""
+    lr_scheduler: Schedule = "cosine"
+    """Learning rate schedule, warm-up included. `reduce_lr_on_plateau` and `greedy` follow the
+    validation loss; they and `constant` need `warmup_ratio: 0`. `polynomial` is linear.
+    `one_cycle` also moves AdamW's first beta between 0.95 and 0.85."""
     warmup_ratio: Fraction = 0.03
-    """Fraction of the steps over which the learning rate rises from zero."""
+    """Fraction of the steps over which the learning rate rises to its peak."""
+    min_lr_ratio: Fraction | None = None
+    """Lowest learning rate after warm-up, as a fraction of the peak: required with
+    `cosine_with_min_lr`, `cosine_warmup_with_min_lr` and `greedy`; 0 if null with `polynomial`,
+    `rex`, `warmup_stable_decay` and `reduce_lr_on_plateau`."""
+    lr_cycles: Positive | None = None
+    """Number of times that `cosine_with_restarts` falls to zero."""
+    lr_decay_ratio: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Fraction of the steps, the last ones, over which `warmup_stable_decay` falls."""
+    lr_patience: Positive | None = None
+    """Number of evaluations without improvement that `reduce_lr_on_plateau` and `greedy` wait
+    before they lower the learning rate, to a tenth and by 5 %; null: 10. `greedy` raises it again
+    after as many improvements."""
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
     """Decoupled weight decay of the adapters."""
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch_fused"
-    """Optimizer, under transformers' name. `adamw_bnb_8bit` saves memory and needs a GPU."""
+    optimizer: Optimizer = "adamw_torch_fused"
+    """Optimizer, under transformers' name. `adamw_bnb_8bit` keeps 2 bytes of state per trained
+    weight instead of 8, `lion_8bit` 1 byte; both need a GPU. Lion moves each weight by the whole
+    learning rate, which is therefore lower."""
     sample_packing: bool = True
     """Pack several conversations into each sequence, separated by position ids."""
     gradient_checkpointing: Annotated[bool, Incidental()] = True
@@ -92,3 +127,8 @@ class TrainingSection(Section):
             "trackio_project": (self.trackio_project, ("trackio", "gradio")),
         }
         return {key: modules for key, (value, modules) in asked.items() if value}
+
+    @property
+    def is_8bit(self) -> bool:
+        """Whether the optimizer keeps its states in 8 bits, which needs a GPU."""
+        return self.optimizer in ("adamw_bnb_8bit", "lion_8bit")

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparselong.config import Config
+from sparselong.config import Config, TrainingSection
 from sparselong.errors import StageError
 from sparselong.finetune.training_run import RUN_KEY, TrainingRun
 from sparselong.model import NAME, implementation
@@ -53,7 +53,7 @@ def refuse_unsupported(config: Config, gpus: int, processes: int = 1) -> None:
         )
     needing_gpu = {
         "flash_attention=false": config.flash_attention,
-        "training.optimizer=adamw_torch": config.training.optimizer == "adamw_bnb_8bit",
+        "training.optimizer=adamw_torch": config.training.is_8bit,
     }
     for fix, wanted in needing_gpu.items():
         if wanted and not gpus:
@@ -116,9 +116,12 @@ def _schedule(config: Config) -> dict[str, Any]:
         "max_steps": training.max_steps,
         "learning_rate": training.learning_rate,
         "lr_scheduler": training.lr_scheduler,
+        **_shape(training),
         "warmup_ratio": training.warmup_ratio,
         "weight_decay": training.weight_decay,
         "optimizer": training.optimizer,
+        # Lion's own; transformers would pass AdamW's 0.999.
+        "adam_beta2": 0.99 if training.optimizer == "lion_8bit" else None,
         "max_grad_norm": 1.0,
         "gradient_checkpointing": training.gradient_checkpointing,
         "seed": config.seed,
@@ -128,6 +131,28 @@ def _schedule(config: Config) -> dict[str, Any]:
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
     }
+
+
+def _shape(training: TrainingSection) -> dict[str, Any]:
+    """Return what shapes the learning rate schedule, under the names of each schedule's own."""
+    name, peak = training.lr_scheduler, training.learning_rate
+    least = training.min_lr_ratio or 0.0
+    if name == "rex":
+        return {"cosine_min_lr_ratio": least}
+    own: dict[str, Any] = {}
+    if name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+        own = {"min_lr_rate": least}
+    elif name == "cosine_with_restarts":
+        own = {"num_cycles": training.lr_cycles}
+    elif name == "polynomial":
+        own = {"lr_end": least * peak}
+    elif name == "warmup_stable_decay":
+        # A fraction, of which the trainer makes steps.
+        own = {"num_decay_steps": training.lr_decay_ratio, "min_lr_ratio": least}
+    elif name in ("reduce_lr_on_plateau", "greedy"):
+        own = {"min_lr": least * peak, "patience": training.lr_patience or 10}
+        own |= {"max_lr": peak} if name == "greedy" else {}
+    return {"lr_scheduler_kwargs": own} if own else {}
 
 
 def _data(run: TrainingRun) -> dict[str, Any]:

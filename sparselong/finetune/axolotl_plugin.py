@@ -72,7 +72,7 @@ from sparselong.finetune.training_run import (
     TRAINED,
     TrainingRun,
 )
-from sparselong.finetune.watching import Metrics, Predictions, Stopping, open_trackers
+from sparselong.finetune.watching import Clock, Metrics, Predictions, Stopping, open_trackers
 from sparselong.memory import describe_layers, find_shape, kept_peaks, rows_at_once
 from sparselong.model import (
     FusedDecoderLayer,
@@ -266,7 +266,9 @@ class SparseLongPlugin(BasePlugin):
             trainer.predictions,
         )
         patience, threshold = training.early_stopping_patience, training.early_stopping_threshold
-        return [metrics, Stopping(progress, training.loss_target, patience, threshold)]
+        clock = Clock(self.run.work if ranks.is_first() else None)
+        stopping = Stopping(progress, training.loss_target, patience, threshold)
+        return [metrics, stopping, clock]
 
     def post_trainer_create(self, cfg, trainer: Any):
         """Write receipt.json."""

@@ -14,6 +14,8 @@ from sparselong.model import slice_rows
 from sparselong.processes import check_replicas, tell
 from sparselong.runtime import DeviceInputs, HostInputs, checkpoint_contexts
 
+_NOTED_SECONDS = 30.0
+
 
 class MaskUpkeep(TrainerCallback):
     """Updates the 2:4 masks after each `update_frequency` of the steps (adapters.update_steps)."""

@@ -130,14 +130,18 @@ class MaskedTraining(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         """Create the optimizer; raise if its states could not be saved whole."""
-        if self.run.config.training.optimizer == "adamw_bnb_8bit":
+        if self.run.config.training.is_8bit:
             gathering.check_blocks(self.sharded)
         return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """Create the scheduler, with the warmup as a fraction of the exact number of steps."""
-        # Until here `warmup_steps` is the fraction: Axolotl only estimates the number of steps.
+        """Create the scheduler, with warmup and decay as fractions of the exact number of steps."""
+        # Until here these are the fractions: Axolotl only estimates the number of steps.
         self.args.warmup_steps = int(self.args.warmup_steps * num_training_steps)
+        shape = self.args.lr_scheduler_kwargs or {}
+        if "num_decay_steps" in shape:
+            steps = int(shape["num_decay_steps"] * num_training_steps)
+            self.args.lr_scheduler_kwargs = {**shape, "num_decay_steps": steps}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load(

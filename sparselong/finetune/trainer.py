@@ -2,6 +2,7 @@
 
     03_finetune/axolotl.yaml      generated
                 supervision.txt   some conversations with their supervised tokens marked
+                spent.json        for how long each session trained (run/spent.py)
                 receipt.json      what the plugin replaced and attached; required for a result
                 metrics.jsonl     a row per logged step and per evaluation
                 checkpoints/      checkpoint-N: adapter, masks, scales, optimizer, random state
@@ -31,6 +32,7 @@ import yaml
 
 from sparselong.data import describe_lengths, encode_files, select_usable
 from sparselong.errors import StageError
+from sparselong.figures import format_seconds
 from sparselong.files import parse_json, point_to, read_json, write_atomically
 from sparselong.finetune import axolotl_config, checkpoints, plot
 from sparselong.finetune.training_run import (
@@ -42,10 +44,17 @@ from sparselong.finetune.training_run import (
     TrainingRun,
     trainer_arguments,
 )
-from sparselong.finetune.watching import MetricFunction, check_trackers
+from sparselong.finetune.watching import (
+    MetricFunction,
+    begin_session,
+    check_trackers,
+    note_session,
+    sum_sessions,
+)
+from sparselong.memory import cost_lines, make_plan
 from sparselong.model import load_tokenizer
 from sparselong.processes import TrainerEnded, find_world, train_together
-from sparselong.provenance import are_rows, refuse_changes
+from sparselong.provenance import are_rows, gpu_name, refuse_changes
 from sparselong.run import Stage
 
 _BAKED = (
@@ -91,13 +100,19 @@ def _train(stage: Stage) -> None:
     if resume_from:
         stage.log(f"resuming from {resume_from.name} ({rows} rows of {METRICS} kept)")
     (stage.dir / RECEIPT).unlink(missing_ok=True)
+    world = find_world(stage.config)
+    gpus = world.size if torch.cuda.device_count() else 0
+    _tell_estimate(stage, gpus)
     document = axolotl_config.build(run, resume_from)
     text = _HEADER + yaml.safe_dump(document, sort_keys=False)
     write_atomically(stage.dir / AXOLOTL_YAML, text)
-    world = find_world(stage.config)
     processes = f" in {world.size} processes" if world.size > 1 else ""
     stage.log(f"starting Axolotl{processes} (importing it takes a while)")
-    _train_explained(stage, run)
+    begin_session(stage.dir, gpus)
+    try:
+        _train_explained(stage, run)
+    finally:
+        note_session(stage.dir)
     asked = {
         "processes": world.size,
         "attention": axolotl_config.attention_of(stage.config),
@@ -111,6 +126,17 @@ def _train(stage: Stage) -> None:
     except StageError:
         (stage.dir / BAKED).unlink(missing_ok=True)  # so that a rerun does not publish it
         raise
+
+
+def _tell_estimate(stage: Stage, gpus: int) -> None:
+    """Tell what training will take on this machine's GPUs, or on its processor if there are 0."""
+    name = gpu_name() if gpus else None
+    device = "cuda" if gpus else "cpu"
+    (made,) = make_plan(stage.config, device, name or "RTX 3090", gpus=gpus or None).estimates
+    row = made.describe()
+    rough = f"estimated time on {row['gpu']}: {format_seconds(3600 * row['hours'])}"
+    for line in cost_lines([row]) or [rough]:
+        stage.log(line)
 
 
 def _train_explained(stage: Stage, run: TrainingRun) -> None:
@@ -289,6 +315,7 @@ def _publish(stage: Stage) -> None:
         "tokens_per_second": statistics.median(
             row["tokens_per_second"] for row in train or [{"tokens_per_second": math.nan}]
         ),
+        **sum_sessions(stage.dir, stage.config),
         "mask_updates": baked["mask_updates"],
         "two_four_conforming": baked["two_four_conforming"],
         "expert_parallel_degree": receipt.get("expert_parallel_degree"),

@@ -314,7 +314,7 @@ def _experts(config: Config, machine: Machine, plan: Plan) -> Row:
 
 def _optimizer(config: Config, machine: Machine) -> Row:
     name = config.training.optimizer
-    if name == "adamw_bnb_8bit" and not machine.usable_gpus:
+    if config.training.is_8bit and not machine.usable_gpus:
         return fail(
             "optimizer",
             f"{name} needs a GPU, but this machine has none",

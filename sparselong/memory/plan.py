@@ -8,10 +8,11 @@ compares it with the machine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparselong.config import Config
+from sparselong.config import Config, describe_profile
 from sparselong.figures import format_bytes
 from sparselong.memory import evaluated, fit, placing, slicing, stages, storage, timing, training
 from sparselong.memory.labels import label
@@ -58,6 +59,7 @@ class Plan:
         tokens: number of tokens that stage 03 trains on.
         tokens_note: how `tokens` was determined.
         seconds: estimated time by stage.
+        estimates: time and cost on each type of GPU that has a price, or on the planned one.
     """
 
     shape: ModelShape
@@ -83,6 +85,7 @@ class Plan:
     tokens: int
     tokens_note: str
     seconds: dict[str, float]
+    estimates: list[timing.Estimate]
 
     @property
     def memory(self) -> Memory:
@@ -181,6 +184,7 @@ def make_plan(
     gpu_name: str | None = None,
     gpu_bytes: int = fit.CARD_BYTES,
     host_budget_bytes: int | None = None,
+    gpus: int | None = None,
 ) -> Plan:
     """Return the plan of a config.
 
@@ -190,6 +194,7 @@ def make_plan(
         gpu_name: GPU for the time estimate; None takes an RTX 3090.
         gpu_bytes: usable memory of the GPU; by default that of a 24 GB card.
         host_budget_bytes: available host memory; None: not known, taken as enough.
+        gpus: number of GPUs that train; None takes the fewest that the config needs.
 
     Raises:
         ConfigError: `expert_parallel_degree` does not divide the number of experts.
@@ -197,33 +202,44 @@ def make_plan(
     """
     shape = find_shape(config.model)
     device = device or configured_device(config, shape)
-    rate = timing.find_rate(None if device == "cpu" else gpu_name or "RTX 3090")
     disk = storage.disk_bytes(shape, config)
     disk["compress_work"] = 2 * stages.state_bytes(shape, config, device)
-    tokens, note = timing.training_tokens(config, _data_size(config))
-    ways = plan_ways(shape, config, gpu_bytes, device, host_budget_bytes)
-    gpus = ways.replicated.devices if device == "cuda" else 1
+    given = (shape, config, gpu_bytes, device, host_budget_bytes)
+    ways = plan_ways(*given)
+    gpus = (gpus or ways.replicated.devices) if device == "cuda" else 0
     return Plan(
         shape=shape,
         device=device,
-        rate=rate,
         disk=disk,
         bits_per_weight=storage.bits_by_group(config),
         compressed=storage.compressed_groups(shape, config),
         card_bytes=gpu_bytes,
         **ways._asdict(),
         settled_reason=explain_layers(config, ways.settled),
-        changes=fit.suggest_changes(shape, config, gpu_bytes, device, host_budget_bytes)
-        if device == "cuda"
-        else [],
+        changes=fit.suggest_changes(*given) if device == "cuda" else [],
         stages=_working_memory(shape, config, device, ways.evaluation_held),
         expert_host_bytes=expert_host_bytes(shape, config, ways),
         compress_host=stages.compress_host_memory(shape, config, device),
         linkable=storage.linkable_bytes(shape, config),
-        tokens=tokens,
-        tokens_note=note,
-        seconds=timing.stage_seconds(shape, config, rate, disk, tokens, gpus=gpus, held=ways.held),
+        **_times(shape, config, gpu_name, gpus, disk, ways.held),
     )
+
+
+def _times(
+    shape: ModelShape, config: Config, gpu: str | None, gpus: int, disk: dict[str, int], held: Held
+) -> dict[str, Any]:
+    """Return the plan's fields about time; `gpus` is 0 on a processor."""
+    tokens, note = timing.training_tokens(config, _data_size(config))
+    work = {"disk": disk, "tokens": tokens, "gpus": max(1, gpus), "held": held}
+    seconds_on = partial(timing.stage_seconds, shape, config, **work)
+    rate = timing.find_rate(gpu or "RTX 3090" if gpus else None)
+    return {
+        "rate": rate,
+        "tokens": tokens,
+        "tokens_note": note,
+        "seconds": seconds_on(rate),
+        "estimates": timing.estimate(config, gpu, gpus, seconds_on),
+    }
 
 
 def _working_memory(
@@ -279,6 +295,8 @@ def plan_stage(config: Config, run_dir: Path, name: str) -> dict[str, Any]:
         "changes_to_fit": made.changes if name in _SHOWS_TRAINING else [],
         **columns,
         "estimated_seconds": round(made.seconds[name]),
+        **({"estimates": [e.describe() for e in made.estimates]} if name == "03_finetune" else {}),
+        "profile": {"name": config.profile, "sets": describe_profile(config)},
         "notes": _notes(config, name, made),
         "config": config.model_dump(mode="json"),
     }

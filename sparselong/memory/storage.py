@@ -24,7 +24,7 @@ _PATTERN_BITS = 0.75
 LINKED_STALE_SHARE = 0.05
 _LORA_BYTES = {"float32": 4, "bfloat16": 2}
 _ADAM_BYTES = 8
-_ADAM_8BIT_BYTES = 2
+_8BIT_BYTES = {"adamw_bnb_8bit": 2, "lion_8bit": 1}
 LOCKED_PER_TABLE_BYTE = 512
 """Bytes of page-locked host memory for each byte of page tables on the GPU: 4 KiB for 8 bytes. With
 58 GiB locked, an H200's context took 0.18 GiB more than CONTEXT_BYTES."""
@@ -200,10 +200,10 @@ def trained_bytes(
 def optimizer_bytes(config: Config, dtype: str = "float32") -> int:
     """Return bytes of optimizer state per trainable parameter of a type.
 
-    torch's AdamW keeps two moments in the parameter's type, the 8-bit one two bytes.
+    torch's AdamW keeps two moments in the parameter's type, the 8-bit one two bytes, Lion one.
     """
-    if config.training.optimizer == "adamw_bnb_8bit":
-        return _ADAM_8BIT_BYTES
+    if config.training.is_8bit:
+        return _8BIT_BYTES[config.training.optimizer]
     return _ADAM_BYTES * _LORA_BYTES[dtype] // _LORA_BYTES["float32"]
 
 

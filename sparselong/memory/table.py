@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sparselong.figures import format_bytes, format_seconds
@@ -77,6 +78,38 @@ def _columns(title: str, document: dict[str, Any]) -> list[str]:
     return [*format_table(title, head | columns), *_wrap(text), *_layers(document)]
 
 
+def cost_lines(estimates: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of a table of time and cost by type of GPU; none for a processor.
+
+    Args:
+        estimates: `gpu`, `gpus`, `hours`, `gpu_hours` and `cost` of each (timing.Estimate).
+    """
+    rows = {
+        f"{one['gpus']} x {one['gpu']}": f"{format_seconds(3600 * one['hours'])}, "
+        f"{one['gpu_hours']:.2f} GPU hours, cost {show_cost(one['cost'])}"
+        for one in estimates
+        if one["gpus"]
+    }
+    return format_table("Estimated time and cost", rows)
+
+
+def show_cost(cost: float | None) -> str:
+    """Return a cost with two decimals, or that there is no price to compute it from."""
+    return "not known: set cost.per_gpu_hour" if cost is None else f"{cost:,.2f}"
+
+
+def _profile_lines(profile: Mapping[str, Any]) -> list[str]:
+    """Return what the config's profile sets, and where a value of one's own replaces it."""
+    rows = {}
+    for row in profile["sets"]:
+        value = f"{row['used']} (default {row['default']})"
+        if row["used"] != row["profile"]:
+            value = f"{row['used']}, set in place of the profile's {row['profile']}"
+        rows[row["key"]] = value
+    title = f"Profile {profile['name']}"
+    return format_table(title, rows) or [f"{title}: the default of every key"]
+
+
 def show_plan(document: dict[str, Any]) -> str:
     """Return a `plan_stage` document as plain text, at most 100 columns wide."""
     lines = [f"Plan of {document['stage']} (nothing was changed)"]
@@ -89,6 +122,8 @@ def show_plan(document: dict[str, Any]) -> str:
     lines.append(f"Bytes on disk: {format_bytes(document['bytes_on_disk'])}")
     lines += memory_lines(document)
     lines.append(f"Estimated time: {format_seconds(document['estimated_seconds'])}")
+    lines += cost_lines(document.get("estimates", ()))
+    lines += _profile_lines(document["profile"]) if "profile" in document else []
     for note in document["notes"]:
         lines += textwrap.wrap(note, WIDTH, initial_indent="- ", subsequent_indent="  ")
     return "\n".join(lines)

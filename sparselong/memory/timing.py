@@ -9,9 +9,11 @@ on an H200, a quarter of the arithmetic limit.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from sparselong.config import Config
+from sparselong.config import Config, GpuType, find_type
 from sparselong.memory import exchange
 from sparselong.memory.shape import ModelShape
 from sparselong.memory.storage import WHOLE, Held, expert_bytes
@@ -51,16 +53,16 @@ class Rate:
     """Imports and start-up of a process."""
 
 
-GPU_PEAKS = {
-    "3090": 71e12,
-    "4090": 165e12,
-    "5090": 209e12,
+GPU_PEAKS: dict[GpuType, float] = {
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+    "RTX 5090": 209e12,
     "A6000": 155e12,
     "A100": 312e12,
     "H100": 990e12,
     "H200": 990e12,
 }
-"""Dense bf16 operations per second with fp32 accumulation, by a substring of the GPU's name."""
+"""Dense bf16 operations per second with fp32 accumulation."""
 
 CPU = Rate("2 processor cores", 60e9, 0.5, 0.5e9, 15.0)
 
@@ -69,10 +71,63 @@ def find_rate(gpu_name: str | None) -> Rate:
     """Return the rate of a GPU by name (RTX 3090 if unknown), or of a CPU for None."""
     if gpu_name is None:
         return CPU
-    for part, peak in GPU_PEAKS.items():
-        if part in gpu_name:
-            return Rate(gpu_name, peak, EFFICIENCY, 1e9, 30.0)
-    return Rate("RTX 3090", GPU_PEAKS["3090"], EFFICIENCY, 1e9, 30.0)
+    kind = find_type(gpu_name)
+    name = gpu_name if kind else "RTX 3090"
+    return Rate(name, GPU_PEAKS[kind or "RTX 3090"], EFFICIENCY, 1e9, 30.0)
+
+
+class Estimate(NamedTuple):
+    """Time and cost of stages 02 and 03 on one type of GPU.
+
+    Attributes:
+        gpu: the type or name, or the processor; of an unknown type also as what it was taken.
+        gpus: number of GPUs that stage 03 uses; 0 for a processor.
+        seconds: by stage; stage 02 uses one GPU.
+        price: of a GPU's hour; None if it is not set.
+    """
+
+    gpu: str
+    gpus: int
+    seconds: dict[str, float]
+    price: float | None
+
+    def describe(self, stages: Collection[str] = ("03_finetune",)) -> dict[str, Any]:
+        """Return hours, GPU hours and cost (None without a price) of some stages as JSON."""
+        counts = {"02_compress": min(1, self.gpus), "03_finetune": self.gpus}
+        gpu_hours = sum(self.seconds[name] * counts[name] for name in stages) / 3600
+        return {
+            "gpu": self.gpu,
+            "gpus": self.gpus,
+            "hours": sum(self.seconds[name] for name in stages) / 3600,
+            "gpu_hours": gpu_hours,
+            "cost": None if self.price is None or not self.gpus else gpu_hours * self.price,
+        }
+
+
+def estimate(
+    config: Config,
+    gpu_name: str | None,
+    gpus: int,
+    seconds_on: Callable[[Rate], dict[str, float]],
+) -> list[Estimate]:
+    """Return time and cost on one GPU or processor, or on every type that the config prices.
+
+    Args:
+        config: names the prices.
+        gpu_name: the GPU; None: the types with a price of their own, or an RTX 3090.
+        gpus: number of GPUs that stage 03 uses; 0 for a processor.
+        seconds_on: seconds by stage on a device of a rate.
+    """
+    if not gpus:
+        return [Estimate(CPU.name, 0, seconds_on(CPU), None)]
+    prices = config.cost.per_gpu_hour
+    priced = list(prices) if isinstance(prices, dict) else ["RTX 3090"]
+    names = priced if gpu_name is None else [gpu_name]
+    shown = {name: name if find_type(name) else f"{name}, taken as an RTX 3090" for name in names}
+    return [
+        Estimate(shown[name], gpus, seconds_on(find_rate(name)), config.cost.price(name))
+        for name in names
+    ]
 
 
 def forward_flops(shape: ModelShape, sequence_len: int) -> tuple[float, float]:

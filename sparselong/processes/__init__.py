@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         usable_cores,
     )
     from sparselong.processes.marks import report_progress, tell
+    from sparselong.processes.scripts import Ended, run_script
     from sparselong.processes.sharing import (
         Sharing,
         available_bytes,

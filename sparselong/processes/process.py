@@ -83,7 +83,7 @@ class _Trainer:
             encoding="utf-8",
             errors="replace",
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.listener.start()
@@ -257,7 +257,7 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask the kernel, in the child before exec, to kill it when its parent dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.run.command import parse_arguments, run_stage
-    from sparselong.run.directory import Stage
+    from sparselong.run.command import Others, parse_arguments, run_stage
+    from sparselong.run.directory import Stage, check_begun
     from sparselong.run.finished import config_of, find_outdated, read_finished
     from sparselong.run.interruption import interruptible
+    from sparselong.run.lock import locked, writing
     from sparselong.run.log import remove_control
     from sparselong.run.manifests import read_manifest
     from sparselong.run.parts import Choice, Part, run_parts
+    from sparselong.run.place import check_run_dir
     from sparselong.run.session import run_session
-    from sparselong.run.stages import redo_command
+    from sparselong.run.stages import complete_commands, redo_command, stage_hash
 
 __getattr__ = expose(__name__)

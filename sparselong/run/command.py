@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from sparselong.config import Config, load
 from sparselong.errors import ConfigError, ExpectedError, StageError
@@ -93,9 +93,13 @@ def parse_arguments(
     if STAGES[name].previews:
         text = "print N conversations (or one) with supervised tokens marked, touch nothing"
         parser.add_argument("--preview", metavar="N|FILE:LINE", help=text)
+    if STAGES[name].sweeps:
+        text = "run once for each combination of values, in runs/NAME-sweep; see sparselong/sweep"
+        shape = "KEY=VALUE,VALUE"
+        parser.add_argument("--sweep", nargs="+", action="extend", metavar=shape, help=text)
     if add_options is not None:
         add_options(parser)
-    parser.set_defaults(preview=None)
+    parser.set_defaults(preview=None, sweep=None)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.gpu is not None:
         choose_gpu(arguments.gpu)
@@ -111,6 +115,19 @@ def _repeated(arguments: argparse.Namespace) -> list[str]:
     return words + list({item.partition("=")[0]: item for item in arguments.overrides}.values())
 
 
+class Others(NamedTuple):
+    """What a command line may ask for in place of the stage.
+
+    Attributes:
+        preview: (config, run directory, option) → document with `text`; changes nothing.
+        sweep: (command line) → document and its text; runs the stage for each combination of
+            values.
+    """
+
+    preview: Callable[[Config, Path, str], dict[str, Any]]
+    sweep: Callable[[argparse.Namespace], tuple[dict[str, Any], str]]
+
+
 def run_stage(
     name: str,
     description: str,
@@ -119,7 +136,7 @@ def run_stage(
     plan: Callable[[Config, Path, str], dict[str, Any]],
     show_plan: Callable[[dict[str, Any]], str],
     check: Callable[[Config], object] | None = None,
-    preview: Callable[[Config, Path, str], dict[str, Any]] | None = None,
+    others: Others | None = None,
     page: Publish | None = None,
 ) -> int:
     """Run one stage as a command line program.
@@ -132,7 +149,7 @@ def run_stage(
         plan: (config, run directory, stage name) → document for `--dry-run`; changes nothing.
         show_plan: formats the plan for display.
         check: raises, before anything is changed, if the config cannot be executed here.
-        preview: (config, run directory, option) → document with `text`; changes nothing.
+        others: what its command line may ask for in place of the stage.
         page: writes the page about the run once the stage is done.
 
     Returns:
@@ -145,22 +162,30 @@ def run_stage(
         report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
     with explained_failures(name, arguments) as outcome, interruptible() as interruption:
-        config = load(arguments.config, arguments.overrides)
-        with writing(arguments.run_dir):
-            check_run_dir(config, arguments.run_dir, arguments.config)
-        stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
-        redo = stage.forced or STAGES[name].repeats
-        if arguments.dry_run:
-            document = _plan(stage, redo, plan)
-            text = show_plan(document)
-        elif preview is not None and arguments.preview is not None:
-            document = preview(config, arguments.run_dir, arguments.preview)
-            text = document["text"]
+        if others is not None and arguments.sweep is not None:
+            document, text = others.sweep(arguments)
         else:
-            document = _run(stage, redo, execute, check, interruption, page)
-            text = show_manifest(document)
+            stage = _open(name, arguments)
+            redo = stage.forced or STAGES[name].repeats
+            if arguments.dry_run:
+                document = _plan(stage, redo, plan)
+                text = show_plan(document)
+            elif others is not None and arguments.preview is not None:
+                document = others.preview(stage.config, stage.run_dir, arguments.preview)
+                text = document["text"]
+            else:
+                document = _run(stage, redo, execute, check, interruption, page)
+                text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
+
+
+def _open(name: str, arguments: argparse.Namespace) -> Stage:
+    """Return the stage of a command line, with the config loaded and the run directory checked."""
+    config = load(arguments.config, arguments.overrides)
+    with writing(arguments.run_dir):
+        check_run_dir(config, arguments.run_dir, arguments.config)
+    return Stage(name, config, arguments.run_dir, forced=arguments.force)
 
 
 def _plan(

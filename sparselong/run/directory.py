@@ -21,7 +21,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparselong import provenance
 from sparselong.config import Config, dump
@@ -224,6 +224,18 @@ def _read_present(stage: Stage) -> tuple[dict[str, Any] | None, dict[str, Any] |
     if manifest:
         _refuse_changed_files(stage, manifest)
     return manifest, present
+
+
+def check_begun(stage: Stage) -> Literal["finished", "unfinished", "new"]:
+    """Return how far the stage is; raise StageError as `prepare` does, and change nothing.
+
+    Earlier stages that are not done yet are allowed.
+    """
+    manifest, present = _read_present(stage)
+    for name in () if manifest else stage.reads:
+        if read_manifest(stage.run_dir, name) is not None:
+            _require(stage, name)
+    return "finished" if manifest else "new" if present is None else "unfinished"
 
 
 def check_finished(stage: Stage) -> None:

@@ -30,6 +30,7 @@ class Declaration:
         reads: earlier stages whose results it opens; they must be done first.
         sections: top-level config keys that affect its result, besides those of what it reads.
         previews: whether its command line has `--preview`.
+        sweeps: whether its command line has `--sweep`.
         repeats: whether it is done again on every call, finished or not.
         parts: whether it has several results, each in a directory of its own with a manifest.
     """
@@ -37,6 +38,7 @@ class Declaration:
     reads: tuple[str, ...]
     sections: tuple[str, ...]
     previews: bool = False
+    sweeps: bool = False
     repeats: bool = False
     parts: bool = False
 
@@ -54,6 +56,7 @@ STAGES: dict[str, Declaration] = {
         ("02_compress",),
         ("sequence_len", "micro_batch_size", "lora", "finetuning_modifiers", "training"),
         previews=True,
+        sweeps=True,
     ),
     "04_eval": Declaration(("02_compress", "03_finetune"), ("evaluation",)),
     "05_export": Declaration(("02_compress", "03_finetune"), (), parts=True),

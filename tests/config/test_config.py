@@ -219,3 +219,35 @@ def test_strings_that_look_like_other_values_round_trip(text, tmp_path):
     assert config.model.revision == text
     (tmp_path / "config.yaml").write_text(dump(config))
     assert load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "gpu", "price"),
+    [
+        ("null", "NVIDIA H200", None),
+        ("2", "NVIDIA H200", 2.0),
+        ("{H200: 3.5, RTX 3090: 0.25}", "NVIDIA H200", 3.5),
+        ("{H200: 3.5, RTX 3090: 0.25}", "NVIDIA GeForce RTX 3090 Ti", 0.25),
+        ("{H200: 3.5, RTX 3090: 0.25}", "NVIDIA A100-SXM4-80GB", None),
+        ("{H200: 3.5}", "NVIDIA L4", None),
+    ],
+)
+def test_a_price_is_for_every_gpu_or_for_a_type(text, gpu, price):
+    config = load(CONFIGS / "tiny.yaml", [f"cost.per_gpu_hour={text}"])
+    assert config.cost.price(gpu) == price
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{H20: 3}", "H100, H200, not H20"),
+        ("{H200: 0}", "a price above 0 for H200"),
+        ("0", "greater than 0"),
+        ("[1]", "valid number"),
+        ("{H200: dear}", "valid number"),
+    ],
+)
+def test_other_prices_are_refused(text, part):
+    with pytest.raises(ConfigError, match="cost.per_gpu_hour is not valid") as refusal:
+        load(CONFIGS / "tiny.yaml", [f"cost.per_gpu_hour={text}"])
+    assert part in refusal.value.expected

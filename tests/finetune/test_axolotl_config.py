@@ -18,6 +18,7 @@ OURS = {
     **dict.fromkeys(("model", "shared_dense", "experts", "calibration"), "stage 02 has done it"),
     "data": "the plugin gives Axolotl the tokens",
     "evaluation": "stage 04's",
+    "cost": "for estimates and manifests",
     "profile": "a set of other keys' values",
     "finetuning_modifiers": "masks are updated by a callback of ours",
     "attention_backend": "the plugin chooses our kernels",
@@ -44,7 +45,13 @@ OURS = {
     "training.save_total_limit": "transformers would remove any name with checkpoint-N in it",
 }
 """Keys and sections that are not passed to Axolotl, and why."""
-NEEDED = {"flash_attention": {"attention_backend": "auto"}}
+NEEDED = {
+    "flash_attention": {"attention_backend": "auto"},
+    "training.min_lr_ratio": {"training.lr_scheduler": "cosine_with_min_lr"},
+    "training.lr_cycles": {"training.lr_scheduler": "cosine_with_restarts"},
+    "training.lr_decay_ratio": {"training.lr_scheduler": "warmup_stable_decay"},
+    "training.lr_patience": {"training.lr_scheduler": "reduce_lr_on_plateau"},
+}
 """Other keys that must be set for a key to have an effect."""
 
 
@@ -139,7 +146,8 @@ def test_paths_and_sections():
         ("lora.r=8", "lora_r", 8),
         ("training.max_steps=7", "max_steps", 7),
         ("training.optimizer=adamw_torch_fused", "optimizer", "adamw_torch_fused"),
-        ("training.lr_scheduler=constant", "lr_scheduler", "constant"),
+        ("training.optimizer=lion_8bit", "adam_beta2", 0.99),
+        ("training.lr_scheduler=linear", "lr_scheduler", "linear"),
         ("training.sample_packing=false", "sample_packing", False),
         ("seed=7", "seed", 7),
         ("sequence_len=512", "sequence_len", 512),
@@ -162,6 +170,7 @@ def test_nothing_is_null_and_resume_is_named():
     [
         ("flash_attention=true", "flash_attention=false"),
         ("training.optimizer=adamw_bnb_8bit", "training.optimizer=adamw_torch"),
+        ("training.optimizer=lion_8bit", "training.optimizer=adamw_torch"),
     ],
 )
 def test_unsupported_settings_of_this_machine_are_refused(override, fix):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Trainer
 
+from sparselong.config import TrainingSection
 from sparselong.errors import StageError
 from sparselong.finetune import masked_trainer, state
 from sparselong.finetune.masked_trainer import MaskedTraining
@@ -47,6 +48,7 @@ class Training(MaskedTraining):
             "per_device_eval_batch_size": 2,
             "dataloader_pin_memory": False,
             "warmup_steps": 0.1,
+            "lr_scheduler_kwargs": {},
             "output_dir": "out",
         }
         self.args = SimpleNamespace(**{**given, **arguments})
@@ -150,15 +152,19 @@ def test_evaluation_covers_all_rows_in_order():
     assert batches(Training().get_eval_dataloader()) == [[[5], [3]], [[2], [4]], [[1]]]
 
 
-def test_warm_up_is_a_fraction_of_the_steps(calls):
-    training = Training(warmup_steps=0.1)
+def test_warm_up_and_decay_are_fractions_of_the_steps(calls):
+    training = Training(warmup_steps=0.1, lr_scheduler_kwargs={"num_decay_steps": 0.5})
     training.create_scheduler(57)
     assert training.args.warmup_steps == 5 and calls == ["create_scheduler"]
+    assert training.args.lr_scheduler_kwargs == {"num_decay_steps": 28}
 
 
 @pytest.mark.parametrize(
     ("optimizer", "values", "refused"),
-    [("adamw_bnb_8bit", 640, True), ("adamw_bnb_8bit", 768, False), ("adamw_torch", 640, False)],
+    [
+        *(("adamw_bnb_8bit", 640, True), ("adamw_bnb_8bit", 768, False)),
+        *(("lion_8bit", 640, True), ("adamw_torch", 640, False)),
+    ],
 )
 def test_states_that_could_not_be_saved_are_refused_before_training(
     calls, monkeypatch, optimizer, values, refused
@@ -166,7 +172,7 @@ def test_states_that_could_not_be_saved_are_refused_before_training(
     part = {"part": torch.nn.Parameter(torch.empty(values))}
     monkeypatch.setattr(masked_trainer, "sharded_parameters", lambda model: part)
     training = Training()
-    training.run.config.training = SimpleNamespace(optimizer=optimizer)
+    training.run.config.training = TrainingSection(optimizer=optimizer)
     if refused:
         with pytest.raises(StageError, match="cannot be saved whole"):
             training.create_optimizer()

@@ -228,7 +228,7 @@ def test_callbacks_match_the_config(plugins, plugin, run, monkeypatch):
     monkeypatch.setattr(plugins, "decide_keeping", decide)
     trainer = SimpleNamespace(layers={}, progress=Progress(), model="model", predictions=None)
     made = plugin.add_callbacks_post_trainer(None, trainer)
-    upkeep, passes, watch, metrics, stopping = made
+    upkeep, passes, watch, metrics, stopping, clock = made
     assert (upkeep.update_frequency, upkeep.criterion) == (0.5, "magnitude")
     assert passes.contexts.args == (True, False) and passes.rows is None
     assert watch == ("watch", "model")
@@ -237,6 +237,7 @@ def test_callbacks_match_the_config(plugins, plugin, run, monkeypatch):
     asked = (stopping.loss_target, stopping.patience, stopping.threshold)
     assert asked == (1.5, 3, 0.25)
     assert metrics.progress is stopping.progress is trainer.progress
+    assert clock.folder == run.work
     asked = {key: decision.asked for key, decision in plugin.keeping.items()}
     assert asked == {"keep_attention": "auto", "keep_experts": "never"}
 

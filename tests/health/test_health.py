@@ -225,8 +225,9 @@ def test_flash_attention_needs_a_gpu():
     assert row.status == "fail" and "flash_attention=false" in row.fix
 
 
-def test_the_8_bit_optimizer_needs_a_gpu():
-    eight = load("tiny", "training.optimizer=adamw_bnb_8bit")
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "lion_8bit"])
+def test_the_8_bit_optimizers_need_a_gpu(name):
+    eight = load("tiny", f"training.optimizer={name}")
     assert failures(eight, NONE) == {"optimizer"}
     assert failures(eight, H200) == set()
 

@@ -218,6 +218,21 @@ def test_rates_are_looked_up_by_gpu_name():
     assert timing.find_rate(None) is timing.CPU
 
 
+def test_the_estimate_is_for_the_gpu_that_is_named_and_says_as_what_an_unknown_one_was_taken():
+    config = load("gpt-oss-20b-1x3090", "cost.per_gpu_hour=2")
+    names = ("NVIDIA H200", "NVIDIA L4", "NVIDIA GeForce RTX 3090")
+    h200, unknown, small = (
+        memory.make_plan(config, "cuda", name, gpus=2).estimates[0] for name in names
+    )
+    assert (h200.gpu, h200.gpus, h200.price) == ("NVIDIA H200", 2, 2.0)
+    assert unknown.gpu == "NVIDIA L4, taken as an RTX 3090" and unknown.seconds == small.seconds
+    assert h200.seconds["03_finetune"] < small.seconds["03_finetune"] / 3
+    both = small.describe(["02_compress", "03_finetune"])
+    two, three = small.seconds["02_compress"], small.seconds["03_finetune"]
+    assert both["hours"] == pytest.approx((two + three) / 3600)
+    assert both["gpu_hours"] == pytest.approx((two + 2 * three) / 3600)
+
+
 def test_training_tokens():
     steps = load("tiny", "training.max_steps=10", "micro_batch_size=2", "sequence_len=128")
     assert timing.training_tokens(steps, None)[0] == 10 * 2 * 128
