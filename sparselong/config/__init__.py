@@ -7,6 +7,7 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.config import schema
     from sparselong.config.data import TrainOn
+    from sparselong.config.evaluation import RULER_TASKS
     from sparselong.config.keys import pick_sections
     from sparselong.config.schema import (
         Config,

@@ -19,69 +19,83 @@ from typing import Any
 
 import torch
 
-from sparselong.evaluate import harness, perplexity
+from sparselong.evaluate import perplexity
+from sparselong.evaluate.divergence import STATES, is_saved
+from sparselong.evaluate.opened import measure_opened
+from sparselong.evaluate.spread import Spread
+from sparselong.evaluate.tasks import Suite, grade
+from sparselong.evaluate.work import BASE, Mark, Questions
 from sparselong.files import load_json, write_atomically
 from sparselong.model import describe_placement, implementation, load_model
 from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.runtime import using
 
-_RESULT = ("fingerprint", "perplexity", "tasks", "seconds", "peak_bytes")
+_RESULT = (*("fingerprint", "perplexity", "divergence", "tasks", "speed", "seconds", "peak_bytes"),)
 """Keys of a model's kept result."""
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Tasks and conversations that every model is measured on."""
+    """Tasks and conversations that every model is measured on.
 
-    suite: harness.Suite
+    Attributes:
+        suite: the tasks.
+        questions: what they ask.
+        samples: the conversations.
+    """
+
+    suite: Suite
+    questions: Questions
     samples: list[perplexity.Sample]
 
 
 def measure(
-    name: str,
-    directory: Path,
-    fingerprint: str,
-    measurements: Measurements,
-    folder: Path,
-    progress: Callable[[str], None],
+    mark: Mark, measurements: Measurements, folder: Path, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Return one model's accuracy and perplexity, from `folder/<name>.json` if up to date.
+    """Return one model's figures, from `folder/<name>.json` if up to date.
 
     Returns:
-        {fingerprint, tasks (harness.measure), perplexity (perplexity.measure), seconds,
-        peak_bytes by device, experts (`model.describe_placement`)}.
+        {fingerprint, tasks (`tasks.grade`), perplexity, divergence (`opened.Measured`), speed
+        (load_seconds, prompts: `answering.measure_speed`), seconds, peak_bytes by device, experts
+        (`model.describe_placement`)}.
 
     Raises:
         StageError: the checkpoint cannot be opened.
     """
-    if kept := find_kept(name, fingerprint, folder, progress):
+    if kept := find_kept(mark, folder, progress):
         return kept
     start = time.monotonic()
     reset_peaks()
-    config = measurements.suite.config
-    model = load_model(directory, attn_implementation=implementation(config))
-    progress(f"{name}: loaded from {directory} in {time.monotonic() - start:.1f} s")
-    batch_size = config.evaluation.batch_size
+    suite = measurements.suite
+    config = suite.config
+    model = load_model(Path(mark.directory), attn_implementation=implementation(config))
+    loaded = time.monotonic() - start
+    progress(f"{mark.name}: loaded from {mark.directory} in {loaded:.1f} s")
+    told = measurements.questions, measurements.samples, suite.tokenizer, config
     with using(attention_backend=config.attention_backend, deterministic=config.deterministic):
-        result = {
-            "fingerprint": fingerprint,
-            "perplexity": perplexity.measure(model, measurements.samples, batch_size),
-            "tasks": harness.measure(model, measurements.suite),
-            "seconds": round(time.monotonic() - start, 1),
-            "peak_bytes": read_peaks(),
-            "experts": describe_placement(model),
-        }
+        found = measure_opened(mark, model, *told, Spread(), folder)
+    result = {
+        "fingerprint": mark.fingerprint,
+        "perplexity": found.perplexity,
+        "divergence": found.divergence,
+        "tasks": grade(suite, found.answers),
+        "speed": {"load_seconds": round(loaded, 1), "prompts": found.prompts},
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_bytes": read_peaks(),
+        "experts": describe_placement(model),
+    }
     del model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return keep(name, result, folder, progress)
+    return keep(mark.name, result, folder, progress)
 
 
 def find_kept(
-    name: str, fingerprint: str, folder: Path, progress: Callable[[str], None]
+    mark: Mark, folder: Path, progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any] | None:
     """Return one model's result from `folder/<name>.json`, or None if it must be measured."""
+    name = mark.name
     path = folder / f"{name}.json"
     if not path.exists():
         return None
@@ -89,10 +103,18 @@ def find_kept(
     if kept is None:
         progress(f"{name}: {path} is damaged, so the model is measured again")
         return None
-    if kept["fingerprint"] != fingerprint:
+    if kept["fingerprint"] != mark.fingerprint:
         return None
     progress(f"{name}: already measured, result kept")
     return kept
+
+
+def forget_base(marks: list[Mark], folder: Path, progress: Callable[[str], None]) -> None:
+    """Remove the base's result if others must be compared with it and its states are gone."""
+    kept = {mark.name for mark in marks if find_kept(mark, folder)}
+    if BASE in kept and len(kept) < len(marks) and not is_saved(folder / STATES):
+        progress(f"{BASE}: measured again, because its hidden states are no longer on disk")
+        (folder / f"{BASE}.json").unlink()
 
 
 def keep(
@@ -121,5 +143,8 @@ def fingerprint(files: list[dict[str, Any]]) -> str:
 
 def _one_line(result: dict[str, Any]) -> str:
     figures = [f"perplexity {result['perplexity']['supervised']['perplexity']:.3f}"]
-    figures += [f"{name} acc {task['acc']:.3f}" for name, task in result["tasks"].items()]
+    for name, task in result["tasks"].items():
+        shown = {"acc": task["acc"]} if "acc" in task else {}
+        shown |= {label: score["value"] for label, score in task["scores"].items()}
+        figures += [f"{name} {label} {value:.3f}" for label, value in shown.items() if value]
     return f"{', '.join(figures)} ({result['seconds']:.0f} s)"

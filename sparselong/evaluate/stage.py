@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
+from typing import Any
 
 import torch
 
 from sparselong.data import conversations, encode_files, select_usable
-from sparselong.evaluate import contamination, harness, models, perplexity, report, together
+from sparselong.evaluate import contamination, divergence, models, perplexity, report, together
 from sparselong.evaluate.inputs import check_base
-from sparselong.evaluate.work import MEMORY_FIX
-from sparselong.files import write_atomically
+from sparselong.evaluate.tasks import list_items, list_questions, load_suite
+from sparselong.evaluate.work import BASE, MEMORY_FIX, Mark
+from sparselong.files import read_json, write_atomically
 from sparselong.model import load_tokenizer
 from sparselong.processes import decide_evaluation_sharing, evaluation_world, telling_memory
 from sparselong.run import Stage
@@ -28,7 +31,8 @@ def evaluate(stage: Stage) -> None:
     base_dir = resolve_base(stage.config, stage.run_dir, stage.log)
     check_base(stage, base_dir)
     tokenizer = load_tokenizer(base_dir)
-    suite = harness.load_suite(stage.config, stage.dir / "tasks", tokenizer)
+    positions = read_json(base_dir / "config.json")["max_position_embeddings"]
+    suite = load_suite(stage.config, stage.dir / "tasks", tokenizer, positions)
     encoded = encode_files(stage.config, stage.run_dir, tokenizer)
     stage.note_date(encoded.date)
     usable = select_usable(encoded, stage.config.sequence_len)
@@ -36,28 +40,45 @@ def evaluate(stage: Stage) -> None:
         stage.log(sentence)
     rows = usable.validation[: stage.config.evaluation.perplexity_samples]
     samples = perplexity.load_samples(encoded.validation, rows)
-    warnings = contamination.list_warnings(harness.list_items(suite), files.train)
+    warnings = contamination.list_warnings(list_items(suite), files.train)
     for warning in warnings:
         stage.log(f"warning: {warning}")
 
     measured = (
-        ("base", base_dir, compressed["inputs"]),
+        (BASE, base_dir, compressed["inputs"]),
         ("compressed", stage.run_dir / "02_compress" / "model", compressed["outputs"]),
         ("finetuned", stage.run_dir / "03_finetune" / "model", finetuned["outputs"]),
     )
-    marks = [(name, path, models.fingerprint(files)) for name, path, files in measured]
-    measurements = models.Measurements(suite, samples)
+    marks = [
+        Mark(
+            name,
+            str(path.resolve()),
+            models.fingerprint(files),
+            name == BASE or divergence.has_same_head(base_dir, path),
+        )
+        for name, path, files in measured
+    ]
+    if stage.config.evaluation.divergence_samples:
+        models.forget_base(marks, stage.dir, stage.log)
+    measurements = models.Measurements(suite, list_questions(suite), samples)
     if world.size > 1:
         results = together.measure(stage, world, marks, measurements)
     else:
         held = decide_evaluation_sharing(stage.config)  # refuses what cannot fit before it loads
         measure = partial(models.measure, folder=stage.dir, progress=stage.log)
         with using(expert_placement=held.placement), telling_memory(fix=MEMORY_FIX):
-            results = {mark[0]: measure(*mark, measurements) for mark in marks}
+            results = {mark.name: measure(mark, measurements) for mark in marks}
+    _publish(stage, results, warnings)
+    shutil.rmtree(stage.dir / divergence.STATES, ignore_errors=True)
+    models_read = [stage.run_dir / name / "model" for name in ("02_compress", "03_finetune")]
+    stage.inputs = [files.train, files.validation, *models_read]
+
+
+def _publish(stage: Stage, results: dict[str, dict[str, Any]], warnings: list[str]) -> None:
+    """Write the report, and set the stage's metrics and outputs."""
     for result in results.values():
         for device, peak_bytes in result["peak_bytes"].items():
             stage.peak_bytes[device] = max(peak_bytes, stage.peak_bytes.get(device, 0))
-
     document = report.build_results(stage.config, results, warnings)
     outputs = [stage.dir / name for name in ("results.json", "report.md", "evaluation.png")]
     write_atomically(outputs[0], json.dumps(document, indent=1) + "\n")
@@ -66,6 +87,4 @@ def evaluate(stage: Stage) -> None:
     stage.log(f"{report.summarize(document)}\nreport: {outputs[1]}")
     stage.metrics = report.list_metrics(document)
     stage.metrics["experts"] = {name: result.get("experts") for name, result in results.items()}
-    models_read = [stage.run_dir / name / "model" for name in ("02_compress", "03_finetune")]
-    stage.inputs = [files.train, files.validation, *models_read]
     stage.outputs = [*outputs, *(stage.dir / f"{name}.json" for name in results)]

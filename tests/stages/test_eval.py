@@ -28,7 +28,8 @@ eval_script = load_script("04_eval")
 
 @pytest.fixture(scope="module")
 def arguments(small_arguments) -> list[str]:
-    return [*small_arguments, "evaluation.limit=4", "evaluation.perplexity_samples=2"]
+    tasks = ("evaluation.tasks=[demo_hellaswag, ruler_vt]", "evaluation.ruler.lengths=[2048]")
+    return [*small_arguments, *tasks, "evaluation.limit=4", "evaluation.perplexity_samples=2"]
 
 
 def write_manifest(run_dir: Path, stage: str, arguments: list[str], label: str = "") -> None:
@@ -79,6 +80,12 @@ def test_manifest_has_the_documented_metrics(run_dir):
     for row in rows.values():
         assert {"acc", "acc_norm", "stderr", "paired_flips"} <= set(row) and row["items"] == 4
     assert manifest["peak_bytes"]["host"] > 0
+    for row in manifest["metrics"]["tasks"]["ruler_vt_2048"].values():
+        assert row["items"] == 4 and 0 <= row["scores"]["score"]["value"] <= 1
+    results = json.loads((run_dir / "04_eval/results.json").read_text())
+    for row in results["speed"].values():
+        assert row["load_seconds"] > 0 and row["prompts"][0]["prompts"] == 4
+        assert row["prompts"][0]["tokens_per_second"] > 0
     outputs = {Path(file["path"]).name for file in manifest["outputs"]}
     assert {"results.json", "report.md", "evaluation.png", "base.json"} <= outputs
 
@@ -89,6 +96,10 @@ def test_an_equal_model_is_equal_and_a_damaged_one_is_not(run_dir):
     assert rows["compressed"] == rows["base"]
     assert perplexity["compressed"] == perplexity["base"]
     assert abs(perplexity["finetuned"] / perplexity["base"] - 1) > 1e-4
+    divergence = metrics["divergence"]
+    assert (divergence["compressed"]["kl"], divergence["compressed"]["agreement"]) == (0.0, 1.0)
+    assert divergence["finetuned"]["kl"] > 1e-6
+    assert not (run_dir / "04_eval/states").exists()
 
 
 def test_finished_results_are_kept_and_changed_models_measured_again(run_dir, arguments, tmp_path):
@@ -176,6 +187,14 @@ def test_two_processes_that_share_a_model_have_the_same_figures(
     assert log.count("base: loaded") == 1
     wanted, found = read_metrics(run_dir), read_metrics(copy)
     assert found["tasks"] == wanted["tasks"]
+    for name in ("base", "compressed", "finetuned"):
+        mine, theirs = (
+            json.loads((each / f"04_eval/{name}.json").read_text())["tasks"]["ruler_vt_2048"]
+            for each in (copy, run_dir)
+        )
+        assert mine["answers"] == theirs["answers"] and any(mine["answers"])
+    for name, divergence in wanted["divergence"].items():
+        assert found["divergence"][name] == pytest.approx(divergence, rel=1e-4, abs=1e-7)
     for name, perplexity in wanted["perplexity"].items():
         assert found["perplexity"][name] == pytest.approx(perplexity, rel=1e-6)
     placed = [one["placement"] for one in found["experts"].values()]
