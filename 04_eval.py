@@ -5,6 +5,9 @@ The base, compressed and fine-tuned models answer the same multiple-choice items
 and their perplexity is measured on the same held-out conversations. Reads the models of stages 02
 and 03; writes results.json, report.md and evaluation.png to runs/NAME/04_eval.
 
+`--compare RUN|PATH ...` also measures models of other runs, or other checkpoints; those that a
+finished stage has measured are not measured again.
+
 On several GPUs, one process each (`sequence_parallel_degree`, or those in which torchrun started
 this script) measures some rows of every batch. A model that does not fit on one GPU is shared: each
 process holds some of its experts and of its vocabulary. The figures are those of one process.
@@ -15,6 +18,7 @@ import sys
 
 from sparselong.config import Config
 from sparselong.data import check_tasks
+from sparselong.evaluate import find_compared, is_measured
 from sparselong.memory import check_model, plan_stage, show_plan
 from sparselong.processes import check_launcher, hide_launcher, is_joined
 from sparselong.run import Stage, run_stage
@@ -42,6 +46,7 @@ def check(config: Config) -> None:
         hide_launcher()
     check_model(config)
     check_tasks(config)
+    find_compared(config)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None) -> int:
     """Run the stage in this process; return the exit code."""
     text = "Compare the base, compressed and fine-tuned models."
-    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check=check)
+    more = {"check": check, "is_current": is_measured}
+    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, **more)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sparselong.config.keys import Section
-from sparselong.config.texts import Text
+from sparselong.config.keys import Incidental, Section
+from sparselong.config.texts import Place, Text
 from sparselong.config.values import Count, Length, Positive
 
 RULER_TASKS = (
@@ -46,6 +46,11 @@ class EvaluationSection(Section):
     """Number of those conversations on which every next token is compared with the base's, by
     position: Kullback-Leibler divergence, and how often the most likely tokens agree. The base's
     final hidden states wait on disk until the stage is done (20b: 5.6 KiB per token). 0: none."""
+    compare: Annotated[tuple[Place, ...], Incidental()] = ()
+    """Other models to measure in the same way, each a column of the report: directories of runs, of
+    which the fine-tuned model counts (or the compressed one), or of checkpoints of the base's sizes
+    with mxfp4 or sparselong weights. `python 04_eval.py --compare RUN|PATH …` sets it; what was
+    measured before is kept."""
     ruler: RulerSection = RulerSection()
     """RULER's tasks, if `tasks` names any."""
 

@@ -75,7 +75,8 @@ def save_states(
     def save(number: int, states: torch.Tensor) -> None:
         nonlocal written
         written += states.nbytes
-        write_tensors(folder / f"{number}.safetensors", {"states": states})
+        if len(states):
+            write_tensors(folder / f"{number}.safetensors", {"states": states})
 
     for _ in _passes(model, samples, batch_size, spread, save):
         pass

@@ -21,7 +21,7 @@ import torch
 
 from sparselong.evaluate import perplexity
 from sparselong.evaluate.divergence import STATES, is_saved
-from sparselong.evaluate.opened import measure_opened
+from sparselong.evaluate.opened import Measured, measure_opened
 from sparselong.evaluate.spread import Spread
 from sparselong.evaluate.tasks import Suite, grade
 from sparselong.evaluate.work import BASE, Mark, Questions
@@ -62,33 +62,45 @@ def measure(
     Raises:
         StageError: the checkpoint cannot be opened.
     """
-    if kept := find_kept(mark, folder, progress):
+    kept = find_kept(mark, folder, progress)
+    if kept and not mark.only_states:
         return kept
     start = time.monotonic()
     reset_peaks()
-    suite = measurements.suite
-    config = suite.config
-    model = load_model(Path(mark.directory), attn_implementation=implementation(config))
-    loaded = time.monotonic() - start
-    progress(f"{mark.name}: loaded from {mark.directory} in {loaded:.1f} s")
-    told = measurements.questions, measurements.samples, suite.tokenizer, config
-    with using(attention_backend=config.attention_backend, deterministic=config.deterministic):
-        found = measure_opened(mark, model, *told, Spread(), folder)
+    found, loaded, experts = _open_and_measure(mark, measurements, folder, progress)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if kept or found is None:
+        assert kept is not None
+        return kept
     result = {
         "fingerprint": mark.fingerprint,
         "perplexity": found.perplexity,
         "divergence": found.divergence,
-        "tasks": grade(suite, found.answers),
-        "speed": {"load_seconds": round(loaded, 1), "prompts": found.prompts},
+        "tasks": grade(measurements.suite, found.answers),
+        "speed": {"load_seconds": loaded, "prompts": found.prompts},
         "seconds": round(time.monotonic() - start, 1),
         "peak_bytes": read_peaks(),
-        "experts": describe_placement(model),
+        "experts": experts,
     }
-    del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     return keep(mark.name, result, folder, progress)
+
+
+def _open_and_measure(
+    mark: Mark, measurements: Measurements, folder: Path, progress: Callable[[str], None]
+) -> tuple[Measured | None, float, dict[str, Any]]:
+    """Return what `measure_opened` does, seconds of loading, and where experts were."""
+    start = time.monotonic()
+    suite = measurements.suite
+    config = suite.config
+    model = load_model(Path(mark.directory), attn_implementation=implementation(config))
+    loaded = round(time.monotonic() - start, 1)
+    progress(f"{mark.name}: loaded from {mark.directory} in {loaded:.1f} s")
+    told = measurements.questions, measurements.samples, suite.tokenizer, config
+    with using(attention_backend=config.attention_backend, deterministic=config.deterministic):
+        found = measure_opened(mark, model, *told, Spread(), folder)
+    return found, loaded, describe_placement(model)
 
 
 def find_kept(
@@ -109,12 +121,11 @@ def find_kept(
     return kept
 
 
-def forget_base(marks: list[Mark], folder: Path, progress: Callable[[str], None]) -> None:
-    """Remove the base's result if others must be compared with it and its states are gone."""
-    kept = {mark.name for mark in marks if find_kept(mark, folder)}
-    if BASE in kept and len(kept) < len(marks) and not is_saved(folder / STATES):
-        progress(f"{BASE}: measured again, because its hidden states are no longer on disk")
-        (folder / f"{BASE}.json").unlink()
+def lacks_states(marks: list[Mark], folder: Path) -> bool:
+    """Return whether others must be compared with the base, which has left no hidden states."""
+    missing = [mark for mark in marks if find_kept(mark, folder) is None]
+    is_kept = BASE not in [mark.name for mark in missing]
+    return is_kept and any(mark.has_base_head for mark in missing) and not is_saved(folder / STATES)
 
 
 def keep(

@@ -38,8 +38,8 @@ def measure_opened(
     config: Config,
     spread: Spread,
     folder: Path,
-) -> Measured:
-    """Return a model's figures.
+) -> Measured | None:
+    """Return a model's figures; None if only the base's hidden states are needed.
 
     Args:
         mark: which model it is.
@@ -52,16 +52,17 @@ def measure_opened(
         folder: the stage's directory.
     """
     batch_size = config.evaluation.batch_size
-    found = perplexity.measure(model, samples, batch_size, spread)
     divergent: dict[str, Any] | None = None
     compared = samples[: config.evaluation.divergence_samples]
     if compared and mark.name == BASE:
         divergence.save_states(model, compared, batch_size, spread, folder / divergence.STATES)
-    elif compared and mark.has_base_head:
-        divergent = divergence.measure(
-            model, compared, batch_size, spread, folder / divergence.STATES
-        )
-    elif compared:
+    if mark.only_states:
+        return None
+    found = perplexity.measure(model, samples, batch_size, spread)
+    if compared and mark.name != BASE and mark.has_base_head:
+        states = folder / divergence.STATES
+        divergent = divergence.measure(model, compared, batch_size, spread, states)
+    elif compared and mark.name != BASE:
         divergent = {"left_out": "its lm_head is not the base's"}
     answers, continued = answer(model, questions, tokenizer, batch_size, spread)
     return Measured(found, divergent, answers, measure_speed(continued))

@@ -58,7 +58,7 @@ def main(path: Path) -> None:
     for mark in work.models:
         with using(expert_placement=held.placement):
             result = _measure(mark, work, config, mesh, folder)
-        if ranks.is_first():
+        if ranks.is_first() and result is not None:
             document = {"digest": work.digest(mark.name), **result}
             write_atomically(scores_path(folder, mark.name), json.dumps(document) + "\n")
         gc.collect()
@@ -67,8 +67,13 @@ def main(path: Path) -> None:
     ranks.leave()
 
 
-def _measure(mark: Mark, work: Work, config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
-    """Return a model's part of the result, the same on every rank but for its speed."""
+def _measure(
+    mark: Mark, work: Work, config: Config, mesh: Mesh, folder: Path
+) -> dict[str, Any] | None:
+    """Return a model's part of the result, the same on every rank but for its speed.
+
+    None if only the base's hidden states are needed.
+    """
     start = time.monotonic()
     telling = partial(telling_memory, f"while {mark.name} was measured", MEMORY_FIX)
     reset_peaks()
@@ -88,7 +93,7 @@ def _measure(mark: Mark, work: Work, config: Config, mesh: Mesh, folder: Path) -
             found = measure_opened(mark, model, *told, Spread(mesh), folder)
             peak_bytes = ranks.merge_peaks(read_peaks())
             placed = describe_placement(model, ranks.collect)
-    return {
+    return found and {
         "perplexity": found.perplexity,
         "divergence": found.divergence,
         **found.answers._asdict(),

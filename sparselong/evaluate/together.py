@@ -40,7 +40,7 @@ def measure(
     for mark in marks:
         if kept := models.find_kept(mark, stage.dir, stage.log):
             results[mark.name] = kept
-    missing = [mark for mark in marks if mark.name not in results]
+    missing = [mark for mark in marks if mark.name not in results or mark.only_states]
     if missing:
         results |= _measure(stage, world, marks[0].directory, missing, measurements)
     return {mark.name: results[mark.name] for mark in marks}
@@ -64,7 +64,7 @@ def _measure(
     if todo:
         _run_ranks(stage, world, work, todo)
     results = {}
-    for mark in marks:
+    for mark in (mark for mark in marks if not mark.only_states):
         name = mark.name
         found = _find_scores(stage, work, name)
         if found is None:

@@ -75,12 +75,14 @@ class Mark(NamedTuple):
         directory: its checkpoint.
         fingerprint: of its files.
         has_base_head: whether its lm_head is the base's.
+        only_states: whether it is the base, measured before, whose hidden states are needed again.
     """
 
     name: str
     directory: str
     fingerprint: str
     has_base_head: bool
+    only_states: bool = False
 
 
 @dataclass(frozen=True)

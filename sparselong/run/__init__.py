@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparselong.run.interruption import interruptible
     from sparselong.run.manifests import read_manifest
     from sparselong.run.parts import Choice, Part, run_parts
+    from sparselong.run.place import MANIFEST
     from sparselong.run.session import run_session
     from sparselong.run.stages import redo_command
 

@@ -94,10 +94,18 @@ def parse_arguments(
     if STAGES[name].previews:
         text = "print N conversations (or one) with supervised tokens marked, touch nothing"
         parser.add_argument("--preview", metavar="N|FILE:LINE", help=text)
+    if STAGES[name].compares:
+        text = "also measure models of other runs, or other checkpoints (evaluation.compare)"
+        parser.add_argument("--compare", nargs="+", action="extend", metavar="RUN|PATH", help=text)
     if add_options is not None:
         add_options(parser)
     parser.set_defaults(preview=None)
     arguments = parser.parse_intermixed_args(argv)
+    if STAGES[name].compares and arguments.compare:
+        words: list[str] = arguments.compare  # it takes all words that follow, also overrides
+        arguments.overrides += [word for word in words if "=" in word]
+        named = [word for word in words if "=" not in word]
+        arguments.overrides.append(f"evaluation.compare={json.dumps(named)}")
     arguments.repeated = _repeated(arguments)
     arguments.run_dir = find_run_dir(arguments.run_dir, arguments.config)
     return arguments
@@ -120,6 +128,7 @@ def run_stage(
     check: Callable[[Config], object] | None = None,
     keep_result: bool = True,
     preview: Callable[[Config, Path, str], dict[str, Any]] | None = None,
+    is_current: Callable[[Config, dict[str, Any]], bool] | None = None,
 ) -> int:
     """Run one stage as a command line program.
 
@@ -133,6 +142,8 @@ def run_stage(
         check: raises, before anything is changed, if the config cannot be executed here.
         keep_result: whether a finished stage is up to date; false repeats it on every call.
         preview: (config, run directory, option) → document with `text`; changes nothing.
+        is_current: (config, manifest of the finished stage) → whether it has all that the config
+            asks for, beyond what its hash covers; if not, the stage continues.
 
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
@@ -156,7 +167,7 @@ def run_stage(
             document = preview(config, arguments.run_dir, arguments.preview)
             text = document["text"]
         else:
-            document = _run(stage, redo, execute, check, interruption)
+            document = _run(stage, redo, execute, check, interruption, is_current)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
@@ -177,11 +188,12 @@ def _run(
     execute: Callable[[Stage], None],
     check: Callable[[Config], object] | None,
     interruption: Interruption,
+    is_current: Callable[[Config, dict[str, Any]], bool] | None,
 ) -> dict[str, Any]:
     """Check and execute a stage, and return its manifest."""
     cache = prepare_caches(stage, check)
     with locked(stage.run_dir):
-        return run_locked(stage, redo, execute, cache, interruption)
+        return run_locked(stage, redo, execute, cache, interruption, is_current)
 
 
 def prepare_caches(stage: Stage, check: Callable[[Config], object] | None = None) -> Path | None:
@@ -200,6 +212,7 @@ def run_locked(
     execute: Callable[[Stage], None],
     cache: Path | None,
     interruption: Interruption,
+    is_current: Callable[[Config, dict[str, Any]], bool] | None = None,
 ) -> dict[str, Any]:
     """Execute a stage or part unless it is up to date, and return its manifest.
 
@@ -209,8 +222,9 @@ def run_locked(
         execute: does the work.
         cache: result of `prepare_caches`.
         interruption: raises if a signal came.
+        is_current: see `run_stage`.
     """
-    if prepare(stage, redo):
+    if prepare(stage, redo, is_current):
         title = f"{stage.name} {stage.part}" if stage.part else stage.name
         stage.log(f"{title} is up to date in {stage.run_dir} for this config")
         return read_document(stage.dir / MANIFEST) or {}

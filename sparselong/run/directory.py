@@ -21,7 +21,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,12 +148,17 @@ class Stage:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
 
-def prepare(stage: Stage, redo: bool) -> bool:
+def prepare(
+    stage: Stage,
+    redo: bool,
+    is_current: Callable[[Config, dict[str, Any]], bool] | None = None,
+) -> bool:
     """Prepare the stage's directory and read the manifests of its inputs.
 
     Args:
         stage: the stage to execute; its `manifests` are filled in.
         redo: whether to redo a finished stage.
+        is_current: see `command.run_stage`.
 
     Returns:
         Whether the stage is up to date.
@@ -166,7 +171,7 @@ def prepare(stage: Stage, redo: bool) -> bool:
     """
     refuse_replacing_others(stage.run_dir, stage.name, stage.part)
     manifest, present = (None, None) if redo else _read_present(stage)
-    if manifest:
+    if manifest and (is_current is None or is_current(stage.config, manifest)):
         return True
     read_inputs(stage)
     beginning = {
@@ -178,6 +183,8 @@ def prepare(stage: Stage, redo: bool) -> bool:
     }
     with writing(stage.dir):
         told = _set_aside(stage) if redo and stage.dir.exists() else []
+        if manifest:  # it lacks what is asked for in addition
+            (stage.dir / MANIFEST).unlink()
         if present not in (None, beginning) and not has_begun(stage.dir, stage.name):
             # What it prepared is another config's.
             remove_own(stage.dir, stage.name, stage.part)

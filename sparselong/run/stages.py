@@ -30,12 +30,14 @@ class Declaration:
         reads: earlier stages whose results it opens; they must be done first.
         sections: top-level config keys that affect its result, besides those of what it reads.
         previews: whether its command line has `--preview`.
+        compares: whether its command line has `--compare`.
         parts: whether it has several results, each in a directory of its own with a manifest.
     """
 
     reads: tuple[str, ...]
     sections: tuple[str, ...]
     previews: bool = False
+    compares: bool = False
     parts: bool = False
 
 
@@ -53,7 +55,7 @@ STAGES: dict[str, Declaration] = {
         ("sequence_len", "micro_batch_size", "lora", "finetuning_modifiers", "training"),
         previews=True,
     ),
-    "04_eval": Declaration(("02_compress", "03_finetune"), ("evaluation",)),
+    "04_eval": Declaration(("02_compress", "03_finetune"), ("evaluation",), compares=True),
     "05_export": Declaration(("02_compress", "03_finetune"), (), parts=True),
     "06_chat": Declaration((), ()),
 }

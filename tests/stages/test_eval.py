@@ -222,3 +222,45 @@ def test_dry_run_touches_nothing(tmp_path, arguments, capsys):
     run_dir = tmp_path / "run"
     assert eval_script.main([*arguments, "--run-dir", str(run_dir), "--dry-run"]) == 0
     assert "04_eval" in capsys.readouterr().out and not run_dir.exists()
+
+
+def test_other_models_are_measured_beside_those_that_were(run_dir, arguments, tmp_path, capsys):
+    """A run by its fine-tuned model, and a checkpoint; what was measured before is kept."""
+    copy, other = tmp_path / "run", tmp_path / "other run"
+    shutil.copytree(run_dir, copy)
+    shutil.copytree(run_dir / "03_finetune", other / "03_finetune")
+    command = [*arguments, "--run-dir", str(copy)]
+    paths = [str(other), str(copy / "02_compress/model")]
+    assert eval_script.main([*command, "--compare", *paths]) == 0
+    log = (copy / "04_eval/log.txt").read_text().rpartition("base: already measured")[2]
+    assert log.count("already measured") == 2 and log.count(": loaded from") == 2 + 1
+    metrics = read_metrics(copy)
+    for mine, theirs in zip(paths, ("finetuned", "compressed"), strict=True):
+        for key in ("perplexity", "divergence"):
+            assert metrics[key][mine] == metrics[key][theirs]
+        assert all(rows[mine] == rows[theirs] for rows in metrics["tasks"].values())
+    report = (copy / "04_eval/report.md").read_text()
+    assert f"| tokens measured | base | compressed | finetuned | {paths[0]} |" in report
+    before = (copy / "04_eval/manifest.json").read_bytes()
+    assert eval_script.main([*command, "--compare", paths[0]]) == 0  # up to date
+    assert eval_script.main(command) == 0
+    assert (copy / "04_eval/manifest.json").read_bytes() == before
+    assert "up to date" in capsys.readouterr().err
+
+
+def test_models_that_cannot_be_compared_are_refused_by_name(run_dir, arguments, tmp_path, capsys):
+    command = [*arguments, "--run-dir", str(run_dir), "--compare"]
+    wider = tmp_path / "wider"
+    shutil.copytree(run_dir / "02_compress/model", wider)
+    config = json.loads((wider / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 2}))
+    before = (run_dir / "04_eval/manifest.json").read_bytes()
+    for path, word in ((tmp_path, "is no model"), (wider, "num_experts_per_tok 2")):
+        copy = tmp_path / f"run for {path.name}"
+        shutil.copytree(run_dir, copy)
+        assert eval_script.main([*arguments, "--run-dir", str(copy), "--compare", str(path)]) == 2
+        assert word in capsys.readouterr().err
+    twice = str(run_dir / "02_compress/model")
+    assert eval_script.main([*command, twice, f"{twice}/"]) == 2
+    assert "names a model twice" in capsys.readouterr().err
+    assert (run_dir / "04_eval/manifest.json").read_bytes() == before
