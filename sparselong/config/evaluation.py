@@ -46,6 +46,11 @@ class EvaluationSection(Section):
     """Number of those conversations on which every next token is compared with the base's, by
     position: Kullback-Leibler divergence, and how often the most likely tokens agree. The base's
     final hidden states wait on disk until the stage is done (20b: 5.6 KiB per token). 0: none."""
+    health_prompts: Annotated[int, Field(ge=0, le=8)] = 8
+    """Number of fixed questions that are answered in a chat with each reasoning effort, to see
+    whether answers end, loop, keep to harmony's channels, and how long they are. 0: none."""
+    health_tokens: Positive = 1024
+    """Maximum number of tokens of such an answer."""
     compare: Annotated[tuple[Place, ...], Incidental()] = ()
     """Other models to measure in the same way, each a column of the report: directories of runs, of
     which the fine-tuned model counts (or the compressed one), or of checkpoints of the base's sizes

@@ -48,7 +48,9 @@ class Continuation(NamedTuple):
 def answer(
     model: Any, questions: Questions, tokenizer: Any, batch_size: int, spread: Spread
 ) -> tuple[Answers, list[Continuation]]:
-    """Return a model's answers to all questions, and how the prompts were continued.
+    """Return a model's answers to tasks' questions, and how all prompts were continued.
+
+    The continuations of `questions.prompts` come first, and then those of its chats.
 
     Args:
         model: a GptOssForCausalLM in eval mode.
@@ -58,8 +60,10 @@ def answer(
         spread: the processes among which the questions are spread; all get all answers.
     """
     likelihoods = scoring.score(model, questions.requests, batch_size, spread)
-    continued = continue_prompts(model, questions.prompts, tokenizer, spread)
-    return Answers(likelihoods, [each.text for each in continued]), continued
+    prompts = [*questions.prompts, *questions.chats]
+    continued = continue_prompts(model, prompts, tokenizer, spread)
+    texts = [each.text for each in continued[: len(questions.prompts)]]
+    return Answers(likelihoods, texts), continued
 
 
 def continue_prompts(

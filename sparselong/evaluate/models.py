@@ -30,7 +30,18 @@ from sparselong.model import describe_placement, implementation, load_model
 from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.runtime import using
 
-_RESULT = (*("fingerprint", "perplexity", "divergence", "tasks", "speed", "seconds", "peak_bytes"),)
+_RESULT = (
+    *(
+        "fingerprint",
+        "perplexity",
+        "divergence",
+        "health",
+        "tasks",
+        "speed",
+        "seconds",
+        "peak_bytes",
+    ),
+)
 """Keys of a model's kept result."""
 
 
@@ -55,7 +66,7 @@ def measure(
     """Return one model's figures, from `folder/<name>.json` if up to date.
 
     Returns:
-        {fingerprint, tasks (`tasks.grade`), perplexity, divergence (`opened.Measured`), speed
+        {fingerprint, tasks (`tasks.grade`), perplexity, divergence, health (`opened.Measured`), speed
         (load_seconds, prompts: `answering.measure_speed`), seconds, peak_bytes by device, experts
         (`model.describe_placement`)}.
 
@@ -78,6 +89,7 @@ def measure(
         "fingerprint": mark.fingerprint,
         "perplexity": found.perplexity,
         "divergence": found.divergence,
+        "health": found.health,
         "tasks": grade(measurements.suite, found.answers),
         "speed": {"load_seconds": loaded, "prompts": found.prompts},
         "seconds": round(time.monotonic() - start, 1),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparselong.config import Config
-from sparselong.evaluate import divergence, perplexity
+from sparselong.evaluate import divergence, health, perplexity
 from sparselong.evaluate.answering import answer, measure_speed
 from sparselong.evaluate.spread import Spread
 from sparselong.evaluate.work import BASE, Answers, Mark, Questions
@@ -20,12 +20,14 @@ class Measured(NamedTuple):
         divergence: as from `divergence.measure`; None if there is nothing to compare, and
             {left_out: why} if it cannot be compared.
         answers: to what tasks ask.
+        health: of its chats, as from `health.describe`.
         prompts: how fast those that it continued were, as from `measure_speed`.
     """
 
     perplexity: dict[str, Any]
     divergence: dict[str, Any] | None
     answers: Answers
+    health: dict[str, dict[str, Any]]
     prompts: list[dict[str, Any]]
 
 
@@ -44,7 +46,7 @@ def measure_opened(
     Args:
         mark: which model it is.
         model: a GptOssForCausalLM in eval mode, or this process's part of it.
-        questions: what tasks ask.
+        questions: what is asked.
         samples: the conversations.
         tokenizer: the base's.
         config: the run's config.
@@ -65,4 +67,5 @@ def measure_opened(
     elif compared and mark.name != BASE:
         divergent = {"left_out": "its lm_head is not the base's"}
     answers, continued = answer(model, questions, tokenizer, batch_size, spread)
-    return Measured(found, divergent, answers, measure_speed(continued))
+    chats = health.describe(continued[len(questions.prompts) :], tokenizer)
+    return Measured(found, divergent, answers, chats, measure_speed(continued))

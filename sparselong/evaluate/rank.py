@@ -85,7 +85,7 @@ def _measure(
         if ranks.is_first():
             where = f"{mark.name}: loaded from {mark.directory}"
             print(f"{MARK}{where} in {loaded:.1f} s", flush=True)
-        tokenizer = load_tokenizer(Path(work.tokenizer)) if work.questions.prompts else None
+        tokenizer = load_tokenizer(Path(work.tokenizer)) if any(work.questions[1:]) else None
         samples = [perplexity.Sample(*sample) for sample in work.samples]
         told = work.questions, samples, tokenizer, config
         # Watched one model at a time: ranks may take longer to load than an exchange may.
@@ -96,6 +96,7 @@ def _measure(
     return found and {
         "perplexity": found.perplexity,
         "divergence": found.divergence,
+        "health": found.health,
         **found.answers._asdict(),
         "speed": {"load_seconds": round(loaded, 1), "prompts": found.prompts},
         "seconds": round(time.monotonic() - start, 1),

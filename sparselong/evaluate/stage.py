@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from sparselong.data import conversations, encode_files, select_usable
-from sparselong.evaluate import contamination, divergence, models, perplexity, report, together
+from sparselong.evaluate import (
+    contamination,
+    divergence,
+    health,
+    models,
+    perplexity,
+    report,
+    together,
+)
 from sparselong.evaluate.compared import Compared, check_sizes, find_compared
 from sparselong.evaluate.inputs import check_base
 from sparselong.evaluate.tasks import list_items, list_questions, load_suite
@@ -48,7 +56,12 @@ def evaluate(stage: Stage) -> None:
     compared = find_compared(stage.config)
     check_sizes(compared, base_dir)
     marks = _list_marks(stage, base_dir, compared)
-    measurements = models.Measurements(suite, list_questions(suite), samples)
+    settings = stage.config.evaluation
+    chats = health.list_chats(
+        tokenizer, encoded.date, settings.health_prompts, settings.health_tokens, positions
+    )
+    questions = list_questions(suite)._replace(chats=chats)
+    measurements = models.Measurements(suite, questions, samples)
     if world.size > 1:
         results = together.measure(stage, world, marks, measurements)
     else:

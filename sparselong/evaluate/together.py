@@ -79,6 +79,7 @@ def _measure(
             "fingerprint": mark.fingerprint,
             "perplexity": found["perplexity"],
             "divergence": found["divergence"],
+            "health": found["health"],
             "tasks": grade(measurements.suite, Answers(likelihoods, found["texts"])),
             "speed": found["speed"],
             "seconds": found["seconds"],

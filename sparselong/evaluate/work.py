@@ -49,14 +49,21 @@ class Prompt(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """What lm-eval's tasks ask of a model."""
+    """What is asked of a model.
+
+    Attributes:
+        requests: likelihoods that lm-eval's tasks want.
+        prompts: those that they want to be continued.
+        chats: prompts of chats (health.py).
+    """
 
     requests: list[Request]
     prompts: list[Prompt]
+    chats: list[Prompt]
 
 
 class Answers(NamedTuple):
-    """A model's answers to `Questions`, in their order.
+    """A model's answers to tasks' questions, in their order.
 
     Attributes:
         likelihoods: of each request in nats, and whether its tokens are the most likely ones.
@@ -111,8 +118,9 @@ class Work:
     def read(cls, path: Path) -> Work:
         """Return the work that `write` wrote."""
         found = load_json(path)
-        requests, prompts = found.pop("questions")
-        questions = Questions([Request(*each) for each in requests], [Prompt(*p) for p in prompts])
+        requests, *prompts = found.pop("questions")
+        read = ([Prompt(*each) for each in some] for some in prompts)
+        questions = Questions([Request(*each) for each in requests], *read)
         found["models"] = [Mark(*each) for each in found["models"]]
         return cls(**found, questions=questions)
 

@@ -29,6 +29,8 @@ COMPRESS_BATCH_TOKENS = 4096
 """Calibration tokens that stage 02 runs through a layer at once."""
 EVALUATED_TOKENS = 1024
 """Length of a conversation, and of a prompt with its answer, in stage 04 that the plan assumes."""
+CHAT_TOKENS = 512
+"""Length of a prompt of stage 04's chats that the plan assumes."""
 PROMPT_TOKENS = 1024
 """Tokens of a prompt that stage 04 reads at once."""
 LIVE_WIDTHS = 6
@@ -139,6 +141,8 @@ def _answer_memory(
     """Return bytes of reading a prompt in chunks; each process has the keys of all heads."""
     width, evaluation = _width(device), config.evaluation
     length = max(evaluation.ruler.lengths) if evaluation.ruler_tasks else EVALUATED_TOKENS
+    if evaluation.health_prompts:
+        length = max(length, CHAT_TOKENS + evaluation.health_tokens)
     slots = shape.full_layers * length
     slots += (shape.layers - shape.full_layers) * min(length, shape.sliding_window)
     tokens = min(length, PROMPT_TOKENS)

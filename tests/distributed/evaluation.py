@@ -147,7 +147,7 @@ PIECES = {"results of others": _own_results_only, "best token of all": _first_to
 def run_out_of_memory(base: Path, requests: Any, samples: Any, folder: Path) -> None:
     """Measure as a rank of stage 04; the second rank runs out of memory."""
     told = [(sample.input_ids, sample.supervised) for sample in samples]
-    work = Work(str(folder), str(base), [], Questions(requests, []), told)
+    work = Work(str(folder), str(base), [], Questions(requests, [], []), told)
     config = load(ROOT / "configs/tiny.yaml", [f"evaluation.batch_size={BATCH_SIZE}"])
     mesh = mesh_of(2)
 

@@ -31,6 +31,7 @@ def model(right, nll):
             "wikitext": {**drawn, "scores": {"bits_per_byte": bits}},
         },
         "divergence": None if nll == 10 else divergence(nll),
+        "health": {"low": health(right), "high": health(right[::-1])},
         "speed": {
             "load_seconds": 12.3,
             "prompts": [
@@ -49,6 +50,14 @@ def model(right, nll):
             "by_position": [{"first": 64, "last": 95, **sums}, {"first": 96, "last": 127, **sums}],
             "conversations": [[nll / 2, 5], [nll / 2, 5]],
         },
+    }
+
+
+def health(right):
+    return {
+        **{"answers": len(right), "ended": sum(right), "looped": 1, "malformed": 2, "no_final": 0},
+        "repairs": {"unknown channel": 3, "stray mark": 1},
+        "tokens": {"mean": 40.4, "median": 38.0, "most": 64},
     }
 
 
@@ -120,6 +129,16 @@ def test_divergence_is_shown_by_position_and_what_is_left_out_is_named(models):
     for model in models.values():
         model["divergence"] = None
     assert "Divergence" not in report.render(build(models))
+
+
+def test_health_is_counted_by_effort_and_not_judged(models):
+    text = report.render(build(models))
+    row = "4 | 1 | 1 | 2 | 0 | 40, 38, 64 | unknown channel 3, stray mark 1"
+    assert f"| compressed | low | {row} |" in text and f"| compressed | high | {row} |" in text
+    assert report.list_metrics(build(models))["health"]["base"]["low"]["ended"] == 3
+    for model in models.values():
+        model["health"] = {}
+    assert "in a chat" not in report.render(build(models))
 
 
 def test_plot_is_an_image(models, tmp_path):

@@ -29,7 +29,8 @@ eval_script = load_script("04_eval")
 @pytest.fixture(scope="module")
 def arguments(small_arguments) -> list[str]:
     tasks = ("evaluation.tasks=[demo_hellaswag, ruler_vt]", "evaluation.ruler.lengths=[2048]")
-    return [*small_arguments, *tasks, "evaluation.limit=4", "evaluation.perplexity_samples=2"]
+    sizes = ("limit=4", "perplexity_samples=2", "health_prompts=1", "health_tokens=40")
+    return [*small_arguments, *tasks, *(f"evaluation.{size}" for size in sizes)]
 
 
 def write_manifest(run_dir: Path, stage: str, arguments: list[str], label: str = "") -> None:
@@ -84,8 +85,12 @@ def test_manifest_has_the_documented_metrics(run_dir):
         assert row["items"] == 4 and 0 <= row["scores"]["score"]["value"] <= 1
     results = json.loads((run_dir / "04_eval/results.json").read_text())
     for row in results["speed"].values():
-        assert row["load_seconds"] > 0 and row["prompts"][0]["prompts"] == 4
-        assert row["prompts"][0]["tokens_per_second"] > 0
+        (drawn,) = (each for each in row["prompts"] if each["up_to_tokens"] == 2048)
+        assert row["load_seconds"] > 0 and drawn["prompts"] == 4 and drawn["tokens_per_second"] > 0
+    for efforts in manifest["metrics"]["health"].values():
+        assert list(efforts) == ["low", "medium", "high"]
+        for row in efforts.values():  # untrained: never ends
+            assert (row["answers"], row["ended"], row["tokens"]["most"]) == (1, 0, 40)
     outputs = {Path(file["path"]).name for file in manifest["outputs"]}
     assert {"results.json", "report.md", "evaluation.png", "base.json"} <= outputs
 
@@ -193,6 +198,7 @@ def test_two_processes_that_share_a_model_have_the_same_figures(
             for each in (copy, run_dir)
         )
         assert mine["answers"] == theirs["answers"] and any(mine["answers"])
+    assert found["health"] == wanted["health"]
     for name, divergence in wanted["divergence"].items():
         assert found["divergence"][name] == pytest.approx(divergence, rel=1e-4, abs=1e-7)
     for name, perplexity in wanted["perplexity"].items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+from sparselong.evaluate.health import LOOP_PERIOD, LOOP_TOKENS
 from sparselong.evaluate.report.ruler import split_ruler
 
 
@@ -25,6 +26,7 @@ def render(results: dict[str, Any]) -> str:
     lines += _render_ruler(drawn)
     lines += _render_perplexity(results["perplexity"], settings)
     lines += _render_divergence(results["divergence"])
+    lines += _render_health(results["health"], settings["health_tokens"])
     lines += _render_speed(results["speed"])
     return "\n".join([*lines, "![Accuracy and perplexity by position](evaluation.png)", ""])
 
@@ -180,6 +182,35 @@ def _divergence_cell(figures: dict[str, Any]) -> str:
     if figures["kl"] is None:
         return "–"
     return f"{figures['kl']:.4f}, {figures['agreement']:.1%}"
+
+
+def _render_health(rows: dict[str, Any], most_tokens: int) -> list[str]:
+    """Return how answers in a chat ended, and how long they were."""
+    if not any(rows.values()):
+        return []
+    lines = [
+        "## Answers in a chat",
+        "",
+        f"Fixed questions with each reasoning effort, at most {most_tokens:,} tokens each. Ended: "
+        "with a token that ends the turn. Looped: a piece of at most "
+        f"{LOOP_PERIOD} tokens stands four times in succession, in at least {LOOP_TOKENS} tokens. "
+        "Malformed: not in harmony, as the last column says. These are counts, not verdicts.",
+        "",
+        "| model | effort | answers | ended | looped | malformed | without final text "
+        "| tokens: mean, median, most | repairs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, efforts in rows.items():
+        for effort, row in efforts.items():
+            tokens = row["tokens"]
+            cells = [
+                *(name, effort, row["answers"], row["ended"], row["looped"], row["malformed"]),
+                row["no_final"],
+                f"{tokens['mean']:.0f}, {tokens['median']:.0f}, {tokens['most']}",
+                ", ".join(f"{kind} {count}" for kind, count in row["repairs"].items()) or "–",
+            ]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, ""]
 
 
 def _render_speed(rows: dict[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ def build_results(
 
     Returns:
         {settings, warnings, tasks: task → model → figures, perplexity: model → figures,
-        divergence: model → figures, null for the base; speed: model → figures}.
+        divergence: model → figures, null for the base; health: model → effort → figures; speed: model → figures}.
 
     Raises:
         ValueError: the models were measured on different requests or tokens.
@@ -60,6 +60,7 @@ def build_results(
             for name, model in models.items()
         },
         "divergence": {name: model["divergence"] for name, model in models.items()},
+        "health": {name: model["health"] for name, model in models.items()},
         "speed": {name: model["speed"] for name, model in models.items()},
     }
 
@@ -81,6 +82,7 @@ def list_metrics(results: dict[str, Any]) -> dict[str, Any]:
         "perplexity_all_tokens": {
             name: row["all"]["perplexity"] for name, row in results["perplexity"].items()
         },
+        "health": results["health"],
         "divergence": {
             name: row["all"] if "all" in row else row
             for name, row in results["divergence"].items()

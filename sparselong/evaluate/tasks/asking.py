@@ -92,7 +92,7 @@ def list_questions(suite: Suite) -> Questions:
             by_kind.setdefault(instance.request_type, []).append(instance)
     for kind, instances in by_kind.items():
         getattr(lm, kind)(instances)
-    return Questions(list(lm.requests.values()), list(lm.prompts.values()))
+    return Questions(list(lm.requests.values()), list(lm.prompts.values()), [])
 
 
 def grade(suite: Suite, answers: Answers) -> dict[str, dict[str, Any]]:
