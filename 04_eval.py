@@ -62,8 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None) -> int:
     """Run the stage in this process; return the exit code."""
     text = "Compare the base, compressed and fine-tuned models."
-    more = {"check": check, "is_current": is_measured}
-    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, **more)
+    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check, is_measured)
 
 
 if __name__ == "__main__":

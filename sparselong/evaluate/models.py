@@ -31,16 +31,8 @@ from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.runtime import using
 
 _RESULT = (
-    *(
-        "fingerprint",
-        "perplexity",
-        "divergence",
-        "health",
-        "tasks",
-        "speed",
-        "seconds",
-        "peak_bytes",
-    ),
+    *("fingerprint", "perplexity", "divergence", "health", "tasks", "speed"),
+    *("seconds", "peak_bytes"),
 )
 """Keys of a model's kept result."""
 
@@ -66,9 +58,9 @@ def measure(
     """Return one model's figures, from `folder/<name>.json` if up to date.
 
     Returns:
-        {fingerprint, tasks (`tasks.grade`), perplexity, divergence, health (`opened.Measured`), speed
-        (load_seconds, prompts: `answering.measure_speed`), seconds, peak_bytes by device, experts
-        (`model.describe_placement`)}.
+        {fingerprint, tasks (`tasks.grade`), perplexity, divergence and health (`opened.Measured`),
+        speed (load_seconds, prompts: `answering.measure_speed`), seconds, peak_bytes by device,
+        experts (`model.describe_placement`)}.
 
     Raises:
         StageError: the checkpoint cannot be opened.

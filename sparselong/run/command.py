@@ -126,9 +126,8 @@ def run_stage(
     plan: Callable[[Config, Path, str], dict[str, Any]],
     show_plan: Callable[[dict[str, Any]], str],
     check: Callable[[Config], object] | None = None,
-    keep_result: bool = True,
+    keep_result: bool | Callable[[Config, dict[str, Any]], bool] = True,
     preview: Callable[[Config, Path, str], dict[str, Any]] | None = None,
-    is_current: Callable[[Config, dict[str, Any]], bool] | None = None,
 ) -> int:
     """Run one stage as a command line program.
 
@@ -140,10 +139,9 @@ def run_stage(
         plan: (config, run directory, stage name) → document for `--dry-run`; changes nothing.
         show_plan: formats the plan for display.
         check: raises, before anything is changed, if the config cannot be executed here.
-        keep_result: whether a finished stage is up to date; false repeats it on every call.
+        keep_result: whether a finished stage is up to date, perhaps by its config and manifest: if
+            these say no, it continues. False repeats it on every call.
         preview: (config, run directory, option) → document with `text`; changes nothing.
-        is_current: (config, manifest of the finished stage) → whether it has all that the config
-            asks for, beyond what its hash covers; if not, the stage continues.
 
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
@@ -159,15 +157,14 @@ def run_stage(
         with writing(arguments.run_dir):
             check_run_dir(config, arguments.run_dir, arguments.config)
         stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
-        redo = stage.forced or not keep_result
+        redo = stage.forced or keep_result is False
         if arguments.dry_run:
-            document = _plan(stage, redo, plan)
-            text = show_plan(document)
+            text = show_plan(document := _plan(stage, redo, plan))
         elif preview is not None and arguments.preview is not None:
             document = preview(config, arguments.run_dir, arguments.preview)
             text = document["text"]
         else:
-            document = _run(stage, redo, execute, check, interruption, is_current)
+            document = _run(stage, redo, execute, check, interruption, keep_result)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
@@ -188,9 +185,10 @@ def _run(
     execute: Callable[[Stage], None],
     check: Callable[[Config], object] | None,
     interruption: Interruption,
-    is_current: Callable[[Config, dict[str, Any]], bool] | None,
+    keep_result: bool | Callable[[Config, dict[str, Any]], bool],
 ) -> dict[str, Any]:
     """Check and execute a stage, and return its manifest."""
+    is_current = keep_result if callable(keep_result) else None
     cache = prepare_caches(stage, check)
     with locked(stage.run_dir):
         return run_locked(stage, redo, execute, cache, interruption, is_current)
@@ -222,7 +220,7 @@ def run_locked(
         execute: does the work.
         cache: result of `prepare_caches`.
         interruption: raises if a signal came.
-        is_current: see `run_stage`.
+        is_current: `keep_result` of `run_stage`, if that is a function.
     """
     if prepare(stage, redo, is_current):
         title = f"{stage.name} {stage.part}" if stage.part else stage.name

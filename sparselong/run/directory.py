@@ -158,7 +158,7 @@ def prepare(
     Args:
         stage: the stage to execute; its `manifests` are filled in.
         redo: whether to redo a finished stage.
-        is_current: see `command.run_stage`.
+        is_current: `keep_result` of `command.run_stage`, if that is a function.
 
     Returns:
         Whether the stage is up to date.

@@ -28,7 +28,8 @@ def build_results(
 
     Returns:
         {settings, warnings, tasks: task → model → figures, perplexity: model → figures,
-        divergence: model → figures, null for the base; health: model → effort → figures; speed: model → figures}.
+        divergence: model → figures, null for the base; health: model → effort → figures;
+        speed: model → figures}.
 
     Raises:
         ValueError: the models were measured on different requests or tokens.
