@@ -17,6 +17,7 @@ from sparselong.checkpoint.format import PROJECTIONS
 from sparselong.memory import Kept
 from sparselong.model import slice_rows
 from sparselong.model.fused import chunk_loss, fuse
+from sparselong.model.host_embedding import move_embedding
 from sparselong.model.host_experts import HostExperts, find_host_experts
 from sparselong.model.packed_experts import PackedExperts, reserve_host_memory
 from sparselong.model.packed_linear import PackedLinear
@@ -143,6 +144,7 @@ def build_packed(config: GptOssConfig, arm: str, attention: str = "sparselong"):
         fill(model)
     if host is not None:
         host.start(torch.device("cuda", torch.cuda.current_device()))
+        move_embedding(model)
     return model.requires_grad_(False)
 
 

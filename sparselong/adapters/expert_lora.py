@@ -36,7 +36,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from sparselong.adapters.expert_factors import ExpertA, ExpertB
 from sparselong.adapters.merge import Rounding, merge_adapter
 from sparselong.kernels.dense import sum_weight
-from sparselong.kernels.experts import Adapter, Adapters
+from sparselong.kernels.experts import NO_ADAPTERS, Adapter, Adapters
 from sparselong.model import PackedExperts
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
@@ -53,6 +53,9 @@ class Merged(NamedTuple):
 class ExpertLora(nn.Module, LoraLayer):
     """Adapters of one weight of a layer's held experts, wrapped around the packed experts.
 
+    Attributes:
+        takes_residual: as PackedExperts's.
+
     Args:
         base_layer: PackedExperts, or another weight's ExpertLora around them.
         adapter_name: PEFT's name for the adapter.
@@ -63,6 +66,8 @@ class ExpertLora(nn.Module, LoraLayer):
         lora_alpha: sets the scale, s = lora_alpha / r.
         dtype: in which A and B are trained.
     """
+
+    takes_residual = True
 
     def __init__(
         self,
@@ -129,13 +134,21 @@ class ExpertLora(nn.Module, LoraLayer):
         inner = self.base_layer.adapters() if isinstance(self.base_layer, ExpertLora) else {}
         return {**inner, self.weight_name: self.adapter()}
 
-    def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-        """Run the experts on [tokens, hidden]; `routing`: indices and weights [tokens, top_k]."""
-        if self.disable_adapters:
-            return self.packed_experts(hidden_states, *routing)
-        found = self.adapters()
-        adapters = Adapters(*(found.get(name) for name in EXPERT_WEIGHTS))
-        return self.packed_experts(hidden_states, *routing, adapters=adapters)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *routing: torch.Tensor,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the experts on [tokens, hidden]; `routing`: indices and weights [tokens, top_k].
+
+        A residual is added to their output, as by PackedExperts.
+        """
+        adapters = NO_ADAPTERS
+        if not self.disable_adapters:
+            found = self.adapters()
+            adapters = Adapters(*(found.get(name) for name in EXPERT_WEIGHTS))
+        return self.packed_experts(hidden_states, *routing, adapters=adapters, residual=residual)
 
     def merge_packed(self) -> Merged:
         """Merge all adapters of these experts into new MXFP4 weights; the layer is unchanged.

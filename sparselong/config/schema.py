@@ -80,7 +80,8 @@ class ExpertsSection(Section):
     placement: Annotated[Literal["auto", "gpu", "host"], Incidental()] = "auto"
     """`host` keeps experts in page-locked host memory, each process its own, and copies layers to
     the GPU ahead of use: the same results, but a step takes at least as long as copying all experts
-    twice. `auto` takes the first that fits: whole on each GPU, shared, in host memory."""
+    twice. An embedding that is not shared is there too. `auto` takes the first that fits: whole on
+    each GPU, shared, in host memory."""
 
 
 class CalibrationSection(Section):

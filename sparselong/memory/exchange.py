@@ -14,6 +14,7 @@ time and computes their logits against the process's own rows of the vocabulary.
 from __future__ import annotations
 
 from sparselong.memory.shape import ModelShape
+from sparselong.memory.storage import Held, embedding_host_bytes
 
 INFERENCE_ROWS, TRAINED_ROWS = 8_192, 4_096
 """Most rows that are exchanged at once, as in parallel/experts/pipeline.py: without a backward pass
@@ -100,6 +101,15 @@ def loss_chunk_bytes(
     rows = expert_parallel * min(LOSS_ROWS, tokens)
     logits = rows * vocabulary_rows(shape, expert_parallel) * width * copies
     return logits + 3 * rows * shape.hidden * width
+
+
+def device_vocabulary(shape: ModelShape, held: Held, on_cpu: bool) -> int:
+    """Return the rows of embedding and lm_head together that a process holds on its device.
+
+    Beside experts in host memory, an embedding that is not shared is there too.
+    """
+    rows = vocabulary_rows(shape, held.expert_parallel)
+    return rows if embedding_host_bytes(shape, held) and not on_cpu else 2 * rows
 
 
 def sent_bytes(shape: ModelShape, expert_parallel: int) -> int:

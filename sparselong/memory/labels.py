@@ -15,6 +15,7 @@ LABELS = {
     "small": "router, norms, biases, sinks",
     # Memory of stage 03.
     "expert_buffers": "two layers of experts",
+    "page_tables": "page tables of host memory",
     "projections": "attention projections, packed",
     "masters": "masters, masks, scales of LoRA layers",
     "lora": "LoRA, gradients, optimizer",

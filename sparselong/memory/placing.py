@@ -8,7 +8,8 @@ need no fp32 sums, comes last: other backends may be faster by a third.
 Experts are fastest where each process holds all of them on its GPU: nothing is exchanged. The next
 best is to share experts and vocabulary. If that does not fit either, the experts go to host memory,
 from which layers are copied ahead of their use, each process its own: the more share them, the
-fewer bytes each copies. A prediction may be off by 5 %: automatic decisions leave that margin.
+fewer bytes each copies. An embedding that is not shared goes there with them. A prediction may be
+off by 5 %: automatic decisions leave that margin.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sparselong.config import Config
 from sparselong.memory.shape import ModelShape
 from sparselong.memory.slicing import AUTO_ROWS, host_input_bytes
 from sparselong.memory.stages import evaluation_memory
-from sparselong.memory.storage import WHOLE, Held, expert_bytes
+from sparselong.memory.storage import WHOLE, Held, embedding_host_bytes, expert_bytes
 from sparselong.memory.training import (
     GIB,
     Device,
@@ -199,12 +200,14 @@ def most_expert_parallel(shape: ModelShape, config: Config, processes_here: int)
 def host_bytes(shape: ModelShape, config: Config, held: Held, processes_here: int) -> int:
     """Return the host memory of stage 03's processes on a machine, if anything of theirs is there.
 
-    It is that of their experts, of their layers' inputs, and of the processes themselves.
+    It is that of their experts and embedding, of their layers' inputs, and of the processes
+    themselves.
     """
     copies = processes_here // held.expert_parallel if held.placement == "host" else 0
     sequences = max(1, processes_here // config.sequence_parallel_degree)
     offloaded = sequences * host_input_bytes(shape, config)
-    return copies * expert_bytes(shape) + offloaded + processes_here * PROCESS_BYTES
+    each = expert_bytes(shape) + embedding_host_bytes(shape, held)
+    return copies * each + offloaded + processes_here * PROCESS_BYTES
 
 
 def list_candidates(

@@ -5,8 +5,9 @@ query (Q) and key (K) widths per token, a layer's backward pass holds:
 
     throughout   T: queries, keys and values (Q + 2 K), attention's output (Q) and its gradient (Q),
                  gradients of the layer's output and input (2 H), the log-sum-exp
-    in a slice   S: both results of the second norm, the layer's output and the gradient of the
-                 experts' input (4 H), the experts' working memory; o_proj's rounded weight
+    in a slice   S: both results of the second norm, the gradient of the experts' input (3 H), the
+                 layer's output if the experts do not add the residual themselves (H), the experts'
+                 working memory; o_proj's rounded weight
     attention    T: gradients of queries, keys and values (Q + 2 K), fp32 row sums, and what the
                  backend adds (training.py)
 
@@ -69,11 +70,18 @@ def layer_bytes(shape: ModelShape, tokens: int, width: int) -> int:
     return tokens * (widths * width + 4 * shape.heads)
 
 
-def slice_bytes(shape: ModelShape, rows: int, width: int) -> int:
-    """Return bytes of a slice's recomputation and backward pass, without its experts' work."""
+def slice_bytes(shape: ModelShape, rows: int, width: int, adds_apart: bool) -> int:
+    """Return bytes of a slice's recomputation and backward pass, without its experts' work.
+
+    Args:
+        shape: the model's shape.
+        rows: tokens of the slice.
+        width: bytes of an activation.
+        adds_apart: whether the residual is added after the experts' pass and not in it.
+    """
     routing = shape.experts_per_token * (8 + 2 * width) + 3 * 4 + shape.head_dim * width
     weight = shape.query_width * shape.hidden * 2
-    return rows * (4 * shape.hidden * width + routing) + weight
+    return rows * ((3 + adds_apart) * shape.hidden * width + routing) + weight
 
 
 def attention_bytes(shape: ModelShape, tokens: int, width: int) -> int:

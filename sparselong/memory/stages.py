@@ -99,7 +99,8 @@ def evaluation_memory(
     base = storage.base_groups(shape)
     rest = base["attention"] + base["small"] - shape.expert_biases * storage.BF16_BYTES
     rest += shape.expert_biases * storage.BF16_BYTES // expert_parallel
-    rest += 2 * exchange.vocabulary_rows(shape, expert_parallel) * shape.hidden * storage.BF16_BYTES
+    rows = exchange.device_vocabulary(shape, held, on_cpu=device == "cpu")
+    rest += rows * shape.hidden * storage.BF16_BYTES
     batch = _batch_memory(shape, config, device, expert_parallel)
     answer = _answer_memory(shape, config, device, expert_parallel)
     exchanged = {}

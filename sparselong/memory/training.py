@@ -145,7 +145,8 @@ def finetune_memory(
     else:
         experts = _experts(shape, config, rows or tokens, device, kept)
     if rows:
-        experts += slicing.slice_bytes(shape, rows, width)
+        adds_apart = expert_parallel > 1 or device == "cpu"
+        experts += slicing.slice_bytes(shape, rows, width, adds_apart)
     return Memory(
         device,
         devices,
@@ -185,11 +186,11 @@ def weight_bytes(
     packed, expert_parallel = storage.compressed_groups(shape, config), held.expert_parallel
     unpacked = width // storage.BF16_BYTES  # fp32 copies of weights stored in bf16
     biases = shape.expert_biases * storage.BF16_BYTES
-    rows = exchange.vocabulary_rows(shape, expert_parallel)
+    rows = exchange.device_vocabulary(shape, held, on_cpu=unpacked > 1)
     return {
         **storage.held_experts(shape, held, on_cpu=unpacked > 1),
         "projections": packed["attention"],
-        "embedding": 2 * rows * shape.hidden * width,
+        "embedding": rows * shape.hidden * width,
         "small": (packed["small"] - biases + biases // expert_parallel) * unpacked,
     }
 

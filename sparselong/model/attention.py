@@ -89,8 +89,8 @@ def attention_forward(
     choice: dict[str, Any] = {"window": sliding_window, "scale": scaling, "backend": backend}
     if settings.sequence is None:
         batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-        sizes = (batch, queries, keys, sliding_window)
-        choice["cu_seqlens"] = _boundaries(attention_mask, position_ids, *sizes)
+        sizes = (batch, queries, keys)
+        choice["cu_seqlens"] = _boundaries(attention_mask, position_ids, sizes, sliding_window)
         output, _ = attention(query, key, value, sinks, query_offset=keys - queries, **choice)
     else:
         choice["deterministic"] = settings.deterministic
@@ -116,10 +116,15 @@ def _check_arguments(
 
 
 def _boundaries(
-    mask: torch.Tensor | None, positions: torch.Tensor | None, *sizes: int | None
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    sizes: tuple[int, int, int],
+    window: int | None,
 ) -> torch.Tensor | None:
-    """Return `find_boundaries`, computed once for all layers of a kind."""
-    return call_once(find_boundaries, (mask, positions), *sizes)
+    """Return `find_boundaries`, computed once for all layers; of a 4-d mask for all of a kind."""
+    if mask is None or mask.ndim != 4:
+        window = None
+    return call_once(find_boundaries, (mask, positions), *sizes, window)
 
 
 def find_boundaries(

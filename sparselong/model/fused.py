@@ -1,10 +1,11 @@
 """Fused norms, residual sums, rotary embedding and router of gpt-oss, and the chunked loss.
 
 `fuse(model)` runs each layer's norms, its residual sum before the experts, its rotary embedding and
-its router as one kernel each. Our quantizer calls it on models that attend through `sparselong`, so
-stages 02, 03 and 04 need no flag; for any other gpt-oss, call `sparselong.fuse(model)`. Only the
-given model changes: its modules become subclasses of transformers' own, and names, parameters,
-hooks, PEFT's layers and gradient checkpointing are unaffected. On a CPU transformers' code runs.
+its router as one kernel each; packed experts add the residual in their last one. Our quantizer
+calls it on models that attend through `sparselong`, so stages 02, 03 and 04 need no flag; for any
+other gpt-oss, call `sparselong.fuse(model)`. Only the given model changes: its modules become
+subclasses of transformers' own, and names, parameters, hooks, PEFT's layers and gradient
+checkpointing are unaffected. On a CPU transformers' code runs.
 
 `chunk_loss(model)` makes the model's forward pass with labels return the loss without logits, on
 any device; stage 03 trains and evaluates that way. Without labels, or if the router's loss is
@@ -153,20 +154,44 @@ class FusedRouter(GptOssTopKRouter):
 
 
 class FusedMLP(GptOssMLP):
-    """Router and experts, with the router as one kernel."""
+    """Router and experts, with the router as one kernel, and the residual sum after them."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the experts' weighted sums, in the input's shape, and the weights."""
-        module: Any = self.router
-        router = module.fused(hidden_states) if type(module) is FusedRouter else None
+        router = self._find_router(hidden_states)
         if router is None:
             return super().forward(hidden_states)
         rows, weights, indices = route(hidden_states.flatten(0, -2), router)
         return self.experts(rows, indices, weights).view_as(hidden_states), weights
 
+    def add_to(self, residual: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a residual and of `forward`'s first output, both of one shape.
+
+        The experts add the residual in their last kernel, unless hooks ask for their output alone.
+        """
+        experts: Any = self.experts
+        hooks = self._forward_hooks or experts._forward_hooks
+        if hooks or not getattr(experts, "takes_residual", False):
+            return residual + self(hidden_states)[0]
+        rows, router = hidden_states.flatten(0, -2), self._find_router(hidden_states)
+        if router is None:
+            _, weights, indices = self.router(rows)
+        else:
+            rows, weights, indices = route(rows, router)
+        added = experts(rows, indices, weights, residual=residual.flatten(0, -2))
+        return added.view_as(hidden_states)
+
+    def _find_router(self, hidden_states: torch.Tensor) -> Router | None:
+        """Return what runs the router in one kernel; None if that cannot be done."""
+        module: Any = self.router
+        return module.fused(hidden_states) if type(module) is FusedRouter else None
+
 
 class FusedDecoderLayer(GptOssDecoderLayer):
-    """Decoder layer whose residual sums and norms are one kernel, also in the backward pass."""
+    """Decoder layer whose residual sums are part of kernels for norms and experts.
+
+    Also in the backward pass.
+    """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See transformers' GptOssDecoderLayer."""
@@ -196,7 +221,7 @@ class FusedDecoderLayer(GptOssDecoderLayer):
         )
         normed, total = self.add_norm(attended, hidden_states)
         del attended  # freed before the expert pass
-        return total + self.mlp(normed)[0]
+        return self.add_experts(normed, total)
 
     def norm_input(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (norm of the layer's input, the input), for attention and the residual sum."""
@@ -209,6 +234,11 @@ class FusedDecoderLayer(GptOssDecoderLayer):
         """Return (norm of the sum, the sum) of attention's contribution and the layer's input."""
         norm = self.post_attention_layernorm
         return add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
+
+    def add_experts(self, normed: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output from `add_norm`'s results."""
+        mlp: Any = self.mlp
+        return mlp.add_to(total, normed) if isinstance(mlp, FusedMLP) else total + mlp(normed)[0]
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {

@@ -43,10 +43,13 @@ class PackedExperts(Part):
     """Packed experts of one layer, or the part of them that `using(experts=...)` says.
 
     Attributes:
+        takes_residual: whether `forward` adds a residual; transformers' experts do not.
         is_on_host: whether blocks and scales are, or will be, in host memory.
         host: that memory, of all layers, once the model is opened.
         layer: index of the layer in it.
     """
+
+    takes_residual = True
 
     def __init__(self, config: GptOssConfig):
         exchange, self.num_experts = current().experts, config.num_local_experts
@@ -121,6 +124,7 @@ class PackedExperts(Part):
         router_indices: torch.Tensor,
         routing_weights: torch.Tensor,
         adapters: Adapters = NO_ADAPTERS,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the weighted sum of each token's expert outputs, [tokens, hidden].
 
@@ -129,6 +133,7 @@ class PackedExperts(Part):
             router_indices: int64 [tokens, top_k], the experts that each token is routed to.
             routing_weights: [tokens, top_k].
             adapters: low-rank adapters of gate_up and down, applied alongside the weights.
+            residual: added to the sum, [tokens, hidden].
 
         If this process holds only some of the layer's experts, the call is collective.
 
@@ -141,9 +146,13 @@ class PackedExperts(Part):
         self._check_scales()
         call = (hidden_states, router_indices, routing_weights, self.stack(), adapters)
         gate: dict[str, Any] = {"alpha": self.alpha, "limit": self.limit}
-        if exchange is None or self.is_whole:
-            return expert_mlp(*call, **gate)
-        return exchange.run(*call, experts=self.num_experts, **gate)
+        if exchange is not None and not self.is_whole:
+            out = exchange.run(*call, experts=self.num_experts, **gate)
+        elif residual is not None and residual.dtype != hidden_states.dtype:
+            out = expert_mlp(*call, **gate)
+        else:
+            return expert_mlp(*call, residual=residual, **gate)
+        return out if residual is None else residual + out
 
 
 def reserve_host_memory(model: nn.Module, locked: bool) -> None:

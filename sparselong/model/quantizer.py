@@ -30,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparselong.checkpoint import METHOD, PROJECTIONS, expert_shapes, unpack_two_four_experts
 from sparselong.errors import StageError
 from sparselong.model.description import describe_weights
+from sparselong.model.host_embedding import move_embedding
 from sparselong.model.host_experts import find_host_experts
 from sparselong.model.packed_experts import IMPLEMENTATION, PackedExperts, reserve_host_memory
 from sparselong.model.packed_linear import PackedLinear
@@ -165,6 +166,7 @@ class SparseLongQuantizer(HfQuantizer):
         host = find_host_experts(model)
         if host is not None:
             host.start(model.device)
+            move_embedding(model)
         if model.config._attn_implementation == NAME:
             fuse(model)
         check_packed(model)

@@ -184,7 +184,7 @@ class _Job:
         changes = {} if experts is None else {"experts": experts}
         with torch.autocast(*self.precision), using(**changes):
             normed, total = self.layer.add_norm(self.layer.self_attn.o_proj(attended), hidden)
-            return total + self.layer.mlp(normed)[0]
+            return self.layer.add_experts(normed, total)
 
 
 class _SlicedLayer(torch.autograd.Function):

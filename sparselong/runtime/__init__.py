@@ -6,17 +6,19 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.runtime.device import compute_dtype, default_device
+    from sparselong.runtime.host_memory import allocate_locked, seen_from_gpu
     from sparselong.runtime.last_results import call_once
     from sparselong.runtime.layer_inputs import DeviceInputs, HostInputs
     from sparselong.runtime.recompute import (
         attend_once,
         begin_ahead,
         checkpoint_contexts,
-        exchange_once,
+        compute_once,
         is_checkpointed,
         is_recomputing,
         keeps_experts,
         recomputing,
+        unused_output,
     )
     from sparselong.runtime.settings import (
         ExpertExchange,

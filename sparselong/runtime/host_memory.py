@@ -43,6 +43,34 @@ def allocate_locked(size_bytes: int) -> torch.Tensor:
     return tensor
 
 
+def seen_from_gpu(memory: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return page-locked memory as a tensor of a GPU, which reads and writes it over its bus.
+
+    Kernels take it as they take any tensor of the device, in captured graphs too. Right for what
+    is read rarely: nothing is cached on the GPU.
+
+    Args:
+        memory: uint8 [bytes], from `allocate_locked`; it lives as long as the result.
+        device: the GPU.
+    """
+    seen = torch.as_tensor(_Address(memory), device=device)
+    assert seen.data_ptr() == memory.data_ptr(), "seen under its own address, not copied"
+    return seen
+
+
+class _Address:
+    """Memory in the form in which torch takes the memory of other packages."""
+
+    def __init__(self, memory: torch.Tensor):
+        self.memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": (memory.numel(),),
+            "typestr": "|u1",
+            "data": (memory.data_ptr(), False),
+            "version": 3,
+        }
+
+
 def _refusal(size_bytes: int, found: str) -> StageError:
     return StageError(
         "host memory for copies to the GPU could not be allocated",

@@ -6,8 +6,9 @@ them in the backward pass. Plain checkpointing recomputes the whole layer. A gpt
 - Full attention. Its cost is quadratic in the length, but its results (out and lse) take only one
   and a half times a checkpoint's memory. `attend_once` keeps them in the forward pass and returns
   the same bits in the recomputation. Sliding-window attention is cheap and is recomputed.
-- Keys that a window layer receives from other processes (`parallel/sequence/attention.py`).
-  `exchange_once` keeps them, which takes little memory.
+- Keys that a window layer receives from other processes (`parallel/sequence/attention.py`), and
+  the router's choice (`kernels/layer/router.py`). `compute_once` keeps them, which takes little
+  memory.
 - The experts' output. The experts come last in a layer, so the recomputation does not need it.
   Their backward pass needs gate_up's output, several times the size of a checkpoint. It is
   recomputed from the experts' input, or kept with `keep_experts` (`kernels/experts/op.py`). A kept
@@ -28,6 +29,8 @@ non-reentrant checkpointing.
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -51,13 +54,13 @@ class _Layer:
     def __init__(self, keep_attention: bool, keep_experts: bool):
         self.keep_attention, self.keep_experts = keep_attention, keep_experts
         self.results: list[Attended] = []
-        self.exchanged: list[torch.Tensor] = []
+        self.small: list[tuple[torch.Tensor, ...]] = []
         self.begun: list[Any] = []
         self.settings = Settings()
         """The settings of the forward pass."""
         self.position: int | None = None
         """Index of the next result to return; None in the forward pass."""
-        self.exchange_position = 0
+        self.small_position = 0
 
 
 class _Pass:
@@ -73,7 +76,7 @@ class _Pass:
         self.block.__enter__()
         self.outer = _layer()
         self.layer.position, _active.layer = self.position, self.layer
-        self.layer.exchange_position = 0
+        self.layer.small_position = 0
         self.layer.begun.clear()  # left over from an interrupted backward pass
 
     def __exit__(self, *_: object) -> None:
@@ -122,6 +125,19 @@ def is_recomputing() -> bool:
     return layer is not None and layer.position is not None
 
 
+def unused_output(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of x's shape in place of an output that a recomputation does not need.
+
+    It is NaN, which would reveal any use. Only the first takes memory and a launch.
+    """
+    return _make_nan(x.dtype, x.device).expand_as(x)
+
+
+@functools.cache
+def _make_nan(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.full((), math.nan, dtype=dtype, device=device)
+
+
 def keeps_experts() -> bool:
     """Return whether the experts must keep gate_up's output for their backward pass."""
     layer = _layer()
@@ -148,16 +164,21 @@ def attend_once(attend: Callable[[], Attended], is_full: bool) -> Attended:
     return _view(layer.results[layer.position - 1])
 
 
-def exchange_once(exchange: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Return `exchange()`'s tensor, kept from the forward pass in a recomputation."""
+def compute_once(compute: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """Return `compute()`'s small tensors, kept from the forward pass in a recomputation.
+
+    A recomputation without a forward pass of its own (`recomputing`) computes them.
+    """
     layer = _layer()
     if layer is None:
-        return exchange()
+        return compute()
     if layer.position is None:
-        layer.exchanged.append(exchange())
-        return layer.exchanged[-1]
-    layer.exchange_position += 1
-    return layer.exchanged[layer.exchange_position - 1]
+        made = compute()
+        layer.small.append(tuple(tensor.detach() for tensor in made))
+        return made
+    layer.small_position += 1
+    kept = layer.small[layer.small_position - 1 : layer.small_position]
+    return tuple(tensor.detach() for tensor in kept[0]) if kept else compute()
 
 
 def begin_ahead(begin: Callable[[], T]) -> list[T]:

@@ -84,6 +84,23 @@ def test_generated_tokens_are_the_same_and_copy_no_layers(untrained_base):
     assert len(outcomes[0]) == 24 and outcomes[0] == outcomes[1]
 
 
+def test_the_embedding_is_in_host_memory_and_stays_there_as_long_as_its_tensor(untrained_base):
+    rows, taken = [], []
+    for where in ("gpu", "host"):
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        model = open_model(untrained_base, where)
+        taken.append(torch.cuda.memory_allocated() - before)
+        weight = model.get_input_embeddings().weight
+        if where == "host":
+            experts = find_host_experts(model).layer_bytes * (LAYERS - 2)
+            assert abs(taken[0] - taken[1] - experts - weight.nbytes) < weight.nbytes // 10
+        del model
+        gc.collect()
+        rows.append(torch.nn.functional.embedding(IDS.cuda(), weight))
+    assert torch.equal(*rows) and bool(rows[0].any())
+
+
 def draw_host(layers: int, experts: int, width: int) -> tuple[HostExperts, list[HostStack]]:
     """Return experts of `width` and `width` with random codes, and each layer's stack."""
     shapes = {

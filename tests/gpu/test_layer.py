@@ -137,7 +137,8 @@ def test_router(tokens, hidden, experts, dtype):
     exact = differentiate(
         lambda x: weigh(x, weight.double(), bias.double()), exactly([x]), exactly(upstream)
     )
-    compare(got, plain, exact, roundings=32)  # a logit in fp32 is a sum of 2,880 products in order
+    # A logit in fp32 is a sum of `hidden` products in order, whose errors are a random walk.
+    compare(got, plain, exact, roundings=2 * hidden**0.5)
 
 
 def test_rows_of_a_router_do_not_depend_on_the_others():

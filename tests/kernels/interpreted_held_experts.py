@@ -11,6 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import json
 
 import torch
+from triton.runtime.errors import InterpreterError
 
 from sparselong.kernels.experts import held as held_experts
 from sparselong.kernels.experts import lora_triton, routing, triton_launch, triton_parts
@@ -28,7 +29,7 @@ def find_refused_indices() -> list[int]:
         indices[2, 1] = index
         try:
             HeldRows(indices, range(1, 3), 5, 32, 4)
-        except RuntimeError:
+        except InterpreterError:
             refused.append(index)
     return refused
 

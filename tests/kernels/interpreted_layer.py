@@ -11,14 +11,17 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import contextlib
 import json
+from functools import partial
 
 import numpy
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from sparselong.kernels.layer import cross_entropy, cross_entropy_shard, rotary, router
 from sparselong.kernels.layer import cross_entropy_shard_triton as shard_kernels
 from sparselong.kernels.layer import cross_entropy_triton as cross_entropy_kernels
 from sparselong.kernels.layer import norm as rms_norm
+from sparselong.runtime import checkpoint_contexts
 from tests.poisoned import PoisonedTorch
 from tests.references.cross_entropy import linear_cross_entropy_reference
 from tests.references.norm import add_rms_norm_reference, rms_norm_reference
@@ -26,6 +29,7 @@ from tests.references.rotary import rotate_reference
 from tests.references.router import route_reference
 
 EPS = 1e-5
+contexts = partial(checkpoint_contexts, False)
 
 
 class Cuda:
@@ -168,7 +172,30 @@ def router_cases() -> dict[str, list[float]]:
                 )[1 - n : 2 - n],
                 (x,),
             )
-    return found | odd_logits()
+    return found | odd_logits() | {"router_recomputed": recomputed_router()}
+
+
+def recomputed_router() -> list[float]:
+    """1 for each failure: a checkpoint chooses the experts once, and has the same gradients."""
+    layer = router.Router(torch.randn(5, 64), torch.randn(5), 2)
+    x, upstream = torch.randn(7, 64, requires_grad=True), torch.randn(7, 2)
+    launched, launch = [], router.launch
+
+    def watch(kernel, *args, **constants):
+        launched.append(kernel.__name__)
+        launch(kernel, *args, **constants)
+
+    def choose(x):
+        return router.route(x.sin(), layer)[1]
+
+    results = []
+    router.launch = watch
+    for run in (choose, partial(checkpoint, choose, use_reentrant=False, context_fn=contexts)):
+        weights = run(x)
+        results.append((weights, *torch.autograd.grad(weights, x, upstream)))
+    router.launch = launch
+    once = launched == ["route_kernel", "route_backward_kernel"] * 2
+    return [float(not one) for one in (once, *map(torch.equal, *results))]
 
 
 def odd_logits() -> dict[str, list[float]]:

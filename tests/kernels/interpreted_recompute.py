@@ -66,25 +66,28 @@ def with_biases(stack: ExpertStack, *biases: torch.Tensor) -> ExpertStack:
 
 
 def draw_call(kind: str, tokens: int = TOKENS) -> tuple[Callable, list[torch.Tensor]]:
-    """Return (the experts' function of its leaves, leaves) for `plain`, `adapters`, or `biases`
-    together with adapters."""
+    """Return (the experts' function of its leaves, leaves) for `plain`, `residual`, `adapters`, or
+    `biases` together with adapters."""
     torch.manual_seed(0)
     indices = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
     leaves, stack = [torch.randn(tokens, HIDDEN), torch.rand(tokens, TOP_K)], draw_stack()
     if kind == "biases":
         leaves += [stack.gate_up.bias, stack.down.bias]
-    if kind != "plain":
+    if kind == "residual":
+        leaves.append(torch.randn(tokens, HIDDEN))
+    elif kind != "plain":
         for out, width in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
             b = torch.randn(out, RANK, EXPERTS).permute(2, 0, 1)  # PEFT's layout of B
             leaves += [torch.randn(EXPERTS, RANK, width), b]
 
     def run(x: torch.Tensor, weights: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         biases = rest[:2] if kind == "biases" else (stack.gate_up.bias, stack.down.bias)
-        adapters = Adapters()
-        if kind != "plain":
+        adapters, residual = Adapters(), rest[0] if kind == "residual" else None
+        if kind not in ("plain", "residual"):
             gate_up, down = rest[-4:-2], rest[-2:]
             adapters = Adapters(Adapter(*gate_up, 0.5), Adapter(*down, 2.0))
-        return experts_op.expert_mlp(x, indices, weights, with_biases(stack, *biases), adapters)
+        given = (x, indices, weights, with_biases(stack, *biases), adapters)
+        return experts_op.expert_mlp(*given, residual=residual)
 
     return run, [leaf.requires_grad_() for leaf in leaves]
 
@@ -103,6 +106,7 @@ def differentiate(kind: str, watch: Watch, keep_experts: bool) -> tuple[list, di
     dout = torch.linspace(-1, 1, out.numel()).view_as(out)
     counts = {"forward": len(watch.made), "held": watch.living()}
     first = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    assert kind != "residual" or torch.equal(first[-1], CALLS * dout)
     counts |= {"once": len(watch.made), "left": watch.living(), "sorted": watch.sorts}
     again = torch.autograd.grad(out, leaves, dout)
     counts |= {"twice": len(watch.made), "left again": watch.living()}
@@ -169,7 +173,7 @@ def main() -> None:
     experts_op.SLICE_TOKENS = -(-TOKENS // SLICES)
     experts_op.choose = lambda *_: "packed"
     watch, results = Watch(), {}
-    for kind in ("plain", "biases", "adapters"):
+    for kind in ("plain", "residual", "biases", "adapters"):
         made, made_counts = differentiate(kind, watch, keep_experts=False)
         kept, kept_counts = differentiate(kind, watch, keep_experts=True)
         gradients = len(kept) // 2

@@ -28,7 +28,7 @@ def patch_once() -> None:
     _remember_dtypes()
     _skip_conversions()
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
-        sanitize_overflow=False
+        debug=True, sanitize_overflow=False
     )
 
 

@@ -84,8 +84,6 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
-        if name.startswith("aten::_assert_async"):
-            return None
         if name == "aten::nonzero":  # of the labels: the last token has none
             out = torch.empty(args[0].numel() - 1, 1, dtype=torch.int64, device="meta")
         elif name.startswith("aten::mm.dtype"):

@@ -14,6 +14,7 @@ from tests.health.machines import FOUR_3090, GIB, gpu, judge, machine, plan_for
 BIG, SMALL = (memory.PUBLISHED[f"openai/gpt-oss-{size}"] for size in ("120b", "20b"))
 CARD = fit.CARD_BYTES
 EXPERTS = 60_914_073_600
+EMBEDDING = 201_088 * 2880 * 2
 ONE, HOST = "sequence_parallel_degree=1", "experts.placement=host"
 WHOLE = (
     *("training.keep_attention=never", "training.keep_experts=never"),
@@ -30,15 +31,23 @@ def test_two_layers_of_a_processs_experts_stay_on_the_device(degree):
     on_gpu, on_host = (
         training.finetune_memory(BIG, load(), held=Held(degree, where)) for where in ("gpu", "host")
     )
-    found, parts = on_host.components, on_gpu.components
+    found, parts = dict(on_host.components), on_gpu.components
     assert parts["experts"] == EXPERTS // degree
     assert found["experts"] == 0 and found["expert_buffers"] == EXPERTS // degree * 2 // 36
+    moved = EMBEDDING if degree == 1 else 0  # a shared one stays
+    tables = found.pop("page_tables")
+    assert tables == (EXPERTS // degree + moved) * 8 // 4096
     rest = {name: size for name, size in found.items() if "expert" not in name}
-    assert rest == {name: parts[name] for name in rest}
-    assert on_gpu.peak_bytes - on_host.peak_bytes == parts["experts"] - found["expert_buffers"]
-    evaluated = stages.evaluation_memory(BIG, load(), "cuda", Held(degree, "host"))
-    assert evaluated["experts"] == 0
-    assert evaluated["expert_buffers"] == found["expert_buffers"]
+    assert rest == {**{name: parts[name] for name in rest}, "embedding": parts["embedding"] - moved}
+    saved = parts["experts"] - found["expert_buffers"] + moved - tables
+    assert on_gpu.peak_bytes - on_host.peak_bytes == saved
+    before, after = (
+        stages.evaluation_memory(BIG, load(), "cuda", Held(degree, where))
+        for where in ("gpu", "host")
+    )
+    assert after["experts"] == 0 and after["expert_buffers"] == found["expert_buffers"]
+    assert after["page_tables"] == tables
+    assert before["base_rest"] - after["base_rest"] == moved
 
 
 def test_on_a_cpu_the_buffers_come_on_top():
@@ -97,7 +106,7 @@ def test_what_barely_exceeds_the_gpu_stays_there_if_host_memory_does_not_fit_eit
 @pytest.mark.parametrize("processes", [1, 4])
 def test_host_memory_that_does_not_suffice_is_refused_with_both_figures(processes):
     config = load(HOST, f"sequence_parallel_degree={processes}", "expert_parallel_degree=1")
-    needed = processes * (EXPERTS + 2 * GIB)
+    needed = processes * (EXPERTS + EMBEDDING + 2 * GIB)
     assert placing.host_bytes(BIG, config, Held(1, "host"), processes) == needed
     fit.check_fit(BIG, config, processes, CARD, "cuda", needed)
     with pytest.raises(StageError, match="host memory does not hold the experts") as refused:
@@ -110,7 +119,7 @@ def test_host_memory_that_does_not_suffice_is_refused_with_both_figures(processe
 def test_if_neither_place_suffices_the_refusal_says_both():
     with pytest.raises(StageError, match="does not fit in memory") as refused:
         fit.check_fit(BIG, load(ONE), 1, CARD, "cuda", 30 * GIB)
-    assert "GiB short; with the experts in host memory 58.73 GiB" in refused.value.found
+    assert "GiB short; with the experts in host memory 59.81 GiB" in refused.value.found
     assert refused.value.found.endswith("available 30.00 GiB")
     assert "experts.placement" not in refused.value.fix
 
@@ -141,25 +150,25 @@ def test_plan_and_health_show_the_column_and_the_choice(tmp_path):
     document = memory.plan_stage(config, tmp_path, "03_finetune")
     assert document["expert_placement"] == "host" and document["peak_bytes_per_gpu"] < CARD
     assert document["peak_bytes_per_gpu"] == document["hosted_peak_bytes_per_gpu"]
-    assert document["expert_host_bytes"] == EXPERTS + 2 * GIB
+    assert document["expert_host_bytes"] == EXPERTS + EMBEDDING + 2 * GIB
     text = memory.show_plan(document)
     assert "replicated  host memory" in text and "two layers of experts" in text
     joined = " ".join(text.split())
     assert (
-        "replicated, experts in host memory (58.73 GiB there) (auto: the experts do not" in joined
+        "replicated, experts in host memory (59.81 GiB there) (auto: the experts do not" in joined
     )
     assert "The experts are in host memory" in joined and "does not fit a card" not in joined
 
     rich = machine([gpu()], host_available_bytes=100 * GIB)
     rows = judge(config, rich)
     assert {row.check for row in rows.values() if row.status == "fail"} == set()
-    assert rows["expert placement"].found.startswith("in host memory in stage 03 and 04, 58.73 GiB")
+    assert rows["expert placement"].found.startswith("in host memory in stage 03 and 04, 59.81 GiB")
     plan = plan_for(config, rich)
     shown = report.plan_text(report.build(config, rich, plan, list(rows.values())))
     assert "host memory" in shown and "experts in host memory" in shown
 
     poor = judge(load(ONE, HOST), machine([gpu()], host_available_bytes=50 * GIB))["host memory"]
-    assert poor.status == "fail" and "needs 58.73 GiB of 50.00 GiB" in poor.found
+    assert poor.status == "fail" and "needs 59.81 GiB of 50.00 GiB" in poor.found
     assert "most of it for the experts" in poor.found
     both = judge(config, machine([gpu()], host_available_bytes=50 * GIB))["GPU memory"]
     assert both.status == "fail"

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from sparselong.model import attention as entry_point
-from sparselong.model.attention import find_boundaries
+from sparselong.model.attention import _boundaries, find_boundaries
 from sparselong.model.documents import document_masks
 from sparselong.runtime.settings import current, using
 from tests.conftest import ROOT
@@ -146,6 +146,16 @@ def test_autocast(models):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted, got = (model(ids, use_cache=False).logits.float() for model in models)
     assert (got - wanted).norm() <= 2e-2 * wanted.norm()
+
+
+def test_all_layers_share_the_boundaries_unless_the_mask_holds_the_window():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
+    full, window = (_boundaries(None, positions, (1, 6, 6), size) for size in (None, 2))
+    assert full is window and full.tolist() == [0, 3, 5, 6]
+    banded = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril().triu(-1)
+    assert _boundaries(banded, None, (1, 6, 6), 2) is None
+    with pytest.raises(ValueError, match="a 4-d mask with another pattern"):
+        _boundaries(banded, None, (1, 6, 6), None)
 
 
 def test_boundaries_by_hand():

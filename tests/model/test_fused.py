@@ -10,6 +10,7 @@ from transformers import GptOssForCausalLM
 from sparselong.model.fused import (
     FusedAttention,
     FusedDecoderLayer,
+    FusedMLP,
     FusedRMSNorm,
     chunk_loss,
     fuse,
@@ -48,6 +49,32 @@ def test_fusing_changes_only_the_given_model(model):
     assert ours.state_dict().keys() == model.state_dict().keys()
     with pytest.raises(ValueError, match="model: Linear without gpt-oss layers"):
         fuse(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("hooked", ["nothing", "layer", "experts"])
+def test_the_experts_add_the_residual_unless_a_hook_asks_for_their_output(
+    untrained_base, model, packed, hooked
+):
+    ours = (
+        load_model(untrained_base, device=torch.device("cpu")) if packed else copy.deepcopy(model)
+    )
+    fuse(ours)
+    layer: FusedMLP = ours.model.layers[0].mlp
+    layer.experts.requires_grad_(False)
+    normed, total, upstream = torch.randn(3, 2, 5, layer.router.hidden_dim)
+    leaves = [normed.requires_grad_(), total.requires_grad_()]
+    expected = total + layer(normed)[0]
+    seen = []
+    if hooked != "nothing":
+        module = layer if hooked == "layer" else layer.experts
+        module.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    got = layer.add_to(total, normed)
+    assert torch.equal(got, expected) and len(seen) == (hooked != "nothing")
+    if hooked == "experts":
+        assert torch.equal(seen[0].view_as(total) + total, expected)
+    both = (torch.autograd.grad(out, leaves, upstream) for out in (got, expected))
+    assert all(map(torch.equal, *both))
 
 
 @pytest.mark.parametrize("count", [None, 41, torch.tensor(41)])

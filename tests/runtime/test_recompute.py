@@ -10,8 +10,11 @@ from sparselong.runtime.recompute import (
     attend_once,
     begin_ahead,
     checkpoint_contexts,
+    compute_once,
     is_checkpointed,
     is_recomputing,
+    recomputing,
+    unused_output,
 )
 from tests.kernels.run_interpreted import run_interpreted
 
@@ -140,13 +143,55 @@ def test_without_checkpointing_nothing_is_kept():
     assert len(calls) == 4
 
 
+class Small(torch.autograd.Function):
+    """x times 2, a factor that `compute_once` returns; counts in `calls`."""
+
+    @staticmethod
+    def forward(ctx, x):
+        def compute():
+            calls.append(x.shape)
+            return (torch.full_like(x, 2),)
+
+        (factor,) = compute_once(compute)
+        ctx.save_for_backward(factor)
+        return x * factor
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+def test_small_results_are_taken_from_the_forward_pass_if_it_has_any():
+    def twice(x):
+        return Small.apply(Small.apply(x).exp()).sum()
+
+    x = torch.randn(3, requires_grad=True)
+    calls.clear()
+    (expected,) = torch.autograd.grad(twice(x), x)
+    assert len(calls) == 2
+    kept = checkpoint(twice, x, use_reentrant=False, context_fn=keep)
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(kept, x, retain_graph=True)[0], expected)
+    assert len(calls) == 4
+    with recomputing():  # as slices of rows are: their forward pass kept nothing
+        found = twice(x)
+    assert torch.equal(torch.autograd.grad(found, x)[0], expected) and len(calls) == 6
+
+
+def test_an_unused_output_is_nan_without_memory_of_its_own():
+    x = torch.randn(5, 7)
+    unused = unused_output(x)
+    assert unused.shape == x.shape and unused.dtype == x.dtype and unused.isnan().all()
+    assert unused.data_ptr() == unused_output(x[1:]).data_ptr()
+
+
 @pytest.fixture(scope="module")
 def experts(forked_python) -> dict[str, dict]:
     """Return the differences by pass; a layer calls its experts twice, in two slices each."""
     return run_interpreted(forked_python, "interpreted_recompute")
 
 
-@pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
+@pytest.mark.parametrize("kind", ["plain", "residual", "biases", "adapters"])
 def test_kept_experts_skip_the_gate_up_product_with_equal_gradients(experts, kind):
     found = experts[kind]
     assert found["finite"] and found["equal"] and found["equal_again"]
@@ -162,7 +207,7 @@ def test_kept_experts_skip_the_gate_up_product_with_equal_gradients(experts, kin
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
+@pytest.mark.parametrize("kind", ["plain", "residual", "biases", "adapters"])
 def test_gradients_have_the_strides_of_their_tensors(experts, kind):
     """Adapters are views of PEFT's matrices; gradients in another layout would be copied."""
     assert experts[kind]["laid_out_alike"]
@@ -173,7 +218,7 @@ def test_the_set_of_trained_tensors_changes_no_gradient(experts):
     assert len(experts["some"]) == 6 and all(experts["some"].values())
 
 
-@pytest.mark.parametrize("kind", ["plain", "biases", "adapters"])
+@pytest.mark.parametrize("kind", ["plain", "residual", "biases", "adapters"])
 def test_an_interrupted_backward_pass_does_not_affect_the_next(experts, kind):
     """After running out of memory in one slice, later slices' results must not be mixed up."""
     assert experts[kind]["equal_after_failure"]

@@ -8,7 +8,8 @@ For a token x routed to experts e_1 ... e_k with weights w_1 ... w_k:
     h = (clip(up, -limit, limit) + 1) * g * sigmoid(alpha * g),      g = min(gate, limit)
     out = sum_j w_j (h_j W_down[e_j]^T + b_down[e_j])
 
-The weights are frozen; gradients flow to x, the routing weights, the biases and the adapters. Saved
+and the layer's residual is added to out in the kernel that takes the sum. The weights are frozen;
+gradients flow to x, the routing weights, the residual, the biases and the adapters. Saved
 for the backward pass: the output of gate_up, [tokens * k, 2 * inner], and the routing; h is
 recomputed. With adapters x is saved as well; gate_up's gradient then overwrites gate_up's output,
 which is recomputed if backward runs again. If no gradient is needed nothing is saved, and gate_up's
@@ -36,7 +37,6 @@ Processes that hold only some of the experts use the passes of `held.py`.
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import torch
@@ -48,7 +48,13 @@ from sparselong.kernels.experts.choice import BACKENDS
 from sparselong.kernels.experts.lora import NO_ADAPTERS, Adapters
 from sparselong.kernels.experts.torch_backend import expert_mlp_torch, stream_torch
 from sparselong.kernels.gpu import architecture_of
-from sparselong.runtime import current, is_checkpointed, is_recomputing, keeps_experts
+from sparselong.runtime import (
+    current,
+    is_checkpointed,
+    is_recomputing,
+    keeps_experts,
+    unused_output,
+)
 
 ALPHA, LIMIT = 1.702, 7.0
 SLICE_TOKENS = 16_384
@@ -64,6 +70,7 @@ def expert_mlp(
     stack: ExpertStack | HostStack,
     adapters: Adapters = NO_ADAPTERS,
     *,
+    residual: torch.Tensor | None = None,
     alpha: float = ALPHA,
     limit: float = LIMIT,
     backend: str | None = None,
@@ -78,6 +85,7 @@ def expert_mlp(
         routing_weights: [tokens, top_k], any floating dtype; its gradient has the same dtype.
         stack: the layer's packed weights and biases, on the device or in host memory.
         adapters: low-rank adapters of gate_up and down, applied alongside the weights.
+        residual: in x's shape and dtype; added to the sum, which is rounded before and after.
         alpha: factor of the gate inside the sigmoid.
         limit: bound that clips gate and up.
         backend: one of `BACKENDS`; None selects by the measured table. "generation" takes at most
@@ -91,22 +99,48 @@ def expert_mlp(
     call.check(stack.experts)
     stack.check(x)
     adapters.check(stack)
+    _check_residual(residual, x)
     name = choose(x, expert_indices.numel(), stack.experts, backend)
     operands = ExpertOperands(stack, adapters, Gate(float(alpha), float(limit)), name)
     if backend is None and name == "generation" and not _can_generate(call, operands):
         operands = operands._replace(backend="small")
     if x.shape[0] == 0:
-        return x.clone()
-    if operands.backend == "torch" and isinstance(stack, ExpertStack):
+        out = x.clone()
+    elif operands.backend == "torch":
+        out = _run_torch(call, operands)
+    elif operands.backend == "generation":
+        out = _generate(call.contiguous(), operands)
+    else:
+        return _run_triton(call.contiguous(), operands, residual)
+    return out if residual is None else residual + out
+
+
+def _check_residual(residual: torch.Tensor | None, x: torch.Tensor) -> None:
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"residual: {residual.dtype} {list(residual.shape)}; allowed: x's {x.dtype} "
+            f"{list(x.shape)}"
+        )
+
+
+def _run_torch(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
+    if isinstance(operands.stack, ExpertStack):
         return expert_mlp_torch(call, operands)
     call = call.contiguous()
-    if operands.backend == "generation":
-        return _generate(call, operands)
-    if not is_checkpointed() and not _needs_gradient(call, operands):
-        return _infer(call, operands.fetch_or_read(call.indices.numel(), stack.experts))
-    if operands.backend == "torch":
+    if is_checkpointed() or _needs_gradient(call, operands):
         return stream_torch(call, operands)
-    return _ExpertPass.apply(operands, *call, *operands.trainable)  # pyright: ignore[reportReturnType]
+    fetched = operands.fetch_or_read(call.indices.numel(), operands.stack.experts)
+    return expert_mlp_torch(call, fetched)
+
+
+def _run_triton(
+    call: ExpertCall, operands: ExpertOperands, residual: torch.Tensor | None
+) -> torch.Tensor:
+    residual = None if residual is None else residual.contiguous()
+    if is_checkpointed() or _needs_gradient(call, operands, residual):
+        return _ExpertPass.apply(operands, residual, *call, *operands.trainable)  # pyright: ignore[reportReturnType]
+    fetched = operands.fetch_or_read(call.indices.numel(), operands.stack.experts)
+    return _infer(call, fetched, residual)
 
 
 def _generate(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
@@ -123,16 +157,19 @@ def _generate(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
         return run_generation(*call, operands.stack.in_place(), operands.gate)
 
 
-def _infer(call: ExpertCall, operands: ExpertOperands) -> torch.Tensor:
-    if operands.backend == "torch":
-        return expert_mlp_torch(call, operands)
+def _infer(
+    call: ExpertCall, operands: ExpertOperands, residual: torch.Tensor | None
+) -> torch.Tensor:
     from sparselong.kernels.experts import triton_launch
 
     operands = operands.in_dtype(call.x.dtype)
     out = torch.empty_like(call.x)
     with torch.cuda.device_of(out):
         for part in slices(len(out), current().inference_tokens or len(out)):
-            triton_launch.run_forward(call.part(part), operands, out[part], keep=False, exact=True)
+            added = None if residual is None else residual[part]
+            triton_launch.run_forward(
+                *(call.part(part), operands, out[part]), keep=False, exact=True, residual=added
+            )
     return out
 
 
@@ -149,6 +186,7 @@ class _ExpertPass(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,
         operands: ExpertOperands,
+        residual: torch.Tensor | None,
         x: torch.Tensor,
         indices: torch.Tensor,
         weights: torch.Tensor,
@@ -159,20 +197,21 @@ class _ExpertPass(torch.autograd.Function):
         call, needs = ExpertCall(x, indices, weights), ctx.needs_input_grad
         ctx.operands, ctx.kept = operands, []
         # A bias's gradient is a single sum over all tokens, so slices cannot produce it.
-        is_whole = not is_checkpointed() or any(needs[4:6])
+        is_whole = not is_checkpointed() or any(needs[5:7])
         ctx.slice_tokens = len(x) if is_whole else SLICE_TOKENS
         if is_recomputing():
             ctx.save_for_backward(*call)
-            return x.new_full((), math.nan).expand_as(x)  # unused; NaN would reveal any use
+            return unused_output(x)
         keeps = any(needs) and (keeps_experts() or not is_checkpointed())
         operands, out = operands.in_dtype(x.dtype), torch.empty_like(x)
         is_followed = any(needs) or is_checkpointed()  # by a backward pass
         operands = operands.fetch("forward" if is_followed else "inference")
         with torch.cuda.device_of(x):
-            made: list[Any] = [
-                triton_launch.run_forward(call.part(part), operands, out[part], keeps)
-                for part in slices(len(x), ctx.slice_tokens)
-            ]
+            made: list[Any] = []
+            for part in slices(len(x), ctx.slice_tokens):
+                added = None if residual is None else residual[part]
+                given = (call.part(part), operands, out[part], keeps)
+                made.append(triton_launch.run_forward(*given, residual=added))
         if is_checkpointed() or not operands.adapters.are_absent:
             ctx.save_for_backward(*call)
             ctx.kept = made  # at least the rows' order, 4 bytes a routed token
@@ -189,9 +228,9 @@ class _ExpertPass(torch.autograd.Function):
         needs, operands = ctx.needs_input_grad, ctx.operands.in_dtype(dout.dtype)
         operands = operands.fetch("backward")
         gradients = triton_launch.Gradients(
-            torch.empty_like(dout, memory_format=torch.contiguous_format) if needs[1] else None,
-            torch.empty_like(weights) if needs[3] else None,
-            needs[4:6],
+            torch.empty_like(dout, memory_format=torch.contiguous_format) if needs[2] else None,
+            torch.empty_like(weights) if needs[4] else None,
+            needs[5:7],
             ctx.operands.adapters.make_sums(),
         )
         # If this pass is interrupted, the next must not reuse a kept output for another slice.
@@ -226,7 +265,8 @@ class _ExpertPass(torch.autograd.Function):
                 gradients.adapters.factors, ctx.operands.adapters.factors, strict=True
             )
         ]
-        return None, gradients.x, None, gradients.weights, *biases, *factors
+        dresidual = dout if needs[1] else None
+        return None, dresidual, gradients.x, None, gradients.weights, *biases, *factors
 
 
 def slices(tokens: int, size: int) -> list[slice]:
@@ -272,6 +312,8 @@ def _can_generate(call: ExpertCall, operands: ExpertOperands) -> bool:
     return few and operands.adapters.are_absent and not _needs_gradient(call, operands)
 
 
-def _needs_gradient(call: ExpertCall, operands: ExpertOperands) -> bool:
-    tensors = (call.x, call.weights, *operands.trainable)
+def _needs_gradient(
+    call: ExpertCall, operands: ExpertOperands, residual: torch.Tensor | None = None
+) -> bool:
+    tensors = (call.x, call.weights, residual, *operands.trainable)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

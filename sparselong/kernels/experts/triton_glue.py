@@ -19,66 +19,6 @@ import triton.language as tl
 
 
 @triton.jit
-def _find_local(index, first_expert, experts, layer_experts, OTHERS: tl.constexpr):
-    """Return held experts' numbers from 0; -1 for a wrong index.
-
-    With OTHERS, all that is not held, which includes an index of -1, becomes `experts`.
-    """
-    expert = index.to(tl.int32)
-    if OTHERS:
-        local = expert - first_expert
-        held = (local >= 0) & (local < experts)
-        valid = (expert >= -1) & (expert < layer_experts)
-        expert = tl.where(held, local, tl.where(valid, experts, -1))
-    return expert
-
-
-@triton.jit
-def count_kernel(
-    indices_ptr, ranks_ptr, counts_ptr, entries, experts, first_expert, layer_experts,
-    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, OTHERS: tl.constexpr,
-):  # fmt: skip
-    """Write each entry's rank among its block's entries of the same expert, and block counts.
-
-    counts: [experts, blocks]. A wrong index is not counted. With OTHERS some experts are not held;
-    one more row of counts is for the entries of these.
-    """
-    block = tl.program_id(0)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    real = at < entries
-    index = tl.load(indices_ptr + at, mask=real, other=-2)
-    expert = _find_local(index, first_expert, experts, layer_experts, OTHERS)
-    other = block * BLOCK + tl.arange(0, BLOCK)
-    index = tl.load(indices_ptr + other, mask=other < entries, other=-2)
-    others = _find_local(index, first_expert, experts, layer_experts, OTHERS)
-    before = (expert[:, None] == others[None, :]) & (other[None, :] < at[:, None])
-    tl.store(ranks_ptr + at, tl.sum(before.to(tl.int32), 1), mask=real)
-    every = tl.arange(0, EXPERTS)
-    counts = tl.sum((expert[:, None] == every[None, :]).to(tl.int32), 0)
-    tl.store(counts_ptr + every * tl.num_programs(0) + block, counts, mask=every < experts)
-    if OTHERS:
-        count = tl.sum((expert == experts).to(tl.int32), 0)
-        tl.store(counts_ptr + experts * tl.num_programs(0) + block, count)
-
-
-@triton.jit
-def scan_kernel(counts_ptr, totals_ptr, blocks, BLOCK: tl.constexpr):
-    """Replace counts [experts, blocks] by exclusive prefix sums, and write each expert's total.
-
-    Grid: experts.
-    """
-    expert = tl.program_id(0)
-    total = tl.zeros([], tl.int32)
-    for first in range(0, blocks, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        pointers = counts_ptr + expert * blocks + at
-        count = tl.load(pointers, mask=at < blocks, other=0)
-        tl.store(pointers, total + tl.cumsum(count, 0) - count, mask=at < blocks)
-        total += tl.sum(count, 0)
-    tl.store(totals_ptr + expert, total)
-
-
-@triton.jit
 def _list_tiles(
     totals, own, experts, starts_ptr, tile_starts_ptr, tile_expert_ptr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
@@ -100,40 +40,61 @@ def _list_tiles(
 
 
 @triton.jit
-def place_kernel(
-    indices_ptr, ranks_ptr, counts_ptr, totals_ptr, positions_ptr, starts_ptr, tile_starts_ptr,
-    tile_expert_ptr, valid_ptr, entries, experts, blocks, first_expert, layer_experts,
+def _load_local(
+    indices_ptr, at, entries, first_expert, experts, layer_experts, OTHERS: tl.constexpr
+):  # fmt: skip
+    """Load held experts' numbers from 0, and assert that no index is wrong; -1 past the entries.
+
+    With OTHERS, all that is not held, which includes an index of -1, becomes `experts`.
+    """
+    real = at < entries
+    index = tl.load(indices_ptr + at, mask=real, other=0)
+    if OTHERS:
+        valid = (index >= -1) & (index < layer_experts)
+        tl.device_assert(valid, "expert_indices: an index is outside [-1, experts)", mask=real)
+    else:
+        valid = (index >= 0) & (index < layer_experts)
+        tl.device_assert(valid, "expert_indices: an index is outside [0, experts)", mask=real)
+    local = index.to(tl.int32) - first_expert
+    if OTHERS:
+        local = tl.where((local >= 0) & (local < experts), local, experts)
+    return tl.where(real, local, -1)
+
+
+@triton.jit
+def sort_kernel(
+    indices_ptr, positions_ptr, starts_ptr, tile_starts_ptr, tile_expert_ptr,
+    entries, experts, first_expert, layer_experts,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
-    """Write each entry's row and each expert's first row and row tiles. Grid: blocks + experts.
+    """Write the rows of one expert's entries, its first row and its row tiles. Grid: experts.
 
-    valid: 1 if no index is wrong. With OTHERS an entry of another expert has no row.
+    A program counts the entries of every expert, then numbers its own in their order. With OTHERS
+    some experts are not held, and the grid has one more program for entries of these: they get -1.
     """
-    every = tl.arange(0, EXPERTS)
-    totals = tl.load(totals_ptr + every, mask=every < experts, other=0)
-    if tl.program_id(0) < blocks:
-        block = tl.program_id(0)
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        index = tl.load(indices_ptr + at, mask=at < entries, other=0)
-        expert = _find_local(index, first_expert, experts, layer_experts, OTHERS)
-        inside = (expert >= 0) & (expert < experts)
-        start = tl.sum(tl.where(every[None, :] < expert[:, None], totals[None, :], 0), 1)
-        real = (at < entries) & inside
-        earlier = tl.load(counts_ptr + expert * blocks + block, mask=real, other=0)
-        rank = tl.load(ranks_ptr + at, mask=real, other=0)
-        position = tl.where(inside, start + earlier + rank, -1 if OTHERS else 0)
-        tl.store(positions_ptr + at, position, mask=at < entries)
-    else:
-        own = tl.program_id(0) - blocks
+    own = tl.program_id(0)
+    totals = tl.zeros([EXPERTS], tl.int32)
+    for first in range(0, entries, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        local = _load_local(
+            indices_ptr, at, entries, first_expert, experts, layer_experts, OTHERS
+        )  # fmt: skip
+        totals += tl.histogram(local, EXPERTS, mask=(local >= 0) & (local < experts))
+    if own < experts:
         _list_tiles(
             totals, own, experts,
             starts_ptr, tile_starts_ptr, tile_expert_ptr, ROWS, BLOCK, EXPERTS,
         )  # fmt: skip
-        if own == experts - 1:
-            valid = tl.sum(totals, 0)
-            if OTHERS:
-                valid += tl.load(totals_ptr + experts)
-            tl.store(valid_ptr, (valid == entries).to(tl.int32))
+    row = tl.sum(tl.where(tl.arange(0, EXPERTS) < own, totals, 0), 0)
+    for first in range(0, entries, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        local = _load_local(
+            indices_ptr, at, entries, first_expert, experts, layer_experts, OTHERS
+        )  # fmt: skip
+        mine = (local == own).to(tl.int32)
+        position = tl.where(own < experts, row + tl.cumsum(mine, 0) - 1, -1)
+        tl.store(positions_ptr + at, position, mask=mine != 0)
+        row += tl.sum(mine, 0)
 
 
 @triton.jit
@@ -142,7 +103,7 @@ def window_kernel(
     entries, experts, blocks, first_row, rows,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """Restrict what `place_kernel` wrote to sorted rows [first_row, first_row + rows).
+    """Restrict what `sort_kernel` wrote to sorted rows [first_row, first_row + rows).
 
     They are numbered from 0. Grid: blocks + experts.
     """
@@ -206,13 +167,14 @@ def gather_kernel(
 
 @triton.jit
 def combine_kernel(
-    rows_ptr, positions_ptr, weights_ptr, out_ptr, width,
+    rows_ptr, positions_ptr, weights_ptr, residual_ptr, out_ptr, width,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, PARTIAL: tl.constexpr,
-    ADD: tl.constexpr, EXACT: tl.constexpr,
+    ADD: tl.constexpr, EXACT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Sum weight * row over each token's entries, in fp32, with EXACT in fp64. Grid: tokens.
 
-    With ADD, the sum starts with `out` instead of zero.
+    With ADD, the sum starts with `out` instead of zero. With RESIDUAL, the rounded sum is added to
+    the token's row of that, and rounded again.
     """
     SUM: tl.constexpr = tl.float64 if EXACT else tl.float32  # pyright: ignore[reportAssignmentType]
     token = tl.program_id(0).to(tl.int64)
@@ -237,7 +199,11 @@ def combine_kernel(
         elif WEIGHTED:
             value *= tl.load(weights_ptr + entry).to(tl.float32)
         total += value.to(SUM)
-    tl.store(out_ptr + token * width + at, total.to(out_ptr.dtype.element_ty), mask=real)
+    result = total.to(out_ptr.dtype.element_ty)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + token * width + at, mask=real, other=0.0)
+        result = (residual.to(tl.float32) + result.to(tl.float32)).to(result.dtype)
+    tl.store(out_ptr + token * width + at, result, mask=real)
 
 
 @triton.jit

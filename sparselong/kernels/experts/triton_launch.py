@@ -100,8 +100,9 @@ def run_forward(
     keep: bool,
     routing: Routing | None = None,
     exact: bool = False,
+    residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, Routing]:
-    """Write the weighted sums to `out`.
+    """Write the weighted sums, and the residual added to them, to `out`.
 
     Args:
         call: tokens and routing, contiguous.
@@ -110,6 +111,7 @@ def run_forward(
         keep: whether to return gate_up's output; if not, it is freed before down's is allocated.
         routing: of a window; None: all routed tokens.
         exact: whether to round the sums once, from fp64.
+        residual: as in `combine`.
 
     Returns:
         gate_up's output or None, and the routing.
@@ -126,7 +128,7 @@ def run_forward(
         tile_rows = choose_tile(x, backend, "forward").rows
         add_adapter_(rows, h, adapters.down, routing, tile_rows)
     del h
-    combine(rows, routing, out, weights, exact)
+    combine(rows, routing, out, weights, exact, residual)
     return kept, routing
 
 

@@ -110,9 +110,12 @@ def check_loss_arguments(
 
 def _check_labels(targets: torch.Tensor, vocab: int) -> None:
     """Raise if any supervised label is out of range."""
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+    if not len(targets):
+        return
+    least, most = torch.stack(targets.aminmax()).tolist()
+    if not 0 <= least <= most < vocab:
         raise ValueError(
-            f"labels: between {int(targets.min())} and {int(targets.max())}; "
+            f"labels: between {least} and {most}; "
             f"allowed: {IGNORED} in training, or 0 to {vocab - 1}"
         )
 

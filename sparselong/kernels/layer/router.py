@@ -12,7 +12,8 @@ for launches. Products are summed in fp32; logits are rounded to x's dtype befor
 as in transformers, and softmax weights from fp32. Of equal logits the lowest expert's comes first;
 a NaN counts as the largest, as in torch. Results of a row do not depend on the other rows.
 
-Saved for backward: indices and weights. W and b are frozen here; a trained router runs in plain
+Saved for backward: indices and weights, which a checkpointed layer's recomputation takes from the
+forward pass (`runtime/recompute.py`). W and b are frozen here; a trained router runs in plain
 torch, as does a CPU's (`model/fused.py`). The code is ours, under this repository's licence.
 """
 
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparselong.kernels.launch import launch
+from sparselong.runtime import compute_once
 
 ROWS, WARPS = 32, 8
 BLOCK_BYTES = 128
@@ -77,25 +79,10 @@ class _Route(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, router: Router
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
-        rows = x if x.stride(1) == 1 else x.contiguous()
-        weights = torch.empty(len(x), router.top_k, dtype=x.dtype, device=x.device)
-        indices = torch.empty(len(x), router.top_k, dtype=torch.int32, device=x.device)
-        experts, hidden = router.weight.shape
-        if len(x):
-            with torch.cuda.device_of(x):
-                launch(
-                    _kernels().route_kernel,
-                    (-(-len(x) // ROWS),),
-                    *(rows, router.weight, router.bias, weights, indices),
-                    weights if router.broken is None else router.broken.view(torch.uint8),
-                    *(rows.stride(0), router.weight.stride(0), len(x), hidden, experts),
-                    TOP_K=router.top_k,
-                    WATCHED=router.broken is not None,
-                    ROWS=ROWS,
-                    EXPERTS=max(16, 1 << (experts - 1).bit_length()),  # products need 16
-                    BLOCK=BLOCK_BYTES // x.itemsize,
-                    num_warps=WARPS,
-                )
+        if ctx.needs_input_grad[0]:  # a pass without gradients is not recomputed
+            weights, indices = compute_once(lambda: _choose(x, router))
+        else:
+            weights, indices = _choose(x, router)
         ctx.router = router
         ctx.save_for_backward(weights, indices)
         ctx.mark_non_differentiable(indices)
@@ -122,6 +109,30 @@ class _Route(torch.autograd.Function):
                     num_warps=WARPS,
                 )
         return out, None
+
+
+def _choose(x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weights and the indices."""
+    rows = x if x.stride(1) == 1 else x.contiguous()
+    weights = torch.empty(len(x), router.top_k, dtype=x.dtype, device=x.device)
+    indices = torch.empty(len(x), router.top_k, dtype=torch.int32, device=x.device)
+    experts, hidden = router.weight.shape
+    if len(x):
+        with torch.cuda.device_of(x):
+            launch(
+                _kernels().route_kernel,
+                (-(-len(x) // ROWS),),
+                *(rows, router.weight, router.bias, weights, indices),
+                weights if router.broken is None else router.broken.view(torch.uint8),
+                *(rows.stride(0), router.weight.stride(0), len(x), hidden, experts),
+                TOP_K=router.top_k,
+                WATCHED=router.broken is not None,
+                ROWS=ROWS,
+                EXPERTS=max(16, 1 << (experts - 1).bit_length()),  # products need 16
+                BLOCK=BLOCK_BYTES // x.itemsize,
+                num_warps=WARPS,
+            )
+    return weights, indices
 
 
 @functools.cache

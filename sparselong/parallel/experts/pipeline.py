@@ -29,7 +29,6 @@ An adapter's gradient is complete once backward is: it covers the rows of the wh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -52,7 +51,7 @@ from sparselong.kernels.experts import (
     sum_parts,
 )
 from sparselong.parallel.collectives import Pending, start_all_gather, start_all_to_all
-from sparselong.runtime import is_checkpointed, is_recomputing
+from sparselong.runtime import is_checkpointed, is_recomputing, unused_output
 
 
 class ChunkRows(NamedTuple):
@@ -183,7 +182,7 @@ class _ShardedPass(torch.autograd.Function):
         ctx.job, ctx.routing = job, None
         ctx.save_for_backward(x, indices, weights)
         if is_recomputing():
-            return x.new_full((), math.nan).expand_as(x)  # unused; NaN would reveal any use
+            return unused_output(x)
         is_followed = any(ctx.needs_input_grad) or is_checkpointed()  # by a backward pass
         passing = "forward" if is_followed else "inference"
         out, ctx.routing = run_forward(ExpertCall(x, indices, weights), job, passing)

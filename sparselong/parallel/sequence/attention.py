@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from sparselong.kernels.attention import RunGradients, SavedForward, load_backend, sort_gradients
 from sparselong.parallel.collectives import Pending, start_all_to_all
 from sparselong.parallel.sequence.exchange import ExchangePlan, Range
-from sparselong.runtime import attend_once, begin_ahead, exchange_once
+from sparselong.runtime import attend_once, begin_ahead, compute_once
 
 KEYS, KEY_GRADIENTS = "keys", "key gradients"
 HALO, HALO_GRADIENTS = "halo", "halo gradients"
@@ -95,7 +95,7 @@ class _ShardedAttention(torch.autograd.Function):
             if job.is_full:
                 ctx.begun = begin_ahead(lambda: start_exchange(own[0], job, KEYS))
             else:
-                halo = exchange_once(lambda: start_exchange(own[0], job, HALO).wait())
+                (halo,) = compute_once(lambda: (start_exchange(own[0], job, HALO).wait(),))
             # `kept` holds one tuple of saved tensors per backend call.
             out, lse, kept = attend_once(lambda: _attend(q, sinks, own, halo, job), job.is_full)
         flat = [tensor for tensors in kept for tensor in tensors]

@@ -120,7 +120,7 @@ def test_generation_backend_refuses_adapters(monkeypatch):
     call = (case["leaves"]["x"][:2].bfloat16(), case["indices"][:2], case["leaves"]["weights"][:2])
     adapters = adapters_of(case["leaves"], ("down",))
     monkeypatch.setattr(experts_op, "choose", lambda *_: "generation")
-    monkeypatch.setattr(experts_op, "_infer", lambda _, operands: seen.append(operands.backend))
+    monkeypatch.setattr(experts_op, "_infer", lambda _, operands, __: seen.append(operands.backend))
     with torch.no_grad():
         expert_mlp(*call, case["stack"], adapters)
         assert seen == ["small"]

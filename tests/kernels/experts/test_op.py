@@ -105,6 +105,20 @@ def test_torch_backend_matches_the_reference(tokens):
         assert (got - wanted).norm() <= 1e-12 * wanted.norm()
 
 
+@pytest.mark.parametrize("tokens", [0, 37])
+def test_a_residual_is_added_and_gets_the_gradient_of_the_sum(tokens):
+    call = draw(tokens) if tokens else {name: each[:0] for name, each in draw().items()}
+    call["stack"] = draw()["stack"]
+    residual, upstream = torch.randn(2, tokens, HIDDEN, dtype=torch.float64)
+    residual.requires_grad_()
+    call["x"].requires_grad_()
+    out, alone = expert_mlp(**call, residual=residual), expert_mlp(**call)
+    assert torch.equal(out, residual + alone)
+    dx, dresidual = torch.autograd.grad(out, (call["x"], residual), upstream)
+    assert torch.equal(dresidual, upstream)
+    assert torch.equal(dx, torch.autograd.grad(alone, call["x"], upstream)[0])
+
+
 @pytest.fixture(scope="module")
 def interpreted(forked_python) -> dict[str, dict[str, float]]:
     """Return the kernels' errors in Triton's interpreter, by case and backend."""
@@ -112,9 +126,9 @@ def interpreted(forked_python) -> dict[str, dict[str, float]]:
 
 
 def test_interpreted_kernels_agree_with_fp64(interpreted):
-    others = ("decoding", "held")
+    others = ("decoding", "held", "refused", "sorted")
     cases = {name: errors for name, errors in interpreted.items() if name not in others}
-    assert len(cases) == 20
+    assert len(cases) == 18
     for name, errors in cases.items():
         for result, error in errors.items():
             assert error < 1e-6, f"{name}: {result} is off by {error:.1e}"
@@ -122,6 +136,14 @@ def test_interpreted_kernels_agree_with_fp64(interpreted):
 
 def test_interpreted_decoding_is_exact_for_every_byte_and_scale(interpreted):
     assert interpreted["decoding"] == {"inexact": 0}
+
+
+def test_interpreted_sort_is_stable_over_blocks_and_lists_every_tile(interpreted):
+    assert all(all(found.values()) for found in interpreted["sorted"]), interpreted["sorted"]
+
+
+def test_interpreted_sort_asserts_that_every_index_is_an_experts(interpreted):
+    assert interpreted["refused"] == [-2, -1, 5, 6, 7, 1 << 32]
 
 
 def test_without_gradients_gate_up_output_is_freed_before_down_runs(interpreted):
@@ -141,6 +163,10 @@ def test_without_gradients_gate_up_output_is_freed_before_down_runs(interpreted)
         ),
         ({"expert_indices": torch.full((37, 4), 5)}, "expert_indices: holds 5; allowed: 0 to 4"),
         ({"routing_weights": torch.zeros(37, 3)}, "routing_weights: torch.float32"),
+        (
+            {"residual": torch.zeros(37, 64)},
+            r"residual: torch.float32 \[37, 64\]; allowed: x's torch.float64 \[37, 64\]",
+        ),
         ({"backend": "fast"}, "backend: 'fast'; allowed: None, generation, small, packed"),
         ({"backend": "packed"}, "backend: packed with cpu tensors; allowed: torch"),
     ],
@@ -203,11 +229,14 @@ def test_no_tokens_give_no_output():
 
 def test_inference_runs_in_slices_if_set(monkeypatch):
     call, sizes = draw(), []
+    residual = torch.randn_like(call["x"])
 
-    def run(part, operands, out, keep, exact):
+    def run(part, operands, out, keep, exact, residual):
         assert operands.backend == "packed" and not keep and exact
         sizes.append(tuple(map(len, part)))
         torch.mul(part.x, 2, out=out)
+        if residual is not None:
+            out += residual
 
     monkeypatch.setattr(experts_op, "choose", lambda *_: "packed")
     monkeypatch.setattr(triton_launch, "run_forward", run)
@@ -217,6 +246,8 @@ def test_inference_runs_in_slices_if_set(monkeypatch):
     assert torch.equal(out, 2 * call["x"])
     expert_mlp(**call)
     assert sizes[3:] == [(37,) * 3]
+    with using(inference_tokens=16):
+        assert torch.equal(expert_mlp(**call, residual=residual), out + residual)
 
 
 def test_kernels_get_contiguous_inputs(monkeypatch):

@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparselong.kernels.experts import lora_triton as expert_lora_kernels
+from sparselong.kernels.experts import routing as expert_routing
 from sparselong.kernels.experts import triton_glue as expert_glue_kernels
 from sparselong.kernels.experts import triton_parts as expert_part_kernels
 from sparselong.kernels.experts import triton_products as expert_kernels
@@ -17,8 +18,8 @@ from sparselong.kernels.experts.tiles import FLOAT32, TILES, Tile
 from tests.kernels.test_sm86 import LIMIT_BYTES, read_report
 
 INTEGERS = (
-    *("words", "starts", "tile_expert", "tile_starts", "positions", "ranks", "counts", "totals"),
-    *("valid", "all_positions", "all_starts"),
+    *("words", "starts", "tile_expert", "tile_starts", "positions"),
+    *("all_positions", "all_starts"),
 )
 TYPES = {
     **dict.fromkeys(INTEGERS, "*i32"),
@@ -27,7 +28,6 @@ TYPES = {
     **dict.fromkeys(("inner", "narrow", "grad"), "*fp32"),
 }
 SINGLE = [
-    (expert_glue_kernels.scan_kernel, {"BLOCK": 1024}, 4),
     (expert_glue_kernels.sum_rows_kernel, {"BLOCK": 32, "COLUMNS": 128, "WEIGHTED": True}, 4),
     *(
         (expert_part_kernels.add_parts_kernel, {"PARTS": 8, "EXACT": exact, "BLOCK": 2048}, 4)
@@ -35,17 +35,23 @@ SINGLE = [
     ),
     (expert_glue_kernels.window_kernel, {"ROWS": 64, "BLOCK": 128, "EXPERTS": 128}, 4),
 ]
-SORT = {"BLOCK": 128, "EXPERTS": 128}
+SORT = {"ROWS": 64, "BLOCK": expert_routing.SORT_BLOCK, "EXPERTS": 128}
 TOKEN = {"TOP_K": 4, "BLOCK": 4096}
 for partial in (False, True):  # in the second form, this process holds some of the experts
     SINGLE += [
-        (expert_glue_kernels.count_kernel, {**SORT, "OTHERS": partial}, 8 if partial else 4),
-        (expert_glue_kernels.place_kernel, {"ROWS": 64, **SORT, "OTHERS": partial}, 4),
+        (
+            expert_glue_kernels.sort_kernel,
+            {**SORT, "OTHERS": partial},
+            expert_routing.SORT_WARPS,
+        ),
         (expert_glue_kernels.gather_kernel, {**TOKEN, "INNER": True, "PARTIAL": partial}, 4),
         *(
             (
                 expert_glue_kernels.combine_kernel,
-                {**TOKEN, "WEIGHTED": True, "PARTIAL": partial, "ADD": partial, "EXACT": exact},
+                {
+                    **{**TOKEN, "WEIGHTED": True, "PARTIAL": partial, "ADD": partial},
+                    **{"EXACT": exact, "RESIDUAL": not partial},
+                },
                 4,
             )
             for exact in (False, True)
@@ -86,6 +92,8 @@ def compile_kernel(kernel, constants: dict, arch: int, warps: int, stages: int, 
             aligned[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": warps, "num_stages": stages}
+    if kernel is expert_glue_kernels.sort_kernel:
+        options |= expert_routing.ASSERTING
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     _, spilled = read_report(compiled.asm["ptx"], arch)
     return compiled.metadata.shared, spilled
