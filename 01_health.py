@@ -18,6 +18,7 @@ from sparselong.config import Config
 from sparselong.data import check_tasks
 from sparselong.memory import check_model, plan_stage, show_plan
 from sparselong.processes import check_alone
+from sparselong.report import write_page
 from sparselong.run import Stage, run_stage
 
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         plan_stage,
         show_plan,
         check=check,
-        keep_result=False,
+        page=write_page,
     )
 
 

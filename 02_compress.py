@@ -12,6 +12,7 @@ from sparselong.config import Config
 from sparselong.data import check_tasks
 from sparselong.memory import check_model, plan_stage, show_plan
 from sparselong.processes import check_alone
+from sparselong.report import write_page
 from sparselong.run import Stage, run_stage
 
 
@@ -38,7 +39,9 @@ def check(config: Config) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the stage; return its exit code."""
     text = "Compress the base checkpoint, layer by layer."
-    return run_stage("02_compress", text, argv, execute, plan_stage, show_plan, check=check)
+    return run_stage(
+        "02_compress", text, argv, execute, plan_stage, show_plan, check, page=write_page
+    )
 
 
 if __name__ == "__main__":

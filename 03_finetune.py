@@ -19,6 +19,7 @@ from sparselong.config import Config
 from sparselong.data import check_tasks
 from sparselong.memory import check_model, find_shape, plan_stage, show_plan
 from sparselong.processes import find_world, hide_launcher, is_joined
+from sparselong.report import write_page
 from sparselong.run import Stage, run_stage
 
 NAME = "03_finetune"
@@ -66,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None) -> int:
     """Run the stage in this process; return the exit code."""
     text = "Fine-tune the compressed model, including masks and rounding."
-    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check=check, preview=preview)
+    return run_stage(
+        NAME, text, argv, execute, plan_stage, show_plan, check, preview=preview, page=write_page
+    )
 
 
 if __name__ == "__main__":

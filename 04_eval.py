@@ -18,9 +18,10 @@ import sys
 
 from sparselong.config import Config
 from sparselong.data import check_tasks
-from sparselong.evaluate import find_compared, is_measured
+from sparselong.evaluate import find_compared
 from sparselong.memory import check_model, plan_stage, show_plan
 from sparselong.processes import check_launcher, hide_launcher, is_joined
+from sparselong.report import write_page
 from sparselong.run import Stage, run_stage
 
 NAME = "04_eval"
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None) -> int:
     """Run the stage in this process; return the exit code."""
     text = "Compare the base, compressed and fine-tuned models."
-    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check, is_measured)
+    return run_stage(NAME, text, argv, execute, plan_stage, show_plan, check, page=write_page)
 
 
 if __name__ == "__main__":

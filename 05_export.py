@@ -24,6 +24,7 @@ from sparselong.data import check_tasks
 from sparselong.export import CHOICE, check_formats, plan_export
 from sparselong.memory import check_model, show_plan
 from sparselong.processes import check_alone
+from sparselong.report import write_page
 from sparselong.run import Stage, run_parts
 
 NAME = "05_export"
@@ -47,7 +48,9 @@ def check(stages: list[Stage]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Export the formats; return the exit code."""
     text = "Export the model in the forms that other tools open."
-    return run_parts(NAME, text, argv, execute, plan_export, show_plan, CHOICE, check)
+    return run_parts(
+        NAME, text, argv, execute, plan_export, show_plan, CHOICE, check, page=write_page
+    )
 
 
 if __name__ == "__main__":

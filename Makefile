@@ -4,7 +4,7 @@
 # make test      install, then all tests that run on a CPU
 # make test-mutations  480 damaged or rewritten bases and data files, twelve through all stages
 # make test-llama  compile llama.cpp once (a quarter of an hour), then tests that open exports with it
-# make test-web  tests of the chat page in Chromium, of the endpoint's clients and of the terminal
+# make test-web  tests of the pages in Chromium, of the endpoint's clients and of the terminal
 # make test-gpu  tests that need a CUDA device, with $(PYTHON) and without .venv
 # make bench     the demo, every benchmark that this machine can run, then BENCHMARKS.md
 # make lock      resolve requirements/requirements.lock again, keeping versions that still fit
@@ -53,6 +53,7 @@ demo: $(STAMP)
 	.venv/bin/python 05_export.py $(DEMO) --to mxfp4 gguf
 	.venv/bin/python 06_chat.py $(DEMO) --prompt "What is lzma?"
 	@echo 'talk to it: .venv/bin/python 06_chat.py $(DEMO)    (--web: on a page)'
+	@printf 'see what was done and measured: '; .venv/bin/python -m sparselong.report runs/demo
 
 # basedpyright is a pyright that downloads nothing when it runs; it reads [tool.pyright].
 check: $(STAMP)

@@ -8,6 +8,7 @@
     model
     tiny, adapters, generation
     health, compress, finetune, evaluate, export, chat
+    report, compare
 
 A module may import lower floors, its own folder and its parent folders, but never a sibling on its
 floor. From another folder it takes only names listed in that folder's `__init__`. tests/structure/
@@ -33,6 +34,7 @@ FLOORS = (
     {"model"},
     {"tiny", "adapters", "generation"},
     {"health", "compress", "finetune", "evaluate", "export", "chat"},
+    {"report", "compare"},
 )
 INNER = {
     "kernels": (
@@ -51,6 +53,7 @@ e.g. `mesh` and `collectives`, may import one another."""
 NO_TORCH = (
     *("errors", "lazy", "files", "registration", "provenance"),
     *("config", "run", "memory", "data"),
+    *("report", "compare"),
 )
 """Modules whose import must not import torch."""
 OFFERED = re.compile(r"sparselong\.(\w+)")

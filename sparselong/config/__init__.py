@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from sparselong.config import schema
     from sparselong.config.data import TrainOn
     from sparselong.config.evaluation import RULER_TASKS
-    from sparselong.config.keys import pick_sections
+    from sparselong.config.keys import leaves, pick_sections
+    from sparselong.config.profiles import PROFILES
     from sparselong.config.schema import (
         Config,
         ModelSection,

@@ -6,7 +6,7 @@ The schema itself is in schema.py; nothing here knows its keys.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,15 @@ def fill_sections(values: dict, section: type[Section]) -> None:
                 values[name] = {}
             if isinstance(values.get(name), dict):
                 fill_sections(values[name], field.annotation)
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key of nested values that is not a section, with its value."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def known_keys(section: type[Section], prefix: str = "") -> dict[str, type[Section]]:

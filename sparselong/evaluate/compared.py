@@ -60,12 +60,6 @@ def find_compared(config: Config) -> list[Compared]:
     return found
 
 
-def is_measured(config: Config, manifest: dict[str, Any]) -> bool:
-    """Return whether a finished stage has measured all models that `evaluation.compare` names."""
-    measured = manifest["metrics"].get("compared", {})
-    return all(measured.get(each.name) == each.fingerprint for each in find_compared(config))
-
-
 def check_sizes(compared: list[Compared], base: Path) -> None:
     """Raise unless the models have the base's sizes and tokens.
 

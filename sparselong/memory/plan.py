@@ -151,6 +151,10 @@ class Plan:
             "changes_to_fit": self.changes,
             **self.columns(),
             "stage_bytes": {name: _total(parts) for name, parts in self.stages.items()},
+            "components_at_peak": {
+                name: label(parts)
+                for name, parts in {**self.stages, "03_finetune": self.memory.at_peak}.items()
+            },
             "host_bytes": self.host_bytes,
             "training_tokens": self.tokens,
             "training_tokens_note": self.tokens_note,

@@ -99,17 +99,21 @@ class Memory:
     components: dict[str, int]
 
     @property
-    def peak_bytes(self) -> int:
-        """Largest number of bytes in use at once.
+    def at_peak(self) -> dict[str, int]:
+        """Components in use when most memory is.
 
         The loss, a layer's experts and its attention are never in memory together; all other
         components always are.
         """
-        loss, layer, experts, attention = (
-            self.components[name] for name in (LOSS, LAYER, EXPERTS, ATTENTION)
-        )
-        rest = sum(self.components.values()) - loss - layer - experts - attention
-        return rest + max(loss, layer + max(experts, attention))
+        layer = {LAYER, max(EXPERTS, ATTENTION, key=self.components.__getitem__)}
+        at_work = max({LOSS}, layer, key=lambda names: sum(self.components[n] for n in names))
+        absent = {LOSS, LAYER, EXPERTS, ATTENTION} - at_work
+        return {name: size for name, size in self.components.items() if name not in absent}
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest number of bytes in use at once."""
+        return sum(self.at_peak.values())
 
 
 def finetune_memory(

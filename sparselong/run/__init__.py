@@ -5,8 +5,8 @@ directory.py maintains the run directory. command.py is the program behind every
 reads the config, locks the run directory, checks whether the stage is up to date and its inputs
 exist, executes the stage, and writes `manifest.json` last. parts.py does so for a stage with
 several results, session.py for a script that makes none. manifests.py reads what finished stages
-recorded, and changes.py compares the inputs with it. interruption.py makes signals end a block as
-interruptions.
+recorded, finished.py that of a whole run, and changes.py compares the inputs with it. publishing.py
+has the page about the run written. interruption.py makes signals end a block as interruptions.
 """
 
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.run.command import parse_arguments, run_stage
     from sparselong.run.directory import Stage
+    from sparselong.run.finished import config_of, find_outdated, read_finished
     from sparselong.run.interruption import interruptible
     from sparselong.run.manifests import read_manifest
     from sparselong.run.parts import Choice, Part, run_parts

@@ -38,6 +38,7 @@ from sparselong.run.place import (
     find_run_dir,
     read_document,
 )
+from sparselong.run.publishing import Publish, publish
 from sparselong.run.stages import STAGES, complete_commands
 
 _KEPT = {
@@ -94,18 +95,18 @@ def parse_arguments(
     if STAGES[name].previews:
         text = "print N conversations (or one) with supervised tokens marked, touch nothing"
         parser.add_argument("--preview", metavar="N|FILE:LINE", help=text)
-    if STAGES[name].compares:
+    if STAGES[name].extended_by:
         text = "also measure models of other runs, or other checkpoints (evaluation.compare)"
         parser.add_argument("--compare", nargs="+", action="extend", metavar="RUN|PATH", help=text)
     if add_options is not None:
         add_options(parser)
     parser.set_defaults(preview=None)
     arguments = parser.parse_intermixed_args(argv)
-    if STAGES[name].compares and arguments.compare:
+    if STAGES[name].extended_by and arguments.compare:
         words: list[str] = arguments.compare  # it takes all words that follow, also overrides
         arguments.overrides += [word for word in words if "=" in word]
         named = [word for word in words if "=" not in word]
-        arguments.overrides.append(f"evaluation.compare={json.dumps(named)}")
+        arguments.overrides.append(f"{STAGES[name].extended_by}={json.dumps(named)}")
     arguments.repeated = _repeated(arguments)
     arguments.run_dir = find_run_dir(arguments.run_dir, arguments.config)
     return arguments
@@ -126,8 +127,8 @@ def run_stage(
     plan: Callable[[Config, Path, str], dict[str, Any]],
     show_plan: Callable[[dict[str, Any]], str],
     check: Callable[[Config], object] | None = None,
-    keep_result: bool | Callable[[Config, dict[str, Any]], bool] = True,
     preview: Callable[[Config, Path, str], dict[str, Any]] | None = None,
+    page: Publish | None = None,
 ) -> int:
     """Run one stage as a command line program.
 
@@ -139,9 +140,8 @@ def run_stage(
         plan: (config, run directory, stage name) → document for `--dry-run`; changes nothing.
         show_plan: formats the plan for display.
         check: raises, before anything is changed, if the config cannot be executed here.
-        keep_result: whether a finished stage is up to date, perhaps by its config and manifest: if
-            these say no, it continues. False repeats it on every call.
         preview: (config, run directory, option) → document with `text`; changes nothing.
+        page: writes the page about the run once the stage is done.
 
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
@@ -157,14 +157,15 @@ def run_stage(
         with writing(arguments.run_dir):
             check_run_dir(config, arguments.run_dir, arguments.config)
         stage = Stage(name, config, arguments.run_dir, forced=arguments.force)
-        redo = stage.forced or keep_result is False
+        redo = stage.forced or STAGES[name].repeats
         if arguments.dry_run:
-            text = show_plan(document := _plan(stage, redo, plan))
+            document = _plan(stage, redo, plan)
+            text = show_plan(document)
         elif preview is not None and arguments.preview is not None:
             document = preview(config, arguments.run_dir, arguments.preview)
             text = document["text"]
         else:
-            document = _run(stage, redo, execute, check, interruption, keep_result)
+            document = _run(stage, redo, execute, check, interruption, page)
             text = show_manifest(document)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
@@ -185,13 +186,14 @@ def _run(
     execute: Callable[[Stage], None],
     check: Callable[[Config], object] | None,
     interruption: Interruption,
-    keep_result: bool | Callable[[Config, dict[str, Any]], bool],
+    page: Publish | None,
 ) -> dict[str, Any]:
-    """Check and execute a stage, and return its manifest."""
-    is_current = keep_result if callable(keep_result) else None
+    """Check and execute a stage, write the page about the run, and return the stage's manifest."""
     cache = prepare_caches(stage, check)
     with locked(stage.run_dir):
-        return run_locked(stage, redo, execute, cache, interruption, is_current)
+        manifest = run_locked(stage, redo, execute, cache, interruption)
+        publish(stage, page)
+    return manifest
 
 
 def prepare_caches(stage: Stage, check: Callable[[Config], object] | None = None) -> Path | None:
@@ -210,7 +212,6 @@ def run_locked(
     execute: Callable[[Stage], None],
     cache: Path | None,
     interruption: Interruption,
-    is_current: Callable[[Config, dict[str, Any]], bool] | None = None,
 ) -> dict[str, Any]:
     """Execute a stage or part unless it is up to date, and return its manifest.
 
@@ -220,9 +221,8 @@ def run_locked(
         execute: does the work.
         cache: result of `prepare_caches`.
         interruption: raises if a signal came.
-        is_current: `keep_result` of `run_stage`, if that is a function.
     """
-    if prepare(stage, redo, is_current):
+    if prepare(stage, redo):
         title = f"{stage.name} {stage.part}" if stage.part else stage.name
         stage.log(f"{title} is up to date in {stage.run_dir} for this config")
         return read_document(stage.dir / MANIFEST) or {}

@@ -17,11 +17,10 @@ began is refused; a stage that was refused before it had anything to keep counts
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,12 @@ from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.run.changes import refuse_changed_inputs
 from sparselong.run.lock import writing
-from sparselong.run.manifests import FORMAT_VERSION, read_manifest, refuse_other_version
+from sparselong.run.manifests import (
+    FORMAT_VERSION,
+    hash_outputs,
+    read_manifest,
+    refuse_other_version,
+)
 from sparselong.run.own_files import has_begun, keep_others, remove_own
 from sparselong.run.place import (
     MANIFEST,
@@ -148,17 +152,12 @@ class Stage:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
 
-def prepare(
-    stage: Stage,
-    redo: bool,
-    is_current: Callable[[Config, dict[str, Any]], bool] | None = None,
-) -> bool:
+def prepare(stage: Stage, redo: bool) -> bool:
     """Prepare the stage's directory and read the manifests of its inputs.
 
     Args:
         stage: the stage to execute; its `manifests` are filled in.
         redo: whether to redo a finished stage.
-        is_current: `keep_result` of `command.run_stage`, if that is a function.
 
     Returns:
         Whether the stage is up to date.
@@ -171,7 +170,7 @@ def prepare(
     """
     refuse_replacing_others(stage.run_dir, stage.name, stage.part)
     manifest, present = (None, None) if redo else _read_present(stage)
-    if manifest and (is_current is None or is_current(stage.config, manifest)):
+    if manifest and _has_all(stage, manifest):
         return True
     read_inputs(stage)
     beginning = {
@@ -195,6 +194,15 @@ def prepare(
     for sentence in told:
         stage.log(sentence)
     return False
+
+
+def _has_all(stage: Stage, manifest: dict[str, Any]) -> bool:
+    """Return whether a finished stage has what the list of `extended_by` names."""
+    section, _, key = STAGES[stage.name].extended_by.partition(".")
+    if not key:
+        return True
+    recorded = manifest["config"].get(section, {}).get(key, ())
+    return set(getattr(getattr(stage.config, section), key)) <= set(recorded)
 
 
 def read_inputs(stage: Stage) -> None:
@@ -273,18 +281,9 @@ def _require(stage: Stage, name: str) -> dict[str, Any]:
 
 
 def _made_from(stage: Stage) -> dict[str, str | None]:
-    """Return a hash of the output files of each stage that this one reads; None if not done.
-
-    The hash stays the same if an earlier stage is redone and produces the same bytes, so it does
-    not cover the files' times.
-    """
-    hashes: dict[str, str | None] = {}
-    for name in stage.reads:
-        manifest = read_manifest(stage.run_dir, name)
-        rows = manifest["outputs"] if manifest else []
-        listed = json.dumps([{k: v for k, v in row.items() if k != "mtime_ns"} for row in rows])
-        hashes[name] = hashlib.sha256(listed.encode()).hexdigest() if manifest else None
-    return hashes
+    """Return a hash of the output files of each stage that this one reads; None if not done."""
+    earlier = {name: read_manifest(stage.run_dir, name) for name in stage.reads}
+    return {name: hash_outputs(found) if found else None for name, found in earlier.items()}
 
 
 def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,16 @@ def read_manifest(run_dir: Path, name: str, part: str = "") -> dict[str, Any] | 
         refuse_other_version(folder, manifest)
         check_manifest(folder / MANIFEST, name, manifest)
     return manifest
+
+
+def hash_outputs(manifest: dict[str, Any]) -> str:
+    """Return a hash of what a finished stage made.
+
+    It stays the same if the stage is redone and produces the same bytes, so it does not cover the
+    files' times.
+    """
+    rows = [{k: v for k, v in row.items() if k != "mtime_ns"} for row in manifest["outputs"]]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def refuse_other_version(directory: Path, found: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from sparselong.run.directory import Stage, check_finished
 from sparselong.run.interruption import Interruption, interruptible
 from sparselong.run.lock import locked, writing
 from sparselong.run.place import check_run_dir
+from sparselong.run.publishing import Publish, publish
 
 
 class Part(NamedTuple):
@@ -73,6 +74,7 @@ def run_parts(
     show_plan: Callable[[dict[str, Any]], str],
     choice: Choice,
     check: Callable[[list[Stage]], object],
+    page: Publish | None = None,
 ) -> int:
     """Run the parts of a stage that the command line asks for.
 
@@ -85,6 +87,7 @@ def run_parts(
         show_plan: formats the plan for display.
         choice: how the command line says which parts to make.
         check: raises, before anything is changed, if a part cannot be made with the config.
+        page: see `run_stage`; written once each part is done.
 
     Returns:
         0 if all parts are done, 1 if one failed, 2 for a usage or config error.
@@ -104,7 +107,7 @@ def run_parts(
             document = plan(stages)
             text = show_plan(document)
         else:
-            manifests = _make(stages, execute, outcome, interruption)
+            manifests = _make(stages, execute, outcome, interruption, page)
             document = {"stage": name, "status": "done", "parts": manifests}
             text = "\n".join(map(show_manifest, manifests.values()))
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
@@ -137,6 +140,7 @@ def _make(
     execute: Callable[[Stage], None],
     outcome: Outcome,
     interruption: Interruption,
+    page: Publish | None,
 ) -> dict[str, dict[str, Any]]:
     """Make one part after another, and return their manifests by name."""
     cache, manifests = prepare_caches(stages[0]), {}
@@ -145,4 +149,5 @@ def _make(
             outcome.part = stage.part
             redo = stage.forced or stage.is_renewed
             manifests[stage.part] = run_locked(stage, redo, execute, cache, interruption)
+            publish(stage, page)
     return manifests

@@ -18,7 +18,10 @@ from sparselong.run.stages import STAGES, redo_command
 MANIFEST, STARTED = "manifest.json", "started.json"
 _MARKS = {"data": "source.json", "base": "tiny.json"}
 """Folders that stages write in the run directory, with a file that shows that it was a stage."""
-_BESIDE = frozenset({*_MARKS, "cache", "date.txt", "date.txt.partial", "lost+found"})
+_BESIDE = frozenset(
+    {*_MARKS, "cache", "lost+found"}
+    | {f"{name}{end}" for name in ("date.txt", "report.html") for end in ("", ".partial")}
+)
 """Other things that stages write in the run directory before they begin, and that disks have."""
 _NOTES = (".log", ".txt", ".out", ".err", ".md")
 """How files end that people keep beside a run."""

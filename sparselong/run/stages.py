@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparselong.config import Config, hash_sections, pick_sections
+from sparselong.config import Config, hash_sections, leaves, pick_sections
 
 _COMMAND = re.compile(r"python \d\d_[a-z]+\.py\b(?! --help)(?![^\n,;]*--(config|run-dir)\b)")
 
@@ -30,19 +30,22 @@ class Declaration:
         reads: earlier stages whose results it opens; they must be done first.
         sections: top-level config keys that affect its result, besides those of what it reads.
         previews: whether its command line has `--preview`.
-        compares: whether its command line has `--compare`.
+        extended_by: the key of a list, set by `--compare`, that a finished result need not be redone
+            for: the stage continues if the list names more than its manifest's config does.
+        repeats: whether it is done again on every call, finished or not.
         parts: whether it has several results, each in a directory of its own with a manifest.
     """
 
     reads: tuple[str, ...]
     sections: tuple[str, ...]
     previews: bool = False
-    compares: bool = False
+    extended_by: str = ""
+    repeats: bool = False
     parts: bool = False
 
 
 STAGES: dict[str, Declaration] = {
-    "01_health": Declaration((), tuple(Config.model_fields)),
+    "01_health": Declaration((), tuple(Config.model_fields), repeats=True),
     "02_compress": Declaration(
         (),
         (
@@ -55,7 +58,9 @@ STAGES: dict[str, Declaration] = {
         ("sequence_len", "micro_batch_size", "lora", "finetuning_modifiers", "training"),
         previews=True,
     ),
-    "04_eval": Declaration(("02_compress", "03_finetune"), ("evaluation",), compares=True),
+    "04_eval": Declaration(
+        ("02_compress", "03_finetune"), ("evaluation",), extended_by="evaluation.compare"
+    ),
     "05_export": Declaration(("02_compress", "03_finetune"), (), parts=True),
     "06_chat": Declaration((), ()),
 }
@@ -117,22 +122,13 @@ def name_changes(
             hash: then both hashes are returned.
         reads: the earlier stages that it reads; None: those of the table.
     """
-    now = dict(_leaves(pick_sections(config, deciding_sections(name, reads))))
+    now = dict(leaves(pick_sections(config, deciding_sections(name, reads))))
     recorded = before.get("config")
-    then = dict(_leaves(recorded)) if isinstance(recorded, dict) else now
+    then = dict(leaves(recorded)) if isinstance(recorded, dict) else now
     changed = [key for key in now if then.get(key) != now[key]]
     if not changed:  # not recorded, or another version's keys
         return f"config hash {stage_hash(config, name, reads)}", str(before["config_hash"])
     return _as_overrides(changed, now), _as_overrides(changed, then)
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every dotted key that is not a section, with its value."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _as_overrides(keys: Iterable[str], values: dict[str, Any]) -> str:

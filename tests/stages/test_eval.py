@@ -93,6 +93,8 @@ def test_manifest_has_the_documented_metrics(run_dir):
             assert (row["answers"], row["ended"], row["tokens"]["most"]) == (1, 0, 40)
     outputs = {Path(file["path"]).name for file in manifest["outputs"]}
     assert {"results.json", "report.md", "evaluation.png", "base.json"} <= outputs
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "Perplexity on held-out conversations" in page and "what the model chose" in page
 
 
 def test_an_equal_model_is_equal_and_a_damaged_one_is_not(run_dir):

@@ -13,6 +13,8 @@ LIGHT = (
     "from sparselong.config import Config, schema; schema.load('configs/tiny.yaml', [])",
     "from sparselong.memory import make_plan, show_plan",
     "from sparselong.run import run_stage",
+    "from sparselong.report import write_page",
+    "from sparselong.compare import compare",
     "from sparselong.data import conversations, demo",
     "from sparselong.kernels.attention import describe_choice",
     "import sparselong.model, sparselong.kernels.experts, sparselong.adapters",

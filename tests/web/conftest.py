@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from playwright.sync_api import sync_playwright
 
 from sparselong.chat.server import add_page, make_app
 from sparselong.chat.settings import Settings
 from tests.chat.engines import ScriptedEngine
+from tests.web.browsing import CHROMIUM, FLAGS
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1"})
 
@@ -60,3 +62,13 @@ def server(tmp_path) -> Iterator[Server]:
     made = Server(tmp_path / "conversations")
     yield made
     made.stop()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if CHROMIUM is None:
+        pytest.fail("tests of the pages need Chromium: install the package chromium")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()

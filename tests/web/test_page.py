@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from sparselong.data import Delta
 from tests.chat.engines import HELLO, ScriptedEngine
+from tests.web.browsing import SHOTS
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-SHOTS = Path(__file__).parent / "screenshots"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--no-first-run"]  # fmt: skip
 LONG = [Delta("analysis", "The user wants numbers. ", None),
         *(Delta("final", f"{n}\n\n", None) for n in range(200))]  # fmt: skip
 MARKDOWN = """# Title
@@ -44,16 +39,6 @@ EVIL = (
     '<img src=x onerror="document.title=1"> <script>document.title=2</script> '
     "[x](javascript:alert(1))"
 )
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.fail("tests of the page need Chromium: install the package chromium")
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
