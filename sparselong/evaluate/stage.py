@@ -108,6 +108,7 @@ def _publish(
         for device, peak_bytes in result["peak_bytes"].items():
             stage.peak_bytes[device] = max(peak_bytes, stage.peak_bytes.get(device, 0))
     document = report.build_results(stage.config, results, warnings)
+    document["files"] = {label: path.name for label, path in zip(results, names, strict=True)}
     outputs = [stage.dir / name for name in ("results.json", "report.md", "evaluation.png")]
     write_atomically(outputs[0], json.dumps(document, indent=1) + "\n")
     write_atomically(outputs[1], report.render(document))

@@ -30,8 +30,8 @@ class Declaration:
         reads: earlier stages whose results it opens; they must be done first.
         sections: top-level config keys that affect its result, besides those of what it reads.
         previews: whether its command line has `--preview`.
-        extended_by: the key of a list, set by `--compare`, that a finished result need not be redone
-            for: the stage continues if the list names more than its manifest's config does.
+        extended_by: key of a list, set by `--compare`. A finished stage continues, and is not
+            redone, if the list names more than the config in its manifest.
         repeats: whether it is done again on every call, finished or not.
         parts: whether it has several results, each in a directory of its own with a manifest.
     """
