@@ -31,7 +31,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, axis in zip(panels, axes, strict=True):
         panel(axis, names, {**results, "bars": bars, "ruler": drawn, "divergence": compared})
-    axes[0].legend()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(names))
     FigureCanvasAgg(figure).print_png(path)
 
 
@@ -116,7 +117,8 @@ def _draw_divergence(axis: Any, names: list[str], results: dict[str, Any]) -> No
         every += middles
     _scale_tokens(axis, every)
     axis.set(xlabel="tokens of context before the token", ylabel="divergence from the base (nats)")
-    axis.set_ylim(bottom=0)
+    most = max(each["kl"] for row in results["divergence"].values() for each in row["by_position"])
+    axis.set_ylim(0, 1.08 * most or 1)
 
 
 def _scale_tokens(axis: Any, places: Sequence[float]) -> None:
