@@ -29,8 +29,7 @@ NAME = "04_eval"
 
 def execute(stage: Stage) -> None:
     """Evaluate; torch is imported only after the command line and the config are validated."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; ours is shown instead
     from sparselong.evaluate import check_models
 
     check_models(stage)

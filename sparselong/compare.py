@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from sparselong.config import leaves
 from sparselong.errors import ConfigError, ExpectedError, StageError
+from sparselong.figures import format_bytes, format_seconds
 from sparselong.files import read_json
-from sparselong.memory import format_bytes, format_seconds
 from sparselong.registration import set_streams
 from sparselong.run import config_of, find_outdated, read_finished
 

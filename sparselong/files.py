@@ -168,12 +168,15 @@ def point_to(link: Path, target: str, tell: Callable[[str], None]) -> None:
     """Make `link` a symbolic link to `target`, for people's convenience only.
 
     Nothing reads the link, so a failure is told in one line and ends nothing. An older link is
-    replaced; a file or directory in its place is left alone.
+    replaced at once; a file or directory in its place is left alone.
     """
+    partial = link.with_name(f".{link.name}.partial")
     try:
-        if link.is_symlink():
-            link.unlink()
-        link.symlink_to(target)
+        if os.path.lexists(link) and not link.is_symlink():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(target)
+        partial.replace(link)
     except OSError as error:
         reason = error.strerror or str(error)
         tell(f"{link} is not made a link to {target}: {reason} (only a convenience)")

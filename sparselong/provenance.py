@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,16 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
         used -= files.get("active_file", 0) + files.get("inactive_file", 0)
         total, available = limit, min(available, limit - max(0, used))
     return total, available
+
+
+def missing_modules(names: Iterable[str]) -> list[str]:
+    """Return the top-level modules that cannot be found, without importing any."""
+    return [name for name in names if util.find_spec(name) is None]
+
+
+def install_command(packages: Iterable[str]) -> str:
+    """Return the command that adds packages to this Python's environment."""
+    return f".uv/bin/uv pip install --python {shlex.quote(sys.executable)} {' '.join(packages)}"
 
 
 def _read_numbers(path: Path, unit: int = 1) -> dict[str, int]:

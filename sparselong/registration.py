@@ -10,11 +10,12 @@ that, so nothing is imported here. Instead, a finder on `sys.meta_path` acts aft
 They may be imported in either order, also while the other is only partly imported.
 
 Stages also call `set_streams` and `move_caches`, so that neither a terminal's encoding nor a home
-directory that cannot be written ends them.
+directory that cannot be written ends them, and `choose_gpu` on request.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import importlib
 import importlib.abc
@@ -30,7 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sparselong.errors import StageError
+from sparselong.errors import ConfigError, StageError
 
 _TRIGGER = "transformers.modeling_utils"
 
@@ -39,6 +40,7 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "WANDB_MODE": "offline",
+    "WANDB_ERROR_REPORTING": "false",
     "TOKENIZERS_PARALLELISM": "false",
     # Its warnings, such as that there is no accelerator, go to stdout, which holds our results.
     "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",
@@ -121,7 +123,8 @@ class _Stream(io.FileIO):
 def set_streams() -> None:
     """Make stdout and stderr, also those of child processes, accept any text and never end a stage.
 
-    Characters that the encoding lacks are escaped. A closed stream discards what is written.
+    Characters that the encoding lacks are escaped. A closed stream discards what is written. Where
+    stderr is no terminal, libraries draw no progress bars, whose control characters nobody reads.
     """
     for descriptor in range(3):
         try:
@@ -147,12 +150,61 @@ def set_streams() -> None:
             setattr(sys, name, made)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if not sys.stderr.isatty():
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
     os.environ["PYTHONIOENCODING"] = "utf-8:backslashreplace"
     if "error" in os.environ.get("PYTHONWARNINGS", ""):
         os.environ["PYTHONWARNINGS"] = "default"
     if any("error" in option for option in sys.warnoptions):
         # Of our dependencies some warn when they are imported.
         warnings.simplefilter("default")
+
+
+def choose_gpu(number: int) -> None:
+    """Let this process and its children use one GPU alone; before anything has asked CUDA.
+
+    Args:
+        number: of the GPU as nvidia-smi lists it, or its place in CUDA_VISIBLE_DEVICES if that is
+            set.
+
+    Raises:
+        ConfigError: there is no such GPU, or a launcher started several processes.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        raise ConfigError(
+            "--gpu names one GPU, but a launcher started several processes",
+            "one process",
+            f"WORLD_SIZE={size}",
+            "leave out --gpu; CUDA_VISIBLE_DEVICES says which GPUs several processes may use",
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        names = [str(each) for each in range(_count_gpus())]
+        found = f"{len(names)} GPUs" if names else "no NVIDIA driver, or no GPU"
+    else:
+        names = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+        found = f"CUDA_VISIBLE_DEVICES={visible}"
+    if not 0 <= number < len(names):
+        numbers = f"a number from 0 to {len(names) - 1}" if names else "a machine with a GPU"
+        fix = "see nvidia-smi; without --gpu a machine without GPUs computes on its CPU"
+        raise ConfigError(f"--gpu {number} does not exist", numbers, found, fix)
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[number]
+
+
+def _count_gpus() -> int:
+    """Return the number of GPUs by NVML, whose import is no second and creates no context."""
+    try:
+        driver = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_uint(0)
+    if driver.nvmlInit_v2() == 0:
+        driver.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        driver.nvmlShutdown()
+    return count.value
 
 
 def move_caches(folder: Path, repositories: Iterable[str]) -> bool:

@@ -1,9 +1,9 @@
 """Import rules: floors, public names, and the number of modules in a folder.
 
-    errors, files, lazy, registration, provenance
+    errors, figures, files, lazy, registration, provenance
     config, packing, runtime
-    run, memory, data, kernels          kernels: gpu, layout | attention, layer | decode
-    parallel                                     | dense, experts
+    run, memory, data, kernels          kernels: gpu, layout | attention, layer, sweep
+    parallel                                     | decode | dense, experts
     checkpoint, processes
     model
     tiny, adapters, generation
@@ -26,7 +26,7 @@ from tests.structure import tree
 from tests.structure.tree import PACKAGE, ROOT, dotted, is_folder, sources
 
 FLOORS = (
-    {"errors", "files", "lazy", "registration", "provenance"},
+    {"errors", "figures", "files", "lazy", "registration", "provenance"},
     {"config", "packing", "runtime"},
     {"run", "memory", "data", "kernels"},
     {"parallel"},
@@ -39,7 +39,7 @@ FLOORS = (
 INNER = {
     "kernels": (
         {"gpu", "layout", "expert_stack", "launch"},
-        {"attention", "layer"},
+        {"attention", "layer", "sweep"},
         {"decode"},
         {"dense", "experts"},
     ),
@@ -51,7 +51,7 @@ INNER = {
 """Floors within a folder, by names of its modules and subfolders. Single modules on one floor,
 e.g. `mesh` and `collectives`, may import one another."""
 NO_TORCH = (
-    *("errors", "lazy", "files", "registration", "provenance"),
+    *("errors", "figures", "files", "lazy", "registration", "provenance"),
     *("config", "run", "memory", "data"),
     *("report", "compare"),
 )

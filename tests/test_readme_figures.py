@@ -21,15 +21,14 @@ PROMISES = promises.read_promises()
 def readable_lines(text: str) -> list[str]:
     """Return README's paragraphs, table rows and transcripts, one line each.
 
-    Omits commands, code, links, and the columns of the generated table whose figures have their
+    Omits commands, code and links. The promises' remarks are added; their other columns have their
     own sources.
     """
-    table = text[text.index(promises.BEGIN) : text.index(promises.END)]
     remarks = [
         "- " + " ".join(e.get(key, "") for key in ("what", "not_run", "why")) for e in PROMISES
     ]
     lines, block = [""], None
-    for line in text.replace(table, "\n".join(remarks) + "\n").splitlines():
+    for line in [*text.splitlines(), "", *remarks]:
         if line.startswith("```"):
             block = None if block is not None else line[3:]
             lines.append("")
@@ -79,10 +78,6 @@ def test_a_promise_matches_its_source(entry):
         value = figures.look_up(ours["from"], ours["unit"])
         assert figures.is_shown(str(ours["value"]), value), value
         assert entry["machine"] == figures.name_machine(ours["from"])
-
-
-def test_the_table_of_promises_is_up_to_date():
-    assert promises.replace_table(README) == README, "run python -m benchmarks.report"
 
 
 def test_every_figure_in_the_designs_is_among_the_promises():

@@ -1,10 +1,10 @@
 """Mask and scale updates during training: which two of every four weights are kept.
 
-Stage 02 removed two weights of every four with SparseGPT: not the two smallest, but the two whose
-loss the remaining ones could best compensate. The remaining weights were corrected accordingly; the
-removed ones kept their old values in the masters. Selecting masks by magnitude right afterwards
-would undo part of that selection before anything is learned: it flips about 7 % of the bits and
-restores weights that the correction already compensates.
+Stage 02 removed two weights of every four: not the two smallest, but the two whose loss the
+remaining ones could best compensate. The remaining weights were corrected accordingly; the removed
+ones kept their old values in the masters. Selecting masks by magnitude right afterwards would undo
+part of that selection before anything is learned: in the small demo model it flips 14 % of the bits
+and restores weights that the correction already compensates.
 
 The default criterion, *hysteresis*, therefore measures the change since stage 02. The two highest
 scores of four are kept, where a weight's score is |weight| minus two handicaps:
@@ -16,7 +16,7 @@ scores of four are kept, where a weight's score is |weight| minus two handicaps:
 With h, an untrained adapter (weight == master) changes nothing. h alone would leave the largest
 removed weight tied with the smallest kept one wherever stage 02 disagreed with magnitude, and any
 noise would swap them: in the small demo model, noise of a millionth of the weights' spread flips
-5 % of the bits. m requires a real gain, one that rounding does not hide. It applies to the weights
+7 % of the bits. m requires a real gain, one that rounding does not hide. It applies to the weights
 that are *currently* dropped, so a restored weight gains the advantage that its rival had, and
 swapping them back takes a change of 2 m, a whole step. This prevents oscillation. h refers to
 stage 02's mask for the whole run.

@@ -22,6 +22,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 
 from sparselong.compress.hessian import Hessian
 from sparselong.compress.solver import Compressed, compress_weight
+from sparselong.config import CalibrationSection
 from sparselong.errors import StageError
 from sparselong.model import NAME, PackedExperts, PackedLinear, fuse
 from sparselong.packing import DenseFormat, dense
@@ -131,7 +132,7 @@ class CalibratedLayer:
         self,
         states: torch.Tensor,
         fmt: DenseFormat,
-        dampening: float,
+        calibration: CalibrationSection,
         log: Callable[[str], None],
     ) -> CompressedLayer:
         """Compress q, k, v, then o, and replace the dense layers by the packed ones."""
@@ -141,7 +142,9 @@ class CalibratedLayer:
             for name in names:
                 full = f"model.layers.{self.index}.self_attn.{name}"
                 linear = getattr(self.layer.self_attn, name)
-                made = compress_weight(linear.weight, hessian, fmt, dampening, full)
+                made = compress_weight(
+                    linear.weight, hessian, fmt, calibration.dampening, full, calibration.solver
+                )
                 packed = self._replace(name, linear, made, fmt)
                 result.stored |= {f"{full}.{key}": value for key, value in packed.items()}
                 result.masters[f"{full}.weight"] = made.master

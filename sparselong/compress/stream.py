@@ -38,6 +38,7 @@ from sparselong.compress.report import measure
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.errors import StageError
+from sparselong.figures import format_bytes
 from sparselong.files import point_to, read_json, write_atomically
 from sparselong.model import SparseLongConfig, implementation, settle_template
 from sparselong.provenance import are_rows, describe_files, read_peaks, reset_peaks
@@ -119,8 +120,12 @@ def record_base(stage: Stage, base: Checkpoint) -> None:
         return
     paths = base.inventory.paths
     size = sum(path.stat().st_size for path in paths)
-    stage.log(f"hashing the base checkpoint ({len(paths)} files, {size / 1e9:.1f} GB)")
-    rows = describe_files(paths, stage.run_dir)
+    stage.log(f"hashing the base checkpoint ({len(paths)} files, {format_bytes(size)})")
+    rows = []
+    stage.report("file hashed", 0, len(paths))
+    for number, file in enumerate(paths, start=1):
+        rows += describe_files([file], stage.run_dir)
+        stage.report("file hashed", number, len(paths))
     write_atomically(path, json.dumps({"files": rows}, indent=1) + "\n")
     stage.described += rows
 
@@ -155,9 +160,13 @@ def _compress_layers(stage: Stage, inputs: Inputs, device: torch.device) -> None
         f"{states.layers_done} of {architecture.num_hidden_layers} layers already done"
     )
     _check_layers(stage, states.layers_done)
+    stage.report("layer", states.layers_done, architecture.num_hidden_layers)
     for index in range(states.layers_done, architecture.num_hidden_layers):
         _compress_layer(stage, base, architecture, index, states, device)
         states.save(index + 1)
+        host, *gpus = read_peaks().values()
+        peak = format_bytes(max(gpus, default=host))
+        stage.report("layer", index + 1, architecture.num_hidden_layers, f"peak {peak}")
 
 
 def _check_layers(stage: Stage, count: int) -> None:
@@ -196,7 +205,7 @@ def _compress_layer(
     dense_file = stage.dir / "model.partial" / DENSE_FILE.format(index)
     master_file = stage.dir / "masters" / MASTER_FILE.format(index)
     if fmt.is_sparse or fmt.is_quantized:
-        made = layer.compress(states.states, fmt, stage.config.calibration.dampening, stage.log)
+        made = layer.compress(states.states, fmt, stage.config.calibration, stage.log)
         stored |= made.stored
         record["relative_error"] = made.relative_error
         write_tensors(master_file, made.masters)

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from sparselong.config.keys import leaves, pick_sections
     from sparselong.config.profiles import PROFILES
     from sparselong.config.schema import (
+        CalibrationSection,
         Config,
         ModelSection,
+        Solver,
         dump,
         hash_sections,
         is_resolved,

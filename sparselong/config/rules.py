@@ -21,6 +21,7 @@ def check_rules(config: Config) -> None:
     _check_checkpointing(config)
     _check_kept(config)
     _check_steps(config)
+    _check_stopping(config)
     _check_tasks(config)
     _check_ruler(config)
     _check_shares(config)
@@ -108,6 +109,16 @@ def _check_steps(config: Config) -> None:
             "training.logging_steps",
             f"training.save_steps ({training.save_steps}) must be a multiple of "
             f"training.logging_steps ({training.logging_steps}): resumed curves must continue",
+        )
+
+
+def _check_stopping(config: Config) -> None:
+    training = config.training
+    if training.early_stopping_threshold and training.early_stopping_patience is None:
+        raise KeyFault(
+            "training.early_stopping_threshold",
+            f"training.early_stopping_threshold: {training.early_stopping_threshold} has no effect "
+            "without training.early_stopping_patience",
         )
 
 

@@ -42,6 +42,7 @@ from sparselong.config.values import Count, Length, Positive, Scale
 from sparselong.errors import ConfigError
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
+Solver = Literal["sweep", "llmcompressor"]
 
 
 class ModelSection(Section):
@@ -93,6 +94,10 @@ class CalibrationSection(Section):
     """Length of a calibration sequence, in tokens."""
     dampening: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Fraction of the Hessian's mean diagonal that is added to the diagonal before inversion."""
+    solver: Solver = "sweep"
+    """How 2:4 masks and codes are found. `sweep` chooses both in one sweep over the columns, after
+    fitting the weights to a draft of the mask. `llmcompressor` prunes with its SparseGPT, then
+    rounds by GPTQ: slower, with larger errors, for comparison."""
 
 
 class LoraSection(Section):

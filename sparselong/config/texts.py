@@ -74,12 +74,22 @@ def check_project(text: str) -> str:
     return text
 
 
+def check_function(text: str) -> str:
+    """Return FILE.py:FUNCTION with the home directory expanded; raise ValueError for other text."""
+    file, _, name = text.rpartition(":")
+    if not file.endswith(".py") or not name.isidentifier():
+        raise ValueError("FILE.py:FUNCTION, a Python file and a function in it")
+    return f"{check_place(file)}:{name}"
+
+
 Text = Annotated[str, AfterValidator(check_text)]
 """A name that is not a path."""
 Place = Annotated[str, AfterValidator(check_place)]
 """A file, a directory, or a name on the hub."""
 Project = Annotated[str, AfterValidator(check_project)]
-"""A project name of Weights & Biases."""
+"""A project name of Weights & Biases, which is stricter than trackio."""
+Function = Annotated[str, AfterValidator(check_function)]
+"""A Python file and a function in it, `FILE.py:FUNCTION`."""
 
 
 def is_text(annotation: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sparselong.config.keys import Incidental, Section
-from sparselong.config.texts import Project
+from sparselong.config.texts import Function, Project
 from sparselong.config.values import Fraction, Positive, Scale
 
 
@@ -63,10 +63,32 @@ class TrainingSection(Section):
     save_total_limit: Annotated[Positive, Incidental()] = 3
     """Number of checkpoints to keep; the best one is always kept."""
     early_stopping_patience: Positive | None = None
-    """Number of evaluations without improvement after which training stops; null disables it."""
-    loss_target: Annotated[Scale | None, Incidental()] = None
-    """Training loss at which an alert is logged once; null disables it."""
+    """Number of evaluations in a row without a lower validation loss after which training stops;
+    null disables it."""
+    early_stopping_threshold: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
+    """How much lower, in nats per token, a validation loss must be than the last one that was."""
+    loss_target: Scale | None = None
+    """Loss in nats per token at which training stops: a validation loss, or a training loss as
+    logged, which is a mean over `logging_steps` steps; null disables it."""
+    metrics: Annotated[Function | None, Incidental()] = None
+    """Function of your own for each evaluation, as `my_metrics.py:function`. It is called as
+    `function(predictions, labels)`, two int64 arrays with an entry for each supervised token of the
+    validation conversations, in order: the most likely token and the right one. It returns a number
+    or a dict of numbers, for metrics.jsonl, trackers and manifest."""
     use_tensorboard: Annotated[bool, Incidental()] = False
-    """Also write TensorBoard event files."""
+    """Also write TensorBoard event files, to `03_finetune/tensorboard`."""
     wandb_project: Annotated[Project | None, Incidental()] = None
-    """Also log to this Weights & Biases project; null disables it."""
+    """Also log to this Weights & Biases project, to `03_finetune/wandb`; null disables it. Nothing
+    is uploaded unless the environment says WANDB_MODE=online."""
+    trackio_project: Annotated[Project | None, Incidental()] = None
+    """Also log to this project of trackio, which keeps it on this machine; null disables it."""
+
+    @property
+    def tracker_modules(self) -> dict[str, tuple[str, ...]]:
+        """Modules that each tracker needs which is asked for, by its key."""
+        asked = {
+            "use_tensorboard": (self.use_tensorboard, ("tensorboard",)),
+            "wandb_project": (self.wandb_project, ("wandb",)),
+            "trackio_project": (self.trackio_project, ("trackio", "gradio")),
+        }
+        return {key: modules for key, (value, modules) in asked.items() if value}

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sparselong.evaluate.work import BASE, Mark, Questions
 from sparselong.files import load_json, write_atomically
 from sparselong.model import describe_placement, implementation, load_model
 from sparselong.provenance import read_peaks, reset_peaks
+from sparselong.run import Stage
 from sparselong.runtime import using
 
 _RESULT = (
@@ -52,10 +54,8 @@ class Measurements:
     samples: list[perplexity.Sample]
 
 
-def measure(
-    mark: Mark, measurements: Measurements, folder: Path, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """Return one model's figures, from `folder/<name>.json` if up to date.
+def measure(mark: Mark, measurements: Measurements, stage: Stage) -> dict[str, Any]:
+    """Return one model's figures, from `04_eval/<name>.json` if up to date.
 
     Returns:
         {fingerprint, tasks (`tasks.grade`), perplexity, divergence and health (`opened.Measured`),
@@ -65,12 +65,12 @@ def measure(
     Raises:
         StageError: the checkpoint cannot be opened.
     """
-    kept = find_kept(mark, folder, progress)
+    kept = find_kept(mark, stage.dir, stage.log)
     if kept and not mark.only_states:
         return kept
     start = time.monotonic()
     reset_peaks()
-    found, loaded, experts = _open_and_measure(mark, measurements, folder, progress)
+    found, loaded, experts = _open_and_measure(mark, measurements, stage)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -88,11 +88,11 @@ def measure(
         "peak_bytes": read_peaks(),
         "experts": experts,
     }
-    return keep(mark.name, result, folder, progress)
+    return keep(mark.name, result, stage.dir, stage.log)
 
 
 def _open_and_measure(
-    mark: Mark, measurements: Measurements, folder: Path, progress: Callable[[str], None]
+    mark: Mark, measurements: Measurements, stage: Stage
 ) -> tuple[Measured | None, float, dict[str, Any]]:
     """Return what `measure_opened` does, seconds of loading, and where experts were."""
     start = time.monotonic()
@@ -100,10 +100,11 @@ def _open_and_measure(
     config = suite.config
     model = load_model(Path(mark.directory), attn_implementation=implementation(config))
     loaded = round(time.monotonic() - start, 1)
-    progress(f"{mark.name}: loaded from {mark.directory} in {loaded:.1f} s")
+    stage.log(f"{mark.name}: loaded from {mark.directory} in {loaded:.1f} s")
+    spread = Spread(report=partial(stage.report, f"{mark.name}: batch"))
     told = measurements.questions, measurements.samples, suite.tokenizer, config
     with using(attention_backend=config.attention_backend, deterministic=config.deterministic):
-        found = measure_opened(mark, model, *told, Spread(), folder)
+        found = measure_opened(mark, model, *told, spread, stage.dir)
     return found, loaded, describe_placement(model)
 
 

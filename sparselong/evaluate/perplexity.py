@@ -29,10 +29,9 @@ from typing import Any
 import torch
 
 from sparselong.data import Encoded
-from sparselong.evaluate.scoring import score_tokens
 from sparselong.evaluate.spread import Spread, pad
 from sparselong.kernels.layer import token_losses
-from sparselong.model import PartialHead
+from sparselong.model import PartialHead, score_tokens
 
 _BATCH_TOKENS = 16384
 

@@ -28,9 +28,10 @@ from sparselong.files import write_atomically
 from sparselong.model import describe_placement, implementation, load_model, load_tokenizer
 from sparselong.parallel import Mesh, shard_model
 from sparselong.processes import (
-    MARK,
     decide_evaluation_sharing,
     end_at_once,
+    report_progress,
+    tell,
     tell_failures,
     telling_memory,
     write_failure,
@@ -54,7 +55,7 @@ def main(path: Path) -> None:
         shared = mesh.expert_size > 1
         how = f"{mesh.expert_size} share experts and vocabulary" * shared or "each holds all"
         how += ", experts in host memory" * (held.placement == "host")
-        print(f"{MARK}{mesh.data_size} processes: {how}", flush=True)
+        tell(f"{mesh.data_size} processes: {how}")
     for mark in work.models:
         with using(expert_placement=held.placement):
             result = _measure(mark, work, config, mesh, folder)
@@ -83,14 +84,14 @@ def _measure(
             model = load_model(Path(mark.directory), attn_implementation=implementation(config))
         loaded = time.monotonic() - start
         if ranks.is_first():
-            where = f"{mark.name}: loaded from {mark.directory}"
-            print(f"{MARK}{where} in {loaded:.1f} s", flush=True)
+            tell(f"{mark.name}: loaded from {mark.directory} in {loaded:.1f} s")
         tokenizer = load_tokenizer(Path(work.tokenizer)) if any(work.questions[1:]) else None
+        spread = Spread(mesh, partial(report_progress, f"{mark.name}: batch"))
         samples = [perplexity.Sample(*sample) for sample in work.samples]
         told = work.questions, samples, tokenizer, config
         # Watched one model at a time: ranks may take longer to load than an exchange may.
         with ranks.watched(partial(write_failure, folder, mesh.data_rank)), telling():
-            found = measure_opened(mark, model, *told, Spread(mesh), folder)
+            found = measure_opened(mark, model, *told, spread, folder)
             peak_bytes = ranks.merge_peaks(read_peaks())
             placed = describe_placement(model, ranks.collect)
     return found and {

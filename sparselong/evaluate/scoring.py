@@ -14,15 +14,10 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from sparselong.evaluate.spread import Spread, pad
 from sparselong.evaluate.work import Request
-from sparselong.kernels.layer import combine_statistics, shard_statistics
-from sparselong.model import PartialHead
-from sparselong.runtime import current
-
-_CHUNK_ROWS = 512
+from sparselong.model import score_tokens
 
 
 @torch.inference_mode()
@@ -81,25 +76,3 @@ def _score_batch(
     sums = [part.double().sum().item() for part in scores.cpu().split(lengths)]
     greedy = [bool(part.all()) for part in (best == targets).cpu().split(lengths)]
     return list(zip(sums, greedy, strict=True))
-
-
-def score_tokens(
-    head: Any, states: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's log-probability of its target, and the token of its largest logit.
-
-    Args:
-        head: lm_head, or the part of it that this process holds; then the call is collective.
-        states: [rows, width], final hidden states.
-        targets: int64 [rows].
-    """
-    if isinstance(head, PartialHead):
-        exchange: Any = current().vocabulary
-        return exchange.score(states, head.weight, targets, head.total)
-    parts = []
-    for rows, labels in zip(states.split(_CHUNK_ROWS), targets.split(_CHUNK_ROWS), strict=True):
-        logits = functional.linear(rows, head.weight)
-        losses, _ = combine_statistics(shard_statistics(logits, labels, 0)[None])
-        parts.append((-losses, logits.argmax(1)))
-    scores, best = zip(*parts, strict=True)
-    return torch.cat(scores), torch.cat(best)

@@ -9,6 +9,7 @@ single padding token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -28,9 +29,11 @@ class Spread:
 
     Attributes:
         mesh: this process's place among them; None: it evaluates alone.
+        report: is told after each round how many are done, and of how many.
     """
 
     mesh: Mesh | None = None
+    report: Callable[[int, int], None] | None = None
 
     @property
     def size(self) -> int:
@@ -52,11 +55,15 @@ class Spread:
         """Number of the model of which this process holds all or a part."""
         return 0 if self.mesh is None else self.mesh.data_rank // self.mesh.expert_size
 
-    def rounds(self, batches: list[list[Item]]) -> list[list[list[Item]]]:
-        """Return the batches in groups of one for each process; the last ones may be empty."""
+    def rounds(self, batches: list[list[Item]]) -> Iterator[list[list[Item]]]:
+        """Yield the batches in groups of one for each process; the last ones may be empty."""
         missing: list[list[Item]] = [[]] * (-len(batches) % self.size)
         batches = batches + missing
-        return [batches[first : first + self.size] for first in range(0, len(batches), self.size)]
+        report, total = self.report or (lambda done, total: None), len(batches) // self.size
+        report(0, total)
+        for done in range(total):
+            yield batches[done * self.size : (done + 1) * self.size]
+            report(done + 1, total)
 
     def settings(self, texts: list[list[list[int]]]) -> AbstractContextManager[Any]:
         """Return a block with the settings of a pass.

@@ -66,7 +66,7 @@ def evaluate(stage: Stage) -> None:
         results = together.measure(stage, world, marks, measurements)
     else:
         held = decide_evaluation_sharing(stage.config)  # refuses what cannot fit before it loads
-        measure = partial(models.measure, folder=stage.dir, progress=stage.log)
+        measure = partial(models.measure, stage=stage)
         with using(expert_placement=held.placement), telling_memory(fix=MEMORY_FIX):
             results = {mark.name: measure(mark, measurements) for mark in marks}
     _publish(stage, results, compared, warnings)

@@ -9,13 +9,8 @@ from sparselong.export.form import Work
 from sparselong.export.formats import find_format
 from sparselong.export.hub import HUB, plan_upload
 from sparselong.export.inputs import model_directory
-from sparselong.memory import (
-    compressed_groups,
-    find_rate,
-    find_shape,
-    format_bytes,
-    format_seconds,
-)
+from sparselong.figures import format_bytes, format_seconds
+from sparselong.memory import compressed_groups, find_rate, find_shape
 from sparselong.run import Stage, read_manifest
 
 _DECODED_PER_SECOND = 5e7

@@ -29,8 +29,8 @@ from sparselong.checkpoint import (
     read_header,
 )
 from sparselong.errors import StageError
+from sparselong.figures import format_bytes
 from sparselong.files import copy_atomically, read_json, write_atomically
-from sparselong.memory import format_bytes
 from sparselong.provenance import are_rows, describe_files, refuse_changes
 from sparselong.run import Stage
 
@@ -84,11 +84,13 @@ def write_shards(stage: Stage, shards: Mapping[str, Shapes], parts: Parts) -> No
     rows = _read_written(stage)
     left = [file for file in shards if file not in rows]
     check_space(stage, sum(count_bytes(*one) for file in left for one in shards[file].values()))
+    stage.report("file", len(shards) - len(left), len(shards))
     for number, file in enumerate(left, start=1 + len(shards) - len(left)):
         rows[file] = _write_shard(stage.dir / file, shards[file], parts)
         _record(stage, rows)
         size = format_bytes(rows[file]["bytes"])
         stage.log(f"{file} ({number} of {len(shards)}): {size} written and read back")
+        stage.report("file", number, len(shards))
     stage.described += [{**row, "path": str((stage.dir / name).absolute())}
                         for name, row in rows.items()]  # fmt: skip
 

@@ -4,8 +4,8 @@ trainer.py is the stage. It generates Axolotl's YAML (axolotl_config.py) and sha
 trainers (training_run.py). supervision.py labels the rows, and one_line.py shows one of them on
 request. axolotl_plugin.py is the only file that imports axolotl;
 masked_trainer.py changes its trainer, batches.py orders the data, callbacks.py, keeping.py and
-routers.py act at training steps, and state.py saves and restores checkpoints. The adapters are in
-sparselong/adapters.
+routers.py act at training steps, watching/ records the run and ends it early, and state.py saves
+and restores checkpoints. The adapters are in sparselong/adapters.
 
 For several processes, processes/launch.py finds them, processes/process.py starts and watches them,
 rank.py runs in each, processes/sharing.py decides whether they share experts and vocabulary,

@@ -100,8 +100,8 @@ def build(run: TrainingRun, resume_from: Path | None) -> dict[str, Any]:
         **_schedule(config),
         "resume_from_checkpoint": str(resume_from) if resume_from else None,
         "output_dir": str(run.axolotl),
-        "use_tensorboard": training.use_tensorboard,
-        **_wandb(config),
+        # A callback of ours tells the trackers, which then get the same figures as metrics.jsonl.
+        **{"use_tensorboard": False, "use_wandb": False},
         RUN_KEY: str(run.directory),
     }
     if training.gradient_checkpointing:
@@ -127,7 +127,6 @@ def _schedule(config: Config) -> dict[str, Any]:
         "save_steps": training.save_steps,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
-        "early_stopping_patience": training.early_stopping_patience,
     }
 
 
@@ -145,9 +144,3 @@ def _data(run: TrainingRun) -> dict[str, Any]:
         "dataloader_drop_last": False,
         "pad_to_sequence_len": run.config.training.sample_packing,
     }
-
-
-def _wandb(config: Config) -> dict[str, Any]:
-    if config.training.wandb_project is None:
-        return {"use_wandb": False}
-    return {"use_wandb": True, "wandb_project": config.training.wandb_project}

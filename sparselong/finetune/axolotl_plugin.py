@@ -9,8 +9,8 @@
 | `get_adapter_capabilities`,  | our adapter: masked LoRA layers over stage 02's packed layers and |
 | `load_adapter`               | masters, built through PEFT's registry of custom modules          |
 | `get_trainer_cls`            | Axolotl's trainer with our data order, loss and checkpoints       |
-| `get_training_args`          | show NaN losses, resume early stopping, set the number of steps   |
-| `add_callbacks_post_trainer` | mask upkeep, recomputation, router watch and metrics              |
+| `get_training_args`          | show NaN losses, set the number of steps                          |
+| `add_callbacks_post_trainer` | mask upkeep, recomputation, router watch, metrics and stopping    |
 | `post_trainer_create`        | receipt.json: what was replaced and attached                      |
 | `post_train`                 | bake the best checkpoint; write the adapter and baked.json        |
 
@@ -29,6 +29,7 @@ import json
 import os
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from pydantic import BaseModel
+from transformers import TrainerCallback
 
 import sparselong
 from sparselong.adapters import (
@@ -55,7 +57,7 @@ from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.finetune import checkpoints, state
 from sparselong.finetune.axolotl_config import ADAPTER, attention_of
-from sparselong.finetune.callbacks import MaskUpkeep, Metrics, Recomputation, tell
+from sparselong.finetune.callbacks import MaskUpkeep, Recomputation
 from sparselong.finetune.gathering import gather_model
 from sparselong.finetune.keeping import Keeping, decide_keeping
 from sparselong.finetune.masked_trainer import MaskedTraining
@@ -70,6 +72,7 @@ from sparselong.finetune.training_run import (
     TRAINED,
     TrainingRun,
 )
+from sparselong.finetune.watching import Metrics, Predictions, Stopping, open_trackers
 from sparselong.memory import describe_layers, find_shape, kept_peaks, rows_at_once
 from sparselong.model import (
     FusedDecoderLayer,
@@ -87,6 +90,7 @@ from sparselong.processes import (
     decide_sharing,
     decided_sharing,
     joined_rank,
+    tell,
     tell_failures,
 )
 from sparselong.processes import world as ranks
@@ -164,7 +168,6 @@ class SparseLongPlugin(BasePlugin):
         """Return the training arguments that Axolotl must not choose."""
         return {
             "logging_nan_inf_filter": False,
-            "restore_callback_states_from_checkpoint": True,
             "eval_on_start": not cfg.resume_from_checkpoint,  # the curve begins at stage 02's model
             "disable_tqdm": True,
             "dataloader_pin_memory": torch.cuda.is_available(),
@@ -245,16 +248,25 @@ class SparseLongPlugin(BasePlugin):
             rows=rows,
             offloads=config.training.offload_checkpoints is True,
         )
-        return [
-            MaskUpkeep(trainer.layers, trainer.progress, upkeep.update_frequency, upkeep.criterion),
-            self.recomputation,
-            RouterWatch(trainer.model),
-            Metrics(
-                self.run.work / METRICS if ranks.is_first() else None,
-                trainer.progress,
-                config.training.loss_target,
-            ),
-        ]
+        frequency, criterion = upkeep.update_frequency, upkeep.criterion
+        masks = MaskUpkeep(trainer.layers, trainer.progress, frequency, criterion)
+        return [masks, self.recomputation, RouterWatch(trainer.model), *self._watch(trainer, masks)]
+
+    def _watch(self, trainer: MaskedTrainer, masks: MaskUpkeep) -> list[TrainerCallback]:
+        """Return the callbacks that record the run, and end it early."""
+        training, progress = self.run.config.training, trainer.progress
+        if training.metrics is not None:
+            trainer.predictions = Predictions(training.metrics)
+        path, trackers = self.run.work / METRICS, partial(open_trackers, self.run)
+        metrics = Metrics(
+            path if ranks.is_first() else None,
+            progress,
+            masks.next_step,
+            trackers,
+            trainer.predictions,
+        )
+        patience, threshold = training.early_stopping_patience, training.early_stopping_threshold
+        return [metrics, Stopping(progress, training.loss_target, patience, threshold)]
 
     def post_trainer_create(self, cfg, trainer: Any):
         """Write receipt.json."""
@@ -307,16 +319,7 @@ class SparseLongPlugin(BasePlugin):
                 "check the validation conversations and training.eval_steps; if log.txt says that "
                 "a checkpoint is damaged, train again: python 03_finetune.py --force",
             )
-        outcome = {
-            "best_checkpoint": Path(best).name,
-            "best_step": checkpoints.step_of(Path(best)),
-            "best_eval_loss": trainer.state.best_metric,
-            "steps": trainer.state.global_step,
-            "mask_updates": trainer.progress.mask_updates,
-            "peak_bytes": ranks.merge_peaks(trainer.progress.note_peaks()),
-            "experts": self._check_experts(trainer),
-            "copied_input_bytes": ranks.collect(self.recomputation.inputs.copied_bytes),
-        }
+        outcome = self._describe_training(trainer, Path(best))
         if ranks.is_first():
             write_atomically(work / TRAINED, json.dumps({"newest": trainer.newest}) + "\n")
             tell(f"baking {Path(best).name} (validation loss {trainer.state.best_metric:.4f})")
@@ -332,11 +335,27 @@ class SparseLongPlugin(BasePlugin):
                 evaluated = trainer.evaluation_loop(loader, "baked experts")
             outcome["expert_rounding"] = rounding
             loss = outcome["baked_eval_loss"] = evaluated.metrics["eval_loss"]
+            if trainer.predictions is not None:
+                outcome["baked_metrics"] = trainer.predictions.figures
             tell(f"experts rounded to MXFP4 again: validation loss is now {loss:.4f}")
         if ranks.is_first():
             outcome["files"] = self.run.describe_result()
             write_atomically(work / BAKED, json.dumps(outcome, indent=1) + "\n")
         ranks.leave()
+
+    def _describe_training(self, trainer: MaskedTrainer, best: Path) -> dict[str, Any]:
+        """Return what baked.json says of the training; collective."""
+        return {
+            "best_checkpoint": best.name,
+            "best_step": checkpoints.step_of(best),
+            "best_eval_loss": trainer.state.best_metric,
+            "steps": trainer.state.global_step,
+            "stopped": trainer.progress.stopped or {"reason": "all steps are done"},
+            "mask_updates": trainer.progress.mask_updates,
+            "peak_bytes": ranks.merge_peaks(trainer.progress.note_peaks()),
+            "experts": self._check_experts(trainer),
+            "copied_input_bytes": ranks.collect(self.recomputation.inputs.copied_bytes),
+        }
 
     def _check_experts(self, trainer: MaskedTrainer) -> dict[str, Any]:
         """Return where the experts are, with a receipt if that is the host; collective."""

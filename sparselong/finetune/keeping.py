@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sparselong.memory import format_bytes, is_kept
+from sparselong.figures import format_bytes
+from sparselong.memory import is_kept
 from sparselong.processes import available_bytes
 from sparselong.processes import world as ranks
 

@@ -20,7 +20,7 @@ checkpoints (gathering.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from sparselong.adapters import MaskedLoraLinear, keep_dtypes, masked_layers, sh
 from sparselong.errors import StageError
 from sparselong.finetune import checkpoints, gathering, state
 from sparselong.finetune.batches import Batches, EpochOrder, make_batches, only, take_tokens
-from sparselong.finetune.callbacks import tell
 from sparselong.finetune.training_run import TrainingRun
+from sparselong.finetune.watching import Predictions
 from sparselong.memory import SLICE_TOKENS, rows_at_once
 from sparselong.model import NAME, document_masks
 from sparselong.parallel import (
@@ -47,8 +47,11 @@ from sparselong.parallel import (
     reduce_gradients,
     share_batch,
 )
+from sparselong.processes import report_progress, tell
 from sparselong.processes import world as ranks
 from sparselong.runtime import Settings, using
+
+_VALIDATION = "validation batch"
 
 
 class MaskedTraining(Trainer):
@@ -59,6 +62,7 @@ class MaskedTraining(Trainer):
         mesh: this process's place in the mesh; None if it trains alone.
         writing: the directory in which a checkpoint is being written; None between checkpoints.
         newest: name of the checkpoint that was written or read last.
+        predictions: gives evaluations' predictions to the user's function, if there is one.
         whole: what a checkpoint that is being written holds of all ranks' experts; None if ranks
             do not share experts with adapters.
     """
@@ -77,6 +81,7 @@ class MaskedTraining(Trainer):
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
         self.args.save_total_limit = None  # transformers removes any name with checkpoint-N in it
         self.progress = state.Progress()
+        self.predictions: Predictions | None = None
         self.bake_only = self.run.is_trained()
         if self.mesh is not None:
             self.progress.data_ranks = self.mesh.data_size
@@ -221,17 +226,32 @@ class MaskedTraining(Trainer):
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """Evaluate the mean loss per supervised token."""
         self.model.eval()
-        metrics = {
-            f"{metric_key_prefix}_loss": mean_loss(map(self._measure, dataloader), self.mesh)
-        }
+        with ExitStack() as stack:
+            if self.predictions is not None:
+                stack.enter_context(self.predictions.catching(self.model.get_base_model()))
+            loss = mean_loss(self._measure_all(dataloader), self.mesh)
+        if self.predictions is not None:
+            self.predictions.finish()
+        metrics = {f"{metric_key_prefix}_loss": loss}
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset.rows))  # type: ignore[arg-type]
+
+    def _measure_all(self, dataloader: DataLoader) -> Iterator[tuple[torch.Tensor, Any]]:
+        """Yield what `_measure` returns for each batch, and show how far the evaluation is."""
+        report_progress(_VALIDATION, 0, len(dataloader))
+        for number, batch in enumerate(dataloader, 1):
+            yield self._measure(batch)
+            report_progress(_VALIDATION, number, len(dataloader))
 
     def _measure(self, batch: Any) -> tuple[torch.Tensor, Any]:
         """Return the sum of token losses over this rank's shard of a batch, and the shard."""
         take_tokens(batch)
         with self._pass_over(batch) as shard:
             inputs = self._prepare_inputs(shard)
-            return self.compute_loss(self.model, inputs, num_items_in_batch=1), inputs  # type: ignore[return-value]
+            loss: Any = self.compute_loss(self.model, inputs, num_items_in_batch=1)
+            if self.predictions is not None:
+                shape, head = tuple(batch["input_ids"].shape), self.model.get_output_embeddings()
+                self.predictions.add(head, inputs, shape, self.mesh)
+            return loss, inputs
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         epochs_and_steps = super()._init_training_state(max_steps, *args, **kwargs)
@@ -241,8 +261,9 @@ class MaskedTraining(Trainer):
         return epochs_and_steps
 
     def _run_epoch(self, **kwargs):
-        # If resumed after its last step, the loop would take one extra step.
-        if self.bake_only or self.state.global_step >= self.state.max_steps:
+        # If resumed after its last step, the loop would take one extra step; or many, if stopped.
+        is_over = self.progress.stopped or self.state.global_step >= self.state.max_steps
+        if self.bake_only or is_over:
             self.control.should_training_stop = True
             return
         kwargs["train_dataloader"].batch_sampler.set_epoch(kwargs["epoch"])

@@ -47,7 +47,7 @@ def main(path: Path) -> None:
     with ExitStack() as stack:
         if rank > 0:
             own = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparselong-rank-"))
-            document |= {"output_dir": own, "use_tensorboard": False, "use_wandb": False}
+            document |= {"output_dir": own}
             path = Path(own) / "axolotl.yaml"
             path.write_text(yaml.safe_dump(document), encoding="utf-8")
         stack.enter_context(ranks.watched(partial(write_failure, run.work, rank)))

@@ -8,6 +8,7 @@ counters in progress.json. checkpoints.py records and checks that a checkpoint i
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,8 +34,14 @@ class Progress:
 
     tokens: int = 0
     """Tokens (without padding) trained on so far."""
-    alerted: bool = False
-    """Whether the loss target has been reached and reported."""
+    stopped: dict[str, Any] | None = None
+    """`step` and `reason` if training was ended before its last step."""
+    lowest_loss: float | None = None
+    """The last validation loss that was an improvement (watching/stopping.py)."""
+    waited: int = 0
+    """Evaluations since then."""
+    tracker: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    """The run's name for trackers, which a resumed run keeps."""
     mask_updates: list[dict[str, Any]] = field(default_factory=list)
     """Step and fraction of mask bits flipped, overall and by kind of layer, of each update."""
     peak_bytes: dict[str, int] = field(default_factory=dict)

@@ -5,6 +5,7 @@
                 receipt.json      what the plugin replaced and attached; required for a result
                 metrics.jsonl     a row per logged step and per evaluation
                 checkpoints/      checkpoint-N: adapter, masks, scales, optimizer, random state
+                tensorboard/      event files, if asked for; wandb/ likewise
                 axolotl/          what else Axolotl writes; nothing reads it
                 best -> checkpoints/checkpoint-N
                 model/  adapter/  the results
@@ -41,6 +42,7 @@ from sparselong.finetune.training_run import (
     TrainingRun,
     trainer_arguments,
 )
+from sparselong.finetune.watching import MetricFunction, check_trackers
 from sparselong.model import load_tokenizer
 from sparselong.processes import TrainerEnded, find_world, train_together
 from sparselong.provenance import are_rows, refuse_changes
@@ -51,7 +53,7 @@ _BAKED = (
     *("two_four_conforming", "files"),
 )
 """Keys of baked.json that every result has."""
-_CALLBACKS = ("MaskUpkeep", "Recomputation", "RouterWatch", "Metrics")
+_CALLBACKS = ("MaskUpkeep", "Recomputation", "RouterWatch", "Metrics", "Stopping")
 
 
 def finetune(stage: Stage) -> None:
@@ -61,6 +63,9 @@ def finetune(stage: Stage) -> None:
         StageError: the machine or the data does not fit the config, or training failed.
     """
     here = find_world(stage.config).here
+    check_trackers(stage.config)
+    if stage.config.training.metrics is not None:
+        MetricFunction(stage.config.training.metrics)  # refused now, not after an hour
     axolotl_config.refuse_unsupported(stage.config, torch.cuda.device_count(), here)
     earlier = stage.run_dir / "02_compress"
     data = encode_files(stage.config, stage.run_dir, load_tokenizer(earlier / "model"))
@@ -275,6 +280,7 @@ def _publish(stage: Stage) -> None:
     stage.peak_bytes |= baked["peak_bytes"]
     stage.metrics |= {
         "steps": baked["steps"],
+        "stopped": {"step": baked["steps"], **(baked.get("stopped") or {})},
         "train_loss": train[-1]["loss"] if train else math.nan,
         "eval_perplexity": curve,
         "best_step": baked["best_step"],
@@ -298,10 +304,19 @@ def _publish(stage: Stage) -> None:
         "peak_host_bytes": baked["peak_bytes"]["host"],
         "peak_device_bytes": {k: v for k, v in baked["peak_bytes"].items() if k != "host"},
     }
-    if "expert_rounding" in baked:
-        stage.metrics |= {
-            "expert_rounding": baked["expert_rounding"],
-            "baked_eval_perplexity": math.exp(baked["baked_eval_loss"]),
-        }
+    stage.metrics |= _list_optional(baked, rows)
     names = ("model", "adapter", AXOLOTL_YAML, RECEIPT, METRICS, "loss.png", SUPERVISION)
     stage.outputs = [stage.dir / name for name in names]
+
+
+def _list_optional(baked: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the metrics of a run with a function of the user's, and of one with tuned experts."""
+    found = {}
+    if custom := {row["step"]: row["metrics"] for row in rows if "metrics" in row}:
+        found["metrics"] = custom
+    if "expert_rounding" in baked:
+        found["expert_rounding"] = baked["expert_rounding"]
+        found["baked_eval_perplexity"] = math.exp(baked["baked_eval_loss"])
+    if "baked_metrics" in baked:
+        found["baked_metrics"] = baked["baked_metrics"]
+    return found

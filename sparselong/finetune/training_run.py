@@ -18,7 +18,7 @@ from sparselong.processes import find_world
 from sparselong.provenance import describe_files, refuse_changes
 from sparselong.run import Stage, read_manifest
 
-METRICS, SUPERVISION = "metrics.jsonl", "supervision.txt"
+METRICS, SUPERVISION, TENSORBOARD = "metrics.jsonl", "supervision.txt", "tensorboard"
 RECEIPT, BAKED, TRAINED = "receipt.json", "baked.json", "trained.json"
 AXOLOTL_YAML = "axolotl.yaml"
 RUN_KEY = "sparselong_run"

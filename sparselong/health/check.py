@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from sparselong.config import Config
 from sparselong.errors import ConfigError, StageError
+from sparselong.figures import format_bytes
 from sparselong.files import is_local
 from sparselong.health import resources
 from sparselong.health.inputs import Finding
@@ -23,12 +24,12 @@ from sparselong.memory import (
     Plan,
     check_heads,
     describe_layers,
-    format_bytes,
     least_peak_bytes,
     process_tokens,
     rows_at_once,
 )
 from sparselong.processes import check_cores
+from sparselong.provenance import install_command
 
 _PYTHONS = ((3, 11), (3, 12))
 _DRIVERS = {12: "530.30", 13: "580"}
@@ -60,6 +61,7 @@ def check(config: Config, machine: Machine, plan: Plan) -> list[Row]:
         _attention(config, machine, plan),
         _experts(config, machine, plan),
         _optimizer(config, machine),
+        *_trackers(config, machine),
         *resources.check_memory(config, machine, plan),
         *resources.check_disk(machine, plan),
         *_base(machine.base),
@@ -106,6 +108,17 @@ def _packages(machine: Machine) -> Iterator[Row]:
             yield fail("package versions", text, "run ./install.sh")
     if not missing and not different:
         yield ok("packages", f"all {len(machine.packages)} as pinned")
+
+
+def _trackers(config: Config, machine: Machine) -> Iterator[Row]:
+    for key, modules in config.training.tracker_modules.items():
+        missing = [name for name in modules if name in machine.missing]
+        if missing:
+            yield fail(
+                f"training.{key}", f"missing: {', '.join(missing)}", install_command(missing)
+            )
+        else:
+            yield ok(f"training.{key}", f"{', '.join(modules)} installed")
 
 
 def _names(packages: list[Package]) -> str:

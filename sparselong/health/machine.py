@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from sparselong.config import Config
@@ -21,7 +22,7 @@ from sparselong.health.packages import Package
 from sparselong.health.sources import Source
 from sparselong.kernels.attention import refuse_flash_attn_4
 from sparselong.processes import usable_cores
-from sparselong.provenance import host_memory
+from sparselong.provenance import host_memory, missing_modules
 
 _MIB = 2**20
 _GPU_FIELDS = (
@@ -97,6 +98,8 @@ class Machine:
     """Whether the optional flash-attn package is installed."""
     flash_attn_4: bool = False
     """Whether the optional flash-attn-4 package is installed in the version that is supported."""
+    missing: tuple[str, ...] = ()
+    """Modules of trackers that the config asks for and that cannot be found."""
 
     @property
     def usable_gpus(self) -> tuple[Gpu, ...]:
@@ -128,6 +131,7 @@ def probe(config: Config, run_dir: Path) -> Machine:
         inputs=probe_inputs(config, run_dir, base, _rows_of(data)),
         flash_attn=packages.is_installed("flash_attn"),
         flash_attn_4=refuse_flash_attn_4() is None,
+        missing=tuple(missing_modules(chain(*config.training.tracker_modules.values()))),
     )
 
 

@@ -9,9 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 from sparselong.config import Config
+from sparselong.figures import format_bytes, format_seconds
 from sparselong.health.machine import Machine
 from sparselong.health.rows import Row
-from sparselong.memory import WIDTH, Plan, format_bytes, format_seconds, format_table, memory_lines
+from sparselong.memory import WIDTH, Plan, format_table, memory_lines
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 

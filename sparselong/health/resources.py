@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sparselong.config import Config
+from sparselong.figures import format_bytes
 from sparselong.health.machine import Gpu, Machine
 from sparselong.health.rows import Row, fail, ok, warn
-from sparselong.memory import Plan, format_bytes, suggest_changes
+from sparselong.memory import Plan, suggest_changes
 
 _LEAST_CAPABILITY = (8, 0)
 """Ampere, the first GPUs with bf16 matrix units."""

@@ -38,14 +38,7 @@ if TYPE_CHECKING:
     from sparselong.memory.slicing import rows_at_once
     from sparselong.memory.stages import evaluation_memory
     from sparselong.memory.storage import Held, adapter_bytes, base_groups, compressed_groups
-    from sparselong.memory.table import (
-        WIDTH,
-        format_bytes,
-        format_seconds,
-        format_table,
-        memory_lines,
-        show_plan,
-    )
+    from sparselong.memory.table import WIDTH, format_table, memory_lines, show_plan
     from sparselong.memory.timing import find_rate
     from sparselong.memory.training import (
         ALLOCATOR,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from sparselong.config import Config
+from sparselong.figures import format_bytes
 from sparselong.memory import placing, stages
 from sparselong.memory.labels import label
 from sparselong.memory.shape import ModelShape
 from sparselong.memory.storage import Held
-from sparselong.memory.table import format_bytes
 from sparselong.memory.training import Device
 from sparselong.memory.ways import explain_held, list_ways
 

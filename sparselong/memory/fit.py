@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sparselong.config import Config
 from sparselong.errors import StageError
+from sparselong.figures import format_bytes
 from sparselong.memory.placing import (
     MARGIN,
     decide_held,
@@ -19,7 +20,6 @@ from sparselong.memory.placing import (
 )
 from sparselong.memory.shape import ModelShape
 from sparselong.memory.storage import Held
-from sparselong.memory.table import format_bytes
 from sparselong.memory.training import GIB, Device
 
 CARD_BYTES = int(23.6 * GIB)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from sparselong.config import Config
+from sparselong.figures import format_bytes
 from sparselong.memory import evaluated, fit, placing, slicing, stages, storage, timing, training
 from sparselong.memory.labels import label
 from sparselong.memory.shape import ModelShape, find_shape
 from sparselong.memory.storage import Held
-from sparselong.memory.table import format_bytes
 from sparselong.memory.training import Device, Memory
 from sparselong.memory.ways import describe_layers, expert_host_bytes, explain_layers, plan_ways
 

@@ -5,22 +5,9 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from sparselong.figures import format_bytes, format_seconds
+
 WIDTH = 100
-
-
-def format_bytes(count: int | float) -> str:
-    """Return a byte count in GiB, MiB or KiB with two decimals, or in bytes."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(count) >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration in seconds, minutes or hours, depending on its length."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def format_table(title: str, rows: dict[str, str]) -> list[str]:

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sparselong.config import Config
+from sparselong.figures import format_bytes
 from sparselong.memory import placing
 from sparselong.memory.limits import check_experts
 from sparselong.memory.shape import ModelShape
 from sparselong.memory.storage import Held
-from sparselong.memory.table import format_bytes
 from sparselong.memory.training import Device, Memory
 
 

@@ -33,6 +33,6 @@ if TYPE_CHECKING:
         load_tokenizer,
         settle_template,
     )
-    from sparselong.model.vocabulary import PartialHead
+    from sparselong.model.vocabulary import PartialHead, score_tokens
 
 __getattr__ = expose(__name__)

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 import torch
 from torch import nn
 
-from sparselong.memory import format_bytes
+from sparselong.figures import format_bytes
 from sparselong.model.packed_experts import PackedExperts
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.part import Part, show_rows

@@ -34,8 +34,8 @@ import torch
 from torch import nn
 
 from sparselong.errors import StageError
+from sparselong.figures import format_bytes
 from sparselong.kernels import Passing
-from sparselong.memory import format_bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of a layer's uint8 tensors by name, in the order in which they lie in its buffer."""

@@ -11,9 +11,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+from sparselong.kernels.layer import combine_statistics, shard_statistics
 from sparselong.model.part import Part, show_rows
 from sparselong.runtime import current
+
+_CHUNK_ROWS = 512
+"""Rows whose logits exist at once, if a process holds the whole lm_head."""
 
 
 class _VocabularyPart(Part):
@@ -108,3 +113,25 @@ def divide_vocabulary(model: nn.Module) -> None:
     whole.set_input_embeddings(PartialEmbedding(held, rows, width))
     if head is not None:
         whole.set_output_embeddings(PartialHead(held, rows, width))
+
+
+def score_tokens(
+    head: Any, states: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's log-probability of its target, and the token of its largest logit.
+
+    Args:
+        head: lm_head, or the part of it that this process holds; then the call is collective.
+        states: [rows, width], final hidden states.
+        targets: int64 [rows].
+    """
+    if isinstance(head, PartialHead):
+        exchange: Any = current().vocabulary
+        return exchange.score(states, head.weight, targets, head.total)
+    parts = []
+    for rows, labels in zip(states.split(_CHUNK_ROWS), targets.split(_CHUNK_ROWS), strict=True):
+        logits = functional.linear(rows, head.weight)
+        losses, _ = combine_statistics(shard_statistics(logits, labels, 0)[None])
+        parts.append((-losses, logits.argmax(1)))
+    scores, best = zip(*parts, strict=True)
+    return torch.cat(scores), torch.cat(best)

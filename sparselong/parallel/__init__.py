@@ -19,7 +19,9 @@ if TYPE_CHECKING:
         count_supervised,
         mean_loss,
         shift_labels,
+        supervised_labels,
     )
     from sparselong.parallel.mesh import Mesh, build_mesh
+    from sparselong.parallel.sequence.shard import place_tokens
 
 __getattr__ = expose(__name__)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         local_rank,
         usable_cores,
     )
-    from sparselong.processes.process import MARK
+    from sparselong.processes.marks import report_progress, tell
     from sparselong.processes.sharing import (
         Sharing,
         available_bytes,

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from sparselong.errors import ExpectedError, StageError
+from sparselong.figures import format_bytes
 from sparselong.files import is_disk_full
 
 FAILURE = "failure.json"
@@ -134,7 +135,6 @@ def _out_of_memory(error: BaseException, moment: str = "", fix: str = _TRAINING_
     """Return the failure of a GPU without memory, with what was planned and what was in use."""
     import torch
 
-    from sparselong.memory import format_bytes
     from sparselong.processes.sharing import decided_sharing
 
     plan, expected = decided_sharing(), "enough memory for the model and one micro-batch"

@@ -121,11 +121,13 @@ def find_world(config: Config) -> World:
     """Return the processes that the config and torchrun's environment variables specify.
 
     Raises:
-        ConfigError: torchrun's variables are not valid, or sequence_parallel_degree or
-            expert_parallel_degree does not divide the number of processes on a machine.
+        ConfigError: torchrun's variables are not valid, sequence_parallel_degree or
+            expert_parallel_degree does not divide the number of processes on a machine, or --gpu
+            or CUDA_VISIBLE_DEVICES names fewer GPUs than processes.
     """
     degree, rank = config.sequence_parallel_degree, joined_rank()
     if rank is None:
+        _check_visible(degree)
         _check_expert_groups(config, degree, "")
         return World(degree, {rank: rank for rank in range(degree)}, degree, joined=False)
     here = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -138,6 +140,19 @@ def find_world(config: Config) -> World:
             f"torchrun --nproc_per_node={degree}, or another sequence_parallel_degree",
         )
     return joined_world(config)
+
+
+def _check_visible(size: int) -> None:
+    """Raise ConfigError if the environment names GPUs, but fewer than processes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if 0 < len(names) < size:
+        raise ConfigError(
+            f"{size} processes need {size} GPUs, one each",
+            f"{size} GPUs (sequence_parallel_degree: {size})",
+            f"{len(names)}: CUDA_VISIBLE_DEVICES={visible}, which --gpu sets",
+            f"leave out --gpu, or pass sequence_parallel_degree={len(names)}",
+        )
 
 
 def evaluation_world(config: Config, gpus: int) -> World:

@@ -10,13 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from sparselong.run import remove_control
+
 _LINES = 12
 _EXCEPTION_LINES = 8
-_CONTROL = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours and cursor movements
-    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # titles and links
-    r"|\x1b[@-_]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
-)
 _BOX = "─━│┃┄┅┆┇┈┉┊┋╌╍╎╏╭╮╰╯┌┐└┘├┤┬┴┼┏┓┗┛┣┫┳┻╋═║╔╗╚╝╠╣╦╩╬▏▎▍▌▋▊▉█╸╺"
 _PROGRESS = re.compile(
     r"\d+%\|"  # tqdm:  50%|#####     | 5/10
@@ -50,7 +47,7 @@ def cause_of(lines: Iterable[str]) -> list[str]:
 
 def _clean(line: str) -> tuple[str, bool]:
     """Return the text of a line without what controls a terminal, and whether it is in a box."""
-    text = _CONTROL.sub("", line).rstrip()
+    text = remove_control(line).rstrip()
     inside = text.strip().strip(_BOX)
     boxed = inside != text.strip()
     return (inside.strip() if boxed else text), boxed

@@ -2,7 +2,7 @@
 
 The stage decides what each rank runs. A trainer (Axolotl's) takes 20 seconds to import, prints a
 lot and sets global state, so it never runs in the stage's process. Rank 0 writes its output to
-log.txt, rank N to log.rankN.txt; of rank 0's output, lines that begin with `MARK` are shown. The
+log.txt, rank N to log.rankN.txt; rank 0's marked lines (marks.py) are shown. The
 trainers cannot outlive the stage: they get SIGTERM when the stage is interrupted, and the kernel
 kills them when the stage's process is killed (otherwise two trainers could write to one run
 directory).
@@ -31,12 +31,11 @@ from sparselong.errors import StageError
 from sparselong.memory import ALLOCATOR
 from sparselong.processes.failure import TrainerEnded, failure_path, read_failure
 from sparselong.processes.launch import World, joined_rank, rank_environments
+from sparselong.processes.marks import MARK, PROGRESS, pass_on
 from sparselong.processes.output import cause_of
 from sparselong.registration import OutputError
-from sparselong.run import Stage
+from sparselong.run import Stage, remove_control
 
-MARK = "[sparselong] "
-"""Prefix of the trainer's output lines that the stage shows; `callbacks.tell` writes it."""
 _PR_SET_PDEATHSIG = 1
 _LAST_LINES = 400
 """Lines of output that are searched for the cause of a failure."""
@@ -70,7 +69,7 @@ class _Trainer:
     """
 
     def __init__(self, stage: Stage, command: Sequence[str], rank: int, extra: Mapping[str, str]):
-        self.rank, self.last = rank, deque[str](maxlen=_LAST_LINES)
+        self.stage, self.rank, self.last = stage, rank, deque[str](maxlen=_LAST_LINES)
         self.ended: float | None = None
         self.timed_out = False
         name = "log.txt" if rank == 0 else f"log.rank{rank}.txt"
@@ -93,15 +92,20 @@ class _Trainer:
     def _listen(self) -> None:
         with self.log.open("a", encoding="utf-8") as log:
             for line in self.process.stdout or ():
-                log.write(line)
+                if line.startswith(PROGRESS):
+                    if self.rank == 0:
+                        with suppress(OutputError):  # unread output would stop the trainer
+                            pass_on(line, self.stage)
+                    continue
+                log.write(remove_control(line))
                 log.flush()
                 self.timed_out |= _NCCL_TIMEOUT in line
                 if not line.startswith(MARK):
                     if line.strip():
                         self.last.append(line.rstrip())
                 elif self.rank == 0:
-                    with suppress(OutputError):  # unread output would stop the trainer
-                        print(line.removeprefix(MARK), end="", file=sys.stderr, flush=True)
+                    with suppress(OutputError):
+                        self.stage.display.print(line.removeprefix(MARK).removesuffix("\n"))
 
     def _wait(self) -> None:
         self.process.wait()

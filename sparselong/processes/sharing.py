@@ -17,6 +17,7 @@ import torch
 
 from sparselong.config import Config
 from sparselong.errors import StageError
+from sparselong.figures import format_bytes
 from sparselong.memory import (
     CONTEXT_BYTES,
     MARGIN,
@@ -29,7 +30,6 @@ from sparselong.memory import (
     describe_held,
     evaluation_memory,
     find_shape,
-    format_bytes,
     host_bytes,
     settle,
 )

@@ -7,6 +7,7 @@ exist, executes the stage, and writes `manifest.json` last. parts.py does so for
 several results, session.py for a script that makes none. manifests.py reads what finished stages
 recorded, finished.py that of a whole run, and changes.py compares the inputs with it. publishing.py
 has the page about the run written. interruption.py makes signals end a block as interruptions.
+progress.py shows how far a stage is, log.py writes log.txt, and latest.py names finished models.
 """
 
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sparselong.run.directory import Stage
     from sparselong.run.finished import config_of, find_outdated, read_finished
     from sparselong.run.interruption import interruptible
+    from sparselong.run.log import remove_control
     from sparselong.run.manifests import read_manifest
     from sparselong.run.parts import Choice, Part, run_parts
     from sparselong.run.place import MANIFEST

@@ -20,17 +20,14 @@ from typing import Any, NoReturn
 
 from sparselong.config import Config, load
 from sparselong.errors import ConfigError, ExpectedError, StageError
+from sparselong.figures import format_figure, format_seconds
 from sparselong.files import is_disk_full
-from sparselong.registration import OutputError, move_caches, set_streams
-from sparselong.run.directory import (
-    LOG,
-    Stage,
-    check_finished,
-    finish,
-    prepare,
-)
+from sparselong.registration import OutputError, choose_gpu, move_caches, set_streams
+from sparselong.run.directory import Stage, check_finished, finish, prepare
 from sparselong.run.interruption import Interruption, interruptible
+from sparselong.run.latest import name_model
 from sparselong.run.lock import locked, writing
+from sparselong.run.log import LOG, add_to_log
 from sparselong.run.place import (
     MANIFEST,
     STARTED,
@@ -83,12 +80,13 @@ def parse_arguments(
         add_options: adds options of this script alone.
 
     Raises:
-        ConfigError: it cannot be read, or --run-dir cannot be a directory.
+        ConfigError: it cannot be read, --run-dir cannot be a directory, or there is no such GPU.
     """
     parser = _Parser(prog=f"{name}.py", description=description)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default %(default)s)")
     parser.add_argument("--run-dir", help="default runs/<name of the config file>")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="config overrides")
+    parser.add_argument("--gpu", type=int, metavar="N", help="use this GPU alone, as in nvidia-smi")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, touch nothing")
     parser.add_argument("--force", action="store_true", help="redo a finished stage")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -107,6 +105,8 @@ def parse_arguments(
         arguments.overrides += [word for word in words if "=" in word]
         named = [word for word in words if "=" not in word]
         arguments.overrides.append(f"{STAGES[name].extended_by}={json.dumps(named)}")
+    if arguments.gpu is not None:
+        choose_gpu(arguments.gpu)
     arguments.repeated = _repeated(arguments)
     arguments.run_dir = find_run_dir(arguments.run_dir, arguments.config)
     return arguments
@@ -231,20 +231,28 @@ def run_locked(
         with writing(cache):
             cache.mkdir(exist_ok=True)
         stage.log(f"caches go to {cache}: the home directory or a cache cannot be written")
-    execute(stage)
+    with stage.display:
+        execute(stage)
     interruption.check()  # before the manifest says that the stage is done
-    return finish(stage, time.monotonic() - start)
+    manifest = finish(stage, time.monotonic() - start)
+    name_model(stage)
+    return manifest
 
 
 def show_manifest(manifest: dict[str, Any]) -> str:
-    """Return a summary of a finished stage: its duration and scalar metrics."""
+    """Return a summary of a finished stage: its duration and scalar metrics, as people read them.
+
+    The manifest itself has bytes and seconds.
+    """
     title = " ".join(filter(None, (manifest["stage"], manifest.get("part"))))
-    rows = [f"{title} {manifest['status']} in {manifest['seconds']:.1f} s"]
+    rows = [f"{title} {manifest['status']} in {format_seconds(manifest['seconds'])}"]
     for key, value in manifest["metrics"].items():
         if isinstance(value, dict) and all(not isinstance(v, (dict, list)) for v in value.values()):
-            value = ", ".join(f"{name} {number}" for name, number in value.items())
-        if not isinstance(value, (dict, list)):
-            rows.append(f"  {key}: {value}")
+            unit = "_bytes" if "bytes" in key.split("_") else ""
+            figures = (f"{name} {format_figure(f'{name}{unit}', v)}" for name, v in value.items())
+            rows.append(f"  {key}: {', '.join(figures)}")
+        elif not isinstance(value, (dict, list)):
+            rows.append(f"  {key}: {format_figure(key, value)}")
     return "\n".join(rows)
 
 
@@ -266,8 +274,7 @@ def _note_failure(folder: Path, text: str) -> None:
     log = folder / LOG
     with suppress(OSError):
         if (log.parent / STARTED).exists():
-            with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} failed\n{text}\n")
+            add_to_log(log, f"failed\n{text}")
 
 
 def _rerun(name: str, folder: Path, arguments: argparse.Namespace) -> str:

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +29,7 @@ from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.run.changes import refuse_changed_inputs
 from sparselong.run.lock import writing
+from sparselong.run.log import LOG, add_to_log
 from sparselong.run.manifests import (
     FORMAT_VERSION,
     hash_outputs,
@@ -45,9 +44,9 @@ from sparselong.run.place import (
     read_document,
     refuse_replacing_others,
 )
+from sparselong.run.progress import Display
 from sparselong.run.stages import STAGES, name_changes, redo_command, stage_hash
 
-LOG = "log.txt"
 _UNFINISHED = "unfinished work"
 
 
@@ -83,6 +82,8 @@ class Stage:
     """Options of the command line that decide the part's result, by name."""
     reads: tuple[str, ...] = ()
     """Earlier stages whose results it opens; by default those of the table."""
+    display: Display = field(default_factory=Display)
+    """Where its progress is shown."""
 
     def __post_init__(self) -> None:
         self.reads = self.reads or STAGES[self.name].reads
@@ -147,9 +148,14 @@ class Stage:
 
     def log(self, message: str) -> None:
         """Write one line to stderr and to the stage's log.txt."""
-        print(message, file=sys.stderr, flush=True)
-        with (self.dir / LOG).open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        self.display.print(message)
+        add_to_log(self.dir / LOG, message)
+
+    def report(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Show progress, and write it to log.txt now and then; see `Display.show`."""
+        line = self.display.show(what, done, total, note)
+        if line is not None:
+            add_to_log(self.dir / LOG, line)
 
 
 def prepare(stage: Stage, redo: bool) -> bool:

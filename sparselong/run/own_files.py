@@ -37,7 +37,7 @@ _NAMES: Mapping[str, str] = {
     "02_compress": rf"base\.json|work/(states\.safetensors|model\.json|layer-\d+\.json)|"
     rf"masters/layer-\d+\.safetensors|model(\.partial)?/({_MODEL})",
     "03_finetune": r"axolotl\.yaml|supervision\.txt|metrics\.jsonl|loss\.png|"
-    r"(receipt|baked|trained)\.json|"
+    r"(receipt|baked|trained)\.json|tensorboard/events\.out\.tfevents\..+|"
     rf"axolotl/({_ADAPTER})|adapter/({_ADAPTER})|model(\.partial)?/({_MODEL})|"
     rf"checkpoints/(\.unfinished/.+|checkpoint-\d+/({_CHECKPOINT}))",
     "04_eval": r"(base|compressed|finetuned|compared-[0-9a-f]{8})(\.scores)?\.json|"
@@ -57,7 +57,8 @@ _NAMES: Mapping[str, str] = {
 _EVERY = r"log(\.rank\d+)?\.txt|failure(\.rank\d+)?\.json|(started|manifest|machines)\.json"
 _PREPARED: Mapping[str, str] = {
     "02_compress": r"base\.json",
-    "03_finetune": r"axolotl\.yaml|supervision\.txt|metrics\.jsonl|receipt\.json|axolotl/.+",
+    "03_finetune": r"axolotl\.yaml|supervision\.txt|metrics\.jsonl|receipt\.json|axolotl/.+|"
+    r"tensorboard/[^/]+|wandb/(latest-run|.+\.(wandb|log|txt|json|yaml))",
     "04_eval": r"work\.json|tasks/.+",
 }
 """What a stage writes before its work, and makes again whenever it is started."""

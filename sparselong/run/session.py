@@ -12,9 +12,10 @@ from sparselong.config import load
 from sparselong.errors import ConfigError
 from sparselong.registration import OutputError, set_streams
 from sparselong.run.command import explained_failures, parse_arguments, prepare_caches, report
-from sparselong.run.directory import LOG, Stage, read_inputs
+from sparselong.run.directory import Stage, read_inputs
 from sparselong.run.interruption import interruptible
 from sparselong.run.lock import writing
+from sparselong.run.log import LOG
 from sparselong.run.place import check_run_dir
 
 Document = dict[str, Any]

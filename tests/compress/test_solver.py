@@ -1,8 +1,4 @@
-"""Pruning and quantizing one weight: llmcompressor, direct arithmetic, invalid input.
-
-The inputs are correlated, like activations. With white noise GPTQ and SparseGPT could not improve
-on magnitude pruning and rounding, and a broken correction would go unnoticed.
-"""
+"""Pruning and quantizing one weight by both solvers: errors, masters, invalid input."""
 
 import pytest
 import torch
@@ -10,70 +6,24 @@ import torch
 from sparselong.compress import solver
 from sparselong.compress.hessian import Hessian
 from sparselong.compress.solver import Compressed, compress_weight
+from sparselong.compress.two_sweeps import choose_scale, prune_two_four
+from sparselong.config import Solver
 from sparselong.errors import StageError
 from sparselong.packing import integer
 from sparselong.packing.dense import DenseFormat
 from sparselong.packing.two_four import is_two_four
+from tests.compress.conftest import DAMPENING, IN, OUT, draw
 
-OUT, IN = 48, 320
-"""320 columns: two full blocks of 128 and a tail of 64; ten groups of 32 or five of 64."""
-DAMPENING = 0.01
 SPARSE_INT4 = DenseFormat(4, "2:4", 64)
 
 
-def _draw(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+BOTH = pytest.mark.parametrize("by", ["sweep", "llmcompressor"])
 
 
-def _correlated_inputs() -> torch.Tensor:
-    """1,500 tokens whose features share directions with strengths 1/rank, plus noise of 0.1."""
-    shared = _draw(1500, IN, seed=1) / torch.arange(1, IN + 1)
-    return shared @ _draw(IN, IN, seed=2) + 0.1 * _draw(1500, IN, seed=3)
-
-
-@pytest.fixture(scope="module")
-def inputs() -> torch.Tensor:
-    return _correlated_inputs()
-
-
-@pytest.fixture(scope="module")
-def hessian(inputs: torch.Tensor) -> torch.Tensor:
-    accumulated = Hessian(IN, "layer")
-    accumulated.add(inputs)
-    return accumulated.matrix
-
-
-@pytest.fixture(scope="module")
-def weight() -> torch.Tensor:
-    return (0.05 * _draw(OUT, IN, seed=4)).bfloat16()
-
-
-def _compress(weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat) -> Compressed:
-    return compress_weight(weight, hessian, fmt, DAMPENING, "layer")
-
-
-def _quantize_with_llmcompressor(
-    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: int, group_size: int
-) -> torch.Tensor:
-    """Return llmcompressor's GPTQ result with our scales: bf16 values in fp32 [out, in]."""
-    from compressed_tensors.quantization import QuantizationArgs
-    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-
-    args = QuantizationArgs(
-        num_bits=bits, type="int", symmetric=True, strategy="group", group_size=group_size
-    )
-    quantized, _, fell_back = quantize_weight(
-        weight.float().clone()[None],
-        hessian.clone()[None],
-        scale[None],
-        torch.zeros_like(scale[None]),
-        None,
-        args,
-        blocksize=solver.BLOCK_COLUMNS,
-        percdamp=DAMPENING,
-    )
-    assert not fell_back.any()
-    return quantized[0]
+def _compress(
+    weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat, by: Solver = "sweep"
+) -> Compressed:
+    return compress_weight(weight, hessian, fmt, DAMPENING, "layer", by)
 
 
 def _magnitude_mask(weight: torch.Tensor) -> torch.Tensor:
@@ -83,117 +33,36 @@ def _magnitude_mask(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _random_mask(shape: torch.Size) -> torch.Tensor:
-    return _magnitude_mask(_draw(*shape, seed=5))
+    return _magnitude_mask(draw(*shape, seed=5))
 
 
 def _round_to_nearest(weight: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    scale = solver.choose_scale(weight.float(), bits, 64)
+    scale = choose_scale(weight.float(), bits, 64)
     return integer.dequantize(integer.quantize(weight, scale, bits), scale)
 
 
+@BOTH
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_two_of_four_survive_in_every_group(
-    weight: torch.Tensor, hessian: torch.Tensor, bits: int
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, by: Solver
 ) -> None:
-    result = _compress(weight, hessian, DenseFormat(bits, "2:4", 64))
+    result = _compress(weight, hessian, DenseFormat(bits, "2:4", 64), by)
     assert result.mask is not None and result.mask.dtype == torch.bool
-    assert is_two_four(result.mask).all()
+    assert is_two_four(result.mask).all() and result.mask.float().mean() == 0.5
     assert not result.codes[~result.mask].any()
     assert torch.equal(result.master[~result.mask], weight[~result.mask])
-
-
-def test_without_the_mask_the_same_loop_breaks_two_four(
-    weight: torch.Tensor, hessian: torch.Tensor
-) -> None:
-    """Unmasked, both llmcompressor and our loop break 2:4 groups, so the update is masked."""
-    _, factor = solver.factorize(weight, hessian, DAMPENING, "layer")
-    pruned, mask = solver.prune_two_four(weight, hessian, DAMPENING)
-    scale = solver.choose_scale(pruned, 4, 64)
-    unmasked, _ = solver.quantize_masked(pruned, factor, scale, 4, None)
-    plain = _quantize_with_llmcompressor(pruned, hessian, scale, 4, 64)
-    for codes in (unmasked, plain):
-        conforming = ((codes != 0).reshape(-1, 4).sum(-1) <= 2).float().mean()
-        assert conforming < 0.99
-    masked, _ = solver.quantize_masked(pruned, factor, scale, 4, mask)
-    assert ((masked != 0).reshape(-1, 4).sum(-1) <= 2).all()
-
-
-def test_mask_and_kept_weights_match_sparsegpt(weight: torch.Tensor, hessian: torch.Tensor) -> None:
-    pruned, mask = solver.prune_two_four(weight, hessian, DAMPENING)
-    assert torch.equal(mask, pruned != 0)
-    result = _compress(weight, hessian, DenseFormat(16, "2:4", 64))
-    assert torch.equal(result.codes, pruned.bfloat16())
-    assert not torch.equal(result.codes[mask], weight[mask])
-    assert torch.equal(result.master[mask], result.codes[mask])
-
-
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (4, 32), (8, 64)])
-def test_dense_quantization_equals_llmcompressor(
-    weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int
-) -> None:
-    """Equal up to one code in a thousand, since sums over a block may be ordered differently."""
-    result = _compress(weight, hessian, DenseFormat(bits, "none", group_size))
-    assert result.mask is None and result.scale is not None
-    theirs = _quantize_with_llmcompressor(weight, hessian, result.scale, bits, group_size)
-    assert (result.weight().float() == theirs).float().mean() >= 0.999
-    rounded = integer.quantize(weight, result.scale, bits)
-    assert (result.codes != rounded).float().mean() > 0.02, "GPTQ changed almost nothing here"
-
-
-@pytest.mark.parametrize(("bits", "half_range"), [(4, 7.5), (8, 127.5)])
-def test_scales_by_hand(bits: int, half_range: float) -> None:
-    """One ordinary group, one of zeros, one whose scale is too small for bf16."""
-    weight = torch.zeros(1, 96)
-    weight[0, [3, 7]] = torch.tensor([0.5, -0.75])
-    weight[0, 80] = 1e-41
-    scale = solver.choose_scale(weight, bits, 32)
-    assert scale.dtype == torch.bfloat16 and (scale > 0).all()
-    assert scale[0, 0] == torch.tensor(0.75 / half_range).bfloat16()
-
-
-def test_masked_update_by_hand() -> None:
-    """Scale 1, the row 1.4, 0 (pruned), 2.4, 0.8, and a factor of round values.
-
-    Column 0: code 1, error 0.4/2 = 0.2; column 1 is unchanged, column 2 becomes 2.4 − 0.2·4 =
-    1.6, column 3 0.8 − 0.2·1 = 0.6. Column 2: code 2, error −0.4/1 = −0.4; column 3 becomes
-    0.6 + 0.4·2 = 1.4. Column 3: code 1. Unmasked, column 1 would become −0.2·5 = −1.
-    """
-    factor = torch.tensor(
-        [[2.0, 5.0, 4.0, 1.0], [0.0, 1.0, 7.0, 7.0], [0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 0.0, 1.0]]
-    )
-    weight = torch.tensor([[1.4, 0.0, 2.4, 0.8]])
-    mask = torch.tensor([[True, False, True, True]])
-    scale = torch.ones(1, 1, dtype=torch.bfloat16)
-    codes, rounded = solver.quantize_masked(weight, factor, scale, 4, mask)
-    assert codes.tolist() == [[1, 0, 2, 1]]
-    torch.testing.assert_close(rounded, torch.tensor([[1.4, 0.0, 1.6, 1.4]]))
-    unmasked, _ = solver.quantize_masked(weight, factor, scale, 4, None)
-    assert unmasked[0, 1] == -1
-
-
-def test_errors_reach_later_blocks_of_kept_columns_only() -> None:
-    """The first column's error, 0.4/1, must reach the next block with the second update."""
-    columns = solver.BLOCK_COLUMNS + 4
-    factor = torch.eye(columns)
-    factor[0, -4:] = 1.0
-    weight = torch.zeros(1, columns)
-    weight[0, 0] = 1.4
-    mask = torch.ones(1, columns, dtype=torch.bool)
-    mask[0, -2:] = False
-    scale = torch.ones(1, 1, dtype=torch.bfloat16)
-    _, rounded = solver.quantize_masked(weight, factor, scale, 4, mask)
-    torch.testing.assert_close(rounded[0, -4:], torch.tensor([-0.4, -0.4, 0.0, 0.0]))
 
 
 @pytest.mark.parametrize("magnitude", [1e-37, 1e-3, 1.0, 1e15])
 @pytest.mark.parametrize("sparsity", ["2:4", "none"])
 @pytest.mark.parametrize("bits", [4, 8])
+@BOTH
 def test_masters_quantize_to_the_codes(
-    hessian: torch.Tensor, bits: int, sparsity: str, magnitude: float
+    hessian: torch.Tensor, bits: int, sparsity: str, magnitude: float, by: Solver
 ) -> None:
     fmt = DenseFormat(bits, sparsity, 32)
-    weight = (magnitude * _draw(OUT, IN, seed=bits)).bfloat16()
-    result = _compress(weight, hessian, fmt)
+    weight = (magnitude * draw(OUT, IN, seed=bits)).bfloat16()
+    result = _compress(weight, hessian, fmt, by)
     assert result.scale is not None and result.codes.any()
     kept = torch.ones_like(weight) if result.mask is None else result.mask
     assert result.master.dtype == torch.bfloat16 and result.master.isfinite().all()
@@ -238,8 +107,9 @@ def test_relative_error_is_that_of_the_output(
 
 
 def test_each_step_reduces_the_error(weight: torch.Tensor, hessian: torch.Tensor) -> None:
-    """Measured: random 0.692, magnitude 0.378, SparseGPT + rounding 0.102, + GPTQ 0.089."""
-    pruned, _ = solver.prune_two_four(weight, hessian, DAMPENING)
+    """Measured: random 0.692, magnitude 0.378, SparseGPT + rounding 0.102, + GPTQ 0.089, one sweep
+    0.051."""
+    pruned, _ = prune_two_four(weight, hessian, DAMPENING)
 
     def error(compressed: torch.Tensor) -> float:
         return solver.relative_error(weight, compressed, hessian)
@@ -247,8 +117,10 @@ def test_each_step_reduces_the_error(weight: torch.Tensor, hessian: torch.Tensor
     random = error(_round_to_nearest(weight * _random_mask(weight.shape)))
     magnitude = error(_round_to_nearest(weight * _magnitude_mask(weight)))
     sparsegpt = error(_round_to_nearest(pruned))
-    ours = _compress(weight, hessian, SPARSE_INT4).relative_error
-    assert ours < 0.95 * sparsegpt
+    two = _compress(weight, hessian, SPARSE_INT4, "llmcompressor").relative_error
+    one = _compress(weight, hessian, SPARSE_INT4).relative_error
+    assert one < 0.75 * two
+    assert two < 0.95 * sparsegpt
     assert sparsegpt < 0.5 * magnitude
     assert magnitude < 0.75 * random
 
@@ -272,33 +144,40 @@ def test_sixteen_bits_without_sparsity_changes_nothing(
     assert result.scale is None and result.mask is None
 
 
+@BOTH
 @pytest.mark.parametrize("fmt", [SPARSE_INT4, DenseFormat(4, "none", 64)])
 def test_arguments_are_unchanged_and_results_reproducible(
-    weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat
+    weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat, by: Solver
 ) -> None:
     weight_before, hessian_before = weight.clone(), hessian.clone()
     fp32_weight = weight.float()
-    first = _compress(fp32_weight, hessian, fmt)
-    second = _compress(weight, hessian, fmt)
+    first = _compress(fp32_weight, hessian, fmt, by)
+    second = _compress(weight, hessian, fmt, by)
     assert torch.equal(weight, weight_before) and torch.equal(fp32_weight, weight.float())
     assert torch.equal(hessian, hessian_before)
     assert torch.equal(first.codes, second.codes) and torch.equal(first.master, second.master)
     assert first.relative_error == second.relative_error
 
 
-def test_inputs_that_are_always_zero_lose_their_weights(inputs: torch.Tensor) -> None:
-    """With three dead inputs in a group, the largest dead weight stays in the mask as code 0."""
+@pytest.mark.parametrize(
+    ("by", "kept"),
+    [("sweep", [True, False, False, True]), ("llmcompressor", [False, True, False, True])],
+)
+def test_inputs_that_are_always_zero_lose_their_weights(
+    inputs: torch.Tensor, by: Solver, kept: list[bool]
+) -> None:
+    """With three dead inputs of four, one of their weights stays in the mask, as code 0."""
     inputs = inputs.clone()
     inputs[:, [0, 1, 2, 100]] = 0.0
     accumulated = Hessian(IN, "layer")
     accumulated.add(inputs)
-    weight = (0.05 * _draw(OUT, IN, seed=7)).bfloat16()
+    weight = (0.05 * draw(OUT, IN, seed=7)).bfloat16()
     weight[:, :4] = torch.tensor([0.01, -0.03, 0.02, 0.001]).bfloat16()
-    sparse = _compress(weight, accumulated.matrix, SPARSE_INT4)
+    sparse = _compress(weight, accumulated.matrix, SPARSE_INT4, by)
     assert sparse.mask is not None
-    assert (sparse.mask[:, :4] == torch.tensor([False, True, False, True])).all()
+    assert (sparse.mask[:, :4] == torch.tensor(kept)).all()
     assert not sparse.codes[:, [0, 1, 2, 100]].any() and is_two_four(sparse.mask).all()
-    dense = _compress(weight, accumulated.matrix, DenseFormat(4, "none", 64))
+    dense = _compress(weight, accumulated.matrix, DenseFormat(4, "none", 64), by)
     assert not dense.codes[:, [0, 1, 2, 100]].any()
     assert not dense.master[:, [0, 1, 2, 100]].any()
 
@@ -337,17 +216,18 @@ def test_refuses_widths_the_format_cannot_store(fmt: DenseFormat, in_features: i
     assert str(in_features) in failure.value.found
 
 
+@BOTH
 @pytest.mark.parametrize("fmt", [SPARSE_INT4, DenseFormat(16, "2:4", 64)])
 def test_refuses_a_hessian_that_is_not_positive_definite(
-    weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat
+    weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat, by: Solver
 ) -> None:
-    direction = _draw(IN, seed=8)
+    direction = draw(IN, seed=8)
     indefinite = hessian - 2 * float(hessian.diagonal().sum()) / IN * torch.outer(
         direction, direction
     )
     indefinite.diagonal().copy_(hessian.diagonal())
     with pytest.raises(StageError, match="Hessian of layer could not be factorized") as failure:
-        _compress(weight, indefinite, fmt)
+        _compress(weight, indefinite, fmt, by)
     assert "-" in failure.value.found and "dampening" in failure.value.fix
 
 
@@ -357,10 +237,11 @@ def test_refuses_a_hessian_without_information(weight: torch.Tensor, value: floa
         _compress(weight, torch.full((IN, IN), value), SPARSE_INT4)
 
 
-def test_refuses_a_correction_that_overflows(hessian: torch.Tensor) -> None:
+@BOTH
+def test_refuses_a_correction_that_overflows(hessian: torch.Tensor, by: Solver) -> None:
     huge = torch.full((OUT, IN), 3.3e38)
     with pytest.raises(StageError, match="layer overflowed"):
-        _compress(huge, hessian, SPARSE_INT4)
+        _compress(huge, hessian, SPARSE_INT4, by)
 
 
 def test_refuses_a_hessian_of_another_width(weight: torch.Tensor) -> None:

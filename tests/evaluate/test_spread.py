@@ -18,7 +18,7 @@ from sparselong.evaluate.spread import Spread, pad
 )
 def test_each_process_s_pass_is_a_whole_batch(size, rounds):
     spread = Spread(cast(Any, SimpleNamespace(data_size=size)))
-    assert spread.rounds([[4, 1], [0, 2], [3]]) == rounds
+    assert list(spread.rounds([[4, 1], [0, 2], [3]])) == rounds
 
 
 def test_texts_are_padded_to_the_longest_of_the_pass():

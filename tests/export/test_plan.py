@@ -7,7 +7,7 @@ import pytest
 from sparselong.config import load
 from sparselong.export import CHOICE, plan_export
 from sparselong.export.plan import _plan_works
-from sparselong.memory import format_bytes
+from sparselong.figures import format_bytes
 from sparselong.run import Stage, parse_arguments
 from tests.conftest import ROOT
 from tests.export.finished import write_finished

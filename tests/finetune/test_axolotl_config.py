@@ -34,7 +34,13 @@ OURS = {
     "training.keep_experts": "as keep_attention",
     "training.slice_rows": "the same callback replaces the layers' checkpoints",
     "training.offload_checkpoints": "as slice_rows",
-    "training.loss_target": "a callback of ours gives the alert",
+    "training.loss_target": "a callback of ours stops training",
+    "training.early_stopping_patience": "as loss_target",
+    "training.early_stopping_threshold": "as loss_target",
+    "training.metrics": "the trainer's own evaluation calls the function",
+    "training.use_tensorboard": "a callback of ours tells the trackers",
+    "training.wandb_project": "as use_tensorboard",
+    "training.trackio_project": "as use_tensorboard",
     "training.save_total_limit": "transformers would remove any name with checkpoint-N in it",
 }
 """Keys and sections that are not passed to Axolotl, and why."""
@@ -134,10 +140,7 @@ def test_paths_and_sections():
         ("training.max_steps=7", "max_steps", 7),
         ("training.optimizer=adamw_torch_fused", "optimizer", "adamw_torch_fused"),
         ("training.lr_scheduler=constant", "lr_scheduler", "constant"),
-        ("training.early_stopping_patience=2", "early_stopping_patience", 2),
         ("training.sample_packing=false", "sample_packing", False),
-        ("training.use_tensorboard=true", "use_tensorboard", True),
-        ("training.wandb_project=trial", "wandb_project", "trial"),
         ("seed=7", "seed", 7),
         ("sequence_len=512", "sequence_len", 512),
         ("micro_batch_size=3", "micro_batch_size", 3),
@@ -148,7 +151,7 @@ def test_keys_are_passed_on(override, key, value):
 
 
 def test_nothing_is_null_and_resume_is_named():
-    assert None not in document("training.early_stopping_patience=null").values()
+    assert None not in document("training.max_steps=null").values()
     assert "resume_from_checkpoint" not in document()
     made = document(resume_from=Path("/run/03/checkpoints/checkpoint-4"))
     assert made["resume_from_checkpoint"].endswith("checkpoint-4")
@@ -190,6 +193,12 @@ def test_without_gpus_each_process_needs_a_core(monkeypatch):
     with pytest.raises(StageError, match="too few cores for 4 processes") as refusal:
         refuse_unsupported(config, gpus=0, processes=4)
     assert refusal.value.found == "2" and "sequence_parallel_degree=2" in refusal.value.fix
+
+
+def test_axolotl_reports_to_nobody():
+    made = document("training.use_tensorboard=true", "training.wandb_project=trial")
+    assert (made["use_tensorboard"], made["use_wandb"]) == (False, False)
+    assert not {key for key in made if key.startswith(("wandb_", "trackio_", "early_"))}
 
 
 def test_axolotl_never_splits_sequences():

@@ -1,13 +1,10 @@
-"""Actions per step: metric rows, one alert, a stop at NaN, saving the best checkpoint."""
+"""Actions per step on the model: mask updates and recomputation."""
 
-import json
-import math
 from types import SimpleNamespace
 
 import pytest
 
-from sparselong.errors import StageError
-from sparselong.finetune.callbacks import MaskUpkeep, Metrics, Recomputation
+from sparselong.finetune.callbacks import MaskUpkeep, Recomputation
 from sparselong.finetune.state import Progress
 from sparselong.model import row_slices
 from sparselong.runtime import DeviceInputs, HostInputs
@@ -37,52 +34,6 @@ class FakeLayer:
         return self.shares.pop(0)
 
 
-def test_rows_hold_the_known_values(tmp_path):
-    progress = Progress()
-    metrics = Metrics(tmp_path / "metrics.jsonl", progress, None)
-    metrics.on_train_begin(None, at(0), control())
-    metrics.on_log(None, at(0), control(), {"eval_loss": math.log(8)})
-    progress.tokens = 100
-    metrics.on_step_begin(None, at(0), control())
-    metrics.on_step_end(None, at(1), control())
-    progress.mask_updates.append({"step": 1, "flipped": 0.125})
-    metrics.on_log(None, at(1), control(), {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1})
-    metrics.on_log(None, at(1), control(), {"train_runtime": 1.0})  # adds no row
-    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert first["step"] == 0 and first["eval_perplexity"] == pytest.approx(8.0)
-    assert (second["tokens"], second["loss"], second["learning_rate"]) == (100, 2.0, 0.1)
-    assert second["mask_flipped_fraction"] == 0.125
-    assert second["tokens_per_second"] > 0 and second["peak_bytes_host"] > 0
-
-
-@pytest.mark.parametrize("logs", [{"loss": math.nan}, {"loss": 1.0, "grad_norm": math.inf}])
-def test_a_non_finite_loss_stops_and_names_the_step(tmp_path, logs):
-    metrics = Metrics(tmp_path / "metrics.jsonl", Progress(), None)
-    with pytest.raises(StageError, match="diverged at step 7"):
-        metrics.on_log(None, at(7), control(), logs)
-
-
-def test_the_loss_target_is_reported_once_even_after_a_restart(tmp_path, capsys):
-    progress = Progress()
-    metrics = Metrics(tmp_path / "metrics.jsonl", progress, loss_target=2.0)
-    for step, loss in ((1, 3.0), (2, 1.9), (3, 1.8)):
-        metrics.on_log(None, at(step), control(), {"loss": loss})
-    restarted = Metrics(tmp_path / "metrics.jsonl", progress, loss_target=2.0)
-    restarted.on_log(None, at(4), control(), {"loss": 1.7})
-    told = [line for line in capsys.readouterr().out.splitlines() if "ALERT" in line]
-    assert len(told) == 1 and "step 2" in told[0]
-
-
-@pytest.mark.parametrize(
-    ("step", "best", "loss", "saved"),
-    [(10, None, 3.0, True), (10, 2.0, 1.5, True), (10, 1.0, 1.5, False), (0, None, 3.0, False)],
-)
-def test_a_new_best_is_saved_at_once(tmp_path, step, best, loss, saved):
-    metrics, flow = Metrics(tmp_path / "m", Progress(), None), control()
-    metrics.on_evaluate(None, at(step, best_metric=best), flow, {"eval_loss": loss})
-    assert flow.should_save is saved
-
-
 def test_masks_are_updated_on_schedule_and_frozen_at_the_end(capsys):
     layers = {"layers.0.self_attn.q_proj": FakeLayer(64, 0.5, 0.25, 0.0)}
     progress = Progress()
@@ -92,6 +43,7 @@ def test_masks_are_updated_on_schedule_and_frozen_at_the_end(capsys):
         upkeep.on_step_end(None, at(step), control())
     updates = [(update["step"], update["flipped"]) for update in progress.mask_updates]
     assert updates == [(5, 0.5), (10, 0.25), (15, 0.0)]
+    assert [upkeep.next_step(step) for step in (0, 4, 5, 14, 15)] == [5, 5, 10, 15, None]
     assert all(layer.shares == [] for layer in layers.values())
 
 

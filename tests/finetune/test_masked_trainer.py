@@ -237,9 +237,12 @@ def test_the_order_gets_the_epoch_and_none_begins_after_the_last_step(calls):
     assert training.control.should_training_stop and calls == ["_run_epoch"]
 
 
-def test_nothing_is_trained_if_only_baking_remains(calls):
+@pytest.mark.parametrize("why", ["trained", "stopped"])
+def test_nothing_is_trained_if_only_baking_remains(calls, why):
+    """A run that was stopped at a loss, and killed while it baked, has steps left."""
     training = Training()
-    training.bake_only = True
+    training.bake_only = why == "trained"
+    training.progress.stopped = {"step": 3, "reason": "a loss"} if why == "stopped" else None
     training._run_epoch(epoch=0, train_dataloader=None)
     assert training.control.should_training_stop and calls == []
 

@@ -31,6 +31,7 @@ MODULE = "sparselong.finetune.axolotl_plugin"
 OVERRIDES = [
     *("heads_k_stride=2", "lora.r=3", "lora.router=true", "seed=7", "data.train_on=all"),
     *("training.loss_target=1.5", "training.keep_experts=never"),
+    *("training.early_stopping_patience=3", "training.early_stopping_threshold=0.25"),
     "finetuning_modifiers.MagnitudePruningModifier.criterion=magnitude",
     "finetuning_modifiers.MagnitudePruningModifier.update_frequency=0.5",
 ]
@@ -123,7 +124,6 @@ def test_training_arguments(plugin, run, resume, starts):
     assert made["eval_on_start"] is starts
     assert (made["max_steps"], made["warmup_steps"]) == (-1, 0.25)
     assert made["logging_nan_inf_filter"] is False
-    assert made["restore_callback_states_from_checkpoint"] is True
 
 
 def test_resized_embeddings_are_refused(plugin, run):
@@ -226,12 +226,17 @@ def test_callbacks_match_the_config(plugins, plugin, run, monkeypatch):
         return {k: Keeping(a, k == "keep_attention", peaks[k], 1, None) for k, a in asked.items()}
 
     monkeypatch.setattr(plugins, "decide_keeping", decide)
-    trainer = SimpleNamespace(layers={}, progress=Progress(), model="model")
-    upkeep, passes, watch, metrics = plugin.add_callbacks_post_trainer(None, trainer)
+    trainer = SimpleNamespace(layers={}, progress=Progress(), model="model", predictions=None)
+    made = plugin.add_callbacks_post_trainer(None, trainer)
+    upkeep, passes, watch, metrics, stopping = made
     assert (upkeep.update_frequency, upkeep.criterion) == (0.5, "magnitude")
     assert passes.contexts.args == (True, False) and passes.rows is None
     assert watch == ("watch", "model")
-    assert (metrics.path, metrics.loss_target) == (run.work / "metrics.jsonl", 1.5)
+    assert metrics.path == run.work / "metrics.jsonl" and metrics.next_update == upkeep.next_step
+    assert metrics.predictions is trainer.predictions is None
+    asked = (stopping.loss_target, stopping.patience, stopping.threshold)
+    assert asked == (1.5, 3, 0.25)
+    assert metrics.progress is stopping.progress is trainer.progress
     asked = {key: decision.asked for key, decision in plugin.keeping.items()}
     assert asked == {"keep_attention": "auto", "keep_experts": "never"}
 
@@ -250,7 +255,7 @@ def test_layers_compute_as_was_decided(plugins, run, monkeypatch, key, rows):
     monkeypatch.setattr(plugins, "RouterWatch", lambda model: None)
     monkeypatch.setattr(plugins, "tuned_layers", lambda model: {})
     monkeypatch.setattr(plugins, "count_trainable", lambda model: 0)
-    trainer = SimpleNamespace(layers={}, progress=Progress(), model="model")
+    trainer = SimpleNamespace(layers={}, progress=Progress(), model="model", predictions=None)
     _, passes, *_ = plugin.add_callbacks_post_trainer(None, trainer)
     assert passes.rows == rows
     assert isinstance(passes.inputs, HostInputs) == key.startswith("offload")
@@ -277,7 +282,8 @@ def fake_trainer(**state) -> SimpleNamespace:
         callback_handler=SimpleNamespace(callbacks=[Progress()]),
         args=SimpleNamespace(max_steps=6),
         state=SimpleNamespace(global_step=6, best_metric=0.5, **state),
-        progress=Progress(),
+        progress=Progress(stopped={"step": 6, "reason": "a target"}),
+        predictions=None,
         layers={},
         mesh=None,
         sharded={},
@@ -315,6 +321,7 @@ def test_the_best_checkpoint_is_baked_once(plugins, plugin, run, monkeypatch):
     assert named == [(run.work / "adapter", "tiny-w4a16")]
     document = json.loads((run.work / "baked.json").read_text())
     assert (document["best_checkpoint"], document["best_step"]) == ("checkpoint-4", 4)
+    assert document["stopped"] == {"step": 6, "reason": "a target"}
     files = {row["path"] for row in document["files"]}
     assert {"03_finetune/model/config.json", "03_finetune/adapter/masks.safetensors"} <= files
     refuse_changes(document["files"], run.directory, "03_finetune")

@@ -29,7 +29,7 @@ class Training(MaskedTraining):
         self.accelerator = SimpleNamespace(sync_gradients=True)
         self.processing_class = SimpleNamespace(pad_token_id=PAD)
         self.model = torch.nn.Linear(1, 1)
-        self.progress, self.mesh = Progress(), mesh
+        self.progress, self.predictions, self.mesh = Progress(), None, mesh
         self.seen: list[Settings] = []
 
     def _prepare_inputs(self, inputs):

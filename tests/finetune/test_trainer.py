@@ -113,7 +113,7 @@ def test_a_full_disk_is_explained(tmp_path):
 def test_without_a_full_receipt_there_is_no_result(stage, broken):
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     receipt = {
-        "callbacks": ["MaskUpkeep", "Recomputation", "RouterWatch", "Metrics"],
+        "callbacks": ["MaskUpkeep", "Recomputation", "RouterWatch", "Metrics", "Stopping"],
         "processes": 1,
         "attention": "eager",
         "attention_backend": "auto",
@@ -141,7 +141,7 @@ def test_the_receipt_says_how_layers_were_asked_to_compute(stage):
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     keys = {"training.slice_rows": 64, "attention_backend": "triton"}
     receipt = {
-        "callbacks": ["MaskUpkeep", "Recomputation", "RouterWatch", "Metrics"],
+        "callbacks": ["MaskUpkeep", "Recomputation", "RouterWatch", "Metrics", "Stopping"],
         "attention_backend": "triton",
         "deterministic": False,
         "modules_replaced": [f"model.layers.0.self_attn.{name}" for name in names],

@@ -299,6 +299,18 @@ def test_sources_and_licence():
     assert rows(known, task)["evaluation task arc"].status == "warn"
 
 
+def test_trackers_that_are_asked_for_must_be_installed():
+    asked = ("training.trackio_project=a", "training.use_tensorboard=true")
+    config, row = load("tiny", *asked), "training.trackio_project"
+    assert failures(config, NONE) == set()
+    assert judge(config, NONE)["training.use_tensorboard"].found == "tensorboard installed"
+    without = dataclasses.replace(NONE, missing=("gradio",))
+    assert failures(config, without) == {row}
+    assert judge(config, without)[row].found == "missing: gradio"
+    assert judge(config, without)[row].fix.endswith(" gradio")
+    assert failures(TINY, without) == set()
+
+
 def test_report_is_json_and_fits_its_width():
     config = load("gpt-oss-120b-4x3090", "expert_parallel_degree=1")
     plan = plan_for(config, FOUR_3090)

@@ -15,7 +15,7 @@ from sparselong.processes import machines
 from sparselong.processes.failure import failure_path
 from sparselong.run import Stage
 from sparselong.run.directory import finish, prepare
-from sparselong.run.own_files import remove_own
+from sparselong.run.own_files import has_begun, remove_own
 from tests.conftest import ROOT
 
 TINY = ROOT / "configs/tiny.yaml"
@@ -139,6 +139,16 @@ def test_what_stages_leave_for_their_processes_is_their_own(tmp_path, stage_name
     for path in paths:
         write(path)
     assert remove_own(tmp_path, stage_name) == []
+
+
+def test_event_files_are_the_stages_own_and_an_offline_run_is_kept_for_its_upload(tmp_path):
+    folder = "wandb/offline-run-20260131_235959-abc"
+    offline = [f"{folder}/logs/debug.log", f"{folder}/run-abc.wandb"]
+    for name in ("tensorboard/events.out.tfevents.1769903999.host.1.0", *offline):
+        write(tmp_path / name)
+    (tmp_path / "wandb/latest-run").symlink_to(folder.removeprefix("wandb/"))
+    assert not has_begun(tmp_path, "03_finetune"), "the first row of a run is before its first step"
+    assert remove_own(tmp_path, "03_finetune") == ["wandb/latest-run", *offline]
 
 
 def test_links_are_not_followed(stage, tmp_path):

@@ -113,7 +113,7 @@ def test_a_damaged_kept_result_is_measured_again(tmp_path, monkeypatch, text):
     told = []
     with pytest.raises(InterruptedError):
         mark = Mark("base", str(tmp_path), "f", True)
-        models.measure(mark, measurements, tmp_path, told.append)  # type: ignore[arg-type]
+        models.measure(mark, measurements, SimpleNamespace(dir=tmp_path, log=told.append))  # type: ignore[arg-type]
     assert "base.json is damaged, so the model is measured again" in told[0]
 
 

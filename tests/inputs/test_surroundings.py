@@ -92,6 +92,22 @@ def test_output_that_nobody_reads_ends_nothing(shell, unbuffered, tmp_path):
     assert (tmp_path / "run é/02_compress/ö.bin").read_bytes() == b"x"
 
 
+def test_a_file_of_stderr_has_no_control_characters(tmp_path):
+    code = """
+from sparselong.run import progress
+progress.LINE_SECONDS = 0.0
+from tqdm.auto import tqdm
+from huggingface_hub.utils import tqdm as of_the_hub
+for bar in (tqdm, of_the_hub):
+    for number in bar(range(3), desc="a library"):
+        stage.report("layer", number + 1, 3, "loss 2.5")
+"""
+    with start(tmp_path, code) as stage:
+        _, err = stage.communicate(timeout=60)
+    assert stage.returncode == 0 and "layer 3/3, loss 2.5\n" in err
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", err), ascii(err)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_signals_end_a_stage_with_an_explanation(name, tmp_path):
     code = "import time; print('ready', flush=True); time.sleep(60)"

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from sparselong.memory import format_bytes
+from sparselong.figures import format_bytes
 from sparselong.model.description import describe_weights
 from sparselong.model.loading import load_model
 from sparselong.model.packed_linear import PackedLinear

@@ -28,9 +28,10 @@ CHANGED = {
     "training.logging_steps": "2",
     "training.save_steps": "40",
     "training.save_total_limit": "1",
-    "training.loss_target": "1.5",
+    "training.metrics": "figures.py:accuracy",
     "training.use_tensorboard": "true",
     "training.wandb_project": "trial",
+    "training.trackio_project": "trial",
 }
 """Every incidental key, with a value different from the tiny config's."""
 NEEDED = {

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from sparselong.config import load
 from sparselong.export.hub import card
-from sparselong.memory import format_bytes
+from sparselong.figures import format_bytes
 from sparselong.run.stages import stage_hash
 from tests.stages.fake_hub import READER, WRITER, serve
 from tests.stages.test_export import export, manifest_of

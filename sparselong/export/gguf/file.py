@@ -105,10 +105,12 @@ def write_file(stage: Stage, path: Path, source: Source, layout: Layout) -> None
                 file.write(layout.header)
             else:
                 stage.log(f"{FILE}: {done} of {len(layout.tensors)} tensors are kept")
-            for tensor in layout.tensors[done:]:
+            stage.report("tensor", done, len(layout.tensors))
+            for number, tensor in enumerate(layout.tensors[done:], start=done + 1):
                 for part in encoded_parts(source, tensor):
                     file.write(part.data.numpy().data)
                 file.write(bytes(padded(tensor.size) - tensor.size))
+                stage.report("tensor", number, len(layout.tensors))
             file.flush()
             os.fsync(file.fileno())
     except (OSError, StageError):

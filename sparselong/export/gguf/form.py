@@ -21,8 +21,9 @@ from sparselong.export.gguf.types import (
     type_for_rows,
 )
 from sparselong.export.inputs import model_directory
+from sparselong.figures import format_bytes
 from sparselong.files import read_json
-from sparselong.memory import base_groups, compressed_groups, find_shape, format_bytes
+from sparselong.memory import base_groups, compressed_groups, find_shape
 from sparselong.provenance import find_change
 from sparselong.run import Stage, read_manifest
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 from huggingface_hub.hf_api import RepoFile
 
 from sparselong.errors import StageError
-from sparselong.memory import format_bytes
+from sparselong.figures import format_bytes
 from sparselong.run import Stage
 
 _MADE_BY_HUB = (".gitattributes",)

@@ -82,6 +82,23 @@ def cut(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     return torch.cat([chunks[n] for n in chunks_of(mesh.context_rank, mesh.context_size)], 1)
 
 
+def place_tokens(rows: int, tokens: int, mesh: Mesh | None) -> torch.Tensor:
+    """Return where each token of this rank's shard is in the flattened padded batch.
+
+    Args:
+        rows: rows of the full batch.
+        tokens: its tokens per row.
+        mesh: this process's place in the mesh; None if nothing is sharded.
+
+    Returns:
+        int64 [rows, tokens of the shard] on the CPU; ascending in the order of the batch's tokens.
+    """
+    size = 1 if mesh is None else mesh.context_size
+    padded = tokens if mesh is None or size == 1 else tokens + -tokens % (2 * size)
+    whole = torch.arange(rows * padded).view(rows, padded)
+    return whole if mesh is None or size == 1 else cut(whole, mesh)
+
+
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
     """Return the indices of the two chunks, of 2 * size, that a context rank holds."""
     return rank, 2 * size - 1 - rank

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from sparselong.memory import format_seconds
+from sparselong.figures import format_seconds
 
 MISSING = "–"
 
