@@ -99,7 +99,7 @@ def _open_and_measure(
     suite = measurements.suite
     config = suite.config
     model = load_model(Path(mark.directory), attn_implementation=implementation(config))
-    loaded = round(time.monotonic() - start, 1)
+    loaded = round(time.monotonic() - start, 3)
     stage.log(f"{mark.name}: loaded from {mark.directory} in {loaded:.1f} s")
     spread = Spread(report=partial(stage.report, f"{mark.name}: batch"))
     told = measurements.questions, measurements.samples, suite.tokenizer, config

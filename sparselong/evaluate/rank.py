@@ -99,7 +99,7 @@ def _measure(
         "divergence": found.divergence,
         "health": found.health,
         **found.answers._asdict(),
-        "speed": {"load_seconds": round(loaded, 1), "prompts": found.prompts},
+        "speed": {"load_seconds": round(loaded, 3), "prompts": found.prompts},
         "seconds": round(time.monotonic() - start, 1),
         "peak_bytes": peak_bytes,
         "experts": placed,
