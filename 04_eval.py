@@ -5,6 +5,9 @@ The base, compressed and fine-tuned models answer the same multiple-choice items
 and their perplexity is measured on the same held-out conversations. Reads the models of stages 02
 and 03; writes results.json, report.md and evaluation.png to runs/NAME/04_eval.
 
+`--compare RUN|PATH ...` also measures models of other runs, or other checkpoints; those that a
+finished stage has measured are not measured again.
+
 On several GPUs, one process each (`sequence_parallel_degree`, or those in which torchrun started
 this script) measures some rows of every batch. A model that does not fit on one GPU is shared: each
 process holds some of its experts and of its vocabulary. The figures are those of one process.
@@ -15,6 +18,7 @@ import sys
 
 from sparselong.config import Config
 from sparselong.data import check_tasks
+from sparselong.evaluate import find_compared
 from sparselong.memory import check_model, plan_stage, show_plan
 from sparselong.processes import check_launcher, hide_launcher, is_joined
 from sparselong.report import write_page
@@ -42,6 +46,7 @@ def check(config: Config) -> None:
         hide_launcher()
     check_model(config)
     check_tasks(config)
+    find_compared(config)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sparselong.config import schema
     from sparselong.config.cost import GpuType, find_type
     from sparselong.config.data import TrainOn
+    from sparselong.config.evaluation import RULER_TASKS
     from sparselong.config.grid import read_grid
     from sparselong.config.keys import leaves, pick_sections
     from sparselong.config.profiles import PROFILES, describe_profile

@@ -47,6 +47,7 @@ def check_rules(config: Config) -> None:
     _check_stopping(config)
     _check_schedule(config)
     _check_tasks(config)
+    _check_ruler(config)
     _check_shares(config)
     _check_prices(config)
 
@@ -186,6 +187,15 @@ def _check_tasks(config: Config) -> None:
                 "evaluation.tasks",
                 f"evaluation.tasks: names of lm-eval's tasks, not files such as {name}",
             )
+
+
+def _check_ruler(config: Config) -> None:
+    lengths = config.evaluation.ruler.lengths
+    if len(set(lengths)) < len(lengths):
+        shown = ", ".join(map(str, lengths))
+        raise KeyFault(
+            "evaluation.ruler.lengths", f"evaluation.ruler.lengths: {shown} names a length twice"
+        )
 
 
 def _check_shares(config: Config) -> None:

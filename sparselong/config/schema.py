@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError, model_validator
 from sparselong.config import yaml12
 from sparselong.config.cost import CostSection
 from sparselong.config.data import DataSection
+from sparselong.config.evaluation import EvaluationSection
 from sparselong.config.keys import (
     Incidental,
     Section,
@@ -144,21 +145,6 @@ class ModifiersSection(Section):
 
     MagnitudePruningModifier: MaskUpdateSection = MaskUpdateSection()
     """Updates of the 2:4 masks."""
-
-
-class EvaluationSection(Section):
-    """What stage 04 measures on the base, compressed and fine-tuned models."""
-
-    tasks: Annotated[tuple[Text, ...], Field(min_length=1)] = ("hellaswag",)
-    """lm-eval task names; `demo_hellaswag` is made from the demo's held-out text."""
-    limit: Length | None = None
-    """Maximum number of items per task, at least 2; null uses all."""
-    num_fewshot: Annotated[int, Field(ge=0, le=64)] = 0
-    """Number of solved examples shown before each item."""
-    batch_size: Positive = 8
-    """Requests per forward pass."""
-    perplexity_samples: Positive = 256
-    """Number of validation conversations for measuring perplexity."""
 
 
 class Config(Section):

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     )
     from sparselong.data.harmony import Delta, Message, Parser, read_marks
     from sparselong.data.prompt import render_prompt
+    from sparselong.data.rows import EFFORTS
+    from sparselong.data.ruler import answer_tokens, make_items, score_answer
     from sparselong.data.run_date import rendering_date
     from sparselong.data.sources import explain_hub_failures
-    from sparselong.data.tasks import DEMO_TASK, check_output_type, check_tasks
+    from sparselong.data.tasks import DEMO_TASK, check_definition, check_tasks
 
 __getattr__ = expose(__name__)

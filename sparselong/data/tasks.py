@@ -1,9 +1,9 @@
-"""Whether lm-eval can measure the evaluation tasks that a config names, without importing it.
+"""Whether stage 04 can measure the evaluation tasks that a config names, without importing lm-eval.
 
-Stage 04 comes last, so an unknown name, or a task whose answers are generated, would be noticed
-hours after it could have been. Importing lm-eval takes many seconds. Its tasks are defined in YAML
-files, in which the name of every task, group and tag is spelled out, usually in a folder of that
-name, and with it, directly or in an included file, how a task is measured.
+Stage 04 comes last, so an unknown name, or a task that it cannot measure, would be noticed hours
+after it could have been. Importing lm-eval takes many seconds. Its tasks are defined in YAML files,
+in which the name of every task, group and tag is spelled out, usually in a folder of that name, and
+with it, directly or in an included file, how a task is measured.
 """
 
 from __future__ import annotations
@@ -13,37 +13,45 @@ import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-from sparselong.config import Config
+from sparselong.config import RULER_TASKS, Config
+from sparselong.data.ruler import LEFT_OUT, load_words
 from sparselong.errors import ConfigError
 
 DEMO_TASK = "demo_hellaswag"
 """The task that is made from the demo's held-out text."""
-
-
-_MEASURED, _DEFAULT = "multiple_choice", "generate_until"
-"""The output type that stage 04 measures, and that of tasks which name none."""
+_GREEDY = frozenset(
+    ("until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks", "max_new_tokens")
+)
+"""Keys of `generation_kwargs` that have a meaning here, or none for the most likely token."""
+_SET_BY_GROUPS = ("generation_kwargs", "unsafe_code")
+"""Keys of a task that a group may set for its members."""
 _DEEPEST = 9
 """Groups within groups that are followed."""
 
 
 def check_tasks(config: Config) -> None:
-    """Raise if a name in `evaluation.tasks` is none of lm-eval's, or is not multiple choice.
+    """Raise if a name in `evaluation.tasks` is unknown, or stands for a task that is not supported.
 
     Raises:
         ConfigError: names the task, and similar ones if lm-eval does not have it.
+        StageError: RULER's words are missing.
     """
+    if config.evaluation.ruler_tasks:
+        load_words()
     spec = find_spec("lm_eval")
     if spec is None or spec.origin is None:  # 01_health reports missing packages
         return
     folder = Path(spec.origin).parent / "tasks"
     definitions = _Definitions()
     for name in config.evaluation.tasks:
-        if name == DEMO_TASK:
+        if name in (DEMO_TASK, *RULER_TASKS):
             continue
+        if name in LEFT_OUT:
+            _refuse(name, f"one of {', '.join(RULER_TASKS)}", LEFT_OUT[name])
         if not _is_defined(name, folder, definitions):
             known = [path.name for path in folder.iterdir() if path.is_dir() and path.name != name]
             inside = sorted(path.stem for path in (folder / name).glob("*.yaml"))[:3]
@@ -54,23 +62,48 @@ def check_tasks(config: Config) -> None:
                 name,
                 f"did you mean {', '.join(close)}?" if close else "see `lm-eval ls tasks`",
             )
-        for leaf, output_type in definitions.output_types(name, [folder / name, folder]):
-            check_output_type(leaf, output_type)
+        for leaf, definition in definitions.leaves(name, [folder / name, folder]):
+            check_definition(leaf, definition)
 
 
-def check_output_type(task: str, output_type: str) -> None:
-    """Raise unless a task is multiple choice.
+def check_definition(task: str, definition: dict[str, Any]) -> None:
+    """Raise if a task of lm-eval cannot be measured.
+
+    Args:
+        task: its name.
+        definition: keys and values of its YAML; values may still be text.
 
     Raises:
-        ConfigError: its answers are generated, or text as a whole is scored.
+        ConfigError: it draws its answers, searches among several, or has images or code to run.
     """
-    if output_type != _MEASURED:
-        raise ConfigError(
-            f"task {task} of evaluation.tasks cannot be measured",
-            "a multiple-choice task",
-            f"output type {output_type}",
-            "remove it from evaluation.tasks, or run it with lm-eval itself",
-        )
+    if task in LEFT_OUT:
+        _refuse(task, f"one of {', '.join(RULER_TASKS)}", LEFT_OUT[task])
+    if definition.get("doc_to_image") or definition.get("doc_to_audio"):
+        _refuse(task, "text", "images or audio")
+    if _is_true(definition.get("unsafe_code")):
+        _refuse(task, "answers that are compared", "it runs the code that the model writes")
+    settings = definition.get("generation_kwargs")
+    settings = settings if isinstance(settings, dict) else {}
+    drawn = settings.get("do_sample", float(settings.get("temperature") or 0) > 0)
+    if _is_true(drawn):
+        _refuse(task, "answers of the most likely tokens", "generation_kwargs that draw tokens")
+    for key, value in settings.items():
+        if key not in _GREEDY and (key, str(value)) != ("num_beams", "1"):
+            known = ", ".join(sorted(_GREEDY))
+            _refuse(task, f"generation_kwargs of {known}", f"{key}: {value}")
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() == "true"
+
+
+def _refuse(task: str, expected: str, found: str) -> NoReturn:
+    raise ConfigError(
+        f"task {task} of evaluation.tasks cannot be measured",
+        expected,
+        found,
+        "remove it from evaluation.tasks, or run it with lm-eval itself",
+    )
 
 
 def _is_defined(name: str, folder: Path, definitions: _Definitions) -> bool:
@@ -109,17 +142,18 @@ class _Definitions:
                 yield path, texts[path]
         self.texts[folder] = texts
 
-    def output_types(
-        self, name: str, places: list[Path], given: str | None = None, depth: int = 0
-    ) -> Iterator[tuple[str, str]]:
-        """Yield the tasks that a name stands for, each with its output type.
+    def leaves(
+        self, name: str, places: list[Path], given: dict[str, Any] | None = None, depth: int = 0
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the tasks that a name stands for, each with its definition.
 
         Args:
             name: of a task, a group or a tag.
             places: folders to search, until one has the definition.
-            given: the output type that a group sets for its members.
+            given: keys that a group sets for its members.
             depth: number of groups around the name.
         """
+        given = given or {}
         for place in places:
             found = False
             for path in self.files_with(name, place):
@@ -133,27 +167,22 @@ class _Definitions:
                     listed == name or name in _as_list(document.get("tag"))
                 ):
                     found = True
-                    yield listed, given or _output_type(document)
+                    yield listed, document | given
             if found:
                 return
 
     def _members(
-        self, group: dict[str, Any], places: list[Path], given: str | None, depth: int
-    ) -> Iterator[tuple[str, str]]:
-        given = given or group.get("output_type")
+        self, group: dict[str, Any], places: list[Path], given: dict[str, Any], depth: int
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        given = {key: group[key] for key in _SET_BY_GROUPS if key in group} | given
         for member in _as_list(group.get("task")) if depth < _DEEPEST else ():
             if isinstance(member, str):
-                yield from self.output_types(member, places, given, depth + 1)
+                yield from self.leaves(member, places, given, depth + 1)
             elif isinstance(member.get("task"), list):
                 yield from self._members(member, places, given, depth + 1)
             elif isinstance(member.get("task"), str):
-                own = given or member.get("output_type")
-                yield from self.output_types(member["task"], places, own, depth + 1)
-
-
-def _output_type(document: dict[str, Any]) -> str:
-    # None of lm-eval's classes sets one.
-    return str(document.get("output_type", _DEFAULT))
+                own = {key: member[key] for key in _SET_BY_GROUPS if key in member} | given
+                yield from self.leaves(member["task"], places, own, depth + 1)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
+    from sparselong.evaluate.compared import find_compared
     from sparselong.evaluate.inputs import check_models
     from sparselong.evaluate.stage import evaluate
     from sparselong.evaluate.work import rank_arguments

@@ -20,72 +20,99 @@ from typing import Any
 
 import torch
 
-from sparselong.evaluate import harness, perplexity
+from sparselong.evaluate import perplexity
+from sparselong.evaluate.divergence import STATES, is_saved
+from sparselong.evaluate.opened import Measured, measure_opened
 from sparselong.evaluate.spread import Spread
+from sparselong.evaluate.tasks import Suite, grade
+from sparselong.evaluate.work import BASE, Mark, Questions
 from sparselong.files import load_json, write_atomically
 from sparselong.model import describe_placement, implementation, load_model
 from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.run import Stage
 from sparselong.runtime import using
 
-_RESULT = ("fingerprint", "perplexity", "tasks", "seconds", "peak_bytes")
+_RESULT = (
+    *("fingerprint", "perplexity", "divergence", "health", "tasks", "speed"),
+    *("seconds", "peak_bytes"),
+)
 """Keys of a model's kept result."""
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Tasks and conversations that every model is measured on."""
+    """Tasks and conversations that every model is measured on.
 
-    suite: harness.Suite
+    Attributes:
+        suite: the tasks.
+        questions: what they ask.
+        samples: the conversations.
+    """
+
+    suite: Suite
+    questions: Questions
     samples: list[perplexity.Sample]
 
 
-def measure(
-    name: str,
-    directory: Path,
-    fingerprint: str,
-    measurements: Measurements,
-    stage: Stage,
-) -> dict[str, Any]:
-    """Return one model's accuracy and perplexity, from `04_eval/<name>.json` if up to date.
+def measure(mark: Mark, measurements: Measurements, stage: Stage) -> dict[str, Any]:
+    """Return one model's figures, from `04_eval/<name>.json` if up to date.
 
     Returns:
-        {fingerprint, tasks (harness.measure), perplexity (perplexity.measure), seconds,
-        peak_bytes by device, experts (`model.describe_placement`)}.
+        {fingerprint, tasks (`tasks.grade`), perplexity, divergence and health (`opened.Measured`),
+        speed (load_seconds, prompts: `answering.measure_speed`), seconds, peak_bytes by device,
+        experts (`model.describe_placement`)}.
 
     Raises:
         StageError: the checkpoint cannot be opened.
     """
-    if kept := find_kept(name, fingerprint, stage.dir, stage.log):
+    kept = find_kept(mark, stage.dir, stage.log)
+    if kept and not mark.only_states:
         return kept
     start = time.monotonic()
     reset_peaks()
-    config = measurements.suite.config
-    model = load_model(directory, attn_implementation=implementation(config))
-    stage.log(f"{name}: loaded from {directory} in {time.monotonic() - start:.1f} s")
-    batch_size = config.evaluation.batch_size
-    spread = Spread(report=partial(stage.report, f"{name}: batch"))
-    answered = partial(stage.report, f"{name}: answer")
-    with using(attention_backend=config.attention_backend, deterministic=config.deterministic):
-        result = {
-            "fingerprint": fingerprint,
-            "perplexity": perplexity.measure(model, measurements.samples, batch_size, spread),
-            "tasks": harness.measure(model, measurements.suite, answered),
-            "seconds": round(time.monotonic() - start, 1),
-            "peak_bytes": read_peaks(),
-            "experts": describe_placement(model),
-        }
-    del model
+    found, loaded, experts = _open_and_measure(mark, measurements, stage)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return keep(name, result, stage.dir, stage.log)
+    if kept or found is None:
+        assert kept is not None
+        return kept
+    result = {
+        "fingerprint": mark.fingerprint,
+        "perplexity": found.perplexity,
+        "divergence": found.divergence,
+        "health": found.health,
+        "tasks": grade(measurements.suite, found.answers),
+        "speed": {"load_seconds": loaded, "prompts": found.prompts},
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_bytes": read_peaks(),
+        "experts": experts,
+    }
+    return keep(mark.name, result, stage.dir, stage.log)
+
+
+def _open_and_measure(
+    mark: Mark, measurements: Measurements, stage: Stage
+) -> tuple[Measured | None, float, dict[str, Any]]:
+    """Return what `measure_opened` does, seconds of loading, and where experts were."""
+    start = time.monotonic()
+    suite = measurements.suite
+    config = suite.config
+    model = load_model(Path(mark.directory), attn_implementation=implementation(config))
+    loaded = round(time.monotonic() - start, 3)
+    stage.log(f"{mark.name}: loaded from {mark.directory} in {loaded:.1f} s")
+    spread = Spread(report=partial(stage.report, f"{mark.name}: batch"))
+    told = measurements.questions, measurements.samples, suite.tokenizer, config
+    with using(attention_backend=config.attention_backend, deterministic=config.deterministic):
+        found = measure_opened(mark, model, *told, spread, stage.dir)
+    return found, loaded, describe_placement(model)
 
 
 def find_kept(
-    name: str, fingerprint: str, folder: Path, progress: Callable[[str], None]
+    mark: Mark, folder: Path, progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any] | None:
     """Return one model's result from `folder/<name>.json`, or None if it must be measured."""
+    name = mark.name
     path = folder / f"{name}.json"
     if not path.exists():
         return None
@@ -93,10 +120,17 @@ def find_kept(
     if kept is None:
         progress(f"{name}: {path} is damaged, so the model is measured again")
         return None
-    if kept["fingerprint"] != fingerprint:
+    if kept["fingerprint"] != mark.fingerprint:
         return None
     progress(f"{name}: already measured, result kept")
     return kept
+
+
+def lacks_states(marks: list[Mark], folder: Path) -> bool:
+    """Return whether others must be compared with the base, which has left no hidden states."""
+    missing = [mark for mark in marks if find_kept(mark, folder) is None]
+    is_kept = BASE not in [mark.name for mark in missing]
+    return is_kept and any(mark.has_base_head for mark in missing) and not is_saved(folder / STATES)
 
 
 def keep(
@@ -125,5 +159,8 @@ def fingerprint(files: list[dict[str, Any]]) -> str:
 
 def _one_line(result: dict[str, Any]) -> str:
     figures = [f"perplexity {result['perplexity']['supervised']['perplexity']:.3f}"]
-    figures += [f"{name} acc {task['acc']:.3f}" for name, task in result["tasks"].items()]
+    for name, task in result["tasks"].items():
+        shown = {"acc": task["acc"]} if "acc" in task else {}
+        shown |= {label: score["value"] for label, score in task["scores"].items()}
+        figures += [f"{name} {label} {value:.3f}" for label, value in shown.items() if value]
     return f"{', '.join(figures)} ({result['seconds']:.0f} s)"

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def compare_answers(base: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
-    """Compare two models' right (1) and wrong (0) answers, item by item.
+def compare_answers(base: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Compare two models' right (1) and wrong (0) answers, or their scores, item by item.
 
     Returns:
-        `difference` of the accuracies (other - base), its `stderr` (0 for a model against itself),
-        `gained` and `lost` items (right in `other` only, in `base` only) and `p`, two-sided.
+        `difference` of the means (other - base), its `stderr` (0 for a model against itself),
+        `gained` and `lost` items (better in `other`, in `base`) and `p`, two-sided.
 
     Raises:
         ValueError: the numbers of items differ, or there are fewer than two.
@@ -33,7 +33,7 @@ def compare_answers(base: Sequence[int], other: Sequence[int]) -> dict[str, Any]
     count = len(differences)
     mean = sum(differences) / count
     variance = sum((d - mean) ** 2 for d in differences) / (count - 1)
-    gained, lost = differences.count(1), differences.count(-1)
+    gained, lost = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     return {
         "difference": mean,
         "stderr": math.sqrt(variance / count),

@@ -66,13 +66,13 @@ def measure(
         for supervised tokens by bucket, with `first` and `last` position; `conversations`: [nll,
         tokens] of the supervised tokens of each sample, in order.
     """
-    bounds = _bucket_bounds(max(len(sample.input_ids) for sample in samples))
+    bounds = bucket_bounds(max(len(sample.input_ids) for sample in samples))
     by_position = torch.zeros(len(bounds) - 1, 2, dtype=torch.float64)
     by_sample = torch.zeros(len(samples), 2, dtype=torch.float64)
     everything = torch.zeros(2, dtype=torch.float64)
     spread = spread or Spread()
     measured = []
-    for together in spread.rounds(list(_batches(samples, batch_size))):
+    for together in spread.rounds(list(split_batches(samples, batch_size))):
         texts = [[samples[i].input_ids for i in batch] for batch in together]
         measured.append((together[spread.rank], *_losses(model, texts, spread)))
     for batch, owner, position, losses in chain(*spread.collect(measured)):
@@ -101,7 +101,7 @@ def measure(
     }
 
 
-def _bucket_bounds(most_tokens: int) -> list[int]:
+def bucket_bounds(most_tokens: int) -> list[int]:
     """Return 1, 2, 3, 4, 6, 8, 12, … up to the first bound that no position reaches."""
     bounds = [1]
     while bounds[-1] < most_tokens:
@@ -109,7 +109,7 @@ def _bucket_bounds(most_tokens: int) -> list[int]:
     return bounds
 
 
-def _batches(samples: list[Sample], batch_size: int) -> Iterator[list[int]]:
+def split_batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
     """Yield indices of samples, longest first, in groups that fit one pass."""
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i].input_ids))
     while order:
@@ -126,18 +126,31 @@ def _losses(
 
     They are those of this process's texts; `texts` are those of each process.
     """
-    device, head = model.lm_head.weight.device, model.lm_head
-    ids, present = pad(texts[spread.rank])
+    head = model.lm_head
     with spread.settings(texts):
-        hidden = model.model(ids.to(device), use_cache=False).last_hidden_state
-        owner, before = present[:, 1:].nonzero(as_tuple=True)
-        position = before + 1
-        states, targets = hidden[owner.to(device), before.to(device)], ids[owner, position]
+        owner, position, states, targets = predicted_states(model, texts[spread.rank])
         if isinstance(head, PartialHead):
-            losses = -score_tokens(head, states, targets.to(device))[0]
+            losses = -score_tokens(head, states, targets)[0]
         else:
-            losses = token_losses(states, head.weight, targets.to(device))
+            losses = token_losses(states, head.weight, targets)
     return owner, position, losses.double().cpu()
+
+
+def predicted_states(
+    model: Any, texts: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return row, position, final hidden state before it, and id of each predicted token.
+
+    The first two are on the CPU, the others on the model's device. It is a pass of the model, also
+    without a text.
+    """
+    device = model.lm_head.weight.device
+    ids, present = pad(texts)
+    hidden = model.model(ids.to(device), use_cache=False).last_hidden_state
+    owner, before = present[:, 1:].nonzero(as_tuple=True)
+    position = before + 1
+    states, targets = hidden[owner.to(device), before.to(device)], ids[owner, position]
+    return owner, position, states, targets.to(device)
 
 
 def _summary(pair: torch.Tensor) -> dict[str, float]:

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from sparselong.config import Config, load
-from sparselong.evaluate import perplexity, scoring
+from sparselong.evaluate import perplexity
+from sparselong.evaluate.opened import measure_opened
 from sparselong.evaluate.spread import Spread
-from sparselong.evaluate.work import MEMORY_FIX, Work, scores_path
+from sparselong.evaluate.work import MEMORY_FIX, Mark, Work, scores_path
 from sparselong.files import write_atomically
-from sparselong.model import describe_placement, implementation, load_model
+from sparselong.model import describe_placement, implementation, load_model, load_tokenizer
 from sparselong.parallel import Mesh, shard_model
 from sparselong.processes import (
     decide_evaluation_sharing,
@@ -55,12 +56,12 @@ def main(path: Path) -> None:
         how = f"{mesh.expert_size} share experts and vocabulary" * shared or "each holds all"
         how += ", experts in host memory" * (held.placement == "host")
         tell(f"{mesh.data_size} processes: {how}")
-    for name, directory, _ in work.models:
+    for mark in work.models:
         with using(expert_placement=held.placement):
-            result = _measure(name, Path(directory), work, config, mesh, folder)
-        if ranks.is_first():
-            document = {"digest": work.digest(name), **result}
-            write_atomically(scores_path(folder, name), json.dumps(document) + "\n")
+            result = _measure(mark, work, config, mesh, folder)
+        if ranks.is_first() and result is not None:
+            document = {"digest": work.digest(mark.name), **result}
+            write_atomically(scores_path(folder, mark.name), json.dumps(document) + "\n")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -68,33 +69,41 @@ def main(path: Path) -> None:
 
 
 def _measure(
-    name: str, directory: Path, work: Work, config: Config, mesh: Mesh, folder: Path
-) -> dict[str, Any]:
-    """Return a model's {perplexity, answers, seconds, peak_bytes}, the same on every rank."""
+    mark: Mark, work: Work, config: Config, mesh: Mesh, folder: Path
+) -> dict[str, Any] | None:
+    """Return a model's part of the result, the same on every rank but for its speed.
+
+    None if only the base's hidden states are needed.
+    """
     start = time.monotonic()
-    telling = partial(telling_memory, f"while {name} was measured", MEMORY_FIX)
+    telling = partial(telling_memory, f"while {mark.name} was measured", MEMORY_FIX)
     reset_peaks()
     passes = {"attention_backend": config.attention_backend, "deterministic": config.deterministic}
     with using(**passes, **shard_model(mesh)):
         with telling():
-            model = load_model(directory, attn_implementation=implementation(config))
+            model = load_model(Path(mark.directory), attn_implementation=implementation(config))
+        loaded = time.monotonic() - start
         if ranks.is_first():
-            seconds = time.monotonic() - start
-            tell(f"{name}: loaded from {directory} in {seconds:.1f} s")
-        rank, spread = mesh.data_rank, Spread(mesh, partial(report_progress, f"{name}: batch"))
+            tell(f"{mark.name}: loaded from {mark.directory} in {loaded:.1f} s")
+        tokenizer = load_tokenizer(Path(work.tokenizer)) if any(work.questions[1:]) else None
+        spread = Spread(mesh, partial(report_progress, f"{mark.name}: batch"))
         samples = [perplexity.Sample(*sample) for sample in work.samples]
-        batch_size = config.evaluation.batch_size
+        told = work.questions, samples, tokenizer, config
         # Watched one model at a time: ranks may take longer to load than an exchange may.
-        with ranks.watched(partial(write_failure, folder, rank)), telling():
-            found = perplexity.measure(model, samples, batch_size, spread)
-            answers = scoring.score(model, work.requests, batch_size, spread)
+        with ranks.watched(partial(write_failure, folder, mesh.data_rank)), telling():
+            found = measure_opened(mark, model, *told, spread, folder)
             peak_bytes = ranks.merge_peaks(read_peaks())
             placed = describe_placement(model, ranks.collect)
-    seconds = round(time.monotonic() - start, 1)
-    return {
-        "perplexity": found, "answers": answers, "seconds": seconds, "peak_bytes": peak_bytes,
+    return found and {
+        "perplexity": found.perplexity,
+        "divergence": found.divergence,
+        "health": found.health,
+        **found.answers._asdict(),
+        "speed": {"load_seconds": round(loaded, 3), "prompts": found.prompts},
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_bytes": peak_bytes,
         "experts": placed,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

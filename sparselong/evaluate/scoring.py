@@ -5,10 +5,12 @@ dtype, and whether every scored token is the most likely one. No process ever ho
 logits: they exist for a chunk of the scored tokens at a time, or are sharded.
 
 Texts of similar length share a batch, padded on the right, where causal attention does not look.
+Texts that differ in their last token alone, such as questions with the choices A to D, are one row.
 """
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,27 +32,30 @@ def score(
         batch_size: maximum number of texts per pass.
         spread: the processes among which batches are spread; all get all results.
     """
+    same: dict[tuple[int, ...], list[int]] = {}
+    for i, request in enumerate(requests):
+        same.setdefault(tuple(request.tokens[:-1]), []).append(i)
     # In lm-eval's order, so that its passes in one process hold the same texts.
     order = sorted(
-        range(len(requests)), key=lambda i: (-len(requests[i].tokens), requests[i].tokens)
+        same.values(), key=lambda row: (-len(requests[row[0]].tokens), requests[row[0]].tokens)
     )
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     found: dict[int, tuple[float, bool]] = {}
     for together in spread.rounds(batches):
-        texts = [[requests[i] for i in batch] for batch in together]
+        texts = [[[requests[i] for i in row] for row in batch] for batch in together]
         answers = _score_batch(model, texts, spread)
-        found |= dict(zip(together[spread.rank], answers, strict=True))
+        found |= dict(zip(chain(*together[spread.rank]), answers, strict=True))
     everything = {i: answer for part in spread.collect(found) for i, answer in part.items()}
     return [everything[i] for i in range(len(requests))]
 
 
 def _score_batch(
-    model: Any, texts: list[list[Request]], spread: Spread
+    model: Any, texts: list[list[list[Request]]], spread: Spread
 ) -> list[tuple[float, bool]]:
-    """Return the results of this process's texts; `texts` are those of each process."""
+    """Return the results of this process's texts, row by row; `texts` are those of each process."""
     device = model.lm_head.weight.device
-    inputs = [[request.tokens[:-1] for request in batch] for batch in texts]
-    own = texts[spread.rank]
+    inputs = [[row[0].tokens[:-1] for row in batch] for batch in texts]
+    own = [request for row in texts[spread.rank] for request in row]
     with spread.settings(inputs):
         ids, _ = pad(inputs[spread.rank])
         hidden = model.model(ids.to(device), use_cache=False).last_hidden_state
@@ -59,7 +64,8 @@ def _score_batch(
             states = torch.cat(
                 [
                     row[len(request.tokens) - 1 - request.scored : len(request.tokens) - 1]
-                    for row, request in zip(hidden, own, strict=True)
+                    for row, requests in zip(hidden, texts[spread.rank], strict=True)
+                    for request in requests
                 ]
             )
         del hidden

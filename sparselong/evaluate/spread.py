@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from sparselong.parallel import Mesh, explain_exchange, shard_model
+from sparselong.parallel import Mesh, explain_exchange, replicate_rows, shard_model
 from sparselong.runtime import using
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,19 @@ class Spread:
         """This process's number."""
         return 0 if self.mesh is None else self.mesh.data_rank
 
-    def rounds(self, batches: list[list[int]]) -> Iterator[list[list[int]]]:
+    @property
+    def groups(self) -> int:
+        """Number of models that the processes hold."""
+        return 1 if self.mesh is None else self.mesh.data_size // self.mesh.expert_size
+
+    @property
+    def group(self) -> int:
+        """Number of the model of which this process holds all or a part."""
+        return 0 if self.mesh is None else self.mesh.data_rank // self.mesh.expert_size
+
+    def rounds(self, batches: list[list[Item]]) -> Iterator[list[list[Item]]]:
         """Yield the batches in groups of one for each process; the last ones may be empty."""
-        missing: list[list[int]] = [[]] * (-len(batches) % self.size)
+        missing: list[list[Item]] = [[]] * (-len(batches) % self.size)
         batches = batches + missing
         report, total = self.report or (lambda done, total: None), len(batches) // self.size
         report(0, total)
@@ -64,6 +76,12 @@ class Spread:
         counts = [rows * tokens for rows, tokens in map(_shape, texts)]
         first = self.rank - self.mesh.expert_rank
         return using(**shard_model(self.mesh, tuple(counts[first : first + self.mesh.expert_size])))
+
+    def same_rows(self) -> AbstractContextManager[Any]:
+        """Return a block with the settings of passes in which a model's processes have the same."""
+        if self.mesh is None or self.mesh.expert_size == 1:
+            return using()
+        return using(**replicate_rows(self.mesh))
 
     def collect(self, value: Any) -> list[Any]:
         """Gather every process's value, in order, however long the others take."""

@@ -41,6 +41,7 @@ LABELS = {
     "hidden_states": "calibration hidden states",
     "base_rest": "the rest of the base model",
     "logits": "logits",
+    "cache": "keys and values of an answer",
     # Files.
     "base": "base model",
     "compressed_model": "02_compress/model",

@@ -95,6 +95,8 @@ def _check_lengths(config: Config) -> None:
         "sequence_len": config.sequence_len,
         "calibration.sequence_len": config.calibration.sequence_len,
     }
+    if config.evaluation.ruler_tasks:
+        lengths["evaluation.ruler.lengths"] = max(config.evaluation.ruler.lengths)
     for key, length in lengths.items():
         if length > most:
             raise ConfigError(

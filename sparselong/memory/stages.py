@@ -28,7 +28,11 @@ from sparselong.memory.training import (
 COMPRESS_BATCH_TOKENS = 4096
 """Calibration tokens that stage 02 runs through a layer at once."""
 EVALUATED_TOKENS = 1024
-"""Length of a conversation in stage 04 that the plan assumes."""
+"""Length of a conversation, and of a prompt with its answer, in stage 04 that the plan assumes."""
+CHAT_TOKENS = 512
+"""Length of a prompt of stage 04's chats that the plan assumes."""
+PROMPT_TOKENS = 1024
+"""Tokens of a prompt that stage 04 reads at once."""
 LIVE_WIDTHS = 6
 """Live activations of a token outside the experts, in hidden sizes, if processes share them."""
 EVALUATE_BATCH_TOKENS = 16_384
@@ -81,7 +85,9 @@ def evaluation_memory(
 ) -> dict[str, int]:
     """Return bytes of stage 04 on a device by component, for the largest of its models, the base.
 
-    With eager attention, conversations longer than EVALUATED_TOKENS need more.
+    They are those of a batch of conversations, or of an answer after the longest of RULER's
+    prompts, whichever are more. With eager attention, conversations longer than EVALUATED_TOKENS
+    need more, and so do the prompts of other tasks.
 
     Args:
         shape: sizes of the base model.
@@ -95,6 +101,25 @@ def evaluation_memory(
     rest += shape.expert_biases * storage.BF16_BYTES // expert_parallel
     rows = exchange.device_vocabulary(shape, held, on_cpu=device == "cpu")
     rest += rows * shape.hidden * storage.BF16_BYTES
+    batch = _batch_memory(shape, config, device, expert_parallel)
+    answer = _answer_memory(shape, config, device, expert_parallel)
+    exchanged = {}
+    if expert_parallel > 1 and device == "cuda":
+        exchanged["nccl"] = exchange.nccl_bytes(expert_parallel)
+    return {
+        **storage.held_experts(shape, held, on_cpu=device == "cpu"),
+        "base_rest": rest * (width // storage.BF16_BYTES),
+        **max(batch, answer, key=lambda parts: sum(parts.values())),
+        **exchanged,
+        **_at_work(shape, device),
+    }
+
+
+def _batch_memory(
+    shape: ModelShape, config: Config, device: Device, expert_parallel: int
+) -> dict[str, int]:
+    """Return bytes of a pass over a batch of texts."""
+    width = _width(device)
     length = min(config.sequence_len, EVALUATED_TOKENS)
     tokens = min(EVALUATE_BATCH_TOKENS, config.evaluation.batch_size * length)
     if expert_parallel == 1:
@@ -107,17 +132,29 @@ def evaluation_memory(
         live += LIVE_WIDTHS * tokens * shape.hidden * width
         copies = LOSS_CHUNK_WIDTHS[device]
         logits = exchange.loss_chunk_bytes(shape, tokens, width, expert_parallel, copies)
-    exchanged = {}
-    if expert_parallel > 1 and device == "cuda":
-        exchanged["nccl"] = exchange.nccl_bytes(expert_parallel)
+    attention = _attention(shape, config, tokens, length, device)
+    return {"live": live, "attention": attention, "logits": logits, "cache": 0}
+
+
+def _answer_memory(
+    shape: ModelShape, config: Config, device: Device, expert_parallel: int
+) -> dict[str, int]:
+    """Return bytes of reading a prompt in chunks; each process has the keys of all heads."""
+    width, evaluation = _width(device), config.evaluation
+    length = max(evaluation.ruler.lengths) if evaluation.ruler_tasks else EVALUATED_TOKENS
+    if evaluation.health_prompts:
+        length = max(length, CHAT_TOKENS + evaluation.health_tokens)
+    slots = shape.full_layers * length
+    slots += (shape.layers - shape.full_layers) * min(length, shape.sliding_window)
+    tokens = min(length, PROMPT_TOKENS)
+    live = _live(shape, tokens, device, 4) + LIVE_WIDTHS * tokens * shape.hidden * width
+    if expert_parallel > 1:  # each one's share of the sum, and those of all
+        live += (expert_parallel + 1) * tokens * shape.hidden * width
     return {
-        **storage.held_experts(shape, held, on_cpu=device == "cpu"),
-        "base_rest": rest * (width // storage.BF16_BYTES),
         "live": live,
         "attention": _attention(shape, config, tokens, length, device),
-        "logits": logits,
-        **exchanged,
-        **_at_work(shape, device),
+        "logits": 2 * shape.vocab * 4,
+        "cache": slots * 2 * shape.kv_width * width,
     }
 
 

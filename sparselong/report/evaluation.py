@@ -36,7 +36,7 @@ from sparselong.report.elements import (
 )
 from sparselong.report.source import MODELS, Run
 
-_SHOWN_ELSEWHERE = ("settings", "warnings", "tasks", "perplexity")
+_SHOWN_ELSEWHERE = ("settings", "warnings", "tasks", "perplexity", "files")
 _METRICS = ("acc", "acc_norm")
 
 

@@ -80,13 +80,14 @@ def open_run(directory: Path) -> Run:
     ]
     reader = _Reader(directory, manifests, problems)
     results = reader.read_object(EVAL, "results.json")
+    files = results.get("files", {})
     return Run(
         directory,
         manifests,
         config_of(manifests),
         results=results,
         answers={
-            model: reader.read_object(EVAL, f"{model}.json").get("tasks", {})
+            model: reader.read_object(EVAL, files.get(model, f"{model}.json")).get("tasks", {})
             for model in results.get("perplexity", {})
         },
         items={task: reader.read_items(task) for task in results.get("tasks", {})},

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparselong.run.log import remove_control
     from sparselong.run.manifests import read_manifest
     from sparselong.run.parts import Choice, Part, run_parts
-    from sparselong.run.place import check_run_dir
+    from sparselong.run.place import MANIFEST, check_run_dir
     from sparselong.run.session import run_session
     from sparselong.run.stages import complete_commands, redo_command, stage_hash
 

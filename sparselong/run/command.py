@@ -97,10 +97,18 @@ def parse_arguments(
         text = "run once for each combination of values, in runs/NAME-sweep; see sparselong/sweep"
         shape = "KEY=VALUE,VALUE"
         parser.add_argument("--sweep", nargs="+", action="extend", metavar=shape, help=text)
+    if STAGES[name].extended_by:
+        text = "also measure models of other runs, or other checkpoints (evaluation.compare)"
+        parser.add_argument("--compare", nargs="+", action="extend", metavar="RUN|PATH", help=text)
     if add_options is not None:
         add_options(parser)
     parser.set_defaults(preview=None, sweep=None)
     arguments = parser.parse_intermixed_args(argv)
+    if STAGES[name].extended_by and arguments.compare:
+        words: list[str] = arguments.compare  # it takes all words that follow, also overrides
+        arguments.overrides += [word for word in words if "=" in word]
+        named = [word for word in words if "=" not in word]
+        arguments.overrides.append(f"{STAGES[name].extended_by}={json.dumps(named)}")
     if arguments.gpu is not None:
         choose_gpu(arguments.gpu)
     arguments.repeated = _repeated(arguments)

@@ -171,12 +171,11 @@ def prepare(stage: Stage, redo: bool) -> bool:
     Raises:
         StageError: a stage that this one reads is not done or was done with another config, an
             input has changed since it was read, the directory holds work for another config or
-            from inputs that no longer exist, or it cannot be written. Nothing is changed in these
-            cases.
+            from inputs that no longer exist, or it cannot be written. Nothing is changed then.
     """
     refuse_replacing_others(stage.run_dir, stage.name, stage.part)
     manifest, present = (None, None) if redo else _read_present(stage)
-    if manifest:
+    if manifest and _has_all(stage, manifest):
         return True
     read_inputs(stage)
     beginning = {
@@ -188,9 +187,10 @@ def prepare(stage: Stage, redo: bool) -> bool:
     }
     with writing(stage.dir):
         told = _set_aside(stage) if redo and stage.dir.exists() else []
+        if manifest:  # it lacks what is asked for in addition
+            (stage.dir / MANIFEST).unlink()
         if present not in (None, beginning) and not has_begun(stage.dir, stage.name):
-            # What it prepared is another config's.
-            remove_own(stage.dir, stage.name, stage.part)
+            remove_own(stage.dir, stage.name, stage.part)  # another config's preparations
         stage.dir.mkdir(parents=True, exist_ok=True)
         (stage.dir / LOG).open("a", encoding="utf-8").close()
         write_atomically(stage.dir / STARTED, json.dumps(beginning))
@@ -198,6 +198,15 @@ def prepare(stage: Stage, redo: bool) -> bool:
     for sentence in told:
         stage.log(sentence)
     return False
+
+
+def _has_all(stage: Stage, manifest: dict[str, Any]) -> bool:
+    """Return whether a finished stage has what the list of `extended_by` names."""
+    section, _, key = STAGES[stage.name].extended_by.partition(".")
+    if not key:
+        return True
+    recorded = manifest["config"].get(section, {}).get(key, ())
+    return set(getattr(getattr(stage.config, section), key)) <= set(recorded)
 
 
 def read_inputs(stage: Stage) -> None:
@@ -352,20 +361,19 @@ def _set_aside(stage: Stage) -> list[str]:
 
 def _remove_replaced(stage: Stage) -> None:
     """Remove the previous result, which a new one has replaced."""
+    before = stage.replaced_dir
     try:
-        kept = None
-        if stage.replaced_dir.exists():
-            kept = keep_others(stage.replaced_dir, stage.name, stage.part)
+        kept = keep_others(before, stage.name, stage.part) if before.exists() else None
     except OSError as error:  # the new result is whole
-        kept = f"{stage.replaced_dir} could not be removed: {error.strerror or error}"
+        kept = f"{before} could not be removed: {error.strerror or error}"
     if kept:
         stage.log(kept)
 
 
 def finish(stage: Stage, seconds: float) -> dict[str, Any]:
     """Write the manifest, which marks the stage as done, and return it."""
-    known = [row for earlier in stage.manifests.values() for row in earlier["outputs"]]
-    known += stage.described
+    earlier = (row for manifest in stage.manifests.values() for row in manifest["outputs"])
+    known = [*earlier, *stage.described]
     inputs = provenance.describe_files(stage.inputs, stage.run_dir, known)
     outputs = provenance.describe_files(stage.outputs, stage.run_dir, [*known, *inputs])
     manifest = {

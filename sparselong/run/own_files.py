@@ -40,9 +40,10 @@ _NAMES: Mapping[str, str] = {
     r"(receipt|baked|trained|spent)\.json|tensorboard/events\.out\.tfevents\..+|"
     rf"axolotl/({_ADAPTER})|adapter/({_ADAPTER})|model(\.partial)?/({_MODEL})|"
     rf"checkpoints/(\.unfinished/.+|checkpoint-\d+/({_CHECKPOINT}))",
-    "04_eval": r"(base|compressed|finetuned)(\.scores)?\.json|(results|work)\.json|report\.md|"
-    r"evaluation\.png|"
-    r"tasks/(demo_hellaswag\.yaml|demo_items\.py|items\.jsonl|__pycache__/.+\.pyc)",
+    "04_eval": r"(base|compressed|finetuned|compared-[0-9a-f]{8})(\.scores)?\.json|"
+    r"(results|work)\.json|report\.md|evaluation\.png|states/(whole\.json|\d+\.safetensors)|"
+    r"tasks/(demo_hellaswag\.yaml|(demo|ruler)_items\.py|items\.jsonl|__pycache__/.+\.pyc|"
+    r"(ruler|niah)_[a-z]+(_\d+)+\.(yaml|jsonl))",
     "05_export/adapter": r"adapter_config\.json|adapter_model\.safetensors",
     "05_export/gguf": r"model\.gguf",
     "05_export/ollama": r"model\.gguf|Modelfile",

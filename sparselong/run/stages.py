@@ -31,6 +31,8 @@ class Declaration:
         sections: top-level config keys that affect its result, besides those of what it reads.
         previews: whether its command line has `--preview`.
         sweeps: whether its command line has `--sweep`.
+        extended_by: key of a list, set by `--compare`. A finished stage continues, and is not
+            redone, if the list names more than the config in its manifest.
         repeats: whether it is done again on every call, finished or not.
         parts: whether it has several results, each in a directory of its own with a manifest.
     """
@@ -39,6 +41,7 @@ class Declaration:
     sections: tuple[str, ...]
     previews: bool = False
     sweeps: bool = False
+    extended_by: str = ""
     repeats: bool = False
     parts: bool = False
 
@@ -58,7 +61,9 @@ STAGES: dict[str, Declaration] = {
         previews=True,
         sweeps=True,
     ),
-    "04_eval": Declaration(("02_compress", "03_finetune"), ("evaluation",)),
+    "04_eval": Declaration(
+        ("02_compress", "03_finetune"), ("evaluation",), extended_by="evaluation.compare"
+    ),
     "05_export": Declaration(("02_compress", "03_finetune"), (), parts=True),
     "06_chat": Declaration((), ()),
 }

@@ -12,10 +12,11 @@ from unittest import mock
 import torch
 
 from sparselong.config import load
-from sparselong.evaluate import perplexity, rank, scoring
+from sparselong.evaluate import answering, divergence, perplexity, rank, scoring
 from sparselong.evaluate.spread import Spread
-from sparselong.evaluate.work import Request, Work
+from sparselong.evaluate.work import Mark, Prompt, Questions, Request, Work
 from sparselong.model.loading import load_model
+from sparselong.model.tokenizer import load_tokenizer
 from sparselong.model.vocabulary import PartialHead
 from sparselong.parallel.apply import shard_model
 from sparselong.parallel.mesh import build_mesh
@@ -80,6 +81,44 @@ def measure_with(model: Any, requests: Any, samples: Any, spread: Spread) -> dic
     return {"answers": answers, "perplexity": found, "passes": passes}
 
 
+def draw_prompts(count: int) -> list[Prompt]:
+    """Return prompts of several lengths, one of them longer than a chunk that is read at once."""
+    source = random.Random(3)
+    lengths = [1100, *(source.randint(3, 90) for _ in range(count - 1))]
+    texts = [[source.randrange(300, VOCAB) for _ in range(length)] for length in lengths]
+    return [Prompt(text, len(text), 5, []) for text in texts]
+
+
+def continue_all(base: Path, prompts: list[Prompt], expert_size: int) -> dict[str, Any]:
+    """Return each prompt's tokens, and how many of the prompts this process read."""
+    mesh = mesh_of(expert_size)
+    with using(**shard_model(mesh)):
+        model = load_model(base, device=torch.device("cpu"))
+        read: list[int] = []
+        original = answering._continue
+
+        def count(decoder: Any, prompt: Prompt, *rest: Any) -> Any:
+            read.append(prompt.tokens)
+            return original(decoder, prompt, *rest)
+
+        with mock.patch.object(answering, "_continue", count):
+            found = answering.continue_prompts(model, prompts, load_tokenizer(base), Spread(mesh))
+    return {"tokens": [each.tokens for each in found], "read": read}
+
+
+def compare(
+    base: Path, other: Path, samples: Any, folder: Path, expert_size: int
+) -> dict[str, Any]:
+    """Return how far a model is from the base; every process has the whole result."""
+    mesh = mesh_of(expert_size)
+    with using(**shard_model(mesh)):
+        for directory in (base, other):
+            model = load_model(directory, device=torch.device("cpu"))
+            if directory == base:
+                divergence.save_states(model, samples, BATCH_SIZE, Spread(mesh), folder)
+        return divergence.measure(model, samples, BATCH_SIZE, Spread(mesh), folder)
+
+
 @contextmanager
 def _own_results_only() -> Any:
     """Take this process's results for all."""
@@ -108,7 +147,7 @@ PIECES = {"results of others": _own_results_only, "best token of all": _first_to
 def run_out_of_memory(base: Path, requests: Any, samples: Any, folder: Path) -> None:
     """Measure as a rank of stage 04; the second rank runs out of memory."""
     told = [(sample.input_ids, sample.supervised) for sample in samples]
-    work = Work(str(folder), [], requests, told)
+    work = Work(str(folder), str(base), [], Questions(requests, [], []), told)
     config = load(ROOT / "configs/tiny.yaml", [f"evaluation.batch_size={BATCH_SIZE}"])
     mesh = mesh_of(2)
 
@@ -120,4 +159,4 @@ def run_out_of_memory(base: Path, requests: Any, samples: Any, folder: Path) -> 
         mock.patch.object(world, "_mesh", mesh),
         mock.patch.object(scoring, "score", fail) if mesh.data_rank == 1 else nullcontext(),
     ):
-        rank._measure("base", base, work, config, mesh, folder)
+        rank._measure(Mark("base", str(base), "", True), work, config, mesh, folder)

@@ -1,15 +1,20 @@
 """Likelihoods and perplexity measured in several processes are those of one."""
 
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparselong.evaluate.spread import Spread
 from sparselong.processes.failure import read_failure
 from tests.distributed.evaluation import (
     BATCH_SIZE,
+    compare,
+    continue_all,
     draw,
+    draw_prompts,
     measure,
     measure_with,
     prefer,
@@ -85,6 +90,60 @@ def test_figures_of_several_processes_are_one_process_s(
     assert sorted(passes) == sorted(wanted["passes"]), "the passes are not one process's, divided"
     longest = max(len(each["passes"]) for each in found)
     assert longest == 2 * math.ceil(math.ceil(COUNT / BATCH_SIZE) / size)
+
+
+@pytest.mark.parametrize(("size", "expert_size"), [(2, 2), (4, 1), (4, 2)])
+def test_prompts_are_continued_with_one_process_s_tokens(
+    pools, model, untrained_base, size, expert_size
+):
+    """Each prompt is read once, by the processes that share one model."""
+    from sparselong.evaluate.answering import continue_prompts
+    from sparselong.model.tokenizer import load_tokenizer
+
+    prompts = draw_prompts(5)
+    wanted = continue_prompts(model, prompts, load_tokenizer(untrained_base), Spread())
+    found = pools[size].run(continue_all, untrained_base, prompts, expert_size)
+    for each in found:
+        assert each["tokens"] == [one.tokens for one in wanted]
+    read = [tokens for each in found[::expert_size] for tokens in each["read"]]
+    assert sorted(read) == sorted(prompt.tokens for prompt in prompts)
+
+
+@pytest.fixture(scope="module")
+def other(untrained_base, tmp_path_factory):
+    """The base with other routers."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(untrained_base, folder)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors:
+            if "router.weight" in name:
+                tensors[name] = -tensors[name]
+        save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("size", "expert_size"), [(2, 2), (4, 1), (4, 2)])
+def test_divergence_is_one_process_s(
+    pools, model, untrained_base, other, texts, tmp_path, size, expert_size
+):
+    from sparselong.evaluate import divergence
+    from sparselong.model.loading import load_model
+
+    samples, alone = texts[1], tmp_path / "alone"
+    divergence.save_states(model, samples, BATCH_SIZE, Spread(), alone)
+    wanted = divergence.measure(load_model(other), samples, BATCH_SIZE, Spread(), alone)
+    assert wanted["all"]["kl"] > 1e-3 and 0 < wanted["all"]["agreement"] < 1
+    folder = tmp_path / "together"
+    for found in pools[size].run(compare, untrained_base, other, samples, folder, expert_size):
+        for key in ("all", "supervised"):
+            assert found[key] == pytest.approx(wanted[key], rel=1e-4)
+        pairs = zip(found["by_position"], wanted["by_position"], strict=True)
+        assert all(mine == pytest.approx(theirs, rel=1e-3, abs=1e-6) for mine, theirs in pairs)
+    if expert_size == 1:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+            path.name: path.read_bytes() for path in alone.iterdir()
+        }
 
 
 @pytest.mark.parametrize("expert_size", [1, 4])

@@ -13,6 +13,7 @@ from sparselong.config.schema import load
 from sparselong.data import conversations
 from sparselong.errors import ConfigError, StageError
 from sparselong.evaluate import models
+from sparselong.evaluate.work import Mark
 from sparselong.files import why_unusable
 from sparselong.finetune import trainer
 from sparselong.health.sources import probe_sources
@@ -111,7 +112,8 @@ def test_a_damaged_kept_result_is_measured_again(tmp_path, monkeypatch, text):
     measurements = SimpleNamespace(suite=SimpleNamespace(config=config))
     told = []
     with pytest.raises(InterruptedError):
-        models.measure("base", tmp_path, "f", measurements, tmp_path, told.append)  # type: ignore[arg-type]
+        mark = Mark("base", str(tmp_path), "f", True)
+        models.measure(mark, measurements, SimpleNamespace(dir=tmp_path, log=told.append))  # type: ignore[arg-type]
     assert "base.json is damaged, so the model is measured again" in told[0]
 
 

@@ -20,6 +20,8 @@ REFUSED = [
     *("lora.target_modules=[q_proj, q_proj]", "lora.target_modules=[]", "lora.target_modules=[q]"),
     *("lora.target_modules=[router]", "lora.target_modules=[Q_PROJ]", "lora.target_modules=['']"),
     *("lora.r=0", "lora.r=99999999999", "lora.alpha=.inf", "lora.alpha=1e300", "lora.alpha=-1"),
+    *("evaluation.ruler.lengths=[]", "evaluation.ruler.lengths=[4096,4096]"),
+    *("evaluation.ruler.lengths=[1]", "evaluation.ruler.items=1"),
     *("evaluation.tasks=[a, a]", "evaluation.tasks=[]", "evaluation.tasks=[../x.yaml]"),
     *("evaluation.tasks=['']", "evaluation.tasks=[' a']", "evaluation.tasks=hellaswag"),
     *("evaluation.tasks=[x.yaml]", "evaluation.tasks=[1]", "evaluation.limit=1"),
@@ -117,6 +119,12 @@ def test_what_the_base_model_decides(overrides, words, base, untrained_base):
             "shared_dense.sparsity",
         ),
         ({"max_position_embeddings": 100}, ["sequence_len=101"], "sequence_len"),
+        (
+            {"max_position_embeddings": 8192},
+            ["evaluation.tasks=[ruler_vt]", "evaluation.ruler.lengths=[16384,4096]"],
+            "evaluation.ruler.lengths is longer",
+        ),
+        ({"max_position_embeddings": 8192}, ["evaluation.ruler.lengths=[16384]"], ""),
         ({"max_position_embeddings": "x"}, [], ""),
         ({"intermediate_size": 32}, ["lora.expert_targets=[down_proj]", "lora.expert_r=33"], "exp"),
     ],
@@ -136,7 +144,7 @@ def test_sizes_of_other_models(changes, overrides, word, untrained_base, tmp_pat
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_refuses_alike(script, run_script, tmp_path):
     unknown = ("evaluation.tasks=[hellasvag]", "hellaswag?")
-    generated = ("evaluation.tasks=[gsm8k]", "output type generate_until")
+    generated = ("evaluation.tasks=[humaneval]", "code that the model writes")
     wrong = (("lora.r=129", "lora.r"), ("seed=4294967296", "seed"), unknown, generated)
     for override, word in wrong:
         outcome = run_script(script, override)
@@ -145,7 +153,12 @@ def test_every_script_refuses_alike(script, run_script, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["hellaswag", "arc_easy", "mmlu", "mmlu_anatomy", "winogrande", "ai2_arc", "piqa"]
+    "name",
+    [
+        *("hellaswag", "arc_easy", "mmlu", "mmlu_anatomy", "winogrande", "ai2_arc", "piqa"),
+        *("gsm8k", "wikitext", "lambada_openai", "squadv2", "mmlu_flan_cot_zeroshot"),
+        *("math_word_problems", "ruler_vt", "niah_multikey_3"),
+    ],
 )
 def test_tasks_of_lm_eval_are_known(name):
     check_tasks(load(TINY, [f"evaluation.tasks=[{name}]"]))
@@ -159,21 +172,22 @@ def test_words_and_folders_of_lm_eval_are_no_tasks(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "leaf", "kind"),
+    ("name", "found"),
     [
-        ("gsm8k", "gsm8k", "generate_until"),
-        ("wikitext", "wikitext", "loglikelihood_rolling"),
-        ("lambada_openai", "lambada_openai", "loglikelihood"),
-        ("squadv2", "squadv2", "generate_until"),  # a class
-        ("mmlu_flan_cot_zeroshot", "mmlu_flan_cot_zeroshot_", "generate_until"),  # groups, includes
-        ("math_word_problems", "", "generate_until"),  # a tag
+        ("humaneval", "it runs the code that the model writes"),
+        ("chartqa", "images or audio"),
+        ("ifeval_nope", None),
+        ("gsm8k_cot_self_consistency", "generation_kwargs that draw tokens"),
+        ("niah_single_2", "its essays come from the network"),
+        ("ruler", "a group, seven tasks of which need the network"),
     ],
 )
-def test_tasks_that_are_not_multiple_choice_are_refused_by_their_definition(name, leaf, kind):
-    """Stages 01 to 03 let them pass, and stage 04 refused them after hours of training."""
-    with pytest.raises(ConfigError, match=f"task {leaf}.* cannot be measured") as refusal:
+def test_tasks_that_cannot_be_measured_are_refused_by_their_definition(name, found):
+    """Before hours of training, not after."""
+    what = "cannot be measured" if found else "which lm-eval does not have"
+    with pytest.raises(ConfigError, match=f"{name}.*{what}") as refusal:
         check_tasks(load(TINY, [f"evaluation.tasks=[hellaswag,{name}]"]))
-    assert refusal.value.found == f"output type {kind}"
+    assert refusal.value.found == (found or name)
 
 
 def test_workers_are_counted_by_the_cores_that_the_process_may_use(monkeypatch):

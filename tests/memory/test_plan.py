@@ -191,6 +191,25 @@ def test_evaluation_grows_with_the_batch_until_it_is_full():
     assert 2 * live[0] == live[1] == live[2]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_evaluation_holds_the_keys_of_the_longest_prompt(device):
+    def parts(*overrides):
+        config = load("gpt-oss-20b-1x3090", "evaluation.batch_size=1", *overrides)
+        return stages.evaluation_memory(SMALL, config, device)
+
+    drawn = "evaluation.tasks=[hellaswag,ruler_vt]"
+    short, long, longest = (
+        parts(drawn, f"evaluation.ruler.lengths=[4096,{length}]")
+        for length in (8192, 65_536, 131_072)
+    )
+    width = 4 if device == "cpu" else 2
+    assert short["cache"] == 0 and sum(short.values()) == sum(parts().values())
+    assert longest["cache"] - long["cache"] == 65_536 * 12 * 2 * 512 * width
+    assert sum(longest.values()) - sum(long.values()) == longest["cache"] - long["cache"]
+    unused = parts("evaluation.ruler.lengths=[131072]")
+    assert unused == parts()
+
+
 @pytest.mark.parametrize("stage", ["02_compress", "04_eval"])
 def test_only_eager_attention_stores_scores(stage):
     """Regression: stage 04 was planned with eager scores although it uses kernels."""

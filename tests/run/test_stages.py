@@ -32,6 +32,7 @@ CHANGED = {
     "training.use_tensorboard": "true",
     "training.wandb_project": "trial",
     "training.trackio_project": "trial",
+    "evaluation.compare": "[runs/other]",
     "cost.per_gpu_hour": "{H200: 3.5}",
 }
 """Every incidental key, with a value different from the tiny config's."""

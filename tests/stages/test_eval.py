@@ -28,7 +28,9 @@ eval_script = load_script("04_eval")
 
 @pytest.fixture(scope="module")
 def arguments(small_arguments) -> list[str]:
-    return [*small_arguments, "evaluation.limit=4", "evaluation.perplexity_samples=2"]
+    tasks = ("evaluation.tasks=[demo_hellaswag, ruler_vt]", "evaluation.ruler.lengths=[2048]")
+    sizes = ("limit=4", "perplexity_samples=2", "health_prompts=1", "health_tokens=40")
+    return [*small_arguments, *tasks, *(f"evaluation.{size}" for size in sizes)]
 
 
 def write_manifest(run_dir: Path, stage: str, arguments: list[str], label: str = "") -> None:
@@ -79,6 +81,16 @@ def test_manifest_has_the_documented_metrics(run_dir):
     for row in rows.values():
         assert {"acc", "acc_norm", "stderr", "paired_flips"} <= set(row) and row["items"] == 4
     assert manifest["peak_bytes"]["host"] > 0
+    for row in manifest["metrics"]["tasks"]["ruler_vt_2048"].values():
+        assert row["items"] == 4 and 0 <= row["scores"]["score"]["value"] <= 1
+    results = json.loads((run_dir / "04_eval/results.json").read_text())
+    for row in results["speed"].values():
+        (drawn,) = (each for each in row["prompts"] if each["up_to_tokens"] == 2048)
+        assert row["load_seconds"] > 0 and drawn["prompts"] == 4 and drawn["tokens_per_second"] > 0
+    for efforts in manifest["metrics"]["health"].values():
+        assert list(efforts) == ["low", "medium", "high"]
+        for row in efforts.values():  # untrained: never ends
+            assert (row["answers"], row["ended"], row["tokens"]["most"]) == (1, 0, 40)
     outputs = {Path(file["path"]).name for file in manifest["outputs"]}
     assert {"results.json", "report.md", "evaluation.png", "base.json"} <= outputs
     page = (run_dir / "report.html").read_text(encoding="utf-8")
@@ -91,6 +103,10 @@ def test_an_equal_model_is_equal_and_a_damaged_one_is_not(run_dir):
     assert rows["compressed"] == rows["base"]
     assert perplexity["compressed"] == perplexity["base"]
     assert abs(perplexity["finetuned"] / perplexity["base"] - 1) > 1e-4
+    divergence = metrics["divergence"]
+    assert (divergence["compressed"]["kl"], divergence["compressed"]["agreement"]) == (0.0, 1.0)
+    assert divergence["finetuned"]["kl"] > 1e-6
+    assert not (run_dir / "04_eval/states").exists()
 
 
 def test_finished_results_are_kept_and_changed_models_measured_again(run_dir, arguments, tmp_path):
@@ -178,6 +194,15 @@ def test_two_processes_that_share_a_model_have_the_same_figures(
     assert log.count("base: loaded") == 1
     wanted, found = read_metrics(run_dir), read_metrics(copy)
     assert found["tasks"] == wanted["tasks"]
+    for name in ("base", "compressed", "finetuned"):
+        mine, theirs = (
+            json.loads((each / f"04_eval/{name}.json").read_text())["tasks"]["ruler_vt_2048"]
+            for each in (copy, run_dir)
+        )
+        assert mine["answers"] == theirs["answers"] and any(mine["answers"])
+    assert found["health"] == wanted["health"]
+    for name, divergence in wanted["divergence"].items():
+        assert found["divergence"][name] == pytest.approx(divergence, rel=1e-4, abs=1e-7)
     for name, perplexity in wanted["perplexity"].items():
         assert found["perplexity"][name] == pytest.approx(perplexity, rel=1e-6)
     placed = [one["placement"] for one in found["experts"].values()]
@@ -205,3 +230,45 @@ def test_dry_run_touches_nothing(tmp_path, arguments, capsys):
     run_dir = tmp_path / "run"
     assert eval_script.main([*arguments, "--run-dir", str(run_dir), "--dry-run"]) == 0
     assert "04_eval" in capsys.readouterr().out and not run_dir.exists()
+
+
+def test_other_models_are_measured_beside_those_that_were(run_dir, arguments, tmp_path, capsys):
+    """A run by its fine-tuned model, and a checkpoint; what was measured before is kept."""
+    copy, other = tmp_path / "run", tmp_path / "other run"
+    shutil.copytree(run_dir, copy)
+    shutil.copytree(run_dir / "03_finetune", other / "03_finetune")
+    command = [*arguments, "--run-dir", str(copy)]
+    paths = [str(other), str(copy / "02_compress/model")]
+    assert eval_script.main([*command, "--compare", *paths]) == 0
+    log = (copy / "04_eval/log.txt").read_text().rpartition("base: already measured")[2]
+    assert log.count("already measured") == 2 and log.count(": loaded from") == 2 + 1
+    metrics = read_metrics(copy)
+    for mine, theirs in zip(paths, ("finetuned", "compressed"), strict=True):
+        for key in ("perplexity", "divergence"):
+            assert metrics[key][mine] == metrics[key][theirs]
+        assert all(rows[mine] == rows[theirs] for rows in metrics["tasks"].values())
+    report = (copy / "04_eval/report.md").read_text()
+    assert f"| tokens measured | base | compressed | finetuned | {paths[0]} |" in report
+    before = (copy / "04_eval/manifest.json").read_bytes()
+    assert eval_script.main([*command, "--compare", paths[0]]) == 0  # up to date
+    assert eval_script.main(command) == 0
+    assert (copy / "04_eval/manifest.json").read_bytes() == before
+    assert "up to date" in capsys.readouterr().err
+
+
+def test_models_that_cannot_be_compared_are_refused_by_name(run_dir, arguments, tmp_path, capsys):
+    command = [*arguments, "--run-dir", str(run_dir), "--compare"]
+    wider = tmp_path / "wider"
+    shutil.copytree(run_dir / "02_compress/model", wider)
+    config = json.loads((wider / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 2}))
+    before = (run_dir / "04_eval/manifest.json").read_bytes()
+    for path, word in ((tmp_path, "is no model"), (wider, "num_experts_per_tok 2")):
+        copy = tmp_path / f"run for {path.name}"
+        shutil.copytree(run_dir, copy)
+        assert eval_script.main([*arguments, "--run-dir", str(copy), "--compare", str(path)]) == 2
+        assert word in capsys.readouterr().err
+    twice = str(run_dir / "02_compress/model")
+    assert eval_script.main([*command, twice, f"{twice}/"]) == 2
+    assert "names a model twice" in capsys.readouterr().err
+    assert (run_dir / "04_eval/manifest.json").read_bytes() == before

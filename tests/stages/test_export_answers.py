@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparselong.config import load
-from sparselong.evaluate import harness
+from sparselong.evaluate.tasks import Suite, load_suite
 from sparselong.model import load_model, load_tokenizer
+from tests.measuring import measure_tasks
 from tests.stages.test_export import MODELS, export
 from tests.stages.trained import CPU, Trained
 
@@ -20,18 +21,18 @@ def exported(trained_run) -> Trained:
 
 
 @pytest.fixture(scope="module")
-def suite(exported, tmp_path_factory) -> harness.Suite:
+def suite(exported, tmp_path_factory) -> Suite:
     tasks = ["evaluation.tasks=[demo_hellaswag]", f"evaluation.limit={ITEMS}"]
     config = load(exported.arguments[1], [*exported.arguments[2:], *tasks])
     tokenizer = load_tokenizer(exported.run_dir / "03_finetune/model")
-    return harness.load_suite(config, tmp_path_factory.mktemp("tasks"), tokenizer)
+    return load_suite(config, tmp_path_factory.mktemp("tasks"), tokenizer, 131_072)
 
 
 def test_hellaswag_is_answered_alike_item_by_item(exported, suite):
     """Where two endings are equally likely to 1e-5, either may be the answer."""
 
     def answer(model) -> dict:
-        return harness.measure(model.eval(), suite)["demo_hellaswag"]
+        return measure_tasks(model.eval(), suite)["demo_hellaswag"]
 
     packed = load_model(exported.run_dir / "03_finetune/model", device=CPU)
     wanted = answer(packed)

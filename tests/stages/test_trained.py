@@ -13,16 +13,19 @@ from transformers import AutoModelForCausalLM
 
 from sparselong.config.schema import load
 from sparselong.data import encode_files, select_usable
-from sparselong.evaluate import harness, perplexity
+from sparselong.evaluate import perplexity
+from sparselong.evaluate.tasks import load_suite
 from sparselong.model import load_model, load_tokenizer
 from sparselong.model.packed_linear import PackedLinear
 from sparselong.packing import dense, integer
 from tests.conftest import ROOT, load_script
+from tests.measuring import measure_tasks
 
 # Three minutes of training on one idle core.
 pytestmark = pytest.mark.timeout(900)
 
 CONFIG = ROOT / "configs/tiny.yaml"
+POSITIONS = 131_072
 MEASURED = sorted((ROOT / "benchmarks/results").glob("demo-cpu2-*.json"))[-1]
 LUCK = 1e-4
 """Largest accepted probability that a guessing model passes."""
@@ -133,8 +136,8 @@ def draw_masks_at_random(model, base) -> None:
 
 def test_multiple_choice_is_above_chance(run_dir, tmp_path, measured):
     """The published accuracy; guessing reaches it less than once in 10,000 times."""
-    suite = harness.load_suite(load(CONFIG), tmp_path, load_tokenizer(run_dir / "base"))
-    figures = harness.measure(load_model(run_dir / "base"), suite)["demo_hellaswag"]
+    suite = load_suite(load(CONFIG), tmp_path, load_tokenizer(run_dir / "base"), POSITIONS)
+    figures = measure_tasks(load_model(run_dir / "base"), suite)["demo_hellaswag"]
     items, chance, accuracy = figures["items"], figures["chance"], figures["acc"]
     published = {
         name: measured[f"04_eval tasks.demo_hellaswag.base.{name}"]
@@ -150,15 +153,18 @@ def test_exports_answer_every_item_as_the_model_does(run_dir, tmp_path):
     formats = ("mxfp4", "hf-bf16")
     arguments = ["--config", str(CONFIG), "--run-dir", str(run_dir), "--from", "compressed"]
     assert load_script("05_export").main([*arguments, "--to", *formats]) == 0
-    suite = harness.load_suite(
-        load(CONFIG, ["evaluation.limit=40"]), tmp_path, load_tokenizer(run_dir / "base")
+    suite = load_suite(
+        load(CONFIG, ["evaluation.limit=40"]),
+        tmp_path,
+        load_tokenizer(run_dir / "base"),
+        POSITIONS,
     )
-    wanted = harness.measure(load_model(run_dir / "02_compress/model"), suite)["demo_hellaswag"]
+    wanted = measure_tasks(load_model(run_dir / "02_compress/model"), suite)["demo_hellaswag"]
     assert 0 < sum(wanted["right"]) < 40
     for name in formats:
         folder = run_dir / "05_export" / name
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-        found = harness.measure(model.float().eval(), suite)["demo_hellaswag"]
+        found = measure_tasks(model.float().eval(), suite)["demo_hellaswag"]
         assert (found["right"], found["right_norm"]) == (wanted["right"], wanted["right_norm"])
         for mine, theirs in zip(found["log_likelihoods"], wanted["log_likelihoods"], strict=True):
             assert mine == pytest.approx(theirs, rel=1e-5)

@@ -5,6 +5,12 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
+    from sparselong.parallel.vocabulary.divergence import (
+        COMPARED_ROWS,
+        Divergence,
+        combine_divergence,
+        shard_divergence,
+    )
     from sparselong.parallel.vocabulary.replicated import ReplicatedVocabulary
     from sparselong.parallel.vocabulary.sharded import ShardedVocabulary
 

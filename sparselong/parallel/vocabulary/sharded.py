@@ -9,10 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from sparselong.kernels.layer import CHUNK_ROWS, IGNORED, check_loss_arguments
+from sparselong.parallel.collectives import start_all_gather
+from sparselong.parallel.vocabulary.divergence import (
+    COMPARED_ROWS,
+    Divergence,
+    combine_divergence,
+    shard_divergence,
+)
 from sparselong.parallel.vocabulary.embedding import embed_rows
 from sparselong.parallel.vocabulary.loss import (
+    BEST,
+    STATISTICS,
     Head,
     make_buffer,
     score_chunks,
@@ -106,6 +116,40 @@ class ShardedVocabulary(Share):
         buffer = make_buffer(hidden, table, gathered.counts, self.chunk_rows)
         chunks = gather_chunks(hidden, gathered, head.rank, self.chunk_rows, self.group)
         return score_chunks(chunks, table, buffer, head, len(hidden))
+
+    @torch.no_grad()
+    def compare(
+        self, reference: torch.Tensor, hidden: torch.Tensor, table: torch.Tensor, vocab: int
+    ) -> Divergence:
+        """Return how far the next token is from a reference's, for each row of this process.
+
+        Args:
+            reference: [rows, width], the reference's final hidden states; it has the same table.
+            hidden: [rows, width], those of the model.
+            table: [held, width], this process's rows of the lm_head.
+            vocab: number of tokens in the vocabulary.
+
+        Raises:
+            ValueError: an argument is not as above.
+            ExchangeError: a rank is gone, or did not take part in time.
+        """
+        labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        self._check(hidden, table, labels, vocab)
+        self._check(reference, table, labels, vocab)
+        gathered = gather_labels(labels, False, vocab, self.group)
+        head, pairs = self._head(vocab), torch.cat([reference, hidden], 1)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        nats, agrees = hidden.new_empty(len(hidden), dtype=wide), labels > 0
+        for chunk in gather_chunks(pairs, gathered, head.rank, COMPARED_ROWS, self.group):
+            both = functional.linear(torch.cat(chunk.rows.chunk(2, 1)), table).chunk(2)
+            statistics, best = shard_divergence(both[0], both[1], head.first)
+            started = (
+                start_all_gather(statistics, self.group, STATISTICS),
+                start_all_gather(best, self.group, BEST),
+            )
+            compared = combine_divergence(*(each.wait() for each in started))
+            nats[chunk.place], agrees[chunk.place] = (part[chunk.own] for part in compared)
+        return Divergence(nats, agrees)
 
     def _head(self, vocab: int) -> Head:
         return Head(self.held(vocab).start, self.placement.rank, self.group, self.chunk_rows)

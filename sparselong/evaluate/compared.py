@@ -1,0 +1,118 @@
+"""Models of other runs, and other checkpoints, that are measured beside the run's own. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparselong.checkpoint import METHOD, TOKENIZER, Inventory, take_inventory
+from sparselong.config import Config
+from sparselong.errors import ConfigError
+from sparselong.files import read_json
+from sparselong.run import MANIFEST
+
+_MODELS = ("03_finetune", "02_compress")
+"""Stages whose model stands for a run, the last one first."""
+_SIZES = (
+    *("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size"),
+    *("num_local_experts", "num_experts_per_tok", "num_attention_heads", "num_key_value_heads"),
+)
+_KEY = "evaluation.compare"
+
+
+class Compared(NamedTuple):
+    """A model that is compared with the base.
+
+    Attributes:
+        label: as the user wrote it, for the report.
+        name: for files.
+        directory: its checkpoint.
+        fingerprint: of its files' names, sizes and times.
+    """
+
+    label: str
+    name: str
+    directory: Path
+    fingerprint: str
+
+
+def find_compared(config: Config) -> list[Compared]:
+    """Return the models that `evaluation.compare` names.
+
+    Raises:
+        ConfigError: one is no finished run and no checkpoint that can be opened, or is named twice.
+        StageError: files of a checkpoint are missing or damaged.
+    """
+    found: list[Compared] = []
+    for label in config.evaluation.compare:
+        directory = _find_model(Path(label)).resolve()
+        if directory in [each.directory for each in found]:
+            raise ConfigError(
+                f"{_KEY} names a model twice", "each model once", f"{label}: {directory}", "once"
+            )
+        inventory = take_inventory(directory)
+        _check_kind(label, inventory)
+        mark = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
+        found.append(Compared(label, f"compared-{mark}", directory, _fingerprint(inventory)))
+    return found
+
+
+def check_sizes(compared: list[Compared], base: Path) -> None:
+    """Raise unless the models have the base's sizes and tokens.
+
+    Raises:
+        ConfigError: names the model and what differs.
+    """
+    wanted, vocabulary = read_json(base / "config.json"), _vocabulary(base)
+    for each in compared:
+        sizes = read_json(each.directory / "config.json")
+        differing = [key for key in _SIZES if sizes.get(key) != wanted.get(key)]
+        if differing or _vocabulary(each.directory) != vocabulary:
+            raise ConfigError(
+                f"{each.label} of {_KEY} cannot be compared with the base",
+                ", ".join(f"{key} {wanted.get(key)}" for key in differing) or "the base's tokens",
+                ", ".join(f"{key} {sizes.get(key)}" for key in differing) or "other tokens",
+                f"remove it from {_KEY}",
+            )
+
+
+def _find_model(path: Path) -> Path:
+    """Return the checkpoint that a run or a path stands for."""
+    for stage in _MODELS:
+        if (path / stage / MANIFEST).is_file():
+            return path / stage / "model"
+    if (path / "config.json").is_file():
+        return path
+    raise ConfigError(
+        f"{_KEY} names {path}, which is no model",
+        f"a run with {' or '.join(_MODELS)} finished, or a directory with a checkpoint",
+        "a directory without either" if path.is_dir() else "no such directory",
+        "correct the path",
+    )
+
+
+def _check_kind(label: str, inventory: Inventory) -> None:
+    kind = inventory.config.get("model_type")
+    method = (inventory.config.get("quantization_config") or {}).get("quant_method")
+    if kind != "gpt_oss" or method not in ("mxfp4", METHOD):
+        raise ConfigError(
+            f"{label} of {_KEY} cannot be opened",
+            f"a gpt-oss checkpoint with mxfp4 or {METHOD} weights",
+            f"model_type {kind}, quantization {method}",
+            "export it with 05_export.py --to mxfp4, or remove it",
+        )
+
+
+def _fingerprint(inventory: Inventory) -> str:
+    stats = [(name, os.stat(inventory.directory / name)) for name in sorted(inventory.names)]
+    told = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _vocabulary(directory: Path) -> tuple[Any, Any]:
+    document = read_json(directory / TOKENIZER)
+    added = [(each["id"], each["content"]) for each in document.get("added_tokens", [])]
+    return document["model"]["vocab"], sorted(added)
