@@ -76,7 +76,10 @@ def test_a_model_s_figures_are_those_of_the_definition(model, other, samples, tm
 def test_the_base_does_not_diverge_from_itself(model, samples, tmp_path):
     divergence.save_states(model, samples, BATCH, Spread(), tmp_path)
     found = divergence.measure(model, samples, BATCH, Spread(), tmp_path)
-    assert (found["all"]["kl"], found["all"]["agreement"]) == (0.0, 1.0)
+    assert (found["all"]["kl"], found["all"]["agreement"]) == (
+        pytest.approx(0.0, abs=1e-7),
+        1.0,
+    )  # two passes may round differently
 
 
 @pytest.mark.parametrize("shares", [[2048], [1024, 1024], [700, 700, 648, 0]])
