@@ -177,7 +177,8 @@ def measure_steps(arm: str, args: argparse.Namespace, mesh: Any) -> Iterator[Row
     from benchmarks.shape_20b import build
 
     torch.manual_seed(0)  # the same weights on every rank
-    model = build(arm, layers=args.layers, keep_experts=args.keep_experts == "always")
+    keep_experts = args.layers if args.keep_experts == "always" else 0
+    model = build(arm, layers=args.layers, keep_experts=keep_experts)
     trained = [p for p in model.parameters() if p.requires_grad]
     # A learning rate of 0 keeps the weights, so that losses of all degrees can be compared.
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)

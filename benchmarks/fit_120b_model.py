@@ -82,7 +82,7 @@ def arrange_layers(own: Model, case: Case) -> None:
     """Let the layers compute and keep what the case says."""
     from benchmarks.shape_20b import compute_layers
 
-    kept = Kept(case["keep_attention"] == "always", False)
+    kept = Kept(case["keep_attention"] == "always")
     offloads = case["training.offload_checkpoints"]
     compute_layers(own.tuned.get_base_model(), kept, rows_of(case), offloads=offloads)
 

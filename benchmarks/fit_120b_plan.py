@@ -11,9 +11,8 @@ from sparselong.memory import (
     PUBLISHED,
     Held,
     Kept,
+    decide_kept,
     finetune_memory,
-    is_kept,
-    kept_peaks,
     rows_at_once,
     settle,
 )
@@ -36,7 +35,7 @@ LAYERS = ("training.slice_rows", "training.offload_checkpoints", "attention_back
 def plan(case: dict[str, Any]) -> dict[str, int]:
     """Return what stage 03's planner says of a case: the peak, and bytes by component."""
     shape, config = describe(case)
-    kept = Kept(case["keep_attention"] == "always", False)
+    kept = Kept(case["keep_attention"] == "always")
     made = finetune_memory(shape, config, held=held_in(case), kept=kept)
     components = {f"planned_bytes: {name}": size for name, size in made.components.items()}
     return {"planned_bytes": made.peak_bytes, **components}
@@ -58,8 +57,7 @@ def rows_of(case: dict[str, Any]) -> int | None:
 
 def keeps_attention(case: dict[str, Any]) -> bool:
     """Return whether stage 03 would keep full attention's output within the cap."""
-    peaks = kept_peaks(*describe(case), held=held_in(case))
-    return is_kept("auto", peaks["keep_attention"], CAP_BYTES)
+    return decide_kept(*describe(case), CAP_BYTES, held=held_in(case)).attention
 
 
 def held_in(case: dict[str, Any]) -> Held:

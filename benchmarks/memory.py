@@ -39,6 +39,8 @@ CASES: tuple[dict[str, Any], ...] = (
     {"tokens": 32768, "slice_rows": 8192, "keep_attention": "never"},
     {"tokens": 65536, "slice_rows": 8192, "offload": True, "keep_attention": "never"},
     {"tokens": 4096, "keep_experts": "always"},
+    {"tokens": 8192, "keep_experts": 15},
+    {"tokens": 16384, "keep_experts": 3},
 )
 DEFAULTS = {
     "batch": 1,
@@ -58,8 +60,17 @@ FILE = Path(__file__).resolve().parent.parent / "configs" / "gpt-oss-20b-1x3090.
 def predict(case: dict[str, Any], *further: str) -> memory.Memory:
     """Return the planner's memory of a case, by component; `further` are more overrides."""
     shape, asked = describe(case, *further)
-    kept = memory.Kept(*(case.get(key) == "always" for key in ("keep_attention", "keep_experts")))
-    return memory.finetune_memory(shape, asked, held=held_in(case), kept=kept)
+    return memory.finetune_memory(shape, asked, held=held_in(case), kept=kept_in(case))
+
+
+def kept_in(case: dict[str, Any]) -> memory.Kept:
+    """Return what the case's layers keep.
+
+    `keep_experts` is `always`, `never` or a number of layers; older files lack it: `never`.
+    """
+    asked = case.get("keep_experts", "never")
+    experts = {"always": case["layers"], "never": 0}.get(asked, asked)
+    return memory.Kept(case["keep_attention"] == "always", int(experts))
 
 
 def held_in(case: dict[str, Any]) -> memory.Held:
@@ -70,8 +81,8 @@ def held_in(case: dict[str, Any]) -> memory.Held:
 def describe(case: dict[str, Any], *further: str) -> tuple[Any, config.Config]:
     """Return a case's shape and config, as the planner takes them.
 
-    Cases in older files have no `keep_experts` or `slice_rows`, which means `never`, and neither
-    a placement nor an attention backend: experts on the GPU, and the fastest.
+    Cases in older files have no `slice_rows`, which means `never`, and neither a placement nor an
+    attention backend: experts on the GPU, and the fastest.
     """
     overrides = {
         "sequence_len": case["tokens"],
@@ -92,23 +103,20 @@ def describe(case: dict[str, Any], *further: str) -> tuple[Any, config.Config]:
 def settle(case: dict[str, Any], cap_bytes: int) -> dict[str, Any]:
     """Return how stage 03 would let the layers of a case compute within a GPU's memory.
 
-    What the case says of it itself does not matter.
+    What the case says of it itself does not matter, but `keep_experts` is `auto`, `always` or
+    `never`.
     """
-    shape, asked = describe(case | {"offload": "auto", "slice_rows": "auto"})
+    asked_to_keep = f"training.keep_experts={case['keep_experts']}"
+    shape, asked = describe(case | {"offload": "auto", "slice_rows": "auto"}, asked_to_keep)
     held = held_in(case)
     settled = memory.settle(shape, asked, held, 1, cap_bytes)
-    peaks = memory.kept_peaks(shape, settled, held=held)
-    sliced = memory.rows_at_once(settled, case["tokens"]) is not None
-    kept = {
-        key: "always" if memory.is_kept("auto", peak, cap_bytes) else "never"
-        for key, peak in peaks.items()
-    }
+    kept = memory.decide_kept(shape, settled, cap_bytes, held=held)
     return {
         "slice_rows": str(settled.training.slice_rows),
         "offload": settled.training.offload_checkpoints is True,
         "attention_backend": settled.attention_backend,
-        "keep_attention": kept["keep_attention"],
-        "keep_experts": "never" if sliced else kept["keep_experts"],
+        "keep_attention": "always" if kept.attention else "never",
+        "keep_experts": kept.experts,
     }
 
 

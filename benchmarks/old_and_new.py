@@ -10,10 +10,13 @@ Measured in gpt-oss-20b's shape with random weights: training steps (wall time, 
 and its share of the wall time, kernels, the host's launches of kernels, graphs and copies, peak
 memory), the host's time for launching an empty kernel, one expert pass, attention of a full and of
 a window layer (forward and backward, device time), and greedy generation. With `--cap-gib`, torch
-may reserve only what the cap leaves of a card after the CUDA context, in either process.
+may reserve only what the cap leaves of a card after the CUDA context, in either process, and the
+layers of arm `masked` keep for the backward pass what each checkout's planner decides for that
+card, if it computes whole layers: both checkouts get the same memory.
 
-Only functions that both checkouts have are used: shape_20b's builders, `sparselong.generate`,
-`fuse` and `sparselong.kernels.attention.attention`. Needs a CUDA device with memory for two models.
+Only functions that both checkouts have are used: shape_20b's builders, `settle` of
+benchmarks/memory.py, `sparselong.generate`, `fuse` and
+`sparselong.kernels.attention.attention`. Needs a CUDA device with memory for two models.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ STEP_METRICS = {
     "launches": "1",
     "host_launches": "1",
     "peak_bytes": "bytes",
+    "layers_keeping_experts": "1",
     "loss": "nats",
 }
 
@@ -82,6 +86,8 @@ class Measured:
 
     def __init__(self) -> None:
         self.model: Any = None
+        self.arm, self.layers = "", 0
+        self.cap_bytes: int | None = None
         self.calls: dict[str, Callable[[], float]] = {}
 
     def build(self, arm: str, layers: int) -> dict[str, float]:
@@ -92,6 +98,7 @@ class Measured:
         from benchmarks import shape_20b
 
         self.model, self.calls = None, {}
+        self.arm, self.layers = arm, layers
         gc.collect()
         torch.cuda.empty_cache()
         torch.manual_seed(0)
@@ -109,6 +116,7 @@ class Measured:
         import torch
         from torch.profiler import ProfilerActivity, profile
 
+        kept = self._keep_as_planned(tokens) if self.cap_bytes and self.arm == "masked" else 0
         name = f"step {tokens}"
         if name not in self.calls:
             self.calls[name] = self._make_step(tokens)
@@ -128,7 +136,7 @@ class Measured:
         kernel_ms = sum(e.device_time for e in kernels) / 1e3
         calls = sum(any(part in e.name for part in HOST_LAUNCHES) for e in events)
         found = (wall_ms, kernel_ms, kernel_ms / wall_ms, tokens / wall_ms * 1e3)
-        found += (len(kernels), calls, peak, loss)
+        found += (len(kernels), calls, peak, kept, loss)
         return dict(zip(STEP_METRICS, found, strict=True))
 
     def launch(self) -> dict[str, float]:
@@ -145,12 +153,35 @@ class Measured:
         return {"launch_ms": statistics.median(seconds) * 1e3}
 
     def cap(self, gib: float) -> dict[str, float]:
-        """Let torch reserve no more than a card of this size would have left."""
+        """Let torch reserve no more than a card of this size would have left.
+
+        Layers of the model `masked` then keep what the planner decides for such a card.
+        """
         import torch
 
+        self.cap_bytes = int(gib * 2**30)
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((gib * 2**30 - SPARE_BYTES) / total)
         return {}
+
+    def _keep_as_planned(self, tokens: int) -> int:
+        """Let layers keep what this checkout's planner decides for the capped card.
+
+        Return how many of them keep their experts' output.
+        """
+        from benchmarks import memory, shape_20b
+
+        assert self.cap_bytes is not None
+        case = memory.DEFAULTS | {"tokens": tokens, "layers": self.layers, "keep_experts": "auto"}
+        settled = memory.settle(case, self.cap_bytes)
+        if settled["slice_rows"] != "never" or settled["offload"]:  # whole layers do not fit
+            settled |= {"keep_attention": "never", "keep_experts": "never"}
+        # Older checkouts say `always` or `never`, newer ones a number of layers.
+        asked = settled["keep_experts"]
+        experts = {"always": self.layers, "never": 0}.get(asked, asked)
+        kept = shape_20b.Kept(settled["keep_attention"] == "always", experts)
+        shape_20b.compute_layers(self.model.get_base_model(), kept)
+        return experts
 
     def _make_step(self, tokens: int) -> Callable[[], float]:
         import torch

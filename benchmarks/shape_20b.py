@@ -24,7 +24,7 @@ from sparselong.model.packed_linear import PackedLinear
 from sparselong.model.quantizer import replace_with_packed
 from sparselong.packing import dense, integer
 from sparselong.packing.dense import DenseFormat
-from sparselong.runtime import DeviceInputs, HostInputs, checkpoint_contexts
+from sparselong.runtime import DeviceInputs, HostInputs, checkpoint_layers
 
 BASELINES = ("eager", "flex")
 OURS = ("lora", "masked", "experts")
@@ -54,7 +54,7 @@ def build(
     layers: int = 24,
     r: int = R,
     *,
-    keep_experts: bool = False,
+    keep_experts: int = 0,
 ) -> nn.Module:
     """Return the arm's model on the GPU, ready for training."""
     config = config_20b(layers)
@@ -111,10 +111,7 @@ def compute_layers(
     if rows is not None:
         slice_rows(model, rows, HostInputs() if offloads else DeviceInputs(), kept.attention)
         return
-    arguments: dict[str, Any] = {"use_reentrant": False}
-    arguments["context_fn"] = partial(checkpoint_contexts, *kept)
-    arguments["preserve_rng_state"] = False  # as stage 03
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    checkpoint_layers(model, *kept)
 
 
 def build_baseline(config: GptOssConfig, arm: str) -> GptOssForCausalLM:

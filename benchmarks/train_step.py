@@ -38,6 +38,7 @@ import torch
 
 from benchmarks.command_line import add_result, command_of, has_device, machine_of
 from benchmarks.host_copies import host_memory
+from benchmarks.memory import kept_in, predict, settle
 from benchmarks.record import row, write
 from benchmarks.shape_20b import BASELINES, OURS, R, build, compute_layers
 from sparselong.memory import Kept
@@ -98,18 +99,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((args.cap_gib * 2**30 - args.spare) / total)
     with using(expert_placement=args.placement):
-        model = build(
-            args.arm,
-            args.keep_attention == "always",
-            args.layers,
-            args.rank,
-            keep_experts=args.keep_experts == "always",
-        )
+        kept = kept_in(describe(args, args.tokens))
+        model = build(args.arm, kept.attention, args.layers, args.rank, keep_experts=kept.experts)
     host = find_host_experts(model)
     torch.cuda.empty_cache()  # of what was allocated to draw the weights
     vocab: Any = model.config.vocab_size  # type: ignore[union-attr]
     tokens = torch.randint(vocab, (args.batch, args.tokens), device="cuda")
-    compute_in_slices(model, args)
+    compute_in_slices(model, args, kept)
     step = make_step(model, tokens, args.attention_backend)
     case = describe(args, args.tokens)
     seconds, loss, copied = time_steps(step, args, host)
@@ -158,12 +154,11 @@ def time_steps(
     return seconds, loss, copied
 
 
-def compute_in_slices(model: Any, args: argparse.Namespace) -> None:
+def compute_in_slices(model: Any, args: argparse.Namespace, kept: Kept) -> None:
     """Let layers compute in slices, or keep their inputs in host memory, as stage 03 does."""
     if args.slice_rows == "never" and not args.offload:
         return
     rows = args.batch * args.tokens if args.slice_rows == "never" else int(args.slice_rows)
-    kept = Kept(args.keep_attention == "always", False)
     compute_layers(model.get_base_model(), kept, rows, offloads=args.offload)
 
 
@@ -226,7 +221,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cap-gib", type=float, help="limit of the whole process")
     parser.add_argument("--spare", type=int, default=700 << 20, help="bytes for the context")
     parser.add_argument("--keep-attention", default="always", choices=("always", "never"))
-    parser.add_argument("--keep-experts", default="never", choices=("always", "never"))
+    parser.add_argument(
+        "--keep-experts",
+        help="always, never (the default), a number of layers, or with --planned auto (the default "
+        "there)",
+    )
     parser.add_argument(
         "--slice-rows", default="never", help="tokens of a slice; arms of ours only"
     )
@@ -245,7 +244,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     measured = {args.arm} if args.arm else set(args.arms)
     slices = args.slice_rows != "never" or args.offload
-    if slices and args.keep_experts == "always":
+    args.keep_experts = read_keep_experts(parser, args)
+    if slices and args.keep_experts not in ("never", 0):
         parser.error("--slice-rows and --offload need --keep-experts never")
     if (slices or args.placement == "host") and measured & set(BASELINES):
         parser.error("--slice-rows, --offload and --placement host need arms of ours")
@@ -254,10 +254,20 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def read_keep_experts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str | int:
+    """Return `--keep-experts`, a number as such; the planner decides under `auto`."""
+    asked = args.keep_experts or ("auto" if args.planned else "never")
+    allowed = ("auto", "always", "never") if args.planned else ("always", "never")
+    if asked in allowed:
+        return asked
+    if args.planned or not asked.isdecimal() or int(asked) > args.layers:
+        numbers = "" if args.planned else f", 0 to {args.layers}"
+        parser.error(f"--keep-experts {asked}: allowed here: {', '.join(allowed)}{numbers}")
+    return int(asked)
+
+
 def planned(args: argparse.Namespace, tokens: int) -> tuple[argparse.Namespace, list[Any]]:
     """Return the arguments as the planner decides for a length, and rows of what it predicts."""
-    from benchmarks.memory import predict, settle
-
     if not args.planned:
         return args, []
     settled = settle(describe(args, tokens), int(args.cap_gib * 2**30))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks.memory import predict
+from benchmarks.memory import kept_in, predict
 from benchmarks.record import newest
 
 TEXT = """
@@ -16,8 +16,9 @@ memory of the process (torch's peak reserved memory and the CUDA context), `pred
 prediction of this version's planner. `allocated` is the peak size of all tensors; the difference to
 `card` is the context and the allocator's fragmentation. `kept` is what checkpointed layers keep for
 the backward pass instead of recomputing it: outputs of full attention, or the experts' gate_up
-outputs. `slices` are tokens that layers compute at once, `offloaded` says whether their inputs are
-in host memory. Offloading by Axolotl is no longer used, and not predicted.
+outputs, of all layers or of the last ones. `slices` are tokens that layers compute at once,
+`offloaded` says whether their inputs are in host memory. Offloading by Axolotl is no longer used,
+and not predicted.
 """
 COLUMNS = (
     *("layers", "tokens", "rank", "kept", "slices", "offloaded"),
@@ -46,7 +47,10 @@ def write_machine(machine: str, document: dict[str, Any]) -> str:
     ]
     for text, figures in cases.items():
         case = json.loads(text)
-        kept = [n for n in ("attention", "experts") if case.get(f"keep_{n}") == "always"]
+        attention, experts = kept_in(case)
+        kept = ["attention"] if attention else []
+        if experts:
+            kept.append("experts" if experts == case["layers"] else f"experts of {experts} layers")
         measured, rows = figures["device_bytes"], case.get("slice_rows")
         is_ours = rows is not None or not case["offload"]
         offloaded = ("yes" if is_ours else "by Axolotl") if case["offload"] else "no"

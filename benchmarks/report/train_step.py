@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from benchmarks.memory import kept_in
 from benchmarks.record import RESULTS, newest
 
 TEXT = """
@@ -51,7 +52,7 @@ def write_machine(machine: str, documents: list[dict[str, Any]]) -> str:
     values = {}
     for entry in (entry for document in documents for entry in document["rows"]):
         case = entry["case"]
-        if case.get("keep_experts") == "always":
+        if case.get("keep_experts", "never") not in ("never", 0):
             continue  # shown in the sections on memory and on several GPUs
         key = (case["tokens"], case["batch"], case["cap_gib"], entry["backend"])
         values.setdefault(key, {}).setdefault(entry["metric"], entry["value"])
@@ -102,6 +103,7 @@ def planned_lines(document: dict[str, Any]) -> list[str]:
         way = ["all tokens at once" if rows == "never" else f"{int(rows):,} tokens at a time"]
         way += ["inputs in host memory"] if case["offload"] else []
         way += [f"attention {case['attention_backend']}"]
+        way += [f"experts kept in {kept} layers"] if (kept := kept_in(case).experts) else []
         cells = [f"{case['tokens']:,}", f"{case['cap_gib']} GiB", case["placement"], ", ".join(way)]
         if "out_of_memory" in found:
             cells += ["does not fit", _gib(found["planned_bytes"]), "", "", ""]

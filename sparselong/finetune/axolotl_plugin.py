@@ -73,7 +73,7 @@ from sparselong.finetune.training_run import (
     TrainingRun,
 )
 from sparselong.finetune.watching import Clock, Metrics, Predictions, Stopping, open_trackers
-from sparselong.memory import describe_layers, find_shape, kept_peaks, rows_at_once
+from sparselong.memory import describe_layers, rows_at_once
 from sparselong.model import (
     FusedDecoderLayer,
     check_rows_kept,
@@ -121,7 +121,7 @@ class SparseLongPlugin(BasePlugin):
         super().__init__()
         self.trainer: MaskedTrainer | None = None
         self.keeping: dict[str, Keeping] = {}
-        self.recomputation = Recomputation(False, False)
+        self.recomputation = Recomputation(False, 0)
         self.supervised_token_fraction = 0.0
         self.opening = ExitStack()
         self.frozen: dict[str, str] = {}
@@ -233,18 +233,14 @@ class SparseLongPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg, trainer: Any):
         """Return our callbacks."""
         config, device = self.run.config, "cuda" if torch.cuda.is_available() else "cpu"
-        held = self.sharing.held
-        peaks = kept_peaks(find_shape(config.model), config, device, held=held)
-        asked = {key: getattr(config.training, key) for key in peaks}
-        self.keeping = decide_keeping(
-            asked, peaks, config.nothing_to_keep(device, held.expert_parallel)
-        )
+        self.keeping = decide_keeping(config, device, self.sharing.held)
         rows = rows_at_once(config, config.micro_batch_size * config.sequence_len)
         upkeep = config.finetuning_modifiers.MagnitudePruningModifier
         for key, decision in self.keeping.items():
             tell(f"{key} {decision}")
         self.recomputation = Recomputation(
-            **{key: decision.kept for key, decision in self.keeping.items()},
+            keep_attention=self.keeping["keep_attention"].kept > 0,
+            keep_experts=self.keeping["keep_experts"].kept,
             rows=rows,
             offloads=config.training.offload_checkpoints is True,
         )

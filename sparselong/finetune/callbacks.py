@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import partial
 
 from transformers import TrainerCallback
 
@@ -12,7 +11,7 @@ from sparselong.adapters import Criterion, MaskedLoraLinear, update_steps
 from sparselong.finetune.state import Progress, buffers
 from sparselong.model import slice_rows
 from sparselong.processes import check_replicas, tell
-from sparselong.runtime import DeviceInputs, HostInputs, checkpoint_contexts
+from sparselong.runtime import DeviceInputs, HostInputs, checkpoint_layers
 
 _NOTED_SECONDS = 30.0
 
@@ -69,7 +68,8 @@ class Recomputation(TrainerCallback):
 
     Args:
         keep_attention: whether they keep the output of full attention.
-        keep_experts: whether they keep the experts' gate_up output, which needs whole layers.
+        keep_experts: how many layers keep the experts' gate_up output, the last ones of the model;
+            only whole layers can.
         rows: most tokens per slice; None: whole layers, whose inputs stay on the device.
         offloads: whether inputs are kept in host memory.
     """
@@ -77,21 +77,17 @@ class Recomputation(TrainerCallback):
     def __init__(
         self,
         keep_attention: bool,
-        keep_experts: bool,
+        keep_experts: int,
         rows: int | None = None,
         offloads: bool = False,
     ):
-        self.contexts = partial(checkpoint_contexts, keep_attention, keep_experts)
-        self.keep_attention, self.rows = keep_attention, rows
+        self.keep_attention, self.keep_experts, self.rows = keep_attention, keep_experts, rows
         self.inputs = HostInputs() if offloads else DeviceInputs()
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Replace the plain checkpointing that the trainer has just enabled."""
+        base = kwargs["model"].get_base_model()
         if self.rows is not None:
-            base = kwargs["model"].get_base_model()
             slice_rows(base, self.rows, self.inputs, self.keep_attention)
         elif args.gradient_checkpointing:
-            arguments = {"use_reentrant": False, "context_fn": self.contexts}
-            # No layer uses random numbers: adapters have no dropout.
-            arguments["preserve_rng_state"] = False
-            kwargs["model"].gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+            checkpoint_layers(base, self.keep_attention, self.keep_experts)

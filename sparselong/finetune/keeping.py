@@ -1,19 +1,27 @@
 """Decide `training.keep_attention` and `keep_experts` on the GPU that trains, and record why.
 
 `auto` keeps results that a checkpointed layer would otherwise recompute, if the planner's peak with
-them, plus its error margin, fits the memory available to this process. Ranks that share a sequence
-exchange keys and values in a pass, so they must all decide the same: the rank with the least memory
-decides. If device or config leave nothing to keep, the decision gives the reason
-(`Config.nothing_to_keep`).
+them, plus its error margin, fits the memory available to this process (`memory.decide_kept`). Ranks
+that share a sequence exchange keys and values in a pass, so they must all decide the same: the rank
+with the least memory decides. If device or config leave nothing to keep, the decision gives the
+reason (`Config.nothing_to_keep`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from sparselong.config import Config
 from sparselong.figures import format_bytes
-from sparselong.memory import is_kept
+from sparselong.memory import (
+    Held,
+    Kept,
+    count_layers,
+    decide_kept,
+    find_shape,
+    finetune_memory,
+)
 from sparselong.processes import available_bytes
 from sparselong.processes import world as ranks
 
@@ -24,15 +32,18 @@ class Keeping:
 
     Attributes:
         asked: `auto`, `always` or `never`.
-        kept: whether the results are kept.
-        predicted_peak_bytes: the planner's peak if they are kept.
+        kept: in how many layers the results are kept, the last ones of the model.
+        layers: how many layers have such results.
+        predicted_peak_bytes: the planner's peak that decided: with what is kept, or with the least
+            that could be. Attention is decided first, without experts that `auto` keeps.
         available_bytes: all GPU memory available to this process; None if not measured, because
             there is nothing to keep.
         nothing_to_keep: why there is nothing to keep; None if there is something.
     """
 
     asked: str
-    kept: bool
+    kept: int
+    layers: int
     predicted_peak_bytes: int
     available_bytes: int | None
     nothing_to_keep: str | None
@@ -41,30 +52,39 @@ class Keeping:
         if self.available_bytes is None or self.nothing_to_keep is not None:
             return f"{self.asked}: not kept ({self.nothing_to_keep})"
         predicted, available = map(format_bytes, (self.predicted_peak_bytes, self.available_bytes))
-        return (
-            f"{self.asked}: {'kept' if self.kept else 'recomputed'}; "
-            f"predicted peak if kept {predicted}, available on the GPU {available}"
-        )
+        outcome = "recomputed; predicted peak if kept"
+        if self.kept:
+            outcome = f"kept in {count_layers(self.kept, self.layers)}; predicted peak"
+        return f"{self.asked}: {outcome} {predicted}, available on the GPU {available}"
 
 
 def decide_keeping(
-    asked: Mapping[str, str],
-    predicted_peak_bytes: Mapping[str, int],
-    nothing_to_keep: Mapping[str, str],
+    config: Config, device: Literal["cuda", "cpu"], held: Held
 ) -> dict[str, Keeping]:
     """Decide for each key of `training`; every rank must call this and gets the same decisions.
 
     Args:
-        asked: `auto`, `always` or `never`, by key.
-        predicted_peak_bytes: peaks from memory.kept_peaks, by key.
-        nothing_to_keep: from Config.nothing_to_keep: why a key has nothing to keep, the same on
-            every rank.
+        config: the config of the run, settled.
+        device: kind of device that trains.
+        held: how the process holds the experts.
     """
-    possible = [key for key in asked if key not in nothing_to_keep]
-    available = min(ranks.collect(available_bytes())) if possible else None
-    made = {}
-    for key, word in asked.items():
-        peak = predicted_peak_bytes[key]
-        kept = key in possible and available is not None and is_kept(word, peak, available)
-        made[key] = Keeping(word, kept, peak, available, nothing_to_keep.get(key))
-    return made
+    shape = find_shape(config.model)
+    nothing = config.nothing_to_keep(device, held.expert_parallel)
+    asked = {key: getattr(config.training, key) for key in ("keep_attention", "keep_experts")}
+    is_possible = len(nothing) < len(asked)
+    available = min(ranks.collect(available_bytes())) if is_possible else None
+    kept = decide_kept(shape, config, available or 0, device, held=held)
+    full, always = shape.full_layers, shape.layers if asked["keep_experts"] == "always" else 0
+
+    decided = {
+        "keep_attention": (full if kept.attention else 0, full, Kept(True, always)),
+        "keep_experts": (kept.experts, shape.layers, kept._replace(experts=max(1, kept.experts))),
+    }
+
+    def predict(kept: Kept) -> int:
+        return finetune_memory(shape, config, device, held=held, kept=kept).peak_bytes
+
+    return {
+        key: Keeping(asked[key], count, layers, predict(on), available, nothing.get(key))
+        for key, (count, layers, on) in decided.items()
+    }

@@ -27,10 +27,9 @@ if TYPE_CHECKING:
         MARGIN,
         decide_evaluation_held,
         decide_held,
+        decide_kept,
         decided_memory,
         host_bytes,
-        is_kept,
-        kept_peaks,
         settle,
     )
     from sparselong.memory.plan import Plan, make_plan, plan_stage
@@ -49,6 +48,6 @@ if TYPE_CHECKING:
         finetune_memory,
         process_tokens,
     )
-    from sparselong.memory.ways import describe_layers
+    from sparselong.memory.ways import count_layers, describe_layers
 
 __getattr__ = expose(__name__)

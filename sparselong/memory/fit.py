@@ -11,6 +11,7 @@ from sparselong.errors import StageError
 from sparselong.figures import format_bytes
 from sparselong.memory.placing import (
     MARGIN,
+    always_kept,
     decide_held,
     decided_memory,
     host_bytes,
@@ -20,7 +21,7 @@ from sparselong.memory.placing import (
 )
 from sparselong.memory.shape import ModelShape
 from sparselong.memory.storage import Held
-from sparselong.memory.training import GIB, Device
+from sparselong.memory.training import GIB, Device, finetune_memory
 
 CARD_BYTES = int(23.6 * GIB)
 """Usable memory of a 24 GB card, for which plans are made if no GPU is named."""
@@ -37,12 +38,16 @@ def least_peak_bytes(
     device: Device = "cuda",
     host_budget_bytes: int | None = None,
 ) -> int:
-    """Return the predicted peak of stage 03 on devices with `budget_bytes` of usable memory."""
-    processes = planned_processes(config)
-    held = decide_held(shape, config, processes, budget_bytes, device, host_budget_bytes)
-    return decided_memory(
-        shape, config, budget_bytes, device, held=held, host_budget_bytes=host_budget_bytes
-    ).peak_bytes
+    """Return what stage 03 needs on devices with `budget_bytes` of usable memory.
+
+    It is the predicted peak without what layers keep under `auto`, which never takes more than is
+    left.
+    """
+    limits = (planned_processes(config), budget_bytes, device, host_budget_bytes)
+    held = decide_held(shape, config, *limits)
+    settled = settle(shape, config, held, *limits)
+    kept = always_kept(shape, config)
+    return finetune_memory(shape, settled, device, held=held, kept=kept).peak_bytes
 
 
 def check_fit(

@@ -1,5 +1,8 @@
 """What a process keeps and holds: outputs of layers, and experts, shared or whole, and where.
 
+What layers keep for the backward pass saves time. Attention's outputs come first, because they save
+more per byte; then the experts', of as many layers as fit.
+
 Layers are fastest where they compute all rows at once, with their inputs on the GPU. Copies of
 inputs to host memory run beside the computation, so `auto` tries them first where memory does not
 suffice. Slices of rows come next: they cost a few percent. Attention in our Triton kernels, which
@@ -15,6 +18,7 @@ off by 5 %: automatic decisions leave that margin.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
 
@@ -38,31 +42,6 @@ PROCESS_BYTES = 2 * GIB
 """Host memory of a process on a GPU for Python, libraries and file buffers (estimate)."""
 
 
-def is_kept(asked: str, peak_bytes: int, budget_bytes: int) -> bool:
-    """Return whether to keep something: `always`, or with `auto` if peak and margin fit."""
-    return asked == "always" or (asked == "auto" and peak_bytes * MARGIN <= budget_bytes)
-
-
-def kept_peaks(
-    shape: ModelShape, config: Config, device: Device = "cuda", *, held: Held = WHOLE
-) -> dict[str, int]:
-    """Return the predicted peak with each output that layers can keep, by its key in `training`.
-
-    Attention's outputs come first because they save more time per byte. The peak for the experts'
-    outputs therefore includes them unless they are `never` kept, and the peak for attention's
-    includes the experts' outputs only if these are `always` kept.
-    """
-    training = config.training
-    kept = {
-        "keep_attention": Kept(True, training.keep_experts == "always"),
-        "keep_experts": Kept(training.keep_attention != "never", True),
-    }
-    return {
-        key: finetune_memory(shape, config, device, held=held, kept=both).peak_bytes
-        for key, both in kept.items()
-    }
-
-
 def decide_kept(
     shape: ModelShape,
     config: Config,
@@ -71,15 +50,37 @@ def decide_kept(
     *,
     held: Held = WHOLE,
 ) -> Kept:
-    """Return what layers keep on a device with `budget_bytes` of usable memory."""
+    """Return what layers keep on a device with `budget_bytes` of usable memory.
+
+    With `auto` that is what fits with the margin: attention's outputs, then those of the experts of
+    as many layers as possible.
+    """
     nothing = config.nothing_to_keep(device, held.expert_parallel)
-    peaks = kept_peaks(shape, config, device, held=held)
-    return Kept(
-        *(
-            key not in nothing and is_kept(getattr(config.training, key), peak, budget_bytes)
-            for key, peak in peaks.items()
-        )
+
+    def is_open(key: str) -> bool:
+        return key not in nothing and getattr(config.training, key) == "auto"
+
+    def make_memory(kept: Kept) -> Memory:
+        return finetune_memory(shape, config, device, held=held, kept=kept)
+
+    def needed_bytes(kept: Kept) -> float:
+        return make_memory(kept).peak_bytes * MARGIN
+
+    kept = make_memory(always_kept(shape, config)).kept
+    if is_open("keep_attention"):
+        kept = kept._replace(attention=needed_bytes(kept._replace(attention=True)) <= budget_bytes)
+    if is_open("keep_experts"):  # by bisection: the peak grows with the number of layers
+        counts = [kept._replace(experts=layers) for layers in range(1, shape.layers + 1)]
+        kept = kept._replace(experts=bisect_right(counts, budget_bytes, key=needed_bytes))
+    return kept
+
+
+def always_kept(shape: ModelShape, config: Config) -> Kept:
+    """Return what the config says that layers keep, whether it fits or not."""
+    attention, experts = (
+        getattr(config.training, key) == "always" for key in ("keep_attention", "keep_experts")
     )
+    return Kept(attention, shape.layers if experts else 0)
 
 
 def decided_memory(
@@ -142,8 +143,7 @@ def settle(
     ways = _list_layers(config, device)
     least, settled = math.inf, ways[0]
     for way in filter(is_possible, ways):
-        training = way.training
-        kept = Kept(training.keep_attention == "always", training.keep_experts == "always")
+        kept = always_kept(shape, way)
         peak = finetune_memory(shape, way, device, held=held, kept=kept).peak_bytes
         if peak * MARGIN <= budget_bytes:
             return way

@@ -19,7 +19,13 @@ from sparselong.memory.labels import label
 from sparselong.memory.shape import ModelShape, find_shape
 from sparselong.memory.storage import Held
 from sparselong.memory.training import Device, Memory
-from sparselong.memory.ways import describe_layers, expert_host_bytes, explain_layers, plan_ways
+from sparselong.memory.ways import (
+    describe_kept,
+    describe_layers,
+    expert_host_bytes,
+    explain_layers,
+    plan_ways,
+)
 
 CPU_PARAMETERS = 1_000_000_000
 """Models of at least this size are not fine-tuned on a CPU, where a step would take hours."""
@@ -132,6 +138,7 @@ class Plan:
             "attention_backend": self.settled.attention_backend,
             "layers": describe_layers(self.settled),
             "layers_reason": self.settled_reason,
+            "kept": describe_kept(self.memory.kept, self.shape),
             "input_host_bytes": self.input_host_bytes,
         }
         for way, memory in ways.items():
@@ -341,10 +348,6 @@ def _memory_notes(made: Plan) -> list[str]:
         "Memory is that of stage 03. The loss, a layer's experts and its attention are not in "
         "memory at the same time: the peak counts the largest."
     ]
-    if made.memory.components.get("kept_attention"):
-        notes.append("The outputs of full attention are kept and not recomputed.")
-    if made.memory.components.get("kept_experts"):
-        notes.append("The experts' gate_up outputs are kept and not recomputed.")
     if made.held.placement == "host":
         notes.append(
             f"The experts are in host memory: {format_bytes(made.expert_host_bytes)} of it with "

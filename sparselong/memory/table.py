@@ -29,7 +29,7 @@ def memory_lines(document: dict[str, Any]) -> list[str]:
 
     A document of stage 03 or 04 has a column each for replicated experts and vocabulary, shared
     ones, and experts in host memory, as far as the config allows them, and a line on which was
-    chosen. One of training has a line on how checkpointed layers compute.
+    chosen. One of training has lines on how checkpointed layers compute and what they keep.
     """
     title = "Memory on each GPU" if document["device"] == "cuda" else "Host memory"
     if any(document.get(f"{way}_bytes_per_gpu") for way in ("sharded", "hosted")):
@@ -47,7 +47,10 @@ def _layers(document: dict[str, Any]) -> list[str]:
         return []
     there = document["input_host_bytes"]
     how = document["layers"] + (f" ({format_bytes(there)} there)" if there else "")
-    return _wrap(f"Checkpointed layers: {how} ({document['layers_reason']})")
+    lines = _wrap(f"Checkpointed layers: {how} ({document['layers_reason']})")
+    if document["kept"]:
+        lines += _wrap(f"Outputs kept for the backward pass: {document['kept']}")
+    return lines
 
 
 def _wrap(text: str) -> list[str]:

@@ -15,8 +15,12 @@ intermediate sizes), a row of H and one of dh, and decoded weights take another 
 tests/memory runs the real step without a device, counts every tensor and compares it with these
 sums; benchmarks/memory.py compares the total with measurements on a GPU.
 
-If layers keep the experts' gate_up output, those of all layers exist from the forward pass on. A
-slice's output is freed once its gradients exist, the layer's before attention's backward pass.
+If layers keep the experts' gate_up output, those of all such layers exist from the forward pass on.
+A slice's output is freed once its gradients exist, the layer's before attention's backward pass.
+The last layers of the model keep theirs, so its last layer remains the peak: where the backward
+pass reaches layers that keep none, all kept outputs and the later layers' checkpoints are freed.
+Where a layer's experts are one slice, the first layer that keeps its output takes no memory: the
+last layer's is in memory anyway.
 
 Layers that compute in slices of rows, or whose inputs are in host memory: see slicing.py.
 
@@ -86,17 +90,18 @@ class Kept(NamedTuple):
 
     attention: bool = False
     """Outputs of full attention."""
-    experts: bool = False
-    """gate_up outputs and routing of the experts."""
+    experts: int = 0
+    """In how many layers gate_up outputs and routing of the experts, the last ones of the model."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device by component, a key of LABELS."""
+    """Bytes on one device by component, a key of LABELS, with what layers keep in them."""
 
     device: Device
     devices: int
     components: dict[str, int]
+    kept: Kept = Kept()
 
     @property
     def at_peak(self) -> dict[str, int]:
@@ -141,7 +146,7 @@ def finetune_memory(
     nothing = config.nothing_to_keep(device, expert_parallel)
     kept = Kept(
         kept.attention and "keep_attention" not in nothing,
-        kept.experts and "keep_experts" not in nothing,
+        0 if "keep_experts" in nothing else kept.experts,
     )
     rows = slicing.rows_at_once(config, tokens)
     if expert_parallel > 1:
@@ -151,21 +156,18 @@ def finetune_memory(
     if rows:
         adds_apart = expert_parallel > 1 or device == "cpu"
         experts += slicing.slice_bytes(shape, rows, width, adds_apart)
-    return Memory(
-        device,
-        devices,
-        {
-            **weight_bytes(shape, config, width, held),
-            "masters": storage.adapted_bytes(shape, config),
-            "lora": storage.trained_bytes(shape, config, expert_parallel),
-            **_left(shape, config, tokens, width, kept, expert_parallel),
-            LAYER: _layer(shape, config, tokens, width, kept),
-            EXPERTS: experts,
-            ATTENTION: _attention(shape, config, tokens, width, kept),
-            LOSS: _loss(shape, config, tokens, device, expert_parallel),
-            **_overhead(shape, device, devices),
-        },
-    )
+    components = {
+        **weight_bytes(shape, config, width, held),
+        "masters": storage.adapted_bytes(shape, config),
+        "lora": storage.trained_bytes(shape, config, expert_parallel),
+        **_left(shape, config, tokens, width, kept, expert_parallel),
+        LAYER: _layer(shape, config, tokens, width, kept),
+        EXPERTS: experts,
+        ATTENTION: _attention(shape, config, tokens, width, kept),
+        LOSS: _loss(shape, config, tokens, device, expert_parallel),
+        **_overhead(shape, device, devices),
+    }
+    return Memory(device, devices, components, kept)
 
 
 def process_tokens(config: Config) -> int:
@@ -216,7 +218,7 @@ def _left(
     return {
         "checkpoints": slicing.input_bytes(shape, config, tokens, width),
         "kept_attention": attention,
-        "kept_experts": shape.layers * _kept_experts(shape, tokens) if kept.experts else 0,
+        "kept_experts": kept.experts * _kept_experts(shape, tokens),
         "gaps": gaps + int(GAP_SHARE * attention),
     }
 

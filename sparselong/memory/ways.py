@@ -14,7 +14,7 @@ from sparselong.memory import placing
 from sparselong.memory.limits import check_experts
 from sparselong.memory.shape import ModelShape
 from sparselong.memory.storage import Held
-from sparselong.memory.training import Device, Memory
+from sparselong.memory.training import Device, Kept, Memory
 
 
 class Ways(NamedTuple):
@@ -157,6 +157,24 @@ def describe_layers(settled: Config) -> str:
     if settled.attention_backend != "auto":
         parts.append(f"{settled.attention_backend} attention")
     return ", ".join(parts)
+
+
+def describe_kept(kept: Kept, shape: ModelShape) -> str:
+    """Return which outputs layers keep for the backward pass, and in which; empty: none."""
+    outputs = {
+        "full attention": (shape.full_layers if kept.attention else 0, shape.full_layers),
+        "experts' gate_up": (kept.experts, shape.layers),
+    }
+    return ", ".join(
+        f"{name} in {count_layers(*counts)}" for name, counts in outputs.items() if counts[0]
+    )
+
+
+def count_layers(kept: int, layers: int) -> str:
+    """Return in how many of a number of layers something is kept: the last ones."""
+    if kept == layers:
+        return f"all {layers} layers"
+    return f"the last {kept} of {layers} layers" if kept > 1 else f"the last of {layers} layers"
 
 
 def explain_layers(config: Config, settled: Config) -> str:

@@ -99,12 +99,14 @@ def _measured(run: Run, stage: str, on_gpu: bool) -> int | None:
 
 
 def _how(plan: Mapping[str, Any]) -> str:
-    """Return what was planned for, and how experts and layers are held."""
+    """Return what was planned for, and how experts are held, and what layers do and keep."""
     told = [f"Planned for {plan['estimated_for']}." if "estimated_for" in plan else ""]
     if plan.get("held_reason"):
         told.append(f"Experts: {plan.get('expert_placement')} ({plan['held_reason']}).")
     if plan.get("layers_reason"):
         told.append(f"Layers: {plan.get('layers')} ({plan['layers_reason']}).")
+    if plan.get("kept"):
+        told.append(f"Kept for the backward pass: {plan['kept']}.")
     return " ".join(filter(None, told))
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         attend_once,
         begin_ahead,
         checkpoint_contexts,
+        checkpoint_layers,
         compute_once,
         is_checkpointed,
         is_recomputing,

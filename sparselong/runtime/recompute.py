@@ -11,20 +11,22 @@ them in the backward pass. Plain checkpointing recomputes the whole layer. A gpt
   memory.
 - The experts' output. The experts come last in a layer, so the recomputation does not need it.
   Their backward pass needs gate_up's output, several times the size of a checkpoint. It is
-  recomputed from the experts' input, or kept with `keep_experts` (`kernels/experts/op.py`). A kept
-  output is not stored here: autograd runs backward through the forward pass's nodes, so the node
-  holds it and frees it slice by slice. A second backward pass recomputes it.
+  recomputed from the experts' input, or kept with `keep_experts` (`kernels/experts/op.py`): in the
+  last layers of a model, whose backward pass comes first and frees it first. A kept output is not
+  stored here: autograd runs backward through the forward pass's nodes, so the node holds it and
+  frees it slice by slice. A second backward pass recomputes it. Either way gradients are the same
+  bits.
 
 The recomputation can also start communication for the backward pass: keys for a full layer's
 attention arrive from other processes while its experts run backward (`begin_ahead`).
 
-    checkpoint(layer, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, True, False))
+    checkpoint_layers(model, keep_attention=True, keep_experts=4)
 
 A recomputation uses the settings of its forward pass (`settings.py`). On a GPU it runs in an
 autograd thread, and on any device the block around the forward pass may have ended by then.
 
-Each checkpoint covers one decoder layer, as in transformers. `context_fn` requires torch's
-non-reentrant checkpointing.
+Each checkpoint covers one decoder layer, as in transformers. `checkpoint_contexts`, torch's
+`context_fn`, requires its non-reentrant checkpointing.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from sparselong.runtime.settings import Settings, current, restoring
 
@@ -82,6 +86,45 @@ class _Pass:
     def __exit__(self, *_: object) -> None:
         _active.layer = self.outer
         self.block.__exit__(None, None, None)
+
+
+def checkpoint_layers(model: Any, keep_attention: bool, keep_experts: int = 0) -> None:
+    """Checkpoint a gpt-oss model's layers, and let them keep results for the backward pass.
+
+    Args:
+        model: a model of transformers, not PEFT's wrapper.
+        keep_attention: whether layers keep full attention's output: see `checkpoint_contexts`.
+        keep_experts: how many layers keep the experts' gate_up output, the last ones of the model.
+    """
+    first = model.config.num_hidden_layers - keep_experts
+    model._set_gradient_checkpointing(
+        enable=True,
+        gradient_checkpointing_func=partial(
+            _run_checkpointed, keep_attention=keep_attention, first_keeping=first
+        ),
+    )
+
+
+def _run_checkpointed(
+    call: partial, hidden: torch.Tensor, *, keep_attention: bool, first_keeping: int
+) -> torch.Tensor:
+    """Run a layer; the checkpoint function of transformers' layers.
+
+    Args:
+        call: the layer's bound `__call__` with its arguments by name.
+        hidden: [batch, tokens, hidden], the layer's input.
+        keep_attention: whether to keep full attention's output.
+        first_keeping: index of the first layer that keeps its experts' gate_up output.
+    """
+    layer: Any = call.func.__self__  # pyright: ignore[reportFunctionMemberAccess]
+    keep_experts = layer.self_attn.layer_idx >= first_keeping
+    return checkpoint(  # pyright: ignore[reportReturnType]
+        call,
+        hidden,
+        use_reentrant=False,
+        preserve_rng_state=False,  # no layer uses random numbers: adapters have no dropout
+        context_fn=partial(checkpoint_contexts, keep_attention, keep_experts),
+    )
 
 
 def checkpoint_contexts(

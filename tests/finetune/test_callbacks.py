@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from sparselong.finetune import callbacks
 from sparselong.finetune.callbacks import MaskUpkeep, Recomputation
 from sparselong.finetune.state import Progress
 from sparselong.model import row_slices
 from sparselong.runtime import DeviceInputs, HostInputs
-from sparselong.runtime.recompute import is_checkpointed, is_recomputing, keeps_experts
 
 
 def at(step: int, **more) -> SimpleNamespace:
@@ -73,29 +73,18 @@ def test_layers_in_slices_replace_checkpoints(monkeypatch, offloads):
         def _set_gradient_checkpointing(self, enable, gradient_checkpointing_func):
             seen.update(gradient_checkpointing_func.keywords, enable=enable)
 
-    made = Recomputation(True, False, rows=64, offloads=offloads)
+    made = Recomputation(True, 0, rows=64, offloads=offloads)
     model = SimpleNamespace(get_base_model=Base)
     made.on_train_begin(SimpleNamespace(gradient_checkpointing=True), at(0), control(), model=model)
     assert type(seen.pop("inputs")) is (HostInputs if offloads else DeviceInputs)
     assert seen == {"enable": True, "rows": 64, "keep_attention": True}
 
 
-def test_checkpointed_layers_get_contexts_for_their_recomputation():
-    seen = {}
-
-    class Model:
-        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
-            seen.update(gradient_checkpointing_kwargs)
-
-    for on in (True, False):
-        args = SimpleNamespace(gradient_checkpointing=on)
-        Recomputation(True, True).on_train_begin(args, at(0), control(), model=Model())
-        if on:
-            assert seen.pop("use_reentrant") is False
-            assert seen.pop("preserve_rng_state") is False
-            first, second = seen.pop("context_fn")()
-            with first:
-                assert is_checkpointed() and not is_recomputing() and keeps_experts()
-            with second:
-                assert is_recomputing()
-    assert not seen and not is_checkpointed()
+@pytest.mark.parametrize("on", [True, False])
+def test_checkpointed_layers_keep_what_was_decided(monkeypatch, on):
+    given = []
+    monkeypatch.setattr(callbacks, "checkpoint_layers", lambda *what: given.append(what))
+    model = SimpleNamespace(get_base_model=lambda: "base")
+    args = SimpleNamespace(gradient_checkpointing=on)
+    Recomputation(True, 3).on_train_begin(args, at(0), control(), model=model)
+    assert given == ([("base", True, 3)] if on else [])

@@ -220,17 +220,18 @@ def test_callbacks_match_the_config(plugins, plugin, run, monkeypatch):
     monkeypatch.setattr(plugins, "tell", lambda text: None)
     monkeypatch.setattr(plugins, "RouterWatch", lambda model: ("watch", model))
 
-    def decide(asked, peaks, nothing):
-        """Keep attention and not experts, whatever this machine's memory."""
-        assert set(peaks) == set(asked) == set(nothing)  # nothing to keep without checkpointing
-        return {k: Keeping(a, k == "keep_attention", peaks[k], 1, None) for k, a in asked.items()}
+    def decide(config, device, held):
+        """Keep attention and the experts of three layers, whatever this machine's memory."""
+        assert (config, held) == (plugin.run.config, plugin.sharing.held)
+        counts = {"keep_attention": 2, "keep_experts": 3}
+        return {key: Keeping("auto", count, 4, 9, 9, None) for key, count in counts.items()}
 
     monkeypatch.setattr(plugins, "decide_keeping", decide)
     trainer = SimpleNamespace(layers={}, progress=Progress(), model="model", predictions=None)
     made = plugin.add_callbacks_post_trainer(None, trainer)
     upkeep, passes, watch, metrics, stopping, clock = made
     assert (upkeep.update_frequency, upkeep.criterion) == (0.5, "magnitude")
-    assert passes.contexts.args == (True, False) and passes.rows is None
+    assert (passes.keep_attention, passes.keep_experts, passes.rows) == (True, 3, None)
     assert watch == ("watch", "model")
     assert metrics.path == run.work / "metrics.jsonl" and metrics.next_update == upkeep.next_step
     assert metrics.predictions is trainer.predictions is None
@@ -238,8 +239,6 @@ def test_callbacks_match_the_config(plugins, plugin, run, monkeypatch):
     assert asked == (1.5, 3, 0.25)
     assert metrics.progress is stopping.progress is trainer.progress
     assert clock.folder == run.work
-    asked = {key: decision.asked for key, decision in plugin.keeping.items()}
-    assert asked == {"keep_attention": "auto", "keep_experts": "never"}
 
 
 @pytest.mark.parametrize(
@@ -296,7 +295,7 @@ def fake_trainer(**state) -> SimpleNamespace:
 def test_the_receipt_says_what_was_built(plugins, plugin, run, monkeypatch):
     monkeypatch.setattr(plugins, "tuned_layers", lambda model: {"b.q_proj": 0, "a.q_proj": 0})
     monkeypatch.setattr(plugins, "count_trainable", lambda model: 123)
-    plugin.keeping = {"keep_experts": Keeping("never", False, 9, None, "no GPU")}
+    plugin.keeping = {"keep_experts": Keeping("never", 0, 4, 9, None, "no GPU")}
     plugin.post_trainer_create(None, fake_trainer())
     receipt = json.loads((run.work / "receipt.json").read_text())
     assert receipt["modules_replaced"] == ["a.q_proj", "b.q_proj"]

@@ -11,8 +11,9 @@ from sparselong.kernels.attention.op import attention, load_backend
 from sparselong.kernels.experts import op as experts_op
 from sparselong.kernels.experts import triton_launch
 from sparselong.kernels.experts.op import expert_mlp
-from sparselong.runtime.recompute import checkpoint_contexts
+from sparselong.runtime.recompute import checkpoint_contexts, checkpoint_layers
 from tests.gpu.test_experts import CALL, Case, draw, stack_of
+from tests.gpu.test_row_slices import LAYERS, build_model, differentiate
 
 CASE = Case("checkpointed", 300, hidden=288, inner=224)
 
@@ -110,6 +111,18 @@ def test_kept_experts_are_freed_after_their_layers_backward():
         torch.autograd.grad(out, (own, weights), dout, retain_graph=True)
         held_now = torch.cuda.memory_allocated() - before
         assert held - held_now > (2.5 - left) * wide
+
+
+@pytest.mark.parametrize("arm", ["masked", "experts"])
+def test_a_model_gives_the_same_bits_however_many_layers_keep_their_experts(arm, counted):
+    model, expected = build_model(arm), {}
+    for layers in range(LAYERS + 1):
+        checkpoint_layers(model.get_base_model(), True, layers)  # pyright: ignore[reportCallIssue]
+        counted.clear()
+        found = differentiate(model)
+        assert counted["run_gate_up"] == 2 * LAYERS - layers
+        expected = expected or found
+        assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 def test_trained_biases_get_one_sum_over_all_slices(monkeypatch):

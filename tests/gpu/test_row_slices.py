@@ -16,16 +16,20 @@ LAYERS, TOKENS = 4, 1024
 IDS = torch.randint(0, 2048, (1, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", params=["masked", "experts"])
-def model(request) -> nn.Module:
+def build_model(arm: str) -> nn.Module:
+    """Return a small model of an arm, with adapters that give every parameter a gradient."""
     torch.manual_seed(0)
-    arm = request.param
     model = adapt(build_packed(config_of(LAYERS, 8, 2048), arm), arm, Kept())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.count_nonzero() == 0:
             nn.init.normal_(parameter, std=0.01)  # so that no gradient is zero
         assert "lora" in name or not parameter.requires_grad
     return model
+
+
+@pytest.fixture(scope="module", params=["masked", "experts"])
+def model(request) -> nn.Module:
+    return build_model(request.param)
 
 
 def differentiate(model, ids=IDS, autocast=False) -> dict[str, torch.Tensor]:

@@ -14,6 +14,8 @@ import json
 import weakref
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -23,13 +25,14 @@ from sparselong.kernels.expert_stack import ExpertStack
 from sparselong.kernels.experts import op as experts_op
 from sparselong.kernels.experts import triton_launch
 from sparselong.kernels.experts.lora import Adapter, Adapters
-from sparselong.runtime.recompute import checkpoint_contexts
+from sparselong.runtime.recompute import checkpoint_contexts, checkpoint_layers
 from tests.kernels.interpreted_experts import draw_weight
 from tests.kernels.interpreter import patch_once
 
 TOKENS, EXPERTS, TOP_K, HIDDEN, INNER, RANK = 7, 3, 2, 32, 32, 3
 CALLS, SLICES = 2, 2
 """Calls of the experts per layer, and slices per call."""
+LAYERS = 3
 
 
 class Watch:
@@ -168,6 +171,52 @@ def differentiate_some() -> dict[str, bool]:
     }
 
 
+class Layer(torch.nn.Module):
+    """A layer of experts, which runs under the checkpoint function that its model is given."""
+
+    def __init__(self, index: int, run: Callable):
+        super().__init__()
+        self.self_attn = SimpleNamespace(layer_idx=index)
+        self.run = run
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return x + self.run(x, weights)
+
+
+def differentiate_layers(watch: Watch, keep_experts: int) -> tuple[list[torch.Tensor], list[int]]:
+    """Return (output and gradients of a model; living gate_up outputs: after its forward pass, then
+    after the backward pass of each layer, the last one first)."""
+    run, leaves = draw_call("plain")
+    functions: list[partial] = []
+    model = SimpleNamespace(
+        config=SimpleNamespace(num_hidden_layers=LAYERS),
+        _set_gradient_checkpointing=lambda enable, gradient_checkpointing_func: functions.append(
+            gradient_checkpointing_func
+        ),
+    )
+    checkpoint_layers(model, False, keep_experts)
+    watch.made.clear()
+    hidden, living = [leaves[0]], []
+    for index in range(LAYERS):
+        call = partial(Layer(index, run).__call__, weights=leaves[1])
+        hidden.append(functions[0](call, hidden[-1]))
+        hidden[-1].register_hook(lambda _: living.append(watch.living()))
+    out = hidden[-1]
+    grads = torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).view_as(out))
+    return [out, *grads], [*living, watch.living()]
+
+
+def keep_in_some_layers(watch: Watch) -> dict[str, Any]:
+    """Return whether results are the same bits however many layers keep their experts' output, and
+    how many outputs live meanwhile, by that number."""
+    made = [differentiate_layers(watch, layers) for layers in range(LAYERS + 1)]
+    return {
+        "equal": all(all(map(torch.equal, found, made[0][0])) for found, _ in made),
+        "finite": all(bool(t.isfinite().all()) and bool(t.any()) for t in made[0][0]),
+        "living": [living for _, living in made],
+    }
+
+
 def main() -> None:
     patch_once()
     experts_op.SLICE_TOKENS = -(-TOKENS // SLICES)
@@ -189,7 +238,8 @@ def main() -> None:
             "made": made_counts,
             "kept": kept_counts,
         }
-    print(json.dumps(results | {"some": differentiate_some()}))
+    results |= {"some": differentiate_some(), "layers": keep_in_some_layers(watch)}
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

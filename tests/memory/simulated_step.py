@@ -17,7 +17,6 @@ import gc
 import json
 import sys
 import weakref
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ from sparselong.model.quantizer import replace_with_packed
 from sparselong.model.row_slices import slice_rows
 from sparselong.packing import dense
 from sparselong.runtime import DeviceInputs, HostInputs
-from sparselong.runtime.recompute import checkpoint_contexts
+from sparselong.runtime.recompute import checkpoint_layers
 from sparselong.runtime.settings import using
 
 ROUNDED_TO = 512
@@ -126,7 +125,7 @@ def choose(x: torch.Tensor, entries: int, experts: int, backend: str | None) -> 
     return choice.choose_backend("sm_90", entries, experts).backend
 
 
-def build(layers: int, kept: bool, r: int, experts: bool) -> nn.Module:
+def build(layers: int, kept: bool, r: int, experts: int) -> nn.Module:
     """Build `shape_20b.build("masked", ...)` on the meta device."""
     config = shape_20b.config_20b(layers)
     model: Any = GptOssForCausalLM._from_config(
@@ -138,8 +137,7 @@ def build(layers: int, kept: bool, r: int, experts: bool) -> nn.Module:
     model.requires_grad_(False)
     fused.fuse(model)
     fused.chunk_loss(model)
-    contexts = partial(checkpoint_contexts, kept, experts)
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    checkpoint_layers(model, kept, experts)
     model.enable_input_require_grads()
 
     def master_of(name: str) -> torch.Tensor:
@@ -158,13 +156,14 @@ def count_step(
     kept: bool,
     batch: int = 1,
     r: int = 16,
-    experts: bool = False,
+    experts: int = 0,
     rows: int | None = None,
     host: bool = False,
     evaluates: bool = False,
 ) -> tuple[int, int]:
     """Return (bytes of the weights, peak bytes in forward and backward pass).
 
+    The last `experts` layers keep their experts' gate_up output.
     With `rows`, layers compute in slices, their inputs on the device or, uncounted, on the host.
     With `evaluates`, the pass is that of an evaluation between such steps.
     """

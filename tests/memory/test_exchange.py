@@ -6,6 +6,7 @@ from sparselong import memory
 from sparselong.config import Config
 from sparselong.config import schema as config_module
 from sparselong.errors import StageError
+from sparselong.figures import format_bytes
 from sparselong.memory import exchange, fit, placing, stages, storage, timing, training
 from sparselong.memory.shape import ModelShape
 from tests.conftest import ROOT
@@ -125,7 +126,7 @@ def test_rows_that_pass_through_the_experts_are_bounded():
 
 
 def test_kept_experts_are_not_available():
-    kept = training.Kept(attention=True, experts=True)
+    kept = training.Kept(True, BIG.layers)
     shared = training.finetune_memory(BIG, load(), held=memory.Held(4), kept=kept)
     assert shared.components["kept_experts"] == 0 < shared.components["kept_attention"]
     assert placing.decide_kept(SMALL, load(), 100 * GIB, held=memory.Held(4)) == (True, False)
@@ -184,7 +185,7 @@ def test_what_cannot_fit_is_refused_with_the_missing_bytes_and_what_helps(
     with pytest.raises(StageError) as refused:
         fit.check_fit(BIG, config, processes, CARD)
     short = fit.least_peak_bytes(BIG, config, CARD) - CARD
-    assert f"{memory.format_bytes(short)} short" in refused.value.found
+    assert f"{format_bytes(short)} short" in refused.value.found
     assert "23.60 GiB on each GPU" in refused.value.expected
     told = refused.value.fix.split("; ")
     assert any(text.startswith(helps) and text.endswith(" fits") for text in told)
@@ -235,7 +236,7 @@ def test_the_plan_of_an_evaluation_shows_both_the_choice_and_what_is_missing(tmp
     assert alone["sharded_peak_bytes_per_gpu"] == document["sharded_peak_bytes_per_gpu"]
     text = " ".join(memory.show_plan(alone).split())
     assert "Chosen for experts and vocabulary: replicated (expert_parallel_degree: 1, " in text
-    short = memory.format_bytes(peak - fit.CARD_BYTES)
+    short = format_bytes(peak - fit.CARD_BYTES)
     assert f"does not fit a card with 23.60 GiB of usable memory: {short} short" in text
     assert "expert_parallel_degree=auto saves" in text
     text = memory.show_plan(

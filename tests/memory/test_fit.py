@@ -7,13 +7,13 @@ import pytest
 from sparselong import memory
 from sparselong.config import schema as config_module
 from sparselong.errors import StageError
+from sparselong.figures import format_bytes
 from sparselong.memory import Kept, fit, placing, training
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
 BIG, SMALL = (memory.PUBLISHED[f"openai/gpt-oss-{size}"] for size in ("120b", "20b"))
-NOTHING, ATTENTION, BOTH = Kept(), Kept(attention=True), Kept(attention=True, experts=True)
-
+NOTHING, ATTENTION, BOTH = Kept(), Kept(True), Kept(True, SMALL.layers)
 
 WHOLE = {"training.slice_rows": "never", "training.offload_checkpoints": "false"}
 
@@ -34,36 +34,62 @@ def decide(budget_bytes: int, *overrides: str) -> Kept:
     return placing.decide_kept(SMALL, load(*overrides), budget_bytes)
 
 
-def test_20b_at_16384_tokens_fits_a_24_gb_card_with_attention_kept():
-    assert decide(fit.CARD_BYTES) == ATTENTION
-    assert peak(kept=ATTENTION) * placing.MARGIN < fit.CARD_BYTES
+def test_20b_on_a_24_gb_card_keeps_attention_and_some_experts():
+    """Of the layers that 5 % of the prediction leave room for."""
+    for tokens, layers in ((4096, 24), (8192, 15), (16384, 3)):
+        length = f"sequence_len={tokens}"
+        assert decide(fit.CARD_BYTES, length) == Kept(True, layers)
+        assert peak(length, kept=Kept(True, layers)) * placing.MARGIN <= fit.CARD_BYTES
     assert not memory.suggest_changes(SMALL, load(), fit.CARD_BYTES)
 
 
-def test_20b_at_16384_tokens_on_four_24_gb_cards_also_keeps_experts():
+def test_20b_at_16384_tokens_on_four_24_gb_cards_keeps_the_experts_of_all_layers():
     assert decide(fit.CARD_BYTES, "sequence_parallel_degree=4") == BOTH
 
 
-@pytest.mark.parametrize(("kept", "before"), [(ATTENTION, NOTHING), (BOTH, ATTENTION)])
-def test_auto_keeps_attention_then_experts_if_they_fit_with_a_margin(kept, before):
-    needed = int(peak(kept=kept) * placing.MARGIN)
-    assert decide(needed + 1) == kept
-    assert decide(needed - 2) == before
+def test_auto_keeps_attention_then_experts_of_as_many_layers_as_fit_with_a_margin():
+    """An output takes as much in each layer but the first, which takes no memory: it has one."""
+    assert decide(int(peak(kept=ATTENTION) * placing.MARGIN) + 1) == Kept(True, 1)
+    for layers in (2, 3, 12, 24):
+        needed = int(peak(kept=Kept(True, layers)) * placing.MARGIN)
+        assert decide(needed + 1) == Kept(True, layers)
+        assert decide(needed - 2) == Kept(True, layers - 1)
+    without = decide(int(peak(kept=ATTENTION) * placing.MARGIN) - 2)
+    assert not without.attention and 1 < without.experts < 24  # in attention's place
+    assert decide(int(peak() * placing.MARGIN) - 2) == NOTHING
 
 
-@pytest.mark.parametrize("key", ["keep_attention", "keep_experts"])
-def test_always_and_never_are_followed_and_the_other_key_is_decided(key):
-    always, never = (f"training.{key}={word}" for word in ("always", "never"))
-    own = Kept(**{key.removeprefix("keep_"): True})
-    other = Kept(*(not word for word in own))
-    assert decide(0, always) == own
-    assert decide(100 * GIB, never) == other
+def test_always_and_never_are_followed_and_the_other_key_is_decided():
+    always, never = "training.keep_experts=always", "training.keep_experts=never"
+    assert decide(0, always) == Kept(False, 24)
+    assert decide(100 * GIB, never) == ATTENTION
     needed = int(peak(kept=BOTH) * placing.MARGIN)
     assert decide(needed + 1, always) == BOTH
-    assert decide(needed - 2, always) == own  # what is always kept uses its memory
-    needed = int(peak(kept=other) * placing.MARGIN)
-    assert decide(needed + 1, never) == other
-    assert decide(needed - 2, never) == NOTHING
+    assert decide(needed - 2, always) == Kept(False, 24)  # what is always kept uses its memory
+    always, never = "training.keep_attention=always", "training.keep_attention=never"
+    assert decide(0, always) == ATTENTION
+    assert decide(100 * GIB, never) == Kept(False, 24)
+    needed = int(peak(kept=Kept(True, 9)) * placing.MARGIN)
+    assert decide(needed + 1, always) == Kept(True, 9)
+    needed = int(peak(kept=Kept(False, 9)) * placing.MARGIN)
+    assert decide(needed + 1, never) == Kept(False, 9)
+    assert decide(needed - 2, never) == Kept(False, 8)
+
+
+@pytest.mark.parametrize("overrides", [[], ["sequence_len=256"], ["sequence_len=40000"]])
+def test_a_peak_grows_with_the_number_of_layers_that_keep_their_experts(overrides):
+    """The number that fits is found by bisection."""
+    peaks = [peak(*overrides, kept=Kept(True, layers)) for layers in range(25)]
+    assert peaks == sorted(peaks) and len(set(peaks)) >= 24
+
+
+def test_what_is_kept_neither_decides_what_fits_nor_what_a_change_saves():
+    """A config that fits keeps more on a larger card, and needs as much as before."""
+    config = load()
+    needed, *others = (
+        memory.least_peak_bytes(SMALL, config, size * GIB) for size in (22, 24, 30, 80)
+    )
+    assert others == [needed] * 3 and needed == peak()
 
 
 def test_kept_attention_costs_its_outputs_in_every_second_layer():
@@ -71,14 +97,16 @@ def test_kept_attention_costs_its_outputs_in_every_second_layer():
     assert parts["kept_attention"] == 12 * 16384 * (2 * 4096 + 4 * 64)
 
 
-def test_kept_experts_cost_all_gate_up_outputs_but_the_live_one():
+@pytest.mark.parametrize("layers", [1, 5, 24])
+def test_kept_experts_cost_their_gate_up_outputs_but_the_live_one(layers):
+    kept = Kept(True, layers)
     parts, before = (
-        training.finetune_memory(SMALL, load(), kept=kept).components for kept in (BOTH, ATTENTION)
+        training.finetune_memory(SMALL, load(), kept=each).components for each in (kept, ATTENTION)
     )
     layer = 16384 * 4 * (2 * 2 * 2880 + 4)
-    assert parts["kept_experts"] == 24 * layer
+    assert parts["kept_experts"] == layers * layer
     assert before[training.EXPERTS] - parts[training.EXPERTS] == layer
-    assert peak(kept=BOTH) - peak(kept=ATTENTION) == 23 * layer
+    assert peak(kept=kept) - peak(kept=ATTENTION) == (layers - 1) * layer
 
 
 def test_without_checkpoints_or_a_gpu_nothing_is_kept():
@@ -140,7 +168,7 @@ def test_suggested_changes_keep_their_promises(overrides, first):
         after = fit.least_peak_bytes(SMALL, changed, budget)
         assert text.endswith("fits") == (after <= budget), text
         if "saves" in text:
-            assert memory.format_bytes(before - after) in text
+            assert format_bytes(before - after) in text
     assert any("sequence_len=" in text for text in told)
 
 

@@ -6,6 +6,7 @@ from sparselong import memory
 from sparselong.config import Config
 from sparselong.config import schema as config_module
 from sparselong.errors import StageError
+from sparselong.figures import format_bytes
 from sparselong.health import report
 from sparselong.memory import Held, fit, placing, stages, storage, timing, training
 from tests.conftest import ROOT
@@ -111,8 +112,8 @@ def test_host_memory_that_does_not_suffice_is_refused_with_both_figures(processe
     fit.check_fit(BIG, config, processes, CARD, "cuda", needed)
     with pytest.raises(StageError, match="host memory does not hold the experts") as refused:
         fit.check_fit(BIG, config, processes, CARD, "cuda", needed - GIB)
-    assert memory.format_bytes(needed) in refused.value.expected
-    assert f"{memory.format_bytes(needed - GIB)}: 1.00 GiB short" in refused.value.found
+    assert format_bytes(needed) in refused.value.expected
+    assert f"{format_bytes(needed - GIB)}: 1.00 GiB short" in refused.value.found
     assert ("expert_parallel_degree=4" in refused.value.fix) == (processes == 4)
 
 

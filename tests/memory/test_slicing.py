@@ -6,6 +6,7 @@ from sparselong import memory
 from sparselong.config import Config
 from sparselong.config import schema as config_module
 from sparselong.errors import ConfigError, StageError
+from sparselong.figures import format_bytes
 from sparselong.memory import Held, fit, placing, slicing, training
 from tests.conftest import ROOT
 from tests.health.machines import GIB, gpu, judge, machine
@@ -126,7 +127,7 @@ def test_host_memory_for_inputs_that_does_not_suffice_is_refused_with_both_figur
     fit.check_fit(SMALL, config, 1, 40 * GIB, "cuda", needed)
     with pytest.raises(StageError, match="does not hold the inputs of checkpointed") as refused:
         fit.check_fit(SMALL, config, 1, 40 * GIB, "cuda", needed - GIB)
-    assert memory.format_bytes(needed) in refused.value.expected
+    assert format_bytes(needed) in refused.value.expected
     assert "1.00 GiB short" in refused.value.found
     assert "training.offload_checkpoints=false" in refused.value.fix
     auto = load(LONG, "experts.placement=gpu")  # takes no more than there is
@@ -157,7 +158,12 @@ def test_plan_and_health_show_the_choice_and_why(tmp_path):
     assert f"Checkpointed layers: {line}" in shown and "does not fit a card" not in shown
     short = memory.plan_stage(load(), tmp_path, "03_finetune")
     why = "all tokens at once, inputs on the device (auto: the fastest way)"
-    assert f"Checkpointed layers: {why}" in " ".join(memory.show_plan(short).split())
+    shown = " ".join(memory.show_plan(short).split())
+    assert f"Checkpointed layers: {why}" in shown
+    kept = "full attention in all 12 layers, experts' gate_up in the last 3 of 24 layers"
+    assert short["kept"] == kept
+    assert f"Outputs kept for the backward pass: {kept}" in shown
+    assert document["kept"] == "" and "Outputs kept" not in memory.show_plan(document)
     none = memory.plan_stage(load("training.gradient_checkpointing=false"), tmp_path, "03_finetune")
     assert none["layers"] == "not checkpointed"
     assert none["layers_reason"] == "training.gradient_checkpointing: false"

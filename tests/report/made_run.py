@@ -25,6 +25,7 @@ PLAN = {
     "estimated_for": "RTX 3090",
     "expert_placement": "gpu",
     "held_reason": "one process holds them all",
+    "kept": "experts' gate_up in the last 3 of 24 layers",
 }
 
 

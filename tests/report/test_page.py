@@ -46,6 +46,7 @@ def test_all_stages_are_on_the_page(made):
         *("my_figure", "Tokens per second, median 1,234", "compressed 25.0 % ± 21.7 %"),
         *("fine-tuned 75.00 % +25.00 ± 25.00 points +2 −1 0.5000", "× 0.5500"),
         *("128–255 7,248 7.625 8.375 4.250", "three ✓ 33 % 33 % 33 %", "wrong wrong right"),
+        "Kept for the backward pass: experts' gate_up in the last 3 of 24 layers.",
         *("gguf from finetuned 12.00 GiB", "H200, 141 GB", "torch 2.13.0"),
     ):
         assert text in page.text, text

@@ -5,14 +5,17 @@ from functools import partial
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import GptOssForCausalLM
 
 from sparselong.runtime.recompute import (
     attend_once,
     begin_ahead,
     checkpoint_contexts,
+    checkpoint_layers,
     compute_once,
     is_checkpointed,
     is_recomputing,
+    keeps_experts,
     recomputing,
     unused_output,
 )
@@ -143,6 +146,22 @@ def test_without_checkpointing_nothing_is_kept():
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("layers", [0, 1, 3, 4])
+def test_the_last_layers_of_a_model_keep_their_experts(untrained_base, layers):
+    """Others, and all layers in their recomputation, do not."""
+    model = GptOssForCausalLM.from_pretrained(untrained_base).train()
+    seen = []
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(
+            lambda *_, number=number: seen.append((number, is_recomputing(), keeps_experts()))
+        )
+    checkpoint_layers(model, keep_attention=False, keep_experts=layers)
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert seen[:4] == [(n, False, n >= 4 - layers) for n in range(4)]
+    assert seen[4:] == [(n, True, False) for n in reversed(range(4))]
+
+
 class Small(torch.autograd.Function):
     """x times 2, a factor that `compute_once` returns; counts in `calls`."""
 
@@ -205,6 +224,14 @@ def test_kept_experts_skip_the_gate_up_product_with_equal_gradients(experts, kin
         "forward": n, "held": n, "once": n, "left": 0, "twice": 2 * n, "left again": 0,
         "sorted": n,
     }  # fmt: skip
+
+
+def test_any_number_of_layers_may_keep_their_experts_with_equal_results(experts):
+    """The last layers do, of three with two slices each. Their backward pass is first, and frees
+    them layer by layer."""
+    found = experts["layers"]
+    assert found["finite"] and found["equal"]
+    assert found["living"] == [[0, 0, 0, 0], [2, 0, 0, 0], [4, 2, 0, 0], [6, 4, 2, 0]]
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual", "biases", "adapters"])

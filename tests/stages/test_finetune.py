@@ -345,7 +345,7 @@ def test_manifest_records_the_run(runs):
     assert metrics["expert_parallel_degree"]["asked"] == "auto"
     assert metrics["expert_parallel_degree"]["chosen"] == 1
     for key in ("keep_attention", "keep_experts"):
-        assert (metrics[key]["asked"], metrics[key]["kept"]) == ("auto", False)
+        assert (metrics[key]["asked"], metrics[key]["kept"]) == ("auto", 0)
         assert "no GPU" in metrics[key]["nothing_to_keep"]
 
 
