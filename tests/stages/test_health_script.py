@@ -88,7 +88,7 @@ def test_stage_03_plans_both_ways_and_refuses_a_number_that_does_not_divide(tmp_
     shown = capsys.readouterr().out
     assert (
         "replicated      sharded  host memory" in shown
-        and "(auto: replicated, 63.94 GiB of" in shown
+        and "(auto: replicated, 63.92 GiB of" in shown
     )
     split = ["sequence_parallel_degree=3", "expert_parallel_degree=3"]
     for further in ([], ["--dry-run"]):  # neither trains nor plans what cannot be
