@@ -93,7 +93,8 @@ def test_checkpoint_extras_are_restored(stage02, tmp_path):
     for layer in layers.values():
         layer.adapter()[1].normal_(std=0.05)
         layer.update("hysteresis")
-    progress = state.Progress(tokens=12, alerted=True, mask_updates=[{"step": 3, "flipped": 0.1}])
+    stopped, updates = {"step": 9, "reason": "loss"}, [{"step": 3, "flipped": 0.1}]
+    progress = state.Progress(tokens=12, stopped=stopped, mask_updates=updates)
     state.write(tmp_path, layers, progress)
     kept = {name: copy.deepcopy(layer.packed()) for name, layer in layers.items()}
     for layer in layers.values():

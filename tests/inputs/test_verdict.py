@@ -166,7 +166,7 @@ def test_01_says_what_it_cannot_check_yet(run_script, tmp_path):
 def test_01_leaves_no_rows_behind(run_script, tmp_path):
     assert run_script("01_health", "evaluation.tasks=[demo_hellaswag]").code == 0
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        *(".lock", "01_health", "config.yaml"),
+        *(".lock", "01_health", "config.yaml", "report.html"),
     ]
 
 
