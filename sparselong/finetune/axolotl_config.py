@@ -147,7 +147,7 @@ def _shape(training: TrainingSection) -> dict[str, Any]:
     elif name == "polynomial":
         own = {"lr_end": least * peak}
     elif name == "warmup_stable_decay":
-        # A fraction, of which the trainer makes steps.
+        # A fraction of all steps; the trainer turns it into a number of steps.
         own = {"num_decay_steps": training.lr_decay_ratio, "min_lr_ratio": least}
     elif name in ("reduce_lr_on_plateau", "greedy"):
         own = {"min_lr": least * peak, "patience": training.lr_patience or 10}

@@ -30,7 +30,7 @@ def compare(runs: Sequence[Run], failures: Mapping[str, Mapping[str, str]]) -> d
     """Return the comparison of a sweep's runs as JSON.
 
     Args:
-        runs: the runs, of which some may not be finished.
+        runs: the runs; some may not be finished.
         failures: the four lines of each that failed, by name.
     """
     rows = [_row(run, failures.get(run.name)) for run in runs]

@@ -30,8 +30,8 @@ def find_compressed(config: Config, run_dir: Path, places: Iterable[Path]) -> Pa
     Args:
         config: the run's config.
         run_dir: the run directory. If stage 02 has begun there, it continues there.
-        places: other run directories, of which the first is taken where stage 02 is finished with
-            the same keys.
+        places: other run directories. The first one whose stage 02 is finished with the same keys
+            is taken.
     """
     own = _find(config, [run_dir])
     return own if own or (run_dir / COMPRESS).exists() else _find(config, places)

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 
 COMPARED_ROWS = 32
-"""Rows of each rank whose logits exist at once: a sixteenth of the loss's, of which a row has one
-copy in its own dtype; here there are two, and four in fp32."""
+"""Rows of each rank whose logits exist at once: a sixteenth as many as in the loss, which has one
+copy of a row's logits in their own dtype. Here there are two, and four more in fp32."""
 
 
 class Divergence(NamedTuple):
