@@ -153,6 +153,7 @@ def _complete(stage: Stage, inputs: Inputs) -> None:
     derive(base, partial, dropped, sorted(partial.glob("dense-*")), storage.to_dict())
     settle_template(tokenizer, partial)
     _check_layers(stage, architecture.num_hidden_layers)
+    _check_base(stage, base)  # notes the hashes of linked shards
     rows = describe_finished(stage, partial, [partial])
     write_atomically(stage.dir / "work" / MODEL_RECORD, json.dumps({"files": rows}, indent=1))
     partial.rename(stage.dir / "model")
