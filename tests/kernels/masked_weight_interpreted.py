@@ -85,11 +85,11 @@ def draw(case: Case, device: str = "cpu") -> MaskedWeight:
         scale *= 2.0**case.exponent
         if case.even_scale is not None:
             scale[::2] = case.even_scale
-    pairs = []
+    pairs, half = [], 2.0 ** (case.exponent // 2)  # of the product's size, for each factor
     for size in sizes:
-        a = torch.randn(case.rank, case.columns, generator=generator).to(device)
-        b = 0.2 * 2.0**case.exponent * torch.randn(size, case.rank, generator=generator)
-        pairs.append((a, b.to(device)))
+        a = half * torch.randn(case.rank, case.columns, generator=generator)
+        b = 0.2 * half * torch.randn(size, case.rank, generator=generator)
+        pairs.append((a.to(device), b.to(device)))
     first, *more = pairs
     rest = (0.5, patterns, scale, case.bits, tuple(more))
     return MaskedWeight(master.to(device), *first, *rest)

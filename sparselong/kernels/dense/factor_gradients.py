@@ -12,8 +12,8 @@ Counters tell which one is the last; it sets them back to zero. For a weight of 
 
 A program takes 16 ranks; a higher rank reads `outer` once for each 16. Tensor cores multiply the
 operands as three bf16 parts each and sum in fp32: the error against fp64 is at most twice that of
-torch's fp32 products (tests/gpu/test_masked_weight.py). The code is ours, under this repository's
-licence.
+torch's fp32 products (tests/gpu/test_masked_weight.py), where the factors are larger than 2^-110:
+smaller ones have no third part in bf16. The code is ours, under this repository's licence.
 """
 
 from __future__ import annotations
