@@ -6,7 +6,6 @@ A case is a training step, or a whole stage. The newest result of each subject a
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
