@@ -187,7 +187,7 @@ class Measured:
     def _keep_as_planned_before_slices(self, case: dict[str, Any]) -> int:
         """Do the same in checkouts whose layers cannot compute in slices of rows."""
         from benchmarks import memory
-        from sparselong.memory.fit import decide_kept
+        from sparselong.memory import fit
         from sparselong.runtime.recompute import checkpoint_contexts
 
         asked = memory.config.load(memory.FILE, [f"sequence_len={case['tokens']}"])
@@ -196,7 +196,7 @@ class Measured:
             layers=self.layers,
             full_layers=self.layers // 2,
         )
-        kept = decide_kept(shape, asked, self.cap_bytes)
+        kept = fit.decide_kept(shape, asked, self.cap_bytes)
         contexts = functools.partial(checkpoint_contexts, *kept)
         arguments = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
         self.model.get_base_model().gradient_checkpointing_enable(arguments)
