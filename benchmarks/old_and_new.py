@@ -7,11 +7,12 @@
 Each checkout runs in its own process, with its own package and its own benchmarks/shape_20b. Both
 processes stay alive and measure alternately, so that a slowdown of the machine affects both.
 Measured in gpt-oss-20b's shape with random weights: training steps (wall time, kernel times and
-their share of it, kernels, the host's launches of kernels, graphs and copies, peak memory), the host's time for launching an empty kernel, one expert pass, attention of a full and of
-a window layer (forward and backward, device time), and greedy generation. With `--cap-gib`, torch
-may reserve only what the cap leaves of a card after the CUDA context, in either process, and the
-layers of arm `masked` keep for the backward pass what each checkout's planner decides for that
-card, if it computes whole layers: both checkouts get the same memory.
+their share of it, kernels, the host's launches of kernels, graphs and copies, peak memory), the
+host's time for launching an empty kernel, one expert pass, attention of a full and of a window
+layer (forward and backward, device time), and greedy generation. With `--cap-gib`, torch may
+reserve only what the cap leaves of a card after the CUDA context, in either process, and the layers
+of arm `masked` keep for the backward pass what each checkout's planner decides for that card, if it
+computes whole layers: both checkouts get the same memory.
 
 Only functions that both checkouts have are used, but for what layers keep. Needs a CUDA device with
 memory for two models.
