@@ -61,7 +61,9 @@ def prepared(documents, tokenizer):
     examples = [
         example
         for seed in range(4)
-        for example in [next(make_examples(tokenizer, {"niah_multikey_2": {1024: 1}}, 2000, str(seed)))]
+        for example in [
+            next(make_examples(tokenizer, {"niah_multikey_2": {1024: 1}}, 2000, str(seed)))
+        ]
     ]
     cut = [np.array(example.tokens[-100:], dtype=np.uint16) for example in examples]
     answered = [example.answered[-100:] for example in examples]
@@ -76,8 +78,8 @@ def prepared(documents, tokenizer):
     )
 
 
-def new_training(prepared, steps=6, seed=0):
-    network = Network(describe(tuple(map(int, prepared.marks)), **SMALL))
+def new_training(prepared, steps: int | None = 6, seed=0):
+    network = Network(describe(prepared.marks.tolist(), **SMALL))
     initialise(network, seed)
     return Training(network, Batches(prepared, ROWS, LENGTH, seed, torch.device("cpu")), steps)
 
@@ -141,7 +143,7 @@ def test_a_manual_page_is_rendered(tmp_path):
     page = tmp_path / "cp.1.gz"
     page.write_bytes(
         gzip.compress(
-            b'.TH CP 1\n.SH NAME\ncp \\- copy \\fIfiles\\fR\n.PP\nWith\n.B \\-r\nfolders\ntoo.\n'
+            b".TH CP 1\n.SH NAME\ncp \\- copy \\fIfiles\\fR\n.PP\nWith\n.B \\-r\nfolders\ntoo.\n"
         )
     )
     assert read_manual(page) == "NAME\n\ncp - copy files\n\nWith -r folders too."
@@ -233,9 +235,7 @@ def test_a_resumed_training_equals_one_that_was_not_interrupted(trained, prepare
     second.load(tmp_path / "state")
     continued = [torch.stack(second.run_step()).tolist() for _ in range(3)]
     assert [*begun, *continued] == losses
-    for one, other in zip(
-        whole.network.parameters(), second.network.parameters(), strict=True
-    ):
+    for one, other in zip(whole.network.parameters(), second.network.parameters(), strict=True):
         assert torch.equal(one, other)
 
 

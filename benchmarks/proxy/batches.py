@@ -1,8 +1,8 @@
 """Rows of packed documents for each step of training, a function of the step alone.
 
-A row holds `length` tokens. Rows of the corpus and of conversations are cut from their streams, with
-other borders in every pass; rows of solved tasks hold whole tasks and are filled up with ends of
-texts. Everything lies on the device, so that a batch costs a few gathers.
+A row holds `length` tokens. Rows of the corpus and of conversations are cut from their streams,
+with other borders in every pass; rows of solved tasks hold whole tasks and are filled up with ends
+of texts. Everything lies on the device, so that a batch costs a few gathers.
 
 The weight of a token says how much predicting it counts: 1 in the corpus and in conversations, and
 in tasks little for the prompt and much for the answer.

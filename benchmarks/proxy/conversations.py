@@ -28,7 +28,7 @@ EXAMPLES = {
     "ruler_cwe": {1024: 2500, **_LONG},
     "ruler_fwe": {512: 1000, 1024: 1500, **_LONG},
 }
-"""Solved examples of each task by their length in tokens; the shortest that each allows, 1K, more."""
+"""Solved examples of each task by length in tokens: as short as it allows, 1K, and some longer."""
 _MORE_QUESTIONS = 6
 _PAIRS_PER_LANGUAGE = 400
 _NEEDLE = re.compile(r"One of the special magic (\w+)s for (.+?) is: (\S+)\.")

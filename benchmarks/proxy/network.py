@@ -78,10 +78,13 @@ class Routing(NamedTuple):
 class Network(nn.Module):
     """gpt-oss's decoder with its head."""
 
+    cos: torch.Tensor
+    sin: torch.Tensor
+
     def __init__(self, config: GptOssConfig, compiles: bool = False):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(
+        self.model: Any = nn.ModuleDict(
             {
                 "embed_tokens": _Weight(config.vocab_size, config.hidden_size),
                 "layers": nn.ModuleList(
@@ -98,17 +101,17 @@ class Network(nn.Module):
         self.register_buffer("sin", table[1][0], persistent=False)
 
     def forward(self, batch: Batch, rounds: bool) -> tuple[torch.Tensor, list[Routing]]:
-        """Return the last normed states [B, T, H] in the compute dtype, and each layer's routing."""
-        parts: Any = self.model
+        """Return the last normed states [B, T, H] in the compute dtype, and layers' routing."""
+        parts, functions = self.model, self._functions
         dtype = compute_dtype(batch.ids.device)
         cos, sin = (table[batch.positions].to(dtype) for table in (self.cos, self.sin))
-        setting = Setting(batch.boundaries, cos, sin, rounds, self._functions)
+        setting = Setting(batch.boundaries, cos, sin, rounds, functions)
         states = F.embedding(batch.ids, parts["embed_tokens"].weight).bfloat16().to(dtype)
         routings = []
         for layer in parts["layers"]:
             states, routing = layer(states, setting)
             routings.append(routing)
-        return self._functions.norm(states, parts["norm"].weight), routings
+        return functions.norm(states, parts["norm"].weight), routings
 
     def losses(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the fp32 loss in nats of each target, [N], after states [N, H]."""
@@ -123,11 +126,10 @@ class Layer(nn.Module):
         self.input_layernorm = _Weight(config.hidden_size)
         self.self_attn = Attention(config, index)
         self.post_attention_layernorm = _Weight(config.hidden_size)
-        self.mlp = nn.ModuleDict({"router": Router(config), "experts": Experts(config)})
+        self.mlp: Any = nn.ModuleDict({"router": Router(config), "experts": Experts(config)})
 
-    def forward(
-        self, states: torch.Tensor, setting: Setting
-    ) -> tuple[torch.Tensor, Routing]:
+    def forward(self, states: torch.Tensor, setting: Setting) -> tuple[torch.Tensor, Routing]:
+        """Return [B, T, H] and the router's routing."""
         norm, parts = setting.functions.norm, self.mlp
         states = states + self.self_attn(norm(states, self.input_layernorm.weight), setting)
         inputs = norm(states, self.post_attention_layernorm.weight).flatten(0, 1)
@@ -153,15 +155,14 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))
 
     def forward(self, inputs: torch.Tensor, setting: Setting) -> torch.Tensor:
+        """Return [B, T, H]."""
         rotate, shape = setting.functions.rotate, (*inputs.shape[:2], -1, self.head_dim)
         q = rotate(self.q_proj(inputs).view(shape), setting.cos, setting.sin)
         k = rotate(self.k_proj(inputs).view(shape), setting.cos, setting.sin)
         v = self.v_proj(inputs).view(shape)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         sinks = cast(self.sinks, inputs)
-        output, _ = attention(
-            q, k, v, sinks, cu_seqlens=setting.boundaries, window=self.window
-        )
+        output, _ = attention(q, k, v, sinks, cu_seqlens=setting.boundaries, window=self.window)
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
 
@@ -175,6 +176,7 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.num_local_experts))
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+        """Return weights and experts, both [N, K], of inputs [N, H]."""
         logits = F.linear(inputs, cast(self.weight, inputs), cast(self.bias, inputs))
         values, chosen = logits.topk(self.most, dim=-1)
         wide = logits.float()
@@ -242,10 +244,11 @@ class Functions:
             scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
             return (weight.bfloat16().float() * (wide * scale)).to(states.dtype)
 
-        functions = (norm, rotate, gate, combine, token_losses)
-        if compiles:
-            functions = tuple(torch.compile(function, dynamic=False) for function in functions)
-        self.norm, self.rotate, self.gate, self.combine, self.token_losses = functions
+        def prepare(function: Any) -> Any:
+            return torch.compile(function, dynamic=False) if compiles else function
+
+        self.norm, self.rotate, self.gate = map(prepare, (norm, rotate, gate))
+        self.combine, self.token_losses = map(prepare, (combine, token_losses))
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -267,9 +270,7 @@ def combine(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (outputs * weights[..., None]).sum(1)
 
 
-def token_losses(
-    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+def token_losses(states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return fp32 losses [N] of states [N, H] under the head's weight [V, H]."""
     logits = F.linear(states, weight).float()
     return F.cross_entropy(logits, targets, reduction="none")

@@ -12,14 +12,14 @@ _TRAINED_ROTARY, _FACTOR = 1024, 4.0
 """YaRN's form with its factor small: gpt-oss's are 4,096 and 32."""
 
 
-def describe(tokenizer_ids: tuple[int, int, int], **sizes: int) -> GptOssConfig:
+def describe(marks: list[int], **sizes: int) -> GptOssConfig:
     """Return the model's configuration.
 
     Args:
-        tokenizer_ids: ids of the first token of a text, of the end of a turn, and of padding.
+        marks: ids of the tokens that begin a text, end a turn, and end a text.
         **sizes: other sizes than the proxy's, for tests.
     """
-    first, end, padding = tokenizer_ids
+    first, end, padding = marks
     chosen: dict[str, Any] = {
         "num_hidden_layers": 8,
         "hidden_size": 512,

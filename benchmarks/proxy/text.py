@@ -172,8 +172,8 @@ def _take(source: Source) -> Iterator[tuple[Path, str]]:
         is_wanted = source.kind in ("python", "code") or language in LANGUAGES or language == "en"
         if is_wanted and size <= _MOST_READ_BYTES and taken[language] < source.most_bytes:
             unpacked = 3 * size if path.suffix == ".gz" else size
-            taken[language] += unpacked if source.kind == "messages" else min(
-                unpacked, _MOST_CHARACTERS
+            taken[language] += (
+                unpacked if source.kind == "messages" else min(unpacked, _MOST_CHARACTERS)
             )
             yield path, language
 

@@ -3,10 +3,10 @@
 
     python3 benchmarks/proxy/train.py --corpus corpus.npz.xz --minutes 8 --folder OUT
 
-The speed of the first steps decides how many there are in all; it is measured once more before the
-learning rate falls. OUT receives a checkpoint in gpt-oss's published layout, half-way and at the end
-(at most seven files of at most 16 MiB), and `training.json` with the losses. A run that is out of
-time before its last step ends as well as it can, with what it has.
+The speed of the first steps decides how many there are in all; it is measured once more before
+the learning rate falls. OUT receives a checkpoint in gpt-oss's published layout, half-way and at
+the end (at most seven files of at most 16 MiB), and `training.json` with the losses. A run that is
+out of time before its last step ends with what it has.
 
 With `--state FILE --runs 2` the steps are planned for two runs of so many minutes; the first leaves
 its exact state in FILE (0.5 GB), from which the second continues. `--miniature` tries the same
@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-BEGUN = time.monotonic()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
@@ -36,8 +35,9 @@ from benchmarks.proxy.training import Losses, Training
 from sparselong import provenance
 from sparselong.files import write_atomically
 
-_RESERVE_SECONDS = 12
-"""At the end, for the checkpoint."""
+BEGUN = time.monotonic()
+_RESERVE_SECONDS = 20
+"""For imports, before BEGUN, and for the checkpoint."""
 _IGNORED_STEPS, _TIMED_STEPS = 30, 30
 """First steps, which compile, and those that are timed."""
 _ROUNDED_COST = 1.08
@@ -69,8 +69,8 @@ def main() -> None:
 def build(args: argparse.Namespace, device: torch.device) -> Training:
     """Return the training of a command line at its first step."""
     prepared = corpus_file.load(args.corpus)
-    marks = tuple(int(mark) for mark in prepared.marks)
-    config = describe(marks, **(MINIATURE if args.miniature else {}))  # pyright: ignore[reportArgumentType]
+    marks = prepared.marks.tolist()
+    config = describe(marks, **(MINIATURE if args.miniature else {}))
     rows, length = (_ROWS, POSITIONS)
     if args.miniature:
         rows, length = _MINIATURE_ROWS, _MINIATURE_LENGTH

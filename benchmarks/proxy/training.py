@@ -103,7 +103,8 @@ class Training:
         self.step += 1
         with torch.no_grad():
             least = torch.stack([each.shares for each in routings]).min()
-            return Losses(*_by_kind(losses.detach(), targets), balance.detach(), least)
+            corpus, conversations, answers = _by_kind(losses.detach(), targets)
+            return Losses(corpus, conversations, answers, balance.detach(), least)
 
     def save(self, path: Path) -> None:
         """Write everything with which training continues as if it had not stopped."""
