@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -145,6 +146,8 @@ class Run:
     def _print(self) -> None:
         training = self.training
         means = torch.stack(self._sums).mean(0).tolist()  # waits for the device
+        if not all(map(math.isfinite, means)):
+            raise FloatingPointError(f"the loss is not finite at step {training.step}: {means}")
         now = time.monotonic()
         steps = self.done - self._printed[1]
         rate = steps * training.batches.tokens / (now - self._printed[0])
