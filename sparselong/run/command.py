@@ -222,7 +222,8 @@ def _run(
     cache = prepare_caches(stage, check)
     with locked(stage.run_dir):
         manifest = run_locked(stage, redo, execute, cache, interruption)
-        publish(stage, page)
+        if not stage.unfinished:
+            publish(stage, page)
     return manifest
 
 

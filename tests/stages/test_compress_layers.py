@@ -16,7 +16,9 @@ def test_layers_of_several_commands_are_those_of_one(
     done = []
     for words in (["--layers", "0:1"], ["--layers", "0:3"], ["--layers", "2:3"]):
         assert run(run_dir, small_arguments, *words, "--json") == 0
-        document = json.loads(capsys.readouterr().out)
+        shown = capsys.readouterr()
+        assert "page" not in shown.err
+        document = json.loads(shown.out)
         assert document["status"] == "unfinished" and document["metrics"]["layers"] == 4
         done.append(document["metrics"]["layers_done"])
         assert not (run_dir / "02_compress/manifest.json").exists()
