@@ -89,6 +89,7 @@ def test_a_hessian_that_cannot_be_factorized_is_refused_in_the_first_layer(
     few = ["calibration.samples=1", "calibration.sequence_len=32", "calibration.dampening=1e-12"]
     assert run(tmp_path / "run", [*small_arguments, *few]) == 1
     shown = capsys.readouterr().err
+    assert "warning: 32 calibration tokens tell little of projections with 256 inputs" in shown
     assert "the Hessian of model.layers.0.self_attn.q_proj could not be factorized" in shown
     assert "fix:      use more calibration samples, or raise calibration.dampening" in shown
     assert not list((tmp_path / "run/02_compress/work").glob("layer-*.json"))
