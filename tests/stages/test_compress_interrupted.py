@@ -70,13 +70,15 @@ def test_an_interrupted_and_resumed_run_gives_the_same_bytes(deep, tmp_path, num
 MOMENTS = ("take_over", "derive", "measure", "HiddenStates.save", "HiddenStates.commit")
 
 
-@pytest.mark.parametrize("moment", [*MOMENTS, "write_tensors", "LayerReader._read"])
+@pytest.mark.parametrize(
+    "moment", [*MOMENTS, "write_tensors", "write_atomically", "LayerReader._read"]
+)
 def test_interruption_at_any_moment(compressed_run, small_arguments, tmp_path, monkeypatch, moment):
     """Interrupted while a layer, the shards, the index or the figures are being written."""
     from sparselong.checkpoint import derivation
     from sparselong.compress import layers, stream
 
-    owners = {"take_over": derivation, "write_tensors": layers}
+    owners = {"take_over": derivation, "write_tensors": layers, "write_atomically": layers}
     kind, _, name = moment.rpartition(".")
     owner = getattr(layers, kind) if kind else owners.get(moment, stream)
     original, calls = getattr(owner, name), []
