@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from sparselong.data import conversations, encode_files, select_usable
+from sparselong.data import conversations, encode_files, select_usable, warn_of_items
 from sparselong.evaluate import (
-    contamination,
     divergence,
     health,
     models,
@@ -49,7 +48,7 @@ def evaluate(stage: Stage) -> None:
         stage.log(sentence)
     rows = usable.validation[: stage.config.evaluation.perplexity_samples]
     samples = perplexity.load_samples(encoded.validation, rows)
-    warnings = contamination.list_warnings(list_items(suite), files.train)
+    warnings = warn_of_items(list_items(suite), files.train)
     for warning in warnings:
         stage.log(f"warning: {warning}")
 
