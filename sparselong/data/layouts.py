@@ -20,10 +20,14 @@ from typing import Any
 
 from sparselong.data.calls import check_tools, find_texts
 from sparselong.data.lines import EMPTY, Fault, check_text, shown
-from sparselong.data.messages import check_messages, check_unsupported
+from sparselong.data.messages import (
+    VARIABLES,
+    check_messages,
+    check_unsupported,
+    find_ignored,
+)
 from sparselong.files import parse_json
 
-VARIABLES = ("reasoning_effort", "model_identity")
 IGNORED = -100
 """Label of a token that is not trained."""
 WEIGHTS = ("weight", "train")
@@ -63,7 +67,7 @@ def read_layout(row: dict[str, Any], ignored: Counter[str], columnar: bool) -> d
     check_unsupported(row, _UNSUPPORTED, "the row")
     read, own = _LAYOUTS[given[0]]
     known = {*own, *_OF_CHATS, *WEIGHTS, *_UNSUPPORTED, given[0]}
-    ignored.update(key for key, value in row.items() if key not in known and value not in EMPTY)
+    ignored.update(find_ignored(row, known, "the row"))
     found = read(row)
     if "messages" not in found:
         for key in _OF_CHATS:
@@ -79,7 +83,16 @@ def read_layout(row: dict[str, Any], ignored: Counter[str], columnar: bool) -> d
 
 
 def _read_messages(row: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": row["messages"]}
+    messages, system = row["messages"], row.get("system")
+    first = messages[0] if isinstance(messages, list) and messages else None
+    told = first.get("content") if isinstance(first, dict) else None
+    if isinstance(system, str) and not (isinstance(told, str) and system in told):
+        raise Fault(
+            f"the row has `system` beside `messages`: {shown(system)}",
+            "make it the first message, or remove it",
+            "the system text as the first message",
+        )
+    return {"messages": messages}
 
 
 def _read_sharegpt(row: dict[str, Any]) -> dict[str, Any]:

@@ -407,6 +407,12 @@ def test_token_rows_are_taken_as_they_are(tokenizer):
         ({"messages": [ASK, CALL, {**RESULT, "name": "other"}]}, "the name 'other'"),
         ({"messages": [ASK, CALL, {**RESULT, "content": {"a": 1}}]}, "message 3 is dict"),
         ({"messages": [ASK, {**ANSWER, "tool_call_id": "1"}]}, "`tool_call_id`"),
+        ({"messages": [ASK, {**ANSWER, "Weight": 0}]}, "message 2 has 'Weight': 0"),
+        ({"messages": [ASK, {**ANSWER, "toolCalls": [{"name": "f"}]}]}, "has 'toolCalls'"),
+        ({"messages": [ASK, {**ANSWER, "reasoning_effort": "low"}]}, "`reasoning_effort`: 'low'"),
+        ({"messages": PLAIN, "reasoningEffort": "low"}, "the row has 'reasoningEffort'"),
+        ({"instruction": "x", "output": "y", "Input": "z"}, "the row has 'Input'"),
+        ({"messages": PLAIN, "system": "Be brief."}, "`system` beside `messages`"),
         ({"messages": PLAIN, "tools": {"a": 1}}, "`tools` is dict"),
         ({"messages": PLAIN, "tools": "[{]"}, "`tools`: "),
         ({"messages": PLAIN, "tools": [{"type": "web_search"}]}, "tool 1 is"),
@@ -420,6 +426,14 @@ def test_what_is_malformed_or_mixed_is_refused_with_file_and_line(tmp_path, row,
         conversations.read(path)
     assert f"{path}, line 2" in raised.value.what
     assert named in raised.value.found
+
+
+def test_a_system_text_that_the_first_message_repeats_is_accepted_and_other_keys_are_counted():
+    messages = [{"role": "system", "content": "Be brief. Be kind."}, ASK, ANSWER]
+    remarks = Remarks()
+    row = {"messages": messages, "system": "Be brief.", "tooling": "x"}
+    assert check_row(row, {"source": "x", "line": 1}, remarks)["messages"] == messages
+    assert dict(remarks.ignored) == {"system": 1, "tooling": 1}
 
 
 def test_nulls_that_a_table_fills_in_are_not_taken_for_values():

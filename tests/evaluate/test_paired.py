@@ -1,6 +1,5 @@
 """Paired comparisons, by hand."""
 
-import json
 import math
 
 import pytest
