@@ -39,14 +39,19 @@ def execute(stage: Stage) -> None:
     evaluate(stage)
 
 
-def check(config: Config) -> None:
-    """Raise if the processes do not fit the config, or it names what is not there."""
+def check(config: Config) -> dict[str, str]:
+    """Return a fingerprint of each model to compare with, by name.
+
+    Raises:
+        ConfigError: the processes do not fit the config, or it names what is not there.
+        StageError: a model to compare with is damaged, or not what its run recorded.
+    """
     check_launcher(config)
     if not is_joined():
         hide_launcher()
     check_model(config)
     check_tasks(config)
-    find_compared(config)
+    return {each.name: each.fingerprint for each in find_compared(config)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from sparselong.evaluate import (
     report,
     together,
 )
-from sparselong.evaluate.compared import Compared, check_sizes, find_compared
+from sparselong.evaluate.compared import Compared, check_sizes, describe_compared, find_compared
 from sparselong.evaluate.inputs import check_base
 from sparselong.evaluate.tasks import list_items, list_questions, load_suite
 from sparselong.evaluate.work import BASE, MEMORY_FIX, Mark
@@ -115,5 +115,5 @@ def _publish(
     stage.log(f"{report.summarize(document)}\nreport: {outputs[1]}")
     stage.metrics = report.list_metrics(document)
     stage.metrics["experts"] = {name: result.get("experts") for name, result in results.items()}
-    stage.metrics["compared"] = {each.name: each.fingerprint for each in compared}
+    stage.metrics["compared"] = describe_compared(compared, stage.run_dir)
     stage.outputs = [*outputs, *names]

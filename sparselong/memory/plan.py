@@ -211,6 +211,7 @@ def make_plan(
     device = device or configured_device(config, shape)
     disk = storage.disk_bytes(shape, config)
     disk["compress_work"] = 2 * stages.state_bytes(shape, config, device)
+    disk["evaluate_work"] = stages.reference_bytes(shape, config, device)
     given = (shape, config, gpu_bytes, device, host_budget_bytes)
     ways = plan_ways(*given)
     gpus = (gpus or ways.replicated.devices) if device == "cuda" else 0
@@ -334,11 +335,12 @@ def _files(
         _row(three / "adapter", disk["adapter"], "adapter"),
     ]
     report = [_row(run_dir / name / "report.md", 0, "report")]
+    states = _row(run_dir / name / "states", disk["evaluate_work"], "at most, temporary")
     return {
         "01_health": ([], report),
         "02_compress": ([base, *data], [*([base] if tiny else []), model2, masters, work]),
         "03_finetune": ([model2, masters, *data], [model3, *rest3]),
-        "04_eval": ([base, model2, model3, *data], report),
+        "04_eval": ([base, model2, model3, *data], [*report, states]),
     }[name]
 
 

@@ -74,6 +74,16 @@ def state_bytes(shape: ModelShape, config: Config, device: Device) -> int:
     return samples * shape.hidden * _width(device)
 
 
+def reference_bytes(shape: ModelShape, config: Config, device: Device) -> int:
+    """Return bytes of the base's hidden states in stage 04, if all conversations are the longest.
+
+    There is one for each token but the first of the conversations whose divergence is measured.
+    """
+    evaluation = config.evaluation
+    samples = min(evaluation.divergence_samples, evaluation.perplexity_samples)
+    return samples * (config.sequence_len - 1) * shape.hidden * _width(device)
+
+
 def layer_bytes(shape: ModelShape) -> int:
     """Return bytes of one layer of the base checkpoint."""
     whole = sum(storage.base_groups(shape).values())
