@@ -5,8 +5,8 @@ The base, compressed and fine-tuned models answer the same multiple-choice items
 and their perplexity is measured on the same held-out conversations. Reads the models of stages 02
 and 03; writes results.json, report.md and evaluation.png to runs/NAME/04_eval.
 
-`--compare RUN|PATH ...` also measures models of other runs, or other checkpoints; those that a
-finished stage has measured are not measured again.
+`--compare RUN|PATH ...` also measures models of other runs, or other checkpoints. What a finished
+stage has measured is measured again only if it has changed since.
 
 On several GPUs, one process each (`sequence_parallel_degree`, or those in which torchrun started
 this script) measures some rows of every batch. A model that does not fit on one GPU is shared: each

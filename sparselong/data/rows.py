@@ -44,7 +44,7 @@ class Remarks:
     """Count of rows of `text` and `input_ids`."""
 
     def sentences(self, source: str) -> list[str]:
-        """Return what should be told about the source, a sentence each."""
+        """Return what to report about the source, one sentence each."""
         said = []
         if self.blank_lines:
             said.append(f"{source}: blank lines skipped: {self.blank_lines:,}")

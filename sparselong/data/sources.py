@@ -43,7 +43,7 @@ def explain_hub_failures(what: str, expected: str, fix: str) -> Iterator[None]:
 def split(
     config: Config, folder: Path, said: list[str]
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Return training and validation conversations; add what should be told to `said`.
+    """Return training and validation conversations; append what to report to `said`.
 
     Rows are held out before any is repeated, so that none is in both.
     """

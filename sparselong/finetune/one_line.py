@@ -60,8 +60,8 @@ def preview_first(config: Config, run_dir: Path, count: int) -> dict[str, Any]:
         count: number of conversations; fewer if there are no more.
 
     Returns:
-        `conversations`, for each what `preview_line` returns without its text; `remarks`, what the
-        sources and the evaluation tasks' items make worth knowing; and `text`.
+        `conversations`, for each what `preview_line` returns without its text; `remarks`, what
+        was noticed in the sources, and evaluation items among the rows; and `text`.
 
     Raises:
         ConfigError: the count is 0.

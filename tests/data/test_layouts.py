@@ -213,7 +213,7 @@ def test_a_template_that_joins_reasoning_and_answer_cannot_train_the_answer(toke
         {%- endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
     row = read({"messages": [ASK, {**ANSWER, "thinking": "Hm."}]})
     assert supervised_pieces(row, joined) == ["<|message|>Yes, 31 °C. because Hm.<|end|>"]
-    with pytest.raises(StageError, match="cannot be told from its reasoning"):
+    with pytest.raises(StageError, match="cannot be separated from its reasoning"):
         tokenize(row, joined, "final")
 
 

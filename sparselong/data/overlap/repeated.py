@@ -42,7 +42,7 @@ def find_repeated(train: list[Conversation], validation: list[Conversation]) -> 
     if counts[1]:
         said.append(
             f"validation: {counts[1]:,} of {len(validation):,} conversations nearly repeat "
-            "training conversations, so that the validation loss is too good"
+            "training conversations, which makes the validation loss look too good"
         )
     return said
 
