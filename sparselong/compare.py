@@ -371,11 +371,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         document = compare(arguments.runs)
+        text = json.dumps(document, indent=1) if arguments.json else render(document)
+        print(text, flush=True)
     except ExpectedError as error:
         print(error, file=sys.stderr, flush=True)
         return error.exit_code
-    text = json.dumps(document, indent=1) if arguments.json else render(document)
-    print(text, flush=True)
     return 0
 
 

@@ -80,7 +80,11 @@ def publish(tokenizer, row):
 
 
 def supervised_pieces(row, tokenizer, **keys):
-    pairs = zip(*tokenize(row, tokenizer, **keys), strict=True)
+    return pieces_of(*tokenize(row, tokenizer, **keys), tokenizer)
+
+
+def pieces_of(ids, supervised, tokenizer):
+    pairs = zip(ids, supervised, strict=True)
     return [
         tokenizer.decode([token for token, _ in group])
         for learned, group in groupby(pairs, lambda pair: pair[1])
@@ -160,9 +164,9 @@ def test_200_random_rows_are_as_published_and_trained_where_the_assistant_wrote(
     met = Counter()
     for seed in range(200):
         row = random_row(random.Random(seed))
-        ids, _ = tokenize(read(row), tokenizer)
+        ids, supervised = tokenize(read(row), tokenizer)
         assert ids == publish(tokenizer, row), seed
-        pieces = supervised_pieces(read(row), tokenizer)
+        pieces = pieces_of(ids, supervised, tokenizer)
         # Adjacent turns are separated by the header that starts the second.
         assert pieces == what_the_assistant_wrote(row), seed
         assert read(copy.deepcopy(row)) == read(read(row))
