@@ -157,8 +157,7 @@ def run_stage(
         execute: does the work and fills the stage's metrics, inputs and outputs.
         plan: (config, run directory, stage name) → document for `--dry-run`; changes nothing.
         show_plan: formats the plan for display.
-        check: raises, before anything is changed, if the config cannot be executed here; for
-            what it returns see `prepare_caches`.
+        check: raises, before anything is changed, if the config cannot run; see `prepare_caches`.
         others: what its command line may ask for in place of the stage.
         page: writes the page about the run once the stage is done.
 

@@ -5,7 +5,7 @@ an item is suspect if thirteen consecutive words of the item with its right answ
 of a training row. An item with fewer words must occur whole. Only this run's `train.jsonl` is
 searched; the training data of the base model is unknown.
 
-The time is that of reading the rows once, a small part of what encoding them takes.
+The rows are read once for all tasks, which takes less time than encoding them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sparselong.data import conversations
 from sparselong.data.overlap.sequences import Codes, find_words, hash_sequences, thin_out
 
 _NGRAM_WORDS = 13
+_SIDES = ("left", "right")
 
 
 def warn_of_items(items_by_task: dict[str, list[str]], train_path: Path) -> list[str]:
@@ -57,12 +58,12 @@ class _Table(NamedTuple):
 
     def find(self, hashes: numpy.ndarray) -> set[int]:
         """Return the items that have one of these sequences."""
-        hashes = numpy.unique(hashes)
-        first = numpy.searchsorted(self.hashes, hashes, "left")
-        last = numpy.searchsorted(self.hashes, hashes, "right")
-        found = last > first
-        places = zip(first[found].tolist(), last[found].tolist(), strict=True)
-        return {int(item) for start, end in places for item in self.owners[start:end]}
+        places = numpy.minimum(numpy.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+        found: set[int] = set()
+        for each in numpy.unique(hashes[self.hashes[places] == hashes]):
+            start, end = (numpy.searchsorted(self.hashes, each, side) for side in _SIDES)
+            found.update(self.owners[start:end].tolist())
+        return found
 
 
 def find_contaminated(items: Sequence[str], training_texts: Iterable[str]) -> list[int]:
