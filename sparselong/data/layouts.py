@@ -9,7 +9,8 @@
 | `input_ids`     | tokens, trained where `labels` repeat them; without `labels`, everywhere |
 
 The first three become `messages`; a `system` text of ShareGPT and Alpaca is the first of them. A
-row with the keys of two layouts, or of none, is refused. The rows of a file may differ in layout.
+row with the keys of two layouts, or of none, is refused, and so is one with a system text beside
+its messages that is not the first of them. The rows of a file may differ in layout.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _UNSUPPORTED = (
     *("functions", "builtin_tools", "tool_calls", "function_call", "position_ids", "history"),
     *("image", "images", "video", "videos", "audio", "audios"),
 )
+_SYSTEM = ("system", "system_prompt", "system_message")
 _OF_CHATS = ("tools", "chat_template_kwargs", *VARIABLES)
 _SPEAKERS = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
@@ -74,6 +76,9 @@ def read_layout(row: dict[str, Any], ignored: Counter[str], columnar: bool) -> d
             if row.get(key) not in EMPTY:
                 raise Fault(f"a row of `{given[0]}` has `{key}`: {shown(row[key])}", "remove it")
         return found
+    for key in _SYSTEM:
+        if key not in own:
+            _refuse_other_system(row, key, found["messages"])
     found["messages"] = check_messages(found["messages"], ignored, columnar)
     if row.get("tools") not in EMPTY:
         found["tools"] = check_tools(row["tools"], ignored, columnar)
@@ -83,16 +88,20 @@ def read_layout(row: dict[str, Any], ignored: Counter[str], columnar: bool) -> d
 
 
 def _read_messages(row: dict[str, Any]) -> dict[str, Any]:
-    messages, system = row["messages"], row.get("system")
+    return {"messages": row["messages"]}
+
+
+def _refuse_other_system(row: dict[str, Any], key: str, messages: Any) -> None:
+    """Raise if a row has a system text that is not in its first message."""
+    text = row.get(key)
     first = messages[0] if isinstance(messages, list) and messages else None
-    told = first.get("content") if isinstance(first, dict) else None
-    if isinstance(system, str) and not (isinstance(told, str) and system in told):
+    said = first.get("content") if isinstance(first, dict) else None
+    if text not in EMPTY and not (isinstance(said, str) and str(text) in said):
         raise Fault(
-            f"the row has `system` beside `messages`: {shown(system)}",
+            f"the row has `{key}` beside its messages: {shown(text)}",
             "make it the first message, or remove it",
             "the system text as the first message",
         )
-    return {"messages": messages}
 
 
 def _read_sharegpt(row: dict[str, Any]) -> dict[str, Any]:

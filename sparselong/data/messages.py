@@ -15,7 +15,8 @@
 | `function_call`, `images` and others            | refused, because the text alone would train    |
 |                                                 | something else                                 |
 
-All other keys mean nothing for training. They are ignored and counted.
+All other keys mean nothing for training. They are ignored and counted, except for names that are
+one of these but for case, plural or separators (`toolCalls`), which are refused.
 """
 
 from __future__ import annotations

@@ -416,7 +416,8 @@ def test_token_rows_are_taken_as_they_are(tokenizer):
         ({"messages": [ASK, {**ANSWER, "reasoning_effort": "low"}]}, "`reasoning_effort`: 'low'"),
         ({"messages": PLAIN, "reasoningEffort": "low"}, "the row has 'reasoningEffort'"),
         ({"instruction": "x", "output": "y", "Input": "z"}, "the row has 'Input'"),
-        ({"messages": PLAIN, "system": "Be brief."}, "`system` beside `messages`"),
+        ({"messages": PLAIN, "system": "Be brief."}, "`system` beside its messages: 'Be brief.'"),
+        ({"instruction": "x", "output": "y", "system_prompt": "Be brief."}, "`system_prompt` besi"),
         ({"messages": PLAIN, "tools": {"a": 1}}, "`tools` is dict"),
         ({"messages": PLAIN, "tools": "[{]"}, "`tools`: "),
         ({"messages": PLAIN, "tools": [{"type": "web_search"}]}, "tool 1 is"),
@@ -435,7 +436,7 @@ def test_what_is_malformed_or_mixed_is_refused_with_file_and_line(tmp_path, row,
 def test_a_system_text_that_the_first_message_repeats_is_accepted_and_other_keys_are_counted():
     messages = [{"role": "system", "content": "Be brief. Be kind."}, ASK, ANSWER]
     remarks = Remarks()
-    row = {"messages": messages, "system": "Be brief.", "tooling": "x"}
+    row = {"messages": messages, "system": "Be brief.", "system_prompt": None, "tooling": "x"}
     assert check_row(row, {"source": "x", "line": 1}, remarks)["messages"] == messages
     assert dict(remarks.ignored) == {"system": 1, "tooling": 1}
 
