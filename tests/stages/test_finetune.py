@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from sparselong.config import load
+from sparselong.errors import StageError
 from sparselong.finetune import trainer
 from sparselong.run import Stage
 from sparselong.run.directory import prepare
@@ -375,6 +376,11 @@ def test_evaluation_items_in_the_rows_are_reported_before_training(
     assert warning.startswith("1 of the 1 items of demo_hellaswag share 13 consecutive words")
     assert f"warning: {warning}\n" in logged[0]
     assert all(remark in logged[0] for remark in stage.metrics["remarks"])
+    short = ("evaluation.tasks=[ruler_vt]", "evaluation.ruler.lengths=[2048,300]")
+    stage.config = load(arguments[1], [*arguments[2:], *short])
+    with pytest.raises(StageError, match="ruler_vt cannot be made for a context of 300"):
+        trainer.finetune(stage)
+    assert len(logged) == 1
 
 
 def test_a_trained_model_is_exported_with_the_tensors_that_it_computes_with(runs, compressed):
