@@ -15,11 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from sparselong.config import load
-from sparselong.errors import StageError
-from sparselong.finetune import trainer
-from sparselong.run import Stage
-from sparselong.run.directory import prepare
 from tests.conftest import ROOT, load_script
 
 # Axolotl runs seven times. Only runs that are to be killed are started by Python itself.
@@ -352,35 +347,6 @@ def test_manifest_records_the_run(runs):
     for key in ("keep_attention", "keep_experts"):
         assert (metrics[key]["asked"], metrics[key]["kept"]) == ("auto", 0)
         assert "no GPU" in metrics[key]["nothing_to_keep"]
-
-
-def test_evaluation_items_in_the_rows_are_reported_before_training(
-    compressed, tmp_path, monkeypatch
-):
-    straight, arguments = compressed
-    run_dir = shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    shutil.rmtree(run_dir / "03_finetune", ignore_errors=True)
-    stage = Stage("03_finetune", load(arguments[1], arguments[2:]), run_dir)
-    assert not prepare(stage, redo=False)
-    counted = " ".join(map(str, range(1, 15)))  # as in the rows
-    item = {"activity_label": "x", "ctx": counted, "endings": ["and so on"], "label": 0}
-    monkeypatch.setattr(
-        "sparselong.data.overlap.training.write_hellaswag",
-        lambda path, *_: path.write_text(json.dumps(item)),
-    )
-    logged = []
-    monkeypatch.setattr(trainer, "_train", lambda s: logged.append((s.dir / "log.txt").read_text()))
-    monkeypatch.setattr(trainer, "_publish", lambda _: None)
-    trainer.finetune(stage)
-    (warning,) = stage.metrics["warnings"]
-    assert warning.startswith("1 of the 1 items of demo_hellaswag share 13 consecutive words")
-    assert f"warning: {warning}\n" in logged[0]
-    assert all(remark in logged[0] for remark in stage.metrics["remarks"])
-    short = ("evaluation.tasks=[ruler_vt]", "evaluation.ruler.lengths=[2048,300]")
-    stage.config = load(arguments[1], [*arguments[2:], *short])
-    with pytest.raises(StageError, match="ruler_vt cannot be made for a context of 300"):
-        trainer.finetune(stage)
-    assert len(logged) == 1
 
 
 def test_a_trained_model_is_exported_with_the_tensors_that_it_computes_with(runs, compressed):
