@@ -74,21 +74,20 @@ def test_stage_03_tells_it_of_rows_that_an_earlier_stage_encoded(finetune):
     stage = finetune()
     log = (stage.dir / "log.txt").read_text(encoding="utf-8")
     assert [log.count(text) for text in TOLD] == [1] * len(TOLD), log
-    assert len(stage.metrics["remarks"]) == len(TOLD) and stage.metrics["warnings"] == []
+    assert len(stage.metrics["remarks"]) == len(TOLD)
+    (warning,) = stage.metrics["warnings"]
+    assert "not compared yet with the items of demo_hellaswag; 04_eval compares" in warning
 
 
 def test_evaluation_items_in_the_rows_are_reported_before_training(finetune, rows, monkeypatch):
     counted = " ".join(map(str, range(20)))
     rows.write_text(f'{{"text": "{counted}"}}\n' * 3, encoding="utf-8")
-    item = {"activity_label": "x", "ctx": counted, "endings": ["and so on"], "label": 0}
-    monkeypatch.setattr(
-        "sparselong.data.overlap.training.write_hellaswag",
-        lambda path, *_: path.write_text(json.dumps(item)),
-    )
+    read = {"items": {"gsm8k": [f"Count to {counted}"]}, "missing": {}}
+    monkeypatch.setattr("sparselong.data.overlap.training._read_others", lambda *_: read)
     logged = []
     monkeypatch.setattr(trainer, "_train", lambda s: logged.append((s.dir / "log.txt").read_text()))
-    (warning,) = finetune().metrics["warnings"]
-    assert warning.startswith("1 of the 1 items of demo_hellaswag share 13 consecutive words")
+    (warning,) = finetune("evaluation.tasks=[gsm8k]").metrics["warnings"]
+    assert warning.startswith("1 of the 1 items of gsm8k share 13 consecutive words")
     assert f"warning: {warning}\n" in logged[0]
     with pytest.raises(StageError, match="ruler_vt cannot be made for a context of 300"):
         finetune("evaluation.tasks=[ruler_vt]", "evaluation.ruler.lengths=[2048,300]")

@@ -1,8 +1,9 @@
 """Warnings before training that the rows hold items with which stage 04 will measure the model.
 
 Stage 04 compares the same texts in the same way, but after the hours of training. Here the network
-is not used: the demo's items are made, those of other tasks are read if an earlier evaluation left
-them on this machine, within a minute. RULER's are drawn at random and are not looked for.
+is not used: the demo's items are made if its rows are trained on (that takes seconds), those of
+other tasks are read if an earlier evaluation left them on this machine, within a minute. RULER's
+are drawn at random and are not looked for.
 """
 
 from __future__ import annotations
@@ -38,20 +39,22 @@ def warn_before_training(config: Config, train_path: Path, tokenizer: Any) -> li
     items: dict[str, list[str]] = {}
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        if DEMO_TASK in config.evaluation.tasks:
+        if DEMO_TASK in config.evaluation.tasks and config.data.train != "demo":
+            missing[DEMO_TASK] = "made from the demo's text, which data.train does not name"
+        elif DEMO_TASK in config.evaluation.tasks:
             path = Path(scratch) / "items.jsonl"
             write_hellaswag(path, tokenizer, config.seed)
             lines = path.read_text(encoding="utf-8").splitlines()[:limit]
             items[DEMO_TASK] = [_describe_demo(json.loads(line)) for line in lines]
         if others:
             found = _read_others(others, limit, Path(scratch) / "items.json")
-            items, missing = items | found["items"], found["missing"]
+            items, missing = items | found["items"], missing | found["missing"]
     warnings = warn_of_items(items, train_path)
     if missing:
         why = "; ".join(dict.fromkeys(missing.values()))
         warnings.append(
-            f"training rows are not compared with the items of {', '.join(missing)}, which are "
-            f"not on this machine yet; 04_eval compares them ({why})"
+            f"training rows are not compared yet with the items of {', '.join(missing)}; 04_eval "
+            f"compares them ({why})"
         )
     return warnings
 
