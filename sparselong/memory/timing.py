@@ -130,6 +130,22 @@ def estimate(
     ]
 
 
+def _judged_flops(shape: ModelShape, config: Config) -> float:
+    """Return operations of reading what stage 04 asks of a model; answers are not counted."""
+    evaluation = config.evaluation
+    tasks = len(evaluation.tasks) - len(evaluation.ruler_tasks)
+    items = tasks * (evaluation.limit or ASSUMED_ITEMS)
+    if config.model.base == "tiny":
+        items = min(items, DEMO_ITEMS)
+    judged = items * ITEM_TOKENS
+    judged += evaluation.perplexity_samples * min(SAMPLE_TOKENS, config.sequence_len)
+    drawn = len(evaluation.ruler_tasks) * min(
+        evaluation.ruler.items, evaluation.limit or evaluation.ruler.items
+    )
+    prompts = (length * sum(forward_flops(shape, length)) for length in evaluation.ruler.lengths)
+    return judged * sum(forward_flops(shape, SAMPLE_TOKENS)) + drawn * sum(prompts)
+
+
 def forward_flops(shape: ModelShape, sequence_len: int) -> tuple[float, float]:
     """Return operations per token of a forward pass: (matrix products, attention scores)."""
     keys = sequence_len / 2 + min(shape.sliding_window, sequence_len)
@@ -208,12 +224,7 @@ def stage_seconds(
     compress = 2 * calibration * (products + scores) + solve
     made = config.model.tiny_steps * TINY_STEP_TOKENS * 3 * products if tiny else 0.0
     moved = disk["base"] + disk["compressed_model"]
-    items = len(config.evaluation.tasks) * (config.evaluation.limit or ASSUMED_ITEMS)
-    if tiny:
-        items = min(items, DEMO_ITEMS)
-    judged = items * ITEM_TOKENS
-    judged += config.evaluation.perplexity_samples * min(SAMPLE_TOKENS, config.sequence_len)
-    evaluate = 3 * judged * sum(forward_flops(shape, SAMPLE_TOKENS))
+    evaluate = 3 * _judged_flops(shape, config)
     load = disk["base"] / rate.disk_bytes_per_second
     start = rate.startup_seconds
     return {
