@@ -14,8 +14,7 @@ reserve only what the cap leaves of a card after the CUDA context, in either pro
 of arm `masked` keep for the backward pass what each checkout's planner decides for that card, if it
 computes whole layers: both checkouts get the same memory.
 
-Only functions that both checkouts have are used, but for what layers keep. Needs a CUDA device with
-memory for two models.
+Only functions that both have are used, but for what layers keep. Needs memory for two models.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ LABELS = {
     "finetune_checkpoints": "03_finetune/checkpoints",
     "adapter": "03_finetune/adapter",
     "compress_work": "02_compress/work, temporary",
+    "evaluate_work": "04_eval/states, temporary",
 }
 
 

@@ -14,6 +14,7 @@ from sparselong.memory.shape import (
     find_config,
     find_shape,
 )
+from sparselong.memory.stages import CHAT_TOKENS
 
 _PUBLISHED_POSITIONS = 131_072
 """max_position_embeddings of the published models and of `tiny`."""
@@ -118,13 +119,17 @@ def _check_lengths(config: Config) -> None:
     }
     if config.evaluation.ruler_tasks:
         lengths["evaluation.ruler.lengths"] = max(config.evaluation.ruler.lengths)
+    if config.evaluation.health_prompts:
+        lengths["evaluation.health_tokens"] = config.evaluation.health_tokens
     for key, length in lengths.items():
-        if length > most:
+        asked = CHAT_TOKENS if key == "evaluation.health_tokens" else 0
+        if length + asked > most:
             raise ConfigError(
                 f"{key} is longer than {config.model.base} supports",
-                f"at most {most:,} tokens, its max_position_embeddings",
+                f"at most {most:,} tokens, its max_position_embeddings"
+                + (f", {asked} of them for the question" if asked else ""),
                 f"{key}: {length:,}",
-                f"set {key} to {most} or less",
+                f"set {key} to {most - asked} or less",
             )
 
 

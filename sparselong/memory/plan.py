@@ -210,7 +210,7 @@ def make_plan(
     shape = find_shape(config.model)
     device = device or configured_device(config, shape)
     disk = storage.disk_bytes(shape, config)
-    disk["compress_work"] = 2 * stages.state_bytes(shape, config, device)
+    disk |= stages.temporary_bytes(shape, config, device)
     given = (shape, config, gpu_bytes, device, host_budget_bytes)
     ways = plan_ways(*given)
     gpus = (gpus or ways.replicated.devices) if device == "cuda" else 0
@@ -318,16 +318,16 @@ def _files(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     disk = made.disk
     tiny = config.model.base == "tiny"
-    base_path = run_dir / "base" if tiny else config.model.base
-    base = _row(base_path, disk["base"], "base model")
+    base = _row(run_dir / "base" if tiny else config.model.base, disk["base"], "base model")
     data = [
         _row(run_dir / "data" if name == "demo" else name, _size(Path(name)) or 0, "conversations")
         for name in (share.source for share in config.data.shares)
     ]
     two, three = run_dir / "02_compress", run_dir / "03_finetune"
     model2 = _row(two / "model", disk["compressed_model"], "compressed model")
-    work = _row(two / "work", disk["compress_work"], "temporary")
     masters = _row(two / "masters", disk["compressed_masters"], "dense masters for stage 03")
+    work = _row(two / "work", disk["compress_work"], "temporary")
+    states = _row(run_dir / "04_eval/states", disk["evaluate_work"], "at most, temporary")
     model3 = _row(three / "model", disk["finetuned_model"], "fine-tuned model")
     rest3 = [
         _row(three / "checkpoints", disk["finetune_checkpoints"], "latest checkpoints"),
@@ -338,7 +338,7 @@ def _files(
         "01_health": ([], report),
         "02_compress": ([base, *data], [*([base] if tiny else []), model2, masters, work]),
         "03_finetune": ([model2, masters, *data], [model3, *rest3]),
-        "04_eval": ([base, model2, model3, *data], report),
+        "04_eval": ([base, model2, model3, *data], [*report, states]),
     }[name]
 
 

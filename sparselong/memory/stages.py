@@ -86,6 +86,21 @@ def state_bytes(shape: ModelShape, config: Config, device: Device) -> int:
     return samples * shape.hidden * _width(device)
 
 
+def temporary_bytes(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
+    """Return bytes of hidden states that stages keep on disk while they work, by artifact.
+
+    Stage 02 has those of the calibration tokens before and after a layer. Stage 04 has the base's
+    for each token but the first of the conversations whose divergence is measured, at most
+    `sequence_len` tokens each.
+    """
+    evaluation = config.evaluation
+    samples = min(evaluation.divergence_samples, evaluation.perplexity_samples)
+    return {
+        "compress_work": 2 * state_bytes(shape, config, device),
+        "evaluate_work": samples * (config.sequence_len - 1) * shape.hidden * _width(device),
+    }
+
+
 def layer_bytes(shape: ModelShape) -> int:
     """Return bytes of one layer of the base checkpoint."""
     whole = sum(storage.base_groups(shape).values())

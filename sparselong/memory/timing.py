@@ -203,6 +203,22 @@ def estimate(
     ]
 
 
+def _judged_flops(shape: ModelShape, config: Config) -> float:
+    """Return operations of reading what stage 04 asks of a model; answers are not counted."""
+    evaluation = config.evaluation
+    tasks = len(evaluation.tasks) - len(evaluation.ruler_tasks)
+    items, item_tokens = tasks * (evaluation.limit or ASSUMED_ITEMS), ITEM_TOKENS
+    if config.model.base == "tiny":
+        items, item_tokens = min(items, DEMO_ITEMS), DEMO_ITEM_TOKENS
+    judged = items * item_tokens
+    judged += evaluation.perplexity_samples * min(SAMPLE_TOKENS, config.sequence_len)
+    drawn = len(evaluation.ruler_tasks) * min(
+        evaluation.ruler.items, evaluation.limit or evaluation.ruler.items
+    )
+    prompts = (length * sum(forward_flops(shape, length)) for length in evaluation.ruler.lengths)
+    return judged * sum(forward_flops(shape, SAMPLE_TOKENS)) + drawn * sum(prompts)
+
+
 def forward_flops(shape: ModelShape, sequence_len: int) -> tuple[float, float]:
     """Return operations per token of a forward pass: (matrix products, attention scores)."""
     keys = sequence_len / 2 + min(shape.sliding_window, sequence_len)
@@ -323,13 +339,8 @@ def stage_seconds(
         gpus: number of GPUs that compute in stages 03 and 04.
         held: how stage 03 holds the experts.
     """
-    items, item_tokens = config.evaluation.limit or ASSUMED_ITEMS, ITEM_TOKENS
-    if config.model.base == "tiny":
-        items, item_tokens = min(items, DEMO_ITEMS), DEMO_ITEM_TOKENS
-    judged = len(config.evaluation.tasks) * items * item_tokens
-    judged += config.evaluation.perplexity_samples * min(SAMPLE_TOKENS, config.sequence_len)
     speed = rate.flops_per_second * rate.efficiency
-    evaluate = 3 * judged * sum(forward_flops(shape, SAMPLE_TOKENS)) / speed / gpus
+    evaluate = 3 * _judged_flops(shape, config) / speed / gpus
     load = disk["base"] / CACHED_BYTES_PER_SECOND
     ranks = RANK_SECONDS if gpus > 1 else 0.0
     train = training_seconds(shape, config, rate, tokens, gpus, held)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from sparselong.config import Config, load
+from sparselong.config import Config, load, split_overrides
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.figures import format_figure, format_seconds
 from sparselong.files import is_disk_full
@@ -97,10 +97,11 @@ def parse_arguments(
     arguments = parser.parse_intermixed_args(argv)
     arguments.layers = parse_layers(arguments.layers)
     if STAGES[name].extended_by and arguments.compare:
-        words: list[str] = arguments.compare  # it takes all words that follow, also overrides
-        arguments.overrides += [word for word in words if "=" in word]
-        named = [word for word in words if "=" not in word]
-        arguments.overrides.append(f"{STAGES[name].extended_by}={json.dumps(named)}")
+        named, overrides = split_overrides(arguments.compare)  # it takes all words that follow
+        if not named:
+            parser.error("argument --compare: expected at least one argument")
+        overrides.append(f"{STAGES[name].extended_by}={json.dumps(named)}")
+        arguments.overrides += overrides
     if arguments.gpu is not None:
         choose_gpu(arguments.gpu)
     arguments.repeated = _repeated(arguments)
@@ -148,7 +149,7 @@ def run_stage(
         execute: does the work and fills the stage's metrics, inputs and outputs.
         plan: (config, run directory, stage name) → document for `--dry-run`; changes nothing.
         show_plan: formats the plan for display.
-        check: raises, before anything is changed, if the config cannot be executed here.
+        check: raises, before anything is changed, if the config cannot run; see `prepare_caches`.
         others: what its command line may ask for in place of the stage.
         page: writes the page about the run once the stage is done.
 
@@ -216,12 +217,15 @@ def _run(
 
 
 def prepare_caches(stage: Stage, check: Callable[[Config], object] | None = None) -> Path | None:
-    """Check the config, and return where caches go if it is not where they usually are."""
+    """Check the config, and return where caches go if it is not where they usually are.
+
+    If `check` returns a dictionary, that is a fingerprint of what `extended_by` names, by name.
+    """
     cache, config = stage.run_dir / "cache", stage.config
-    named = (config.model.base, *config.data.named.values())
-    moved = move_caches(cache, named)
-    if check is not None:
-        check(config)
+    moved = move_caches(cache, (config.model.base, *config.data.named.values()))
+    found = check(config) if check is not None else None
+    if isinstance(found, dict):
+        stage.named = found
     return cache if moved else None
 
 

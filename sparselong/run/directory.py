@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +71,8 @@ class Stage:
     """Rows of `provenance.describe_files` for files that the stage has hashed before its end."""
     peak_bytes: dict[str, int] = field(default_factory=dict)
     """Peak memory by device: `host`, `cuda:0`, …"""
+    named: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprint of what the list of `extended_by` names, by name."""
     date: datetime.date | None = None
     """The date that chat templates rendered, if the result depends on conversations."""
     forced: bool = False
@@ -206,12 +208,8 @@ def prepare(stage: Stage, redo: bool) -> bool:
 
 
 def _has_all(stage: Stage, manifest: dict[str, Any]) -> bool:
-    """Return whether a finished stage has what the list of `extended_by` names."""
-    section, _, key = STAGES[stage.name].extended_by.partition(".")
-    if not key:
-        return True
-    recorded = manifest["config"].get(section, {}).get(key, ())
-    return set(getattr(getattr(stage.config, section), key)) <= set(recorded)
+    """Return whether a finished stage has what the list of `extended_by` names, as it is now."""
+    return stage.named.items() <= manifest.get("named", {}).items()
 
 
 def read_inputs(stage: Stage) -> None:
@@ -390,6 +388,7 @@ def finish(stage: Stage, seconds: float) -> dict[str, Any]:
         **provenance.describe_software(),
         "hardware": provenance.describe_hardware(),
         "seed": stage.config.seed,
+        **({"named": dict(stage.named)} if stage.named else {}),
         **({"date": stage.date.isoformat()} if stage.date else {}),
         "seconds": round(seconds, 3),
         "peak_bytes": stage.peak_bytes,
