@@ -33,7 +33,7 @@ from sparselong.export.inputs import (
     origin_of,
 )
 from sparselong.files import copy_atomically, is_local, read_json, write_atomically
-from sparselong.memory import adapter_bytes, find_shape
+from sparselong.memory import adapter_bytes, compressed_shape
 from sparselong.provenance import find_change
 from sparselong.run import Stage
 
@@ -82,7 +82,7 @@ class AdapterFormat:
 
     def plan(self, stage: Stage) -> Work:
         """Return the adapter's bytes; it is read, and compared after it was written."""
-        size = adapter_bytes(find_shape(stage.config.model), stage.config)
+        size = adapter_bytes(compressed_shape(stage.config), stage.config)
         return Work(size, 2 * size)
 
     def write(self, stage: Stage) -> None:

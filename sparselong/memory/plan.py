@@ -16,7 +16,7 @@ from sparselong.config import Config, describe_profile
 from sparselong.figures import format_bytes
 from sparselong.memory import evaluated, fit, placing, slicing, stages, storage, timing, training
 from sparselong.memory.labels import label
-from sparselong.memory.shape import ModelShape, find_shape
+from sparselong.memory.shape import ModelShape, drop_experts, find_shape
 from sparselong.memory.storage import Held
 from sparselong.memory.training import Device, Memory
 from sparselong.memory.ways import (
@@ -219,11 +219,11 @@ def make_plan(
         device=device,
         disk=disk,
         bits_per_weight=storage.bits_by_group(config),
-        compressed=storage.compressed_groups(shape, config),
+        compressed=storage.compressed_groups(drop_experts(shape, config), config),
         card_bytes=gpu_bytes,
         **ways._asdict(),
         settled_reason=explain_layers(config, ways.settled),
-        changes=fit.suggest_changes(*given) if device == "cuda" else [],
+        changes=fit.suggest_changes(drop_experts(shape, config), *given[1:]) if gpus else [],
         stages=_working_memory(shape, config, device, ways.evaluation_held),
         expert_host_bytes=expert_host_bytes(shape, config, ways),
         compress_host=stages.compress_host_memory(shape, config, device),

@@ -9,7 +9,7 @@ the checkpoints' to the last parameter.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparselong.config import Config, ModelSection
@@ -171,6 +171,20 @@ def find_shape(model: ModelSection) -> ModelShape:
             fix,
         )
     return read_shape(path)
+
+
+def compressed_shape(config: Config) -> ModelShape:
+    """Return the shape of the compressed model, which may have fewer experts than the base.
+
+    Raises:
+        StageError: see `find_shape`.
+    """
+    return drop_experts(find_shape(config.model), config)
+
+
+def drop_experts(shape: ModelShape, config: Config) -> ModelShape:
+    """Return a base's shape with as many experts as the config keeps."""
+    return replace(shape, experts=config.experts.keep or shape.experts)
 
 
 def check_heads(config: Config, shape: ModelShape) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from sparselong.config import Config, GpuType, find_type
 from sparselong.memory import exchange
-from sparselong.memory.shape import ModelShape
+from sparselong.memory.shape import ModelShape, drop_experts
 from sparselong.memory.storage import WHOLE, Held, expert_bytes
 
 EFFICIENCY = 0.2
@@ -190,7 +190,7 @@ def stage_seconds(
     host memory as if all did.
 
     Args:
-        shape: sizes of the base model.
+        shape: sizes of the base model, with all its experts.
         config: the config of the run.
         rate: speed of the device and disk.
         disk: bytes by artifact, from storage.disk_bytes.
@@ -199,13 +199,15 @@ def stage_seconds(
         held: how stage 03 holds the experts.
     """
     speed = rate.flops_per_second * rate.efficiency
-    train = _training_seconds(shape, config, speed, tokens, gpus, held)
+    trained = drop_experts(shape, config)
+    train = _training_seconds(trained, config, speed, tokens, gpus, held)
     tiny = config.model.base == "tiny"
     calibration = config.calibration.samples * config.calibration.sequence_len
     products, scores = forward_flops(shape, config.calibration.sequence_len)
     widths = (3 * shape.hidden**2 + shape.query_width**2) * shape.layers
     solve = 2.0 * widths * calibration + 20.0 * shape.attention_weights * shape.query_width
-    compress = 2 * calibration * (products + scores) + solve
+    passes = 2 if config.experts.keep is None else 3  # one to score the experts
+    compress = passes * calibration * (products + scores) + solve
     made = config.model.tiny_steps * TINY_STEP_TOKENS * 3 * products if tiny else 0.0
     moved = disk["base"] + disk["compressed_model"]
     items = len(config.evaluation.tasks) * (config.evaluation.limit or ASSUMED_ITEMS)
