@@ -1,15 +1,16 @@
 """Which experts of a layer are kept, by REAP's criterion, and what is left of the layer.
 
 An expert's score is the mean, over the calibration tokens that are routed to it, of the routing
-weight times the norm of the expert's output (Lasby et al., 2025, arXiv:2510.13999): what the layer's
-output loses where the expert is missing. The experts with the highest scores are kept, in their
-order. An expert that no token reaches has no score and ranks last; of equal ones the first is kept.
+weight times the norm of the expert's output (Lasby et al., 2025, arXiv:2510.13999): what the
+layer's output loses where the expert is missing. The experts with the highest scores are kept, in
+their order. An expert that no token reaches has no score and ranks last; of equal ones the first is
+kept.
 
 The norm needs each expert's output before it is weighted. The experts' own operation gives that for
-routed tokens that are passed as tokens of their own, each with one expert and the weight 1: the same
-products as in the layer, none of them twice. Rows are taken a few thousand at a time, so memory does
-not grow with their number, and sums are in fp64 on the CPU, in the tokens' order: the same in every
-run.
+routed tokens that are passed as tokens of their own, each with one expert and the weight 1: the
+same products as in the layer, none of them twice. Tokens are taken a few thousand at a time, so
+memory does not grow with their number, and sums are in fp64 on the CPU, in the tokens' order: the
+same in every run.
 
 The layer runs with its attention already compressed. The router loses the rows of the dropped
 experts, so the tokens that they had are routed to others; later layers are compressed on what comes
@@ -18,19 +19,24 @@ of that. Left out: merging experts, other numbers in other layers, correcting th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from sparselong.checkpoint import has_expert_rows, show_ranges
 from sparselong.errors import StageError
 from sparselong.kernels import ExpertStack
 from sparselong.kernels.experts import expert_mlp, slices
 from sparselong.model import PackedExperts
 
 _TOKENS_AT_ONCE = 4096
-_PARTS = (".mlp.experts.", ".mlp.router.")
+WARNING = (
+    "experts.keep is experimental: the model loses whole experts, chosen by the calibration text "
+    "alone; measure what it lost (04_eval.py)"
+)
 
 
 class Scorer(nn.Module):
@@ -50,7 +56,7 @@ class Scorer(nn.Module):
         super().__init__()
         stack = experts.stack()
         assert isinstance(stack, ExpertStack)
-        self._stack, self._gate = stack, {"alpha": experts.alpha, "limit": experts.limit}
+        self._operation = partial(expert_mlp, stack=stack, alpha=experts.alpha, limit=experts.limit)
         self.sums = torch.zeros(3, experts.num_experts, dtype=torch.float64)
 
     def forward(
@@ -64,9 +70,7 @@ class Scorer(nn.Module):
     def _add(self, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> None:
         single = indices.reshape(-1, 1)
         each = torch.ones_like(single, dtype=weights.dtype)
-        rows = expert_mlp(
-            x.repeat_interleave(indices.shape[1], 0), single, each, self._stack, **self._gate
-        )
+        rows = self._operation(x.repeat_interleave(indices.shape[1], 0), single, each)
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double().cpu()
         chosen, weighed = single.flatten().cpu(), weights.flatten().double().cpu()
         for sums, values in zip(
@@ -97,9 +101,7 @@ class Choice(NamedTuple):
     def select(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the kept experts' rows of those of a layer's tensors that have one per expert."""
         return {
-            name: tensor[self.kept]
-            for name, tensor in tensors.items()
-            if any(part in name for part in _PARTS)
+            name: tensor[self.kept] for name, tensor in tensors.items() if has_expert_rows(name)
         }
 
     def describe(self) -> dict[str, Any]:
@@ -154,12 +156,17 @@ def tell(choice: Choice, layer: int, log: Callable[[str], None]) -> None:
         )
 
 
-def show_ranges(numbers: Iterable[int]) -> str:
-    """Return ascending numbers as text: `0-3 5 8-9`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return " ".join("-".join(map(str, run)) for run in runs)
+def summarize(records: list[dict[str, Any]], keep: int | None) -> dict[str, Any]:
+    """Return what the manifest says of the experts that were kept; nothing if all were.
+
+    Args:
+        records: the layers' records, each with `Choice.describe` as `experts`.
+        keep: the config's `experts.keep`.
+    """
+    if keep is None:
+        return {}
+    layers = [record["experts"] for record in records]
+    base = len(layers[0]["scores"].split())
+    lost = sum(layer["lost_weight"] for layer in layers) / len(layers)
+    found = {"experts": keep, "base": base, "lost_weight": lost, "layers": layers}
+    return {"kept_experts": found}

@@ -20,6 +20,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRotaryEmbedding,
 )
 
+from sparselong.compress.fewer_experts import Scorer
 from sparselong.compress.hessian import Hessian
 from sparselong.compress.solver import Compressed, compress_weight
 from sparselong.config import CalibrationSection
@@ -127,6 +128,32 @@ class CalibratedLayer:
             handle.remove()
             self.layer.mlp = mlp
         return hessian.matrix
+
+    def score_experts(self, states: torch.Tensor) -> torch.Tensor:
+        """Return `Scorer.sums` of the layer's experts over all states."""
+        experts = cast(PackedExperts, self.layer.mlp.experts)
+        scorer = Scorer(experts)
+        self.layer.mlp._modules["experts"] = scorer
+        try:
+            for batch in self._batches(states):
+                self._forward(batch)
+        finally:
+            self.layer.mlp._modules["experts"] = experts
+        return scorer.sums
+
+    def keep_experts(self, kept: list[int]) -> None:
+        """Drop all experts but these, and their rows of the router."""
+        mlp, rows = self.layer.mlp, torch.tensor(kept, device=self.device)
+        single = GptOssConfig.from_dict(self.model.config.to_dict())
+        single.num_local_experts = len(kept)
+        with torch.device("meta"):
+            experts = PackedExperts(single)
+        state = {name: tensor[rows] for name, tensor in mlp.experts.state_dict().items()}
+        experts.load_state_dict(state, assign=True)
+        mlp._modules["experts"] = experts.requires_grad_(False).eval()
+        for name, parameter in mlp.router.named_parameters():
+            setattr(mlp.router, name, nn.Parameter(parameter[rows], requires_grad=False))
+        mlp.router.num_experts = len(kept)
 
     def compress(
         self,

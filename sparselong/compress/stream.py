@@ -22,24 +22,28 @@ import torch
 from transformers import GptOssConfig
 
 from sparselong.checkpoint import (
-    PROJECTIONS,
     Checkpoint,
     check_recorded,
     derive,
+    describe_kept,
+    has_expert_rows,
     layer_tensors,
     pack_two_four_experts,
+    stored_tensors,
     unpack_two_four_experts,
     write_tensors,
 )
+from sparselong.compress import fewer_experts
 from sparselong.compress.calibration import HiddenStates, calibration_tokens
 from sparselong.compress.finished import check_finished, describe_finished
 from sparselong.compress.layer import CalibratedLayer
-from sparselong.compress.report import measure
+from sparselong.compress.report import describe_sizes, measure
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.errors import StageError
 from sparselong.figures import format_bytes
 from sparselong.files import point_to, read_json, write_atomically
+from sparselong.memory import check_model
 from sparselong.model import SparseLongConfig, implementation, settle_template
 from sparselong.provenance import are_rows, describe_files, read_peaks, reset_peaks
 from sparselong.run import Stage
@@ -51,7 +55,7 @@ MASTER_FILE = "layer-{:05d}.safetensors"
 LAYER_RECORD = "layer-{:05d}.json"
 BASE_RECORD, MODEL_RECORD = "base.json", "model.json"
 _RECORDED = ("calibration_sequences", "relative_error", "peak_bytes", "stored", "masters")
-"""Keys of a layer's record."""
+"""Keys of a layer's record; with `experts.keep`, `experts` is another."""
 _ROWS = ("files", "stored", "masters")
 """Keys that hold rows of `describe_files`, in any record."""
 
@@ -64,6 +68,8 @@ def checkpoint_name(config: Config) -> str:
     dense, experts = config.shared_dense, config.experts
     parts = [Path(config.model.base).name, f"w{dense.weight_bits}a16"]
     parts.append("experts-4bit" if experts.sparsity == "none" else "experts-4bit-2of4-dense")
+    if experts.keep is not None:
+        parts.append(f"keep{experts.keep}")
     if dense.sparsity == "2:4":
         parts.append("2of4")
     return "-".join(parts)
@@ -77,6 +83,8 @@ def compress(stage: Stage) -> None:
     """
     inputs = _open_inputs(stage)
     base, stage.date = inputs.base, inputs.encoded.date
+    if stage.config.experts.keep is not None:
+        stage.log(f"warning: {fewer_experts.WARNING}")
     record_base(stage, base)
     reset_peaks()
     device = default_device()
@@ -101,7 +109,9 @@ def _open_inputs(stage: Stage) -> Inputs:
         if not (stage.dir / "work").exists():
             conversations.forget(stage.run_dir)
 
-    return open_inputs(stage.config, stage.run_dir, stage.log, forget_rows)
+    inputs = open_inputs(stage.config, stage.run_dir, stage.log, forget_rows)
+    check_model(stage.config)  # again, for a base that was downloaded just now
+    return inputs
 
 
 def record_base(stage: Stage, base: Checkpoint) -> None:
@@ -197,6 +207,7 @@ def _compress_layer(
     stored: dict[str, torch.Tensor] = {}
     if stage.config.experts.sparsity == "2:4":
         stored |= _drop_half_of_experts(tensors)
+    experts = {} if stage.config.experts.keep is None else _take_experts(tensors, stored)
     dtype, attention = compute_dtype(device), implementation(stage.config)
     layer = CalibratedLayer(architecture, index, tensors, device, dtype, attention)
     del tensors
@@ -209,6 +220,13 @@ def _compress_layer(
         stored |= made.stored
         record["relative_error"] = made.relative_error
         write_tensors(master_file, made.masters)
+    if stage.config.experts.keep is not None:
+        sums = layer.score_experts(states.states)
+        choice = fewer_experts.choose(sums, stage.config.experts.keep, index)
+        fewer_experts.tell(choice, index, stage.log)
+        layer.keep_experts(choice.kept)
+        stored |= choice.select(experts)
+        record["experts"] = choice.describe()
     if stored:
         write_tensors(dense_file, stored)
     record["stored"] = describe_finished(stage, dense_file.parent, [dense_file])
@@ -229,20 +247,31 @@ def _drop_half_of_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
     return stored
 
 
+def _take_experts(
+    tensors: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the layer's tensors with a row for each expert, in the form to be stored."""
+    packed = {f"{name.removesuffix('_kept')}_blocks" for name in stored if name.endswith("_kept")}
+    return stored | {
+        name: tensor
+        for name, tensor in tensors.items()
+        if has_expert_rows(name) and name not in packed
+    }
+
+
 def _complete(stage: Stage, inputs: Inputs) -> None:
     """Add upstream's unchanged tensors, index and config, and rename the result to `model`."""
     base, architecture, tokenizer, _ = inputs
     quantization = _quantization(stage.config)
     fmt = quantization.dense_format
-    dropped: set[str] = set()
-    for index in range(architecture.num_hidden_layers):
-        prefix = f"model.layers.{index}"
-        if fmt.is_sparse or fmt.is_quantized:
-            dropped |= {f"{prefix}.self_attn.{name}.weight" for name in PROJECTIONS}
-        if quantization.expert_sparsity == "2:4":
-            dropped |= {f"{prefix}.mlp.experts.{n}_proj_blocks" for n in ("gate_up", "down")}
-    partial = stage.dir / "model.partial"
-    derive(base, partial, dropped, sorted(partial.glob("dense-*")), quantization.to_dict())
+    partial, changed = stage.dir / "model.partial", _describe_experts(stage, base, architecture)
+    final = GptOssConfig.from_dict({**architecture.to_dict(), **changed})
+    wanted = stored_tensors(final, fmt, quantization.expert_sparsity)
+    dropped = set(base.tensors) - set(wanted)
+    if changed:  # other experts' rows, under the same names
+        dropped |= {name for name in base.tensors if has_expert_rows(name)}
+    added = sorted(partial.glob("dense-*"))
+    derive(base, partial, dropped, added, quantization.to_dict(), changed).check(wanted)
     settle_template(tokenizer, partial)
     _check_layers(stage, architecture.num_hidden_layers)
     rows = describe_finished(stage, partial, [partial])
@@ -250,12 +279,26 @@ def _complete(stage: Stage, inputs: Inputs) -> None:
     partial.rename(stage.dir / "model")
 
 
+def _describe_experts(stage: Stage, base: Checkpoint, architecture: GptOssConfig) -> dict[str, Any]:
+    """Return what config.json says otherwise than the base's if experts are dropped."""
+    if stage.config.experts.keep is None:
+        return {}
+    kept = [record["experts"]["kept"] for record in _read_records(stage)]
+    return describe_kept(base.config, architecture.num_local_experts, kept)
+
+
+def _read_records(stage: Stage) -> list[dict[str, Any]]:
+    """Return the records of all layers."""
+    keys = [*_RECORDED, *(["experts"] if stage.config.experts.keep is not None else [])]
+    paths = sorted((stage.dir / "work").glob("layer-*.json"))
+    return [_read_own(path, *keys) for path in paths]
+
+
 def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     """Fill the manifest from the files on disk and delete the states."""
     record_base(stage, base)  # the base must not have changed meanwhile
     point_to(stage.dir / checkpoint_name(stage.config), "model", stage.log)
-    paths = sorted((stage.dir / "work").glob("layer-*.json"))
-    records = [_read_own(path, *_RECORDED) for path in paths]
+    records = _read_records(stage)
     for record in records:
         check_finished(stage, stage.dir / "masters", record["masters"])
     for peaks in [read_peaks(), *(record["peak_bytes"] for record in records)]:
@@ -264,11 +307,13 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     stage.metrics |= {
         "name": checkpoint_name(stage.config),
         **measure(base, model, stage.dir / "masters"),
+        **fewer_experts.summarize(records, stage.config.experts.keep),
         "relative_error": [record["relative_error"] for record in records],
         "calibration_sequences": records[0]["calibration_sequences"],
         "peak_host_bytes": stage.peak_bytes["host"],
         "peak_device_bytes": {k: v for k, v in stage.peak_bytes.items() if k != "host"},
     }
+    stage.log(describe_sizes(stage.metrics))
     stage.inputs = [*base.inventory.paths, *conversations.prepare(stage.config, stage.run_dir)]
     stage.sources = conversations.find_sources(stage.config, stage.run_dir)
     stage.outputs = [model.directory, stage.dir / "masters"]

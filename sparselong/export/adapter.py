@@ -71,12 +71,12 @@ class AdapterFormat:
                 f"shared_dense.sparsity={dense.sparsity}",
                 _OTHERS,
             )
-        if experts.sparsity != "none":
+        if experts.sparsity != "none" or experts.keep is not None:
             raise ConfigError(
                 "--to adapter: this run trained on experts that stage 02 pruned, so that its "
                 "adapter does not fit the base",
-                "experts.sparsity=none",
-                f"experts.sparsity={experts.sparsity}",
+                "experts.sparsity=none experts.keep=null",
+                f"experts.sparsity={experts.sparsity} experts.keep={experts.keep or 'null'}",
                 _OTHERS,
             )
 

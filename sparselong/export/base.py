@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 def compare_with_base(stage: Stage, written: Checkpoint) -> dict[str, Any]:
     """Return metrics: counts of the tensors and names of those that differ from the base's.
 
-    Tensors under names that the base has not, such as decoded experts, are left out. Without the
-    base, `identical_to_base` and `differing_from_base` are None.
+    Tensors under names that the base has not, such as decoded experts, are left out. If experts
+    were dropped, those that are kept are compared, and their rows of the router. Without the base,
+    `identical_to_base` and `differing_from_base` are None.
 
     Args:
         stage: the part.
@@ -25,16 +26,28 @@ def compare_with_base(stage: Stage, written: Checkpoint) -> dict[str, Any]:
     Raises:
         StageError: a tensor differs that neither compression nor fine-tuning may have touched.
     """
-    from sparselong.checkpoint import Checkpoint, same_bytes
+    from sparselong.checkpoint import (
+        Checkpoint,
+        has_expert_rows,
+        is_kept_from,
+        read_kept,
+        same_bytes,
+    )
 
     metrics: dict[str, Any] = {"tensors": len(written.tensors)}
     folder = find_base(stage)
     if folder is None:
         stage.log(f"the base {stage.config.model.base} is not here: not compared with it")
         return {**metrics, "identical_to_base": None, "differing_from_base": None}
-    base = Checkpoint(folder)
+    base, kept = Checkpoint(folder), read_kept(written.config)
+
+    def is_same(name: str) -> bool:
+        if kept is not None and has_expert_rows(name):
+            return is_kept_from(written, base, name, kept)
+        return same_bytes(written, base, name)
+
     shared = [name for name in written.tensors if name in base.tensors]
-    differing = sorted(name for name in shared if not same_bytes(written, base, name))
+    differing = sorted(name for name in shared if not is_same(name))
     changed = [name for name in differing if not _may_differ(stage, name)]
     if changed:
         raise StageError(

@@ -182,7 +182,13 @@ def _parallel(config: Config, machine: Machine, plan: Plan) -> Row:
     if have < degree:
         fix = f"use a machine with {degree} GPUs, since a sequence stays on one machine"
         fewer = config.model_copy(update={"sequence_parallel_degree": max(1, have)})
-        given = (drop_experts(plan.shape, config), fewer, plan.card_bytes, "cuda", machine.host_available_bytes)
+        given = (
+            drop_experts(plan.shape, config),
+            fewer,
+            plan.card_bytes,
+            "cuda",
+            machine.host_available_bytes,
+        )
         if least_peak_bytes(*given) <= plan.card_bytes:
             fix += f", or set sequence_parallel_degree={max(1, have)}"
         return fail(

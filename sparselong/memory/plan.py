@@ -16,7 +16,7 @@ from sparselong.config import Config, describe_profile
 from sparselong.figures import format_bytes
 from sparselong.memory import evaluated, fit, placing, slicing, stages, storage, timing, training
 from sparselong.memory.labels import label
-from sparselong.memory.shape import ModelShape, drop_experts, find_shape
+from sparselong.memory.shape import ModelShape, describe_dropped, drop_experts, find_shape
 from sparselong.memory.storage import Held
 from sparselong.memory.training import Device, Memory
 from sparselong.memory.ways import (
@@ -316,8 +316,7 @@ def _row(path: Path | str, size: int, what: str) -> dict[str, Any]:
 def _files(
     config: Config, run_dir: Path, name: str, made: Plan
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    disk = made.disk
-    tiny = config.model.base == "tiny"
+    disk, tiny = made.disk, config.model.base == "tiny"
     base_path = run_dir / "base" if tiny else config.model.base
     base = _row(base_path, disk["base"], "base model")
     data = [
@@ -375,7 +374,8 @@ def _missing(made: Plan, peak_bytes: int, remedies: list[str]) -> list[str]:
 def _notes(config: Config, name: str, made: Plan) -> list[str]:
     notes = [
         f"Times are estimates for {made.rate.name}. In memory figures, weights are exact and "
-        "activations are estimates."
+        "activations are estimates.",
+        *describe_dropped(made.shape, config),
     ]
     if name in _SHOWS_TRAINING:
         notes += _memory_notes(made)

@@ -187,6 +187,17 @@ def drop_experts(shape: ModelShape, config: Config) -> ModelShape:
     return replace(shape, experts=config.experts.keep or shape.experts)
 
 
+def describe_dropped(shape: ModelShape, config: Config) -> list[str]:
+    """Return a plan's note on experts that are dropped; nothing if none are."""
+    keep = config.experts.keep
+    if keep is None:
+        return []
+    return [
+        f"Experimental: stage 02 keeps {keep} of the base's {shape.experts} experts in each layer; "
+        "stages 03 and 05 have these, 04 also measures the base."
+    ]
+
+
 def check_heads(config: Config, shape: ModelShape) -> None:
     """Raise if the model's KV heads cannot be gathered `heads_k_stride` at a time.
 

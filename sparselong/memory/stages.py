@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from sparselong.config import Config
 from sparselong.memory import exchange, storage
-from sparselong.memory.shape import ModelShape
+from sparselong.memory.shape import ModelShape, drop_experts
 from sparselong.memory.training import (
     BUFFER_BYTES,
     CONTEXT_BYTES,
@@ -60,10 +60,14 @@ def compress_host_memory(shape: ModelShape, config: Config, device: Device) -> d
     """Return bytes of stage 02 in host memory by component.
 
     They are the layer being read, and the hidden states of the calibration tokens before the layer,
-    after it, and a third time while being saved.
+    after it, and a third time while being saved. Experts that are kept by themselves are there a
+    second time, and a third while being written.
     """
+    read = layer_bytes(shape)
+    if config.experts.keep is not None:
+        read += 2 * layer_bytes(drop_experts(shape, config))
     return {
-        "layer_read": layer_bytes(shape),
+        "layer_read": read,
         "hidden_states": 3 * state_bytes(shape, config, device),
     }
 

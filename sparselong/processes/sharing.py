@@ -232,9 +232,7 @@ def _hold_on_cpu(config: Config) -> Held:
     return Held(1 if asked == "auto" else asked, placement)
 
 
-def _fit_evaluation(
-    shape: ModelShape, config: Config, place: _Places, budget_bytes: int
-) -> Held:
+def _fit_evaluation(shape: ModelShape, config: Config, place: _Places, budget_bytes: int) -> Held:
     """Return the planner's choice for stage 04; raise StageError if it does not fit."""
     held = decide_evaluation_held(shape, config, place.here, budget_bytes, "cuda", place.host_bytes)
     peak = sum(evaluation_memory(shape, config, "cuda", held).values())
