@@ -32,14 +32,17 @@ def describe_kept(document: Mapping[str, Any], experts: int, kept: list[str]) ->
     return {**given, DROPPED_EXPERTS: {"base": experts, "kept": kept}}
 
 
-def read_kept(document: Mapping[str, Any]) -> list[list[int]] | None:
-    """Return the base's experts that each layer has; None if it has all of them.
+def read_kept(model: Checkpoint, base: Checkpoint) -> list[list[int]] | None:
+    """Return the base's experts that each layer of a model has; None if it has all of them.
 
     Args:
-        document: a config.json that stage 02 wrote, or an export of it.
+        model: a model of stage 02 or 03, or an export of it.
+        base: its base, from which an earlier run may have dropped experts.
     """
-    found = document.get(DROPPED_EXPERTS)
-    return None if found is None else [read_ranges(text) for text in found["kept"]]
+    found = model.config.get(DROPPED_EXPERTS)
+    if found is None or found == base.config.get(DROPPED_EXPERTS):
+        return None
+    return [read_ranges(text) for text in found["kept"]]
 
 
 def has_expert_rows(name: str) -> bool:

@@ -130,7 +130,7 @@ def choose(sums: torch.Tensor, keep: int, layer: int) -> Choice:
         raise StageError(
             f"scoring the experts of layer {layer} failed",
             "finite outputs of all experts",
-            f"NaN or infinity in those of {int((~torch.isfinite(sums[2])).sum())} experts",
+            f"NaN or infinity in those of {int((~torch.isfinite(sums)).any(0).sum())} experts",
             "check the base checkpoint; raise calibration.dampening if it is intact",
         )
     tokens, weights, norms = sums.tolist()

@@ -129,7 +129,7 @@ def experts_bit_exact(base: Checkpoint, model: Checkpoint) -> bool:
     names = [name for name in base.tensors if ".mlp.experts." in name]
     if any(name not in model.tensors for name in names):
         return False
-    kept = read_kept(model.config)
+    kept = read_kept(model, base)
     if kept is None:
         return all(same_bytes(base, model, name) for name in names)
     return all(is_kept_from(model, base, name, kept) for name in names)

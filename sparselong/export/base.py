@@ -39,7 +39,8 @@ def compare_with_base(stage: Stage, written: Checkpoint) -> dict[str, Any]:
     if folder is None:
         stage.log(f"the base {stage.config.model.base} is not here: not compared with it")
         return {**metrics, "identical_to_base": None, "differing_from_base": None}
-    base, kept = Checkpoint(folder), read_kept(written.config)
+    base = Checkpoint(folder)
+    kept = read_kept(written, base)
 
     def is_same(name: str) -> bool:
         if kept is not None and has_expert_rows(name):
