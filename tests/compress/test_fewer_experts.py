@@ -9,7 +9,7 @@ from sparselong.compress import fewer_experts
 from sparselong.compress.fewer_experts import choose
 from sparselong.compress.layer import CalibratedLayer
 from sparselong.errors import StageError
-from sparselong.kernels.experts import ALPHA, LIMIT
+from sparselong.kernels.experts import ALPHA, LIMIT, op
 from sparselong.packing import mxfp4
 from tests.compress.conftest import draw
 
@@ -58,10 +58,17 @@ def define_sums(
 def test_sums_are_those_of_the_definition(untrained_base, monkeypatch, at_once):
     """In chunks of uneven length and in one, on the rows that the layer's experts get."""
     monkeypatch.setattr(fewer_experts, "_TOKENS_AT_ONCE", at_once)
+    given: list[int] = []
+
+    def expert_mlp(x, *rest, **more):
+        given.append(len(x))
+        return op.expert_mlp(x, *rest, **more)
+
+    monkeypatch.setattr(fewer_experts, "expert_mlp", expert_mlp)
     layer, tensors = open_layer(untrained_base)
     states, rows = 0.5 * draw(3, 40, 128, seed=11), []
     experts = layer.layer.mlp.experts
-    handle = experts.register_forward_pre_hook(lambda _, given: rows.append(given[0]))
+    handle = experts.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0]))
     out = layer.run(states)
     handle.remove()
     sums = layer.score_experts(states)
@@ -72,6 +79,7 @@ def test_sums_are_those_of_the_definition(untrained_base, monkeypatch, at_once):
         (tensors["mlp.router.weight"], tensors["mlp.router.bias"]),
         {name.removeprefix(stem): t for name, t in tensors.items() if name.startswith(stem)},
     )
+    assert max(given) <= at_once * TOP_K and sum(given) == 120 * TOP_K
     assert sums.dtype == torch.float64 and torch.equal(sums[0], wanted[0])
     assert sums[0].sum() == 120 * TOP_K and len(set(wanted[0].tolist())) > 3
     torch.testing.assert_close(sums[1:], wanted[1:], rtol=1e-5, atol=0)
