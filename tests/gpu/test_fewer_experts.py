@@ -1,6 +1,5 @@
-"""Scores of experts on a GPU: those of the CPU in fp32, the same in every run, in bounded memory."""
+"""Scores of experts on a GPU: those of the CPU in fp32, repeatable, in bounded memory."""
 
-import pytest
 import torch
 from transformers import GptOssConfig
 
@@ -43,20 +42,15 @@ def score(experts: PackedExperts, call: tuple[torch.Tensor, ...]) -> torch.Tenso
     return scorer.sums
 
 
-@pytest.fixture(scope="module")
-def on_cpu() -> PackedExperts:
-    return make_experts()
-
-
-def test_scores_are_those_of_the_cpu_and_repeat(on_cpu):
+def test_scores_are_those_of_the_cpu_and_repeat():
     x, indices, weights = draw_call(300)
-    wanted = score(on_cpu, (x.float(), indices, weights.float()))
+    wanted = score(make_experts().float(), (x.float(), indices, weights.float()))
     on_gpu = make_experts().cuda()
     call = tuple(tensor.cuda() for tensor in (x, indices, weights))
     found = score(on_gpu, call)
     assert found.device.type == "cpu" and torch.equal(found, score(on_gpu, call))
     assert torch.equal(found[:2], wanted[:2]) and found[0, 5] == 0
-    torch.testing.assert_close(found[2], wanted[2], rtol=5e-3, atol=0)
+    torch.testing.assert_close(found[2], wanted[2], rtol=1e-3, atol=0)
 
 
 def test_memory_does_not_grow_with_the_number_of_tokens():
@@ -68,7 +62,7 @@ def test_memory_does_not_grow_with_the_number_of_tokens():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         score(on_gpu, call)
-        peaks.append(torch.cuda.max_memory_allocated() - before - call[0].nbytes)  # zeros returned
+        peaks.append(torch.cuda.max_memory_allocated() - before)
     shape = PUBLISHED["openai/gpt-oss-20b"]
     assert peaks[1] < 1.1 * peaks[0]
     copies = 4096 * TOP_K
