@@ -71,7 +71,7 @@ class Scorer(nn.Module):
         single = indices.reshape(-1, 1)
         each = torch.ones_like(single, dtype=weights.dtype)
         rows = self._operation(x.repeat_interleave(indices.shape[1], 0), single, each)
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double().cpu()
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu()
         chosen, weighed = single.flatten().cpu(), weights.flatten().double().cpu()
         for sums, values in zip(
             self.sums, (torch.ones_like(norms), weighed, weighed * norms), strict=True
@@ -98,11 +98,18 @@ class Choice(NamedTuple):
         """Number of experts that no calibration token was routed to."""
         return self.scores.count(None)
 
-    def select(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the kept experts' rows of those of a layer's tensors that have one per expert."""
-        return {
-            name: tensor[self.kept] for name, tensor in tensors.items() if has_expert_rows(name)
-        }
+    def select(
+        self, left: Mapping[str, torch.Tensor], packed: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return the kept experts' tensors to store.
+
+        Args:
+            left: what `CalibratedLayer.keep_experts` returns.
+            packed: tensors to store instead of some of these, with rows of all experts: 2:4 forms.
+        """
+        rows = {n: tensor[self.kept] for n, tensor in packed.items() if has_expert_rows(n)}
+        stems = {name.removesuffix("_kept") for name in rows}
+        return rows | {n: t for n, t in left.items() if n.removesuffix("_blocks") not in stems}
 
     def describe(self) -> dict[str, Any]:
         """Return the choice as compact JSON: scores, in the experts' order, as text."""

@@ -141,8 +141,12 @@ class CalibratedLayer:
             self.layer.mlp._modules["experts"] = experts
         return scorer.sums
 
-    def keep_experts(self, kept: list[int]) -> None:
-        """Drop all experts but these, and their rows of the router."""
+    def keep_experts(self, kept: list[int]) -> dict[str, torch.Tensor]:
+        """Drop all experts but these, and their rows of the router.
+
+        Returns:
+            What is left of both, on the CPU in the base's dtypes, by full name.
+        """
         mlp, rows = self.layer.mlp, torch.tensor(kept, device=self.device)
         single = GptOssConfig.from_dict(self.model.config.to_dict())
         single.num_local_experts = len(kept)
@@ -154,6 +158,12 @@ class CalibratedLayer:
         for name, parameter in mlp.router.named_parameters():
             setattr(mlp.router, name, nn.Parameter(parameter[rows], requires_grad=False))
         mlp.router.num_experts = len(kept)
+        return {
+            f"model.layers.{self.index}.mlp.{name}": tensor.cpu().to(
+                torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+            )
+            for name, tensor in mlp.state_dict().items()
+        }
 
     def compress(
         self,

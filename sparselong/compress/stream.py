@@ -26,9 +26,9 @@ from sparselong.checkpoint import (
     check_recorded,
     derive,
     describe_kept,
-    has_expert_rows,
     layer_tensors,
     pack_two_four_experts,
+    read_header,
     stored_tensors,
     unpack_two_four_experts,
     write_tensors,
@@ -207,7 +207,6 @@ def _compress_layer(
     stored: dict[str, torch.Tensor] = {}
     if stage.config.experts.sparsity == "2:4":
         stored |= _drop_half_of_experts(tensors)
-    experts = {} if stage.config.experts.keep is None else _take_experts(tensors, stored)
     dtype, attention = compute_dtype(device), implementation(stage.config)
     layer = CalibratedLayer(architecture, index, tensors, device, dtype, attention)
     del tensors
@@ -224,8 +223,7 @@ def _compress_layer(
         sums = layer.score_experts(states.states)
         choice = fewer_experts.choose(sums, stage.config.experts.keep, index)
         fewer_experts.tell(choice, index, stage.log)
-        layer.keep_experts(choice.kept)
-        stored |= choice.select(experts)
+        stored |= choice.select(layer.keep_experts(choice.kept), stored)
         record["experts"] = choice.describe()
     if stored:
         write_tensors(dense_file, stored)
@@ -247,18 +245,6 @@ def _drop_half_of_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
     return stored
 
 
-def _take_experts(
-    tensors: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return the layer's tensors with a row for each expert, in the form to be stored."""
-    packed = {f"{name.removesuffix('_kept')}_blocks" for name in stored if name.endswith("_kept")}
-    return stored | {
-        name: tensor
-        for name, tensor in tensors.items()
-        if has_expert_rows(name) and name not in packed
-    }
-
-
 def _complete(stage: Stage, inputs: Inputs) -> None:
     """Add upstream's unchanged tensors, index and config, and rename the result to `model`."""
     base, architecture, tokenizer, _ = inputs
@@ -268,9 +254,8 @@ def _complete(stage: Stage, inputs: Inputs) -> None:
     final = GptOssConfig.from_dict({**architecture.to_dict(), **changed})
     wanted = stored_tensors(final, fmt, quantization.expert_sparsity)
     dropped = set(base.tensors) - set(wanted)
-    if changed:  # other experts' rows, under the same names
-        dropped |= {name for name in base.tensors if has_expert_rows(name)}
     added = sorted(partial.glob("dense-*"))
+    dropped |= {name for path in added for name in read_header(path)}  # with the same names
     derive(base, partial, dropped, added, quantization.to_dict(), changed).check(wanted)
     settle_template(tokenizer, partial)
     _check_layers(stage, architecture.num_hidden_layers)

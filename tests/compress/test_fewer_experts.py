@@ -93,13 +93,12 @@ def test_the_layer_without_experts_routes_to_those_that_are_left(untrained_base)
         layer.layer.mlp.router.bias[[1, 4, 6]] = -1e30
     wanted = layer.run(states)
     fewer, _ = open_layer(untrained_base)
-    fewer.keep_experts(kept)
+    left = fewer.keep_experts(kept)
     torch.testing.assert_close(fewer.run(states), wanted, rtol=1e-5, atol=1e-6)
-    found = fewer.layer.mlp.experts.state_dict()
-    assert found and all(
-        torch.equal(found[name], tensors[f"mlp.experts.{name}"][kept].to(found[name].dtype))
-        for name in found
-    )
+    assert left.keys() == {f"model.layers.1.{n}" for n in tensors if n.startswith("mlp.")}
+    for name, tensor in left.items():
+        of_all = tensors[name.removeprefix("model.layers.1.")]
+        assert tensor.dtype == of_all.dtype and torch.equal(tensor, of_all[kept]), name
     assert fewer.layer.mlp.router.num_experts == fewer.layer.mlp.experts.num_experts == 5
 
 
