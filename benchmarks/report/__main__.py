@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 from benchmarks.report import (
     attention,
     chat,
+    compress_rate,
     context_parallel,
     expert_gemm,
     export,
@@ -43,6 +44,7 @@ SECTIONS = (
     context_parallel,
     fit_120b,
     true_widths,
+    compress_rate,
     attention,
     expert_gemm,
     generation,

@@ -7,7 +7,7 @@ stage 02 stores (checkpoint/layout.py), which the stage compares with its files.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +19,10 @@ from sparselong.checkpoint import (
     Checkpoint,
     Shapes,
     count_bytes,
-    is_kept_from,
     master_tensors,
     model_tensors,
     read_header,
-    read_kept,
-    same_bytes,
+    same_base_bytes,
     stored_tensors,
 )
 from sparselong.figures import format_bytes
@@ -127,12 +125,7 @@ def _linked_bytes(checkpoint: Checkpoint) -> int:
 def experts_bit_exact(base: Checkpoint, model: Checkpoint) -> bool:
     """Return whether the model's experts are the base's, or those that it keeps, byte for byte."""
     names = [name for name in base.tensors if ".mlp.experts." in name]
-    if any(name not in model.tensors for name in names):
-        return False
-    kept = read_kept(model, base)
-    if kept is None:
-        return all(same_bytes(base, model, name) for name in names)
-    return all(is_kept_from(model, base, name, kept) for name in names)
+    return all(name in model.tensors and same_base_bytes(model, base, name) for name in names)
 
 
 def masters_match(model: Checkpoint, masters: Path, fmt: DenseFormat) -> bool:
@@ -169,3 +162,21 @@ def measure(base: Checkpoint, model: Checkpoint, masters: Path) -> dict[str, Any
     if fmt.is_packed:
         figures["masters_match"] = masters_match(model, masters, fmt)
     return figures
+
+
+def add_seconds(records: Iterable[Mapping[str, Any]], base_hash: float) -> dict[str, float]:
+    """Return seconds by part of the work, of all layers.
+
+    The computation takes the sum of `load`, `calibrate`, `solve`, `pack`, `score` (of experts, if
+    some are dropped), `forward` and `wait` (for the layer before to be written); `read`, `write`
+    and `hash` run beside it.
+
+    Args:
+        records: the layers' records.
+        base_hash: seconds of hashing the base's files, a part of `hash`.
+    """
+    total = {"hash": base_hash}
+    for record in records:
+        for part, seconds in record["seconds"].items():
+            total[part] = total.get(part, 0.0) + seconds
+    return {part: round(seconds, 3) for part, seconds in total.items()}

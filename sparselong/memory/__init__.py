@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         least_peak_bytes,
         suggest_changes,
     )
-    from sparselong.memory.limits import check_model
+    from sparselong.memory.limits import check_layers, check_model
     from sparselong.memory.placing import (
         MARGIN,
         decide_evaluation_held,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         find_shape,
     )
     from sparselong.memory.slicing import rows_at_once
-    from sparselong.memory.stages import evaluation_memory
+    from sparselong.memory.stages import compress_batch_tokens, evaluation_memory
     from sparselong.memory.storage import Held, adapter_bytes, base_groups, compressed_groups
     from sparselong.memory.table import WIDTH, cost_lines, format_table, memory_lines, show_plan
     from sparselong.memory.timing import find_rate

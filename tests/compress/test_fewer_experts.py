@@ -1,13 +1,17 @@
 """Which experts are kept: scores against their definition in fp64, ranks, chunks, bad sums."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from sparselong.checkpoint import Checkpoint, layer_tensors, open_upstream, show_ranges
 from sparselong.checkpoint.kept_experts import read_ranges
 from sparselong.compress import fewer_experts
+from sparselong.compress.calibration import HiddenStates
 from sparselong.compress.fewer_experts import choose
 from sparselong.compress.layer import CalibratedLayer
+from sparselong.compress.work import Spread
 from sparselong.errors import StageError
 from sparselong.kernels.experts import ALPHA, LIMIT, op
 from sparselong.packing import mxfp4
@@ -24,6 +28,20 @@ def open_layer(base) -> tuple[CalibratedLayer, dict[str, torch.Tensor]]:
     tensors = checkpoint.read(layer_tensors(architecture, 1))
     layer = CalibratedLayer(architecture, 1, tensors, CPU, torch.float32, "eager")
     return layer, {name.removeprefix("model.layers.1."): one for name, one in tensors.items()}
+
+
+def hold(states: torch.Tensor) -> HiddenStates:
+    """States before a layer, in batches of two sequences."""
+    shape = (len(states), states.shape[1], states.shape[2])
+    held = HiddenStates(Path("unused"), shape, torch.float32, CPU, 2 * shape[1], Spread())
+    held.states.copy_(states)
+    return held
+
+
+def run_layer(layer: CalibratedLayer, states: torch.Tensor) -> torch.Tensor:
+    held = hold(states)
+    layer.run(held)
+    return held.states
 
 
 def define_sums(
@@ -69,10 +87,10 @@ def test_sums_are_those_of_the_definition(untrained_base, monkeypatch, at_once):
     states, rows = 0.5 * draw(3, 40, 128, seed=11), []
     experts = layer.layer.mlp.experts
     handle = experts.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0]))
-    out = layer.run(states)
+    out = run_layer(layer, states)
     handle.remove()
-    sums = layer.score_experts(states)
-    assert layer.layer.mlp.experts is experts and torch.equal(layer.run(states), out)
+    sums = layer.score_experts(hold(states), Spread())
+    assert layer.layer.mlp.experts is experts and torch.equal(run_layer(layer, states), out)
     stem = "mlp.experts."
     wanted = define_sums(
         torch.cat(rows),
@@ -91,10 +109,10 @@ def test_the_layer_without_experts_routes_to_those_that_are_left(untrained_base)
     states, kept = 0.5 * draw(2, 40, 128, seed=12), [0, 2, 3, 5, 7]
     with torch.no_grad():
         layer.layer.mlp.router.bias[[1, 4, 6]] = -1e30
-    wanted = layer.run(states)
+    wanted = run_layer(layer, states)
     fewer, _ = open_layer(untrained_base)
     left = fewer.keep_experts(kept)
-    torch.testing.assert_close(fewer.run(states), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run_layer(fewer, states), wanted, rtol=1e-5, atol=1e-6)
     assert left.keys() == {f"model.layers.1.{n}" for n in tensors if n.startswith("mlp.")}
     for name, tensor in left.items():
         of_all = tensors[name.removeprefix("model.layers.1.")]

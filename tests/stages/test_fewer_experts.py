@@ -14,7 +14,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from sparselong.adapters.attach import tuned_layers
 from sparselong.checkpoint import Checkpoint, pack_two_four_experts
 from sparselong.checkpoint.kept_experts import read_kept
-from sparselong.compress import report, stream
+from sparselong.compress import report
+from sparselong.compress.calibration import HiddenStates
 from sparselong.config import load
 from sparselong.errors import StageError
 from sparselong.export.mxfp4 import Mxfp4Format
@@ -44,13 +45,13 @@ def kept_run(tmp_path_factory, arguments) -> tuple[Path, torch.Tensor]:
     """A finished stage 02, and the hidden states that it computed last."""
     run_dir, states = tmp_path_factory.mktemp("kept") / "run", []
     with pytest.MonkeyPatch.context() as patch:
-        save = stream.HiddenStates.save
+        save = HiddenStates.save
 
-        def note(self, layers_done):
+        def note(self, seconds):
             states[:] = [self.states]
-            save(self, layers_done)
+            save(self, seconds)
 
-        patch.setattr(stream.HiddenStates, "save", note)
+        patch.setattr(HiddenStates, "save", note)
         assert run(run_dir, arguments) == 0
     return run_dir, states[0]
 
@@ -222,16 +223,16 @@ def test_an_export_with_other_rows_than_the_bases_is_refused(
 
 def test_an_interrupted_run_gives_the_same_bytes(kept_run, arguments, tmp_path, monkeypatch):
     """Interrupted after the second layer's files were written, before its states were."""
-    save, calls = stream.HiddenStates.save, []
+    commit, calls = HiddenStates.commit, []
 
-    def stop(self, layers_done):
-        calls.append(layers_done)
+    def stop(self):
+        calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        save(self, layers_done)
+        commit(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream.HiddenStates, "save", stop)
+        patch.setattr(HiddenStates, "commit", stop)
         assert run(tmp_path / "run", arguments) == 1
     assert run(tmp_path / "run", arguments) == 0
     assert_same_result(tmp_path / "run", kept_run[0])
