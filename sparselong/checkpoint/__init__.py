@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from sparselong.checkpoint.kept_experts import (
         describe_kept,
         has_expert_rows,
-        is_kept_from,
         read_kept,
+        same_base_bytes,
         show_ranges,
     )
     from sparselong.checkpoint.layout import (

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sparselong.checkpoint.checkpoint import Checkpoint, same_rows
+from sparselong.checkpoint.checkpoint import Checkpoint, same_bytes, same_rows
 from sparselong.memory import DROPPED_EXPERTS
 
 _EXPERTS = ".mlp.experts."
@@ -50,15 +50,11 @@ def has_expert_rows(name: str) -> bool:
     return any(part in name for part in _PARTS)
 
 
-def is_kept_from(model: Checkpoint, base: Checkpoint, name: str, kept: list[list[int]]) -> bool:
-    """Return whether the rows of a tensor of `has_expert_rows` are those of the base, bit for bit.
-
-    Args:
-        model: a checkpoint that has some of the experts.
-        base: the base, with all of them.
-        name: the tensor.
-        kept: result of `read_kept`.
-    """
+def same_base_bytes(model: Checkpoint, base: Checkpoint, name: str) -> bool:
+    """Return whether a tensor's stored bytes are the base's, of the experts that the model has."""
+    kept = read_kept(model, base) if has_expert_rows(name) else None
+    if kept is None:
+        return same_bytes(model, base, name)
     return same_rows(model, base, name, kept[int(name.split(".")[2])])
 
 

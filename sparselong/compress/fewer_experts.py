@@ -9,8 +9,9 @@ kept.
 The norm needs each expert's output before it is weighted. The experts' own operation gives that for
 routed tokens that are passed as tokens of their own, each with one expert and the weight 1: the
 same products as in the layer, none of them twice. Tokens are taken a few thousand at a time, so
-memory does not grow with their number, and sums are in fp64 on the CPU, in the tokens' order: the
-same in every run.
+memory does not grow with their number. Each token's product is rounded to fp32, and they are summed
+in fp64: that is exact unless one is 2^29 times smaller than the sum, so scores depend neither on
+the order of the tokens nor on how they are divided.
 
 The layer runs with its attention already compressed. The router loses the rows of the dropped
 experts, so the tokens that they had are routed to others; later layers are compressed on what comes
@@ -73,10 +74,10 @@ class Scorer(nn.Module):
         rows = self._operation(x.repeat_interleave(indices.shape[1], 0), single, each)
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu()
         chosen, weighed = single.flatten().cpu(), weights.flatten().double().cpu()
+        products = (weighed * norms).float().double()
         for sums, values in zip(
-            self.sums, (torch.ones_like(norms), weighed, weighed * norms), strict=True
+            self.sums, (torch.ones_like(norms), weighed, products), strict=True
         ):
-            # On the CPU in order, so that the rounding is the same in every run.
             sums += torch.bincount(chosen, values, len(sums))
 
 

@@ -19,12 +19,10 @@ from sparselong.checkpoint import (
     Checkpoint,
     Shapes,
     count_bytes,
-    is_kept_from,
     master_tensors,
     model_tensors,
     read_header,
-    read_kept,
-    same_bytes,
+    same_base_bytes,
     stored_tensors,
 )
 from sparselong.figures import format_bytes
@@ -127,12 +125,7 @@ def _linked_bytes(checkpoint: Checkpoint) -> int:
 def experts_bit_exact(base: Checkpoint, model: Checkpoint) -> bool:
     """Return whether the model's experts are the base's, or those that it keeps, byte for byte."""
     names = [name for name in base.tensors if ".mlp.experts." in name]
-    if any(name not in model.tensors for name in names):
-        return False
-    kept = read_kept(model, base)
-    if kept is None:
-        return all(same_bytes(base, model, name) for name in names)
-    return all(is_kept_from(model, base, name, kept) for name in names)
+    return all(name in model.tensors and same_base_bytes(model, base, name) for name in names)
 
 
 def masters_match(model: Checkpoint, masters: Path, fmt: DenseFormat) -> bool:

@@ -26,13 +26,7 @@ def compare_with_base(stage: Stage, written: Checkpoint) -> dict[str, Any]:
     Raises:
         StageError: a tensor differs that neither compression nor fine-tuning may have touched.
     """
-    from sparselong.checkpoint import (
-        Checkpoint,
-        has_expert_rows,
-        is_kept_from,
-        read_kept,
-        same_bytes,
-    )
+    from sparselong.checkpoint import Checkpoint, same_base_bytes
 
     metrics: dict[str, Any] = {"tensors": len(written.tensors)}
     folder = find_base(stage)
@@ -40,15 +34,8 @@ def compare_with_base(stage: Stage, written: Checkpoint) -> dict[str, Any]:
         stage.log(f"the base {stage.config.model.base} is not here: not compared with it")
         return {**metrics, "identical_to_base": None, "differing_from_base": None}
     base = Checkpoint(folder)
-    kept = read_kept(written, base)
-
-    def is_same(name: str) -> bool:
-        if kept is not None and has_expert_rows(name):
-            return is_kept_from(written, base, name, kept)
-        return same_bytes(written, base, name)
-
     shared = [name for name in written.tensors if name in base.tensors]
-    differing = sorted(name for name in shared if not is_same(name))
+    differing = sorted(name for name in shared if not same_base_bytes(written, base, name))
     changed = [name for name in differing if not _may_differ(stage, name)]
     if changed:
         raise StageError(
