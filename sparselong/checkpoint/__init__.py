@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from sparselong.checkpoint.kept_experts import (
         describe_kept,
         has_expert_rows,
-        read_kept,
         same_base_bytes,
         show_ranges,
     )
