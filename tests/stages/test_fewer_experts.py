@@ -18,6 +18,7 @@ from sparselong.compress import report
 from sparselong.compress.calibration import HiddenStates
 from sparselong.config import load
 from sparselong.errors import StageError
+from sparselong.export.hub import card
 from sparselong.export.mxfp4 import Mxfp4Format
 from sparselong.memory import compressed_groups, make_plan
 from sparselong.memory.shape import drop_experts, tiny_shape
@@ -306,3 +307,13 @@ def test_the_adapter_is_no_change_of_the_base(trained, capsys):
     assert export(plain, "--to", "adapter") == 2
     shown = capsys.readouterr().err
     assert "does not fit the base" in shown and "experts.keep=5" in shown
+
+
+def test_the_model_card_says_what_was_dropped(trained):
+    config = load(trained.arguments[1], trained.arguments[2:])
+    stage = Stage("05_export", config, trained.run_dir, part="hub", options={"from": "finetuned"})
+    names = ("02_compress", "03_finetune")
+    stage.manifests = {name: read_manifest(trained.run_dir, name) or {} for name in names}
+    text = card._describe_method(stage, {})
+    assert "Experimental: each layer has 5 of the base's 8 experts" in text
+    assert "masters" not in text and "experts 4.3" in text
