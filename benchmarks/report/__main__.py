@@ -1,6 +1,6 @@
 """Generate BENCHMARKS.md and its plots: `python -m benchmarks.report`.
 
-All figures come from benchmarks/results/*.json and benchmarks/promises.json. If a subject was
+Measured figures come from benchmarks/results/*.json and benchmarks/promises.json. If a subject was
 measured several times on one machine, the newest file is used. Each subject's section is written by
 the module of the same name in this folder.
 """
@@ -25,6 +25,7 @@ from benchmarks.report import (
     memory,
     neighbours,
     promises,
+    sizes,
     train_step,
     true_widths,
 )
@@ -37,6 +38,7 @@ command, the machine and the package versions behind every figure. Do not edit e
 """
 SECTIONS = (
     promises,
+    sizes,
     train_step,
     memory,
     context_parallel,

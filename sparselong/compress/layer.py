@@ -5,9 +5,10 @@ rotary embedding are transformers' too. Its input states come from the compresse
 
     norm        →  one Hessian for q, k and v, which read the same inputs; they are compressed
     attention   →  o's Hessian, on the inputs that the compressed q, k and v produce
+    experts     →  their scores, if some are dropped (fewer_experts.py)
     whole layer →  the output states, computed from the stored weights
 
-The experts run in the last of these passes alone.
+The experts run in the last two of these passes alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 from sparselong.checkpoint import pack_two_four_experts, unpack_two_four_experts
 from sparselong.compress.background import Seconds
 from sparselong.compress.calibration import HiddenStates
+from sparselong.compress.fewer_experts import Scorer
 from sparselong.compress.hessian import Hessian
 from sparselong.compress.solver import Compressed, compress_weight, empty
 from sparselong.compress.work import Spread
@@ -164,6 +166,43 @@ class CalibratedLayer:
         finally:
             handle.remove()
             self.layer.mlp = mlp
+
+    @torch.no_grad()
+    def score_experts(self, states: HiddenStates, spread: Spread) -> torch.Tensor:
+        """Return `Scorer.sums` of the layer's experts over all processes' states."""
+        experts = cast(PackedExperts, self.layer.mlp.experts)
+        scorer = Scorer(experts)
+        self.layer.mlp._modules["experts"] = scorer
+        try:
+            for _, batch in states.batches():
+                self._forward(batch)
+        finally:
+            self.layer.mlp._modules["experts"] = experts
+        return spread.add(scorer.sums, "scores of experts")
+
+    def keep_experts(self, kept: list[int]) -> dict[str, torch.Tensor]:
+        """Drop all experts but these, and their rows of the router.
+
+        Returns:
+            What is left of both, on the CPU in the base's dtypes, by full name.
+        """
+        mlp, rows = self.layer.mlp, torch.tensor(kept, device=self.device)
+        single = GptOssConfig.from_dict(self.model.config.to_dict())
+        single.num_local_experts = len(kept)
+        with torch.device("meta"):
+            experts = PackedExperts(single)
+        state = {name: tensor[rows] for name, tensor in mlp.experts.state_dict().items()}
+        experts.load_state_dict(state, assign=True)
+        mlp._modules["experts"] = experts.requires_grad_(False).eval()
+        for name, parameter in mlp.router.named_parameters():
+            setattr(mlp.router, name, nn.Parameter(parameter[rows], requires_grad=False))
+        mlp.router.num_experts = len(kept)
+        return {
+            f"model.layers.{self.index}.mlp.{name}": tensor.cpu().to(
+                torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+            )
+            for name, tensor in mlp.state_dict().items()
+        }
 
     def compress(
         self,

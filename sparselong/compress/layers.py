@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from sparselong.checkpoint import write_tensors
+from sparselong.compress import fewer_experts
 from sparselong.compress.background import Background, Seconds
 from sparselong.compress.calibration import STATES, HiddenStates
 from sparselong.compress.finished import read_own
@@ -42,7 +43,7 @@ DENSE_FILE = "dense-{:05d}.safetensors"
 MASTER_FILE = "layer-{:05d}.safetensors"
 LAYER_RECORD = "layer-{:05d}.json"
 RECORDED = ("calibration_sequences", "relative_error", "peak_bytes", "stored", "masters", "seconds")
-"""Keys of a layer's record."""
+"""Keys of a layer's record; with `experts.keep`, `experts` is another."""
 
 
 def quantization(config: Config) -> SparseLongConfig:
@@ -191,6 +192,8 @@ class LayerStream:
             made.stored |= found.stored
             made.masters |= found.masters
             made.record["relative_error"] = found.relative_error
+        if self._work.config.experts.keep is not None:
+            self._drop_experts(made, layer, self._work.config.experts.keep)
         with made.seconds.measuring("forward"):
             layer.run(self._states)
         with made.seconds.measuring("wait"):
@@ -229,6 +232,15 @@ class LayerStream:
             with made.seconds.measuring("pack"):
                 made.stored |= layer.prune_experts()
         return made, layer
+
+    def _drop_experts(self, made: _Made, layer: CalibratedLayer, keep: int) -> None:
+        """Keep the experts with the highest scores over all processes' states."""
+        with made.seconds.measuring("score"):
+            sums = layer.score_experts(self._states, self._work.spread)
+            choice = fewer_experts.choose(sums, keep, made.index)
+            made.stored |= choice.select(layer.keep_experts(choice.kept), made.stored)
+        made.record["experts"] = choice.describe()
+        fewer_experts.tell(choice, made.index, self._work.tell)
 
     def _write(self, made: _Made) -> None:
         """Write a layer's files and this process's states after it; run in a thread."""

@@ -15,18 +15,29 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from sparselong.checkpoint import PROJECTIONS, Checkpoint, check_recorded, derive
+from transformers import GptOssConfig
+
+from sparselong.checkpoint import (
+    Checkpoint,
+    check_recorded,
+    derive,
+    describe_kept,
+    read_header,
+    stored_tensors,
+)
+from sparselong.compress import fewer_experts
 from sparselong.compress.calibration import STATES, calibration_tokens
 from sparselong.compress.finished import check_finished, describe_finished, read_own
 from sparselong.compress.layers import LAYER_RECORD, RECORDED, compress_layers, quantization
 from sparselong.compress.reading import BASE_RECORD
-from sparselong.compress.report import add_seconds, measure
+from sparselong.compress.report import add_seconds, describe_sizes, measure
 from sparselong.compress.work import RANKS, TOKENS, Spread, Work, compress_together
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.files import point_to, write_atomically
-from sparselong.memory import check_layers
+from sparselong.memory import check_layers, check_model
 from sparselong.model import settle_template
 from sparselong.processes import is_joined
 from sparselong.provenance import read_peaks, reset_peaks
@@ -45,6 +56,8 @@ def checkpoint_name(config: Config) -> str:
     dense, experts = config.shared_dense, config.experts
     parts = [Path(config.model.base).name, f"w{dense.weight_bits}a16"]
     parts.append("experts-4bit" if experts.sparsity == "none" else "experts-4bit-2of4-dense")
+    if experts.keep is not None:
+        parts.append(f"keep{experts.keep}")
     if dense.sparsity == "2:4":
         parts.append("2of4")
     return "-".join(parts)
@@ -62,6 +75,8 @@ def compress(stage: Stage) -> None:
     inputs = _open_inputs(stage)
     check_layers(stage.config, stage.layers)  # again: the base may have been downloaded meanwhile
     base, stage.date = inputs.base, inputs.encoded.date
+    if stage.config.experts.keep is not None:
+        stage.log(f"warning: {fewer_experts.WARNING}")
     reset_peaks()
     model = stage.dir / "model"
     if not model.exists():  # if it exists, it is complete
@@ -85,7 +100,9 @@ def _open_inputs(stage: Stage) -> Inputs:
         if not (stage.dir / "work").exists():
             conversations.forget(stage.run_dir)
 
-    return open_inputs(stage.config, stage.run_dir, stage.log, forget_rows)
+    inputs = open_inputs(stage.config, stage.run_dir, stage.log, forget_rows)
+    check_model(stage.config)  # again, for a base that was downloaded just now
+    return inputs
 
 
 def _compress_layers(stage: Stage, inputs: Inputs) -> int:
@@ -140,16 +157,13 @@ def _complete(stage: Stage, inputs: Inputs) -> None:
     """Add upstream's unchanged tensors, index and config, and rename the result to `model`."""
     base, architecture, tokenizer, _ = inputs
     storage = quantization(stage.config)
-    fmt = storage.dense_format
-    dropped: set[str] = set()
-    for index in range(architecture.num_hidden_layers):
-        prefix = f"model.layers.{index}"
-        if fmt.is_sparse or fmt.is_quantized:
-            dropped |= {f"{prefix}.self_attn.{name}.weight" for name in PROJECTIONS}
-        if storage.expert_sparsity == "2:4":
-            dropped |= {f"{prefix}.mlp.experts.{n}_proj_blocks" for n in ("gate_up", "down")}
-    partial = stage.dir / "model.partial"
-    derive(base, partial, dropped, sorted(partial.glob("dense-*")), storage.to_dict())
+    partial, changed = stage.dir / "model.partial", _describe_experts(stage, base, architecture)
+    final = GptOssConfig.from_dict({**architecture.to_dict(), **changed})
+    wanted = stored_tensors(final, storage.dense_format, storage.expert_sparsity)
+    dropped = set(base.tensors) - set(wanted)
+    added = sorted(partial.glob("dense-*"))
+    dropped |= {name for path in added for name in read_header(path)}  # with the same names
+    derive(base, partial, dropped, added, storage.to_dict(), changed).check(wanted)
     settle_template(tokenizer, partial)
     _check_layers(stage, architecture.num_hidden_layers)
     _check_base(stage, base)  # notes the hashes of linked shards
@@ -158,12 +172,26 @@ def _complete(stage: Stage, inputs: Inputs) -> None:
     partial.rename(stage.dir / "model")
 
 
+def _describe_experts(stage: Stage, base: Checkpoint, architecture: GptOssConfig) -> dict[str, Any]:
+    """Return what config.json says otherwise than the base's if experts are dropped."""
+    if stage.config.experts.keep is None:
+        return {}
+    kept = [record["experts"]["kept"] for record in _read_records(stage)]
+    return describe_kept(base.config, architecture.num_local_experts, kept)
+
+
+def _read_records(stage: Stage) -> list[dict[str, Any]]:
+    """Return the records of all layers."""
+    keys = [*RECORDED, *(["experts"] if stage.config.experts.keep is not None else [])]
+    paths = sorted((stage.dir / "work").glob("layer-*.json"))
+    return [read_own(path, *keys) for path in paths]
+
+
 def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     """Fill the manifest from the files on disk and delete the states."""
     hashing_seconds = _check_base(stage, base)  # it must not have changed meanwhile
     point_to(stage.dir / checkpoint_name(stage.config), "model", stage.log)
-    paths = sorted((stage.dir / "work").glob("layer-*.json"))
-    records = [read_own(path, *RECORDED) for path in paths]
+    records = _read_records(stage)
     for record in records:
         check_finished(stage, stage.dir / "masters", record["masters"])
     for peaks in [read_peaks(), *(record["peak_bytes"] for record in records)]:
@@ -172,12 +200,14 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     stage.metrics |= {
         "name": checkpoint_name(stage.config),
         **measure(base, model, stage.dir / "masters"),
+        **fewer_experts.summarize(records, stage.config.experts.keep),
         "relative_error": [record["relative_error"] for record in records],
         "seconds_by_part": add_seconds(records, hashing_seconds),
         "calibration_sequences": records[0]["calibration_sequences"],
         "peak_host_bytes": stage.peak_bytes["host"],
         "peak_device_bytes": {k: v for k, v in stage.peak_bytes.items() if k != "host"},
     }
+    stage.log(describe_sizes(stage.metrics))
     stage.inputs = [*base.inventory.paths, *conversations.prepare(stage.config, stage.run_dir)]
     stage.sources = conversations.find_sources(stage.config, stage.run_dir)
     stage.outputs = [model.directory, stage.dir / "masters"]

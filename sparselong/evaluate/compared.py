@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shlex
 from pathlib import Path
@@ -20,8 +21,9 @@ _MODELS = ("03_finetune", "02_compress")
 """Stages whose model stands for a run, the last one first."""
 _SIZES = (
     *("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size"),
-    *("num_local_experts", "num_experts_per_tok", "num_attention_heads", "num_key_value_heads"),
+    *("num_experts_per_tok", "num_attention_heads", "num_key_value_heads"),
 )
+_EXPERTS = "num_local_experts"
 _KEY = "evaluation.compare"
 
 
@@ -78,8 +80,13 @@ def describe_compared(compared: list[Compared], run_dir: Path) -> dict[str, Any]
     }
 
 
-def check_sizes(compared: list[Compared], base: Path) -> None:
-    """Raise unless the models have the base's sizes and tokens.
+def check_sizes(compared: list[Compared], base: Path, processes: int) -> None:
+    """Raise unless the models have the base's sizes and tokens, and no more experts than the base.
+
+    Args:
+        compared: the models.
+        base: the base's directory.
+        processes: the most processes that may share a model's experts.
 
     Raises:
         ConfigError: names the model and what differs.
@@ -95,6 +102,31 @@ def check_sizes(compared: list[Compared], base: Path) -> None:
                 ", ".join(f"{key} {sizes.get(key)}" for key in differing) or "other tokens",
                 f"remove it from {_KEY}",
             )
+        _check_experts(each.label, sizes.get(_EXPERTS), wanted.get(_EXPERTS), processes)
+
+
+def _check_experts(label: str, found: Any, base: Any, processes: int) -> None:
+    """Raise unless a model's experts, as many as the base's or fewer, can be shared as those are.
+
+    How many processes share them is decided by the base: a divisor of its number of experts.
+    """
+    if found == base:
+        return
+    if type(found) is not int or type(base) is not int or found > base:
+        raise ConfigError(
+            f"{label} of {_KEY} cannot be compared with the base",
+            f"at most the base's {base} experts ({_EXPERTS})",
+            f"{_EXPERTS} {found}",
+            f"remove it from {_KEY}",
+        )
+    shared = math.gcd(processes, base)
+    if found % shared:
+        raise ConfigError(
+            f"{label} of {_KEY} cannot be measured by {processes} processes",
+            f"a number of experts that {shared} processes can share, as they may share the base's",
+            f"{_EXPERTS} {found}",
+            f"use fewer processes, expert_parallel_degree=1, or remove it from {_KEY}",
+        )
 
 
 def _find_stage(path: Path) -> str | None:

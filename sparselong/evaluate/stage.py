@@ -53,7 +53,8 @@ def evaluate(stage: Stage) -> None:
         stage.log(f"warning: {warning}")
 
     compared = find_compared(stage.config)
-    check_sizes(compared, base_dir)
+    degree = stage.config.expert_parallel_degree
+    check_sizes(compared, base_dir, world.size if degree == "auto" else degree)
     marks = _list_marks(stage, base_dir, compared)
     settings = stage.config.evaluation
     chats = health.list_chats(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from sparselong.config import Config, ModelSection
 from sparselong.errors import ConfigError, StageError
 from sparselong.files import read_json
+from sparselong.memory.base_config import DROPPED_EXPERTS
 from sparselong.memory.shape import (
     PUBLISHED,
     ModelShape,
@@ -34,6 +36,7 @@ def check_model(config: Config) -> None:
     except StageError:
         return
     check_heads(config, shape)
+    _check_kept_experts(config, shape)
     check_experts(config, shape)
     _check_ranks(config, shape)
     _check_groups(config, shape)
@@ -41,20 +44,52 @@ def check_model(config: Config) -> None:
 
 
 def check_experts(config: Config, shape: ModelShape) -> None:
-    """Raise if the model's experts cannot be split evenly over `expert_parallel_degree`.
+    """Raise if experts cannot be split evenly over `expert_parallel_degree`.
+
+    Stage 04 shares the base's experts, stages 03 and 04 those that `experts.keep` leaves.
+
+    Args:
+        config: the config of the run.
+        shape: sizes of the base model.
 
     Raises:
-        ConfigError: that number does not divide theirs.
+        ConfigError: the degree does not divide their number.
     """
-    degree = config.expert_parallel_degree
-    if degree != "auto" and shape.experts % degree:
-        divisors = [n for n in range(1, shape.experts + 1) if shape.experts % n == 0]
+    degree, keep = config.expert_parallel_degree, config.experts.keep
+    experts = [count for count in (shape.experts, keep) if count is not None]
+    if degree != "auto" and any(count % degree for count in experts):
+        divisors = [n for n in range(1, shape.experts + 1) if not any(c % n for c in experts)]
+        kept = f", or the {keep} of experts.keep" if keep is not None else ""
         raise ConfigError(
             f"expert_parallel_degree does not divide the {shape.experts} experts of "
-            f"{config.model.base}",
+            f"{config.model.base}{kept}",
             f"auto, or one of {', '.join(map(str, divisors))}",
             f"expert_parallel_degree: {degree}",
             "set expert_parallel_degree=auto, or another divisor",
+        )
+
+
+def _check_kept_experts(config: Config, shape: ModelShape) -> None:
+    keep, base = config.experts.keep, config.model.base
+    if keep is None:
+        return
+    least, found = shape.experts_per_token, f"experts.keep: {keep}"
+    expected = f"from {least}, which each token uses, to {shape.experts - 1}"
+    fix = "set experts.keep to such a number, or remove it, which keeps all experts"
+    if keep < least:
+        raise ConfigError(f"experts.keep is too small for {base}", expected, found, fix)
+    if keep > shape.experts:
+        what = f"experts.keep is more than the {shape.experts} experts a layer of {base}"
+        raise ConfigError(what, expected, found, fix)
+    if keep == shape.experts:
+        what = f"experts.keep would remove nothing: {base} has {keep} experts a layer"
+        raise ConfigError(what, expected, found, fix)
+    if DROPPED_EXPERTS in _read_document(config.model):
+        raise ConfigError(
+            f"experts of {base} have been removed before",
+            f"a base with all its experts (config.json without {DROPPED_EXPERTS})",
+            f"{shape.experts} experts a layer, chosen by an earlier experts.keep",
+            "choose from all experts: set model.base to the original base, or remove experts.keep",
         )
 
 
@@ -134,9 +169,12 @@ def _check_lengths(config: Config) -> None:
 
 
 def _positions(model: ModelSection) -> int:
+    found = _read_document(model).get("max_position_embeddings")
+    return found if type(found) is int else _PUBLISHED_POSITIONS
+
+
+def _read_document(model: ModelSection) -> dict[str, Any]:
+    """Return the base's config.json; empty for a base that is known without it."""
     is_built_in = model.base in PUBLISHED and not os.path.isdir(model.base)
     path = None if is_built_in else find_config(model)
-    if path is None:
-        return _PUBLISHED_POSITIONS
-    found = read_json(path).get("max_position_embeddings")
-    return found if type(found) is int else _PUBLISHED_POSITIONS
+    return {} if path is None else read_json(path)

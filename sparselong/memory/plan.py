@@ -16,7 +16,7 @@ from sparselong.config import Config, describe_profile
 from sparselong.figures import format_bytes
 from sparselong.memory import evaluated, fit, placing, slicing, stages, storage, timing, training
 from sparselong.memory.labels import label
-from sparselong.memory.shape import ModelShape, find_shape
+from sparselong.memory.shape import ModelShape, describe_dropped, drop_experts, find_shape
 from sparselong.memory.storage import Held
 from sparselong.memory.training import Device, Memory
 from sparselong.memory.ways import (
@@ -219,11 +219,11 @@ def make_plan(
         device=device,
         disk=disk,
         bits_per_weight=storage.bits_by_group(config),
-        compressed=storage.compressed_groups(shape, config),
+        compressed=storage.compressed_groups(drop_experts(shape, config), config),
         card_bytes=gpu_bytes,
         **ways._asdict(),
         settled_reason=explain_layers(config, ways.settled),
-        changes=fit.suggest_changes(*given) if device == "cuda" else [],
+        changes=fit.suggest_changes(drop_experts(shape, config), *given[1:]) if gpus else [],
         stages=_working_memory(shape, config, device, ways.evaluation_held),
         expert_host_bytes=expert_host_bytes(shape, config, ways),
         compress_host=stages.compress_host_memory(shape, config, device),
@@ -316,8 +316,7 @@ def _row(path: Path | str, size: int, what: str) -> dict[str, Any]:
 def _files(
     config: Config, run_dir: Path, name: str, made: Plan
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    disk = made.disk
-    tiny = config.model.base == "tiny"
+    disk, tiny = made.disk, config.model.base == "tiny"
     base = _row(run_dir / "base" if tiny else config.model.base, disk["base"], "base model")
     data = [
         _row(run_dir / "data" if name == "demo" else name, _size(Path(name)) or 0, "conversations")
@@ -375,7 +374,8 @@ def _missing(made: Plan, peak_bytes: int, remedies: list[str]) -> list[str]:
 def _notes(config: Config, name: str, made: Plan) -> list[str]:
     notes = [
         f"Times are estimates for {made.rate.name}. In memory figures, weights are exact and "
-        "activations are estimates."
+        "activations are estimates.",
+        *describe_dropped(made.shape, config),
     ]
     if name in _SHOWS_TRAINING:
         notes += _memory_notes(made)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from sparselong.config import Config
 from sparselong.memory import exchange, storage
-from sparselong.memory.shape import ModelShape
+from sparselong.memory.shape import ModelShape, drop_experts
 from sparselong.memory.training import (
     BUFFER_BYTES,
     CONTEXT_BYTES,
@@ -70,14 +70,19 @@ def compress_host_memory(shape: ModelShape, config: Config, device: Device) -> d
     They are the layer being read, the one being written, and the hidden states of the calibration
     tokens before and after a layer.
     """
-    written = storage.masters_bytes(shape, config) // shape.layers
-    if config.experts.sparsity == "2:4":
-        written += storage.compressed_groups(shape, config)["experts"] // shape.layers
     return {
         "layer_read": layer_bytes(shape),
-        "layer_written": written,
+        "layer_written": written_bytes(shape, config),
         "hidden_states": 2 * state_bytes(shape, config, device),
     }
+
+
+def written_bytes(shape: ModelShape, config: Config) -> int:
+    """Return bytes of one layer's masters, and of its experts if their form or number changes."""
+    written = storage.masters_bytes(shape, config)
+    if config.experts.sparsity == "2:4" or config.experts.keep is not None:
+        written += storage.compressed_groups(drop_experts(shape, config), config)["experts"]
+    return written // shape.layers
 
 
 def state_bytes(shape: ModelShape, config: Config, device: Device) -> int:

@@ -21,8 +21,13 @@ from typing import Any, NamedTuple
 
 from sparselong.config import Config, GpuType, find_type
 from sparselong.memory import exchange, storage
-from sparselong.memory.shape import ModelShape
-from sparselong.memory.stages import compress_batch_tokens, layer_bytes, state_bytes
+from sparselong.memory.shape import ModelShape, drop_experts
+from sparselong.memory.stages import (
+    compress_batch_tokens,
+    layer_bytes,
+    state_bytes,
+    written_bytes,
+)
 from sparselong.memory.storage import WHOLE, Held, expert_bytes
 
 EFFICIENCY = 0.6
@@ -286,7 +291,10 @@ def layer_seconds(shape: ModelShape, config: Config, rate: Rate) -> float:
     products, scores = forward_flops(shape, config.calibration.sequence_len)
     experts = (products - 2.0 * (shape.embedding + shape.attention_weights)) / shape.layers
     attention = 2.0 * shape.attention_weights / shape.layers + scores / shape.layers
-    computed = tokens * (experts + 2 * attention) / (rate.flops_per_second * rate.efficiency)
+    operations = experts + 2 * attention
+    if config.experts.keep is not None:  # a pass that scores the experts
+        operations += experts + attention
+    computed = tokens * operations / (rate.flops_per_second * rate.efficiency)
     squares = shape.hidden**2 + shape.query_width**2
     fp32 = rate.fp32_flops_per_second
     computed += 2.0 * tokens * squares / (fp32 * FP32_EFFICIENCY)
@@ -295,8 +303,7 @@ def layer_seconds(shape: ModelShape, config: Config, rate: Rate) -> float:
     batches = math.ceil(tokens / compress_batch_tokens(config, device))
     computed += batches * rate.pass_seconds
     states, layer = state_bytes(shape, config, device), layer_bytes(shape)
-    written = states + storage.masters_bytes(shape, config) / shape.layers
-    write = written / rate.disk_bytes_per_second
+    write = (states + written_bytes(shape, config)) / rate.disk_bytes_per_second
     write += states / (HASHED_BYTES_PER_SECOND * HASH_THREADS)
     read = layer / rate.disk_bytes_per_second
     return max(computed, read, layer / HASHED_BYTES_PER_SECOND, write)
@@ -331,7 +338,7 @@ def stage_seconds(
     """Return the estimated seconds of each stage.
 
     Args:
-        shape: sizes of the base model.
+        shape: sizes of the base model, with all its experts.
         config: the config of the run.
         rate: speed of the device and disk.
         disk: bytes by artifact, from storage.disk_bytes.
@@ -343,7 +350,7 @@ def stage_seconds(
     evaluate = 3 * _judged_flops(shape, config) / speed / gpus
     load = disk["base"] / CACHED_BYTES_PER_SECOND
     ranks = RANK_SECONDS if gpus > 1 else 0.0
-    train = training_seconds(shape, config, rate, tokens, gpus, held)
+    train = training_seconds(drop_experts(shape, config), config, rate, tokens, gpus, held)
     return {
         "01_health": 10.0,
         "02_compress": _compress_seconds(shape, config, rate, disk),

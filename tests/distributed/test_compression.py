@@ -72,3 +72,14 @@ def test_a_process_that_is_lost_ends_the_other_and_its_work_is_resumed(
     assert first[0] == "raised" and "Hessians" in first[1]
     assert alone.run(compress, *given, str(tmp_path), tokens, 4) == [4]
     assert files(tmp_path) == clean
+
+
+def test_two_processes_keep_the_experts_that_one_keeps(pools, alone, given, tokens, tmp_path):
+    arguments, base = given
+    plain = ["shared_dense.weight_bits=16", "shared_dense.sparsity=none", "experts.keep=5"]
+    found = []
+    for pool, size in ((alone, 1), (pools[2], 2)):
+        folder = tmp_path / str(size)
+        assert pool.run(compress, [*arguments, *plain], base, str(folder), tokens, 4) == [4] * size
+        found.append(files(folder))
+    assert len(found[0]) == 4 and found[0] == found[1]
