@@ -1,0 +1,71 @@
+"""The rows of the table: which models are made, and in what order.
+
+All rows of one seed come before those of the next, so that a table that is not finished has every
+row, with fewer seeds. Rows that no seed changes are made once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.compared.compressing import Recipe
+from benchmarks.compared.methods import METHODS
+from benchmarks.compared.tuning import Arm
+from sparselong.config import schema
+
+DEFAULT = "ours"
+ONE_SHOT_EXPERTS = ("base", "magnitude 2:4 + rtn", "sparsegpt 2:4 + gptq", DEFAULT)
+"""Methods that are also combined with fewer or sparse experts."""
+DISTILLED = 0.5
+ARMS = tuple(
+    Arm(masks, weight)
+    for masks in ("dense", "static", "dynamic", "learned")
+    for weight in (0.0, DISTILLED)
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        recipe: how the base is compressed.
+        arm: how it is then fine-tuned; None: not at all.
+    """
+
+    recipe: Recipe
+    arm: Arm | None = None
+
+    @property
+    def case(self) -> dict[str, str | int]:
+        """What identifies the row in the results."""
+        tuned = "no" if self.arm is None else self.arm.masks
+        if self.arm is not None and self.arm.distilled:
+            tuned += f", distilled {self.arm.distilled:g}"
+        recipe = self.recipe
+        return {
+            "method": recipe.method,
+            "experts": recipe.experts if recipe.experts in ("native", "2:4") else "kept",
+            "tuned": tuned,
+            "seed": recipe.seed,
+        }
+
+
+def list_rows(seeds: int, keep: int) -> list[Row]:
+    """Return all rows, with `keep` experts where experts are pruned."""
+    rows: list[Row] = []
+    fewer = (keep,) if "keep" in schema.ExpertsSection.model_fields else ()
+    for seed in range(seeds):
+        for method in METHODS:
+            experts = ("native", "2:4", *fewer) if method in ONE_SHOT_EXPERTS else ("native",)
+            for each in experts:
+                if seed == 0 or METHODS[method].is_drawn or each == keep:
+                    rows.append(Row(Recipe(method, seed, each)))
+        rows += [Row(Recipe(_start(arm), seed), arm) for arm in ARMS]
+        for each in ("2:4", *fewer):
+            rows += [Row(Recipe(_start(arm), seed, each), arm) for arm in ARMS[:1] + ARMS[4:6]]
+    return rows
+
+
+def _start(arm: Arm) -> str:
+    return "base" if arm.masks == "dense" else DEFAULT
