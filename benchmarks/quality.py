@@ -7,8 +7,8 @@ held-out documents, in all and by position, divergence and top-1 agreement with 
 them, accuracy on multiple-choice items with its standard error, perplexity on held-out
 conversations of the fine-tuning data, bytes, and seconds.
 
-A row's figures are written as soon as it is measured. With `--minutes`, no row begins later; the
-next run passes the file as `--earlier` and goes on with the missing rows.
+A row's figures are written as soon as it is measured. After `--minutes` no row begins; the next run
+takes the file as `--earlier` and continues with the rows that are missing.
 
 benchmarks/quality.py --base FOLDER [--text FILE] [--items FILE] [--tune FILE] [--minutes M]
                       [--earlier FILE] [--machine NAME] [--folder FOLDER]
@@ -110,8 +110,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="documents; default: Python's documentation")
     parser.add_argument("--items", type=Path, help="multiple-choice items; default: from it")
     parser.add_argument("--tune", default="demo", help="conversations, as data.train takes them")
-    parser.add_argument("--earlier", type=Path, help="result of a run that goes on")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no row begins later")
+    parser.add_argument("--earlier", type=Path, help="result of a run to continue")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no row but the first begins later")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="only rows with this text in their description")
     parser.add_argument("--steps", type=int, default=300, help="of a fine-tuning")
@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace, work: Path) -> Table:
     if missing:
         bench = Bench(args, work)
     for number, row in enumerate(missing, 1):
-        if time.monotonic() - begin > 60 * args.minutes:
+        if number > 1 and time.monotonic() - begin > 60 * args.minutes:
             print(f"{len(missing) - number + 1} of {len(rows)} rows are left for the next run")
             break
         figures = bench.run(row)

@@ -35,7 +35,7 @@ class Measures:
         compared: those of them on which every next token is compared with the base's.
         items: multiple-choice items.
         tuned: held-out conversations of the fine-tuning data.
-        states: folder of the base's hidden states.
+        states: folder for the base's hidden states.
     """
 
     held_out: list[Sample]
@@ -44,14 +44,23 @@ class Measures:
     tuned: list[Sample]
     states: Path
 
+    @property
+    def _compared_texts(self) -> dict[Path, list[Sample]]:
+        """Texts that are compared with the base, by the folder of its states."""
+        return {self.states / "held_out": self.compared, self.states / "tuned": self.tuned}
+
     def note_base(self, base: Any) -> None:
         """Keep the base's hidden states, with which other models are compared."""
-        divergence.save_states(base, self.compared, BATCH, Spread(), self.states)
+        for folder, samples in self._compared_texts.items():
+            divergence.save_states(base, samples, BATCH, Spread(), folder)
 
     def measure(self, model: Any) -> Figures:
         """Return a model's figures: on held-out documents, items, and tuned conversations."""
         found = perplexity.measure(model, self.held_out, BATCH)
-        distance = divergence.measure(model, self.compared, BATCH, Spread(), self.states)
+        distance, elsewhere = (
+            divergence.measure(model, samples, BATCH, Spread(), folder)
+            for folder, samples in self._compared_texts.items()
+        )
         tuned = perplexity.measure(model, self.tuned, BATCH)
         scores = [
             likelihood for likelihood, _ in score(model, self.items.requests, BATCH, Spread())
@@ -64,6 +73,7 @@ class Measures:
             "top-1 agreement": (distance["all"]["agreement"], "1"),
             **grade(scores, self.items),
             "tuned perplexity": (tuned["supervised"]["perplexity"], "1"),
+            "tuned kl": (elsewhere["all"]["kl"], "nats"),
         }
 
 
