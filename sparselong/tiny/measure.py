@@ -90,4 +90,4 @@ def mask_attention_at_random(model: PreTrainedModel) -> None:
             weight = getattr(layer.self_attn, name).weight
             draw = torch.rand(weight.numel() // 4, 4, generator=generator)
             keep = torch.zeros_like(draw).scatter_(1, draw.topk(2, dim=1).indices, 1.0)
-            weight.mul_(keep.view_as(weight))
+            weight.mul_(keep.view_as(weight).to(weight.device))
