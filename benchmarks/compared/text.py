@@ -1,7 +1,8 @@
 """What the benchmark reads: documents, multiple-choice items, and conversations to fine-tune on.
 
-Documents are JSON lines of {"split": "train" or "held_out"} with `text` or `input_ids`; without a
-file they are the documentation of Python's standard library, on which the small model was trained.
+Documents are those of the proxy's corpus (`corpus.npz.xz`), or JSON lines of {"split": "train" or
+"held_out"} with `text` or `input_ids`; without a file they are the documentation of Python's
+standard library, on which the small model was trained.
 Items are JSON lines in hellaswag's format; without a file they are made from the same held-out
 documents. A model is calibrated on training documents and measured on held-out ones.
 """
@@ -15,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.proxy import corpus_file
 from sparselong.config import schema
 from sparselong.data import corpus, encode_files, select_usable, write_hellaswag
 from sparselong.evaluate.perplexity import Sample, load_samples
@@ -28,10 +30,10 @@ SHORTEST = 32
 
 
 class Documents(NamedTuple):
-    """Tokens of documents by split, each with the token that ends it."""
+    """Tokens of documents by split, lists or arrays, each with the token that ends it."""
 
-    train: list[list[int]]
-    held_out: list[list[int]]
+    train: Sequence[Any]
+    held_out: Sequence[Any]
 
 
 class Items(NamedTuple):
@@ -57,6 +59,10 @@ def read_documents(path: Path | None, tokenizer: Any) -> Documents:
     if path is None:
         texts = (corpus.texts("train"), corpus.texts("held_out"))
         return Documents(*(_encode(each, tokenizer) for each in texts))
+    if path.name == corpus_file.NAME:
+        corpus_of, end = corpus_file.load(path), tokenizer.pad_token_id
+        streams = (corpus_of.train, corpus_of.held_out)
+        return Documents(*(corpus_file.documents_of(each, end) for each in streams))
     found: dict[str, list[list[int]]] = {"train": [], "held_out": []}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         row = json.loads(line)
@@ -75,7 +81,7 @@ def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     return tokenizer(ended, add_special_tokens=False)["input_ids"]
 
 
-def cut(documents: Sequence[list[int]], length: int, tokens: int) -> list[Sample]:
+def cut(documents: Sequence[Any], length: int, tokens: int) -> list[Sample]:
     """Return pieces of documents of at most `length` tokens, until there are `tokens` of them.
 
     One piece of each document in turn, so that long documents do not dominate. Every token counts.
@@ -84,21 +90,23 @@ def cut(documents: Sequence[list[int]], length: int, tokens: int) -> list[Sample
     found = 0
     for turn in zip_longest(*(_split(document, length) for document in documents)):
         for piece in turn:
-            if piece is not None and found < tokens:
+            if found >= tokens:
+                return pieces
+            if piece is not None:
                 pieces.append(Sample(piece, [True] * len(piece)))
                 found += len(piece)
     return pieces
 
 
-def _split(document: list[int], length: int) -> Iterator[list[int]]:
+def _split(document: Any, length: int) -> Iterator[list[int]]:
     for start in range(0, len(document), length):
         piece = document[start : start + length]
         if len(piece) >= SHORTEST:
-            yield piece
+            yield [int(token) for token in piece]
 
 
 def write_calibration(
-    path: Path, documents: Sequence[list[int]], length: int, tokens: int, seed: int
+    path: Path, documents: Sequence[Any], length: int, tokens: int, seed: int
 ) -> None:
     """Write pieces of training documents, drawn by the seed, as rows for stage 02."""
     order = random.Random(seed).sample(documents, len(documents))
