@@ -1,27 +1,27 @@
 #!/usr/bin/env python3
 """Compare this checkout with another one of the project on one GPU.
 
-    git archive --prefix=sparselong-before/ COMMIT sparselong benchmarks | tar x -C ..
+    git archive --prefix=sparselong-before/ COMMIT sparselong benchmarks configs | tar x -C ..
     python3 benchmarks/old_and_new.py --old ../sparselong-before
 
 Each checkout runs in its own process, with its own package and its own benchmarks/shape_20b. Both
 processes stay alive and measure alternately, so that a slowdown of the machine affects both.
-Measured in gpt-oss-20b's shape with random weights: training steps (wall time, sum of kernel times
-and its share of the wall time, kernels, the host's launches of kernels, graphs and copies, peak
-memory), the host's time for launching an empty kernel, one expert pass, attention of a full and of
+Measured in gpt-oss-20b's shape with random weights: training steps (wall time, kernel times and
+their share of it, kernels, the host's launches of kernels, graphs and copies, peak memory), the host's time for launching an empty kernel, one expert pass, attention of a full and of
 a window layer (forward and backward, device time), and greedy generation. With `--cap-gib`, torch
 may reserve only what the cap leaves of a card after the CUDA context, in either process, and the
 layers of arm `masked` keep for the backward pass what each checkout's planner decides for that
 card, if it computes whole layers: both checkouts get the same memory.
 
-Only functions that both checkouts have are used: shape_20b's builders, `settle` of
-benchmarks/memory.py, `sparselong.generate`, `fuse` and
-`sparselong.kernels.attention.attention`. Needs a CUDA device with memory for two models.
+Only functions that both checkouts have are used, but for what layers keep. Needs a CUDA device with
+memory for two models.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import gc
 import json
 import os
@@ -46,7 +46,6 @@ STEP_METRICS = {
     "layers_keeping_experts": "1",
     "loss": "nats",
 }
-
 
 SPARE_BYTES = 700 << 20
 """Left for the CUDA context by a cap."""
@@ -171,8 +170,10 @@ class Measured:
         """
         from benchmarks import memory, shape_20b
 
-        assert self.cap_bytes is not None
+        assert self.cap_bytes is not None and self.layers is not None
         case = memory.DEFAULTS | {"tokens": tokens, "layers": self.layers, "keep_experts": "auto"}
+        if not hasattr(memory, "settle"):
+            return self._keep_as_planned_before_slices(case)
         settled = memory.settle(case, self.cap_bytes)
         if settled["slice_rows"] != "never" or settled["offload"]:  # whole layers do not fit
             settled |= {"keep_attention": "never", "keep_experts": "never"}
@@ -182,6 +183,24 @@ class Measured:
         kept = shape_20b.Kept(settled["keep_attention"] == "always", experts)
         shape_20b.compute_layers(self.model.get_base_model(), kept)
         return experts
+
+    def _keep_as_planned_before_slices(self, case: dict[str, Any]) -> int:
+        """Do the same in checkouts whose layers cannot compute in slices of rows."""
+        from benchmarks import memory
+        from sparselong.memory.fit import decide_kept
+        from sparselong.runtime.recompute import checkpoint_contexts
+
+        asked = memory.config.load(memory.FILE, [f"sequence_len={case['tokens']}"])
+        shape = dataclasses.replace(
+            memory.memory.PUBLISHED["openai/gpt-oss-20b"],
+            layers=self.layers,
+            full_layers=self.layers // 2,
+        )
+        kept = decide_kept(shape, asked, self.cap_bytes)
+        contexts = functools.partial(checkpoint_contexts, *kept)
+        arguments = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+        self.model.get_base_model().gradient_checkpointing_enable(arguments)
+        return self.layers * bool(kept.experts)
 
     def _make_step(self, tokens: int) -> Callable[[], float]:
         import torch

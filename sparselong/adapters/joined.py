@@ -6,7 +6,7 @@ and with the rows of all of them:
     M = [M_q; M_k; M_v]        B·A = [B_q·A_q; B_k·A_k; B_v·A_v]
 
 Weights, outputs and gradients are those of the three layers, with fewer launches: one rounding, one
-product; backward one gradient of the input, one of the weight, and all factors' from that in two.
+product; backward one gradient of the input, one of the weight, and all factors' from that in one.
 The layers' masters, masks and scales become views of the joint ones. One kernel rotates queries and
 keys and copies the values, and backward another writes the three gradients into the joint one.
 """

@@ -15,10 +15,10 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from sparselong.checkpoint.header import damaged
 from sparselong.checkpoint.inventory import take_inventory
+from sparselong.checkpoint.slices import file_pieces
 from sparselong.errors import StageError
 from sparselong.packing import mxfp4
 
@@ -200,11 +200,11 @@ def _state(file: IO[bytes]) -> tuple[int, int]:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically, and hold no copy of its tensors meanwhile."""
     partial = path.with_name(path.name + ".partial")
-    data = save({name: t.cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
     with partial.open("wb") as file:
-        file.write(data)
+        for piece in file_pieces(tensors):
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,20 @@ def measure(base: Checkpoint, model: Checkpoint, masters: Path) -> dict[str, Any
     if fmt.is_sparse or fmt.is_quantized:
         figures["masters_match"] = masters_match(model, masters, fmt)
     return figures
+
+
+def add_seconds(records: Iterable[Mapping[str, Any]], base_hash: float) -> dict[str, float]:
+    """Return seconds by part of the work, of all layers.
+
+    The computation takes the sum of `load`, `calibrate`, `solve`, `pack`, `forward` and `wait` (for
+    the layer before to be written); `read`, `write` and `hash` run beside it.
+
+    Args:
+        records: the layers' records.
+        base_hash: seconds of hashing the base's files, a part of `hash`.
+    """
+    total = {"hash": base_hash}
+    for record in records:
+        for part, seconds in record["seconds"].items():
+            total[part] = total.get(part, 0.0) + seconds
+    return {part: round(seconds, 3) for part, seconds in total.items()}

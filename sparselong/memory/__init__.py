@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         least_peak_bytes,
         suggest_changes,
     )
-    from sparselong.memory.limits import check_model
+    from sparselong.memory.limits import check_layers, check_model
     from sparselong.memory.placing import (
         MARGIN,
         decide_evaluation_held,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sparselong.memory.plan import Plan, make_plan, plan_stage
     from sparselong.memory.shape import PUBLISHED, check_heads, find_config, find_shape
     from sparselong.memory.slicing import rows_at_once
-    from sparselong.memory.stages import evaluation_memory
+    from sparselong.memory.stages import compress_batch_tokens, evaluation_memory
     from sparselong.memory.storage import Held, adapter_bytes, base_groups, compressed_groups
     from sparselong.memory.table import WIDTH, cost_lines, format_table, memory_lines, show_plan
     from sparselong.memory.timing import find_rate

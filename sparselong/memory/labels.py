@@ -38,6 +38,7 @@ LABELS = {
     "hessian": "Hessian, inverse, factors",
     "live": "live layer activations",
     "layer_read": "the layer being read",
+    "layer_written": "the layer being written",
     "hidden_states": "calibration hidden states",
     "base_rest": "the rest of the base model",
     "logits": "logits",

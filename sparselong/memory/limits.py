@@ -57,6 +57,27 @@ def check_experts(config: Config, shape: ModelShape) -> None:
         )
 
 
+def check_layers(config: Config, layers: range | None) -> None:
+    """Raise if `--layers` names layers that the model does not have.
+
+    A base that is not on this machine yet is not checked.
+
+    Raises:
+        ConfigError: says how many it has.
+    """
+    try:
+        count = find_shape(config.model).layers
+    except StageError:
+        return
+    if layers is not None and layers.stop > count:
+        raise ConfigError(
+            f"--layers names layers that {config.model.base} does not have",
+            f"A:B with B up to {count}, its number of layers",
+            f"--layers {layers.start}:{layers.stop}",
+            f"pass --layers {min(layers.start, count - 1)}:{count}",
+        )
+
+
 def _check_ranks(config: Config, shape: ModelShape) -> None:
     lora = config.lora
     narrowest = min(min(shape.projections[name]) for name in lora.target_modules)

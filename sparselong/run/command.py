@@ -36,7 +36,7 @@ from sparselong.run.place import (
     read_document,
 )
 from sparselong.run.publishing import Publish, publish
-from sparselong.run.stages import STAGES, complete_commands
+from sparselong.run.stages import STAGES, complete_commands, parse_layers
 
 _KEPT = {
     "02_compress": ": finished layers are kept",
@@ -100,10 +100,14 @@ def parse_arguments(
     if STAGES[name].extended_by:
         text = "also measure models of other runs, or other checkpoints (evaluation.compare)"
         parser.add_argument("--compare", nargs="+", action="extend", metavar="RUN|PATH", help=text)
+    if STAGES[name].by_layers:
+        text = "work on layers A up to, but not including, B alone; a later command continues"
+        parser.add_argument("--layers", metavar="A:B", help=text)
     if add_options is not None:
         add_options(parser)
-    parser.set_defaults(preview=None, sweep=None)
+    parser.set_defaults(preview=None, sweep=None, layers=None)
     arguments = parser.parse_intermixed_args(argv)
+    arguments.layers = parse_layers(arguments.layers)
     if STAGES[name].extended_by and arguments.compare:
         words: list[str] = arguments.compare  # it takes all words that follow, also overrides
         arguments.overrides += [word for word in words if "=" in word]
@@ -193,7 +197,8 @@ def _open(name: str, arguments: argparse.Namespace) -> Stage:
     config = load(arguments.config, arguments.overrides)
     with writing(arguments.run_dir):
         check_run_dir(config, arguments.run_dir, arguments.config)
-    return Stage(name, config, arguments.run_dir, forced=arguments.force)
+    forced, layers = arguments.force, arguments.layers
+    return Stage(name, config, arguments.run_dir, forced=forced, layers=layers)
 
 
 def _plan(
@@ -259,7 +264,11 @@ def run_locked(
     with stage.display:
         execute(stage)
     interruption.check()  # before the manifest says that the stage is done
-    manifest = finish(stage, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    if stage.unfinished:
+        told = {"stage": stage.name, "status": "unfinished", "seconds": seconds}
+        return told | {"metrics": stage.unfinished}
+    manifest = finish(stage, seconds)
     name_model(stage)
     return manifest
 

@@ -43,6 +43,7 @@ from sparselong.run.place import (
     check_started,
     read_document,
     refuse_replacing_others,
+    show_options,
 )
 from sparselong.run.progress import Display
 from sparselong.run.stages import STAGES, name_changes, redo_command, stage_hash
@@ -82,6 +83,10 @@ class Stage:
     """Options of the command line that decide the part's result, by name."""
     reads: tuple[str, ...] = ()
     """Earlier stages whose results it opens; by default those of the table."""
+    layers: range | None = None
+    """Layers that the command is for (`--layers`); None: all."""
+    unfinished: dict[str, int] = field(default_factory=dict)
+    """How far a command for some layers has come, by name; empty: the stage is done."""
     display: Display = field(default_factory=Display)
     """Where its progress is shown."""
 
@@ -310,8 +315,8 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
     if stage.part and begun != _describe_part(stage):
         raise StageError(
             f"{stage.dir} holds {kind} that was made with other options",
-            _show_options(**_describe_part(stage)),
-            _show_options(**begun),
+            show_options(**_describe_part(stage)),
+            show_options(**begun),
             "pass what it was made with, or move the directory elsewhere to keep it, or redo it: "
             f"{stage.redo_command}",
         )
@@ -336,11 +341,6 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
 def _describe_part(stage: Stage) -> dict[str, Any]:
     """Return the part's keys of manifest.json and started.json."""
     return {"part": stage.part, "options": stage.options} if stage.part else {}
-
-
-def _show_options(part: Any, options: Any) -> str:
-    shown = {"to": part, **(options if isinstance(options, dict) else {})}
-    return " ".join(f"--{name} {value}" for name, value in shown.items())
 
 
 def _set_aside(stage: Stage) -> list[str]:

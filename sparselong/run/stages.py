@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparselong.config import Config, hash_sections, leaves, pick_sections
+from sparselong.errors import ConfigError
 
 _COMMAND = re.compile(r"python \d\d_[a-z]+\.py\b(?! --help)(?![^\n,;]*--(config|run-dir)\b)")
 
@@ -35,6 +36,7 @@ class Declaration:
             redone, if the list names more than the config in its manifest.
         repeats: whether it is done again on every call, finished or not.
         parts: whether it has several results, each in a directory of its own with a manifest.
+        by_layers: whether its command line has `--layers`.
     """
 
     reads: tuple[str, ...]
@@ -44,6 +46,7 @@ class Declaration:
     extended_by: str = ""
     repeats: bool = False
     parts: bool = False
+    by_layers: bool = False
 
 
 STAGES: dict[str, Declaration] = {
@@ -54,6 +57,7 @@ STAGES: dict[str, Declaration] = {
             *("seed", "model", "shared_dense", "experts", "calibration", "data"),
             *("flash_attention", "attention_backend", "deterministic"),
         ),
+        by_layers=True,
     ),
     "03_finetune": Declaration(
         ("02_compress",),
@@ -67,6 +71,26 @@ STAGES: dict[str, Declaration] = {
     "05_export": Declaration(("02_compress", "03_finetune"), (), parts=True),
     "06_chat": Declaration((), ()),
 }
+
+
+def parse_layers(text: str | None) -> range | None:
+    """Return the layers that `--layers A:B` names: A up to, but not including, B.
+
+    Raises:
+        ConfigError: they are not two numbers, or there are no layers between them.
+    """
+    if text is None:
+        return None
+    first, colon, end = text.partition(":")
+    are_numbers = all(part.isascii() and part.isdecimal() for part in (first, end))
+    if not colon or not are_numbers or int(first) >= int(end):
+        raise ConfigError(
+            "--layers does not name layers",
+            "A:B, the layers from A up to but not including B, as in 0:12",
+            f"--layers {text}",
+            "leave it out to compress all layers, or begin with --layers 0:B",
+        )
+    return range(int(first), int(end))
 
 
 def deciding_sections(name: str, reads: tuple[str, ...] | None = None) -> set[str]:

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # tests/gpu imports the cases and compiles the kerne
 import contextlib
 import json
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -84,11 +85,11 @@ def draw(case: Case, device: str = "cpu") -> MaskedWeight:
         scale *= 2.0**case.exponent
         if case.even_scale is not None:
             scale[::2] = case.even_scale
-    pairs = []
+    pairs, half = [], 2.0 ** (case.exponent // 2)  # of the product's size, for each factor
     for size in sizes:
-        a = torch.randn(case.rank, case.columns, generator=generator).to(device)
-        b = 0.2 * 2.0**case.exponent * torch.randn(size, case.rank, generator=generator)
-        pairs.append((a, b.to(device)))
+        a = half * torch.randn(case.rank, case.columns, generator=generator)
+        b = 0.2 * half * torch.randn(size, case.rank, generator=generator)
+        pairs.append((a.to(device), b.to(device)))
     first, *more = pairs
     rest = (0.5, patterns, scale, case.bits, tuple(more))
     return MaskedWeight(master.to(device), *first, *rest)
@@ -100,6 +101,10 @@ class Cuda:
     @staticmethod
     def device_of(_: torch.Tensor) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    @staticmethod
+    def current_stream() -> SimpleNamespace:
+        return SimpleNamespace(cuda_stream=0)
 
 
 class Poisoned(PoisonedTorch):
@@ -185,4 +190,5 @@ def widen(weight: MaskedWeight) -> MaskedWeight:
 
 if __name__ == "__main__":
     masked_weight.torch = factor_gradients.torch = Poisoned()  # pyright: ignore
+    factor_gradients.CONSTANTS["PRECISION"] = "ieee"  # the interpreter's products are exact
     print(json.dumps([compare(case, widen(draw(case))) for case in CASES]))

@@ -15,7 +15,8 @@ heads per KV head, the sinks' dtype, full and window layers, calls with document
 these, at most 128 queries or keys, `deterministic`, and so few queries that one tile holds them.
 
 If a sink exceeds all scores of a query by more than 88, exp overflows in fp32: out and gradients
-are then 0, as they are to fp32's precision, but lse is infinite.
+are then 0, as they are to fp32's precision, but the package's lse is infinite. To fp32's precision
+it is the sink, which `attend` puts there.
 
 Written for the version that `install.sh --with-flash-attn-4` installs, because the functions that
 it calls are private to the package.
@@ -68,6 +69,7 @@ def attend(
     )
     if mask.documents is not None:
         lse = lse.view(lse.shape[0], mask.batch, mask.queries).transpose(0, 1)
+    lse = torch.where(lse == torch.inf, sinks[:, None].float(), lse)
     return out.view(mask.batch, mask.queries, *out.shape[-2:]).transpose(1, 2), lse, ()
 
 

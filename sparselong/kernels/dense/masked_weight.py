@@ -9,7 +9,7 @@ Plain torch needs thirty passes over the weight, with fp32 copies of it; on a GP
 backward pass follows, the gate, one bit a weight. The arithmetic is the same: sums and quotient in
 fp32 (the quotient correctly rounded), ties to even, the product with the scale rounded once to
 bf16. Only the sum over the rank may be taken in another order. The gradients of A and B take one
-more kernel and a sum (`factor_gradients.py`).
+more kernel (`factor_gradients.py`).
 
 The CPU's version, in plain torch, is `masked_weight_torch.py`. Sources: SQFT's SparsePEFT (Muñoz et
 al., 2024) prunes the sum; the gate at saturation is that of LSQ.

@@ -66,7 +66,7 @@ def test_the_definition_by_hand():
 
 TYPES = {
     **dict.fromkeys(("result_ptr", "master_ptr", "scale_ptr"), "*bf16"),
-    **{"patterns_ptr": "*u8", "gate_ptr": "*i32"},
+    **{"patterns_ptr": "*u8", "gate_ptr": "*i32", "arrived_ptr": "*i32"},
     **dict.fromkeys(("scaling", "lowest", "highest"), "fp32"),
 }
 
@@ -107,7 +107,6 @@ def test_kernel_fits_a_3090(gate):
 def test_gradient_kernels_fit_a_3090(gate, aligned):
     """With a gate a row is whole blocks of 32; ranks need not be multiples of 16."""
     of = factor_gradients
-    constants = {"HAS_GATE": gate, **of.CONSTANTS}
-    check_fits_a_3090(of.factor_gradients_kernel, constants, of.WARPS, aligned)
-    constants = {"WIDTH": of.SUM_WIDTH, "DEPTH": of.SUM_DEPTH}
-    check_fits_a_3090(of.add_shares_kernel, constants, of.WARPS)
+    blocks = of.choose_blocks(2880 if "columns" in aligned else 2881)
+    constants = {"HAS_GATE": gate, "BLOCKS": blocks, **of.CONSTANTS}
+    check_fits_a_3090(of.factor_gradients_kernel, constants, blocks, aligned)
