@@ -111,7 +111,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--items", type=Path, help="multiple-choice items; default: from it")
     parser.add_argument("--tune", default="demo", help="conversations, as data.train takes them")
     parser.add_argument("--earlier", type=Path, help="result of a run to continue")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no row but the first begins later")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="no row but the first begins later"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="only rows with this text in their description")
     parser.add_argument("--steps", type=int, default=300, help="of a fine-tuning")

@@ -143,6 +143,7 @@ class Compressor:
             "sequence_len": self.length,
             "calibration.samples": self.samples,
             "calibration.sequence_len": self.length,
+            "calibration.solver": "llmcompressor" if method.solve else "sweep",
             "shared_dense.weight_bits": method.bits,
             "shared_dense.sparsity": method.sparsity,
             "flash_attention": str(torch.cuda.is_available()).lower(),

@@ -11,8 +11,9 @@ A reference prunes by one rule and then rounds by another; each rule is the one 
     GPTQ        column by column, each error passed on to later columns: to kept weights alone, or
                 ("mask lost") to all, as SparseGPT and GPTQ do when one runs after the other
 
-Stage 02 calls a method in place of its default solver, so that calibration, Hessians, masters and
-storage are its own, and all methods see the same states.
+Stage 02 calls a method in place of the solver `llmcompressor`, so that calibration, Hessians,
+masters and storage are its own, and all methods see the same states. "ours" is stage 02 with its
+default solver, which also fits o_proj to make up for what compressed q, k and v changed.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Method:
     Attributes:
         bits: 4, or 16 to keep bf16.
         sparsity: of the stored form; a mask that is lost cannot be stored as 2:4.
-        solve: seed → the solver; None: nothing to solve.
+        solve: seed → the solver; None: stage 02's default.
         is_drawn: whether another seed gives another result.
     """
 
@@ -143,28 +144,29 @@ METHODS = {
     "base": Method(16, "none", None, is_drawn=False),
     "rtn": Method(4, "none", _plain(None), is_drawn=False),
     "gptq": Method(4, "none", _same(two_sweeps.solve)),
-    "sweep int4": Method(4, "none", _same(one_sweep.solve)),
+    "ours int4": Method(4, "none", None),
     "random 2:4": Method(16, "2:4", _random),
     "magnitude 2:4": Method(16, "2:4", _plain(by_magnitude), is_drawn=False),
     "wanda 2:4": Method(16, "2:4", _plain(by_wanda)),
     "sparsegpt 2:4": Method(16, "2:4", _same(two_sweeps.solve)),
-    "sweep 2:4": Method(16, "2:4", _same(one_sweep.solve)),
+    "ours 2:4": Method(16, "2:4", None),
     "random 2:4 + rtn": Method(4, "2:4", _random),
     "magnitude 2:4 + rtn": Method(4, "2:4", _plain(by_magnitude), is_drawn=False),
     "wanda 2:4 + rtn": Method(4, "2:4", _plain(by_wanda)),
     "sparsegpt 2:4 + rtn": Method(4, "2:4", _same(sparsegpt_and_round)),
     "sparsegpt 2:4 + gptq, mask lost": Method(4, "none", _same(lose_mask)),
     "sparsegpt 2:4 + gptq": Method(4, "2:4", _same(two_sweeps.solve)),
-    "ours": Method(4, "2:4", _same(one_sweep.solve)),
+    "ours, o_proj not fitted": Method(4, "2:4", _same(one_sweep.solve)),
+    "ours": Method(4, "2:4", None),
 }
-"""By name; int4 where a rule of rounding is named, `ours` is the default solver."""
+"""By name; int4 where a rule of rounding is named."""
 
 
 @contextmanager
 def solving(method: Method, seed: int) -> Iterator[None]:
-    """Make stage 02's default solver that of a method inside the block."""
+    """Make stage 02's solver `llmcompressor` that of a method inside the block."""
     if method.solve is None:
         yield
         return
-    with mock.patch.dict(solver.SOLVERS, sweep=method.solve(seed)):
+    with mock.patch.dict(solver.SOLVERS, llmcompressor=method.solve(seed)):
         yield

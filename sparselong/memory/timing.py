@@ -270,8 +270,10 @@ def layer_seconds(shape: ModelShape, config: Config, rate: Rate) -> float:
     products, scores = forward_flops(shape, config.calibration.sequence_len)
     experts = (products - 2.0 * (shape.embedding + shape.attention_weights)) / shape.layers
     attention = 2.0 * shape.attention_weights / shape.layers + scores / shape.layers
-    computed = tokens * (experts + 2 * attention) / (rate.flops_per_second * rate.efficiency)
-    squares = shape.hidden**2 + shape.query_width**2
+    makes_up = config.calibration.solver == "sweep"  # what q, k and v changed is measured too
+    computed = tokens * (experts + (2 + makes_up) * attention)
+    computed /= rate.flops_per_second * rate.efficiency
+    squares = shape.hidden**2 + (1 + makes_up) * shape.query_width**2
     fp32 = rate.fp32_flops_per_second
     computed += 2.0 * tokens * squares / (fp32 * FP32_EFFICIENCY)
     solved = sum(rows * inputs**2 for rows, inputs in shape.projections.values())
