@@ -24,18 +24,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformers.utils import logging
 
 from benchmarks.command_line import add_result, command_of, has_device, machine_of
-from benchmarks.compared.compressing import Compressor
+from benchmarks.compared.compressing import Compressor, Recipe
 from benchmarks.compared.measuring import Figures, Measures
-from benchmarks.compared.rows import Row, list_rows
+from benchmarks.compared.rows import CEILING, Row, list_rows
 from benchmarks.compared.table import Table, read_earlier, show, show_row
 from benchmarks.compared.text import cut, read_conversations, read_documents, read_items
-from benchmarks.compared.tuning import Settings, attention, tune
+from benchmarks.compared.tuning import Arm, Settings, attention, tune
 from benchmarks.record import write
 from sparselong.model import load_model, load_tokenizer
 
@@ -64,28 +65,40 @@ class Bench:
         self.compressor = Compressor(args.base, documents, work, args.samples, args.length)
         self.base = load_model(args.base, attn_implementation=attention())
         self.measures.note_base(self.base)
+        self.ceilings: dict[int, Any] = {}
 
     def run(self, row: Row) -> Figures:
         """Make a row's model and return its figures."""
+        teacher = self.base
+        if row.arm is not None and row.arm.teacher == "ceiling":
+            teacher = self._tune_ceiling(row.recipe.seed)
         made = self.compressor.make(row.recipe)
         seconds, extra = made.seconds, {}
         if row.arm is None:
             model = load_model(made.model, attn_implementation=attention())
         else:
             begin = time.monotonic()
-            data, seed = self.rows, row.recipe.seed
-            model, losses = tune(made, data, row.arm, self.settings, seed, self.base)
+            model, losses = self._tune(row.recipe, row.arm, teacher)
             seconds = time.monotonic() - begin
             last = losses[-max(1, len(losses) // 10) :]
             extra = {"last training loss": (sum(last) / len(last), "nats")}
-        figures = self.measures.measure(model)
         return {
-            **figures,
+            **self.measures.measure(model),
             **extra,
             "bytes": (made.metrics["bytes_on_disk"], "bytes"),
             "2:4 groups": (made.metrics["two_four_conforming"], "1"),
             "seconds": (seconds, "s"),
         }
+
+    def _tune_ceiling(self, seed: int) -> Any:
+        """Return the base after the fine-tuning of a seed, made again for another seed."""
+        if seed not in self.ceilings:
+            self.ceilings = {seed: self._tune(Recipe("base", seed), CEILING, self.base)[0]}
+        return self.ceilings[seed]
+
+    def _tune(self, recipe: Recipe, arm: Arm, teacher: Any) -> tuple[Any, list[float]]:
+        made = self.compressor.make(recipe)
+        return tune(made, self.rows, arm, self.settings, recipe.seed, teacher)
 
 
 def describe(args: argparse.Namespace, keep: int) -> dict[str, float]:

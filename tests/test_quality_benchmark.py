@@ -5,12 +5,14 @@ import json
 import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks import quality
-from benchmarks.compared import measuring, methods, text, tuning
+from benchmarks.compared import compressing, measuring, methods, refining, table, text, tuning
+from benchmarks.compared.refining import refine
 from benchmarks.compared.rows import list_rows
 from sparselong.evaluate.perplexity import Sample
 from sparselong.evaluate.work import Request
@@ -162,6 +164,21 @@ def test_buckets_are_joined_by_tokens():
     assert perplexity["perplexity, positions 1 to 31"][0] == pytest.approx(math.e)
 
 
+def test_the_table_shows_means_over_seeds_and_what_perplexity_rose_by():
+    rows = []
+    for method, seed, perplexity in (("base", 0, 10.0), ("ours", 0, 10.1), ("ours", 1, 10.3)):
+        case = {"method": method, "experts": "native", "tuned": "no", "seed": seed}
+        figures = dict.fromkeys(table.COLUMNS, 1.0) | {"accuracy, stderr": 0.01}
+        figures |= {"perplexity": perplexity, "bytes": 2e6, "kl, positions 1 to 31": 0.5}
+        rows += [{"case": case, "metric": name, "value": value} for name, value in figures.items()]
+    *_, base, ours = table.show(rows).splitlines()
+    assert base.startswith("| base | native | no | 1 | 0.00 | 10.000 | ")
+    assert ours.startswith("| ours | native | no | 2 | 2.00 ± 1.41 | 10.200 ± 0.141 | ")
+    assert "(stderr 0.010)" in ours and ours.endswith("| 2.00 ± 0.00 | 1.0 ± 0.0 |")
+    assert table.show_positions(rows, "kl").splitlines()[0] == "| method | 1 to 31 |"
+    assert table.show_positions(rows, "kl").splitlines()[-1] == "| ours | 0.5 ± 0 |"
+
+
 def test_pieces_come_from_each_document_in_turn():
     documents = [list(range(100)), list(range(200, 280)), list(range(300, 310))]
     pieces = text.cut(documents, 40, 130)
@@ -187,7 +204,7 @@ def test_a_batch_has_each_row_once_with_its_own_positions_and_labels():
 def small(tmp_path_factory, chat_file) -> list[str]:
     """Arguments of a table on an untrained one-layer model that takes seconds."""
     folder = tmp_path_factory.mktemp("quality")
-    sizes = {"hidden": 64, "intermediate": 32, "heads": 2, "kv_heads": 1, "experts": 4}
+    sizes = {"hidden": 64, "intermediate": 32, "heads": 2, "kv_heads": 1}
     base = build_tiny(folder / "base", TinySpec(layers=1, steps=0, vocab_size=512, **sizes))
     generator = torch.Generator().manual_seed(0)
     rows = [
@@ -252,6 +269,26 @@ def test_a_table_is_measured_in_parts_and_has_every_row(small, tmp_path, monkeyp
     assert figures[ours, "2:4 groups"] == 1.0 and figures[dense, "kl"] > 0.0
     with pytest.raises(ValueError, match=r"other settings: steps 3.0, now 4.0"):
         run(monkeypatch, capsys, *small, f"--earlier={kept}", "--steps=4")
+
+
+def test_refining_lowers_the_error_and_leaves_masters_that_round_to_the_codes(small, tmp_path):
+    (base, documents) = (Path(each.partition("=")[2]) for each in small[:2])
+    read = text.read_documents(documents, None)
+    errors = []
+
+    def noting(*given):
+        errors.append(refine(*given))
+        return errors[-1]
+
+    maker = compressing.Compressor(base, read, tmp_path, samples=4, length=64)
+    plain = maker.make(compressing.Recipe("ours", 0))
+    first = plain.masters.joinpath("layer-00000.safetensors").read_bytes()
+    with mock.patch.object(refining, "refine", noting):
+        made = maker.make(compressing.Recipe("ours, refined", 0))
+    assert made.metrics["masters_match"] and made.metrics["two_four_conforming"] == 1.0
+    assert made.masters.joinpath("layer-00000.safetensors").read_bytes() != first
+    (steps,) = errors
+    assert len(steps) == refining.STEPS and steps[-1] < 0.9 * steps[0]
 
 
 def base_of(given: list[str]) -> Path:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -28,6 +28,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.compared.refining import refining
 from sparselong.compress import one_sweep, solver, two_sweeps
 from sparselong.compress.factor import factorize
 from sparselong.kernels.sweep import Swept
@@ -120,12 +121,14 @@ class Method:
         sparsity: of the stored form; a mask that is lost cannot be stored as 2:4.
         solve: seed → the solver; None: stage 02's default.
         is_drawn: whether another seed gives another result.
+        is_refined: whether each layer is refined after it (`refining.py`).
     """
 
     bits: Literal[4, 16]
     sparsity: Literal["none", "2:4"]
     solve: Callable[[int], Solve] | None
     is_drawn: bool = True
+    is_refined: bool = False
 
 
 def _same(solve: Solve) -> Callable[[int], Solve]:
@@ -158,15 +161,15 @@ METHODS = {
     "sparsegpt 2:4 + gptq": Method(4, "2:4", _same(two_sweeps.solve)),
     "ours, o_proj not fitted": Method(4, "2:4", _same(one_sweep.solve)),
     "ours": Method(4, "2:4", None),
+    "ours, refined": Method(4, "2:4", None, is_refined=True),
 }
 """By name; int4 where a rule of rounding is named."""
 
 
 @contextmanager
 def solving(method: Method, seed: int) -> Iterator[None]:
-    """Make stage 02's solver `llmcompressor` that of a method inside the block."""
-    if method.solve is None:
-        yield
-        return
-    with mock.patch.dict(solver.SOLVERS, llmcompressor=method.solve(seed)):
-        yield
+    """Make stage 02 compress by a method inside the block."""
+    solvers = {} if method.solve is None else {"llmcompressor": method.solve(seed)}
+    with mock.patch.dict(solver.SOLVERS, solvers):
+        with refining() if method.is_refined else nullcontext():
+            yield

@@ -17,11 +17,18 @@ DEFAULT = "ours"
 ONE_SHOT_EXPERTS = ("base", "magnitude 2:4 + rtn", "sparsegpt 2:4 + gptq", DEFAULT)
 """Methods that are also combined with fewer or sparse experts."""
 DISTILLED = 0.5
-ARMS = tuple(
-    Arm(masks, weight)
-    for masks in ("dense", "static", "dynamic", "learned")
-    for weight in (0.0, DISTILLED)
+CEILING = Arm("dense")
+ARMS = (
+    CEILING,
+    Arm("dense", DISTILLED),
+    *(
+        arm
+        for masks in ("static", "dynamic", "learned")
+        for arm in (Arm(masks), Arm(masks, DISTILLED), Arm(masks, DISTILLED, "ceiling"))
+    ),
 )
+WITH_EXPERTS = (CEILING, Arm("dynamic"), Arm("dynamic", DISTILLED))
+"""Arms of models with fewer or sparse experts; the base that distils has all of them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Row:
         """What identifies the row in the results."""
         tuned = "no" if self.arm is None else self.arm.masks
         if self.arm is not None and self.arm.distilled:
-            tuned += f", distilled {self.arm.distilled:g}"
+            tuned += f", {self.arm.distilled:g} from {self.arm.teacher}"
         recipe = self.recipe
         return {
             "method": recipe.method,
@@ -63,7 +70,7 @@ def list_rows(seeds: int, keep: int) -> list[Row]:
                     rows.append(Row(Recipe(method, seed, each)))
         rows += [Row(Recipe(_start(arm), seed), arm) for arm in ARMS]
         for each in ("2:4", *fewer):
-            rows += [Row(Recipe(_start(arm), seed, each), arm) for arm in ARMS[:1] + ARMS[4:6]]
+            rows += [Row(Recipe(_start(arm), seed, each), arm) for arm in WITH_EXPERTS]
     return rows
 
 

@@ -10,7 +10,8 @@ rank on the same projections; only masks and loss differ:
                (straight-through), so that they can win
 
 With distillation a part of the loss is the divergence of the model's next tokens from those of a
-teacher that reads the same conversations, over the supervised tokens.
+teacher that reads the same conversations, over the supervised tokens: the base, which knows nothing
+of the new data, or the fine-tuned ceiling, which takes another fine-tuning.
 """
 
 from __future__ import annotations
@@ -72,10 +73,12 @@ class Arm:
     Attributes:
         masks: what becomes of the masks.
         distilled: weight of the divergence from the teacher; the rest is the labels'.
+        teacher: who that is.
     """
 
     masks: Masks
     distilled: float = 0.0
+    teacher: Literal["base", "ceiling"] = "base"
 
 
 def attention() -> str:

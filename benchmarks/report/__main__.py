@@ -24,6 +24,7 @@ from benchmarks.report import (
     memory,
     neighbours,
     promises,
+    quality,
     train_step,
     true_widths,
 )
@@ -41,6 +42,7 @@ SECTIONS = (
     context_parallel,
     fit_120b,
     true_widths,
+    quality,
     attention,
     expert_gemm,
     generation,
