@@ -49,6 +49,12 @@ CONFIGS = {
     "20b": "configs/gpt-oss-20b-1x3090.yaml",
     "tiny": "configs/tiny.yaml",
 }
+SUBJECTS = {
+    "120b": "compress_rate",
+    "20b": "compress_rate_20b",
+    "tiny": "compress_rate_tiny",
+}
+"""Subjects of the results: one for each shape."""
 COMPUTED = ("load", "calibrate", "solve", "pack", "forward", "wait")
 """Parts whose sum is a layer's time."""
 BESIDE = ("read", "write", "hash")
@@ -185,8 +191,7 @@ def measure(args: argparse.Namespace) -> bool:
     if published is not None:
         whole = median * published.layers
         rows.append(row(case, "sparselong", "all_layers_seconds", whole, "s"))
-    machine, command = machine_of(args), command_of(__file__, args)
-    subject = "compress_rate" if args.shape == "120b" else f"compress_rate_{args.shape}"
+    machine, command, subject = machine_of(args), command_of(__file__, args), SUBJECTS[args.shape]
     write(subject, machine, command, rows, args.folder)
     if args.kill_at is not None:
         again = kill_and_resume(args, killed, args.kill_at)

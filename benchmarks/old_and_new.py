@@ -7,11 +7,12 @@
 Each checkout runs in its own process, with its own package and its own benchmarks/shape_20b. Both
 processes stay alive and measure alternately, so that a slowdown of the machine affects both.
 Measured in gpt-oss-20b's shape with random weights: training steps (wall time, kernel times and
-their share of it, kernels, the host's launches of kernels, graphs and copies, peak memory), the host's time for launching an empty kernel, one expert pass, attention of a full and of
-a window layer (forward and backward, device time), and greedy generation. With `--cap-gib`, torch
-may reserve only what the cap leaves of a card after the CUDA context, in either process, and the
-layers of arm `masked` keep for the backward pass what each checkout's planner decides for that
-card, if it computes whole layers: both checkouts get the same memory.
+their share of it, kernels, the host's launches of kernels, graphs and copies, peak memory), the
+host's time for launching an empty kernel, one expert pass, attention of a full and of a window
+layer (forward and backward, device time), and greedy generation. With `--cap-gib`, torch may
+reserve only what the cap leaves of a card after the CUDA context, in either process, and the layers
+of arm `masked` keep for the backward pass what each checkout's planner decides for that card, if it
+computes whole layers: both checkouts get the same memory.
 
 Only functions that both checkouts have are used, but for what layers keep. Needs a CUDA device with
 memory for two models.
@@ -187,7 +188,7 @@ class Measured:
     def _keep_as_planned_before_slices(self, case: dict[str, Any]) -> int:
         """Do the same in checkouts whose layers cannot compute in slices of rows."""
         from benchmarks import memory
-        from sparselong.memory.fit import decide_kept
+        from sparselong.memory import fit
         from sparselong.runtime.recompute import checkpoint_contexts
 
         asked = memory.config.load(memory.FILE, [f"sequence_len={case['tokens']}"])
@@ -196,7 +197,7 @@ class Measured:
             layers=self.layers,
             full_layers=self.layers // 2,
         )
-        kept = decide_kept(shape, asked, self.cap_bytes)
+        kept = fit.decide_kept(shape, asked, self.cap_bytes)
         contexts = functools.partial(checkpoint_contexts, *kept)
         arguments = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
         self.model.get_base_model().gradient_checkpointing_enable(arguments)

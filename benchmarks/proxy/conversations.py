@@ -22,8 +22,8 @@ from sparselong.data.corpus import is_prose
 _LONG = {2048: 200, 4096: 70}
 EXAMPLES = {
     "niah_single_1": {512: 1500, 1024: 1500, **_LONG},
-    "niah_multikey_2": {384: 1500, 512: 1500, 1024: 2000, **_LONG},
-    "niah_multikey_3": {512: 2500, 1024: 2500, **_LONG},
+    "niah_multikey_2": {384: 1500, 512: 1500, 1024: 2000, 2048: 200},
+    "niah_multikey_3": {512: 2500, 1024: 2500, 2048: 200},
     "ruler_vt": {1024: 2500, **_LONG},
     "ruler_cwe": {1024: 2500, **_LONG},
     "ruler_fwe": {512: 1000, 1024: 1500, **_LONG},

@@ -16,10 +16,12 @@ from benchmarks.proxy.text import Document, list_paragraphs
 from sparselong.data.corpus import is_prose
 
 ENDINGS = 4
-_CONTEXT_WORDS = (16, 48)
+_CONTEXT_WORDS = (14, 40)
 _ENDING_WORDS = (10, 16)
 _KINDS = ("manual", "docs", "reference")
-_MOST_OF_A_DOCUMENT = 4
+_MOST_OF_A_DOCUMENT = 40
+_LEAST_LETTERS = 0.9
+"""Share of letters, spaces and punctuation in prose; tables and code have less."""
 _COMPARED = 60
 """Endings of which those with the nearest length are taken."""
 
@@ -64,10 +66,16 @@ def _cut(number: int, document: Document, source: random.Random) -> list[_Cut]:
     for paragraph in list_paragraphs(document.text):
         words = paragraph.split(" ")
         before, after = source.randint(*_CONTEXT_WORDS), source.randint(*_ENDING_WORDS)
-        if len(words) >= before + after and is_prose(paragraph) and not set("[]") & {*paragraph}:
+        if len(words) >= before + after and _is_plain(" ".join(words[: before + after])):
             context, ending = words[:before], words[before : before + after]
             cuts.append(_Cut(number, " ".join(context), " ".join(ending)))
     return source.sample(cuts, min(len(cuts), _MOST_OF_A_DOCUMENT))
+
+
+def _is_plain(text: str) -> bool:
+    """Return whether a text is prose without code, tables and brackets."""
+    letters = sum(each.isalpha() or each in " .,;:'-" for each in text)
+    return is_prose(text) and letters >= _LEAST_LETTERS * len(text) and not set("[]<>{}|") & {*text}
 
 
 def _choose_others(cut: _Cut, cuts: list[_Cut], source: random.Random) -> list[str]:

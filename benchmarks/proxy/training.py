@@ -21,7 +21,7 @@ from benchmarks.proxy.network import Network
 
 _LEARNING_RATE, _WARMUP_STEPS = 2e-3, 200
 _DECAY_FROM, ROUND_FROM = 0.5, 0.7
-_BALANCE, _SQUARED = 0.01, 1e-4
+_BALANCE, _SQUARED = 0.02, 1e-4
 _WEIGHT_DECAY, _CLIP = 0.1, 1.0
 
 

@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 from benchmarks.report import (
     attention,
     chat,
+    compress_rate,
     context_parallel,
     expert_gemm,
     export,
@@ -42,6 +43,7 @@ SECTIONS = (
     context_parallel,
     fit_120b,
     true_widths,
+    compress_rate,
     quality,
     attention,
     expert_gemm,

@@ -88,6 +88,8 @@ class HiddenStates:
         self._batches = batches[self._own.start : self._own.stop]
         self._first = self._batches[0].start if self._batches else 0
         self._now, self._next = (self._allocate() for _ in range(2))
+        # One for all passes: the allocator keeps memory for each stream.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _allocate(self) -> torch.Tensor:
         shape = (sum(map(len, self._batches)), *self._shape[1:])
@@ -127,10 +129,10 @@ class HiddenStates:
         places = [
             slice(each.start - self._first, each.stop - self._first) for each in self._batches
         ]
-        if self._device.type != "cuda":
+        copies = self._copies
+        if copies is None:
             yield from ((place, self._now[place]) for place in places)
             return
-        copies = torch.cuda.Stream(self._device)
 
         def fetch(place: slice) -> tuple[torch.Tensor, Any]:
             with torch.cuda.stream(copies):

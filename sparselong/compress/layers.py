@@ -76,6 +76,7 @@ def compress_layers(work: Work, device: torch.device) -> int:
         f"{done} of {count} layers already done"
     )
     _check_layers(work, done)
+    _warn_of_few_tokens(work)
     work.progress(done, count, "")
     if done >= work.layers.stop:
         return done
@@ -101,6 +102,17 @@ def _check_layers(work: Work, done: int) -> None:
         record = read_own(work.folder / "work" / LAYER_RECORD.format(index), *RECORDED)
         refuse_changes(record["stored"], work.folder / "model.partial", work.folder.name)
         refuse_changes(record["masters"], work.folder / "masters", work.folder.name)
+
+
+def _warn_of_few_tokens(work: Work) -> None:
+    """Warn if Hessians are singular but for their dampening."""
+    sizes, tokens = work.architecture, work.tokens.numel()
+    inputs = max(sizes.hidden_size, sizes.num_attention_heads * sizes.head_dim)
+    if tokens < inputs:
+        work.tell(
+            f"warning: {tokens:,} calibration tokens tell little of projections with {inputs:,} "
+            "inputs: raise calibration.samples or calibration.sequence_len"
+        )
 
 
 @dataclass

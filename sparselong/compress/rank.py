@@ -2,7 +2,7 @@
 
     RANK=r WORLD_SIZE=n ... python -m sparselong.compress.rank WORK
 
-See together.py and processes/world.py.
+See work.py and processes/world.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pathlib import Path
 
 from sparselong.checkpoint import Checkpoint, open_upstream
 from sparselong.compress.layers import compress_layers
-from sparselong.compress.together import read_work
-from sparselong.compress.work import Spread, Work
+from sparselong.compress.work import Spread, Work, read_work
 from sparselong.config import load
 from sparselong.files import write_atomically
 from sparselong.processes import (

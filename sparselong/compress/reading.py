@@ -117,8 +117,8 @@ class BaseFiles:
         self.rows: list[dict[str, Any]] = []
         self.seconds = 0.0
         if self._path.exists():
-            record = read_own(self._path, "files")
-            self.rows, self.seconds = record["files"], float(record.get("seconds", 0.0))
+            record = read_own(self._path, "files", "seconds")
+            self.rows, self.seconds = record["files"], record["seconds"]
         check_recorded(base.inventory, self.rows, folder.name, is_whole=False)
         recorded, needed = self._recorded_names(), _first_layers(base)
         names = sorted(base.inventory.names, key=lambda name: needed.get(name, -1))

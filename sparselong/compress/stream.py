@@ -22,8 +22,7 @@ from sparselong.compress.finished import check_finished, describe_finished, read
 from sparselong.compress.layers import LAYER_RECORD, RECORDED, compress_layers, quantization
 from sparselong.compress.reading import BASE_RECORD
 from sparselong.compress.report import add_seconds, measure
-from sparselong.compress.together import TOKENS, WORK, compress_together
-from sparselong.compress.work import Spread, Work
+from sparselong.compress.work import RANKS, TOKENS, Spread, Work, compress_together
 from sparselong.config import Config
 from sparselong.data import conversations
 from sparselong.files import point_to, write_atomically
@@ -182,5 +181,5 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     stage.inputs = [*base.inventory.paths, *conversations.prepare(stage.config, stage.run_dir)]
     stage.sources = conversations.find_sources(stage.config, stage.run_dir)
     stage.outputs = [model.directory, stage.dir / "masters"]
-    for name in (STATES, WORK, TOKENS):
+    for name in (STATES, RANKS, TOKENS):
         (stage.dir / "work" / name).unlink(missing_ok=True)

@@ -87,7 +87,7 @@ def _seconds(work: Work) -> float:
     rate = find_rate(None)
     moved = work.read_bytes + 2 * work.written_bytes  # written, and read back
     return (
-        rate.startup_seconds
+        rate.startup.compress
         + moved / rate.disk_bytes_per_second
         + 2 * work.written_bytes / _HASHED_PER_SECOND
         + work.decoded_weights / _DECODED_PER_SECOND

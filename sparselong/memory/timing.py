@@ -73,7 +73,7 @@ DEMO_ITEM_TOKENS = 262
 
 
 class Startup(NamedTuple):
-    """Seconds that stages take whatever they compute: imports, processes, compilation of kernels."""
+    """Seconds that stages take whatever they compute: imports, processes, compilation."""
 
     compress: float
     finetune: float

@@ -36,7 +36,7 @@ from sparselong.run.place import (
     read_document,
 )
 from sparselong.run.publishing import Publish, publish
-from sparselong.run.stages import STAGES, complete_commands, parse_layers
+from sparselong.run.stages import STAGES, add_own_options, complete_commands, parse_layers
 
 _KEPT = {
     "02_compress": ": finished layers are kept",
@@ -90,19 +90,7 @@ def parse_arguments(
     parser.add_argument("--dry-run", action="store_true", help="print the plan, touch nothing")
     parser.add_argument("--force", action="store_true", help="redo a finished stage")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    if STAGES[name].previews:
-        text = "print N conversations (or one) with supervised tokens marked, touch nothing"
-        parser.add_argument("--preview", metavar="N|FILE:LINE", help=text)
-    if STAGES[name].sweeps:
-        text = "run once for each combination of values, in runs/NAME-sweep; see sparselong/sweep"
-        shape = "KEY=VALUE,VALUE"
-        parser.add_argument("--sweep", nargs="+", action="extend", metavar=shape, help=text)
-    if STAGES[name].extended_by:
-        text = "also measure models of other runs, or other checkpoints (evaluation.compare)"
-        parser.add_argument("--compare", nargs="+", action="extend", metavar="RUN|PATH", help=text)
-    if STAGES[name].by_layers:
-        text = "work on layers A up to, but not including, B alone; a later command continues"
-        parser.add_argument("--layers", metavar="A:B", help=text)
+    add_own_options(parser, name)
     if add_options is not None:
         add_options(parser)
     parser.set_defaults(preview=None, sweep=None, layers=None)
@@ -222,7 +210,8 @@ def _run(
     cache = prepare_caches(stage, check)
     with locked(stage.run_dir):
         manifest = run_locked(stage, redo, execute, cache, interruption)
-        publish(stage, page)
+        if not stage.unfinished:
+            publish(stage, page)
     return manifest
 
 

@@ -10,6 +10,7 @@ reads.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -71,6 +72,24 @@ STAGES: dict[str, Declaration] = {
     "05_export": Declaration(("02_compress", "03_finetune"), (), parts=True),
     "06_chat": Declaration((), ()),
 }
+
+
+def add_own_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the options of the command line that only some stages have."""
+    stage = STAGES[name]
+    if stage.previews:
+        text = "print N conversations (or one) with supervised tokens marked, touch nothing"
+        parser.add_argument("--preview", metavar="N|FILE:LINE", help=text)
+    if stage.sweeps:
+        text = "run once for each combination of values, in runs/NAME-sweep; see sparselong/sweep"
+        shape = "KEY=VALUE,VALUE"
+        parser.add_argument("--sweep", nargs="+", action="extend", metavar=shape, help=text)
+    if stage.extended_by:
+        text = "also measure models of other runs, or other checkpoints (evaluation.compare)"
+        parser.add_argument("--compare", nargs="+", action="extend", metavar="RUN|PATH", help=text)
+    if stage.by_layers:
+        text = "work on layers A up to, but not including, B alone; a later command continues"
+        parser.add_argument("--layers", metavar="A:B", help=text)
 
 
 def parse_layers(text: str | None) -> range | None:

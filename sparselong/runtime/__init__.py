@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         checkpoint_contexts,
         checkpoint_layers,
         compute_once,
+        freed_outputs,
         is_checkpointed,
         is_recomputing,
         keeps_experts,

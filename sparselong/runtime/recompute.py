@@ -55,8 +55,9 @@ threads, where a recomputation must see its layer but the backward pass must not
 class _Layer:
     """One checkpointed layer and the results that it keeps, in the order of computation."""
 
-    def __init__(self, keep_attention: bool, keep_experts: bool):
+    def __init__(self, keep_attention: bool, keep_experts: bool, freed_outputs: int = 0):
         self.keep_attention, self.keep_experts = keep_attention, keep_experts
+        self.freed_outputs = freed_outputs
         self.results: list[Attended] = []
         self.small: list[tuple[torch.Tensor, ...]] = []
         self.begun: list[Any] = []
@@ -100,13 +101,21 @@ def checkpoint_layers(model: Any, keep_attention: bool, keep_experts: int = 0) -
     model._set_gradient_checkpointing(
         enable=True,
         gradient_checkpointing_func=partial(
-            _run_checkpointed, keep_attention=keep_attention, first_keeping=first
+            _run_checkpointed,
+            keep_attention=keep_attention,
+            first_keeping=first,
+            keeping=keep_experts,
         ),
     )
 
 
 def _run_checkpointed(
-    call: partial, hidden: torch.Tensor, *, keep_attention: bool, first_keeping: int
+    call: partial,
+    hidden: torch.Tensor,
+    *,
+    keep_attention: bool,
+    first_keeping: int,
+    keeping: int,
 ) -> torch.Tensor:
     """Run a layer; the checkpoint function of transformers' layers.
 
@@ -115,20 +124,22 @@ def _run_checkpointed(
         hidden: [batch, tokens, hidden], the layer's input.
         keep_attention: whether to keep full attention's output.
         first_keeping: index of the first layer that keeps its experts' gate_up output.
+        keeping: how many layers do.
     """
     layer: Any = call.func.__self__  # pyright: ignore[reportFunctionMemberAccess]
     keep_experts = layer.self_attn.layer_idx >= first_keeping
+    freed_outputs = 0 if keep_experts else keeping
     return checkpoint(  # pyright: ignore[reportReturnType]
         call,
         hidden,
         use_reentrant=False,
         preserve_rng_state=False,  # no layer uses random numbers: adapters have no dropout
-        context_fn=partial(checkpoint_contexts, keep_attention, keep_experts),
+        context_fn=partial(checkpoint_contexts, keep_attention, keep_experts, freed_outputs),
     )
 
 
 def checkpoint_contexts(
-    keep_attention: bool, keep_experts: bool = False
+    keep_attention: bool, keep_experts: bool = False, freed_outputs: int = 0
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of forward pass and recomputation: torch's checkpoint `context_fn`.
 
@@ -137,8 +148,10 @@ def checkpoint_contexts(
             tokens * (2 * heads * head_dim + 4 * heads) bytes a layer in bf16.
         keep_experts: whether to keep the experts' gate_up output and routing for the backward
             pass: tokens * top_k * (4 * inner + 4) bytes a layer in bf16.
+        freed_outputs: how many later layers keep theirs, and free it before this layer's backward
+            pass.
     """
-    layer = _Layer(keep_attention, keep_experts)
+    layer = _Layer(keep_attention, keep_experts, freed_outputs)
     return _Pass(layer, None), _Pass(layer, 0)
 
 
@@ -185,6 +198,12 @@ def keeps_experts() -> bool:
     """Return whether the experts must keep gate_up's output for their backward pass."""
     layer = _layer()
     return layer is not None and layer.keep_experts and layer.position is None
+
+
+def freed_outputs() -> int:
+    """Return how many experts' outputs are freed between this forward pass and its backward."""
+    layer = _layer()
+    return 0 if layer is None else layer.freed_outputs
 
 
 def attend_once(attend: Callable[[], Attended], is_full: bool) -> Attended:

@@ -92,6 +92,20 @@ def test_kept_experts_skip_the_gate_up_product_with_equal_gradients(
         assert all(map(torch.equal, got, made))
 
 
+@pytest.mark.parametrize("slice_tokens", [1000, 77])
+def test_weights_decoded_once_give_the_same_bits(slice_tokens, monkeypatch):
+    monkeypatch.setattr(experts_op, "SLICE_TOKENS", slice_tokens)
+    run, decoded, real = experts(draw(CASE), "decode"), [], triton_launch.decode_all
+    monkeypatch.setattr(
+        triton_launch, "decode_all", lambda *given: decoded.append(given) or real(*given)
+    )
+    chunks = gradients(*run, context_fn=partial(checkpoint_contexts, False))
+    assert not decoded
+    once = gradients(*run, context_fn=partial(checkpoint_contexts, False, False, 100))
+    assert len(decoded) == 1
+    assert all(map(torch.equal, once, chunks))
+
+
 def test_kept_experts_are_freed_after_their_layers_backward():
     """Run three layers backward one by one: each frees its own, even if the graph is retained."""
     layer, leaves, dout = experts(draw(CASE))

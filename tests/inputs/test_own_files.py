@@ -42,7 +42,12 @@ def compressed(small_arguments, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("base.json", "{"), ("work/layer-00000.json", "[1]"), ("work/model.json", '{"files": [3]}')],
+    [
+        ("base.json", "{"),
+        ("base.json", '{"files": [], "seconds": "1"}'),
+        ("work/layer-00000.json", "[1]"),
+        ("work/model.json", '{"files": [3]}'),
+    ],
 )
 def test_a_damaged_record_of_stage_02_is_explained(compressed, run_script, tmp_path, name, text):
     run = shutil.copytree(compressed, tmp_path / "run", symlinks=True)

@@ -21,11 +21,12 @@ from unittest import mock
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sparselong.kernels.expert_stack import ExpertStack
+from sparselong.kernels.expert_stack import ExpertStack, Gate, PackedWeight
 from sparselong.kernels.experts import op as experts_op
 from sparselong.kernels.experts import triton_launch
+from sparselong.kernels.experts.call import ExpertCall, ExpertOperands
 from sparselong.kernels.experts.lora import Adapter, Adapters
-from sparselong.runtime.recompute import checkpoint_contexts, checkpoint_layers
+from sparselong.runtime.recompute import checkpoint_contexts, checkpoint_layers, freed_outputs
 from tests.kernels.interpreted_experts import draw_weight
 from tests.kernels.interpreter import patch_once
 
@@ -217,6 +218,37 @@ def keep_in_some_layers(watch: Watch) -> dict[str, Any]:
     }
 
 
+def decode_once() -> dict[str, Any]:
+    """Return how often a layer's weights are decoded for both products of a backward pass, by how
+    many of its layers keep their outputs, and whether the bits are the same; then with how many
+    tokens the memory that one layer frees is enough for it."""
+    real, decoded = triton_launch.decode_all, []
+
+    def decode_all(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+        decoded.append(weight)
+        return real(weight, dtype)
+
+    experts_op.freed_outputs = lambda: 1
+    enough = [
+        experts_op._decodes_once(
+            ExpertCall(torch.empty(0), torch.empty(tokens, TOP_K), torch.empty(0)),
+            ExpertOperands(draw_stack(), Adapters(), Gate(1.0, 1.0), backend),
+        )
+        for tokens in (47, 48)
+        for backend in ("packed", "decode")
+    ]
+    experts_op.freed_outputs = lambda: 100 * freed_outputs()
+    experts_op.choose = lambda *_: "decode"
+    made, counts = [], []
+    with mock.patch.object(triton_launch, "decode_all", decode_all):
+        for layers in range(LAYERS + 1):
+            decoded.clear()
+            made.append(differentiate_layers(Watch(), layers)[0])
+            counts.append(len(decoded))
+    equal = all(all(map(torch.equal, found, made[0])) for found in made)
+    return {"equal": equal, "counts": counts, "enough": enough}
+
+
 def main() -> None:
     patch_once()
     experts_op.SLICE_TOKENS = -(-TOKENS // SLICES)
@@ -239,6 +271,7 @@ def main() -> None:
             "kept": kept_counts,
         }
     results |= {"some": differentiate_some(), "layers": keep_in_some_layers(watch)}
+    results["decoded"] = decode_once()
     print(json.dumps(results))
 
 

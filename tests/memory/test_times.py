@@ -6,14 +6,13 @@ A case is a training step, or a whole stage. The newest result of each subject a
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.compress_rate import CONFIGS
+from benchmarks.compress_rate import CONFIGS, SUBJECTS
 from benchmarks.record import newest
 from benchmarks.true_widths import FEW
 from sparselong.config.schema import Config, load
@@ -98,7 +97,7 @@ def wide_cases() -> Iterator[Case]:
 
 def compress_cases() -> Iterator[Case]:
     """Stage 02 at true widths, as often as it was measured."""
-    for subject in ("compress_rate", "compress_rate_20b"):
+    for subject in (SUBJECTS["20b"], SUBJECTS["120b"]):
         for machine, document in newest(subject).items():
             for row in document["rows"]:
                 if row["metric"] == "seconds":

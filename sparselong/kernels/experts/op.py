@@ -16,7 +16,8 @@ which is recomputed if backward runs again. If no gradient is needed nothing is 
 output is freed as soon as h exists. Inside a checkpointed layer (`runtime/recompute.py`) only the
 call's inputs are saved and gate_up's output is recomputed, unless the layer keeps it. The layer's
 recomputation then computes nothing here, and tokens are processed in slices, so peak memory does
-not grow with the length.
+not grow with the length. Where later layers have freed what they kept, "decode" decodes gate_up's
+weights once for the recomputation and the backward pass.
 
 One function, several backends, all exact up to bf16 products with fp32 sums: `packed` decodes
 weights inside the products, `small` does the same with tiles for a few rows, `decode` expands a
@@ -50,6 +51,7 @@ from sparselong.kernels.experts.torch_backend import expert_mlp_torch, stream_to
 from sparselong.kernels.gpu import architecture_of
 from sparselong.runtime import (
     current,
+    freed_outputs,
     is_checkpointed,
     is_recomputing,
     keeps_experts,
@@ -195,7 +197,7 @@ class _ExpertPass(torch.autograd.Function):
         from sparselong.kernels.experts import triton_launch
 
         call, needs = ExpertCall(x, indices, weights), ctx.needs_input_grad
-        ctx.operands, ctx.kept = operands, []
+        ctx.operands, ctx.kept, ctx.decodes_once = operands, [], False
         # A bias's gradient is a single sum over all tokens, so slices cannot produce it.
         is_whole = not is_checkpointed() or any(needs[5:7])
         ctx.slice_tokens = len(x) if is_whole else SLICE_TOKENS
@@ -206,6 +208,7 @@ class _ExpertPass(torch.autograd.Function):
         operands, out = operands.in_dtype(x.dtype), torch.empty_like(x)
         is_followed = any(needs) or is_checkpointed()  # by a backward pass
         operands = operands.fetch("forward" if is_followed else "inference")
+        ctx.decodes_once = not keeps and _decodes_once(call, operands)
         with torch.cuda.device_of(x):
             made: list[Any] = []
             for part in slices(len(x), ctx.slice_tokens):
@@ -235,6 +238,9 @@ class _ExpertPass(torch.autograd.Function):
         )
         # If this pass is interrupted, the next must not reuse a kept output for another slice.
         kept, ctx.kept = ctx.kept, []
+        decoded = None
+        if ctx.decodes_once:
+            decoded = triton_launch.decode_all(operands.stack.gate_up, dout.dtype)
         if saved:
             kept = [(saved[0], triton_launch.Routing(*saved[1:]))]
 
@@ -247,10 +253,11 @@ class _ExpertPass(torch.autograd.Function):
             def recall() -> tuple[torch.Tensor, torch.Tensor | None]:
                 gate_up = kept.pop(0)[0] if kept else None  # freed as soon as the caller does
                 if gate_up is None:
-                    gate_up = triton_launch.run_gate_up(rows, own.indices, operands, routing)
+                    given = (rows, own.indices, operands, routing, decoded)
+                    gate_up = triton_launch.run_gate_up(*given)
                 return gate_up, rows
 
-            forward = triton_launch.SavedForward(recall, routing, *own[1:])
+            forward = triton_launch.SavedForward(recall, routing, *own[1:], decoded)
             is_recomputable = rows is not None
             return triton_launch.run_backward(
                 dout[part], forward, operands, gradients.part(part), overwrite=is_recomputable
@@ -267,6 +274,18 @@ class _ExpertPass(torch.autograd.Function):
         ]
         dresidual = dout if needs[1] else None
         return None, dresidual, gradients.x, None, gradients.weights, *biases, *factors
+
+
+def _decodes_once(call: ExpertCall, operands: ExpertOperands) -> bool:
+    """Return whether the backward pass decodes gate_up's weights once, for both its products.
+
+    It does so only in the memory of kept outputs that later layers have freed by then.
+    """
+    if operands.backend != "decode":
+        return False
+    _, out_features, groups, _ = operands.stack.gate_up.blocks.shape
+    freed = freed_outputs() * call.indices.numel() * out_features
+    return freed >= operands.stack.experts * out_features * groups * 32
 
 
 def slices(tokens: int, size: int) -> list[slice]:

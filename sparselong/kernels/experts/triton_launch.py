@@ -10,7 +10,7 @@ summed over each token's experts it gives dx. `SavedForward` lists what backward
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -55,12 +55,14 @@ class SavedForward(NamedTuple):
         routing: routing of the rows.
         indices: as in the call.
         weights: as in the call.
+        decoded: gate_up's weights from `decode_all`; None: its product decodes them.
     """
 
     recall: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
     routing: Routing
     indices: torch.Tensor
     weights: torch.Tensor
+    decoded: torch.Tensor | None = None
 
 
 def sort_held(
@@ -78,15 +80,20 @@ def sort_all(call: ExpertCall, operands: ExpertOperands) -> Routing:
 
 
 def run_gate_up(
-    x: torch.Tensor, indices: torch.Tensor, operands: ExpertOperands, routing: Routing
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    operands: ExpertOperands,
+    routing: Routing,
+    decoded: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return gate_up's output with its adapter, [routing.rows, 2 * inner].
 
-    The backend is "small", "packed" or "decode" throughout this module.
+    `decoded` is as in `SavedForward`. The backend is "small", "packed" or "decode" throughout this
+    module.
     """
     stack, adapters, _, backend = operands
     rows, _ = gather(x, routing, indices)
-    gate_up = multiply(rows, stack.gate_up, routing, backend, backward=False)
+    gate_up = multiply(rows, stack.gate_up, routing, backend, backward=False, decoded=decoded)
     if adapters.gate_up is not None:
         tile_rows = choose_tile(x, backend, "forward").rows
         add_adapter_(gate_up, rows, adapters.gate_up, routing, tile_rows)
@@ -149,7 +156,7 @@ def run_backward(
         overwrite: whether gate_up's gradient overwrites its output, which saves 2 * inner values
             per routed token.
     """
-    recall, routing, indices, weights = saved
+    recall, routing, indices, weights, decoded = saved
     stack, adapters, gate, backend = operands
     bias = None if gradients.weights is None else stack.down.bias
     rows, inner_products = gather(dout.contiguous(), routing, indices, bias)
@@ -173,7 +180,7 @@ def run_backward(
         assert x is not None
         lora_grad = _differentiate_gate_up_adapter(dgate_up, x, saved, operands, gradients)
     if gradients.x is not None:
-        rows = multiply(dgate_up, stack.gate_up, routing, backend, backward=True)
+        rows = multiply(dgate_up, stack.gate_up, routing, backend, backward=True, decoded=decoded)
         del dgate_up
         if adapters.gate_up is not None and lora_grad is not None:
             tile_rows = choose_tile(rows, backend, "forward").rows
@@ -256,11 +263,17 @@ def apply_gate(gate_up: torch.Tensor, routing: Routing, gate: Gate) -> torch.Ten
 
 
 def multiply(
-    a: torch.Tensor, weight: PackedWeight, routing: Routing, backend: str, backward: bool
+    a: torch.Tensor,
+    weight: PackedWeight,
+    routing: Routing,
+    backend: str,
+    backward: bool,
+    decoded: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return sorted rows a [entries, in] times each expert's weight, plus bias: [entries, out].
 
-    With `backward`, return a [entries, out] times W without bias: [entries, in].
+    With `backward`, return a [entries, out] times W without bias: [entries, in]. "decode" takes the
+    weights from `decode_all` if given, and otherwise decodes a chunk of experts at a time.
     """
     experts, out_features, groups, _ = weight.blocks.shape
     columns, depth = (groups * 32, out_features) if backward else (out_features, groups * 32)
@@ -279,31 +292,47 @@ def multiply(
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     if backend != "decode":
-        launch(
-            triton_products.packed_kernel,
-            grid,
-            *(a_tiles, weight.blocks.view(torch.int32), weight.scales, weight.bias, out, *lists),
-            *(experts, columns, depth),
-            PTX=_has_ptx(a),
-            **constants,
-        )
+        sizes, words = (experts, columns, depth), weight.blocks.view(torch.int32)
+        pointers = (a_tiles, words, weight.scales, weight.bias, out, *lists)
+        launch(triton_products.packed_kernel, grid, *pointers, *sizes, PTX=_has_ptx(a), **constants)
         return out
-    expert_bytes = out_features * groups * 32 * a.element_size()
-    chunk = max(1, min(experts, BUFFER_BYTES // expert_bytes))
-    shape = (chunk, out_features, groups * 32)
-    buffer = torch.empty(shape, dtype=a.dtype, device=a.device)
     block = [1, tile.depth, tile.columns] if backward else [1, tile.columns, tile.depth]
-    w_tiles = TensorDescriptor.from_tensor(buffer, block) if tma else buffer
-    for first in range(0, experts, chunk):
-        last = min(experts, first + chunk)
-        decode_into(buffer, weight, first, last, routing)
+    for first, last, chunk in _decode_chunks(weight, routing, a, decoded):
+        w_tiles = TensorDescriptor.from_tensor(chunk, block) if tma else chunk
+        pointers = (a_tiles, w_tiles, weight.bias, out, *lists)
         launch(
-            triton_products.dense_kernel,
-            grid,
-            *(a_tiles, w_tiles, weight.bias, out, *lists, first, last, columns, depth),
-            **constants,
+            triton_products.dense_kernel, grid, *pointers, first, last, columns, depth, **constants
         )
     return out
+
+
+def _decode_chunks(
+    weight: PackedWeight, routing: Routing, like: torch.Tensor, decoded: torch.Tensor | None
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield the first expert, the end and the weights of one chunk of experts after the other.
+
+    Their memory is that of the chunk before, so a chunk's product must be launched at once.
+    """
+    experts, out_features, groups, _ = weight.blocks.shape
+    if decoded is not None:
+        yield 0, experts, decoded
+        return
+    expert_bytes = out_features * groups * 32 * like.element_size()
+    count = max(1, min(experts, BUFFER_BYTES // expert_bytes))
+    buffer = like.new_empty((count, out_features, groups * 32))
+    for first in range(0, experts, count):
+        last = min(experts, first + count)
+        decode_into(buffer, weight, first, last, routing)
+        yield first, last, buffer
+
+
+def decode_all(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """Return the decoded weights of all experts, [experts, out, in]."""
+    experts, out_features, groups, _ = weight.blocks.shape
+    shape = (experts, out_features, groups * 32)
+    buffer = torch.empty(shape, dtype=dtype, device=weight.blocks.device)
+    decode_into(buffer, weight, 0, experts)
+    return buffer
 
 
 def decode_into(
