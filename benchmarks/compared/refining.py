@@ -128,11 +128,16 @@ def refine(
     layer.layer.mlp = mlp
     layer._exchange(packed)
     for name, one in refined.items():
-        tensors, master = one.pack()
-        packed[name].load_state_dict(tensors, strict=False)
-        result.stored |= {f"{stem}.{name}.{key}": t.cpu() for key, t in tensors.items()}
-        result.masters[f"{stem}.{name}.weight"] = master.cpu()
+        _take(one, packed[name], f"{stem}.{name}", result)
     return torch.stack(errors).tolist()
+
+
+def _take(one: _Refined, packed: nn.Module, name: str, result: CompressedLayer) -> None:
+    """Put a refined projection into the packed one and into the layer's result."""
+    tensors, master = one.pack()
+    packed.load_state_dict(tensors, strict=False)
+    result.stored |= {f"{name}.{key}": tensor.cpu() for key, tensor in tensors.items()}
+    result.masters[f"{name}.weight"] = master.cpu()
 
 
 class _Nothing(nn.Module):

@@ -117,14 +117,14 @@ def tune(
         learn_masks(base)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.rate, weight_decay=0.0)
-    warmup = int(WARMUP * settings.steps)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, settings.steps)
-    updates = set(update_steps(settings.steps, FREQUENCY.get(arm.masks, 1 / settings.steps)))
+    steps = settings.steps
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
+    updates = set(update_steps(steps, FREQUENCY.get(arm.masks, 1 / steps)))
     padding: Any = base.config.pad_token_id
     batches = make_batches_of(rows, settings, seed, padding)
     losses = []
     model.train()
-    for step in range(1, settings.steps + 1):
+    for step in range(1, steps + 1):
         batch = [tensor.to(base.device) for tensor in next(batches)]
         loss = find_loss(base, teacher, batch, arm.distilled)
         loss.backward()
