@@ -14,8 +14,10 @@ from benchmarks import quality
 from benchmarks.compared import compressing, measuring, methods, refining, table, text, tuning
 from benchmarks.compared.refining import refine
 from benchmarks.compared.rows import list_rows
+from sparselong.adapters import Masters, add_masked_lora, masked_layers
 from sparselong.evaluate.perplexity import Sample
 from sparselong.evaluate.work import Request
+from sparselong.model import load_model
 from sparselong.packing import DenseFormat, integer
 from sparselong.tiny.build import TinySpec, build_tiny
 from tests.conftest import write_rows
@@ -289,6 +291,27 @@ def test_refining_lowers_the_error_and_leaves_masters_that_round_to_the_codes(sm
     assert made.masters.joinpath("layer-00000.safetensors").read_bytes() != first
     (steps,) = errors
     assert len(steps) == refining.STEPS and steps[-1] < 0.9 * steps[0]
+
+
+def test_learned_masks_compute_the_stored_weight_and_pass_every_gradient(small, tmp_path):
+    base, documents = (Path(each.partition("=")[2]) for each in small[:2])
+    maker = compressing.Compressor(base, text.read_documents(documents, None), tmp_path, 4, 64)
+    made = maker.make(compressing.Recipe("ours", 0))
+    model = load_model(made.model)
+    master_of = Masters(made.masters).read
+    targets = ("q_proj", "o_proj")
+    tuned, _ = add_masked_lora(model, targets=targets, r=4, alpha=8, master_of=master_of, seed=0)
+    layer = next(iter(masked_layers(tuned).values()))
+    x = torch.randn(5, layer.master.shape[1], generator=torch.Generator().manual_seed(2))
+    expected = layer(x)
+    tuning.learn_masks(model)
+    out = layer(x)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    out.backward(upstream)
+    lora_a, lora_b, scaling = layer.adapter()
+    whole = scaling * upstream.T @ x @ lora_a.T  # no mask in it
+    torch.testing.assert_close(lora_b.grad, whole, rtol=1e-4, atol=1e-5)
 
 
 def base_of(given: list[str]) -> Path:

@@ -99,10 +99,8 @@ def refine(
     """
     stem, attention = f"model.layers.{layer.index}.self_attn", layer.layer.self_attn
     packed = {name: getattr(attention, name) for name in PROJECTIONS}
-    refined = {
-        name: _Refined(module, result.masters[f"{stem}.{name}.weight"])
-        for name, module in packed.items()
-    }
+    masters = {name: result.masters[f"{stem}.{name}.weight"] for name in PROJECTIONS}
+    refined = {name: _Refined(packed[name], masters[name]) for name in PROJECTIONS}
     optimizer = torch.optim.Adam(
         [{"params": [one.master], "lr": rate * _unit(one)} for one in refined.values()]
     )
@@ -119,9 +117,9 @@ def refine(
         layer._exchange(refined)
         layer._forward(batch)
         error = (seen.pop().float() - expected).square().mean() / expected.square().mean()
-        optimizer.zero_grad()
         error.backward()
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
         errors.append(error.detach())
     hook.remove()

@@ -120,8 +120,7 @@ def tune(
     steps = settings.steps
     schedule = get_cosine_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
     updates = set(update_steps(steps, FREQUENCY.get(arm.masks, 1 / steps)))
-    padding: Any = base.config.pad_token_id
-    batches = make_batches_of(rows, settings, seed, padding)
+    batches = make_batches_of(rows, settings, seed, int(base.config.pad_token_id))  # type: ignore[arg-type]
     losses = []
     model.train()
     for step in range(1, steps + 1):
