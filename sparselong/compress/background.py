@@ -15,7 +15,7 @@ import torch
 class Background:
     """A thread that does one job at a time; a job's error is raised by the next `join`.
 
-    At the end of a `with` block the running job is waited for.
+    At the end of a `with` block the running job is waited for; after an error none is begun.
     """
 
     def __init__(self) -> None:
@@ -49,9 +49,11 @@ class Background:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        if kind is None:
-            self.join()
+        try:
+            if kind is None:
+                self.join()
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Seconds:
