@@ -22,7 +22,7 @@ from sparselong.config import Config, load
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.figures import format_figure, format_seconds
 from sparselong.files import is_disk_full
-from sparselong.registration import OutputError, choose_gpu, move_caches, set_streams
+from sparselong.registration import OutputError, begin_program, choose_gpu, move_caches
 from sparselong.run.directory import Stage, check_finished, finish, prepare
 from sparselong.run.interruption import Interruption, interruptible
 from sparselong.run.latest import name_model
@@ -163,7 +163,7 @@ def run_stage(
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
     """
-    set_streams()
+    begin_program()
     try:
         arguments = parse_arguments(name, description, argv)
     except (ConfigError, OutputError) as error:  # the latter from --help

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sparselong.config import Config, load
 from sparselong.errors import ConfigError
-from sparselong.registration import OutputError, set_streams
+from sparselong.registration import OutputError, begin_program
 from sparselong.run.command import (
     Outcome,
     explained_failures,
@@ -92,7 +92,7 @@ def run_parts(
     Returns:
         0 if all parts are done, 1 if one failed, 2 for a usage or config error.
     """
-    set_streams()
+    begin_program()
     try:
         arguments = parse_arguments(name, description, argv, choice.add_options)
     except (ConfigError, OutputError) as error:  # the latter from --help

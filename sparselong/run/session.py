@@ -10,7 +10,7 @@ from typing import Any
 
 from sparselong.config import load
 from sparselong.errors import ConfigError
-from sparselong.registration import OutputError, set_streams
+from sparselong.registration import OutputError, begin_program
 from sparselong.run.command import explained_failures, parse_arguments, prepare_caches, report
 from sparselong.run.directory import Stage, read_inputs
 from sparselong.run.interruption import interruptible
@@ -46,7 +46,7 @@ def run_session(
     Returns:
         0 if all went well, 1 if it failed, 2 for a usage or config error.
     """
-    set_streams()
+    begin_program()
     try:
         arguments = parse_arguments(name, description, argv, add_options)
     except (ConfigError, OutputError) as error:  # the latter from --help

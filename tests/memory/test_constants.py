@@ -55,7 +55,7 @@ def test_work_of_the_tiny_model_matches_its_spec():
     assert timing.DEMO_ITEMS == items
 
 
-def test_allocator_matches_the_setting_made_on_import(monkeypatch):
+def test_allocator_matches_the_setting_of_the_programs(monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     registration.set_environment()
