@@ -36,7 +36,7 @@ from sparselong.run.place import (
     read_document,
 )
 from sparselong.run.publishing import Publish, publish
-from sparselong.run.stages import STAGES, complete_commands
+from sparselong.run.stages import STAGES, check_installed, complete_commands
 
 _KEPT = {
     "02_compress": ": finished layers are kept",
@@ -81,6 +81,7 @@ def parse_arguments(
 
     Raises:
         ConfigError: it cannot be read, --run-dir cannot be a directory, or there is no such GPU.
+        StageError: packages that the script needs are missing; a plan needs none of them.
     """
     parser = _Parser(prog=f"{name}.py", description=description)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default %(default)s)")
@@ -111,6 +112,8 @@ def parse_arguments(
         arguments.overrides.append(f"{STAGES[name].extended_by}={json.dumps(named)}")
     if arguments.gpu is not None:
         choose_gpu(arguments.gpu)
+    if not arguments.dry_run:
+        check_installed(name)
     arguments.repeated = _repeated(arguments)
     arguments.run_dir = find_run_dir(arguments.run_dir, arguments.config)
     return arguments
@@ -166,7 +169,7 @@ def run_stage(
     begin_program()
     try:
         arguments = parse_arguments(name, description, argv)
-    except (ConfigError, OutputError) as error:  # the latter from --help
+    except ExpectedError as error:  # also of a stream, from --help
         report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
     with explained_failures(name, arguments) as outcome, interruptible() as interruption:

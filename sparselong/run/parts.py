@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sparselong.config import Config, load
-from sparselong.errors import ConfigError
-from sparselong.registration import OutputError, begin_program
+from sparselong.errors import ExpectedError
+from sparselong.registration import begin_program
 from sparselong.run.command import (
     Outcome,
     explained_failures,
@@ -95,7 +95,7 @@ def run_parts(
     begin_program()
     try:
         arguments = parse_arguments(name, description, argv, choice.add_options)
-    except (ConfigError, OutputError) as error:  # the latter from --help
+    except ExpectedError as error:  # also of a stream, from --help
         report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
     with explained_failures(name, arguments) as outcome, interruptible() as interruption:
