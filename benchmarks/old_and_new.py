@@ -14,8 +14,7 @@ reserve only what the cap leaves of a card after the CUDA context, in either pro
 of arm `masked` keep for the backward pass what each checkout's planner decides for that card, if it
 computes whole layers: both checkouts get the same memory.
 
-Only functions that both checkouts have are used, but for what layers keep. Needs a CUDA device with
-memory for two models.
+Uses only functions of both checkouts, but for what layers keep. Needs a GPU that holds two models.
 """
 
 from __future__ import annotations
@@ -304,9 +303,7 @@ def device_ms(call: Callable[[], object]) -> float:
 
 def serve() -> None:
     """Answer requests from standard input until it ends."""
-    # Either configures torch's allocator, which must precede CUDA: older checkouts the latter.
-    import benchmarks  # noqa: F401
-    import sparselong  # noqa: F401
+    import benchmarks.shape_20b  # noqa: F401  configures torch's allocator, which must precede CUDA
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries must not be taken for an answer

@@ -11,7 +11,7 @@ import pytest
 
 from sparselong import registration
 from sparselong.lazy import public_names
-from sparselong.memory import ALLOCATOR
+from sparselong.registration import ALLOCATOR
 from tests.conftest import ROOT, load_script
 
 SET = {*registration._ENVIRONMENT, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}

@@ -106,10 +106,7 @@ def parse_arguments(
     parser.set_defaults(preview=None, sweep=None)
     arguments = parser.parse_intermixed_args(argv)
     if STAGES[name].extended_by and arguments.compare:
-        words: list[str] = arguments.compare  # it takes all words that follow, also overrides
-        arguments.overrides += [word for word in words if "=" in word]
-        named = [word for word in words if "=" not in word]
-        arguments.overrides.append(f"{STAGES[name].extended_by}={json.dumps(named)}")
+        _name_compared(arguments, STAGES[name].extended_by)
     if arguments.gpu is not None:
         choose_gpu(arguments.gpu)
     if not arguments.dry_run:
@@ -117,6 +114,14 @@ def parse_arguments(
     arguments.repeated = _repeated(arguments)
     arguments.run_dir = find_run_dir(arguments.run_dir, arguments.config)
     return arguments
+
+
+def _name_compared(arguments: argparse.Namespace, key: str) -> None:
+    """Move what `--compare` names to an override of a key."""
+    words: list[str] = arguments.compare  # it takes all words that follow, also overrides
+    arguments.overrides += [word for word in words if "=" in word]
+    named = [word for word in words if "=" not in word]
+    arguments.overrides.append(f"{key}={json.dumps(named)}")
 
 
 def _repeated(arguments: argparse.Namespace) -> list[str]:
