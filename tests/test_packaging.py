@@ -1,6 +1,7 @@
 """The package: what a wheel holds, what the library needs, and the extras of the scripts."""
 
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -121,3 +122,40 @@ def test_a_plan_needs_no_extra(monkeypatch, capsys, tmp_path):
         monkeypatch.setitem(sys.modules, module, None)
     arguments = ["--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", str(tmp_path / "run")]
     assert load_script("02_compress").main([*arguments, "--dry-run"]) == 0
+
+
+ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: (
+    None if name.partition(".")[0] in {absent} else real(name, *rest)
+)
+import runpy, sparselong, torch
+base, data, out = sys.argv[1:]
+from pathlib import Path
+train = runpy.run_path("examples/transformers_trainer.py")["train"]
+trainer = train(base, Path(data), Path(out), False, steps=1, batch=4)
+model = sparselong.model.load_model(Path(base), attn_implementation="sparselong")
+made = list(sparselong.generate(model, torch.tensor([[5, 6, 7]]), 4))
+print(len(made), set({absent}) & set(sys.modules))
+"""
+
+
+def test_the_library_trains_and_generates_without_the_extras(untrained_base, chat_file, tmp_path):
+    absent = {module for each in STAGES.values() for module in each.imports}
+    absent |= {"trl", "tensorboard", "triton", "pyarrow", "pandas", "bitsandbytes", "wonderwords"}
+    code = ALONE.format(absent=sorted(absent))
+    command = [sys.executable, "-c", code, str(untrained_base), str(chat_file), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "4 set()"
+    assert (tmp_path / "adapter_model.safetensors").is_file()

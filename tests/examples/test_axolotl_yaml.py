@@ -1,13 +1,13 @@
 """examples/axolotl_lora.yaml on the small model: the loss of separate conversations, packed."""
 
 import json
-import os
 import subprocess
 
 import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from sparselong.processes import process
 from tests.conftest import ROOT, write_rows
 from tests.examples.separate import MESSAGES, separate_loss
 
@@ -20,9 +20,8 @@ RUN = "from axolotl.cli.main import cli; cli(standalone_mode=False)"
 def axolotl(python: str, folder, document: dict) -> subprocess.CompletedProcess:
     path = folder / "axolotl.yaml"
     path.write_text(yaml.safe_dump(document), encoding="utf-8")
-    offline = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [python, "-c", RUN, "train", str(path), "--launcher", "python"]
-    environment = os.environ | offline
+    environment = process._environment()  # offline; as stage 03's, to share its imports
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
 

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from sparselong.processes import process
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/upstream.md").read_text(encoding="utf-8")
@@ -20,7 +21,9 @@ def test_the_fault_is_still_there(about, untrained_base, forked_python):
     if "axolotl." not in code:
         exec(compile(code, about, "exec"), {"base": untrained_base})
         return
-    done = subprocess.run([forked_python, "-c", code], capture_output=True, text=True)
+    environment = process._environment()  # as stage 03's, to share its imports
+    command = [forked_python, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
