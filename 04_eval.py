@@ -5,8 +5,8 @@ The base, compressed and fine-tuned models answer the same multiple-choice items
 and their perplexity is measured on the same held-out conversations. Reads the models of stages 02
 and 03; writes results.json, report.md and evaluation.png to runs/NAME/04_eval.
 
-`--compare RUN|PATH ...` also measures models of other runs, or other checkpoints; those that a
-finished stage has measured are not measured again.
+`--compare RUN|PATH ...` also measures models of other runs, or other checkpoints. What a finished
+stage has measured is measured again only if it has changed since.
 
 On several GPUs, one process each (`sequence_parallel_degree`, or those in which torchrun started
 this script) measures some rows of every batch. A model that does not fit on one GPU is shared: each
@@ -39,14 +39,19 @@ def execute(stage: Stage) -> None:
     evaluate(stage)
 
 
-def check(config: Config) -> None:
-    """Raise if the processes do not fit the config, or it names what is not there."""
+def check(config: Config) -> dict[str, str]:
+    """Return a fingerprint of each model to compare with, by name.
+
+    Raises:
+        ConfigError: the processes do not fit the config, or it names what is not there.
+        StageError: a model to compare with is damaged, or not what its run recorded.
+    """
     check_launcher(config)
     if not is_joined():
         hide_launcher()
     check_model(config)
     check_tasks(config)
-    find_compared(config)
+    return {each.name: each.fingerprint for each in find_compared(config)}
 
 
 def main(argv: list[str] | None = None) -> int:

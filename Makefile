@@ -20,10 +20,10 @@ DEMO := --config configs/tiny.yaml --run-dir runs/demo
 # says it once instead.
 COMMON_MARKER := ; python_full_version < '3\.13' and platform_machine == 'x86_64' and sys_platform == 'linux'
 
-# These take as long as all other tests together.
+# These take as long as all other tests together; the last one because they have imported Axolotl.
 LONG := tests/distributed tests/stages/test_trained.py tests/stages/test_finetune.py \
         tests/stages/test_eval.py tests/stages/test_health_script.py tests/stages/test_example.py \
-        tests/stages/test_compress.py
+        tests/stages/test_compress.py tests/finetune/test_schedules.py
 # llama.cpp through Python, in a directory of its own: the environment stays as locked.
 LLAMA := .llama/0.3.36
 LLAMA_TEST := tests/stages/test_llama_cpp.py
@@ -38,7 +38,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
 # Each measures one subject, and says if it needs a GPU. The other files in benchmarks/ are helpers,
 # or compare two checkouts.
 BENCHMARKS := demo attention attention_tiles expert_gemm neighbours generation chat memory solver \
-              train_step context_parallel fit_120b true_widths export
+              train_step context_parallel fit_120b true_widths compress_rate export
 
 .PHONY: demo check test test-long test-short test-mutations test-llama test-web test-gpu bench lock clean
 

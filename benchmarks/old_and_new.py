@@ -14,7 +14,7 @@ reserve only what the cap leaves of a card after the CUDA context, in either pro
 of arm `masked` keep for the backward pass what each checkout's planner decides for that card, if it
 computes whole layers: both checkouts get the same memory.
 
-Uses only functions of both checkouts, but for what layers keep. Needs a GPU that holds two models.
+Only functions that both have are used, but for what layers keep. Needs memory for two models.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from sparselong.config import leaves
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.figures import format_bytes, format_seconds
 from sparselong.files import read_json
+from sparselong.provenance import find_change
 from sparselong.registration import begin_program
 from sparselong.run import config_of, find_outdated, read_finished
 
@@ -205,8 +206,9 @@ def _evaluated(run: Run) -> Iterator[_Measured]:
         yield from _task(run, task, models)
     for key, value in metrics.items():
         if key not in ("tasks", "perplexity", "experts"):
+            own = {"files of the base": _base_files(run)} if key == "divergence" else {}
             for name, each in leaves({key: value}):
-                yield _Measured("Other figures of stage 04", name, "", each, basis)
+                yield _Measured("Other figures of stage 04", name, "", each, {**basis, **own})
 
 
 def _task(run: Run, task: str, models: Mapping[str, Mapping[str, Any]]) -> Iterator[_Measured]:
@@ -221,10 +223,18 @@ def _task(run: Run, task: str, models: Mapping[str, Mapping[str, Any]]) -> Itera
                 continue  # the base's difference to itself
             requests = measured.get(model, {}).get("requests_sha256")
             basis = {"number of items": row.get("items"), "requests": requests}
+            if any(part in key for part in _TO_BASE):
+                basis["files of the base"] = _base_files(run)
             stderr = row.get(_stderr_of(key))
             unit = "fraction" if key.startswith("acc") else ""
             name = key.removeprefix("scores.").removesuffix(".value")
             yield _Measured(task, f"{name}, {model}", unit, row.get(key), basis, stderr)
+
+
+def _base_files(run: Run) -> tuple[str, ...]:
+    """Return the hashes of the base's files, as far as stage 02 recorded them."""
+    rows = run.manifests.get(_COMPRESS, {}).get("inputs", [])
+    return tuple(sorted(row["sha256"] for row in rows if Path(row["path"]).parts[0] != "data"))
 
 
 def _stderr_of(key: str) -> str:
@@ -288,6 +298,7 @@ def _notes(runs: Sequence[Run], figures: Sequence[Figure]) -> list[str]:
     for run in runs:
         for name, earlier in find_outdated(run.manifests):
             notes.append(f"{run.name}: {name} was made from a result of {earlier} replaced since")
+        notes += [f"{run.name}: {path} has changed since {_EVAL}" for path in _find_changed(run)]
     commits = {
         f"{str(m.get('git_commit'))[:12]}{' with changes' if m.get('git_dirty') else ''}"
         for run in runs
@@ -296,6 +307,14 @@ def _notes(runs: Sequence[Run], figures: Sequence[Figure]) -> list[str]:
     if len(commits) > 1:
         notes.append(f"the stages ran with different code: commits {', '.join(sorted(commits))}")
     return notes
+
+
+def _find_changed(run: Run) -> list[str]:
+    """Return what stage 04 measured or wrote and is there with other contents now."""
+    manifest = run.manifests.get(_EVAL, {})
+    rows = [*manifest.get("inputs", []), *manifest.get("outputs", [])]
+    there = [row for row in rows if (Path(run.name) / row["path"]).exists()]
+    return [row["path"] for row in there if find_change(Path(run.name) / row["path"], row)]
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -352,11 +371,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         document = compare(arguments.runs)
+        text = json.dumps(document, indent=1) if arguments.json else render(document)
+        print(text, flush=True)
     except ExpectedError as error:
         print(error, file=sys.stderr, flush=True)
         return error.exit_code
-    text = json.dumps(document, indent=1) if arguments.json else render(document)
-    print(text, flush=True)
     return 0
 
 

@@ -88,6 +88,11 @@ def other_hardware(run) -> None:
     rewrite(run / "02_compress/manifest.json", hardware={"machine": "aarch64"})
 
 
+def other_base(run) -> None:
+    row = {"path": "/base/model.safetensors", "bytes": 1, "sha256": "other"}
+    rewrite(run / "02_compress/manifest.json", inputs=[row])
+
+
 def rewrite_results(run, edit) -> None:
     path = run / "04_eval/results.json"
     found = json.loads(path.read_text())
@@ -100,6 +105,8 @@ CASES = {
     other_date: ("date in the chat template", {"last training loss", "best validation perplexity"}),
     other_items: ("requests", {"acc, base"}),
     other_conversations: ("number of conversations", {"base", "compressed", "finetuned"}),
+    other_base: ("files of the base", {f"paired_flips.{change}, {model}"
+                 for change in ("gained", "lost") for model in ("compressed", "finetuned")}),
     other_hardware: ("machine, cpu_count, gpus", {"02_compress, time",
                      "02_compress, peak host memory", "02_compress, peak GPU memory"}),
 }  # fmt: skip
@@ -161,6 +168,14 @@ def test_other_code_and_replaced_results_are_told(runs):
     notes = "\n".join(compare(runs)["notes"])
     assert "aaaaaaaaaaaa, bbbbbbbbbbbb with changes" in notes
     assert f"{runs[0]}: 03_finetune was made from a result of 02_compress replaced since" in notes
+
+
+def test_results_that_have_changed_since_they_were_written_are_told(runs):
+    other_conversations(runs[1])
+    told = f"{runs[1]}: 04_eval/results.json has changed since 04_eval"
+    assert told in compare(runs)["notes"]
+    (runs[1] / "04_eval/report.md").unlink(missing_ok=True)  # what is gone has not changed
+    assert [note for note in compare(runs)["notes"] if "has changed" in note] == [told]
 
 
 def test_what_cannot_be_compared_is_refused_by_name(runs, tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Generate BENCHMARKS.md and its plots: `python -m benchmarks.report`.
 
-All figures come from benchmarks/results/*.json and benchmarks/promises.json. If a subject was
+Measured figures come from benchmarks/results/*.json and benchmarks/promises.json. If a subject was
 measured several times on one machine, the newest file is used. Each subject's section is written by
 the module of the same name in this folder.
 """
@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 from benchmarks.report import (
     attention,
     chat,
+    compress_rate,
     context_parallel,
     expert_gemm,
     export,
@@ -24,6 +25,7 @@ from benchmarks.report import (
     memory,
     neighbours,
     promises,
+    sizes,
     train_step,
     true_widths,
 )
@@ -36,11 +38,13 @@ command, the machine and the package versions behind every figure. Do not edit e
 """
 SECTIONS = (
     promises,
+    sizes,
     train_step,
     memory,
     context_parallel,
     fit_120b,
     true_widths,
+    compress_rate,
     attention,
     expert_gemm,
     generation,

@@ -22,7 +22,15 @@ from transformers import GptOssForCausalLM
 
 from sparselong.chat.command import check_processes, rank_arguments
 from sparselong.chat.engine import Engine, open_model
-from sparselong.chat.sources import READS, Source, check_room, find_model, name_of, room_of
+from sparselong.chat.sources import (
+    READS,
+    Source,
+    check_room,
+    find_model,
+    name_of,
+    reads_of,
+    room_of,
+)
 from sparselong.config import Config
 from sparselong.errors import StageError
 from sparselong.generation import SharedModel, share_model
@@ -46,7 +54,7 @@ class Work(NamedTuple):
     """What rank 0 tells the other ranks.
 
     Attributes:
-        config: the run's config, with the opened model as its base.
+        config: the run's config, by whose base and `experts.keep` the model's memory is planned.
         source: the checkpoint.
     """
 
@@ -105,7 +113,8 @@ def take_part(
     config, source = told[0]
     config = config.model_copy(update={"expert_parallel_degree": len(told)})
     # The rank with the least memory decides, now that all are connected.
-    settled = _settle(config, decide_evaluation_sharing(config).placement)
+    held = decide_evaluation_sharing(config, with_base=False)
+    settled = _settle(config, held.placement)
 
     def open_part(_: Path, device: torch.device) -> GptOssForCausalLM:
         return open_model(source, implementation(config), device)
@@ -115,7 +124,13 @@ def take_part(
 
 
 def _as_base(config: Config, model: str, source: Source) -> Config:
-    """Return the config with a named directory as its base, by whose shape memory is planned."""
+    """Return the config with a named directory as its base, by whose shape memory is planned.
+
+    A named directory, and the run's base, have all their experts, whatever the config keeps.
+    """
+    if not reads_of(model) and config.experts.keep is not None:
+        whole = config.experts.model_copy(update={"keep": None})
+        config = config.model_copy(update={"experts": whole})
     if model in READS:
         return config
     named = config.model.model_copy(update={"base": str(source.directory.resolve())})
@@ -136,7 +151,7 @@ def _plan(config: Config) -> tuple[int, str]:
     world = evaluation_world(config, torch.cuda.device_count())
     if world.joined:
         return world.size, "gpu"  # decided when all are connected
-    held = decide_evaluation_sharing(config, world.size)
+    held = decide_evaluation_sharing(config, world.size, with_base=False)
     return held.expert_parallel, held.placement
 
 

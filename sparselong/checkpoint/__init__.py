@@ -32,6 +32,19 @@ if TYPE_CHECKING:
         missing_files,
         take_inventory,
     )
+    from sparselong.checkpoint.kept_experts import (
+        describe_kept,
+        has_expert_rows,
+        same_base_bytes,
+        show_ranges,
+    )
+    from sparselong.checkpoint.layout import (
+        KEPT_BYTES,
+        PATTERN_BYTES,
+        count_bytes,
+        master_tensors,
+        stored_tensors,
+    )
     from sparselong.checkpoint.slices import Entry, begin_file, make_header, write_rows
 
 __getattr__ = expose(__name__)

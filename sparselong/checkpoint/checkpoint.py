@@ -15,10 +15,10 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from sparselong.checkpoint.header import damaged
 from sparselong.checkpoint.inventory import take_inventory
+from sparselong.checkpoint.slices import file_pieces
 from sparselong.errors import StageError
 from sparselong.packing import mxfp4
 
@@ -200,11 +200,11 @@ def _state(file: IO[bytes]) -> tuple[int, int]:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically, and hold no copy of its tensors meanwhile."""
     partial = path.with_name(path.name + ".partial")
-    data = save({name: t.cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
     with partial.open("wb") as file:
-        file.write(data)
+        for piece in file_pieces(tensors):
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -219,12 +219,39 @@ def same_bytes(left: Checkpoint, right: Checkpoint, name: str) -> bool:
     if a.begin == b.begin and os.path.samefile(path_a, path_b):
         return True
     with path_a.open("rb") as file_a, path_b.open("rb") as file_b:
-        file_a.seek(a.begin)
-        file_b.seek(b.begin)
-        left_bytes = a.end - a.begin
-        while left_bytes:
-            size = min(left_bytes, _COMPARED_BYTES)
-            if file_a.read(size) != file_b.read(size):
-                return False
-            left_bytes -= size
+        return _is_same(file_a, a.begin, file_b, b.begin, a.end - a.begin)
+
+
+def same_rows(part: Checkpoint, whole: Checkpoint, name: str, rows: list[int]) -> bool:
+    """Return whether a tensor's stored bytes are those of some rows of another checkpoint's.
+
+    Args:
+        part: its tensor has as many rows as are listed.
+        whole: its tensor has all of them.
+        name: the tensor.
+        rows: their places in the whole, in order.
+    """
+    a, b = part.tensors[name], whole.tensors[name]
+    if (a.dtype, a.shape) != (b.dtype, (len(rows), *b.shape[1:])):
+        return False
+    size = (b.end - b.begin) // b.shape[0]
+    with (
+        (part.directory / a.file).open("rb") as file_a,
+        (whole.directory / b.file).open("rb") as file_b,
+    ):
+        return all(
+            _is_same(file_a, a.begin + place * size, file_b, b.begin + row * size, size)
+            for place, row in enumerate(rows)
+        )
+
+
+def _is_same(file_a: IO[bytes], begin_a: int, file_b: IO[bytes], begin_b: int, size: int) -> bool:
+    """Return whether two files have the same bytes from two places on."""
+    file_a.seek(begin_a)
+    file_b.seek(begin_b)
+    while size:
+        count = min(size, _COMPARED_BYTES)
+        if file_a.read(count) != file_b.read(count):
+            return False
+        size -= count
     return True

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sparselong.checkpoint.checkpoint import Checkpoint
@@ -76,6 +77,7 @@ def derive(
     dropped: set[str],
     added: Iterable[Path],
     quantization: dict[str, Any],
+    changed: Mapping[str, Any] = MappingProxyType({}),
 ) -> Checkpoint:
     """Complete `target` as a copy of `source` with some tensors replaced by added files.
 
@@ -85,6 +87,7 @@ def derive(
         dropped: names of `source`'s tensors that the added files replace.
         added: safetensors files in `target` with the new tensors.
         quantization: config.json's new `quantization_config`.
+        changed: other keys of config.json that are new, or have other values.
 
     Returns:
         The new checkpoint, opened and checked against its own index.
@@ -108,7 +111,7 @@ def derive(
             shutil.copyfile(source.directory / name, target / name)
     size = sum(record.end - record.begin for record in records.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    config = {**source.config, "quantization_config": quantization}
+    config = {**source.config, **changed, "quantization_config": quantization}
     for name, document in ((INDEX, index), (CONFIG, config)):
         write_atomically(target / name, json.dumps(document, indent=2) + "\n")
     return Checkpoint(target)

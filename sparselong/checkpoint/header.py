@@ -16,7 +16,7 @@ from typing import Any
 from sparselong.errors import StageError
 from sparselong.files import LFS_POINTER, parse_json, reason_of, refuse_special
 
-_BITS = {
+BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
@@ -94,10 +94,10 @@ def _record(file: str, name: str, entry: Any, start: int) -> TensorRecord:
     numbers = [*shape, *offsets]
     if any(type(number) is not int or number < 0 for number in numbers) or len(offsets) != 2:
         raise ValueError(f"{name} has shape {shape} and data_offsets {offsets}")
-    if dtype not in _BITS:
+    if dtype not in BITS:
         raise ValueError(f"{name} has the unknown dtype {dtype!r}")
     begin, end = offsets
-    if 8 * (end - begin) != math.prod(shape) * _BITS[dtype]:
+    if 8 * (end - begin) != math.prod(shape) * BITS[dtype]:
         raise ValueError(f"{name} has {end - begin} bytes, but is {dtype} {shape}")
     return TensorRecord(file, dtype, tuple(shape), start + begin, start + end)
 

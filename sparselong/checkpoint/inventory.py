@@ -146,13 +146,16 @@ def missing_files(directory: Path) -> list[str]:
     return [name for name in names if not os.path.isfile(directory / name)]
 
 
-def check_recorded(inventory: Inventory, rows: Iterable[Mapping[str, Any]], stage: str) -> None:
+def check_recorded(
+    inventory: Inventory, rows: Iterable[Mapping[str, Any]], stage: str, is_whole: bool = True
+) -> None:
     """Raise unless a checkpoint consists of the files that a stage recorded.
 
     Args:
         inventory: the checkpoint as it is now; its directory may have been moved.
         rows: rows of `describe_files`. Those beside the recorded config.json are the checkpoint's.
         stage: the stage that recorded them.
+        is_whole: whether it recorded all of them; if not, others are allowed.
 
     Raises:
         StageError: a file was changed, removed or added since.
@@ -167,7 +170,9 @@ def check_recorded(inventory: Inventory, rows: Iterable[Mapping[str, Any]], stag
     moved = [{**row, "path": name} for name, row in recorded.items()]
     refuse_changes(moved, inventory.directory, stage)
     added = sorted(set(inventory.names) - set(recorded))
-    if added and all("mtime_ns" in row for row in moved):  # older manifests list fewer files
+    if (
+        is_whole and added and all("mtime_ns" in row for row in moved)
+    ):  # older manifests list fewer files
         raise StageError(
             f"{inventory.directory / added[0]} is new: {stage} did not record it",
             f"the {len(recorded)} files of the checkpoint that {stage} recorded",

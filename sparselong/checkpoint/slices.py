@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,21 +65,40 @@ def begin_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         path: the file; not atomic, because others will complete it.
         tensors: tensors by name; those on the meta device stand for rows written later.
     """
-    order = list(_NAMES)
-    names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
-    entries = [
-        (n, Entry(_NAMES[tensors[n].dtype], tuple(tensors[n].shape), tensors[n].nbytes))
-        for n in names
-    ]
+    entries = _sort_entries(tensors)
     header = make_header(entries)
     with path.open("wb") as file:
         file.write(header)
         file.truncate(len(header) + sum(entry.size_bytes for _, entry in entries))
         file.flush()
         os.fsync(file.fileno())
-    for name in names:
+    for name, _ in entries:
         if not tensors[name].is_meta:
             write_rows(path, name, tensors[name])
+
+
+def _sort_entries(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, Entry]]:
+    """Return the tensors' places in a header, in the order in which safetensors writes them."""
+    order = list(_NAMES)
+    names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
+    return [
+        (n, Entry(_NAMES[tensors[n].dtype], tuple(tensors[n].shape), tensors[n].nbytes))
+        for n in names
+    ]
+
+
+@torch.no_grad()
+def file_pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
+    """Yield a safetensors file in pieces of at most 64 MiB beside its header."""
+    entries = _sort_entries(tensors)
+    yield make_header(entries)
+    for name, _ in entries:
+        yield from _pieces(tensors[name])
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[Any]:
+    for part in tensor.contiguous().reshape(-1).view(torch.uint8).split(_CHUNK_BYTES):
+        yield part.cpu().numpy()
 
 
 @torch.no_grad()
@@ -102,12 +121,10 @@ def write_rows(path: Path, name: str, rows: torch.Tensor, first: int = 0) -> Non
             f"{name}: rows {rows.dtype} {list(rows.shape)} from {first} on; allowed: rows of "
             f"{record.dtype} {list(record.shape)}"
         )
-    data = rows.contiguous().reshape(-1).view(torch.uint8)
     row_bytes = (record.end - record.begin) // max(1, record.shape[0] if record.shape else 1)
     with path.open("r+b") as file:
         file.seek(record.begin + first * row_bytes)
-        for part in data.split(_CHUNK_BYTES):
-            array: Any = part.cpu().numpy()
-            file.write(array)
+        for piece in _pieces(rows):
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())

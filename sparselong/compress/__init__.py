@@ -6,5 +6,6 @@ from sparselong.lazy import expose
 
 if TYPE_CHECKING:
     from sparselong.compress.stream import compress
+    from sparselong.compress.work import rank_arguments
 
 __getattr__ = expose(__name__)

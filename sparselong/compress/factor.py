@@ -1,4 +1,10 @@
-"""The factor of the inverse Hessian that every solver works with: llmcompressor's own function.
+"""The factor of the inverse Hessian that every solver works with.
+
+    dampened H  →  lower Cholesky factor  →  inverse  →  upper Cholesky factor
+
+as in GPTQ (Frantar et al., 2022). An input that was zero in every calibration token, a dead
+channel, has a row of zeros in H; it gets the mean of the others on the diagonal, so that dampening,
+a fraction of the mean diagonal, is that of the inputs that are alive, whatever their scale.
 
 Two conditions that llmcompressor tolerates are errors here: a Hessian that is not positive definite
 (llmcompressor warns and uses the identity) and, in `solver.py`, a Hessian that is zero.
@@ -16,30 +22,35 @@ def factorize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factorize the inverse of the dampened Hessian.
 
+    Args:
+        weight: [out, in].
+        hessian: fp32 [in, in], not zero; not changed.
+        dampening: added to the diagonal, as a fraction of its mean over inputs that are not dead.
+        name: the weight's name, for messages.
+
     Returns:
-        An fp32 copy of the weight with zeros in the columns of inputs that were always zero, as in
-        llmcompressor, and the upper Cholesky factor, fp32 [in, in].
+        An fp32 copy of the weight with zeros in the columns of dead inputs, as in llmcompressor,
+        and the upper Cholesky factor, fp32 [in, in].
 
     Raises:
         StageError: the dampened Hessian is not positive definite in fp32.
     """
-    # Imported here because it takes many seconds and rejected weights do not need it.
-    from llmcompressor.modifiers.gptq.helpers import factorize_hessian
-
-    solved = weight.float().clone().unsqueeze(0)
-    factor = hessian.clone().unsqueeze(0)
-    failed = torch.zeros(1, dtype=torch.bool, device=hessian.device)
-    try:
-        factorize_hessian(solved, factor, dampening, failed)
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        failed.fill_(True)
-    if bool(failed) or not bool(torch.isfinite(factor).all()):
-        eigenvalues = torch.linalg.eigvalsh(hessian.double())
-        raise StageError(
-            f"the Hessian of {name} could not be factorized",
-            f"positive definite after dampening by {dampening:g} of its mean diagonal",
-            f"eigenvalues from {eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g} before dampening, "
-            f"mean diagonal {hessian.diagonal().mean():.3g}",
-            "use more calibration samples, or raise calibration.dampening",
-        )
-    return solved[0], factor[0]
+    solved, dampened = weight.float().clone(), hessian.clone()
+    diagonal = dampened.diagonal()
+    dead = diagonal == 0
+    mean = diagonal.sum() / (~dead).sum()
+    solved.masked_fill_(dead, 0.0)
+    diagonal.copy_(torch.where(dead, mean, diagonal) + dampening * mean)
+    lower, failed = torch.linalg.cholesky_ex(dampened)
+    if not bool(failed):
+        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not bool(failed) and bool(torch.isfinite(factor).all()):
+            return solved, factor.contiguous()
+    eigenvalues = torch.linalg.eigvalsh(hessian.double())
+    raise StageError(
+        f"the Hessian of {name} could not be factorized",
+        f"positive definite after dampening by {dampening:g} of its mean diagonal",
+        f"eigenvalues from {eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g} before dampening, "
+        f"mean diagonal {mean:.3g}",
+        "use more calibration samples, or raise calibration.dampening",
+    )

@@ -2,9 +2,12 @@
 
 For a linear layer, the squared output error of replacing W by Ŵ is tr((W−Ŵ) H (W−Ŵ)ᵀ) up to a
 factor, with H = 2/n · Σ XᵀX over the n calibration tokens. llmcompressor accumulates the same
-matrix with the same function but counts sequences instead of tokens. The difference is a constant
-factor in H that does not affect the result (dampening is a fraction of H's mean diagonal). Counting
-tokens makes H independent of how they are split into calls, apart from rounding.
+matrix but counts sequences instead of tokens. The difference is a constant factor in H that does
+not affect the result (dampening is a fraction of H's mean diagonal).
+
+Each call's product is rounded to fp32, and products are summed in fp64. 53 bits hold the exact sum
+of parts of 24 bits unless one is 2^29 times smaller than the sum, so H depends neither on the order
+of the calls nor on the process that made them.
 
 Left out: any knowledge of the model. The stage decides which inputs belong to which weight; q, k
 and v read the same inputs and can share one matrix.
@@ -18,46 +21,51 @@ from sparselong.errors import StageError
 
 
 class Hessian:
-    """Accumulator of H = 2/n · Σ XᵀX in fp32 over the calibration data.
+    """Accumulator of H = 2/n · Σ XᵀX over the calibration data.
 
     Args:
         in_features: width of the inputs.
         name: name of the layer or weight, for messages.
-        device: device of the matrix; inputs are moved there.
+        device: device of the sum; inputs are there.
+
+    Attributes:
+        total: Σ XᵀX, fp64 [in, in].
+        tokens: number of rows added.
     """
 
     def __init__(self, in_features: int, name: str, device: torch.device | str = "cpu"):
-        self.name = name
-        self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        """fp32 [in, in]."""
-        self.tokens = 0
-        """Number of rows added."""
-        # llmcompressor reads only the module's type, which decides the layout of the inputs.
-        self._linear = torch.nn.Linear(in_features, 1, bias=False, device="meta")
+        self.name, self.tokens = name, 0
+        self.total = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """H, fp32 [in, in]; zeros if no rows were added."""
+        return (self.total * (2.0 / max(1, self.tokens))).float()
 
     @torch.no_grad()
     def add(self, inputs: torch.Tensor) -> None:
         """Add inputs [..., in] of any float dtype; padding must already be removed.
 
         Raises:
-            StageError: the inputs contain NaN or infinity.
+            StageError: the inputs contain NaN or infinity, or are so large that squares overflow.
             ValueError: there are no rows, or their width is not `in_features`.
         """
-        in_features = self.matrix.shape[0]
+        in_features = self.total.shape[0]
         if inputs.shape[-1] != in_features or inputs.numel() == 0:
             raise ValueError(
                 f"{self.name}: inputs [..., {in_features}] expected, got {tuple(inputs.shape)}"
             )
-        rows = inputs.detach().reshape(-1, 1, in_features)
-        bad_rows = int((~torch.isfinite(rows)).any(dim=-1).sum())
-        if bad_rows:
+        rows = inputs.detach().reshape(-1, in_features).float()
+        product = rows.T @ rows
+        # A NaN or an infinity reaches its column's sum of squares, which is far quicker to check.
+        if not bool(torch.isfinite(product.diagonal()).all()):
+            bad_rows = int((~torch.isfinite(rows)).any(dim=-1).sum())
+            found = f"NaN or infinity in {bad_rows} of {rows.shape[0]} tokens"
             raise StageError(
                 f"calibration inputs of {self.name} are not finite",
-                "finite activations in every calibration token",
-                f"NaN or infinity in {bad_rows} of {rows.shape[0]} tokens",
+                "finite activations in every calibration token, and finite squares",
+                found if bad_rows else f"values up to {float(rows.abs().max()):.3g}",
                 "check the base model's weights, and use bf16 or fp32 (not fp16) activations",
             )
-        # Imported here because it takes many seconds and rejected inputs do not need it.
-        from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import accumulate_hessian
-
-        self.matrix, self.tokens = accumulate_hessian(rows, self._linear, self.matrix, self.tokens)
+        self.total += product
+        self.tokens += rows.shape[0]

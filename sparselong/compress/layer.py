@@ -2,13 +2,17 @@
 
 The layer is transformers' own, inside a GptOssModel with one layer and no final norm, so masks and
 rotary embedding are transformers' too. Its input states come from the compressed layers before it.
-q, k and v are compressed first; o is compressed on the inputs that the compressed q, k and v
-produce. The output states are computed from the stored weights.
+
+    norm        →  one Hessian for q, k and v, which read the same inputs; they are compressed
+    attention   →  o's Hessian, on the inputs that the compressed q, k and v produce
+    experts     →  their scores, if some are dropped (fewer_experts.py)
+    whole layer →  the output states, computed from the stored weights
+
+The experts run in the last two of these passes alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,14 +24,22 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRotaryEmbedding,
 )
 
+from sparselong.checkpoint import pack_two_four_experts, unpack_two_four_experts
+from sparselong.compress.background import Seconds
+from sparselong.compress.calibration import HiddenStates
+from sparselong.compress.fewer_experts import Scorer
 from sparselong.compress.hessian import Hessian
-from sparselong.compress.solver import Compressed, compress_weight
+from sparselong.compress.solver import Compressed, compress_weight, empty
+from sparselong.compress.work import Spread
 from sparselong.config import CalibrationSection
 from sparselong.errors import StageError
 from sparselong.model import NAME, PackedExperts, PackedLinear, fuse
 from sparselong.packing import DenseFormat, dense
 
-_TOKENS_PER_FORWARD = 4096
+_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
+"""Projections by the inputs that they share, in the order in which they are compressed."""
+_EXPERTS_AT_ONCE = 4
+"""Experts pruned to 2:4 at once."""
 
 
 class _NoMlp(nn.Module):
@@ -52,7 +64,7 @@ class CalibratedLayer:
     Args:
         config: the model's architecture.
         index: the layer's index.
-        tensors: the layer's tensors by full name (expert blocks expanded).
+        tensors: the layer's tensors by full name; on a CPU the layer uses their memory.
         device: device of the computation.
         dtype: dtype of the computation.
         attn_implementation: transformers' name of the attention implementation.
@@ -79,7 +91,7 @@ class CalibratedLayer:
         prefix = f"model.layers.{index}."
         state = {
             name.removeprefix(prefix): tensor.to(
-                device, dtype if tensor.is_floating_point() else tensor.dtype
+                device, dtype if tensor.is_floating_point() else tensor.dtype, non_blocking=True
             )
             for name, tensor in tensors.items()
         }
@@ -90,72 +102,179 @@ class CalibratedLayer:
             fuse(model)
         self.model, self.layer = model.requires_grad_(False).eval(), layer
 
-    def _batches(self, states: torch.Tensor) -> list[torch.Tensor]:
-        return list(states.split(max(1, _TOKENS_PER_FORWARD // states.shape[1])))
+    def prune_experts(self) -> dict[str, torch.Tensor]:
+        """Prune the experts to 2:4 and return the tensors to store, on the CPU."""
+        stored, prefix = {}, f"model.layers.{self.index}.mlp.experts"
+        for name in ("gate_up_proj", "down_proj"):
+            blocks: torch.Tensor = getattr(self.layer.mlp.experts, f"{name}_blocks")
+            parts = []
+            for part in blocks.split(_EXPERTS_AT_ONCE):
+                kept, patterns = pack_two_four_experts(part)
+                part.copy_(unpack_two_four_experts(kept, patterns))
+                parts.append((kept.cpu(), patterns.cpu()))
+            for key, found in zip(("kept", "patterns"), zip(*parts, strict=True), strict=True):
+                stored[f"{prefix}.{name}_{key}"] = torch.cat(found)
+        return stored
 
-    def run(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the states [sequences, length, hidden] after the layer, on the CPU.
+    @torch.no_grad()
+    def run(self, states: HiddenStates) -> None:
+        """Take the states through the layer.
 
         Raises:
-            StageError: a returned state is not finite.
+            StageError: a state after the layer is not finite; the states are then those before it.
         """
-        out = torch.cat([self._forward(batch).cpu() for batch in self._batches(states)])
-        if not bool(torch.isfinite(out).all()):
+        bad = torch.zeros((), dtype=torch.int64, device=self.device)
+        for place, batch in states.batches():
+            out = self._forward(batch)
+            bad += (~torch.isfinite(out)).sum()
+            states.put(place, out)
+        if int(bad):
             raise StageError(
                 f"calibration failed in layer {self.index}",
                 "finite hidden states",
-                f"{int((~torch.isfinite(out)).sum())} NaN or infinite values",
+                f"{int(bad)} NaN or infinite values",
                 "check the base checkpoint; raise calibration.dampening if it is intact",
             )
-        return out
+        states.advance()
+
+    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model(inputs_embeds=batch, use_cache=False).last_hidden_state
 
     @torch.no_grad()
-    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
-        output = self.model(inputs_embeds=batch.to(self.device), use_cache=False)
-        return output.last_hidden_state
-
-    def _hessian(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        """Return the Hessian of a projection's inputs over all states, skipping the experts."""
+    def _find_hessian(self, name: str, states: HiddenStates, spread: Spread) -> torch.Tensor:
+        """Return the Hessian of a projection's inputs over all processes' states, fp32 [in, in]."""
         module = getattr(self.layer.self_attn, name)
         hessian = Hessian(module.in_features, f"layer {self.index}'s {name}", self.device)
-        handle = module.register_forward_pre_hook(lambda _module, inputs: hessian.add(inputs[0]))
+        if name == "o_proj":
+            self._add_attention_outputs(hessian, states)
+        else:
+            for _, batch in states.batches():
+                hessian.add(self.layer.input_layernorm(batch))
+        hessian.total = spread.add(hessian.total, "Hessians")
+        hessian.tokens = states.tokens
+        return hessian.matrix
+
+    def _add_attention_outputs(self, hessian: Hessian, states: HiddenStates) -> None:
+        """Add o's inputs to its Hessian; the experts are left out."""
+        handle = self.layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda _module, inputs: hessian.add(inputs[0])
+        )
         mlp, self.layer.mlp = self.layer.mlp, _NoMlp()
         try:
-            for batch in self._batches(states):
+            for _, batch in states.batches():
                 self._forward(batch)
         finally:
             handle.remove()
             self.layer.mlp = mlp
-        return hessian.matrix
+
+    @torch.no_grad()
+    def score_experts(self, states: HiddenStates, spread: Spread) -> torch.Tensor:
+        """Return `Scorer.sums` of the layer's experts over all processes' states."""
+        experts = cast(PackedExperts, self.layer.mlp.experts)
+        scorer = Scorer(experts)
+        self.layer.mlp._modules["experts"] = scorer
+        try:
+            for _, batch in states.batches():
+                self._forward(batch)
+        finally:
+            self.layer.mlp._modules["experts"] = experts
+        return spread.add(scorer.sums, "scores of experts")
+
+    def keep_experts(self, kept: list[int]) -> dict[str, torch.Tensor]:
+        """Drop all experts but these, and their rows of the router.
+
+        Returns:
+            What is left of both, on the CPU in the base's dtypes, by full name.
+        """
+        mlp, rows = self.layer.mlp, torch.tensor(kept, device=self.device)
+        single = GptOssConfig.from_dict(self.model.config.to_dict())
+        single.num_local_experts = len(kept)
+        with torch.device("meta"):
+            experts = PackedExperts(single)
+        state = {name: tensor[rows] for name, tensor in mlp.experts.state_dict().items()}
+        experts.load_state_dict(state, assign=True)
+        mlp._modules["experts"] = experts.requires_grad_(False).eval()
+        for name, parameter in mlp.router.named_parameters():
+            setattr(mlp.router, name, nn.Parameter(parameter[rows], requires_grad=False))
+        mlp.router.num_experts = len(kept)
+        return {
+            f"model.layers.{self.index}.mlp.{name}": tensor.cpu().to(
+                torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+            )
+            for name, tensor in mlp.state_dict().items()
+        }
 
     def compress(
         self,
-        states: torch.Tensor,
+        states: HiddenStates,
         fmt: DenseFormat,
         calibration: CalibrationSection,
-        log: Callable[[str], None],
+        spread: Spread,
+        seconds: Seconds,
     ) -> CompressedLayer:
-        """Compress q, k, v, then o, and replace the dense layers by the packed ones."""
+        """Compress q, k, v, then o, and replace the dense layers by the packed ones.
+
+        Args:
+            states: of this process's calibration sequences, before the layer.
+            fmt: the storage format.
+            calibration: dampening and solver.
+            spread: the processes that share the work; each solves some of the projections.
+            seconds: where the seconds of the parts are added.
+
+        Returns:
+            Tensors on the CPU, the same in every process.
+
+        Raises:
+            StageError: see `compress_weight` and `Hessian.add`.
+        """
         result = CompressedLayer({}, {}, {})
-        for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",)):  # each group shares inputs
-            hessian = self._hessian(names[0], states)
-            for name in names:
-                full = f"model.layers.{self.index}.self_attn.{name}"
-                linear = getattr(self.layer.self_attn, name)
-                made = compress_weight(
-                    linear.weight, hessian, fmt, calibration.dampening, full, calibration.solver
-                )
-                packed = self._replace(name, linear, made, fmt)
-                result.stored |= {f"{full}.{key}": value for key, value in packed.items()}
-                result.masters[f"{full}.weight"] = made.master
-                result.relative_error[name] = made.relative_error
-        errors = ", ".join(f"{name} {error:.4f}" for name, error in result.relative_error.items())
-        log(f"layer {self.index}: relative error {errors}")
+        for names in _INPUTS:
+            with seconds.measuring("calibrate"):
+                hessian = self._find_hessian(names[0], states, spread)
+            with seconds.measuring("solve"):
+                solved = self._solve(names, hessian, fmt, calibration, spread)
+            with seconds.measuring("pack"):
+                for name, made in solved.items():
+                    full = f"model.layers.{self.index}.self_attn.{name}"
+                    packed = self._replace(name, made, fmt)
+                    result.stored |= {f"{full}.{key}": t.cpu() for key, t in packed.items()}
+                    result.masters[f"{full}.weight"] = made.master.cpu()
+                    result.relative_error[name] = made.relative_error
         return result
 
-    def _replace(
-        self, name: str, linear: nn.Linear, made: Compressed, fmt: DenseFormat
-    ) -> dict[str, torch.Tensor]:
+    def _solve(
+        self,
+        names: tuple[str, ...],
+        hessian: torch.Tensor,
+        fmt: DenseFormat,
+        calibration: CalibrationSection,
+        spread: Spread,
+    ) -> dict[str, Compressed]:
+        """Return the compressed projections, each solved in one process and sent to the others."""
+        weights = {name: getattr(self.layer.self_attn, name).weight for name in names}
+        owners = {name: number % spread.size for number, name in enumerate(names)}
+        solved = {
+            name: compress_weight(
+                weight,
+                hessian,
+                fmt,
+                calibration.dampening,
+                f"model.layers.{self.index}.self_attn.{name}",
+                calibration.solver,
+            )
+            for name, weight in weights.items()
+            if owners[name] == spread.rank
+        }
+        if spread.size == 1:
+            return solved
+        return {
+            name: _send(solved.get(name) or empty(weight, fmt), owners[name], spread)
+            for name, weight in weights.items()
+        }
+
+    def _replace(self, name: str, made: Compressed, fmt: DenseFormat) -> dict[str, torch.Tensor]:
+        """Put a packed projection in the dense one's place and return its stored tensors."""
+        linear: nn.Linear = getattr(self.layer.self_attn, name)
         packed = dense.pack(fmt, made.codes, made.mask, made.scale)
         module = PackedLinear(
             linear.in_features, linear.out_features, linear.bias is not None, fmt
@@ -165,3 +284,16 @@ class CalibratedLayer:
         )
         setattr(self.layer.self_attn, name, module.requires_grad_(False))
         return packed
+
+
+def _send(made: Compressed, owner: int, spread: Spread) -> Compressed:
+    """Return the owner's compressed weight; that of another process is overwritten."""
+    sent = [
+        None if tensor is None else spread.send(tensor.contiguous(), owner, "compressed weights")
+        for tensor in (made.codes, made.scale, made.mask, made.master)
+    ]
+    error = torch.tensor([made.relative_error], dtype=torch.float64, device=made.codes.device)
+    error = spread.send(error, owner, "compressed weights")
+    codes, scale, mask, master = sent
+    assert codes is not None and master is not None
+    return Compressed(codes, scale, mask, master, float(error))

@@ -1,18 +1,36 @@
-"""Sizes and exactness of the compressed checkpoint, measured on the written files."""
+"""Sizes and exactness of the compressed checkpoint, measured on the written files.
+
+`predict` gives the same sizes before anything is written, from the names, dtypes and shapes of what
+stage 02 stores (checkpoint/layout.py), which the stage compares with its files.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
+from transformers import GptOssConfig
 
-from sparselong.checkpoint import Checkpoint, same_bytes
+from sparselong.checkpoint import (
+    Checkpoint,
+    Shapes,
+    count_bytes,
+    master_tensors,
+    model_tensors,
+    read_header,
+    same_base_bytes,
+    stored_tensors,
+)
+from sparselong.figures import format_bytes
 from sparselong.model import SparseLongConfig, stored_projections, two_four_conforming
 from sparselong.packing import DenseFormat, dense, integer
 
+MASTERS = "masters"
+"""Group of the dense masters, which are beside the model."""
 _GROUPS = {
     ".self_attn.": "attention",
     ".mlp.experts.": "experts",
@@ -21,25 +39,81 @@ _GROUPS = {
 }
 
 
-def _group(name: str) -> str:
-    return next((group for part, group in _GROUPS.items() if part in name), "router_and_norms")
+class Sizes(NamedTuple):
+    """Bytes and bits per weight by group of weights; biases count as weights, scales do not."""
+
+    bytes: dict[str, int]
+    bits_per_weight: dict[str, float]
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the model's tensors, without the masters."""
+        return sum(size for group, size in self.bytes.items() if group != MASTERS)
 
 
-def _bytes_by_group(checkpoint: Checkpoint) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for name, record in checkpoint.tensors.items():
-        sizes[_group(name)] = sizes.get(_group(name), 0) + record.end - record.begin
-    return sizes
+def predict(architecture: GptOssConfig, quantization: SparseLongConfig) -> Sizes:
+    """Return the sizes of what stage 02 stores.
+
+    Args:
+        architecture: of the compressed model: with the experts that are kept.
+        quantization: the formats.
+    """
+    fmt = quantization.dense_format
+    stored = stored_tensors(architecture, fmt, quantization.expert_sparsity)
+    masters = master_tensors(architecture, fmt)
+    sizes = {name: count_bytes({name: row}) for name, row in stored.items()}
+    return _sizes(architecture, sizes, count_bytes(masters), masters)
 
 
-def _weights_by_group(base: Checkpoint) -> dict[str, int]:
-    """Count weights and biases by group: two per MXFP4 block byte, none per scale."""
-    counts: dict[str, int] = {}
-    for name, record in base.tensors.items():
-        count = math.prod(record.shape)
-        count = 2 * count if name.endswith("_blocks") else 0 if name.endswith("_scales") else count
-        counts[_group(name)] = counts.get(_group(name), 0) + count
-    return counts
+def measure_sizes(model: Checkpoint, masters: Path) -> Sizes:
+    """Return the sizes of a compressed model's files, and of the masters beside it."""
+    document = dict(model.config)
+    fmt = SparseLongConfig(**document.pop("quantization_config")).dense_format
+    architecture = GptOssConfig(**document)
+    sizes = {name: record.end - record.begin for name, record in model.tensors.items()}
+    records = [record for path in masters.glob("layer-*") for record in read_header(path).values()]
+    master_bytes = sum(record.end - record.begin for record in records)
+    return _sizes(architecture, sizes, master_bytes, master_tensors(architecture, fmt))
+
+
+def _sizes(
+    architecture: GptOssConfig, sizes: Mapping[str, int], master_bytes: int, masters: Shapes
+) -> Sizes:
+    groups = _sum_groups(sizes)
+    counts = _sum_groups(
+        {
+            name: _count_weights(name, shape)
+            for name, (_, shape) in model_tensors(architecture).items()
+        }
+    )
+    if masters:
+        groups[MASTERS] = master_bytes
+        counts[MASTERS] = sum(math.prod(shape) for _, shape in masters.values())
+    bits = {group: round(8 * groups[group] / counts[group], 4) for group in groups}
+    return Sizes(groups, bits)
+
+
+def _sum_groups(values: Mapping[str, int]) -> dict[str, int]:
+    """Sum values of tensors by group, in the groups' alphabetical order."""
+    sums: dict[str, int] = {}
+    for name, value in values.items():
+        group = next((one for part, one in _GROUPS.items() if part in name), "router_and_norms")
+        sums[group] = sums.get(group, 0) + value
+    return dict(sorted(sums.items()))
+
+
+def _count_weights(name: str, shape: tuple[int, ...]) -> int:
+    """Count a published tensor's weights: two per byte of MXFP4 blocks, none per scale."""
+    count = math.prod(shape)
+    return 2 * count if name.endswith("_blocks") else 0 if name.endswith("_scales") else count
+
+
+def describe_sizes(metrics: Mapping[str, Any]) -> str:
+    """Return one line with `measure`'s sizes."""
+    bits = metrics["bits_per_weight"].items()
+    shown = ", ".join(f"{group.replace('_', ' ')} {each:.4g}" for group, each in bits)
+    size, base = (format_bytes(metrics[key]) for key in ("bytes_on_disk", "base_bytes_on_disk"))
+    return f"{size}, the base {base}; bits per weight: {shown}"
 
 
 def _linked_bytes(checkpoint: Checkpoint) -> int:
@@ -49,9 +123,9 @@ def _linked_bytes(checkpoint: Checkpoint) -> int:
 
 
 def experts_bit_exact(base: Checkpoint, model: Checkpoint) -> bool:
-    """Return whether the model contains every expert tensor of the base, byte for byte."""
+    """Return whether the model's experts are the base's, or those that it keeps, byte for byte."""
     names = [name for name in base.tensors if ".mlp.experts." in name]
-    return all(name in model.tensors and same_bytes(base, model, name) for name in names)
+    return all(name in model.tensors and same_base_bytes(model, base, name) for name in names)
 
 
 def masters_match(model: Checkpoint, masters: Path, fmt: DenseFormat) -> bool:
@@ -76,15 +150,33 @@ def measure(base: Checkpoint, model: Checkpoint, masters: Path) -> dict[str, Any
     shared with the base, which take no additional disk space.
     """
     fmt = SparseLongConfig(**model.config["quantization_config"]).dense_format
-    sizes, counts = _bytes_by_group(model), _weights_by_group(base)
+    sizes = measure_sizes(model, masters)
     figures = {
-        "bytes_on_disk": sum(sizes.values()),
-        "base_bytes_on_disk": sum(_bytes_by_group(base).values()),
+        "bytes_on_disk": sizes.model_bytes,
+        "base_bytes_on_disk": sum(r.end - r.begin for r in base.tensors.values()),
         "bytes_linked": _linked_bytes(model),
-        "bits_per_weight": {g: round(8 * sizes[g] / counts[g], 4) for g in sorted(sizes)},
+        "bits_per_weight": sizes.bits_per_weight,
         "experts_bit_exact": experts_bit_exact(base, model),
         "two_four_conforming": two_four_conforming(model),
     }
-    if fmt.is_sparse or fmt.is_quantized:
+    if fmt.is_packed:
         figures["masters_match"] = masters_match(model, masters, fmt)
     return figures
+
+
+def add_seconds(records: Iterable[Mapping[str, Any]], base_hash: float) -> dict[str, float]:
+    """Return seconds by part of the work, of all layers.
+
+    The computation takes the sum of `load`, `calibrate`, `solve`, `pack`, `score` (of experts, if
+    some are dropped), `forward` and `wait` (for the layer before to be written); `read`, `write`
+    and `hash` run beside it.
+
+    Args:
+        records: the layers' records.
+        base_hash: seconds of hashing the base's files, a part of `hash`.
+    """
+    total = {"hash": base_hash}
+    for record in records:
+        for part, seconds in record["seconds"].items():
+            total[part] = total.get(part, 0.0) + seconds
+    return {part: round(seconds, 3) for part, seconds in total.items()}

@@ -47,6 +47,18 @@ class Compressed:
         return self.codes if self.scale is None else integer.dequantize(self.codes, self.scale)
 
 
+def empty(weight: torch.Tensor, fmt: DenseFormat) -> Compressed:
+    """Return a compressed weight of a weight's shape, whose values are yet to be received."""
+    codes = weight.new_empty(weight.shape, dtype=torch.int8 if fmt.is_quantized else torch.bfloat16)
+    scale = mask = None
+    if fmt.is_quantized:
+        groups = weight.shape[1] // fmt.group_size
+        scale = weight.new_empty(len(weight), groups, dtype=torch.bfloat16)
+    if fmt.is_sparse:
+        mask = weight.new_empty(weight.shape, dtype=torch.bool)
+    return Compressed(codes, scale, mask, weight.new_empty(weight.shape, dtype=torch.bfloat16), 0.0)
+
+
 @torch.no_grad()
 def compress_weight(
     weight: torch.Tensor,

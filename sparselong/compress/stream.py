@@ -1,9 +1,7 @@
-"""Stage 02 as a stream: read, calibrate, compress and write one layer, free it, then take the next.
+"""Stage 02: the base checkpoint in, the compressed one and the masters out.
 
-At most one layer and the calibration states are in memory. After each layer, its packed tensors,
-its masters and the states are written in this order, each file atomically. If the process is killed
-at any moment, the next run resumes after the last layer whose states were saved and recomputes the
-layers after it to the same bytes.
+layers.py compresses layer by layer, in this process or, under torchrun, in one for each GPU
+(rank.py). This module opens the inputs before and completes and publishes the result after it.
 
     02_compress/model.partial/     grows; renamed to model/ when complete
     02_compress/masters/           dense bf16 masters by layer, for stage 03
@@ -15,45 +13,39 @@ layers after it to the same bytes.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import GptOssConfig
 
 from sparselong.checkpoint import (
-    PROJECTIONS,
     Checkpoint,
     check_recorded,
     derive,
-    layer_tensors,
-    pack_two_four_experts,
-    unpack_two_four_experts,
-    write_tensors,
+    describe_kept,
+    read_header,
+    stored_tensors,
 )
-from sparselong.compress.calibration import HiddenStates, calibration_tokens
-from sparselong.compress.finished import check_finished, describe_finished
-from sparselong.compress.layer import CalibratedLayer
-from sparselong.compress.report import measure
+from sparselong.compress import fewer_experts
+from sparselong.compress.calibration import STATES, calibration_tokens
+from sparselong.compress.finished import check_finished, describe_finished, read_own
+from sparselong.compress.layers import LAYER_RECORD, RECORDED, compress_layers, quantization
+from sparselong.compress.reading import BASE_RECORD
+from sparselong.compress.report import add_seconds, describe_sizes, measure
+from sparselong.compress.work import RANKS, TOKENS, Spread, Work, compress_together
 from sparselong.config import Config
 from sparselong.data import conversations
-from sparselong.errors import StageError
-from sparselong.figures import format_bytes
-from sparselong.files import point_to, read_json, write_atomically
-from sparselong.model import SparseLongConfig, implementation, settle_template
-from sparselong.provenance import are_rows, describe_files, read_peaks, reset_peaks
+from sparselong.files import point_to, write_atomically
+from sparselong.memory import check_layers, check_model
+from sparselong.model import settle_template
+from sparselong.processes import is_joined
+from sparselong.provenance import read_peaks, reset_peaks
 from sparselong.run import Stage
-from sparselong.runtime import compute_dtype, default_device, using
+from sparselong.runtime import default_device, using
 from sparselong.tiny import Inputs, open_inputs
 
-DENSE_FILE = "dense-{:05d}.safetensors"
-MASTER_FILE = "layer-{:05d}.safetensors"
-LAYER_RECORD = "layer-{:05d}.json"
-BASE_RECORD, MODEL_RECORD = "base.json", "model.json"
-_RECORDED = ("calibration_sequences", "relative_error", "peak_bytes", "stored", "masters")
-"""Keys of a layer's record."""
-_ROWS = ("files", "stored", "masters")
-"""Keys that hold rows of `describe_files`, in any record."""
+MODEL_RECORD = "model.json"
 
 
 def checkpoint_name(config: Config) -> str:
@@ -64,6 +56,8 @@ def checkpoint_name(config: Config) -> str:
     dense, experts = config.shared_dense, config.experts
     parts = [Path(config.model.base).name, f"w{dense.weight_bits}a16"]
     parts.append("experts-4bit" if experts.sparsity == "none" else "experts-4bit-2of4-dense")
+    if experts.keep is not None:
+        parts.append(f"keep{experts.keep}")
     if dense.sparsity == "2:4":
         parts.append("2of4")
     return "-".join(parts)
@@ -72,21 +66,26 @@ def checkpoint_name(config: Config) -> str:
 def compress(stage: Stage) -> None:
     """Compress the configured base checkpoint into `02_compress/model`.
 
+    If the command is for some of the layers only, the stage is finished by a later one.
+
     Raises:
         StageError: the checkpoint or the data is unusable.
+        ConfigError: layers before those of the command are not finished.
     """
     inputs = _open_inputs(stage)
+    check_layers(stage.config, stage.layers)  # again: the base may have been downloaded meanwhile
     base, stage.date = inputs.base, inputs.encoded.date
-    record_base(stage, base)
+    if stage.config.experts.keep is not None:
+        stage.log(f"warning: {fewer_experts.WARNING}")
     reset_peaks()
-    device = default_device()
     model = stage.dir / "model"
     if not model.exists():  # if it exists, it is complete
-        backend, deterministic = stage.config.attention_backend, stage.config.deterministic
-        with using(attention_backend=backend, deterministic=deterministic):
-            _compress_layers(stage, inputs, device)
+        done, count = _compress_layers(stage, inputs), inputs.architecture.num_hidden_layers
+        if done < count:
+            stage.unfinished = {"layers_done": done, "layers": count}
+            return
         _complete(stage, inputs)
-    rows = _read_own(stage.dir / "work" / MODEL_RECORD, "files")["files"]
+    rows = read_own(stage.dir / "work" / MODEL_RECORD, "files")["files"]
     check_finished(stage, model, rows)  # before it is opened
     _publish(stage, base, Checkpoint(model))
 
@@ -101,161 +100,98 @@ def _open_inputs(stage: Stage) -> Inputs:
         if not (stage.dir / "work").exists():
             conversations.forget(stage.run_dir)
 
-    return open_inputs(stage.config, stage.run_dir, stage.log, forget_rows)
+    inputs = open_inputs(stage.config, stage.run_dir, stage.log, forget_rows)
+    check_model(stage.config)  # again, for a base that was downloaded just now
+    return inputs
 
 
-def record_base(stage: Stage, base: Checkpoint) -> None:
-    """Record the base's files before the first layer is read, and compare with them afterwards.
-
-    Layers that were compressed before an interruption must be of the same base as the others.
-
-    Raises:
-        StageError: the base has changed since this stage began.
-    """
-    path = stage.dir / BASE_RECORD
-    if path.exists():
-        rows = _read_own(path, "files")["files"]
-        check_recorded(base.inventory, rows, stage.name)
-        stage.described += rows
-        return
-    paths = base.inventory.paths
-    size = sum(path.stat().st_size for path in paths)
-    stage.log(f"hashing the base checkpoint ({len(paths)} files, {format_bytes(size)})")
-    rows = []
-    stage.report("file hashed", 0, len(paths))
-    for number, file in enumerate(paths, start=1):
-        rows += describe_files([file], stage.run_dir)
-        stage.report("file hashed", number, len(paths))
-    write_atomically(path, json.dumps({"files": rows}, indent=1) + "\n")
-    stage.described += rows
-
-
-def _read_own(path: Path, *keys: str) -> dict[str, Any]:
-    """Return the JSON object with these keys that this stage wrote."""
-    again = "restore the file, or redo the stage: python 02_compress.py --force"
-    document = read_json(path, again)
-    lacking = [
-        key for key in keys if key not in document or (key in _ROWS and not are_rows(document[key]))
-    ]
-    if lacking:
-        raise StageError(
-            f"{path} is damaged", f"{', '.join(keys)}", f"no valid {', '.join(lacking)}", again
-        )
-    return document
-
-
-def _compress_layers(stage: Stage, inputs: Inputs, device: torch.device) -> None:
-    """Compress the layers that are not finished yet."""
+def _compress_layers(stage: Stage, inputs: Inputs) -> int:
+    """Compress the layers that are not finished yet; return how many are."""
     base, architecture, _, encoded = inputs
     for folder in ("model.partial", "masters", "work"):
         (stage.dir / folder).mkdir(exist_ok=True)
     for name in ("lm_head.weight", "model.norm.weight"):  # others are checked when used
         for _ in base.read_slices(name):
             pass
-    tokens = calibration_tokens(stage.config, encoded.train)
-    states = HiddenStates(stage.dir / "work" / "states.safetensors")
-    states.start(base, tokens, compute_dtype(device))
-    stage.log(
-        f"{tokens.shape[0]} calibration sequences of {tokens.shape[1]} tokens on {device}; "
-        f"{states.layers_done} of {architecture.num_hidden_layers} layers already done"
+    work = Work(
+        config=stage.config,
+        run_dir=stage.run_dir,
+        folder=stage.dir,
+        base=base,
+        architecture=architecture,
+        tokens=calibration_tokens(stage.config, encoded.train),
+        layers=stage.layers or range(architecture.num_hidden_layers),
+        spread=Spread(),
+        tell=stage.log,
+        progress=partial(stage.report, "layer"),
+        peaks=read_peaks,
     )
-    _check_layers(stage, states.layers_done)
-    stage.report("layer", states.layers_done, architecture.num_hidden_layers)
-    for index in range(states.layers_done, architecture.num_hidden_layers):
-        _compress_layer(stage, base, architecture, index, states, device)
-        states.save(index + 1)
-        host, *gpus = read_peaks().values()
-        peak = format_bytes(max(gpus, default=host))
-        stage.report("layer", index + 1, architecture.num_hidden_layers, f"peak {peak}")
+    if is_joined():
+        return compress_together(stage, work)
+    backend, deterministic = stage.config.attention_backend, stage.config.deterministic
+    with using(attention_backend=backend, deterministic=deterministic):
+        return compress_layers(work, default_device())
 
 
 def _check_layers(stage: Stage, count: int) -> None:
     """Raise if a file of the first `count` layers has changed since its layer was finished."""
     for index in range(count):
-        record = _read_own(stage.dir / "work" / LAYER_RECORD.format(index), *_RECORDED)
+        record = read_own(stage.dir / "work" / LAYER_RECORD.format(index), *RECORDED)
         check_finished(stage, stage.dir / "model.partial", record["stored"])
         check_finished(stage, stage.dir / "masters", record["masters"])
 
 
-def _quantization(config: Config) -> SparseLongConfig:
-    dense = config.shared_dense
-    return SparseLongConfig(
-        dense.weight_bits, dense.sparsity, dense.group_size, config.experts.sparsity
-    )
+def _check_base(stage: Stage, base: Checkpoint) -> float:
+    """Raise if the base has changed since it was recorded; return what hashing it took.
 
-
-def _compress_layer(
-    stage: Stage,
-    base: Checkpoint,
-    architecture: GptOssConfig,
-    index: int,
-    states: HiddenStates,
-    device: torch.device,
-) -> None:
-    """Compress one layer, write its files, and advance the states past it."""
-    tensors = base.read(layer_tensors(architecture, index))
-    stored: dict[str, torch.Tensor] = {}
-    if stage.config.experts.sparsity == "2:4":
-        stored |= _drop_half_of_experts(tensors)
-    dtype, attention = compute_dtype(device), implementation(stage.config)
-    layer = CalibratedLayer(architecture, index, tensors, device, dtype, attention)
-    del tensors
-    fmt = _quantization(stage.config).dense_format
-    record: dict[str, Any] = {"calibration_sequences": len(states.states), "relative_error": {}}
-    dense_file = stage.dir / "model.partial" / DENSE_FILE.format(index)
-    master_file = stage.dir / "masters" / MASTER_FILE.format(index)
-    if fmt.is_sparse or fmt.is_quantized:
-        made = layer.compress(states.states, fmt, stage.config.calibration, stage.log)
-        stored |= made.stored
-        record["relative_error"] = made.relative_error
-        write_tensors(master_file, made.masters)
-    if stored:
-        write_tensors(dense_file, stored)
-    record["stored"] = describe_finished(stage, dense_file.parent, [dense_file])
-    record["masters"] = describe_finished(stage, master_file.parent, [master_file])
-    states.states = layer.run(states.states)
-    record["peak_bytes"] = read_peaks()
-    write_atomically(stage.dir / "work" / LAYER_RECORD.format(index), json.dumps(record))
-
-
-def _drop_half_of_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Prune the experts in `tensors` to 2:4 in place and return the tensors to store."""
-    stored = {}
-    for name in [name for name in tensors if name.endswith("_blocks")]:
-        kept, patterns = pack_two_four_experts(tensors[name])
-        stem = name.removesuffix("_blocks")
-        stored |= {f"{stem}_kept": kept, f"{stem}_patterns": patterns}
-        tensors[name] = unpack_two_four_experts(kept, patterns)
-    return stored
+    Raises:
+        StageError: the base has changed since this stage began.
+    """
+    record = read_own(stage.dir / BASE_RECORD, "files", "seconds")
+    check_recorded(base.inventory, record["files"], stage.name)
+    stage.described += record["files"]
+    return record["seconds"]
 
 
 def _complete(stage: Stage, inputs: Inputs) -> None:
     """Add upstream's unchanged tensors, index and config, and rename the result to `model`."""
     base, architecture, tokenizer, _ = inputs
-    quantization = _quantization(stage.config)
-    fmt = quantization.dense_format
-    dropped: set[str] = set()
-    for index in range(architecture.num_hidden_layers):
-        prefix = f"model.layers.{index}"
-        if fmt.is_sparse or fmt.is_quantized:
-            dropped |= {f"{prefix}.self_attn.{name}.weight" for name in PROJECTIONS}
-        if quantization.expert_sparsity == "2:4":
-            dropped |= {f"{prefix}.mlp.experts.{n}_proj_blocks" for n in ("gate_up", "down")}
-    partial = stage.dir / "model.partial"
-    derive(base, partial, dropped, sorted(partial.glob("dense-*")), quantization.to_dict())
+    storage = quantization(stage.config)
+    partial, changed = stage.dir / "model.partial", _describe_experts(stage, base, architecture)
+    final = GptOssConfig.from_dict({**architecture.to_dict(), **changed})
+    wanted = stored_tensors(final, storage.dense_format, storage.expert_sparsity)
+    dropped = set(base.tensors) - set(wanted)
+    added = sorted(partial.glob("dense-*"))
+    dropped |= {name for path in added for name in read_header(path)}  # with the same names
+    derive(base, partial, dropped, added, storage.to_dict(), changed).check(wanted)
     settle_template(tokenizer, partial)
     _check_layers(stage, architecture.num_hidden_layers)
+    _check_base(stage, base)  # notes the hashes of linked shards
     rows = describe_finished(stage, partial, [partial])
     write_atomically(stage.dir / "work" / MODEL_RECORD, json.dumps({"files": rows}, indent=1))
     partial.rename(stage.dir / "model")
 
 
+def _describe_experts(stage: Stage, base: Checkpoint, architecture: GptOssConfig) -> dict[str, Any]:
+    """Return what config.json says otherwise than the base's if experts are dropped."""
+    if stage.config.experts.keep is None:
+        return {}
+    kept = [record["experts"]["kept"] for record in _read_records(stage)]
+    return describe_kept(base.config, architecture.num_local_experts, kept)
+
+
+def _read_records(stage: Stage) -> list[dict[str, Any]]:
+    """Return the records of all layers."""
+    keys = [*RECORDED, *(["experts"] if stage.config.experts.keep is not None else [])]
+    paths = sorted((stage.dir / "work").glob("layer-*.json"))
+    return [read_own(path, *keys) for path in paths]
+
+
 def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     """Fill the manifest from the files on disk and delete the states."""
-    record_base(stage, base)  # the base must not have changed meanwhile
+    hashing_seconds = _check_base(stage, base)  # it must not have changed meanwhile
     point_to(stage.dir / checkpoint_name(stage.config), "model", stage.log)
-    paths = sorted((stage.dir / "work").glob("layer-*.json"))
-    records = [_read_own(path, *_RECORDED) for path in paths]
+    records = _read_records(stage)
     for record in records:
         check_finished(stage, stage.dir / "masters", record["masters"])
     for peaks in [read_peaks(), *(record["peak_bytes"] for record in records)]:
@@ -264,12 +200,16 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
     stage.metrics |= {
         "name": checkpoint_name(stage.config),
         **measure(base, model, stage.dir / "masters"),
+        **fewer_experts.summarize(records, stage.config.experts.keep),
         "relative_error": [record["relative_error"] for record in records],
+        "seconds_by_part": add_seconds(records, hashing_seconds),
         "calibration_sequences": records[0]["calibration_sequences"],
         "peak_host_bytes": stage.peak_bytes["host"],
         "peak_device_bytes": {k: v for k, v in stage.peak_bytes.items() if k != "host"},
     }
+    stage.log(describe_sizes(stage.metrics))
     stage.inputs = [*base.inventory.paths, *conversations.prepare(stage.config, stage.run_dir)]
     stage.sources = conversations.find_sources(stage.config, stage.run_dir)
     stage.outputs = [model.directory, stage.dir / "masters"]
-    (stage.dir / "work" / "states.safetensors").unlink(missing_ok=True)
+    for name in (STATES, RANKS, TOKENS):
+        (stage.dir / "work" / name).unlink(missing_ok=True)

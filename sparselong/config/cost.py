@@ -15,9 +15,9 @@ class CostSection(Section):
     """What GPUs cost, for estimates and for the manifest of stage 03."""
 
     per_gpu_hour: Annotated[Scale | dict[str, float] | None, Incidental()] = None
-    """Price of an hour of one GPU, in any currency: one number, or a number for each type of GPU,
-    as in `{RTX 3090: 0.25, H200: 3.5}`: `--dry-run` then estimates time and cost for each of them.
-    Types: RTX 3090, RTX 4090, RTX 5090, A6000, A100, H100, H200."""
+    """Price of one GPU for an hour, in any currency: one number, or a number for each type of GPU,
+    as in `{RTX 3090: 0.25, H200: 3.5}`. With the latter, `--dry-run` estimates time and cost for
+    each type. Types: RTX 3090, RTX 4090, RTX 5090, A6000, A100, H100, H200."""
 
     def price(self, gpu_name: str) -> float | None:
         """Return the price of an hour of a GPU by its driver's name; None if it is not set."""

@@ -34,9 +34,9 @@ class DataSection(Section):
     conversations made from the Python library's documentation. A row is known by its keys:
     `messages` of `{"role", "content"}` (with `tools`), ShareGPT's `conversations`, Alpaca's
     `instruction`, `text`, or `input_ids`. Several sources are a list of `{source: …, weight: …}`:
-    rows of each are repeated or left out, as `seed` draws them, until the numbers of training
-    examples are as the weights and their sum is unchanged. Without weights, each row is used
-    once."""
+    rows of each, drawn by `seed`, are repeated or left out, so that the number of training
+    examples from each is proportional to its weight and the total is unchanged. Without weights,
+    each row is used once."""
     validation: Place | None = None
     """Conversations in the same forms; null holds out `validation_fraction` of `train`."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05

@@ -37,25 +37,25 @@ class EvaluationSection(Section):
     limit: Length | None = None
     """Maximum number of items per task, at least 2; null uses all."""
     num_fewshot: Annotated[int, Field(ge=0, le=64)] = 0
-    """Number of solved examples shown before each item, but for RULER's, which have their own."""
+    """Number of solved examples shown before each item, except RULER's, which have their own."""
     batch_size: Positive = 8
     """Requests per forward pass; answers are generated one at a time."""
     perplexity_samples: Positive = 256
     """Number of validation conversations for measuring perplexity."""
     divergence_samples: Count = 32
     """Number of those conversations on which every next token is compared with the base's, by
-    position: Kullback-Leibler divergence, and how often the most likely tokens agree. The base's
-    final hidden states wait on disk until the stage is done (20b: 5.6 KiB per token). 0: none."""
+    position: Kullback-Leibler divergence, and how often the most likely tokens agree. Until the
+    stage is done, the base's final hidden states are on disk (20b: 5.6 KiB per token). 0: none."""
     health_prompts: Annotated[int, Field(ge=0, le=8)] = 8
     """Number of fixed questions that are answered in a chat with each reasoning effort, to see
     whether answers end, loop, keep to harmony's channels, and how long they are. 0: none."""
     health_tokens: Positive = 1024
     """Maximum number of tokens of such an answer."""
     compare: Annotated[tuple[Place, ...], Incidental()] = ()
-    """Other models to measure in the same way, each a column of the report: directories of runs, of
-    which the fine-tuned model counts (or the compressed one), or of checkpoints of the base's sizes
-    with mxfp4 or sparselong weights. `python 04_eval.py --compare RUN|PATH …` sets it; what was
-    measured before is kept."""
+    """Other models to measure in the same way, each a column of the report: run directories, which
+    stand for their fine-tuned model (without one, for the compressed one), or checkpoints of the
+    base's sizes with mxfp4 or sparselong weights. `python 04_eval.py --compare RUN|PATH …` sets it;
+    what was measured before is kept unless it has changed."""
     ruler: RulerSection = RulerSection()
     """RULER's tasks, if `tasks` names any."""
 

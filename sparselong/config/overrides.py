@@ -9,6 +9,7 @@ values for one key is used.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,17 @@ from sparselong.config import yaml12
 from sparselong.config.keys import Section, known_keys, refuse_unknown, set_key
 from sparselong.config.texts import is_optional, is_text, is_text_or_list
 from sparselong.errors import ConfigError
+
+_KEY = r"[A-Za-z_][\w.]*"
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return words that are paths, and those that are overrides: `key.path=value`.
+
+    A path may have an equals sign, too: the runs of a sweep do.
+    """
+    overrides = [word for word in words if re.match(rf"{_KEY}=", word) and not os.path.exists(word)]
+    return [word for word in words if word not in overrides], overrides
 
 
 def apply_overrides(
@@ -39,7 +51,7 @@ def apply_overrides(
     known = known_keys(schema)
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+        if not equals or not re.fullmatch(_KEY, key):
             raise ConfigError(
                 f"override {override!r} is malformed",
                 "key.path=value, for example training.max_steps=20",

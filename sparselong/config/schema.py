@@ -79,6 +79,11 @@ class ExpertsSection(Section):
     sparsity: Literal["none", "2:4"] = "none"
     """`2:4` drops the two smallest of every four expert weights (3.0 bits per weight instead of
     4.25) and keeps the others bit-exactly. Without long fine-tuning it reduces quality."""
+    keep: Positive | None = None
+    """Experimental: number of experts that stage 02 keeps in each layer; null keeps all. It removes
+    those whose outputs matter least to the calibration tokens (mean of routing weight times norm of
+    the output, as in REAP) and copies the others' bytes. All stages and exports take the smaller
+    model. Calibration text needs answers in the form in which the model should give them."""
     placement: Annotated[Literal["auto", "gpu", "host"], Incidental()] = "auto"
     """`host` keeps experts in page-locked host memory, each process its own, and copies layers to
     the GPU ahead of use: the same results, but a step takes at least as long as copying all experts

@@ -64,7 +64,7 @@ class TrainingSection(Section):
     optimizer: Optimizer = "adamw_torch_fused"
     """Optimizer, under transformers' name. `adamw_bnb_8bit` keeps 2 bytes of state per trained
     weight instead of 8, `lion_8bit` 1 byte; both need a GPU. Lion moves each weight by the whole
-    learning rate, which is therefore lower."""
+    learning rate, so it needs a lower one than AdamW."""
     sample_packing: bool = True
     """Pack several conversations into each sequence, separated by position ids."""
     gradient_checkpointing: Annotated[bool, Incidental()] = True
@@ -102,7 +102,8 @@ class TrainingSection(Section):
     """Number of evaluations in a row without a lower validation loss after which training stops;
     null disables it."""
     early_stopping_threshold: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
-    """How much lower, in nats per token, a validation loss must be than the last one that was."""
+    """How far below the lowest validation loss so far, in nats per token, one must be to count as
+    lower."""
     loss_target: Scale | None = None
     """Loss in nats per token at which training stops: a validation loss, or a training loss as
     logged, which is a mean over `logging_steps` steps; null disables it."""

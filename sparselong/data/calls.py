@@ -14,7 +14,7 @@ from sparselong.data.lines import EMPTY, Fault, shown
 from sparselong.files import parse_json
 
 _FUNCTION = ("name", "description", "parameters")
-_ARROW = "write it as JSON text: a table fills absent keys with null, which then cannot be told"
+_ARROW = "write it as JSON text: tables fill absent keys with null, as if that were their value"
 
 
 def check_call(calls: Any, i: int, columnar: bool) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from sparselong.data.rows import (
     locate,
     read_rows,
 )
-from sparselong.data.sources import FILE_NAMES, find_repeated, split
+from sparselong.data.sources import FILE_NAMES, split
 from sparselong.data.tokens import count_dropped_thinking, tokenize
 from sparselong.errors import StageError
 from sparselong.files import load_json, write_atomically
@@ -98,6 +98,8 @@ def prepare(config: Config, run_dir: Path) -> DataFiles:
     ]
     said: list[str] = []
     train, validation = split(config, folder, said)
+    from sparselong.data.overlap import find_repeated  # a refusal does not wait for numpy
+
     said += find_repeated(train, validation)
     for path, rows in zip(files, (train, validation), strict=True):
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -9,7 +9,8 @@
 | `input_ids`     | tokens, trained where `labels` repeat them; without `labels`, everywhere |
 
 The first three become `messages`; a `system` text of ShareGPT and Alpaca is the first of them. A
-row with the keys of two layouts, or of none, is refused. The rows of a file may differ in layout.
+row with the keys of two layouts, or of none, is refused, and so is one with a system text beside
+its messages that is not the first of them. The rows of a file may differ in layout.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from typing import Any
 
 from sparselong.data.calls import check_tools, find_texts
 from sparselong.data.lines import EMPTY, Fault, check_text, shown
-from sparselong.data.messages import check_messages, check_unsupported
+from sparselong.data.messages import (
+    VARIABLES,
+    check_messages,
+    check_unsupported,
+    find_ignored,
+)
 from sparselong.files import parse_json
 
-VARIABLES = ("reasoning_effort", "model_identity")
 IGNORED = -100
 """Label of a token that is not trained."""
 WEIGHTS = ("weight", "train")
@@ -31,6 +36,7 @@ _UNSUPPORTED = (
     *("functions", "builtin_tools", "tool_calls", "function_call", "position_ids", "history"),
     *("image", "images", "video", "videos", "audio", "audios"),
 )
+_SYSTEM = ("system", "system_prompt", "system_message")
 _OF_CHATS = ("tools", "chat_template_kwargs", *VARIABLES)
 _SPEAKERS = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
@@ -63,13 +69,16 @@ def read_layout(row: dict[str, Any], ignored: Counter[str], columnar: bool) -> d
     check_unsupported(row, _UNSUPPORTED, "the row")
     read, own = _LAYOUTS[given[0]]
     known = {*own, *_OF_CHATS, *WEIGHTS, *_UNSUPPORTED, given[0]}
-    ignored.update(key for key, value in row.items() if key not in known and value not in EMPTY)
+    ignored.update(find_ignored(row, known, "the row"))
     found = read(row)
     if "messages" not in found:
         for key in _OF_CHATS:
             if row.get(key) not in EMPTY:
                 raise Fault(f"a row of `{given[0]}` has `{key}`: {shown(row[key])}", "remove it")
         return found
+    for key in _SYSTEM:
+        if key not in own:
+            _refuse_other_system(row, key, found["messages"])
     found["messages"] = check_messages(found["messages"], ignored, columnar)
     if row.get("tools") not in EMPTY:
         found["tools"] = check_tools(row["tools"], ignored, columnar)
@@ -80,6 +89,19 @@ def read_layout(row: dict[str, Any], ignored: Counter[str], columnar: bool) -> d
 
 def _read_messages(row: dict[str, Any]) -> dict[str, Any]:
     return {"messages": row["messages"]}
+
+
+def _refuse_other_system(row: dict[str, Any], key: str, messages: Any) -> None:
+    """Raise if a row has a system text that is not in its first message."""
+    text = row.get(key)
+    first = messages[0] if isinstance(messages, list) and messages else None
+    said = first.get("content") if isinstance(first, dict) else None
+    if text not in EMPTY and not (isinstance(said, str) and str(text) in said):
+        raise Fault(
+            f"the row has `{key}` beside its messages: {shown(text)}",
+            "make it the first message, or remove it",
+            "the system text as the first message",
+        )
 
 
 def _read_sharegpt(row: dict[str, Any]) -> dict[str, Any]:

@@ -90,6 +90,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
     try:
         with parquet.ParquetFile(path) as file:
+            if twice := _find_twice(file.schema_arrow):
+                raise _unreadable(path, f"two columns {twice}", "rename one of them", "other names")
             done = 0
             for batch in file.iter_batches(_ROWS_PER_BATCH):
                 for number, row in enumerate(batch.to_pylist(), done + 1):
@@ -98,6 +100,19 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     except (pyarrow.ArrowException, OSError) as error:
         found = (str(error).splitlines() or [type(error).__name__])[0]
         raise _unreadable(path, found, "write the file again", "a Parquet file") from error
+
+
+def _find_twice(fields: Any) -> str | None:
+    """Return the name of two columns, or of two fields of a structure; None if there are none."""
+    names = [field.name for field in fields]
+    for field in fields:
+        if names.count(field.name) > 1:
+            return field.name
+        kind = field.type
+        inner = [kind.field(i) for i in range(kind.num_fields)]
+        if twice := _find_twice(inner):
+            return f"{field.name}.{twice}"
+    return None
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:

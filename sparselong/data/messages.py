@@ -15,18 +15,22 @@
 | `function_call`, `images` and others            | refused, because the text alone would train    |
 |                                                 | something else                                 |
 
-All other keys mean nothing for training. They are ignored and counted.
+All other keys mean nothing for training. They are ignored and counted, except for names that are
+one of these but for case, plural or separators (`toolCalls`), which are refused.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from sparselong.data.calls import check_call, check_result, find_texts
 from sparselong.data.lines import EMPTY, Fault, check_text, shown
 
+VARIABLES = ("reasoning_effort", "model_identity")
+"""Keys of a row that set the template's variables."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _REASONING = ("thinking", "reasoning_content", "reasoning", "analysis")
 _WEIGHTS = ("weight", "train", "training", "loss")
@@ -70,15 +74,11 @@ def check_messages(
     for i, message in enumerate(checked, 1):
         if message["role"] == "tool":
             check_result(messages[i - 1], messages[i - 2] if i > 1 else None, i)
-    ignored.update(
-        {
-            f"messages.{key}"
-            for message in messages
-            for key, value in message.items()
-            if key not in _UNDERSTOOD and value not in EMPTY
-            if (message["role"], key) != ("tool", "name")
-        }
-    )
+    found = set()
+    for i, message in enumerate(messages, 1):
+        known = _UNDERSTOOD | {"name"} if message["role"] == "tool" else _UNDERSTOOD
+        found |= find_ignored(message, known, f"message {i}", VARIABLES)
+    ignored.update(f"messages.{key}" for key in found)
     checked = _join_channels(checked)
     roles = [message["role"] for message in checked]
     if "assistant" not in roles:
@@ -99,6 +99,37 @@ def check_unsupported(holder: dict[str, Any], names: tuple[str, ...], where: str
                 "remove the row, or the key if the row means the same without it",
                 "texts, and tool calls under `tool_calls`",
             )
+
+
+def find_ignored(
+    holder: dict[str, Any], known: Iterable[str], where: str, elsewhere: tuple[str, ...] = ()
+) -> set[str]:
+    """Return the names of keys with content that mean nothing here.
+
+    Args:
+        holder: the row or message.
+        known: the names of keys that have a meaning in it.
+        where: name of the holder, for the error.
+        elsewhere: names that have a meaning in a row, but not here.
+
+    Raises:
+        Fault: a name is a known one but for case, plural or separators, or belongs elsewhere.
+    """
+    others = {key for key, value in holder.items() if key not in known and value not in EMPTY}
+    plain = {_plain(key): key for key in sorted(known)}
+    for key in sorted(others):
+        if key in elsewhere:
+            fix = "move it into the row, beside the messages"
+            raise Fault(f"{where} has `{key}`: {shown(holder[key])}", fix, f"`{key}` of the row")
+        if _plain(key) in plain:
+            meant = plain[_plain(key)]
+            fix = f"rename it, or remove it if it does not mean `{meant}`"
+            raise Fault(f"{where} has {shown(key)}: {shown(holder[key])}", fix, f"`{meant}`")
+    return others
+
+
+def _plain(key: str) -> str:
+    return re.sub(r"[\W_]", "", key).lower().removesuffix("s")
 
 
 def check_weight(holder: dict[str, Any], names: tuple[str, ...], where: str) -> int | None:

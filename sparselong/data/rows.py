@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselong.data.calls import find_texts
-from sparselong.data.layouts import VARIABLES, WEIGHTS, read_layout
+from sparselong.data.layouts import WEIGHTS, read_layout
 from sparselong.data.lines import (
     EMPTY,
     TABLES,
@@ -26,7 +26,7 @@ from sparselong.data.lines import (
     read_lines,
     shown,
 )
-from sparselong.data.messages import check_weight
+from sparselong.data.messages import VARIABLES, check_weight
 from sparselong.errors import StageError
 
 Conversation = dict[str, Any]
@@ -44,7 +44,7 @@ class Remarks:
     """Count of rows of `text` and `input_ids`."""
 
     def sentences(self, source: str) -> list[str]:
-        """Return what should be told about the source, a sentence each."""
+        """Return what to report about the source, one sentence each."""
         said = []
         if self.blank_lines:
             said.append(f"{source}: blank lines skipped: {self.blank_lines:,}")

@@ -1,4 +1,4 @@
-"""Where rows come from: the demo, files, hub datasets; which of them are held out, and which alike.
+"""Where rows come from: the demo, files, hub datasets; and which of them are held out.
 
 The many ways in which the Hugging Face Hub can fail become one error type.
 """
@@ -6,23 +6,18 @@ The many ways in which the Hugging Face Hub can fail become one error type.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from sparselong.config import Config
 from sparselong.data.lines import empty
-from sparselong.data.rows import Conversation, Remarks, check_row, list_texts, read_rows
+from sparselong.data.rows import Conversation, Remarks, check_row, read_rows
 from sparselong.errors import StageError
 from sparselong.files import is_local
 
-_WORDS, _ALIKE = 8, 0.8
-_MOST_HASHES = 20_000_000
-_FACTOR = 0x9E3779B97F4A7C15
 FILE_NAMES = ("train.jsonl", "validation.jsonl")
 """Names of the two prepared files."""
 
@@ -45,76 +40,10 @@ def explain_hub_failures(what: str, expected: str, fix: str) -> Iterator[None]:
         raise StageError(what, expected, f"{type(error).__name__}: {first_line}", fix) from error
 
 
-def find_repeated(train: list[Conversation], validation: list[Conversation]) -> list[str]:
-    """Return a sentence for each file that repeats training rows nearly word by word.
-
-    A row counts if 80 % of its sequences of eight words (of all its words, if there are fewer)
-    occur in an earlier training row. Instructions are left out, because many rows share them; so
-    is a row that a source's weight repeats.
-    """
-    import numpy  # a refusal does not wait for it
-
-    own = list({id(row): row for row in train}.values())
-    codes = _Codes()
-    hashes = [_hash_words(row, codes) for row in (*own, *validation)]
-    if (total := sum(map(len, hashes))) > _MOST_HASHES:  # look at a sample of the sequences
-        step = numpy.uint64(total // _MOST_HASHES + 1)
-        hashes = [each[each % step == 0] for each in hashes]
-    bounds = numpy.cumsum([0, *map(len, hashes)])
-    rows = numpy.repeat(numpy.arange(len(hashes)), numpy.diff(bounds))
-    _, first, which = numpy.unique(
-        numpy.concatenate(hashes), return_index=True, return_inverse=True
-    )
-    first_row = rows[first[which]]  # in which row each sequence occurs first
-    seen = first_row < numpy.minimum(rows, len(own))
-    shares = numpy.array(
-        [seen[start:end].mean() if end > start else 0.0 for start, end in pairwise(bounds)]
-    )
-    alike = shares >= _ALIKE
-    counts = int(alike[: len(own)].sum()), int(alike[len(own) :].sum())
-    said = []
-    if counts[0]:
-        said.append(
-            f"train: {counts[0]:,} of {len(own):,} conversations nearly repeat earlier ones"
-        )
-    if counts[1]:
-        said.append(
-            f"validation: {counts[1]:,} of {len(validation):,} conversations nearly repeat "
-            "training conversations, so that the validation loss is too good"
-        )
-    return said
-
-
-class _Codes(dict[str, int]):
-    """A number for each word, the same in each process."""
-
-    def __missing__(self, word: str) -> int:
-        self[word] = crc32(word.encode())
-        return self[word]
-
-
-def _hash_words(row: Conversation, codes: _Codes) -> Any:
-    """Return a hash of each sequence of eight words of a row without its instructions."""
-    import numpy
-
-    if "messages" in row:
-        told = [each for each in row["messages"] if each["role"] not in ("system", "developer")]
-        row = {"messages": told}
-    words = [word for text in list_texts(row) for word in re.findall(r"\w+", text.lower())]
-    words = words or [str(token) for token in row.get("input_ids", ())]
-    numbers = numpy.fromiter(map(codes.__getitem__, words), numpy.uint64, len(words))
-    count = min(_WORDS, len(words))
-    hashes = numpy.zeros(len(words) - count + 1 if count else 0, numpy.uint64)
-    for place in range(count):
-        hashes = (hashes + numbers[place : place + len(hashes)]) * numpy.uint64(_FACTOR)
-        hashes ^= hashes >> numpy.uint64(29)
-    return numpy.unique(hashes)
-
-
 def split(
     config: Config, folder: Path, said: list[str]
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Return training and validation conversations; add what should be told to `said`.
+    """Return training and validation conversations; append what to report to `said`.
 
     Rows are held out before any is repeated, so that none is in both.
     """

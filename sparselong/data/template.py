@@ -220,7 +220,7 @@ def find_answers(
         answer = without[first:last]
         if not text[start:end].endswith(answer):
             raise StageError(
-                f"an answer of {template.where} cannot be told from its reasoning",
+                f"an answer of {template.where} cannot be separated from its reasoning",
                 "reasoning before an answer that is rendered as without it",
                 f"{template.name} renders {shown(text[start:end])}",
                 "use data.train_on=assistant, or gpt-oss's own template",

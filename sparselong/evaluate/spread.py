@@ -29,7 +29,7 @@ class Spread:
 
     Attributes:
         mesh: this process's place among them; None: it evaluates alone.
-        report: is told after each round how many are done, and of how many.
+        report: called after each round with the number that is done, and the total.
     """
 
     mesh: Mesh | None = None

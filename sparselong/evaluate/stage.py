@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from sparselong.data import conversations, encode_files, select_usable
+from sparselong.data import conversations, encode_files, select_usable, warn_of_items
 from sparselong.evaluate import (
-    contamination,
     divergence,
     health,
     models,
@@ -20,7 +19,7 @@ from sparselong.evaluate import (
     report,
     together,
 )
-from sparselong.evaluate.compared import Compared, check_sizes, find_compared
+from sparselong.evaluate.compared import Compared, check_sizes, describe_compared, find_compared
 from sparselong.evaluate.inputs import check_base
 from sparselong.evaluate.tasks import list_items, list_questions, load_suite
 from sparselong.evaluate.work import BASE, MEMORY_FIX, Mark
@@ -49,12 +48,13 @@ def evaluate(stage: Stage) -> None:
         stage.log(sentence)
     rows = usable.validation[: stage.config.evaluation.perplexity_samples]
     samples = perplexity.load_samples(encoded.validation, rows)
-    warnings = contamination.list_warnings(list_items(suite), files.train)
+    warnings = warn_of_items(list_items(suite), files.train)
     for warning in warnings:
         stage.log(f"warning: {warning}")
 
     compared = find_compared(stage.config)
-    check_sizes(compared, base_dir)
+    degree = stage.config.expert_parallel_degree
+    check_sizes(compared, base_dir, world.size if degree == "auto" else degree)
     marks = _list_marks(stage, base_dir, compared)
     settings = stage.config.evaluation
     chats = health.list_chats(
@@ -116,5 +116,5 @@ def _publish(
     stage.log(f"{report.summarize(document)}\nreport: {outputs[1]}")
     stage.metrics = report.list_metrics(document)
     stage.metrics["experts"] = {name: result.get("experts") for name, result in results.items()}
-    stage.metrics["compared"] = {each.name: each.fingerprint for each in compared}
+    stage.metrics["compared"] = describe_compared(compared, stage.run_dir)
     stage.outputs = [*outputs, *names]

@@ -33,7 +33,7 @@ from sparselong.export.inputs import (
     origin_of,
 )
 from sparselong.files import copy_atomically, is_local, read_json, write_atomically
-from sparselong.memory import adapter_bytes, find_shape
+from sparselong.memory import adapter_bytes, compressed_shape
 from sparselong.provenance import find_change
 from sparselong.run import Stage
 
@@ -71,18 +71,18 @@ class AdapterFormat:
                 f"shared_dense.sparsity={dense.sparsity}",
                 _OTHERS,
             )
-        if experts.sparsity != "none":
+        if experts.sparsity != "none" or experts.keep is not None:
             raise ConfigError(
                 "--to adapter: this run trained on experts that stage 02 pruned, so that its "
                 "adapter does not fit the base",
-                "experts.sparsity=none",
-                f"experts.sparsity={experts.sparsity}",
+                "experts.sparsity=none experts.keep=null",
+                f"experts.sparsity={experts.sparsity} experts.keep={experts.keep or 'null'}",
                 _OTHERS,
             )
 
     def plan(self, stage: Stage) -> Work:
         """Return the adapter's bytes; it is read, and compared after it was written."""
-        size = adapter_bytes(find_shape(stage.config.model), stage.config)
+        size = adapter_bytes(compressed_shape(stage.config), stage.config)
         return Work(size, 2 * size)
 
     def write(self, stage: Stage) -> None:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 def compare_with_base(stage: Stage, written: Checkpoint) -> dict[str, Any]:
     """Return metrics: counts of the tensors and names of those that differ from the base's.
 
-    Tensors under names that the base has not, such as decoded experts, are left out. Without the
-    base, `identical_to_base` and `differing_from_base` are None.
+    Tensors under names that the base has not, such as decoded experts, are left out. If experts
+    were dropped, those that are kept are compared, and their rows of the router. Without the base,
+    `identical_to_base` and `differing_from_base` are None.
 
     Args:
         stage: the part.
@@ -25,7 +26,7 @@ def compare_with_base(stage: Stage, written: Checkpoint) -> dict[str, Any]:
     Raises:
         StageError: a tensor differs that neither compression nor fine-tuning may have touched.
     """
-    from sparselong.checkpoint import Checkpoint, same_bytes
+    from sparselong.checkpoint import Checkpoint, same_base_bytes
 
     metrics: dict[str, Any] = {"tensors": len(written.tensors)}
     folder = find_base(stage)
@@ -34,7 +35,7 @@ def compare_with_base(stage: Stage, written: Checkpoint) -> dict[str, Any]:
         return {**metrics, "identical_to_base": None, "differing_from_base": None}
     base = Checkpoint(folder)
     shared = [name for name in written.tensors if name in base.tensors]
-    differing = sorted(name for name in shared if not same_bytes(written, base, name))
+    differing = sorted(name for name in shared if not same_base_bytes(written, base, name))
     changed = [name for name in differing if not _may_differ(stage, name)]
     if changed:
         raise StageError(

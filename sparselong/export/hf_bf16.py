@@ -14,7 +14,7 @@ from sparselong.errors import StageError
 from sparselong.export.base import compare_with_base
 from sparselong.export.form import Work
 from sparselong.export.inputs import model_directory
-from sparselong.memory import compressed_groups, find_shape
+from sparselong.memory import compressed_groups, compressed_shape
 from sparselong.run import Stage
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Bf16Format:
 
     def plan(self, stage: Stage) -> Work:
         """Return two bytes a parameter; experts are decoded to write and again to compare."""
-        shape = find_shape(stage.config.model)
+        shape = compressed_shape(stage.config)
         source = sum(compressed_groups(shape, stage.config).values())
         return Work(2 * shape.total, 2 * source, 2 * shape.expert_weights)
 

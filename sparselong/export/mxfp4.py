@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sparselong.export.base import compare_with_base
 from sparselong.export.form import Work
 from sparselong.export.inputs import model_directory
-from sparselong.memory import base_groups, compressed_groups, find_shape
+from sparselong.memory import base_groups, compressed_groups, compressed_shape
 from sparselong.run import Stage
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Mxfp4Format:
 
     def plan(self, stage: Stage) -> Work:
         """Return the bytes of the published form."""
-        shape = find_shape(stage.config.model)
+        shape = compressed_shape(stage.config)
         source = sum(compressed_groups(shape, stage.config).values())
         written = sum(base_groups(shape).values())
         return Work(written, 2 * source + written)  # to write, to compare, and the base

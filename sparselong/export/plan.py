@@ -10,7 +10,7 @@ from sparselong.export.formats import find_format
 from sparselong.export.hub import HUB, plan_upload
 from sparselong.export.inputs import model_directory
 from sparselong.figures import format_bytes, format_seconds
-from sparselong.memory import compressed_groups, find_rate, find_shape
+from sparselong.memory import compressed_groups, compressed_shape, find_rate
 from sparselong.run import Stage, read_manifest
 
 _DECODED_PER_SECOND = 5e7
@@ -28,7 +28,7 @@ def plan_export(stages: list[Stage]) -> dict[str, Any]:
     config = stages[0].config
     works = _plan_works(stages)
     seconds = {name: round(_seconds(work)) for name, work in works.items()}
-    model = sum(compressed_groups(find_shape(config.model), config).values())
+    model = sum(compressed_groups(compressed_shape(config), config).values())
     writes = [
         {
             "path": str(stage.dir),
@@ -87,7 +87,7 @@ def _seconds(work: Work) -> float:
     rate = find_rate(None)
     moved = work.read_bytes + 2 * work.written_bytes  # written, and read back
     return (
-        rate.startup_seconds
+        rate.startup.compress
         + moved / rate.disk_bytes_per_second
         + 2 * work.written_bytes / _HASHED_PER_SECOND
         + work.decoded_weights / _DECODED_PER_SECOND

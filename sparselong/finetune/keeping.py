@@ -17,9 +17,9 @@ from sparselong.figures import format_bytes
 from sparselong.memory import (
     Held,
     Kept,
+    compressed_shape,
     count_layers,
     decide_kept,
-    find_shape,
     finetune_memory,
 )
 from sparselong.processes import available_bytes
@@ -68,7 +68,7 @@ def decide_keeping(
         device: kind of device that trains.
         held: how the process holds the experts.
     """
-    shape = find_shape(config.model)
+    shape = compressed_shape(config)
     nothing = config.nothing_to_keep(device, held.expert_parallel)
     asked = {key: getattr(config.training, key) for key in ("keep_attention", "keep_experts")}
     is_possible = len(nothing) < len(asked)

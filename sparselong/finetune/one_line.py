@@ -5,6 +5,7 @@ Nothing is downloaded, built or written. Imports what is heavy only after file a
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 from sparselong.checkpoint import TOKENIZER
 from sparselong.config import Config
-from sparselong.data import conversations, rendering_date
+from sparselong.data import conversations, rendering_date, warn_before_training
 from sparselong.errors import ConfigError, StageError
 from sparselong.memory import find_config
 from sparselong.run import read_manifest
@@ -47,7 +48,7 @@ def preview_line(config: Config, run_dir: Path, place: str) -> dict[str, Any]:
         )
     path, line = Path(name), int(number)
     conversation = conversations.read_line(path, line)
-    return _show([conversation], config, run_dir)[0]
+    return _show([conversation], config, run_dir, _open_tokenizer(config, run_dir))[0]
 
 
 def preview_first(config: Config, run_dir: Path, count: int) -> dict[str, Any]:
@@ -59,7 +60,8 @@ def preview_first(config: Config, run_dir: Path, count: int) -> dict[str, Any]:
         count: number of conversations; fewer if there are no more.
 
     Returns:
-        `conversations`, for each what `preview_line` returns without its text; and `text`.
+        `conversations`, for each what `preview_line` returns without its text; `remarks`, what
+        was noticed in the sources, and evaluation items among the rows; and `text`.
 
     Raises:
         ConfigError: the count is 0.
@@ -75,21 +77,35 @@ def preview_first(config: Config, run_dir: Path, count: int) -> dict[str, Any]:
             for path in (*prepared.glob("*.json"), *prepared.glob("*.jsonl")):
                 shutil.copy2(path, copy)
         train = conversations.prepare(config, Path(scratch)).train
-        shown = _show(conversations.read(train)[:count], config, run_dir)
-    text = "\n".join(each.pop("text") for each in shown)
-    return {"conversations": shown, "text": text}
+        tokenizer = _open_tokenizer(config, run_dir)
+        shown = _show(conversations.read(train)[:count], config, run_dir, tokenizer)
+        remarks = [*conversations.read_remarks(Path(scratch))]
+        remarks += [f"warning: {each}" for each in warn_before_training(config, train, tokenizer)]
+    text = "\n".join([*(each.pop("text") for each in shown), *remarks])
+    return {"conversations": shown, "remarks": remarks, "text": text}
+
+
+def _open_tokenizer(config: Config, run_dir: Path) -> Any:
+    folder = _find_tokenizer(config, run_dir)
+
+    from sparselong.model import load_tokenizer
+
+    return load_tokenizer(folder)
+
+
+def _is_coloured() -> bool:
+    """Return whether stdout is a terminal that shows colours, and nobody asked for none."""
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not is_plain
 
 
 def _show(
-    rows: list[conversations.Conversation], config: Config, run_dir: Path
+    rows: list[conversations.Conversation], config: Config, run_dir: Path, tokenizer: Any
 ) -> list[dict[str, Any]]:
     """Return what `preview_line` does, for each of several conversations."""
-    folder = _find_tokenizer(config, run_dir)
-
     from sparselong.finetune.supervision import label, preview
-    from sparselong.model import load_tokenizer
 
-    tokenizer, today = load_tokenizer(folder), rendering_date(config, run_dir, record=False)
+    today = rendering_date(config, run_dir, record=False)
     shown = []
     for row in rows:
         tokens, supervised = conversations.tokenize(row, tokenizer, config.data.train_on, today)
@@ -100,7 +116,7 @@ def _show(
             summary += f"; left out: longer than sequence_len {config.sequence_len:,}"
         elif not used:
             summary += "; left out: nothing to learn"
-        text = preview([label(tokens, supervised)], tokenizer, colour=sys.stdout.isatty())
+        text = preview([label(tokens, supervised)], tokenizer, colour=_is_coloured())
         origin = row["origin"]
         shown.append(
             {

@@ -30,7 +30,13 @@ from typing import Any
 import torch
 import yaml
 
-from sparselong.data import describe_lengths, encode_files, select_usable
+from sparselong.data import (
+    check_ruler,
+    describe_lengths,
+    encode_files,
+    select_usable,
+    warn_before_training,
+)
 from sparselong.errors import StageError
 from sparselong.figures import format_seconds
 from sparselong.files import parse_json, point_to, read_json, write_atomically
@@ -77,13 +83,17 @@ def finetune(stage: Stage) -> None:
         MetricFunction(stage.config.training.metrics)  # refused now, not after an hour
     axolotl_config.refuse_unsupported(stage.config, torch.cuda.device_count(), here)
     earlier = stage.run_dir / "02_compress"
-    data = encode_files(stage.config, stage.run_dir, load_tokenizer(earlier / "model"))
+    tokenizer = load_tokenizer(earlier / "model")
+    check_ruler(stage.config, tokenizer)  # of stage 04's tasks, before hours of training
+    data = encode_files(stage.config, stage.run_dir, tokenizer)
     stage.note_date(data.date)
     sources = (data.train.source, data.validation.source)
     stage.check_rows(sources)
     usable = select_usable(data, stage.config.sequence_len)
+    warnings = warn_before_training(stage.config, data.train.source, tokenizer)
+    stage.metrics |= {"remarks": usable.left_out, "warnings": warnings}
     if not (stage.dir / BAKED).exists():
-        for sentence in usable.left_out:
+        for sentence in (*usable.left_out, *(f"warning: {each}" for each in warnings)):
             stage.log(sentence)
         for line in describe_lengths(data.train, usable.train):
             stage.log(line)

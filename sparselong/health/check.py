@@ -24,6 +24,7 @@ from sparselong.memory import (
     Plan,
     check_heads,
     describe_layers,
+    drop_experts,
     least_peak_bytes,
     process_tokens,
     rows_at_once,
@@ -181,7 +182,13 @@ def _parallel(config: Config, machine: Machine, plan: Plan) -> Row:
     if have < degree:
         fix = f"use a machine with {degree} GPUs, since a sequence stays on one machine"
         fewer = config.model_copy(update={"sequence_parallel_degree": max(1, have)})
-        given = (plan.shape, fewer, plan.card_bytes, "cuda", machine.host_available_bytes)
+        given = (
+            drop_experts(plan.shape, config),
+            fewer,
+            plan.card_bytes,
+            "cuda",
+            machine.host_available_bytes,
+        )
         if least_peak_bytes(*given) <= plan.card_bytes:
             fix += f", or set sequence_parallel_degree={max(1, have)}"
         return fail(
@@ -308,7 +315,8 @@ def _experts(config: Config, machine: Machine, plan: Plan) -> Row:
     major, minor = machine.usable_gpus[0].compute_capability
     tokens = process_tokens(config)
     routed = (rows_at_once(plan.settled, tokens) or tokens) * plan.shape.experts_per_token
-    chosen = choose_backend(f"sm_{major}{minor}", routed, plan.shape.experts)
+    experts = drop_experts(plan.shape, config).experts
+    chosen = choose_backend(f"sm_{major}{minor}", routed, experts)
     return ok("expert kernel", f"Triton, {chosen.backend} ({chosen.evidence})")
 
 

@@ -8,7 +8,7 @@ from sparselong.config import Config
 from sparselong.figures import format_bytes
 from sparselong.health.machine import Gpu, Machine
 from sparselong.health.rows import Row, fail, ok, warn
-from sparselong.memory import Plan, suggest_changes
+from sparselong.memory import Plan, drop_experts, suggest_changes
 
 _LEAST_CAPABILITY = (8, 0)
 """Ampere, the first GPUs with bf16 matrix units."""
@@ -125,7 +125,7 @@ def _gpu_memory(config: Config, gpu: Gpu, plan: Plan, host_bytes: int) -> Row:
         return fail("GPU memory", found, "stop the other programs on this GPU (see nvidia-smi)")
     if stage == "03_finetune":
         limits = (gpu.total_bytes, plan.device, host_bytes)
-        changes = suggest_changes(plan.shape, config, *limits)
+        changes = suggest_changes(drop_experts(plan.shape, config), config, *limits)
         if any(text.endswith(" fits") for text in changes):
             return fail("GPU memory", found, "; ".join(changes))
     return fail("GPU memory", found, "use a larger GPU or a smaller model")

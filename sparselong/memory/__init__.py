@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.memory.base_config import check_token_ids, read_base_config
+    from sparselong.memory.base_config import (
+        DROPPED_EXPERTS,
+        check_token_ids,
+        read_base_config,
+    )
     from sparselong.memory.fit import (
         check_fit,
         check_host,
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
         least_peak_bytes,
         suggest_changes,
     )
-    from sparselong.memory.limits import check_model
+    from sparselong.memory.limits import check_layers, check_model
     from sparselong.memory.placing import (
         MARGIN,
         decide_evaluation_held,
@@ -33,9 +37,17 @@ if TYPE_CHECKING:
         settle,
     )
     from sparselong.memory.plan import Plan, make_plan, plan_stage
-    from sparselong.memory.shape import PUBLISHED, check_heads, find_config, find_shape
+    from sparselong.memory.shape import (
+        PUBLISHED,
+        ModelShape,
+        check_heads,
+        compressed_shape,
+        drop_experts,
+        find_config,
+        find_shape,
+    )
     from sparselong.memory.slicing import rows_at_once
-    from sparselong.memory.stages import evaluation_memory
+    from sparselong.memory.stages import compress_batch_tokens, evaluation_memory
     from sparselong.memory.storage import Held, adapter_bytes, base_groups, compressed_groups
     from sparselong.memory.table import WIDTH, cost_lines, format_table, memory_lines, show_plan
     from sparselong.memory.timing import find_rate

@@ -22,6 +22,9 @@ SIZES = (
     *("num_key_value_heads", "head_dim", "intermediate_size", "num_experts_per_tok"),
     *("vocab_size", "sliding_window"),
 )
+DROPPED_EXPERTS = "sparselong_experts"
+"""Key that stage 02 adds if it keeps some of the experts: how many there were, and which are kept.
+Exports in the published form have it too."""
 _MOST_LAYERS = 1000
 _ALIASES = {"num_experts": "num_local_experts"}
 """Keys that transformers reads as another one."""

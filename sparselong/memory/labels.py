@@ -38,6 +38,7 @@ LABELS = {
     "hessian": "Hessian, inverse, factors",
     "live": "live layer activations",
     "layer_read": "the layer being read",
+    "layer_written": "the layer being written",
     "hidden_states": "calibration hidden states",
     "base_rest": "the rest of the base model",
     "logits": "logits",
@@ -50,6 +51,7 @@ LABELS = {
     "finetune_checkpoints": "03_finetune/checkpoints",
     "adapter": "03_finetune/adapter",
     "compress_work": "02_compress/work, temporary",
+    "evaluate_work": "04_eval/states, temporary",
 }
 
 

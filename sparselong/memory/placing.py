@@ -189,12 +189,12 @@ def planned_processes(config: Config) -> int:
 def most_expert_parallel(shape: ModelShape, config: Config, processes_here: int) -> int:
     """Return the largest number of this machine's processes that can share experts under `auto`.
 
-    It divides both the processes and the experts. It is 1 if `training.keep_experts` is `always`,
-    which needs all experts on each GPU.
+    It divides the processes, the experts, and those that `experts.keep` leaves. It is 1 if
+    `training.keep_experts` is `always`, which needs all experts on each GPU.
     """
     if config.training.keep_experts == "always":
         return 1
-    return math.gcd(processes_here, shape.experts)
+    return math.gcd(processes_here, shape.experts, config.experts.keep or 0)
 
 
 def host_bytes(shape: ModelShape, config: Config, held: Held, processes_here: int) -> int:

@@ -16,7 +16,7 @@ from sparselong.config import Config, describe_profile
 from sparselong.figures import format_bytes
 from sparselong.memory import evaluated, fit, placing, slicing, stages, storage, timing, training
 from sparselong.memory.labels import label
-from sparselong.memory.shape import ModelShape, find_shape
+from sparselong.memory.shape import ModelShape, describe_dropped, drop_experts, find_shape
 from sparselong.memory.storage import Held
 from sparselong.memory.training import Device, Memory
 from sparselong.memory.ways import (
@@ -210,7 +210,7 @@ def make_plan(
     shape = find_shape(config.model)
     device = device or configured_device(config, shape)
     disk = storage.disk_bytes(shape, config)
-    disk["compress_work"] = 2 * stages.state_bytes(shape, config, device)
+    disk |= stages.temporary_bytes(shape, config, device)
     given = (shape, config, gpu_bytes, device, host_budget_bytes)
     ways = plan_ways(*given)
     gpus = (gpus or ways.replicated.devices) if device == "cuda" else 0
@@ -219,11 +219,11 @@ def make_plan(
         device=device,
         disk=disk,
         bits_per_weight=storage.bits_by_group(config),
-        compressed=storage.compressed_groups(shape, config),
+        compressed=storage.compressed_groups(drop_experts(shape, config), config),
         card_bytes=gpu_bytes,
         **ways._asdict(),
         settled_reason=explain_layers(config, ways.settled),
-        changes=fit.suggest_changes(*given) if device == "cuda" else [],
+        changes=fit.suggest_changes(drop_experts(shape, config), *given[1:]) if gpus else [],
         stages=_working_memory(shape, config, device, ways.evaluation_held),
         expert_host_bytes=expert_host_bytes(shape, config, ways),
         compress_host=stages.compress_host_memory(shape, config, device),
@@ -316,18 +316,17 @@ def _row(path: Path | str, size: int, what: str) -> dict[str, Any]:
 def _files(
     config: Config, run_dir: Path, name: str, made: Plan
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    disk = made.disk
-    tiny = config.model.base == "tiny"
-    base_path = run_dir / "base" if tiny else config.model.base
-    base = _row(base_path, disk["base"], "base model")
+    disk, tiny = made.disk, config.model.base == "tiny"
+    base = _row(run_dir / "base" if tiny else config.model.base, disk["base"], "base model")
     data = [
         _row(run_dir / "data" if name == "demo" else name, _size(Path(name)) or 0, "conversations")
         for name in (share.source for share in config.data.shares)
     ]
     two, three = run_dir / "02_compress", run_dir / "03_finetune"
     model2 = _row(two / "model", disk["compressed_model"], "compressed model")
-    work = _row(two / "work", disk["compress_work"], "temporary")
     masters = _row(two / "masters", disk["compressed_masters"], "dense masters for stage 03")
+    work = _row(two / "work", disk["compress_work"], "temporary")
+    states = _row(run_dir / "04_eval/states", disk["evaluate_work"], "at most, temporary")
     model3 = _row(three / "model", disk["finetuned_model"], "fine-tuned model")
     rest3 = [
         _row(three / "checkpoints", disk["finetune_checkpoints"], "latest checkpoints"),
@@ -338,7 +337,7 @@ def _files(
         "01_health": ([], report),
         "02_compress": ([base, *data], [*([base] if tiny else []), model2, masters, work]),
         "03_finetune": ([model2, masters, *data], [model3, *rest3]),
-        "04_eval": ([base, model2, model3, *data], report),
+        "04_eval": ([base, model2, model3, *data], [*report, states]),
     }[name]
 
 
@@ -375,7 +374,8 @@ def _missing(made: Plan, peak_bytes: int, remedies: list[str]) -> list[str]:
 def _notes(config: Config, name: str, made: Plan) -> list[str]:
     notes = [
         f"Times are estimates for {made.rate.name}. In memory figures, weights are exact and "
-        "activations are estimates."
+        "activations are estimates.",
+        *describe_dropped(made.shape, config),
     ]
     if name in _SHOWS_TRAINING:
         notes += _memory_notes(made)

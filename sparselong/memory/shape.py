@@ -9,7 +9,7 @@ the checkpoints' to the last parameter.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparselong.config import Config, ModelSection
@@ -171,6 +171,31 @@ def find_shape(model: ModelSection) -> ModelShape:
             fix,
         )
     return read_shape(path)
+
+
+def compressed_shape(config: Config) -> ModelShape:
+    """Return the shape of the compressed model, which may have fewer experts than the base.
+
+    Raises:
+        StageError: see `find_shape`.
+    """
+    return drop_experts(find_shape(config.model), config)
+
+
+def drop_experts(shape: ModelShape, config: Config) -> ModelShape:
+    """Return a base's shape with as many experts as the config keeps."""
+    return replace(shape, experts=config.experts.keep or shape.experts)
+
+
+def describe_dropped(shape: ModelShape, config: Config) -> list[str]:
+    """Return a plan's note on experts that are dropped; nothing if none are."""
+    keep = config.experts.keep
+    if keep is None:
+        return []
+    return [
+        f"Experimental: stage 02 keeps {keep} of the base's {shape.experts} experts in each layer; "
+        "stages 03 and 05 have these, 04 also measures the base."
+    ]
 
 
 def check_heads(config: Config, shape: ModelShape) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from sparselong.config import Config
 from sparselong.memory import exchange, storage
-from sparselong.memory.shape import ModelShape
+from sparselong.memory.shape import ModelShape, drop_experts
 from sparselong.memory.training import (
     BUFFER_BYTES,
     CONTEXT_BYTES,
@@ -25,8 +25,9 @@ from sparselong.memory.training import (
     decoded,
 )
 
-COMPRESS_BATCH_TOKENS = 4096
-"""Calibration tokens that stage 02 runs through a layer at once."""
+COMPRESS_BATCH_TOKENS: dict[Device, int] = {"cuda": 16_384, "cpu": 4096}
+"""Calibration tokens that stage 02 runs through a layer at once; 120b's experts then have 512 rows
+each, at which they reach most of a GPU's rate. Eager attention takes those of a CPU."""
 EVALUATED_TOKENS = 1024
 """Length of a conversation, and of a prompt with its answer, in stage 04 that the plan assumes."""
 CHAT_TOKENS = 512
@@ -39,18 +40,25 @@ EVALUATE_BATCH_TOKENS = 16_384
 """Maximum number of tokens that stage 04 runs through a model at once."""
 
 
+def compress_batch_tokens(config: Config, device: Device) -> int:
+    """Return the most calibration tokens of more than one sequence in a pass of stage 02."""
+    return COMPRESS_BATCH_TOKENS[device if config.flash_attention else "cpu"]
+
+
 def compress_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
     """Return bytes of stage 02 on its device by component.
 
-    They are one layer with a batch of calibration tokens, and one Hessian, its inverse and factors.
+    They are one layer with a batch of calibration tokens, the next batch's states, and one Hessian,
+    its inverse and factors.
     """
     length = config.calibration.sequence_len
-    tokens = max(COMPRESS_BATCH_TOKENS, length)
+    tokens = max(compress_batch_tokens(config, device), length)
     inputs = max(shape.hidden, shape.query_width)
+    states = LIVE_WIDTHS * tokens * shape.hidden * _width(device)
     return {
         "layer_weights": layer_bytes(shape),
         "hessian": 4 * 8 * inputs**2,
-        "live": _live(shape, tokens, device, EXPERT_WIDTHS),
+        "live": _live(shape, tokens, device, EXPERT_WIDTHS) + states,
         "attention": _attention(shape, config, tokens, length, device),
         **_at_work(shape, device),
     }
@@ -59,19 +67,43 @@ def compress_memory(shape: ModelShape, config: Config, device: Device) -> dict[s
 def compress_host_memory(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
     """Return bytes of stage 02 in host memory by component.
 
-    They are the layer being read, and the hidden states of the calibration tokens before the layer,
-    after it, and a third time while being saved.
+    They are the layer being read, the one being written, and the hidden states of the calibration
+    tokens before and after a layer.
     """
     return {
         "layer_read": layer_bytes(shape),
-        "hidden_states": 3 * state_bytes(shape, config, device),
+        "layer_written": written_bytes(shape, config),
+        "hidden_states": 2 * state_bytes(shape, config, device),
     }
+
+
+def written_bytes(shape: ModelShape, config: Config) -> int:
+    """Return bytes of one layer's masters, and of its experts if their form or number changes."""
+    written = storage.masters_bytes(shape, config)
+    if config.experts.sparsity == "2:4" or config.experts.keep is not None:
+        written += storage.compressed_groups(drop_experts(shape, config), config)["experts"]
+    return written // shape.layers
 
 
 def state_bytes(shape: ModelShape, config: Config, device: Device) -> int:
     """Return bytes of the calibration tokens' hidden states between two layers."""
     samples = config.calibration.samples * config.calibration.sequence_len
     return samples * shape.hidden * _width(device)
+
+
+def temporary_bytes(shape: ModelShape, config: Config, device: Device) -> dict[str, int]:
+    """Return bytes of hidden states that stages keep on disk while they work, by artifact.
+
+    Stage 02 has those of the calibration tokens before and after a layer. Stage 04 has the base's
+    for each token but the first of the conversations whose divergence is measured, at most
+    `sequence_len` tokens each.
+    """
+    evaluation = config.evaluation
+    samples = min(evaluation.divergence_samples, evaluation.perplexity_samples)
+    return {
+        "compress_work": 2 * state_bytes(shape, config, device),
+        "evaluate_work": samples * (config.sequence_len - 1) * shape.hidden * _width(device),
+    }
 
 
 def layer_bytes(shape: ModelShape) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from sparselong.config import Config
-from sparselong.memory.shape import ModelShape
+from sparselong.memory.shape import ModelShape, drop_experts
 
 BF16_BYTES = 2
 BF16_BITS = 16
@@ -215,10 +215,16 @@ def checkpoint_bytes(shape: ModelShape, config: Config) -> int:
 
 
 def disk_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
-    """Return bytes on disk of everything that the stages write, by artifact (a key of LABELS)."""
+    """Return bytes on disk of everything that the stages write, by artifact (a key of LABELS).
+
+    Args:
+        shape: sizes of the base model, with all its experts.
+        config: the config of the run.
+    """
+    base, shape = shape, drop_experts(shape, config)
     model = sum(compressed_groups(shape, config).values())
     return {
-        "base": sum(base_groups(shape).values()),
+        "base": sum(base_groups(base).values()),
         "compressed_model": model,
         "compressed_masters": masters_bytes(shape, config),
         "finetuned_model": model,
@@ -232,14 +238,15 @@ def linkable_bytes(shape: ModelShape, config: Config) -> dict[str, int]:
     """Return bytes of each model that take no disk space if shards can be hard links.
 
     Stage 02 links an upstream shard if at most 5 % of it is replaced (attention): true of
-    gpt-oss-120b (2.9 %), but not of gpt-oss-20b (9.3 %). Stage 03 links the shards that it does not
-    change; none if experts or routers have adapters, because their weights are in the same shards.
+    gpt-oss-120b (2.9 %), but not of gpt-oss-20b (9.3 %), and never if its experts change. Stage 03
+    links the shards that it does not change; none if experts or routers have adapters, because
+    their weights are in the same shards. `shape` has all of the base's experts.
     """
-    packed = compressed_groups(shape, config)
+    packed = compressed_groups(drop_experts(shape, config), config)
     untouched = sum(packed.values()) - packed["attention"]
     base = base_groups(shape)
     stale = base["attention"] if packed["attention"] != base["attention"] else 0
-    if config.experts.sparsity != "none":
+    if config.experts.sparsity != "none" or config.experts.keep is not None:
         stale += base["experts"]
     links = stale <= LINKED_STALE_SHARE * sum(base.values())
     return {

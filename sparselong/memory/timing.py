@@ -1,25 +1,56 @@
-"""Estimated duration of the stages: a roofline model with an assumed efficiency.
+"""Estimated duration of the stages: operations and bytes over measured rates, and fixed costs.
 
 A token costs two operations per active weight and pass. Training with checkpointing takes three
 passes (forward, recomputed forward, gradient of the input). Attention's backward pass counts as 2.5
-forward passes, and masked LoRA adds the gradient of the attention projections' weights. The
-efficiency is based on one measurement: transformers trains gpt-oss-20b at 8,398 tokens per second
-on an H200, a quarter of the arithmetic limit.
+forward passes, and masked LoRA adds the gradient of the attention projections' weights. The host
+needs PASS_SECONDS to start a layer's kernels, which short sequences do not hide.
+
+Stage 02 is a stream (compress/layers.py): a layer takes as long as the slowest of its computation,
+reading it, hashing it, and writing its states.
+
+The rates are those of committed results (benchmarks/results) and tests/memory/test_times.py holds
+the estimates within 30 % of what was measured. Cards without results have assumed rates.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sparselong.config import Config, GpuType, find_type
-from sparselong.memory import exchange
-from sparselong.memory.shape import ModelShape
+from sparselong.memory import exchange, storage
+from sparselong.memory.shape import ModelShape, drop_experts
+from sparselong.memory.stages import (
+    compress_batch_tokens,
+    layer_bytes,
+    state_bytes,
+    written_bytes,
+)
 from sparselong.memory.storage import WHOLE, Held, expert_bytes
 
-EFFICIENCY = 0.2
-"""Fraction of the peak that this version's kernels are assumed to reach."""
+EFFICIENCY = 0.6
+"""Fraction of the bf16 peak that the kernels reach on cards on which they were measured: training
+steps of gpt-oss-20b and -120b (train_step, fit_120b)."""
+ASSUMED_EFFICIENCY = 0.4
+"""The same on other cards: two thirds of it, because nothing was measured there."""
+FP32_EFFICIENCY = 0.7
+"""Fraction of the fp32 peak that matrix products reach, for the Hessians (estimate)."""
+SOLVE_OPERATIONS = 192.0
+"""Operations at the fp32 peak in which stage 02 solves a projection, for each weight and input:
+rows times inputs squared (solver)."""
+PASS_SECONDS = 0.003
+"""What a layer takes in a training step beside its operations: the host's launches (train_step)."""
+EXCHANGE_SECONDS = 0.004
+"""What a layer's exchange of shared experts takes beside its bytes, in a step (fit_120b)."""
+RANK_SECONDS = 20.0
+"""What several processes need longer than one to start and meet (true_widths)."""
+HASHED_BYTES_PER_SECOND = 1.5e9
+"""Rate at which a thread hashes; states and the finished model take HASH_THREADS of them."""
+HASH_THREADS = 4
+CACHED_BYTES_PER_SECOND = 2.5e9
+"""Rate at which a model is opened whose files the system holds in memory (true_widths)."""
 ASSUMED_TOKENS = 1_500_000
 """Assumed size of a training set that is not on this machine yet."""
 ASSUMED_ITEMS = 10_042
@@ -31,13 +62,27 @@ SAMPLE_TOKENS = 1_000
 
 EXCHANGED_BYTES_PER_SECOND = 23e9
 """Rate at which GPUs without peer access exchange hidden states: NCCL's between four H200 with
-NCCL_P2P_DISABLE=1, the regime of PCIe 4.0 x16 (with NVLink 277e9)."""
+NCCL_P2P_DISABLE=1, the regime of PCIe 4.0 x16."""
+LINKED_BYTES_PER_SECOND = 277e9
+"""The same with NVLink, which cards for data centers are taken to have."""
 COPIED_BYTES_PER_SECOND = 23e9
 """Rate at which a GPU copies from page-locked host memory, over PCIe 4.0 x16 (estimate)."""
+FAST_COPIED_BYTES_PER_SECOND = 55e9
+"""The same over PCIe 5.0 x16 (fit_120b_host)."""
 TINY_STEP_TOKENS = 1_024
 """Tokens of a step that makes the small model."""
 DEMO_ITEMS = 400
 """Items of the demo's task."""
+DEMO_ITEM_TOKENS = 262
+"""Tokens of one, with all four endings."""
+
+
+class Startup(NamedTuple):
+    """Seconds that stages take whatever they compute: imports, processes, compilation."""
+
+    compress: float
+    finetune: float
+    evaluate: float
 
 
 @dataclass(frozen=True)
@@ -48,23 +93,43 @@ class Rate:
     flops_per_second: float
     """Dense bf16 peak of a GPU, or sustained fp32 rate of a CPU."""
     efficiency: float
+    fp32_flops_per_second: float
+    """Peak without tensor cores, or sustained rate of a CPU."""
     disk_bytes_per_second: float
-    startup_seconds: float
-    """Imports and start-up of a process."""
+    startup: Startup
+    pass_seconds: float = PASS_SECONDS
+    exchanged_bytes_per_second: float = EXCHANGED_BYTES_PER_SECOND
+    copied_bytes_per_second: float = COPIED_BYTES_PER_SECOND
 
 
-GPU_PEAKS: dict[GpuType, float] = {
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
-    "RTX 5090": 209e12,
-    "A6000": 155e12,
-    "A100": 312e12,
-    "H100": 990e12,
-    "H200": 990e12,
+class Peak(NamedTuple):
+    """Operations per second of a GPU, as its maker says.
+
+    Attributes:
+        bf16: dense, with fp32 accumulation.
+        fp32: without tensor cores.
+    """
+
+    bf16: float
+    fp32: float
+
+
+GPU_PEAKS: dict[GpuType, Peak] = {
+    "RTX 3090": Peak(71e12, 35.6e12),
+    "RTX 4090": Peak(165e12, 82.6e12),
+    "RTX 5090": Peak(209e12, 104.8e12),
+    "A6000": Peak(155e12, 38.7e12),
+    "A100": Peak(312e12, 19.5e12),
+    "H100": Peak(990e12, 67e12),
+    "H200": Peak(990e12, 67e12),
 }
-"""Dense bf16 operations per second with fp32 accumulation."""
+MEASURED: tuple[GpuType, ...] = ("H100", "H200")
+"""Cards on which the kernels' efficiency was measured."""
+_LINKED: tuple[GpuType, ...] = ("A100", "H100", "H200")
 
-CPU = Rate("2 processor cores", 60e9, 0.5, 0.5e9, 15.0)
+GPU_STARTUP = Startup(25.0, 50.0, 13.0)
+"""With a GPU (demo-h200, true_widths)."""
+CPU = Rate("2 processor cores", 60e9, 0.5, 60e9, 0.5e9, Startup(15.0, 45.0, 30.0), 0.0)
 
 
 def find_rate(gpu_name: str | None) -> Rate:
@@ -73,7 +138,20 @@ def find_rate(gpu_name: str | None) -> Rate:
         return CPU
     kind = find_type(gpu_name)
     name = gpu_name if kind else "RTX 3090"
-    return Rate(name, GPU_PEAKS[kind or "RTX 3090"], EFFICIENCY, 1e9, 30.0)
+    peak = GPU_PEAKS[kind or "RTX 3090"]
+    efficiency = EFFICIENCY if kind in MEASURED else ASSUMED_EFFICIENCY
+    exchanged = LINKED_BYTES_PER_SECOND if kind in _LINKED else EXCHANGED_BYTES_PER_SECOND
+    copied = FAST_COPIED_BYTES_PER_SECOND if kind in MEASURED else COPIED_BYTES_PER_SECOND
+    return Rate(
+        name,
+        peak.bf16,
+        efficiency,
+        peak.fp32,
+        1e9,
+        GPU_STARTUP,
+        exchanged_bytes_per_second=exchanged,
+        copied_bytes_per_second=copied,
+    )
 
 
 class Estimate(NamedTuple):
@@ -130,6 +208,22 @@ def estimate(
     ]
 
 
+def _judged_flops(shape: ModelShape, config: Config) -> float:
+    """Return operations of reading what stage 04 asks of a model; answers are not counted."""
+    evaluation = config.evaluation
+    tasks = len(evaluation.tasks) - len(evaluation.ruler_tasks)
+    items, item_tokens = tasks * (evaluation.limit or ASSUMED_ITEMS), ITEM_TOKENS
+    if config.model.base == "tiny":
+        items, item_tokens = min(items, DEMO_ITEMS), DEMO_ITEM_TOKENS
+    judged = items * item_tokens
+    judged += evaluation.perplexity_samples * min(SAMPLE_TOKENS, config.sequence_len)
+    drawn = len(evaluation.ruler_tasks) * min(
+        evaluation.ruler.items, evaluation.limit or evaluation.ruler.items
+    )
+    prompts = (length * sum(forward_flops(shape, length)) for length in evaluation.ruler.lengths)
+    return judged * sum(forward_flops(shape, SAMPLE_TOKENS)) + drawn * sum(prompts)
+
+
 def forward_flops(shape: ModelShape, sequence_len: int) -> tuple[float, float]:
     """Return operations per token of a forward pass: (matrix products, attention scores)."""
     keys = sequence_len / 2 + min(shape.sliding_window, sequence_len)
@@ -161,17 +255,74 @@ def training_tokens(config: Config, data_bytes: int | None) -> tuple[int, str]:
     return int(ASSUMED_TOKENS * training.num_epochs), "data.train is not here yet: 1.5 M assumed"
 
 
-def _training_seconds(
-    shape: ModelShape, config: Config, speed: float, tokens: int, gpus: int, held: Held
+def training_seconds(
+    shape: ModelShape, config: Config, rate: Rate, tokens: int, gpus: int, held: Held
 ) -> float:
-    """Return the seconds of stage 03's steps; `speed` is in operations per second."""
-    exchanged = exchange.sent_bytes(shape, held.expert_parallel) / EXCHANGED_BYTES_PER_SECOND
+    """Return the seconds of stage 03's steps.
+
+    The exchange of shared experts is counted as if no computation overlapped with it, copies from
+    host memory as if all did.
+
+    Args:
+        shape: sizes of the base model.
+        config: the config of the run.
+        rate: speed of the device.
+        tokens: number of tokens that are trained on.
+        gpus: number of GPUs that compute.
+        held: how a GPU holds the experts.
+    """
+    speed = rate.flops_per_second * rate.efficiency
+    exchanged = exchange.sent_bytes(shape, held.expert_parallel) / rate.exchanged_bytes_per_second
+    together = max(1, gpus // config.sequence_parallel_degree)
+    passes = tokens / (config.micro_batch_size * config.sequence_len * together)
+    latency = rate.pass_seconds + (EXCHANGE_SECONDS if held.expert_parallel > 1 else 0.0)
     computed = tokens / gpus * (training_flops(shape, config) / speed + exchanged)
+    computed += passes * shape.layers * latency
     if held.placement == "gpu":
         return computed
-    passes = tokens / (config.micro_batch_size * config.sequence_len)
     copied = 2 * expert_bytes(shape) // held.expert_parallel
-    return max(computed, passes * copied / COPIED_BYTES_PER_SECOND)
+    return max(computed, passes * copied / rate.copied_bytes_per_second)
+
+
+def layer_seconds(shape: ModelShape, config: Config, rate: Rate) -> float:
+    """Return the seconds of one layer in stage 02: those of the slowest part of its stream."""
+    device = "cpu" if rate is CPU else "cuda"
+    tokens = config.calibration.samples * config.calibration.sequence_len
+    products, scores = forward_flops(shape, config.calibration.sequence_len)
+    experts = (products - 2.0 * (shape.embedding + shape.attention_weights)) / shape.layers
+    attention = 2.0 * shape.attention_weights / shape.layers + scores / shape.layers
+    operations = experts + 2 * attention
+    if config.experts.keep is not None:  # a pass that scores the experts
+        operations += experts + attention
+    computed = tokens * operations / (rate.flops_per_second * rate.efficiency)
+    squares = shape.hidden**2 + shape.query_width**2
+    fp32 = rate.fp32_flops_per_second
+    computed += 2.0 * tokens * squares / (fp32 * FP32_EFFICIENCY)
+    solved = sum(rows * inputs**2 for rows, inputs in shape.projections.values())
+    computed += SOLVE_OPERATIONS * solved / fp32
+    batches = math.ceil(tokens / compress_batch_tokens(config, device))
+    computed += batches * rate.pass_seconds
+    states, layer = state_bytes(shape, config, device), layer_bytes(shape)
+    write = (states + written_bytes(shape, config)) / rate.disk_bytes_per_second
+    write += states / (HASHED_BYTES_PER_SECOND * HASH_THREADS)
+    read = layer / rate.disk_bytes_per_second
+    return max(computed, read, layer / HASHED_BYTES_PER_SECOND, write)
+
+
+def _compress_seconds(shape: ModelShape, config: Config, rate: Rate, disk: dict[str, int]) -> float:
+    """Return the seconds of stage 02, with those of making a small base."""
+    made = 0.0
+    if config.model.base == "tiny":
+        products, _ = forward_flops(shape, config.calibration.sequence_len)
+        steps = config.model.tiny_steps
+        made = steps * TINY_STEP_TOKENS * 3 * products / (rate.flops_per_second * rate.efficiency)
+        made += steps * shape.layers * rate.pass_seconds
+    # What is not linked is read, written and hashed.
+    copied = disk["compressed_model"] - storage.linkable_bytes(shape, config)["compressed_model"]
+    finish = 2 * copied / rate.disk_bytes_per_second
+    finish += copied / (HASHED_BYTES_PER_SECOND * HASH_THREADS)
+    stream = shape.layers * layer_seconds(shape, config, rate)
+    return rate.startup.compress + made + stream + finish
 
 
 def stage_seconds(
@@ -186,11 +337,8 @@ def stage_seconds(
 ) -> dict[str, float]:
     """Return the estimated seconds of each stage.
 
-    The exchange of shared experts is counted as if no computation overlapped with it, copies from
-    host memory as if all did.
-
     Args:
-        shape: sizes of the base model.
+        shape: sizes of the base model, with all its experts.
         config: the config of the run.
         rate: speed of the device and disk.
         disk: bytes by artifact, from storage.disk_bytes.
@@ -199,26 +347,13 @@ def stage_seconds(
         held: how stage 03 holds the experts.
     """
     speed = rate.flops_per_second * rate.efficiency
-    train = _training_seconds(shape, config, speed, tokens, gpus, held)
-    tiny = config.model.base == "tiny"
-    calibration = config.calibration.samples * config.calibration.sequence_len
-    products, scores = forward_flops(shape, config.calibration.sequence_len)
-    widths = (3 * shape.hidden**2 + shape.query_width**2) * shape.layers
-    solve = 2.0 * widths * calibration + 20.0 * shape.attention_weights * shape.query_width
-    compress = 2 * calibration * (products + scores) + solve
-    made = config.model.tiny_steps * TINY_STEP_TOKENS * 3 * products if tiny else 0.0
-    moved = disk["base"] + disk["compressed_model"]
-    items = len(config.evaluation.tasks) * (config.evaluation.limit or ASSUMED_ITEMS)
-    if tiny:
-        items = min(items, DEMO_ITEMS)
-    judged = items * ITEM_TOKENS
-    judged += config.evaluation.perplexity_samples * min(SAMPLE_TOKENS, config.sequence_len)
-    evaluate = 3 * judged * sum(forward_flops(shape, SAMPLE_TOKENS))
-    load = disk["base"] / rate.disk_bytes_per_second
-    start = rate.startup_seconds
+    evaluate = 3 * _judged_flops(shape, config) / speed / gpus
+    load = disk["base"] / CACHED_BYTES_PER_SECOND
+    ranks = RANK_SECONDS if gpus > 1 else 0.0
+    train = training_seconds(drop_experts(shape, config), config, rate, tokens, gpus, held)
     return {
         "01_health": 10.0,
-        "02_compress": start + (made + compress) / speed + moved / rate.disk_bytes_per_second,
-        "03_finetune": 3 * start + train + load,
-        "04_eval": 2 * start + evaluate / speed / gpus + 3 * load,
+        "02_compress": _compress_seconds(shape, config, rate, disk),
+        "03_finetune": rate.startup.finetune + ranks + load + train,
+        "04_eval": rate.startup.evaluate + ranks + 3 * load + evaluate,
     }

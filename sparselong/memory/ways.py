@@ -12,7 +12,7 @@ from sparselong.config import Config
 from sparselong.figures import format_bytes
 from sparselong.memory import placing
 from sparselong.memory.limits import check_experts
-from sparselong.memory.shape import ModelShape
+from sparselong.memory.shape import ModelShape, drop_experts
 from sparselong.memory.storage import Held
 from sparselong.memory.training import Device, Kept, Memory
 
@@ -39,7 +39,7 @@ def plan_ways(
     """Plan stage 03 in each way for the fewest processes that the config needs.
 
     Args:
-        shape: sizes of the base model.
+        shape: sizes of the base model, with all its experts.
         config: the config of the run.
         card_bytes: usable memory of each device.
         device: kind of the devices.
@@ -49,6 +49,7 @@ def plan_ways(
         ConfigError: `expert_parallel_degree` does not divide the number of experts.
     """
     check_experts(config, shape)
+    base, shape = shape, drop_experts(shape, config)
     processes = placing.planned_processes(config)
     given = (shape, config, processes, card_bytes, device, host_budget_bytes)
     held = placing.decide_held(*given)
@@ -74,7 +75,7 @@ def plan_ways(
         held,
         explain_held(shape, config, held, replicated.peak_bytes, card_bytes),
         settled,
-        placing.decide_evaluation_held(*given),
+        placing.decide_evaluation_held(base, *given[1:]),
     )
 
 
@@ -205,9 +206,16 @@ def explain_layers(config: Config, settled: Config) -> str:
 
 
 def expert_host_bytes(shape: ModelShape, config: Config, ways: Ways) -> int:
-    """Return the host memory of the stage that needs most for experts there; 0 if none are."""
-    processes = placing.planned_processes(config)
+    """Return the host memory of the stage that needs most for experts there; 0 if none are.
+
+    Args:
+        shape: sizes of the base model, with all its experts.
+        config: the config of the run.
+        ways: how stages 03 and 04 hold experts.
+    """
+    processes, kept = placing.planned_processes(config), drop_experts(shape, config)
+    stages = ((kept, ways.settled, ways.held), (shape, config, ways.evaluation_held))
     return max(
-        placing.host_bytes(shape, way, held, processes) if held.placement == "host" else 0
-        for way, held in ((ways.settled, ways.held), (config, ways.evaluation_held))
+        placing.host_bytes(*stage, processes) if stage[2].placement == "host" else 0
+        for stage in stages
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparselong.checkpoint import Inventory, take_inventory
+from sparselong.checkpoint import KEPT_BYTES, PATTERN_BYTES, Inventory, take_inventory
 from sparselong.errors import StageError
 from sparselong.model.part import Part
 
@@ -24,8 +24,6 @@ _DTYPES = {
     **{"I64": torch.int64, "BOOL": torch.bool},
 }
 _FIX = "download the checkpoint again, or redo the stage that wrote it"
-_KEPT_BYTES, _PATTERN_BYTES = 8, 3
-"""Bytes of 32 experts' weights in 2:4 form: kept codes and patterns (checkpoint/format.py)."""
 
 
 def refuse_mismatch(model: nn.Module, files: Iterable[str], sparse_experts: bool) -> None:
@@ -101,8 +99,8 @@ def _expected(
             shape = (owner.total, *shape[1:])
         if sparse_experts and name.endswith("_proj_blocks"):
             stem = name.removesuffix("_blocks")
-            wanted[f"{stem}_kept"] = tensor.dtype, (*shape[:-1], _KEPT_BYTES)
-            wanted[f"{stem}_patterns"] = tensor.dtype, (*shape[:-1], _PATTERN_BYTES)
+            wanted[f"{stem}_kept"] = tensor.dtype, (*shape[:-1], KEPT_BYTES)
+            wanted[f"{stem}_patterns"] = tensor.dtype, (*shape[:-1], PATTERN_BYTES)
         else:
             wanted[name] = tensor.dtype, shape
     return wanted

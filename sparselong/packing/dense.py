@@ -39,6 +39,11 @@ class DenseFormat:
         return self.weight_bits < 16
 
     @property
+    def is_packed(self) -> bool:
+        """Whether weights are stored otherwise than as plain bf16."""
+        return self.is_sparse or self.is_quantized
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per dense weight, including mask and scales."""
         kept = 0.5 if self.is_sparse else 1.0

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         is_joined,
         is_one_machine,
         joined_rank,
+        joined_world,
         local_rank,
         usable_cores,
     )

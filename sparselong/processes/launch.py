@@ -109,7 +109,7 @@ def check_alone() -> None:
     rank = joined_rank()
     if rank is not None:
         raise ConfigError(
-            f"only stages 03, 04 and 06 run in several processes (this is rank {rank})",
+            f"only stages 02, 03, 04 and 06 run in several processes (this is rank {rank})",
             "one process",
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
             "start it with python, not torchrun, and with WORLD_SIZE unset",

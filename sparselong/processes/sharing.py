@@ -22,8 +22,10 @@ from sparselong.memory import (
     CONTEXT_BYTES,
     MARGIN,
     Held,
+    ModelShape,
     check_fit,
     check_host,
+    compressed_shape,
     decide_evaluation_held,
     decide_held,
     decided_memory,
@@ -142,7 +144,7 @@ def decide_sharing(config: Config) -> Sharing:
             split evenly, or ranks that would share experts run on different machines.
     """
     global _decided
-    shape, place = find_shape(config.model), _meet()
+    shape, place = compressed_shape(config), _meet()
     device, here = place.device, place.here
     limits = (here, place.budget_bytes or 0, device, place.host_bytes)
     if place.budget_bytes is None:
@@ -162,16 +164,20 @@ def decide_sharing(config: Config) -> Sharing:
         ).peak_bytes
         for each_config, each in ((config, Held()), (settled, held))
     )
-    made = _describe(settled, place, held, replicated, predicted)
+    made = _describe(shape, settled, place, held, replicated, predicted)
     _decided = replace(made, layers=Layers.of(config, settled))
     return _decided
 
 
 def _describe(
-    config: Config, place: _Places, held: Held, replicated_bytes: int, predicted_bytes: int
+    shape: ModelShape,
+    config: Config,
+    place: _Places,
+    held: Held,
+    replicated_bytes: int,
+    predicted_bytes: int,
 ) -> Sharing:
     """Return a decision with the planner's peaks of a rank, replicated and as decided."""
-    shape = find_shape(config.model)
     is_on_host = held.placement == "host" or config.training.offload_checkpoints is True
     return Sharing(
         config.expert_parallel_degree,
@@ -186,33 +192,37 @@ def _describe(
     )
 
 
-def decide_evaluation_sharing(config: Config, processes: int = 1) -> Held:
+def decide_evaluation_sharing(
+    config: Config, processes: int = 1, *, with_base: bool = True
+) -> Held:
     """Return how experts are held in stage 04 or in a chat; called as `decide_sharing`.
 
     Args:
         config: the run's config.
         processes: number of processes that may be started, each with a GPU as this one's, if this
             one is not connected with others yet.
+        with_base: whether the base is opened, which has all its experts, whatever the config keeps.
 
     Raises:
         StageError: the largest model cannot fit on the GPUs or in host memory, or ranks that would
             share experts run on different machines.
     """
     global _decided
-    shape, place = find_shape(config.model), _meet()
+    shape = find_shape(config.model) if with_base else compressed_shape(config)
+    place = _meet()
     if processes > 1:
         place = place._replace(firsts=[0] * processes, here=processes)
     if place.budget_bytes is None:
         held = _hold_on_cpu(config)
     else:
-        held = _fit_evaluation(config, place, place.budget_bytes)
+        held = _fit_evaluation(shape, config, place, place.budget_bytes)
     check_host(shape, config, held, place.here, place.host_bytes)
     _check_machines(place.firsts, held.expert_parallel)
     replicated, predicted = (
         sum(evaluation_memory(shape, config, place.device, each).values())
         for each in (Held(), held)
     )
-    _decided = _describe(config, place, held, replicated, predicted)
+    _decided = _describe(shape, config, place, held, replicated, predicted)
     return held
 
 
@@ -222,9 +232,8 @@ def _hold_on_cpu(config: Config) -> Held:
     return Held(1 if asked == "auto" else asked, placement)
 
 
-def _fit_evaluation(config: Config, place: _Places, budget_bytes: int) -> Held:
+def _fit_evaluation(shape: ModelShape, config: Config, place: _Places, budget_bytes: int) -> Held:
     """Return the planner's choice for stage 04; raise StageError if it does not fit."""
-    shape = find_shape(config.model)
     held = decide_evaluation_held(shape, config, place.here, budget_bytes, "cuda", place.host_bytes)
     peak = sum(evaluation_memory(shape, config, "cuda", held).values())
     if peak <= budget_bytes * MARGIN:

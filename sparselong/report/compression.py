@@ -27,7 +27,7 @@ _COLOURS = ("first", "second", "third", "fourth", "fifth", "sixth")
 _KNOWN = (
     *("name", "bytes_on_disk", "base_bytes_on_disk", "bytes_linked", "bits_per_weight"),
     *("experts_bit_exact", "two_four_conforming", "masters_match", "relative_error"),
-    *("calibration_sequences", "peak_host_bytes", "peak_device_bytes"),
+    *("calibration_sequences", "peak_host_bytes", "peak_device_bytes", "kept_experts"),
 )
 
 
@@ -43,6 +43,7 @@ def compression(run: Run) -> list[Markup]:
             [[g.replace("_", " "), show(b)] for g, b in bits.items()],
         ),
         *_errors(metrics.get("relative_error", [])),
+        *_kept_experts(metrics.get("kept_experts", {})),
         *(show_anything(rest) if rest else []),
     ]
 
@@ -64,6 +65,28 @@ def _facts(metrics: Mapping[str, Any]) -> dict[str, str]:
     if "calibration_sequences" in metrics:
         facts["Calibration sequences"] = show_number(metrics["calibration_sequences"])
     return facts
+
+
+def _kept_experts(found: Mapping[str, Any]) -> list[Markup]:
+    """Return which experts each layer kept and what it lost; nothing if it has all of them."""
+    if not found:
+        return []
+    rows = [
+        [
+            number,
+            layer["kept"],
+            show_percent(layer["lost_weight"]),
+            layer["unreached"],
+            layer["scores"],
+        ]
+        for number, layer in enumerate(found["layers"])
+    ]
+    text = (
+        f"Experimental: each layer has {found['experts']} of the base's {found['base']} experts. "
+        f"The others had {show_percent(found['lost_weight'])} of the routing weight (mean)."
+    )
+    columns = ["layer", "experts kept", "lost weight", "without tokens", "scores of all experts"]
+    return [note(text, kind="warning"), folded("Experts by layer", table(columns, rows))]
 
 
 def _errors(layers: list[Mapping[str, float]]) -> list[Markup]:

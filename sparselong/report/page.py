@@ -10,7 +10,7 @@ from sparselong.errors import StageError
 from sparselong.files import reason_of, write_atomically
 from sparselong.report.asked import asked
 from sparselong.report.compression import compression
-from sparselong.report.elements import Markup, element, stylesheet
+from sparselong.report.elements import Markup, element, note, stylesheet
 from sparselong.report.environment import environment
 from sparselong.report.evaluation import evaluation
 from sparselong.report.exported import exported
@@ -75,7 +75,7 @@ def render(run: Run) -> str:
     sections = [section for section in _SECTIONS if not section[2] or section[2] in done]
     links = [element("a", title, href=f"#{anchor}") for anchor, title, _, _ in sections]
     bodies = [
-        element("section", element("h2", title), make(run), id=anchor)
+        element("section", element("h2", title), _make(title, make, run), id=anchor)
         for anchor, title, _, make in sections
     ]
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
@@ -86,6 +86,16 @@ def render(run: Run) -> str:
     )
     body = element("body", element("nav", links), element("main", overview(run), bodies, footer))
     return f"<!doctype html>\n{element('html', _head(run), body, lang='en')}\n"
+
+
+def _make(title: str, make: Callable[[Run], list[Markup]], run: Run) -> list[Markup]:
+    """Return a section; if a stage's files hold values that it cannot show, say so instead."""
+    try:
+        return make(run)
+    except Exception as error:  # one edited figure would otherwise cost the whole page
+        fault = f"{title} cannot be shown: {type(error).__name__}: {error}"
+        run.problems.append(f"{fault}.")
+        return [note(fault)]
 
 
 def _head(run: Run) -> Markup:

@@ -13,6 +13,7 @@ from typing import Any
 from sparselong.errors import StageError
 from sparselong.files import parse_json, reason_of, refuse_special
 from sparselong.provenance import find_change
+from sparselong.report.elements import is_number
 from sparselong.run import config_of, find_outdated, read_finished
 
 HEALTH, COMPRESS, FINETUNE, EVAL = "01_health", "02_compress", "03_finetune", "04_eval"
@@ -146,12 +147,14 @@ class _Reader:
         return _objects(self.read(EVAL, name).splitlines(), "")
 
     def read_rows(self, stage: str, name: str, key: str) -> list[dict[str, Any]]:
-        """Return the objects with a key on the lines of an output, as `read` does."""
+        """Return the objects with a number as `key` on the lines of an output, as `read` does."""
         lines = self.read(stage, name).splitlines()
-        rows = _objects(lines, key)
+        rows = [row for row in _objects(lines, key) if is_number(row[key])]
         if len(rows) < len(lines):
             lost = f"{len(lines) - len(rows):,} of the {len(lines):,} lines"
-            self.problems.append(f"{lost} of {stage}/{name} are not JSON objects with {key}.")
+            self.problems.append(
+                f"{lost} of {stage}/{name} are not JSON objects with a number as {key}."
+            )
         return rows
 
 

@@ -39,6 +39,7 @@ _KNOWN = (
     *("steps", "train_loss", "eval_perplexity", "best_step", "best_eval_perplexity", "tokens"),
     *("tokens_per_second", "mask_updates", "two_four_conforming", "trainable_parameters"),
     *("supervised_token_fraction", "peak_host_bytes", "peak_device_bytes", "baked_eval_perplexity"),
+    "warnings",
 )
 _SUPERVISED = re.compile("⟦(.*?)⟧", re.DOTALL)
 _MOST_CHARACTERS = 6000
@@ -51,6 +52,7 @@ def training(run: Run) -> list[Markup]:
     lines = [] if best is None else [(float(best), f"best step: {best}")]
     rest = {key: value for key, value in metrics.items() if key not in _KNOWN}
     return [
+        *(note(f"Warning: {each}.", kind="warning") for each in metrics.get("warnings", ())),
         pairs(_facts(metrics)),
         beside(
             _curve(run.rows, "loss", "Training loss", "nats per token", lines),

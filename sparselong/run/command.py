@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from sparselong.config import Config, load
+from sparselong.config import Config, load, split_overrides
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.figures import format_figure, format_seconds
 from sparselong.files import is_disk_full
@@ -36,7 +36,13 @@ from sparselong.run.place import (
     read_document,
 )
 from sparselong.run.publishing import Publish, publish
-from sparselong.run.stages import STAGES, check_installed, complete_commands
+from sparselong.run.stages import (
+    STAGES,
+    add_own_options,
+    check_installed,
+    complete_commands,
+    parse_layers,
+)
 
 _KEPT = {
     "02_compress": ": finished layers are kept",
@@ -91,22 +97,18 @@ def parse_arguments(
     parser.add_argument("--dry-run", action="store_true", help="print the plan, touch nothing")
     parser.add_argument("--force", action="store_true", help="redo a finished stage")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    if STAGES[name].previews:
-        text = "print N conversations (or one) with supervised tokens marked, touch nothing"
-        parser.add_argument("--preview", metavar="N|FILE:LINE", help=text)
-    if STAGES[name].sweeps:
-        text = "run once for each combination of values, in runs/NAME-sweep; see sparselong/sweep"
-        shape = "KEY=VALUE,VALUE"
-        parser.add_argument("--sweep", nargs="+", action="extend", metavar=shape, help=text)
-    if STAGES[name].extended_by:
-        text = "also measure models of other runs, or other checkpoints (evaluation.compare)"
-        parser.add_argument("--compare", nargs="+", action="extend", metavar="RUN|PATH", help=text)
+    add_own_options(parser, name)
     if add_options is not None:
         add_options(parser)
-    parser.set_defaults(preview=None, sweep=None)
+    parser.set_defaults(preview=None, sweep=None, layers=None)
     arguments = parser.parse_intermixed_args(argv)
+    arguments.layers = parse_layers(arguments.layers)
     if STAGES[name].extended_by and arguments.compare:
-        _name_compared(arguments, STAGES[name].extended_by)
+        named, overrides = split_overrides(arguments.compare)  # it takes all words that follow
+        if not named:
+            parser.error("argument --compare: expected at least one argument")
+        overrides.append(f"{STAGES[name].extended_by}={json.dumps(named)}")
+        arguments.overrides += overrides
     if arguments.gpu is not None:
         choose_gpu(arguments.gpu)
     if not arguments.dry_run:
@@ -114,14 +116,6 @@ def parse_arguments(
     arguments.repeated = _repeated(arguments)
     arguments.run_dir = find_run_dir(arguments.run_dir, arguments.config)
     return arguments
-
-
-def _name_compared(arguments: argparse.Namespace, key: str) -> None:
-    """Move what `--compare` names to an override of a key."""
-    words: list[str] = arguments.compare  # it takes all words that follow, also overrides
-    arguments.overrides += [word for word in words if "=" in word]
-    named = [word for word in words if "=" not in word]
-    arguments.overrides.append(f"{key}={json.dumps(named)}")
 
 
 def _repeated(arguments: argparse.Namespace) -> list[str]:
@@ -164,7 +158,7 @@ def run_stage(
         execute: does the work and fills the stage's metrics, inputs and outputs.
         plan: (config, run directory, stage name) → document for `--dry-run`; changes nothing.
         show_plan: formats the plan for display.
-        check: raises, before anything is changed, if the config cannot be executed here.
+        check: raises, before anything is changed, if the config cannot run; see `prepare_caches`.
         others: what its command line may ask for in place of the stage.
         page: writes the page about the run once the stage is done.
 
@@ -201,7 +195,8 @@ def _open(name: str, arguments: argparse.Namespace) -> Stage:
     config = load(arguments.config, arguments.overrides)
     with writing(arguments.run_dir):
         check_run_dir(config, arguments.run_dir, arguments.config)
-    return Stage(name, config, arguments.run_dir, forced=arguments.force)
+    forced, layers = arguments.force, arguments.layers
+    return Stage(name, config, arguments.run_dir, forced=forced, layers=layers)
 
 
 def _plan(
@@ -225,17 +220,21 @@ def _run(
     cache = prepare_caches(stage, check)
     with locked(stage.run_dir):
         manifest = run_locked(stage, redo, execute, cache, interruption)
-        publish(stage, page)
+        if not stage.unfinished:
+            publish(stage, page)
     return manifest
 
 
 def prepare_caches(stage: Stage, check: Callable[[Config], object] | None = None) -> Path | None:
-    """Check the config, and return where caches go if it is not where they usually are."""
+    """Check the config, and return where caches go if it is not where they usually are.
+
+    If `check` returns a dictionary, that is a fingerprint of what `extended_by` names, by name.
+    """
     cache, config = stage.run_dir / "cache", stage.config
-    named = (config.model.base, *config.data.named.values())
-    moved = move_caches(cache, named)
-    if check is not None:
-        check(config)
+    moved = move_caches(cache, (config.model.base, *config.data.named.values()))
+    found = check(config) if check is not None else None
+    if isinstance(found, dict):
+        stage.named = found
     return cache if moved else None
 
 
@@ -267,7 +266,11 @@ def run_locked(
     with stage.display:
         execute(stage)
     interruption.check()  # before the manifest says that the stage is done
-    manifest = finish(stage, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    if stage.unfinished:
+        told = {"stage": stage.name, "status": "unfinished", "seconds": seconds}
+        return told | {"metrics": stage.unfinished}
+    manifest = finish(stage, seconds)
     name_model(stage)
     return manifest
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,7 @@ from sparselong.run.place import (
     check_started,
     read_document,
     refuse_replacing_others,
+    show_options,
 )
 from sparselong.run.progress import Display
 from sparselong.run.stages import STAGES, name_changes, redo_command, stage_hash
@@ -70,6 +71,8 @@ class Stage:
     """Rows of `provenance.describe_files` for files that the stage has hashed before its end."""
     peak_bytes: dict[str, int] = field(default_factory=dict)
     """Peak memory by device: `host`, `cuda:0`, …"""
+    named: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprint of what the list of `extended_by` names, by name."""
     date: datetime.date | None = None
     """The date that chat templates rendered, if the result depends on conversations."""
     forced: bool = False
@@ -82,6 +85,10 @@ class Stage:
     """Options of the command line that decide the part's result, by name."""
     reads: tuple[str, ...] = ()
     """Earlier stages whose results it opens; by default those of the table."""
+    layers: range | None = None
+    """Layers that the command is for (`--layers`); None: all."""
+    unfinished: dict[str, int] = field(default_factory=dict)
+    """How far a command for some layers has come, by name; empty: the stage is done."""
     display: Display = field(default_factory=Display)
     """Where its progress is shown."""
 
@@ -201,12 +208,8 @@ def prepare(stage: Stage, redo: bool) -> bool:
 
 
 def _has_all(stage: Stage, manifest: dict[str, Any]) -> bool:
-    """Return whether a finished stage has what the list of `extended_by` names."""
-    section, _, key = STAGES[stage.name].extended_by.partition(".")
-    if not key:
-        return True
-    recorded = manifest["config"].get(section, {}).get(key, ())
-    return set(getattr(getattr(stage.config, section), key)) <= set(recorded)
+    """Return whether a finished stage has what the list of `extended_by` names, as it is now."""
+    return stage.named.items() <= manifest.get("named", {}).items()
 
 
 def read_inputs(stage: Stage) -> None:
@@ -310,8 +313,8 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
     if stage.part and begun != _describe_part(stage):
         raise StageError(
             f"{stage.dir} holds {kind} that was made with other options",
-            _show_options(**_describe_part(stage)),
-            _show_options(**begun),
+            show_options(**_describe_part(stage)),
+            show_options(**begun),
             "pass what it was made with, or move the directory elsewhere to keep it, or redo it: "
             f"{stage.redo_command}",
         )
@@ -336,11 +339,6 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
 def _describe_part(stage: Stage) -> dict[str, Any]:
     """Return the part's keys of manifest.json and started.json."""
     return {"part": stage.part, "options": stage.options} if stage.part else {}
-
-
-def _show_options(part: Any, options: Any) -> str:
-    shown = {"to": part, **(options if isinstance(options, dict) else {})}
-    return " ".join(f"--{name} {value}" for name, value in shown.items())
 
 
 def _set_aside(stage: Stage) -> list[str]:
@@ -390,6 +388,7 @@ def finish(stage: Stage, seconds: float) -> dict[str, Any]:
         **provenance.describe_software(),
         "hardware": provenance.describe_hardware(),
         "seed": stage.config.seed,
+        **({"named": dict(stage.named)} if stage.named else {}),
         **({"date": stage.date.isoformat()} if stage.date else {}),
         "seconds": round(seconds, 3),
         "peak_bytes": stage.peak_bytes,

@@ -34,7 +34,8 @@ _CHECKPOINT = (
 )
 _NAMES: Mapping[str, str] = {
     "01_health": r"report\.(json|md)",
-    "02_compress": rf"base\.json|work/(states\.safetensors|model\.json|layer-\d+\.json)|"
+    "02_compress": r"base\.json|"
+    r"work/((states|tokens)\.safetensors|(model|ranks|layer-\d+)\.json)|"
     rf"masters/layer-\d+\.safetensors|model(\.partial)?/({_MODEL})",
     "03_finetune": r"axolotl\.yaml|supervision\.txt|metrics\.jsonl|loss\.png|"
     r"(receipt|baked|trained|spent)\.json|tensorboard/events\.out\.tfevents\..+|"

@@ -294,3 +294,9 @@ def redo_recorded(folder: Path) -> str:
         if isinstance(options, dict):
             return redo_command(folder.parent.name, folder.name, options)
     return redo_command(folder.parent.name, folder.name)
+
+
+def show_options(part: Any, options: Any) -> str:
+    """Return a part and its options as on the command line."""
+    shown = {"to": part, **(options if isinstance(options, dict) else {})}
+    return " ".join(f"--{name} {value}" for name, value in shown.items())

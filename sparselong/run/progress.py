@@ -25,6 +25,8 @@ from sparselong.figures import format_seconds
 
 LINE_SECONDS = 10.0
 _REDRAWS_PER_SECOND = 1
+_PLAIN = ("dumb", "unknown")
+"""Terminals whose cursor cannot be moved, by TERM."""
 
 
 @dataclass
@@ -54,7 +56,9 @@ class Display:
         self._lock = threading.RLock()  # the threads that read trainers' output report as well
 
     def __enter__(self) -> Display:
-        self._is_live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        # At a width of 0, which some editors' shells set, rich would print nothing at all.
+        can_draw = os.environ.get("TERM") not in _PLAIN and os.environ.get("COLUMNS") != "0"
+        self._is_live = sys.stderr.isatty() and can_draw
         return self
 
     def __exit__(

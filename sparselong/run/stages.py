@@ -10,6 +10,7 @@ reads.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparselong.config import Config, hash_sections, leaves, pick_sections
-from sparselong.errors import StageError
+from sparselong.errors import ConfigError, StageError
 from sparselong.provenance import missing_modules
 
 _COMMAND = re.compile(r"python \d\d_[a-z]+\.py\b(?! --help)(?![^\n,;]*--(config|run-dir)\b)")
@@ -38,6 +39,7 @@ class Declaration:
             redone, if the list names more than the config in its manifest.
         repeats: whether it is done again on every call, finished or not.
         parts: whether it has several results, each in a directory of its own with a manifest.
+        by_layers: whether its command line has `--layers`.
         extra: the extra of the package, in pyproject.toml, that its script needs.
         imports: modules of that extra which it imports.
     """
@@ -49,6 +51,7 @@ class Declaration:
     extended_by: str = ""
     repeats: bool = False
     parts: bool = False
+    by_layers: bool = False
     extra: str = ""
     imports: tuple[str, ...] = ()
 
@@ -61,6 +64,7 @@ STAGES: dict[str, Declaration] = {
             *("seed", "model", "shared_dense", "experts", "calibration", "data"),
             *("flash_attention", "attention_backend", "deterministic"),
         ),
+        by_layers=True,
         extra="compress",
         imports=("llmcompressor", "compressed_tensors", "datasets"),
     ),
@@ -102,6 +106,44 @@ def check_installed(name: str) -> None:
             f"no {', no '.join(missing)}",
             f"./install.sh, which installs all of it; or pip install '.[{extra}]'",
         )
+
+
+def add_own_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the options of the command line that only some stages have."""
+    stage = STAGES[name]
+    if stage.previews:
+        text = "print N conversations (or one) with supervised tokens marked, touch nothing"
+        parser.add_argument("--preview", metavar="N|FILE:LINE", help=text)
+    if stage.sweeps:
+        text = "run once for each combination of values, in runs/NAME-sweep; see sparselong/sweep"
+        shape = "KEY=VALUE,VALUE"
+        parser.add_argument("--sweep", nargs="+", action="extend", metavar=shape, help=text)
+    if stage.extended_by:
+        text = "also measure models of other runs, or other checkpoints (evaluation.compare)"
+        parser.add_argument("--compare", nargs="+", action="extend", metavar="RUN|PATH", help=text)
+    if stage.by_layers:
+        text = "work on layers A up to, but not including, B alone; a later command continues"
+        parser.add_argument("--layers", metavar="A:B", help=text)
+
+
+def parse_layers(text: str | None) -> range | None:
+    """Return the layers that `--layers A:B` names: A up to, but not including, B.
+
+    Raises:
+        ConfigError: they are not two numbers, or there are no layers between them.
+    """
+    if text is None:
+        return None
+    first, colon, end = text.partition(":")
+    are_numbers = all(part.isascii() and part.isdecimal() for part in (first, end))
+    if not colon or not are_numbers or int(first) >= int(end):
+        raise ConfigError(
+            "--layers does not name layers",
+            "A:B, the layers from A up to but not including B, as in 0:12",
+            f"--layers {text}",
+            "leave it out to compress all layers, or begin with --layers 0:B",
+        )
+    return range(int(first), int(end))
 
 
 def deciding_sections(name: str, reads: tuple[str, ...] | None = None) -> set[str]:

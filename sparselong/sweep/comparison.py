@@ -77,6 +77,8 @@ def _differences(runs: Sequence[Run], done: Sequence[Mapping[str, Any]]) -> list
     for key, values in (
         ("sequence_len", {config.sequence_len for config in finished}),
         ("data.train_on", {config.data.train_on for config in finished}),
+        ("data.date", {config.data.date for config in finished}),
+        ("model.base", {config.model.base for config in finished}),
     ):
         if len(values) > 1:
             notes.append(

@@ -128,8 +128,8 @@ def _get(config: Config, key: str) -> Any:
 def _name(values: Mapping[str, Any]) -> str:
     """Return the name of a run's directory, which no shell needs quotes for.
 
-    It depends on the values alone, not on how or in which order they were written. What a name
-    cannot show is told apart by a part of its hash.
+    It depends on the values alone, not on how or in which order they were written. Values that a
+    name cannot show in full are followed by part of their hash.
     """
     lasts = {key: key.rpartition(".")[2] for key in sorted(values)}
     shown = {k: last if list(lasts.values()).count(last) == 1 else k for k, last in lasts.items()}

@@ -35,6 +35,28 @@ def test_does_not_depend_on_how_tokens_are_split() -> None:
     torch.testing.assert_close(parts.matrix, whole.matrix, rtol=1e-5, atol=1e-6)
 
 
+def test_does_not_depend_on_the_order_of_parts_in_a_single_bit() -> None:
+    """Nor on the processes that add them: fp32 sums of the same parts differ."""
+    parts = [_inputs(40 + n) * 10.0 ** (n % 4) for n in range(32)]
+    orders = [range(32), range(31, -1, -1), [*range(0, 32, 2), *range(1, 32, 2)]]
+    matrices, plain = [], []
+    for order in orders:
+        hessian, total = Hessian(WIDTH, "layer"), torch.zeros(WIDTH, WIDTH)
+        for n in order:
+            hessian.add(parts[n])
+            total += parts[n].T @ parts[n]
+        matrices.append(hessian.matrix)
+        plain.append(total)
+    assert all(torch.equal(matrix, matrices[0]) for matrix in matrices)
+    assert not all(torch.equal(total, plain[0]) for total in plain)
+
+
+def test_refuses_inputs_whose_squares_overflow() -> None:
+    with pytest.raises(StageError, match="finite squares") as failure:
+        Hessian(WIDTH, "layer").add(torch.full((3, WIDTH), 1e20))
+    assert "1e+20" in failure.value.found
+
+
 def test_differs_from_llmcompressor_by_a_constant_only() -> None:
     from llmcompressor.modifiers.gptq.helpers import accumulate_hessian
 

@@ -80,7 +80,11 @@ def publish(tokenizer, row):
 
 
 def supervised_pieces(row, tokenizer, **keys):
-    pairs = zip(*tokenize(row, tokenizer, **keys), strict=True)
+    return pieces_of(*tokenize(row, tokenizer, **keys), tokenizer)
+
+
+def pieces_of(ids, supervised, tokenizer):
+    pairs = zip(ids, supervised, strict=True)
     return [
         tokenizer.decode([token for token, _ in group])
         for learned, group in groupby(pairs, lambda pair: pair[1])
@@ -160,9 +164,9 @@ def test_200_random_rows_are_as_published_and_trained_where_the_assistant_wrote(
     met = Counter()
     for seed in range(200):
         row = random_row(random.Random(seed))
-        ids, _ = tokenize(read(row), tokenizer)
+        ids, supervised = tokenize(read(row), tokenizer)
         assert ids == publish(tokenizer, row), seed
-        pieces = supervised_pieces(read(row), tokenizer)
+        pieces = pieces_of(ids, supervised, tokenizer)
         # Adjacent turns are separated by the header that starts the second.
         assert pieces == what_the_assistant_wrote(row), seed
         assert read(copy.deepcopy(row)) == read(read(row))
@@ -213,7 +217,7 @@ def test_a_template_that_joins_reasoning_and_answer_cannot_train_the_answer(toke
         {%- endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
     row = read({"messages": [ASK, {**ANSWER, "thinking": "Hm."}]})
     assert supervised_pieces(row, joined) == ["<|message|>Yes, 31 °C. because Hm.<|end|>"]
-    with pytest.raises(StageError, match="cannot be told from its reasoning"):
+    with pytest.raises(StageError, match="cannot be separated from its reasoning"):
         tokenize(row, joined, "final")
 
 
@@ -407,6 +411,13 @@ def test_token_rows_are_taken_as_they_are(tokenizer):
         ({"messages": [ASK, CALL, {**RESULT, "name": "other"}]}, "the name 'other'"),
         ({"messages": [ASK, CALL, {**RESULT, "content": {"a": 1}}]}, "message 3 is dict"),
         ({"messages": [ASK, {**ANSWER, "tool_call_id": "1"}]}, "`tool_call_id`"),
+        ({"messages": [ASK, {**ANSWER, "Weight": 0}]}, "message 2 has 'Weight': 0"),
+        ({"messages": [ASK, {**ANSWER, "toolCalls": [{"name": "f"}]}]}, "has 'toolCalls'"),
+        ({"messages": [ASK, {**ANSWER, "reasoning_effort": "low"}]}, "`reasoning_effort`: 'low'"),
+        ({"messages": PLAIN, "reasoningEffort": "low"}, "the row has 'reasoningEffort'"),
+        ({"instruction": "x", "output": "y", "Input": "z"}, "the row has 'Input'"),
+        ({"messages": PLAIN, "system": "Be brief."}, "`system` beside its messages: 'Be brief.'"),
+        ({"instruction": "x", "output": "y", "system_prompt": "Be brief."}, "`system_prompt` besi"),
         ({"messages": PLAIN, "tools": {"a": 1}}, "`tools` is dict"),
         ({"messages": PLAIN, "tools": "[{]"}, "`tools`: "),
         ({"messages": PLAIN, "tools": [{"type": "web_search"}]}, "tool 1 is"),
@@ -420,6 +431,14 @@ def test_what_is_malformed_or_mixed_is_refused_with_file_and_line(tmp_path, row,
         conversations.read(path)
     assert f"{path}, line 2" in raised.value.what
     assert named in raised.value.found
+
+
+def test_a_system_text_that_the_first_message_repeats_is_accepted_and_other_keys_are_counted():
+    messages = [{"role": "system", "content": "Be brief. Be kind."}, ASK, ANSWER]
+    remarks = Remarks()
+    row = {"messages": messages, "system": "Be brief.", "system_prompt": None, "tooling": "x"}
+    assert check_row(row, {"source": "x", "line": 1}, remarks)["messages"] == messages
+    assert dict(remarks.ignored) == {"system": 1, "tooling": 1}
 
 
 def test_nulls_that_a_table_fills_in_are_not_taken_for_values():

@@ -6,7 +6,7 @@ import pytest
 
 from sparselong.config import load
 from sparselong.data import conversations
-from sparselong.data.sources import find_repeated
+from sparselong.data.overlap import find_repeated
 from tests.conftest import ROOT, write_rows
 
 DRAW = random.Random(0)
@@ -72,7 +72,7 @@ def test_token_rows_are_compared_by_their_tokens():
 def test_many_sequences_are_sampled(monkeypatch):
     rows = [chat(text(100), text(400)) for _ in range(20)]
     wanted = find_repeated([*rows, rows[0] | {}], [rows[1] | {}])
-    monkeypatch.setattr("sparselong.data.sources._MOST_HASHES", 500)
+    monkeypatch.setattr("sparselong.data.overlap.sequences.MOST_HASHES", 500)
     assert find_repeated([*rows, rows[0] | {}], [rows[1] | {}]) == wanted and len(wanted) == 2
 
 

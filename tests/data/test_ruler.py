@@ -8,10 +8,11 @@ from collections import Counter
 
 import pytest
 
-from sparselong.config import RULER_TASKS
+from sparselong.config import RULER_TASKS, load
 from sparselong.data.ruler import items
-from sparselong.data.ruler.items import answer_tokens, make_items, score_answer
+from sparselong.data.ruler.items import answer_tokens, check_ruler, make_items, score_answer
 from sparselong.errors import StageError
+from tests.conftest import ROOT
 
 LENGTH = 4096
 
@@ -107,6 +108,15 @@ def test_a_context_that_is_too_short_is_refused_with_the_shortest(tokenizer):
     least = int(re.search(r"at least ([\d,]+)", told.value.expected)[1].replace(",", ""))
     longer = make_items("ruler_cwe", least + 60, 3, 42, tokenizer)
     assert all(item["tokens"] + answer_tokens("ruler_cwe") <= least + 60 for item in longer)
+
+
+def test_every_task_and_length_is_checked_by_its_smallest_item(tokenizer):
+    path = ROOT / "configs/tiny.yaml"
+    tasks = "evaluation.tasks=[niah_single_1,ruler_cwe]"
+    check_ruler(load(path, [tasks, "evaluation.ruler.lengths=[1500,4096]"]), tokenizer)
+    with pytest.raises(StageError, match="ruler_cwe cannot be made for a context of 600 tokens"):
+        check_ruler(load(path, [tasks, "evaluation.ruler.lengths=[1500,600]"]), tokenizer)
+    check_ruler(load(path, ["evaluation.ruler.lengths=[2]"]), tokenizer)  # no task of RULER's
 
 
 def test_missing_words_are_explained(monkeypatch, tokenizer):

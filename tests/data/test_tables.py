@@ -123,3 +123,17 @@ def test_parquet_that_cannot_be_read_is_explained(tmp_path):
     write_parquet(path, [{"messages": [ASK, ANSWER]}, {"messages": [ASK]}])
     with pytest.raises(StageError, match=r"rows\.parquet, row 2"):
         conversations.read(path)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["columns", "fields"])
+def test_two_columns_of_one_name_are_refused(tmp_path, nested):
+    """pyarrow gives the last one, where JSON and CSV with a name twice are refused."""
+    path = tmp_path / "rows.parquet"
+    one = pyarrow.array(["a"])
+    fields = pyarrow.StructArray.from_arrays([one, one], names=["content", "content"])
+    columns = [pyarrow.array([["a"]]), fields] if nested else [one, one]
+    names = ["x", "messages"] if nested else ["text", "text"]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=names), path)
+    with pytest.raises(StageError) as raised:
+        conversations.read(path)
+    assert raised.value.found == f"two columns {'messages.content' if nested else 'text'}"

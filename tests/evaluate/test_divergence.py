@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 
+from sparselong.config import load
 from sparselong.evaluate import divergence
 from sparselong.evaluate.perplexity import Sample
 from sparselong.evaluate.spread import Spread
+from sparselong.memory import make_plan, plan_stage
 from sparselong.parallel.vocabulary import combine_divergence, shard_divergence
+from tests.conftest import ROOT
 
 BATCH = 3
 
@@ -115,3 +118,22 @@ def test_only_checkpoints_with_the_base_s_head_are_compared(untrained_base, tmp_
             tensors["lm_head.weight"][7, 3] += 1
             save_file(tensors, path, {"format": "pt"})
     assert not divergence.has_same_head(untrained_base, folder)
+
+
+def test_the_plan_has_room_for_the_base_s_states(model, tmp_path):
+    """Its figure is exact if all conversations have `sequence_len` tokens."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(2048, (40,), generator=generator).tolist() for _ in range(5)]
+    samples = [Sample(text, [True] * 40) for text in texts]
+    divergence.save_states(model, samples[:4], BATCH, Spread(), tmp_path)
+    written = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    sizes = "evaluation.divergence_samples=4", "evaluation.perplexity_samples=5"
+    plan = make_plan(load(ROOT / "configs/tiny.yaml", [*sizes, "sequence_len=40"]), "cpu")
+    header = 200  # of each file
+    assert 0 <= written - plan.disk["evaluate_work"] <= 2 * header
+    (row,) = [
+        row
+        for row in plan_stage(load(ROOT / "configs/tiny.yaml", []), tmp_path, "04_eval")["writes"]
+        if row["path"].endswith("/states")
+    ]
+    assert row["bytes"] == 32 * 255 * model.config.hidden_size * 4

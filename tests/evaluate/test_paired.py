@@ -1,11 +1,10 @@
-"""Paired comparisons and contamination, by hand."""
+"""Paired comparisons, by hand."""
 
-import json
 import math
 
 import pytest
 
-from sparselong.evaluate import contamination, paired
+from sparselong.evaluate import paired
 
 
 def test_flips_and_difference_by_hand():
@@ -48,47 +47,3 @@ def test_losses_by_hand():
 def test_losses_on_different_tokens_are_refused():
     with pytest.raises(ValueError, match="different tokens"):
         paired.compare_losses([(2.0, 2), (6.0, 4)], [(3.0, 2), (7.0, 5)])
-
-
-WORDS = [f"word{i}" for i in range(30)]
-
-
-def test_thirteen_consecutive_words_are_contamination_twelve_are_not():
-    items = [" ".join(WORDS[:20]), "nothing of it " * 10]
-    shared = "Before, " + ", ".join(WORDS[3:16]).upper() + "; after."
-    assert contamination.find_contaminated(items, [shared]) == [0]
-    assert contamination.find_contaminated(items, [" ".join(WORDS[3:15])]) == []
-    assert contamination.find_contaminated(items, [" ".join(WORDS[0:10] + WORDS[11:20])]) == []
-
-
-def test_short_items_count_if_they_occur_in_full():
-    assert contamination.find_contaminated(["a b c", "a d", ""], ["x a b c y"]) == [0]
-
-
-def test_warning_counts_the_items_in_the_training_file(tmp_path):
-    row = [{"role": "user", "content": "?"}, {"role": "assistant", "content": " ".join(WORDS)}]
-    path = tmp_path / "train.jsonl"
-    path.write_text(json.dumps({"messages": row}) + "\n")
-    items = {"seen": [" ".join(WORDS[:15]), "other"], "unseen": ["other"]}
-    (warning,) = contamination.list_warnings(items, path)
-    assert "1 of the 2 items of seen" in warning
-
-
-def test_every_text_of_a_row_is_searched_and_token_rows_are_named(tmp_path):
-    words = " ".join(WORDS)
-    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": words}}]}
-    ask, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}
-    rows = (
-        {"text": words},
-        {"messages": [ask, call]},
-        {"messages": [ask, {**answer, "thinking": words}]},
-        {"input_ids": [1, 2]},
-    )
-    found = []
-    for row in rows:
-        path = tmp_path / "train.jsonl"
-        path.write_text(json.dumps(row) + "\n")
-        (warning,) = contamination.list_warnings({"seen": [words]}, path)
-        found.append(warning)
-    assert all("1 of the 1 items of seen" in warning for warning in found[:3])
-    assert "1 of 1 training rows are token ids" in found[3]

@@ -146,6 +146,26 @@ def open_hub(path, *_, **__):
     return datasets.DatasetDict(dict.fromkeys(splits, datasets.Dataset.from_list(rows)))
 
 
+@pytest.fixture(scope="module")
+def index(tasks):
+    """lm-eval's index of its own tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@pytest.fixture
+def indexed(tasks, index, monkeypatch):
+    """Use that index where no task of ours is added to it."""
+
+    def find(include_path, include_defaults):
+        assert include_path is None and include_defaults
+        return index
+
+    monkeypatch.setattr(f"{tasks.__name__}.suite.TaskManager", find)
+
+
+@pytest.mark.usefixtures("indexed")
 def test_every_kind_of_task_has_lm_eval_s_own_figures(
     tasks, measure, run_lm_eval, tokenizer, tmp_path, monkeypatch
 ):
@@ -183,12 +203,14 @@ def test_every_kind_of_task_has_lm_eval_s_own_figures(
     assert by_item["acc"] == [0.0] * 3 and by_item["perplexity"] is None
 
 
+@pytest.mark.usefixtures("indexed")
 def test_unknown_task_is_refused_with_a_suggestion(tasks, tokenizer, tmp_path):
     config = load_config("evaluation.tasks=[hellaswagg]")
     with pytest.raises(ConfigError, match=r"(?s)names hellaswagg.*did you mean hellaswag"):
         tasks.load_suite(config, tmp_path, tokenizer, POSITIONS)
 
 
+@pytest.mark.usefixtures("indexed")
 def test_unreachable_hub_is_explained(tasks, tokenizer, tmp_path, monkeypatch):
     def fail(*arguments, **keywords):
         raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub")

@@ -28,7 +28,12 @@ def axolotl(python: str, folder, document: dict) -> subprocess.CompletedProcess:
 def test_the_first_loss_is_that_of_separate_conversations(untrained_base, tmp_path, forked_python):
     tokenizer = AutoTokenizer.from_pretrained(untrained_base)
     rows = [tokenizer.apply_chat_template(row["messages"])["input_ids"] for row in MESSAGES]
-    tokens = [{"input_ids": r, "labels": r, "attention_mask": [1] * len(r)} for r in rows]
+    # Axolotl itself would predict a row's first token from the conversation before it.
+    labels = [[-100, *row[1:]] for row in rows]
+    tokens = [
+        {"input_ids": row, "labels": label, "attention_mask": [1] * len(row)}
+        for row, label in zip(rows, labels, strict=True)
+    ]
     data = write_rows(tmp_path / "tokens.jsonl", tokens)
     document = EXAMPLE | CPU | SMALL | {
         "base_model": str(untrained_base),

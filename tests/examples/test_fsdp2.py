@@ -1,4 +1,4 @@
-"""examples/accelerate/: FSDP2 over the small model, two processes as one; the files are readable."""
+"""examples/accelerate/: FSDP2 over the small model, two processes as one; files are readable."""
 
 import json
 import os

@@ -184,9 +184,9 @@ def test_a_failure_to_remove_the_old_result_ends_nothing(stage, monkeypatch, cap
 
 def test_real_stages_leave_nothing_behind_when_they_are_forced(run_script, tmp_path, monkeypatch):
     """Every file that stages 01 and 02 write is known as theirs, finished or not."""
-    from sparselong.compress import stream
+    from sparselong.compress.layers import LayerStream
 
-    original, calls = stream._compress_layer, []
+    original, calls = LayerStream.compress, []
 
     def stop(*arguments):
         original(*arguments)
@@ -194,7 +194,7 @@ def test_real_stages_leave_nothing_behind_when_they_are_forced(run_script, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "_compress_layer", stop)
+        patch.setattr(LayerStream, "compress", stop)
         assert run_script("02_compress").code == 1
     assert remove_own(tmp_path / "run/02_compress", "02_compress") == []
     for _ in range(2):

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sparselong.checkpoint import missing_files
 from sparselong.config.schema import load
@@ -41,7 +42,12 @@ def compressed(small_arguments, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("base.json", "{"), ("work/layer-00000.json", "[1]"), ("work/model.json", '{"files": [3]}')],
+    [
+        ("base.json", "{"),
+        ("base.json", '{"files": [], "seconds": "1"}'),
+        ("work/layer-00000.json", "[1]"),
+        ("work/model.json", '{"files": [3]}'),
+    ],
 )
 def test_a_damaged_record_of_stage_02_is_explained(compressed, run_script, tmp_path, name, text):
     run = shutil.copytree(compressed, tmp_path / "run", symlinks=True)
@@ -52,22 +58,24 @@ def test_a_damaged_record_of_stage_02_is_explained(compressed, run_script, tmp_p
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"bytes": 1}', "[" * 99999])
 def test_every_damage_of_a_record_of_stage_02_is_explained(tmp_path, text):
-    from sparselong.compress.stream import _read_own
+    from sparselong.compress.finished import read_own
 
     (tmp_path / "base.json").write_text(text)
     with pytest.raises(StageError, match="base.json (is damaged|cannot be read)"):
-        _read_own(tmp_path / "base.json", "path", "bytes")
+        read_own(tmp_path / "base.json", "path", "bytes")
 
 
 @pytest.mark.parametrize("content", [b"", b"xx", b"\x02\0\0\0\0\0\0\0{}"])
 def test_damaged_states_of_stage_02_are_explained(tmp_path, content):
     from sparselong.compress.calibration import HiddenStates
+    from sparselong.compress.work import Spread
 
     path = tmp_path / "states.safetensors"
     path.write_bytes(content)
+    states = HiddenStates(path, (2, 4, 8), torch.float32, torch.device("cpu"), 4, Spread())
     nothing = SimpleNamespace()
     with pytest.raises(StageError, match=r"(?s)states.*is damaged.*remove .*first layer"):
-        HiddenStates(path).start(nothing, nothing, nothing)  # type: ignore[arg-type]
+        states.start(nothing, nothing)  # type: ignore[arg-type]
 
 
 def test_too_few_calibration_tokens_are_refused_by_01_as_by_02(run_script, tmp_path):

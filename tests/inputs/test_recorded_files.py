@@ -16,6 +16,7 @@ from sparselong import provenance
 from sparselong.adapters import Masters
 from sparselong.checkpoint import check_recorded, take_inventory
 from sparselong.compress import stream
+from sparselong.compress.layers import LayerStream
 from sparselong.config import load
 from sparselong.errors import StageError
 from sparselong.evaluate import evaluate
@@ -245,7 +246,7 @@ def test_a_base_that_changes_while_stage_02_is_interrupted_is_refused(
     base, run_script, monkeypatch, tmp_path
 ):
     """Half the layers would be of one base, half of another."""
-    name, original, done = f"model.base={base}", stream._compress_layer, []
+    name, original, done = f"model.base={base}", LayerStream.compress, []
 
     def stop(*arguments):
         original(*arguments)
@@ -254,7 +255,7 @@ def test_a_base_that_changes_while_stage_02_is_interrupted_is_refused(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "_compress_layer", stop)
+        patch.setattr(LayerStream, "compress", stop)
         assert run_script("02_compress", name).code == 1
     kept = shutil.copytree(base, tmp_path / "kept")
     scale_a_layer(base)

@@ -6,6 +6,7 @@ import pytest
 
 from sparselong.config import load
 from sparselong.data import encode_files, select_usable
+from sparselong.errors import StageError
 from sparselong.finetune import trainer
 from sparselong.model import load_tokenizer
 from sparselong.run import Stage
@@ -24,7 +25,7 @@ ROW = {"messages": turns("First.", "Second.", "Third."), "topic": "numbers"}
 DEMO = "evaluation.tasks=[demo_hellaswag]"
 TOLD = (
     "train: 4 of 5 conversations nearly repeat earlier ones",
-    "validation: 1 of 1 conversations nearly repeat training conversations, so that the validation",
+    "validation: 1 of 1 conversations nearly repeat training conversations, which makes the",
     "rows.jsonl: blank lines skipped: 2",
     "rows.jsonl: keys without meaning for training are ignored: topic (6 rows)",
     "train: the chat template leaves out the thinking of 10 turns, in 5 of 5 conversations",
@@ -51,19 +52,46 @@ def test_stages_01_and_02_tell_it_once(base, rows, tmp_path, run_script):
         assert found.count(text) == log.count(text) == done.err.count(text) == 1, (found, log)
 
 
-def test_stage_03_tells_it_of_rows_that_an_earlier_stage_encoded(
-    untrained_base, rows, tmp_path, monkeypatch
-):
-    config = load(ROOT / "configs/tiny.yaml", [f"data.train={rows}", "sequence_len=256"])
-    stage = Stage("03_finetune", config, tmp_path / "run")
-    stage.dir.mkdir(parents=True)
-    encode_files(config, stage.run_dir, load_tokenizer(untrained_base))
+@pytest.fixture
+def finetune(untrained_base, rows, tmp_path, monkeypatch):
+    """Return a function that runs stage 03 without its training, and returns the stage."""
     monkeypatch.setattr(trainer, "load_tokenizer", lambda _: load_tokenizer(untrained_base))
     for name in ("_train", "_publish"):
         monkeypatch.setattr(trainer, name, lambda _: None)
-    trainer.finetune(stage)
+
+    def run(*overrides: str) -> Stage:
+        given = [f"data.train={rows}", "sequence_len=256", *overrides]
+        stage = Stage("03_finetune", load(ROOT / "configs/tiny.yaml", given), tmp_path / "run")
+        stage.dir.mkdir(parents=True, exist_ok=True)
+        encode_files(stage.config, stage.run_dir, load_tokenizer(untrained_base))
+        trainer.finetune(stage)
+        return stage
+
+    return run
+
+
+def test_stage_03_tells_it_of_rows_that_an_earlier_stage_encoded(finetune):
+    stage = finetune()
     log = (stage.dir / "log.txt").read_text(encoding="utf-8")
     assert [log.count(text) for text in TOLD] == [1] * len(TOLD), log
+    assert len(stage.metrics["remarks"]) == len(TOLD)
+    (warning,) = stage.metrics["warnings"]
+    assert "not compared yet with the items of demo_hellaswag; 04_eval compares" in warning
+
+
+def test_evaluation_items_in_the_rows_are_reported_before_training(finetune, rows, monkeypatch):
+    counted = " ".join(map(str, range(20)))
+    rows.write_text(f'{{"text": "{counted}"}}\n' * 3, encoding="utf-8")
+    read = {"items": {"gsm8k": [f"Count to {counted}"]}, "missing": {}}
+    monkeypatch.setattr("sparselong.data.overlap.training._read_others", lambda *_: read)
+    logged = []
+    monkeypatch.setattr(trainer, "_train", lambda s: logged.append((s.dir / "log.txt").read_text()))
+    (warning,) = finetune("evaluation.tasks=[gsm8k]").metrics["warnings"]
+    assert warning.startswith("1 of the 1 items of gsm8k share 13 consecutive words")
+    assert f"warning: {warning}\n" in logged[0]
+    with pytest.raises(StageError, match="ruler_vt cannot be made for a context of 300"):
+        finetune("evaluation.tasks=[ruler_vt]", "evaluation.ruler.lengths=[2048,300]")
+    assert len(logged) == 1
 
 
 def test_nothing_is_told_of_rows_that_are_used_whole(untrained_base, rows, tmp_path):

@@ -125,6 +125,17 @@ def test_what_the_base_model_decides(overrides, words, base, untrained_base):
             "evaluation.ruler.lengths is longer",
         ),
         ({"max_position_embeddings": 8192}, ["evaluation.ruler.lengths=[16384]"], ""),
+        (
+            {"max_position_embeddings": 8192},
+            ["evaluation.health_tokens=7681"],
+            "evaluation.health_tokens is longer(?s:.*)512 of them(?s:.*) to 7680 or less",
+        ),
+        ({"max_position_embeddings": 8192}, ["evaluation.health_tokens=7680"], ""),
+        (
+            {"max_position_embeddings": 8192},
+            ["evaluation.health_tokens=9000", "evaluation.health_prompts=0"],
+            "",
+        ),
         ({"max_position_embeddings": "x"}, [], ""),
         ({"intermediate_size": 32}, ["lora.expert_targets=[down_proj]", "lora.expert_r=33"], "exp"),
     ],

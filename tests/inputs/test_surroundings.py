@@ -172,10 +172,15 @@ def test_every_script_explains_it(script, changes, launcher, run_script, tmp_pat
     assert outcome.code == 2 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("script", ["01_health", "02_compress"])
-def test_stages_of_one_process_refuse_several(script, launcher, run_script):
+def test_stages_of_one_process_refuse_several(launcher, run_script):
     launcher(RANK="1", LOCAL_RANK="1")
-    run_script(script).assert_explained("rank 1", "WORLD_SIZE=2")
+    run_script("01_health").assert_explained("rank 1", "WORLD_SIZE=2")
+
+
+def test_stage_02_refuses_processes_that_cannot_meet(launcher, run_script, tmp_path):
+    launcher(RANK="1", LOCAL_RANK="1")
+    run_script("02_compress").assert_explained("not by torchrun", "rank 1")
+    assert not (tmp_path / "run/02_compress").exists()
 
 
 def test_variables_of_a_single_process_are_hidden_from_libraries(launcher):

@@ -5,13 +5,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from sparselong import provenance
 from sparselong.compress import stream
+from sparselong.compress.background import Seconds
 from sparselong.compress.calibration import HiddenStates
+from sparselong.compress.layers import LayerStream
+from sparselong.compress.work import Spread
 from sparselong.config import load
 from sparselong.errors import StageError
 from sparselong.finetune import trainer
@@ -26,9 +30,9 @@ def flip(path: Path) -> None:
     path.write_bytes(raw)
 
 
-def stop_before(name: str, count: int) -> Callable:
+def stop_before(owner: Any, name: str, count: int) -> Callable:
     """Return a function that is interrupted when it is called for the given time."""
-    original, calls = getattr(stream, name), []
+    original, calls = getattr(owner, name), []
 
     def stop(*arguments):
         calls.append(1)
@@ -43,8 +47,8 @@ def stop_before(name: str, count: int) -> Callable:
     ("moment", "count", "names"),
     [
         (
-            "_compress_layer",
-            3,
+            "compress",
+            4,
             ("model.partial/dense-00000.safetensors", "masters/layer-00001.safetensors"),
         ),
         ("_complete", 1, ("model.partial/dense-00003.safetensors",)),
@@ -59,7 +63,8 @@ def test_stage_02_refuses_a_finished_file_that_has_changed(
     run_script, monkeypatch, tmp_path, moment, count, names
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(stream, moment, stop_before(moment, count))
+        owner = LayerStream if moment == "compress" else stream
+        patch.setattr(owner, moment, stop_before(owner, moment, count))
         assert run_script("02_compress").code == 1
     for name in names:
         path = tmp_path / "run/02_compress" / name
@@ -86,16 +91,30 @@ def test_stage_02_reads_its_finished_files_once(run_script, monkeypatch, tmp_pat
 
 def test_changed_states_of_stage_02_are_explained(tmp_path):
     path, nothing = tmp_path / "states.safetensors", SimpleNamespace()
-    saved = HiddenStates(path)
-    saved.states = torch.full((2, 3, 4), 1.5, dtype=torch.bfloat16)
-    saved.save(3)
-    again = HiddenStates(path)
-    again.start(nothing, nothing, nothing)  # type: ignore[arg-type]
-    assert again.layers_done == 3 and torch.equal(again.states, saved.states)
+
+    def open_states(spread=None) -> HiddenStates:
+        size, device = (5, 3, 4), torch.device("cpu")
+        return HiddenStates(path, size, torch.bfloat16, device, 6, spread or Spread())
+
+    saved = open_states()
+    saved.put(slice(0, 5), torch.arange(60.0).reshape(5, 3, 4))
+    saved.advance()
+    saved.begin_saving()
+    saved.save(Seconds())
+    assert not path.exists()
+    saved.commit()
+    for rank, rows in ((None, slice(0, 5)), (0, slice(0, 2)), (1, slice(2, 5))):
+        spread = Spread()
+        if rank is not None:  # batches of two, two and one sequences
+            spread.rank, spread.size = rank, 2
+        again = open_states(spread)
+        again.start(nothing, nothing)  # type: ignore[arg-type]
+        assert again.layers_done == 1 and torch.equal(again.states, saved.states[rows])
     raw = path.read_bytes()
-    path.write_bytes(raw.replace(saved.states.view(torch.uint8).numpy().tobytes(), b"\x01" * 48))
+    last = saved.states[4].view(torch.uint8).numpy().tobytes()
+    path.write_bytes(raw.replace(last, b"\x01" * len(last)))
     with pytest.raises(StageError, match=r"(?s)is damaged.*sha256.*first layer"):
-        again.start(nothing, nothing, nothing)  # type: ignore[arg-type]
+        open_states().start(nothing, nothing)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["model/dense.safetensors", "adapter/adapter_model.safetensors"])

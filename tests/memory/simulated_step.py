@@ -18,6 +18,7 @@ import json
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -104,6 +105,7 @@ def pretend() -> None:
         (torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
         (torch, "equal", lambda *_: True),
         (torch.cuda, "device_of", lambda _: contextlib.nullcontext()),
+        (torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0)),
         (triton.runtime.JITFunction, "__getitem__", lambda *_: lambda *__, **___: None),
         (experts_op, "choose", choose),
         (gpu, "tiles_of", lambda _: "sm_80"),

@@ -5,7 +5,6 @@ import inspect
 import torch
 
 from sparselong.checkpoint import derivation
-from sparselong.compress import layer
 from sparselong.data import demo
 from sparselong.evaluate import perplexity
 from sparselong.kernels.experts import choice, held, triton_launch
@@ -17,7 +16,6 @@ from sparselong.tiny.build import TinySpec
 
 
 def test_batches_and_chunks_match_the_stages():
-    assert stages.COMPRESS_BATCH_TOKENS == layer._TOKENS_PER_FORWARD
     assert stages.EVALUATE_BATCH_TOKENS == perplexity._BATCH_TOKENS
     assert training.LOSS_CHUNK_ROWS == cross_entropy.CHUNK_ROWS
     assert training.SLICE_TOKENS == experts.SLICE_TOKENS

@@ -299,9 +299,11 @@ def test_time_counts_gpus_and_exchange():
         made = timing.stage_seconds(
             *(BIG, config, rate, disk, 10**7), gpus=gpus, held=memory.Held(shared)
         )
-        fixed = 3 * rate.startup_seconds + disk["base"] / rate.disk_bytes_per_second
-        return made["03_finetune"] - fixed
+        fixed = rate.startup.finetune + disk["base"] / timing.CACHED_BYTES_PER_SECOND
+        launches = 10**7 / config.sequence_len * 36 * timing.PASS_SECONDS
+        return made["03_finetune"] - fixed - launches - timing.RANK_SECONDS * (gpus > 1)
 
     assert train(4, 1) == pytest.approx(train(1, 1) / 4)
     extra = 10**7 / 4 * exchange.sent_bytes(BIG, 4) / timing.EXCHANGED_BYTES_PER_SECOND
+    extra += 10**7 / config.sequence_len * 36 * timing.EXCHANGE_SECONDS
     assert train(4, 4) - train(4, 1) == pytest.approx(extra)

@@ -141,7 +141,7 @@ def test_a_step_takes_as_long_as_its_copies():
         timing.stage_seconds(BIG, config, rate, disk, tokens, held=Held(1, where))["03_finetune"]
         for where in ("gpu", "host")
     )
-    fixed = 3 * rate.startup_seconds + disk["base"] / rate.disk_bytes_per_second
+    fixed = rate.startup.finetune + disk["base"] / timing.CACHED_BYTES_PER_SECOND
     assert on_host - fixed == pytest.approx(10 * 2 * EXPERTS / timing.COPIED_BYTES_PER_SECOND)
     assert on_host > on_gpu
 

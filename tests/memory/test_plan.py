@@ -217,9 +217,11 @@ def test_only_eager_attention_stores_scores(stage):
         memory.make_plan(load("gpt-oss-20b-1x3090", f"flash_attention={on}"), "cuda").stages[stage]
         for on in ("true", "false")
     )
-    tokens, length = {"02_compress": (4096, 2048), "04_eval": (8192, 1024)}[stage]
+    cases = {"02_compress": (16_384, 4096, 2048), "04_eval": (8192, 8192, 1024)}
+    tokens, eager_tokens, length = cases[stage]
     assert ours["attention"] == tokens * 2 * (4096 + 512) * 2
-    assert eager["attention"] - ours["attention"] == 5 * 64 * tokens * length * 2
+    own = eager_tokens * 2 * (4096 + 512) * 2
+    assert eager["attention"] - own == 5 * 64 * eager_tokens * length * 2
 
 
 def test_time_reproduces_the_arithmetic_limits():
@@ -317,3 +319,23 @@ def test_planner_never_imports_torch():
 def test_shapes_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         BIG.layers = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_time_of_stage_04_grows_with_what_ruler_reads():
+    """Six items of 8,192 tokens each, beside hellaswag's, at their own length's cost."""
+
+    def seconds(*overrides: str) -> float:
+        tasks = "evaluation.tasks=[hellaswag,ruler_vt,ruler_cwe]"
+        settings = (tasks, "evaluation.ruler.items=3", *overrides)
+        return memory.make_plan(load("gpt-oss-20b-1x3090", *settings)).seconds["04_eval"]
+
+    alone = seconds("evaluation.tasks=[hellaswag]")
+    found = seconds("evaluation.ruler.lengths=[8192]") - alone
+    plan = memory.make_plan(load("gpt-oss-20b-1x3090"))
+    speed = plan.rate.flops_per_second * plan.rate.efficiency
+    read = 3 * 6 * 8192 * sum(timing.forward_flops(plan.shape, 8192))
+    assert found == pytest.approx(read / speed)
+    limited = seconds("evaluation.ruler.lengths=[8192]", "evaluation.limit=2")
+    assert limited - seconds("evaluation.tasks=[hellaswag]", "evaluation.limit=2") == (
+        pytest.approx(found * 2 / 3)
+    )

@@ -89,6 +89,7 @@ def _trained(run_dir: Path) -> None:
         **{"steps": 60, "train_loss": 2.4, "best_step": 60, "best_eval_perplexity": 4.4817},
         **{"tokens": 983_040, "tokens_per_second": 1234.0, "mask_updates": updates},
         **{"two_four_conforming": 1.0, "supervised_token_fraction": 0.37},
+        **{"remarks": ["train: 2 left out"], "warnings": [f"5 items like {EVIL}"]},
     }
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     files = {"metrics.jsonl": lines, "supervision.txt": f"asked ⟦answered {EVIL}⟧ end"}

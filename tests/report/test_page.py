@@ -43,6 +43,7 @@ def test_all_stages_are_on_the_page(made):
         *("measured 11.00 GiB 11.00 GiB 11.00 GiB", "difference +340 % −27 % −15 %"),
         *("planned 5 min 60 min 10 min", "12.00 GiB, 92.3 % of the base's", "experts 4.250"),
         *("23 0.4300 0.1000", "Best validation perplexity 4.482", "57 1.140 % 1.140 %"),
+        *("Warning: 5 items like </td><script>", "train: 2 left out"),
         *("my_figure", "Tokens per second, median 1,234", "compressed 25.0 % ± 21.7 %"),
         *("fine-tuned 75.00 % +25.00 ± 25.00 points +2 −1 0.5000", "× 0.5500"),
         *("128–255 7,248 7.625 8.375 4.250", "three ✓ 33 % 33 % 33 %", "wrong wrong right"),
@@ -243,3 +244,17 @@ def test_the_command_prints_the_page_or_why_there_is_none(run, tmp_path, capsys)
     rewrite(run / "02_compress/manifest.json", format_version=1)
     assert main([str(run)]) == 1 and "another version" in capsys.readouterr().err
     assert os.listdir(tmp_path / "run").count("report.html") == 1
+
+
+@pytest.mark.parametrize("broken", ["train_loss", "mask_updates"])
+def test_a_figure_that_is_none_costs_its_section_and_not_the_page(run, broken):
+    metrics = read(run, "03_finetune")["metrics"]
+    spoiled = {broken: [["x"]] if broken == "mask_updates" else {"x": []}}
+    rewrite(run / "03_finetune/manifest.json", metrics=metrics | spoiled)
+    rows = run / "03_finetune/metrics.jsonl"
+    rows.write_text(rows.read_text() + '{"step": "60", "loss": 1.0}\n')
+    page = page_of(run)
+    assert "1 of the" in page.text and "not JSON objects with a number as step" in page.text
+    assert ("Fine-tuning cannot be shown: " in page.text) == (broken == "mask_updates")
+    assert "my_figure" in page.text or broken == "mask_updates"
+    assert "Evaluation" in page.text and "gguf from finetuned" in page.text

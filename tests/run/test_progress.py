@@ -117,13 +117,13 @@ def test_a_log_has_no_control_characters(tmp_path):
 class Terminal:
     """Python code, by default that of STAGE, in a pseudo-terminal of its own."""
 
-    def __init__(self, folder: Path, *words: str, term: str = "xterm", code: str = STAGE):
+    def __init__(self, folder: Path, *words: str, code: str = STAGE, **settings: str):
         self.folder, self.seen = folder, b""
         self.process, self.master = pty.fork()
         if not self.process:
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
             os.chdir(folder)
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": term}
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **settings}
             environment.pop("NO_COLOR", None)
             arguments = ["--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", "run"]
             command = [sys.executable, "-c", code, *words, *arguments]
@@ -168,11 +168,13 @@ def test_a_terminal_has_a_bar_and_messages_above_it(tmp_path):
     assert not CONTROL.search(terminal.log)
 
 
-def test_a_dumb_terminal_has_lines(tmp_path):
-    terminal = Terminal(tmp_path, "go", "hup", term="dumb")
+@pytest.mark.parametrize("setting", [{"TERM": "dumb"}, {"COLUMNS": "0"}], ids=str)
+def test_where_no_bar_can_be_drawn_there_are_lines_and_all_messages(tmp_path, setting):
+    terminal = Terminal(tmp_path, "go", "hup", **setting)
     terminal.read_until(b"done in")
     assert terminal.end() == 0
     assert b"layer 5/5, loss 5.5" in terminal.seen and "━".encode() not in terminal.seen
+    assert all(f"message {number}".encode() in terminal.seen for number in range(1, 6))
 
 
 def test_a_stage_goes_on_when_its_terminal_is_closed_under_nohup(tmp_path):

@@ -67,14 +67,20 @@ def test_an_interrupted_and_resumed_run_gives_the_same_bytes(deep, tmp_path, num
     assert_same_result(run_dir, clean)
 
 
-@pytest.mark.parametrize("moment", ["take_over", "derive", "measure", "HiddenStates.save"])
+MOMENTS = ("take_over", "derive", "measure", "HiddenStates.save", "HiddenStates.commit")
+
+
+@pytest.mark.parametrize(
+    "moment", [*MOMENTS, "write_tensors", "write_atomically", "LayerReader._read"]
+)
 def test_interruption_at_any_moment(compressed_run, small_arguments, tmp_path, monkeypatch, moment):
     """Interrupted while a layer, the shards, the index or the figures are being written."""
     from sparselong.checkpoint import derivation
-    from sparselong.compress import stream
+    from sparselong.compress import layers, stream
 
-    owner = derivation if moment == "take_over" else stream
-    owner, name = (stream.HiddenStates, "save") if "." in moment else (owner, moment)
+    owners = {"take_over": derivation, "write_tensors": layers, "write_atomically": layers}
+    kind, _, name = moment.rpartition(".")
+    owner = getattr(layers, kind) if kind else owners.get(moment, stream)
     original, calls = getattr(owner, name), []
 
     def stop(*arguments, **keywords):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sparselong.config import schema as config_module
 from sparselong.errors import StageError
-from sparselong.provenance import describe_files
+from sparselong.provenance import describe_files, hash_file
 from sparselong.run.manifests import FORMAT_VERSION
 from sparselong.run.stages import stage_hash
 from tests.conftest import ROOT, load_script
@@ -234,11 +234,12 @@ def test_dry_run_touches_nothing(tmp_path, arguments, capsys):
 
 def test_other_models_are_measured_beside_those_that_were(run_dir, arguments, tmp_path, capsys):
     """A run by its fine-tuned model, and a checkpoint; what was measured before is kept."""
-    copy, other = tmp_path / "run", tmp_path / "other run"
+    copy, other = tmp_path / "run", tmp_path / "r=8,seed=2"  # as a sweep names its runs
     shutil.copytree(run_dir, copy)
+    checkpoint = shutil.copytree(run_dir / "02_compress/model", tmp_path / "checkpoint")
     shutil.copytree(run_dir / "03_finetune", other / "03_finetune")
     command = [*arguments, "--run-dir", str(copy)]
-    paths = [str(other), str(copy / "02_compress/model")]
+    paths = [str(other), str(checkpoint)]
     assert eval_script.main([*command, "--compare", *paths]) == 0
     log = (copy / "04_eval/log.txt").read_text().rpartition("base: already measured")[2]
     assert log.count("already measured") == 2 and log.count(": loaded from") == 2 + 1
@@ -254,6 +255,21 @@ def test_other_models_are_measured_beside_those_that_were(run_dir, arguments, tm
     assert eval_script.main(command) == 0
     assert (copy / "04_eval/manifest.json").read_bytes() == before
     assert "up to date" in capsys.readouterr().err
+    (kept,) = read_metrics(copy)["compared"][paths[1]]["files"][:1]
+    assert kept["sha256"] == hash_file(checkpoint / Path(kept["path"]).name)
+
+    silence_attention(checkpoint)
+    assert eval_script.main([*command, "--compare", *paths]) == 0
+    changed = read_metrics(copy)
+    assert changed["divergence"][paths[1]]["kl"] > 0.0
+    assert changed["divergence"][paths[0]] == metrics["divergence"][paths[0]]
+    assert changed["compared"] != metrics["compared"]
+    shard = next((other / "03_finetune/model").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    before = (copy / "04_eval/manifest.json").read_bytes()
+    assert eval_script.main([*command, "--compare", paths[0]]) == 1
+    assert f"03_finetune.py --run-dir {other} --force" in capsys.readouterr().err
+    assert (copy / "04_eval/manifest.json").read_bytes() == before
 
 
 def test_models_that_cannot_be_compared_are_refused_by_name(run_dir, arguments, tmp_path, capsys):
@@ -268,6 +284,8 @@ def test_models_that_cannot_be_compared_are_refused_by_name(run_dir, arguments, 
         shutil.copytree(run_dir, copy)
         assert eval_script.main([*arguments, "--run-dir", str(copy), "--compare", str(path)]) == 2
         assert word in capsys.readouterr().err
+    assert eval_script.main([*command, "seed=3"]) == 2
+    assert "--compare: expected at least one" in capsys.readouterr().err
     twice = str(run_dir / "02_compress/model")
     assert eval_script.main([*command, twice, f"{twice}/"]) == 2
     assert "names a model twice" in capsys.readouterr().err

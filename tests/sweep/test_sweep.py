@@ -184,6 +184,8 @@ def test_two_sweeps_of_one_directory_do_not_run_at_once(sweep, tmp_path):
         ("sequence_len=128,256", "Runs differ in sequence_len, which decides"),
         ("seed=1,2", "Runs differ in their validation conversations"),
         ("data.train_on=all,final", "Runs differ in data.train_on, which decides"),
+        ("data.date=2026-01-01,2026-01-02", "Runs differ in data.date, which decides"),
+        ("model.base=tiny,openai/gpt-oss-20b", "Runs differ in model.base, which decides"),
     ],
 )
 def test_perplexities_that_do_not_compare_name_no_best_run(sweep, key, note):

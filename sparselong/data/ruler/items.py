@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
+from sparselong.config import Config
 from sparselong.data.ruler import chains, frequencies, needles
 from sparselong.data.ruler.draft import Draft
 from sparselong.errors import StageError
@@ -86,30 +88,53 @@ def make_items(
     """
     kind = _TASKS[task]
     room = length - kind.answer_tokens
-
-    def make(index: int, size: int) -> dict[str, Any]:
-        source = random.Random(f"{seed}/{task}/{length}/{index}")
-        draft = kind.draw(source, size, length)
-        tokens = len(tokenizer(draft.prompt, add_special_tokens=False)["input_ids"])
-        return {"prompt": draft.prompt, "answers": draft.answers, "tokens": tokens}
-
-    def refuse(tokens: int) -> NoReturn:
-        raise StageError(
-            f"{task} cannot be made for a context of {length:,} tokens",
-            f"at least {tokens + kind.answer_tokens:,} tokens for its smallest item and the answer",
-            f"evaluation.ruler.lengths with {length:,}",
-            f"remove {length:,} from evaluation.ruler.lengths, or {task} from evaluation.tasks",
-        )
-
+    make = partial(_make, task, length, seed, tokenizer)
     size, items = _find_size(make, kind.smallest, room), []
     for index in range(count):
         own = size
         while (item := make(index, own))["tokens"] > room:
             if own == kind.smallest:
-                refuse(item["tokens"])
+                _refuse(task, length, item["tokens"])
             own = max(kind.smallest, own - max(1, own // 100))
         items.append(item)
     return items
+
+
+def check_ruler(config: Config, tokenizer: Any) -> None:
+    """Raise if a context of `evaluation.ruler.lengths` is too short for one of the tasks.
+
+    Args:
+        config: names tasks and lengths.
+        tokenizer: the base's.
+
+    Raises:
+        StageError: a task's smallest item is longer than that.
+    """
+    for task in config.evaluation.ruler_tasks:
+        kind = _TASKS[task]
+        for length in config.evaluation.ruler.lengths:
+            tokens = _make(task, length, config.seed, tokenizer, 0, kind.smallest)["tokens"]
+            if tokens + kind.answer_tokens > length:
+                _refuse(task, length, tokens)
+
+
+def _make(
+    task: str, length: int, seed: int, tokenizer: Any, index: int, size: int
+) -> dict[str, Any]:
+    source = random.Random(f"{seed}/{task}/{length}/{index}")
+    draft = _TASKS[task].draw(source, size, length)
+    tokens = len(tokenizer(draft.prompt, add_special_tokens=False)["input_ids"])
+    return {"prompt": draft.prompt, "answers": draft.answers, "tokens": tokens}
+
+
+def _refuse(task: str, length: int, tokens: int) -> NoReturn:
+    least = tokens + _TASKS[task].answer_tokens
+    raise StageError(
+        f"{task} cannot be made for a context of {length:,} tokens",
+        f"at least {least:,} tokens for its smallest item and the answer",
+        f"evaluation.ruler.lengths with {length:,}",
+        f"remove {length:,} from evaluation.ruler.lengths, or {task} from evaluation.tasks",
+    )
 
 
 def _find_size(make: Callable[[int, int], dict[str, Any]], smallest: int, room: int) -> int:

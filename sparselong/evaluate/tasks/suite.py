@@ -38,6 +38,7 @@ from sparselong.data import (
     DEMO_TASK,
     answer_tokens,
     check_definition,
+    describe_item,
     explain_hub_failures,
     make_items,
     write_hellaswag,
@@ -112,20 +113,10 @@ def list_items(suite: Suite) -> dict[str, list[str]]:
     """
     limit, drawn = suite.config.evaluation.limit, _ruler_names(suite.config)
     return {
-        name: [_item_text(task, doc) for _, doc in task.doc_iterator(limit=limit)]
+        name: [describe_item(task, doc) for _, doc in task.doc_iterator(limit=limit)]
         for name, task in suite.tasks.items()
         if name not in drawn
     }
-
-
-def _item_text(task: Any, doc: Any) -> str:
-    text, target = task.doc_to_text(doc), task.doc_to_target(doc)
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return f"{text} {' '.join(map(str, target)) if isinstance(target, list) else target}"
-    choices = task.doc_to_choice(doc)
-    if isinstance(text, int):  # the choices are contexts, and the target follows (winogrande)
-        return f"{choices[text]} {target}"
-    return f"{text} {choices[target] if isinstance(target, int) else target}"
 
 
 def _ruler_names(config: Config) -> dict[str, tuple[str, int]]:

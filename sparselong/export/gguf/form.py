@@ -23,7 +23,7 @@ from sparselong.export.gguf.types import (
 from sparselong.export.inputs import model_directory
 from sparselong.figures import format_bytes
 from sparselong.files import read_json
-from sparselong.memory import base_groups, compressed_groups, find_shape
+from sparselong.memory import base_groups, compressed_groups, compressed_shape
 from sparselong.provenance import find_change
 from sparselong.run import Stage, read_manifest
 
@@ -47,7 +47,7 @@ class GgufFormat:
 
     def plan(self, stage: Stage) -> Work:
         """Return the file's bytes; gate_up is read twice, and the file compared after writing."""
-        shape = find_shape(stage.config.model)
+        shape = compressed_shape(stage.config)
         choice = stage.options[DENSE_TYPE]
         weights = sum(
             BITS[type_for_rows(choice, columns)] * rows * columns * shape.layers

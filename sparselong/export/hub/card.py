@@ -158,8 +158,11 @@ def _describe_method(stage: Stage, exports: Manifests) -> str:
         f"- Attention projections: {attention}. {_describe_attention(exports)}".rstrip(),
         f"- Experts: {stored}{', as published' if as_published else ''}.",
     ]
+    if experts.keep is not None:
+        lines.append(_describe_dropped(stage))
     if bits:
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in bits.items())
+        parts = {name: value for name, value in bits.items() if name != "masters"}
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in parts.items())
         lines.append(f"- Bits a weight as stored in the run: {shown}.")
     if is_trained:
         lines += _describe_training(stage)
@@ -167,6 +170,15 @@ def _describe_method(stage: Stage, exports: Manifests) -> str:
         lines.append("- `adapter` has the trained change alone: on the base it gives the sums "
                      "before they are rounded.")  # fmt: skip
     return "\n".join(lines)
+
+
+def _describe_dropped(stage: Stage) -> str:
+    found = stage.manifests[COMPRESS]["metrics"]["kept_experts"]
+    return (
+        f"- Experimental: each layer has {found['experts']} of the base's {found['base']} experts, "
+        "those whose weighted outputs were largest on the calibration text. The others had "
+        f"{found['lost_weight']:.1%} of the routing weight."
+    )
 
 
 def _describe_attention(exports: Manifests) -> str:

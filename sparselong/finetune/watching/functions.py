@@ -7,6 +7,7 @@ rank 0's trainer. Its failures name its file and line.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import numbers
 import traceback
@@ -19,6 +20,7 @@ import numpy
 from sparselong.errors import StageError
 
 _SHAPE = "a number, or a dict of numbers by name"
+_CALL = "a function that takes predictions and labels"
 
 
 class MetricFunction:
@@ -38,11 +40,17 @@ class MetricFunction:
         if not callable(found):
             raise StageError(
                 f"training.metrics: {self.file.name} has no function {self.name}",
-                f"a function {self.name}(predictions, labels)",
+                _CALL,
                 "nothing of that name" if found is None else f"a {type(found).__name__}",
                 f"define it in {self.file}, or name another one",
             )
         self._call: Callable[..., Any] = found
+        try:
+            inspect.signature(found).bind(None, None)
+        except TypeError as error:
+            raise self._explain(error, f"has {self.name} with other arguments", _CALL) from error
+        except ValueError:  # a built-in function, which does not say what it takes
+            pass
 
     def _run_file(self) -> Any:
         if not self.file.is_file():
@@ -57,12 +65,15 @@ class MetricFunction:
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # the latter would end the stage as if it were done
             raise self._explain(error, "cannot be run", "a Python file without errors") from error
         return module
 
     def __call__(self, predictions: numpy.ndarray, labels: numpy.ndarray) -> dict[str, Any]:
-        """Return its figures by name; those that are not finite become None.
+        """Return its figures by name; those that no float can hold, such as NaN, become None.
 
         Args:
             predictions: int64 [tokens], the most likely token of each supervised position.
@@ -74,12 +85,17 @@ class MetricFunction:
         """
         try:
             found = self._call(predictions, labels)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._explain(error, f"failed in {self.name}", _SHAPE) from error
         if isinstance(found, numbers.Real):
             found = {self.name: found}
-        if not isinstance(found, Mapping) or not all(
-            isinstance(key, str) and isinstance(value, numbers.Real) for key, value in found.items()
+        if (
+            not isinstance(found, Mapping)
+            or not found
+            or not all(
+                isinstance(key, str) and key and isinstance(value, numbers.Real)
+                for key, value in found.items()
+            )
         ):
             raise StageError(
                 f"training.metrics: {self.name} of {self.file} returned no figures",
@@ -89,11 +105,11 @@ class MetricFunction:
             )
         return {key: _as_json(value) for key, value in found.items()}
 
-    def _explain(self, error: Exception, what: str, expected: str) -> StageError:
+    def _explain(self, error: BaseException, what: str, expected: str) -> StageError:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if self._is_own(frame)]
         line = own[-1].lineno if own else getattr(error, "lineno", None)
         return StageError(
-            f"training.metrics: {self.file} {what}, line {line}",
+            f"training.metrics: {self.file} {what}" + (f", line {line}" if line else ""),
             expected,
             f"{type(error).__name__}: {error}",
             "correct it, then run the same command again",
@@ -104,6 +120,10 @@ class MetricFunction:
 
 
 def _as_json(value: Any) -> int | float | None:
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if math.isfinite(value) else None
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats, which no tracker takes
+        is_finite = False
+    if not is_finite:
+        return None
+    return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -23,7 +23,7 @@ _STEP = "training step"
 
 
 class Metrics(TrainerCallback):
-    """Writes metrics.jsonl, tells trackers and display, and stops at a non-finite loss.
+    """Writes metrics.jsonl, feeds trackers and display, and stops at a non-finite loss.
 
     Every row has `step` and `epoch`. Training rows add `tokens` (without padding, so far), `loss`,
     `learning_rate`, `grad_norm`, `tokens_per_second`, peak memory and, if masks were updated since

@@ -1,7 +1,7 @@
 """Rows of metrics.jsonl for TensorBoard, Weights & Biases and trackio.
 
 The three get the same figures under the same names. They are opened at the first row, by rank 0
-alone. A tracker that fails later is told of and gets no more rows: metrics.jsonl has them all.
+alone. A tracker that fails later is reported and gets no more rows; metrics.jsonl has them all.
 Their packages are looked for before training starts.
 """
 

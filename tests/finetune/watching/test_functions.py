@@ -23,7 +23,7 @@ def write(folder, text: str, name: str = "f") -> str:
         ("float((predictions == labels).mean())", {"f": 0.5}),
         ("{'right': (predictions == labels).sum(), 'all': len(labels)}", {"right": 2, "all": 4}),
         ("{'a': float('nan'), 'b': float('inf')}", {"a": None, "b": None}),
-        ("{}", {}),
+        ("{'a': 10**400, 'b': 10**20}", {"a": None, "b": 10**20}),
     ],
 )
 def test_it_returns_a_number_or_several(tmp_path, body, figures):
@@ -33,7 +33,9 @@ def test_it_returns_a_number_or_several(tmp_path, body, figures):
     assert all(value is None or math.isfinite(value) for value in found.values())
 
 
-@pytest.mark.parametrize("body", ["None", "'0.5'", "[0.5]", "{'a': 'b'}", "{1: 2.0}", "1j"])
+@pytest.mark.parametrize(
+    "body", [*("None", "'0.5'", "[0.5]", "{'a': 'b'}", "{1: 2.0}", "1j"), "{}", "{'': 1}"]
+)
 def test_anything_else_is_refused(tmp_path, body):
     function = MetricFunction(write(tmp_path, f"def f(predictions, labels):\n    return {body}\n"))
     with pytest.raises(StageError, match=r"f of .*my_metrics\.py returned no figures"):
@@ -57,12 +59,27 @@ def test_a_failure_in_it_names_file_and_line(tmp_path):
         ("import os\nimport no_such_module_xyz\n", 2, "ModuleNotFoundError"),
         ("x = 1\ndef f(:\n", 2, "SyntaxError"),
         ("\n\nraise ValueError('not today')\n", 3, "ValueError: not today"),
+        ("import sys\nsys.exit(0)\n", 2, "SystemExit: 0"),  # a script without a guard
     ],
 )
 def test_a_file_that_cannot_be_run_is_refused_with_its_line(tmp_path, text, line, found):
     with pytest.raises(StageError, match=f"cannot be run, line {line}\n") as refused:
         MetricFunction(write(tmp_path, text))
     assert refused.value.found.startswith(found)
+
+
+def test_an_exit_in_it_is_a_failure(tmp_path):
+    function = MetricFunction(
+        write(tmp_path, "def f(predictions, labels):\n    raise SystemExit\n")
+    )
+    with pytest.raises(StageError, match="failed in f, line 2"):
+        function(*IDS)
+
+
+@pytest.mark.parametrize("taken", ["labels", "a, b, c", "a, *, b", ""])
+def test_a_function_that_takes_something_else_is_refused_at_once(tmp_path, taken):
+    with pytest.raises(StageError, match=r"my_metrics\.py has f with other arguments\n"):
+        MetricFunction(write(tmp_path, f"def f({taken}):\n    return 0\n"))
 
 
 @pytest.mark.parametrize("name", ["g", "constant"])
