@@ -6,6 +6,8 @@ as in GPTQ (Frantar et al., 2022). An input that was zero in every calibration t
 channel, has a row of zeros in H; it gets the mean of the others on the diagonal, so that dampening,
 a fraction of the mean diagonal, is that of the inputs that are alive, whatever their scale.
 
+And the weight that a solver should approximate where inputs are not those of the base any more.
+
 Two conditions that llmcompressor tolerates are errors here: a Hessian that is not positive definite
 (llmcompressor warns and uses the identity) and, in `solver.py`, a Hessian that is zero.
 """
@@ -54,3 +56,29 @@ def factorize(
         f"mean diagonal {mean:.3g}",
         "use more calibration samples, or raise calibration.dampening",
     )
+
+
+def make_up(
+    weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor, dampening: float, name: str
+) -> torch.Tensor:
+    """Return the weight whose output from changed inputs is closest to the weight's before.
+
+    It minimizes Σ ‖W x − Ŵ x̂‖² over Ŵ, dampened towards W: W + W D (H + λ)⁻¹. Whatever part of the
+    inputs' change is a linear function of the inputs is made up for.
+
+    Args:
+        weight: bf16 or fp32 [out, in].
+        hessian: fp32 [in, in], of the changed inputs x̂.
+        drift: fp32 [in, in] (`hessian.Drift`).
+        dampening: λ as a fraction of the Hessian's mean diagonal.
+        name: the weight's name, for messages.
+
+    Returns:
+        fp32 [out, in].
+
+    Raises:
+        StageError: the dampened Hessian is not positive definite in fp32.
+    """
+    _, factor = factorize(weight, hessian, dampening, name)  # (H + λ)⁻¹ = factorᵀ factor
+    original = weight.float()
+    return original + original @ drift @ factor.T @ factor

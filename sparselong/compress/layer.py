@@ -4,7 +4,8 @@ The layer is transformers' own, inside a GptOssModel with one layer and no final
 rotary embedding are transformers' too. Its input states come from the compressed layers before it.
 
     norm        →  one Hessian for q, k and v, which read the same inputs; they are compressed
-    attention   →  o's Hessian, on the inputs that the compressed q, k and v produce
+    attention   →  o's Hessian, on the inputs that the compressed q, k and v produce, and how far
+                   these are from those of the dense ones: o is fitted to make up for it
     experts     →  their scores, if some are dropped (fewer_experts.py)
     whole layer →  the output states, computed from the stored weights
 
@@ -27,8 +28,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 from sparselong.checkpoint import pack_two_four_experts, unpack_two_four_experts
 from sparselong.compress.background import Seconds
 from sparselong.compress.calibration import HiddenStates
+from sparselong.compress.factor import make_up
 from sparselong.compress.fewer_experts import Scorer
-from sparselong.compress.hessian import Hessian
+from sparselong.compress.hessian import Drift, Hessian
 from sparselong.compress.solver import Compressed, compress_weight, empty
 from sparselong.compress.work import Spread
 from sparselong.config import CalibrationSection
@@ -141,31 +143,55 @@ class CalibratedLayer:
         return self.model(inputs_embeds=batch, use_cache=False).last_hidden_state
 
     @torch.no_grad()
-    def _find_hessian(self, name: str, states: HiddenStates, spread: Spread) -> torch.Tensor:
-        """Return the Hessian of a projection's inputs over all processes' states, fp32 [in, in]."""
-        module = getattr(self.layer.self_attn, name)
-        hessian = Hessian(module.in_features, f"layer {self.index}'s {name}", self.device)
-        if name == "o_proj":
-            self._add_attention_outputs(hessian, states)
-        else:
-            for _, batch in states.batches():
-                hessian.add(self.layer.input_layernorm(batch))
-        hessian.total = spread.add(hessian.total, "Hessians")
-        hessian.tokens = states.tokens
-        return hessian.matrix
+    def _measure_norm(self, states: HiddenStates, spread: Spread) -> torch.Tensor:
+        """Return the Hessian of q's, k's and v's inputs over all processes' states."""
+        norm = self.layer.input_layernorm
+        hessian = Hessian(len(norm.weight), f"layer {self.index}'s attention", self.device)
+        for _, batch in states.batches():
+            hessian.add(norm(batch))
+        return _sum_up(hessian, states, spread)
 
-    def _add_attention_outputs(self, hessian: Hessian, states: HiddenStates) -> None:
-        """Add o's inputs to its Hessian; the experts are left out."""
-        handle = self.layer.self_attn.o_proj.register_forward_pre_hook(
-            lambda _module, inputs: hessian.add(inputs[0])
-        )
+    @torch.no_grad()
+    def _measure_attention(
+        self, states: HiddenStates, before: dict[str, nn.Module], spread: Spread
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the Hessian of o's inputs over all processes' states, and their drift.
+
+        The experts are left out.
+
+        Args:
+            states: of this process's calibration sequences, before the layer.
+            before: q, k and v as they were in the base; empty: the drift is not measured.
+            spread: the processes that share the work.
+        """
+        o_proj, seen = self.layer.self_attn.o_proj, []
+        given = (o_proj.in_features, f"layer {self.index}'s o_proj", self.device)
+        hessian, drift = Hessian(*given), Drift(*given) if before else None
+        handle = o_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
         mlp, self.layer.mlp = self.layer.mlp, _NoMlp()
         try:
             for _, batch in states.batches():
                 self._forward(batch)
+                inputs = seen.pop()
+                hessian.add(inputs)
+                if drift is not None:
+                    compressed = self._exchange(before)
+                    self._forward(batch)
+                    self._exchange(compressed)
+                    drift.add(seen.pop(), inputs)
         finally:
             handle.remove()
             self.layer.mlp = mlp
+        summed = _sum_up(hessian, states, spread)
+        return summed, None if drift is None else _sum_up(drift, states, spread)
+
+    def _exchange(self, projections: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """Put projections into attention by name; return those that were there."""
+        attention = self.layer.self_attn
+        found = {name: getattr(attention, name) for name in projections}
+        for name, module in projections.items():
+            setattr(attention, name, module)
+        return found
 
     @torch.no_grad()
     def score_experts(self, states: HiddenStates, spread: Spread) -> torch.Tensor:
@@ -228,11 +254,17 @@ class CalibratedLayer:
             StageError: see `compress_weight` and `Hessian.add`.
         """
         result = CompressedLayer({}, {}, {})
+        attention, drift = self.layer.self_attn, None
+        makes_up = calibration.solver == "sweep"
+        before = {name: getattr(attention, name) for name in _INPUTS[0] if makes_up}
         for names in _INPUTS:
             with seconds.measuring("calibrate"):
-                hessian = self._find_hessian(names[0], states, spread)
+                if names == _INPUTS[0]:
+                    hessian = self._measure_norm(states, spread)
+                else:
+                    hessian, drift = self._measure_attention(states, before, spread)
             with seconds.measuring("solve"):
-                solved = self._solve(names, hessian, fmt, calibration, spread)
+                solved = self._solve(names, (hessian, drift), fmt, calibration, spread)
             with seconds.measuring("pack"):
                 for name, made in solved.items():
                     full = f"model.layers.{self.index}.self_attn.{name}"
@@ -245,26 +277,24 @@ class CalibratedLayer:
     def _solve(
         self,
         names: tuple[str, ...],
-        hessian: torch.Tensor,
+        moments: tuple[torch.Tensor, torch.Tensor | None],
         fmt: DenseFormat,
         calibration: CalibrationSection,
         spread: Spread,
     ) -> dict[str, Compressed]:
-        """Return the compressed projections, each solved in one process and sent to the others."""
+        """Return the compressed projections, each solved in one process and sent to the others.
+
+        `moments` are the Hessian of their inputs and, if they should make up for it, the drift.
+        """
+        (hessian, drift), damp, solved = moments, calibration.dampening, {}
         weights = {name: getattr(self.layer.self_attn, name).weight for name in names}
         owners = {name: number % spread.size for number, name in enumerate(names)}
-        solved = {
-            name: compress_weight(
-                weight,
-                hessian,
-                fmt,
-                calibration.dampening,
-                f"model.layers.{self.index}.self_attn.{name}",
-                calibration.solver,
-            )
-            for name, weight in weights.items()
-            if owners[name] == spread.rank
-        }
+        for name, weight in weights.items():
+            if owners[name] == spread.rank:
+                full = f"model.layers.{self.index}.self_attn.{name}"
+                if drift is not None:
+                    weight = make_up(weight, hessian, drift, damp, full)
+                solved[name] = compress_weight(weight, hessian, fmt, damp, full, calibration.solver)
         if spread.size == 1:
             return solved
         return {
@@ -284,6 +314,13 @@ class CalibratedLayer:
         )
         setattr(self.layer.self_attn, name, module.requires_grad_(False))
         return packed
+
+
+def _sum_up(moment: Hessian | Drift, states: HiddenStates, spread: Spread) -> torch.Tensor:
+    """Return a moment over all processes' states, fp32 [in, in]."""
+    moment.total = spread.add(moment.total, "Hessians")
+    moment.tokens = states.tokens
+    return moment.matrix
 
 
 def _send(made: Compressed, owner: int, spread: Spread) -> Compressed:

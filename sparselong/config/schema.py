@@ -102,7 +102,8 @@ class CalibrationSection(Section):
     """Fraction of the Hessian's mean diagonal that is added to the diagonal before inversion."""
     solver: Solver = "sweep"
     """How 2:4 masks and codes are found. `sweep` chooses both in one sweep over the columns, after
-    fitting the weights to a draft of the mask. `llmcompressor` prunes with its SparseGPT, then
+    fitting the weights to a draft of the mask; `o_proj` also makes up for what the compressed
+    queries, keys and values changed in its inputs. `llmcompressor` prunes with its SparseGPT, then
     rounds by GPTQ: slower, with larger errors, for comparison."""
 
 

@@ -49,7 +49,7 @@ def compress_memory(shape: ModelShape, config: Config, device: Device) -> dict[s
     """Return bytes of stage 02 on its device by component.
 
     They are one layer with a batch of calibration tokens, the next batch's states, and one Hessian,
-    its inverse and factors.
+    its drift, inverse and factors.
     """
     length = config.calibration.sequence_len
     tokens = max(compress_batch_tokens(config, device), length)

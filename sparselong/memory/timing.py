@@ -291,11 +291,11 @@ def layer_seconds(shape: ModelShape, config: Config, rate: Rate) -> float:
     products, scores = forward_flops(shape, config.calibration.sequence_len)
     experts = (products - 2.0 * (shape.embedding + shape.attention_weights)) / shape.layers
     attention = 2.0 * shape.attention_weights / shape.layers + scores / shape.layers
-    operations = experts + 2 * attention
-    if config.experts.keep is not None:  # a pass that scores the experts
-        operations += experts + attention
+    makes_up = config.calibration.solver == "sweep"  # what q, k and v changed is measured too
+    scores_experts = config.experts.keep is not None
+    operations = (1 + scores_experts) * experts + (2 + makes_up + scores_experts) * attention
     computed = tokens * operations / (rate.flops_per_second * rate.efficiency)
-    squares = shape.hidden**2 + shape.query_width**2
+    squares = shape.hidden**2 + (1 + makes_up) * shape.query_width**2
     fp32 = rate.fp32_flops_per_second
     computed += 2.0 * tokens * squares / (fp32 * FP32_EFFICIENCY)
     solved = sum(rows * inputs**2 for rows, inputs in shape.projections.values())

@@ -1,0 +1,1 @@
+"""The parts of benchmarks/quality.py: texts, methods, rows, compression, fine-tuning, figures."""
