@@ -8,6 +8,7 @@ install fused layers and a chunked loss in any gpt-oss model, `sparselong.packed
 experts of an upstream checkpoint packed, and `sparselong.generate` generates text at batch 1.
 `sparselong.share_model` opens a model for it that several processes share. A model that is opened
 inside `sparselong.using(expert_placement="host")` keeps its experts in host memory.
+The folder examples/ shows them in transformers' Trainer, TRL's SFTTrainer and Axolotl.
 
 Importing the package takes milliseconds and changes nothing in the environment of the program.
 `sparselong.set_environment()` sets what the pipeline's own scripts set before torch is imported:
