@@ -8,26 +8,29 @@ install fused layers and a chunked loss in any gpt-oss model, `sparselong.packed
 experts of an upstream checkpoint packed, and `sparselong.generate` generates text at batch 1.
 `sparselong.share_model` opens a model for it that several processes share. A model that is opened
 inside `sparselong.using(expert_placement="host")` keeps its experts in host memory.
+The folder examples/ shows them in transformers' Trainer, TRL's SFTTrainer and Axolotl.
 
-Importing the package disables telemetry of its dependencies and enables expandable segments in
-torch's allocator. Environment variables that are already set take precedence.
+Importing the package takes milliseconds and changes nothing in the environment of the program.
+`sparselong.set_environment()` sets what the pipeline's own scripts set before torch is imported:
+telemetry of its dependencies off, and expandable segments in torch's allocator, with which long
+sequences take less memory. Variables that are already set keep their values.
 """
 
 from typing import TYPE_CHECKING
 
 from sparselong.lazy import expose
-from sparselong.registration import register_when_needed, set_environment
+from sparselong.registration import register_when_needed
 
 if TYPE_CHECKING:
     from sparselong.generation import generate, share_model
     from sparselong.model.attention import attention_forward, patch_attention
     from sparselong.model.fused import chunk_loss, fuse
     from sparselong.model.loading import packed_config
+    from sparselong.registration import set_environment
     from sparselong.runtime.settings import using
 
 __version__ = "0.1.0"
 
-set_environment()
 register_when_needed()
 
 __getattr__ = expose(__name__)

@@ -22,7 +22,7 @@ from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.figures import format_bytes, format_seconds
 from sparselong.files import read_json
 from sparselong.provenance import find_change
-from sparselong.registration import set_streams
+from sparselong.registration import begin_program
 from sparselong.run import config_of, find_outdated, read_finished
 
 _COMPRESS, _FINETUNE, _EVAL, _EXPORT = "02_compress", "03_finetune", "04_eval", "05_export"
@@ -364,7 +364,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison; return 0, 1 if a run cannot be read, 2 for a usage error."""
-    set_streams()
+    begin_program()
     parser = argparse.ArgumentParser(prog="python -m sparselong.compare", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="such as runs/NAME")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")

@@ -9,8 +9,10 @@ that, so nothing is imported here. Instead, a finder on `sys.meta_path` acts aft
 
 They may be imported in either order, also while the other is only partly imported.
 
-Stages also call `set_streams` and `move_caches`, so that neither a terminal's encoding nor a home
-directory that cannot be written ends them, and `choose_gpu` on request.
+Importing the package changes no environment variable, logger or stream: it may be part of somebody
+else's program. This project's own programs call `begin_program` first, and `move_caches`, so that
+neither a terminal's encoding nor a home directory that cannot be written ends them, and
+`choose_gpu` on request.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,6 +50,9 @@ _ENVIRONMENT = {
     # forward pass of a small model 60 times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+ALLOCATOR = "expandable_segments:True"
+"""PYTORCH_ALLOC_CONF of the pipeline's processes: without it, fragmentation took a fifteenth of
+stage 03's memory (H200), and the blocks of the 20b model's weights alone 59 MB more than these."""
 _HARMLESS_LOGGERS = {
     # On processors with AVX-512 bf16, its import looks on the hub for a faster product of 4-bit
     # layers of its own, which we do not use.
@@ -73,19 +78,34 @@ _CACHES = {
 
 
 def set_environment() -> None:
-    """Set environment defaults for our dependencies, unless they are already set; quiet some.
+    """Give this process the environment in which the pipeline runs; importing does not.
 
-    Torch reads its allocator's setting at the first allocation. The value is `memory.ALLOCATOR`,
-    repeated here because that module is slow to import. Without it, the blocks of the 20b model's
-    weights alone take 59 MB more than the weights.
+    Variables that are set already keep their values, see `add_defaults`. Call it before torch and
+    transformers are imported: OpenMP and telemetry read theirs at import, and torch's allocator
+    at the first allocation on a GPU. Two harmless notes of a dependency are silenced as well.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    add_defaults(os.environ)
     for name in _HARMLESS_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=_HARMLESS_WARNING)
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def add_defaults(environment: MutableMapping[str, str]) -> None:
+    """Add what our dependencies should read, in place; variables that are set keep their values.
+
+    Telemetry is off, waiting threads sleep, and the segments of torch's allocator expand, unless
+    the user configures it under either of its names.
+    """
+    for name, value in _ENVIRONMENT.items():
+        environment.setdefault(name, value)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the older name
+        environment.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
+
+
+def begin_program() -> None:
+    """Set environment and streams, as every program of this project does before anything else."""
+    set_environment()
+    set_streams()
 
 
 class OutputError(StageError):

@@ -9,8 +9,10 @@ from types import ModuleType
 
 import pytest
 
+from sparselong import set_environment
 from tests.forked.servers import serving
 
+set_environment()  # as the scripts, which many tests call within this process
 # Background jobs of a shell ignore SIGINT, and children inherit that; tests that send it need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -15,10 +15,12 @@ from typing import Any
 
 from sparselong.chat.opening import take_part
 from sparselong.processes import end_at_once, tell_failures, write_failure
+from sparselong.registration import set_environment
 
 
 def main(folder: Path) -> None:
     """Follow rank 0 until it ends."""
+    set_environment()
     rank = int(os.environ["RANK"])
     tell_failures(folder, rank)
     end_at_once()

@@ -28,6 +28,7 @@ from sparselong.processes import (
 )
 from sparselong.processes import world as ranks
 from sparselong.provenance import read_peaks, reset_peaks
+from sparselong.registration import set_environment
 from sparselong.runtime import default_device, using
 
 _MEMORY_FIX = "use GPUs with more memory, or shorter calibration.sequence_len"
@@ -35,6 +36,7 @@ _MEMORY_FIX = "use GPUs with more memory, or shorter calibration.sequence_len"
 
 def main(path: Path) -> None:
     """Compress the layers of the work at `path`, as the rank that the environment names."""
+    set_environment()
     rank, folder = int(os.environ["RANK"]), path.parent.parent
     tell_failures(folder, rank)
     end_at_once()

@@ -38,11 +38,13 @@ from sparselong.processes import (
 )
 from sparselong.processes import world as ranks
 from sparselong.provenance import read_peaks, reset_peaks
+from sparselong.registration import set_environment
 from sparselong.runtime import using
 
 
 def main(path: Path) -> None:
     """Measure the models of the work at `path`, as the rank given by the environment variables."""
+    set_environment()
     rank, folder = int(os.environ["RANK"]), path.parent
     tell_failures(folder, rank)
     end_at_once()

@@ -29,6 +29,7 @@ from sparselong.processes import (
     write_failure,
 )
 from sparselong.processes import world as ranks
+from sparselong.registration import set_environment
 from sparselong.runtime import using
 
 _RUN = "axolotl.cli.main"
@@ -36,6 +37,7 @@ _RUN = "axolotl.cli.main"
 
 def main(path: Path) -> None:
     """Train by the YAML at `path`, as the rank given by the environment variables."""
+    set_environment()
     rank = int(os.environ["RANK"])
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     run = TrainingRun.open(Path(document[RUN_KEY]))

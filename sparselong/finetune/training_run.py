@@ -27,7 +27,10 @@ _COMPRESS, _FINETUNE = "02_compress", "03_finetune"
 # Not `-m axolotl.cli.main`: to save conversations, datasets starts four processes, each of which
 # would import that main module again, which takes seconds.
 # Not standalone: click would print "Aborted!" in place of an EOFError, and no traceback.
-_AXOLOTL = "from axolotl.cli.main import cli; cli(standalone_mode=False)"
+_AXOLOTL = (
+    "from sparselong import set_environment; set_environment(); "
+    "from axolotl.cli.main import cli; cli(standalone_mode=False)"
+)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from sparselong.memory.table import WIDTH, cost_lines, format_table, memory_lines, show_plan
     from sparselong.memory.timing import find_rate
     from sparselong.memory.training import (
-        ALLOCATOR,
         CONTEXT_BYTES,
         SLICE_TOKENS,
         Kept,

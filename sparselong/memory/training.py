@@ -52,9 +52,6 @@ from sparselong.memory.shape import ModelShape
 Device = Literal["cuda", "cpu"]
 
 GIB = 2**30
-ALLOCATOR = "expandable_segments:True"
-"""PYTORCH_ALLOC_CONF that `import sparselong` sets: without it, fragmentation took a fifteenth of
-stage 03's memory (H200)."""
 CONTEXT_BYTES = 806_000_000
 """CUDA context with the kernels loaded (H200, driver 580; smaller GPUs take less)."""
 WORKSPACE_BYTES = 122_000_000

@@ -34,7 +34,7 @@ from sparselong.processes.launch import (
     local_rank,
 )
 from sparselong.processes.process import train_ranks
-from sparselong.registration import move_caches, set_streams
+from sparselong.registration import begin_program, move_caches
 from sparselong.run import Stage, interruptible, parse_arguments
 
 if TYPE_CHECKING:  # refusing a config needs no torch
@@ -66,6 +66,7 @@ def follow_or_lead(
     Returns:
         The exit code.
     """
+    begin_program()
     try:
         _check_launcher(name)
         if not is_one_machine():
@@ -192,7 +193,6 @@ def _failing_together(rank: int, store: TCPStore, key: str) -> Iterator[None]:
 def _follow(
     arguments: argparse.Namespace, name: str, trainer: Callable[[Stage], Sequence[str]]
 ) -> int:
-    set_streams()
     store, key = _store(name)
     store.wait([key], _PATIENCE)
     status, _, code = store.get(key).decode().partition(" ")

@@ -28,12 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparselong.errors import StageError
-from sparselong.memory import ALLOCATOR
 from sparselong.processes.failure import TrainerEnded, failure_path, read_failure
 from sparselong.processes.launch import World, joined_rank, rank_environments
 from sparselong.processes.marks import MARK, PROGRESS, pass_on
 from sparselong.processes.output import cause_of
-from sparselong.registration import OutputError
+from sparselong.registration import OutputError, add_defaults
 from sparselong.run import Stage, remove_control
 
 _PR_SET_PDEATHSIG = 1
@@ -237,16 +236,12 @@ def _failure_of(stage: Stage, trainer: _Trainer) -> StageError | None:
 def _environment() -> dict[str, str]:
     """Return the trainer's environment, which is offline.
 
-    The hub is not needed, because all files are local by now. Waiting threads sleep instead of
-    spinning: on a busy CPU, spinning for a thread that is not scheduled costs up to 60 times the
-    work itself. A user's allocator settings for torch, under either name, take precedence.
+    The hub is not needed, because all files are local by now. Everything else is as in the stage's
+    own process, even if the stage was called by another program (`registration.add_defaults`).
     """
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, os.environ.get("PYTHONPATH", "")]
     environment = {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        # Axolotl would set this variable if it were missing, ignoring the old name.
-        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
@@ -254,6 +249,10 @@ def _environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "AXOLOTL_DO_NOT_TRACK": "1",
     }
+    add_defaults(environment)
+    # Axolotl would set this variable if it were missing, ignoring the old name.
+    if old := environment.get("PYTORCH_CUDA_ALLOC_CONF"):
+        environment.setdefault("PYTORCH_ALLOC_CONF", old)
     return environment
 
 

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 from sparselong.errors import ExpectedError
-from sparselong.registration import set_streams
+from sparselong.registration import begin_program
 from sparselong.report.page import write_page
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the page; return 0, or 1 if it cannot be."""
-    set_streams()
+    begin_program()
     parser = argparse.ArgumentParser(prog="python -m sparselong.report", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="such as runs/NAME")
     try:

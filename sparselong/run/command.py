@@ -22,7 +22,7 @@ from sparselong.config import Config, load, split_overrides
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.figures import format_figure, format_seconds
 from sparselong.files import is_disk_full
-from sparselong.registration import OutputError, choose_gpu, move_caches, set_streams
+from sparselong.registration import OutputError, begin_program, choose_gpu, move_caches
 from sparselong.run.directory import Stage, check_finished, finish, prepare
 from sparselong.run.interruption import Interruption, interruptible
 from sparselong.run.latest import name_model
@@ -36,7 +36,13 @@ from sparselong.run.place import (
     read_document,
 )
 from sparselong.run.publishing import Publish, publish
-from sparselong.run.stages import STAGES, add_own_options, complete_commands, parse_layers
+from sparselong.run.stages import (
+    STAGES,
+    add_own_options,
+    check_installed,
+    complete_commands,
+    parse_layers,
+)
 
 _KEPT = {
     "02_compress": ": finished layers are kept",
@@ -81,6 +87,7 @@ def parse_arguments(
 
     Raises:
         ConfigError: it cannot be read, --run-dir cannot be a directory, or there is no such GPU.
+        StageError: packages that the script needs are missing; a plan needs none of them.
     """
     parser = _Parser(prog=f"{name}.py", description=description)
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default %(default)s)")
@@ -104,6 +111,8 @@ def parse_arguments(
         arguments.overrides += overrides
     if arguments.gpu is not None:
         choose_gpu(arguments.gpu)
+    if not arguments.dry_run:
+        check_installed(name)
     arguments.repeated = _repeated(arguments)
     arguments.run_dir = find_run_dir(arguments.run_dir, arguments.config)
     return arguments
@@ -156,10 +165,10 @@ def run_stage(
     Returns:
         0 if the stage is done, 1 if it failed, 2 for a usage or config error.
     """
-    set_streams()
+    begin_program()
     try:
         arguments = parse_arguments(name, description, argv)
-    except (ConfigError, OutputError) as error:  # the latter from --help
+    except ExpectedError as error:  # also of a stream, from --help
         report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
     with explained_failures(name, arguments) as outcome, interruptible() as interruption:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sparselong.config import Config, load
-from sparselong.errors import ConfigError
-from sparselong.registration import OutputError, set_streams
+from sparselong.errors import ExpectedError
+from sparselong.registration import begin_program
 from sparselong.run.command import (
     Outcome,
     explained_failures,
@@ -92,10 +92,10 @@ def run_parts(
     Returns:
         0 if all parts are done, 1 if one failed, 2 for a usage or config error.
     """
-    set_streams()
+    begin_program()
     try:
         arguments = parse_arguments(name, description, argv, choice.add_options)
-    except (ConfigError, OutputError) as error:  # the latter from --help
+    except ExpectedError as error:  # also of a stream, from --help
         report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
     with explained_failures(name, arguments) as outcome, interruptible() as interruption:

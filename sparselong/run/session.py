@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sparselong.config import load
-from sparselong.errors import ConfigError
-from sparselong.registration import OutputError, set_streams
+from sparselong.errors import ExpectedError
+from sparselong.registration import begin_program
 from sparselong.run.command import explained_failures, parse_arguments, prepare_caches, report
 from sparselong.run.directory import Stage, read_inputs
 from sparselong.run.interruption import interruptible
@@ -46,10 +46,10 @@ def run_session(
     Returns:
         0 if all went well, 1 if it failed, 2 for a usage or config error.
     """
-    set_streams()
+    begin_program()
     try:
         arguments = parse_arguments(name, description, argv, add_options)
-    except (ConfigError, OutputError) as error:  # the latter from --help
+    except ExpectedError as error:  # also of a stream, from --help
         report(name, error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
     with explained_failures(name, arguments) as outcome, interruptible():

@@ -14,12 +14,14 @@ import argparse
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sparselong.config import Config, hash_sections, leaves, pick_sections
-from sparselong.errors import ConfigError
+from sparselong.errors import ConfigError, StageError
+from sparselong.provenance import missing_modules
 
 _COMMAND = re.compile(r"python \d\d_[a-z]+\.py\b(?! --help)(?![^\n,;]*--(config|run-dir)\b)")
 
@@ -38,6 +40,8 @@ class Declaration:
         repeats: whether it is done again on every call, finished or not.
         parts: whether it has several results, each in a directory of its own with a manifest.
         by_layers: whether its command line has `--layers`.
+        extra: the extra of the package, in pyproject.toml, that its script needs.
+        imports: modules of that extra which it imports.
     """
 
     reads: tuple[str, ...]
@@ -48,6 +52,8 @@ class Declaration:
     repeats: bool = False
     parts: bool = False
     by_layers: bool = False
+    extra: str = ""
+    imports: tuple[str, ...] = ()
 
 
 STAGES: dict[str, Declaration] = {
@@ -59,19 +65,47 @@ STAGES: dict[str, Declaration] = {
             *("flash_attention", "attention_backend", "deterministic"),
         ),
         by_layers=True,
+        extra="compress",
+        imports=("llmcompressor", "compressed_tensors", "datasets"),
     ),
     "03_finetune": Declaration(
         ("02_compress",),
         ("sequence_len", "micro_batch_size", "lora", "finetuning_modifiers", "training"),
         previews=True,
         sweeps=True,
+        extra="train",
+        imports=("axolotl", "datasets", "matplotlib"),
     ),
     "04_eval": Declaration(
-        ("02_compress", "03_finetune"), ("evaluation",), extended_by="evaluation.compare"
+        ("02_compress", "03_finetune"),
+        ("evaluation",),
+        extended_by="evaluation.compare",
+        extra="eval",
+        imports=("lm_eval", "datasets", "matplotlib"),
     ),
-    "05_export": Declaration(("02_compress", "03_finetune"), (), parts=True),
-    "06_chat": Declaration((), ()),
+    "05_export": Declaration(
+        ("02_compress", "03_finetune"), (), parts=True, extra="export", imports=("gguf",)
+    ),
+    "06_chat": Declaration((), (), extra="chat", imports=("fastapi", "uvicorn")),
 }
+
+
+def check_installed(name: str) -> None:
+    """Raise unless the packages of a script's extra are installed; imports none of them.
+
+    01_health has no extra: it reports what is missing.
+
+    Raises:
+        StageError: one of them cannot be found.
+    """
+    extra, missing = STAGES[name].extra, missing_modules(STAGES[name].imports)
+    if missing:
+        raise StageError(
+            f"{name} needs packages of the extra `{extra}`",
+            f"sparselong[{extra}] installed for {sys.executable}",
+            f"no {', no '.join(missing)}",
+            f"./install.sh, which installs all of it; or pip install '.[{extra}]'",
+        )
 
 
 def add_own_options(parser: argparse.ArgumentParser, name: str) -> None:

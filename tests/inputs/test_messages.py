@@ -227,6 +227,7 @@ def test_notes_that_mean_nothing_here_are_not_passed_on():
     trust = "Skipping publisher trust check for 'kernels-community/quantization-bitsandbytes' as"
     code = (
         "import sparselong, logging, warnings\n"
+        "sparselong.set_environment()\n"
         f"logging.getLogger('bitsandbytes.backends.cpu.ops').warning({note!r})\n"
         f"warnings.warn({trust!r})\n"
         "warnings.warn('another')"
@@ -240,7 +241,9 @@ def test_a_machine_without_accelerator_is_no_reason_to_warn(monkeypatch, forked_
     """llm-compressor would warn on stdout, which with --json is one document."""
     monkeypatch.delenv("LLM_COMPRESSOR_LOG_LEVEL", raising=False)
     code = (
-        "import sparselong, torch\n"
+        "import sparselong\n"
+        "sparselong.set_environment()\n"
+        "import torch\n"
         "from llmcompressor.utils.dev import get_main_device\n"
         "torch.accelerator.is_available = lambda: False\n"
         "print(get_main_device())"

@@ -4,7 +4,6 @@ import inspect
 
 import torch
 
-from sparselong import registration
 from sparselong.checkpoint import derivation
 from sparselong.data import demo
 from sparselong.evaluate import perplexity
@@ -51,14 +50,6 @@ def test_work_of_the_tiny_model_matches_its_spec():
     assert timing.TINY_STEP_TOKENS == spec.batch_sequences * spec.sequence_len
     items = inspect.signature(demo.write_hellaswag).parameters["items"].default
     assert timing.DEMO_ITEMS == items
-
-
-def test_allocator_matches_the_setting_made_on_import(monkeypatch):
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    registration.set_environment()
-    assert registration.os.environ["PYTORCH_ALLOC_CONF"] == training.ALLOCATOR
-    assert registration._ENVIRONMENT.items() <= registration.os.environ.items()
 
 
 def test_optimizer_state_sizes_match_the_optimizers():

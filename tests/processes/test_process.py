@@ -6,8 +6,8 @@ import pytest
 
 from sparselong.config import load
 from sparselong.errors import StageError
-from sparselong.memory import ALLOCATOR
 from sparselong.processes import process
+from sparselong.registration import ALLOCATOR
 from sparselong.run import Stage
 from tests.conftest import ROOT
 

@@ -21,7 +21,6 @@ ONCE = "a module that is imported on the first call"
 
 ALLOWED = {
     "sparselong:register_when_needed": "what `import sparselong` is for; see registration.py",
-    "sparselong:set_environment": "what `import sparselong` is for; see registration.py",
     "sparselong.adapters.attach:transformers.set_seed": "PEFT draws A from the global generators",
     "sparselong.chat.server.listen:signal.signal": RESTORED,
     "sparselong.chat.terminal:signal.signal": RESTORED,

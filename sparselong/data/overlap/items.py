@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparselong.registration import set_environment
+
 
 def describe_item(task: Any, doc: Any) -> str:
     """Return an item's text with its right answer.
@@ -52,6 +54,7 @@ def _read(names: list[str], limit: int | None) -> dict[str, dict[str, Any]]:
 
 def main(arguments: list[str]) -> None:
     """Write the items of the named tasks to a file."""
+    set_environment()
     path, limit, *names = arguments
     found = _read(names, int(limit) or None)
     Path(path).write_text(json.dumps(found), encoding="utf-8")

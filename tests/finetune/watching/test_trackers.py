@@ -10,6 +10,7 @@ from sparselong.config import load
 from sparselong.errors import StageError
 from sparselong.finetune.training_run import TrainingRun
 from sparselong.finetune.watching import check_trackers, open_trackers
+from sparselong.processes import process
 from tests.conftest import ROOT
 
 ROWS = [
@@ -103,12 +104,14 @@ def test_wandb_gets_every_figure_in_the_runs_directory(tmp_path, monkeypatch):
     assert given["config"]["training"]["wandb_project"] == "trial"
 
 
-def test_nothing_is_uploaded_unless_the_environment_says_so():
-    """`import sparselong` sets the default, which a trainer inherits."""
-    import os
-
-    assert os.environ["WANDB_MODE"] == "offline"
-    assert os.environ["WANDB_ERROR_REPORTING"] == "false" and os.environ["DO_NOT_TRACK"] == "1"
+def test_nothing_is_uploaded_unless_the_environment_says_so(monkeypatch):
+    names = ("WANDB_MODE", "WANDB_ERROR_REPORTING", "DO_NOT_TRACK")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    found = process._environment()
+    assert [found[name] for name in names] == ["offline", "false", "1"]
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert process._environment()["WANDB_MODE"] == "online"
 
 
 def test_trackio_gets_every_figure(tmp_path, monkeypatch):
