@@ -49,7 +49,7 @@ def train(
 ) -> transformers.Trainer:
     """Train for `steps` steps of `batch` conversations a GPU, and save the result."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = [json.loads(line)["messages"] for line in data.read_text().splitlines()]
+    rows = [json.loads(line)["messages"] for line in data.read_bytes().splitlines()]
     tokens = tokenizer.apply_chat_template(rows)["input_ids"]
     arguments = transformers.TrainingArguments(
         output_dir=str(out),

@@ -20,6 +20,7 @@ import json
 import math
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,8 @@ from benchmarks.proxy.training import Losses, Training
 from sparselong import provenance
 from sparselong.files import write_atomically
 
-BEGUN = time.monotonic()
 _RESERVE_SECONDS = 20
-"""For imports, before BEGUN, and for the checkpoint."""
+"""For imports, before `main`, and for the checkpoint."""
 _IGNORED_STEPS, _TIMED_STEPS = 30, 30
 """First steps, which compile, and those that are timed."""
 _ROUNDED_COST = 1.08
@@ -60,7 +60,7 @@ def main() -> None:
     if args.state and args.state.exists():
         training.load(args.state)
         tell(f"continuing after step {training.step} of {training.steps}")
-    deadline = BEGUN + 60 * args.minutes - _RESERVE_SECONDS
+    deadline = args.begun + 60 * args.minutes - _RESERVE_SECONDS
     history = Run(training, args, deadline).train()
     if args.state:
         training.save(args.state)
@@ -160,7 +160,7 @@ class Run:
             **losses,
             "tokens_per_second": round(rate),
             "learning_rate": round(training.learning_rate(), 6),
-            "seconds": round(now - BEGUN, 1),
+            "seconds": round(now - self.args.begun, 1),
         }
         self.history.append(line)
         tell("  ".join(f"{key} {value}" for key, value in line.items()))
@@ -173,7 +173,7 @@ def _finish(training: Training, args: argparse.Namespace, history: list[dict[str
         "complete": training.is_done,
         "steps": training.step,
         "planned_steps": training.steps,
-        "seconds": round(time.monotonic() - BEGUN, 1),
+        "seconds": round(time.monotonic() - args.begun, 1),
         "seed": args.seed,
         "corpus": args.corpus.name,
         "hardware": provenance.describe_hardware(),
@@ -191,8 +191,8 @@ def _synchronize() -> None:
 
 
 def tell(text: str) -> None:
-    """Print a line with the seconds since the start."""
-    print(f"[{time.monotonic() - BEGUN:6.1f} s] {text}", flush=True)
+    """Print a line with the time of day."""
+    print(f"{datetime.now():%H:%M:%S}  {text}", flush=True)
 
 
 def _parse() -> argparse.Namespace:
@@ -206,6 +206,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--miniature", action="store_true", help="a very small network")
+    parser.set_defaults(begun=time.monotonic())
     return parser.parse_args()
 
 

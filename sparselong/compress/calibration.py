@@ -88,6 +88,7 @@ class HiddenStates:
         self._batches = batches[self._own.start : self._own.stop]
         self._first = self._batches[0].start if self._batches else 0
         self._now, self._next = (self._allocate() for _ in range(2))
+        self._saved = self._now
         # One for all passes: the allocator keeps memory for each stream.
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -161,7 +162,11 @@ class HiddenStates:
         self.layers_done += 1
 
     def begin_saving(self) -> None:
-        """Begin the file of the current states, which `save` of every process then completes."""
+        """Begin the file of the current states, which `save` of every process then completes.
+
+        They are the ones that are saved, even if the computation advances before `save` begins.
+        """
+        self._saved = self._now
         if self._spread.is_first:
             tensors = {
                 "states": torch.empty(self._shape, dtype=self._dtype, device="meta"),
@@ -172,10 +177,13 @@ class HiddenStates:
         self._spread.wait("states")
 
     def save(self, seconds: Seconds) -> None:
-        """Save this process's states, which must not change meanwhile, beside the computation."""
+        """Save this process's states, beside the computation of the next layer alone.
+
+        The layer after that one overwrites them.
+        """
         if not self._batches:
             return
-        states = self._now
+        states = self._saved
         with seconds.measuring("hash"):
             digests = self._digests(states)
         with seconds.measuring("write"):

@@ -117,6 +117,23 @@ def test_changed_states_of_stage_02_are_explained(tmp_path):
         open_states().start(nothing, nothing)  # type: ignore[arg-type]
 
 
+def test_a_layers_states_are_saved_even_if_the_next_layer_is_done_before(tmp_path):
+    """The thread that saves them also writes and hashes the layer, which may take longer."""
+    path, nothing = tmp_path / "states.safetensors", SimpleNamespace()
+    size, device = (2, 3, 4), torch.device("cpu")
+    states = HiddenStates(path, size, torch.bfloat16, device, 6, Spread())
+    for layer in (1, 2):
+        states.put(slice(0, 2), torch.full(size, float(layer)))
+        states.advance()
+        if layer == 1:
+            states.begin_saving()
+    states.save(Seconds())
+    states.commit()
+    again = HiddenStates(path, size, torch.bfloat16, device, 6, Spread())
+    again.start(nothing, nothing)  # type: ignore[arg-type]
+    assert again.layers_done == 1 and bool((again.states == 1).all())
+
+
 @pytest.mark.parametrize("name", ["model/dense.safetensors", "adapter/adapter_model.safetensors"])
 def test_stage_03_refuses_a_result_that_has_changed_since_it_was_baked(tmp_path, monkeypatch, name):
     stage = Stage("03_finetune", load(ROOT / "configs/tiny.yaml"), tmp_path)

@@ -77,7 +77,7 @@ def test_inputs_beyond_fp32s_squares_are_refused_by_name(
     base = changed(untrained_base, tmp_path / "base", overflow)
     assert run(tmp_path / "run", [*small_arguments, f"model.base={base}"]) == 1
     shown = capsys.readouterr().err
-    assert "calibration inputs of layer 2's q_proj are not finite" in shown
+    assert "calibration inputs of layer 2's attention are not finite" in shown
     assert "check the base model's weights" in shown
     assert not (tmp_path / "run/02_compress/model").exists()
 
