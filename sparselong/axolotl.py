@@ -53,7 +53,7 @@ class LibraryPlugin(BasePlugin):
                 "this plugin keeps the experts in 4 bits, frozen",
                 "adapter: lora",
                 f"adapter: {cfg.get('adapter')}",
-                "set adapter: lora; examples/transformers_trainer.py --full trains everything",
+                "set adapter: lora; examples/transformers_trainer.py trains dense or full",
             )
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:

@@ -142,7 +142,7 @@ import runpy, sparselong, torch
 base, data, out = sys.argv[1:]
 from pathlib import Path
 train = runpy.run_path("examples/transformers_trainer.py")["train"]
-trainer = train(base, Path(data), Path(out), False, steps=1, batch=4)
+trainer = train(base, Path(data), Path(out), "lora", steps=1, batch=4)
 model = sparselong.model.load_model(Path(base), attn_implementation="sparselong")
 made = list(sparselong.generate(model, torch.tensor([[5, 6, 7]]), 4))
 print(len(made), set({absent}) & set(sys.modules))

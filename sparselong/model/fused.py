@@ -36,13 +36,12 @@ from transformers.utils.generic import can_return_tuple
 from sparselong.kernels.layer import (
     Router,
     add_rms_norm,
-    linear_cross_entropy,
     rms_norm,
     rms_norm_and_input,
     rotate,
     route,
 )
-from sparselong.model.vocabulary import PartialHead
+from sparselong.model.vocabulary import ChunkedHead, PartialHead, sum_losses
 from sparselong.parallel import count_supervised, shift_labels
 
 
@@ -241,6 +240,9 @@ class FusedDecoderLayer(GptOssDecoderLayer):
         return mlp.add_to(total, normed) if isinstance(mlp, FusedMLP) else total + mlp(normed)[0]
 
 
+# FSDP's and DeepSpeed's configurations name the layer, and accelerate compares this name.
+FusedDecoderLayer.__name__ = GptOssDecoderLayer.__name__
+
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     GptOssRMSNorm: FusedRMSNorm,
     GptOssAttention: FusedAttention,
@@ -300,6 +302,8 @@ def chunk_loss(model: nn.Module) -> None:
     """
     if not isinstance(model, GptOssForCausalLM):
         raise ValueError(f"model: {type(model).__name__}; allowed: GptOssForCausalLM")
+    if type(model.lm_head) is nn.Linear:
+        model.lm_head.__class__ = ChunkedHead
     model.forward = types.MethodType(_forward, model)
 
 
@@ -369,12 +373,10 @@ def causal_loss(
     """
     if shifted is None:
         shifted = shift_labels(labels)
-    shifted, weight = shifted.reshape(-1).to(hidden.device), head.weight
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    sum_losses = head.sum_losses if isinstance(head, PartialHead) else linear_cross_entropy
-    total = sum_losses(hidden.flatten(0, 1), weight, shifted)
+    rows, shifted = hidden.flatten(0, 1), shifted.reshape(-1).to(hidden.device)
+    total = (
+        head(rows, shifted) if isinstance(head, ChunkedHead) else sum_losses(head, rows, shifted)
+    )
     if num_items_in_batch is None:
         return total / count_supervised(shifted)
     if isinstance(num_items_in_batch, torch.Tensor):

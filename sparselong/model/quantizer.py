@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
@@ -188,6 +189,24 @@ class SparseLongQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """Return whether the loaded tensors can be saved as they are."""
         return not (self._has_sparse_experts or self._is_partial)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Refuse to save a sharded model, whose gathered weights transformers discards here.
+
+        Raises:
+            StageError: this process holds only shards of parameters (FSDP, ZeRO-3).
+        """
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
+                _refuse(
+                    "a sharded model cannot be saved by its quantizer: transformers would discard "
+                    "the weights that were gathered for it",
+                    "whole parameters",
+                    f"a shard of {name}",
+                    "set model.hf_quantizer = None before saving, as "
+                    "examples/transformers_trainer.py does",
+                )
+        return None, {}
 
     @property
     def is_trainable(self) -> bool:

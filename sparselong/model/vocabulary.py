@@ -1,6 +1,6 @@
-"""Embedding and lm_head of which a process holds some rows.
+"""Embedding and lm_head of which a process holds some rows, and an lm_head that sums losses.
 
-Both take the place of transformers' modules in a model that is opened inside
+The first two take the place of transformers' modules in a model that is opened inside
 `using(vocabulary=...)`, and are frozen. What needs rows of other processes is done by the setting's
 exchange. `num_embeddings`, `out_features` and the configuration name the whole vocabulary.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sparselong.kernels.layer import combine_statistics, shard_statistics
+from sparselong.kernels.layer import combine_statistics, linear_cross_entropy, shard_statistics
 from sparselong.model.part import Part, show_rows
 from sparselong.runtime import current
 
@@ -94,6 +94,32 @@ class PartialHead(_VocabularyPart):
             "logits; allowed: the loss of a model after sparselong.model.chunk_loss(model), or "
             "runtime.current().vocabulary.score on the hidden states of model.model"
         )
+
+
+class ChunkedHead(nn.Linear):
+    """lm_head that sums losses when it is called: FSDP and ZeRO-3 gather weights only for calls."""
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits; with labels, int64 [rows], the summed loss of [rows, width] instead."""
+        return super().forward(hidden) if labels is None else sum_losses(self, hidden, labels)
+
+
+def sum_losses(
+    head: nn.Linear | PartialHead, hidden: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Return the summed cross-entropy of rows, in autocast's dtype if there is one.
+
+    Args:
+        head: lm_head, or the part of it that this process holds; then the call is collective.
+        hidden: [rows, width].
+        labels: int64 [rows], -100 is ignored.
+    """
+    weight = head.weight
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    compute = head.sum_losses if isinstance(head, PartialHead) else linear_cross_entropy
+    return compute(hidden, weight, labels)
 
 
 def divide_vocabulary(model: nn.Module) -> None:

@@ -1,0 +1,121 @@
+"""Training of the small model by transformers' Trainer or TRL's, on each form of batches."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
+from transformers.data.data_collator import DataCollatorForLanguageModeling
+
+from tests.conftest import ROOT
+from tests.examples.separate import MESSAGES
+
+EXAMPLE = runpy.run_path(str(ROOT / "examples/transformers_trainer.py"))
+FORMS = ("packing", "padding-free", "padding")
+
+
+def train(
+    front: str, trained: str, form: str, base: Path, data: Path, out: Path, steps: int, batch: int
+) -> Any:
+    """Train on MESSAGES, all tokens supervised, and return the trainer.
+
+    Args:
+        front: transformers or TRL.
+        trained: lora, dense or full.
+        form: of the batches, one of FORMS.
+        base: an upstream checkpoint.
+        data: MESSAGES as a file.
+        out: where the trainer saves.
+        steps: steps of training.
+        batch: conversations a process and step, which are all of them; packed, they are two rows.
+    """
+    torch.manual_seed(0)  # of the adapters
+    if front == "TRL":
+        trainer = _trl(trained, form, base, data, out, steps, batch)
+    elif form == "padding-free":
+        return EXAMPLE["train"](str(base), data, out, trained, steps, batch)
+    else:
+        trainer = _padded_or_packed(trained, form, base, out, steps, batch)
+    trainer.train()
+    return trainer
+
+
+def losses_of(trainer: Any) -> list[float]:
+    """Return the loss of each step."""
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def tokenize(base: Path) -> list[list[int]]:
+    """Return the tokens of each conversation of MESSAGES."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return tokenizer.apply_chat_template([row["messages"] for row in MESSAGES])["input_ids"]
+
+
+def _arguments(out: Path, steps: int, batch: int) -> dict[str, Any]:
+    return {
+        **{"output_dir": str(out), "max_steps": steps, "per_device_train_batch_size": batch},
+        **{"learning_rate": 1e-5, "logging_steps": 1, "save_strategy": "no", "report_to": "none"},
+        **{"bf16": False, "gradient_checkpointing": False},
+    }
+
+
+def _padded_or_packed(trained: str, form: str, base: Path, out: Path, steps: int, batch: int):
+    rows = tokenize(base)
+    collate: Any = default_data_collator
+    dataset: list[dict[str, list[int]]] = [{"input_ids": row} for row in rows]
+    if form == "packing":
+        dataset, batch = _pack(rows), 2
+    else:
+        collate = DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(base), mlm=False)
+    arguments = TrainingArguments(**_arguments(out, steps, batch))
+    model = EXAMPLE["open_model"](str(base), trained)
+    return Trainer(model, arguments, collate, dataset)  # type: ignore[arg-type]
+
+
+def _pack(rows: list[list[int]]) -> list[dict[str, list[int]]]:
+    """Lay the conversations end to end in two rows; the rest of the shorter one is not learned."""
+    packed = []
+    longest = max(sum(map(len, rows[n::2])) for n in range(2))
+    for n in range(2):
+        rest = [0] * (longest - sum(map(len, rows[n::2])))
+        documents = [*rows[n::2], rest]
+        labels = [[-100, *row[1:]] for row in rows[n::2]]
+        packed.append(
+            {
+                "input_ids": sum(documents, []),
+                "position_ids": [place for row in documents for place in range(len(row))],
+                "labels": [*sum(labels, []), *[-100] * len(rest)],
+            }
+        )
+    return packed
+
+
+def _trl(trained: str, form: str, base: Path, data: Path, out: Path, steps: int, batch: int):
+    from datasets import Dataset
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    arguments = SFTConfig(
+        **_arguments(out, steps, batch),
+        packing=form == "packing",
+        padding_free=form == "padding-free",
+        max_length=400 if form == "packing" else None,
+        router_aux_loss_coef=0.0,
+    )
+    model, adapters = EXAMPLE["open_model"](str(base), trained), None
+    if trained == "lora":  # TRL attaches the adapters and computes the loss itself
+        adapters = model.peft_config["default"]
+        model = model.unload()
+        del model.forward
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    return SFTTrainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=adapters,
+    )
