@@ -5,6 +5,7 @@
 # make test-mutations  480 damaged or rewritten bases and data files, twelve through all stages
 # make test-llama  compile llama.cpp once (a quarter of an hour), then tests that open exports with it
 # make test-web  tests of the pages in Chromium, of the endpoint's clients and of the terminal
+# make test-zero3  tests of DeepSpeed's ZeRO-3 on two CPU processes (compiles with g++)
 # make test-gpu  tests that need a CUDA device, with $(PYTHON) and without .venv
 # make bench     the demo, every benchmark that this machine can run, then BENCHMARKS.md
 # make lock      resolve requirements/requirements.lock again, keeping versions that still fit
@@ -31,6 +32,10 @@ LLAMA_TEST := tests/stages/test_llama_cpp.py
 WEB := .web/1.65.2
 WEB_PACKAGES := playwright==1.65.2 pyee greenlet openai==3.57.0 distro jiter sniffio httpx2 httpcore2 \
                 truststore
+# DeepSpeed, likewise; it compiles its exchange between CPU processes at the first run.
+ZERO3 := .deepspeed/0.19.8
+ZERO3_PACKAGES := deepspeed==$(notdir $(ZERO3)) hjson msgpack ninja py-cpuinfo
+ZERO3_TEST := tests/examples/test_zero3.py
 # A test that hangs fails after five minutes instead of blocking the whole run. test_trained.py and
 # test_finetune.py, whose fixtures train first, set fifteen minutes themselves.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
@@ -40,7 +45,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
 BENCHMARKS := demo attention attention_tiles expert_gemm neighbours generation chat memory solver \
               train_step context_parallel fit_120b true_widths compress_rate export quality
 
-.PHONY: demo check test test-long test-short test-mutations test-llama test-web test-gpu bench lock clean
+.PHONY: demo check test test-long test-short test-mutations test-llama test-web test-zero3 test-gpu bench lock clean
 
 $(STAMP): install.sh pyproject.toml $(LOCK) requirements/overrides.txt
 	./install.sh
@@ -70,7 +75,7 @@ test-long: $(STAMP)
 	$(PYTEST) $(LONG)
 
 test-short: $(STAMP)
-	$(PYTEST) --ignore tests/gpu --ignore tests/web --ignore $(LLAMA_TEST) $(LONG:%=--ignore %) tests
+	$(PYTEST) --ignore tests/gpu --ignore tests/web --ignore $(LLAMA_TEST) --ignore $(ZERO3_TEST) $(LONG:%=--ignore %) tests
 
 test-mutations: $(STAMP)
 	$(PYTEST) --all-mutations tests/inputs/test_mutations.py
@@ -92,6 +97,15 @@ $(WEB): | $(STAMP)
 
 test-web: $(STAMP) $(WEB)
 	PYTHONPATH=$(WEB) $(PYTEST) tests/web
+
+$(ZERO3): | $(STAMP)
+	rm -rf $@ $@.part
+	.uv/bin/uv pip install -q --python .venv/bin/python --target $@.part --no-deps $(ZERO3_PACKAGES)
+	mv $@.part $@
+
+test-zero3: $(STAMP) $(ZERO3)
+	PYTHONPATH=$(CURDIR)/$(ZERO3) TORCH_EXTENSIONS_DIR=$(CURDIR)/$(ZERO3)/compiled DS_ACCELERATOR=cpu \
+	    $(PYTEST) $(ZERO3_TEST)
 
 test-gpu:
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu: no CUDA device, nothing tested')"
