@@ -57,7 +57,7 @@ def run(python: str, path: Path, cases: list, base: Path, data: Path, out: Path,
         )
         for rank in range(PROCESSES)
     ]
-    told = [each.communicate(timeout=280)[0] for each in started]
+    told = [each.communicate(timeout=500)[0] for each in started]
     assert all(each.returncode == 0 for each in started), told[0][-6000:]
     return {(front, trained): json.loads((out / f"{front}-{trained}.json").read_text())
             for front, trained, _ in cases}  # fmt: skip
