@@ -52,8 +52,15 @@ def test_the_first_loss_is_that_of_separate_conversations(untrained_base, tmp_pa
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
 
 
-def test_axolotls_context_parallelism_is_refused_with_the_way_to_ours(tmp_path, forked_python):
-    done = axolotl(forked_python, tmp_path, EXAMPLE | CPU | {"context_parallel_size": 2})
+@pytest.mark.parametrize("changed, why, way", [
+    pytest.param(
+        {"context_parallel_size": 2}, "context_parallel_size: 2 cannot be used with gpt-oss",
+        "python 03_finetune.py sequence_parallel_degree=2", id="context parallelism"),
+    pytest.param(
+        {"adapter": None}, "this plugin keeps the experts in 4 bits, frozen",
+        "examples/transformers_trainer.py trains dense or full", id="full"),
+])  # fmt: skip
+def test_what_the_plugin_cannot_give_is_refused(changed, why, way, tmp_path, forked_python):
+    done = axolotl(forked_python, tmp_path, EXAMPLE | CPU | changed)
     assert done.returncode != 0
-    assert "context_parallel_size: 2 cannot be used with gpt-oss" in done.stderr
-    assert "python 03_finetune.py sequence_parallel_degree=2" in done.stderr
+    assert why in done.stderr and way in done.stderr
