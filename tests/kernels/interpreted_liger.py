@@ -1,6 +1,7 @@
 """Runs Liger's kernels in Triton's interpreter; layer/test_liger.py starts it.
 
 Prints one JSON document: the relative L2 errors of each against gpt-oss's definition.
+The norm calls libdevice, which the interpreter lacks: benchmarks/liger.py measures it on a GPU.
 """
 
 import os
@@ -10,15 +11,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 import json
 
 import torch
-import triton.language as tl
-from liger_kernel.ops import rms_norm as norm_module
 from liger_kernel.ops.rope import LigerRopeFunction
 from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-from tests.references.norm import rms_norm_reference
 from tests.references.rotary import rotate_reference
-
-EPS = 1e-5
 
 
 def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -27,13 +23,7 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def main() -> None:
     torch.manual_seed(0)
-    norm_module.rsqrt = tl.rsqrt  # libdevice's needs a GPU
     found = {}
-    x, weight = torch.randn(64, 96).half(), torch.randn(96).half()
-    exact = rms_norm_reference(x.double(), weight.double(), EPS)
-    for mode in ("llama", "gemma"):
-        got = norm_module.LigerRMSNormFunction.apply(x, weight, EPS, 0.0, mode, True, None)
-        found[f"norm, {mode}"] = error(got, exact)
     q, k = (torch.randn(2, 5, heads, 64).transpose(1, 2) for heads in (4, 2))
     angle = torch.rand(2, 5, 32) * 100
     cos, sin = 1.3466 * angle.cos(), 1.3466 * angle.sin()
