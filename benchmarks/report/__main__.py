@@ -22,6 +22,7 @@ from benchmarks.report import (
     export,
     fit_120b,
     generation,
+    liger,
     memory,
     neighbours,
     promises,
@@ -52,6 +53,7 @@ SECTIONS = (
     generation,
     chat,
     neighbours,
+    liger,
     export,
 )
 

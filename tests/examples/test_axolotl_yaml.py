@@ -64,3 +64,11 @@ def test_what_the_plugin_cannot_give_is_refused(changed, why, way, tmp_path, for
     done = axolotl(forked_python, tmp_path, EXAMPLE | CPU | changed)
     assert done.returncode != 0
     assert why in done.stderr and way in done.stderr
+
+
+def test_ligers_kernels_are_refused_by_name(tmp_path, forked_python):
+    liger = {"plugins": [*EXAMPLE["plugins"], "axolotl.integrations.liger.LigerPlugin"]}
+    done = axolotl(forked_python, tmp_path, EXAMPLE | CPU | liger | {"liger_rms_norm": True})
+    assert done.returncode != 0
+    assert "liger_rms_norm would not be used" in done.stderr
+    assert "remove liger_rms_norm" in done.stderr

@@ -57,4 +57,6 @@ def test_memory_is_that_of_the_counted_parameters():
         wanted = [state, gathered, *(state / gpus + gathered for gpus in (2, 4, 8)), gathered]
         cells = [f"{size / GIB:.1f}" for size in wanted]
         assert f"\n| {row} | {' | '.join(cells)} |\n" in PAGE, cells
-    assert f"{16_384 * 201_088 * 4 / GIB:.1f} GiB in fp32 at 16,384 tokens" in " ".join(PAGE.split())
+    assert f"{16_384 * 201_088 * 4 / GIB:.1f} GiB in fp32 at 16,384 tokens" in " ".join(
+        PAGE.split()
+    )
