@@ -105,8 +105,8 @@ $(ZERO3): | $(STAMP)
 	mv $@.part $@
 
 test-zero3: $(STAMP) $(ZERO3)
-	PYTHONPATH=$(CURDIR)/$(ZERO3) TORCH_EXTENSIONS_DIR=$(CURDIR)/$(ZERO3)/compiled DS_ACCELERATOR=cpu \
-	    $(PYTEST) $(ZERO3_TEST)
+	PATH=$(CURDIR)/$(ZERO3)/bin:$$PATH PYTHONPATH=$(CURDIR)/$(ZERO3) DS_ACCELERATOR=cpu \
+	    TORCH_EXTENSIONS_DIR=$(CURDIR)/$(ZERO3)/compiled $(PYTEST) $(ZERO3_TEST)
 
 test-gpu:
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu: no CUDA device, nothing tested')"
