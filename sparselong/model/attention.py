@@ -37,7 +37,15 @@ from torch import nn
 from transformers.masking_utils import flash_attention_mask
 
 from sparselong.config import Config
-from sparselong.kernels.attention import attention, mark_starts, refuse_gaps
+from sparselong.kernels import make_opaque
+from sparselong.kernels.attention import (
+    SavedForward,
+    attention,
+    mark_starts,
+    refuse_gaps,
+    run_backward,
+    run_forward,
+)
 from sparselong.runtime import call_once, current
 
 NAME = "sparselong"
@@ -84,14 +92,18 @@ def attention_forward(
     if torch.is_autocast_enabled(query.device.type):  # queries and keys leave rotary in fp32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if torch.compiler.is_compiling():
+        return _attend_in_graph(
+            query, key, value, sinks, attention_mask, position_ids, sliding_window, scaling
+        )
     settings = current()
     backend = None if settings.attention_backend == "auto" else settings.attention_backend
     choice: dict[str, Any] = {"window": sliding_window, "scale": scaling, "backend": backend}
     if settings.sequence is None:
-        batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-        sizes = (batch, queries, keys)
+        sizes = _sizes(query, key)
         choice["cu_seqlens"] = _boundaries(attention_mask, position_ids, sizes, sliding_window)
-        output, _ = attention(query, key, value, sinks, query_offset=keys - queries, **choice)
+        offset = key.shape[2] - query.shape[2]
+        output, _ = attention(query, key, value, sinks, query_offset=offset, **choice)
     else:
         choice["deterministic"] = settings.deterministic
         output = settings.sequence.attend(query, key, value, sinks, **choice)
@@ -107,12 +119,19 @@ def _check_arguments(
         raise ValueError(f"module: {type(module).__name__} without sinks; allowed: gpt-oss's")
     if dropout != 0:
         raise ValueError(f"dropout: {dropout!r}; allowed: 0, dropout is not supported")
+    if torch.compiler.is_compiling():
+        return sinks  # settings are read when the graph runs
     if attention_mask is not None and current().sequence is not None:
         raise ValueError(
             f"attention_mask: {type(attention_mask).__name__} in a shard of a sequence; "
             "allowed: None, the layout gives the document boundaries"
         )
     return sinks
+
+
+def _sizes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int, int]:
+    """Return the number of rows, and queries and keys per row."""
+    return query.shape[0], query.shape[2], key.shape[2]
 
 
 def _boundaries(
@@ -254,6 +273,83 @@ def padding_mask(
     return flash_attention_mask(
         q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **arguments
     )
+
+
+def _attend_in_graph(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    window: int | None,
+    scaling: float | None,
+) -> tuple[torch.Tensor, None]:
+    """Return what `attention_forward` does, for torch.compile; the documents are found inside."""
+    tensors = (query, key, value, sinks)
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    output, *_ = _attention_operator(*tensors, mask, positions, window, scaling, trains)
+    return output.transpose(1, 2), None
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    window: int | None,
+    scaling: float | None,
+    trains: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `run_forward`'s results with the settings of the pass that runs the graph."""
+    settings = current()
+    if settings.sequence is not None:
+        raise ValueError(
+            "sequence: a shard, in a model under torch.compile; allowed: none, because the "
+            "processes' exchange is not part of a graph. Run context parallelism without it"
+        )
+    backend = None if settings.attention_backend == "auto" else settings.attention_backend
+    return run_forward(
+        *(query, key, value, sinks),
+        cu_seqlens=_boundaries(mask, positions, _sizes(query, key), window),
+        window=window,
+        scale=scaling,
+        backend=backend,
+        deterministic=settings.deterministic,
+        trains=trains,
+    )
+
+
+def _like_attention(
+    query: torch.Tensor, key: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, heads, queries, head_dim = query.shape
+    out = query.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = query.new_empty((batch, heads, queries), dtype=wide)
+    return out, lse, torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+def _differentiate_attention(arguments: Any, results: Any, gradients: Any, needs: Any) -> Any:
+    query, key, value, sinks, mask, positions, window, scaling, _ = arguments
+    out, lse, decided = results
+    found = run_backward(
+        gradients[0],
+        SavedForward(query, key, value, sinks, out, lse),
+        decided,
+        cu_seqlens=_boundaries(mask, positions, _sizes(query, key), window),
+        window=window,
+        scale=scaling,
+        needs_dsinks=needs[3],
+    )
+    return *found, *[None] * (len(needs) - 4)  # mask and positions have none
+
+
+_attention_operator = make_opaque(
+    _attention, like=_like_attention, differentiate=_differentiate_attention, synchronizes=True
+)
 
 
 def patch_attention() -> None:

@@ -13,12 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from sparselong.kernels import leave_graph
 from sparselong.kernels.layer import combine_statistics, shard_statistics
 from sparselong.model.part import Part, show_rows
 from sparselong.runtime import current
 
 _CHUNK_ROWS = 512
 """Rows whose logits exist at once, if a process holds the whole lm_head."""
+
+_WHY = "the vocabulary is sharded over several processes, whose exchange is not part of a graph"
 
 
 class _VocabularyPart(Part):
@@ -58,6 +61,8 @@ class PartialEmbedding(_VocabularyPart):
         Raises:
             ValueError: the pass runs outside `using(vocabulary=...)`, or in that of other rows.
         """
+        if torch.compiler.is_compiling():
+            return leave_graph(self.forward, _WHY)(input_ids)
         return self._exchange().embed(input_ids, self.weight, self.total)
 
 
@@ -81,6 +86,8 @@ class PartialHead(_VocabularyPart):
         Raises:
             ValueError: the pass runs outside `using(vocabulary=...)`, or in that of other rows.
         """
+        if torch.compiler.is_compiling():
+            return leave_graph(self.sum_losses, _WHY)(hidden, weight, labels)
         return self._exchange().sum_losses(hidden, weight, labels, self.total)
 
     def forward(self, hidden: torch.Tensor) -> NoReturn:

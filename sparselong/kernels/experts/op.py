@@ -98,6 +98,11 @@ def expert_mlp(
             device-side assertion on a GPU; with "generation" its token becomes NaN.
     """
     call = ExpertCall(x, expert_indices, routing_weights)
+    if torch.compiler.is_compiling() and backend is None and isinstance(stack, ExpertStack):
+        from sparselong.kernels.experts.in_graph import call_operator
+
+        out = call_operator(call, stack, adapters, float(alpha), float(limit))
+        return out if residual is None else residual + out
     call.check(stack.experts)
     stack.check(x)
     adapters.check(stack)
