@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -194,10 +195,10 @@ def _tensors(arguments: Iterable[Any]) -> list[torch.Tensor]:
     return found
 
 
-def leave_graph(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
-    """Return a function that runs outside the compiled graph: a break that gives its reason.
+def leave_graph(reason: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator of what cannot be in a compiled graph: a call is a break in it.
 
-    With `fullgraph=True`, compiling raises and shows the reason.
+    With `fullgraph=True` compiling raises, and shows the reason; without, the call runs as ever.
     """
     disable: Any = torch.compiler.disable
-    return disable(function, reason=reason)
+    return partial(disable, reason=reason)

@@ -270,6 +270,9 @@ def padding_mask(
             f"past_key_values: {kv_offset + kv_length} keys, and the last query is number "
             f"{int(q_offset) + q_length}; allowed: a cache that ends there (dynamic, not static)"
         )
+    if torch.compiler.is_compiling():  # flash_attention_mask looks whether there is padding
+        mask = arguments.get("attention_mask")
+        return None if mask is None else mask[:, -kv_length:]
     return flash_attention_mask(
         q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **arguments
     )

@@ -161,9 +161,9 @@ class PackedExperts(Part):
     def _run_in_graph(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """Return what `forward` does, for torch.compile."""
         if self.is_on_host:
-            return leave_graph(self.forward, "experts in host memory: copied ahead")(x, *arguments)
+            return self._run_on_host(x, *arguments)
         if not self.is_whole:
-            return leave_graph(self.forward, "experts of several processes")(x, *arguments)
+            return self._run_sharded(x, *arguments)
         self._check_scales()
         indices, weights, adapters, residual = arguments
         gate: dict[str, Any] = {"alpha": self.alpha, "limit": self.limit}
@@ -171,6 +171,15 @@ class PackedExperts(Part):
         added = residual if is_summed else None
         out = expert_mlp(x, indices, weights, self.stack(), adapters, residual=added, **gate)
         return out if is_summed or residual is None else residual + out
+
+
+    @leave_graph("experts in host memory: layers are copied ahead of use, in the passes' order")
+    def _run_on_host(self, *arguments: Any) -> torch.Tensor:
+        return self.forward(*arguments)
+
+    @leave_graph("experts sharded over several processes, whose exchange is not part of a graph")
+    def _run_sharded(self, *arguments: Any) -> torch.Tensor:
+        return self.forward(*arguments)
 
 
 def reserve_host_memory(model: nn.Module, locked: bool) -> None:

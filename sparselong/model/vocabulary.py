@@ -62,8 +62,12 @@ class PartialEmbedding(_VocabularyPart):
             ValueError: the pass runs outside `using(vocabulary=...)`, or in that of other rows.
         """
         if torch.compiler.is_compiling():
-            return leave_graph(self.forward, _WHY)(input_ids)
+            return self._embed(input_ids)
         return self._exchange().embed(input_ids, self.weight, self.total)
+
+    @leave_graph(_WHY)
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.forward(input_ids)
 
 
 class PartialHead(_VocabularyPart):
@@ -87,8 +91,12 @@ class PartialHead(_VocabularyPart):
             ValueError: the pass runs outside `using(vocabulary=...)`, or in that of other rows.
         """
         if torch.compiler.is_compiling():
-            return leave_graph(self.sum_losses, _WHY)(hidden, weight, labels)
+            return self._sum_losses(hidden, weight, labels)
         return self._exchange().sum_losses(hidden, weight, labels, self.total)
+
+    @leave_graph(_WHY)
+    def _sum_losses(self, *arguments: torch.Tensor) -> torch.Tensor:
+        return self.sum_losses(*arguments)
 
     def forward(self, hidden: torch.Tensor) -> NoReturn:
         """Refuse to compute logits.
