@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-NAMESPACE = "sparselong"
 Differentiate = Callable[..., Sequence[Any]]
 """(arguments, results, gradients of the results, needs) → gradients of the tensors among the
 arguments, those of lists one by one. `needs` says for each of these whether its gradient is
@@ -33,7 +32,7 @@ def make_opaque(
     forward: Callable[..., Any],
     *,
     like: Callable[..., Any],
-    differentiate: Differentiate | None = None,
+    differentiate: Differentiate,
     synchronizes: bool = False,
 ) -> Any:
     """Register an operation; return its operator, to be called with all arguments by position.
@@ -45,19 +44,21 @@ def make_opaque(
             with the arguments. Its annotations are the schema, its name the operator's; arguments
             are tensors, lists of tensors, optional tensors, and constants.
         like: the same arguments → empty results of the same shapes, dtypes, devices and strides.
-        differentiate: the backward pass; None recomputes `forward` and lets torch differentiate it.
+        differentiate: the backward pass; on a CPU autograd records in it.
         synchronizes: whether the host waits for the device, which a captured CUDA graph cannot.
     """
-    name = f"{NAMESPACE}::{forward.__name__.strip('_')}"
+    name = forward.__name__.strip("_")
     tags = (torch.Tag.cudagraph_unsafe,) if synchronizes else ()
     library: Any = torch.library
     schema = library.infer_schema(forward, mutates_args=())
     run = torch.no_grad()(forward)
-    operator = library.custom_op(name, run, mutates_args=(), schema=schema, tags=tags)
+    operator = library.custom_op(
+        f"sparselong::{name}", run, mutates_args=(), schema=schema, tags=tags
+    )
     operator.register_fake(like)
-    backward = _register_backward(name, schema, differentiate or recompute(forward), tags)
+    backward = _register_backward(f"{name}_backward", schema, differentiate, tags)
     operator.register_autograd(_call_backward(backward), setup_context=_save)
-    return operator._opoverload
+    return getattr(torch.ops.sparselong, name).default
 
 
 def _register_backward(name: str, schema: str, differentiate: Differentiate, tags: Any) -> Any:
@@ -79,10 +80,10 @@ def _register_backward(name: str, schema: str, differentiate: Differentiate, tag
 
     library: Any = torch.library
     made = library.custom_op(
-        f"{name}_backward", backward, mutates_args=(), schema=schema, tags=tags
+        f"sparselong::{name}", backward, mutates_args=(), schema=schema, tags=tags
     )
     made.register_fake(like)
-    return made._opoverload
+    return getattr(torch.ops.sparselong, name).default
 
 
 def _lay_out(gradient: torch.Tensor | None, leaf: torch.Tensor) -> torch.Tensor:

@@ -172,7 +172,6 @@ class PackedExperts(Part):
         out = expert_mlp(x, indices, weights, self.stack(), adapters, residual=added, **gate)
         return out if is_summed or residual is None else residual + out
 
-
     @leave_graph("experts in host memory: layers are copied ahead of use, in the passes' order")
     def _run_on_host(self, *arguments: Any) -> torch.Tensor:
         return self.forward(*arguments)
