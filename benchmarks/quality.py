@@ -132,7 +132,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150, help="of a fine-tuning")
     parser.add_argument("--packs", type=int, default=4, help="packs of a step")
     parser.add_argument("--length", type=int, default=1024, help="tokens of packs and calibration")
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
     parser.add_argument("--measured-length", type=int, default=4096, help="of a held-out piece")
     parser.add_argument("--held-out-tokens", type=int, default=262_144)

@@ -26,8 +26,8 @@ import torch
 
 from benchmarks.command_line import add_result, command_of, has_device, machine_of
 from benchmarks.record import row, write
-from sparselong.compress.factor import factorize
-from sparselong.compress.solver import compress_weight
+from sparselong.compress.weights.factor import factorize
+from sparselong.compress.weights.solver import compress_weight
 from sparselong.kernels.sweep import Swept, sweep_columns
 from sparselong.packing import DenseFormat
 

@@ -5,14 +5,12 @@ import json
 import math
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks import quality
-from benchmarks.compared import compressing, measuring, methods, refining, table, text, tuning
-from benchmarks.compared.refining import refine
+from benchmarks.compared import compressing, measuring, methods, table, text, tuning
 from benchmarks.compared.rows import list_rows
 from sparselong.adapters import Masters, add_masked_lora, masked_layers
 from sparselong.evaluate.perplexity import Sample
@@ -25,7 +23,7 @@ from tests.conftest import write_rows
 OUT, IN, TOKENS, DAMPENING = 24, 64, 600, 0.01
 SPARSE, INT4 = DenseFormat(16, "2:4", 32), DenseFormat(4, "none", 32)
 BOTH = DenseFormat(4, "2:4", 32)
-OURS = "ours, o_proj not fitted"
+OURS = "ours, sweep alone"
 
 
 @pytest.fixture(scope="module")
@@ -273,24 +271,16 @@ def test_a_table_is_measured_in_parts_and_has_every_row(small, tmp_path, monkeyp
         run(monkeypatch, capsys, *small, f"--earlier={kept}", "--steps=4")
 
 
-def test_refining_lowers_the_error_and_leaves_masters_that_round_to_the_codes(small, tmp_path):
+def test_only_the_methods_that_say_so_are_refined(small, tmp_path):
     (base, documents) = (Path(each.partition("=")[2]) for each in small[:2])
     read = text.read_documents(documents, None)
-    errors = []
-
-    def noting(*given):
-        errors.append(refine(*given))
-        return errors[-1]
-
     maker = compressing.Compressor(base, read, tmp_path, samples=4, length=64)
-    plain = maker.make(compressing.Recipe("ours", 0))
-    first = plain.masters.joinpath("layer-00000.safetensors").read_bytes()
-    with mock.patch.object(refining, "refine", noting):
-        made = maker.make(compressing.Recipe("ours, refined", 0))
-    assert made.metrics["masters_match"] and made.metrics["two_four_conforming"] == 1.0
-    assert made.masters.joinpath("layer-00000.safetensors").read_bytes() != first
-    (steps,) = errors
-    assert len(steps) == refining.STEPS and steps[-1] < 0.9 * steps[0]
+    for name in ("sparsegpt 2:4 + gptq", "ours, not refined", "ours"):
+        metrics = maker.make(compressing.Recipe(name, 0)).metrics
+        assert metrics["masters_match"] and metrics["two_four_conforming"] == 1.0
+        (error,) = metrics["attention_error"]
+        assert bool(error) == methods.METHODS[name].is_refined == (name == "ours")
+    assert error["refined"] < 0.9 * error["solved"]
 
 
 def test_learned_masks_compute_the_stored_weight_and_pass_every_gradient(small, tmp_path):

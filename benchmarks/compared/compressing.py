@@ -19,11 +19,12 @@ import torch
 from benchmarks.compared.methods import METHODS, solving
 from benchmarks.compared.text import CONFIG, Documents, write_calibration
 from sparselong.compress import compress
-from sparselong.config import Config, schema
+from sparselong.config import CalibrationSection, Config, schema
 from sparselong.run import Stage
 from sparselong.run.progress import Display
 
 STAGE = "02_compress"
+REFINEMENT_STEPS = CalibrationSection().refinement_steps
 _SPARE = 2
 """Calibration rows are drawn from so many times as many tokens as are used."""
 
@@ -144,6 +145,7 @@ class Compressor:
             "calibration.samples": self.samples,
             "calibration.sequence_len": self.length,
             "calibration.solver": "llmcompressor" if method.solve else "sweep",
+            "calibration.refinement_steps": REFINEMENT_STEPS if method.is_refined else 0,
             "shared_dense.weight_bits": method.bits,
             "shared_dense.sparsity": method.sparsity,
             "flash_attention": str(torch.cuda.is_available()).lower(),

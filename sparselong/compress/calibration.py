@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ class HiddenStates:
         starts = range(0, shape[0], max(1, batch_tokens // shape[1]))
         batches = [range(first, min(first + starts.step, shape[0])) for first in starts]
         self._count, self._own = len(batches), spread.share(len(batches))
+        self._batches_of_all = batches
         self._batches = batches[self._own.start : self._own.stop]
         self._first = self._batches[0].start if self._batches else 0
         self._now, self._next = (self._allocate() for _ in range(2))
@@ -149,6 +151,26 @@ class HiddenStates:
             used_in.wait_event(arrived)
             batch.record_stream(used_in)
             yield place, batch
+
+    def take_turns(self, count: int) -> Iterator[torch.Tensor]:
+        """Yield `count` batches, those of all processes in turn, the same in each process.
+
+        Each is [sequences, length, hidden] on the device; after the last batch, the first follows.
+
+        Raises:
+            ExchangeError: another process is gone.
+        """
+        shares = [self._spread.share_of(rank, self._count) for rank in range(self._spread.size)]
+        for number in islice(cycle(range(self._count)), count):
+            sequences = self._batches_of_all[number]
+            owner = next(rank for rank, share in enumerate(shares) if number in share)
+            if owner == self._spread.rank:
+                place = slice(sequences.start - self._first, sequences.stop - self._first)
+                batch = self._now[place].to(self._device, non_blocking=True)
+            else:
+                shape = (len(sequences), *self._shape[1:])
+                batch = torch.empty(shape, dtype=self._dtype, device=self._device)
+            yield self._spread.send(batch, owner, "calibration states")
 
     def put(self, place: slice, states: torch.Tensor) -> None:
         """Keep a batch's states after the layer; on a GPU they are copied later, in its order."""

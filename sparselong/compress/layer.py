@@ -6,6 +6,7 @@ rotary embedding are transformers' too. Its input states come from the compresse
     norm        →  one Hessian for q, k and v, which read the same inputs; they are compressed
     attention   →  o's Hessian, on the inputs that the compressed q, k and v produce, and how far
                    these are from those of the dense ones: o is fitted to make up for it
+    attention   →  all four are refined by gradient steps (refine.py)
     experts     →  their scores, if some are dropped (fewer_experts.py)
     whole layer →  the output states, computed from the stored weights
 
@@ -28,10 +29,16 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 from sparselong.checkpoint import pack_two_four_experts, unpack_two_four_experts
 from sparselong.compress.background import Seconds
 from sparselong.compress.calibration import HiddenStates
-from sparselong.compress.factor import make_up
 from sparselong.compress.fewer_experts import Scorer
-from sparselong.compress.hessian import Drift, Hessian
-from sparselong.compress.solver import Compressed, compress_weight, empty
+from sparselong.compress.refine import refine
+from sparselong.compress.weights import (
+    Compressed,
+    Drift,
+    Hessian,
+    compress_weight,
+    empty,
+    make_up,
+)
 from sparselong.compress.work import Spread
 from sparselong.config import CalibrationSection
 from sparselong.errors import StageError
@@ -53,11 +60,20 @@ class _NoMlp(nn.Module):
 
 @dataclass
 class CompressedLayer:
-    """Result of compressing a layer: tensors to store, masters, and error by projection."""
+    """Result of compressing a layer.
+
+    Attributes:
+        stored: tensors of the compressed checkpoint by name.
+        masters: dense masters by name.
+        relative_error: the solver's, by projection.
+        attention_error: mean square error of attention's output, relative to the output, before and
+            after refinement; empty without.
+    """
 
     stored: dict[str, torch.Tensor]
     masters: dict[str, torch.Tensor]
     relative_error: dict[str, float]
+    attention_error: dict[str, float]
 
 
 class CalibratedLayer:
@@ -253,10 +269,11 @@ class CalibratedLayer:
         Raises:
             StageError: see `compress_weight` and `Hessian.add`.
         """
-        result = CompressedLayer({}, {}, {})
         attention, drift = self.layer.self_attn, None
+        dense = {name: getattr(attention, name) for names in _INPUTS for name in names}
         makes_up = calibration.solver == "sweep"
-        before = {name: getattr(attention, name) for name in _INPUTS[0] if makes_up}
+        before = {name: dense[name] for name in _INPUTS[0] if makes_up}
+        made: dict[str, Compressed] = {}
         for names in _INPUTS:
             with seconds.measuring("calibrate"):
                 if names == _INPUTS[0]:
@@ -264,15 +281,59 @@ class CalibratedLayer:
                 else:
                     hessian, drift = self._measure_attention(states, before, spread)
             with seconds.measuring("solve"):
-                solved = self._solve(names, (hessian, drift), fmt, calibration, spread)
+                made |= self._solve(names, (hessian, drift), fmt, calibration, spread)
             with seconds.measuring("pack"):
-                for name, made in solved.items():
-                    full = f"model.layers.{self.index}.self_attn.{name}"
-                    packed = self._replace(name, made, fmt)
-                    result.stored |= {f"{full}.{key}": t.cpu() for key, t in packed.items()}
-                    result.masters[f"{full}.weight"] = made.master.cpu()
-                    result.relative_error[name] = made.relative_error
+                for name in names:
+                    self._replace(name, made[name], fmt)
+        steps, attention_error = calibration.refinement_steps, {}
+        if steps:
+            with seconds.measuring("refine"):
+                made, attention_error = self._refine(states, dense, made, fmt, steps, spread)
+        with seconds.measuring("pack"):
+            result = self._store(made, fmt)
+        result.attention_error.update(attention_error)
         return result
+
+    def _refine(
+        self,
+        states: HiddenStates,
+        dense: dict[str, nn.Module],
+        made: dict[str, Compressed],
+        fmt: DenseFormat,
+        steps: int,
+        spread: Spread,
+    ) -> tuple[dict[str, Compressed], dict[str, float]]:
+        """Return the refined projections, the first process's in all of them, and the errors."""
+        found = refine(self._attend, states, dense, made, fmt, steps)
+        projections = found.projections
+        if spread.size > 1:
+            projections = {name: _send(each, 0, spread) for name, each in projections.items()}
+        return projections, {"solved": found.before, "refined": found.after}
+
+    def _store(self, made: dict[str, Compressed], fmt: DenseFormat) -> CompressedLayer:
+        """Put the compressed projections into the layer, and return what is stored of them."""
+        result = CompressedLayer({}, {}, {}, {})
+        for name, each in made.items():
+            full = f"model.layers.{self.index}.self_attn.{name}"
+            packed = self._replace(name, each, fmt)
+            result.stored |= {f"{full}.{key}": tensor.cpu() for key, tensor in packed.items()}
+            result.masters[f"{full}.weight"] = each.master.cpu()
+            result.relative_error[name] = each.relative_error
+        return result
+
+    def _attend(self, batch: torch.Tensor, projections: dict[str, nn.Module]) -> torch.Tensor:
+        """Return the output of attention with these projections, [sequences, length, hidden]."""
+        seen, attention = [], self.layer.self_attn
+        handle = attention.register_forward_hook(lambda _m, _i, output: seen.append(output[0]))
+        mlp, self.layer.mlp = self.layer.mlp, _NoMlp()
+        others = self._exchange(projections)
+        try:
+            self._forward(batch)
+        finally:
+            self._exchange(others)
+            self.layer.mlp = mlp
+            handle.remove()
+        return seen.pop()
 
     def _solve(
         self,
@@ -304,7 +365,7 @@ class CalibratedLayer:
 
     def _replace(self, name: str, made: Compressed, fmt: DenseFormat) -> dict[str, torch.Tensor]:
         """Put a packed projection in the dense one's place and return its stored tensors."""
-        linear: nn.Linear = getattr(self.layer.self_attn, name)
+        linear: nn.Linear | PackedLinear = getattr(self.layer.self_attn, name)
         packed = dense.pack(fmt, made.codes, made.mask, made.scale)
         module = PackedLinear(
             linear.in_features, linear.out_features, linear.bias is not None, fmt

@@ -42,7 +42,10 @@ from sparselong.runtime import compute_dtype
 DENSE_FILE = "dense-{:05d}.safetensors"
 MASTER_FILE = "layer-{:05d}.safetensors"
 LAYER_RECORD = "layer-{:05d}.json"
-RECORDED = ("calibration_sequences", "relative_error", "peak_bytes", "stored", "masters", "seconds")
+RECORDED = (
+    *("calibration_sequences", "relative_error", "attention_error"),
+    *("peak_bytes", "stored", "masters", "seconds"),
+)
 """Keys of a layer's record; with `experts.keep`, `experts` is another."""
 
 
@@ -192,6 +195,7 @@ class LayerStream:
             made.stored |= found.stored
             made.masters |= found.masters
             made.record["relative_error"] = found.relative_error
+            made.record["attention_error"] = found.attention_error
         if self._work.config.experts.keep is not None:
             self._drop_experts(made, layer, self._work.config.experts.keep)
         with made.seconds.measuring("forward"):
@@ -220,7 +224,8 @@ class LayerStream:
     def _read(self, index: int) -> tuple[_Made, CalibratedLayer]:
         """Return the layer on the device, and begin to read the next."""
         work, device = self._work, self._device
-        record = {"calibration_sequences": len(work.tokens), "relative_error": {}}
+        record = {"calibration_sequences": len(work.tokens)}
+        record |= {"relative_error": {}, "attention_error": {}}
         made = _Made(index, {}, {}, record, Seconds(device))
         with made.seconds.measuring("load"):
             tensors, made.beside.by_part["read"] = self._reader.take()
@@ -273,11 +278,14 @@ class LayerStream:
         self._states.commit()
 
     def _tell(self, made: _Made) -> None:
-        errors = made.record["relative_error"].items()
-        parts = made.seconds.by_part.items()
+        errors = [f"{name} {error:.4f}" for name, error in made.record["relative_error"].items()]
+        refined = made.record["attention_error"]
         self._work.tell(
-            f"layer {made.index}: "
-            + (", ".join(f"{name} {error:.4f}" for name, error in errors) or "kept")
-            + " relative error; "
-            + ", ".join(f"{part} {value:.2f} s" for part, value in parts)
+            f"layer {made.index}: {', '.join(errors) or 'kept'} relative error; "
+            + (
+                "attention {solved:.4f}, refined {refined:.4f}; ".format(**refined)
+                if refined
+                else ""
+            )
+            + ", ".join(f"{part} {value:.2f} s" for part, value in made.seconds.by_part.items())
         )

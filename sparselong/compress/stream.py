@@ -201,7 +201,10 @@ def _publish(stage: Stage, base: Checkpoint, model: Checkpoint) -> None:
         "name": checkpoint_name(stage.config),
         **measure(base, model, stage.dir / "masters"),
         **fewer_experts.summarize(records, stage.config.experts.keep),
-        "relative_error": [record["relative_error"] for record in records],
+        **{
+            key: [record[key] for record in records]
+            for key in ("relative_error", "attention_error")
+        },
         "seconds_by_part": add_seconds(records, hashing_seconds),
         "calibration_sequences": records[0]["calibration_sequences"],
         "peak_host_bytes": stage.peak_bytes["host"],

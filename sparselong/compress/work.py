@@ -57,7 +57,11 @@ class Spread:
 
     def share(self, count: int) -> range:
         """Return this process's consecutive share of `count` things."""
-        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        return self.share_of(self.rank, count)
+
+    def share_of(self, rank: int, count: int) -> range:
+        """Return a process's consecutive share of `count` things."""
+        return range(count * rank // self.size, count * (rank + 1) // self.size)
 
     def add(self, tensor: torch.Tensor, tag: str) -> torch.Tensor:
         """Return the sum of all processes' tensors, added in the order of ranks.

@@ -105,6 +105,9 @@ class CalibrationSection(Section):
     fitting the weights to a draft of the mask; `o_proj` also makes up for what the compressed
     queries, keys and values changed in its inputs. `llmcompressor` prunes with its SparseGPT, then
     rounds by GPTQ: slower, with larger errors, for comparison."""
+    refinement_steps: Annotated[int, Field(ge=0)] = 60
+    """Gradient steps by which each layer's compressed projections are then drawn towards the base's
+    attention; 0 keeps the solver's result."""
 
 
 class LoraSection(Section):

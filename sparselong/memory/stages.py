@@ -49,7 +49,8 @@ def compress_memory(shape: ModelShape, config: Config, device: Device) -> dict[s
     """Return bytes of stage 02 on its device by component.
 
     They are one layer with a batch of calibration tokens, the next batch's states, and one Hessian,
-    its drift, inverse and factors.
+    its drift, inverse and factors. Refinement, which begins when those are gone and runs no
+    experts, takes less on a GPU.
     """
     length = config.calibration.sequence_len
     tokens = max(compress_batch_tokens(config, device), length)

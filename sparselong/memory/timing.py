@@ -302,6 +302,10 @@ def layer_seconds(shape: ModelShape, config: Config, rate: Rate) -> float:
     computed += SOLVE_OPERATIONS * solved / fp32
     batches = math.ceil(tokens / compress_batch_tokens(config, device))
     computed += batches * rate.pass_seconds
+    # A step takes the base's attention forward, and the refined one forward and backward.
+    share = config.calibration.refinement_steps / batches
+    computed += share * tokens * 4 * attention / (rate.flops_per_second * rate.efficiency)
+    computed += config.calibration.refinement_steps * rate.pass_seconds
     states, layer = state_bytes(shape, config, device), layer_bytes(shape)
     write = (states + written_bytes(shape, config)) / rate.disk_bytes_per_second
     write += states / (HASHED_BYTES_PER_SECOND * HASH_THREADS)

@@ -7,7 +7,7 @@ broken correction would go unnoticed.
 import pytest
 import torch
 
-from sparselong.compress.hessian import Hessian
+from sparselong.compress.weights.hessian import Hessian
 
 OUT, IN = 48, 320
 """320 columns: two full blocks of 128 and a tail of 64; ten groups of 32 or five of 64."""

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparselong.compress.factor import factorize
-from sparselong.compress.solver import compress_weight
+from sparselong.compress.weights.factor import factorize
+from sparselong.compress.weights.solver import compress_weight
 from sparselong.errors import StageError
 from sparselong.packing import DenseFormat
 from tests.compress.conftest import DAMPENING, IN, draw

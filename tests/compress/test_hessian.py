@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparselong.compress.hessian import Hessian
+from sparselong.compress.weights.hessian import Hessian
 from sparselong.errors import StageError
 
 WIDTH = 24

@@ -10,9 +10,9 @@ from sparselong.checkpoint import Checkpoint, layer_tensors
 from sparselong.compress import layer as layer_module
 from sparselong.compress.background import Seconds
 from sparselong.compress.calibration import HiddenStates
-from sparselong.compress.factor import make_up
-from sparselong.compress.hessian import Drift, Hessian
 from sparselong.compress.layer import CalibratedLayer
+from sparselong.compress.weights.factor import make_up
+from sparselong.compress.weights.hessian import Drift, Hessian
 from sparselong.compress.work import Spread
 from sparselong.config import CalibrationSection
 from sparselong.errors import StageError
@@ -105,7 +105,7 @@ def compress_first_layer(opened, folder, solver: str = "sweep"):
     with torch.no_grad():
         layer._forward(states.states)
         expected = attended.pop()
-        calibration = CalibrationSection(dampening=DAMPENING, solver=solver)
+        calibration = CalibrationSection(dampening=DAMPENING, solver=solver, refinement_steps=0)
         made = layer.compress(states, FORMAT, calibration, Spread(), Seconds())
         attended.clear()
         layer._forward(states.states)

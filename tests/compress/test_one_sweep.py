@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sparselong.compress import one_sweep
-from sparselong.compress.factor import factorize
-from sparselong.compress.one_sweep import order_by_activation, refit
-from sparselong.compress.solver import compress_weight
+from sparselong.compress.weights import one_sweep
+from sparselong.compress.weights.factor import factorize
+from sparselong.compress.weights.one_sweep import order_by_activation, refit
+from sparselong.compress.weights.solver import compress_weight
 from sparselong.kernels.sweep import sweep_columns
 from sparselong.packing.dense import DenseFormat
 from sparselong.packing.two_four import is_two_four

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sparselong.compress import solver
-from sparselong.compress.hessian import Hessian
-from sparselong.compress.solver import Compressed, compress_weight
-from sparselong.compress.two_sweeps import choose_scale, prune_two_four
+from sparselong.compress.weights import solver
+from sparselong.compress.weights.hessian import Hessian
+from sparselong.compress.weights.solver import Compressed, compress_weight
+from sparselong.compress.weights.two_sweeps import choose_scale, prune_two_four
 from sparselong.config import Solver
 from sparselong.errors import StageError
 from sparselong.packing import integer

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sparselong.compress import two_sweeps
-from sparselong.compress.factor import factorize
-from sparselong.compress.solver import Compressed, compress_weight
+from sparselong.compress.weights import two_sweeps
+from sparselong.compress.weights.factor import factorize
+from sparselong.compress.weights.solver import Compressed, compress_weight
 from sparselong.packing import integer
 from sparselong.packing.dense import DenseFormat
 from tests.compress.conftest import DAMPENING

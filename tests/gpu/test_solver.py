@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from sparselong.compress.solver import compress_weight
+from sparselong.compress.weights.solver import compress_weight
 from sparselong.kernels.sweep import op, sweep_columns, triton_sweep
 from sparselong.packing.dense import DenseFormat
 from tests.kernels.sweep_interpreted import CASES, Case, count_differences, draw

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from sparselong.compress.factor import factorize
+from sparselong.compress.weights.factor import factorize
 from sparselong.kernels.sweep import Swept
 from sparselong.packing import DenseFormat, integer
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparselong.compress import one_sweep, two_sweeps
+from sparselong.compress.weights import one_sweep, two_sweeps
 from sparselong.config import Solver
 from sparselong.errors import StageError
 from sparselong.packing import DenseFormat, integer

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import torch
 
-from sparselong.compress.factor import factorize
+from sparselong.compress.weights.factor import factorize
 from sparselong.kernels.sweep import Swept, sweep_columns
 from sparselong.packing import GROUP, DenseFormat
 
