@@ -82,7 +82,8 @@ def _masked_linear(
     bits: int,
 ) -> torch.Tensor:
     """Return `_MaskedLinear`'s product for torch.compile."""
-    weight = MaskedWeight(master, *factors, scaling, patterns, scale, bits).round().to(x.dtype)
+    a, b = factors
+    weight = MaskedWeight(master, a, b, scaling, patterns, scale, bits).round().to(x.dtype)
     return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -100,7 +101,8 @@ def _differentiate_masked_linear(
     arguments: Any, results: Any, gradients: Any, needs: Any
 ) -> list[torch.Tensor | None]:
     x, factors, _, master, patterns, scale, scaling, bits = arguments
-    made_from = MaskedWeight(master, *factors, scaling, patterns, scale, bits)
+    a, b = factors
+    made_from = MaskedWeight(master, a, b, scaling, patterns, scale, bits)
     grad_x, found = differentiate_product(
         made_from, gradients[0], [x, None, None], needs[0], needs[1] or needs[2]
     )
@@ -126,7 +128,7 @@ def round_for_backward(
 def differentiate_product(
     made_from: MaskedWeight,
     grad: torch.Tensor,
-    saved: list[torch.Tensor],
+    saved: list[Any],
     needs_x: bool,
     needs_factors: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor] | None]:

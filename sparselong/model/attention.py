@@ -39,6 +39,7 @@ from transformers.masking_utils import flash_attention_mask
 from sparselong.config import Config
 from sparselong.kernels import make_opaque
 from sparselong.kernels.attention import (
+    Choice,
     SavedForward,
     attention,
     mark_starts,
@@ -46,7 +47,7 @@ from sparselong.kernels.attention import (
     run_backward,
     run_forward,
 )
-from sparselong.runtime import call_once, current
+from sparselong.runtime import Settings, call_once, current
 
 NAME = "sparselong"
 _ROWS_CHECKED = 1024
@@ -93,12 +94,11 @@ def attention_forward(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if torch.compiler.is_compiling():
-        return _attend_in_graph(
-            query, key, value, sinks, attention_mask, position_ids, sliding_window, scaling
-        )
+        kinds = (attention_mask, position_ids, sliding_window, scaling)
+        return _attend_in_graph((query, key, value, sinks), *kinds)
     settings = current()
-    backend = None if settings.attention_backend == "auto" else settings.attention_backend
-    choice: dict[str, Any] = {"window": sliding_window, "scale": scaling, "backend": backend}
+    choice: dict[str, Any] = {"window": sliding_window, "scale": scaling}
+    choice["backend"] = _named_backend(settings)
     if settings.sequence is None:
         sizes = _sizes(query, key)
         choice["cu_seqlens"] = _boundaries(attention_mask, position_ids, sizes, sliding_window)
@@ -127,6 +127,10 @@ def _check_arguments(
             "allowed: None, the layout gives the document boundaries"
         )
     return sinks
+
+
+def _named_backend(settings: Settings) -> str | None:
+    return None if settings.attention_backend == "auto" else settings.attention_backend
 
 
 def _sizes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int, int]:
@@ -279,17 +283,13 @@ def padding_mask(
 
 
 def _attend_in_graph(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sinks: torch.Tensor,
+    tensors: tuple[torch.Tensor, ...],
     mask: torch.Tensor | None,
     positions: torch.Tensor | None,
     window: int | None,
     scaling: float | None,
 ) -> tuple[torch.Tensor, None]:
     """Return what `attention_forward` does, for torch.compile; the documents are found inside."""
-    tensors = (query, key, value, sinks)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     output, *_ = _attention_operator(*tensors, mask, positions, window, scaling, trains)
     return output.transpose(1, 2), None
@@ -313,15 +313,13 @@ def _attention(
             "sequence: a shard, in a model under torch.compile; allowed: none, because the "
             "processes' exchange is not part of a graph. Run context parallelism without it"
         )
-    backend = None if settings.attention_backend == "auto" else settings.attention_backend
+    backend = _named_backend(settings)
     return run_forward(
         *(query, key, value, sinks),
         cu_seqlens=_boundaries(mask, positions, _sizes(query, key), window),
         window=window,
         scale=scaling,
-        backend=backend,
-        deterministic=settings.deterministic,
-        trains=trains,
+        choice=Choice(backend, settings.deterministic, trains),
     )
 
 

@@ -6,6 +6,8 @@ travels to the backward pass as an int64 tensor on the host: settings may have c
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from sparselong.kernels.attention.choice import BACKENDS
@@ -18,6 +20,20 @@ from sparselong.kernels.attention.op import (
 )
 
 
+class Choice(NamedTuple):
+    """What the choice of a backend depends on, beside the tensors.
+
+    Attributes:
+        backend: as in `op.attention`.
+        deterministic: whether the backward pass must be.
+        trains: whether there is one.
+    """
+
+    backend: str | None
+    deterministic: bool
+    trains: bool
+
+
 def run_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -27,9 +43,7 @@ def run_forward(
     cu_seqlens: torch.Tensor | None,
     window: int | None,
     scale: float | None,
-    backend: str | None,
-    deterministic: bool,
-    trains: bool,
+    choice: Choice,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return out and lse, without gradients, and what was decided, int64 [2] on the host.
 
@@ -44,16 +58,14 @@ def run_forward(
         cu_seqlens: as in `op.attention`.
         window: as in `op.attention`.
         scale: as in `op.attention`.
-        backend: as in `op.attention`.
-        deterministic: whether the backward pass must be.
-        trains: whether a backward pass follows, on which the choice of backend depends.
+        choice: what the choice of a backend depends on.
     """
-    call = _describe(q, k, v, sinks, cu_seqlens, window, scale, deterministic)
-    with torch.set_grad_enabled(trains):
-        name = pick_backend(backend, q, call)
+    call = _describe(q, k, v, sinks, cu_seqlens, window, scale, choice.deterministic)
+    with torch.enable_grad() if choice.trains else torch.no_grad():
+        name = pick_backend(choice.backend, q, call)
     with torch.no_grad(), torch.cuda.device_of(q):
         out, lse, _ = load_backend(name).attend(q, k, v, sinks, call)
-    decided = torch.tensor([BACKENDS.index(name), int(deterministic)])
+    decided = torch.tensor([BACKENDS.index(name), int(choice.deterministic)])
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), decided
 
 

@@ -20,7 +20,7 @@ from sparselong.kernels.opaque import make_opaque, recompute
 
 
 def call_operator(
-    call: ExpertCall, stack: ExpertStack, adapters: Adapters, alpha: float, limit: float
+    call: ExpertCall, stack: ExpertStack, adapters: Adapters, gate: Gate
 ) -> torch.Tensor:
     """Return `expert_mlp` of the arguments, as one node of the graph that is being compiled."""
     factors = [factor for factor in adapters.factors if factor is not None]
@@ -28,7 +28,7 @@ def call_operator(
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     scalings = [None if one is None else float(one.scaling) for one in adapters]
     packed = [*stack.gate_up, *stack.down]
-    return _experts_operator(*call, packed, factors, *scalings, alpha, limit, trains)[0]
+    return _experts_operator(*call, packed, factors, *scalings, list(gate), trains)[0]
 
 
 def _read_operands(
@@ -50,20 +50,20 @@ def _experts(
     factors: list[torch.Tensor],
     gate_up_scaling: float | None,
     down_scaling: float | None,
-    alpha: float,
-    limit: float,
+    gate: list[float],
     trains: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weighted sums, and gate_up's output or, where it is not kept, nothing."""
     stack, adapters = _read_operands(packed, factors, (gate_up_scaling, down_scaling))
     if not (trains and x.is_cuda and len(x)):
+        alpha, limit = gate
         out = expert_mlp(x, indices, weights, stack, adapters, alpha=alpha, limit=limit)
         shape = _kept_shape(x, indices, packed, trains)
         return out.contiguous(), x.new_empty(shape)
     from sparselong.kernels.experts import triton_launch
 
     call = ExpertCall(x, indices, weights).contiguous()
-    operands = _prepare(call, stack, adapters, Gate(alpha, limit))
+    operands = _prepare(call, stack, adapters, Gate(*gate))
     out = torch.empty_like(call.x)
     with torch.cuda.device_of(out):
         gate_up, _ = triton_launch.run_forward(call, operands, out, keep=True)
@@ -102,14 +102,14 @@ def _like_experts(
 
 
 def _differentiate_experts(arguments: Any, results: Any, gradients: Any, needs: Any) -> Any:
-    x, indices, weights, packed, factors, *scalings, alpha, limit, _ = arguments
+    x, indices, weights, packed, factors, *scalings, gate, _ = arguments
     if not x.is_cuda or not len(x):
         return recompute(_experts)(arguments, results, gradients, needs)
     from sparselong.kernels.experts import triton_launch
 
     stack, adapters = _read_operands(packed, factors, tuple(scalings))
     call = ExpertCall(x, indices, weights).contiguous()
-    operands = _prepare(call, stack, adapters, Gate(alpha, limit))
+    operands = _prepare(call, stack, adapters, Gate(*gate))
     made = Gradients(
         torch.empty_like(call.x) if needs[0] else None,
         torch.empty_like(call.weights) if needs[2] else None,

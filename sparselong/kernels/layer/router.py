@@ -95,7 +95,8 @@ class _Route(torch.autograd.Function):
     def backward(ctx: Any, dx: torch.Tensor | None, dweights: torch.Tensor | None, _: Any) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         if dweights is None:
             return dx, None
-        return _launch_backward(dx, dweights, *ctx.saved_tensors, ctx.router.weight), None
+        weights, indices = ctx.saved_tensors
+        return _launch_backward(dx, dweights, weights, indices, ctx.router.weight), None
 
 
 def _launch_backward(
@@ -156,7 +157,9 @@ def _kernels() -> Any:
     return router_triton
 
 
-def _route_in_graph(x: torch.Tensor, router: Router) -> tuple[torch.Tensor, ...]:
+def _route_in_graph(
+    x: torch.Tensor, router: Router
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what `route` does, for torch.compile, which adds x's two gradients itself."""
     constants = router.top_k, router.broken is not None
     weights, indices, broken = _route_operator(x, router.weight, router.bias, *constants)
