@@ -55,7 +55,7 @@ def _experts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weighted sums, and gate_up's output or, where it is not kept, nothing."""
     stack, adapters = _read_operands(packed, factors, (gate_up_scaling, down_scaling))
-    if not (trains and x.is_cuda and len(x)):
+    if not (trains and is_on_gpu(x) and len(x)):
         alpha, limit = gate
         out = expert_mlp(x, indices, weights, stack, adapters, alpha=alpha, limit=limit)
         shape = _kept_shape(x, indices, packed, trains)
@@ -69,6 +69,11 @@ def _experts(
         gate_up, _ = triton_launch.run_forward(call, operands, out, keep=True)
     assert gate_up is not None
     return out, gate_up
+
+
+def is_on_gpu(x: torch.Tensor) -> bool:
+    """Return whether the Triton backends run, which keep gate_up's output."""
+    return x.is_cuda
 
 
 def _prepare(
@@ -86,7 +91,7 @@ def _prepare(
 def _kept_shape(
     x: torch.Tensor, indices: torch.Tensor, packed: list[torch.Tensor], trains: bool
 ) -> tuple[int, ...]:
-    if not (trains and x.is_cuda):
+    if not (trains and is_on_gpu(x)):
         return (0,)
     return indices.shape[0] * indices.shape[1], packed[0].shape[1]
 
@@ -103,7 +108,7 @@ def _like_experts(
 
 def _differentiate_experts(arguments: Any, results: Any, gradients: Any, needs: Any) -> Any:
     x, indices, weights, packed, factors, *scalings, gate, _ = arguments
-    if not x.is_cuda or not len(x):
+    if not is_on_gpu(x) or not len(x):
         return recompute(_experts)(arguments, results, gradients, needs)
     from sparselong.kernels.experts import triton_launch
 
