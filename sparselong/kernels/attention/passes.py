@@ -65,7 +65,7 @@ def run_forward(
         name = pick_backend(choice.backend, q, call)
     with torch.no_grad(), torch.cuda.device_of(q):
         out, lse, _ = load_backend(name).attend(q, k, v, sinks, call)
-    decided = torch.tensor([BACKENDS.index(name), int(choice.deterministic)])
+    decided = torch.tensor([BACKENDS.index(name), int(choice.deterministic)], device="cpu")
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), decided
 
 
