@@ -15,17 +15,18 @@ needs. That also makes it right under the compiler's own recomputation. State of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 Differentiate = Callable[..., Sequence[Any]]
-"""(arguments, results, gradients of the results, needs) → gradients of the tensors among the
-arguments, those of lists one by one. `needs` says for each of these whether its gradient is
-needed; others may be None, as may be gradients of results that nothing depends on."""
+"""(arguments, results that it reads, gradients of all results, needs) → gradients of the tensors
+among the arguments, those of lists one by one. `needs` says for each of these whether its gradient
+is needed; others may be None, as may be gradients of results that nothing depends on."""
 
 
 def make_opaque(
@@ -33,6 +34,8 @@ def make_opaque(
     *,
     like: Callable[..., Any],
     differentiate: Differentiate,
+    reads: Sequence[int] = (),
+    stand_ins: Mapping[int, int] = MappingProxyType({}),
     synchronizes: bool = False,
 ) -> Any:
     """Register an operation; return its operator, to be called with all arguments by position.
@@ -45,6 +48,9 @@ def make_opaque(
             are tensors, lists of tensors, optional tensors, and constants.
         like: the same arguments → empty results of the same shapes, dtypes, devices and strides.
         differentiate: the backward pass; on a CPU autograd records in it.
+        reads: which results `differentiate` gets; the others are not kept for it.
+        stand_ins: results that it gets in place of arguments whose values it does not need, by the
+            arguments' places: of the same shape and dtype, and kept anyway.
         synchronizes: whether the host waits for the device, which a captured CUDA graph cannot.
     """
     name = forward.__name__.strip("_")
@@ -57,7 +63,7 @@ def make_opaque(
     )
     operator.register_fake(like)
     backward = _register_backward(f"{name}_backward", schema, differentiate, tags)
-    operator.register_autograd(_call_backward(backward), setup_context=_save)
+    operator.register_autograd(_call_backward(backward), setup_context=_saving(reads, stand_ins))
     return getattr(torch.ops.sparselong, name).default
 
 
@@ -97,14 +103,21 @@ def _lay_out(gradient: torch.Tensor | None, leaf: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(leaf).copy_(gradient)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Save arguments and results for the backward pass."""
-    results = list(output) if isinstance(output, (tuple, list)) else [output]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*_tensors(inputs), *results)
-    ctx.constants = [None if _is_tensors(each) else each for each in inputs]
-    ctx.lengths = [len(each) if isinstance(each, (list, tuple)) else None for each in inputs]
-    ctx.are_tensors = [_is_tensors(each) for each in inputs]
+def _saving(reads: Sequence[int], stand_ins: Mapping[int, int]) -> Callable[..., None]:
+    """Return the function that saves arguments and results for the backward pass."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        results = list(output) if isinstance(output, (tuple, list)) else [output]
+        given = list(inputs)
+        for place, result in stand_ins.items():
+            given[place] = results[result]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*_tensors(given), *(results[number] for number in reads))
+        ctx.are_tensors = [_is_tensors(each) for each in inputs]
+        ctx.lengths = [len(each) if isinstance(each, (list, tuple)) else None for each in inputs]
+        ctx.constants = [None if _is_tensors(each) else each for each in inputs]
+
+    return save
 
 
 def _call_backward(backward: Any) -> Callable[..., Any]:

@@ -349,7 +349,11 @@ def _differentiate_attention(arguments: Any, results: Any, gradients: Any, needs
 
 
 _attention_operator = make_opaque(
-    _attention, like=_like_attention, differentiate=_differentiate_attention, synchronizes=True
+    _attention,
+    like=_like_attention,
+    differentiate=_differentiate_attention,
+    reads=(0, 1, 2),
+    synchronizes=True,
 )
 
 

@@ -52,7 +52,7 @@ def compare(operator: Any, direct: Callable[..., Any], *arguments: Any) -> list[
         upstream = [torch.randn(result.shape) for result in results]
         found.append((results, torch.autograd.grad(results, leaves, upstream)))
     pairs = zip(*((*results, *gradients) for results, gradients in found), strict=True)
-    return [float((got - wanted).detach().norm() / wanted.norm()) for wanted, got in pairs]
+    return [float((got - wanted).detach().norm() / wanted.detach().norm()) for wanted, got in pairs]
 
 
 def draw(*size: int) -> torch.Tensor:

@@ -123,11 +123,13 @@ def _differentiate_experts(arguments: Any, results: Any, gradients: Any, needs: 
     )
     with torch.cuda.device_of(x):
         routing = triton_launch.sort_all(call, operands)
-        saved = triton_launch.SavedForward(lambda: (results[1], call.x), routing, *call[1:])
+        saved = triton_launch.SavedForward(lambda: (results[0], call.x), routing, *call[1:])
         dout = gradients[0].contiguous()
         biases = triton_launch.run_backward(dout, saved, operands, made, overwrite=False)
     sums = [each for each in made.adapters.factors if each is not None]
     return made.x, None, made.weights, None, None, biases[0], None, None, biases[1], *sums
 
 
-_experts_operator = make_opaque(_experts, like=_like_experts, differentiate=_differentiate_experts)
+_experts_operator = make_opaque(
+    _experts, like=_like_experts, differentiate=_differentiate_experts, reads=(1,)
+)

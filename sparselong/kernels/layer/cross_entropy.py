@@ -236,9 +236,14 @@ def _like_loss(
 
 
 def _differentiate_loss(arguments: Any, results: Any, gradients: Any, needs: Any) -> tuple:
-    return _scale(results[1], gradients[0]), None, None
+    dhidden, *_ = arguments  # in place of hidden
+    return _scale(dhidden, gradients[0]), None, None
 
 
 _loss_operator = make_opaque(
-    _loss, like=_like_loss, differentiate=_differentiate_loss, synchronizes=True
+    _loss,
+    like=_like_loss,
+    differentiate=_differentiate_loss,
+    stand_ins={0: 1},
+    synchronizes=True,
 )

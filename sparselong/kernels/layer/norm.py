@@ -237,10 +237,10 @@ def _like_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[t
 
 
 def _differentiate_rms_norm(arguments: Any, results: Any, gradients: Any, needs: Any) -> tuple:
-    (x, weight, _), inverse, dout = arguments, results[1], gradients[0]
+    (x, weight, _), (inverse,), dout = arguments, results, gradients[0]
     return _launch_backward(dout, None, x, weight.contiguous(), inverse, needs[1])
 
 
 _rms_norm_operator = make_opaque(
-    _rms_norm, like=_like_rms_norm, differentiate=_differentiate_rms_norm
+    _rms_norm, like=_like_rms_norm, differentiate=_differentiate_rms_norm, reads=(1,)
 )

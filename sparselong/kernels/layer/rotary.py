@@ -223,14 +223,15 @@ def _like_rotate(q: torch.Tensor, k: torch.Tensor, *_: torch.Tensor) -> tuple[to
 
 
 def _differentiate_rotate(arguments: Any, results: Any, gradients: Any, needs: Any) -> tuple:
-    _, _, cos, sin = arguments
-    # Attention always uses both: a missing gradient is that of other callers.
-    dq, dk = (
-        torch.zeros_like(r) if g is None else g for r, g in zip(results, gradients, strict=True)
-    )
+    """Return the gradients of q and k; the arguments q and k are the rotated ones."""
+    q, k, cos, sin = arguments
+    given = zip((q, k), gradients, strict=True)
+    dq, dk = (torch.zeros_like(like) if each is None else each for like, each in given)
     places = _empty_token_major(dq), _empty_token_major(dk)
     _launch((dq, dk), cos, sin, places, back=True)
     return *places, None, None
 
 
-_rotate_operator = make_opaque(_rotate, like=_like_rotate, differentiate=_differentiate_rotate)
+_rotate_operator = make_opaque(
+    _rotate, like=_like_rotate, differentiate=_differentiate_rotate, stand_ins={0: 0, 1: 1}
+)

@@ -185,8 +185,10 @@ def _like_route(
 
 
 def _differentiate_route(arguments: Any, results: Any, gradients: Any, needs: Any) -> tuple:
-    (weights, indices, _), dweights = results, gradients[0]
+    (weights, indices), dweights = results, gradients[0]
     return _launch_backward(None, dweights, weights, indices, arguments[1]), None, None
 
 
-_route_operator = make_opaque(_route, like=_like_route, differentiate=_differentiate_route)
+_route_operator = make_opaque(
+    _route, like=_like_route, differentiate=_differentiate_route, reads=(0, 1)
+)
