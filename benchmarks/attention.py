@@ -194,7 +194,7 @@ def measure_determinism(tokens: int) -> Rows:
     for window in (None, WINDOW):
         calls = {
             (name, asked): functools.partial(both, name, window, asked)
-            for name in ("torch_flash", "flash_attn_4")
+            for name in ("torch_flash", "flash_attn", "flash_attn_4")
             for asked in (False, True)
             if not skips(name, window, False, tokens)
         }

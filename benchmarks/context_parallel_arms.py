@@ -5,7 +5,7 @@ Keys and values of a few KV heads are gathered from all ranks while attention of
 is computed, and dK and dV are reduce-scattered. `ulysses` (Jacobs et al., 2023, arXiv:2309.14509)
 exchanges sequence shards for heads by all-to-all, computes attention of whole sequences with its
 heads' sinks, and exchanges back. Both use the same kernels as this project's arm unless
-`torch_flash` is named.
+`torch_flash` is named. `ring-flash-attn`, if installed, is that package on flash-attn.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from benchmarks.ring_flash_attn_arm import attend_by_ring, refuse_ring
 from sparselong.kernels.attention.mask import AttentionCall, Mask, SavedForward
 from sparselong.kernels.attention.op import attention, load_backend, pick_backend
 from sparselong.parallel.collectives import record_bytes, start_all_to_all
@@ -67,7 +68,12 @@ def make_arms(mesh: Mesh, tokens: int, strides: list[int], best: int) -> dict[st
         out, _ = attention(q, k, v, sinks.chunk(size)[rank], window=window)
         return _Swap.apply(out, mesh, False)
 
+    def ring(q, k, v, sinks, window):
+        return attend_by_ring(q, k, v, sinks, (0, tokens), window, best, mesh.context_group)
+
     arms = {f"sparselong, heads_k_stride {stride}": ours(stride) for stride in strides}
+    if refuse_ring() is None:
+        arms["ring-flash-attn"] = Arm(ring, contiguous)
     return arms | {
         "sparselong on torch_flash": ours(best, "torch_flash"),
         "contiguous": gathering(None),

@@ -28,6 +28,10 @@ _SET_ASIDE = {
     **dict.fromkeys(("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"), False),
 }
 """Keys of Axolotl that would open or compute the model in another way, and their values."""
+_LIGER = (
+    *("rope", "rms_norm", "glu_activation", "swiglu"),
+    *("cross_entropy", "fused_linear_cross_entropy"),
+)
 
 
 class LibraryPlugin(BasePlugin):
@@ -37,7 +41,7 @@ class LibraryPlugin(BasePlugin):
         """Raise if the YAML asks for what this plugin cannot give.
 
         Raises:
-            ConfigError: the YAML names Axolotl's context parallelism, or no LoRA.
+            ConfigError: the YAML names Axolotl's context parallelism, Liger's kernels, or no LoRA.
         """
         for key in ("context_parallel_size", "sequence_parallel_degree"):
             if (cfg.get(key) or 1) > 1:
@@ -47,6 +51,14 @@ class LibraryPlugin(BasePlugin):
                     "Axolotl's context parallelism, in which each process attends to its own part",
                     "shard sequences by this project's stage 03: "
                     f"python 03_finetune.py sequence_parallel_degree={cfg[key]}",
+                )
+        for key in (f"liger_{name}" for name in _LIGER):
+            if cfg.get(key):
+                raise ConfigError(
+                    f"{key} would not be used: this plugin fuses the layers and the loss itself",
+                    f"{key}: false",
+                    f"{key}: {cfg[key]}",
+                    f"remove {key}; BENCHMARKS.md compares Liger's kernels with ours",
                 )
         if cfg.get("adapter") != "lora":
             raise ConfigError(

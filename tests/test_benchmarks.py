@@ -17,7 +17,7 @@ from sparselong import provenance
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("name", ["attention", "expert_gemm", "memory", "neighbours"])
+@pytest.mark.parametrize("name", ["attention", "expert_gemm", "liger", "memory", "neighbours"])
 def test_make_bench_continues_without_a_gpu(name, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])

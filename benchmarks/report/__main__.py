@@ -23,6 +23,7 @@ from benchmarks.report import (
     export,
     fit_120b,
     generation,
+    liger,
     memory,
     neighbours,
     promises,
@@ -54,6 +55,7 @@ SECTIONS = (
     generation,
     chat,
     neighbours,
+    liger,
     export,
 )
 

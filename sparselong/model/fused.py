@@ -47,7 +47,12 @@ from sparselong.parallel import count_supervised, shift_labels
 
 
 class FusedRMSNorm(GptOssRMSNorm):
-    """RMSNorm as one kernel."""
+    """RMSNorm as one kernel. Liger, which would replace its forward pass, is refused."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "casting_mode":  # the first that only Liger sets in a norm that it replaces
+            raise ValueError(_LIGER)
+        super().__setattr__(name, value)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., hidden] → [..., hidden]."""
@@ -241,6 +246,10 @@ class FusedDecoderLayer(GptOssDecoderLayer):
         return mlp.add_to(total, normed) if isinstance(mlp, FusedMLP) else total + mlp(normed)[0]
 
 
+_LIGER = (
+    "model: Liger's norms or rotary embedding; allowed in a fused model: transformers' own, whose "
+    'place fuse takes. Set liger_kernel_config={"rms_norm": False, "rope": False}, or do not fuse'
+)
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     GptOssRMSNorm: FusedRMSNorm,
     GptOssAttention: FusedAttention,
@@ -260,11 +269,14 @@ def fuse(model: nn.Module) -> None:
         model: a gpt-oss model of transformers, with or without a head, wrapped by PEFT or not.
 
     Raises:
-        ValueError: The model has no gpt-oss layers.
+        ValueError: The model has no gpt-oss layers, or Liger's norms or rotary embedding.
     """
     modules = list(model.modules())
     if not any(isinstance(module, GptOssDecoderLayer) for module in modules):
         raise ValueError(f"model: {type(model).__name__} without gpt-oss layers; allowed: gpt-oss")
+    rotary = modeling_gpt_oss.apply_rotary_pos_emb.__module__
+    if rotary.startswith("liger_kernel") or any("casting_mode" in vars(m) for m in modules):
+        raise ValueError(_LIGER)
     for module in modules:
         if type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]

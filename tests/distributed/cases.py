@@ -224,6 +224,30 @@ def rounding_errors(
     return _distances(got, wanted), _distances(_take_own(alone), wanted)
 
 
+def ring_rounding_errors(
+    window: int | None, boundaries: tuple[int, ...], stride: int, device: str, seed: int
+) -> tuple[list[float], list[float]]:
+    """Return the same as `rounding_errors` for ring-flash-attn, whose shards are contiguous."""
+    from benchmarks.ring_flash_attn_arm import attend_by_ring
+
+    group = mesh_of(dist.get_world_size()).context_group
+
+    def take(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.chunk(dist.get_world_size(), 2)[dist.get_rank()]
+
+    inputs = _inputs(boundaries[-1], seed)
+    inputs = [*(t.bfloat16() for t in inputs[:3]), inputs[3], inputs[4].bfloat16()]
+    exact = _attend_alone([t.double() for t in inputs], window, boundaries, None)
+    q, k, v, sinks, dout = inputs = [t.to(device) for t in inputs]
+    local = [*(take(t).clone().requires_grad_() for t in (q, k, v)), sinks.requires_grad_()]
+    out = attend_by_ring(*local, boundaries, window, stride, group)
+    got = [out, *torch.autograd.grad(out, local, take(dout))]
+    got[4] = sum_over_ranks(got[4], group, "test")
+    alone = _attend_alone(inputs, window, boundaries, "flash_attn")
+    wanted, own = ([*map(take, whole[:4]), whole[4]] for whole in (exact, alone))
+    return _distances(got, wanted), _distances(own, wanted)
+
+
 def _inputs(tokens: int, seed: int) -> list[torch.Tensor]:
     """Draw q, k, v, sinks and the gradient of out; four heads share two KV heads."""
     generator = torch.Generator().manual_seed(seed)

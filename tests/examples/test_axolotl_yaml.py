@@ -57,3 +57,11 @@ def test_axolotls_context_parallelism_is_refused_with_the_way_to_ours(tmp_path, 
     assert done.returncode != 0
     assert "context_parallel_size: 2 cannot be used with gpt-oss" in done.stderr
     assert "python 03_finetune.py sequence_parallel_degree=2" in done.stderr
+
+
+def test_ligers_kernels_are_refused_by_name(tmp_path, forked_python):
+    liger = {"plugins": [*EXAMPLE["plugins"], "axolotl.integrations.liger.LigerPlugin"]}
+    done = axolotl(forked_python, tmp_path, EXAMPLE | CPU | liger | {"liger_rms_norm": True})
+    assert done.returncode != 0
+    assert "liger_rms_norm would not be used" in done.stderr
+    assert "remove liger_rms_norm" in done.stderr

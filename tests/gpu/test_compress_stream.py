@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from sparselong.checkpoint import Checkpoint, open_upstream
+from sparselong.compress.background import Seconds
 from sparselong.compress.calibration import HiddenStates
 from sparselong.compress.layer import CalibratedLayer
 from sparselong.compress.reading import LayerReader
 from sparselong.compress.work import Spread
+from sparselong.config import CalibrationSection
 from sparselong.model import NAME
+from sparselong.packing import DenseFormat
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 
@@ -88,3 +91,23 @@ def test_a_layer_read_ahead_does_not_disturb_the_one_on_the_gpu(base):
     for index, layer in enumerate(layers):
         name = f"model.layers.{index}.self_attn.q_proj.weight"
         assert torch.equal(layer.layer.self_attn.q_proj.weight.cpu(), base.read([name])[name])
+
+
+def compress_with(base: Checkpoint, folder, steps: int):
+    layer, states = open_layer(base, CUDA), open_states(folder)
+    calibration = CalibrationSection(refinement_steps=steps)
+    fmt = DenseFormat(4, "2:4", 64)
+    return layer.compress(states, fmt, calibration, Spread(), Seconds(CUDA))
+
+
+def test_refinement_lowers_the_error_and_repeats_to_the_bit(base, tmp_path):
+    """An interrupted layer is made again, and must have the same bytes."""
+    solved, one, other = (compress_with(base, tmp_path, steps) for steps in (0, 30, 30))
+    error = one.attention_error
+    assert error["refined"] < 0.95 * error["solved"] and error == other.attention_error
+    for name, tensor in (one.stored | one.masters).items():
+        assert torch.equal(tensor, (other.stored | other.masters)[name]), name
+    changed = [
+        name for name in one.masters if not torch.equal(one.masters[name], solved.masters[name])
+    ]
+    assert len(changed) == 4

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import GptOssForCausalLM
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.models.gpt_oss import modeling_gpt_oss
 
 from sparselong.model.fused import (
     FusedAttention,
@@ -49,6 +51,35 @@ def test_fusing_changes_only_the_given_model(model):
     assert ours.state_dict().keys() == model.state_dict().keys()
     with pytest.raises(ValueError, match="model: Linear without gpt-oss layers"):
         fuse(nn.Linear(2, 2))
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """Restore what Liger replaces in transformers' module."""
+    for name in ("apply_rotary_pos_emb", "GptOssRMSNorm"):
+        monkeypatch.setattr(modeling_gpt_oss, name, getattr(modeling_gpt_oss, name))
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("kept", [{}, {"rope": False}, {"rms_norm": False}])
+def test_fusing_a_model_with_ligers_layers_is_refused(model, kept):
+    ours = copy.deepcopy(model)
+    apply_liger_kernel(ours, kept)  # what `use_liger_kernel` calls
+    with pytest.raises(ValueError, match="model: Liger's norms or rotary embedding"):
+        fuse(ours)
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_fused_model_takes_ligers_loss_but_not_its_layers(model):
+    ours = copy.deepcopy(model)
+    fuse(ours)
+    with pytest.raises(ValueError, match="allowed in a fused model: transformers' own"):
+        apply_liger_kernel(ours, {"rope": False})
+    apply_liger_kernel(ours, {"rope": False, "rms_norm": False})
+    assert ours.forward.__module__ == "liger_kernel.transformers.model.gpt_oss"
+    with torch.no_grad():  # without labels, its forward pass leaves the loss to transformers
+        expected, got = model(IDS).logits, ours(IDS).logits
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("packed", [True, False])
