@@ -43,7 +43,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
 # Each measures one subject, and says if it needs a GPU. The other files in benchmarks/ are helpers,
 # or compare two checkouts.
 BENCHMARKS := demo attention attention_tiles expert_gemm neighbours liger generation chat memory solver \
-              train_step context_parallel fit_120b true_widths compress_rate export quality \
+              train_step compiled context_parallel fit_120b true_widths compress_rate export quality \
               sharded_full
 
 .PHONY: demo check test test-long test-short test-mutations test-llama test-web test-zero3 test-gpu bench lock clean

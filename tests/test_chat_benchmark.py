@@ -14,12 +14,13 @@ SMALL = {"layers": 2, "prompt": 160, "tokens": 8, "prefix": 320, "repeats": 1}
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def result(tmp_path_factory, forked_python):
     folder = tmp_path_factory.mktemp("results")
     options = [f"--{name}={value}" for name, value in SMALL.items()]
     with pytest.MonkeyPatch.context() as patched:
         names = ["chat.py", "--widths=tiny", *options, "--machine=cpu", f"--folder={folder}"]
         patched.setattr(sys, "argv", names)
+        patched.setattr(sys, "executable", forked_python)  # of the client
         benchmark.main()
     (path,) = folder.iterdir()
     return json.loads(path.read_text())

@@ -2,7 +2,7 @@
 
     errors, figures, files, lazy, registration, provenance
     config, packing, runtime
-    run, memory, data, kernels          kernels: gpu, layout | attention, layer, sweep
+    run, memory, data, kernels          kernels: gpu, opaque | attention, layer, sweep
     parallel                                     | decode | dense, experts
     checkpoint, processes
     model
@@ -38,7 +38,7 @@ FLOORS = (
 )
 INNER = {
     "kernels": (
-        {"gpu", "layout", "expert_stack", "launch"},
+        {"gpu", "layout", "expert_stack", "launch", "opaque"},
         {"attention", "layer", "sweep"},
         {"decode"},
         {"dense", "experts"},

@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 from benchmarks.report import (
     attention,
     chat,
+    compiled,
     compress_rate,
     context_parallel,
     expert_gemm,
@@ -42,6 +43,7 @@ SECTIONS = (
     promises,
     sizes,
     train_step,
+    compiled,
     memory,
     context_parallel,
     fit_120b,

@@ -86,7 +86,9 @@ class JoinedProjections:
 
     @property
     def is_usable(self) -> bool:
-        """Whether the layers' adapters are on."""
+        """Whether the layers' adapters are on, and no graph is being compiled: it has the three."""
+        if torch.compiler.is_compiling():
+            return False
         return not any(layer.disable_adapters for layer in self.layers)
 
     def weight(self) -> MaskedWeight:

@@ -40,6 +40,7 @@ from torch import nn
 from torch.nn import functional
 
 from sparselong.adapters import masks
+from sparselong.kernels import make_opaque
 from sparselong.kernels.dense import MaskedWeight, sum_weight
 from sparselong.model import PackedLinear
 from sparselong.packing import DenseFormat, dense, two_four
@@ -70,6 +71,50 @@ class _MaskedLinear(torch.autograd.Function):
         return grad_x, *(factors or (None, None)), None, None
 
 
+def _masked_linear(
+    x: torch.Tensor,
+    factors: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    master: torch.Tensor,
+    patterns: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    scaling: float,
+    bits: int,
+) -> torch.Tensor:
+    """Return `_MaskedLinear`'s product for torch.compile."""
+    a, b = factors
+    weight = MaskedWeight(master, a, b, scaling, patterns, scale, bits).round().to(x.dtype)
+    return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _like_masked_linear(
+    x: torch.Tensor,
+    factors: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    master: torch.Tensor,
+    *_: Any,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], master.shape[0])
+
+
+def _differentiate_masked_linear(
+    arguments: Any, results: Any, gradients: Any, needs: Any
+) -> list[torch.Tensor | None]:
+    x, factors, _, master, patterns, scale, scaling, bits = arguments
+    a, b = factors
+    made_from = MaskedWeight(master, a, b, scaling, patterns, scale, bits)
+    grad_x, found = differentiate_product(
+        made_from, gradients[0], [x, None, None], needs[0], needs[1] or needs[2]
+    )
+    given: list[Any] = [grad_x, *(found or (None, None))]
+    return given + [None] * (len(needs) - len(given))
+
+
+_masked_linear_operator = make_opaque(
+    _masked_linear, like=_like_masked_linear, differentiate=_differentiate_masked_linear
+)
+
+
 def round_for_backward(
     made_from: MaskedWeight,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
@@ -83,7 +128,7 @@ def round_for_backward(
 def differentiate_product(
     made_from: MaskedWeight,
     grad: torch.Tensor,
-    saved: list[torch.Tensor],
+    saved: list[Any],
     needs_x: bool,
     needs_factors: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor] | None]:
@@ -258,6 +303,10 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
             return self.base_layer(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.compiler.is_compiling():
+            a, b, scaling = self.adapter()
+            given = (x, [a, b], self.base_layer.bias, self.master, self.patterns, self.scale)
+            return _masked_linear_operator(*given, float(scaling), self.bits)
         made_from = self._made_from()
         return _MaskedLinear.apply(
             x, made_from.lora_a, made_from.lora_b, self.base_layer.bias, made_from

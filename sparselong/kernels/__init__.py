@@ -12,5 +12,6 @@ if TYPE_CHECKING:
         PackedWeight,
         Passing,
     )
+    from sparselong.kernels.opaque import leave_graph, make_opaque
 
 __getattr__ = expose(__name__)

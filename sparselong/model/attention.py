@@ -37,8 +37,17 @@ from torch import nn
 from transformers.masking_utils import flash_attention_mask
 
 from sparselong.config import Config
-from sparselong.kernels.attention import attention, mark_starts, refuse_gaps
-from sparselong.runtime import call_once, current
+from sparselong.kernels import make_opaque
+from sparselong.kernels.attention import (
+    Choice,
+    SavedForward,
+    attention,
+    mark_starts,
+    refuse_gaps,
+    run_backward,
+    run_forward,
+)
+from sparselong.runtime import Settings, call_once, current
 
 NAME = "sparselong"
 _ROWS_CHECKED = 1024
@@ -84,14 +93,17 @@ def attention_forward(
     if torch.is_autocast_enabled(query.device.type):  # queries and keys leave rotary in fp32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if torch.compiler.is_compiling():
+        kinds = (attention_mask, position_ids, sliding_window, scaling)
+        return _attend_in_graph((query, key, value, sinks), *kinds)
     settings = current()
-    backend = None if settings.attention_backend == "auto" else settings.attention_backend
-    choice: dict[str, Any] = {"window": sliding_window, "scale": scaling, "backend": backend}
+    choice: dict[str, Any] = {"window": sliding_window, "scale": scaling}
+    choice["backend"] = _named_backend(settings)
     if settings.sequence is None:
-        batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-        sizes = (batch, queries, keys)
+        sizes = _sizes(query, key)
         choice["cu_seqlens"] = _boundaries(attention_mask, position_ids, sizes, sliding_window)
-        output, _ = attention(query, key, value, sinks, query_offset=keys - queries, **choice)
+        offset = key.shape[2] - query.shape[2]
+        output, _ = attention(query, key, value, sinks, query_offset=offset, **choice)
     else:
         choice["deterministic"] = settings.deterministic
         output = settings.sequence.attend(query, key, value, sinks, **choice)
@@ -107,12 +119,23 @@ def _check_arguments(
         raise ValueError(f"module: {type(module).__name__} without sinks; allowed: gpt-oss's")
     if dropout != 0:
         raise ValueError(f"dropout: {dropout!r}; allowed: 0, dropout is not supported")
+    if torch.compiler.is_compiling():
+        return sinks  # settings are read when the graph runs
     if attention_mask is not None and current().sequence is not None:
         raise ValueError(
             f"attention_mask: {type(attention_mask).__name__} in a shard of a sequence; "
             "allowed: None, the layout gives the document boundaries"
         )
     return sinks
+
+
+def _named_backend(settings: Settings) -> str | None:
+    return None if settings.attention_backend == "auto" else settings.attention_backend
+
+
+def _sizes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int, int]:
+    """Return the number of rows, and queries and keys per row."""
+    return query.shape[0], query.shape[2], key.shape[2]
 
 
 def _boundaries(
@@ -251,9 +274,87 @@ def padding_mask(
             f"past_key_values: {kv_offset + kv_length} keys, and the last query is number "
             f"{int(q_offset) + q_length}; allowed: a cache that ends there (dynamic, not static)"
         )
+    if torch.compiler.is_compiling():  # flash_attention_mask looks whether there is padding
+        mask = arguments.get("attention_mask")
+        return None if mask is None else mask[:, -kv_length:]
     return flash_attention_mask(
         q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **arguments
     )
+
+
+def _attend_in_graph(
+    tensors: tuple[torch.Tensor, ...],
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    window: int | None,
+    scaling: float | None,
+) -> tuple[torch.Tensor, None]:
+    """Return what `attention_forward` does, for torch.compile; the documents are found inside."""
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    output, *_ = _attention_operator(*tensors, mask, positions, window, scaling, trains)
+    return output.transpose(1, 2), None
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    window: int | None,
+    scaling: float | None,
+    trains: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `run_forward`'s results with the settings of the pass that runs the graph."""
+    settings = current()
+    if settings.sequence is not None:
+        raise ValueError(
+            "sequence: a shard, in a model under torch.compile; allowed: none, because the "
+            "processes' exchange is not part of a graph. Run context parallelism without it"
+        )
+    backend = _named_backend(settings)
+    return run_forward(
+        *(query, key, value, sinks),
+        cu_seqlens=_boundaries(mask, positions, _sizes(query, key), window),
+        window=window,
+        scale=scaling,
+        choice=Choice(backend, settings.deterministic, trains),
+    )
+
+
+def _like_attention(
+    query: torch.Tensor, key: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, heads, queries, head_dim = query.shape
+    out = query.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = query.new_empty((batch, heads, queries), dtype=wide)
+    return out, lse, torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+def _differentiate_attention(arguments: Any, results: Any, gradients: Any, needs: Any) -> Any:
+    query, key, value, sinks, mask, positions, window, scaling, _ = arguments
+    out, lse, decided = results
+    found = run_backward(
+        gradients[0],
+        SavedForward(query, key, value, sinks, out, lse),
+        decided,
+        cu_seqlens=_boundaries(mask, positions, _sizes(query, key), window),
+        window=window,
+        scale=scaling,
+        needs_dsinks=needs[3],
+    )
+    return *found, *[None] * (len(needs) - 4)  # mask and positions have none
+
+
+_attention_operator = make_opaque(
+    _attention,
+    like=_like_attention,
+    differentiate=_differentiate_attention,
+    reads=(0, 1, 2),
+    synchronizes=True,
+)
 
 
 def patch_attention() -> None:

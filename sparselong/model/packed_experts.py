@@ -27,7 +27,7 @@ from torch import nn
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 
 from sparselong.checkpoint import expert_shapes
-from sparselong.kernels import ExpertStack, HostStack, PackedWeight
+from sparselong.kernels import ExpertStack, HostStack, PackedWeight, leave_graph
 from sparselong.kernels.experts import ALPHA, LIMIT, NO_ADAPTERS, Adapters, expert_mlp
 from sparselong.model.host_experts import HostExperts
 from sparselong.model.part import Part
@@ -103,6 +103,7 @@ class PackedExperts(Part):
         finally:
             self._buffers.update(kept)
 
+    @torch.compiler.assume_constant_result  # torch.compile calls it while it compiles
     def _check_scales(self) -> None:
         """Raise if a scale is NaN, checked once per loaded set to avoid host synchronizations."""
         names = ("gate_up_proj_scales", "down_proj_scales")
@@ -141,6 +142,9 @@ class PackedExperts(Part):
             ValueError: A scale is NaN, an argument's shape or dtype does not fit, or the pass's
                 setting `experts` is not that with which the module was made.
         """
+        if torch.compiler.is_compiling():
+            arguments = (hidden_states, router_indices, routing_weights, adapters, residual)
+            return self._run_in_graph(*arguments)
         exchange = current().experts
         self.check_setting("experts", exchange)
         self._check_scales()
@@ -153,6 +157,28 @@ class PackedExperts(Part):
         else:
             return expert_mlp(*call, residual=residual, **gate)
         return out if residual is None else residual + out
+
+    def _run_in_graph(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        """Return what `forward` does, for torch.compile."""
+        if self.is_on_host:
+            return self._run_on_host(x, *arguments)
+        if not self.is_whole:
+            return self._run_sharded(x, *arguments)
+        self._check_scales()
+        indices, weights, adapters, residual = arguments
+        gate: dict[str, Any] = {"alpha": self.alpha, "limit": self.limit}
+        is_summed = residual is not None and residual.dtype == x.dtype
+        added = residual if is_summed else None
+        out = expert_mlp(x, indices, weights, self.stack(), adapters, residual=added, **gate)
+        return out if is_summed or residual is None else residual + out
+
+    @leave_graph("experts in host memory: layers are copied ahead of use, in the passes' order")
+    def _run_on_host(self, *arguments: Any) -> torch.Tensor:
+        return self.forward(*arguments)
+
+    @leave_graph("experts sharded over several processes, whose exchange is not part of a graph")
+    def _run_sharded(self, *arguments: Any) -> torch.Tensor:
+        return self.forward(*arguments)
 
 
 def reserve_host_memory(model: nn.Module, locked: bool) -> None:

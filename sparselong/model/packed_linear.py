@@ -7,9 +7,12 @@ few rows on a GPU, as in generation, a 4-bit weight is multiplied in packed form
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from sparselong.kernels import make_opaque
 from sparselong.packing import DenseFormat, dense
 
 MOST_TOKENS = 8
@@ -73,30 +76,95 @@ class PackedLinear(nn.Module):
 
     def dequantize(self) -> torch.Tensor:
         """Decode the stored tensors to the bf16 weight [out, in]."""
-        if self.weight_packed.is_cuda and self.fmt.weight_bits == 4:
-            from sparselong.kernels.dense import unpack_weight
-
-            return unpack_weight(self.fmt, self.packed())
-        return dense.unpack(self.fmt, self.packed())
+        return _decode(self.fmt, self.packed())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out] in x's dtype."""
-        if self._is_small(x):
-            from sparselong.kernels.decode import packed_gemv
-
-            rows = x.reshape(-1, self.in_features)
-            return packed_gemv(rows, self.fmt, self.packed(), self.bias).view(*x.shape[:-1], -1)
+        if torch.compiler.is_compiling():
+            packed = self.packed()
+            tensors = (x, self.bias, list(packed.values()))
+            constants = (" ".join(packed), self.fmt.weight_bits, self.fmt.sparsity)
+            return _packed_linear_operator(
+                *tensors, *constants, self.fmt.group_size, _trains(x, self.bias)
+            )
+        if not _trains(x, self.bias) and _is_small(x, self.fmt):
+            return _multiply_few(x, self.fmt, self.packed(), self.bias)
         return decoded_linear(x, lambda dtype: self.dequantize().to(dtype), self.bias)
-
-    def _is_small(self, x: torch.Tensor) -> bool:
-        """Return whether `packed_gemv` can take the call."""
-        trains = torch.is_grad_enabled() and (
-            x.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        )
-        few = 0 < x.numel() <= MOST_TOKENS * self.in_features
-        on_gpu = x.is_cuda and x.dtype == torch.bfloat16
-        return on_gpu and few and not trains and self.fmt.weight_bits == 4
 
     def extra_repr(self) -> str:
         """Return the shape and format for the module's repr."""
         return f"{self.in_features}, {self.out_features}, {self.fmt}"
+
+
+def _decode(fmt: DenseFormat, packed: dict[str, torch.Tensor]) -> torch.Tensor:
+    if packed["weight_packed"].is_cuda and fmt.weight_bits == 4:
+        from sparselong.kernels.dense import unpack_weight
+
+        return unpack_weight(fmt, packed)
+    return dense.unpack(fmt, packed)
+
+
+def _trains(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    needed = x.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and needed
+
+
+def _is_small(x: torch.Tensor, fmt: DenseFormat) -> bool:
+    """Return whether `packed_gemv` can take the call, if it needs no gradients."""
+    few = 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
+    return x.is_cuda and x.dtype == torch.bfloat16 and few and fmt.weight_bits == 4
+
+
+def _multiply_few(
+    x: torch.Tensor, fmt: DenseFormat, packed: dict[str, torch.Tensor], bias: torch.Tensor | None
+) -> torch.Tensor:
+    from sparselong.kernels.decode import packed_gemv
+
+    rows = x.reshape(-1, x.shape[-1])
+    return packed_gemv(rows, fmt, packed, bias).view(*x.shape[:-1], -1)
+
+
+def _packed_linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    names: str,
+    weight_bits: int,
+    sparsity: str,
+    group_size: int,
+    trains: bool,
+) -> torch.Tensor:
+    """Return the product for torch.compile: `PackedLinear.forward` of the stored tensors."""
+    fmt, packed = _read_format(tensors, names, weight_bits, sparsity, group_size)
+    if not trains and _is_small(x, fmt):
+        return _multiply_few(x, fmt, packed, bias)
+    return nn.functional.linear(x, _decode(fmt, packed).to(x.dtype), bias)
+
+
+def _read_format(
+    tensors: list[torch.Tensor], names: str, *constants: Any
+) -> tuple[DenseFormat, dict[str, torch.Tensor]]:
+    return DenseFormat(*constants), dict(zip(names.split(), tensors, strict=True))
+
+
+def _like_packed_linear(
+    x: torch.Tensor, bias: torch.Tensor | None, tensors: list[torch.Tensor], *_: Any
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], tensors[0].shape[0])
+
+
+def _differentiate_packed_linear(
+    arguments: Any, results: Any, gradients: Any, needs: Any
+) -> list[torch.Tensor | None]:
+    x, bias, tensors, names, *constants, _ = arguments
+    (grad,) = gradients
+    weight = _decode(*_read_format(tensors, names, *constants)).to(grad.dtype)
+    found: list[torch.Tensor | None] = [grad @ weight if needs[0] else None]
+    if bias is not None:
+        found.append(grad.flatten(0, -2).sum(0) if needs[1] else None)
+    return found + [None] * len(tensors)
+
+
+_packed_linear_operator = make_opaque(
+    _packed_linear, like=_like_packed_linear, differentiate=_differentiate_packed_linear
+)

@@ -13,12 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from sparselong.kernels import leave_graph
 from sparselong.kernels.layer import combine_statistics, linear_cross_entropy, shard_statistics
 from sparselong.model.part import Part, show_rows
 from sparselong.runtime import current
 
 _CHUNK_ROWS = 512
 """Rows whose logits exist at once, if a process holds the whole lm_head."""
+
+_WHY = "the vocabulary is sharded over several processes, whose exchange is not part of a graph"
 
 
 class _VocabularyPart(Part):
@@ -58,7 +61,13 @@ class PartialEmbedding(_VocabularyPart):
         Raises:
             ValueError: the pass runs outside `using(vocabulary=...)`, or in that of other rows.
         """
+        if torch.compiler.is_compiling():
+            return self._embed(input_ids)
         return self._exchange().embed(input_ids, self.weight, self.total)
+
+    @leave_graph(_WHY)
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.forward(input_ids)
 
 
 class PartialHead(_VocabularyPart):
@@ -81,7 +90,13 @@ class PartialHead(_VocabularyPart):
         Raises:
             ValueError: the pass runs outside `using(vocabulary=...)`, or in that of other rows.
         """
+        if torch.compiler.is_compiling():
+            return self._sum_losses(hidden, weight, labels)
         return self._exchange().sum_losses(hidden, weight, labels, self.total)
+
+    @leave_graph(_WHY)
+    def _sum_losses(self, *arguments: torch.Tensor) -> torch.Tensor:
+        return self.sum_losses(*arguments)
 
     def forward(self, hidden: torch.Tensor) -> NoReturn:
         """Refuse to compute logits.

@@ -1,6 +1,7 @@
 """02_compress interrupted and resumed, on a full disk, and its refusals."""
 
 import filecmp
+import itertools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,13 @@ from tests.conftest import ROOT, write_rows
 from tests.stages.conftest import run, stretch
 
 
-def start_and_signal(run_dir: Path, arguments: list[str], number: int) -> tuple[int, str]:
-    """Signal the script after its second layer and return its exit code and stderr."""
-    command = [sys.executable, str(ROOT / "02_compress.py"), *arguments, "--run-dir", str(run_dir)]
+def start_and_signal(
+    python: str, run_dir: Path, arguments: list[str], number: int, layer: int
+) -> tuple[int, str]:
+    """Signal the script after a layer and return its exit code and stderr."""
+    command = [python, str(ROOT / "02_compress.py"), *arguments, "--run-dir", str(run_dir)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    marker = run_dir / "02_compress/work/layer-00001.json"
+    marker = run_dir / f"02_compress/work/layer-{layer:05d}.json"
     deadline = time.monotonic() + 120
     while not marker.exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -42,59 +46,73 @@ def assert_same_result(ours: Path, clean: Path) -> None:
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory, untrained_base, small_arguments) -> tuple[list[str], Path]:
-    """Twelve layers, long enough to interrupt: arguments and the finished run."""
+    """Ten layers, long enough to interrupt: arguments and the finished run."""
     folder = tmp_path_factory.mktemp("deep")
-    base = stretch(untrained_base, folder / "base", 12)
+    base = stretch(untrained_base, folder / "base", 10)
     arguments = [*small_arguments, f"model.base={base}"]
     assert run(folder / "run", arguments) == 0
     return arguments, folder / "run"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-def test_an_interrupted_and_resumed_run_gives_the_same_bytes(deep, tmp_path, number):
+def test_a_run_that_is_killed_and_then_interrupted_gives_the_same_bytes(
+    deep, tmp_path, forked_python
+):
+    """Only the second run is Python itself: Ctrl-C is a signal that it handles."""
     arguments, clean = deep
     run_dir = tmp_path / "run"
-    code, shown = start_and_signal(run_dir, arguments, number)
-    if number == signal.SIGINT:
-        assert code == 1 and "error:    02_compress was interrupted" in shown
-    assert not (run_dir / "02_compress/manifest.json").exists()
-    assert not (run_dir / "02_compress/model").exists()
-    first = run_dir / "02_compress/model.partial/dense-00000.safetensors"
-    written = first.stat().st_mtime_ns
+    first = Path("dense-00000.safetensors")
+    code, _ = start_and_signal(forked_python, run_dir, arguments, signal.SIGKILL, layer=1)
+    assert code == -signal.SIGKILL
+    assert_unfinished(run_dir)
+    written = (run_dir / "02_compress/model.partial" / first).stat().st_mtime_ns
+    code, shown = start_and_signal(sys.executable, run_dir, arguments, signal.SIGINT, layer=5)
+    assert code == 1 and "error:    02_compress was interrupted" in shown
+    assert_unfinished(run_dir)
     assert run(run_dir, arguments) == 0
-    first = run_dir / "02_compress/model/dense-00000.safetensors"
-    assert first.stat().st_mtime_ns == written, "finished layers must not be repeated"
+    found = (run_dir / "02_compress/model" / first).stat().st_mtime_ns
+    assert found == written, "finished layers must not be repeated"
     assert_same_result(run_dir, clean)
 
 
-MOMENTS = ("take_over", "derive", "measure", "HiddenStates.save", "HiddenStates.commit")
+def assert_unfinished(run_dir: Path) -> None:
+    assert not (run_dir / "02_compress/manifest.json").exists()
+    assert not (run_dir / "02_compress/model").exists()
 
 
-@pytest.mark.parametrize(
-    "moment", [*MOMENTS, "write_tensors", "write_atomically", "LayerReader._read"]
+MOMENTS = (
+    *("LayerReader._read", "write_tensors", "write_atomically", "HiddenStates.save"),
+    *("HiddenStates.commit", "take_over", "derive", "measure"),
 )
-def test_interruption_at_any_moment(compressed_run, small_arguments, tmp_path, monkeypatch, moment):
-    """Interrupted while a layer, the shards, the index or the figures are being written."""
+
+
+def test_interruption_at_any_moment(compressed_run, small_arguments, tmp_path, monkeypatch):
+    """One run, interrupted while layers, the shards, the index and the figures are written."""
     from sparselong.checkpoint import derivation
     from sparselong.compress import layers, stream
 
     owners = {"take_over": derivation, "write_tensors": layers, "write_atomically": layers}
-    kind, _, name = moment.rpartition(".")
-    owner = getattr(layers, kind) if kind else owners.get(moment, stream)
-    original, calls = getattr(owner, name), []
+    for moment in MOMENTS:
+        kind, _, name = moment.rpartition(".")
+        owner = getattr(layers, kind) if kind else owners.get(moment, stream)
+        stop = stop_at(1 if moment in ("derive", "measure") else 2, getattr(owner, name))
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stop)
+            assert run(tmp_path / "run", small_arguments) == 1, moment
+        assert not (tmp_path / "run/02_compress/manifest.json").exists()
+    assert run(tmp_path / "run", small_arguments) == 0
+    assert_same_result(tmp_path / "run", compressed_run)
+
+
+def stop_at(number: int, original: Callable) -> Callable:
+    """Return a function whose call of that number is interrupted."""
+    calls = itertools.count(1)
 
     def stop(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) == 2 or moment in ("derive", "measure"):
+        if next(calls) == number:
             raise KeyboardInterrupt
         return original(*arguments, **keywords)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, stop)
-        assert run(tmp_path / "run", small_arguments) == 1
-    assert not (tmp_path / "run/02_compress/manifest.json").exists()
-    assert run(tmp_path / "run", small_arguments) == 0
-    assert_same_result(tmp_path / "run", compressed_run)
+    return stop
 
 
 def test_a_full_disk_leaves_nothing_that_looks_complete(

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,10 +34,13 @@ save_file(found, sys.argv[2])
 """
 
 
-def test_packed_models_open_with_transformers_after_import_sparselong(trained_run, tmp_path):
+def test_packed_models_open_with_transformers_after_import_sparselong(
+    trained_run, tmp_path, forked_python
+):
+    """transformers is imported first; in tests/model/test_loading.py sparselong is."""
     folders = [str(trained_run.run_dir / name) for name in MODELS]
     save_file({"tokens": TOKENS}, tmp_path / "tokens")
-    command = [sys.executable, "-c", OPEN_PACKED, tmp_path / "tokens", tmp_path / "logits"]
+    command = [forked_python, "-c", OPEN_PACKED, tmp_path / "tokens", tmp_path / "logits"]
     done = subprocess.run([*command, *folders], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "logits")

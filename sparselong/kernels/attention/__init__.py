@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         refuse_gaps,
     )
     from sparselong.kernels.attention.op import attention, load_backend, pick_backend, plan_pays
+    from sparselong.kernels.attention.passes import Choice, run_backward, run_forward
     from sparselong.kernels.attention.triton_forward import LOG2E
 
 __getattr__ = expose(__name__)

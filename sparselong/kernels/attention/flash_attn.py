@@ -57,7 +57,7 @@ def attend_backward(dout: torch.Tensor, saved: SavedForward, call: AttentionCall
         _flash_attn_varlen_backward,
     )
 
-    q, k, v, _, out, lse, (rng_state,) = saved
+    q, k, v, _, out, lse, kept = saved
     mask = _as_packed(call.mask, q.device)
     shape = k.shape
     dsinks = shared.sink_gradient(dout, saved) if call.needs_dsinks else None
@@ -73,7 +73,7 @@ def attend_backward(dout: torch.Tensor, saved: SavedForward, call: AttentionCall
         softcap=0.0,
         alibi_slopes=None,
         deterministic=call.deterministic,
-        rng_state=rng_state,
+        rng_state=kept[0] if kept else None,  # without dropout it is not read
     )
     dq, dk, dv = (g.view(mask.batch, -1, *g.shape[-2:]).transpose(1, 2) for g in grads)
     return dq, shared.with_unseen_keys(dk, shape), shared.with_unseen_keys(dv, shape), dsinks

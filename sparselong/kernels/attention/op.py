@@ -94,9 +94,8 @@ def attention(
     Raises:
         ValueError: an argument is not as above; the message names it and what is allowed.
     """
-    _check_tensors(q, k, v, sinks)
-    _check_numbers(window, scale, query_offset)
-    mask = _make_mask(q, k, cu_seqlens, window, query_offset)
+    check_arguments(q, k, v, sinks, window, scale, query_offset)
+    mask = make_mask(q, k, cu_seqlens, window, query_offset)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     call = AttentionCall(mask, scale, current().deterministic, sinks.requires_grad)
     name = pick_backend(backend, q, call)
@@ -244,6 +243,20 @@ def _require_backend(name: str, q: torch.Tensor, call: AttentionCall) -> str:
     return name
 
 
+def check_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor,
+    window: int | None,
+    scale: float | None,
+    query_offset: int,
+) -> None:
+    """Raise ValueError unless the arguments are as `attention` describes them."""
+    _check_tensors(q, k, v, sinks)
+    _check_numbers(window, scale, query_offset)
+
+
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4 or 0 in tensor.shape:
@@ -282,13 +295,14 @@ def _check_numbers(window: int | None, scale: float | None, query_offset: int) -
         raise ValueError(f"query_offset: {query_offset!r}; allowed: an integer of at least 0")
 
 
-def _make_mask(
+def make_mask(
     q: torch.Tensor,
     k: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     window: int | None,
     query_offset: int,
 ) -> Mask:
+    """Return the mask of a call; raise ValueError for boundaries that do not fit it."""
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     documents = None
     if cu_seqlens is not None:

@@ -111,7 +111,7 @@ def attend_flash_backward(
             *sizes,
             0.0,
             True,
-            *kept,
+            *(kept or _unused_states(q.device)),
             scale=call.scale,
             **window,
         )
@@ -119,6 +119,15 @@ def attend_flash_backward(
         g.view(mask.batch, -1, *g.shape[-2:]).transpose(1, 2) for g in grads
     )  # [batch, heads, tokens, head_dim]
     return dq, with_unseen_keys(dk, shape), with_unseen_keys(dv, shape), dsinks
+
+
+def _unused_states(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return states of the random generator, which the operator takes but without dropout ignores.
+
+    Those of the forward pass are not there if a compiled graph kept only out and lse.
+    """
+    make = torch.zeros
+    return make(2, dtype=torch.uint64, device=device), make((), dtype=torch.uint64, device=device)
 
 
 def attend_cudnn(
@@ -146,11 +155,12 @@ def attend_cudnn_backward(
     dsinks = sink_gradient(dout, saved) if call.needs_dsinks else None
     dout, q, k, v = with_unit_stride(dout, q, k, v)
     dq, pairs = None, []
+    unused = torch.zeros(2, dtype=torch.int64, device=q.device).unbind()
     for n, (keys, causal) in enumerate(cudnn_parts(mask)):
         sizes = (None, None, None, mask.queries, keys.stop - keys.start)
         part, *more = aten._scaled_dot_product_cudnn_attention_backward(
             *(dout, q, k[:, :, keys], v[:, :, keys], out, lse[..., None]),
-            *(*kept[2 * n : 2 * n + 2], *sizes, 0.0, causal),
+            *(*(kept[2 * n : 2 * n + 2] or unused), *sizes, 0.0, causal),
             scale=call.scale,
         )
         dq = part if dq is None else dq.add_(part)

@@ -98,10 +98,9 @@ def expert_mlp(
             device-side assertion on a GPU; with "generation" its token becomes NaN.
     """
     call = ExpertCall(x, expert_indices, routing_weights)
-    call.check(stack.experts)
-    stack.check(x)
-    adapters.check(stack)
-    _check_residual(residual, x)
+    if torch.compiler.is_compiling() and backend is None and isinstance(stack, ExpertStack):
+        return _run_in_graph(call, stack, adapters, residual, Gate(float(alpha), float(limit)))
+    _check(call, stack, adapters, residual)
     name = choose(x, expert_indices.numel(), stack.experts, backend)
     operands = ExpertOperands(stack, adapters, Gate(float(alpha), float(limit)), name)
     if backend is None and name == "generation" and not _can_generate(call, operands):
@@ -117,7 +116,29 @@ def expert_mlp(
     return out if residual is None else residual + out
 
 
-def _check_residual(residual: torch.Tensor | None, x: torch.Tensor) -> None:
+def _run_in_graph(
+    call: ExpertCall,
+    stack: ExpertStack,
+    adapters: Adapters,
+    residual: torch.Tensor | None,
+    gate: Gate,
+) -> torch.Tensor:
+    from sparselong.kernels.experts.in_graph import call_operator
+
+    out = call_operator(call, stack, adapters, gate)
+    return out if residual is None else residual + out
+
+
+def _check(
+    call: ExpertCall,
+    stack: ExpertStack | HostStack,
+    adapters: Adapters,
+    residual: torch.Tensor | None,
+) -> None:
+    call.check(stack.experts)
+    stack.check(call.x)
+    adapters.check(stack)
+    x = call.x
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise ValueError(
             f"residual: {residual.dtype} {list(residual.shape)}; allowed: x's {x.dtype} "

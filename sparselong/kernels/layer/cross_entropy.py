@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from sparselong.kernels.launch import launch
+from sparselong.kernels.opaque import make_opaque
 
 IGNORED = -100
 CHUNK_ROWS = 512
@@ -56,6 +57,9 @@ def linear_cross_entropy(
             it, its value and what is allowed.
     """
     check_loss_arguments(hidden, weight, labels, chunk_rows)
+    if torch.compiler.is_compiling():
+        trains = torch.is_grad_enabled() and hidden.requires_grad
+        return _loss_operator(hidden, weight, labels, chunk_rows, trains)[0]
     kept = (labels != IGNORED).nonzero().flatten()
     targets = labels[kept]
     _check_labels(targets, len(weight))
@@ -132,9 +136,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dhidden,) = ctx.saved_tensors
-        # Not in bf16, which would round dloss itself by up to 0.2 %.
-        scaled = dhidden.to(dloss.dtype, copy=True).mul_(dloss)
-        return scaled.to(dhidden.dtype), None, None, None
+        return _scale(dhidden, dloss), None, None, None
+
+
+def _scale(dhidden: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
+    # Not in bf16, which would round dloss itself by up to 0.2 %.
+    return dhidden.to(dloss.dtype, copy=True).mul_(dloss).to(dhidden.dtype)
 
 
 def _row_losses(
@@ -198,3 +205,45 @@ def _kernels() -> Any:
     from sparselong.kernels.layer import cross_entropy_triton as cross_entropy_kernels
 
     return cross_entropy_kernels
+
+
+def _loss(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int, trains: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum and the gradient of hidden, for torch.compile.
+
+    The gradient has all rows, zeros where there is no label: a graph knows how many rows there are,
+    but not how many are supervised. Without gradients it is empty.
+    """
+    kept = (labels != IGNORED).nonzero().flatten()
+    targets = labels[kept]
+    _check_labels(targets, len(weight))
+    rows = hidden.contiguous() if len(kept) == len(hidden) else hidden.index_select(0, kept)
+    losses, drows = _row_losses(rows, weight, targets, chunk_rows, trains)
+    if drows is None:
+        return losses.sum(), hidden.new_empty(0)
+    if len(kept) == len(hidden):
+        return losses.sum(), drows
+    dhidden = hidden.new_zeros(hidden.shape)
+    return losses.sum(), dhidden.index_copy_(0, kept, drows)
+
+
+def _like_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int, trains: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty((), dtype=wide), hidden.new_empty(hidden.shape if trains else 0)
+
+
+def _differentiate_loss(arguments: Any, results: Any, gradients: Any, needs: Any) -> tuple:
+    dhidden, *_ = arguments  # in place of hidden
+    return _scale(dhidden, gradients[0]), None, None
+
+
+_loss_operator = make_opaque(
+    _loss,
+    like=_like_loss,
+    differentiate=_differentiate_loss,
+    stand_ins={0: 1},
+    synchronizes=True,
+)

@@ -27,6 +27,7 @@ import torch
 
 from sparselong.kernels.launch import launch
 from sparselong.kernels.layer.norm_torch import add_rms_norm_torch, rms_norm_torch
+from sparselong.kernels.opaque import make_opaque
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HIDDEN = 16_384
@@ -52,6 +53,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     _check(x, weight)
     if not x.is_cuda:
         return rms_norm_torch(x, weight, eps)
+    if torch.compiler.is_compiling():
+        return _rms_norm_operator(x, weight, float(eps))[0]
     return RMSNormFunction.apply(x, None, weight, float(eps))[0]  # pyright: ignore[reportIndexIssue]
 
 
@@ -65,6 +68,8 @@ def rms_norm_and_input(
     _check(x, weight)
     if not x.is_cuda:
         return rms_norm_torch(x, weight, eps), x
+    if torch.compiler.is_compiling():  # torch adds the two gradients
+        return _rms_norm_operator(x, weight, float(eps))[0], x
     return RMSNormFunction.apply(x, None, weight, float(eps))  # pyright: ignore[reportReturnType]
 
 
@@ -94,6 +99,9 @@ def add_rms_norm(
         )
     if not x.is_cuda:
         return add_rms_norm_torch(x, residual, weight, eps)
+    if torch.compiler.is_compiling():
+        total = x + residual
+        return _rms_norm_operator(total, weight, float(eps))[0], total
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return RMSNormFunction.apply(x.to(dtype), residual.to(dtype), weight, float(eps))  # pyright: ignore[reportReturnType]
 
@@ -127,21 +135,8 @@ class RMSNormFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (out, sum); without a residual, (out, x)."""
         ctx.set_materialize_grads(False)
-        rows, weight = _rows(x), weight.contiguous()
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        total = None if residual is None else torch.empty_like(out)
-        inverse = torch.empty(len(rows), dtype=torch.float32, device=x.device)
-        added = rows if residual is None else _rows(residual)
-        if rows.numel():
-            with torch.cuda.device_of(x):
-                launch(
-                    _kernels().forward_kernel,
-                    (len(rows),),
-                    *(rows, added, weight, out, out if total is None else total, inverse),
-                    *(rows.stride(0), added.stride(0), rows.shape[1], eps),
-                    HAS_RESIDUAL=residual is not None,
-                    **_blocks(rows.shape[1]),
-                )
+        weight = weight.contiguous()
+        out, total, inverse = _launch_forward(x, residual, weight, eps)
         ctx.save_for_backward(x if total is None else total, weight, inverse)
         ctx.has_residual = residual is not None
         return out, x if total is None else total
@@ -154,6 +149,28 @@ class RMSNormFunction(torch.autograd.Function):
             return dtotal, dtotal if ctx.has_residual else None, None, None
         dx, dweight = _launch_backward(dout, dtotal, h, weight, inverse, ctx.needs_input_grad[2])
         return dx, dx if ctx.has_residual else None, dweight, None
+
+
+def _launch_forward(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Return the norm, the sum with the residual if there is one, and r."""
+    rows = _rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty_like(out)
+    inverse = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+    added = rows if residual is None else _rows(residual)
+    if rows.numel():
+        with torch.cuda.device_of(x):
+            launch(
+                _kernels().forward_kernel,
+                (len(rows),),
+                *(rows, added, weight, out, out if total is None else total, inverse),
+                *(rows.stride(0), added.stride(0), rows.shape[1], eps),
+                HAS_RESIDUAL=residual is not None,
+                **_blocks(rows.shape[1]),
+            )
+    return out, total, inverse
 
 
 def _launch_backward(
@@ -204,3 +221,26 @@ def _kernels() -> Any:
     from sparselong.kernels.layer import norm_triton as norm_kernels
 
     return norm_kernels
+
+
+def _rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the norm and r for torch.compile."""
+    out, _, inverse = _launch_forward(x, None, weight.contiguous(), eps)
+    return out, inverse
+
+
+def _like_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
+
+
+def _differentiate_rms_norm(arguments: Any, results: Any, gradients: Any, needs: Any) -> tuple:
+    (x, weight, _), (inverse,), dout = arguments, results, gradients[0]
+    return _launch_backward(dout, None, x, weight.contiguous(), inverse, needs[1])
+
+
+_rms_norm_operator = make_opaque(
+    _rms_norm, like=_like_rms_norm, differentiate=_differentiate_rms_norm, reads=(1,)
+)

@@ -33,6 +33,7 @@ import torch
 from sparselong.kernels.launch import launch
 from sparselong.kernels.layer.rotary_torch import rotate_torch
 from sparselong.kernels.layout import with_unit_stride
+from sparselong.kernels.opaque import make_opaque
 
 Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Queries [batch, heads, tokens, head_dim], and keys and values [batch, kv_heads, ...]."""
@@ -63,6 +64,8 @@ def rotate(
     _check(q, k, cos, sin)
     if not q.is_cuda:
         return rotate_torch(q, k, cos, sin)
+    if torch.compiler.is_compiling():
+        return _rotate_operator(q, k, cos, sin)
     return RotateFunction.apply(q, k, cos, sin)  # pyright: ignore[reportReturnType]
 
 
@@ -204,3 +207,31 @@ def _kernels() -> Any:
     from sparselong.kernels.layer import rotary_triton as rotary_kernels
 
     return rotary_kernels
+
+
+def _rotate(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return q and k, rotated, for torch.compile."""
+    places = _empty_token_major(q), _empty_token_major(k)
+    _launch((q, k), cos, sin, places, back=False)
+    return places
+
+
+def _like_rotate(q: torch.Tensor, k: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return _empty_token_major(q), _empty_token_major(k)
+
+
+def _differentiate_rotate(arguments: Any, results: Any, gradients: Any, needs: Any) -> tuple:
+    """Return the gradients of q and k; the arguments q and k are the rotated ones."""
+    q, k, cos, sin = arguments
+    given = zip((q, k), gradients, strict=True)
+    dq, dk = (torch.zeros_like(like) if each is None else each for like, each in given)
+    places = _empty_token_major(dq), _empty_token_major(dk)
+    _launch((dq, dk), cos, sin, places, back=True)
+    return *places, None, None
+
+
+_rotate_operator = make_opaque(
+    _rotate, like=_like_rotate, differentiate=_differentiate_rotate, stand_ins={0: 0, 1: 1}
+)

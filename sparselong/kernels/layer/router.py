@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparselong.kernels.launch import launch
+from sparselong.kernels.opaque import make_opaque
 from sparselong.runtime import compute_once
 
 ROWS, WARPS = 32, 8
@@ -68,6 +69,8 @@ def route(x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor, 
     Returns:
         x; weights [tokens, top_k] in x's dtype, largest first; indices, int32 [tokens, top_k].
     """
+    if torch.compiler.is_compiling():
+        return _route_in_graph(x, router)
     return _Route.apply(x, router)  # pyright: ignore[reportReturnType]
 
 
@@ -92,23 +95,34 @@ class _Route(torch.autograd.Function):
     def backward(ctx: Any, dx: torch.Tensor | None, dweights: torch.Tensor | None, _: Any) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         if dweights is None:
             return dx, None
-        (weights, indices), router = ctx.saved_tensors, ctx.router
-        hidden = router.weight.shape[1]
-        out = torch.empty(len(weights), hidden, dtype=weights.dtype, device=weights.device)
-        others = out if dx is None else dx if dx.stride(1) == 1 else dx.contiguous()
-        if len(out):
-            with torch.cuda.device_of(out):
-                launch(
-                    _kernels().route_backward_kernel,
-                    (len(out),),
-                    *(others, dweights.contiguous(), weights, indices, router.weight, out),
-                    *(others.stride(0), router.weight.stride(0), hidden),
-                    TOP_K=router.top_k,
-                    HAS_OTHERS=dx is not None,
-                    BLOCK=1 << (hidden - 1).bit_length(),
-                    num_warps=WARPS,
-                )
-        return out, None
+        weights, indices = ctx.saved_tensors
+        return _launch_backward(dx, dweights, weights, indices, ctx.router.weight), None
+
+
+def _launch_backward(
+    dx: torch.Tensor | None,
+    dweights: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    matrix: torch.Tensor,
+) -> torch.Tensor:
+    """Return the gradient of x, with dx, that of x's other use, added if given."""
+    hidden = matrix.shape[1]
+    out = torch.empty(len(weights), hidden, dtype=weights.dtype, device=weights.device)
+    others = out if dx is None else dx if dx.stride(1) == 1 else dx.contiguous()
+    if len(out):
+        with torch.cuda.device_of(out):
+            launch(
+                _kernels().route_backward_kernel,
+                (len(out),),
+                *(others, dweights.contiguous(), weights, indices, matrix, out),
+                *(others.stride(0), matrix.stride(0), hidden),
+                TOP_K=weights.shape[1],
+                HAS_OTHERS=dx is not None,
+                BLOCK=1 << (hidden - 1).bit_length(),
+                num_warps=WARPS,
+            )
+    return out
 
 
 def _choose(x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,3 +155,40 @@ def _kernels() -> Any:
     from sparselong.kernels.layer import router_triton
 
     return router_triton
+
+
+def _route_in_graph(
+    x: torch.Tensor, router: Router
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what `route` does, for torch.compile, which adds x's two gradients itself."""
+    constants = router.top_k, router.broken is not None
+    weights, indices, broken = _route_operator(x, router.weight, router.bias, *constants)
+    if router.broken is not None:
+        router.broken.logical_or_(broken)  # an operator changes none of its arguments
+    return x, weights, indices
+
+
+def _route(
+    x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor, top_k: int, watched: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return weights, indices, and whether a logit is not finite, bool [1], if `watched`."""
+    broken = torch.zeros(int(watched), dtype=torch.bool, device=x.device)
+    return *_choose(x, Router(matrix, bias, top_k, broken if watched else None)), broken
+
+
+def _like_route(
+    x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor, top_k: int, watched: bool
+) -> tuple[torch.Tensor, ...]:
+    shape = (x.shape[0], top_k)
+    broken = x.new_empty(int(watched), dtype=torch.bool)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int32), broken
+
+
+def _differentiate_route(arguments: Any, results: Any, gradients: Any, needs: Any) -> tuple:
+    (weights, indices), dweights = results, gradients[0]
+    return _launch_backward(None, dweights, weights, indices, arguments[1]), None, None
+
+
+_route_operator = make_opaque(
+    _route, like=_like_route, differentiate=_differentiate_route, reads=(0, 1)
+)
