@@ -82,15 +82,16 @@ def test_compression_costs_as_published_and_a_random_mask_more(run_dir, measure,
     assert measure(compressed_model) / base - 1 > 5 * published
 
 
-def test_one_sweep_loses_less_than_two(run_dir, tmp_path):
-    """Every projection's outputs err less, and so do the next tokens.
+def test_compression_loses_less_than_the_reference(run_dir, tmp_path):
+    """One sweep errs less than two for every projection, and so do the next tokens after it.
 
     Measured: the errors are 0.57 to 0.89 of two sweeps', on average 0.79; the divergence from the
-    base on held-out conversations is half of theirs.
+    base on held-out conversations is less than half of theirs, which are not refined.
     """
     other = tmp_path / "run"
     arguments = ["--config", str(CONFIG), "--run-dir", str(other), f"model.base={run_dir / 'base'}"]
-    assert load_script("02_compress").main([*arguments, "calibration.solver=llmcompressor"]) == 0
+    reference = ["calibration.solver=llmcompressor", "calibration.refinement_steps=0"]
+    assert load_script("02_compress").main([*arguments, *reference]) == 0
     one, two = (
         json.loads((folder / "02_compress/manifest.json").read_text())["metrics"]["relative_error"]
         for folder in (run_dir, other)
