@@ -129,7 +129,7 @@ _LINKED: tuple[GpuType, ...] = ("A100", "H100", "H200")
 
 GPU_STARTUP = Startup(25.0, 50.0, 13.0)
 """With a GPU (demo-h200, true_widths)."""
-CPU = Rate("2 processor cores", 60e9, 0.5, 60e9, 0.5e9, Startup(15.0, 45.0, 30.0), 0.0)
+CPU = Rate("2 processor cores", 60e9, 0.5, 60e9, 0.5e9, Startup(15.0, 45.0, 15.0), 0.0)
 
 
 def find_rate(gpu_name: str | None) -> Rate:
