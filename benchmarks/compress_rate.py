@@ -3,7 +3,7 @@
 
 A base with random weights in the published form (`base_checkpoint.py`) and random tokens go through
 `02_compress.py`, as a user would call it. The rows say, for each layer, what the computation waited
-for (`load`, `calibrate`, `solve`, `pack`, `forward`, `wait`) and what ran beside it (`read`,
+for (`load`, `calibrate`, `solve`, `refine`, `pack`, `forward`, `wait`) and what ran beside (`read`,
 `write`, `hash`); for the whole script its seconds, the planner's prediction of them for this GPU,
 and peak bytes; and, from the median layer, the seconds of all layers of the published model. The
 first layer compiles kernels.
@@ -55,7 +55,7 @@ SUBJECTS = {
     "tiny": "compress_rate_tiny",
 }
 """Subjects of the results: one for each shape."""
-COMPUTED = ("load", "calibrate", "solve", "pack", "forward", "wait")
+COMPUTED = ("load", "calibrate", "solve", "refine", "pack", "forward", "wait")
 """Parts whose sum is a layer's time."""
 BESIDE = ("read", "write", "hash")
 """Parts that run beside them."""

@@ -132,4 +132,5 @@ def _find_error(
     with torch.no_grad():
         expected = attend(batch, dense).float()
     difference = attend(batch, {**trained}).float() - expected
-    return difference.square().mean() / expected.square().mean()
+    signal = expected.square().mean()
+    return difference.square().mean() / signal.clamp(min=torch.finfo(signal.dtype).tiny)

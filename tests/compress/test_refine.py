@@ -49,7 +49,7 @@ def make(base: Checkpoint, folder, fmt: DenseFormat = INT4, steps: int = STEPS) 
     now = {name: getattr(layer.layer.self_attn, name) for name in before}
     with torch.no_grad():
         expected, found = (layer._attend(states.states, each) for each in (before, now))
-    error = float((found - expected).square().mean() / expected.square().mean())
+    error = float((found - expected).square().sum() / expected.square().sum())
     return Made(layer, result, error)
 
 
@@ -101,5 +101,16 @@ def test_what_does_not_help_is_not_taken(base, tmp_path, monkeypatch):
     monkeypatch.setattr(refine_module, "RATE", 1e4)
     kept = make(base, tmp_path, steps=2).result
     assert kept.attention_error["refined"] == kept.attention_error["solved"] > 0
+    for name, tensor in (solved.stored | solved.masters).items():
+        assert torch.equal(tensor, (kept.stored | kept.masters)[name]), name
+
+
+def test_attention_that_puts_out_nothing_is_left_as_it_is(base, tmp_path, monkeypatch):
+    """Its relative error has no denominator."""
+    solved = make(base, tmp_path, steps=0).result
+    attend = CalibratedLayer._attend
+    monkeypatch.setattr(CalibratedLayer, "_attend", lambda *given: 0.0 * attend(*given))
+    kept = make(base, tmp_path, steps=2).result
+    assert kept.attention_error == {"solved": 0.0, "refined": 0.0}
     for name, tensor in (solved.stored | solved.masters).items():
         assert torch.equal(tensor, (kept.stored | kept.masters)[name]), name
