@@ -15,9 +15,10 @@ TEXT = """
 
 `benchmarks/compress_rate.py` compresses layers with random weights in the published form. A layer
 takes what its computation waits for: `load` (the layer to be read and copied to the GPU),
-`calibrate` (Hessians), `solve`, `pack`, `forward`, and `wait` (for the layer before to be written).
-`read`, `write` and `hash` are seconds of threads beside it. Medians of all layers but the first,
-which compiles kernels. `predicted` is 01_health's estimate of the whole script.
+`calibrate` (Hessians), `solve`, `refine` (a dash: measured before stage 02 refined), `pack`,
+`forward`, and `wait` (for the layer before to be written). `read`, `write` and `hash` are seconds
+of threads beside it. Medians of all layers but the first, which compiles kernels. `predicted` is
+01_health's estimate of the whole script.
 """
 COLUMNS = ("shape", "layer", *COMPUTED, *BESIDE, "all layers")
 RUNS = ("shape", "layers", "script", "predicted", "GPU", "planned", "host", "after a kill")
@@ -59,13 +60,19 @@ def _show_layers(document: dict[str, Any]) -> list[str]:
     layers = [figures for case, figures in _cases(document) if case.get("layer", 0) > 0]
     case, whole = next(found for found in _cases(document) if "seconds" in found[1])
     names = [f"{part}_seconds" for part in (*COMPUTED, *BESIDE)]
-    shown = [statistics.median(figures[name] for figures in layers) for name in names]
     return [
         case["shape"],
         f"{whole['median_layer_seconds']:.2f} s",
-        *(f"{seconds:.2f}" for seconds in shown),
+        *(_median(layers, name) for name in names),
         f"{whole['all_layers_seconds']:.0f} s" if "all_layers_seconds" in whole else "",
     ]
+
+
+def _median(layers: list[dict[str, float]], name: str) -> str:
+    """Return the median of a part's seconds; a dash where a file is older than the part."""
+    if not any(name in figures for figures in layers):
+        return "–"
+    return f"{statistics.median(figures[name] for figures in layers):.2f}"
 
 
 def _show_run(document: dict[str, Any]) -> list[str]:
