@@ -162,5 +162,6 @@ def _one_line(result: dict[str, Any]) -> str:
     for name, task in result["tasks"].items():
         shown = {"acc": task["acc"]} if "acc" in task else {}
         shown |= {label: score["value"] for label, score in task["scores"].items()}
-        figures += [f"{name} {label} {value:.3f}" for label, value in shown.items() if value]
+        known = {label: value for label, value in shown.items() if value is not None}
+        figures += [f"{name} {label} {value:.3f}" for label, value in known.items()]
     return f"{', '.join(figures)} ({result['seconds']:.0f} s)"

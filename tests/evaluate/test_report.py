@@ -1,11 +1,13 @@
 """The report states what was measured, with the correct signs."""
 
 import copy
+import json
 
 import pytest
 
 from sparselong.config import schema as config_module
 from sparselong.evaluate import report
+from sparselong.evaluate.models import keep
 
 
 def model(right, nll):
@@ -103,6 +105,21 @@ def test_report_text(models):
     assert "| compressed | 19.250 | × 1.2214 | +0.2000 ± 0.0000 | 19.250 |" in text
     assert "| 96–127 | 10 | 17.250 | 19.250 | 16.250 |" in text
     assert "flips +1 -0" in report.summarize(build(models)).splitlines()[2]
+
+
+def test_a_single_conversation_has_no_standard_error_in_report_or_json(models):
+    for each in models.values():
+        each["perplexity"]["conversations"] = [[each["perplexity"]["all"]["nll"], 10]]
+    built = build(models)
+    assert "| compressed | 19.250 | × 1.2214 | +0.2000 | 19.250 |" in report.render(built)
+    json.dumps(built, allow_nan=False)
+
+
+def test_what_is_told_of_a_model_names_scores_of_zero(models, tmp_path):
+    told, measured = [], {**models["base"], "seconds": 1.0}
+    measured["tasks"]["ruler_vt_4096"]["scores"]["score"]["value"] = 0.0
+    keep("base", measured, tmp_path, told.append)
+    assert "ruler_vt_4096 score 0.000" in told[0]
 
 
 def test_other_scores_and_speed_have_tables_of_their_own(models):
