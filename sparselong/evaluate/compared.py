@@ -25,13 +25,15 @@ _SIZES = (
 )
 _EXPERTS = "num_local_experts"
 _KEY = "evaluation.compare"
+_OWN = ("base", "compressed", "finetuned")
+"""Names of the run's own models in results."""
 
 
 class Compared(NamedTuple):
     """A model that is compared with the base.
 
     Attributes:
-        label: as the user wrote it, for the report.
+        label: as the user wrote it, for the report; `./base` for a folder named like an own model.
         name: for files.
         directory: its checkpoint.
         fingerprint: of its files' names, sizes and times.
@@ -55,11 +57,15 @@ def find_compared(config: Config) -> list[Compared]:
     """
     found: list[Compared] = []
     for label in config.evaluation.compare:
+        label = f"./{label}" if label in _OWN else label
         run, stage = Path(label), _find_stage(Path(label))
         directory = (run / stage / "model" if stage else run).resolve()
         if directory in [each.directory for each in found]:
             raise ConfigError(
-                f"{_KEY} names a model twice", "each model once", f"{label}: {directory}", "once"
+                f"{_KEY} names a model twice",
+                "each model once",
+                f"{label}: {directory}",
+                "remove it",
             )
         inventory = take_inventory(directory)
         _check_kind(label, inventory)
