@@ -41,6 +41,7 @@ from sparselong.run.stages import (
     add_own_options,
     check_installed,
     complete_commands,
+    describe_done,
     parse_layers,
 )
 
@@ -255,9 +256,9 @@ def run_locked(
         interruption: raises if a signal came.
     """
     if prepare(stage, redo):
-        title = f"{stage.name} {stage.part}" if stage.part else stage.name
-        stage.log(f"{title} is up to date in {stage.run_dir} for this config")
-        return read_document(stage.dir / MANIFEST) or {}
+        manifest = read_document(stage.dir / MANIFEST) or {}
+        stage.log(describe_done(stage.config, manifest, stage.run_dir))
+        return manifest
     start = time.monotonic()
     if cache is not None:
         with writing(cache):
