@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from sparselong.config import leaves
 from sparselong.errors import ConfigError, ExpectedError, StageError
@@ -170,16 +170,33 @@ def _collect(runs: Sequence[Run]) -> list[Figure]:
     """Return the figures of all runs, in the order of the stages."""
     figures: dict[tuple[str, str], Figure] = {}
     for run in runs:
-        for one in (*_trained(run), *_evaluated(run), *_sizes(run), *_resources(run)):
-            if isinstance(one.value, bool) or not isinstance(one.value, int | float):
+        for one in _figures_of(run):
+            if not _is_number(one.value):
                 continue  # a stage that is not done has none
             new = Figure(one.group, one.name, one.unit)
             figure = figures.setdefault((one.group, one.name), new)
             figure.values[run.name] = float(one.value)
             figure.bases.append(one.basis)
-            if one.stderr is not None:
+            if _is_number(one.stderr):
                 figure.stderrs[run.name] = one.stderr
     return list(figures.values())
+
+
+def _figures_of(run: Run) -> list[_Measured]:
+    """Return a run's figures; raise if its files hold other values than stages write."""
+    try:
+        return [*_trained(run), *_evaluated(run), *_sizes(run), *_resources(run)]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise StageError(
+            f"{run.name} holds figures that cannot be read",
+            "manifests and a results.json as stages write them",
+            f"{type(error).__name__}: {error}",
+            "restore the file that was changed, or redo its stage with --force",
+        ) from error
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _trained(run: Run) -> Iterator[_Measured]:

@@ -194,6 +194,28 @@ def test_what_cannot_be_compared_is_refused_by_name(runs, tmp_path, capsys):
         compare(runs)
 
 
+@pytest.mark.parametrize(
+    ("file", "keys", "value"),
+    [
+        ("results.json", ("tasks",), None),
+        ("results.json", ("perplexity", "base", "supervised"), 3),
+        ("manifest.json", ("metrics", "tasks"), "x"),
+        ("manifest.json", ("outputs", 0, "path"), 7),
+        ("manifest.json", ("hardware",), True),
+        ("manifest.json", ("made_from",), None),
+    ],
+)
+def test_values_that_no_stage_writes_are_refused_by_name(runs, file, keys, value):
+    path = runs[1] / "04_eval" / file
+    document = place = json.loads(path.read_text())
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(StageError, match=r"two( holds figures|/04_eval/manifest\.json is damaged)"):
+        compare(runs)
+
+
 def test_names_with_bars_do_not_break_the_table(made, tmp_path, capsys):
     names = [str(shutil.copytree(made, tmp_path / name)) for name in ("a|b", "c")]
     assert main(names) == 0

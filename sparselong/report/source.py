@@ -81,21 +81,28 @@ def open_run(directory: Path) -> Run:
     ]
     reader = _Reader(directory, manifests, problems)
     results = reader.read_object(EVAL, "results.json")
-    files = results.get("files", {})
+    files, tasks, models = (_object(results.get(k)) for k in ("files", "tasks", "perplexity"))
     return Run(
         directory,
         manifests,
         config_of(manifests),
         results=results,
         answers={
-            model: reader.read_object(EVAL, files.get(model, f"{model}.json")).get("tasks", {})
-            for model in results.get("perplexity", {})
+            model: _object(
+                reader.read_object(EVAL, str(files.get(model, f"{model}.json"))).get("tasks")
+            )
+            for model in models
         },
-        items={task: reader.read_items(task) for task in results.get("tasks", {})},
+        items={task: reader.read_items(task) for task in tasks},
         rows=reader.read_rows(FINETUNE, "metrics.jsonl", "step"),
         supervision=reader.read(FINETUNE, "supervision.txt"),
         problems=problems,
     )
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """Return a value that is an object, or an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True)

@@ -258,3 +258,14 @@ def test_a_figure_that_is_none_costs_its_section_and_not_the_page(run, broken):
     assert ("Fine-tuning cannot be shown: " in page.text) == (broken == "mask_updates")
     assert "my_figure" in page.text or broken == "mask_updates"
     assert "Evaluation" in page.text and "gguf from finetuned" in page.text
+
+
+@pytest.mark.parametrize("file", ["results.json", "manifest.json"])
+def test_figures_of_another_kind_cost_the_summary_and_not_the_page(run, file):
+    if file == "manifest.json":
+        rewrite(run / "04_eval" / file, metrics={"tasks": 3})
+    else:
+        rewrite(run / "04_eval" / file, tasks=None, perplexity=[], files=3)
+    page = page_of(run)
+    assert ("The summary cannot be shown" in page.text) == (file == "manifest.json")
+    assert "gguf from finetuned" in page.text and "Training loss" in page.text
