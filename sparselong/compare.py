@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from sparselong.config import leaves
 from sparselong.errors import ConfigError, ExpectedError, StageError
@@ -171,13 +171,13 @@ def _collect(runs: Sequence[Run]) -> list[Figure]:
     figures: dict[tuple[str, str], Figure] = {}
     for run in runs:
         for one in _figures_of(run):
-            if not _is_number(one.value):
+            if isinstance(one.value, bool) or not isinstance(one.value, int | float):
                 continue  # a stage that is not done has none
             new = Figure(one.group, one.name, one.unit)
             figure = figures.setdefault((one.group, one.name), new)
             figure.values[run.name] = float(one.value)
             figure.bases.append(one.basis)
-            if _is_number(one.stderr):
+            if isinstance(one.stderr, float):
                 figure.stderrs[run.name] = one.stderr
     return list(figures.values())
 
@@ -195,18 +195,17 @@ def _figures_of(run: Run) -> list[_Measured]:
         ) from error
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _trained(run: Run) -> Iterator[_Measured]:
-    """Yield the losses of stage 03."""
+    """Yield the losses of stage 03, and figures of the user's function."""
     metrics, group = run.metrics(_FINETUNE), "Training"
     basis = _text_basis(run, _FINETUNE, "train.jsonl")
     yield _Measured(group, "last training loss", "", metrics.get("train_loss"), basis)
     basis = _text_basis(run, _FINETUNE, "validation.jsonl")
     best = metrics.get("best_eval_perplexity")
     yield _Measured(group, "best validation perplexity", "", best, basis)
+    own = metrics.get("metrics", {}).get(str(metrics.get("best_step")), {})
+    basis = {**basis, "training.metrics": run.config.get("training", {}).get("metrics")}
+    yield from (_Measured(group, f"{name} at best step", "", own[name], basis) for name in own)
     yield _Measured(group, "best step", "", metrics.get("best_step"), {})
 
 

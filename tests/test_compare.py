@@ -44,6 +44,18 @@ def test_equal_runs_differ_in_nothing(runs):
     assert groups == {"Training", "Perplexity", "demo_hellaswag", "Size", "Time and memory"}
 
 
+def test_figures_of_the_user_are_compared_at_the_best_step(runs):
+    for run, accuracy in zip(runs, (0.25, 0.5), strict=True):
+        own = {"0": {"acc": 0.0, "odd": None}, "60": {"acc": accuracy, "odd": None}}
+        change(run, "03_finetune", metrics=own)
+    found = find(compare(runs), "Training", "acc at best step")
+    assert list(found["values"].values()) == [0.25, 0.5] and found["differs_in"] == []
+    config = read(runs[1], "03_finetune")["config"]
+    config["training"]["metrics"] = "other.py:acc"
+    rewrite(runs[1] / "03_finetune/manifest.json", config=config)
+    assert find(compare(runs), "Training", "acc at best step")["differs_in"] == ["training.metrics"]
+
+
 def test_what_differs_is_shown_with_exact_values(runs, capsys):
     config = read(runs[1], "03_finetune")["config"]
     config["training"]["learning_rate"] = 1e-5

@@ -269,3 +269,12 @@ def test_figures_of_another_kind_cost_the_summary_and_not_the_page(run, file):
     page = page_of(run)
     assert ("The summary cannot be shown" in page.text) == (file == "manifest.json")
     assert "gguf from finetuned" in page.text and "Training loss" in page.text
+
+
+def test_figures_of_the_user_are_beside_each_validation_loss(run):
+    rows = run / "03_finetune/metrics.jsonl"
+    last = {"step": 61, "eval_loss": 1.25, "eval_perplexity": 3.5, "metrics": {"<acc>": 0.75}}
+    rows.write_text(rows.read_text() + json.dumps(last) + "\n")
+    text = page_of(run).text
+    assert "validation loss perplexity <acc> 0 2.000 7.389 –" in text
+    assert "61 1.250 3.500 0.7500" in text
