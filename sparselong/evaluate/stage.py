@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from sparselong.data import conversations, encode_files, select_usable, warn_of_items
+from sparselong.data import (
+    check_chats,
+    conversations,
+    encode_files,
+    select_usable,
+    warn_of_items,
+)
 from sparselong.evaluate import (
     divergence,
     health,
@@ -39,6 +45,7 @@ def evaluate(stage: Stage) -> None:
     base_dir = resolve_base(stage.config, stage.run_dir, stage.log)
     check_base(stage, base_dir)
     tokenizer = load_tokenizer(base_dir)
+    check_chats(stage.config, tokenizer)
     positions = read_json(base_dir / "config.json")["max_position_embeddings"]
     suite = load_suite(stage.config, stage.dir / "tasks", tokenizer, positions)
     encoded = encode_files(stage.config, stage.run_dir, tokenizer)
