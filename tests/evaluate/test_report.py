@@ -4,6 +4,9 @@ import copy
 import json
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
 
 from sparselong.config import schema as config_module
 from sparselong.evaluate import report
@@ -161,6 +164,21 @@ def test_health_is_counted_by_effort_and_not_judged(models):
 def test_plot_is_an_image(models, tmp_path):
     report.draw(build(models), tmp_path / "evaluation.png")
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_has_one_colour_of_its_own_in_all_panels(models, tmp_path, monkeypatch):
+    drawn, found = [], {}
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda self, path: drawn.append(self.figure))
+    models |= {name: copy.deepcopy(models["finetuned"]) for name in ("runs/a", "runs/b")}
+    models["runs/a"]["divergence"] = {"left_out": "its lm_head is not the base's"}
+    report.draw(build(models), tmp_path / "evaluation.png")
+    for axis in drawn[0].axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            part = handle if isinstance(handle, Line2D) else handle[0]
+            colour = part.get_facecolor() if hasattr(part, "get_facecolor") else part.get_color()
+            found.setdefault(name, set()).add(to_hex(colour))
+    assert found.keys() == models.keys() and all(len(colours) == 1 for colours in found.values())
+    assert len(set.union(*found.values())) == len(models)
 
 
 @pytest.mark.parametrize(

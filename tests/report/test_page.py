@@ -10,6 +10,7 @@ import pytest
 from sparselong.errors import StageError
 from sparselong.report import write_page
 from sparselong.report.__main__ import main
+from sparselong.report.curves import colour_of
 from tests.report.made_run import EVIL, MODELS, read, results, rewrite, write_run, write_stage
 from tests.report.reading import Page
 
@@ -278,3 +279,8 @@ def test_figures_of_the_user_are_beside_each_validation_loss(run):
     text = page_of(run).text
     assert "validation loss perplexity <acc> 0 2.000 7.389 –" in text
     assert "61 1.250 3.500 0.7500" in text
+
+
+def test_models_that_are_compared_have_different_colours():
+    models = [*MODELS, "runs/ab", "runs/ba"]
+    assert len({colour_of(model, models) for model in models}) == len(models)
