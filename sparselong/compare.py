@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from sparselong.config import leaves
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.figures import format_bytes, format_seconds
-from sparselong.files import read_json
+from sparselong.files import read_json, why_unusable
 from sparselong.provenance import find_change
 from sparselong.registration import begin_program
 from sparselong.run import config_of, find_outdated, read_finished
@@ -140,7 +140,7 @@ def _open(directory: Path) -> Run:
         raise StageError(
             f"{directory} has no finished stage to compare",
             "a run directory with a manifest.json in at least one stage's directory",
-            "none" if directory.is_dir() else "no such directory",
+            "none" if directory.is_dir() else why_unusable(directory, "directory"),
             "pass another run, or finish a stage of this one",
         )
     results = {}

@@ -192,7 +192,9 @@ def test_results_that_have_changed_since_they_were_written_are_told(runs):
 
 def test_what_cannot_be_compared_is_refused_by_name(runs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "sweep.md").write_text("| lora.r |")  # as in runs/NAME-sweep/*
     for names, code, told in (
+        (["one", "sweep.md"], 1, "sweep.md has no finished stage to compare"),
         (["one", "empty"], 1, "empty has no finished stage to compare"),
         (["gone", "one"], 1, "gone has no finished stage to compare"),
         (["one"], 2, "two or more directories of different runs"),

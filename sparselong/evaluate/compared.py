@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from sparselong.checkpoint import METHOD, TOKENIZER, Inventory, check_recorded, take_inventory
 from sparselong.config import Config
 from sparselong.errors import ConfigError, StageError
-from sparselong.files import read_json
+from sparselong.files import read_json, why_unusable
 from sparselong.provenance import describe_files
 from sparselong.run import MANIFEST, read_manifest
 
@@ -145,7 +145,7 @@ def _find_stage(path: Path) -> str | None:
     raise ConfigError(
         f"{_KEY} names {path}, which is no model",
         f"a run with {' or '.join(_MODELS)} finished, or a directory with a checkpoint",
-        "a directory without either" if path.is_dir() else "no such directory",
+        "a directory without either" if path.is_dir() else why_unusable(path, "directory"),
         "correct the path",
     )
 

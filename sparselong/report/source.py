@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselong.errors import StageError
-from sparselong.files import parse_json, reason_of, refuse_special
+from sparselong.files import parse_json, reason_of, refuse_special, why_unusable
 from sparselong.provenance import find_change
 from sparselong.report.elements import is_number
 from sparselong.run import config_of, find_outdated, read_finished
@@ -71,7 +71,7 @@ def open_run(directory: Path) -> Run:
         raise StageError(
             f"no stage is done in {directory}",
             "a run directory with a manifest.json in at least one stage's directory",
-            "none" if directory.is_dir() else "no such directory",
+            "none" if directory.is_dir() else why_unusable(directory, "directory"),
             "pass a run's directory, such as runs/NAME, or run python 01_health.py first",
         )
     problems = [

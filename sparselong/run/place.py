@@ -227,7 +227,7 @@ def read_document(path: Path) -> dict[str, Any] | None:
     """
     try:
         return load_json(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter: a file in place of a run
         return None
     except (OSError, ValueError) as error:
         raise _damaged(path, "a JSON object", reason_of(error)) from error
