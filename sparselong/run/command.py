@@ -277,18 +277,16 @@ def run_locked(
 
 
 def show_manifest(manifest: dict[str, Any]) -> str:
-    """Return a summary of a finished stage: its duration and scalar metrics, as people read them.
-
-    The manifest itself has bytes and seconds.
-    """
+    """Return a summary of a finished stage: its duration and the scalar metrics that it has."""
     title = " ".join(filter(None, (manifest["stage"], manifest.get("part"))))
     rows = [f"{title} {manifest['status']} in {format_seconds(manifest['seconds'])}"]
     for key, value in manifest["metrics"].items():
-        if isinstance(value, dict) and all(not isinstance(v, (dict, list)) for v in value.values()):
-            unit = "_bytes" if "bytes" in key.split("_") else ""
-            figures = (f"{name} {format_figure(f'{name}{unit}', v)}" for name, v in value.items())
-            rows.append(f"  {key}: {', '.join(figures)}")
-        elif not isinstance(value, (dict, list)):
+        inner = value if isinstance(value, dict) else {}
+        if inner and not any(isinstance(v, (dict, list)) for v in inner.values()):
+            unit, known = "_bytes" if "bytes" in key.split("_") else "", inner.items()
+            known = (f"{k} {format_figure(k + unit, v)}" for k, v in known if v is not None)
+            rows.append(f"  {key}: {', '.join(known)}")
+        elif value is not None and not isinstance(value, (dict, list)):
             rows.append(f"  {key}: {format_figure(key, value)}")
     return "\n".join(rows)
 

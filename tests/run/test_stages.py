@@ -12,6 +12,7 @@ from sparselong.config.keys import Section, is_incidental, known_keys
 from sparselong.config.schema import Config, load
 from sparselong.errors import StageError
 from sparselong.run import Stage, run_stage
+from sparselong.run.command import show_manifest
 from sparselong.run.stages import (
     STAGES,
     Declaration,
@@ -204,3 +205,12 @@ def test_a_finished_stage_says_what_it_was_not_asked_for_when_it_was_made(key, t
             assert f"with {key}={json.dumps(dict(config_leaves(now.model_dump()))[key])}" in found
         else:
             assert found == told
+
+
+def test_the_summary_of_a_stage_leaves_out_what_it_does_not_have():
+    metrics = {"steps": 4, "cost": None, "peak_device_bytes": {}, "rows": [1], "deep": {"a": {}}}
+    metrics |= {"keep": {"kept": 2, "available_bytes": None}, "sizes_bytes": {"all": 2048}}
+    manifest = {"stage": "03_finetune", "status": "done", "seconds": 28.4, "metrics": metrics}
+    assert show_manifest(manifest).splitlines() == [
+        *("03_finetune done in 28 s", "  steps: 4", "  keep: kept 2", "  sizes_bytes: all 2.00 KiB")
+    ]
