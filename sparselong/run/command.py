@@ -284,7 +284,7 @@ def show_manifest(manifest: dict[str, Any]) -> str:
         inner = value if isinstance(value, dict) else {}
         if inner and not any(isinstance(v, (dict, list)) for v in inner.values()):
             unit, known = "_bytes" if "bytes" in key.split("_") else "", inner.items()
-            known = (f"{k} {format_figure(k + unit, v)}" for k, v in known if v is not None)
+            known = (f"{k} {format_figure(f'{k}{unit}', v)}" for k, v in known if v is not None)
             rows.append(f"  {key}: {', '.join(known)}")
         elif value is not None and not isinstance(value, (dict, list)):
             rows.append(f"  {key}: {format_figure(key, value)}")

@@ -210,7 +210,14 @@ def test_a_finished_stage_says_what_it_was_not_asked_for_when_it_was_made(key, t
 def test_the_summary_of_a_stage_leaves_out_what_it_does_not_have():
     metrics = {"steps": 4, "cost": None, "peak_device_bytes": {}, "rows": [1], "deep": {"a": {}}}
     metrics |= {"keep": {"kept": 2, "available_bytes": None}, "sizes_bytes": {"all": 2048}}
+    metrics["perplexity"] = {0: 8.5, 2: 4.25}  # by step, before the manifest was written
     manifest = {"stage": "03_finetune", "status": "done", "seconds": 28.4, "metrics": metrics}
     assert show_manifest(manifest).splitlines() == [
-        *("03_finetune done in 28 s", "  steps: 4", "  keep: kept 2", "  sizes_bytes: all 2.00 KiB")
+        *(
+            "03_finetune done in 28 s",
+            "  steps: 4",
+            "  keep: kept 2",
+            "  sizes_bytes: all 2.00 KiB",
+        ),
+        "  perplexity: 0 8.5, 2 4.25",
     ]
