@@ -9,6 +9,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from sparselong.model.fused import chunk_loss, fuse
 from sparselong.model.quantizer import replace_with_packed
+from sparselong.packing import two_four
 from sparselong.packing.dense import DenseFormat
 
 CONFIG: dict[str, Any] = {
@@ -27,7 +28,9 @@ def build_packed(device: str, dtype: torch.dtype, fmt: DenseFormat | None = None
     )
     replace_with_packed(model, fmt or DenseFormat(16, "none", 64))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("_blocks"):
+        if name.endswith("weight_mask"):
+            tensor.copy_(two_four.pack_mask(_draw_mask(len(tensor), tensor.shape[1] // 3 * 32)))
+        elif name.endswith(("_blocks", "weight_packed")):
             tensor.random_(0, 256)
         elif name.endswith("_scales"):
             tensor.random_(119, 123)
@@ -39,6 +42,11 @@ def build_packed(device: str, dtype: torch.dtype, fmt: DenseFormat | None = None
     fuse(model)
     chunk_loss(model)
     return model.train()
+
+
+def _draw_mask(rows: int, columns: int) -> torch.Tensor:
+    kept = torch.rand(rows, columns // 4, 4).argsort(-1) < 2
+    return kept.view(rows, columns)
 
 
 def add_lora(model: Any) -> Any:

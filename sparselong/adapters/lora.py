@@ -42,7 +42,7 @@ from torch.nn import functional
 from sparselong.adapters import masks
 from sparselong.kernels import make_opaque
 from sparselong.kernels.dense import MaskedWeight, sum_weight
-from sparselong.model import PackedLinear
+from sparselong.model import PackedLinear, StoredBuffers
 from sparselong.packing import DenseFormat, dense, two_four
 from sparselong.runtime import is_checkpointed
 
@@ -168,7 +168,7 @@ def sum_outer(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return grad.float().T @ x.float()
 
 
-class MaskedLoraLinear(nn.Module, LoraLayer):
+class MaskedLoraLinear(StoredBuffers, LoraLayer):
     """PackedLinear with a trainable low-rank adapter under its mask and rounding.
 
     Args:
@@ -237,10 +237,7 @@ class MaskedLoraLinear(nn.Module, LoraLayer):
         base: Any = self.base_layer
         if not isinstance(base, PackedLinear):
             return {"weight_packed": base.weight.to(torch.bfloat16)}
-        floating = {"weight_scale": torch.bfloat16}
-        if self.bits == 16:
-            floating["weight_packed"] = torch.bfloat16
-        return {n: t.to(floating.get(n, t.dtype)) for n, t in base.packed().items()}
+        return base.packed()
 
     def adapter(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Return A [r, in], B [out, r] and s of the active adapter."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from sparselong.model.loading import load_model
     from sparselong.model.packed_experts import PackedExperts
-    from sparselong.model.packed_linear import PackedLinear
+    from sparselong.model.packed_linear import PackedLinear, StoredBuffers
     from sparselong.model.part import Part
     from sparselong.model.projections import stored_projections, two_four_conforming
     from sparselong.model.quantizer import SparseLongConfig

@@ -7,6 +7,7 @@ few rows on a GPU, as in generation, a 4-bit weight is multiplied in packed form
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,7 +49,27 @@ def decoded_linear(x: torch.Tensor, decode, bias: torch.Tensor | None) -> torch.
     return _DecodedLinear.apply(x, decode, bias)  # type: ignore[return-value]
 
 
-class PackedLinear(nn.Module):
+class StoredBuffers(nn.Module):
+    """Module whose buffers are what a file holds: moved with the model, never converted.
+
+    `model.half()` and `.to(dtype)` convert parameters. Scales of another dtype would be other bits,
+    which kernels cannot read.
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        stored = dict(self._buffers)
+        self._buffers.clear()
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(stored)
+        for name, tensor in stored.items():
+            if tensor is not None:  # no conversion applies to bytes
+                self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
+        return self
+
+
+class PackedLinear(StoredBuffers):
     """Frozen linear layer stored in a `DenseFormat`.
 
     Args:

@@ -153,6 +153,16 @@ def test_stored_codes_equal_those_of_the_last_forward(fmt, dtype):
     assert not torch.equal(last_forward, layer.base_layer(x))
 
 
+def test_a_converted_layer_keeps_masters_masks_and_scales():
+    layer = make_layer(DenseFormat(4, "2:4", 32), trained=True)
+    before = {name: tensor.clone() for name, tensor in layer.named_buffers()}
+    layer.half()
+    assert layer.adapter()[0].dtype == torch.float16
+    assert {"master", "scale", "patterns", "base_layer.weight_scale"} < set(before)
+    for name, tensor in layer.named_buffers():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+
+
 def test_update_keeps_two_of_four_and_updates_scales():
     layer = make_layer(DenseFormat(4, "2:4", 32), trained=True)
     mask, scale = layer.mask(), layer.scale.clone()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from sparselong.packing import DenseFormat
 from sparselong.runtime import using
 from tests.small_packed import add_lora, add_masked, build_packed, differentiate, draw_batch
 
@@ -66,6 +67,14 @@ def test_masked_lora_and_adapters_of_experts_and_routers_are_one_graph():
         compare(model, compiled, draw_batch(tokens, "cpu"))
     assert count_graphs() == 1
     assert sum("lora" in name for name, _ in model.named_parameters()) == 28
+
+
+def test_stored_weights_are_one_graph():
+    model = build_packed(*CPU, DenseFormat(4, "2:4", 32))
+    compiled = compile_whole(model)
+    for tokens in (24, 40):
+        compare(model, compiled, draw_batch(tokens, "cpu"))
+    assert count_graphs() == 1
 
 
 def test_padding_is_found_in_the_graph():

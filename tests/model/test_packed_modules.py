@@ -92,6 +92,22 @@ def test_packed_linear_equals_the_decoded_linear(fmt):
         assert not decoded[~mask].any() and decoded[mask].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "fmt", [DenseFormat(4, "2:4", 64), DenseFormat(8, "none", 32), DenseFormat(16, "2:4", 64)]
+)
+def test_a_converted_model_keeps_the_stored_bits(fmt, dtype):
+    layer = PackedLinear(64, 8, True, fmt)
+    for tensor in layer.packed().values():
+        tensor.view(torch.uint8).random_(0, 64)  # as bf16: 3e-39 to 1e-19, less than fp16 has
+    before = {name: tensor.clone() for name, tensor in layer.packed().items()}
+    nn.Sequential(layer).to(dtype)
+    assert layer.bias is not None and layer.bias.dtype == dtype
+    for name, tensor in layer.packed().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+    assert {t.device.type for t in layer.to("meta").packed().values()} == {"meta"}
+
+
 def test_bias_gets_a_gradient_if_required():
     layer = PackedLinear(64, 8, True, DenseFormat(16, "none", 64))
     layer.weight_packed.copy_(torch.randn(8, 64))
