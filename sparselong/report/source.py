@@ -33,6 +33,7 @@ class Run:
         config: see `run.config_of`.
         results: stage 04's results.json; empty if it is not done.
         answers: by model, stage 04's tasks with the answer to each item.
+        chats: by model and reasoning effort, what stage 04 says of fixed questions in a chat.
         items: by task, the items whose texts are in the run: `ctx`, `endings` and `label` of the
             demo's, `prompt` and `answers` of tasks whose answers are generated.
         rows: stage 03's metrics.jsonl; empty if it is not done.
@@ -45,6 +46,7 @@ class Run:
     config: dict[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    chats: dict[str, dict[str, Any]] = field(default_factory=dict)
     items: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     supervision: str = ""
@@ -82,17 +84,16 @@ def open_run(directory: Path) -> Run:
     reader = _Reader(directory, manifests, problems)
     results = reader.read_object(EVAL, "results.json")
     files, tasks, models = (_object(results.get(k)) for k in ("files", "tasks", "perplexity"))
+    kept = {
+        model: reader.read_object(EVAL, str(files.get(model, f"{model}.json"))) for model in models
+    }
     return Run(
         directory,
         manifests,
         config_of(manifests),
         results=results,
-        answers={
-            model: _object(
-                reader.read_object(EVAL, str(files.get(model, f"{model}.json"))).get("tasks")
-            )
-            for model in models
-        },
+        answers={model: _object(found.get("tasks")) for model, found in kept.items()},
+        chats={model: _object(found.get("health")) for model, found in kept.items()},
         items={task: reader.read_items(task) for task in tasks},
         rows=reader.read_rows(FINETUNE, "metrics.jsonl", "step"),
         supervision=reader.read(FINETUNE, "supervision.txt"),

@@ -63,6 +63,7 @@ def health(right):
         **{"answers": len(right), "ended": sum(right), "looped": 1, "malformed": 2, "no_final": 0},
         "repairs": {"unknown channel": 3, "stray mark": 1},
         "tokens": {"mean": 40.4, "median": 38.0, "most": 64},
+        "said": [{"question": "Why?", "messages": [["final", "Because."]]}],
     }
 
 
@@ -155,7 +156,8 @@ def test_health_is_counted_by_effort_and_not_judged(models):
     text = report.render(build(models))
     row = "4 | 1 | 1 | 2 | 0 | 40, 38, 64 | unknown channel 3, stray mark 1"
     assert f"| compressed | low | {row} |" in text and f"| compressed | high | {row} |" in text
-    assert report.list_metrics(build(models))["health"]["base"]["low"]["ended"] == 3
+    counted = report.list_metrics(build(models))["health"]["base"]["low"]
+    assert counted["ended"] == 3 and "said" not in counted  # texts stay in <model>.json
     for model in models.values():
         model["health"] = {}
     assert "in a chat" not in report.render(build(models))

@@ -284,3 +284,15 @@ def test_figures_of_the_user_are_beside_each_validation_loss(run):
 def test_models_that_are_compared_have_different_colours():
     models = [*MODELS, "runs/ab", "runs/ba"]
     assert len({colour_of(model, models) for model in models}) == len(models)
+
+
+def test_answers_in_a_chat_are_side_by_side(run):
+    for model in MODELS:
+        said = [{"question": f"Why {EVIL}?", "messages": [["analysis", "Hm."], ["final", model]]}]
+        rewrite(
+            run / f"04_eval/{model}.json", health={"low": {"said": []}, "medium": {"said": said}}
+        )
+    page = page_of(run)
+    assert "Answers in a chat With medium reasoning effort" in page.text
+    wanted = "base analysis: Hm. base compressed analysis: Hm. compressed fine-tuned analysis: Hm."
+    assert f"Why {EVIL}? {wanted} finetuned" in page.text and page.tags <= ALLOWED
