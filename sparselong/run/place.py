@@ -256,7 +256,7 @@ def _is_row(row: Any) -> bool:
     """Return whether a value is as `provenance.describe_files` describes a file."""
     if not isinstance(row, dict) or "bytes" not in row:
         return False
-    return all(isinstance(row.get(key), str) and row[key] for key in ("path", "sha256"))
+    return row.get("path") != "" and all(isinstance(row.get(k), str) for k in ("path", "sha256"))
 
 
 def _check_part(path: Path, manifest: dict[str, Any]) -> None:
