@@ -6,6 +6,7 @@
 # make test-llama  compile llama.cpp once (a quarter of an hour), then tests that open exports with it
 # make test-web  tests of the pages in Chromium, of the endpoint's clients and of the terminal
 # make test-zero3  tests of DeepSpeed's ZeRO-3 on two CPU processes (compiles with g++)
+# make test-axolotl  Axolotl compiled, and by FSDP2 on two CPU processes (two minutes)
 # make test-gpu  tests that need a CUDA device, with $(PYTHON) and without .venv
 # make bench     the demo, every benchmark that this machine can run, then BENCHMARKS.md
 # make lock      resolve requirements/requirements.lock again, keeping versions that still fit
@@ -36,6 +37,7 @@ WEB_PACKAGES := playwright==1.65.2 pyee greenlet openai==3.57.0 distro jiter sni
 ZERO3 := .deepspeed/0.19.8
 ZERO3_PACKAGES := deepspeed==$(notdir $(ZERO3)) hjson msgpack ninja py-cpuinfo
 ZERO3_TEST := tests/examples/test_zero3.py
+AXOLOTL_TEST := tests/examples/test_axolotl_long.py
 # A test that hangs fails after five minutes instead of blocking the whole run. test_trained.py and
 # test_finetune.py, whose fixtures train first, set fifteen minutes themselves.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --timeout 300
@@ -46,7 +48,7 @@ BENCHMARKS := demo attention attention_tiles expert_gemm neighbours liger genera
               train_step compiled context_parallel fit_120b true_widths compress_rate export quality \
               sharded_full
 
-.PHONY: demo check test test-long test-short test-mutations test-llama test-web test-zero3 test-gpu bench lock clean
+.PHONY: demo check test test-long test-short test-mutations test-llama test-web test-zero3 test-axolotl test-gpu bench lock clean
 
 $(STAMP): install.sh pyproject.toml $(LOCK) requirements/overrides.txt
 	./install.sh
@@ -76,7 +78,8 @@ test-long: $(STAMP)
 	$(PYTEST) $(LONG)
 
 test-short: $(STAMP)
-	$(PYTEST) --ignore tests/gpu --ignore tests/web --ignore $(LLAMA_TEST) --ignore $(ZERO3_TEST) $(LONG:%=--ignore %) tests
+	$(PYTEST) --ignore tests/gpu --ignore tests/web --ignore $(LLAMA_TEST) --ignore $(ZERO3_TEST) \
+	    --ignore $(AXOLOTL_TEST) $(LONG:%=--ignore %) tests
 
 test-mutations: $(STAMP)
 	$(PYTEST) --all-mutations tests/inputs/test_mutations.py
@@ -107,6 +110,9 @@ $(ZERO3): | $(STAMP)
 test-zero3: $(STAMP) $(ZERO3)
 	PATH=$(CURDIR)/$(ZERO3)/bin:$$PATH PYTHONPATH=$(CURDIR)/$(ZERO3) DS_ACCELERATOR=cpu \
 	    TORCH_EXTENSIONS_DIR=$(CURDIR)/$(ZERO3)/compiled $(PYTEST) $(ZERO3_TEST)
+
+test-axolotl: $(STAMP)
+	$(PYTEST) $(AXOLOTL_TEST)
 
 test-gpu:
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu: no CUDA device, nothing tested')"

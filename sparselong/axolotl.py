@@ -41,7 +41,8 @@ class LibraryPlugin(BasePlugin):
         """Raise if the YAML asks for what this plugin cannot give.
 
         Raises:
-            ConfigError: the YAML names Axolotl's context parallelism, Liger's kernels, or no LoRA.
+            ConfigError: the YAML names Axolotl's context parallelism, loading of shards from one
+                process's memory, Liger's kernels, or no LoRA.
         """
         for key in ("context_parallel_size", "sequence_parallel_degree"):
             if (cfg.get(key) or 1) > 1:
@@ -51,6 +52,14 @@ class LibraryPlugin(BasePlugin):
                     "Axolotl's context parallelism, in which each process attends to its own part",
                     "shard sequences by this project's stage 03: "
                     f"python 03_finetune.py sequence_parallel_degree={cfg[key]}",
+                )
+        for key in ("cpu_ram_efficient_loading", "fsdp_cpu_ram_efficient_loading"):
+            if (cfg.get("fsdp_config") or {}).get(key):
+                raise ConfigError(
+                    f"{key}: true cannot be used with packed experts",
+                    f"{key}: false",
+                    "Axolotl makes every tensor that it loads a parameter, and integers cannot be",
+                    f"remove {key}; each process then opens the model in host memory",
                 )
         for key in (f"liger_{name}" for name in _LIGER):
             if cfg.get(key):

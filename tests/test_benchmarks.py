@@ -11,8 +11,9 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import command_line, fit_120b, intervals
-from benchmarks.record import RESULTS
+from benchmarks import command_line, fit_120b, intervals, record
+from benchmarks.record import RESULTS, row
+from benchmarks.report import full_finetune
 from sparselong import provenance
 from tests.conftest import ROOT
 
@@ -71,7 +72,6 @@ def test_make_bench_runs_the_files_that_write_results():
 
 
 def test_benchmarks_md_is_up_to_date(monkeypatch, tmp_path):
-    from benchmarks import record
     from benchmarks.report import __main__ as report
     from benchmarks.report import attention, train_step
 
@@ -127,3 +127,24 @@ def test_the_plan_decides_whether_120b_keeps_attention():
     assert fit_120b.keeps_attention(case)
     assert not fit_120b.keeps_attention(case | {"arm": "experts"})  # it would not fit 24 GB cards
     assert fit_120b.keeps_attention(case | {"arm": "experts", "tokens": 4096})
+
+
+def test_the_section_on_full_finetuning_prints_what_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert full_finetune.write_section() == ""
+    case = {"tokens": 4096, "rows": 2, "attention": "ours", "layers": 4, "processes": 2}
+    eager = case | {"attention": "eager"}
+    rows = [
+        row(case | {"step": 1}, "fsdp2", "loss", 12.25, "nats"),
+        row({"layers": 4}, "fsdp2", "largest_difference", 3e-3, "1"),
+        row(case, "fsdp2", "throughput", 12_345.6, "tokens/s"),
+        row(case, "fsdp2", "peak_bytes", 3 * 2**29, "bytes"),
+        row(eager, "fsdp2", "throughput", 0.0, "tokens/s"),
+        row(eager, "fsdp2", "out_of_memory", 1, "1"),
+    ]
+    path = record.write("full_finetune", "made", "none", rows, tmp_path)
+    text = full_finetune.write_section()
+    assert "| FSDP2 | 4 | 2 | 4,096 | ours | 12,346 | 1.5 GiB | 3e-03 |\n" in text
+    assert "| FSDP2 | 4 | 2 | 4,096 | eager | - | - | 3e-03 |\n" in text
+    assert f"### made (torch {torch.__version__}" in text and path.name in text
+    assert "12.25" not in text

@@ -78,7 +78,9 @@ class FusedAttention(GptOssAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See transformers' GptOssAttention."""
+        """See transformers' GptOssAttention; ValueError if Liger has replaced its rotary."""
+        if modeling_gpt_oss.apply_rotary_pos_emb.__module__.startswith("liger_kernel"):
+            raise ValueError(_LIGER)
         if not hidden_states.is_cuda:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs

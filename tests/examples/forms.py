@@ -9,17 +9,31 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
-from transformers.data.data_collator import DataCollatorForLanguageModeling
+from transformers.data.data_collator import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+)
 
 from tests.conftest import ROOT
 from tests.examples.separate import MESSAGES
 
 EXAMPLE = runpy.run_path(str(ROOT / "examples/transformers_trainer.py"))
 FORMS = ("packing", "padding-free", "padding")
+ROWS = 4
+"""Of MESSAGES when they are packed."""
 
 
 def train(
-    front: str, trained: str, form: str, base: Path, data: Path, out: Path, steps: int, batch: int
+    front: str,
+    trained: str,
+    form: str,
+    base: Path,
+    data: Path,
+    out: Path,
+    steps: int,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+    **changed: Any,
 ) -> Any:
     """Train on MESSAGES, all tokens supervised, and return the trainer.
 
@@ -31,15 +45,19 @@ def train(
         data: MESSAGES as a file.
         out: where the trainer saves.
         steps: steps of training.
-        batch: conversations a process and step, which are all of them; packed, they are two rows.
+        batch: conversations a process and step; packed, as great a part of the rows, at least one.
+        dtype: of the parameters.
+        changed: other training arguments than the example's, or than `_arguments`.
     """
     torch.manual_seed(0)  # of the adapters
-    if front == "TRL":
-        trainer = _trl(trained, form, base, data, out, steps, batch)
-    elif form == "padding-free":
+    if front == "transformers" and form == "padding-free" and not changed:
         return EXAMPLE["train"](str(base), data, out, trained, steps, batch)
-    else:
-        trainer = _padded_or_packed(trained, form, base, out, steps, batch)
+    make = _trl if front == "TRL" else _transformers
+    model = EXAMPLE["open_model"](str(base), trained)
+    model = model if dtype == torch.float32 else model.to(dtype)
+    if form == "packing":
+        batch = max(1, ROWS * batch // len(MESSAGES))
+    trainer = make(model, form, base, data, _arguments(out, steps, batch) | changed)
     trainer.train()
     return trainer
 
@@ -63,27 +81,25 @@ def _arguments(out: Path, steps: int, batch: int) -> dict[str, Any]:
     }
 
 
-def _padded_or_packed(trained: str, form: str, base: Path, out: Path, steps: int, batch: int):
+def _transformers(model: Any, form: str, base: Path, data: Path, arguments: dict[str, Any]):
     rows = tokenize(base)
-    collate: Any = default_data_collator
+    collate: Any = DataCollatorWithFlattening()
     dataset: list[dict[str, list[int]]] = [{"input_ids": row} for row in rows]
     if form == "packing":
-        dataset, batch = _pack(rows), 2
-    else:
+        dataset, collate = _pack(rows), default_data_collator
+    elif form == "padding":
         collate = DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(base), mlm=False)
-    arguments = TrainingArguments(**_arguments(out, steps, batch))
-    model = EXAMPLE["open_model"](str(base), trained)
-    return Trainer(model, arguments, collate, dataset)  # type: ignore[arg-type]
+    return Trainer(model, TrainingArguments(**arguments), collate, dataset)  # type: ignore[arg-type]
 
 
 def _pack(rows: list[list[int]]) -> list[dict[str, list[int]]]:
-    """Lay the conversations end to end in two rows; the rest of the shorter one is not learned."""
+    """Lay the conversations end to end in ROWS rows; what fills up a row is not learned."""
     packed = []
-    longest = max(sum(map(len, rows[n::2])) for n in range(2))
-    for n in range(2):
-        rest = [0] * (longest - sum(map(len, rows[n::2])))
-        documents = [*rows[n::2], rest]
-        labels = [[-100, *row[1:]] for row in rows[n::2]]
+    longest = max(sum(map(len, rows[n::ROWS])) for n in range(ROWS))
+    for n in range(ROWS):
+        rest = [0] * (longest - sum(map(len, rows[n::ROWS])))
+        documents = [*rows[n::ROWS], rest]
+        labels = [[-100, *row[1:]] for row in rows[n::ROWS]]
         packed.append(
             {
                 "input_ids": sum(documents, []),
@@ -94,27 +110,27 @@ def _pack(rows: list[list[int]]) -> list[dict[str, list[int]]]:
     return packed
 
 
-def _trl(trained: str, form: str, base: Path, data: Path, out: Path, steps: int, batch: int):
+def _trl(model: Any, form: str, base: Path, data: Path, arguments: dict[str, Any]):
     from datasets import Dataset
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    arguments = SFTConfig(
-        **_arguments(out, steps, batch),
+    settings = SFTConfig(
+        **arguments,
         packing=form == "packing",
         padding_free=form == "padding-free",
-        max_length=400 if form == "packing" else None,
+        max_length=280 if form == "packing" else None,
         router_aux_loss_coef=0.0,
     )
-    model, adapters = EXAMPLE["open_model"](str(base), trained), None
-    if trained == "lora":  # TRL attaches the adapters and computes the loss itself
+    adapters = None
+    if hasattr(model, "peft_config"):  # TRL attaches the adapters and computes the loss itself
         adapters = model.peft_config["default"]
         model = model.unload()
         del model.forward
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     return SFTTrainer(
         model,
-        arguments,
+        settings,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=adapters,

@@ -38,7 +38,7 @@ def environment_of(path: Path) -> dict[str, str]:
 
 
 def run(python: str, path: Path, cases: list, base: Path, data: Path, out: Path, fused: bool):
-    """Train cases, (front, trained, steps) each, in two processes; return their results."""
+    """Train cases, (front, trained, form, steps) each, in two processes; return their results."""
     given = {
         **{"cases": cases, "base": str(base), "data": str(data), "out": str(out), "fused": fused},
         **{"environment": environment_of(path), "batch": len(MESSAGES) // PROCESSES},
@@ -59,8 +59,8 @@ def run(python: str, path: Path, cases: list, base: Path, data: Path, out: Path,
     ]
     told = [each.communicate(timeout=500)[0] for each in started]
     assert all(each.returncode == 0 for each in started), told[0][-6000:]
-    return {(front, trained): json.loads((out / f"{front}-{trained}.json").read_text())
-            for front, trained, _ in cases}  # fmt: skip
+    return {case[:3]: json.loads((out / f"{'-'.join(case[:3])}.json").read_text())
+            for case in cases}  # fmt: skip
 
 
 def check_losses(found: dict[str, Any], alone: Any) -> None:
@@ -71,9 +71,10 @@ def check_losses(found: dict[str, Any], alone: Any) -> None:
     assert found["whole"] == 0
 
 
-def train_alone(front: str, trained: str, steps: int, base: Path, data: Path, out: Path) -> Any:
+def train_alone(case: tuple[str, str, str, int], base: Path, data: Path, out: Path) -> Any:
     """Train in this process and return the trainer."""
-    return train(front, trained, "padding-free", base, data, out, steps, len(MESSAGES))
+    *words, steps = case
+    return train(*words, base, data, out, steps, len(MESSAGES))
 
 
 def check_saved(sharded: Path, alone: Path, base: Path, trained: str) -> None:

@@ -6,6 +6,7 @@ one; everything else is as on a GPU. With `fused`, layers compute as on a GPU to
 parameters of modules that are not called. Rank 0 writes each case's losses and gradient norms.
 """
 
+import gc
 import json
 import os
 import sys
@@ -23,14 +24,15 @@ def main() -> None:
     from sparselong.model.fused import FusedDecoderLayer
     from tests.examples.forms import train
 
+    gc.freeze()  # or each training collects what was imported
     torch.set_num_threads(1)
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     if given["fused"]:
         FusedDecoderLayer.forward = FusedDecoderLayer._forward_fused
-    for front, trained, steps in given["cases"]:
-        out = Path(given["out"]) / f"{front}-{trained}"
+    for *words, steps in given["cases"]:
+        out = Path(given["out"]) / "-".join(words)
         paths = (Path(given["base"]), Path(given["data"]), out)
-        trainer = train(front, trained, "padding-free", *paths, steps, given["batch"])
+        trainer = train(*words, *paths, steps, given["batch"])
         sharded = [
             name
             for name, parameter in trainer.model.named_parameters()

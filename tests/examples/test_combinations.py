@@ -11,31 +11,51 @@ from benchmarks.shape_20b import config_20b
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/combinations.md").read_text(encoding="utf-8")
-CELLS = [
-    cell.strip()
-    for line in re.findall(r"^\| (?:transformers|TRL|Axolotl), .*$", PAGE, re.M)
-    for cell in line.split("|")[2:-1]
-]
 TESTS = dict(re.findall(r"^- (\w+): `(.+?)`", PAGE, re.M))
 REASONS = dict(re.findall(r'^- (R\d): `.+?`:\n  "(.+)"$', PAGE, re.M))
 GIB = 2**30
 
 
+def list_cells() -> list[tuple[str, dict[str, str]]]:
+    """Return each cell, and what the names of tests say in capital letters for it."""
+    found, columns = [], []
+    for line in re.findall(r"^\| (.+) \|$", PAGE.partition("## Memory")[0], re.M):
+        head, *cells = line.split(" | ")
+        if " process" in head:
+            columns = [cell.rpartition(", ")[2] for cell in cells]
+            continue
+        trainer, trained = head.split(", ")
+        for form, cell in zip(columns, cells, strict=True):
+            row = {"TRAINER": trainer, "TRAINED": trained.replace("LoRA", "lora"), "FORM": form}
+            found.append((cell, row))
+    return found
+
+
+CELLS = list_cells()
+
+
 def test_a_cell_works_by_a_test_or_is_refused_for_a_reason():
-    assert len(CELLS) == 7 * 6
-    for cell in CELLS:
-        assert re.fullmatch(r"works: [A-E]\d|refused: R\d|not shown", cell), cell
-    named = re.findall(r"(?:works: |refused: |\()([A-E]\d|R\d)", PAGE)
+    assert len(CELLS) == 7 * (3 + 3 + 6)
+    for cell, _ in CELLS:
+        assert re.fullmatch(r"works: [A-J]|refused: R\d|not shown", cell), cell
+    named = re.findall(r"(?:works: |refused: |\()([A-J]|R\d)\b", PAGE)
     assert set(named) == TESTS.keys()
     assert REASONS.keys() == {key for key in TESTS if key.startswith("R")}
 
 
 def test_each_named_test_exists(request):
     """Collected as pytest does, so that a test's parameters are compared too."""
-    for path in sorted({name.partition("::")[0] for name in TESTS.values()}):
+    wanted = {(key, TESTS[key]) for key in REASONS}
+    for cell, row in CELLS:
+        if cell != "not shown":
+            key = cell.partition(": ")[2]
+            wanted.add(
+                (key, re.sub("TRAINER|TRAINED|FORM", lambda m, row=row: row[m[0]], TESTS[key]))
+            )
+    for path in sorted({name.partition("::")[0] for _, name in wanted}):
         module = pytest.Module.from_parent(request.session, path=ROOT / path)
         functions = {item.name: item for item in request.session.genitems(module)}
-        for key, name in TESTS.items():
+        for key, name in wanted:
             file, _, test = name.partition("::")
             if file == path:
                 assert test in functions, name

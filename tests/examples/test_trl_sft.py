@@ -42,7 +42,7 @@ def expected(base) -> float:
     return separate_loss(base, [each["input_ids"] for each in encoded], learned)
 
 
-@pytest.mark.parametrize("padding_free", [False, True], ids=["packed", "padding-free"])
+@pytest.mark.parametrize("padding_free", [False, True], ids=["packing", "padding-free"])
 def test_the_first_loss_is_that_of_separate_conversations(base, tmp_path, expected, padding_free):
     data = write_rows(tmp_path / "data.jsonl", MESSAGES)
     length, batch = 400, len(MESSAGES)  # packed: all rows in one batch, some of several documents

@@ -4,18 +4,26 @@ Run by `make test-zero3`, which installs DeepSpeed in a directory of its own. On
 is not offloaded: it is in host memory as it is.
 """
 
+import json
 import sys
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT, write_rows
+from tests.examples.axolotl_runs import FORMS
 from tests.examples.separate import MESSAGES
 from tests.examples.sharded import check_losses, check_saved, run, train_alone
+from tests.examples.test_axolotl_long import check_sharded
 from tests.examples.test_fsdp2 import CASES
 
 pytestmark = pytest.mark.timeout(600)  # the first run compiles
 PATH = ROOT / "examples/accelerate/zero3.yaml"
+AUTO = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+STAGE_3 = {
+    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+    **dict.fromkeys(AUTO, "auto"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +37,24 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sharded(untrained_base, folder):
-    paths = (untrained_base, folder / "data.jsonl", folder / "sharded")
+def sharded(small_base, folder):
+    paths = (small_base, folder / "data.jsonl", folder / "sharded")
     # Not forked_python, whose packages were imported where DeepSpeed cannot be.
     return run(sys.executable, folder / "zero3.yaml", CASES, *paths, fused=True)
 
 
-@pytest.mark.parametrize("front, trained, steps", CASES)
-def test_two_processes_train_as_one(front, trained, steps, untrained_base, folder, sharded):
-    out = folder / "alone" / f"{front}-{trained}"
-    alone = train_alone(front, trained, steps, untrained_base, folder / "data.jsonl", out)
-    check_losses(sharded[front, trained], alone)
-    if front == "transformers" and trained != "lora":
-        check_saved(folder / "sharded" / out.name, out, untrained_base, trained)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case[:3]))
+def test_two_processes_train_as_one(case, small_base, folder, sharded):
+    front, trained, form, _ = case
+    out = folder / "alone" / f"{front}-{trained}-{form}"
+    alone = train_alone(case, small_base, folder / "data.jsonl", out)
+    check_losses(sharded[front, trained, form], alone)
+    if front == "transformers" and trained != "lora" and form == "padding-free":
+        check_saved(folder / "sharded" / out.name, out, small_base, trained)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_axolotl(form, small_base, tmp_path):
+    (tmp_path / "zero3.json").write_text(json.dumps(STAGE_3), encoding="utf-8")
+    way = {"deepspeed": str(tmp_path / "zero3.json")}
+    check_sharded(form, small_base, tmp_path, sys.executable, way)

@@ -75,6 +75,11 @@ def test_a_fused_model_takes_ligers_loss_but_not_its_layers(model):
     fuse(ours)
     with pytest.raises(ValueError, match="allowed in a fused model: transformers' own"):
         apply_liger_kernel(ours, {"rope": False})
+    rotary = modeling_gpt_oss.apply_rotary_pos_emb
+    apply_liger_kernel(ours, {"rms_norm": False})  # which says nothing itself
+    with pytest.raises(ValueError, match="allowed in a fused model: transformers' own"):
+        ours(IDS)
+    modeling_gpt_oss.apply_rotary_pos_emb = rotary
     apply_liger_kernel(ours, {"rope": False, "rms_norm": False})
     assert ours.forward.__module__ == "liger_kernel.transformers.model.gpt_oss"
     with torch.no_grad():  # without labels, its forward pass leaves the loss to transformers
