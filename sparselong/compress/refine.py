@@ -128,9 +128,15 @@ def refine(
 def _find_error(
     attend: Attend, batch: torch.Tensor, dense: Projections, trained: dict[str, _Trained]
 ) -> torch.Tensor:
-    """Return the error of a batch's attention; see the module docstring."""
+    """Return the error of a batch's attention; see the module docstring.
+
+    Both outputs are scaled by a power of two, so that squares of large ones are finite.
+    """
+    least = torch.finfo(torch.float32).tiny
     with torch.no_grad():
         expected = attend(batch, dense).float()
-    difference = attend(batch, {**trained}).float() - expected
-    signal = expected.square().mean()
-    return difference.square().mean() / signal.clamp(min=torch.finfo(signal.dtype).tiny)
+        _, exponent = torch.frexp(expected.abs().amax().clamp(min=least))
+        unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), -exponent)
+    difference = unit * (attend(batch, {**trained}).float() - expected)
+    signal = (unit * expected).square().mean()
+    return difference.square().mean() / signal.clamp(min=least)
