@@ -9,6 +9,10 @@ base's output. If it is not lower after the steps than before them, the solver's
 
 Source of the method: the reconstruction of a block's output of BRECQ (Li et al., 2021), here by
 steps on the masters under fixed scales and 2:4 masks.
+
+Left out: a low-rank residual beside the codes (SLiM, Mozaffari et al., 2024). The best one of rank
+3 for 512 inputs, the share that rank 16 has of 2880, lowers the error that the solver leaves in the
+proxy's q_proj by 1.5 % and in v_proj by 3 %; rank 16, 31 % and 77 % more bytes, by 7 % and 14 %.
 """
 
 from __future__ import annotations
