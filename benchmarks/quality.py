@@ -7,10 +7,10 @@ held-out documents, in all and by position, divergence and top-1 agreement with 
 them, accuracy on multiple-choice items with its standard error, perplexity on held-out
 conversations of the fine-tuning data, bytes, and seconds.
 
-A row's figures are written as soon as it is measured. After `--minutes` no row begins; the next run
-takes the file as `--earlier` and continues with the rows that are missing. A row that fails is
-told, and the others are measured; the exit code is then 1. Below the table stands what it decides
-(`compared/verdicts.py`).
+A row's figures are written as soon as it is measured. After `--minutes` no row begins; the same
+command on the same day continues with the rows that are missing, and so does one that takes the
+file as `--earlier`. A row that fails is told, and the others are measured; the exit code is then 1.
+Below the table stands what it decides (`compared/verdicts.py`).
 
 benchmarks/quality.py --base FOLDER [--text FILE] [--items FILE] [--tune FILE] [--minutes M]
                       [--earlier FILE] [--machine NAME] [--folder FOLDER]
@@ -41,7 +41,7 @@ from benchmarks.compared.table import Table, read_earlier, show, show_row
 from benchmarks.compared.text import cut, read_conversations, read_documents, read_items
 from benchmarks.compared.tuning import Arm, Settings, attention, tune
 from benchmarks.compared.verdicts import show_verdicts
-from benchmarks.record import write
+from benchmarks.record import path_of, write
 from sparselong.model import load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,7 +128,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="documents; default: Python's documentation")
     parser.add_argument("--items", type=Path, help="multiple-choice items; default: from it")
     parser.add_argument("--tune", default="demo", help="conversations, as data.train takes them")
-    parser.add_argument("--earlier", type=Path, help="result of a run to continue")
+    parser.add_argument("--earlier", type=Path, help="result to continue; default: today's")
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="no row but the first begins later"
     )
@@ -156,9 +156,10 @@ def measure(args: argparse.Namespace, work: Path) -> tuple[Table, int]:
     begin = time.monotonic()
     keep = count_kept(args.base)
     settings = describe(args, keep)
-    earlier = read_earlier(args.earlier, settings) if args.earlier else []
-    table = Table(settings, earlier)
     named = ("quality", machine_of(args), command_of(__file__, args))
+    begun = path_of(*named[:2], args.folder)  # by a run that was killed
+    earlier = args.earlier or (begun if begun.exists() else None)
+    table = Table(settings, read_earlier(earlier, settings) if earlier else [])
     rows = [row for row in list_rows(args.seeds, keep) if args.only in str(row.case)]
     missing = [row for row in rows if not table.has(row.case)]
     failed = 0

@@ -48,9 +48,14 @@ def write(
         "rows": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{subject}-{machine}-{time.strftime('%Y%m%d')}.json"
+    path = path_of(subject, machine, folder)
     write_atomically(path, json.dumps(document, indent=1) + "\n")
     return path
+
+
+def path_of(subject: str, machine: str, folder: Path) -> Path:
+    """Return where `write` puts today's result."""
+    return folder / f"{subject}-{machine}-{time.strftime('%Y%m%d')}.json"
 
 
 def newest(subject: str) -> dict[str, dict[str, Any]]:

@@ -75,6 +75,7 @@ def read_earlier(path: Path, settings: dict[str, float]) -> list[dict[str, Any]]
         raise ValueError(
             f"{path} was measured with other settings: "
             + ", ".join(f"{each} {found.get(each)}, now {settings.get(each)}" for each in other)
+            + "; a new table needs another --folder"
         )
     return rows
 
