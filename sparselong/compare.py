@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from sparselong.config import leaves
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.figures import format_bytes, format_seconds
-from sparselong.files import read_json
+from sparselong.files import read_json, why_unusable
 from sparselong.provenance import find_change
 from sparselong.registration import begin_program
 from sparselong.run import config_of, find_outdated, read_finished
@@ -140,7 +140,7 @@ def _open(directory: Path) -> Run:
         raise StageError(
             f"{directory} has no finished stage to compare",
             "a run directory with a manifest.json in at least one stage's directory",
-            "none" if directory.is_dir() else "no such directory",
+            "none" if directory.is_dir() else why_unusable(directory, "directory"),
             "pass another run, or finish a stage of this one",
         )
     results = {}
@@ -170,26 +170,42 @@ def _collect(runs: Sequence[Run]) -> list[Figure]:
     """Return the figures of all runs, in the order of the stages."""
     figures: dict[tuple[str, str], Figure] = {}
     for run in runs:
-        for one in (*_trained(run), *_evaluated(run), *_sizes(run), *_resources(run)):
+        for one in _figures_of(run):
             if isinstance(one.value, bool) or not isinstance(one.value, int | float):
                 continue  # a stage that is not done has none
             new = Figure(one.group, one.name, one.unit)
             figure = figures.setdefault((one.group, one.name), new)
             figure.values[run.name] = float(one.value)
             figure.bases.append(one.basis)
-            if one.stderr is not None:
+            if isinstance(one.stderr, float):
                 figure.stderrs[run.name] = one.stderr
     return list(figures.values())
 
 
+def _figures_of(run: Run) -> list[_Measured]:
+    """Return a run's figures; raise if its files hold other values than stages write."""
+    try:
+        return [*_trained(run), *_evaluated(run), *_sizes(run), *_resources(run)]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise StageError(
+            f"{run.name} holds figures that cannot be read",
+            "manifests and a results.json as stages write them",
+            f"{type(error).__name__}: {error}",
+            "restore the file that was changed, or redo its stage with --force",
+        ) from error
+
+
 def _trained(run: Run) -> Iterator[_Measured]:
-    """Yield the losses of stage 03."""
+    """Yield the losses of stage 03, and figures of the user's function."""
     metrics, group = run.metrics(_FINETUNE), "Training"
     basis = _text_basis(run, _FINETUNE, "train.jsonl")
     yield _Measured(group, "last training loss", "", metrics.get("train_loss"), basis)
     basis = _text_basis(run, _FINETUNE, "validation.jsonl")
     best = metrics.get("best_eval_perplexity")
     yield _Measured(group, "best validation perplexity", "", best, basis)
+    own = metrics.get("metrics", {}).get(str(metrics.get("best_step")), {})
+    basis = {**basis, "training.metrics": run.config.get("training", {}).get("metrics")}
+    yield from (_Measured(group, f"{name} at best step", "", own[name], basis) for name in own)
     yield _Measured(group, "best step", "", metrics.get("best_step"), {})
 
 

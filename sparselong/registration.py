@@ -29,6 +29,8 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -199,19 +201,26 @@ def choose_gpu(number: int) -> None:
             f"WORLD_SIZE={size}",
             "leave out --gpu; CUDA_VISIBLE_DEVICES says which GPUs several processes may use",
         )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        names = [str(each) for each in range(_count_gpus())]
-        found = f"{len(names)} GPUs" if names else "no NVIDIA driver, or no GPU"
-    else:
-        names = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-        found = f"CUDA_VISIBLE_DEVICES={visible}"
+    visible, there = os.environ.get("CUDA_VISIBLE_DEVICES"), _count_gpus()
+    named = range(there) if visible is None else visible.split(",")
+    # CUDA, too, sees those before the first that is not there, and without any, torch the CPU.
+    names = [*takewhile(partial(_is_gpu, there=there), (str(name).strip() for name in named))]
     if not 0 <= number < len(names):
         numbers = f"a number from 0 to {len(names) - 1}" if names else "a machine with a GPU"
+        found = f"{there} GPUs" if there else "no NVIDIA driver, or no GPU"
+        if visible is not None:
+            found = f"CUDA_VISIBLE_DEVICES={visible}, {found}"
         fix = "see nvidia-smi; without --gpu a machine without GPUs computes on its CPU"
         raise ConfigError(f"--gpu {number} does not exist", numbers, found, fix)
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's
+    if visible is None:
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's
     os.environ["CUDA_VISIBLE_DEVICES"] = names[number]
+
+
+def _is_gpu(name: str, there: int) -> bool:
+    """Return whether a name in CUDA_VISIBLE_DEVICES can be one of so many GPUs."""
+    is_number = name.isascii() and name.isdecimal()
+    return int(name) < there if is_number else there > 0 and name.startswith(("GPU-", "MIG-"))
 
 
 def _count_gpus() -> int:

@@ -44,6 +44,18 @@ def test_equal_runs_differ_in_nothing(runs):
     assert groups == {"Training", "Perplexity", "demo_hellaswag", "Size", "Time and memory"}
 
 
+def test_figures_of_the_user_are_compared_at_the_best_step(runs):
+    for run, accuracy in zip(runs, (0.25, 0.5), strict=True):
+        own = {"0": {"acc": 0.0, "odd": None}, "60": {"acc": accuracy, "odd": None}}
+        change(run, "03_finetune", metrics=own)
+    found = find(compare(runs), "Training", "acc at best step")
+    assert list(found["values"].values()) == [0.25, 0.5] and found["differs_in"] == []
+    config = read(runs[1], "03_finetune")["config"]
+    config["training"]["metrics"] = "other.py:acc"
+    rewrite(runs[1] / "03_finetune/manifest.json", config=config)
+    assert find(compare(runs), "Training", "acc at best step")["differs_in"] == ["training.metrics"]
+
+
 def test_what_differs_is_shown_with_exact_values(runs, capsys):
     config = read(runs[1], "03_finetune")["config"]
     config["training"]["learning_rate"] = 1e-5
@@ -180,7 +192,9 @@ def test_results_that_have_changed_since_they_were_written_are_told(runs):
 
 def test_what_cannot_be_compared_is_refused_by_name(runs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "sweep.md").write_text("| lora.r |")  # as in runs/NAME-sweep/*
     for names, code, told in (
+        (["one", "sweep.md"], 1, "sweep.md has no finished stage to compare"),
         (["one", "empty"], 1, "empty has no finished stage to compare"),
         (["gone", "one"], 1, "gone has no finished stage to compare"),
         (["one"], 2, "two or more directories of different runs"),
@@ -191,6 +205,28 @@ def test_what_cannot_be_compared_is_refused_by_name(runs, tmp_path, capsys):
         assert told in printed.err and printed.out == ""
     (runs[1] / "04_eval/results.json").write_text("{")
     with pytest.raises(StageError, match=r"two/04_eval/results\.json cannot be read"):
+        compare(runs)
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "value"),
+    [
+        ("results.json", ("tasks",), None),
+        ("results.json", ("perplexity", "base", "supervised"), 3),
+        ("manifest.json", ("metrics", "tasks"), "x"),
+        ("manifest.json", ("outputs", 0, "path"), 7),
+        ("manifest.json", ("hardware",), True),
+        ("manifest.json", ("made_from",), None),
+    ],
+)
+def test_values_that_no_stage_writes_are_refused_by_name(runs, file, keys, value):
+    path = runs[1] / "04_eval" / file
+    document = place = json.loads(path.read_text())
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(StageError, match=r"two( holds figures|/04_eval/manifest\.json is damaged)"):
         compare(runs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, get_args
 
@@ -200,7 +201,7 @@ def _check_ruler(config: Config) -> None:
 
 def _check_shares(config: Config) -> None:
     shares = config.data.shares
-    sources = [each.source for each in shares]
+    sources = [os.path.normpath(each.source) for each in shares]  # ./a.jsonl is a.jsonl
     if not shares:
         raise KeyFault("data.train", "data.train: at least one source")
     if not isinstance(config.data.train, str) and "demo" in sources:

@@ -4,7 +4,8 @@
 |-----------------|--------------------------------------------------------------------------|
 | `messages`      | chat and harmony (messages.py), with `tools`                             |
 | `conversations` | ShareGPT: `from` and `value` a message; or messages under another name   |
-| `instruction`   | Alpaca: the question, with an `input` below it; `output` is the answer   |
+| `instruction`   | Alpaca: the question, with an `input` below it; `output` is the answer,  |
+|                 | its reasoning under `thinking` or another of a message's names for it    |
 | `text`          | plain text without turns: every token is trained                         |
 | `input_ids`     | tokens, trained where `labels` repeat them; without `labels`, everywhere |
 
@@ -22,6 +23,8 @@ from typing import Any
 from sparselong.data.calls import check_tools, find_texts
 from sparselong.data.lines import EMPTY, Fault, check_text, shown
 from sparselong.data.messages import (
+    MASKS,
+    REASONING,
     VARIABLES,
     check_messages,
     check_unsupported,
@@ -34,7 +37,7 @@ IGNORED = -100
 WEIGHTS = ("weight", "train")
 _UNSUPPORTED = (
     *("functions", "builtin_tools", "tool_calls", "function_call", "position_ids", "history"),
-    *("image", "images", "video", "videos", "audio", "audios"),
+    *("image", "images", "video", "videos", "audio", "audios", *MASKS),
 )
 _SYSTEM = ("system", "system_prompt", "system_message")
 _OF_CHATS = ("tools", "chat_template_kwargs", *VARIABLES)
@@ -148,7 +151,9 @@ def _read_alpaca(row: dict[str, Any]) -> dict[str, Any]:
         texts[key] = value
     question = "\n\n".join(filter(None, (texts["instruction"], texts["input"])))
     user = {"role": "user", "content": question}
-    return {"messages": [*_system(row), user, {"role": "assistant", "content": texts["output"]}]}
+    reasoning = {key: row[key] for key in REASONING if key in row}
+    answer = {"role": "assistant", "content": texts["output"], **reasoning}
+    return {"messages": [*_system(row), user, answer]}
 
 
 def _system(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -194,7 +199,7 @@ def _integers(row: dict[str, Any], key: str) -> list[int]:
 _LAYOUTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[str, ...]]] = {
     "messages": (_read_messages, ()),
     "conversations": (_read_sharegpt, ("system",)),
-    "instruction": (_read_alpaca, ("input", "output", "system")),
+    "instruction": (_read_alpaca, ("input", "output", "system", *REASONING)),
     "text": (_read_text, ()),
     "input_ids": (_read_tokens, ("labels", "attention_mask")),
 }

@@ -94,12 +94,37 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
                 raise _unreadable(path, f"two columns {twice}", "rename one of them", "other names")
             done = 0
             for batch in file.iter_batches(_ROWS_PER_BATCH):
-                for number, row in enumerate(batch.to_pylist(), done + 1):
+                for number, row in enumerate(_list_rows(batch, path, done), done + 1):
                     yield number, {k: None if v != v else v for k, v in row.items()}
                 done += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         found = (str(error).splitlines() or [type(error).__name__])[0]
         raise _unreadable(path, found, "write the file again", "a Parquet file") from error
+
+
+def _list_rows(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
+    """Return the rows of a batch; raise with the number of one that Python cannot hold.
+
+    Args:
+        batch: a record batch.
+        path: the file.
+        before: number of rows before the batch.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        return batch.to_pylist()
+    except (OverflowError, ValueError):  # a text that is not UTF-8, a date in the year 100,000
+        for place in range(batch.num_rows):
+            try:
+                rows += batch.slice(place, 1).to_pylist()
+            except (OverflowError, ValueError) as error:
+                raise StageError(
+                    f"{path}, row {before + place + 1} cannot be read",
+                    "UTF-8 texts, and values that Python can hold",
+                    str(error),
+                    "correct or remove the row, or the column",
+                ) from error
+    return rows
 
 
 def _find_twice(fields: Any) -> str | None:

@@ -32,16 +32,23 @@ from sparselong.data.lines import EMPTY, Fault, check_text, shown
 VARIABLES = ("reasoning_effort", "model_identity")
 """Keys of a row that set the template's variables."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_REASONING = ("thinking", "reasoning_content", "reasoning", "analysis")
+REASONING = ("thinking", "reasoning_content", "reasoning", "analysis")
+"""Keys of an assistant's reasoning."""
+MASKS = (
+    *("mask", "loss_mask", "loss_weight", "completion_mask"),
+    *("assistant_mask", "assistant_masks", "assistant_tokens_mask"),
+)
+"""Other programs' keys that say what is trained."""
+_EXPECTED_OF_MASKS = "`weight` 0 of messages, or `labels` beside `input_ids`"
 _WEIGHTS = ("weight", "train", "training", "loss")
 _UNSUPPORTED = (
     *("tool_call", "tool_responses", "tools", "functions"),
     *("function_call", "recipient", "image", "images", "video", "videos", "audio", "audios"),
     *("reasoning_details", "thinking_blocks", "train_detail", "training_detail"),
-    *("mask", "loss_mask", "loss_weight"),
+    *MASKS,
 )
 _CALLS = ("tool_calls", "tool_call_id")
-_UNDERSTOOD = {"role", "content", "channel", *_CALLS, *_REASONING, *_WEIGHTS, *_UNSUPPORTED}
+_UNDERSTOOD = {"role", "content", "channel", *_CALLS, *REASONING, *_WEIGHTS, *_UNSUPPORTED}
 # `<|channel|>` with its header, also that of a tool call; not a sentence about both tokens.
 _HEADER = re.compile(
     r"<\|channel\|>(\s*(analysis|commentary|final)\b[^<]*|\w[^<\s]*)"
@@ -97,7 +104,7 @@ def check_unsupported(holder: dict[str, Any], names: tuple[str, ...], where: str
             raise Fault(
                 f"{where} has `{name}`: {shown(holder[name])}",
                 "remove the row, or the key if the row means the same without it",
-                "texts, and tool calls under `tool_calls`",
+                _EXPECTED_OF_MASKS if name in MASKS else "texts, and tool calls under `tool_calls`",
             )
 
 
@@ -225,7 +232,7 @@ def join_parts(content: Any, i: int) -> str:
 
 def _split_reasoning(message: dict[str, Any], content: str, i: int) -> tuple[str, str]:
     """Return an assistant's reasoning and answer, which are "" and the content for others."""
-    given = {name: message[name] for name in _REASONING if message.get(name) not in EMPTY}
+    given = {name: message[name] for name in REASONING if message.get(name) not in EMPTY}
     for name, text in given.items():
         if message["role"] != "assistant" or not isinstance(text, str):
             raise Fault(

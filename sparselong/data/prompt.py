@@ -14,7 +14,9 @@ import datetime
 import json
 from typing import Any
 
+from sparselong.config import Config
 from sparselong.data.calls import find_texts, is_text
+from sparselong.data.harmony import read_marks
 from sparselong.data.lines import EMPTY, Fault, check_text, shown
 from sparselong.data.messages import join_parts
 from sparselong.data.rows import EFFORTS
@@ -80,6 +82,29 @@ def render_prompt(
         found = repr(tokenizer.decode(ids[-8:]))
         raise _unsuitable(template, f"a prompt that ends in {_BEGINNING}", found)
     return ids
+
+
+def check_chats(config: Config, tokenizer: Any) -> None:
+    """Raise if the chats of `evaluation.health_prompts` cannot be put to the model.
+
+    Raises:
+        StageError: tokenizer or chat template are not harmony's.
+    """
+    if not config.evaluation.health_prompts:
+        return
+    messages, today = [{"role": "user", "content": "Hello"}], datetime.date(2000, 1, 1)
+    try:
+        read_marks(tokenizer)
+        for effort in EFFORTS:
+            render_prompt(tokenizer, messages, today=today, reasoning_effort=effort)
+    except StageError as error:
+        raise StageError(
+            "the questions of evaluation.health_prompts cannot be put to this model",
+            error.expected,
+            error.found,
+            "use a model directory with gpt-oss's tokenizer and chat_template.jinja, or set "
+            "evaluation.health_prompts=0",
+        ) from error
 
 
 def _unsuitable(template: Template, expected: str, found: str) -> StageError:

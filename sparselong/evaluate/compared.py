@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from sparselong.checkpoint import METHOD, TOKENIZER, Inventory, check_recorded, take_inventory
 from sparselong.config import Config
 from sparselong.errors import ConfigError, StageError
-from sparselong.files import read_json
+from sparselong.files import read_json, why_unusable
 from sparselong.provenance import describe_files
 from sparselong.run import MANIFEST, read_manifest
 
@@ -25,13 +25,15 @@ _SIZES = (
 )
 _EXPERTS = "num_local_experts"
 _KEY = "evaluation.compare"
+_OWN = ("base", "compressed", "finetuned")
+"""Names of the run's own models in results."""
 
 
 class Compared(NamedTuple):
     """A model that is compared with the base.
 
     Attributes:
-        label: as the user wrote it, for the report.
+        label: as the user wrote it, for the report; `./base` for a folder named like an own model.
         name: for files.
         directory: its checkpoint.
         fingerprint: of its files' names, sizes and times.
@@ -55,11 +57,15 @@ def find_compared(config: Config) -> list[Compared]:
     """
     found: list[Compared] = []
     for label in config.evaluation.compare:
+        label = f"./{label}" if label in _OWN else label
         run, stage = Path(label), _find_stage(Path(label))
         directory = (run / stage / "model" if stage else run).resolve()
         if directory in [each.directory for each in found]:
             raise ConfigError(
-                f"{_KEY} names a model twice", "each model once", f"{label}: {directory}", "once"
+                f"{_KEY} names a model twice",
+                "each model once",
+                f"{label}: {directory}",
+                "remove it",
             )
         inventory = take_inventory(directory)
         _check_kind(label, inventory)
@@ -139,7 +145,7 @@ def _find_stage(path: Path) -> str | None:
     raise ConfigError(
         f"{_KEY} names {path}, which is no model",
         f"a run with {' or '.join(_MODELS)} finished, or a directory with a checkpoint",
-        "a directory without either" if path.is_dir() else "no such directory",
+        "a directory without either" if path.is_dir() else why_unusable(path, "directory"),
         "correct the path",
     )
 

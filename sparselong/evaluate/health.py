@@ -65,7 +65,8 @@ def describe(answers: Sequence[Continuation], tokenizer: Any) -> dict[str, dict[
 
     Returns:
         For each effort the number of `answers`, and of those that `ended`, `looped`, were
-        `malformed` and had `no_final` text; `repairs` by kind; `tokens`: {mean, median, most}.
+        `malformed` and had `no_final` text; `repairs` by kind; `tokens`: {mean, median, most};
+        `said`: the `question` and the answer's `messages` as [channel, text], for each.
     """
     return {
         effort: _describe(answers[number :: len(EFFORTS)], tokenizer)
@@ -75,9 +76,9 @@ def describe(answers: Sequence[Continuation], tokenizer: Any) -> dict[str, dict[
 
 
 def _describe(answers: Sequence[Continuation], tokenizer: Any) -> dict[str, Any]:
-    marks, repairs = read_marks(tokenizer), Counter()
+    marks, repairs, said = read_marks(tokenizer), Counter(), []
     malformed = no_final = 0
-    for answer in answers:
+    for question, answer in zip(QUESTIONS, answers, strict=False):
         parser = Parser(tokenizer, marks)
         for token in answer.tokens:
             if token != tokenizer.pad_token_id:  # some models end with it; it is no text
@@ -86,6 +87,8 @@ def _describe(answers: Sequence[Continuation], tokenizer: Any) -> dict[str, Any]
         repairs.update(parser.repairs)
         malformed += bool(parser.repairs)
         no_final += not any(each.channel == "final" and each.text for each in parser.messages)
+        messages = [[each.channel, each.text] for each in parser.messages]
+        said.append({"question": question, "messages": messages})
     lengths = [len(answer.tokens) for answer in answers]
     return {
         "answers": len(answers),
@@ -99,6 +102,7 @@ def _describe(answers: Sequence[Continuation], tokenizer: Any) -> dict[str, Any]
             "median": median(lengths),
             "most": max(lengths),
         },
+        "said": said,
     }
 
 

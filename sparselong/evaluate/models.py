@@ -2,8 +2,8 @@
 
 Only one model is open at a time: base, compressed and fine-tuned together would need three times
 the memory. A finished model's figures are kept in `04_eval/<model>.json` with a fingerprint of its
-files. After an interruption, only models that are missing there, or that an earlier stage has
-rebuilt since, are measured.
+files and of what was asked. After an interruption, or with more models to compare, only those are
+measured that are missing there, have been rebuilt since, or were asked something else.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class Measurements:
     suite: Suite
     questions: Questions
     samples: list[perplexity.Sample]
+
+    def digest(self) -> str:
+        """Return a hash of the questions and conversations."""
+        texts = [[sample.input_ids, sample.supervised] for sample in self.samples]
+        return hashlib.sha256(json.dumps([self.questions, texts]).encode()).hexdigest()
 
 
 def measure(mark: Mark, measurements: Measurements, stage: Stage) -> dict[str, Any]:
@@ -162,5 +167,6 @@ def _one_line(result: dict[str, Any]) -> str:
     for name, task in result["tasks"].items():
         shown = {"acc": task["acc"]} if "acc" in task else {}
         shown |= {label: score["value"] for label, score in task["scores"].items()}
-        figures += [f"{name} {label} {value:.3f}" for label, value in shown.items() if value]
+        known = {label: value for label, value in shown.items() if value is not None}
+        figures += [f"{name} {label} {value:.3f}" for label, value in known.items()]
     return f"{', '.join(figures)} ({result['seconds']:.0f} s)"

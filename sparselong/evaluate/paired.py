@@ -45,7 +45,7 @@ def compare_answers(base: Sequence[float], other: Sequence[float]) -> dict[str, 
 
 def compare_losses(
     base: Sequence[tuple[float, int]], other: Sequence[tuple[float, int]]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Compare two models' losses on the same conversations.
 
     Args:
@@ -54,7 +54,7 @@ def compare_losses(
 
     Returns:
         `ratio` of the perplexities (1 = equal); `difference`, the mean loss of `other` minus that
-        of `base` in nats per token, and its `stderr` (NaN for a single conversation).
+        of `base` in nats per token, and its `stderr` (None for a single conversation).
 
     Raises:
         ValueError: the conversations differ.
@@ -65,7 +65,7 @@ def compare_losses(
     tokens, count = sum(size for _, size in pairs), len(pairs)
     difference = sum(change for change, _ in pairs) / tokens
     squares = sum((change - difference * size) ** 2 for change, size in pairs)
-    stderr = math.sqrt(squares * count / (count - 1)) / tokens if count > 1 else math.nan
+    stderr = math.sqrt(squares * count / (count - 1)) / tokens if count > 1 else None
     return {"ratio": math.exp(difference), "difference": difference, "stderr": stderr}
 
 

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from sparselong.data import conversations, encode_files, select_usable, warn_of_items
+from sparselong.data import (
+    check_chats,
+    conversations,
+    encode_files,
+    select_usable,
+    warn_of_items,
+)
 from sparselong.evaluate import (
     divergence,
     health,
@@ -39,6 +45,7 @@ def evaluate(stage: Stage) -> None:
     base_dir = resolve_base(stage.config, stage.run_dir, stage.log)
     check_base(stage, base_dir)
     tokenizer = load_tokenizer(base_dir)
+    check_chats(stage.config, tokenizer)
     positions = read_json(base_dir / "config.json")["max_position_embeddings"]
     suite = load_suite(stage.config, stage.dir / "tasks", tokenizer, positions)
     encoded = encode_files(stage.config, stage.run_dir, tokenizer)
@@ -55,13 +62,13 @@ def evaluate(stage: Stage) -> None:
     compared = find_compared(stage.config)
     degree = stage.config.expert_parallel_degree
     check_sizes(compared, base_dir, world.size if degree == "auto" else degree)
-    marks = _list_marks(stage, base_dir, compared)
     settings = stage.config.evaluation
     chats = health.list_chats(
         tokenizer, encoded.date, settings.health_prompts, settings.health_tokens, positions
     )
     questions = list_questions(suite)._replace(chats=chats)
     measurements = models.Measurements(suite, questions, samples)
+    marks = _list_marks(stage, base_dir, compared, measurements)
     if world.size > 1:
         results = together.measure(stage, world, marks, measurements)
     else:
@@ -75,20 +82,24 @@ def evaluate(stage: Stage) -> None:
     stage.inputs = [files.train, files.validation, *models_read]
 
 
-def _list_marks(stage: Stage, base_dir: Path, compared: list[Compared]) -> list[Mark]:
+def _list_marks(
+    stage: Stage, base_dir: Path, compared: list[Compared], measurements: models.Measurements
+) -> list[Mark]:
     """Return the models to measure, the base first."""
     before, after = stage.manifests["02_compress"], stage.manifests["03_finetune"]
     own = {"compressed": ("02_compress", before["outputs"])}
     own["finetuned"] = ("03_finetune", after["outputs"])
-    marks = [Mark(BASE, str(base_dir.resolve()), models.fingerprint(before["inputs"]), True)]
-    others = [
+    found = [(BASE, base_dir, models.fingerprint(before["inputs"]))]
+    found += [
         (name, stage.run_dir / folder / "model", models.fingerprint(files))
         for name, (folder, files) in own.items()
     ]
-    others += [(each.name, each.directory, each.fingerprint) for each in compared]
-    for name, path, mark in others:
-        is_like = divergence.has_same_head(base_dir, path)
-        marks.append(Mark(name, str(path.resolve()), mark, is_like))
+    found += [(each.name, each.directory, each.fingerprint) for each in compared]
+    asked = measurements.digest()  # lm-eval or a data set may have been updated since
+    marks = []
+    for name, path, files in found:
+        is_like = name == BASE or divergence.has_same_head(base_dir, path)
+        marks.append(Mark(name, str(path.resolve()), f"{files} {asked}", is_like))
     if stage.config.evaluation.divergence_samples and models.lacks_states(marks, stage.dir):
         marks[0] = marks[0]._replace(only_states=True)
     return marks

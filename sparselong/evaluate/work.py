@@ -80,7 +80,7 @@ class Mark(NamedTuple):
     Attributes:
         name: as in the report.
         directory: its checkpoint.
-        fingerprint: of its files.
+        fingerprint: of its files, and of the questions and conversations.
         has_base_head: whether its lm_head is the base's.
         only_states: whether it is the base, measured before, whose hidden states are needed again.
     """

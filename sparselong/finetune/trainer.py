@@ -31,6 +31,7 @@ import torch
 import yaml
 
 from sparselong.data import (
+    check_chats,
     check_ruler,
     describe_lengths,
     encode_files,
@@ -85,6 +86,7 @@ def finetune(stage: Stage) -> None:
     earlier = stage.run_dir / "02_compress"
     tokenizer = load_tokenizer(earlier / "model")
     check_ruler(stage.config, tokenizer)  # of stage 04's tasks, before hours of training
+    check_chats(stage.config, tokenizer)
     data = encode_files(stage.config, stage.run_dir, tokenizer)
     stage.note_date(data.date)
     sources = (data.train.source, data.validation.source)

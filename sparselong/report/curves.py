@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sparselong.report.elements import (
@@ -27,9 +27,12 @@ _OTHERS = ("first", "fourth", "fifth", "sixth")
 _WITH_LENGTH = re.compile(r"(.+)_(\d+)")
 
 
-def colour_of(model: str) -> str:
-    """Return the class of the style sheet that gives a model's colour."""
-    return _COLOURS.get(model) or _OTHERS[sum(model.encode()) % len(_OTHERS)]
+def colour_of(model: str, models: Iterable[str]) -> str:
+    """Return the class of the style sheet that gives one of a run's models its colour."""
+    if model in _COLOURS:
+        return _COLOURS[model]
+    others = [each for each in models if each not in _COLOURS]
+    return _OTHERS[others.index(model) % len(_OTHERS)]
 
 
 def title_of(key: str) -> str:
@@ -92,7 +95,8 @@ def _length_chart(name: str, lengths: Mapping[int, Mapping[str, Any]]) -> Markup
     for model in models:
         found = [(n, _score(rows.get(model)).get("value")) for n, rows in sorted(lengths.items())]
         points = [(float(length), value) for length, value in found if is_number(value)]
-        series.append(Series(MODELS.get(model, model), points, colour_of(model), has_dots=True))
+        colour = colour_of(model, models)
+        series.append(Series(MODELS.get(model, model), points, colour, has_dots=True))
     values = [y for each in series for _, y in each.points]
     axes = (log2_axis(map(float, lengths)), linear_axis(values, from_zero=True))
     first = next(iter(next(iter(lengths.values())).values()))
@@ -128,7 +132,7 @@ def by_position(rows: Any) -> list[Markup]:
             Series(
                 MODELS.get(model, model),
                 [(_middle(row), row[key]) for row in curve if is_number(row.get(key))],
-                colour_of(model),
+                colour_of(model, rows),
                 has_dots=True,
             )
             for model, curve in curves.items()

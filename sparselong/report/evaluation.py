@@ -119,7 +119,7 @@ def _accuracies(rows: Mapping[str, Any], metric: str) -> Markup:
             row[metric],
             row[f"{metric}_stderr"],
             f"{show_percent(row[metric])} ± {show_percent(row[f'{metric}_stderr'])}",
-            colour_of(name),
+            colour_of(name, rows),
         )
         for name, row in rows.items()
     ]

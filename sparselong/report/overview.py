@@ -23,21 +23,23 @@ from sparselong.report.source import COMPRESS, EVAL, EXPORT, FINETUNE, HEALTH, R
 _STAGES = (HEALTH, COMPRESS, FINETUNE, EVAL, EXPORT)
 
 
-def overview(run: Run) -> Markup:
-    """Return the page's head: title, problems, figures, stages."""
+def overview(run: Run, figures: list[Markup]) -> Markup:
+    """Return the page's head: title, problems, and what `summary` returns."""
+    problems = [note(problem, kind="warning") for problem in run.problems]
+    title = [element("p", "Sparse-Long run", class_="kind"), element("h1", run.name)]
+    return element("header", title, problems, figures)
+
+
+def summary(run: Run) -> list[Markup]:
+    """Return the run's models, figures and stages."""
     model = str(run.config.get("model", {}).get("base", MISSING))
     name = run.metrics(COMPRESS).get("name")
     what = [f"Base model: {model}", f"compressed as {name}" if name else None]
-    problems = [note(problem, kind="warning") for problem in run.problems]
-    return element(
-        "header",
-        element("p", "Sparse-Long run", class_="kind"),
-        element("h1", run.name),
+    return [
         element("p", " · ".join(filter(None, what)), class_="lead"),
-        problems,
         element("div", _cards(run), class_="cards"),
         _stages(run),
-    )
+    ]
 
 
 def _cards(run: Run) -> list[Markup]:

@@ -15,7 +15,7 @@ from sparselong.report.environment import environment
 from sparselong.report.evaluation import evaluation
 from sparselong.report.exported import exported
 from sparselong.report.machine import checks, memory
-from sparselong.report.overview import overview
+from sparselong.report.overview import overview, summary
 from sparselong.report.samples import samples
 from sparselong.report.source import COMPRESS, EVAL, EXPORT, FINETUNE, HEALTH, Run, open_run
 from sparselong.report.training import training
@@ -78,13 +78,14 @@ def render(run: Run) -> str:
         element("section", element("h2", title), _make(title, make, run), id=anchor)
         for anchor, title, _, make in sections
     ]
+    head = overview(run, _make("The summary", summary, run))  # it names all problems
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     footer = element(
         "footer",
         f"Written {now} from {run.directory.resolve()}. Exact figures: manifest.json in each "
         "stage's directory, 03_finetune/metrics.jsonl, 04_eval/results.json.",
     )
-    body = element("body", element("nav", links), element("main", overview(run), bodies, footer))
+    body = element("body", element("nav", links), element("main", head, bodies, footer))
     return f"<!doctype html>\n{element('html', _head(run), body, lang='en')}\n"
 
 

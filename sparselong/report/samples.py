@@ -21,6 +21,8 @@ from sparselong.report.source import MODELS, Run
 
 _MOST_ITEMS = 8
 _MOST_CHARACTERS = 1200
+_EFFORT = "medium"
+"""Reasoning effort of the chats that are shown, if there are any."""
 Rows = Mapping[str, Mapping[str, Any]]
 """By model, a task's row of `04_eval/<model>.json`."""
 Scores = Mapping[str, Sequence[float]]
@@ -28,8 +30,8 @@ Scores = Mapping[str, Sequence[float]]
 
 
 def samples(run: Run) -> list[Markup]:
-    """Return a few items of each task with the answers of all models."""
-    blocks = []
+    """Return chats and a few items of each task with the answers of all models."""
+    blocks = _chats(run)
     for task in run.results.get("tasks", {}):
         rows = {model: tasks[task] for model, tasks in run.answers.items() if task in tasks}
         items = run.items.get(task, [])
@@ -45,6 +47,35 @@ def samples(run: Run) -> list[Markup]:
             blocks += [element("h3", task), note(_flips(scores))]
             blocks += [_generated(number, rows, scores, items) for number in _choose(scores)]
     return blocks or [note("Stage 04 recorded no answers that can be shown.")]
+
+
+def _chats(run: Run) -> list[Markup]:
+    """Return the fixed questions with what each model said; nothing if that was not recorded."""
+    efforts = run.chats.get("base", {})
+    effort = _EFFORT if _EFFORT in efforts else next(iter(efforts), "")
+    rows = {model: chats[effort] for model, chats in run.chats.items() if effort in chats}
+    said = {model: row["said"] for model, row in rows.items() if "said" in row}
+    if not said:
+        return []
+    told = f"With {effort} reasoning effort; the others are in 04_eval/MODEL.json, under health."
+    blocks = [element("h3", "Answers in a chat"), note(told)]
+    for number, chat in enumerate(next(iter(said.values()))[:_MOST_ITEMS]):
+        answers = [
+            [
+                element("h4", MODELS.get(model, model)),
+                *(_message(*message) for message in chats[number]["messages"]),
+            ]
+            for model, chats in said.items()
+        ]
+        question = element("p", chat["question"], class_="said", dir="auto")
+        blocks.append(element("section", question, beside(*answers), class_="sample"))
+    return blocks
+
+
+def _message(channel: str, text: str) -> Markup:
+    """Return a message of an answer; reasoning and calls with the name of their channel."""
+    name = "" if channel == "final" else f"{channel}: "
+    return element("div", element("i", name), _cut(text), class_="said", dir="auto")
 
 
 def _first_score(row: Mapping[str, Any]) -> list[float] | None:

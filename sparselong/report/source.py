@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselong.errors import StageError
-from sparselong.files import parse_json, reason_of, refuse_special
+from sparselong.files import parse_json, reason_of, refuse_special, why_unusable
 from sparselong.provenance import find_change
 from sparselong.report.elements import is_number
 from sparselong.run import config_of, find_outdated, read_finished
@@ -33,6 +33,7 @@ class Run:
         config: see `run.config_of`.
         results: stage 04's results.json; empty if it is not done.
         answers: by model, stage 04's tasks with the answer to each item.
+        chats: by model and reasoning effort, what stage 04 says of fixed questions in a chat.
         items: by task, the items whose texts are in the run: `ctx`, `endings` and `label` of the
             demo's, `prompt` and `answers` of tasks whose answers are generated.
         rows: stage 03's metrics.jsonl; empty if it is not done.
@@ -45,6 +46,7 @@ class Run:
     config: dict[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    chats: dict[str, dict[str, Any]] = field(default_factory=dict)
     items: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     supervision: str = ""
@@ -71,7 +73,7 @@ def open_run(directory: Path) -> Run:
         raise StageError(
             f"no stage is done in {directory}",
             "a run directory with a manifest.json in at least one stage's directory",
-            "none" if directory.is_dir() else "no such directory",
+            "none" if directory.is_dir() else why_unusable(directory, "directory"),
             "pass a run's directory, such as runs/NAME, or run python 01_health.py first",
         )
     problems = [
@@ -81,21 +83,27 @@ def open_run(directory: Path) -> Run:
     ]
     reader = _Reader(directory, manifests, problems)
     results = reader.read_object(EVAL, "results.json")
-    files = results.get("files", {})
+    files, tasks, models = (_object(results.get(k)) for k in ("files", "tasks", "perplexity"))
+    kept = {
+        model: reader.read_object(EVAL, str(files.get(model, f"{model}.json"))) for model in models
+    }
     return Run(
         directory,
         manifests,
         config_of(manifests),
         results=results,
-        answers={
-            model: reader.read_object(EVAL, files.get(model, f"{model}.json")).get("tasks", {})
-            for model in results.get("perplexity", {})
-        },
-        items={task: reader.read_items(task) for task in results.get("tasks", {})},
+        answers={model: _object(found.get("tasks")) for model, found in kept.items()},
+        chats={model: _object(found.get("health")) for model, found in kept.items()},
+        items={task: reader.read_items(task) for task in tasks},
         rows=reader.read_rows(FINETUNE, "metrics.jsonl", "step"),
         supervision=reader.read(FINETUNE, "supervision.txt"),
         problems=problems,
     )
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """Return a value that is an object, or an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True)

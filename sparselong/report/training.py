@@ -39,7 +39,7 @@ _KNOWN = (
     *("steps", "train_loss", "eval_perplexity", "best_step", "best_eval_perplexity", "tokens"),
     *("tokens_per_second", "mask_updates", "two_four_conforming", "trainable_parameters"),
     *("supervised_token_fraction", "peak_host_bytes", "peak_device_bytes", "baked_eval_perplexity"),
-    "warnings",
+    *("warnings", "metrics"),
 )
 _SUPERVISED = re.compile("⟦(.*?)⟧", re.DOTALL)
 _MOST_CHARACTERS = 6000
@@ -139,12 +139,19 @@ def _masks(updates: list[Mapping[str, Any]], rows: list[dict[str, Any]]) -> list
 
 
 def _evaluations(rows: list[dict[str, Any]]) -> Markup:
+    """Return each evaluation with its loss, and the figures of the user's function."""
+    rows = [row for row in rows if "eval_loss" in row]
+    own = [row["metrics"] if isinstance(row.get("metrics"), dict) else {} for row in rows]
+    names = list(dict.fromkeys(name for figures in own for name in figures))
     body = [
-        [row["step"], show_number(row["eval_loss"]), show_number(row.get("eval_perplexity"))]
-        for row in rows
-        if "eval_loss" in row
+        [
+            row["step"],
+            *(show_number(row.get(key)) for key in ("eval_loss", "eval_perplexity")),
+            *(show_number(figures.get(name)) for name in names),
+        ]
+        for row, figures in zip(rows, own, strict=True)
     ]
-    return table(["step", "validation loss", "perplexity"], body)
+    return table(["step", "validation loss", "perplexity", *names], body)
 
 
 def _others(rows: list[dict[str, Any]]) -> list[Markup]:

@@ -41,6 +41,7 @@ from sparselong.run.stages import (
     add_own_options,
     check_installed,
     complete_commands,
+    describe_done,
     parse_layers,
 )
 
@@ -255,9 +256,9 @@ def run_locked(
         interruption: raises if a signal came.
     """
     if prepare(stage, redo):
-        title = f"{stage.name} {stage.part}" if stage.part else stage.name
-        stage.log(f"{title} is up to date in {stage.run_dir} for this config")
-        return read_document(stage.dir / MANIFEST) or {}
+        manifest = read_document(stage.dir / MANIFEST) or {}
+        stage.log(describe_done(stage.config, manifest, stage.run_dir))
+        return manifest
     start = time.monotonic()
     if cache is not None:
         with writing(cache):
@@ -276,18 +277,16 @@ def run_locked(
 
 
 def show_manifest(manifest: dict[str, Any]) -> str:
-    """Return a summary of a finished stage: its duration and scalar metrics, as people read them.
-
-    The manifest itself has bytes and seconds.
-    """
+    """Return a summary of a finished stage: its duration and the scalar metrics that it has."""
     title = " ".join(filter(None, (manifest["stage"], manifest.get("part"))))
     rows = [f"{title} {manifest['status']} in {format_seconds(manifest['seconds'])}"]
     for key, value in manifest["metrics"].items():
-        if isinstance(value, dict) and all(not isinstance(v, (dict, list)) for v in value.values()):
-            unit = "_bytes" if "bytes" in key.split("_") else ""
-            figures = (f"{name} {format_figure(f'{name}{unit}', v)}" for name, v in value.items())
-            rows.append(f"  {key}: {', '.join(figures)}")
-        elif not isinstance(value, (dict, list)):
+        inner = value if isinstance(value, dict) else {}
+        if inner and not any(isinstance(v, (dict, list)) for v in inner.values()):
+            unit, known = "_bytes" if "bytes" in key.split("_") else "", inner.items()
+            known = (f"{k} {format_figure(f'{k}{unit}', v)}" for k, v in known if v is not None)
+            rows.append(f"  {key}: {', '.join(known)}")
+        elif value is not None and not isinstance(value, (dict, list)):
             rows.append(f"  {key}: {format_figure(key, value)}")
     return "\n".join(rows)
 

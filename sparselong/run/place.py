@@ -29,6 +29,8 @@ _MANIFEST_KEYS = {
     **{"stage": str, "status": str, "config_hash": str, "seconds": (int, float)},
     **{"metrics": dict, "inputs": list, "outputs": list},
 }
+_MANIFEST_OBJECTS = ("config", "made_from", "hardware", "peak_bytes")
+"""Keys of a manifest that are objects if they are there."""
 
 
 def find_run_dir(text: str | None, config: str) -> Path:
@@ -225,7 +227,7 @@ def read_document(path: Path) -> dict[str, Any] | None:
     """
     try:
         return load_json(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter: a file in place of a run
         return None
     except (OSError, ValueError) as error:
         raise _damaged(path, "a JSON object", reason_of(error)) from error
@@ -238,6 +240,7 @@ def check_manifest(path: Path, name: str, manifest: dict[str, Any]) -> None:
         StageError: a key is missing or has another type, or the manifest is another stage's.
     """
     wrong = [key for key, kind in _MANIFEST_KEYS.items() if not isinstance(manifest.get(key), kind)]
+    wrong += [key for key in _MANIFEST_OBJECTS if not isinstance(manifest.get(key, {}), dict)]
     if wrong:
         raise _damaged(path, f"{', '.join(_MANIFEST_KEYS)}", f"no valid {', '.join(wrong)}")
     if manifest["stage"] != name:
@@ -245,8 +248,15 @@ def check_manifest(path: Path, name: str, manifest: dict[str, Any]) -> None:
     if STAGES[name].parts:
         _check_part(path, manifest)
     rows = [*manifest["inputs"], *manifest["outputs"]]
-    if not all(isinstance(row, dict) and {"path", "bytes", "sha256"} <= row.keys() for row in rows):
+    if not all(map(_is_row, rows)):
         raise _damaged(path, "path, bytes and sha256 of each file", "other rows")
+
+
+def _is_row(row: Any) -> bool:
+    """Return whether a value is as `provenance.describe_files` describes a file."""
+    if not isinstance(row, dict) or "bytes" not in row:
+        return False
+    return row.get("path") != "" and all(isinstance(row.get(k), str) for k in ("path", "sha256"))
 
 
 def _check_part(path: Path, manifest: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sparselong.config import Config, hash_sections, leaves, pick_sections
@@ -221,6 +222,31 @@ def name_changes(
     if not changed:  # not recorded, or another version's keys
         return f"config hash {stage_hash(config, name, reads)}", str(before["config_hash"])
     return _as_overrides(changed, now), _as_overrides(changed, then)
+
+
+def describe_done(config: Config, manifest: Mapping[str, Any], run_dir: Path) -> str:
+    """Return the sentence that a stage or part is up to date.
+
+    Keys that decide no result (`config.keys.Incidental`) may have other values than it was made
+    with. The sentence names them: who asks a finished stage for figures or trackers gets none.
+
+    Args:
+        config: the config of now.
+        manifest: of the stage or part.
+        run_dir: the run directory.
+    """
+    name = manifest["stage"]
+    title = " ".join(filter(None, (name, manifest.get("part"))))
+    told = f"{title} is up to date in {run_dir} for this config"
+    sections = set(STAGES[name].sections)
+    now = dict(leaves({k: v for k, v in config.model_dump(mode="json").items() if k in sections}))
+    then = dict(leaves(manifest.get("config", {})))
+    changed = [key for key, value in now.items() if key in then and then[key] != value]
+    changed = [key for key in changed if key != STAGES[name].extended_by]
+    if not changed:
+        return told
+    made, asked = _as_overrides(changed, then), _as_overrides(changed, now)
+    return f"{told}, made with {made}; only --force would redo it with {asked}"
 
 
 def _as_overrides(keys: Iterable[str], values: dict[str, Any]) -> str:

@@ -53,9 +53,17 @@ def make_runs(arguments: Namespace, folder: Path) -> list[Run]:
             twice or decides nothing of stage 03's result, or two combinations are the same.
     """
     grid = read_grid(arguments.sweep)
-    fixed = [*arguments.overrides, *(words[0] for words in grid.values() if len(words) == 1)]
+    single = [words[0] for words in grid.values() if len(words) == 1]
+    fixed = [*arguments.overrides, *single]
     grid = {key: words for key, words in grid.items() if len(words) > 1}
-    _refuse_odd(grid, fixed)
+    if not grid:
+        raise ConfigError(
+            "--sweep has one value for each key",
+            "a key with several values, such as lora.r=8,16",
+            " ".join(single),
+            "leave out --sweep, or name more values, separated by commas",
+        )
+    _refuse_twice(grid, fixed)
     found = []
     for words in itertools.product(*grid.values()):
         config = load(arguments.config, [*fixed, *words])
@@ -68,15 +76,8 @@ def make_runs(arguments: Namespace, folder: Path) -> list[Run]:
     ]
 
 
-def _refuse_odd(grid: Mapping[str, Sequence[str]], fixed: Sequence[str]) -> None:
-    """Raise unless some key has several values, and none of these is set beside the sweep."""
-    if not grid:
-        raise ConfigError(
-            "--sweep has one value for each key",
-            "a key with several values, such as lora.r=8,16",
-            " ".join(fixed),
-            "leave out --sweep, or name more values, separated by commas",
-        )
+def _refuse_twice(grid: Mapping[str, Sequence[str]], fixed: Sequence[str]) -> None:
+    """Raise if a key with several values is set beside the sweep."""
     for word in fixed:
         key = word.partition("=")[0]
         if key in grid:

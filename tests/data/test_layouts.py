@@ -339,6 +339,10 @@ FUNCTION = CALL["tool_calls"][0]["function"]
                 {"role": "assistant", "content": "K."},
             ],
         ),
+        (
+            {"instruction": ASK["content"], "output": "Yes.", "reasoning": "Hm.", "analysis": None},
+            [ASK, {"role": "assistant", "thinking": "Hm.", "content": "Yes."}],
+        ),
     ],
 )
 def test_sharegpt_and_alpaca_become_messages(row, messages):
@@ -395,6 +399,9 @@ def test_token_rows_are_taken_as_they_are(tokenizer):
         ({"input_ids": [1, 2], "labels": [-100, -100]}, "all labels are -100"),
         ({"input_ids": [1, 2], "attention_mask": [1, 0]}, "`attention_mask`"),
         ({"input_ids": [1, 2], "position_ids": [0, 0]}, "`position_ids`"),
+        ({"input_ids": [1, 2], "completion_mask": [0, 1]}, "`completion_mask`: [0, 1]"),
+        ({"messages": PLAIN, "loss_mask": [0, 1]}, "the row has `loss_mask`"),
+        ({"messages": [ASK, {**ANSWER, "assistant_masks": [1]}]}, "has `assistant_masks`"),
         ({"messages": [ASK, call("{"), RESULT]}, "the arguments of message 2"),
         ({"messages": [ASK, call("[1]"), RESULT]}, "arguments of message 2 are list"),
         ({"messages": [ASK, call({"a": "\ud83d"})]}, "surrogate"),
@@ -416,6 +423,7 @@ def test_token_rows_are_taken_as_they_are(tokenizer):
         ({"messages": [ASK, {**ANSWER, "reasoning_effort": "low"}]}, "`reasoning_effort`: 'low'"),
         ({"messages": PLAIN, "reasoningEffort": "low"}, "the row has 'reasoningEffort'"),
         ({"instruction": "x", "output": "y", "Input": "z"}, "the row has 'Input'"),
+        ({"instruction": "x", "output": "y", "thinking": ["z"]}, "thinking of message 2"),
         ({"messages": PLAIN, "system": "Be brief."}, "`system` beside its messages: 'Be brief.'"),
         ({"instruction": "x", "output": "y", "system_prompt": "Be brief."}, "`system_prompt` besi"),
         ({"messages": PLAIN, "tools": {"a": 1}}, "`tools` is dict"),

@@ -9,7 +9,14 @@ from importlib.resources import files
 import pytest
 
 from sparselong.config import schema as config_module
-from sparselong.data import Message, Parser, read_marks, render_prompt, rendering_date
+from sparselong.data import (
+    Message,
+    Parser,
+    check_chats,
+    read_marks,
+    render_prompt,
+    rendering_date,
+)
 from sparselong.errors import StageError
 
 TODAY = datetime.date(2025, 8, 5)
@@ -289,3 +296,20 @@ def test_rendered_answers_are_read_back(tokenizer, messages, wanted, ended_by):
     parser.close()
     assert parser.messages == wanted
     assert (parser.ended_by, +parser.repairs) == (ended_by, {})
+
+
+OTHER = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{{ reasoning_effort if MARK }}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [OTHER, OTHER.replace("reasoning_effort if MARK", "''")])
+def test_a_template_for_other_chats_is_refused_before_training(tokenizer, template):
+    """Stage 04 would refuse it after the hours of training."""
+    config = config_module.load("configs/tiny.yaml")
+    check_chats(config, tokenizer)
+    other = with_template(tokenizer, template)
+    with pytest.raises(StageError, match=r"health_prompts cannot be put.*(?s:.)*health_prompts=0"):
+        check_chats(config, other)
+    check_chats(config_module.load("configs/tiny.yaml", ["evaluation.health_prompts=0"]), other)

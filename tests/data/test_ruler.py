@@ -3,8 +3,10 @@
 Scores of known answers are in tests/evaluate/test_answering.py.
 """
 
+import json
 import re
 from collections import Counter
+from statistics import mean
 
 import pytest
 
@@ -147,3 +149,24 @@ def test_lm_eval_s_answers_are_scored_alike():
     spec.loader.exec_module(theirs)
     for answer, wanted in (("1 a, B", ["A", "b", "c"]), ("x", ["x"]), ("", ["y"])):
         assert score_answer(answer, wanted) == theirs.string_match_all([answer], [wanted])
+
+
+def test_the_proxy_s_scores_are_far_above_chance_and_lower_at_4096_tokens(tokenizer):
+    """The proxy was trained on these generators at 1,024 tokens (benchmarks/proxy).
+
+    Chance is what somebody gets who answers with as many different words of the prompt as are
+    wanted; the tests' tokenizer takes about two tokens for the proxy's one. On the mean of the
+    tasks: common words alone are less than five times as good as that.
+    """
+    kept = json.loads((ROOT / "benchmarks/results/proxy-h200-20261129.json").read_text())
+    scores = [row for row in kept["rows"] if row["metric"] == "score"]
+    found = {(row["case"]["task"], row["case"]["tokens"]): row["value"] for row in scores}
+    chance = {}
+    for task in RULER_TASKS:
+        (item,) = make_items(task, 2 * 1024, 1, 42, tokenizer)
+        prompt_words = set(re.findall(r"[\w-]+", item["prompt"]))
+        chance[task] = len(item["answers"]) / len(prompt_words)
+    assert mean(found[task, 1024] for task in RULER_TASKS) >= 5 * mean(chance.values())
+    assert all(found[task, 1024] >= 5 * chance[task] for task in RULER_TASKS if "cwe" not in task)
+    assert all(found[task, 4096] <= found[task, 1024] for task in RULER_TASKS)
+    assert sum(found[task, 4096] < found[task, 1024] for task in RULER_TASKS) >= 5

@@ -137,3 +137,14 @@ def test_two_columns_of_one_name_are_refused(tmp_path, nested):
     with pytest.raises(StageError) as raised:
         conversations.read(path)
     assert raised.value.found == f"two columns {'messages.content' if nested else 'text'}"
+
+
+@pytest.mark.parametrize("bad", ["text", "time"])
+def test_values_that_python_cannot_hold_are_refused_with_their_row(tmp_path, bad):
+    path, none = tmp_path / "rows.parquet", pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0")
+    texts = [None, none, pyarrow.py_buffer(b"a\xff" if bad == "text" else b"ab")]
+    times = pyarrow.array([0, 10**17 if bad == "time" else 1], pyarrow.timestamp("ms"))
+    columns = [pyarrow.Array.from_buffers(pyarrow.string(), 2, texts), times]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "time"]), path)
+    with pytest.raises(StageError, match=r"rows\.parquet, row 2 cannot be read"):
+        conversations.read(path)

@@ -48,6 +48,9 @@ def test_what_is_wrong_with_answers_is_counted_by_effort(tokenizer):
     assert found["medium"]["tokens"] == {
         "mean": sum(lengths) / 2, "median": sum(lengths) / 2, "most": lengths[1]
     }  # fmt: skip
+    (first, second) = found["low"]["said"]
+    assert [first["question"], second["question"]] == [*health.QUESTIONS[:2]]
+    assert first["messages"] == [["analysis", "Sure."], ["final", "Yes."]]
     assert health.describe([], tokenizer) == {}
 
 

@@ -1,11 +1,16 @@
 """The report states what was measured, with the correct signs."""
 
 import copy
+import json
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
 
 from sparselong.config import schema as config_module
 from sparselong.evaluate import report
+from sparselong.evaluate.models import keep
 
 
 def model(right, nll):
@@ -58,6 +63,7 @@ def health(right):
         **{"answers": len(right), "ended": sum(right), "looped": 1, "malformed": 2, "no_final": 0},
         "repairs": {"unknown channel": 3, "stray mark": 1},
         "tokens": {"mean": 40.4, "median": 38.0, "most": 64},
+        "said": [{"question": "Why?", "messages": [["final", "Because."]]}],
     }
 
 
@@ -105,6 +111,21 @@ def test_report_text(models):
     assert "flips +1 -0" in report.summarize(build(models)).splitlines()[2]
 
 
+def test_a_single_conversation_has_no_standard_error_in_report_or_json(models):
+    for each in models.values():
+        each["perplexity"]["conversations"] = [[each["perplexity"]["all"]["nll"], 10]]
+    built = build(models)
+    assert "| compressed | 19.250 | × 1.2214 | +0.2000 | 19.250 |" in report.render(built)
+    json.dumps(built, allow_nan=False)
+
+
+def test_what_is_told_of_a_model_names_scores_of_zero(models, tmp_path):
+    told, measured = [], {**models["base"], "seconds": 1.0}
+    measured["tasks"]["ruler_vt_4096"]["scores"]["score"]["value"] = 0.0
+    keep("base", measured, tmp_path, told.append)
+    assert "ruler_vt_4096 score 0.000" in told[0]
+
+
 def test_other_scores_and_speed_have_tables_of_their_own(models):
     text = report.render(build(models))
     assert "| ruler_vt | 4,096 | 8,192 |" in text
@@ -135,7 +156,8 @@ def test_health_is_counted_by_effort_and_not_judged(models):
     text = report.render(build(models))
     row = "4 | 1 | 1 | 2 | 0 | 40, 38, 64 | unknown channel 3, stray mark 1"
     assert f"| compressed | low | {row} |" in text and f"| compressed | high | {row} |" in text
-    assert report.list_metrics(build(models))["health"]["base"]["low"]["ended"] == 3
+    counted = report.list_metrics(build(models))["health"]["base"]["low"]
+    assert counted["ended"] == 3 and "said" not in counted  # texts stay in <model>.json
     for model in models.values():
         model["health"] = {}
     assert "in a chat" not in report.render(build(models))
@@ -144,6 +166,21 @@ def test_health_is_counted_by_effort_and_not_judged(models):
 def test_plot_is_an_image(models, tmp_path):
     report.draw(build(models), tmp_path / "evaluation.png")
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_has_one_colour_of_its_own_in_all_panels(models, tmp_path, monkeypatch):
+    drawn, found = [], {}
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda self, path: drawn.append(self.figure))
+    models |= {name: copy.deepcopy(models["finetuned"]) for name in ("runs/a", "runs/b")}
+    models["runs/a"]["divergence"] = {"left_out": "its lm_head is not the base's"}
+    report.draw(build(models), tmp_path / "evaluation.png")
+    for axis in drawn[0].axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            part = handle if isinstance(handle, Line2D) else handle[0]
+            colour = part.get_facecolor() if hasattr(part, "get_facecolor") else part.get_color()
+            found.setdefault(name, set()).add(to_hex(colour))
+    assert found.keys() == models.keys() and all(len(colours) == 1 for colours in found.values())
+    assert len(set.union(*found.values())) == len(models)
 
 
 @pytest.mark.parametrize(

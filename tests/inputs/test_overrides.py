@@ -206,6 +206,7 @@ def test_several_sources_are_a_list_in_file_and_override(tmp_path):
         ("[{source: demo}]", "demo alone"),
         ("[{source: a, weight: 1}, {source: b}]", "for each source, or for none"),
         ("[{source: a}, {source: a}]", "each source once"),
+        ("[{source: ./a.jsonl}, {source: a.jsonl}]", "each source once"),
         ("[{source: ''}]", "source: a text that is not empty"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from sparselong.errors import StageError
 from sparselong.report import write_page
 from sparselong.report.__main__ import main
+from sparselong.report.curves import colour_of
 from tests.report.made_run import EVIL, MODELS, read, results, rewrite, write_run, write_stage
 from tests.report.reading import Page
 
@@ -258,3 +259,40 @@ def test_a_figure_that_is_none_costs_its_section_and_not_the_page(run, broken):
     assert ("Fine-tuning cannot be shown: " in page.text) == (broken == "mask_updates")
     assert "my_figure" in page.text or broken == "mask_updates"
     assert "Evaluation" in page.text and "gguf from finetuned" in page.text
+
+
+@pytest.mark.parametrize("file", ["results.json", "manifest.json"])
+def test_figures_of_another_kind_cost_the_summary_and_not_the_page(run, file):
+    if file == "manifest.json":
+        rewrite(run / "04_eval" / file, metrics={"tasks": 3})
+    else:
+        rewrite(run / "04_eval" / file, tasks=None, perplexity=[], files=3)
+    page = page_of(run)
+    assert ("The summary cannot be shown" in page.text) == (file == "manifest.json")
+    assert "gguf from finetuned" in page.text and "Training loss" in page.text
+
+
+def test_figures_of_the_user_are_beside_each_validation_loss(run):
+    rows = run / "03_finetune/metrics.jsonl"
+    last = {"step": 61, "eval_loss": 1.25, "eval_perplexity": 3.5, "metrics": {"<acc>": 0.75}}
+    rows.write_text(rows.read_text() + json.dumps(last) + "\n")
+    text = page_of(run).text
+    assert "validation loss perplexity <acc> 0 2.000 7.389 –" in text
+    assert "61 1.250 3.500 0.7500" in text
+
+
+def test_models_that_are_compared_have_different_colours():
+    models = [*MODELS, "runs/ab", "runs/ba"]
+    assert len({colour_of(model, models) for model in models}) == len(models)
+
+
+def test_answers_in_a_chat_are_side_by_side(run):
+    for model in MODELS:
+        said = [{"question": f"Why {EVIL}?", "messages": [["analysis", "Hm."], ["final", model]]}]
+        rewrite(
+            run / f"04_eval/{model}.json", health={"low": {"said": []}, "medium": {"said": said}}
+        )
+    page = page_of(run)
+    assert "Answers in a chat With medium reasoning effort" in page.text
+    wanted = "base analysis: Hm. base compressed analysis: Hm. compressed fine-tuned analysis: Hm."
+    assert f"Why {EVIL}? {wanted} finetuned" in page.text and page.tags <= ALLOWED

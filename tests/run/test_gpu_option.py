@@ -61,6 +61,7 @@ def test_it_is_one_of_the_visible_ones(machine, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-9ab,7")
     choose(1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-9ab"
+    assert "CUDA_DEVICE_ORDER" not in os.environ  # their numbers mean what they meant before
 
 
 @pytest.mark.parametrize(
@@ -68,9 +69,12 @@ def test_it_is_one_of_the_visible_ones(machine, monkeypatch):
     [
         (4, None, 4, "4 GPUs"),
         (4, None, -1, "4 GPUs"),
-        (4, "0,1", 2, "CUDA_VISIBLE_DEVICES=0,1"),
-        (4, "", 0, "CUDA_VISIBLE_DEVICES="),
-        (4, "-1", 0, "CUDA_VISIBLE_DEVICES=-1"),
+        (4, "0,1", 2, "CUDA_VISIBLE_DEVICES=0,1, 4 GPUs"),
+        (4, "", 0, "CUDA_VISIBLE_DEVICES=, 4 GPUs"),
+        (4, "-1", 0, "CUDA_VISIBLE_DEVICES=-1, 4 GPUs"),
+        (4, "0,-1,1", 1, "CUDA_VISIBLE_DEVICES=0,-1,1, 4 GPUs"),
+        (4, "0,7", 1, "CUDA_VISIBLE_DEVICES=0,7, 4 GPUs"),
+        (None, "0,1", 1, "CUDA_VISIBLE_DEVICES=0,1, no NVIDIA driver, or no GPU"),
         (0, None, 0, "no NVIDIA driver, or no GPU"),
         (None, None, 0, "no NVIDIA driver, or no GPU"),
     ],

@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 
+from sparselong.config import leaves as config_leaves
 from sparselong.config.keys import Section, is_incidental, known_keys
 from sparselong.config.schema import Config, load
 from sparselong.errors import StageError
 from sparselong.run import Stage, run_stage
-from sparselong.run.stages import STAGES, Declaration, deciding_sections, stage_hash
+from sparselong.run.command import show_manifest
+from sparselong.run.stages import (
+    STAGES,
+    Declaration,
+    deciding_sections,
+    describe_done,
+    stage_hash,
+)
 
 TINY = str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")
 CHANGED = {
@@ -182,3 +190,34 @@ def test_manifests_record_their_inputs(start, tmp_path):
         assert start(name, write(name)) == 0
         manifest = json.loads((tmp_path / "run" / name / "manifest.json").read_text())
         assert tuple(manifest["made_from"]) == STAGES[name].reads
+
+
+@pytest.mark.parametrize("key", ["training.metrics", "training.use_tensorboard"])
+def test_a_finished_stage_says_what_it_was_not_asked_for_when_it_was_made(key, tmp_path):
+    before, now = load(TINY), load(TINY, [f"{key}={CHANGED[key]}", "evaluation.compare=[runs/x]"])
+    for name in ("02_compress", "03_finetune", "04_eval"):
+        manifest = {"stage": name, "config": before.model_dump(mode="json")}
+        told = f"{name} is up to date in {tmp_path} for this config"
+        assert describe_done(before, manifest, tmp_path) == told
+        found = describe_done(now, manifest, tmp_path)
+        if name == "03_finetune":  # the others do not read the key
+            assert found.startswith(f"{told}, made with {key}=") and "--force" in found
+            assert f"with {key}={json.dumps(dict(config_leaves(now.model_dump()))[key])}" in found
+        else:
+            assert found == told
+
+
+def test_the_summary_of_a_stage_leaves_out_what_it_does_not_have():
+    metrics = {"steps": 4, "cost": None, "peak_device_bytes": {}, "rows": [1], "deep": {"a": {}}}
+    metrics |= {"keep": {"kept": 2, "available_bytes": None}, "sizes_bytes": {"all": 2048}}
+    metrics["perplexity"] = {0: 8.5, 2: 4.25}  # by step, before the manifest was written
+    manifest = {"stage": "03_finetune", "status": "done", "seconds": 28.4, "metrics": metrics}
+    assert show_manifest(manifest).splitlines() == [
+        *(
+            "03_finetune done in 28 s",
+            "  steps: 4",
+            "  keep: kept 2",
+            "  sizes_bytes: all 2.00 KiB",
+        ),
+        "  perplexity: 0 8.5, 2 4.25",
+    ]

@@ -27,6 +27,7 @@ ALLOWED = {
     "sparselong.data.corpus:documents": "the standard library's text, which never changes",
     "sparselong.data.ruler.words:load_words": "the words of a package, which never change",
     "sparselong.evaluate.tasks.suite:setLevel": "lm-eval's warnings would hide the stage's lines",
+    "sparselong.finetune.watching.functions:sys.modules": "the user's file, as if it were imported",
     "sparselong.generation.graph:_make_stream": "one CUDA stream a device, as long as it lives",
     "sparselong.generation.shared:torch.cuda.set_device": "each process has a GPU of its own",
     "sparselong.kernels.attention.installed:refuse_flash_attn_4": "reading metadata costs 1 ms",

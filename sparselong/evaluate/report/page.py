@@ -134,7 +134,9 @@ def _render_perplexity(rows: dict[str, Any], settings: dict[str, Any]) -> list[s
         pair = row["to_base"]
         change = ["", ""]
         if name != "base":
-            difference = f"{pair['difference']:+.4f} ± {pair['stderr']:.4f}"
+            difference = f"{pair['difference']:+.4f}"
+            if pair["stderr"] is not None:
+                difference += f" ± {pair['stderr']:.4f}"
             change = [f"× {pair['ratio']:.4f}", difference]
         both = [f"{row[tokens]['perplexity']:.3f}" for tokens in ("supervised", "all")]
         lines.append(f"| {' | '.join([name, both[0], *change, both[1]])} |")

@@ -10,6 +10,7 @@ from typing import Any
 from sparselong.evaluate.report.ruler import split_ruler
 
 _COLOURS = {"base": "#4c72b0", "compressed": "#dd8452", "finetuned": "#55a868"}
+_OTHERS = ("#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
 _MOST_TICKS = 8
 
 
@@ -27,10 +28,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     compared = {name: row for name, row in results["divergence"].items() if row and "all" in row}
     panels = [_draw_bars] * bool(bars) + [_draw_ruler] * bool(drawn) + [_draw_perplexity]
     panels += [_draw_divergence] * bool(compared)
+    only = {"divergence": compared}
     figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, axis in zip(panels, axes, strict=True):
-        panel(axis, names, {**results, "bars": bars, "ruler": drawn, "divergence": compared})
+        panel(axis, _colours(names), {**results, "bars": bars, "ruler": drawn, **only})
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(names))
     FigureCanvasAgg(figure).print_png(path)
@@ -53,20 +55,18 @@ def _list_bars(rows: dict[str, Any]) -> list[tuple[str, list[tuple[float, float]
     return found
 
 
-def _draw_bars(axis: Any, names: list[str], results: dict[str, Any]) -> None:
+def _draw_bars(axis: Any, colours: dict[str, str], results: dict[str, Any]) -> None:
     groups = [
         (task, rows, metric, values)
         for task, rows in results["bars"].items()
         for metric, values in _list_bars(rows)
     ]
-    width = 0.78 / len(names)
-    for offset, name in enumerate(names):
-        shift = (offset - (len(names) - 1) / 2) * width
+    width = 0.78 / len(colours)
+    for offset, (name, colour) in enumerate(colours.items()):
+        shift = (offset - (len(colours) - 1) / 2) * width
         heights, errors = zip(*(values[offset] for *_, values in groups), strict=True)
         places = [group + shift for group in range(len(groups))]
-        axis.bar(
-            places, heights, 0.9 * width, yerr=errors, capsize=3, label=name, color=_colour(name)
-        )
+        axis.bar(places, heights, 0.9 * width, yerr=errors, capsize=3, label=name, color=colour)
     for group, (_, rows, *_) in enumerate(groups):
         if "chance" in rows["base"]:
             chance = rows["base"]["chance"]
@@ -75,9 +75,9 @@ def _draw_bars(axis: Any, names: list[str], results: dict[str, Any]) -> None:
     axis.set(ylabel="score (error bars: ± 1 stderr, dotted: chance)")
 
 
-def _draw_ruler(axis: Any, names: list[str], results: dict[str, Any]) -> None:
+def _draw_ruler(axis: Any, colours: dict[str, str], results: dict[str, Any]) -> None:
     lengths = sorted({length for _, length in results["ruler"]})
-    for name in names:
+    for name, colour in colours.items():
         means, errors = [], []
         for length in lengths:
             own = [
@@ -87,33 +87,31 @@ def _draw_ruler(axis: Any, names: list[str], results: dict[str, Any]) -> None:
             ]
             means.append(sum(score["value"] for score in own) / len(own))
             errors.append(math.sqrt(sum(score["stderr"] ** 2 for score in own)) / len(own))
-        axis.errorbar(
-            lengths, means, errors, marker="o", capsize=3, label=name, color=_colour(name)
-        )
+        axis.errorbar(lengths, means, errors, marker="o", capsize=3, label=name, color=colour)
     _scale_tokens(axis, lengths)
     axis.set(
         xlabel="context in tokens", ylabel="RULER, mean score of the tasks", ylim=(-0.03, 1.03)
     )
 
 
-def _draw_perplexity(axis: Any, names: list[str], results: dict[str, Any]) -> None:
+def _draw_perplexity(axis: Any, colours: dict[str, str], results: dict[str, Any]) -> None:
     every = []
-    for name in names:
+    for name, colour in colours.items():
         points = results["perplexity"][name]["by_position"]
         middles = [(point["first"] * (point["last"] + 1)) ** 0.5 for point in points]
         heights = [point["perplexity"] for point in points]
-        axis.plot(middles, heights, marker="o", label=name, color=_colour(name))
+        axis.plot(middles, heights, marker="o", label=name, color=colour)
         every += middles
     _scale_tokens(axis, every)
     axis.set(xlabel="tokens of context before the token", ylabel="perplexity, supervised tokens")
 
 
-def _draw_divergence(axis: Any, names: list[str], results: dict[str, Any]) -> None:
+def _draw_divergence(axis: Any, colours: dict[str, str], results: dict[str, Any]) -> None:
     every = []
     for name, row in results["divergence"].items():
         middles = [(each["first"] * (each["last"] + 1)) ** 0.5 for each in row["by_position"]]
         heights = [each["kl"] for each in row["by_position"]]
-        axis.plot(middles, heights, marker="o", label=name, color=_COLOURS.get(name))
+        axis.plot(middles, heights, marker="o", label=name, color=colours[name])
         every += middles
     _scale_tokens(axis, every)
     axis.set(xlabel="tokens of context before the token", ylabel="divergence from the base (nats)")
@@ -137,5 +135,9 @@ def _label(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)
 
 
-def _colour(name: str) -> str | None:
-    return _COLOURS.get(name)
+def _colours(names: list[str]) -> dict[str, str]:
+    """Return each model's colour, the same in all panels."""
+    others = [name for name in names if name not in _COLOURS]
+    return {
+        name: _COLOURS.get(name) or _OTHERS[others.index(name) % len(_OTHERS)] for name in names
+    }

@@ -61,8 +61,16 @@ def build_results(
             for name, model in models.items()
         },
         "divergence": {name: model["divergence"] for name, model in models.items()},
-        "health": {name: model["health"] for name, model in models.items()},
+        "health": {name: _count_health(model["health"]) for name, model in models.items()},
         "speed": {name: model["speed"] for name, model in models.items()},
+    }
+
+
+def _count_health(efforts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the health of chats by reasoning effort without what was said in them."""
+    return {
+        effort: {key: value for key, value in row.items() if key != "said"}
+        for effort, row in efforts.items()
     }
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import math
 import numbers
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,6 +64,7 @@ class MetricFunction:
         spec = importlib.util.spec_from_file_location(f"sparselong_{self.file.stem}", self.file)
         assert spec is not None and spec.loader is not None, "it ends with .py"
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and pickle look for it there
         try:
             spec.loader.exec_module(module)
         except (

@@ -80,6 +80,7 @@ class Metrics(TrainerCallback):
             row |= self._training_row(logs)
             report_progress(_STEP, state.global_step, state.max_steps, self._describe(row))
         elif "eval_loss" in logs:
+            self._check_evaluation(state.global_step, logs["eval_loss"])
             row["eval_loss"] = logs["eval_loss"]
             row["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
             found = self.predictions.figures if self.predictions is not None else {}
@@ -145,6 +146,19 @@ class Metrics(TrainerCallback):
                     "lower training.learning_rate and pass --force, or look for bad rows in the "
                     "data; the same command would diverge again",
                 )
+
+    def _check_evaluation(self, step: int, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        fix = "lower training.learning_rate and pass --force"
+        if step == 0:
+            fix = "redo stage 02 with other settings: python 02_compress.py --force"
+        raise StageError(
+            f"the validation loss at step {step} is not finite",
+            "a finite loss, without which there is no best checkpoint",
+            f"validation loss {loss}",
+            f"look for bad rows in the validation data with --preview FILE:LINE, or {fix}",
+        )
 
     def _describe(self, row: dict[str, Any]) -> str:
         """Return a training row's figures as a person reads them."""

@@ -59,7 +59,7 @@ class Stopping(TrainerCallback):
             )
 
     def _compare(self, kind: str, loss: float, state, control) -> bool:
-        if self.loss_target is None or loss > self.loss_target:
+        if self.loss_target is None or not loss <= self.loss_target:  # NaN has reached nothing
             return False
         target = f"training.loss_target ({self.loss_target:g})"
         self._stop(f"the {kind} loss {loss:.4f} has reached {target}", state, control)

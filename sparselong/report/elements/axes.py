@@ -63,7 +63,7 @@ def step_axis(values: Iterable[float], *, most: int = 6) -> Axis:
 def log2_axis(values: Iterable[float], *, most: int = 6) -> Axis:
     """Return a logarithmic axis over positive values, marked at powers of two.
 
-    If there are few of them, 1.5 times each is marked as well.
+    If there are few of them, 1.5 times each is marked as well, and if that is one, the ends are.
     """
     found = [*values] or [1.0, 2.0]
     low, high = min(found), max(found)
@@ -74,7 +74,9 @@ def log2_axis(values: Iterable[float], *, most: int = 6) -> Axis:
     if len(marks) <= most // 2 + 1:
         marks = sorted([*marks, *(1.5 * mark for mark in marks)])
     marks = [mark for mark in marks if low <= mark <= high and mark.is_integer()]
-    marks = marks[:: math.ceil(len(marks) / most)]
+    marks = marks[:: math.ceil(len(marks) / most) or 1]
+    if len(marks) < 2:  # one mark is no scale
+        marks = sorted({*marks, float(math.ceil(low)), float(math.floor(high))})
     return Axis(low, high, tuple((mark, show_number(round(mark))) for mark in marks), is_log=True)
 
 

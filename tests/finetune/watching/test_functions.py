@@ -33,6 +33,13 @@ def test_it_returns_a_number_or_several(tmp_path, body, figures):
     assert all(value is None or math.isfinite(value) for value in found.values())
 
 
+def test_its_file_may_define_what_python_looks_up_by_module(tmp_path):
+    head = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    text = f"{head}@dataclass\nclass Mean:\n    of: int\ndef f(predictions, labels):\n"
+    found = MetricFunction(write(tmp_path, f"{text}    return Mean(2).of\n"))(*IDS)
+    assert found == {"f": 2}
+
+
 @pytest.mark.parametrize(
     "body", [*("None", "'0.5'", "[0.5]", "{'a': 'b'}", "{1: 2.0}", "1j"), "{}", "{'': 1}"]
 )

@@ -97,6 +97,13 @@ def test_a_non_finite_loss_stops_and_names_the_step(tmp_path, logs):
         metrics.on_log(None, at(7), control(), logs)
 
 
+@pytest.mark.parametrize(("step", "fix"), [(0, "02_compress.py"), (7, "learning_rate")])
+def test_a_non_finite_validation_loss_stops_before_hours_without_a_best(tmp_path, step, fix):
+    metrics = metrics_of(tmp_path / "metrics.jsonl", Progress())
+    with pytest.raises(StageError, match=f"(?s)validation loss at step {step} .*{fix}"):
+        metrics.on_log(None, at(step), control(), {"eval_loss": math.nan})
+
+
 @pytest.mark.parametrize(
     ("step", "best", "loss", "saved"),
     [(10, None, 3.0, True), (10, 2.0, 1.5, True), (10, 1.0, 1.5, False), (0, None, 3.0, False)],

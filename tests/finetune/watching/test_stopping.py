@@ -52,7 +52,7 @@ def test_a_training_loss_at_the_target_stops_after_an_evaluation_and_a_checkpoin
 def test_a_validation_loss_at_the_target_stops():
     run = Run(loss_target=2.0)
     assert not run.evaluate(1.0)  # stage 02's model, before the first step
-    assert not run.train(3.0) and run.evaluate(2.0)
+    assert not run.train(3.0) and not run.evaluate(float("nan")) and run.evaluate(2.0)
     assert run.control.should_save and "validation loss 2.0000" in run.progress.stopped["reason"]
 
 
