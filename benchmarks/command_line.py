@@ -51,5 +51,6 @@ def machine_of(args: argparse.Namespace) -> str:
 
 def command_of(file: str, args: argparse.Namespace) -> str:
     """Return the command line without `--folder`, a local path that does not affect the figures."""
+    program = Path(file).resolve().relative_to(RESULTS.parent.parent)
     given = " ".join(sys.argv[1:]).replace(f"--folder {args.folder}", "").split()
-    return " ".join(["python3", f"benchmarks/{Path(file).name}", *given])
+    return " ".join(["python3", str(program), *given])

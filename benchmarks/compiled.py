@@ -117,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     if not has_device(__file__):
         return
-    rows, losses = [], {}
+    machine, rows, losses = machine_of(args), [], {}
     for arm in ARMS:
         found, losses[arm] = measure(arm, args)
         rows += found
@@ -125,7 +125,7 @@ def main() -> None:
     for tokens, one, other in zip(args.lengths, *losses.values(), strict=True):
         case = {"tokens": tokens, "layers": args.layers}
         rows.append(row(case, "compiled", "loss_difference", other - one, "nats"))
-    print(write("compiled", machine_of(args), command_of(__file__, args), rows, args.folder))
+    print(write("compiled", machine, command_of(__file__, args), rows, args.folder))
 
 
 if __name__ == "__main__":

@@ -167,6 +167,7 @@ def run_rows(case: dict[str, Any], config: Config, run_dir: Path, seconds: float
 
 def measure(args: argparse.Namespace) -> bool:
     """Write the base, run the stage and write the rows; return whether all went well."""
+    machine, command, subject = machine_of(args), command_of(__file__, args), SUBJECTS[args.shape]
     shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -191,7 +192,6 @@ def measure(args: argparse.Namespace) -> bool:
     if published is not None:
         whole = median * published.layers
         rows.append(row(case, "sparselong", "all_layers_seconds", whole, "s"))
-    machine, command, subject = machine_of(args), command_of(__file__, args), SUBJECTS[args.shape]
     write(subject, machine, command, rows, args.folder)
     if args.kill_at is not None:
         again = kill_and_resume(args, killed, args.kill_at)

@@ -7,8 +7,10 @@ held-out documents, in all and by position, divergence and top-1 agreement with 
 them, accuracy on multiple-choice items with its standard error, perplexity on held-out
 conversations of the fine-tuning data, bytes, and seconds.
 
-A row's figures are written as soon as it is measured. After `--minutes` no row begins; the next run
-takes the file as `--earlier` and continues with the rows that are missing.
+A row's figures are written as soon as it is measured. After `--minutes` no row begins; the same
+command on the same day continues with the rows that are missing, and so does one that takes the
+file as `--earlier`. A row that fails is told, and the others are measured; the exit code is then 1.
+Below the table stands what it decides (`compared/verdicts.py`).
 
 benchmarks/quality.py --base FOLDER [--text FILE] [--items FILE] [--tune FILE] [--minutes M]
                       [--earlier FILE] [--machine NAME] [--folder FOLDER]
@@ -23,6 +25,7 @@ import json
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +34,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers.utils import logging
 
 from benchmarks.command_line import add_result, command_of, has_device, machine_of
-from benchmarks.compared.compressing import Compressor, Recipe
+from benchmarks.compared.compressing import REFINEMENT_STEPS, Compressor, Recipe
 from benchmarks.compared.measuring import Figures, Measures
 from benchmarks.compared.rows import CEILING, Row, list_rows
 from benchmarks.compared.table import Table, read_earlier, show, show_row
 from benchmarks.compared.text import cut, read_conversations, read_documents, read_items
 from benchmarks.compared.tuning import Arm, Settings, attention, tune
-from benchmarks.record import write
+from benchmarks.compared.verdicts import show_verdicts
+from benchmarks.record import path_of, write
 from sparselong.model import load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +117,7 @@ def describe(args: argparse.Namespace, keep: int) -> dict[str, float]:
     for path in filter(None, files):
         digest.update(path.read_bytes())
     found = {name: float(getattr(args, name)) for name in names}
+    found["refinement steps"] = float(REFINEMENT_STEPS)
     return {**found, "kept experts": float(keep), "files": float(int(digest.hexdigest()[:12], 16))}
 
 
@@ -123,7 +128,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="documents; default: Python's documentation")
     parser.add_argument("--items", type=Path, help="multiple-choice items; default: from it")
     parser.add_argument("--tune", default="demo", help="conversations, as data.train takes them")
-    parser.add_argument("--earlier", type=Path, help="result of a run to continue")
+    parser.add_argument("--earlier", type=Path, help="result to continue; default: today's")
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="no row but the first begins later"
     )
@@ -146,28 +151,36 @@ class _Plain(argparse.RawDescriptionHelpFormatter):
     """Help that keeps the lines of the description."""
 
 
-def measure(args: argparse.Namespace, work: Path) -> Table:
-    """Measure the rows that are missing until the time is over; return the table."""
+def measure(args: argparse.Namespace, work: Path) -> tuple[Table, int]:
+    """Measure the missing rows until the time is over; return the table and how many failed."""
     begin = time.monotonic()
     keep = count_kept(args.base)
     settings = describe(args, keep)
-    earlier = read_earlier(args.earlier, settings) if args.earlier else []
-    table = Table(settings, earlier)
     named = ("quality", machine_of(args), command_of(__file__, args))
+    begun = path_of(*named[:2], args.folder)  # by a run that was killed
+    earlier = args.earlier or (begun if begun.exists() else None)
+    table = Table(settings, read_earlier(earlier, settings) if earlier else [])
     rows = [row for row in list_rows(args.seeds, keep) if args.only in str(row.case)]
     missing = [row for row in rows if not table.has(row.case)]
+    failed = 0
     if missing:
         bench = Bench(args, work)
     for number, row in enumerate(missing, 1):
         if number > 1 and time.monotonic() - begin > 60 * args.minutes:
             print(f"{len(missing) - number + 1} of {len(rows)} rows are left for the next run")
             break
-        figures = bench.run(row)
+        try:
+            figures = bench.run(row)
+        except Exception:  # whatever it was, hours of other rows are not lost for it
+            failed += 1
+            print(f"{number}/{len(missing)} {row.case} failed", flush=True)
+            traceback.print_exc()
+        else:
+            table.add(row.case, figures)
+            write(*named, table.rows, args.folder)
+            print(f"{number}/{len(missing)} {show_row(row.case, figures)}", flush=True)
         gc.collect()
-        table.add(row.case, figures)
-        write(*named, table.rows, args.folder)
-        print(f"{number}/{len(missing)} {show_row(row.case, figures)}", flush=True)
-    return table
+    return table, failed
 
 
 def count_kept(base: Path) -> int:
@@ -177,7 +190,7 @@ def count_kept(base: Path) -> int:
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure, and print the table; exit 1 if a row failed."""
     args = parse()
     if args.base is None:
         if not has_device(__file__):
@@ -185,7 +198,10 @@ def main() -> None:
         args.base = ROOT / "runs/demo/base"
     logging.disable_progress_bar()  # one for every model that is opened
     with tempfile.TemporaryDirectory() as work:
-        print(show(measure(args, Path(work)).rows))
+        table, failed = measure(args, Path(work))
+    print(show(table.rows), show_verdicts(table.rows), sep="\n")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselong import provenance
+from sparselong.files import write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -25,7 +26,7 @@ def write(
     folder: Path = RESULTS,
     made_on: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `<folder>/<subject>-<machine>-<YYYYMMDD>.json` and return its path.
+    """Write `<folder>/<subject>-<machine>-<YYYYMMDD>.json`, whole or not at all; return its path.
 
     Args:
         subject: what was measured, as the stem of the benchmark's file name.
@@ -47,9 +48,14 @@ def write(
         "rows": rows,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{subject}-{machine}-{time.strftime('%Y%m%d')}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    path = path_of(subject, machine, folder)
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
     return path
+
+
+def path_of(subject: str, machine: str, folder: Path) -> Path:
+    """Return where `write` puts today's result."""
+    return folder / f"{subject}-{machine}-{time.strftime('%Y%m%d')}.json"
 
 
 def newest(subject: str) -> dict[str, dict[str, Any]]:

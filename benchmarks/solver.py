@@ -103,11 +103,11 @@ def main() -> None:
     args = parser.parse_args()
     if not has_device(__file__):
         return
-    rows = []
+    machine, rows = machine_of(args), []
     for name in SHAPES:
         rows += measure(name)
         print(*(f"{r['backend']} {r['metric']} {r['value']:.4g}" for r in rows[-7:]), sep="\n")
-    print(write("solver", machine_of(args), command_of(__file__, args), rows, args.folder))
+    print(write("solver", machine, command_of(__file__, args), rows, args.folder))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Nothing is measured here."""
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from unittest import mock
@@ -11,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import command_line, fit_120b, intervals, record
+from benchmarks import command_line, compress_rate, fit_120b, intervals, record
 from benchmarks.record import RESULTS, row
 from benchmarks.report import full_finetune
 from sparselong import provenance
@@ -42,12 +43,37 @@ def test_an_unnamed_gpu_does_not_name_a_file_none(monkeypatch):
         command_line.machine_of(argparse.Namespace(machine=None))
 
 
+def test_an_unnamed_gpu_is_refused_before_hours_are_spent(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "describe_hardware", lambda: {"gpus": []})
+    work = tmp_path / "work"
+    monkeypatch.setattr(sys, "argv", ["compress_rate.py", "--shape", "tiny", "--work", str(work)])
+    with pytest.raises(SystemExit, match="pass --machine"):
+        compress_rate.main()
+    assert not work.exists()
+
+
+def test_a_result_that_is_cut_off_leaves_the_one_before(tmp_path, monkeypatch):
+    """What a run measured row by row must outlast a kill while it is written."""
+    given = ("quality", "test", "command")
+    path = record.write(*given, [record.row({}, "one", "seconds", 1.0, "s")], tmp_path)
+    before = path.read_text()
+
+    def cut_off(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        record.write(*given, [record.row({}, "one", "seconds", 2.0, "s")], tmp_path)
+    assert path.read_text() == before
+
+
 def test_the_recorded_command_omits_this_machines_folder(monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["x", "--lengths", "4096", "--folder", "/tmp/a", "--rank", "8"]
     )
-    command = command_line.command_of("/else/where/x.py", argparse.Namespace(folder="/tmp/a"))
-    assert command == "python3 benchmarks/x.py --lengths 4096 --rank 8"
+    for name in ("benchmarks/x.py", "benchmarks/proxy/measure.py"):
+        command = command_line.command_of(str(ROOT / name), argparse.Namespace(folder="/tmp/a"))
+        assert command == f"python3 {name} --lengths 4096 --rank 8"
 
 
 def test_a_machine_name_with_a_separator_is_refused_before_measuring(capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import quality
-from benchmarks.compared import compressing, measuring, methods, table, text, tuning
+from benchmarks.compared import compressing, measuring, methods, table, text, tuning, verdicts
 from benchmarks.compared.rows import list_rows
 from sparselong.adapters import Masters, add_masked_lora, masked_layers
 from sparselong.evaluate.perplexity import Sample
@@ -179,6 +179,45 @@ def test_the_table_shows_means_over_seeds_and_what_perplexity_rose_by():
     assert table.show_positions(rows, "kl").splitlines()[-1] == "| ours | 0.5 ± 0 |"
 
 
+def figure(name: tuple[str, str, str], seed: int, metric: str, value: float) -> dict:
+    case = dict(zip(("method", "experts", "tuned"), name, strict=True)) | {"seed": seed}
+    return {"case": case, "metric": metric, "value": value}
+
+
+def test_quotients_are_taken_seed_by_seed_and_judged_by_their_interval():
+    """The rises differ by seed, but their quotient is a half in every seed."""
+    rows = [figure(table.BASE, 0, "perplexity", 10.0)]
+    for seed, rise in enumerate((0.1, 0.2, 0.4)):
+        rows.append(figure(verdicts.OURS, seed, "perplexity", 10 * (1 + rise)))
+        rows.append(figure(verdicts.REFERENCE, seed, "perplexity", 10 * (1 + 2 * rise)))
+    rows.append(figure(verdicts.MAGNITUDE, 0, "perplexity", 14.0))  # rises by 4, 2 and 1 times ours
+    rows.append(figure(verdicts.RANDOM, 1, "perplexity", 10.9))
+    _, _, ours, magnitude, random = verdicts.show_verdicts(rows).splitlines()
+    assert ours.startswith("| rise: `ours` ≤ 0.8 × `sparsegpt 2:4 + gptq` | 0.5000 ±")
+    assert ours.endswith("| 3 | yes |")
+    half = 4.303 * 1.5275 / 3**0.5
+    assert f"| 2.3333 ± {half:.2f}" in magnitude and magnitude.endswith("| 3 | within noise |")
+    assert random.endswith("≥ 1.1 × `base` | 1.0900 | 1 | no |")
+    assert verdicts.show_verdicts(rows[:1]) == ""
+
+
+@pytest.mark.parametrize(
+    ("sign", "values", "verdict"),
+    [
+        ("≤", [0.98, 1.0], "within noise"),
+        ("≤", [0.98, 0.981], "yes"),
+        ("≤", [1.03, 1.031], "no"),
+        ("≥", [1.03, 1.031], "yes"),
+        ("≥", [0.98, 0.981], "no"),
+        ("≤", [1.0], "yes"),
+        ("≥", [0.99], "no"),
+    ],
+)
+def test_a_statement_holds_if_its_whole_interval_does(sign, values, verdict):
+    statement = verdicts.Statement("perplexity", table.BASE, table.BASE, sign, 1.0)
+    assert verdicts.judge(values, statement) == verdict
+
+
 def test_pieces_come_from_each_document_in_turn():
     documents = [list(range(100)), list(range(200, 280)), list(range(300, 310))]
     pieces = text.cut(documents, 40, 130)
@@ -267,8 +306,36 @@ def test_a_table_is_measured_in_parts_and_has_every_row(small, tmp_path, monkeyp
     assert figures[base, "kl"] == 0.0 and figures[base, "top-1 agreement"] == 1.0
     assert figures[ours, "kl"] > 0.0 and figures[ours, "bytes"] < figures[base, "bytes"]
     assert figures[ours, "2:4 groups"] == 1.0 and figures[dense, "kl"] > 0.0
+    assert "| tuned perplexity: `ours`, dynamic ≤ 1 × `ours`, static |" in said
     with pytest.raises(ValueError, match=r"other settings: steps 3.0, now 4.0"):
         run(monkeypatch, capsys, *small, f"--earlier={kept}", "--steps=4")
+    monkeypatch.setattr(quality, "REFINEMENT_STEPS", 1)
+    with pytest.raises(ValueError, match=r"other settings: refinement steps \d+.0, now 1.0"):
+        run(monkeypatch, capsys, *small, f"--earlier={kept}")
+
+
+def test_a_row_that_fails_costs_no_other_row(small, tmp_path, monkeypatch, capsys):
+    make = compressing.Compressor.make
+
+    def fail(self, recipe):
+        if recipe.method == "wanda 2:4":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(self, recipe)
+
+    monkeypatch.setattr(compressing.Compressor, "make", fail)
+    given = [*small, f"--folder={tmp_path}", "--only=anda 2:4"]
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, capsys, *given)
+    assert ended.value.code == 1
+    shown = capsys.readouterr()
+    assert "1/2 {'method': 'wanda 2:4'" in shown.out and "CUDA out of memory" in shown.err
+    (path,) = tmp_path.glob("quality-test-*.json")
+    before = json.loads(path.read_text("utf-8"))["rows"]
+    assert {each["case"].get("method") for each in before} == {None, "wanda 2:4 + rtn"}
+    monkeypatch.undo()
+    rows, _ = run(monkeypatch, capsys, *given)  # the same command continues
+    assert rows[: len(before)] == before
+    assert {each["case"]["method"] for each in rows[len(before) :]} == {"wanda 2:4"}
 
 
 def test_only_the_methods_that_say_so_are_refined(small, tmp_path):

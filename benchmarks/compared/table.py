@@ -75,6 +75,7 @@ def read_earlier(path: Path, settings: dict[str, float]) -> list[dict[str, Any]]
         raise ValueError(
             f"{path} was measured with other settings: "
             + ", ".join(f"{each} {found.get(each)}, now {settings.get(each)}" for each in other)
+            + "; a new table needs another --folder"
         )
     return rows
 
@@ -84,15 +85,15 @@ def show(rows: Iterable[dict[str, Any]]) -> str:
     found = _by_model(rows)
     base = found.get(BASE, {}).get("perplexity", [math.nan])[0]
     lines = [
-        _line(("method", "experts", "tuned", "seeds", "rise", *COLUMNS)),
-        _line(["---"] * (5 + len(COLUMNS))),
+        line(("method", "experts", "tuned", "seeds", "rise", *COLUMNS)),
+        line(["---"] * (5 + len(COLUMNS))),
     ]
     for name, figures in found.items():
         rises = [100 * (each / base - 1) for each in figures["perplexity"]]
         stderr = statistics.fmean(figures["accuracy, stderr"])
         cells = {metric: _spread(figures[metric], *form) for metric, form in COLUMNS.items()}
         cells["accuracy"] += f" (stderr {stderr:.3f})"
-        lines.append(_line((*name, str(len(rises)), _spread(rises, 1, ".2f"), *cells.values())))
+        lines.append(line((*name, str(len(rises)), _spread(rises, 1, ".2f"), *cells.values())))
     return "\n".join(lines) + "\n"
 
 
@@ -103,10 +104,10 @@ def show_positions(rows: Iterable[dict[str, Any]], metric: str) -> str:
     }
     start = f"{metric}, positions "
     places = [each for each in found.get(BASE, {}) if each.startswith(start)]
-    lines = [_line(("method", *(each.removeprefix(start) for each in places)))]
-    lines.append(_line(["---"] * (1 + len(places))))
+    lines = [line(("method", *(each.removeprefix(start) for each in places)))]
+    lines.append(line(["---"] * (1 + len(places))))
     for name, figures in found.items():
-        lines.append(_line((name[0], *(_spread(figures[each], 1, ".4g") for each in places))))
+        lines.append(line((name[0], *(_spread(figures[each], 1, ".4g") for each in places))))
     return "\n".join(lines) + "\n"
 
 
@@ -121,7 +122,8 @@ def _by_model(rows: Iterable[dict[str, Any]]) -> dict[Name, dict[str, list[float
     return found
 
 
-def _line(cells: Iterable[str]) -> str:
+def line(cells: Iterable[str]) -> str:
+    """Return a line of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
 
 

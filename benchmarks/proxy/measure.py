@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="most documents, items, and items of a task")
     add_result(parser)
     args = parser.parse_args()
+    machine, command = machine_of(args), command_of(__file__, args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = load_model(args.model, attn_implementation="sparselong")
     documents = read_rows(args.prepared / "held_out.jsonl", args.limit)
@@ -61,8 +62,7 @@ def main() -> None:
     rows += list(measure_damage(model, tokenizer, documents))
     for each in rows:
         print(json.dumps(each))
-    command = command_of("proxy/measure.py", args)
-    print(write("proxy", machine_of(args), command, rows, args.folder))
+    print(write("proxy", machine, command, rows, args.folder))
 
 
 def measure_text(model: Any, tokenizer: Any, documents: Rows) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.compared.table import show, show_positions
+from benchmarks.compared.verdicts import show_verdicts
 from benchmarks.record import newest
 
 TEXT = """
@@ -18,6 +19,9 @@ token with the base's; `accuracy` is that of multiple-choice items in hellaswag'
 perplexity` and `tuned kl` are of held-out conversations of the fine-tuning data. `2:4 groups` is
 the share of fours with at most two nonzero weights, `bytes` are MB of the whole checkpoint,
 `seconds` those of compressing or of fine-tuning. The ceiling is the base, fine-tuned (`dense`).
+The second table has what the first one decides: quotients of two rows' figures, taken seed by seed,
+with their 95 % interval over seeds. A statement is within noise if its limit is inside of that; of
+one seed the figure itself decides.
 """
 
 
@@ -34,7 +38,7 @@ def _write_machine(machine: str, document: dict[str, Any]) -> str:
         f"\n### {machine} (torch {document['versions']['torch']}, {document['date']}, "
         f"`{document['file']}`)\n\n"
     )
-    parts = [title, show(document["rows"])]
+    parts = [title, show(document["rows"]), "\n", show_verdicts(document["rows"])]
     for metric in ("perplexity", "kl"):
         parts += [f"\n{metric} by position, before fine-tuning:\n\n"]
         parts.append(show_positions(document["rows"], metric))

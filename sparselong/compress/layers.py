@@ -109,8 +109,14 @@ def _check_layers(work: Work, done: int) -> None:
 
 
 def _warn_of_few_tokens(work: Work) -> None:
-    """Warn if Hessians are singular but for their dampening."""
+    """Warn of fewer sequences than were asked for, and of Hessians singular but for dampening."""
     sizes, tokens = work.architecture, work.tokens.numel()
+    found, wanted = len(work.tokens), work.config.calibration.samples
+    if found < wanted:
+        work.tell(
+            f"warning: the training data fills {found} of the {wanted} sequences of "
+            "calibration.samples"
+        )
     inputs = max(sizes.hidden_size, sizes.num_attention_heads * sizes.head_dim)
     if tokens < inputs:
         work.tell(

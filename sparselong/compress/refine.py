@@ -9,6 +9,10 @@ base's output. If it is not lower after the steps than before them, the solver's
 
 Source of the method: the reconstruction of a block's output of BRECQ (Li et al., 2021), here by
 steps on the masters under fixed scales and 2:4 masks.
+
+Left out: a low-rank residual beside the codes (SLiM, Mozaffari et al., 2024). The best one of rank
+3 for 512 inputs, the share that rank 16 has of 2880, lowers the error that the solver leaves in the
+proxy's q_proj by 1.5 % and in v_proj by 3 %; rank 16, 31 % and 77 % more bytes, by 7 % and 14 %.
 """
 
 from __future__ import annotations
@@ -128,9 +132,15 @@ def refine(
 def _find_error(
     attend: Attend, batch: torch.Tensor, dense: Projections, trained: dict[str, _Trained]
 ) -> torch.Tensor:
-    """Return the error of a batch's attention; see the module docstring."""
+    """Return the error of a batch's attention; see the module docstring.
+
+    Both outputs are scaled by a power of two, so that squares of large ones are finite.
+    """
+    least = torch.finfo(torch.float32).tiny
     with torch.no_grad():
         expected = attend(batch, dense).float()
-    difference = attend(batch, {**trained}).float() - expected
-    signal = expected.square().mean()
-    return difference.square().mean() / signal.clamp(min=torch.finfo(signal.dtype).tiny)
+        _, exponent = torch.frexp(expected.abs().amax().clamp(min=least))
+        unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), -exponent)
+    difference = unit * (attend(batch, {**trained}).float() - expected)
+    signal = (unit * expected).square().mean()
+    return difference.square().mean() / signal.clamp(min=least)

@@ -167,9 +167,9 @@ def measure(base: Checkpoint, model: Checkpoint, masters: Path) -> dict[str, Any
 def add_seconds(records: Iterable[Mapping[str, Any]], base_hash: float) -> dict[str, float]:
     """Return seconds by part of the work, of all layers.
 
-    The computation takes the sum of `load`, `calibrate`, `solve`, `pack`, `score` (of experts, if
-    some are dropped), `forward` and `wait` (for the layer before to be written); `read`, `write`
-    and `hash` run beside it.
+    The computation takes the sum of `load`, `calibrate`, `solve`, `refine`, `pack`, `score` (of
+    experts, if some are dropped), `forward` and `wait` (for the layer before to be written);
+    `read`, `write` and `hash` run beside it.
 
     Args:
         records: the layers' records.

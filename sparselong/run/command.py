@@ -103,7 +103,7 @@ def parse_arguments(
         add_options(parser)
     parser.set_defaults(preview=None, sweep=None, layers=None)
     arguments = parser.parse_intermixed_args(argv)
-    arguments.layers = parse_layers(arguments.layers)
+    arguments.layers = parse_layers(arguments.layers, arguments.force)
     if STAGES[name].extended_by and arguments.compare:
         named, overrides = split_overrides(arguments.compare)  # it takes all words that follow
         if not named:

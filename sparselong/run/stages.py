@@ -127,11 +127,16 @@ def add_own_options(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument("--layers", metavar="A:B", help=text)
 
 
-def parse_layers(text: str | None) -> range | None:
+def parse_layers(text: str | None, forced: bool) -> range | None:
     """Return the layers that `--layers A:B` names: A up to, but not including, B.
 
+    Args:
+        text: the option; None without it.
+        forced: whether `--force` removes the layers that are finished.
+
     Raises:
-        ConfigError: they are not two numbers, or there are no layers between them.
+        ConfigError: they are not two numbers, there are no layers between them, or `--force` would
+            remove the layers before them.
     """
     if text is None:
         return None
@@ -143,6 +148,13 @@ def parse_layers(text: str | None) -> range | None:
             "A:B, the layers from A up to but not including B, as in 0:12",
             f"--layers {text}",
             "leave it out to compress all layers, or begin with --layers 0:B",
+        )
+    if forced and int(first):
+        raise ConfigError(
+            "--force removes the layers before those of --layers",
+            "--layers that begins at 0",
+            f"--layers {text} --force",
+            f"leave out --force to continue, or start over with --layers 0:{end} --force",
         )
     return range(int(first), int(end))
 

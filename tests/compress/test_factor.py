@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparselong.compress.weights.factor import factorize
+from sparselong.compress.weights.factor import factorize, make_up
 from sparselong.compress.weights.solver import compress_weight
 from sparselong.errors import StageError
 from sparselong.packing import DenseFormat
@@ -73,3 +73,12 @@ def test_what_is_not_positive_definite_is_refused_by_name(weight):
     assert "model.layers.7.self_attn.o_proj" in failure.value.what
     assert "eigenvalues from -" in failure.value.found
     assert "more calibration samples, or raise calibration.dampening" in failure.value.fix
+
+
+@pytest.mark.parametrize(("value", "found"), [(0.0, "a diagonal of zeros"), (torch.nan, "NaN")])
+def test_making_up_needs_a_hessian_as_solving_does(weight, value, found):
+    """Values that are all zero leave o_proj without inputs: no dampening helps."""
+    hessian = torch.full((IN, IN), value)
+    with pytest.raises(StageError, match="Hessian of o_proj is unusable") as failure:
+        make_up(weight, hessian, torch.zeros(IN, IN), DAMPENING, "o_proj")
+    assert found in failure.value.found

@@ -114,3 +114,15 @@ def test_attention_that_puts_out_nothing_is_left_as_it_is(base, tmp_path, monkey
     assert kept.attention_error == {"solved": 0.0, "refined": 0.0}
     for name, tensor in (solved.stored | solved.masters).items():
         assert torch.equal(tensor, (kept.stored | kept.masters)[name]), name
+
+
+@pytest.mark.parametrize("power", [70, -70])
+def test_the_size_of_attentions_output_does_not_matter(base, tmp_path, monkeypatch, power):
+    """The squares of such outputs are beyond fp32; a power of two changes no other bit."""
+    plain = make(base, tmp_path).result
+    attend = CalibratedLayer._attend
+    monkeypatch.setattr(CalibratedLayer, "_attend", lambda *given: 2.0**power * attend(*given))
+    scaled = make(base, tmp_path).result
+    assert scaled.attention_error == plain.attention_error
+    for name, tensor in (plain.stored | plain.masters).items():
+        assert torch.equal(tensor, (scaled.stored | scaled.masters)[name]), name

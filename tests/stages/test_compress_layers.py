@@ -48,6 +48,20 @@ def test_what_names_no_layers_is_refused(small_arguments, tmp_path, capsys, word
     assert not (tmp_path / "run").exists()
 
 
+def test_force_does_not_remove_layers_that_the_command_would_not_make_again(
+    compressed_run, small_arguments, tmp_path, capsys
+):
+    run_dir = tmp_path / "run"
+    assert run(run_dir, small_arguments, "--layers", "0:2") == 0
+    assert run(run_dir, small_arguments, "--layers", "2:4", "--force") == 2
+    shown = capsys.readouterr().err
+    assert "--layers that begins at 0" in shown and "leave out --force to continue" in shown
+    assert len(list((run_dir / "02_compress/work").glob("layer-*.json"))) == 2
+    assert run(run_dir, small_arguments, "--layers", "0:1", "--force") == 0
+    assert run(run_dir, small_arguments) == 0
+    assert_same_result(run_dir, compressed_run)
+
+
 def test_layers_that_the_model_lacks_are_refused(small_arguments, tmp_path, capsys):
     assert run(tmp_path / "run", small_arguments, "--layers", "2:5") == 2
     shown = capsys.readouterr().err

@@ -9,7 +9,7 @@ a fraction of the mean diagonal, is that of the inputs that are alive, whatever 
 And the weight that a solver should approximate where inputs are not those of the base any more.
 
 Two conditions that llmcompressor tolerates are errors here: a Hessian that is not positive definite
-(llmcompressor warns and uses the identity) and, in `solver.py`, a Hessian that is zero.
+(llmcompressor warns and uses the identity), and one that is zero.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def factorize(
 
     Args:
         weight: [out, in].
-        hessian: fp32 [in, in], not zero; not changed.
+        hessian: fp32 [in, in]; not changed.
         dampening: added to the diagonal, as a fraction of its mean over inputs that are not dead.
         name: the weight's name, for messages.
 
@@ -35,8 +35,16 @@ def factorize(
         and the upper Cholesky factor, fp32 [in, in].
 
     Raises:
-        StageError: the dampened Hessian is not positive definite in fp32.
+        StageError: the Hessian contains NaN or infinity, is zero, or is not positive definite in
+            fp32 after dampening.
     """
+    if not bool(torch.isfinite(hessian).all()) or not bool(hessian.diagonal().any()):
+        raise StageError(
+            f"the Hessian of {name} is unusable",
+            "a finite Hessian with a nonzero diagonal",
+            "NaN or infinity in it" if bool(hessian.diagonal().any()) else "a diagonal of zeros",
+            "check data.train and the base model, and use more calibration samples",
+        )
     solved, dampened = weight.float().clone(), hessian.clone()
     diagonal = dampened.diagonal()
     dead = diagonal == 0
@@ -77,7 +85,7 @@ def make_up(
         fp32 [out, in].
 
     Raises:
-        StageError: the dampened Hessian is not positive definite in fp32.
+        StageError: see `factorize`.
     """
     _, factor = factorize(weight, hessian, dampening, name)  # (H + λ)⁻¹ = factorᵀ factor
     original = weight.float()

@@ -79,8 +79,8 @@ def compress_weight(
         solver: the config's `calibration.solver`.
 
     Raises:
-        StageError: weight or Hessian contains NaN or infinity, the Hessian is zero or not positive
-            definite after dampening, or the format cannot store this width.
+        StageError: the weight contains NaN or infinity, the format cannot store this width, or the
+            Hessian is refused by `factorize`.
         ValueError: the shapes of weight and Hessian do not match.
     """
     _check(weight, hessian, fmt, name)
@@ -155,11 +155,4 @@ def _check(weight: torch.Tensor, hessian: torch.Tensor, fmt: DenseFormat, name: 
             "finite weights",
             f"{bad_weights} of {weight.numel()} are NaN or infinite",
             "download the base checkpoint again, or choose another base model",
-        )
-    if not bool(torch.isfinite(hessian).all()) or not bool(hessian.diagonal().any()):
-        raise StageError(
-            f"the Hessian of {name} is unusable",
-            "a finite Hessian with a nonzero diagonal",
-            "NaN or infinity in it" if bool(hessian.diagonal().any()) else "a diagonal of zeros",
-            "check data.train and the base model, and use more calibration samples",
         )
