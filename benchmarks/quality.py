@@ -13,7 +13,7 @@ file as `--earlier`. A row that fails is told, and the others are measured; the 
 Below the table stands what it decides (`compared/verdicts.py`).
 
 benchmarks/quality.py --base FOLDER [--text FILE] [--items FILE] [--tune FILE] [--minutes M]
-                      [--earlier FILE] [--machine NAME] [--folder FOLDER]
+                      [--earlier FILE] [--only TEXT …] [--machine NAME] [--folder FOLDER]
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ def parse() -> argparse.Namespace:
         "--minutes", type=float, default=8.0, help="no row but the first begins later"
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help="only rows with this text in their description")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="only rows with one of these in their description"
+    )
     parser.add_argument("--steps", type=int, default=150, help="of a fine-tuning")
     parser.add_argument("--packs", type=int, default=4, help="packs of a step")
     parser.add_argument("--length", type=int, default=1024, help="tokens of packs and calibration")
@@ -160,7 +162,8 @@ def measure(args: argparse.Namespace, work: Path) -> tuple[Table, int]:
     begun = path_of(*named[:2], args.folder)  # by a run that was killed
     earlier = args.earlier or (begun if begun.exists() else None)
     table = Table(settings, read_earlier(earlier, settings) if earlier else [])
-    rows = [row for row in list_rows(args.seeds, keep) if args.only in str(row.case)]
+    rows = list_rows(args.seeds, keep)
+    rows = [row for row in rows if any(text in str(row.case) for text in args.only)]
     missing = [row for row in rows if not table.has(row.case)]
     failed = 0
     if missing:

@@ -323,7 +323,7 @@ def test_a_row_that_fails_costs_no_other_row(small, tmp_path, monkeypatch, capsy
         return make(self, recipe)
 
     monkeypatch.setattr(compressing.Compressor, "make", fail)
-    given = [*small, f"--folder={tmp_path}", "--only=anda 2:4"]
+    given = [*small, f"--folder={tmp_path}", "--only", "wanda 2:4', ", "anda 2:4 +"]
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, capsys, *given)
     assert ended.value.code == 1
