@@ -28,13 +28,8 @@ from sparselong.run.interruption import Interruption, interruptible
 from sparselong.run.latest import name_model
 from sparselong.run.lock import locked, writing
 from sparselong.run.log import LOG, add_to_log
-from sparselong.run.place import (
-    MANIFEST,
-    STARTED,
-    check_run_dir,
-    find_run_dir,
-    read_document,
-)
+from sparselong.run.manifests import MissingStage
+from sparselong.run.place import MANIFEST, STARTED, check_run_dir, find_run_dir, read_document
 from sparselong.run.publishing import Publish, publish
 from sparselong.run.stages import (
     STAGES,
@@ -352,6 +347,9 @@ def explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[Out
     else:
         return
     failure = failure.with_fix(complete_commands(failure.fix, arguments.repeated))
+    if isinstance(failure, MissingStage) and arguments.config == DEFAULT_CONFIG:
+        another = "pass --config and --run-dir of the run, as for its other stages"
+        failure = failure.with_fix(f"{another}; for {Path(DEFAULT_CONFIG).name}, {failure.fix}")
     report(name, failure, arguments.json)
     if arguments.preview is None:
         _note_failure(_folder(name, outcome, arguments), str(failure))

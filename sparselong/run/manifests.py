@@ -15,6 +15,18 @@ FORMAT_VERSION = 3
 date."""
 
 
+class MissingStage(StageError):
+    """A stage that is not done in a run directory, and that another one reads."""
+
+    def __init__(self, reader: str, name: str, run_dir: Path):
+        super().__init__(
+            f"{reader} needs {name}, which is not done in {run_dir}",
+            f"{run_dir / name / MANIFEST}",
+            "no manifest",
+            f"run python {name}.py first",
+        )
+
+
 def read_manifest(run_dir: Path, name: str, part: str = "") -> dict[str, Any] | None:
     """Return the manifest of a stage or part, or None if it is not done.
 

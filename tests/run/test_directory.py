@@ -87,6 +87,8 @@ def test_another_config_is_refused_and_nothing_is_lost(tmp_path, capsys):
     assert 'expected: shared_dense.sparsity="none"\n' in told
     assert 'found:    shared_dense.sparsity="2:4"\n' in told
     assert (tmp_path / "run/02_compress/out.bin").exists()
+    words = f"--config {tmp_path}/run/config.yaml --run-dir {tmp_path}/run"
+    assert f"pass what it was made with: {words}, or another --run-dir to keep it" in told
     assert run(tmp_path, fail, "training.max_steps=7") == 0  # stage 02 does not read this key
     assert run(tmp_path, write_output, "shared_dense.sparsity=none", "--force") == 0
 
@@ -243,7 +245,13 @@ def test_a_stage_needs_the_earlier_one_of_the_same_config(tmp_path, capsys):
     assert run(tmp_path, write_output) == 0
     assert run(tmp_path, needy, name="03_finetune") == 0
     assert run(tmp_path, bug, "experts.sparsity=2:4", "--force", name="03_finetune") == 1
-    assert "made with another config" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "made with another config" in told
+    words = f"--config {tmp_path}/run/config.yaml --run-dir {tmp_path}/run"
+    assert f"pass what it was made with: {words}, or another --run-dir" in told
+    (tmp_path / "run/config.yaml").write_text("seed: 8\n")  # of neither: it is not offered
+    assert run(tmp_path, bug, "experts.sparsity=2:4", "--force", name="03_finetune") == 1
+    assert "pass what it was made with, or another --run-dir" in capsys.readouterr().err
     assert read_manifest(tmp_path / "run", "03_finetune"), (
         "a refusal must leave the result unchanged"
     )

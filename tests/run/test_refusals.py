@@ -157,6 +157,14 @@ def test_commands_in_a_fix_repeat_what_names_the_run(tmp_path, capsys):
     assert f"python 02_compress.py {words}" in shown, shown
 
 
+def test_a_command_without_its_config_is_told_to_name_the_run(tmp_path, capsys, monkeypatch):
+    """Else it would be advised to compress the model of the default config."""
+    monkeypatch.chdir(tmp_path)
+    assert load_script("04_eval").main([]) == 1
+    fix = capsys.readouterr().err.splitlines()[-1]
+    assert "pass --config and --run-dir of the run, as for its other stages; for gpt-oss" in fix
+
+
 @pytest.mark.parametrize(
     ("text", "completed"),
     [
