@@ -91,6 +91,8 @@ class Stage:
     """Layers that the command is for (`--layers`); None: all."""
     unfinished: dict[str, int] = field(default_factory=dict)
     """How far a command for some layers has come, by name; empty: the stage is done."""
+    done_at: float | None = None
+    """When its result was made, in seconds since 1970, if it was done before this command."""
     display: Display = field(default_factory=Display)
     """Where its progress is shown."""
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -66,9 +67,12 @@ def test_a_stage_leaves_config_and_manifest(tmp_path, capsys):
     assert manifest["config"]["seed"] == 7 and manifest["config"]["training"]["save_steps"]
 
 
-def test_a_rerun_does_nothing_and_force_repeats_the_stage(tmp_path):
+def test_a_rerun_does_nothing_and_force_repeats_the_stage(tmp_path, capsys):
     assert run(tmp_path, write_output) == 0
+    assert capsys.readouterr().out.startswith("02_compress done in ")
+    os.utime(tmp_path / "run/02_compress/manifest.json", (0, 86400 * 365))
     assert run(tmp_path, fail) == 0
+    assert re.match(r"02_compress was done on 197[01]-\d\d-\d\d .*, in ", capsys.readouterr().out)
     assert run(tmp_path, fail, "--force") == 1
     assert read_manifest(tmp_path / "run", "02_compress") is None
     kept = tmp_path / "run/02_compress.replaced"
