@@ -233,7 +233,13 @@ def test_interruption_is_explained_and_keeps_existing_files(tmp_path, capsys, nu
 def test_two_runs_in_one_directory(tmp_path, capsys):
     def second(stage: Stage) -> None:
         assert run(tmp_path, write_output) == 1
-        assert "is in use" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        program = Path("/proc/self/cmdline").read_text().split("\0")[0]
+        assert "is in use" in told and f"process {os.getpid()} ({program}" in told
+        # As of another host: a process of this one with the number has not opened the file.
+        (tmp_path / "run/.lock").write_text(str(os.getppid()))
+        assert run(tmp_path, write_output) == 1
+        assert f"process {os.getppid()} holds its lock" in capsys.readouterr().err
         write_output(stage)
 
     assert run(tmp_path, second) == 0
