@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -58,11 +59,17 @@ class _Parser(argparse.ArgumentParser):
     """Parser whose errors are explained as those of the config are."""
 
     def error(self, message: str) -> NoReturn:
+        known, (start, _, unknown) = self._option_string_actions, message.partition(": ")
+        near = [
+            close
+            for word in (unknown.split() if start == "unrecognized arguments" else ())
+            for close in get_close_matches(word.partition("=")[0], known, 1)
+        ]
         raise ConfigError(
             "the command line cannot be read",
             " ".join(self.format_usage().split()),
             message,
-            f"see python {self.prog} --help",
+            f"did you mean {near[0]}?" if near else f"see python {self.prog} --help",
         )
 
 

@@ -157,6 +157,21 @@ def test_commands_in_a_fix_repeat_what_names_the_run(tmp_path, capsys):
     assert f"python 02_compress.py {words}" in shown, shown
 
 
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["--dryrun"], "did you mean --dry-run?"),
+        (["--rundir=x", "seed=1"], "did you mean --run-dir?"),
+        (["-json"], "did you mean --json?"),
+        (["--quick"], "see python 01_health.py --help"),
+        (["--gpu", "--json"], "see python 01_health.py --help"),
+    ],
+)
+def test_an_option_that_is_not_known_is_told_the_nearest_one(words, fix, capsys):
+    assert load_script("01_health").main(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"fix:      {fix}"
+
+
 def test_a_command_without_its_config_is_told_to_name_the_run(tmp_path, capsys, monkeypatch):
     """Else it would be advised to compress the model of the default config."""
     monkeypatch.chdir(tmp_path)
