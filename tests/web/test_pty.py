@@ -118,7 +118,7 @@ def test_ctrl_c_stops_the_answer_ctrl_d_the_program(person):
     person.wait("half a line")
     time.sleep(0.3)  # Python's readline notices Ctrl-C only while it waits for a key
     person.type("\x03")
-    person.wait("Ctrl-D")
+    person.wait("Ctrl-D ends)\r\n> ")
     person.type("Hi\n")
     person.wait("Hello there!")
     assert person.end() == 0
