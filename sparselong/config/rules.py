@@ -223,9 +223,10 @@ def _check_shares(config: Config) -> None:
 
 
 def _check_one(train: str) -> None:
-    """Raise if one source is a list of them, which neither a file nor the hub has as a name."""
+    """Raise if the text of one source lists several; a path may have a comma, too."""
     names = [name.strip() for name in train.strip("[]").split(",") if name.strip()]
-    listed = train.startswith("[") or not is_local(train) or all(map(is_local, names))
+    are_files = all(os.path.splitext(name)[1] or os.path.exists(name) for name in names)
+    listed = train.startswith("[") or are_files or not any(map(is_local, names))
     if len(names) > 1 and listed and not os.path.exists(train):
         raise KeyFault(
             "data.train",

@@ -190,6 +190,10 @@ def test_files_without_their_keys_are_told_the_form_of_a_list(given, tmp_path, m
         with pytest.raises(ConfigError, match="data.train is not valid") as caught:
             load(path, overrides)
         assert caught.value.fix.removeprefix("for example ") == f"'{form}'"
+    with pytest.raises(ConfigError, match="source: owner/b"):
+        load(CONFIGS / "tiny.yaml", ["data.train=owner/a,owner/b"])
+    for path in ("/a,b/c.jsonl", "data/x,y.jsonl"):  # files that may have been moved since
+        assert load(CONFIGS / "tiny.yaml", [f"data.train={path}"]).data.train == path
     (tmp_path / "a.jsonl,b.csv").write_text("")
     assert load(CONFIGS / "tiny.yaml", ["data.train=a.jsonl,b.csv"]).data.train == "a.jsonl,b.csv"
     assert len(load(CONFIGS / "tiny.yaml", [form]).data.shares) == 2
