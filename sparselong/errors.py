@@ -43,10 +43,11 @@ class ExpectedError(Exception):
         return self
 
     def _text(self) -> str:
-        """Return the four lines."""
-        return (
-            f"error:    {self.what}\nexpected: {self.expected}\n"
-            f"found:    {self.found}\nfix:      {self.fix}"
+        """Return the four lines; a line break in one of them is followed by an indent."""
+        lines = {"error": self.what, **self.explanation()}
+        del lines["what"]
+        return "\n".join(
+            f"{f'{key}:':<10}{text}".replace("\n", f"\n{'':10}") for key, text in lines.items()
         )
 
     def explanation(self) -> dict[str, str]:

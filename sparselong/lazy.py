@@ -27,13 +27,25 @@ def expose(package: str) -> Callable[[str], Any]:
     def get(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        found = importlib.import_module(names[name])
+        try:
+            found = importlib.import_module(names[name])
+        except ModuleNotFoundError as error:
+            _add_fix(error)
+            raise
         if names[name] != f"{package}.{name}":
             found = getattr(found, name)
         setattr(sys.modules[package], name, found)
         return found
 
     return get
+
+
+def _add_fix(error: ModuleNotFoundError) -> None:
+    """Add to the error, for the end of its traceback, how to get a missing package of others."""
+    from sparselong.provenance import install_fix
+
+    if not (error.name or "").startswith("sparselong") and not hasattr(error, "__notes__"):
+        error.add_note(f"fix: {install_fix()}")
 
 
 def public_names(package: str, init: Path) -> dict[str, str]:

@@ -23,6 +23,8 @@ PACKAGES = (
     *("gguf", "llama-cpp-python", "huggingface-hub"),
 )
 
+_ROOT = Path(__file__).resolve().parents[1]
+"""The checkout, if the package is not installed elsewhere."""
 _HASHED_AT_ONCE = 4
 """Files that are hashed at once; a thread hashes 1 to 2 GB a second."""
 
@@ -226,6 +228,25 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
 def missing_modules(names: Iterable[str]) -> list[str]:
     """Return the top-level modules that cannot be found, without importing any."""
     return [name for name in names if util.find_spec(name) is None]
+
+
+def is_our_environment() -> bool:
+    """Return whether this Python is that of the .venv that install.sh creates in the checkout."""
+    return Path(sys.prefix).resolve() == (_ROOT / ".venv").resolve()
+
+
+def install_fix(extra: str = "") -> str:
+    """Return what gives a script its packages: the checkout's .venv if another Python runs.
+
+    Args:
+        extra: the extra of the package that the script needs; without it, all are named.
+    """
+    activate = Path(".venv/bin/activate")
+    if (_ROOT / activate).is_file() and not is_our_environment():
+        return f"source {activate if Path.cwd() == _ROOT else shlex.quote(str(_ROOT / activate))}"
+    return "./install.sh, which installs all of it" + (
+        f"; or pip install '.[{extra}]'" * bool(extra)
+    )
 
 
 def install_command(packages: Iterable[str]) -> str:

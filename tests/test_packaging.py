@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -84,8 +85,10 @@ def test_versions_are_those_of_the_environment():
 @pytest.mark.parametrize("name", sorted(STAGES))
 def test_an_extra_lists_what_its_script_imports(name):
     declared = STAGES[name]
+    every = [*PROJECT["dependencies"], *(each for extra in EXTRAS.values() for each in extra)]
+    listed = names_of(EXTRAS[declared.extra] if declared.extra else every)
     for module in declared.imports:
-        assert distributions_of(module) & names_of(EXTRAS[declared.extra]), module
+        assert distributions_of(module) & listed, module
 
 
 LIBRARY = ("__init__", "adapters", "config", "data/conversations", "generation", "kernels", "model")
@@ -115,6 +118,42 @@ def test_a_script_names_the_extra_that_is_missing(name, monkeypatch, capsys, tmp
     assert told.err.splitlines()[0] == f"error:    {name} needs packages of the extra `{extra}`"
     assert f"no {absent}" in told.err and f"pip install '.[{extra}]'" in told.err
     assert "Traceback" not in told.err and told.out == "" and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def unactivated(tmp_path) -> Path:
+    """A checkout with a .venv that does not run."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_another_python_is_told_to_activate_the_environment(name, unactivated, monkeypatch, capsys):
+    monkeypatch.setattr("sparselong.provenance._ROOT", unactivated)
+    monkeypatch.setitem(sys.modules, STAGES[name].imports[0], None)
+    run_dir = unactivated / "run"
+    arguments = ["--config", str(ROOT / "configs/tiny.yaml"), "--run-dir", str(run_dir)]
+    assert load_script(name).main(arguments) == 1
+    fix = capsys.readouterr().err.splitlines()[-1]
+    assert fix == f"fix:      source {unactivated}/.venv/bin/activate" and not run_dir.exists()
+
+
+def test_a_traceback_of_a_bare_python_ends_with_the_fix(unactivated):
+    """Without pydantic no script can be imported, so nothing of ours reports the failure."""
+    shutil.copytree(ROOT / "sparselong", unactivated / "sparselong")
+    shutil.copy(ROOT / "01_health.py", unactivated)
+    bare = subprocess.run(
+        [sys.executable, "-S", "01_health.py"],
+        cwd=unactivated,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert bare.stderr.splitlines()[-2:] == [
+        "ModuleNotFoundError: No module named 'pydantic'",
+        "fix: source .venv/bin/activate",
+    ]
 
 
 def test_a_plan_needs_no_extra(monkeypatch, capsys, tmp_path):
@@ -150,7 +189,7 @@ print(len(made), set({absent}) & set(sys.modules))
 
 
 def test_the_library_trains_and_generates_without_the_extras(untrained_base, chat_file, tmp_path):
-    absent = {module for each in STAGES.values() for module in each.imports}
+    absent = {module for each in STAGES.values() if each.extra for module in each.imports}
     absent |= {"trl", "tensorboard", "triton", "pyarrow", "pandas", "bitsandbytes", "wonderwords"}
     code = ALONE.format(absent=sorted(absent))
     command = [sys.executable, "-c", code, str(untrained_base), str(chat_file), str(tmp_path)]

@@ -95,6 +95,23 @@ class Answer:
             for part in called
         ]
 
+    def faults(self, max_new_tokens: int, most_tokens: int) -> list[str]:
+        """Return what a person is told about an answer that is cut or not in the model's format.
+
+        Args:
+            max_new_tokens: the setting with which it was asked for.
+            most_tokens: tokens of prompt and answer together that the cache holds.
+        """
+        told = []
+        if self.reason == "length" and self.usage.new_tokens >= max_new_tokens:
+            told.append(f"the answer was cut at max_new_tokens {max_new_tokens:,}")
+        elif self.reason == "length":
+            told.append(f"the answer was cut where the context is full (--context {most_tokens})")
+        if self.repairs:
+            kinds = ", ".join(f"{kind} ({count:,})" for kind, count in self.repairs.items())
+            told.append(f"not in the model's format: {kinds}")
+        return told
+
     def message(self) -> dict[str, Any]:
         """Return the answer as a message of the conversation, with the keys of chat templates."""
         message: dict[str, Any] = {"role": "assistant", "content": self.text}

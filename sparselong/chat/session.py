@@ -94,13 +94,11 @@ def ask(
     else:
         Display(make_console(), arguments.show_thinking).show(reply)
     answer = reply.answer
-    if answer.reason == "length":
-        print("the answer was cut: --max-new-tokens, or --context", file=sys.stderr, flush=True)
     if answer.is_silent:
         print("the model ended without an answer; --show-thinking shows what it thought, if it did",
               file=sys.stderr, flush=True)  # fmt: skip
-    if answer.repairs:
-        print(f"not in the model's format: {answer.repairs}", file=sys.stderr, flush=True)
+    for fault in answer.faults(settings.max_new_tokens, engine.most_tokens):
+        print(fault, file=sys.stderr, flush=True)
     return {"settings": settings.document(), **answer.document()}
 
 

@@ -131,12 +131,10 @@ class Terminal:
         self.conversation.settings = self.settings.document()
         if self.answer.reason == "cancelled":
             self._say("(stopped)")
-        elif self.answer.reason == "length":
-            self._say("(the answer was cut: max_new_tokens, or no more room in the context)")
         elif self.answer.is_silent:
             self._say("(no answer; /reasoning shows what the model thought, if it did)")
-        if self.answer.repairs:
-            self._say(f"(not in the model's format: {_listed(self.answer.repairs)})")
+        for fault in self.answer.faults(self.settings.max_new_tokens, self.engine.most_tokens):
+            self._say(f"({fault})")
         return True
 
     def _command(self, text: str) -> bool:
@@ -275,7 +273,3 @@ def _is_text(line: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{kind} {count}" for kind, count in counts.items())

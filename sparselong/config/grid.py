@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sparselong.config.keys import Section, known_keys, refuse_unknown
+from sparselong.config.keys import Section, known_keys
+from sparselong.config.refusals import refuse_unknown
 from sparselong.config.schema import Config
 from sparselong.config.texts import is_text, is_text_or_list
 from sparselong.errors import ConfigError

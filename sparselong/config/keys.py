@@ -1,20 +1,16 @@
-"""Config sections: strict models, dotted keys in nested values, and errors for invalid keys.
+"""Config sections: strict models, and dotted keys in nested values.
 
 The schema itself is in schema.py; nothing here knows its keys.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
-
-from sparselong.config.texts import UTF8_FIX
-from sparselong.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -32,11 +28,12 @@ class KeyFault(ValueError):
     Args:
         key: the dotted key to change.
         message: what is expected.
+        fix: what to do; without it, to change a key that the message names.
     """
 
-    def __init__(self, key: str, message: str):
+    def __init__(self, key: str, message: str, fix: str = ""):
         super().__init__(message)
-        self.key = key
+        self.key, self.fix = key, fix
 
 
 class Section(BaseModel):
@@ -112,88 +109,3 @@ def pick_sections(section: Section, keys: Iterable[str]) -> dict[str, Any]:
     """Return the values of some of a section's keys that affect results, as plain JSON."""
     values = deciding_values(section)
     return {key: values[key] for key in sorted(keys) if key in values}
-
-
-def refuse(
-    error: ValidationError,
-    schema: type[Section],
-    source: str,
-    places: dict[tuple[str, ...], str],
-) -> ConfigError:
-    """Convert pydantic's first complaint to a four-line error with the key and its line.
-
-    Args:
-        error: pydantic's complaints.
-        schema: the model that the values were checked against.
-        source: the file's name.
-        places: where each key path was set: file and line, or an override.
-    """
-    known = known_keys(schema)
-    first = error.errors()[0]
-    fault = first.get("ctx", {}).get("error")
-    path = tuple(str(part) for part in first["loc"] if not isinstance(part, int))
-    within = first["loc"][-1] if any(isinstance(part, int) for part in first["loc"]) else None
-    unknown, found = first["type"] == "extra_forbidden" and within is None, first["input"]
-    if isinstance(fault, KeyFault):
-        path = tuple(fault.key.split("."))
-        found = _value_at(found, path)
-    while path and not unknown and ".".join(path) not in known:
-        path = path[:-1]  # pydantic appends the name of the union branch
-    dotted = ".".join(path)
-    where = places.get(path, source) if path else source
-    if unknown:
-        return refuse_unknown(dotted, schema, where)
-    # A key that takes values of several types has a complaint for each of them.
-    place = (first["loc"][: len(path)], found)
-    same = [e["msg"] for e in error.errors() if (e["loc"][: len(path)], e["input"]) == place]
-    same = same or [first["msg"]]  # a KeyFault is placed elsewhere
-    message = " or: ".join(dict.fromkeys(same)).removeprefix("Value error, ")
-    if isinstance(within, str):  # a key of a section in a list
-        message = f"{within}: {message}"
-    if first["type"] == "date_type":
-        message = "a date in the format YYYY-MM-DD, such as 2026-01-31"
-    field = known[dotted].model_fields[path[-1]] if dotted in known else None
-    fix = f"{dotted}: {' '.join((field.description or '').split())}" if field else "change one"
-    return ConfigError(f"{dotted or 'config'} is not valid ({where})", message, f"{found!r}", fix)
-
-
-def refuse_undecodable(
-    values: dict, schema: type[Section], source: str, places: dict[tuple[str, ...], str]
-) -> None:
-    """Raise if a string holds bytes that are not UTF-8, which neither JSON nor a manifest can.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    for key in known_keys(schema):
-        value = _value_at(values, tuple(key.split(".")))
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and not text.isascii():
-                try:
-                    text.encode()
-                except UnicodeEncodeError:
-                    raise ConfigError(
-                        f"{key} is not valid ({places.get(tuple(key.split('.')), source)})",
-                        "text in UTF-8",
-                        ascii(text),
-                        UTF8_FIX,
-                    ) from None
-
-
-def _value_at(values: Any, path: tuple[str, ...]) -> Any:
-    """Return a nested value; None if it is not set."""
-    for part in path:
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
-
-
-def refuse_unknown(dotted: str, schema: type[Section], where: str) -> ConfigError:
-    """Return the error for an unknown dotted key, with the closest known one."""
-    known = known_keys(schema)
-    close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
-    if not close:
-        ends = {key.rsplit(".", 1)[-1]: key for key in known}
-        last = dotted.rsplit(".", 1)[-1]
-        close = [ends[k] for k in difflib.get_close_matches(last, ends, n=1, cutoff=0.5)]
-    near = f"did you mean {close[0]}?" if close else "see configs/schema.json for all keys"
-    return ConfigError(f"unknown key {dotted} ({where})", "a known key", dotted, near)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparselong.config import yaml12
-from sparselong.config.keys import Section, known_keys, refuse_unknown, set_key
+from sparselong.config.keys import Section, known_keys, set_key
+from sparselong.config.refusals import refuse_unknown
 from sparselong.config.texts import is_optional, is_text, is_text_or_list
 from sparselong.errors import ConfigError
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, get_args
 
 from sparselong.config.cost import GpuType
+from sparselong.config.data import Share
 from sparselong.config.keys import KeyFault
+from sparselong.config.refusals import show_sections
+from sparselong.files import is_local
 
 if TYPE_CHECKING:
     from sparselong.config.schema import Config
@@ -202,6 +206,8 @@ def _check_ruler(config: Config) -> None:
 def _check_shares(config: Config) -> None:
     shares = config.data.shares
     sources = [os.path.normpath(each.source) for each in shares]  # ./a.jsonl is a.jsonl
+    if isinstance(config.data.train, str):
+        _check_one(config.data.train)
     if not shares:
         raise KeyFault("data.train", "data.train: at least one source")
     if not isinstance(config.data.train, str) and "demo" in sources:
@@ -209,14 +215,34 @@ def _check_shares(config: Config) -> None:
     if len(set(sources)) < len(sources):
         raise KeyFault("data.train", "data.train: each source once; its weight decides how often")
     if len({each.weight is None for each in shares}) > 1:
-        raise KeyFault("data.train", "data.train: a weight for each source, or for none")
+        raise KeyFault(
+            "data.train",
+            "data.train: a weight for each source, or for none",
+            shlex.quote(f"data.train={show_sections(Share, sources, 'weight')}"),
+        )
+
+
+def _check_one(train: str) -> None:
+    """Raise if the text of one source lists several; a path may have a comma, too."""
+    names = [name.strip() for name in train.strip("[]").split(",") if name.strip()]
+    are_files = all(os.path.splitext(name)[1] or os.path.exists(name) for name in names)
+    listed = train.startswith("[") or are_files or not any(map(is_local, names))
+    if len(names) > 1 and listed and not os.path.exists(train):
+        raise KeyFault(
+            "data.train",
+            "one source, or a list of {source: …}",
+            shlex.quote(f"data.train={show_sections(Share, names)}"),
+        )
 
 
 def _check_prices(config: Config) -> None:
     prices = config.cost.per_gpu_hour
+    example = "for example 'cost.per_gpu_hour={H200: 3.5}'"
     for kind, price in prices.items() if isinstance(prices, dict) else ():
         if kind not in get_args(GpuType):
             types = ", ".join(get_args(GpuType))
-            raise KeyFault("cost.per_gpu_hour", f"cost.per_gpu_hour: {types}, not {kind}")
+            raise KeyFault("cost.per_gpu_hour", f"cost.per_gpu_hour: {types}, not {kind}", example)
         if not 0.0 < price <= 1e6:
-            raise KeyFault("cost.per_gpu_hour", f"cost.per_gpu_hour: a price above 0 for {kind}")
+            raise KeyFault(
+                "cost.per_gpu_hour", f"cost.per_gpu_hour: a price above 0 for {kind}", example
+            )

@@ -30,12 +30,11 @@ from sparselong.config.keys import (
     Section,
     fill_sections,
     pick_sections,
-    refuse,
-    refuse_undecodable,
     set_key,
 )
 from sparselong.config.overrides import apply_overrides
 from sparselong.config.profiles import PROFILES
+from sparselong.config.refusals import refuse, refuse_undecodable
 from sparselong.config.rules import check_rules
 from sparselong.config.texts import Place, Text, check_place
 from sparselong.config.training import TrainingSection

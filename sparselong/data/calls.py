@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from sparselong.data.lines import EMPTY, Fault, shown
+from sparselong.data.lines import EMPTY, Fault, show_keys, shown
 from sparselong.files import parse_json
 
 _FUNCTION = ("name", "description", "parameters")
@@ -42,7 +42,8 @@ def check_call(calls: Any, i: int, columnar: bool) -> dict[str, Any]:
     others = _others(call, ("id", "index", "type", "function", "name", "arguments"))
     others += _others(function, ("name", "arguments")) if function is not call else []
     if others or call.get("type", "function") not in ("function", *EMPTY[:2]):
-        raise Fault(f"the tool call of message {i} has {shown(others or call['type'])}")
+        what = show_keys(others) if others else f"the type {shown(call['type'])}"
+        raise Fault(f"the tool call of message {i} has {what}")
     arguments = _read_json(function.get("arguments"), f"the arguments of message {i}")
     arguments = {} if arguments in EMPTY else arguments
     if not isinstance(arguments, dict):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparselong.config import Config
-from sparselong.data.lines import TABLES, read_file
+from sparselong.data.lines import TABLES, count_lines, read_file
 from sparselong.data.rows import (
     Conversation,
     Remarks,
@@ -168,7 +168,7 @@ def read_line(path: Path, number: int) -> Conversation:
         StageError: the file cannot be read or has fewer lines, no row starts on the line, it or an
             earlier one cannot be read, or the row is refused.
     """
-    lines, columnar = 0, path.suffix.lower() in TABLES
+    lines, before, columnar = 0, 0, path.suffix.lower() in TABLES
     unit = "row" if columnar else "line"
     for lines, row in read_file(path):
         if lines == number and row is not None:
@@ -176,11 +176,36 @@ def read_line(path: Path, number: int) -> Conversation:
             return check_row(row, origin, Remarks(), columnar=columnar)
         if lines >= number:
             break
+        before = lines
     fix = f"name another {unit}"
-    if lines >= number:
+    if lines == number:
         raise StageError(f"{path}, line {number:,} is blank", "a conversation", "no text", fix)
+    if path.suffix.lower() == ".csv" and 0 < number <= max(lines, count_lines(path)):
+        raise _inside(path, number, before)
     known = f"a line from 1 to {lines:,}" if lines else "a file with lines"
     raise StageError(f"{path} has no line {number:,}", known, f"line {number:,}", fix)
+
+
+def _inside(path: Path, number: int, before: int) -> StageError:
+    """Return the error about a line of a CSV file in which no row begins.
+
+    Args:
+        path: the file.
+        number: the line.
+        before: the line in which the row before it begins; 0 without one.
+    """
+    expected = "a line in which a row begins"
+    if not before:
+        found = "the names of the columns"
+        return StageError(
+            f"{path}, line {number:,} is of the header", expected, found, "name a row"
+        )
+    return StageError(
+        f"{path}, line {number:,} is inside the row that begins in line {before:,}",
+        expected,
+        "more lines of a quoted cell",
+        f"name line {before:,}",
+    )
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sparselong.data.calls import check_tools, find_texts
-from sparselong.data.lines import EMPTY, Fault, check_text, shown
+from sparselong.data.lines import EMPTY, Fault, check_text, show_keys, shown
 from sparselong.data.messages import (
     MASKS,
     REASONING,
@@ -41,6 +41,7 @@ _UNSUPPORTED = (
 )
 _SYSTEM = ("system", "system_prompt", "system_message")
 _OF_CHATS = ("tools", "chat_template_kwargs", *VARIABLES)
+_OF_PAIRS = {"chosen", "rejected"}
 _SPEAKERS = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
     **{"chatgpt": "assistant", "model": "assistant", "system": "system", "developer": "developer"},
@@ -64,7 +65,13 @@ def read_layout(row: dict[str, Any], ignored: Counter[str], columnar: bool) -> d
     given = given or [key for key in _LAYOUTS if row.get(key) is not None]
     expected = f"one of the keys {', '.join(_LAYOUTS)}"
     if not given:
-        found = f"no list under `messages`; the row's keys are {shown(sorted(row))}"
+        if row.keys() >= _OF_PAIRS:
+            raise Fault(
+                f"a preference pair: {show_keys(sorted(row))}",
+                "write each prompt with its chosen answer as `messages`, or remove the row",
+                "a conversation to imitate; preference pairs are not supported",
+            )
+        found = f"no list under `messages`; the row's keys are {show_keys(sorted(row))}"
         raise Fault(found, "rename or convert the columns", expected)
     if len(given) > 1:
         found = f"the row has {' and '.join(f'`{key}`' for key in given)}, which are two layouts"

@@ -17,7 +17,7 @@ import io
 import json
 import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ _JSON_CELLS = (
 _FIX = "fix or remove the line; turn a JSON array into one object per line"
 _CSV = "a CSV file with a header, and as many cells in each row"
 _ROWS_PER_BATCH = 1000
+_KEYS_SHOWN = 12
 _FORMATS = (
     (b"\x1f\x8b", "gzip-compressed data", "unpack the file with gunzip"),
     (b"PK\x03\x04", "a zip archive", "unpack the file"),
@@ -153,7 +154,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     rows = _parse_csv(path, text)
     header = rows[0][1] if rows else []
     if len(set(header)) < len(header) or not all(header):
-        raise _unreadable(path, f"the header {shown(header)}", "name each column once", _CSV)
+        raise _unreadable(path, f"the header {show_keys(header)}", "name each column once", _CSV)
     for line, cells in rows[1:]:
         if not cells:
             yield line, None
@@ -163,6 +164,12 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
         else:
             pairs = zip(header, cells, strict=True)
             yield line, {key: _read_cell(key, cell, path, line) for key, cell in pairs}
+
+
+def count_lines(path: Path) -> int:
+    """Return the number of lines of a text file."""
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def _parse_csv(path: Path, text: str) -> list[tuple[int, list[str]]]:
@@ -235,6 +242,13 @@ def check_text(text: str, name: str) -> str:
 def shown(value: Any) -> str:
     """Return a value as short text that can be printed anywhere."""
     return reprlib.repr(value).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def show_keys(keys: Iterable[str]) -> str:
+    """Return names of keys or columns as short text, the first ones of many."""
+    names = list(keys)
+    more = f" and {len(names) - _KEYS_SHOWN:,} more" if len(names) > _KEYS_SHOWN else ""
+    return f"{', '.join(f'`{shown(name)[1:-1]}`' for name in names[:_KEYS_SHOWN])}{more}"
 
 
 def _unreadable(

@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sparselong.data.calls import check_call, check_result, find_texts
-from sparselong.data.lines import EMPTY, Fault, check_text, shown
+from sparselong.data.lines import EMPTY, Fault, check_text, show_keys, shown
 
 VARIABLES = ("reasoning_effort", "model_identity")
 """Keys of a row that set the template's variables."""
@@ -89,11 +89,12 @@ def check_messages(
     checked = _join_channels(checked)
     roles = [message["role"] for message in checked]
     if "assistant" not in roles:
-        raise Fault("no assistant turn")
+        raise Fault("no assistant turn", expected="at least one assistant turn")
     if roles[0] == "assistant":
-        raise Fault("it starts with an assistant message")
+        raise Fault("it starts with an assistant message", expected="a user message before it")
     if all(message.get("weight") == 0 for message in checked if message["role"] == "assistant"):
-        raise Fault("no assistant turn is supervised: all have weight 0")
+        expected = "at least one assistant turn that is supervised"
+        raise Fault("no assistant turn is supervised: all have weight 0", expected=expected)
     return checked
 
 
@@ -150,7 +151,8 @@ def check_weight(holder: dict[str, Any], names: tuple[str, ...], where: str) -> 
                 f"`{name}` 0 or 1",
             )
     if len(set(given.values())) > 1:
-        raise Fault(f"{where} contradicts itself: {given}")
+        values = ", ".join(f"`{name}` {shown(value)}" for name, value in given.items())
+        raise Fault(f"{where} contradicts itself: {values}")
     return int(next(iter(given.values()))) if given else None
 
 
@@ -160,7 +162,10 @@ def _check(message: Any, i: int, columnar: bool) -> dict[str, Any]:
         raise Fault(f"message {i} is a {type(message).__name__} instead of an object")
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise Fault(f"message {i} has the role {shown(role)}; known roles are {', '.join(ROLES)}")
+        roles = f"one of the roles {', '.join(ROLES)}"
+        raise Fault(
+            f"message {i} has the role {shown(role)}", "rename it, or remove the row", roles
+        )
     where = f"message {i} ({role})"
     if message.get("recipient") == "all":
         message = {key: value for key, value in message.items() if key != "recipient"}
@@ -223,7 +228,9 @@ def join_parts(content: Any, i: int) -> str:
                 )
             others = {key for key, value in part.items() if value not in EMPTY} - {"type", "text"}
             if others:
-                raise Fault(f"a part of message {i} has {shown(sorted(others))} beside its text")
+                raise Fault(
+                    f"a part of message {i} has {show_keys(sorted(others))} beside its text"
+                )
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise Fault(f"the content of message {i} is {type(content).__name__}, not text")

@@ -24,7 +24,7 @@ _SIZES = (
     *("num_experts_per_tok", "num_attention_heads", "num_key_value_heads"),
 )
 _EXPERTS = "num_local_experts"
-_KEY = "evaluation.compare"
+_KEY, _OPTION = "evaluation.compare", "--compare"
 _OWN = ("base", "compressed", "finetuned")
 """Names of the run's own models in results."""
 
@@ -65,7 +65,7 @@ def find_compared(config: Config) -> list[Compared]:
                 f"{_KEY} names a model twice",
                 "each model once",
                 f"{label}: {directory}",
-                "remove it",
+                f"leave it out of {_OPTION}",
             )
         inventory = take_inventory(directory)
         _check_kind(label, inventory)
@@ -106,7 +106,7 @@ def check_sizes(compared: list[Compared], base: Path, processes: int) -> None:
                 f"{each.label} of {_KEY} cannot be compared with the base",
                 ", ".join(f"{key} {wanted.get(key)}" for key in differing) or "the base's tokens",
                 ", ".join(f"{key} {sizes.get(key)}" for key in differing) or "other tokens",
-                f"remove it from {_KEY}",
+                f"leave it out of {_OPTION}",
             )
         _check_experts(each.label, sizes.get(_EXPERTS), wanted.get(_EXPERTS), processes)
 
@@ -123,7 +123,7 @@ def _check_experts(label: str, found: Any, base: Any, processes: int) -> None:
             f"{label} of {_KEY} cannot be compared with the base",
             f"at most the base's {base} experts ({_EXPERTS})",
             f"{_EXPERTS} {found}",
-            f"remove it from {_KEY}",
+            f"leave it out of {_OPTION}",
         )
     shared = math.gcd(processes, base)
     if found % shared:
@@ -131,7 +131,7 @@ def _check_experts(label: str, found: Any, base: Any, processes: int) -> None:
             f"{label} of {_KEY} cannot be measured by {processes} processes",
             f"a number of experts that {shared} processes can share, as they may share the base's",
             f"{_EXPERTS} {found}",
-            f"use fewer processes, expert_parallel_degree=1, or remove it from {_KEY}",
+            f"use fewer processes, expert_parallel_degree=1, or leave it out of {_OPTION}",
         )
 
 
@@ -146,7 +146,7 @@ def _find_stage(path: Path) -> str | None:
         f"{_KEY} names {path}, which is no model",
         f"a run with {' or '.join(_MODELS)} finished, or a directory with a checkpoint",
         "a directory without either" if path.is_dir() else why_unusable(path, "directory"),
-        "correct the path",
+        f"correct the path, or leave it out of {_OPTION}",
     )
 
 
@@ -170,7 +170,7 @@ def _check_kind(label: str, inventory: Inventory) -> None:
             f"{label} of {_KEY} cannot be opened",
             f"a gpt-oss checkpoint with mxfp4 or {METHOD} weights",
             f"model_type {kind}, quantization {method}",
-            "export it with 05_export.py --to mxfp4, or remove it",
+            f"export it with 05_export.py --to mxfp4, or leave it out of {_OPTION}",
         )
 
 

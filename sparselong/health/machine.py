@@ -22,7 +22,7 @@ from sparselong.health.packages import Package
 from sparselong.health.sources import Source
 from sparselong.kernels.attention import refuse_flash_attn_4
 from sparselong.processes import usable_cores
-from sparselong.provenance import host_memory, missing_modules
+from sparselong.provenance import host_memory, is_our_environment, missing_modules
 
 _MIB = 2**20
 _GPU_FIELDS = (
@@ -114,7 +114,7 @@ def probe(config: Config, run_dir: Path) -> Machine:
     base, data = sources.probe_sources(config, run_dir)
     return Machine(
         python=sys.version_info[:3],
-        own_python=not runs_in_our_environment(),
+        own_python=not is_our_environment(),
         packages=packages.compare_with_lock(),
         torch=probe_torch(),
         driver=driver,
@@ -138,11 +138,6 @@ def probe(config: Config, run_dir: Path) -> Machine:
 def _rows_of(data: tuple[Source, ...]) -> tuple[Source, ...]:
     """Return the sources of rows; evaluation tasks are left to stage 04."""
     return tuple(source for source in data if not source.role.startswith("evaluation task"))
-
-
-def runs_in_our_environment() -> bool:
-    """Return whether this Python is that of the .venv that install.sh creates in the checkout."""
-    return Path(sys.prefix).resolve() == Path(__file__).resolve().parents[2] / ".venv"
 
 
 def _output(*command: str) -> str | None:

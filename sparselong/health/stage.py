@@ -17,17 +17,10 @@ from sparselong.errors import StageError
 from sparselong.files import write_atomically
 from sparselong.health import report
 from sparselong.health.check import check
-from sparselong.health.inputs import BASE, ROWS, TOKENIZER
 from sparselong.health.machine import Machine, probe
 from sparselong.health.rows import Row
 from sparselong.memory import Plan
 from sparselong.run import Stage
-
-_DETAILED = (
-    *("GPU", "GPU memory", "host memory", "disk", BASE, TOKENIZER, ROWS),
-    *("base model", "training data", "validation data", "sequence parallel"),
-)
-"""Checks whose finding is part of the failure, not only their name."""
 
 
 def plan_for(config: Config, machine: Machine) -> Plan:
@@ -72,14 +65,7 @@ def _refusal(
     return StageError(
         f"this machine cannot run this config ({config.model.base})",
         "no failed check",
-        _summary(failed),
-        "; ".join(dict.fromkeys(row.fix for row in failed)),
+        "\n".join(f"{row.check}: {row.found}" for row in failed),
+        "\n".join(f"{row.check}: {row.fix}" for row in failed),
         details=details,
     )
-
-
-def _summary(failed: list[Row]) -> str:
-    """Return the names of failed checks, with details for GPUs, memory, disk and inputs."""
-    names = ", ".join(row.check for row in failed)
-    lacking = [row for row in failed if row.check in _DETAILED]
-    return "; ".join([names, *(f"{row.check}: {row.found}" for row in lacking)])

@@ -15,12 +15,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from sparselong.config import Config, load, split_overrides
 from sparselong.errors import ConfigError, ExpectedError, StageError
-from sparselong.figures import format_figure, format_seconds
 from sparselong.files import is_disk_full
 from sparselong.registration import OutputError, begin_program, choose_gpu, move_caches
 from sparselong.run.directory import Stage, check_finished, finish, prepare
@@ -28,13 +28,8 @@ from sparselong.run.interruption import Interruption, interruptible
 from sparselong.run.latest import name_model
 from sparselong.run.lock import locked, writing
 from sparselong.run.log import LOG, add_to_log
-from sparselong.run.place import (
-    MANIFEST,
-    STARTED,
-    check_run_dir,
-    find_run_dir,
-    read_document,
-)
+from sparselong.run.manifests import MissingStage, show_manifest
+from sparselong.run.place import MANIFEST, STARTED, check_run_dir, find_run_dir, read_document
 from sparselong.run.publishing import Publish, publish
 from sparselong.run.stages import (
     STAGES,
@@ -64,11 +59,17 @@ class _Parser(argparse.ArgumentParser):
     """Parser whose errors are explained as those of the config are."""
 
     def error(self, message: str) -> NoReturn:
+        known, (start, _, unknown) = self._option_string_actions, message.partition(": ")
+        near = [
+            close
+            for word in (unknown.split() if start == "unrecognized arguments" else ())
+            for close in get_close_matches(word.partition("=")[0], known, 1)
+        ]
         raise ConfigError(
             "the command line cannot be read",
             " ".join(self.format_usage().split()),
             message,
-            f"see python {self.prog} --help",
+            f"did you mean {near[0]}?" if near else f"see python {self.prog} --help",
         )
 
 
@@ -186,7 +187,7 @@ def run_stage(
                 text = document["text"]
             else:
                 document = _run(stage, redo, execute, check, interruption, page)
-                text = show_manifest(document)
+                text = show_manifest(document, stage.done_at)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
 
@@ -257,6 +258,7 @@ def run_locked(
     """
     if prepare(stage, redo):
         manifest = read_document(stage.dir / MANIFEST) or {}
+        stage.done_at = (stage.dir / MANIFEST).stat().st_mtime
         stage.log(describe_done(stage.config, manifest, stage.run_dir))
         return manifest
     start = time.monotonic()
@@ -274,21 +276,6 @@ def run_locked(
     manifest = finish(stage, seconds)
     name_model(stage)
     return manifest
-
-
-def show_manifest(manifest: dict[str, Any]) -> str:
-    """Return a summary of a finished stage: its duration and the scalar metrics that it has."""
-    title = " ".join(filter(None, (manifest["stage"], manifest.get("part"))))
-    rows = [f"{title} {manifest['status']} in {format_seconds(manifest['seconds'])}"]
-    for key, value in manifest["metrics"].items():
-        inner = value if isinstance(value, dict) else {}
-        if inner and not any(isinstance(v, (dict, list)) for v in inner.values()):
-            unit, known = "_bytes" if "bytes" in key.split("_") else "", inner.items()
-            known = (f"{k} {format_figure(f'{k}{unit}', v)}" for k, v in known if v is not None)
-            rows.append(f"  {key}: {', '.join(known)}")
-        elif value is not None and not isinstance(value, (dict, list)):
-            rows.append(f"  {key}: {format_figure(key, value)}")
-    return "\n".join(rows)
 
 
 @dataclass
@@ -352,6 +339,9 @@ def explained_failures(name: str, arguments: argparse.Namespace) -> Iterator[Out
     else:
         return
     failure = failure.with_fix(complete_commands(failure.fix, arguments.repeated))
+    if isinstance(failure, MissingStage) and arguments.config == DEFAULT_CONFIG:
+        another = "pass --config and --run-dir of the run, as for its other stages"
+        failure = failure.with_fix(f"{another}; for {Path(DEFAULT_CONFIG).name}, {failure.fix}")
     report(name, failure, arguments.json)
     if arguments.preview is None:
         _note_failure(_folder(name, outcome, arguments), str(failure))

@@ -32,6 +32,7 @@ from sparselong.run.lock import writing
 from sparselong.run.log import LOG, add_to_log
 from sparselong.run.manifests import (
     FORMAT_VERSION,
+    MissingStage,
     hash_outputs,
     read_manifest,
     refuse_other_version,
@@ -41,6 +42,7 @@ from sparselong.run.place import (
     MANIFEST,
     STARTED,
     check_started,
+    pass_recorded,
     read_document,
     refuse_replacing_others,
     show_options,
@@ -89,6 +91,8 @@ class Stage:
     """Layers that the command is for (`--layers`); None: all."""
     unfinished: dict[str, int] = field(default_factory=dict)
     """How far a command for some layers has come, by name; empty: the stage is done."""
+    done_at: float | None = None
+    """When its result was made, in seconds since 1970, if it was done before this command."""
     display: Display = field(default_factory=Display)
     """Where its progress is shown."""
 
@@ -283,17 +287,12 @@ def _require(stage: Stage, name: str) -> dict[str, Any]:
     """Return the manifest of a stage that this one reads; raise unless it is of this config."""
     manifest = read_manifest(stage.run_dir, name)
     if manifest is None:
-        raise StageError(
-            f"{stage.name} needs {name}, which is not done in {stage.run_dir}",
-            f"{stage.run_dir / name / 'manifest.json'}",
-            "no manifest",
-            f"run python {name}.py first",
-        )
+        raise MissingStage(stage.name, name, stage.run_dir)
     if manifest["config_hash"] != stage_hash(stage.config, name):
         raise StageError(
             f"{name} in {stage.run_dir} was made with another config",
             *name_changes(stage.config, name, manifest),
-            "pass what it was made with, or another --run-dir, or redo it: "
+            f"{pass_recorded(stage.run_dir, name, manifest)}, or another --run-dir, or redo it: "
             f"python {name}.py --force",
         )
     return manifest
@@ -322,8 +321,8 @@ def _refuse_other_work(stage: Stage, present: dict[str, Any], kind: str) -> None
         raise StageError(
             f"{stage.dir} holds {kind} of another config",
             *name_changes(stage.config, stage.name, present, stage.reads),
-            "pass what it was made with, or another --run-dir to keep it, or --force to redo this "
-            "stage",
+            f"{pass_recorded(stage.run_dir, stage.name, present, stage.reads)}, or another "
+            "--run-dir to keep it, or --force to redo this stage",
         )
     before = present.get("made_from", {})
     for name, now in _made_from(stage).items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from sparselong.files import is_disk_full, parse_json
 
 LOCK, OWNER = ".lock", ".lock.owner"
 """The file that flock locks, and the one that replaces flock."""
+
+_COMMAND_CHARACTERS = 300
+"""Of a command that holds a lock, as many characters are shown."""
 
 
 @contextmanager
@@ -57,7 +61,7 @@ def locked(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _in_use(
-                run_dir, f"process {_content(file) or 'unknown'} holds its lock"
+                run_dir, f"process {_name_holder(_content(file), file)} holds its lock"
             ) from None
         except OSError as error:  # ENOSYS, ENOLCK, EACCES, EOPNOTSUPP and the like
             reason = error.strerror or type(error).__name__
@@ -79,6 +83,27 @@ def locked(run_dir: Path) -> Iterator[None]:
 def _content(file: IO[str]) -> str:
     file.seek(0)
     return file.read(100).strip()
+
+
+def _name_holder(pid: str, file: IO[str]) -> str:
+    """Return a process by its number, and by its command if it has the file open on this host."""
+    if not pid:
+        return "unknown"
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with suppress(OSError):
+            if os.path.samestat(link.stat(), os.fstat(file.fileno())):
+                return f"{pid}{_command_of(int(pid))}"
+    return pid
+
+
+def _command_of(pid: int) -> str:
+    """Return the command of a process of this host in parentheses; empty if it is not known."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return ""
+    shown = ascii(shlex.join(words[:-1]))[1:-1]
+    return f" ({shown[:_COMMAND_CHARACTERS]})" if shown else ""
 
 
 def _refuse_other_lock_file(run_dir: Path, file: IO[str]) -> None:
@@ -162,7 +187,7 @@ def _remove_stale(run_dir: Path, path: Path) -> None:
             f"wait for it to end (or delete {path} if it was killed)",
         )
     if _is_alive(pid) and owner.get("started") in (None, _start_of(pid)):
-        raise _in_use(run_dir, f"process {pid} holds its lock")
+        raise _in_use(run_dir, f"process {pid}{_command_of(pid)} holds its lock")
     aside = path.with_name(f"{OWNER}.{os.getpid()}")
     path.rename(aside)  # atomic, so that of two processes only one removes it
     if (

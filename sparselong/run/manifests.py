@@ -1,18 +1,32 @@
-"""Reading manifests: the results of finished stages and parts, whole and of this version."""
+"""Reading and showing manifests: results of finished stages and parts, whole, of this version."""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from sparselong.errors import StageError
+from sparselong.figures import format_figure, format_seconds
 from sparselong.run.place import MANIFEST, check_manifest, read_document, redo_recorded
 
 FORMAT_VERSION = 3
 """Of manifests and of what their hashes cover; 1 hashed keys that decide no result too, 2 had no
 date."""
+
+
+class MissingStage(StageError):
+    """A stage that is not done in a run directory, and that another one reads."""
+
+    def __init__(self, reader: str, name: str, run_dir: Path):
+        super().__init__(
+            f"{reader} needs {name}, which is not done in {run_dir}",
+            f"{run_dir / name / MANIFEST}",
+            "no manifest",
+            f"run python {name}.py first",
+        )
 
 
 def read_manifest(run_dir: Path, name: str, part: str = "") -> dict[str, Any] | None:
@@ -54,3 +68,27 @@ def refuse_other_version(directory: Path, found: dict[str, Any]) -> None:
             f"format version {version}",
             f"use another --run-dir, or redo it: {redo_recorded(directory)}",
         )
+
+
+def show_manifest(manifest: dict[str, Any], done_at: float | None = None) -> str:
+    """Return a summary of a finished stage: its duration and the scalar metrics that it has.
+
+    Args:
+        manifest: the stage's.
+        done_at: when that was, in seconds since 1970, if it was done before this command.
+    """
+    title = " ".join(filter(None, (manifest["stage"], manifest.get("part"))))
+    status = manifest["status"]
+    if done_at is not None:
+        when = datetime.datetime.fromtimestamp(done_at).astimezone().strftime("%Y-%m-%d %H:%M")
+        status = f"was {status} on {when},"
+    rows = [f"{title} {status} in {format_seconds(manifest['seconds'])}"]
+    for key, value in manifest["metrics"].items():
+        inner = value if isinstance(value, dict) else {}
+        if inner and not any(isinstance(v, (dict, list)) for v in inner.values()):
+            unit, known = "_bytes" if "bytes" in key.split("_") else "", inner.items()
+            known = (f"{k} {format_figure(f'{k}{unit}', v)}" for k, v in known if v is not None)
+            rows.append(f"  {key}: {', '.join(known)}")
+        elif value is not None and not isinstance(value, (dict, list)):
+            rows.append(f"  {key}: {format_figure(key, value)}")
+    return "\n".join(rows)

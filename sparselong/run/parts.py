@@ -24,11 +24,11 @@ from sparselong.run.command import (
     prepare_caches,
     report,
     run_locked,
-    show_manifest,
 )
 from sparselong.run.directory import Stage, check_finished
 from sparselong.run.interruption import Interruption, interruptible
 from sparselong.run.lock import locked, writing
+from sparselong.run.manifests import show_manifest
 from sparselong.run.place import check_run_dir
 from sparselong.run.publishing import Publish, publish
 
@@ -109,7 +109,7 @@ def run_parts(
         else:
             manifests = _make(stages, execute, outcome, interruption, page)
             document = {"stage": name, "status": "done", "parts": manifests}
-            text = "\n".join(map(show_manifest, manifests.values()))
+            text = "\n".join(show_manifest(manifests[one.part], one.done_at) for one in stages)
         print(json.dumps(document, indent=1) if arguments.json else text, flush=True)
     return outcome.exit_code
 

@@ -7,13 +7,15 @@ in the run directory must be what Sparse-Long has written; nothing else is overw
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparselong.config import UTF8_FIX, Config, check_place, is_resolved
+from sparselong.config import UTF8_FIX, Config, check_place, is_resolved, load
 from sparselong.errors import ConfigError, StageError
 from sparselong.files import load_json, reason_of
-from sparselong.run.stages import STAGES, redo_command
+from sparselong.run.stages import STAGES, redo_command, stage_hash
 
 MANIFEST, STARTED = "manifest.json", "started.json"
 _MARKS = {"data": "source.json", "base": "tiny.json"}
@@ -304,6 +306,27 @@ def redo_recorded(folder: Path) -> str:
         if isinstance(options, dict):
             return redo_command(folder.parent.name, folder.name, options)
     return redo_command(folder.parent.name, folder.name)
+
+
+def pass_recorded(
+    run_dir: Path, name: str, work: Mapping[str, Any], reads: tuple[str, ...] | None = None
+) -> str:
+    """Return the advice to pass the config of earlier work: the run's, if it is that one.
+
+    Args:
+        run_dir: the run directory.
+        name: the stage.
+        work: the earlier work's manifest.json or started.json.
+        reads: the earlier stages that it reads; None: those of the table.
+    """
+    path, advice = run_dir / "config.yaml", "pass what it was made with"
+    try:
+        recorded = stage_hash(load(path), name, reads)
+    except ConfigError:
+        return advice
+    if recorded != work["config_hash"]:
+        return advice
+    return f"{advice}: {shlex.join(['--config', str(path), '--run-dir', str(run_dir)])}"
 
 
 def show_options(part: Any, options: Any) -> str:

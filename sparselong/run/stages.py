@@ -22,7 +22,7 @@ from typing import Any
 
 from sparselong.config import Config, hash_sections, leaves, pick_sections
 from sparselong.errors import ConfigError, StageError
-from sparselong.provenance import missing_modules
+from sparselong.provenance import install_fix, missing_modules
 
 _COMMAND = re.compile(r"python \d\d_[a-z]+\.py\b(?! --help)(?![^\n,;]*--(config|run-dir)\b)")
 
@@ -42,7 +42,7 @@ class Declaration:
         parts: whether it has several results, each in a directory of its own with a manifest.
         by_layers: whether its command line has `--layers`.
         extra: the extra of the package, in pyproject.toml, that its script needs.
-        imports: modules of that extra which it imports.
+        imports: modules of that extra, or of the package's, which it imports.
     """
 
     reads: tuple[str, ...]
@@ -58,7 +58,12 @@ class Declaration:
 
 
 STAGES: dict[str, Declaration] = {
-    "01_health": Declaration((), tuple(Config.model_fields), repeats=True),
+    "01_health": Declaration(
+        (),
+        tuple(Config.model_fields),
+        repeats=True,
+        imports=("datasets", "torch", "transformers"),
+    ),
     "02_compress": Declaration(
         (),
         (
@@ -94,7 +99,7 @@ STAGES: dict[str, Declaration] = {
 def check_installed(name: str) -> None:
     """Raise unless the packages of a script's extra are installed; imports none of them.
 
-    01_health has no extra: it reports what is missing.
+    01_health has no extra. It needs what its checks import, and reports what else is missing.
 
     Raises:
         StageError: one of them cannot be found.
@@ -102,10 +107,10 @@ def check_installed(name: str) -> None:
     extra, missing = STAGES[name].extra, missing_modules(STAGES[name].imports)
     if missing:
         raise StageError(
-            f"{name} needs packages of the extra `{extra}`",
-            f"sparselong[{extra}] installed for {sys.executable}",
+            f"{name} needs packages{f' of the extra `{extra}`' * bool(extra)}",
+            f"sparselong{f'[{extra}]' * bool(extra)} installed for {sys.executable}",
             f"no {', no '.join(missing)}",
-            f"./install.sh, which installs all of it; or pip install '.[{extra}]'",
+            install_fix(extra),
         )
 
 

@@ -9,6 +9,7 @@ import threading
 import pytest
 from rich.console import Console
 
+from sparselong.chat.answer import Answer, Usage
 from sparselong.chat.settings import Settings
 from sparselong.chat.stream import split_blocks
 from sparselong.chat.terminal import COMMANDS, Terminal
@@ -207,3 +208,22 @@ def test_a_model_that_cannot_answer_any_more_ends_the_program(tmp_path):
     engine.broken = RuntimeError("gone")
     with pytest.raises(StageError, match="a rank is gone"):
         run(tmp_path, "Hi", engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("reason", "tokens", "repairs", "told"),
+    [
+        ("stop", 2048, {}, []),
+        ("length", 2048, {}, ["the answer was cut at max_new_tokens 2,048"]),
+        ("length", 30, {}, ["the answer was cut where the context is full (--context 1000)"]),
+        (
+            "stop",
+            9,
+            {"text before a header": 1, "unknown role": 2},
+            ["not in the model's format: text before a header (1), unknown role (2)"],
+        ),
+    ],
+)
+def test_what_cut_an_answer_and_what_is_malformed_is_named(reason, tokens, repairs, told):
+    answer = Answer([], reason, Usage(7, 0, tokens, 0.0, 1.0), 0, repairs)
+    assert answer.faults(Settings().max_new_tokens, ScriptedEngine.most_tokens) == told

@@ -1,5 +1,6 @@
 """The schema: strictness, YAML pitfalls, profiles, overrides, generated documentation."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,12 @@ def test_yaml_values_are_read_as_intended(tmp_path):
     [
         ("seed: 1\nmodel:\n  bas: tiny\n", ["unknown key model.bas", "line 3", "model.base"]),
         ("sequence_length: 3\n", ["unknown key sequence_length", "line 1", "sequence_len?"]),
-        ("seed: 1\nmicro_batch_size: two\n", ["micro_batch_size", "line 2", "integer", "'two'"]),
-        ("seed: 1.5\n", ["seed", "integer"]),
-        ("flash_attention: 1\n", ["flash_attention", "boolean"]),
+        (
+            "seed: 1\nmicro_batch_size: two\n",
+            ["micro_batch_size", "line 2", "a whole number", "'two'"],
+        ),
+        ("seed: 1.5\n", ["seed", "a whole number", "seed=42"]),
+        ("flash_attention: 1\n", ["flash_attention", "true or false"]),
         ("attention_backend: fa2\n", ["attention_backend", "line 1", "torch_flash"]),
         ("attention_backend: torch_cudnn\n", ["attention_backend", "windows", "auto"]),
         (
@@ -79,7 +83,7 @@ def test_yaml_values_are_read_as_intended(tmp_path):
             ["attention_backend: triton needs flash_attention: true"],
         ),
         ("shared_dense:\n  weight_bits: 5\n", ["weight_bits", "4, 8 or 16", "5"]),
-        ("shared_dense: 4\n", ["shared_dense", "object"]),
+        ("shared_dense: 4\n", ["shared_dense", "keys with values", "shared_dense.weight_bits=4"]),
         ("seed: 1\nseed: 2\n", ["seed is repeated", "line 2", "line 1"]),
         ("seed: [\n", ["not valid YAML"]),
         ("- 1\n", ["not a config"]),
@@ -96,8 +100,8 @@ def test_yaml_values_are_read_as_intended(tmp_path):
             ["experts.sparsity: none", "dropped"],
         ),
         ("lora:\n  expert_dtype: bfloat16\n", ["bfloat16 has no effect"]),
-        ("expert_parallel_degree: all\n", ["line 1", "'auto'", "integer", "'all'"]),
-        ("expert_parallel_degree: 0\n", ["line 1", "'auto'", "greater than or equal to 1"]),
+        ("expert_parallel_degree: all\n", ["line 1", "'auto'", "a whole number", "'all'"]),
+        ("expert_parallel_degree: 0\n", ["line 1", "'auto'", "a number of at least 1"]),
         ("training:\n  logging_steps: 7\n", ["multiple", "logging_steps"]),
         ("profile: fast\n", ["profile", "quick_test"]),
     ],
@@ -118,17 +122,81 @@ def test_bad_files_are_refused_with_location_and_fix(tmp_path, text, parts):
         ("learning_rate=3", "did you mean training.learning_rate?"),
         ("shared_dense.sparsty=none", "did you mean shared_dense.sparsity?"),
         ("training.max_steps=", "training.max_steps"),
-        ("training.max_steps=0", "greater than or equal to 1"),
+        ("training.max_steps=0", "a number of at least 1"),
         ("lora.target_modules=q_proj", "lora.target_modules"),
         ("lora.target_modules=[]", "at least 1 item"),
         ("evaluation.tasks=[]", "at least 1 item"),
-        ("sequence_len=1", "greater than or equal to 2"),
+        ("sequence_len=1", "a number of at least 2"),
         ("training.learning_rate=.inf", "finite"),
     ],
 )
 def test_bad_overrides_are_refused(override, part):
     with pytest.raises(ConfigError, match="(?s)" + part.replace("?", r"\?")):
         load(CONFIGS / "tiny.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected", "fix"),
+    [
+        (
+            "training.learning_rate=-1e-3",
+            "a number above 0",
+            "for example training.learning_rate=0.0002, the default",
+        ),
+        ("lora.r=0", "a number of at least 1", "for example lora.r=16, the default"),
+        (
+            "data.validation_fraction=5",
+            "a number below 1",
+            "for example data.validation_fraction=0.05, the default",
+        ),
+        (
+            "profile=quick",
+            "'quick_test', 'standard', 'high_quality' or 'memory_efficient'",
+            "did you mean profile=quick_test?",
+        ),
+        ("lora.target_modules=v_proj", "a list", "for example lora.target_modules=[v_proj]"),
+        ("lora.target_modules=[up]", "'v_proj' or 'o_proj'", "lora.target_modules=[q_proj]"),
+        ("data.date=31.01.2026", "a date in the format YYYY-MM-DD", "data.date=2026-01-31"),
+        (
+            "training.save_steps=30",
+            "training.save_steps (30) must be a multiple",
+            "change training.save_steps or training.eval_steps",
+        ),
+        ("data.train=[{source: a, wieght: 3}]", "a known key, such as weight", "mean weight?"),
+        ("training.learning_rte=1", "a known key, such as training.learning_rate", "mean"),
+        (
+            "data.train=[{source: a, weight: 1}, {source: b}]",
+            "a weight for each source",
+            "'data.train=[{source: a, weight: 1}, {source: b, weight: 1}]'",
+        ),
+    ],
+)
+def test_a_fix_is_an_override_that_is_accepted(override, expected, fix):
+    with pytest.raises(ConfigError) as caught:
+        load(CONFIGS / "tiny.yaml", [override])
+    assert expected in caught.value.expected and fix in caught.value.fix
+    found = re.search(r"[\w.]+=(\[[^]]*\]|[\w.-]+)", caught.value.fix)
+    assert "mean" in fix or fix.startswith("change") or load(CONFIGS / "tiny.yaml", [found[0]])
+
+
+@pytest.mark.parametrize("given", ["[a.jsonl, b.csv]", "a.jsonl,b.csv", "[a.jsonl,b.csv]"])
+def test_files_without_their_keys_are_told_the_form_of_a_list(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    form = "data.train=[{source: a.jsonl}, {source: b.csv}]"
+    for path, overrides in [
+        (CONFIGS / "tiny.yaml", [f"data.train={given}"]),
+        (write(tmp_path, f"data:\n  train: {given}\n"), []),
+    ]:
+        with pytest.raises(ConfigError, match="data.train is not valid") as caught:
+            load(path, overrides)
+        assert caught.value.fix.removeprefix("for example ") == f"'{form}'"
+    with pytest.raises(ConfigError, match="source: owner/b"):
+        load(CONFIGS / "tiny.yaml", ["data.train=owner/a,owner/b"])
+    for path in ("/a,b/c.jsonl", "data/x,y.jsonl"):  # files that may have been moved since
+        assert load(CONFIGS / "tiny.yaml", [f"data.train={path}"]).data.train == path
+    (tmp_path / "a.jsonl,b.csv").write_text("")
+    assert load(CONFIGS / "tiny.yaml", ["data.train=a.jsonl,b.csv"]).data.train == "a.jsonl,b.csv"
+    assert len(load(CONFIGS / "tiny.yaml", [form]).data.shares) == 2
 
 
 def keep(key: str, *overrides: str) -> Config:
@@ -242,9 +310,9 @@ def test_a_price_is_for_every_gpu_or_for_a_type(text, gpu, price):
     [
         ("{H20: 3}", "H100, H200, not H20"),
         ("{H200: 0}", "a price above 0 for H200"),
-        ("0", "greater than 0"),
-        ("[1]", "valid number"),
-        ("{H200: dear}", "valid number"),
+        ("0", "a number above 0"),
+        ("[1]", "a number or: keys with values"),
+        ("{H200: dear}", "a number"),
     ],
 )
 def test_other_prices_are_refused(text, part):

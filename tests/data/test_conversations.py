@@ -67,9 +67,15 @@ def tokenizer():
         ('{"prompt": "x", "completion": "y"}', "no list under `messages`"),
         ('{"conversations": []}', "no assistant turn"),
         ('{"messages": ["x"]}', "message 1 is a str"),
-        ('{"messages": [{"role": "critic", "content": "x"}]}', "role 'critic'"),
+        (
+            '{"messages": [{"role": "critic", "content": "x"}]}',
+            "expected: one of the roles system, ",
+        ),
         ('{"messages": [{"role": "user", "content": null}]}', "NoneType, not text"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            "expected: at least one assistant turn\nfound:    no assistant turn",
+        ),
         (
             '{"messages": [{"role": "assistant", "content": "x"}]}',
             "starts with an assistant message",

@@ -373,7 +373,12 @@ def test_token_rows_are_taken_as_they_are(tokenizer):
     [
         ({"messages": PLAIN, "text": "x"}, "`messages` and `text`"),
         ({"instruction": "x", "output": "y", "conversations": PLAIN}, "two layouts"),
-        ({"prompt": "x", "completion": "y"}, "['completion', 'prompt']"),
+        ({"prompt": "x", "completion": "y"}, "`completion`, `prompt`"),
+        (
+            {"prompt": "x", "chosen": "y", "rejected": "z"},
+            "a preference pair: `chosen`, `prompt`, `rejected`",
+        ),
+        ({f"k{i:02}": 1 for i in range(20)}, "`k11` and 8 more"),
         ({"input": "x", "output": "y"}, "the row's keys are"),
         ({"conversations": {"from": "human"}}, "`conversations` is dict"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "turn 1 is from 'narrator'"),
@@ -407,10 +412,10 @@ def test_token_rows_are_taken_as_they_are(tokenizer):
         ({"messages": [ASK, call({"a": "\ud83d"})]}, "surrogate"),
         ({"messages": [ASK, {**CALL, "tool_calls": CALL["tool_calls"] * 2}]}, "2 tool calls"),
         ({"messages": [ASK, {**CALL, "tool_calls": [{"function": {}}]}]}, "the tool call {"),
-        ({"messages": [ASK, {**CALL, "tool_calls": [{"name": "f", "x": 1}]}]}, "has ['x']"),
+        ({"messages": [ASK, {**CALL, "tool_calls": [{"name": "f", "x": 1}]}]}, "has `x`"),
         (
             {"messages": [ASK, {**CALL, "tool_calls": [{"name": "f", "type": "custom"}]}]},
-            "has 'custom'",
+            "has the type 'custom'",
         ),
         ({"messages": [ASK, {**CALL, "content": "a", "thinking": "b"}]}, "beside its tool call"),
         ({"messages": [ASK, {**CALL, "channel": "analysis"}]}, "but has a tool call"),

@@ -77,8 +77,16 @@ def test_csv_cells_hold_long_texts_with_line_breaks(tmp_path):
     assert csv.field_size_limit() == limit
     assert first["messages"][1]["content"] == text
     assert second["origin"] == {"source": str(path), "line": 20_003}
-    with pytest.raises(StageError, match="line 3 is blank"):
+    inside = "line 3 is inside the row that begins in line 2"
+    with pytest.raises(StageError, match=rf"(?s){inside}.*name line 2"):
         conversations.read_line(path, 3)
+    path.write_text('text\n"a\nb"\n\nc\n"d\ne"\n')  # also of the last row, and a blank line
+    for number, what in [
+        *((1, "is of the header"), (3, "inside the row that begins in line 2")),
+        *((4, "is blank"), (7, "inside the row that begins in line 6"), (8, "has no line 8")),
+    ]:
+        with pytest.raises(StageError, match=what):
+            conversations.read_line(path, number)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +94,7 @@ def test_csv_cells_hold_long_texts_with_line_breaks(tmp_path):
     [
         (b"text\na\nb,c\n", "line 3", "2 cells, but 1 columns"),
         (b"text,x\na\n", "line 2", "1 cells, but 2 columns"),
-        (b"text,text\na,b\n", "rows.csv", "['text', 'text']"),
+        (b"text,text\na,b\n", "rows.csv", "`text`, `text`"),
         (b"messages\n\"[{'role': 'user'}]\"\n", "line 2", "Expecting property name"),
         (b'text,weight\na,1\nb,"0,5"\n', "line 3", "Extra data"),
         (b"text,weight\na,0.5\n", "line 2", "`weight` 0.5"),
@@ -96,7 +104,7 @@ def test_csv_cells_hold_long_texts_with_line_breaks(tmp_path):
         (b"text\n", "rows.csv is empty", "no lines"),
         (b"", "rows.csv is empty", "no lines"),
         (b"PAR1\x15\x04", "rows.csv", "Parquet"),
-        (b"prompt,answer\n1,2\n", "line 2", "['answer', 'prompt']"),
+        (b"prompt,answer\n1,2\n", "line 2", "`answer`, `prompt`"),
     ],
 )
 def test_csv_that_cannot_be_read_is_explained(tmp_path, content, place, found):

@@ -9,6 +9,7 @@ from sparselong.health import inputs, packages, sources
 from sparselong.health import machine as machine_module
 from sparselong.health.machine import Gpu
 from sparselong.health.packages import Package
+from sparselong.provenance import is_our_environment
 from tests.conftest import ROOT
 from tests.health.machines import BIG, TINY, failures, judge, load, machine
 
@@ -53,9 +54,9 @@ def test_no_driver_is_no_gpu(programs):
 
 def test_another_environment_is_distinguished_from_ours(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.prefix", str(ROOT / ".venv"))
-    assert machine_module.runs_in_our_environment()
+    assert is_our_environment()
     monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
-    assert not machine_module.runs_in_our_environment()
+    assert not is_our_environment()
 
 
 def test_disk_space_is_that_of_the_nearest_existing_parent(tmp_path):

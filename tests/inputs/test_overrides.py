@@ -200,9 +200,8 @@ def test_several_sources_are_a_list_in_file_and_override(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[{source: a, wieght: 3}]", "wieght: Extra inputs"),
-        ("[{source: a, weight: 0}]", "weight: Input should be greater than 0"),
-        ("[{weight: 1}]", "source: Field required"),
+        ("[{source: a, weight: 0}]", "weight: a number above 0.*weight: 1"),
+        ("[{weight: 1}]", "source: a value, which every one needs"),
         ("[{source: demo}]", "demo alone"),
         ("[{source: a, weight: 1}, {source: b}]", "for each source, or for none"),
         ("[{source: a}, {source: a}]", "each source once"),

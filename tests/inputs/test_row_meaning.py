@@ -169,7 +169,7 @@ def test_text_parts_are_joined(read):
         ),
         (
             {"messages": [{**USER, "content": [{"type": "text", "text": "a", "f": 1}]}, ANSWER]},
-            "['f'] beside its text",
+            "`f` beside its text",
         ),
         ({"messages": [{**USER, "content": ["a"]}, ANSWER]}, "part of type 'str'"),
         ({"messages": [{**USER, "content": "\ud83d!"}, ANSWER]}, "\\ud83d, at character 1"),

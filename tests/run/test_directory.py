@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -66,9 +67,12 @@ def test_a_stage_leaves_config_and_manifest(tmp_path, capsys):
     assert manifest["config"]["seed"] == 7 and manifest["config"]["training"]["save_steps"]
 
 
-def test_a_rerun_does_nothing_and_force_repeats_the_stage(tmp_path):
+def test_a_rerun_does_nothing_and_force_repeats_the_stage(tmp_path, capsys):
     assert run(tmp_path, write_output) == 0
+    assert capsys.readouterr().out.startswith("02_compress done in ")
+    os.utime(tmp_path / "run/02_compress/manifest.json", (0, 86400 * 365))
     assert run(tmp_path, fail) == 0
+    assert re.match(r"02_compress was done on 197[01]-\d\d-\d\d .*, in ", capsys.readouterr().out)
     assert run(tmp_path, fail, "--force") == 1
     assert read_manifest(tmp_path / "run", "02_compress") is None
     kept = tmp_path / "run/02_compress.replaced"
@@ -87,6 +91,8 @@ def test_another_config_is_refused_and_nothing_is_lost(tmp_path, capsys):
     assert 'expected: shared_dense.sparsity="none"\n' in told
     assert 'found:    shared_dense.sparsity="2:4"\n' in told
     assert (tmp_path / "run/02_compress/out.bin").exists()
+    words = f"--config {tmp_path}/run/config.yaml --run-dir {tmp_path}/run"
+    assert f"pass what it was made with: {words}, or another --run-dir to keep it" in told
     assert run(tmp_path, fail, "training.max_steps=7") == 0  # stage 02 does not read this key
     assert run(tmp_path, write_output, "shared_dense.sparsity=none", "--force") == 0
 
@@ -227,7 +233,13 @@ def test_interruption_is_explained_and_keeps_existing_files(tmp_path, capsys, nu
 def test_two_runs_in_one_directory(tmp_path, capsys):
     def second(stage: Stage) -> None:
         assert run(tmp_path, write_output) == 1
-        assert "is in use" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        program = Path("/proc/self/cmdline").read_text().split("\0")[0]
+        assert "is in use" in told and f"process {os.getpid()} ({program}" in told
+        # As of another host: a process of this one with the number has not opened the file.
+        (tmp_path / "run/.lock").write_text(str(os.getppid()))
+        assert run(tmp_path, write_output) == 1
+        assert f"process {os.getppid()} holds its lock" in capsys.readouterr().err
         write_output(stage)
 
     assert run(tmp_path, second) == 0
@@ -243,7 +255,13 @@ def test_a_stage_needs_the_earlier_one_of_the_same_config(tmp_path, capsys):
     assert run(tmp_path, write_output) == 0
     assert run(tmp_path, needy, name="03_finetune") == 0
     assert run(tmp_path, bug, "experts.sparsity=2:4", "--force", name="03_finetune") == 1
-    assert "made with another config" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "made with another config" in told
+    words = f"--config {tmp_path}/run/config.yaml --run-dir {tmp_path}/run"
+    assert f"pass what it was made with: {words}, or another --run-dir" in told
+    (tmp_path / "run/config.yaml").write_text("seed: 8\n")  # of neither: it is not offered
+    assert run(tmp_path, bug, "experts.sparsity=2:4", "--force", name="03_finetune") == 1
+    assert "pass what it was made with, or another --run-dir" in capsys.readouterr().err
     assert read_manifest(tmp_path / "run", "03_finetune"), (
         "a refusal must leave the result unchanged"
     )

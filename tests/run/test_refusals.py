@@ -158,6 +158,29 @@ def test_commands_in_a_fix_repeat_what_names_the_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["--dryrun"], "did you mean --dry-run?"),
+        (["--rundir=x", "seed=1"], "did you mean --run-dir?"),
+        (["-json"], "did you mean --json?"),
+        (["--quick"], "see python 01_health.py --help"),
+        (["--gpu", "--json"], "see python 01_health.py --help"),
+    ],
+)
+def test_an_option_that_is_not_known_is_told_the_nearest_one(words, fix, capsys):
+    assert load_script("01_health").main(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"fix:      {fix}"
+
+
+def test_a_command_without_its_config_is_told_to_name_the_run(tmp_path, capsys, monkeypatch):
+    """Else it would be advised to compress the model of the default config."""
+    monkeypatch.chdir(tmp_path)
+    assert load_script("04_eval").main([]) == 1
+    fix = capsys.readouterr().err.splitlines()[-1]
+    assert "pass --config and --run-dir of the run, as for its other stages; for gpt-oss" in fix
+
+
+@pytest.mark.parametrize(
     ("text", "completed"),
     [
         ("run python 02_compress.py --force", "run python 02_compress.py --config c --force"),

@@ -12,7 +12,7 @@ from sparselong.config.keys import Section, is_incidental, known_keys
 from sparselong.config.schema import Config, load
 from sparselong.errors import StageError
 from sparselong.run import Stage, run_stage
-from sparselong.run.command import show_manifest
+from sparselong.run.manifests import show_manifest
 from sparselong.run.stages import (
     STAGES,
     Declaration,

@@ -283,7 +283,8 @@ def test_models_that_cannot_be_compared_are_refused_by_name(run_dir, arguments, 
         copy = tmp_path / f"run for {path.name}"
         shutil.copytree(run_dir, copy)
         assert eval_script.main([*arguments, "--run-dir", str(copy), "--compare", str(path)]) == 2
-        assert word in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert word in told and "leave it out of --compare" in told
     assert eval_script.main([*command, "seed=3"]) == 2
     assert "--compare: expected at least one" in capsys.readouterr().err
     twice = str(run_dir / "02_compress/model")

@@ -48,6 +48,10 @@ def test_120b_without_a_gpu_exits_1_and_json_has_everything(tmp_path, capsys):
     failed = {row["check"] for row in document["rows"] if row["status"] == "fail"}
     assert {"GPU", "sequence parallel", "base model", "training data"} <= failed
     assert "4 GPUs (compute capability 8.0 or newer)" in document["found"]
+    for part in ("found", "fix"):  # a line of each check, also where a terminal shows them
+        told = [line.partition(": ")[0] for line in document[part].splitlines()]
+        assert told == [row["check"] for row in document["rows"] if row["status"] == "fail"]
+        assert document[part].replace("\n", "\n          ") in captured.err
     plan = document["plan"]
     assert plan["sharded_peak_bytes_per_gpu"] < plan["replicated_peak_bytes_per_gpu"]
     assert plan["peak_bytes_per_gpu"] == plan["sharded_peak_bytes_per_gpu"]

@@ -23,7 +23,7 @@ def show_anything(value: Any, name: str = "", depth: int = 0) -> list[Markup]:
     """Return any JSON value as blocks of HTML.
 
     Args:
-        value: of JSON.
+        value: of JSON; what a list holds is numbered from 0, as layers are elsewhere on the page.
         name: its key, which may tell a unit.
         depth: number of levels above it.
     """
@@ -34,9 +34,9 @@ def show_anything(value: Any, name: str = "", depth: int = 0) -> list[Markup]:
     if isinstance(value, Mapping):
         return _show_object(value, depth)
     if value and all(_is_row(each) for each in value):
-        named = [(str(number), row) for number, row in enumerate(value, 1)]
+        named = [(str(number), row) for number, row in enumerate(value)]
         return _show_rows(named, "", depth)
-    numbered = {str(number): each for number, each in enumerate(value[:_MOST_VALUES], 1)}
+    numbered = {str(number): each for number, each in enumerate(value[:_MOST_VALUES])}
     return [*_show_object(numbered, depth), *_left_out(len(value) - _MOST_VALUES)]
 
 
