@@ -25,7 +25,7 @@ ROW = {"messages": turns("First.", "Second.", "Third."), "topic": "numbers"}
 DEMO = "evaluation.tasks=[demo_hellaswag]"
 TOLD = (
     "train: 4 of 5 conversations nearly repeat earlier ones",
-    "validation: 1 of 1 conversations nearly repeat training conversations, which makes the",
+    "warning: validation: 1 of 1 conversations nearly repeat training conversations, which",
     "rows.jsonl: blank lines skipped: 2",
     "rows.jsonl: keys without meaning for training are ignored: topic (6 rows)",
     "train: the chat template leaves out the thinking of 10 turns, in 5 of 5 conversations",
@@ -44,7 +44,9 @@ def test_stages_01_and_02_tell_it_once(base, rows, tmp_path, run_script):
     more = (f"model.base={base}", f"data.train={rows}", "sequence_len=256", DEMO)
     assert run_script("01_health", *more).code == 0
     report = json.loads((tmp_path / "run/01_health/report.json").read_text())
-    (found,) = [row["found"] for row in report["rows"] if row["check"] == "conversations"]
+    (row,) = [row for row in report["rows"] if row["check"] == "conversations"]
+    assert row["status"] == "warn" and "data.validation=FILE" in row["fix"]
+    found = row["found"]
     done = run_script("02_compress", *more)
     assert done.code == 0, done.err
     log = (tmp_path / "run/02_compress/log.txt").read_text(encoding="utf-8")
