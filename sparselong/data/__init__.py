@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sparselong.data.encoding import (
         Encoded,
         EncodedFiles,
+        Usable,
         describe_lengths,
         encode_files,
         select_usable,

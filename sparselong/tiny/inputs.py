@@ -69,7 +69,8 @@ def open_inputs(
         StageError: the base cannot be found or built, a file is missing or damaged, the parts do
             not fit together, or a row cannot be encoded.
     """
-    check_rows(config, run_dir)
+    train, validation = check_rows(config, run_dir)
+    progress(f"{train:,} training and {validation:,} validation conversations")
     early = early_tokenizer(config, run_dir)
     if early is not None:  # the small model takes minutes to train
         _encode_rows(config, run_dir, early, rows_refused)
