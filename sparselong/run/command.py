@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from sparselong.config import Config, load, split_overrides
+from sparselong.config import Config, load, refuse_repeated, split_overrides
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.figures import format_figure, format_seconds
 from sparselong.files import is_disk_full
@@ -110,6 +110,7 @@ def parse_arguments(
             parser.error("argument --compare: expected at least one argument")
         overrides.append(f"{STAGES[name].extended_by}={json.dumps(named)}")
         arguments.overrides += overrides
+    refuse_repeated(arguments.overrides)
     if arguments.gpu is not None:
         choose_gpu(arguments.gpu)
     if not arguments.dry_run:

@@ -6,6 +6,7 @@ import pytest
 
 from sparselong.config import docs as config_docs
 from sparselong.config.keys import known_keys
+from sparselong.config.overrides import refuse_repeated
 from sparselong.config.profiles import PROFILES
 from sparselong.config.schema import Config, dump, hash_sections, load
 from sparselong.errors import ConfigError
@@ -129,6 +130,31 @@ def test_bad_files_are_refused_with_location_and_fix(tmp_path, text, parts):
 def test_bad_overrides_are_refused(override, part):
     with pytest.raises(ConfigError, match="(?s)" + part.replace("?", r"\?")):
         load(CONFIGS / "tiny.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("training.learning_rate=1e-3", "seed=1", "training.learning_rate=2e-3"),
+        ("model.base=tiny", "model.base=other"),
+        ("lora.r=4", "lora={alpha: 5}"),
+    ],
+)
+def test_a_command_line_with_two_values_for_a_key_is_refused(words):
+    with pytest.raises(ConfigError) as caught:
+        refuse_repeated(words)
+    assert caught.value.what.startswith(f"{words[0].partition('=')[0]} is set twice")
+    assert caught.value.found == f"{words[0]} and {words[-1]}"
+
+
+def test_a_key_may_be_repeated_and_completed():
+    refuse_repeated(["seed=1", "lora={r: 4}", "seed=1", "lora.alpha=5", "lora.r_other=3"])
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# profile: standard\n", "{}\n"])
+def test_an_empty_file_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match="is empty"):
+        load(write(tmp_path, text))
 
 
 def keep(key: str, *overrides: str) -> Config:
