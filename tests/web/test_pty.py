@@ -114,8 +114,11 @@ def test_ctrl_c_stops_the_answer_ctrl_d_the_program(person):
     person.type("Hi\n")
     person.wait("Hello there!")
     person.wait("\n> ")
-    person.type("half a line\x03")
-    person.wait("Ctrl-D")
+    person.type("half a line")
+    person.wait("half a line")
+    time.sleep(0.3)  # Python's readline notices Ctrl-C only while it waits for a key
+    person.type("\x03")
+    person.wait("Ctrl-D ends)\r\n> ")
     person.type("Hi\n")
     person.wait("Hello there!")
     assert person.end() == 0
