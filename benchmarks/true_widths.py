@@ -49,6 +49,7 @@ FEW = {
     **{"training.max_steps": 4, "training.eval_steps": 4, "training.save_steps": 4},
     **{"evaluation.tasks": "[demo_hellaswag]", "evaluation.limit": 32},
     **{"evaluation.perplexity_samples": 16, "evaluation.batch_size": 8},
+    "evaluation.health_prompts": 0,
 }
 """Overrides with which the stages take as little time as they can."""
 CALIBRATED = 1024

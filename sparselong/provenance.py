@@ -151,12 +151,18 @@ def hash_file(path: Path) -> str:
 
 
 def describe_software() -> dict[str, Any]:
-    """Return the git commit, dirty flag and package versions."""
-    here = Path(__file__).resolve().parent.parent
-    commit = _output("git", "-C", str(here), "rev-parse", "HEAD")
+    """Return the git commit, whether the code differs from it, and package versions.
+
+    `git_dirty` counts changed files of the repository and new ones of the package: a user's data
+    beside them changes nothing.
+    """
+    package = Path(__file__).resolve().parent
+    git = ("git", "-C", str(package.parent))
+    status = (*git, "status", "--porcelain")
+    dirty = _output(*status, "--untracked-files=no") or _output(*status, "--", package.name)
     return {
-        "git_commit": commit,
-        "git_dirty": bool(_output("git", "-C", str(here), "status", "--porcelain")),
+        "git_commit": _output(*git, "rev-parse", "HEAD"),
+        "git_dirty": bool(dirty),
         "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
     }
 

@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 
 from sparselong import set_environment
+from sparselong.config import yaml12
+from sparselong.config.schema import load_with_source
 from tests.forked.servers import serving
 
 set_environment()  # as the scripts, which many tests call within this process
@@ -72,13 +74,16 @@ def chat_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_arguments(untrained_base, chat_file) -> list[str]:
-    """Overrides with which configs/tiny.yaml runs in seconds."""
-    return [
-        *("--config", str(ROOT / "configs/tiny.yaml")),
+def small_arguments(untrained_base, chat_file, tmp_path_factory) -> list[str]:
+    """A config, configs/tiny.yaml with values with which it runs in seconds."""
+    given = [
         f"model.base={untrained_base}",
         f"data.train={chat_file}",
         "calibration.samples=8",
         "calibration.refinement_steps=10",  # fewer improve no layer of the untrained model
         "calibration.sequence_len=64",
     ]
+    _, values = load_with_source(ROOT / "configs/tiny.yaml", given)
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml12.dump(values), encoding="utf-8")
+    return ["--config", str(path)]

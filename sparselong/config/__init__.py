@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sparselong.config.evaluation import RULER_TASKS
     from sparselong.config.grid import read_grid
     from sparselong.config.keys import leaves, pick_sections
-    from sparselong.config.overrides import split_overrides
+    from sparselong.config.overrides import refuse_repeated, split_overrides
     from sparselong.config.profiles import PROFILES, describe_profile
     from sparselong.config.schema import (
         CalibrationSection,

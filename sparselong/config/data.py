@@ -40,7 +40,8 @@ class DataSection(Section):
     validation: Place | None = None
     """Conversations in the same forms; null holds out `validation_fraction` of `train`."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Fraction of the conversations held out for validation if `validation` is null."""
+    """Fraction of each source's conversations held out for validation if `validation` is null; at
+    least one of each source that has two."""
     train_on: TrainOn = "assistant"
     """`assistant` trains on the assistant's turns only: reasoning that the template writes, tool
     calls and answers, with their ends. `final` leaves out reasoning and tool calls; `last_turn`

@@ -3,8 +3,8 @@
 What follows the equals sign is the value. For a key that holds a string it is taken as it is, so
 that `model.base=/data/base #2` and `model.revision=1e5` need no quotes; quotes would be part of it.
 The exceptions are `null`, for a key that may be null (a file of that name is `./null`), and a list
-`[{…}]`, for a key that may be one. For any other key the value is read as YAML. The last of several
-values for one key is used.
+`[{…}]`, for a key that may be one. For any other key the value is read as YAML. A program's last
+value for a key is used; a command line that gives two is refused.
 """
 
 from __future__ import annotations
@@ -30,6 +30,25 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     overrides = [word for word in words if re.match(rf"{_KEY}=", word) and not os.path.exists(word)]
     return [word for word in words if word not in overrides], overrides
+
+
+def refuse_repeated(overrides: Sequence[str]) -> None:
+    """Raise if a later argument of a command line would replace an earlier one's value.
+
+    Raises:
+        ConfigError: a key has two values, or its section is set after it.
+    """
+    for number, override in enumerate(overrides):
+        key, _, value = override.partition("=")
+        for earlier in overrides[:number]:
+            other, _, before = earlier.partition("=")
+            if (other == key and before != value) or other.startswith(f"{key}."):
+                raise ConfigError(
+                    f"{other} is set twice on the command line",
+                    "one value for each key",
+                    f"{earlier} and {override}",
+                    "leave out one of the two",
+                )
 
 
 def apply_overrides(

@@ -256,8 +256,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     """Read a config file and apply `key.path=value` overrides.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown or repeated, a value has the
-            wrong type or is out of range, or an override is malformed.
+        ConfigError: the file is missing, empty or not YAML, a key is unknown or repeated, a value
+            has the wrong type or is out of range, or an override is malformed.
     """
     return load_with_source(path, overrides)[0]
 
@@ -280,6 +280,13 @@ def load_with_source(
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path} is not a config", "key: value lines", type(values).__name__, "see configs/"
+        )
+    if not values:
+        raise ConfigError(
+            f"config file {path} is empty",
+            "at least one key",
+            "no keys",
+            "pass another --config; configs/ has complete files to copy",
         )
     fill_sections(values, Config)
     places = {key: f"{path}, line {line}" for key, line in lines.items()}

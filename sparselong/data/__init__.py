@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from sparselong.data.encoding import (
         Encoded,
         EncodedFiles,
+        Usable,
         describe_lengths,
         encode_files,
         select_usable,
     )
     from sparselong.data.harmony import Delta, Message, Parser, read_marks
-    from sparselong.data.overlap import describe_item, warn_before_training, warn_of_items
+    from sparselong.data.overlap import REPEATED, describe_item, warn_before_training, warn_of_items
     from sparselong.data.prompt import check_chats, render_prompt
     from sparselong.data.rows import EFFORTS
     from sparselong.data.ruler import answer_tokens, check_ruler, make_items, score_answer

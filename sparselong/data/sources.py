@@ -62,15 +62,20 @@ def split(
     if config.data.validation:
         validation, held_out = _read_source(config.data.validation, said), set()
     else:
-        held_out = _hold_out(config, sum(map(len, read)))
+        held_out = _hold_out(config, [len(rows) for rows in read], said)
         validation = [row for i, row in enumerate(chain(*read)) if i in held_out]
     numbered = enumerate(chain(*read))
     kept = [[row for i, row in islice(numbered, len(rows)) if i not in held_out] for rows in read]
     return _mix(config, kept, said), validation
 
 
-def _hold_out(config: Config, total: int) -> set[int]:
-    """Return the places of validation rows among all rows."""
+def _hold_out(config: Config, sizes: list[int], said: list[str]) -> set[int]:
+    """Return the places of validation rows among the rows of all sources, one after another.
+
+    Each source gives its fraction of rows, and at least one unless it has no other. Append how many
+    to `said` if there are several sources.
+    """
+    total = sum(sizes)
     if total < 2:
         raise StageError(
             f"{' and '.join(share.source for share in config.data.shares)} is too small to hold "
@@ -79,8 +84,18 @@ def _hold_out(config: Config, total: int) -> set[int]:
             f"{total}",
             "add rows, or name a validation file: data.validation=FILE.jsonl",
         )
-    count = min(max(1, round(config.data.validation_fraction * total)), total - 1)
-    return set(random.Random(config.seed).sample(range(total), count))
+    counts = [min(max(1, round(config.data.validation_fraction * n)), n - 1) for n in sizes]
+    if not any(counts):  # sources of one row each
+        counts[-1] = 1
+    generator, held_out, first = random.Random(config.seed), set(), 0
+    for size, count in zip(sizes, counts, strict=True):
+        held_out.update(generator.sample(range(first, first + size), count))
+        first += size
+    if len(sizes) > 1:
+        named = zip(counts, config.data.shares, strict=True)
+        parts = ", ".join(f"{count:,} of {share.source}" for count, share in named)
+        said.append(f"validation: {len(held_out):,} conversations held out: {parts}")
+    return held_out
 
 
 def _mix(config: Config, read: list[list[Conversation]], said: list[str]) -> list[Conversation]:

@@ -13,7 +13,8 @@ even if it begins like an earlier one, so that answers do not depend on which pr
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ from sparselong.evaluate import scoring
 from sparselong.evaluate.spread import Spread
 from sparselong.evaluate.work import Answers, Prompt, Questions
 from sparselong.generation import Decoder, generate
+
+_COUNTED = "answer token"
+"""What is counted; an answer that ends early counts as one of the most tokens."""
+_TOLD_TOKENS = 16
 
 
 class Continuation(NamedTuple):
@@ -82,11 +87,23 @@ def continue_prompts(
     found: dict[int, Continuation] = {}
     with spread.same_rows():
         decoder = _open_decoder(model, prompts, spread)
-        for i in order[spread.group :: spread.groups]:
+        own = order[spread.group :: spread.groups]
+        done, total = 0, sum(prompts[i].new_tokens for i in own)
+        spread.tell(_COUNTED, 0, total)
+        for i in own:
             decoder.forget()
-            found[i] = _continue(decoder, prompts[i], tokenizer, ends)
+            told = partial(_tell, spread, done, total)
+            found[i] = _continue(decoder, prompts[i], tokenizer, ends, told)
+            done += prompts[i].new_tokens
+            spread.tell(_COUNTED, done, total)
     merged = {i: each for part in spread.collect(found) for i, each in part.items()}
     return [merged[i] for i in range(len(prompts))]
+
+
+def _tell(spread: Spread, before: int, total: int, tokens: int) -> None:
+    """Report tokens of an answer now and then; `before` are those of earlier answers."""
+    if tokens % _TOLD_TOKENS == 0:
+        spread.tell(_COUNTED, before + tokens, total)
 
 
 def measure_speed(continued: Sequence[Continuation]) -> list[dict[str, Any]]:
@@ -130,7 +147,11 @@ def _open_decoder(model: Any, prompts: Sequence[Prompt], spread: Spread) -> Deco
 
 
 def _continue(
-    decoder: Decoder, prompt: Prompt, tokenizer: Any, ends: tuple[int, ...]
+    decoder: Decoder,
+    prompt: Prompt,
+    tokenizer: Any,
+    ends: tuple[int, ...],
+    told: Callable[[int], None],
 ) -> Continuation:
     ids = prompt.content
     if isinstance(ids, str):
@@ -144,6 +165,7 @@ def _continue(
         decoder.model, torch.tensor([ids]), prompt.new_tokens, stop=ends, decoder=decoder
     ):
         tokens.append(token)
+        told(len(tokens))
         seconds = time.monotonic() - begun
         first = first or seconds
         if token in ends:

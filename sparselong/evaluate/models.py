@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def _open_and_measure(
     model = load_model(Path(mark.directory), attn_implementation=implementation(config))
     loaded = round(time.monotonic() - start, 3)
     stage.log(f"{mark.name}: loaded from {mark.directory} in {loaded:.1f} s")
-    spread = Spread(report=partial(stage.report, f"{mark.name}: batch"))
+    spread = Spread(report=lambda what, *count: stage.report(f"{mark.name}: {what}", *count))
     told = measurements.questions, measurements.samples, suite.tokenizer, config
     with using(attention_backend=config.attention_backend, deterministic=config.deterministic):
         found = measure_opened(mark, model, *told, spread, stage.dir)

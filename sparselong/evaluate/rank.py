@@ -88,7 +88,7 @@ def _measure(
         if ranks.is_first():
             tell(f"{mark.name}: loaded from {mark.directory} in {loaded:.1f} s")
         tokenizer = load_tokenizer(Path(work.tokenizer)) if any(work.questions[1:]) else None
-        spread = Spread(mesh, partial(report_progress, f"{mark.name}: batch"))
+        spread = Spread(mesh, lambda what, *count: report_progress(f"{mark.name}: {what}", *count))
         samples = [perplexity.Sample(*sample) for sample in work.samples]
         told = work.questions, samples, tokenizer, config
         # Watched one model at a time: ranks may take longer to load than an exchange may.

@@ -29,11 +29,11 @@ class Spread:
 
     Attributes:
         mesh: this process's place among them; None: it evaluates alone.
-        report: called after each round with the number that is done, and the total.
+        report: called with what is counted, the number that is done, and the total.
     """
 
     mesh: Mesh | None = None
-    report: Callable[[int, int], None] | None = None
+    report: Callable[[str, int, int], None] | None = None
 
     @property
     def size(self) -> int:
@@ -59,11 +59,16 @@ class Spread:
         """Yield the batches in groups of one for each process; the last ones may be empty."""
         missing: list[list[Item]] = [[]] * (-len(batches) % self.size)
         batches = batches + missing
-        report, total = self.report or (lambda done, total: None), len(batches) // self.size
-        report(0, total)
+        total = len(batches) // self.size
+        self.tell("batch", 0, total)
         for done in range(total):
             yield batches[done * self.size : (done + 1) * self.size]
-            report(done + 1, total)
+            self.tell("batch", done + 1, total)
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """Report how far the work is."""
+        if self.report is not None:
+            self.report(what, done, total)
 
     def settings(self, texts: list[list[list[int]]]) -> AbstractContextManager[Any]:
         """Return a block with the settings of a pass.

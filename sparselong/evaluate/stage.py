@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparselong.data import (
+    Usable,
     check_chats,
     conversations,
     encode_files,
@@ -53,8 +54,7 @@ def evaluate(stage: Stage) -> None:
     usable = select_usable(encoded, stage.config.sequence_len)
     for sentence in usable.left_out:
         stage.log(sentence)
-    rows = usable.validation[: stage.config.evaluation.perplexity_samples]
-    samples = perplexity.load_samples(encoded.validation, rows)
+    samples = perplexity.load_samples(encoded.validation, choose_rows(stage, usable))
     warnings = warn_of_items(list_items(suite), files.train)
     for warning in warnings:
         stage.log(f"warning: {warning}")
@@ -80,6 +80,18 @@ def evaluate(stage: Stage) -> None:
     shutil.rmtree(stage.dir / divergence.STATES, ignore_errors=True)
     models_read = [stage.run_dir / name / "model" for name in ("02_compress", "03_finetune")]
     stage.inputs = [files.train, files.validation, *models_read]
+
+
+def choose_rows(stage: Stage, usable: Usable) -> list[int]:
+    """Return the validation rows to measure; say so if they are fewer than were asked for."""
+    asked = stage.config.evaluation.perplexity_samples
+    rows = usable.validation[:asked]
+    if len(rows) < asked:
+        stage.log(
+            f"perplexity is measured on {len(rows):,} validation conversations of the {asked:,} "
+            "asked for (evaluation.perplexity_samples): there are no more"
+        )
+    return rows
 
 
 def _list_marks(

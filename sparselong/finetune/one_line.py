@@ -15,7 +15,12 @@ from typing import Any
 
 from sparselong.checkpoint import TOKENIZER
 from sparselong.config import Config
-from sparselong.data import conversations, rendering_date, warn_before_training
+from sparselong.data import (
+    conversations,
+    encode_files,
+    rendering_date,
+    warn_before_training,
+)
 from sparselong.errors import ConfigError, StageError
 from sparselong.memory import find_config
 from sparselong.run import read_manifest
@@ -65,7 +70,8 @@ def preview_first(config: Config, run_dir: Path, count: int) -> dict[str, Any]:
 
     Raises:
         ConfigError: the count is 0.
-        StageError: the data cannot be read, or the base model's tokenizer is not on this machine.
+        StageError: the data cannot be read, a row of it cannot be used, or the base model's
+            tokenizer is not on this machine.
     """
     if count < 1:
         fix = "for example --preview 3"
@@ -78,6 +84,7 @@ def preview_first(config: Config, run_dir: Path, count: int) -> dict[str, Any]:
                 shutil.copy2(path, copy)
         train = conversations.prepare(config, Path(scratch)).train
         tokenizer = _open_tokenizer(config, run_dir)
+        encode_files(config, Path(scratch), tokenizer)  # refuses what stage 02 would refuse
         shown = _show(conversations.read(train)[:count], config, run_dir, tokenizer)
         remarks = [*conversations.read_remarks(Path(scratch))]
         remarks += [f"warning: {each}" for each in warn_before_training(config, train, tokenizer)]

@@ -99,6 +99,7 @@ def finetune(stage: Stage) -> None:
             stage.log(sentence)
         for line in describe_lengths(data.train, usable.train):
             stage.log(line)
+        stage.log(describe_lengths(data.validation, usable.validation)[0])
         _train(stage)
     stage.inputs = [earlier / "model", earlier / "masters", *sources]
     _publish(stage)

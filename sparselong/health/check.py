@@ -364,6 +364,8 @@ def _source(source: Source) -> Row:
 def _opened(finding: Finding) -> Row:
     """Return the row of an opened input; a refusal is told in stage 02's words."""
     error = finding.error
+    if error is None and finding.fix:
+        return warn(finding.role, finding.detail, finding.fix)
     if error is None:
         return ok(finding.role, finding.detail)
     found = f"{error.what}; expected: {error.expected}; found: {error.found}"

@@ -17,13 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from sparselong.config import Config
-from sparselong.data import conversations
+from sparselong.data import REPEATED, conversations
 from sparselong.errors import StageError
 from sparselong.health.sources import Source
-from sparselong.tiny import check_rows, encode_rows, open_base, open_tokenizer
+from sparselong.tiny import (
+    check_rows,
+    early_tokenizer,
+    encode_rows,
+    open_base,
+    open_tokenizer,
+)
 
 BASE, TOKENIZER, ROWS = "base checkpoint", "tokenizer", "conversations"
 _HERE = ("here", "made")
+_UNCHECKED_FIX = (
+    "run this check again once the base's tokenizer is on this machine; stage 02 checks the rows "
+    "before it compresses"
+)
+_REPEATED_FIX = "remove the repeated rows from data.train, or name others: data.validation=FILE"
 _SCRATCH = re.compile(r"\.health-[a-z0-9_]{8}")
 """Names that tempfile gives to temporary run directories."""
 
@@ -35,11 +46,13 @@ class Finding:
     Attributes:
         role: what was opened.
         detail: one line about it, or why it was not opened.
+        fix: what to do about a limitation in `detail`; empty if there is none.
         error: why stage 02 would refuse it, in stage 02's words.
     """
 
     role: str
     detail: str
+    fix: str = ""
     error: StageError | None = None
 
 
@@ -57,6 +70,7 @@ def probe_inputs(
     opened: list[Any] = []
     if base.path is None:
         findings = [Finding(BASE, f"not checked, since it is not here yet: {base.detail}")]
+        opened += [each for each in [early_tokenizer(config, run_dir)] if each is not None]
     else:
         directory = base.path
         findings = [
@@ -68,9 +82,9 @@ def probe_inputs(
         findings.append(Finding(ROWS, f"not checked, since not here yet: {', '.join(absent)}"))
         return tuple(findings)
     with _scratch_copy(run_dir) as scratch:
-        found = _try(ROWS, lambda: _describe_rows(config, scratch, opened))
+        found = _try_rows(config, scratch, opened)
     if found.error is not None:  # stage 02 prepares the same rows in the run directory
-        found = Finding(ROWS, "", _rename(found.error, str(scratch), str(run_dir)))
+        found = Finding(ROWS, "", error=_rename(found.error, str(scratch), str(run_dir)))
     return (*findings, found)
 
 
@@ -78,7 +92,7 @@ def _try(role: str, describe: Callable[[], str]) -> Finding:
     try:
         return Finding(role, describe())
     except StageError as error:
-        return Finding(role, "", error)
+        return Finding(role, "", error=error)
 
 
 def _rename(error: StageError, old: str, new: str) -> StageError:
@@ -102,13 +116,27 @@ def _describe_tokenizer(directory: Path, opened: list[Any]) -> str:
     return f"{len(tokenizer)} tokens, all of which have embeddings"
 
 
-def _describe_rows(config: Config, run_dir: Path, opened: list[Any]) -> str:
-    count = check_rows(config, run_dir)
-    for tokenizer in opened:
-        _, left_out = encode_rows(config, run_dir, tokenizer)
-        return "; ".join([f"{count} well-formed conversations can be encoded", *left_out])
-    said = f"{count} well-formed conversations; not encoded, since no tokenizer could be opened"
-    return "; ".join([said, *conversations.read_remarks(run_dir)])
+def _try_rows(config: Config, run_dir: Path, opened: list[Any]) -> Finding:
+    try:
+        return _describe_rows(config, run_dir, opened)
+    except StageError as error:
+        return Finding(ROWS, "", error=error)
+
+
+def _describe_rows(config: Config, run_dir: Path, opened: list[Any]) -> Finding:
+    train, validation = check_rows(config, run_dir)
+    said = [f"{train:,} training and {validation:,} validation conversations, well-formed"]
+    if opened:
+        _, left_out = encode_rows(config, run_dir, opened[0])
+        said = [f"{said[0]}, can be encoded", *left_out]
+    else:
+        said = [
+            f"{said[0]}; not encoded, since no tokenizer could be opened",
+            *conversations.read_remarks(run_dir),
+        ]
+    fixes = [] if opened else [_UNCHECKED_FIX]
+    fixes += [_REPEATED_FIX] * any(each.startswith(REPEATED) for each in said)
+    return Finding(ROWS, "; ".join(said), "; ".join(fixes))
 
 
 @contextmanager

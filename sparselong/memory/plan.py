@@ -20,6 +20,7 @@ from sparselong.memory.shape import ModelShape, describe_dropped, drop_experts, 
 from sparselong.memory.storage import Held
 from sparselong.memory.training import Device, Memory
 from sparselong.memory.ways import (
+    Ways,
     describe_kept,
     describe_layers,
     expert_host_bytes,
@@ -228,23 +229,21 @@ def make_plan(
         expert_host_bytes=expert_host_bytes(shape, config, ways),
         compress_host=stages.compress_host_memory(shape, config, device),
         linkable=storage.linkable_bytes(shape, config),
-        **_times(shape, config, gpu_name, gpus, disk, ways.held),
+        **_times(shape, config, gpu_name, gpus, disk, ways),
     )
 
 
 def _times(
-    shape: ModelShape, config: Config, gpu: str | None, gpus: int, disk: dict[str, int], held: Held
+    shape: ModelShape, config: Config, gpu: str | None, gpus: int, disk: dict[str, int], ways: Ways
 ) -> dict[str, Any]:
     """Return the plan's fields about time; `gpus` is 0 on a processor."""
     tokens, note = timing.training_tokens(config, _data_size(config))
-    work = {"disk": disk, "tokens": tokens, "gpus": max(1, gpus), "held": held}
-    seconds_on = partial(timing.stage_seconds, shape, config, **work)
+    work = {"disk": disk, "tokens": tokens, "gpus": max(1, gpus)}
+    held = {"held": ways.held, "evaluation_held": ways.evaluation_held}
+    seconds_on = partial(timing.stage_seconds, shape, config, **work, **held)
     rate = timing.find_rate(gpu or "RTX 3090" if gpus else None)
     return {
-        "rate": rate,
-        "tokens": tokens,
-        "tokens_note": note,
-        "seconds": seconds_on(rate),
+        **{"rate": rate, "tokens": tokens, "tokens_note": note, "seconds": seconds_on(rate)},
         "estimates": timing.estimate(config, gpu, gpus, seconds_on),
     }
 

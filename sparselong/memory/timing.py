@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sparselong.config import Config, GpuType, find_type
-from sparselong.memory import exchange, storage
+from sparselong.memory import evaluated, exchange, storage
 from sparselong.memory.shape import ModelShape, drop_experts
 from sparselong.memory.stages import (
     compress_batch_tokens,
@@ -75,6 +75,8 @@ DEMO_ITEMS = 400
 """Items of the demo's task."""
 DEMO_ITEM_TOKENS = 262
 """Tokens of one, with all four endings."""
+DEMO_SAMPLE_TOKENS = 190
+"""Tokens of one of the demo's validation conversations."""
 
 
 class Startup(NamedTuple):
@@ -100,28 +102,34 @@ class Rate:
     pass_seconds: float = PASS_SECONDS
     exchanged_bytes_per_second: float = EXCHANGED_BYTES_PER_SECOND
     copied_bytes_per_second: float = COPIED_BYTES_PER_SECOND
+    memory_bytes_per_second: float = math.inf
+    """Bandwidth of a GPU's memory."""
+    decode_layer_seconds: float = 0.0
+    """What a layer takes for a generated token at least."""
 
 
 class Peak(NamedTuple):
-    """Operations per second of a GPU, as its maker says.
+    """Operations and bytes per second of a GPU, as its maker says.
 
     Attributes:
         bf16: dense, with fp32 accumulation.
         fp32: without tensor cores.
+        memory: bytes read from the GPU's memory.
     """
 
     bf16: float
     fp32: float
+    memory: float
 
 
 GPU_PEAKS: dict[GpuType, Peak] = {
-    "RTX 3090": Peak(71e12, 35.6e12),
-    "RTX 4090": Peak(165e12, 82.6e12),
-    "RTX 5090": Peak(209e12, 104.8e12),
-    "A6000": Peak(155e12, 38.7e12),
-    "A100": Peak(312e12, 19.5e12),
-    "H100": Peak(990e12, 67e12),
-    "H200": Peak(990e12, 67e12),
+    "RTX 3090": Peak(71e12, 35.6e12, 0.936e12),
+    "RTX 4090": Peak(165e12, 82.6e12, 1.008e12),
+    "RTX 5090": Peak(209e12, 104.8e12, 1.792e12),
+    "A6000": Peak(155e12, 38.7e12, 0.768e12),
+    "A100": Peak(312e12, 19.5e12, 1.555e12),
+    "H100": Peak(990e12, 67e12, 3.35e12),
+    "H200": Peak(990e12, 67e12, 4.8e12),
 }
 MEASURED: tuple[GpuType, ...] = ("H100", "H200")
 """Cards on which the kernels' efficiency was measured."""
@@ -129,7 +137,10 @@ _LINKED: tuple[GpuType, ...] = ("A100", "H100", "H200")
 
 GPU_STARTUP = Startup(25.0, 50.0, 13.0)
 """With a GPU (demo-h200, true_widths)."""
-CPU = Rate("2 processor cores", 60e9, 0.5, 60e9, 0.5e9, Startup(15.0, 45.0, 15.0), 0.0)
+CPU = Rate(
+    *("2 processor cores", 60e9, 0.5, 60e9, 0.5e9, Startup(15.0, 45.0, 15.0), 0.0),
+    decode_layer_seconds=0.0025,
+)
 
 
 def find_rate(gpu_name: str | None) -> Rate:
@@ -151,6 +162,7 @@ def find_rate(gpu_name: str | None) -> Rate:
         GPU_STARTUP,
         exchanged_bytes_per_second=exchanged,
         copied_bytes_per_second=copied,
+        memory_bytes_per_second=peak.memory,
     )
 
 
@@ -209,19 +221,20 @@ def estimate(
 
 
 def _judged_flops(shape: ModelShape, config: Config) -> float:
-    """Return operations of reading what stage 04 asks of a model; answers are not counted."""
+    """Return operations of reading what stage 04 asks of a model."""
     evaluation = config.evaluation
     tasks = len(evaluation.tasks) - len(evaluation.ruler_tasks)
     items, item_tokens = tasks * (evaluation.limit or ASSUMED_ITEMS), ITEM_TOKENS
+    sample_tokens = DEMO_SAMPLE_TOKENS if config.data.train == "demo" else SAMPLE_TOKENS
     if config.model.base == "tiny":
         items, item_tokens = min(items, DEMO_ITEMS), DEMO_ITEM_TOKENS
     judged = items * item_tokens
-    judged += evaluation.perplexity_samples * min(SAMPLE_TOKENS, config.sequence_len)
+    judged += evaluation.perplexity_samples * min(sample_tokens, config.sequence_len)
     drawn = len(evaluation.ruler_tasks) * min(
         evaluation.ruler.items, evaluation.limit or evaluation.ruler.items
     )
     prompts = (length * sum(forward_flops(shape, length)) for length in evaluation.ruler.lengths)
-    return judged * sum(forward_flops(shape, SAMPLE_TOKENS)) + drawn * sum(prompts)
+    return judged * sum(forward_flops(shape, sample_tokens)) + drawn * sum(prompts)
 
 
 def forward_flops(shape: ModelShape, sequence_len: int) -> tuple[float, float]:
@@ -338,6 +351,7 @@ def stage_seconds(
     *,
     gpus: int = 1,
     held: Held = WHOLE,
+    evaluation_held: Held = WHOLE,
 ) -> dict[str, float]:
     """Return the estimated seconds of each stage.
 
@@ -349,9 +363,11 @@ def stage_seconds(
         tokens: number of tokens that stage 03 trains on.
         gpus: number of GPUs that compute in stages 03 and 04.
         held: how stage 03 holds the experts.
+        evaluation_held: how stage 04 holds them.
     """
     speed = rate.flops_per_second * rate.efficiency
-    evaluate = 3 * _judged_flops(shape, config) / speed / gpus
+    evaluate = _judged_flops(shape, config) / speed / gpus
+    evaluate += evaluated.answer_seconds(shape, config, rate, gpus, evaluation_held)
     load = disk["base"] / CACHED_BYTES_PER_SECOND
     ranks = RANK_SECONDS if gpus > 1 else 0.0
     train = training_seconds(drop_experts(shape, config), config, rate, tokens, gpus, held)
@@ -359,5 +375,5 @@ def stage_seconds(
         "01_health": 10.0,
         "02_compress": _compress_seconds(shape, config, rate, disk),
         "03_finetune": rate.startup.finetune + ranks + load + train,
-        "04_eval": rate.startup.evaluate + ranks + 3 * load + evaluate,
+        "04_eval": rate.startup.evaluate + ranks + 3 * (load + evaluate),
     }

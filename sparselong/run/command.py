@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from sparselong.config import Config, load, split_overrides
+from sparselong.config import Config, load, refuse_repeated, split_overrides
 from sparselong.errors import ConfigError, ExpectedError, StageError
 from sparselong.files import is_disk_full
 from sparselong.registration import OutputError, begin_program, choose_gpu, move_caches
@@ -111,6 +111,7 @@ def parse_arguments(
             parser.error("argument --compare: expected at least one argument")
         overrides.append(f"{STAGES[name].extended_by}={json.dumps(named)}")
         arguments.overrides += overrides
+    refuse_repeated(arguments.overrides)
     if arguments.gpu is not None:
         choose_gpu(arguments.gpu)
     if not arguments.dry_run:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparselong.config import Config, load, read_grid
+from sparselong.config import Config, load, read_grid, refuse_repeated
 from sparselong.errors import ConfigError
 from sparselong.run import stage_hash
 
@@ -55,6 +55,7 @@ def make_runs(arguments: Namespace, folder: Path) -> list[Run]:
     grid = read_grid(arguments.sweep)
     single = [words[0] for words in grid.values() if len(words) == 1]
     fixed = [*arguments.overrides, *single]
+    refuse_repeated(fixed)
     grid = {key: words for key, words in grid.items() if len(words) > 1}
     if not grid:
         raise ConfigError(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from sparselong.lazy import expose
 
 if TYPE_CHECKING:
-    from sparselong.tiny.base import find_tiny, resolve_base
+    from sparselong.tiny.base import early_tokenizer, find_tiny, resolve_base
     from sparselong.tiny.inputs import (
         Inputs,
         check_early,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparselong.checkpoint import DOWNLOADED
 from sparselong.config import Config
@@ -67,6 +67,23 @@ def find_tiny(config: Config, run_dir: Path) -> Path | None:
     from sparselong.tiny.build import is_built  # imports torch
 
     return folder if is_built(folder, _tiny_spec(config), config.seed) else None
+
+
+def early_tokenizer(config: Config, run_dir: Path) -> Any:
+    """Return the tokenizer that the small model will have; None if the base is built or another.
+
+    Rows can thus be refused before the model is trained.
+
+    Raises:
+        StageError: there is no text to train the tokenizer on.
+    """
+    if config.model.base != "tiny" or find_tiny(config, run_dir):
+        return None
+    from sparselong.tiny.build import build_tokenizer  # imports torch
+
+    tokenizer = build_tokenizer(_tiny_spec(config))
+    tokenizer.name_or_path = str(run_dir / "base")
+    return tokenizer
 
 
 def _tiny_spec(config: Config) -> TinySpec:

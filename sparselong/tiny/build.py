@@ -135,6 +135,15 @@ def build_tiny(
     return out_dir
 
 
+def build_tokenizer(spec: TinySpec) -> PreTrainedTokenizerFast:
+    """Return the small model's tokenizer, which needs no trained model and takes seconds.
+
+    Raises:
+        StageError: there is no text to train on.
+    """
+    return train_tokenizer(corpus.texts("train"), spec.vocab_size, _MAX_POSITIONS)
+
+
 def is_built(folder: Path, spec: TinySpec, seed: int) -> bool:
     """Return whether the folder contains the small model of this spec and seed."""
     record, wanted = read_record(folder), _identity(spec, seed)
@@ -156,7 +165,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def _build(folder: Path, spec: TinySpec, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Train and write tokenizer and model; return what to record about the training."""
     training_texts = corpus.texts("train")
-    tokenizer = train_tokenizer(training_texts, spec.vocab_size, _MAX_POSITIONS)
+    tokenizer = build_tokenizer(spec)
     with torch.random.fork_rng(devices=[]), _deterministic_algorithms():
         torch.manual_seed(seed)
         model = _initialise(spec, tokenizer)

@@ -16,7 +16,7 @@ from sparselong.config import Config
 from sparselong.data import Encoded, EncodedFiles, conversations, encode_files, select_usable
 from sparselong.errors import StageError
 from sparselong.memory import find_config, read_base_config
-from sparselong.tiny.base import resolve_base
+from sparselong.tiny.base import early_tokenizer, resolve_base
 
 if TYPE_CHECKING:
     from transformers import GptOssConfig, PreTrainedTokenizerBase
@@ -69,27 +69,27 @@ def open_inputs(
         StageError: the base cannot be found or built, a file is missing or damaged, the parts do
             not fit together, or a row cannot be encoded.
     """
-    check_rows(config, run_dir)
+    train, validation = check_rows(config, run_dir)
+    progress(f"{train:,} training and {validation:,} validation conversations")
+    early = early_tokenizer(config, run_dir)
+    if early is not None:  # the small model takes minutes to train
+        _encode_rows(config, run_dir, early, rows_refused)
     base, architecture = open_base(resolve_base(config, run_dir, progress))
     tokenizer = open_tokenizer(base.directory)
-    try:
-        encoded, left_out = encode_rows(config, run_dir, tokenizer)
-    except StageError:
-        if rows_refused is not None:
-            rows_refused()
-        raise
+    encoded, left_out = _encode_rows(config, run_dir, tokenizer, rows_refused)
     for sentence in left_out:
         progress(sentence)
     return Inputs(base, architecture, tokenizer, encoded)
 
 
-def check_rows(config: Config, run_dir: Path) -> int:
-    """Prepare the data files and return their number of conversations.
+def check_rows(config: Config, run_dir: Path) -> tuple[int, int]:
+    """Prepare the data files and return their numbers of training and validation conversations.
 
     Raises:
         StageError: a source is missing or has changed, or a row is malformed.
     """
-    return sum(len(conversations.read(path)) for path in conversations.prepare(config, run_dir))
+    train, validation = conversations.prepare(config, run_dir)
+    return len(conversations.read(train)), len(conversations.read(validation))
 
 
 def open_base(directory: Path) -> tuple[Checkpoint, GptOssConfig]:
@@ -127,6 +127,18 @@ def encode_rows(config: Config, run_dir: Path, tokenizer: Any) -> tuple[EncodedF
     encoded = encode_files(config, run_dir, tokenizer)
     _check_calibration(config, encoded.train)
     return encoded, select_usable(encoded, config.sequence_len).left_out
+
+
+def _encode_rows(
+    config: Config, run_dir: Path, tokenizer: Any, rows_refused: Callable[[], None] | None
+) -> tuple[EncodedFiles, list[str]]:
+    """Return what `encode_rows` does; call `rows_refused` before its error."""
+    try:
+        return encode_rows(config, run_dir, tokenizer)
+    except StageError:
+        if rows_refused is not None:
+            rows_refused()
+        raise
 
 
 def _check_calibration(config: Config, train: Encoded) -> None:

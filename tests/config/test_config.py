@@ -7,6 +7,7 @@ import pytest
 
 from sparselong.config import docs as config_docs
 from sparselong.config.keys import known_keys
+from sparselong.config.overrides import refuse_repeated
 from sparselong.config.profiles import PROFILES
 from sparselong.config.schema import Config, dump, hash_sections, load
 from sparselong.errors import ConfigError
@@ -197,6 +198,31 @@ def test_files_without_their_keys_are_told_the_form_of_a_list(given, tmp_path, m
     (tmp_path / "a.jsonl,b.csv").write_text("")
     assert load(CONFIGS / "tiny.yaml", ["data.train=a.jsonl,b.csv"]).data.train == "a.jsonl,b.csv"
     assert len(load(CONFIGS / "tiny.yaml", [form]).data.shares) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("training.learning_rate=1e-3", "seed=1", "training.learning_rate=2e-3"),
+        ("model.base=tiny", "model.base=other"),
+        ("lora.r=4", "lora={alpha: 5}"),
+    ],
+)
+def test_a_command_line_with_two_values_for_a_key_is_refused(words):
+    with pytest.raises(ConfigError) as caught:
+        refuse_repeated(words)
+    assert caught.value.what.startswith(f"{words[0].partition('=')[0]} is set twice")
+    assert caught.value.found == f"{words[0]} and {words[-1]}"
+
+
+def test_a_key_may_be_repeated_and_completed():
+    refuse_repeated(["seed=1", "lora={r: 4}", "seed=1", "lora.alpha=5", "lora.r_other=3"])
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# profile: standard\n", "{}\n"])
+def test_an_empty_file_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match="is empty"):
+        load(write(tmp_path, text))
 
 
 def keep(key: str, *overrides: str) -> Config:

@@ -188,7 +188,30 @@ def test_several_sources_are_all_used(tmp_path):
     (train, validation), said = mix(tmp_path, (None, None, None))
     assert (train.total(), validation.total(), set(train.values())) == (90, 10, {1})
     assert not set(train) & set(validation)
-    assert all("nearly repeat" in sentence for sentence in said)
+    folder = tmp_path / "a.jsonl"
+    assert said[0] == (
+        "validation: 10 conversations held out: "
+        + ", ".join(
+            f"{n} of {folder.with_stem(name)}" for name, n in (("a", 6), ("b", 2), ("c", 2))
+        )
+    )
+    assert all("nearly repeat" in sentence for sentence in said[1:])
+
+
+def test_each_source_with_two_rows_gives_validation_rows(tmp_path):
+    shares = []
+    for name, size in (("a", 60), ("b", 2), ("c", 1), ("d", 8), ("e", 1)):
+        path = write_rows(tmp_path / f"{name}.jsonl", chats(size))
+        shares.append({"source": str(path)})
+
+    def held_out(*sources):
+        config = load_config(train=json.dumps(sources), validation_fraction=0.05)
+        files = conversations.prepare(config, tmp_path / f"run {len(sources)}")
+        rows = conversations.read(files.validation)
+        return Counter(Path(row["origin"]["source"]).stem for row in rows)
+
+    assert held_out(*shares) == {"a": 3, "b": 1, "d": 1}
+    assert held_out(shares[2], shares[4]) == {"e": 1}
 
 
 def test_weights_repeat_and_leave_out_rows(tmp_path):
@@ -199,7 +222,7 @@ def test_weights_repeat_and_leave_out_rows(tmp_path):
     assert set(of_source(train, "a")) == {1}
     repeats = of_source(train, "c")
     assert max(repeats) - min(repeats) <= 1 and len(repeats) == 20 - len(of_source(validation, "c"))
-    assert "9 training examples (10.0%)" in said[0] and "72 training examples (80.0%)" in said[2]
+    assert "9 training examples (10.0%)" in said[1] and "72 training examples (80.0%)" in said[3]
     again, _ = mix(tmp_path, (1.0, 1.0, 8.0))
     assert again == [train, validation]
     assert mix(tmp_path, (1.0, 1.0, 8.0), seed=1)[0] != again

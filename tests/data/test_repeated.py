@@ -50,7 +50,7 @@ def test_validation_rows_are_compared_with_training_rows_only():
     fresh = chat(text(30), text(60))
     assert find_repeated(rows, [fresh, fresh]) == []
     (said,) = find_repeated(rows, [fresh, rows[3], rows[4]])
-    assert said.startswith("validation: 2 of 3 conversations nearly repeat training")
+    assert said.startswith("warning: validation: 2 of 3 conversations nearly repeat training")
 
 
 def test_short_rows_count_if_they_are_the_same():

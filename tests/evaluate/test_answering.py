@@ -143,6 +143,16 @@ def test_prompts_are_continued_with_the_most_likely_tokens(model, tokenizer):
         assert 0 < one.first_seconds <= one.seconds
 
 
+def test_answers_say_how_far_they_are(model, tokenizer):
+    """Within an answer too, since one may take minutes."""
+    told = []
+    spread = Spread(report=lambda *count: told.append(count))
+    prompts = [Prompt([5, 6, 7], 3, n, []) for n in (40, 8)]
+    found = answering.continue_prompts(model, prompts, tokenizer, spread)
+    assert [len(each.tokens) for each in found] == [40, 8]
+    assert told == [("answer token", done, 48) for done in (0, 16, 32, 40, 48)]
+
+
 def test_a_long_prompt_loses_its_beginning(model, tokenizer):
     ids = tokenizer("one two three four five six", add_special_tokens=False)["input_ids"]
     (cut,) = answering.continue_prompts(

@@ -169,6 +169,14 @@ def test_a_base_directory_that_lacks_a_shard_fails_as_in_stage_02(
     assert shard.name in judge(config, facts)["base checkpoint"].found
 
 
+def test_rows_that_no_template_has_seen_are_a_limitation(offline, chat_file):
+    config = load("tiny", "model.base=openai/gpt-oss-120b", f"data.train={chat_file}")
+    base, data = sources.probe_sources(config, offline)
+    findings = inputs.probe_inputs(config, offline, base, data[:1])
+    row = judge(config, machine(base=base, data=data, inputs=findings))["conversations"]
+    assert row.status == "warn" and "not encoded" in row.found and "tokenizer" in row.fix
+
+
 def test_an_unresponsive_hub_is_queried_once(offline, monkeypatch):
     import httpx
     from huggingface_hub import HfApi

@@ -45,8 +45,8 @@ class Outcome:
 def run_script(small_arguments, tmp_path, capfd) -> Callable[..., Outcome]:
     """Return a function that calls a script's `main` on the small base and data.
 
-    `run_script("02_compress", "key=value", …)` uses the run directory `tmp_path/run`; later
-    overrides win, so `model.base=…` names another base.
+    `run_script("02_compress", "key=value", …)` uses the run directory `tmp_path/run`; overrides win
+    over the small base and data, so `model.base=…` names another base.
     """
     scripts = {}
     needed = {"05_export": ("--to", "mxfp4")}
@@ -55,7 +55,9 @@ def run_script(small_arguments, tmp_path, capfd) -> Callable[..., Outcome]:
         script = scripts.setdefault(name, load_script(name))
         capfd.readouterr()
         where = ("--run-dir", str(run_dir or tmp_path / "run"))
-        code = script.main([*small_arguments, *QUICK, *needed.get(name, ()), *more, *where])
+        named = {word.partition("=")[0] for word in more}
+        quick = [word for word in QUICK if word.partition("=")[0] not in named]
+        code = script.main([*small_arguments, *quick, *needed.get(name, ()), *more, *where])
         return Outcome(code, *capfd.readouterr())
 
     return call

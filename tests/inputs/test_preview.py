@@ -63,6 +63,12 @@ def test_the_first_conversations_of_the_training_data(preview, data):
     assert "⟦Evil \\x1b[2J\\x0d\\x07.<|endoftext|>⟧" in document["text"]
 
 
+def test_a_later_row_that_cannot_be_used_is_refused(preview, data):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    path = data([*[ROWS[0]] * 11, {**ROWS[0], "tools": tools}])
+    preview("1", f"data.train={path}").assert_explained(f"{path}, line 12 sets `tools`")
+
+
 def test_a_row_that_would_be_left_out_says_so(preview, data):
     outcome = preview(f"{data(ROWS)}:3")
     assert outcome.code == 0 and "left out: longer than sequence_len 128" in outcome.out

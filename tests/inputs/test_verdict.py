@@ -154,13 +154,28 @@ def test_a_row_that_cannot_be_rendered_may_be_corrected(base, data, tmp_path, ru
     assert run_script("02_compress", *more).code == 0
 
 
+def test_stages_01_and_02_refuse_calls_before_the_small_model_is_trained(
+    data, tmp_path, run_script
+):
+    """Its template, which writes no tools, is known before."""
+    answer = {"role": "assistant", "content": "yes " * 99}
+    rows = [{"messages": [{"role": "user", "content": "a"}, answer]} for _ in range(3)]
+    path = data([*rows, {**rows[0], "tools": [{"type": "function", "function": {"name": "f"}}]}])
+    more = (f"data.train={path}", "evaluation.tasks=[demo_hellaswag]", "model.base=tiny")
+    one, two = run_script("01_health", *more), run_script("02_compress", *more)
+    one.assert_explained(f"{path}, line 4 sets `tools`", "run/base does not")
+    assert (one.code, refusal(one.err)) == (two.code, refusal(two.err))
+    assert "small model" not in two.err and not (tmp_path / "run/base").exists()
+    assert not (tmp_path / "run/data/source.json").exists()  # the row may be corrected
+
+
 def test_01_says_what_it_cannot_check_yet(run_script, tmp_path):
     done = run_script("01_health", "model.base=tiny", "evaluation.tasks=[demo_hellaswag]")
     assert done.code == 0
     rows = {row["check"]: row for row in json.loads((tmp_path / "run/01_health/report.json")
             .read_text())["rows"]}  # fmt: skip
     assert rows["base checkpoint"]["found"].startswith("not checked")
-    assert "tokenizer" not in rows and "not encoded" in rows["conversations"]["found"]
+    assert "tokenizer" not in rows and "can be encoded" in rows["conversations"]["found"]
 
 
 def test_01_leaves_no_rows_behind(run_script, tmp_path):

@@ -5,18 +5,19 @@ import inspect
 import torch
 
 from sparselong.checkpoint import derivation
-from sparselong.data import demo
+from sparselong.data import EFFORTS, demo
 from sparselong.evaluate import perplexity
 from sparselong.kernels.experts import choice, held, triton_launch
 from sparselong.kernels.experts import op as experts
 from sparselong.kernels.layer import cross_entropy
-from sparselong.memory import exchange, stages, storage, timing, training
+from sparselong.memory import evaluated, exchange, stages, storage, timing, training
 from sparselong.parallel.experts import pipeline
 from sparselong.tiny.build import TinySpec
 
 
 def test_batches_and_chunks_match_the_stages():
     assert stages.EVALUATE_BATCH_TOKENS == perplexity._BATCH_TOKENS
+    assert evaluated.EFFORTS == len(EFFORTS)
     assert training.LOSS_CHUNK_ROWS == cross_entropy.CHUNK_ROWS
     assert training.SLICE_TOKENS == experts.SLICE_TOKENS
     assert training.BUFFER_BYTES == triton_launch.BUFFER_BYTES

@@ -17,6 +17,7 @@ from benchmarks.record import newest
 from benchmarks.true_widths import FEW
 from sparselong.config.schema import Config, load
 from sparselong.memory import PUBLISHED, Held, make_plan, placing, stages, storage, timing
+from sparselong.memory.evaluated import answer_seconds
 from sparselong.memory.shape import ModelShape, find_shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,6 +137,38 @@ def test_stages_take_as_long_as_predicted() -> None:
     assert beyond(cases) == []
     for stage, least in (("02_compress", 2), ("03_finetune", 3), ("04_eval", 4)):
         assert sum(label.startswith(stage) for label, _, _ in cases) >= least
+
+
+def test_answers_are_generated_as_fast_as_measured() -> None:
+    """The fixed questions' answers: 20b on an H200, with and without a CUDA graph."""
+    throughput = {b: v for _, b, m, v in figures("generation", "h200") if m == "throughput"}
+    asked = {"evaluation.health_prompts": 1, "evaluation.health_tokens": 500}
+    config = config_of("gpt-oss-20b-1x3090", **asked)
+    cases = [
+        (f"{backend}, {gpus} GPUs", answer_seconds(SMALL, config, H200, gpus), 1500 / rate / gpus)
+        for backend, gpus, rate in (
+            ("graph", 1, throughput["graph"]),
+            ("kernels", 2, throughput["kernels"]),
+        )
+    ]
+    assert beyond(cases) == []
+    hosted = answer_seconds(SMALL, config, H200, 1, Held(placement="host"))
+    assert hosted > 100 * cases[0][1]  # every token copies all experts
+
+
+def test_the_time_of_stage_04_has_its_answers() -> None:
+    """An answer to 24 questions of up to 1,024 tokens by each of three models, on a CPU."""
+    whole, none = (
+        stages_of(
+            config_of("tiny", **{"evaluation.health_prompts": n, "evaluation.health_tokens": 1024}),
+            find_shape(config_of("tiny").model),
+            timing.CPU,
+            0,
+            1,
+        )["04_eval"]
+        for n in (8, 0)
+    )
+    assert whole - none == pytest.approx(3 * 24 * 1024 * 4 * timing.CPU.decode_layer_seconds)
 
 
 def test_wrong_rates_would_be_seen() -> None:

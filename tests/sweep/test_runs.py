@@ -105,6 +105,11 @@ def test_what_is_no_sweep_is_refused(items, part):
     assert part in str(refusal.value)
 
 
+def test_fixed_words_with_two_values_for_a_key_are_refused():
+    with pytest.raises(ConfigError, match="lora.alpha is set twice"):
+        made("lora.r=8,16", "lora.alpha=6", overrides=("lora.alpha=5",))
+
+
 def test_a_key_set_beside_its_sweep_is_refused():
     with pytest.raises(ConfigError, match="lora.r is set beside the sweep over it"):
         made("lora.r=8,16", overrides=("lora.r=4",))

@@ -7,7 +7,7 @@ from sparselong.lazy import expose
 if TYPE_CHECKING:
     from sparselong.data.overlap.contamination import warn_of_items
     from sparselong.data.overlap.items import describe_item
-    from sparselong.data.overlap.repeated import find_repeated
+    from sparselong.data.overlap.repeated import REPEATED, find_repeated
     from sparselong.data.overlap.training import warn_before_training
 
 __getattr__ = expose(__name__)

@@ -9,6 +9,8 @@ import numpy
 from sparselong.data.overlap.sequences import Codes, find_words, hash_sequences, thin_out
 from sparselong.data.rows import Conversation, list_texts
 
+REPEATED = "warning: validation:"
+"""How the sentence about validation rows that repeat training rows begins."""
 _WORDS, _ALIKE = 8, 0.8
 
 
@@ -41,7 +43,7 @@ def find_repeated(train: list[Conversation], validation: list[Conversation]) -> 
         )
     if counts[1]:
         said.append(
-            f"validation: {counts[1]:,} of {len(validation):,} conversations nearly repeat "
+            f"{REPEATED} {counts[1]:,} of {len(validation):,} conversations nearly repeat "
             "training conversations, which makes the validation loss look too good"
         )
     return said
