@@ -25,7 +25,7 @@ COMMON_MARKER := ; python_full_version < '3\.13' and platform_machine == 'x86_64
 # These take as long as all other tests together; the last one because they have imported Axolotl.
 LONG := tests/distributed tests/stages/test_trained.py tests/stages/test_finetune.py \
         tests/stages/test_eval.py tests/stages/test_health_script.py tests/stages/test_example.py \
-        tests/stages/test_compress.py tests/finetune/test_schedules.py
+        tests/stages/test_compress.py tests/examples/test_forms.py tests/finetune/test_schedules.py
 # llama.cpp through Python, in a directory of its own: the environment stays as locked.
 LLAMA := .llama/0.3.36
 LLAMA_TEST := tests/stages/test_llama_cpp.py

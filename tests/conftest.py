@@ -4,7 +4,7 @@ import gc
 import importlib.util
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -41,6 +41,12 @@ def write_rows(path: Path, rows: list) -> Path:
     """Write rows as a JSON-lines file and return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def replace_values(words: Sequence[str]) -> list[str]:
+    """Return a command line's words with each key's last value only."""
+    last = {word.partition("=")[0]: word for word in words if "=" in word}
+    return [word for word in words if last.get(word.partition("=")[0], word) == word]
 
 
 @pytest.fixture(scope="session")

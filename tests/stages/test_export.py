@@ -18,7 +18,7 @@ from sparselong.export import shards
 from sparselong.export.source import Source, decode_exactly
 from sparselong.model import load_model
 from sparselong.packing import mxfp4
-from tests.conftest import load_script
+from tests.conftest import load_script, replace_values
 from tests.stages.trained import CPU, TOKENS, Trained
 
 export_script = load_script("05_export")
@@ -44,7 +44,7 @@ save_file(found, sys.argv[2])
 
 def export(trained: Trained, *more: str, run_dir: Path | None = None) -> int:
     where = ["--run-dir", str(run_dir or trained.run_dir)]
-    return export_script.main([*trained.arguments, *where, *more])
+    return export_script.main(replace_values([*trained.arguments, *where, *more]))
 
 
 def manifest_of(run_dir: Path, name: str) -> dict:

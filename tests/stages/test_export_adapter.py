@@ -20,7 +20,7 @@ from sparselong.kernels.dense import masked_weight_torch
 from sparselong.packing import mxfp4
 from sparselong.run import Stage
 from sparselong.run.stages import stage_hash
-from tests.conftest import load_script
+from tests.conftest import load_script, replace_values
 from tests.stages.trained import TOKENS, Trained, open_training
 
 export_script = load_script("05_export")
@@ -28,7 +28,7 @@ export_script = load_script("05_export")
 
 def export(trained: Trained, *more: str, run_dir=None) -> int:
     where = ["--run-dir", str(run_dir or trained.run_dir)]
-    return export_script.main([*trained.arguments, *where, *more])
+    return export_script.main(replace_values([*trained.arguments, *where, *more]))
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from sparselong.memory import compressed_groups, make_plan
 from sparselong.memory.shape import drop_experts, tiny_shape
 from sparselong.model import load_model
 from sparselong.run import Stage, read_manifest
+from tests.conftest import replace_values
 from tests.stages import test_export_gguf
 from tests.stages.conftest import ADAPTED, run
 from tests.stages.test_compress_interrupted import assert_same_result, edit_tensors
@@ -249,7 +250,7 @@ def test_experts_that_calibration_never_reaches(arguments, tmp_path, untrained_b
         return bias
 
     edit_tensors(base, "model.layers.1.mlp.router.bias", refuse)
-    changed = [*arguments, *PLAIN, f"model.base={base}", "experts.keep=6"]
+    changed = replace_values([*arguments, *PLAIN, f"model.base={base}", "experts.keep=6"])
     assert run(tmp_path / "run", changed) == 0
     layers = metrics_of(tmp_path / "run")["kept_experts"]["layers"]
     assert [layer["unreached"] for layer in layers] == [0, 3, 0, 0]
