@@ -231,10 +231,12 @@ def _refuse_unknown_in(dotted: str, name: Any, field: Any, where: str) -> Config
     inner = _section_of(field.annotation)
     names = list(inner.model_fields) if inner is not None else []
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return _unknown(f"{name} in {dotted}", str(name), [*close, *(set(names) - {*close})], where)
+    return _unknown(f"{name} in {dotted}", str(name), close, where, " or ".join(names))
 
 
-def _unknown(what: str, found: str, close: list[str], where: str) -> ConfigError:
-    expected = f"a known key, such as {', '.join(close)}" if close else "a known key"
+def _unknown(what: str, found: str, close: list[str], where: str, known: str = "") -> ConfigError:
+    """Return the error for an unknown key; `known` names all keys where they are few."""
+    similar = f", such as {', '.join(close)}" if close else ""
     near = f"did you mean {close[0]}?" if close else "see configs/schema.json for all keys"
+    expected = known or f"a known key{similar}"
     return ConfigError(f"unknown key {what} ({where})", expected, found, near)

@@ -163,7 +163,7 @@ def test_bad_overrides_are_refused(override, part):
             "training.save_steps (30) must be a multiple",
             "change training.save_steps or training.eval_steps",
         ),
-        ("data.train=[{source: a, wieght: 3}]", "a known key, such as weight", "mean weight?"),
+        ("data.train=[{source: a, wieght: 3}]", "source or weight", "mean weight?"),
         ("training.learning_rte=1", "a known key, such as training.learning_rate", "mean"),
         (
             "data.train=[{source: a, weight: 1}, {source: b}]",
@@ -178,6 +178,12 @@ def test_a_fix_is_an_override_that_is_accepted(override, expected, fix):
     assert expected in caught.value.expected and fix in caught.value.fix
     found = re.search(r"[\w.]+=(\[[^]]*\]|[\w.-]+)", caught.value.fix)
     assert "mean" in fix or fix.startswith("change") or load(CONFIGS / "tiny.yaml", [found[0]])
+
+
+def test_a_key_of_a_source_that_is_like_no_other_is_not_guessed():
+    with pytest.raises(ConfigError, match="unknown key zzzz in data.train") as caught:
+        load(CONFIGS / "tiny.yaml", ["data.train=[{source: a, zzzz: 3}]"])
+    assert caught.value.expected == "source or weight" and "mean" not in caught.value.fix
 
 
 @pytest.mark.parametrize("given", ["[a.jsonl, b.csv]", "a.jsonl,b.csv", "[a.jsonl,b.csv]"])

@@ -63,6 +63,24 @@ def run(python: str, path: Path, cases: list, base: Path, data: Path, out: Path,
             for case in cases}  # fmt: skip
 
 
+def check_case(
+    case: tuple[str, str, str, int], base: Path, folder: Path, sharded: dict[Any, dict[str, Any]]
+) -> None:
+    """Compare a case that two processes trained with the same training in one process.
+
+    Args:
+        case: see `run`.
+        base: the model.
+        folder: has `data.jsonl`, and under `sharded` what the two processes saved.
+        sharded: what `run` returned.
+    """
+    front, trained, form, _ = case
+    out = folder / "alone" / f"{front}-{trained}-{form}"
+    check_losses(sharded[front, trained, form], train_alone(case, base, folder / "data.jsonl", out))
+    if front == "transformers" and trained != "lora" and form == "padding-free":
+        check_saved(folder / "sharded" / out.name, out, base, trained)
+
+
 def check_losses(found: dict[str, Any], alone: Any) -> None:
     """Raise unless losses and gradient norms of two processes are those of one's trainer."""
     rows = [row for row in alone.state.log_history if "loss" in row]

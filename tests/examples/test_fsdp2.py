@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT, write_rows
 from tests.examples.forms import FORMS
 from tests.examples.separate import MESSAGES
-from tests.examples.sharded import check_losses, check_saved, run, train_alone
+from tests.examples.sharded import check_case, run
 
 PATH = ROOT / "examples/accelerate/fsdp2.yaml"
 KINDS = [
@@ -59,12 +59,7 @@ def sharded(small_base, folder, forked_python):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case[:3]))
 def test_two_processes_train_as_one(case, small_base, folder, sharded):
-    front, trained, form, _ = case
-    out = folder / "alone" / f"{front}-{trained}-{form}"
-    alone = train_alone(case, small_base, folder / "data.jsonl", out)
-    check_losses(sharded[front, trained, form], alone)
-    if front == "transformers" and trained != "lora" and form == "padding-free":
-        check_saved(folder / "sharded" / out.name, out, small_base, trained)
+    check_case(case, small_base, folder, sharded)
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "ZeRO"])

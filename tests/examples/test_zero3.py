@@ -13,7 +13,7 @@ import yaml
 from tests.conftest import ROOT, write_rows
 from tests.examples.axolotl_runs import FORMS
 from tests.examples.separate import MESSAGES
-from tests.examples.sharded import check_losses, check_saved, run, train_alone
+from tests.examples.sharded import check_case, run
 from tests.examples.test_axolotl_long import check_sharded
 from tests.examples.test_fsdp2 import CASES
 
@@ -45,12 +45,7 @@ def sharded(small_base, folder):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case[:3]))
 def test_two_processes_train_as_one(case, small_base, folder, sharded):
-    front, trained, form, _ = case
-    out = folder / "alone" / f"{front}-{trained}-{form}"
-    alone = train_alone(case, small_base, folder / "data.jsonl", out)
-    check_losses(sharded[front, trained, form], alone)
-    if front == "transformers" and trained != "lora" and form == "padding-free":
-        check_saved(folder / "sharded" / out.name, out, small_base, trained)
+    check_case(case, small_base, folder, sharded)
 
 
 @pytest.mark.parametrize("form", FORMS)
